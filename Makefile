@@ -74,6 +74,7 @@ sim: setup ## simulated clusters on virtual time; SEEDS=10000 for more seeds, SE
 
 mutants: setup ## break named rules one at a time; the simulation must find each within 200 seeds
 	@$(BIN)/python -m sim.mutants
+	@$(BIN)/python -m sim.containers.mutants
 
 conformance: setup ## the API as docker, docker-py and a recorded engine see it
 	@$(PYTEST) tests/conformance

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from sim import run
+from sim.containers import run as containers
 from sim.record import Record
 from sim.seeds import Simulate, chunked, failures, report, results
 from sim.store_only import run as store_only
@@ -24,10 +25,15 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=0, help="default: one per processor")
     parser.add_argument("--store", action="store_true", help="simulate the store only, which is cheaper")
     parser.add_argument(
+        "--containers", action="store_true", help="simulate the containers of one node, which is cheaper"
+    )
+    parser.add_argument(
         "--record", type=Path, help="append the result to this file, and continue after its last seed"
     )
     args = parser.parse_args()
-    simulate: Simulate = store_only.simulate if args.store else run.simulate
+    simulate: Simulate = run.simulate
+    if args.store or args.containers:
+        simulate = store_only.simulate if args.store else containers.simulate
     if args.seed is not None:
         return _run_one(args.seed, simulate)
     if args.record is not None:
@@ -44,7 +50,7 @@ def main() -> int:
 
 def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
     """Simulate the seeds that the record lacks, and append each part to the record as soon as it is done."""
-    record, clock = Record(args.record, "store" if args.store else "whole"), SystemClock()
+    record, clock = Record(args.record, _kind(args)), SystemClock()
     first = max(args.first, record.next_seed())
     for seeds in chunked(range(first, args.first + args.seeds), RECORDED):
         began, failed = clock.monotonic(), []
@@ -54,6 +60,11 @@ def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
         record.add(seeds, failed, clock.monotonic() - began)
     _print(record.summary())
     return 1 if record.failed() else 0
+
+
+def _kind(args: argparse.Namespace) -> str:
+    """Return what a record's runs simulate."""
+    return "containers" if args.containers else "store" if args.store else "whole"
 
 
 def _run_one(seed: int, simulate: Simulate) -> int:

@@ -1,6 +1,7 @@
 """Networking of a container: its namespace, its networks, and the gateway bridge last."""
 
 import asyncio
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -76,6 +77,10 @@ class ContainerNetwork:
     def predefined_ids(self) -> Mapping[str, str]:
         """Ids of ``bridge``, ``host`` and ``none``, by name."""
         return self._allocation.predefined_ids
+
+    def is_present(self, sandbox: Sandbox) -> bool:
+        """Return whether the sandbox's namespace exists."""
+        return os.path.ismount(sandbox.netns)
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Prepare the node, keep the ``live`` sandboxes, and free all others.

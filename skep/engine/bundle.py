@@ -326,6 +326,10 @@ class Bundles:
         if self.shm(id).is_dir():
             syscalls.unmount_if_mounted(self.shm(id))
 
+    def is_mounted(self, id: ContainerId) -> bool:
+        """Return whether the root file system is mounted."""
+        return os.path.ismount(self.rootfs(id))
+
     def borrow(self, container: Container) -> RootFiles:
         """Return the root file system, mounted at least until ``give_back``.  Raises: OSError."""
         id = container.id

@@ -148,6 +148,18 @@ class Cgroups:
                         raise Unavailable(f"processes of a container cannot be read: {error}") from error
         return frozenset(found)
 
+    def is_frozen(self, container: Container) -> bool | None:
+        """Return whether the container is frozen, or None if that cannot be read."""
+        directory = self.directory(container, "freezer")
+        if directory is None:
+            return None
+        try:
+            if self.is_v2:
+                return (directory / "cgroup.freeze").read_text().strip() == "1"
+            return (directory / "freezer.state").read_text().strip() != "THAWED"
+        except OSError:
+            return None
+
     def enter_monitors(self) -> None:
         """Move the calling thread, and thus its children, into the monitors' group.
 

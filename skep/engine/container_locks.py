@@ -4,43 +4,43 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 from skep.aio.race import run_unless
 from skep.model.ids import ContainerId
 
-T = TypeVar("T")
-
 
 class ContainerLocks:
-    """Per-container locks for creation, start, pause, retirement and removal.
+    """All locks of containers.
 
-    Without them, a removal during the creation would leave behind the namespace that is being made.
+    *operation*: creation, start, pause, update, change of networks, retirement and removal exclude each other.  Without
+    it, a removal during the creation would leave behind the namespace that is being made.
+
+    *networks*: the networks of a run change, or are freed at its end.  An operation cannot guard the end, because a
+    removal waits for that.  Taken after the first.
     """
 
     def __init__(self) -> None:
-        self._locks = WeakValueDictionary[ContainerId, asyncio.Lock]()
+        self._operations = WeakValueDictionary[ContainerId, asyncio.Lock]()
         """Locks by container.  Each exists while it is held or waited for."""
+        self._networks = WeakValueDictionary[ContainerId, asyncio.Lock]()
 
     def is_held(self, id: ContainerId) -> bool:
-        """Return whether an operation on the container is running."""
-        lock = self._locks.get(id)
-        return lock is not None and lock.locked()
-
-    async def run(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of ``work``, run under the container's lock."""
-        try:
-            async with self.acquire(id):
-                return await work
-        finally:
-            work.close()  # never started if cancelled while it waited
+        """Return whether an operation on the container is running, or its networks change."""
+        locks = (self._operations.get(id), self._networks.get(id))
+        return any(lock is not None and lock.locked() for lock in locks)
 
     @asynccontextmanager
-    async def acquire(self, id: ContainerId) -> AsyncIterator[None]:
-        """Hold the container's lock for the block."""
-        lock = self._locks.setdefault(id, asyncio.Lock())
-        async with lock:
+    async def operation(self, id: ContainerId) -> AsyncIterator[None]:
+        """Hold the lock of the container's operations for the block."""
+        async with self._operations.setdefault(id, asyncio.Lock()):
+            yield
+
+    @asynccontextmanager
+    async def networks(self, id: ContainerId) -> AsyncIterator[None]:
+        """Hold the lock of the container's networks for the block."""
+        async with self._networks.setdefault(id, asyncio.Lock()):
             yield
 
 

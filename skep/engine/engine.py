@@ -7,26 +7,25 @@ Containers outlive this process: ``running()`` reads an earlier process's record
 the ends of the others.
 
 A task's container has its networks from creation to removal, a plain container while it runs, as in Docker.
-``lifecycle.py`` handles a container's life between two operations (its end, its adoption).
+``lifecycle/`` moves a container from state to state.
 """
 
 import asyncio
 import random
 import signal
-from collections import defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Iterator,
     Mapping,
     Sequence,
 )
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import TypeVar
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 import structlog
@@ -55,7 +54,8 @@ from skep.engine.files import Files
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
-from skep.engine.lifecycle import Lifecycle
+from skep.engine.lifecycle import life_events
+from skep.engine.lifecycle.driver import LifecycleDriver
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import with_attributes, with_tag
 from skep.engine.log_forwarding import LogForwarding
@@ -79,6 +79,20 @@ from skep.model.times import timestamp
 log = structlog.get_logger()
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def continuing(
+    work: "Callable[Concatenate[Engine, ContainerId, P], Coroutine[Any, Any, T]]",
+) -> "Callable[Concatenate[Engine, str, P], Coroutine[Any, Any, T]]":
+    """Let an operation continue without its caller if that is cancelled, as in Docker, until the engine ends."""
+
+    @wraps(work)
+    async def carry_out(self: "Engine", word: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        id = self.get(word).id
+        return await self.carry_out(work(self, id, *args, **kwargs), name=f"{work.__name__}-{id[:12]}")
+
+    return carry_out
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,8 +133,7 @@ class Engine:
         self._clock = clock
         self._config = config
         self._store = ContainerStore(self.bundles)
-        self._network_locks: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
-        lifecycle = self._lifecycle = Lifecycle(
+        self._lifecycle = LifecycleDriver(
             runtime=runtime,
             network=network,
             volumes=volumes,
@@ -130,9 +143,8 @@ class Engine:
             report_restore=config.report_restore,
         )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
-        self.networks = NetworkChanges(
-            self._store, self.bundles, network, self._network_locks, lifecycle.sandbox_locks, self.events
-        )
+        self.carry_out = self._lifecycle.carry_out
+        self.networks = NetworkChanges(self._store, self.bundles, network, self._lifecycle, self.events)
         self.files = Files(self._store.get, self._lifecycle.mount_root, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
@@ -329,14 +341,19 @@ class Engine:
                 container = await self.add(new)
             await self.volumes.fill(container.id, own, mounts, self.bundles.rootfs(container.id))
         except BaseException:
-            undoing = (
-                self.remove(container.id, with_volumes=True)
-                if container is not None
-                else self.volumes.remove_anonymous(own, self.list)
+            await self._undo(
+                self.volumes.remove_anonymous(own, self.list)
+                if container is None
+                else self.remove(container.id, with_volumes=True),
+                new.name,
             )
-            await run_to_end(isolate(undoing, "container not removed", name=new.name))
             raise
         return container
+
+    @staticmethod
+    async def _undo(work: Coroutine[Any, Any, None], name: str) -> None:
+        """Undo a part of a creation, even if the caller is cancelled again."""
+        await run_to_end(isolate(work, "container not removed", name=name))
 
     async def add(self, new: NewContainer) -> Container:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
@@ -362,11 +379,12 @@ class Engine:
         container = with_tag(container, self._config.hostname)
         self._store.add(container)
         try:
-            container = await self._lifecycle.prepare(container)
+            await self._lifecycle.prepare(container)
         except asyncio.CancelledError:  # the container may be complete
             if self.has(id):
-                await run_to_end(isolate(self.remove(id), "container not removed"))
+                await self._undo(self.remove(id), new.name)
             raise
+        container = self._store.require(id)
         self.events.publish("create", container)
         return container
 
@@ -387,35 +405,21 @@ class Engine:
         if container.plain is None:
             return await self._lifecycle.start(container.id, secret_env)
         self._restarts.reset(container.id)
-        plain = msgspec.structs.replace(container.plain, is_stopped=False, restarts=0)
-        self._store.change(container.id, plain=plain, is_at_rest=True)
+        self._lifecycle.note(container.id, life_events.UserStarts())
         try:
-            async with self._network_locks[container.id]:
-                return await self._lifecycle.start(container.id, secret_env)
+            return await self._lifecycle.start(container.id, secret_env)
         except SkepError:
-            if plain.auto_remove:
+            if container.plain.auto_remove:
                 await self.remove(container.id, force=True, with_volumes=True)
             raise
 
-    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start a plain container because of its restart policy.
+    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:
+        """Start a plain container because of its restart policy, unless it runs or the policy has changed.
 
-        Return False if it runs or its policy has changed.  ``ignore_stop`` starts it even if its user has stopped it.
-        Raises: NotFound; SkepError, OSError: it cannot be started.
+        ``ignore_stop`` starts it even if its user has stopped it.
+        Raises: NotFound; BeingRemoved; SkepError, OSError: it cannot be started.
         """
-        async with self._network_locks[id]:
-            container, plain = self._store.require_plain(self._store.require_startable(id).id)
-            if container.is_running or not (container.is_restarting or ignore_stop):
-                return False
-            if plain.is_stopped:
-                # In memory even if the disk is full: the restart is retried, and the user may stop it meanwhile.
-                plain = msgspec.structs.replace(plain, is_stopped=False)
-                self._store.observe(id, plain=plain)
-            try:
-                await self._lifecycle.start(id)
-            finally:  # not earlier: the container is restarting until it runs, even in its last attempt
-                self._store.count_restart(id)
-            return True
+        await self._lifecycle.restart(id, ignore_stop=ignore_stop)
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal (``SIGTERM``, ``TERM`` or ``15``) to the first process.
@@ -429,88 +433,45 @@ class Engine:
         if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
-            container = await self._end_restarting(container)
+            container = await self._lifecycle.end_restarting(container)
         if container.is_running:
             await self._lifecycle.signal(container, number)
 
-    async def stop(self, word: str, grace_s: float | None = None, signal_name: str = "") -> Container:
+    @continuing
+    async def stop(self, id: ContainerId, grace_s: float | None = None, signal_name: str = "") -> Container:
         """Send ``signal_name``, then SIGKILL after ``grace_s`` seconds.  Return when the container has ended.
 
         ``signal_name`` "" and ``grace_s`` None mean the container's own.  A negative grace period never kills.
-        Continues if the caller is cancelled.  Raises: NotFound; InvalidArgument: no such signal; Unavailable: it did
-        not end although it was killed (its end is recorded when it comes).
+        Raises: NotFound; InvalidArgument: no such signal; Unavailable: it did not end although it was killed (its end
+        is recorded when it comes).
         """
-        id = self.get(word).id
-        stopping = self._stop(id, grace_s, signal_name)
-        return await self._lifecycle.carry_out(stopping, name=f"stop-{id[:12]}")
+        return await self._stop(id, grace_s, signal_name)
 
+    @continuing
     async def stop_and_start(
-        self, word: str, grace_s: float | None = None, signal_name: str = ""
+        self, id: ContainerId, grace_s: float | None = None, signal_name: str = ""
     ) -> Container:
-        """Stop, if it runs, and start.  Continues if the caller is cancelled.  Raises: as ``stop`` and ``start``."""
-        id = self.get(word).id
-
-        async def both() -> Container:
-            await self._stop(id, grace_s, signal_name)
-            return await self.start(id)
-
-        return await self._lifecycle.carry_out(both(), name=f"restart-{id[:12]}")
+        """Stop, if it runs, and start.  Raises: as ``stop`` and ``start``."""
+        await self._stop(id, grace_s, signal_name)
+        return await self.start(id)
 
     async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
-        before = self.get(id)
-        config = before.config
+        config = self.get(id).config
         number = signal_number(signal_name or config.stop_signal or "SIGTERM")
-        container = await self._end_restarting(before)
-        if not container.is_running:
-            if before.is_restarting:
-                self.events.publish("stop", container)
-            return container
-        if grace_s is None:
-            grace_s = config.stop_grace_ns / 1e9
-        await self._lifecycle.signal(container, number)
-        try:
-            async with asyncio.timeout(grace_s if grace_s >= 0 else None):
-                ended = await self.wait(container.id)
-        except TimeoutError:
-            present = self._store.lookup(container.id)
-            ended = container if present is None else await self._lifecycle.kill(present)
-        self.events.publish("stop", ended)
-        return ended
+        grace_s = config.stop_grace_ns / 1e9 if grace_s is None else grace_s
+        return await self._lifecycle.stop(id, number, grace_s)
 
     def note_stopped(self, word: str) -> Container:
         """Record that its user has stopped a plain container: no policy restarts it.  Raises: NotFound."""
-        return self._store.note_stopped(self.get(word).id)
-
-    async def _end_restarting(self, container: Container) -> Container:
-        """Note a stop, and wait until a start by the restart policy has finished."""
-        noted = self._store.note_stopped(container.id)
-        if container.is_restarting:
-            async with self._network_locks[container.id]:  # ``restart`` holds it
-                noted = self._store.require(container.id)
-        return noted
+        return self._lifecycle.note(self.get(word).id, life_events.UserStops())
 
     async def pause(self, word: str) -> None:
         """Freeze the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-
-        async def pause(container: Container) -> None:
-            await self._runtime.pause(container.id)
-            paused = self._store.observe_running(container, state=ContainerState.PAUSED)
-            self.events.publish("pause", paused)
-
-        await self._in_run(self._require_running(word), pause)
+        await self._lifecycle.pause(self._require_running(word))
 
     async def unpause(self, word: str) -> None:
         """Resume the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        await self._in_run(self._require_running(word), self._lifecycle.resume)
-
-    async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
-        """Do ``work`` under the container's lock: runc would freeze a run that starts meanwhile."""
-
-        async def run_locked() -> None:
-            self._store.require_run(container)
-            await work(container)
-
-        await run_to_end(self._lifecycle.locks.run(container.id, run_locked()))
+        await self._lifecycle.unpause(self._require_running(word))
 
     # --- other operations ---------------------------------------------------------------------------------------
 
@@ -533,24 +494,23 @@ class Engine:
         resize_terminal(container.monitor, height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
-    async def update(self, word: str, change: updates.Change) -> Container:
+    @continuing
+    async def update(self, id: ContainerId, change: updates.Change) -> Container:
         """Change limits and the restart policy without a restart.
 
-        Continues if the caller is cancelled.  Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
+        Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
         """
-        id = self.get(word).id
-        work = updates.update(self._store, self._runtime, self.events, id, change)
-        updating = self._lifecycle.locks.run(id, work)
-        return await self._lifecycle.carry_out(updating, name=f"update-{id[:12]}")
+        work = partial(updates.update, self._store, self._runtime, self.events, id, change)
+        return await self._lifecycle.operate(id, work)
 
-    async def rename(self, word: str, name: str) -> None:
-        """Continues if the caller is cancelled.  Raises: InvalidArgument; as ``networks.rename``."""
-        container, _ = self._store.require_plain(word)
+    @continuing
+    async def rename(self, id: ContainerId, name: str) -> None:
+        """Raises: FailedPrecondition: it belongs to a task; InvalidArgument; as ``networks.rename``."""
+        container, _ = self._store.require_plain(id)
         chosen = create.checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
-        renaming = self.networks.rename(container.id, chosen)
-        await self._lifecycle.carry_out(renaming, name=f"rename-{container.id[:12]}")
+        await self.networks.rename(id, chosen)
 
     # --- remove -------------------------------------------------------------------------------------------------
 
@@ -561,25 +521,21 @@ class Engine:
         """
         await self._lifecycle.retire(self.get(word).id)
 
-    async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
+    @continuing
+    @timed("delete")
+    async def remove(self, id: ContainerId, *, force: bool = False, with_volumes: bool = False) -> None:
         """Remove a container, ``with_volumes`` also its anonymous volumes.  ``force`` kills it first.
 
-        Also deletes layers of removed images that were kept only for it.  Continues if the caller is cancelled.
+        Also deletes layers of removed images that were kept only for it.
         Raises: NotFound; StillRunning: it runs or is restarting, without ``force``; Unavailable: a part of it is left.
         """
-        container = self.get(word)
-        removal = self._remove(container, force=force, with_volumes=with_volumes)
-        await self._lifecycle.carry_out(removal, name=f"remove-{container.id[:12]}")
-
-    @timed("delete")
-    async def _remove(self, container: Container, *, force: bool, with_volumes: bool) -> None:
+        container = self._store.require(id)
         if force or not container.is_active:
             await self.log_forwarding.hold(container)
-        await self._lifecycle.remove(container.id, force=force)
-        self._restarts.reset(container.id)
-        self._network_locks.pop(container.id, None)
+        await self._lifecycle.remove(id, force=force)
+        self._restarts.reset(id)
         sweeping = self.images.sweep(self._images_in_use)
-        await isolate(sweeping, "unused layers not deleted", container=container.id)
+        await isolate(sweeping, "unused layers not deleted", container=id)
         if with_volumes:
             await self.volumes.remove_anonymous(container.config.mounts, self.list)
 

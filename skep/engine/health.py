@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
-import msgspec
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
@@ -127,11 +126,6 @@ def retries(config: HealthConfig) -> int:
     return config.retries if config.retries > 0 else _RETRIES
 
 
-def stopped(health: Health) -> Health:
-    """Return the state of a container that no longer runs: unhealthy, as in Docker."""
-    return msgspec.structs.replace(health, status=HealthStatus.UNHEALTHY)
-
-
 class HealthMonitor:
     """Probes running containers and keeps their health in their records.
 
@@ -153,9 +147,6 @@ class HealthMonitor:
         with suppress(Preempted, NotFound):
             await run_unless(self._probe_on(id), self._wait_ended(id))
         self._left.pop(id, None)  # a leftover probe ends with the container
-        container = self._store.lookup(id)
-        if container is not None and container.health is not None:
-            self._store.observe(id, health=stopped(container.health))
 
     async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
         """Return once the health is in ``wanted``, the container does not run, or at once without a health check.

@@ -5,14 +5,14 @@ daemon/rename.go.
 """
 
 import asyncio
-from collections import defaultdict
-from typing import Any
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.failures import isolate
-from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
 from skep.engine.container import BeingRemoved, Container, PlainOptions
@@ -27,6 +27,8 @@ from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 _BUILTIN = {mode.value: mode for mode in (NetworkMode.BRIDGE, NetworkMode.HOST, NetworkMode.NONE)}
 _HAS_ANOTHERS = (
     "container sharing network namespace with another container or host cannot be connected to any other "
@@ -36,6 +38,15 @@ _HAS_NONE = (
     "container cannot be connected to multiple networks with one of the networks in private (none) mode"
 )
 _HAS_THE_HOSTS = "container cannot be disconnected from host network or connected to host network"
+
+
+class Lives(Protocol):
+    """The driver's interface for changes of networks."""
+
+    locks: ContainerLocks
+
+    async def operate(self, id: ContainerId, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return the result of ``work``, the only operation on the container meanwhile.  It runs to its end."""
 
 
 class NetworkChanges:
@@ -50,21 +61,14 @@ class NetworkChanges:
         store: ContainerStore,
         bundles: Bundles,
         network: Networking,
-        locks: defaultdict[ContainerId, asyncio.Lock],
-        sandbox_locks: ContainerLocks,
+        lives: Lives,
         events: Events,
     ) -> None:
-        """Take the parts of one engine.
-
-        Args:
-            locks: Held while a container's networks change, also as a part of its start.
-            sandbox_locks: Taken after ``locks``.  The end of a run frees the networks that are recorded by then.
-        """
+        """Take the parts of one engine."""
         self._store = store
         self._bundles = bundles
         self._network = network
-        self._locks = locks
-        self._sandbox_locks = sandbox_locks
+        self._lives = lives
         self._events = events
 
     async def connect(self, word: str, request: EndpointRequest) -> None:
@@ -74,8 +78,11 @@ class NetworkChanges:
         networks; SkepError, in Docker's words.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id], self._sandbox_locks.acquire(container.id):
-            container, plain = self._require_kept(container.id)
+        await self._lives.operate(container.id, partial(self._connect, container.id, request))
+
+    async def _connect(self, id: ContainerId, request: EndpointRequest) -> None:
+        async with self._lives.locks.networks(id):
+            container, plain = self._require_kept(id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_HAS_ANOTHERS)
             builtin = _BUILTIN.get(request.network)
@@ -86,7 +93,7 @@ class NetworkChanges:
             if NetworkMode.NONE in (plain.mode, builtin):
                 raise FailedPrecondition(_HAS_NONE)
             if builtin is NetworkMode.BRIDGE:
-                await run_to_end(self._join_bridge(container, plain, request))
+                await self._join_bridge(container, plain, request)
                 return
             sandbox = None
             if container.is_running:
@@ -95,7 +102,7 @@ class NetworkChanges:
             elif any(one.network == request.network for one in plain.networks):
                 raise _is_there(container, request.network)
             networks = (*plain.networks, request)
-            await run_to_end(self._record(container, sandbox, networks=networks))
+            await self._record(container, sandbox, networks=networks)
             if sandbox is not None:
                 self._events.publish_network("connect", endpoint_network(sandbox.endpoints[-1]), container.id)
 
@@ -106,14 +113,17 @@ class NetworkChanges:
         FailedPrecondition: it is not connected; Forbidden: it shares another container's networks; SkepError.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id], self._sandbox_locks.acquire(container.id):
-            container, plain = self._require_kept(container.id)
+        await self._lives.operate(container.id, partial(self._disconnect, container.id, network, network_id))
+
+    async def _disconnect(self, id: ContainerId, network: str, network_id: str) -> None:
+        async with self._lives.locks.networks(id):
+            container, plain = self._require_kept(id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_not_there(container, network))
             if network in _BUILTIN:
-                await run_to_end(self._leave_builtin(container, plain, _BUILTIN[network]))
-                return
-            await run_to_end(self._leave(container, plain, network, network_id))
+                await self._leave_builtin(container, plain, _BUILTIN[network])
+            else:
+                await self._leave(container, plain, network, network_id)
 
     async def evict(self, container_id: ContainerId, network_id: str) -> None:
         """Disconnect a container from a network because the cluster reclaims its address."""
@@ -128,7 +138,10 @@ class NetworkChanges:
         Raises: NotFound; BeingRemoved; AlreadyExists: the name is taken; FailedPrecondition: the cluster uses its name;
         SkepError; OSError.
         """
-        async with self._locks[id], self._sandbox_locks.acquire(id):
+        return await self._lives.operate(id, partial(self._rename, id, name))
+
+    async def _rename(self, id: ContainerId, name: str) -> Container:
+        async with self._lives.locks.networks(id):
             before = self._store.require_kept(id, "container is marked for removal and cannot be renamed")
             sandbox = before.sandbox if before.is_running else None
             with self._store.renamed(id, name) as renamed:
@@ -138,7 +151,7 @@ class NetworkChanges:
                     raise
                 except BaseException:
                     back = self._network.rename(sandbox_config(before), sandbox)
-                    await run_to_end(isolate(back, "container rename not rolled back", container=id))
+                    await isolate(back, "container rename not rolled back", container=id)
                     raise
             self._events.publish("rename", renamed, oldName=f"/{before.name}")
             return renamed

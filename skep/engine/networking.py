@@ -1,12 +1,10 @@
 """The engine's interface for container networks, which the data plane implements."""
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from skep.engine.container import Container, ContainerState
+from skep.engine.container import Container
 from skep.engine.events import Events, NamedNetwork
-from skep.engine.processes import is_alive
 from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.sandbox import Endpoint, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
@@ -25,6 +23,9 @@ class Networking(Protocol):
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Prepare the node, keep the ``live`` sandboxes and free all others.  Raises: SkepError."""
+
+    def is_present(self, sandbox: Sandbox) -> bool:
+        """Return whether the sandbox's namespace exists."""
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
         """Create a network namespace with its endpoints and host-mode ports.  Raises: SkepError."""
@@ -98,13 +99,3 @@ def endpoint_network(endpoint: Endpoint) -> NamedNetwork:
     head = endpoint.config.head
     driver = head.parent.kind if head.parent is not None else "bridge" if head.is_of_node else "overlay"
     return NamedNetwork(head.id, head.name, driver)
-
-
-def has_sandbox(container: Container) -> bool:
-    """Return whether a container of an earlier process keeps its sandbox, because it runs or may still be started."""
-    return (
-        container.sandbox is not None
-        and container.state is not ContainerState.REMOVING
-        and os.path.ismount(container.sandbox.netns)
-        and (not container.was_started or (container.process is not None and is_alive(container.process)))
-    )

@@ -92,8 +92,8 @@ class Containers(Protocol):
     def get(self, word: str) -> Container:
         """Return a container.  Raises: NotFound."""
 
-    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start it by its policy.  Return False if it runs or its user has stopped it.
+    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:
+        """Start it by its policy, unless it runs or its user has stopped it.
 
         Raises: NotFound; BeingRemoved; SkepError; OSError.
         """

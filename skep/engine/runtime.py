@@ -37,11 +37,18 @@ from skep.engine.conmon import (
     plain,
     read_pid,
 )
-from skep.engine.container import Container, Interruption, ProcessName
+from skep.engine.container import Container, ContainerState, Interruption, ProcessName
 from skep.engine.exec_limits import held as open_files_held
 from skep.engine.limits import block_io, resources
 from skep.engine.machine import MachineOptions
-from skep.engine.processes import find, is_of_earlier_boot, kill_descendants, send_signal, wait_gone
+from skep.engine.processes import (
+    find,
+    is_alive,
+    is_of_earlier_boot,
+    kill_descendants,
+    send_signal,
+    wait_gone,
+)
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.engine.sealed_program import SealedProgram
 from skep.errors import Unavailable
@@ -197,6 +204,23 @@ class Runtime:
             pids = sorted(self.cgroups.pids(container))
         log.warning("leftover processes of an exited container killed", container=container.id, pids=pids)
         await self.delete(container)
+
+    def signal(self, process: ProcessName, number: int) -> None:
+        """Send a signal to exactly this process.  Does nothing if it has ended."""
+        send_signal(process, number)
+
+    def is_alive(self, process: ProcessName) -> bool:
+        """Return whether the process still runs."""
+        return is_alive(process)
+
+    def has(self, id: ContainerId) -> bool:
+        """Return whether runc has a container with this id, running or not."""
+        return self._state.has(id)
+
+    def is_frozen(self, container: Container) -> bool:
+        """Return whether a running container is frozen, as its record says if that cannot be read."""
+        found = self.cgroups.is_frozen(container)
+        return container.state is ContainerState.PAUSED if found is None else found
 
     async def pause(self, id: ContainerId) -> None:
         """Freeze the container.  Raises: RuntimeFailed."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -14,7 +14,6 @@ from skep.engine.container import (
     BeingRemoved,
     Container,
     ContainerState,
-    NotRunning,
     PlainOptions,
     WaitCondition,
 )
@@ -101,59 +100,40 @@ class ContainerStore:
         self._containers[container.id] = container
         self._ids_by_name[container.name] = container.id
 
-    def change(self, id: ContainerId, **fields: Any) -> Container:
-        """Replace fields of a record on disk and in memory, and wake waiters.  Raises: NotFound; OSError."""
-        container = msgspec.structs.replace(self.require(id), **fields)
+    def put(self, container: Container) -> None:
+        """Replace a record on disk and in memory, and wake waiters.  Raises: OSError: nothing has changed."""
         self._bundles.save(container)
-        self._containers[id] = container
-        self._pending.discard(id)
-        self._notify(id)
+        self._containers[container.id] = container
+        self._pending.discard(container.id)
+        self._notify(container.id)
+
+    def note(self, container: Container) -> None:
+        """Replace a record.  If it cannot be written, it counts all the same, and the write is retried."""
+        try:
+            self.put(container)
+        except OSError as error:
+            if container.id not in self._pending:  # once for as long as the disk refuses
+                log_error(error, "record not written", container=container.id)
+            self.keep(container)
+
+    def keep(self, container: Container) -> None:
+        """Replace a record in memory.  It is written in the background."""
+        self._containers[container.id] = container
+        self._pending.add(container.id)
+        self._unsaved.set()
+        self._notify(container.id)
+
+    def change(self, id: ContainerId, **fields: Any) -> Container:
+        """Replace fields of a record on disk and in memory.  Raises: NotFound; OSError."""
+        container = msgspec.structs.replace(self.require(id), **fields)
+        self.put(container)
         return container
 
     def observe(self, id: ContainerId, **fields: Any) -> Container:
-        """Do the same for an observed fact.  A failed write is retried in the background.
-
-        Raises: NotFound.
-        """
-        try:
-            return self.change(id, **fields)
-        except OSError as error:
-            log_error(error, "record not written", container=id)
-        container = self._containers[id] = msgspec.structs.replace(self._containers[id], **fields)
-        self._pending.add(id)
-        self._unsaved.set()
-        self._notify(id)
+        """Replace fields of a record by an observed fact.  A failed write is retried.  Raises: NotFound."""
+        container = msgspec.structs.replace(self.require(id), **fields)
+        self.note(container)
         return container
-
-    def observe_running(self, before: Container, **fields: Any) -> Container:
-        """Observe a fact of the run that ``before`` shows.  Writes nothing if that has ended.
-
-        Raises: NotFound; NotRunning: the run has ended.  Another one may have begun.
-        """
-        self.require_run(before)
-        return self.observe(before.id, **fields)
-
-    def require_run(self, before: Container) -> None:
-        """Raise NotRunning if the run that ``before`` shows has ended, even if another has begun.  Raises: NotFound."""
-        present = self.require(before.id)
-        if not present.is_running or present.process != before.process:
-            raise NotRunning(f"Container {before.id} is not running")
-
-    def note_stopped(self, id: ContainerId) -> Container:
-        """Record that a plain container's user has stopped it.  Leaves a task's unchanged.  Raises: NotFound."""
-        container = self.require(id)
-        plain = container.plain
-        if plain is None or plain.is_stopped:
-            return container
-        return self.observe(id, plain=msgspec.structs.replace(plain, is_stopped=True))
-
-    def count_restart(self, id: ContainerId) -> None:
-        """Record one more restart by the policy, if that can be written: a full disk does not use up attempts."""
-        container = self._containers.get(id)
-        if container is not None and container.plain is not None:
-            plain = msgspec.structs.replace(container.plain, restarts=container.plain.restarts + 1)
-            with suppress(OSError):
-                self.change(id, plain=plain, is_at_rest=False)
 
     async def run(self, clock: Clock) -> None:
         """Retry failed writes until cancelled."""

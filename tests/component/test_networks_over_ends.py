@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.engine import lifecycle
+from skep.dataplane.container_network import ContainerNetwork
 from skep.engine.conmon import StartError
 from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
@@ -460,7 +460,7 @@ async def test_the_next_node_process_frees_what_the_record_has(
         await first.connect(id, "front", "10.5.0.10")
         await first.connect(id, "over")
         before = first.held()
-    monkeypatch.setattr(lifecycle, "has_sandbox", lambda one: one.is_running)
+    monkeypatch.setattr(ContainerNetwork, "is_present", lambda *_: True)
     async with Lab(tmp_path, monkeypatch, machine, ports).running() as second:
         held = second.held()
         assert {**held, "wires": before["wires"]} == before

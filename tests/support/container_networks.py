@@ -19,14 +19,15 @@ from skep.dataplane.endpoint_allocation import EndpointAllocation
 from skep.dataplane.gateway import Gateway
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
-from skep.engine import lifecycle
 from skep.engine.container import Container, PlainOptions
+from skep.engine.lifecycle import driver
 from skep.errors import AlreadyExists, NotFound
 from skep.model.ids import ContainerId, NetworkId, TaskId, new_container_id
 from skep.model.sandbox import Endpoint, EndpointConfig, EndpointRequest, NetworkMode, PublishedPort, Sandbox
 from skep.model.service import PublishMode
 from skep.model.tables import NetworkHead, Segment
 from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.wire_rig import until
 
 PORT = ("tcp", 8080, "")
 OVERLAY = NetworkHead(id=NetworkId("over"), name="over", segments=(Segment("10.0.9.0/24", "10.0.9.1", 4097),))
@@ -176,7 +177,7 @@ class Lab:
             show_condition=lambda _: None,
         )
         self.engine = memory_engine(directory, machine, patch, network)
-        patch.setattr(lifecycle, "SWEEP_SECONDS", 1e9)  # leftovers must stay visible
+        patch.setattr(driver, "SWEEP_SECONDS", 1e9)  # leftovers must stay visible
         patch.setattr("skep.dataplane.gateway.apply_operations", nothing)
 
     @asynccontextmanager
@@ -212,9 +213,10 @@ class Lab:
         await self.engine.networks.connect(id, EndpointRequest(network=network, address=address))
 
     async def end(self, id: ContainerId) -> None:
-        """End its process, and return when that is recorded."""
+        """End its process, and return when that is recorded and its networks are free for others."""
         self.machine.end(id)
         await self.engine.wait(id)
+        await until(lambda: not self.engine._lifecycle.locks.is_held(id))
 
     def held(self) -> Mapping[str, object]:
         """Return what the parts of the data plane hold, with the owners, sorted."""

@@ -10,7 +10,7 @@ import pytest
 
 from skep.agent.executor.interface import Controller, Running, TaskExit
 from skep.aio.clock import SystemClock
-from skep.engine import lifecycle, overlay
+from skep.engine import overlay
 from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of
 from skep.engine.cgroups import Cgroups
@@ -57,10 +57,6 @@ class Machine:
     def end(self, id: str) -> None:
         self.ended[id].set()
 
-    def signal(self, process: ProcessName, number: int) -> bool:
-        self.end(self.by_pid[process.pid])
-        return True
-
 
 class MemoryRuntime:
     """Stub of ``Runtime``."""
@@ -72,6 +68,18 @@ class MemoryRuntime:
 
     def close(self) -> None:
         """Do nothing, because nothing is held."""
+
+    def signal(self, process: ProcessName, number: int) -> None:
+        self._machine.end(self._machine.by_pid[process.pid])
+
+    def has(self, id: ContainerId) -> bool:
+        return False
+
+    def is_alive(self, process: ProcessName) -> bool:
+        return not self._machine.ended[self._machine.by_pid[process.pid]].is_set()
+
+    def is_frozen(self, container: Container) -> bool:
+        return False
 
     async def create(self, container: Container) -> Started:
         self._machine.fault("create", container.id)
@@ -134,6 +142,9 @@ class MemoryNetwork:
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
         """Do nothing, because there are no names."""
 
+    def is_present(self, sandbox: Sandbox) -> bool:
+        return False
+
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         self._machine.fault("restore", "")
 
@@ -163,7 +174,6 @@ def memory_engine(
     """
     patch.setattr(overlay, "mount_layers", lambda *_: None)
     patch.setattr(syscalls, "unmount_if_mounted", lambda *_: None)
-    patch.setattr(lifecycle, "send_signal", machine.signal)
     cgroups = Cgroups("none")
     bundles = Bundles(
         directory / "containers",

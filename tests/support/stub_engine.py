@@ -75,6 +75,9 @@ class StubBundles:
     def release(self, id: ContainerId) -> None:
         pass
 
+    def is_mounted(self, id: ContainerId) -> bool:
+        return False
+
     async def discard(self, id: ContainerId) -> None:
         del self.saved[id]
 
@@ -95,6 +98,15 @@ class StubRuntime:
         self.during: Callable[[], Awaitable[object]] | None = None
         self.starts = self.frozen = 0
         self._exits: asyncio.Queue[Ended] = asyncio.Queue()
+
+    def signal(self, process: ProcessName, number: int) -> None:
+        """Do nothing, because the test ends processes."""
+
+    def has(self, id: ContainerId) -> bool:
+        return False
+
+    def is_frozen(self, container: Container) -> bool:
+        return container.state is ContainerState.PAUSED
 
     def end(self, exit_code: int = 0) -> None:
         self._exits.put_nowait(Ended(exit_code))
@@ -142,6 +154,9 @@ class StubNetwork:
     """Stub of the data plane that provides everything at once."""
 
     predefined_ids: Mapping[str, str] = {}
+
+    def is_present(self, sandbox: Sandbox) -> bool:
+        return False
 
     async def attach(self, config: object) -> Sandbox:
         return Sandbox(netns="/nonexistent")

@@ -15,13 +15,12 @@ from structlog.testing import capture_logs
 from sim.time import VirtualClock, VirtualLoop
 from skep.api import server
 from skep.api.versions import ApiVersion
-from skep.engine import lifecycle
 from skep.engine.api import containers
 from skep.engine.container import ContainerState, MountPoint
-from skep.engine.lifecycle import KILLED_S_MAX
+from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
-from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
+from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 Run: TypeAlias = Callable[[Body], None]
 
@@ -32,7 +31,7 @@ VOLUME = MountPoint(type="volume", name="v" * 64, source="", destination="/data"
 def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Those that were sent, with no effect."""
     sent: list[int] = []
-    monkeypatch.setattr(lifecycle, "send_signal", lambda process, number: sent.append(number))
+    monkeypatch.setattr(StubRuntime, "signal", lambda _, process, number: sent.append(number))
     return sent
 
 
@@ -70,7 +69,8 @@ def test_a_stop_whose_client_goes_kills_after_the_grace_period(simulated: Run, s
         assert signals == [signal.SIGTERM, signal.SIGKILL]
         await stubs.end(137)
         await asyncio.sleep(1)
-        assert [event.action for event in stubs.engine.events.recent(0)][-1] == "stop"
+        actions = [event.action for event in stubs.engine.events.recent(0) if event.type == "container"]
+        assert actions[-1] == "stop"
 
     simulated(body)
 

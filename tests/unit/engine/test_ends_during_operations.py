@@ -9,9 +9,8 @@ from typing import Any, TypeAlias
 import msgspec
 import pytest
 
-from skep.engine import lifecycle
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
-from skep.engine.lifecycle import KILLED_S_MAX
+from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
 from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
@@ -175,7 +174,7 @@ def test_a_stop_lets_a_paused_container_go_on_so_that_it_ends_by_its_signal(
     async def body(stubs: StubEngine) -> None:
         await stubs.engine.pause(ID)
         calls: list[object] = []
-        monkeypatch.setattr(lifecycle, "send_signal", lambda process, number: calls.append(number))
+        monkeypatch.setattr(stubs.runtime, "signal", lambda process, number: calls.append(number))
 
         async def resumed() -> None:
             calls.append("resume")
@@ -219,7 +218,7 @@ def test_nothing_is_kept_of_a_container_that_was_removed(simulated: Run) -> None
         await stubs.end()
         await stubs.engine.remove(ID)
         await asyncio.sleep(1)
-        assert not lifecycle.locks._locks
-        assert not lifecycle.sandbox_locks._locks
+        assert not lifecycle.locks._operations
+        assert not lifecycle.locks._networks
 
     simulated(body)

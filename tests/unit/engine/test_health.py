@@ -12,7 +12,6 @@ from skep.engine.health import (
     initial,
     interval_s,
     merged,
-    stopped,
     timeout_s,
 )
 from skep.model.container import HealthConfig
@@ -106,10 +105,6 @@ def test_a_starting_container_is_probed_more_often():
     assert interval_s(config, Health(), 3.0) == 1
     assert interval_s(config, Health(), 10.0) == 20
     assert interval_s(config, Health(status=HEALTHY), 3.0) == 20
-
-
-def test_a_container_that_stopped_is_unhealthy():
-    assert stopped(Health(status=HEALTHY)).status is UNHEALTHY
 
 
 @given(st.lists(st.integers(-1, 2), max_size=20), st.integers(1, 4))

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.engine import lifecycle
 from skep.engine.container import (
     BeingRemoved,
     Container,
@@ -90,7 +89,7 @@ async def test_a_start_that_waits_for_a_removal_takes_no_place(rig: Rig) -> None
     *stuck, other = await rig.containers(PLACES + 1)
     for one in stuck:
         await rig.started(one)
-    rig.patch.setattr(lifecycle, "send_signal", lambda *_: False)  # their processes do not even die
+    rig.patch.setattr(rig.engine._runtime, "signal", lambda *_: None)  # their processes do not even die
     removals = [asyncio.create_task(rig.engine.remove(one.id, force=True)) for one in stuck]
     await until(lambda: all(rig.engine._lifecycle.locks.is_held(one.id) for one in stuck))
     starts = [asyncio.create_task(rig.engine.start(one.id)) for one in stuck]

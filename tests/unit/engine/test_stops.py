@@ -13,10 +13,9 @@ from msgspec.structs import replace
 from skep.api import server
 from skep.api.errors import Untranslated
 from skep.api.versions import ApiVersion
-from skep.engine import lifecycle
 from skep.engine.api import containers
 from skep.engine.container import Container, ContainerConfig, PlainOptions
-from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
+from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 DAY_S = 86_400
 Run: TypeAlias = Callable[[Body, Container], None]
@@ -26,7 +25,7 @@ Run: TypeAlias = Callable[[Body, Container], None]
 def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Those that were sent, with no effect."""
     sent: list[int] = []
-    monkeypatch.setattr(lifecycle, "send_signal", lambda process, number: sent.append(number))
+    monkeypatch.setattr(StubRuntime, "signal", lambda _, process, number: sent.append(number))
     return sent
 
 

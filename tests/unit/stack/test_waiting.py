@@ -73,7 +73,9 @@ async def test_an_error_has_the_causes_of_all_services_that_are_not_done() -> No
     with pytest.raises(Unavailable, match=words):
         await wait_done(list(looks), look, lambda *_: None)
     looks |= {f"s{number}": ServiceProgress("0 of 1 tasks run", "exit 2") for number in range(7)}
-    with pytest.raises(Unavailable, match=r"s3: 0 of 1 tasks run: exit 2; and 3 more\. Run skep explain web\.$"):
+    with pytest.raises(
+        Unavailable, match=r"s3: 0 of 1 tasks run: exit 2; and 3 more\. Run skep explain web\.$"
+    ):
         await wait_done(list(looks), look, lambda *_: None)
 
 

@@ -1,0 +1,104 @@
+"""Faults of a node: each call to runtime, network, volumes or disk may fail, hang, or be the last of its process."""
+
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum
+from random import Random
+from typing import TypeVar
+
+from skep.aio.clock import Clock
+from skep.engine.conmon import RuntimeFailed
+from skep.errors import Unavailable
+
+T = TypeVar("T")
+
+HANGS_S = (5.0, 30.0, 60.0)
+"""Durations of calls that hang.  The longest is the deadline of a runc command."""
+LATENCY_S = 0.02
+
+
+class Crash(BaseException):
+    """The node process has ended.  No cleanup of it reaches the world."""
+
+
+class Fate(Enum):
+    """What happens to one call."""
+
+    CRASH_BEFORE = "crash before"
+    CRASH_AFTER = "crash after"
+    FAIL_BEFORE = "failure before"
+    FAIL_AFTER = "failure after"
+    HANG = "hang"
+
+
+SHORT = (Fate.CRASH_BEFORE, Fate.CRASH_AFTER, Fate.FAIL_BEFORE)
+"""Fates of calls that do not wait.  They are done or not."""
+
+
+class Faults:
+    """Draws the fate of each call.
+
+    Args:
+        rate: Share of the calls that meet a fault.
+    """
+
+    def __init__(self, random: Random, clock: Clock, rate: float) -> None:
+        self._random = random
+        self._clock = clock
+        self.rate = rate
+        self.seen = Counter[tuple[str, Fate]]()
+        """Faults by call."""
+        self.on_crash: Callable[[], None] = lambda: None
+
+    async def call(self, alive: Callable[[], bool], name: str, do: Callable[[], T]) -> T:
+        """Return the result of a call that takes time.  Raises: Crash; Unavailable; RuntimeFailed."""
+        self._require(alive())
+        fate = self._fate(name, tuple(Fate))
+        self._crash_if(fate is Fate.CRASH_BEFORE)
+        await self._clock.sleep(self._random.random() * LATENCY_S)
+        self._require(alive())
+        match fate:
+            case Fate.FAIL_BEFORE:
+                raise RuntimeFailed(f"{name} refused")
+            case Fate.HANG:
+                does, seconds = self._random.random() < 0.5, self._random.choice(HANGS_S)
+                await self._clock.sleep(seconds / 2)
+                self._require(alive())
+                if does:
+                    do()
+                await self._clock.sleep(seconds / 2)
+                self._require(alive())
+                raise Unavailable(f"{name} did not end in time")
+        result = do()
+        self._crash_if(fate is Fate.CRASH_AFTER)
+        if fate is Fate.FAIL_AFTER:
+            raise Unavailable(f"the answer of {name} was lost")
+        return result
+
+    def call_now(self, alive: bool, name: str, do: Callable[[], T]) -> T:
+        """Return the result of a call that takes no time.  Raises: Crash; OSError."""
+        self._require(alive)
+        fate = self._fate(name, SHORT)
+        self._crash_if(fate is Fate.CRASH_BEFORE)
+        if fate is Fate.FAIL_BEFORE:
+            raise OSError(28, "No space left on device")
+        result = do()
+        self._crash_if(fate is Fate.CRASH_AFTER)
+        return result
+
+    def _fate(self, name: str, fates: tuple[Fate, ...]) -> Fate | None:
+        if self._random.random() >= self.rate:
+            return None
+        fate = self._random.choice(fates)
+        self.seen[name, fate] += 1
+        return fate
+
+    def _crash_if(self, crashes: bool) -> None:
+        if crashes:
+            self.on_crash()
+            raise Crash
+
+    @staticmethod
+    def _require(alive: bool) -> None:
+        if not alive:
+            raise Crash

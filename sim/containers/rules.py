@@ -1,0 +1,153 @@
+"""Rules that hold for the containers of a node once faults and requests have ended."""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from sim.containers.node import WARNINGS, is_up
+from sim.containers.world import World
+from skep.engine.container import Container, ContainerState
+from skep.model.ids import ContainerId
+
+STARTING = frozenset({"start", "restart"})
+STOPPING = frozenset({"stop", "kill"})
+DECISIVE = STARTING | STOPPING | {"remove"}
+"""Requests that decide whether a container runs."""
+
+
+class Request(msgspec.Struct):
+    """One request of a user."""
+
+    kind: str
+    id: ContainerId
+    issued_s: float
+    starts_before: int = 0
+    """Runs of the container so far."""
+    ended_s: float = float("inf")
+    outcome: str = "unknown"
+    """``done``, ``refused``, or ``unknown`` after a crash or a disconnect."""
+
+    def overlaps(self, other: "Request") -> bool:
+        """Return whether both were in progress at one time."""
+        return self.issued_s <= other.ended_s and other.issued_s <= self.ended_s
+
+
+def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
+    """Yield resources without an owner, and missing resources of a container."""
+    by_id = {one.id: one for one in containers}
+    live = {id for id, one in by_id.items() if is_up(one)}
+    removing = {id for id, one in by_id.items() if one.state is ContainerState.REMOVING}
+    created = {id for id, one in by_id.items() if one.state is ContainerState.CREATED and not one.is_retired}
+    retried = {id for _, id in world.unfreed if id in by_id}
+    for what, owners, found in (
+        ("directory", by_id.keys(), world.directories),
+        ("record on disk", by_id.keys(), world.records.keys()),
+        ("process", live | retried | removing, world.processes.keys()),
+        ("cgroup", live | retried | removing, world.cgroups),
+        ("namespace", live | removing | created, world.namespaces),
+        ("root", live | retried | removing | created, world.roots),
+        ("volume", live, world.volumes),
+        ("port", live | removing | created, set(world.ports.values())),
+    ):
+        yield from (f"a {what} of {id[:4]} has no owner" for id in sorted(found - owners))
+    for id in sorted(by_id.keys() - removing - world.records.keys()):
+        yield f"{id[:4]} has no record on disk"
+    for id, one in by_id.items():
+        if one != world.records.get(id, one):
+            yield f"the record of {id[:4]} on disk is an older one"
+    for id in sorted(removing):
+        if ("directory", id) not in world.unfreed:
+            yield f"{id[:4]} is being removed for ever"
+        if not by_id[id].error:
+            yield f"{id[:4]} does not say why it is not removed"
+    for id in sorted(live):
+        if by_id[id].warnings != WARNINGS:
+            yield f"{id[:4]} lacks the warnings of its preparation"
+        process = world.processes.get(id)
+        if process is None or process.exit_code is not None or process.name != by_id[id].process:
+            yield f"{id[:4]} is recorded as {by_id[id].state.value} and has no process"
+        elif process.is_frozen != (by_id[id].state is ContainerState.PAUSED):
+            yield f"{id[:4]} is recorded as {by_id[id].state.value} and is not"
+        for what, found in (
+            ("namespace", world.namespaces),
+            ("root", world.roots),
+            ("volume", world.volumes),
+        ):
+            if id not in found:
+                yield f"{id[:4]} runs without its {what}"
+
+
+def unwanted(
+    world: World, containers: Sequence[Container], requests: Sequence[Request], crashes_s: Sequence[float]
+) -> Iterator[str]:
+    """Yield containers that are not as their user's last request and their restart policy want them."""
+    by_id = {one.id: one for one in containers}
+    for id in sorted({one.id for one in requests}):
+        own = sorted((one for one in requests if one.id == id), key=lambda one: one.issued_s)
+        decisive = [one for one in own if one.kind in DECISIVE]
+        for number, one in enumerate(decisive):
+            if not _is_alone(one, decisive) or one.outcome != "done":
+                continue
+            later = next((other for other in decisive[number + 1 :] if other.kind in STARTING), None)
+            runs = world.starts[id] if later is None else later.starts_before
+            if one.kind in STOPPING and not _starts_at_boot(by_id.get(id), one, later, crashes_s):
+                if runs > one.starts_before + _running_start(one):
+                    yield f"{id[:4]} was started after its user had stopped it"
+                if number == len(decisive) - 1 and id in by_id and by_id[id].is_active:
+                    yield f"{id[:4]} runs although its user has stopped it"
+            if one.kind == "remove" and id in by_id:
+                yield f"{id[:4]} exists although its user has removed it"
+        yield from _kept_going(by_id.get(id), decisive)
+        yield from _restarts(world, id, decisive, by_id.get(id), len(crashes_s))
+
+
+def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Iterator[str]:
+    """Yield if a container that its policy always restarts has ended although its user has started it last."""
+    if container is None or container.plain is None or not decisive or container.is_active:
+        return
+    last = decisive[-1]
+    is_last = _is_alone(last, decisive)
+    always = container.plain.restart.name in ("always", "unless-stopped")
+    if always and is_last and last.kind in STARTING and last.outcome == "done":
+        yield f"{container.id[:4]} has ended, and its policy does not restart it"
+
+
+def _restarts(
+    world: World, id: ContainerId, decisive: Sequence[Request], container: Container | None, crashes: int
+) -> Iterator[str]:
+    """Yield if a container was started more often than its user and its policy wanted."""
+    if container is None or not decisive:
+        return
+    by_user = sum(one.kind in STARTING for one in decisive)
+    plain = container.plain
+    name = "no" if plain is None else plain.restart.name
+    tries = plain.restart.attempts_max if plain is not None else 0
+    most = {"no": by_user, "on-failure": by_user * (tries + 1) + crashes}.get(name)
+    if most is not None and world.starts[id] > most:
+        yield f"{id[:4]} was started {world.starts[id]} times, {most} at most by its user and policy {name}"
+    last = decisive[-1]
+    if name == "on-failure" and last.kind in STARTING and _is_alone(last, decisive):
+        runs = world.starts[id] - last.starts_before
+        if runs > tries + 1 + crashes:
+            yield f"{id[:4]} was started {runs} times since its user did, and its policy has {tries} attempts"
+
+
+def _is_alone(request: Request, others: Sequence[Request]) -> bool:
+    """Return whether no other request was in progress at the same time."""
+    return not any(request.overlaps(other) for other in others if other is not request)
+
+
+def _running_start(_: Request) -> int:
+    """Return the runs that may begin during a stop: a start by the policy that the stop waits for."""
+    return 1
+
+
+def _starts_at_boot(
+    container: Container | None, stop: Request, later: Request | None, crashes_s: Sequence[float]
+) -> bool:
+    """Return whether the policy ``always`` may have started a container because a node process began."""
+    until = float("inf") if later is None else later.issued_s
+    is_always = container is None or (
+        container.plain is not None and container.plain.restart.name == "always"
+    )
+    return is_always and any(stop.issued_s <= at <= until for at in crashes_s)

@@ -1,0 +1,308 @@
+"""One simulated life of a node's containers: users, restart policies, faults and crashes; then all is as it should be.
+
+``simulate(seed)`` returns all violations.  The same seed produces the same run.
+"""
+
+import asyncio
+import traceback
+import warnings
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+from sim.containers.faults import Crash, Faults
+from sim.containers.node import NodeProcess, port_of
+from sim.containers.rules import Request, leftovers, unwanted
+from sim.containers.world import World
+from sim.run import RunResult
+from sim.time import VirtualClock, VirtualLoop
+from skep.engine.container import (
+    Container,
+    ContainerConfig,
+    NewContainer,
+    PlainOptions,
+    RestartPolicy,
+)
+from skep.engine.restart import LONGEST_DELAY_S
+from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError
+from skep.model.ids import ContainerId
+from skep.model.sandbox import NetworkMode
+
+CLIENTS = 3
+STEPS = 8
+"""Requests of each client."""
+CONTAINERS = 2
+"""Containers that exist at one time."""
+PAUSES_S = (0.0, 0.01, 0.1, 1.0, 8.0)
+RATES = (0.0, 0.02, 0.06, 0.15)
+DISCONNECTS = 0.15
+"""Share of the requests whose client disconnects."""
+REQUEST_S_MAX = 600.0
+"""Time within which a request ends, whatever hangs."""
+SETTLED_S = 150.0
+"""Time from the last fault and request until the rules must hold: sweeps, and the longest delay of a restart."""
+UNLOCKED_S = 10
+"""Seconds within which an operation without faults ends."""
+TURNS_MAX = 100_000
+POLICIES = ("no", "always", "unless-stopped", "on-failure")
+KINDS = (
+    *("start", "start", "start", "stop", "stop", "kill", "restart"),
+    *("pause", "pause", "unpause", "remove", "force", "rename", "update", "retire"),
+)
+
+
+def simulate(seed: int, steps: int = STEPS) -> RunResult:
+    """Run the simulation of ``seed``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # coroutines of a crashed process that never began
+        run = Run(seed, steps)
+        try:
+            return run.result()
+        finally:
+            run.close()
+
+
+class Run:
+    """One run."""
+
+    def __init__(self, seed: int, steps: int) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.loop = VirtualLoop(TURNS_MAX, seed)
+        self.loop.set_exception_handler(lambda *_: None)  # errors of crashed processes
+        self.clock = VirtualClock(self.loop)
+        self.world = World(self.loop, Random(seed + 1))
+        self.faults = Faults(Random(seed + 2), self.clock, self.random.choice(RATES))
+        self.steps = steps
+        self.requests: list[Request] = []
+        self.crashes_s: list[float] = []
+        self.violations: list[str] = []
+        self.trace: list[str] = []
+        self.node: NodeProcess | None = None
+        self.ready = asyncio.Event()
+        self._own: set[asyncio.Task[Any]] = set()
+        """Tasks that do not belong to a node process."""
+        self._ids: list[ContainerId] = []
+
+    def result(self) -> RunResult:
+        try:
+            self.loop.run_until_complete(self._whole())
+        except Exception:
+            self.violations.append(traceback.format_exc())
+        return RunResult(self.seed, [*self.violations, *self.world.violations], self.trace)
+
+    def close(self) -> None:
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        with suppress(BaseException):
+            self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    async def _whole(self) -> None:
+        self._adopt_task(asyncio.current_task())
+        supervisor = self._adopt_task(asyncio.create_task(self._supervise()))
+        users = [self._adopt_task(asyncio.create_task(self._use(number))) for number in range(CLIENTS)]
+        _, stuck = await asyncio.wait(users, timeout=CLIENTS * self.steps * REQUEST_S_MAX)
+        self.faults.rate = 0.0
+        if stuck:
+            self.violations.append(f"{len(stuck)} clients wait for ever")
+        await asyncio.wait([supervisor], timeout=SETTLED_S)
+        await self._check()
+        supervisor.cancel()
+        if self.node is not None:
+            self.node.crash()
+            await self._end_all()
+
+    async def _check(self) -> None:
+        assert self.node is not None, "it is running"
+        engine = self.node.engine
+        before = dict(self.world.attempts)
+        waiting = [one.id for one in engine.list() if one.is_restarting]
+        await self.clock.sleep(LONGEST_DELAY_S + 10.0)
+        for id in waiting:
+            present = engine.get(id)
+            if present.is_restarting and self.world.attempts[id] == before.get(id, 0):
+                self.violations.append(f"{id[:4]} is not restarted by its policy")
+        await self._calm()
+        self.violations += leftovers(self.world, engine.list())
+        self.violations += unwanted(self.world, engine.list(), self.requests, self.crashes_s)
+        for id in self._ids:
+            for _ in range(UNLOCKED_S):  # its policy may start it at this moment
+                if not engine._lifecycle.locks.is_held(id):
+                    break
+                await self.clock.sleep(1.0)
+            else:
+                self.violations.append(f"{id[:4]} is locked")
+
+    async def _calm(self) -> None:
+        """Wait until nothing starts or ends at the moment."""
+        for _ in range(200):
+            processes = self.world.processes.values()
+            if all(one.exit_code is None and one.is_started for one in processes):
+                await self.clock.sleep(0.2)
+                if all(one.exit_code is None and one.is_started for one in processes):
+                    return
+            await self.clock.sleep(0.05)
+
+    async def _supervise(self) -> None:
+        """Run one node process after the other."""
+        while True:
+            node = NodeProcess(self.world, self.faults, self.clock, self.random)
+            self.faults.on_crash = node.crash
+            self.node, self.ready = node, asyncio.Event()
+            running = asyncio.create_task(node.run(self.ready))
+            crashed = self._adopt_task(asyncio.create_task(node.crashed.wait()))
+            await asyncio.wait([running, crashed], return_when=asyncio.FIRST_COMPLETED)
+            if not node.is_alive:
+                self._note("crash")
+                self.crashes_s.append(self.loop.time())
+            elif running.done() and not running.cancelled():
+                self.violations.append(f"the engine ended: {running.exception()!r}")
+                node.crash()
+            await self._end_all()
+            await self.clock.sleep(self.random.choice(PAUSES_S))
+
+    async def _end_all(self) -> None:
+        """End the tasks of a crashed process."""
+        for _ in range(50):
+            left = [one for one in asyncio.all_tasks() if one not in self._own]
+            if not left:
+                return
+            for task in left:
+                task.cancel()
+            await asyncio.sleep(0)
+
+    def _adopt_task(self, task: "asyncio.Task[Any] | None") -> "asyncio.Task[Any]":
+        assert task is not None, "called in a task"
+        self._own.add(task)
+        task.add_done_callback(self._own.discard)
+        return task
+
+    def _note(self, text: str) -> None:
+        self.trace.append(f"{self.loop.time():9.3f} {text}")
+
+    # --- users --------------------------------------------------------------------------------------------------
+
+    async def _use(self, number: int) -> None:
+        for _ in range(self.steps):
+            await self.clock.sleep(self.random.choice(PAUSES_S) * self.random.random())
+            while not self.ready.is_set() or self.node is None or not self.node.is_alive:
+                await self.clock.sleep(0.05)
+            node = self.node
+            if len(self._ids) < CONTAINERS:
+                await self._create(node, number)
+            else:
+                kind = self.random.choice(KINDS)
+                await self._request(node, kind, self.random.choice(self._ids))
+
+    async def _create(self, node: NodeProcess, number: int) -> None:
+        policy = self.random.choice(POLICIES)
+        restart = RestartPolicy(name=policy, attempts_max=2 if policy == "on-failure" else 0)
+        plain = PlainOptions(mode=NetworkMode.BRIDGE, restart=restart)
+        is_task = self.random.random() < 0.35
+        config = ContainerConfig(path="x", ports=port_of(self.random.choice((0, 80, 81))))
+        name = f"c{number}-{self.random.getrandbits(32):x}"
+        new = NewContainer(
+            name=name, image="i", image_id="i", layers=(), config=config, plain=None if is_task else plain
+        )
+        created = await self._ask(node, f"create {name}", node.engine.add(new))
+        if isinstance(created, Container):
+            if node.is_alive and created.id not in self.world.roots:
+                self.violations.append(f"{created.id[:4]} was created without its root")
+            self._ids.append(created.id)
+            self.world.behaviors[created.id] = self.random.choice((0.0, 0.3, 1.0))
+
+    async def _request(self, node: NodeProcess, kind: str, id: ContainerId) -> None:
+        engine = node.engine
+        shown = "remove" if kind == "force" else kind
+        request = Request(shown, id, self.loop.time(), self.world.starts[id])
+        self.requests.append(request)
+        works: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "start": lambda: engine.start(id, secret_env=("A=b",) if len(self.requests) % 2 else ()),
+            "stop": lambda: engine.stop(id, self.random.choice((0.0, 1.0, 10.0))),
+            "kill": lambda: self._kill(node, id),
+            "restart": lambda: engine.stop_and_start(id, 1.0),
+            "pause": lambda: engine.pause(id),
+            "unpause": lambda: engine.unpause(id),
+            "remove": lambda: engine.remove(id),
+            "force": lambda: engine.remove(id, force=True),
+            "retire": lambda: engine.retire(id),
+            "rename": lambda: engine.rename(id, f"r{self.random.getrandbits(32):x}"),
+            "update": lambda: engine.update(id, lambda one: one),
+        }
+        runs = self._is_up(id)
+        outcome = await self._ask(node, f"{kind} {id[:4]}", works[kind]())
+        if isinstance(outcome, bool) and node.is_alive and self._is_alone(request):
+            self._check_frozen(kind, id)
+        is_told = kind == "start" and isinstance(outcome, Container)
+        if is_told and not runs and self.world.starts[id] == request.starts_before:
+            self.violations.append(f"{id[:4]} was not started, and its user was told that it was")
+        if isinstance(outcome, NotFound) and id in self._ids:
+            self._ids.remove(id)
+        request.outcome = "refused" if isinstance(outcome, Exception) else (outcome and "done") or "unknown"
+        if request.outcome != "unknown":
+            request.ended_s = self.loop.time()
+        if shown == "remove" and request.outcome == "done" and id in self._ids:
+            self._ids.remove(id)
+
+    def _is_alone(self, request: Request) -> bool:
+        """Return whether no other request of its container was in progress at the same time."""
+        own = [one for one in self.requests if one.id == request.id and one is not request]
+        return not any(one.overlaps(request) for one in own)
+
+    def _check_frozen(self, kind: str, id: ContainerId) -> None:
+        process = self.world.processes.get(id)
+        if process is None or process.exit_code is not None or kind not in ("pause", "unpause"):
+            return
+        if process.is_frozen != (kind == "pause"):
+            self.violations.append(f"{id[:4]}: its user was told of a {kind} that was not done")
+
+    def _is_up(self, id: ContainerId) -> bool:
+        process = self.world.processes.get(id)
+        return process is not None and process.is_started
+
+    async def _kill(self, node: NodeProcess, id: ContainerId) -> None:
+        await node.engine.kill(id)
+        await node.engine.wait(id)
+
+    async def _ask(self, node: NodeProcess, text: str, work: Coroutine[Any, Any, Any]) -> Any:
+        """Return the result of a request, its error, or None if it is unknown."""
+        task = asyncio.create_task(work)
+        if self.random.random() < DISCONNECTS:
+            await self.clock.sleep(self.random.choice(PAUSES_S) * self.random.random())
+            task.cancel()
+        crashed = self._adopt_task(asyncio.create_task(node.crashed.wait()))
+        done, _ = await asyncio.wait(
+            [task, crashed], timeout=REQUEST_S_MAX, return_when=asyncio.FIRST_COMPLETED
+        )
+        crashed.cancel()
+        if not done:
+            self.violations.append(f"{text} does not end")
+            task.cancel()
+        outcome: Any = None
+        if task.done() and not task.cancelled():
+            error = task.exception()
+            outcome = error if error is not None else task.result() or True
+        if isinstance(outcome, Crash):
+            outcome = None
+        if isinstance(outcome, Exception) and not isinstance(outcome, SkepError | OSError):
+            self.violations.append(f"{text}: {outcome!r}")
+        # A process may have ended before its record says so.
+        is_expected = (
+            self.faults.rate > 0
+            or isinstance(outcome, AlreadyExists | NotFound | FailedPrecondition)
+            or "no running process" in str(outcome)
+        )
+        if isinstance(outcome, Exception) and not is_expected:
+            self.violations.append(f"{text} failed without a fault: {outcome}")
+        result = "unknown" if outcome is None else outcome if isinstance(outcome, Exception) else "done"
+        self._note(f"{text}: {result}")
+        return outcome
+
+
+def failing(seeds: Sequence[int]) -> list[RunResult]:
+    """Return the runs with violations."""
+    return [result for result in map(simulate, seeds) if result.violations]

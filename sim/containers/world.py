@@ -1,0 +1,142 @@
+"""What outlives the node process: processes, control groups, namespaces, ports, mounts and files."""
+
+import asyncio
+from collections import Counter, defaultdict
+from random import Random
+
+from sim.time import VirtualLoop
+from skep.engine.container import Container, ContainerState, ProcessName
+from skep.model.ids import ContainerId
+
+LIVES_S = (0.5, 3.0, 12.0, 40.0)
+"""Lengths of runs that end by themselves."""
+TERM_S = 3.0
+"""Longest time from SIGTERM to the end of a process that obeys."""
+
+
+class Process:
+    """The first process of a container."""
+
+    def __init__(self, name: ProcessName) -> None:
+        self.name = name
+        self.is_started = self.is_frozen = False
+        self.pending: int | None = None
+        """Exit code of a signal that waits for the thaw."""
+        self.exit_code: int | None = None
+        self.ended = asyncio.Event()
+
+
+class World:
+    """One machine.  ``violations`` are broken rules that show during a call."""
+
+    def __init__(self, loop: VirtualLoop, random: Random) -> None:
+        self._loop = loop
+        self._random = random
+        self._pids = 1000
+        self.processes: dict[ContainerId, Process] = {}
+        """Containers that runc knows, with an ended process until they are deleted."""
+        self.exits: dict[ProcessName, int] = {}
+        self.cgroups: set[ContainerId] = set()
+        self.namespaces: set[ContainerId] = set()
+        self.ports: dict[int, ContainerId] = {}
+        self.roots: set[ContainerId] = set()
+        self.volumes: set[ContainerId] = set()
+        """Users for which volumes are mounted."""
+        self.directories: set[ContainerId] = set()
+        self.records: dict[ContainerId, Container] = {}
+        self.starts = Counter[ContainerId]()
+        self.attempts = Counter[ContainerId]()
+        """Starts that came as far as the networks, where another container may have the port."""
+        self.behaviors: defaultdict[ContainerId, float] = defaultdict(float)
+        """Chance that a run ends by itself."""
+        self.unfreed: set[tuple[str, ContainerId]] = set()
+        """What could not be freed at the last attempt.  Its container's record stays, and a later attempt follows."""
+        self.violations: list[str] = []
+
+    # --- processes ----------------------------------------------------------------------------------------------
+
+    def create(self, id: ContainerId) -> Process:
+        self._require_kept(id, "created")
+        if id in self.processes:
+            raise RuntimeError(f"container with id {id[:4]} already exists")
+        if id not in self.namespaces or id not in self.roots:
+            self.violations.append(f"{id[:4]} was created without its namespace or root")
+        self._pids += 1
+        process = self.processes[id] = Process(ProcessName(self._pids, 1, "boot"))
+        self.cgroups.add(id)
+        return process
+
+    def start(self, id: ContainerId) -> None:
+        self._require_kept(id, "started")
+        process = self.processes[id]
+        process.is_started = True
+        self.starts[id] += 1
+        if self._random.random() < self.behaviors[id]:
+            length = self._random.choice(LIVES_S) * self._random.random()
+            self._loop.call_later(length, self.end, process, self._random.choice((0, 1, 3, 3)))
+
+    def signal(self, name: ProcessName, number: int) -> None:
+        for process in self.processes.values():
+            if process.name == name and process.exit_code is None:
+                if number == 9:
+                    self._loop.call_later(0.01, self._kill, process)
+                elif self._random.random() < 0.7:  # others ignore it
+                    self._loop.call_later(self._random.random() * TERM_S, self.end, process, 143)
+
+    def end(self, process: Process, code: int) -> None:
+        if process.is_frozen:
+            process.pending = code
+        elif process.exit_code is None:
+            process.exit_code = self.exits[process.name] = code
+            process.ended.set()
+
+    def _kill(self, process: Process) -> None:
+        process.is_frozen = False
+        self.end(process, 137)
+
+    def set_frozen(self, id: ContainerId, *, is_frozen: bool) -> None:
+        process = self.processes.get(id)
+        if process is None or process.exit_code is not None:
+            raise RuntimeError("no running process")
+        process.is_frozen = is_frozen
+        if not is_frozen and process.pending is not None:
+            self.end(process, process.pending)
+
+    def delete(self, id: ContainerId) -> None:
+        process = self.processes.pop(id, None)
+        if process is not None:
+            self._kill(process)
+        self.cgroups.discard(id)
+
+    # --- networks -----------------------------------------------------------------------------------------------
+
+    def attach(self, id: ContainerId, port: int) -> None:
+        self._require_kept(id, "attached to networks")
+        self.attempts[id] += 1
+        owner = self.ports.get(port)
+        if owner not in (None, id):
+            raise RuntimeError(f"port {port} is taken by {str(owner)[:4]}")
+        self.namespaces.add(id)
+        if port:
+            self.ports[port] = id
+
+    def detach(self, id: ContainerId) -> None:
+        self.namespaces.discard(id)
+        self.ports = {port: owner for port, owner in self.ports.items() if owner != id}
+
+    # --- disk ---------------------------------------------------------------------------------------------------
+
+    def save(self, container: Container) -> None:
+        if container.id not in self.directories:
+            raise FileNotFoundError(2, "No such file or directory")
+        self.records[container.id] = container
+
+    def discard(self, id: ContainerId) -> None:
+        self.roots.discard(id)
+        self.directories.discard(id)
+        self.records.pop(id, None)
+
+    def _require_kept(self, id: ContainerId, what: str) -> None:
+        record = self.records.get(id)
+        if record is not None and record.state is ContainerState.REMOVING:
+            self.violations.append(f"{id[:4]} was {what} while it is being removed")

@@ -1,0 +1,165 @@
+"""Reads the records of earlier node processes, and continues the lives of their containers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, isolate, retry
+from skep.engine.container import Container
+from skep.engine.container_locks import ContainerLocks
+from skep.engine.lifecycle.effects import Effects
+from skep.engine.lifecycle.life_events import Event
+from skep.engine.lifecycle.machine import State
+from skep.engine.networking import Networking, sandbox_config
+from skep.engine.runtime import Runtime
+from skep.engine.state import ContainerStore
+from skep.model.ids import ContainerId
+from skep.model.sandbox import NetworkMode, Sandbox
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_READ_TRIES_MAX = 5
+"""Attempts to read a container's record: the machine may be short of memory or descriptors for a moment."""
+
+
+class Lives(Protocol):
+    """The driver's interface for the adoption."""
+
+    locks: ContainerLocks
+
+    async def run(self, id: ContainerId, event: Event) -> Container:
+        """Apply an event and carry out its effects."""
+
+    async def remove_locked(self, id: ContainerId, event: Event) -> None:
+        """Remove a container, whose lock the caller holds."""
+
+    async def persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
+        """Return the result of ``work`` on a container, which is retried."""
+
+    def spawn(self, work: Any, *, name: str) -> Any:
+        """Start background work."""
+
+    def show(self, id: ContainerId, error: Exception) -> None:
+        """Show an error as the container's."""
+
+
+class Adoption:
+    """Adopts the containers of earlier processes.
+
+    Args:
+        report: Called with the reason while containers cannot be adopted, and with "" once they are.
+    """
+
+    def __init__(
+        self,
+        lives: Lives,
+        effects: Effects,
+        runtime: Runtime,
+        network: Networking,
+        store: ContainerStore,
+        report: Callable[[str], None],
+    ) -> None:
+        self._lives = lives
+        self._effects = effects
+        self._runtime = runtime
+        self._bundles = runtime.bundles
+        self._network = network
+        self._store = store
+        self._report = report
+        self.has_found = False
+        """Whether all records have been read."""
+
+    async def restore(self, clock: Clock) -> None:
+        """Read the records and adopt their containers.  Errors are retried."""
+        load = partial(asyncio.to_thread, self._bundles.load)
+        found = await self._persist(load, "records of containers not read", clock)
+        backoff = Backoff(0.1, 2.0)
+        for _ in range(_READ_TRIES_MAX):
+            if not found.unreadable:
+                break
+            await backoff.sleep(clock)
+            found = await self._persist(load, "records of containers not read", clock)
+        for container in found.known:
+            self._store.restore(container)
+        for id in found.unreadable:  # its addresses are unknown, and may be assigned to others now
+            log.error("container ended: record not readable", container=id)
+            await isolate(self._runtime.delete_unknown(id), "resource not freed", container=id)
+            self._spawn(partial(self._read_again, id), id, "record")
+        for id in found.unknown:
+            log.warning("container without record removed", container=id)
+            self._spawn(partial(self._discard_unknown, id), id, "remove")
+        self.has_found = True
+        live = [
+            (sandbox_config(one), one.sandbox)
+            for one in found.known
+            if one.sandbox is not None and self._keeps(one, one.sandbox)
+        ]
+        await self._persist(partial(self._network.restore, live), "networks not restored", clock)
+        connected = {config.id for config, _ in live}
+        for container in self._store.list():
+            has_network = container.id in connected or container.mode is NetworkMode.HOST
+            await isolate(
+                self._adopt(container, has_network=has_network),
+                "container not adopted",
+                on_error=partial(self._lives.show, container.id),
+                container=container.id,
+            )
+
+    def _keeps(self, container: Container, sandbox: Sandbox) -> bool:
+        """Return whether a container keeps its sandbox, because it runs or may still be started."""
+        return (
+            container.state is not State.REMOVING
+            and self._network.is_present(sandbox)
+            and (
+                not (container.was_started or container.is_retired)
+                or (container.process is not None and self._runtime.is_alive(container.process))
+            )
+        )
+
+    async def _adopt(self, container: Container, *, has_network: bool) -> None:
+        """Continue where the previous process stopped."""
+        id, event = container.id, await self._effects.look(container, has_network=has_network)
+        if container.state is State.REMOVING:
+            self._spawn(partial(self._remove, id, event), id, "remove")
+        else:
+            await self._lives.run(id, event)
+
+    async def _remove(self, id: ContainerId, event: Event) -> None:
+        """Continue a removal.  Raises: Unavailable: a part of the container is left."""
+        async with self._lives.locks.operation(id):
+            if self._store.lookup(id) is not None:  # its user may have removed it meanwhile
+                await self._lives.remove_locked(id, event)
+
+    async def _read_again(self, id: ContainerId) -> None:
+        """Adopt a container whose record could not be read.  Raises: Unavailable: it still cannot be read."""
+        container = await asyncio.to_thread(self._bundles.read, id)
+        if container is None:
+            await self._discard_unknown(id)
+        else:
+            self._store.restore(container)
+            await self._adopt(container, has_network=False)
+
+    async def _discard_unknown(self, id: ContainerId) -> None:
+        """End and remove a container whose record cannot be decoded.  A task's is replaced, as if it had failed."""
+        await self._runtime.delete_unknown(id)
+        await self._bundles.discard(id)
+
+    def _spawn(self, work: Callable[[], Awaitable[None]], id: ContainerId, verb: str) -> None:
+        self._lives.spawn(self._lives.persist(work, id), name=f"{verb}-{id[:12]}")
+
+    async def _persist(self, work: Callable[[], Awaitable[T]], event: str, clock: Clock) -> T:
+        """Return the result of ``work``.  Retries errors and reports the reason meanwhile."""
+
+        def show(error: Exception) -> None:
+            self._report(f"earlier containers are not adopted yet: {describe_error(error)}")
+
+        result = await retry(work, event, clock=clock, longest_s=10.0, on_error=show)
+        self._report("")
+        return result

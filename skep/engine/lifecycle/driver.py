@@ -1,0 +1,450 @@
+"""Runs the lives of this node's containers: applies ``machine.TABLE``, and carries out the effects that it names.
+
+The driver decides nothing about a container.  It has three tasks: it serializes the operations on a container
+(``ContainerLocks``), runs the effects of one event after the other and writes the record between them (``_run``), and
+decides what a cancellation interrupts.  ``docs/design/runtime.md`` has a table of the latter.
+
+Each background task handles one container.  Its error is retried, logged and shown as that container's error, and does
+not affect other containers.
+"""
+
+import asyncio
+import secrets
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, isolate, log_error, retry
+from skep.aio.race import run_to_end
+from skep.engine.bundle import RootFiles
+from skep.engine.conmon import StartError
+from skep.engine.container import Container
+from skep.engine.container_locks import ContainerLocks
+from skep.engine.execs import Execs
+from skep.engine.health import HealthMonitor
+from skep.engine.lifecycle import life_events, machine
+from skep.engine.lifecycle.adoption import Adoption
+from skep.engine.lifecycle.effects import Effects, Program
+from skep.engine.lifecycle.life_events import Event
+from skep.engine.lifecycle.machine import BEST_EFFORT, Effect, Saving, Step
+from skep.engine.networking import Networking
+from skep.engine.runtime import Runtime
+from skep.engine.state import ContainerStore
+from skep.engine.volumes import Volumes
+from skep.errors import Unavailable
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+SWEEP_SECONDS = 20.0
+"""Interval between searches for network resources of removed containers."""
+_RETRY_SECONDS_MAX = 30.0
+"""Longest pause between two attempts."""
+KILLED_S_MAX = 60.0
+"""Deadline from SIGKILL to the record of the end.  Docker's is 12 s.  Here the networks are freed before the record,
+which may take long on an overloaded machine."""
+
+
+class LifecycleDriver:
+    """Moves containers from state to state.
+
+    Args:
+        starts_max: Maximum number of containers that start at the same time.
+        report_restore: Called with the reason while containers of an earlier process cannot be adopted, and with ""
+            once they are.
+    """
+
+    def __init__(
+        self,
+        *,
+        runtime: Runtime,
+        network: Networking,
+        volumes: Volumes,
+        store: ContainerStore,
+        clock: Clock,
+        starts_max: int,
+        report_restore: Callable[[str], None],
+    ) -> None:
+        self._bundles = runtime.bundles
+        self._runtime = runtime
+        self._network = network
+        self._volumes = volumes
+        self._store = store
+        self._clock = clock
+        self._background = volumes.background
+        self._starting = asyncio.Semaphore(starts_max)
+        self._watches: dict[ContainerId, asyncio.Task[None]] = {}
+        self.events = volumes.events
+        self.locks = ContainerLocks()
+        self.spawn, self.carry_out = self._background.spawn, self._background.carry_out
+        self._effects = Effects(runtime, network, volumes, store, clock)
+        self.waiting = self._effects.waiting
+        self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
+        self.health = HealthMonitor(store, self.execs, self.events, clock)
+        self.adoption = Adoption(self, self._effects, runtime, network, store, report_restore)
+        self._actions = {
+            **self._effects.actions,
+            Effect.AWAIT_RELEASE: self._await_release,
+            Effect.TAKE_START_SLOT: self._take_start_slot,
+            Effect.WATCH: self._watch,
+            Effect.SEND_SIGNAL: self._send_signal,
+            Effect.END_PROCESS: self._end_process,
+            Effect.FORGET_EXECS: self._forget_execs,
+        }
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Adopt the containers of earlier processes, then watch all containers until the block ends."""
+        async with self._background.running():
+            await self.adoption.restore(self._clock)
+            unmounting = retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
+            self.spawn(unmounting, name="unused-volumes")
+            self.spawn(self._store.run(self._clock), name="records")
+            self.spawn(self._keep_sweeping(), name="network-sweep")
+            self.spawn(self._keep_unmounting(), name="unfinished-volumes")
+            try:
+                yield
+            finally:
+                self._runtime.close()
+
+    # --- operations ---------------------------------------------------------------------------------------------
+
+    async def operate(self, id: ContainerId, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return the result of ``work``, the only operation on the container meanwhile.
+
+        Once it has begun, it runs to its end even if the caller is cancelled.
+        """
+        async with self.locks.operation(id):
+            return await run_to_end(work())
+
+    def note(self, id: ContainerId, event: Event) -> Container:
+        """Apply an event without effects.  Does not wait for operations.  Raises: NotFound; OSError; a refusal."""
+        step = machine.step(self._store.require(id), event)
+        assert not step.rule.effects, "only its record changes"
+        return self._write(step)
+
+    async def prepare(self, container: Container) -> None:
+        """Create everything that a new container needs.  Cleans up on failure.  Raises: SkepError."""
+        try:
+            async with self.locks.operation(container.id):
+                await self.run(container.id, life_events.Create())
+        except OSError as error:
+            raise StartError(f"cannot prepare the container: {error}") from error
+
+    async def start(self, id: ContainerId, secret_env: Sequence[str] = ()) -> Container:
+        """Start the process.  Does nothing if it runs.
+
+        ``secret_env`` are additional variables for this run, which no record contains.
+        Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: a forced removal interrupted the start.
+        """
+        async with self.locks.operation(id):
+            return await self.run(id, life_events.Start(secret_env=tuple(secret_env)))
+
+    async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:
+        """Start a plain container by its policy, unless it runs or the policy has changed.
+
+        Raises: NotFound; BeingRemoved; SkepError, OSError: it cannot be started.
+        """
+        async with self.locks.operation(id):
+            await self.run(id, life_events.Start(by_policy=True, ignore_stop=ignore_stop))
+
+    async def retire(self, id: ContainerId) -> None:
+        """Free the resources that only a running container needs, of a container that never ran.  Raises: NotFound."""
+        async with self.locks.operation(id):
+            await self.run(id, life_events.Retire())
+
+    async def pause(self, container: Container) -> None:
+        """Freeze the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        async with self.locks.operation(container.id):  # runc would freeze a run that starts meanwhile
+            await self.run(container.id, life_events.Pause(container.process))
+
+    async def unpause(self, container: Container) -> None:
+        """Thaw the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        async with self.locks.operation(container.id):
+            await self.run(container.id, life_events.Unpause(container.process))
+
+    async def remove(self, id: ContainerId, *, force: bool) -> None:
+        """Remove a container.  Raises: NotFound; StillRunning; Unavailable: a part of it is left."""
+        with self._effects.forced.removing(id) if force else nullcontext():
+            async with self.locks.operation(id):
+                await self.remove_locked(id, life_events.Remove(force))
+
+    async def remove_locked(self, id: ContainerId, event: Event) -> None:
+        """Remove a container, whose lock the caller holds.  Raises: as ``remove``."""
+        try:
+            await self.run(id, event)
+        except OSError as error:
+            raise Unavailable(f"cannot remove container {id}: {describe_error(error)}") from error
+
+    async def signal(self, container: Container, number: int) -> None:
+        """Send a signal to the first process.  If it no longer exists, record the end that was missed.
+
+        A signal that ends a container also resumes a paused one: a frozen process would not notice before SIGKILL.
+        """
+        await self.run(container.id, life_events.Signal(number))
+
+    async def stop(self, id: ContainerId, number: int, grace_s: float) -> Container:
+        """Send a signal, then SIGKILL after ``grace_s``, never if that is negative.  Return the ended container.
+
+        Raises: NotFound; Unavailable: it did not end although it was killed.
+        """
+        before = self._store.require(id)
+        container = await self.end_restarting(before)
+        if not container.is_running:
+            if before.is_restarting:
+                self.events.publish("stop", container)
+            return container
+        await self.signal(container, number)
+        try:
+            async with asyncio.timeout(grace_s if grace_s >= 0 else None):
+                ended = await self._store.wait(id)
+        except TimeoutError:
+            present = self._store.lookup(id)
+            ended = container if present is None else await self.kill(present)
+        self.events.publish("stop", ended)
+        return ended
+
+    async def kill(self, container: Container) -> Container:
+        """Kill a container and return it once it has ended.
+
+        Bounded, because its caller waits meanwhile and, at a removal, the container's other operations do too.
+        Raises: NotFound; Unavailable: it does not end (a process may wait for a device forever).
+        Source: moby 24.0, daemon/kill.go, daemon/delete.go.
+        """
+        await self.signal(container, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILLED_S_MAX):
+                return await self._store.wait(container.id)
+        except TimeoutError as error:
+            raise Unavailable("tried to kill container, but did not receive an exit event") from error
+
+    async def end_restarting(self, container: Container) -> Container:
+        """Note a stop by its user, and wait until a start by the restart policy has finished."""
+        noted = self.note(container.id, life_events.UserStops())
+        if container.is_restarting:
+            async with self.locks.operation(container.id):
+                noted = self._store.require(container.id)
+        return noted
+
+    @asynccontextmanager
+    async def mount_root(self, id: ContainerId) -> AsyncIterator[RootFiles]:
+        """Mount the root file system and the volumes for the block, whether the container runs or not.
+
+        Raises: NotFound; MountFailed; Unavailable: it cannot be mounted.
+        """
+        container, user = self._store.require(id), f"files of {id}: {secrets.token_hex(8)}"
+        borrowed: list[RootFiles] = []
+
+        async def borrow() -> None:
+            try:
+                borrowed.append(await asyncio.to_thread(self._bundles.borrow, self._store.require(id)))
+            except OSError as error:
+                raise Unavailable(f"cannot mount container {id}: {describe_error(error)}") from error
+
+        async def give_back() -> None:
+            if borrowed:
+                await self._free(asyncio.to_thread(self._bundles.give_back, id), id)
+            await self._free(self._volumes.unmount(user), id)
+
+        try:
+            await self._volumes.mount(user, container.config.mounts)
+            await self.operate(id, borrow)
+            yield borrowed[0]
+        finally:
+            await run_to_end(give_back())
+
+    async def sweep(self) -> Collection[ContainerId]:
+        """Free network resources of containers that do not exist, have ended or never ran.  Return the containers' ids.
+
+        A failure for one container is logged, and the next sweep retries it.  Raises: OSError: network namespaces.
+        """
+        freed = []
+        for id in await self._network.holders():
+            if self.locks.is_held(id):
+                continue  # its sandbox is being attached or freed now
+            # A start waits for the lock.  Otherwise this could free the resources that it has just received.
+            async with self.locks.operation(id), self.locks.networks(id):
+                if not self._needs_network(id):
+                    await self._free(self._network.free(id), id)
+                    freed.append(id)
+        await self._network.sweep()
+        return freed
+
+    def may_have(self, id: ContainerId) -> bool:
+        """Return whether the container exists or, until all records are read, may exist."""
+        return not self.adoption.has_found or self._store.lookup(id) is not None
+
+    # --- running the table --------------------------------------------------------------------------------------
+
+    async def run(self, id: ContainerId, event: Event) -> Container:
+        """Apply ``event``, then carry out its effects.  Return the container.
+
+        A cancellation interrupts only an interruptible effect.  All others, and what cleans up after a failure, run to
+        their end first.  Raises: NotFound; the refusal of a request; the first error of an effect.
+        """
+        async with AsyncExitStack() as held:
+            program = Program(self._store.require(id), event, held)
+            self._apply(program, event)
+            while program.todo:
+                if program.may_be_interrupted:
+                    await self._advance(program)
+                else:
+                    await run_to_end(self._advance_uninterrupted(program))
+            if program.error is not None:
+                raise program.error
+            return self._store.lookup(id) or program.last
+
+    async def _advance_uninterrupted(self, program: Program) -> None:
+        """Carry out effects until the next is interruptible."""
+        while program.todo and not program.may_be_interrupted:
+            await self._advance(program)
+
+    async def _advance(self, program: Program) -> None:
+        """Carry out the next effect and apply the event that it reports."""
+        item = program.todo.popleft()
+        container = self._store.lookup(program.id) or program.last
+        try:
+            event = await self._actions[item](container, program) if isinstance(item, Effect) else item
+            if event is not None:
+                self._apply(program, event)
+        except BaseException as error:
+            if item in BEST_EFFORT and isinstance(error, Exception):
+                log_error(error, "resource not freed", container=program.id)
+            else:
+                self._fail(program, error)
+
+    def _fail(self, program: Program, error: BaseException) -> None:
+        """Continue with the event that follows a failure, instead of the remaining effects."""
+        if program.error is None:
+            program.error = error
+        elif isinstance(error, Exception):
+            log_error(error, "cleanup failed", container=program.id)
+        program.todo.clear()
+        if (kind := program.fails) is not None:
+            program.fails = None
+            self._apply(program, program.failure(kind, error))
+
+    def _apply(self, program: Program, event: Event) -> None:
+        """Step the machine: write the record, and put the effects that follow in front of the others."""
+        step = machine.step(self._store.require(program.id), event)
+        try:
+            program.last = self._write(step)
+        except OSError:
+            if program.fails is not None:  # its cleanup frees a resource that the record names
+                self._store.keep(step.container)
+            raise
+        if step.rule.effects:
+            program.fails = step.rule.fails
+        following = (*step.rule.effects, *(() if step.then is None else (step.then,)))
+        program.todo.extendleft(reversed(following))
+
+    def _write(self, step: Step) -> Container:
+        """Write the record of a step, unless nothing has changed.  Raises: OSError: it had to be on disk."""
+        container = step.container
+        match step.rule.saving:
+            case Saving.FIRST:
+                self._store.put(container)
+            case Saving.IF_WRITTEN:
+                with suppress(OSError):
+                    self._store.put(container)
+            case Saving.NOTED if container is not self._store.lookup(container.id):
+                self._store.note(container)
+        return self._store.require(container.id)
+
+    # --- effects of the driver itself ---------------------------------------------------------------------------
+
+    async def _await_release(self, container: Container, _: Program) -> None:
+        if (watch := self._watches.get(container.id)) is not None:
+            await asyncio.wait([watch])
+
+    async def _take_start_slot(self, _: Container, program: Program) -> None:
+        await program.held.enter_async_context(self._starting)
+
+    async def _send_signal(self, container: Container, program: Program) -> None:
+        assert isinstance(program.cause, life_events.Signal)
+        number = program.cause.number
+        if container.process is not None:
+            self._runtime.signal(container.process, number)
+        elif container.id not in self._watches:
+            await self._watch(container, program)  # otherwise waiters would block forever
+        self.events.publish("kill", container, signal=str(int(number)))
+
+    async def _end_process(self, container: Container, _: Program) -> None:
+        try:
+            await self.kill(container)
+        except Unavailable as error:
+            text = f'cannot remove container "/{container.name}": could not kill: {error}'
+            raise Unavailable(text) from error
+
+    async def _forget_execs(self, container: Container, _: Program) -> None:
+        self.execs.forget(container.id)
+
+    async def _watch(self, container: Container, _: Program) -> None:
+        if not self._background.is_running:
+            return  # this process is ending, and the next one watches it
+        id = container.id
+        task = self._watches[id] = self.spawn(self._see_end(container), name=f"container-{id[:12]}")
+        task.add_done_callback(lambda done: self._forget_watch(id, done))
+        if container.health is not None:
+            self.spawn(self.persist(lambda: self.health.run(id), id), name=f"health-{id[:12]}")
+
+    def _forget_watch(self, id: ContainerId, done: asyncio.Task[None]) -> None:
+        if self._watches.get(id) is done:  # it may have been started again meanwhile
+            del self._watches[id]
+
+    async def _see_end(self, container: Container) -> None:
+        """Wait for the end, free the networks and record the end, then free the rest."""
+        id = container.id
+        ended = await self.persist(lambda: self._runtime.wait(container), id)
+        async with self.locks.networks(id):
+            await self.run(id, life_events.RunEnded(at=self._effects.now(), **msgspec.structs.asdict(ended)))
+        await self.run(id, life_events.Release())
+
+    # --- background work ----------------------------------------------------------------------------------------
+
+    async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
+        """Free one resource.  A failure is logged, and a sweep or the next start finds the leftovers."""
+        await isolate(work, "resource not freed", container=id)
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            await self._clock.sleep(SWEEP_SECONDS)
+            await isolate(self.sweep(), "leftover network resources not removed yet")
+
+    async def _keep_unmounting(self) -> None:
+        """Retry unmounts, apart from the other sweeps, so that a silent device or plug-in holds up nothing else."""
+        while True:
+            await self._clock.sleep(SWEEP_SECONDS)
+            await retry(
+                self._volumes.unmount_unfinished, "volumes not unmounted yet", clock=self._clock, first_s=1.0
+            )
+
+    def _needs_network(self, id: ContainerId) -> bool:
+        """Return whether the container has a sandbox and needs it."""
+        container = self._store.lookup(id)
+        if container is None or container.sandbox is None:
+            return False
+        return container.is_running or not (container.was_started or container.is_retired)
+
+    async def persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
+        """Return the result of ``work`` on a container.  Retries errors and shows them as the container's error."""
+        return await retry(
+            work,
+            "container operation failed",
+            clock=self._clock,
+            longest_s=_RETRY_SECONDS_MAX,
+            on_error=lambda error: self.show(id, error),
+            container=id,
+        )
+
+    def show(self, id: ContainerId, error: Exception) -> None:
+        """Show an error as the container's."""
+        if self._store.lookup(id) is not None:
+            self._store.observe(id, error=describe_error(error))

@@ -1,0 +1,290 @@
+"""What the life of a container does to the world: files, mounts, networks, processes, events.
+
+Each effect is idempotent, so that the next node process can repeat it.  Only those in
+``machine.INTERRUPTIBLE`` are ever interrupted.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, retry
+from skep.aio.race import Preempted
+from skep.engine import health, runtime_spec
+from skep.engine.attachment import WaitingClients
+from skep.engine.background import Background
+from skep.engine.conmon import StartError
+from skep.engine.container import Container, ContainerState, NotRunning
+from skep.engine.container_locks import ForcedRemovals
+from skep.engine.lifecycle import life_events
+from skep.engine.lifecycle.life_events import Event
+from skep.engine.lifecycle.machine import INTERRUPTIBLE, Effect
+from skep.engine.networking import Networking, publish_networks, sandbox_config
+from skep.engine.runtime import Runtime
+from skep.engine.sharing import shared_by
+from skep.engine.state import ContainerStore
+from skep.engine.volumes import Volumes
+from skep.model.times import Timestamp, timestamp
+from skep.tracing import within
+
+_RUNS = ("running", "paused", "stopped")
+"""The runtime's states of a container whose command was started."""
+
+
+class Program:
+    """The effects that follow one event, in progress."""
+
+    def __init__(self, container: Container, cause: Event, held: AsyncExitStack) -> None:
+        """Take the container and the first event.  ``held`` are the resources to release at its end."""
+        self.id = container.id
+        self.last = container
+        """The record as the last event has left it."""
+        self.cause = cause
+        self.held = held
+        self.todo = deque[Effect | Event]()
+        """The next effects and events."""
+        self.fails: type[life_events.Failure] | None = None
+        self.error: BaseException | None = None
+        """The first failure.  What follows it is cleaning up."""
+        self.shared = runtime_spec.NOTHING_SHARED
+
+    @property
+    def may_be_interrupted(self) -> bool:
+        """Whether a cancellation interrupts the next effect.  Cleaning up is never interrupted."""
+        return self.error is None and self.todo[0] in INTERRUPTIBLE
+
+    @property
+    def secret_env(self) -> tuple[str, ...]:
+        """Variables of this run, which no record contains."""
+        return self.cause.secret_env if isinstance(self.cause, life_events.Start) else ()
+
+    @property
+    def by_policy(self) -> bool:
+        """Whether the restart policy starts the container."""
+        return isinstance(self.cause, life_events.Start) and self.cause.by_policy
+
+    def failure(self, kind: type[life_events.Failure], error: BaseException) -> life_events.Failure:
+        """Return the event of a failed effect."""
+        return kind(
+            reason=describe_error(error),
+            exit_code=error.exit_code if isinstance(error, StartError) else 128,
+            is_cancelled=isinstance(error, asyncio.CancelledError),
+            by_policy=self.by_policy,
+        )
+
+
+Action: TypeAlias = Callable[[Container, Program], Awaitable[Event | None]]
+"""Carries out an effect on a container.  Returns the event that it reports."""
+
+
+class Effects:
+    """Carries out effects, except those that only the driver can."""
+
+    def __init__(
+        self, runtime: Runtime, network: Networking, volumes: Volumes, store: ContainerStore, clock: Clock
+    ) -> None:
+        self._runtime = runtime
+        self._bundles = runtime.bundles
+        self._network = network
+        self._volumes = volumes
+        self._store = store
+        self._events = volumes.events
+        self._background: Background = volumes.background
+        self._clock = clock
+        self.waiting = WaitingClients()
+        self.forced = ForcedRemovals()
+        self.actions: Mapping[Effect, Action] = {
+            Effect.MAKE_DIRECTORIES: self._make_directories,
+            Effect.FIND_SHARED: self._find_shared,
+            Effect.ATTACH_NETWORKS: self._attach_networks,
+            Effect.WRITE_BUNDLE: self._write_bundle,
+            Effect.MOUNT_VOLUMES: self._mount_volumes,
+            Effect.CREATE_PROCESS: self._create_process,
+            Effect.SERVE_CLIENTS: self._serve_clients,
+            Effect.START_COMMAND: self._start_command,
+            Effect.FORGET_SECRETS: self._forget_secrets,
+            Effect.PUBLISH_START: self._publish_start,
+            Effect.FREEZE: self._freeze,
+            Effect.THAW: self._thaw,
+            Effect.THAW_FOR_SIGNAL: self._thaw,
+            Effect.SEE_FROZEN: self._see_frozen,
+            Effect.PUBLISH_PAUSE: self._publish_pause,
+            Effect.PUBLISH_UNPAUSE: self._publish_unpause,
+            Effect.DELETE_PROCESS: self._delete_process,
+            Effect.DETACH_NETWORKS: self._detach_networks,
+            Effect.CLEAR_CGROUPS: self._clear_cgroups,
+            Effect.RELEASE_ROOT: self._release_root,
+            Effect.UNMOUNT_VOLUMES: self._unmount_volumes,
+            Effect.PUBLISH_EXIT: self._publish_exit,
+            Effect.PUBLISH_UNMOUNT: self._publish_unmount,
+            Effect.REFUSE_CLIENTS: self._refuse_clients,
+            Effect.REMOVE_DIRECTORIES: self._remove_directories,
+            Effect.FORGET_RECORD: self._forget_record,
+            Effect.PUBLISH_DESTROY: self._publish_destroy,
+            Effect.ADOPT_VOLUMES: self._adopt_volumes,
+            Effect.ADOPT_API: self._adopt_api,
+        }
+
+    # --- making -------------------------------------------------------------------------------------------------
+
+    async def _make_directories(self, container: Container, _: Program) -> Event:
+        self._bundles.make(container)
+        return life_events.Made()
+
+    async def _find_shared(self, container: Container, program: Program) -> None:
+        program.shared = shared_by(container, self._store.get, self._bundles.shm)
+
+    async def _attach_networks(self, container: Container, _: Program) -> Event:
+        return life_events.Attached(await self._network.attach(sandbox_config(container)))
+
+    async def _write_bundle(self, container: Container, program: Program) -> Event:
+        config = container.config
+        env = runtime_spec.merged_environment(config.env, program.secret_env)
+        run = replace(container, config=replace(config, env=env))
+        return life_events.Written(await asyncio.to_thread(self._bundles.prepare, run, program.shared))
+
+    async def _mount_volumes(self, container: Container, _: Program) -> None:
+        """Mount, but give up for a forced removal: a server may be silent."""
+        parts = self._bundles.parts(container)
+        mount = self._volumes.mount(container.id, container.config.mounts, parts)
+        try:
+            await self.forced.mount(container.id, mount)
+        except Preempted as error:
+            raise NotRunning(f"Container {container.id} is being removed") from error
+
+    async def _create_process(self, container: Container, _: Program) -> Event:
+        with within("runc create"):
+            started = await self._runtime.create(container)
+        self._volumes.release_parts(self._bundles.parts(container))
+        return life_events.ProcessCreated(started.process, started.monitor)
+
+    async def _serve_clients(self, container: Container, _: Program) -> None:
+        await self.waiting.serve(container.id, self._bundles.bundle(container.id))
+
+    async def _start_command(self, container: Container, program: Program) -> Event:
+        assert container.process is not None, "its record follows its creation"
+        with within("runc start"):
+            await self._runtime.start(container.id, container.process)
+        initial = health.initial(container.config.healthcheck)
+        return life_events.Started(self.now(), initial, program.by_policy)
+
+    async def _forget_secrets(self, container: Container, program: Program) -> None:
+        if program.secret_env:
+            self._bundles.forget_environment(container.id, program.secret_env)
+
+    # --- pausing ------------------------------------------------------------------------------------------------
+
+    async def _freeze(self, container: Container, _: Program) -> Event:
+        await self._runtime.pause(container.id)
+        return life_events.Frozen(container.process)
+
+    async def _thaw(self, container: Container, _: Program) -> Event:
+        await self._runtime.resume(container.id)
+        return life_events.Thawed(container.process)
+
+    async def _see_frozen(self, container: Container, _: Program) -> Event | None:
+        """Report a change that the record does not show."""
+        is_frozen = container.is_running and self._runtime.is_frozen(container)
+        if is_frozen == (container.state is ContainerState.PAUSED):
+            return None
+        return life_events.Frozen(container.process) if is_frozen else life_events.Thawed(container.process)
+
+    # --- freeing ------------------------------------------------------------------------------------------------
+
+    async def _delete_process(self, container: Container, _: Program) -> None:
+        await self._runtime.delete(container)
+
+    async def _detach_networks(self, container: Container, _: Program) -> None:
+        if container.sandbox is not None:
+            await self._network.detach(container.id, container.sandbox)
+
+    async def _clear_cgroups(self, container: Container, _: Program) -> None:
+        await self._runtime.clear(container)
+
+    async def _release_root(self, container: Container, _: Program) -> None:
+        await asyncio.to_thread(self._bundles.release, container.id)
+
+    async def _unmount_volumes(self, container: Container, _: Program) -> None:
+        await self._volumes.unmount(container.id, self._bundles.parts(container))
+
+    async def _remove_directories(self, container: Container, _: Program) -> None:
+        await self._bundles.discard(container.id)
+
+    async def _forget_record(self, container: Container, _: Program) -> None:
+        self._store.forget(container.id)
+
+    # --- telling ------------------------------------------------------------------------------------------------
+
+    async def _publish_start(self, container: Container, _: Program) -> None:
+        self._publish_networks("connect", container)
+        self._events.publish_mounts("mount", container)
+        self._events.publish("start", container)
+
+    async def _publish_pause(self, container: Container, _: Program) -> None:
+        self._events.publish("pause", container)
+
+    async def _publish_unpause(self, container: Container, _: Program) -> None:
+        self._events.publish("unpause", container)
+
+    async def _publish_exit(self, container: Container, _: Program) -> None:
+        if container.oom_killed:
+            self._events.publish("oom", container)
+        self._events.publish("die", container, exitCode=str(container.exit_code))
+        self._publish_networks("disconnect", container)
+
+    async def _publish_unmount(self, container: Container, _: Program) -> None:
+        self._events.publish_mounts("unmount", container)
+
+    async def _publish_destroy(self, container: Container, _: Program) -> None:
+        self._events.publish("destroy", container)
+
+    async def _refuse_clients(self, container: Container, program: Program) -> None:
+        reason = program.error or f"Container {container.id} was removed"
+        self.waiting.fail(container.id, NotRunning(str(reason)))
+
+    def _publish_networks(self, action: str, container: Container) -> None:
+        publish_networks(self._events, action, container, container.sandbox, self._network.predefined_ids)
+
+    # --- adopting -----------------------------------------------------------------------------------------------
+
+    async def _adopt_volumes(self, container: Container, _: Program) -> None:
+        self._volumes.adopt(container.id, container.config.mounts)
+
+    async def _adopt_api(self, container: Container, _: Program) -> None:
+        apis, id = self._bundles.apis, container.id
+        adopt = partial(asyncio.to_thread, apis.adopt, container, self._bundles.api(id))
+        try:
+            await adopt()
+        except Exception:  # the container keeps running meanwhile
+            event = "API socket not adopted yet"
+            retrying = retry(adopt, event, clock=self._clock, container=id)
+            self._background.spawn(retrying, name=f"api-{id[:12]}")
+
+    async def look(self, container: Container, *, has_network: bool) -> life_events.Adopted:
+        """Look at what an earlier process has left of a container.  Raises: Unavailable: it cannot be seen now."""
+        id, at, has_process = container.id, self.now(), container.process is not None
+        if container.is_running:
+            return life_events.Adopted(at, is_frozen=self._runtime.is_frozen(container))
+        if container.state is ContainerState.REMOVING:
+            return life_events.Adopted(at)
+        return life_events.Adopted(
+            at,
+            # Without its networks, it is a failed start that was not cleaned up completely.
+            has_run=has_process and has_network and await self._runtime.status(id) in _RUNS,
+            has_network=has_network,
+            has_leftovers=has_process
+            or (container.sandbox is not None and not container.was_started)
+            or self._runtime.has(id)
+            or self._bundles.is_mounted(id),
+            health=health.initial(container.config.healthcheck),
+        )
+
+    def now(self) -> Timestamp:
+        """Return the time as records have it."""
+        return timestamp(self._clock.now_ns())
