@@ -28,11 +28,12 @@ from skep.engine.images.child import EMPTY_LAYER, INLINE_CACHE
 from skep.engine.images.digest import digest_of
 from skep.engine.images.image import parse_config
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import OCI_MANIFEST, Document
+from skep.engine.images.registry import OCI_MANIFEST
 from skep.engine.images.store import ImageStore
 from skep.engine.images.uploads import Upload
 from skep.errors import InvalidArgument, NotFound, SkepError
 from tests.support.bent_registry import Registry
+from tests.support.cache_artifact import Artifact
 from tests.support.registry_rig import docker_registry, guarded_registry
 
 pytestmark = pytest.mark.needs("root")
@@ -247,50 +248,6 @@ async def test_a_layer_that_is_another_one_is_not_used(
     assert two.cached == []
     assert two.text(again, "second") == "second"
     assert any("verification failed" in text for text in two.warnings), two.warnings
-
-
-class Artifact:
-    """A cache in memory, of which a test may change the configuration."""
-
-    name = "a lie"
-
-    def __init__(self) -> None:
-        self.blobs: dict[str, bytes] = {}
-        self.manifest_bytes = b""
-
-    async def put(self, upload: Upload) -> None:
-        self.blobs[upload.digest] = upload.path.read_bytes() if upload.path else upload.content
-
-    async def put_manifest(self, document: Document) -> None:
-        self.manifest_bytes = document.content
-
-    async def at(self, action: Any) -> Any:
-        return await action(self)
-
-    async def manifest(self, _target: str, _bytes_max: int) -> Document:
-        return Document(self.manifest_bytes, OCI_MANIFEST)
-
-    @asynccontextmanager
-    async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        async def pieces() -> AsyncIterator[bytes]:
-            yield self.blobs[digest][start:]
-
-        if digest not in self.blobs:
-            raise NotFound("blob unknown to registry")
-        yield start, pieces()
-
-    def mistrust(self, _digest: str) -> bool:
-        return False
-
-    def change(self, change: Callable[[dict[str, Any]], None]) -> None:
-        """Change the records, with a manifest that fits."""
-        manifest = json.loads(self.manifest_bytes)
-        config = json.loads(self.blobs[manifest["config"]["digest"]])
-        change(config)
-        content = json.dumps(config).encode()
-        manifest["config"] |= {"digest": digest_of(content), "size": len(content)}
-        self.blobs[digest_of(content)] = content
-        self.manifest_bytes = json.dumps(manifest).encode()
 
 
 def swap_layers(config: dict[str, Any]) -> None:
