@@ -200,6 +200,7 @@ async def test_a_context_of_docker_20_comes_by_standard_input(
         (b"\xb5\xff\xfe not text\n", [], "dockerfile parse error line 1: unknown instruction: "),
         (b"", [], "o"),
     ],
+    ids=["no-dockerfile", "no-such-file", "cut-off", "isolation", "not-text", "empty"],
 )
 async def test_a_wrong_context_of_docker_20_is_an_error(
     lab: BuildLab, content: bytes, words: Sequence[str], text: str, is_buildkit: bool
