@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
 from skep.cli.up import APT_INSTALL, INSTALLS_WITHIN_S, Machine, quoted
 from skep.cli.upgrade_plan import Member, Plan, Step, lines_of, plan, running_of
-from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unavailable
 
 T = TypeVar("T")
 
@@ -516,13 +517,14 @@ async def plan_now(
 
 
 async def _set_availability(client: Client, node: str, word: str) -> None:
-    await update(
-        client,
-        "nodes",
-        node,
-        lambda found: found["Spec"] | {"Availability": word},
-        timeout_s=RESPONSE_TIMEOUT_S,
-    )
+    with suppress(NotFound):  # it was removed meanwhile
+        await update(
+            client,
+            "nodes",
+            node,
+            lambda found: found["Spec"] | {"Availability": word},
+            timeout_s=RESPONSE_TIMEOUT_S,
+        )
 
 
 def _forced(service: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from skep.api.client import Client
 from skep.api.requests import Filters, Requests
 from skep.cli.upgrade import Means
 from skep.cli.upgrade_plan import Member
-from skep.errors import Unavailable
+from skep.errors import NotFound, Unavailable
 
 
 class UpgradedCluster(Requests):
@@ -57,6 +57,8 @@ class UpgradedCluster(Requests):
             case "GET", ["nodes"]:
                 return list(self.nodes.values())
             case "GET", ["nodes", name]:
+                if name not in self.nodes:
+                    raise NotFound(f"node {name} not found")
                 return self.nodes[name]
             case "POST", ["nodes", name, "update"]:
                 self.nodes[name]["Spec"] = body

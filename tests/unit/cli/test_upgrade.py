@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.api.client import Client
 from skep.cli import maintenance, upgrade
 from skep.cli.maintenance import Holder
+from skep.cli.endpoint import HostOptions
 from skep.cli.upgrade import Means, _Upgrade
 from skep.cli.upgrade_plan import Member
 from skep.errors import Unavailable
@@ -130,6 +131,28 @@ async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
     cluster.nodes["w1"]["Spec"]["Availability"] = "drain"
     await run.end()
     assert (cluster.availability("w1"), cluster.holders) == ("drain", (other,))
+
+
+async def held_by_an_upgrade_of_a_removed_node() -> tuple[MadeUp, _Upgrade]:
+    cluster = MadeUp("m1", "w1")
+    run = a_run(cluster)
+    await run.take(continues=False)
+    await run._hold(node="w1", availability="active")
+    assert [one.node for one in cluster.holders] == ["w1"]
+    del cluster.nodes["w1"]
+    return cluster, run
+
+
+async def test_an_upgrade_of_a_removed_node_can_be_aborted() -> None:
+    cluster, _ = await held_by_an_upgrade_of_a_removed_node()
+    await upgrade._abort(cast("HostOptions", cluster))
+    assert cluster.holders == ()
+
+
+async def test_the_lock_goes_with_an_upgrade_whose_node_was_removed() -> None:
+    cluster, run = await held_by_an_upgrade_of_a_removed_node()
+    await run.end()
+    assert cluster.holders == ()
 
 
 @pytest.mark.parametrize(
