@@ -50,7 +50,7 @@ def kill_time(removal: NodeRemoval, clock: Clock) -> float:
     The grace period counts from the removal, as the managers' wait does, not from when this node noticed it.
     """
     since_s = (clock.now_ns() - unix_ns(removal.at)) / SECOND_NS if removal.at else 0.0
-    # A clock that is behind the manager's must not make the grace period longer.
+    # If this node's clock is behind the manager's clock, the grace period must not become longer.
     return clock.monotonic() + min(max(REMOVED_GRACE_S - since_s, 0.0), REMOVED_GRACE_S)
 
 

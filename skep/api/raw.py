@@ -25,7 +25,7 @@ HEAD_S = 30.0
 WRITE_S = 60.0
 """Seconds for the host to read written data."""
 READ_BYTES = 64 * 1024
-"""One read of a stream, as large as a socket's usual buffer."""
+"""Bytes per read of a stream: the usual size of a socket's buffer."""
 
 Body: TypeAlias = bytes | AsyncIterable[bytes]
 Opener: TypeAlias = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]

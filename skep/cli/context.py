@@ -163,9 +163,9 @@ def show(options: HostOptions) -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.pass_obj
 def rm(options: HostOptions, force: bool, names: tuple[str, ...]) -> None:
-    """Remove contexts.
+    """Remove contexts from this machine.
 
-    The nodes do not change.
+    The clusters that they point to do not change.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
     default=3,
     show_default=True,
     metavar="N",
-    help="Number of last output lines of each task.",
+    help="Show this many last output lines per task.",
 )
 @shows
 @click.pass_obj

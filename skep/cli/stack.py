@@ -484,9 +484,7 @@ def history(host: HostOptions, name: str, output: Output) -> None:
     metavar="N",
     help="Revision to deploy. Default: the previous one that was deployed.",
 )
-@click.option(
-    "--as-admin", is_flag=True, help="Use all your rights instead of those of the revision's author."
-)
+@click.option("--as-admin", is_flag=True, help="Use all your rights, not the revision author's.")
 @options.timeout()
 @click.argument("name", metavar="STACK")
 @click.pass_obj

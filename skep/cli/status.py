@@ -391,9 +391,9 @@ def reason_in(explanation: Mapping[str, Any]) -> str:
 
 
 def completion(service: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the numbers of completed tasks and of all tasks to complete.
+    """Return the number of completed tasks, and of all tasks that have to complete.
 
-    Returns (0, 0) if it is not a job, and not all of its tasks have ended as intended.
+    Returns (0, 0) for a service that is not a job, unless some of its tasks have completed and none runs.
     """
     status, mode = service.get("ServiceStatus") or {}, service["Spec"].get("Mode") or {}
     completed, total = _count(service, "CompletedTasks"), int(status.get("TotalTasks", 0))

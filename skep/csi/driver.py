@@ -30,20 +30,19 @@ from skep.rpc.headers import request_block
 A = TypeVar("A", bound=Message)
 
 CALL_S: Final = 30.0
-"""Deadline of a call that changes something, since attaching a disk takes time.  The call is repeated, so a longer
-one only succeeds later."""
+"""Timeout in seconds of a call that changes something, such as attaching a disk.  A call that times out is retried."""
 LOOK_S: Final = 5.0
-"""Deadline of a call that changes nothing."""
+"""Timeout in seconds of a read-only call."""
 CALLS_MAX: Final = 8
-"""Concurrent calls of one driver, so that a hanging driver only blocks its own volumes."""
+"""Maximum number of concurrent calls to one driver.  A driver that hangs then blocks only its own volumes."""
 ID_BYTES_MAX: Final = 256
-"""Size of an id of a volume or node."""
+"""Maximum size of a volume id or node id."""
 MAP_BYTES_MAX: Final = 8 * 1024
-"""Size of all keys and values of a map from a driver, which is stored with the volume."""
+"""Maximum size of a driver's map, counting keys and values.  The map is stored with the volume."""
 TOPOLOGIES_MAX: Final = 64
-"""Topologies of one volume, which are stored with it."""
+"""Maximum number of a volume's topologies, which are stored with it."""
 MESSAGE_CHARACTERS_MAX: Final = 500
-"""Length of a driver's error text, which becomes an object's status."""
+"""Longer error texts of a driver are cut, because they become an object's status."""
 SECRET_CHARACTERS_MIN: Final = 4
 """Shorter secrets, such as ``yes``, are not masked, because they occur in many words."""
 _BOUNDS = Bounds(stream_window=256 * 1024, connection_window=1024 * 1024, message=256 * 1024)

@@ -58,13 +58,13 @@ from skep.model.addresses import is_public
 log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
-"""Open connections of all browsers together."""
+"""Maximum number of connections of logged-in browsers."""
 OF_SOURCE_MAX: Final = 64
-"""Connections of logged-in browsers: of all, and from one address."""
+"""Maximum number of connections of logged-in browsers from one address."""
 STRANGERS_MAX: Final = 256
-"""Connections that have not logged in, so that users get one while strangers come in numbers."""
+"""Maximum number of connections without a login.  Counted separately, so that strangers cannot shut users out."""
 STRANGERS_OF_SOURCE_MAX: Final = 32
-"""Connections of browsers that are not logged in.  A browser opens six at a time for the login page."""
+"""The same for one address.  A browser opens six connections at a time for the login page."""
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
 _IDLE_S = 75.0

@@ -1,4 +1,4 @@
-"""Sessions of the dashboard of this node, and a limit of login attempts.  Time is an argument."""
+"""Sessions of this node's dashboard, and the rate limit for logins.  Time is an argument."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,18 +15,19 @@ from skep.model.addresses import plain_address
 LIFE_S: Final = 12 * 3600.0
 """Seconds until a session ends: a working day."""
 OF_USER_MAX: Final = 8
-"""Sessions of one token.  A further session ends the oldest."""
+"""Maximum number of sessions per token.  One more session ends the oldest."""
 ATTEMPTS: Final = 10
-"""Logins from one address at once, and then per minute."""
+"""Login attempts per minute from one address.  They may all come at once."""
 _SOURCES_MAX: Final = 4096
-"""Addresses whose attempts are remembered."""
+"""Maximum number of addresses whose login attempts are counted."""
 
 
 class Session(msgspec.Struct, frozen=True, eq=False):
     """The session of one browser.
 
-    ``key`` is the first part of the path of all its pages.  A cookie is sent to every port of its host, where a
-    published service may listen, but not for an unguessable path.  ``passing`` has its active requests.
+    ``key`` is the first path segment of all its pages, and the path of its cookie.  Browsers send a cookie to every
+    port of its host, where a published service may listen, but only with requests under this unguessable path.
+    ``passing`` has its active requests.
     """
 
     key: str
@@ -38,7 +39,7 @@ class Session(msgspec.Struct, frozen=True, eq=False):
 
 
 class Sessions:
-    """The sessions of one listener.  ``new_secret`` is the same as for ``Relay``."""
+    """The sessions of one listener.  ``new_secret`` returns another unguessable word with each call."""
 
     def __init__(self, new_secret: Callable[[], str]) -> None:
         self._new_secret = new_secret
@@ -83,7 +84,7 @@ class Sessions:
 
 
 class Attempts:
-    """Limits the logins of each address.  The addresses that tried last are kept."""
+    """Limits login attempts per address.  Forgets the address whose last attempt is oldest when the table is full."""
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()

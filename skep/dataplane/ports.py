@@ -81,7 +81,7 @@ class UnreservedPorts:
         number = await self._ports.reserve(protocol, port, address, target)
         if (protocol, number) not in self._reserved():
             return number
-        # The caller wants any free port, and this one is the daemon's.  Hold it meanwhile, or it would be chosen again.
+        # The caller wants any free port, and the daemon needs this one.  Hold it meanwhile, or it is chosen again.
         try:
             return await self.reserve(protocol, port, address, target)
         finally:

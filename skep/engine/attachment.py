@@ -16,9 +16,9 @@ from skep.model.ids import ContainerId
 _STREAMS = {2: Stream.STDOUT, 3: Stream.STDERR}
 _PACKET_BYTES_MAX = 8192 + 1  # conmon's STDIO_BUF_SIZE and the leading byte
 _INPUT_BYTES_MAX = 8192
-"""Bytes of input in one packet."""
+"""Maximum bytes of input in one packet."""
 WAITING_MAX = 64
-"""Clients that may wait for the start of one container."""
+"""Maximum number of clients that wait for the start of one container."""
 
 
 class Attachment:

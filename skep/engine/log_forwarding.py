@@ -44,7 +44,7 @@ def encoded(order: Order) -> bytes | None:
 
 
 class LogForwarding:
-    """Runs the sender process.  ``hostname`` is the node's.  ``containers`` returns all current containers."""
+    """Runs the sender process.  ``hostname`` is the node's name.  ``containers`` returns all current containers."""
 
     def __init__(
         self, bundles: Bundles, hostname: str, events: Events, containers: Callable[[], Iterable[Container]]

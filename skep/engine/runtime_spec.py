@@ -254,7 +254,7 @@ def _linux(
 
 
 def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> list[dict[str, str]]:
-    """Return the container's own namespaces and the namespaces that it joins.  The machine's are left out."""
+    """Return the container's own namespaces and those that it joins, without the namespaces of the machine."""
     options = container.config.machine
     modes = {"pid": options.pid_mode, "ipc": options.ipc_mode, "uts": options.uts_mode}
     found = [{"type": "mount"}]

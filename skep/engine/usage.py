@@ -29,7 +29,7 @@ _PAUSE_S = 0.01
 _STACK = "com.docker.stack.namespace"
 _TASK = "com.docker.swarm.task.name"
 _LABEL_MAX = 256
-"""Characters of a label that are kept.  A plain container's may have any length, on each of some twenty lines."""
+"""Characters of a label that are kept.  A plain container may have longer labels, and some twenty lines repeat each."""
 
 
 class Used(NamedTuple):

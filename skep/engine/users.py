@@ -95,7 +95,7 @@ def _number(word: str) -> int | None:
 
 
 def _entries(text: str, fields: int) -> list[list[str]]:
-    """Return the lines of a passwd-like file with at least ``fields`` fields.  Others are skipped."""
+    """Return the lines of a passwd-like file with at least ``fields`` fields, and skip the others."""
     entries = []
     for line in text.splitlines():
         parts = line.strip().split(":")

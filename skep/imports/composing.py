@@ -86,7 +86,7 @@ def service_entry(spec: ServiceSpec, names: Names) -> dict[str, Any]:
 
 
 def _image(written: str, image: str) -> str:
-    """Return the image as written in the stack's file, without a digest, or ``image`` if the service's has changed."""
+    """Return the image as written in the stack's file, without a digest, or ``image`` if the service changed it."""
     is_same = written == image if "@" in written else _tagged(written) == _tagged(image)
     return written if written and is_same else image
 

@@ -17,7 +17,7 @@ from skep.stack.reading import Report
 
 FILE: Final = "imported"
 _ROUNDS_MAX: Final = 50
-"""Each removes at least one key that cannot be read, or is the last."""
+"""Maximum number of conversion rounds.  Each but the last removes at least one key that cannot be converted."""
 
 
 class Note(msgspec.Struct, frozen=True, order=True):

@@ -318,12 +318,12 @@ class _Conversion:
                 words = _words(command.removeprefix("-"), self._unit.name)
                 is_docker = len(words) > 1 and words[0].rpartition("/")[2] == "docker"
                 if not (is_docker and words[1] in _PREPARATIONS):
-                    self._note(key, f"dropped: {command!r} is no part of the container")
+                    self._note(key, f"dropped: {command!r} is not part of the container")
         for section, key in self._unit.settings:
             if section == "Service" and key not in _READ | _OF_SYSTEMD:
-                self._note(f"[Service] {key}", "dropped: it concerns the process of the docker command")
+                self._note(f"[Service] {key}", "dropped: it only affects the process of the docker command")
             elif section == "Unit" and key not in _OF_UNIT:
-                self._note(f"[Unit] {key}", "dropped: it concerns units of systemd")
+                self._note(f"[Unit] {key}", "dropped: it only affects systemd units")
             elif section not in ("Unit", "Service", "Install", *_SECTIONS):
                 self._note(f"[{section}]", "not known, dropped")
 

@@ -33,7 +33,7 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
 
 
 def identify(pid: int, version: str = "") -> ProcessIdentity | None:
-    """Return the process with this pid, or None if there is none or it is a zombie."""
+    """Return the process with this pid, or None if it does not exist or is a zombie."""
     started = processes.start_ticks_of(pid)
     return None if started is None else ProcessIdentity(pid, started, version)
 
@@ -49,7 +49,7 @@ def open_pidfd(process: ProcessIdentity) -> int | None:
 
 
 def write_pid_file(path: Path, process: ProcessIdentity) -> None:
-    """Replace the pid file ``path``.  Its writer holds the lock of that name."""
+    """Replace the pid file ``path``.  The caller must hold the lock of the process name."""
     replace_file(path, msgspec.json.encode(process), is_durable=False)
 
 

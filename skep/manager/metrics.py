@@ -143,7 +143,7 @@ def autoscaling_families(counts: AutoscalingCounts) -> list[Family]:
         by_label(
             "skep_autoscale_changes_total",
             "counter",
-            "Changes of a number of tasks by autoscaling, made by this manager.",
+            "Times that autoscaling on this manager changed a service's number of tasks.",
             "direction",
             counts.changes,
         ),

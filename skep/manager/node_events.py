@@ -32,7 +32,7 @@ from skep.wire.tunnel import Tunnel
 NODES_MAX = 128
 """Nodes in one client's stream.  Each takes part of every cursor."""
 STREAMS_MAX = 8
-"""Clients of one manager that read events of nodes.  Each has a tunnel to every node."""
+"""Maximum number of clients that read node events from one manager.  Each has a tunnel to every node."""
 LINE_BYTES_MAX = 256 << 10
 """A node replaces a longer event with a gap message."""
 HEAD_BYTES_MAX = 64 << 10
@@ -191,7 +191,7 @@ class AllEvents:
             )
         if self._streams >= STREAMS_MAX:
             raise ResourceExhausted(
-                f"{STREAMS_MAX} clients of this manager already read events of nodes: try another manager"
+                f"{STREAMS_MAX} clients already read node events from this manager: try another manager"
             )
 
     @contextmanager

@@ -42,7 +42,7 @@ def request_spans(exporter: TraceExporter) -> Middleware:
 
 
 def spans_of_request(whole: Part, parts: list[Part], traceparent: str) -> Iterator[Span]:
-    """Yield the span of a request, and of the write of each service in it.  ``traceparent`` is the client's."""
+    """Yield the span of a request, and of the write of each service in it.  ``traceparent`` is the client's header."""
     found = _TRACEPARENT.fullmatch(traceparent)
     for part in parts:
         services = part.result if isinstance(part.result, list | tuple) else (part.result,)

@@ -407,7 +407,8 @@ class JobStatus(ApiObject):
     """Version of the present run's spec, or None for the service's present spec.  An update of a scheduled job applies
     from the next run on."""
     updates: int = 0
-    """Number of updates of the spec since the run began, so that a status is written with each new spec."""
+    """Number of spec updates since the run began.  It changes with each update, so the status is written with
+    every new spec."""
     retried_until: Timestamp | None = None
     """Creation time of the newest task when a user requested another attempt.  Tasks up to this time that had failed by
     then do not count."""

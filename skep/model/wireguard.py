@@ -12,9 +12,9 @@ from typing import Final
 import msgspec
 
 KEY_BYTES: Final = 32
-"""A key of Curve25519."""
+"""Size of a Curve25519 key."""
 KEYS_MAX: Final = 2
-"""Keys of one node: the present key and, during a rotation, the previous one."""
+"""Maximum number of keys per node: the present key and, during a rotation, the previous one."""
 PORT_MAX: Final = (1 << 16) - 1
 """A port has 16 bits."""
 
@@ -28,12 +28,12 @@ Managers and nodes of older versions ignore it: they exchange nothing on encrypt
 
 
 class Method(Enum):
-    """Method of encryption between nodes.  ``docker info`` and ``docker node inspect`` show the values."""
+    """How a node encrypts traffic to other nodes.  ``docker info`` and ``docker node inspect`` show the values."""
 
     KERNEL = "kernel"
-    """The kernel's WireGuard."""
+    """WireGuard in the Linux kernel."""
     USER_SPACE = "wireguard-go"
-    """The distribution's wireguard-go, a process in user space."""
+    """wireguard-go from the distribution, which runs as a process."""
 
 
 class PublicKey(msgspec.Struct, frozen=True, order=True):

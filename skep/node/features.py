@@ -124,7 +124,7 @@ def detect(data_dir: Path, nft: str = "nft") -> Features:
     missing: dict[str, str] = {}
 
     def probe() -> None:
-        if refusal := ipv6_refusal():  # a new namespace has IPv6 even if the machine's is turned off
+        if refusal := ipv6_refusal():  # a new namespace has IPv6 even if it is turned off on the machine
             missing["ipv6-egress"] = refusal
         refusal = "" if _libc.unshare(_CLONE_NEWNET) == 0 else os.strerror(ctypes.get_errno())
         for name, attempt in _attempts(data_dir, nft).items():

@@ -39,7 +39,7 @@ A shorter lifetime makes it renew in a tight loop (with 4 minutes: 3,950 times a
 """
 
 CSR_BYTES_MAX = 16 * 1024
-"""Size of a certificate request, which callers without a certificate send."""
+"""Maximum size of a certificate request.  Callers without a certificate may send one."""
 
 _CLOCK = SystemClock()
 
@@ -47,7 +47,10 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
 def issued_s(certificate: Mapping[str, Any]) -> int:
-    """Return when one of our certificates was issued, in Unix seconds, from ``SSLSocket.getpeercert()``'s form."""
+    """Return the Unix time in seconds at which this authority issued a certificate.
+
+    ``certificate`` is a result of ``SSLSocket.getpeercert()``.  Its start of validity is earlier by ``BACKDATE``.
+    """
     return ssl.cert_time_to_seconds(certificate["notBefore"]) + int(BACKDATE.total_seconds())
 
 

@@ -46,7 +46,7 @@ def identity_of(certificate: x509.Certificate) -> Identity:
 
 
 def peer_identity(certificate: Mapping[str, Any]) -> Identity:
-    """Return the identity in a verified certificate, in ``SSLSocket.getpeercert()``'s form.
+    """Return the identity in a verified certificate, which is a result of ``SSLSocket.getpeercert()``.
 
     Raises: Unauthenticated.
     """

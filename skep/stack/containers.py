@@ -24,36 +24,36 @@ from skep.model.meta import Driver
 from skep.stack.document import Node
 from skep.stack.reading import Reader
 
-_NO_SUCH_FIELD: Final = "a service of a cluster has no such setting"
+_NO_SUCH_FIELD: Final = "cluster services do not have this setting"
 _REFUSED: Final = {
-    "annotations": "annotations of the runtime are not passed on: use labels",
-    "cgroup": f"{_NO_SUCH_FIELD}: a container has a cgroup namespace of its own",
-    "cgroup_parent": f"{_NO_SUCH_FIELD}: limits are below deploy.resources",
+    "annotations": "the runtime does not get annotations: use labels",
+    "cgroup": f"{_NO_SUCH_FIELD}: each container has its own cgroup namespace",
+    "cgroup_parent": f"{_NO_SUCH_FIELD}: set limits in deploy.resources",
     "cpu_count": "only Windows has it: use deploy.resources.limits.cpus",
     "cpu_percent": "only Windows has it: use deploy.resources.limits.cpus",
     "cpu_rt_period": "real-time scheduling of processes is not supported",
     "cpu_rt_runtime": "real-time scheduling of processes is not supported",
     "credential_spec": "only Windows has credential specs",
-    "domainname": "write the whole name as hostname",
-    "external_links": "give both services a network in common: they find each other by name",
+    "domainname": "put the full domain name into hostname",
+    "external_links": "put both services on one network, where they reach each other by name",
     "mac_address": "a task's address comes from the cluster",
-    "models": "language models are not served by a cluster: run the model as a service",
-    "oom_kill_disable": "a container over its limit of memory is ended",
+    "models": "a cluster does not run language models itself: run the model as a service",
+    "oom_kill_disable": "a container that exceeds its memory limit is always killed",
     "post_start": "hooks are not supported: let the entrypoint do it, or a service with depends_on",
     "pre_start": "hooks are not supported: use a service with depends_on service_completed_successfully",
     "pre_stop": "hooks are not supported: handle stop_signal",
-    "provider": "programs of the machine do not provide services of a cluster",
-    "runtime": "containers run under runc",
+    "provider": "provider programs are not supported: run the program as a service",
+    "runtime": "all containers run under runc",
     "storage_opt": "the size of a container's layer cannot be limited",
     "use_api_socket": "mount /var/run/docker.sock in a service on a manager",
     "userns_mode": "user namespaces are not supported",
     "volumes_from": "name the volume in both services",
 }
 _IGNORED: Final = {
-    "attach": "it concerns `docker compose up` in a terminal",
-    "develop": "it concerns `docker compose watch`",
-    "expose": "services on one network reach all ports of each other",
-    "pull_refresh_after": "an image is looked up at each deploy",
+    "attach": "it only affects `docker compose up` in a terminal",
+    "develop": "it only affects `docker compose watch`",
+    "expose": "services on one network reach all of each other's ports",
+    "pull_refresh_after": "each deploy looks up the image again",
 }
 _MACHINE_PATH: Final = re.compile(r"[./~]|[A-Za-z]:[\\/]")
 _PROPAGATIONS: Final = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
@@ -173,7 +173,7 @@ def _privileges(service: Reader) -> Privileges | None:
             case "label", "disable":
                 made["selinux_context"] = SELinuxContext(disable=True)
             case _:
-                service.problem("security_opt", f"{text} is not supported for services of a cluster")
+                service.problem("security_opt", f"{text} is not supported for cluster services")
     return Privileges(**made) if made else None
 
 
@@ -311,7 +311,7 @@ def _long_mount(reader: Reader, volumes: Volumes) -> Mount:
     kind = reader.choice("type", "volume", "bind", "tmpfs", "image", "cluster", "npipe") or "volume"
     source, target = reader.text("source"), reader.text("target")
     read_only = reader.boolean("read_only") or False
-    reader.ignore("consistency", "it concerns Docker Desktop")
+    reader.ignore("consistency", "it only affects Docker Desktop")
     parts = {name: reader.reader(name) for name in ("bind", "volume", "tmpfs", "image", "cluster")}
     for name, part in parts.items():
         if part is not None and name != kind:
@@ -355,7 +355,7 @@ def _mount(
             no_copy = bool(options is not None and options.boolean("nocopy"))
             subpath = options.text("subpath") if options is not None else ""
             if options is not None and options.node("labels") is not None:
-                options.problem("labels", "labels of a volume stand with the volume, at the top of the file")
+                options.problem("labels", "set the labels in the file's top-level volumes section")
             return volumes.mount(source, target, read_only, no_copy, subpath)
         case "cluster":
             return volumes.cluster_mount(source, target, read_only)

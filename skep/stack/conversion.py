@@ -38,7 +38,7 @@ def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes
             f"invalid stack name {quoted(name)}: expected letters, digits, dots, dashes and underscores",
         )
     top.skip("version", "name", "include")
-    top.refuse("models", "language models are not served by a cluster: run the model as a service")
+    top.refuse("models", "a cluster does not run language models itself: run the model as a service")
     services = top.named("services")
     if not services:
         version_1 = "" if "services" in top else _version_1(document)
@@ -231,7 +231,7 @@ def _network_body(one: Reader, name: str, stack: str) -> dict[str, Any]:
     if (ipv6 := one.boolean("enable_ipv6")) is not None:
         body["EnableIPv6"] = ipv6
     if one.boolean("enable_ipv4") is False:
-        one.problem("enable_ipv4", "networks of a cluster have IPv4")
+        one.problem("enable_ipv4", "cluster networks always have IPv4")
     ipam = one.reader("ipam")
     if ipam is not None:
         configs = []
@@ -267,7 +267,8 @@ def _volumes(top: Reader, stack: str) -> dict[str, tuple[str, dict[str, str], Dr
             labels = one.labels("labels") | {NAMESPACE: stack}
             made[key] = name or f"{stack}_{key}", labels, driver if driver != Driver() else None
         one.refuse(
-            "x-cluster-spec", "cluster volumes are created with docker volume create, and named as external"
+            "x-cluster-spec",
+            "a file cannot create cluster volumes: run docker volume create, and declare it with external: true",
         )
         one.close()
     return made

@@ -282,29 +282,31 @@ class _Builder:
     def _begin_entry(self, owner: _Open, key: str, place: Place, *, is_plain: bool) -> None:
         if key in owner.entries and not (key == "<<" and is_plain):
             before = owner.keys[key]
-            self._refuse(place, f"the key {key!r} is repeated: it is first in line {before.line}")
+            self._refuse(place, f"duplicate key {key!r}: line {before.line} has it already")
         owner.key, owner.key_place = key, place
 
     def _tag(self, tag: str | None, place: Place) -> str:
         if tag is None or tag.startswith("tag:yaml.org,2002:") or tag == "!":
             return ""
         if tag not in TAGS:
-            self._refuse(place, f"the tag {tag} is unknown: a stack has {' and '.join(TAGS)}")
+            self._refuse(place, f"unknown tag {tag}: stack files support {' and '.join(TAGS)}")
         return tag
 
     def _alias(self, event: Any, place: Place) -> None:
         if any(one.anchor == event.anchor for one in self._open):
-            self._refuse(place, f"*{event.anchor} stands inside of &{event.anchor}: it would contain itself")
+            self._refuse(
+                place, f"*{event.anchor} is inside &{event.anchor}, so the value would contain itself"
+            )
         found = self._anchors.get(event.anchor)
         if found is None:
-            self._refuse(place, f"*{event.anchor} refers to nothing: there is no &{event.anchor} before it")
+            self._refuse(place, f"undefined alias *{event.anchor}: define &{event.anchor} before it")
         assert found is not None
         node, size = found
         self._grow(size, place)
         owner = self._open[-1] if self._open else None
         if owner is not None and owner.is_mapping and owner.key is None:
             if isinstance(node.value, dict | tuple):
-                self._refuse(place, "a key is text, not a list or a mapping")
+                self._refuse(place, "a key cannot be a list or a mapping")
             self._begin_entry(owner, node.text, place, is_plain=node.is_plain)
             return
         self._add(node, size, None)
@@ -315,7 +317,7 @@ class _Builder:
             self._refuse(place, f"values are nested more than {_DEPTH_MAX} levels deep")
         owner = self._open[-1] if self._open else None
         if owner is not None and owner.is_mapping and owner.key is None:
-            self._refuse(place, "a key is text, not a list or a mapping: a value with { or [ needs quotes")
+            self._refuse(place, "a key cannot be a list or a mapping: quote a value that begins with { or [")
         tag, is_mapping = self._tag(event.tag, place), isinstance(event, yaml.MappingStartEvent)
         self._open.append(_Open(is_mapping, place, tag, event.anchor, {}, {}, [], []))
 

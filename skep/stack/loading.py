@@ -20,9 +20,9 @@ from skep.stack.merging import canonical, merged, without_tags
 from skep.stack.reading import Reader, Report
 
 _FILES_MAX: Final = 2000
-"""Files of one stack, including all that it includes."""
+"""Maximum number of files of one stack, with all included files."""
 _INCLUDES_MAX: Final = 20
-"""Depth of nested includes at most."""
+"""Maximum depth of nested includes."""
 
 
 class Choices(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,7 +150,7 @@ class _Loader:
             raise Problems(
                 [
                     Problem(
-                        where, "include", f"files include each other: {' -> '.join([*including, str(path)])}"
+                        where, "include", f"the file includes itself: {' -> '.join([*including, str(path)])}"
                     )
                 ]
             )
@@ -160,7 +160,7 @@ class _Loader:
                     Problem(
                         Place(str(path), 1, 1),
                         "include",
-                        f"more than {_INCLUDES_MAX} files include each other",
+                        f"includes are nested more than {_INCLUDES_MAX} levels deep",
                     )
                 ]
             )

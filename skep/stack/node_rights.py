@@ -14,7 +14,7 @@ def rights_labels(service: Reader, deploy: Reader) -> dict[str, str]:
         if text == "host":
             made[f"skep.{key}"] = text
         elif text and not (key == "ipc" and text in ("private", "shareable")):
-            service.problem(key, f"{text!r} is not supported for services of a cluster: expected host")
+            service.problem(key, f"{text!r} is not supported for cluster services: expected host")
     for key, label in (("shm_size", "skep.shm-size"), ("memswap_limit", "skep.memory-swap")):
         if (size := service.size(key)) is not None:
             made[label] = str(size)
@@ -62,11 +62,11 @@ def _gpus(request: Reader) -> str:
         request.text("count"),
         request.texts("device_ids"),
     )
-    request.ignore("driver", "GPUs are found by the descriptions of their vendors (CDI)")
-    request.refuse("options", "options of a driver of GPUs are not supported")
+    request.ignore("driver", "GPUs are found through their vendors' CDI files")
+    request.refuse("options", "GPU driver options are not supported")
     if capabilities and "gpu" not in capabilities:
         request.problem(
-            "capabilities", f"expected gpu: there is nothing to reserve for {', '.join(capabilities)}"
+            "capabilities", f"expected gpu: devices with {', '.join(capabilities)} cannot be reserved"
         )
     request.close()
     return f"device={','.join(ids)}" if ids else count or "all"
@@ -78,7 +78,7 @@ def _io_limits(limits: Reader | None, service: Reader) -> dict[str, str]:
     made: dict[str, str] = {}
     if weight := limits.text("weight"):
         made["skep.blkio-weight"] = weight
-    limits.refuse("weight_device", "weights of single devices are not supported")
+    limits.refuse("weight_device", "weights per device are not supported: use weight")
     for key in ("device_read_bps", "device_write_bps", "device_read_iops", "device_write_iops"):
         parts = []
         for node, path in limits.each(key):

@@ -316,7 +316,7 @@ def _files(
     for file in sorted(files, key=lambda one: one.name):
         if file.is_external:
             if file.name not in found:
-                text = f"{kind} {file.name} is declared as external, and there is none"
+                text = f"external {kind} {file.name} does not exist: create it first"
                 problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
             continue
         now = found.get(file.name)
@@ -329,7 +329,7 @@ def _files(
         is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)  # other stacks' objects are only used
         if file.is_versioned and not is_ours:
             # The hash in its name stands for this stack's content, but nothing has compared the two.
-            text = f"the {kind} {file.name} is not of this stack, though it has the name of one: remove it"
+            text = f"the {kind} {file.name} exists and belongs to another stack or none: remove it, then deploy again"
             problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
         differing = tuple(_label_differences(labels, file.labels)) if is_ours else ()
         action = Action.UPDATE if differing else Action.KEEP

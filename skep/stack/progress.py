@@ -224,7 +224,7 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
 def _is_current(task: Task, service: Service) -> bool:
     if task.spec_version is not None and service.spec_version is not None:
         return task.spec_version == service.spec_version
-    # The API leaves out the runtime of container tasks.
+    # For containers the API omits the spec's field ``Runtime`` in tasks, so the comparison ignores it.
     return replace(task.spec, runtime="") == replace(service.spec.task_template, runtime="")
 
 

@@ -97,7 +97,8 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
             name, labels = one.spec.name, one.spec.labels
             if labels.get(NAMESPACE) != self.of or not name.startswith(f"{self.of}_"):
                 raise InvalidArgument(
-                    f"revision {self.number} of {self.of} has the service {name}, which is not of this stack"
+                    f"revision {self.number} of {self.of} has the service {name} of another stack, so it was not "
+                    f"written by a deploy of {self.of}"
                 )
         return stack
 

@@ -165,7 +165,7 @@ def test_a_revision_with_objects_of_another_stack_is_refused(what: str) -> None:
     spec: dict[str, Any] = {"Name": "shop_revision-8", "Labels": LABELS, "Data": data}
     config = {"ID": "c", "Version": {"Index": 1}, "CreatedAt": "", "Spec": spec, "WrittenBy": "admin"}
     (revision,) = revisions_of("shop", [config])
-    with pytest.raises(InvalidArgument, match=r"payments|not of this stack"):
+    with pytest.raises(InvalidArgument, match=r"payments|of another stack"):
         revision.stack()
 
 

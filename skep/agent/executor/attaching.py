@@ -209,7 +209,7 @@ class ClusterAttachments:
 
 
 class AttachmentController:
-    """The seven verbs of an attachment task.  ``evict`` disconnects a running container from a network."""
+    """Runs an attachment task (see ``Controller``).  ``evict`` disconnects a running container from a network."""
 
     def __init__(self, attachments: ClusterAttachments, evict: Evict, task: AssignedTask) -> None:
         self._attachments = attachments

@@ -442,7 +442,7 @@ def _is_unhealthy(container: Container) -> bool:
 
 
 def _exit_of(container: Container, reason: str = "") -> TaskExit:
-    """Return the exit with Docker's message, or Skep's if Docker's has only an exit code."""
+    """Return the exit with Docker's message, followed by the reason if it is known."""
     code = container.exit_code
     message = f"task: non-zero exit ({code})" if code else ""
     if code and (reason := _with_words(reason or container.error, container)):

@@ -42,7 +42,7 @@ log = structlog.get_logger()
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 """Seconds between attempts to publish ports, for instance until another program has released one."""
 OBSTACLES_S = 15.0
-"""Period of reading other firewalls' rules for ones that block forwarding."""
+"""Seconds between two searches for firewall rules of other programs that block forwarding."""
 _ADDRESSES_S = 2.0
 """Period of checking for missing addresses that ports are bound to.  A virtual address takes longer to move to another
 node (3 s with keepalived's defaults)."""
@@ -96,8 +96,8 @@ class Mesh:
         self._table: Table | None = None
         self._held: set[PortKey] = set()
         self._is_held_known = False
-        """Whether ``_held`` matches the net process.  False before the first request, and after a failed request, which
-        the net process may have carried out all the same."""
+        """Whether ``_held`` matches the net process.  False before the first request, and after a failed request, since
+        the net process may have carried it out."""
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
         self._nats_ipv6 = False
@@ -106,10 +106,9 @@ class Mesh:
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
         self._absent: frozenset[str] = frozenset()
-        """Addresses of published ports that this node does not have at present."""
+        """Addresses that published ports are bound to and that this node lacks at present."""
         self.conflicts: Mapping[PortKey, str] = {}
-        """Ports that are not published here, with the reason in Docker's words.  Another program has them, or they
-        cannot be held."""
+        """Ports that this node cannot publish, with the reason in Docker's words.  Often another program has one."""
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]

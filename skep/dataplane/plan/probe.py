@@ -21,7 +21,7 @@ DEVICE = "probe"
 PORT = 4787
 """UDP and TCP port inside the namespace, where nothing else uses ports."""
 IP_UDP_BYTES = 28
-"""Heads of IPv4 and UDP."""
+"""Length of the IPv4 and UDP headers."""
 _NETWORK = 10 << 24
 _HOSTS = (1 << 24) - 2
 _LENGTH = 8

@@ -34,7 +34,7 @@ from skep.dataplane.plan.ingress import IngressNode, Plan
 
 _TABLE = "skep_return"
 _PRIORITY = 1042
-"""Priority of the rules by mark, which also identifies them."""
+"""Priority of the routing rules that select by mark.  It also identifies these rules as Skep's."""
 _UDP_PRIORITY = 32999
 """Priority of the rule for IPv6 replies over UDP, after all other routes."""
 _UDP_TABLE = 1042

@@ -30,7 +30,7 @@ _PAUSE_S = 0.2
 """Seconds between attempts."""
 _TLS_HANDSHAKE, _TLS_ALERT = 22, 21
 _RECORD_BYTES = 5
-"""The head of a TLS record."""
+"""Length of a TLS record header."""
 _ICMP_ECHO = struct.Struct(">BBHHH")
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 

@@ -24,7 +24,7 @@ SECONDS_MAX = 1.0
 _CHUNK = bytes(1 << 16)
 _COUNT = struct.Struct("!Q")
 _TCP_IP_BYTES = 40
-"""Heads of IPv4 and TCP."""
+"""Length of the IPv4 and TCP headers without options."""
 
 
 class Transfer(msgspec.Struct, frozen=True):

@@ -39,11 +39,11 @@ _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its contai
 _TOO_MANY_SOURCES = f"[Warning] {{}} cache sources are not used: a build has at most {SOURCES_MAX}\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
-"""Registries in one request's credentials."""
+"""Maximum number of registries in one request's credentials."""
 _KEPT_CHARACTERS_MAX = 1 << 20
-"""Output of a quiet build that is kept in memory."""
+"""Characters of a quiet build's output that are kept in memory."""
 _SILENT_S = 300.0
-"""A client that sends nothing of its context for this long loses its build slot."""
+"""Seconds without data after which a client that uploads its build context loses its build slot."""
 
 T = TypeVar("T")
 

@@ -173,7 +173,7 @@ def _requested(
 
 
 def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
-    """Return the aliases.  A task's do not include the aliases of its spec, which the cluster resolves.
+    """Return the container's aliases on the network.  Omits aliases from a task's spec, which the cluster resolves.
 
     Source: moby 20.10, daemon/container_operations.go (updateNetworkConfig).
     """

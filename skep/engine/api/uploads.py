@@ -10,11 +10,11 @@ from skep.errors import Unavailable
 _PIECE_BYTES = 1 << 18
 """Bytes that are read at a time."""
 _REST_BYTES_MAX = 64 << 20
-"""Rest of a refused upload that is still read, so that its sender gets the response instead of a broken pipe."""
+"""Bytes of a refused upload that are still read, so that its sender gets the response instead of a broken pipe."""
 _REST_DEADLINE_S = 10.0
-"""Deadline for the rest of a refused upload."""
+"""Seconds for which the rest of a refused upload is still read."""
 TAKEN_S = 300.0
-"""A client that reads nothing of an archive for this long is disconnected."""
+"""Seconds after which a client that downloads an archive is disconnected if it reads no data."""
 
 
 async def pieces_of(request: web.Request, *, silent_s: float | None = None) -> AsyncIterator[bytes]:

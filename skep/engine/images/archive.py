@@ -72,7 +72,7 @@ class Unpackaged(msgspec.Struct, frozen=True, kw_only=True):
 async def load(images: LocalImages, archive: AsyncIterable[bytes], report: Report) -> Sequence[Image]:
     """Load every image of ``archive``, and send Docker's messages to ``report``.
 
-    Images before a broken one are kept, as in Docker.  Nothing of the broken one is.
+    If an image is broken, the images before it are kept, as in Docker, and the broken one is discarded.
 
     Raises:
         InvalidArgument: it is not an image archive, or its content does not match its manifest.

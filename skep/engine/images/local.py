@@ -432,7 +432,7 @@ class LocalImages:
         )
 
     def _read(self) -> None:
-        """Read everything that can be read.  Raises: OSError: some files cannot be read now."""
+        """Read the catalog, layers and image configurations.  Raises: OSError: a file cannot be read now."""
         unread: OSError | None = None
         for directory in (self._root, self._root / "configs", self.scratch):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -455,7 +455,7 @@ class LocalImages:
             raise unread
 
     def _read_image(self, file: Path, *, layers_are_known: bool) -> OSError | None:
-        """Read an image's configuration.  Return the error if it has to be read again later."""
+        """Read an image's configuration.  Return the error if the file cannot be read now, but perhaps later."""
         id = Digest(f"sha256:{file.name}")
         if not is_digest(id):
             log.warning("unknown file ignored", file=str(file))

@@ -174,7 +174,10 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def _split_domain(text: str) -> tuple[str, str]:
-    """Split off the registry.  The first part is one only with a dot or a colon, or if it is localhost."""
+    """Split a name into its registry and the rest, and add Docker's defaults.
+
+    The part before the first slash is a registry only if it contains a dot or a colon, or is ``localhost``.
+    """
     first, slash, rest = text.partition("/")
     if not slash or (not set(".:") & set(first) and first != "localhost"):
         domain, remainder = DEFAULT_DOMAIN, text

@@ -114,7 +114,7 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _endpoints(policy: Policy, domain: str) -> Sequence[Endpoint]:
-    """Return the endpoints of an index.  Docker Hub's is separate from its registry, and mirrors have none."""
+    """Return the endpoints that serve searches.  Docker Hub has a separate one, and its mirrors have none."""
     return (Endpoint(_INDEX),) if domain == DEFAULT_DOMAIN else policy.endpoints(domain)
 
 

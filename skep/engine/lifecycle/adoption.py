@@ -147,7 +147,7 @@ class Adoption:
             await self._adopt(container, has_network=False)
 
     async def _discard_unknown(self, id: ContainerId) -> None:
-        """End and remove a container whose record cannot be decoded.  A task's is replaced, as if it had failed."""
+        """End and remove a container whose record cannot be decoded.  Its task is replaced as after a failure."""
         await self._runtime.delete_unknown(id)
         await self._bundles.discard(id)
 

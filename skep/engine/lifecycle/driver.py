@@ -48,7 +48,7 @@ SWEEP_SECONDS = 20.0
 _RETRY_SECONDS_MAX = 30.0
 """Longest pause between two attempts."""
 KILLED_S_MAX = 60.0
-"""Deadline from SIGKILL to the record of the end.  Docker's is 12 s.  Here the networks are freed before the record,
+"""Seconds from SIGKILL until the container's end must be recorded.  Docker allows 12 s.  Skep frees the networks first,
 which may take long on an overloaded machine."""
 
 

@@ -143,27 +143,27 @@ class RunEnded(Event, frozen=True, kw_only=True):
 
 
 class Exited(RunEnded, frozen=True, kw_only=True):
-    """It has ended, and its networks are free: a client that waits for the end may take its port."""
+    """It has ended and freed its networks, so a client that waits for the end may reuse its port."""
 
 
 class Release(Event, frozen=True):
-    """Free what else only a run needs."""
+    """Free the remaining resources that only a run needs."""
 
 
 class Retired(Event, frozen=True):
-    """Everything that only a run needs is free, and it will never run."""
+    """It will never run again, and all resources that only a run needs are free."""
 
 
 class Discard(Event, frozen=True):
-    """Nothing of it runs, and it may be deleted."""
+    """It has no process left, so it may be deleted."""
 
 
 class Discarded(Event, frozen=True):
-    """Nothing but the record in memory is left."""
+    """Only the record in memory is left."""
 
 
 class Cleaned(Event, frozen=True):
-    """Nothing of an interrupted run is left."""
+    """An interrupted run has been cleaned up."""
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class StartFailed(Failure, frozen=True):
 
 
 class StartUndone(Failure, frozen=True):
-    """Nothing of a failed start is left."""
+    """A failed start has been cleaned up."""
 
 
 class PauseFailed(Failure, frozen=True):

@@ -50,7 +50,7 @@ def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
         raise PermissionDenied(f"Permission denied: node {caller.node_id} is not part of this swarm")
     if is_foreign(view.lookup(Revocation, caller.node_id), caller.serial):
         raise PermissionDenied(
-            f"Permission denied: this certificate of node {caller.node_id} is not the node's"
+            f"Permission denied: this certificate in the name of node {caller.node_id} does not belong to it"
         )
     role = node.certificate.role if node.certificate is not None else caller.role
     return Identity(node_id=node.id, cluster_id=swarm.id, role=role)
@@ -155,7 +155,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
         raise Unavailable("the cluster's root has just changed: try again")
     if is_foreign(tx.rely_on(Revocation, identity.node_id), issued.shown):
         raise PermissionDenied(
-            f"Permission denied: this certificate of node {identity.node_id} is not the node's"
+            f"Permission denied: this certificate in the name of node {identity.node_id} does not belong to it"
         )
     node = tx.lookup(Node, identity.node_id)
     certificate = issued_certificate(

@@ -92,7 +92,7 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
         raise PermissionDenied(removal.refusal(identity.node_id))
     if is_foreign(revocation, identity.serial):
         raise PermissionDenied(
-            f"Permission denied: this certificate of node {identity.node_id} is not the node's"
+            f"Permission denied: this certificate in the name of node {identity.node_id} does not belong to it"
         )
     node = view.lookup(Node, identity.node_id)
     if node is None and identity.node_id in view.unreadable(Revocation):

@@ -236,7 +236,7 @@ def _resolved(
             for attachment in attachments
         )
     except NotFound as error:
-        raise Untranslated(str(error)) from error  # the engine has no class for this error
+        raise Untranslated(str(error)) from error  # as in moby, which responds 500: its error has no status
 
 
 def _free_name(tx: Transaction, new_name: NameSource) -> str:

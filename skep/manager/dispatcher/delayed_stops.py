@@ -35,7 +35,7 @@ DELAYED_MAX = 2_000
 """Maximum delayed stops.  Beyond it, tasks stop at once."""
 
 WaitUnused = Callable[[Task, int], Awaitable[None]]
-"""Returns when no node sends new connections to the task, which was retired at that revision of the store."""
+"""Waits until no node sends new connections to the task.  The number is the store's revision that retired the task."""
 RESTART_S_MAX = 10.0
 """Maximum seconds by which a restarting etcd prolongs the delay of a stop."""
 CHECK_S = 0.1

@@ -18,13 +18,13 @@ from skep.model.logs import LogLine, LogQuery
 from skep.model.times import SECOND_NS
 
 LINES_MAX = 1000
-"""Lines that wait for one reader."""
+"""Maximum number of lines that wait for one reader."""
 HOLD_S = 1.0
-"""Seconds for which the lines of other nodes wait for a node that sends none."""
+"""Seconds for which other nodes' lines wait for a node that sends none, so that lines stay in order."""
 SILENT_S = 5.0
-"""Seconds after which a follower's node that does not answer is named."""
+"""Seconds after which a reader that follows is told about a node that does not answer."""
 BEHIND_NS_MAX = 600 * SECOND_NS
-"""Time by which one task's lines may be behind another's on the same node so that both can be resumed."""
+"""Largest lag between two tasks of a node at which both can be resumed without gaps."""
 
 
 class Subscription:
@@ -204,7 +204,7 @@ class Subscription:
         return self._lines.take(most)
 
     def _end_stream(self, node_id: NodeId) -> None:
-        """End the past lines of a node.  Its stream may still deliver other nodes' lines."""
+        """Forget a node's stream.  End the stream, unless it also delivers the lines of other nodes."""
         stream = self._streams.pop(node_id, None)
         if stream is not None and stream not in self._streams.values():
             self._lines.end(stream)

@@ -104,7 +104,7 @@ async def _run(request: web.Request, *, throughput: bool) -> web.StreamResponse:
 
 
 def node_result(view: View, result: DiagnosticsResult) -> NodeResult:
-    """Return a node's result with host names."""
+    """Return a node's diagnostics with the host names of the nodes in them."""
     return NodeResult(
         id=result.node_id,
         hostname=_hostname(view, result.node_id),

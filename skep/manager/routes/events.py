@@ -83,7 +83,7 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     wanted = None
     if names := request.query.get("nodes", ""):
         if OF_WORKER in request.headers:
-            raise PermissionDenied("clients of workers may not read the events of nodes")
+            raise PermissionDenied("workers do not pass on node events: ask a manager")
         words = () if names == "all" else names.split(",")
         wanted = Wanted(
             names=words,

@@ -45,14 +45,14 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     host_ports: tuple[HostPort, ...] = ()
     max_replicas: int = 0
     planes: tuple[str, ...] = ()
-    """Data planes of the task's overlay networks.  Empty if none belongs to one yet."""
+    """Data planes of the task's overlay networks.  Empty while none of these networks has one."""
     paths: tuple[PathCheck, ...] = ()
-    """Checks of overlay traffic, including ingress traffic, that must pass on its node."""
+    """Checks of overlay and ingress traffic that must pass on the node."""
     rights: MachineRights = MachineRights()
-    """Rights over their node that its containers have."""
+    """Rights over the node that the task's containers need, such as ``privileged``."""
     cluster_volumes: tuple[ClusterMount, ...] = ()
     needs_disk: bool = True
-    """Whether its node's disk must have space, as for every new task (``staying``)."""
+    """Whether the node's disk must have free space.  True for every new task (``staying``)."""
 
 
 def requirements_of(

@@ -12,7 +12,7 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Store, View
 
 _WARNINGS_MAX = 20
-"""Warnings in the row."""
+"""Maximum number of warnings in the cluster's row."""
 
 
 class ClusterRows:

@@ -50,7 +50,7 @@ class _Change(msgspec.Struct, frozen=True):
 
 
 class Table:
-    """Rows by kind and id.  ``incarnation`` is the cluster's."""
+    """Rows by kind and id.  ``incarnation`` is the incarnation of the cluster."""
 
     def __init__(self, incarnation: int) -> None:
         self._incarnation = incarnation

@@ -1,7 +1,7 @@
 """Presents images and volumes of this node and of the machine's Docker Engine in one list, with common removal.
 
-Requests about an image that this node does not have are the engine's (``front.routing``).  This module handles the
-rest.  A service's volume is this node's, any other is the engine's.
+Requests about an image that this node does not have are passed to the engine (``front.routing``).  This module handles
+the rest.  This node has the volumes of services, and the engine has all others.
 """
 
 from collections.abc import Callable, Mapping

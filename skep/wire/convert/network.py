@@ -76,7 +76,7 @@ def gossip_key_to_pb(key: GossipKey) -> pb.EncryptionKey:
 
 
 def network_to_pb(network: Network) -> pb.Network:
-    """Convert a network without ``spec.scope``: a network that is sent to nodes is the cluster's."""
+    """Convert a network without ``spec.scope``: nodes receive only networks of the cluster."""
     spec = network.spec
     message = pb.Network(
         id=network.id,

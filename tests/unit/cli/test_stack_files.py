@@ -70,7 +70,7 @@ def test_relative_paths_begin_at_the_directory_of_the_project(folder: Path) -> N
 
 
 def test_what_has_no_effect_is_warned_of_and_no_color_is_honored(folder: Path) -> None:
-    said = "services.web.develop: it concerns `docker compose watch`"
+    said = "services.web.develop: it only affects `docker compose watch`"
     colored, plain = config(color=True), config(color=True, NO_COLOR="1")
     assert "\x1b[33mwarning" in colored.stderr
     assert plain.stderr == f"warning: {folder}/compose.yaml:1:47: {said}\n"

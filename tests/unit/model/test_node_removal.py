@@ -28,7 +28,7 @@ def test_a_refusal_without_a_time_is_no_removal(refusal: str) -> None:
     [
         "Permission denied: node w2 was removed from the swarm at 2026-01-02T03:04:05Z",
         "Permission denied: node w1 is not part of the swarm",
-        "Permission denied: this certificate of node w1 is not the node's",
+        "Permission denied: this certificate in the name of node w1 does not belong to it",
         "cannot say: Permission denied: node w1 was removed from the swarm at 2026-01-02T03:04:05Z",
         "Permission denied: node w1 was removed from the swarm at 2026-01-02T03:04:05Z, perhaps",
     ],

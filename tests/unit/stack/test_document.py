@@ -60,8 +60,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("", "f:1:1: the file is empty: it has no services"),
         ("- a", "f:1:1: the top of the file is a list, not a mapping with services"),
-        ("a: 1\nb: 2\na: 3", "f:3:1: the key 'a' is repeated: it is first in line 1"),
-        ("a: {b: 1, b: 2}", "f:1:11: a: the key 'b' is repeated: it is first in line 1"),
+        ("a: 1\nb: 2\na: 3", "f:3:1: duplicate key 'a': line 1 has it already"),
+        ("a: {b: 1, b: 2}", "f:1:11: a: duplicate key 'b': line 1 has it already"),
         (
             "a:\n\tb: 1",
             (
@@ -70,15 +70,15 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
             ),
         ),
         ("a: [1, 2", "f:2:1: this is not YAML: did not find expected ',' or ']'"),
-        ("a: &x [*x]", "f:1:8: a: *x stands inside of &x: it would contain itself"),
-        ("a: *nothing", "f:1:4: a: *nothing refers to nothing: there is no &nothing before it"),
+        ("a: &x [*x]", "f:1:8: a: *x is inside &x, so the value would contain itself"),
+        ("a: *nothing", "f:1:4: a: undefined alias *nothing: define &nothing before it"),
         (
             "a: !python/object:os.system x",
-            "f:1:4: a: the tag !python/object:os.system is unknown: a stack has !reset and !override",
+            "f:1:4: a: unknown tag !python/object:os.system: stack files support !reset and !override",
         ),
         (
             "a: {{ b }}: c",
-            "f:1:5: a: a key is text, not a list or a mapping: a value with { or [ needs quotes",
+            "f:1:5: a: a key cannot be a list or a mapping: quote a value that begins with { or [",
         ),
         ("a: {<<: 1}", "f:1:5: a.<<: << merges mappings, and this is the number 1"),
         ("a: 1\n---\nb: 2", "f:2:1: a second document begins here: a stack is one document"),

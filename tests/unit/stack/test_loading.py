@@ -173,8 +173,8 @@ services:
 @pytest.mark.parametrize(
     ("files", "error"),
     [
-        ({"main": "include: main.yml\nservices: {}"}, "files include each other: .*main.yml -> .*main.yml"),
-        ({"main": "include: a.yml", "a": "include: main.yml"}, "files include each other: .* -> .* -> "),
+        ({"main": "include: main.yml\nservices: {}"}, "the file includes itself: .*main.yml -> .*main.yml"),
+        ({"main": "include: a.yml", "a": "include: main.yml"}, "the file includes itself: .* -> .* -> "),
         ({"main": "include: no.yml"}, "no.yml cannot be read: no such file or directory"),
         (
             {"main": "services: {a: {extends: b}, b: {extends: a}}"},

@@ -274,7 +274,7 @@ def test_a_forced_update_by_others_is_no_change() -> None:
         (
             "services: {w: {image: w, secrets: [s]}}\nsecrets: {s: {external: true}}",
             Existing(),
-            "secret s is declared as external, and there is none",
+            "external secret s does not exist: create it first",
         ),
     ],
 )
@@ -312,7 +312,7 @@ def test_what_has_the_name_of_this_stacks_content_and_is_anothers_is_refused(lab
     stack = a_stack("services: {w: {image: w, secrets: [c]}}\nsecrets: {c: {file: f}}", c=b"x")
     (name,) = (one.name for one in stack.secrets.values())
     existing = replace(deployed(stack), secrets=({"ID": "x", "Spec": {"Name": name, "Labels": labels}},))
-    with pytest.raises(Problems, match="is not of this stack"):
+    with pytest.raises(Problems, match="belongs to another stack or none"):
         plan_of(stack, existing, images={}, prune=True)
 
 

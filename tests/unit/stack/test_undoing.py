@@ -40,7 +40,7 @@ FAILED = config(body(1), **{"skep.stack.state": "failed: x"})
     [
         ([], "no earlier revision was deployed"),
         ([FAILED], "no earlier revision was deployed"),
-        ([config(body(1), **{"skep.stack.state": "deployed"})], "declared as external, and there is none"),
+        ([config(body(1), **{"skep.stack.state": "deployed"})], "does not exist: create it first"),
         ([config(body(1) | {"Data": "!"}, **{"skep.stack.state": "deployed"})], "revision 1 cannot be read"),
     ],
 )
