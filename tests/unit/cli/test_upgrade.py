@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from skep.api.client import Client
 from skep.cli import maintenance, upgrade
-from skep.cli.maintenance import Holder
 from skep.cli.endpoint import HostOptions
+from skep.cli.maintenance import Holder
 from skep.cli.upgrade import Means, _Upgrade
 from skep.cli.upgrade_plan import Member
 from skep.errors import Unavailable
