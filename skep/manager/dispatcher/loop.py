@@ -343,8 +343,10 @@ class Dispatcher:
         self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
             raise Unavailable(NO_QUORUM)
-        async with self._admission.slot():
-            return await self._take_session(request, caller)
+        grace_s = grace_period(self._period_s, configured_s=self._configured_grace_s)
+        with self._sessions.registering(caller.node_id, lambda: self._time.seconds, grace_s):
+            async with self._admission.slot():
+                return await self._take_session(request, caller)
 
     async def _take_session(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
         node_id, session_id = caller.node_id, SessionId(self._new_id())
