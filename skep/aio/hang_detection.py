@@ -27,13 +27,19 @@ class RunningTime(msgspec.Struct, frozen=True, kw_only=True):
     seen_at: float
     """The clock's monotonic time at the last tick."""
 
-    def after(self, now: float, tick_s: float, *, is_current: bool = True) -> "RunningTime":
+    def after(
+        self, now: float, tick_s: float, *, late_s: float | None = None, is_current: bool = True
+    ) -> "RunningTime":
         """The running time at ``now``, one tick later.
 
-        A tick that took longer than twice its length was a standstill of this loop, not a peer's silence.
+        A tick that came later than by ``late_s`` was a standstill of this loop, not a peer's silence.
         Unless ``is_current``, the time stands still, because this process could not receive updates from others.
+
+        Args:
+            late_s: Longest delay of a tick that counts.  The tick's length by default.
         """
-        passed = min(max(now - self.seen_at, 0.0), 2 * tick_s) if is_current else 0.0
+        longest_s = tick_s + (tick_s if late_s is None else late_s)
+        passed = min(max(now - self.seen_at, 0.0), longest_s) if is_current else 0.0
         return RunningTime(seconds=self.seconds + passed, seen_at=now)
 
 

@@ -71,7 +71,8 @@ async def carry_out(
     Nothing is written if the managers would refuse a part of the plan.  The deploy replaces running deploys of the
     stack, and is planned again for the objects that they have left.  A plan for some services only is recorded as the
     last deployed revision with these services changed.  It is refused while another deploy of the stack runs, because
-    it would replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision.
+    it would replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision, or
+    only with revisions that failed and have other services.
 
     ``created`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
@@ -126,7 +127,9 @@ def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | N
     """Return the whole stack to record as a revision, or None for some services of a stack without a revision.
 
     The other services are recorded as they were last deployed.  A revision whose deploy failed or was interrupted has
-    content that never ran, and the new revision will be marked as deployed.
+    content that never ran, and the new revision will be marked as deployed.  Without a deployed revision, nothing is
+    recorded if a failed deploy may have created other services, because a rollback to a record of some would remove
+    them.
 
     Raises: FailedPrecondition: the plan is for some services, and another deploy is under way.
     """
@@ -137,6 +140,8 @@ def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | N
     if revisions:
         _check_after(revisions[-1], revisions[-1].number)
     deployed = next((one for one in reversed(revisions) if one.state == DEPLOYED), None)
+    if deployed is None and any(not one.stack().services.keys() <= set(plan.only) for one in revisions):
+        return None
     return with_part(deployed.stack() if deployed else Stack(name=stack.name), stack, plan.only)
 
 

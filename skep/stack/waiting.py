@@ -101,6 +101,8 @@ class Reasons:
         """Times of a service's facts and of its running tasks, on the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
         """Slots of failed tasks, by service and task id, or None if the slot has run again since."""
+        self._counts: dict[str, set[str]] = {}
+        """Counts of tasks that were seen, by service.  A new one is progress."""
         self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
@@ -118,6 +120,7 @@ class Reasons:
         made = {name: one.progress for name, one in looks.items()}
         seen = {name: self._seen(name, one, now) for name, one in looks.items()}
         for name in open_:
+            has_progress = self._has_progress(name, looks[name].progress.count)
             explanation = explanations.get(name, Explanation())
             problem = explanation.problem or looks[name].progress.problem
             made[name] = explained(
@@ -126,12 +129,23 @@ class Reasons:
                 current=looks[name].current,
                 failures_max=self._failures_max,
                 unplaced_s=max(
-                    self._times.held_s((name, kind), now, holds=problem.kind == kind) for kind in UNPLACED
+                    self._times.held_s((name, kind), now, holds=problem.kind == kind and not has_progress)
+                    for kind in UNPLACED
                 ),
                 given_up_s=self._times.held_s((name, "given up"), now, holds=problem.is_given_up),
                 seen=seen[name],
             )
         return made
+
+    def _has_progress(self, name: str, count: str) -> bool:
+        """Return whether the count of a service's tasks is one that it has not had before.
+
+        Where nodes or addresses come one after the other, some task waits for minutes while others start.
+        """
+        seen = self._counts.setdefault(name, set())
+        is_new = count not in seen
+        seen.add(count)
+        return is_new
 
     def _seen(self, name: str, look: Look, now: float) -> int:
         """Count the worst slot's failures since the wait began, or since one of its tasks ran for ``STEADY_S``."""

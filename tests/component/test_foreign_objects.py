@@ -182,7 +182,7 @@ def specs() -> Iterator[dict[str, Any]]:
         yield spec(secrets=(word,))
     for word in WORDS["config"]:
         yield spec(configs=(word,))
-    for word in WORDS["volume"][:-1]:
+    for word in WORDS["volume"]:
         yield spec(mounts=(word,))
     for name in ("blog_web", "none_web"):
         yield spec(depends=name)

@@ -239,7 +239,7 @@ async def test_what_did_not_answer_is_named(cluster: Cluster, tmp_path: Path) ->
                 service, task = service_task(node_id)
                 await put(cluster, service, task)
             await until(lambda: node_id not in two.logs._listeners)
-            assert f"node {node_id} is not available" in await missing(one, service.id)
+            assert "node worker is not available" in await missing(one, service.id)
         await until(lambda: not one.is_linked(two))
         assert f"manager {two.id} cannot be reached" in await missing(one, service.id)
 

@@ -398,10 +398,25 @@ async def test_a_deploy_of_a_part_after_a_failed_deploy_records_nothing_that_fai
     assert await recorded_images(cluster) == {"web": "busybox:3", "db": "busybox"}
 
 
-async def test_a_part_of_a_stack_whose_first_deploy_failed_is_recorded_alone(cluster: Cluster) -> None:
-    cluster.write(FILE % FAILS)
+async def test_a_part_of_a_stack_whose_first_deploy_failed_is_not_recorded_alone(cluster: Cluster) -> None:
+    """A rollback to a record of this part would remove the other service, which runs."""
+    cluster.write(f"name: shop\nservices: {{web: {{image: {FAILS}}}, db: {{image: busybox}}}}\n")
     assert (await cluster.deploy("--timeout", "20s"))[0] == 1
-    cluster.write(f"name: shop\nservices: {{web: {{image: 'busybox:2'}}, db: {{image: {FAILS}}}}}\n")
+    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: busybox}}\n")
+    for _ in range(2):
+        code, _, err = await cluster.deploy("--only", "web")
+        assert code == 0, err
+    assert (await cluster.deploy())[0] == 0
+    first, *others = (await listed(cluster)).splitlines()
+    assert first.startswith("1 failed: ")
+    assert others == ["2 deployed"]
+    assert await recorded_images(cluster) == {"web": "busybox:2", "db": "busybox"}
+
+
+async def test_a_part_that_failed_at_first_is_recorded_when_it_is_deployed(cluster: Cluster) -> None:
+    cluster.write(f"name: shop\nservices: {{web: {{image: {FAILS}}}, db: {{image: busybox}}}}\n")
+    assert (await cluster.deploy("--only", "web", "--timeout", "20s"))[0] == 1
+    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: busybox}}\n")
     code, _, err = await cluster.deploy("--only", "web")
     assert code == 0, err
     assert await recorded_images(cluster) == {"web": "busybox:2"}
@@ -423,7 +438,7 @@ async def test_of_two_first_deploys_of_parts_one_is_refused(cluster: Cluster) ->
     refused = [end for end in ends if end is not None]
     assert len(refused) == 1, ends
     assert isinstance(refused[0], FailedPrecondition), ends
-    assert "another deploy of shop is under way" in str(refused[0])
+    assert "another deploy of shop is running" in str(refused[0])
     assert await listed(cluster) == "1 deployed\n"
     images = await recorded_images(cluster)
     assert cluster.names() == [f"shop_{name}" for name in images]

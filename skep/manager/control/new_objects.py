@@ -16,6 +16,7 @@ from skep.model.container import ContainerSpec
 from skep.model.dependencies import dependencies_of
 from skep.model.field_rights import admin_rights
 from skep.model.labels import priority_of
+from skep.model.needs import sources_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -174,18 +175,20 @@ def _uses(
         yield "config", _by_id(view.lookup(Config, config.config_id)), config.config_name
     for mount in container.mounts:
         if mount.type == "cluster":
-            # The scheduler resolves the name later, among the volumes of all stacks.
-            yield "volume", _named(view, Volume, mount.source), mount.source
+            yield "volume", _cluster_volume(view, mount.source), mount.source
     for one in dependencies_of(spec.labels):
         yield "service", _by_id(_present(view, one.service)), one.service
 
 
-def _named(
-    view: View,
-    kind: type[Network] | type[Volume],
-    word: str,
-    among: Callable[[Any], bool] | None = None,
-) -> Known | None:
+def _cluster_volume(view: View, source: str) -> Known | None:
+    """Return the volume that the scheduler takes for ``source``, which is a name: never an id or a prefix of one.
+
+    A group (``group:NAME``) has volumes of any stack, so it is none.
+    """
+    return next((_by_id(one) for one in view.find(Volume, name=source) if source in sources_of(one)), None)
+
+
+def _named(view: View, kind: type[Network], word: str, among: Callable[[Any], bool] | None) -> Known | None:
     try:
         return _by_id(view.resolve(kind, word, among))
     except SkepError:

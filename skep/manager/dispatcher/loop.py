@@ -80,6 +80,11 @@ TICK_S, TICK_S_MAX = 0.2, 0.5
 """Minimum and maximum seconds between checks for silent nodes."""
 TICKS_PER_PERIOD = 10
 """Checks in a heartbeat period, so that a node is marked down at most a thirtieth of its grace too late."""
+LATE_S = 0.2
+"""Delay of a check that counts as time without heartbeats.  A longer one is this manager's own lack of processor time.
+
+It does not grow with the ticks: otherwise nodes of a starved manager would be marked down sooner.
+"""
 CURRENT_CHECK_S = 0.5
 """Seconds between checks for a quorum."""
 CURRENT_WITHIN_S = 2.0
@@ -338,8 +343,10 @@ class Dispatcher:
         self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
             raise Unavailable(NO_QUORUM)
-        async with self._admission.slot():
-            return await self._take_session(request, caller)
+        grace_s = grace_period(self._period_s, configured_s=self._configured_grace_s)
+        with self._sessions.registering(caller.node_id, lambda: self._time.seconds, grace_s):
+            async with self._admission.slot():
+                return await self._take_session(request, caller)
 
     async def _take_session(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
         node_id, session_id = caller.node_id, SessionId(self._new_id())
@@ -441,7 +448,7 @@ class Dispatcher:
                 is_without_quorum=not self.is_current(),
             )
             is_counted = self._is_current and not self._is_suspended(now, tick_s)
-            self._time = self._time.after(now, tick_s, is_current=is_counted)
+            self._time = self._time.after(now, tick_s, late_s=LATE_S, is_current=is_counted)
             missed += self._reports.missed_elsewhere(now)
             silent = self._sessions.silent(self._time.seconds, with_others=missed > 1)
             if silent:

@@ -4,10 +4,12 @@ Nothing here waits or writes, which is the job of ``loop.py``.  A stream's pendi
 bounded by the node's tasks however slowly the node reads.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.aio.event import Event
 from skep.errors import SkepError
@@ -165,6 +167,7 @@ class Sessions:
     def __init__(self) -> None:
         self._live: dict[NodeId, LiveSession] = {}
         self._absent: dict[NodeId, Absence] = {}
+        self._registering: Counter[NodeId] = Counter()
 
     def add(self, session: LiveSession) -> None:
         """Add the session of a node that has registered, and end its earlier one."""
@@ -173,6 +176,30 @@ class Sessions:
         self._live[session.node_id] = session
         if earlier is not None:
             earlier.end(SessionInvalid())
+
+    @contextmanager
+    def registering(self, node_id: NodeId, now: Callable[[], float], grace_s: float) -> Iterator[None]:
+        """Count a node as alive while it registers within the block, and for ``grace_s`` afterwards (own time).
+
+        The write of its session may take longer than its grace, if this manager or its store lacks processor time.
+        """
+        self._registering[node_id] += 1
+        try:
+            yield
+        finally:
+            self._registering[node_id] -= 1
+            if not self._registering[node_id]:
+                del self._registering[node_id]
+            self._extend(node_id, now(), grace_s)
+
+    def _extend(self, node_id: NodeId, seen_at: float, grace_s: float) -> None:
+        """Record that a node was seen, whether or not it has a session here."""
+        deadline = seen_at + grace_s
+        if (session := self._live.get(node_id)) is not None:
+            session.last_seen, session.deadline = seen_at, max(session.deadline, deadline)
+        if (absence := self._absent.get(node_id)) is not None:
+            deadline = max(absence.deadline, deadline)
+            self._absent[node_id] = replace(absence, last_seen=seen_at, deadline=deadline)
 
     def require(self, node_id: NodeId, session_id: str) -> LiveSession:
         """Return the node's session.  Raises NotRegistered, or SessionInvalid if it has a later one."""
@@ -253,12 +280,12 @@ class Sessions:
         live = [
             (id, session.id, session.last_seen)
             for id, session in self._live.items()
-            if session.deadline <= now
+            if session.deadline <= now and id not in self._registering
         ]
         absent = [
             (id, absence.session_id, absence.last_seen)
             for id, absence in self._absent.items()
-            if absence.deadline <= now
+            if absence.deadline <= now and id not in self._registering
         ]
         if not live and not absent:
             return []
@@ -271,6 +298,8 @@ class Sessions:
 
     def is_silent(self, silent_node: SilentNode, now: float) -> bool:
         """Whether a node that was found silent is still silent at ``now`` (own time)."""
+        if silent_node.node_id in self._registering:
+            return False
         session = self._live.get(silent_node.node_id)
         if session is not None and session.id == silent_node.session_id:
             return session.deadline <= now

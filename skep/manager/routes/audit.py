@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -16,8 +17,9 @@ from msgspec.structs import replace
 
 from skep.api.errors import status_of
 from skep.api.framing import path_of
-from skep.api.identity import unlimited_identity_of
+from skep.api.identity import identity_of, unlimited_identity_of
 from skep.errors import SkepError, Unauthenticated
+from skep.manager.control.new_objects import visible_to
 from skep.manager.journal.loop import Journal
 from skep.manager.routes.access import manager_of
 from skep.model.access import Origin
@@ -129,14 +131,23 @@ def record_reached(request: web.Request, task: Task, what: str, details: str = "
 def entry_of(request: web.Request, path: str) -> Entry:
     """Return an entry for the request, without its outcome."""
     view = manager_of(request).store.view()
-    entry = about(path, request.method, view)
+    try:
+        among = visible_to(view, identity_of(request))
+    except SkepError:  # the request is refused for the same reason
+        among = None
+    entry = about(path, request.method, view, among)
     if request.query.get("rollback") == "previous":
         entry = replace(entry, action="roll-back")
     return replace(entry, method=request.method, path=path, by=client_of(request))
 
 
-def about(path: str, method: str, view: View) -> Entry:
-    """Return an entry for the object of a request: ``/services/web/update`` is an update of the service ``web``."""
+def about(path: str, method: str, view: View, among: Callable[[Any], bool] | None = None) -> Entry:
+    """Return an entry for the object of a request: ``/services/web/update`` is an update of the service ``web``.
+
+    Args:
+        among: Returns whether the client sees an object, or None if it sees all.  The word means an object that the
+            client sees, as for the handler, before any other, which the client tried to reach.
+    """
     words = [word for word in path.split("/") if word and word != "skep"]
     noun, *rest = words or ["?"]
     action = {"DELETE": "remove", "GET": "read"}.get(method) or (rest[-1] if rest else "create")
@@ -146,11 +157,10 @@ def about(path: str, method: str, view: View) -> Entry:
     entry = Entry(type=name, action=action)
     if not rest or rest == ["create"]:
         return replace(entry, action="create")
-    try:
-        found = view.resolve(kind, rest[0])
-    except SkepError:
-        return replace(entry, name=rest[0])
-    return _about_object(entry, found, view)
+    for seen in (among, None) if among is not None and kind is not Node else (None,):
+        with suppress(SkepError):
+            return _about_object(entry, view.resolve(kind, rest[0], seen), view)
+    return replace(entry, name=rest[0])
 
 
 def _about_object(entry: Entry, found: Any, view: View) -> Entry:

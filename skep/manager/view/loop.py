@@ -192,13 +192,14 @@ class ClusterView:
             await self._step(table)
             now = self._clock.monotonic()
             rest_s = min(REST * (now - began), REST_S_MAX)
+            gather_s = GATHER_S
             try:
                 async with asyncio.timeout(self._idle_s()):
                     await self._changed.wait()
             except TimeoutError:
                 self._dirty.add(CLUSTER_KEY)
-            else:
-                await self._clock.sleep(max(GATHER_S, now + rest_s - self._clock.monotonic()))
+                gather_s = 0.0
+            await self._clock.sleep(max(gather_s, now + rest_s - self._clock.monotonic()))
 
     def _idle_s(self) -> float:
         """Return the seconds after which rows are checked without a change in the store."""

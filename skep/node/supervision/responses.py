@@ -16,6 +16,9 @@ log = structlog.get_logger(__name__)
 
 POLL_S = 1.0
 """Period of requests, and the deadline of each."""
+REQUESTS_MAX = 10
+"""Requests on one connection.  A process that accepts no connections, because it has no file descriptor left, still
+responds on an old one."""
 _REQUEST = b"HEAD /_skep/lag HTTP/1.1\r\nHost: manager\r\n\r\n"
 
 Responds = Callable[[], Awaitable[bool | None]]
@@ -67,14 +70,17 @@ async def _hand_over(hand_over: HandOver) -> None:
 
 
 class ManagerProbe:
-    """Sends requests to the HTTP server at ``socket`` over one connection, which is opened again after a failure.
+    """Sends requests to the HTTP server at ``socket``.
 
-    A new connection for each request would take a tenth of an idle manager's time.
+    A connection is used for ``REQUESTS_MAX`` requests or until a failure.  A new connection for each request would take
+    a tenth of an idle manager's time.
     """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._requests = 0
+        """Requests on the open connection."""
 
     async def responds(self) -> bool | None:
         """Return whether the server responds, or None if nothing listens there."""
@@ -93,9 +99,12 @@ class ManagerProbe:
 
     async def _ask(self) -> None:
         """Read the head of one response, which has no body."""
+        if self._requests >= REQUESTS_MAX:
+            self.close()
         try:
             reader, writer = self._streams or await asyncio.open_unix_connection(str(self._socket))
             self._streams = reader, writer
+            self._requests += 1
             writer.write(_REQUEST)
             await reader.readuntil(b"\r\n\r\n")
         except BaseException:
@@ -107,3 +116,4 @@ class ManagerProbe:
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None
+            self._requests = 0

@@ -11,7 +11,7 @@ import pytest
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.node.supervision import responses
-from skep.node.supervision.responses import ManagerProbe, wait_hung
+from skep.node.supervision.responses import REQUESTS_MAX, ManagerProbe, wait_hung
 
 
 async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:
@@ -41,6 +41,25 @@ async def test_one_connection_carries_all_requests(tmp_path: Path) -> None:
             connections[0].close()
             assert await probe.responds() is True, "a closed connection is not a hung server"
             assert len(connections) == 2
+
+
+async def test_a_server_that_accepts_no_connections_does_not_respond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a file descriptor left, a process still answers on the connections that it has."""
+    monkeypatch.setattr(responses, "POLL_S", 0.1)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    async with await asyncio.start_unix_server(answer, tmp_path / "sock") as server:
+        with probing(tmp_path / "sock") as probe:
+            assert await probe.responds() is True
+            listening = server.sockets[0].fileno()
+            asyncio.get_running_loop().remove_reader(listening)
+            found = [await probe.responds() for _ in range(REQUESTS_MAX + 2)]
+            assert found == [True] * (REQUESTS_MAX - 1) + [False] * 3
 
 
 async def test_a_server_that_falls_silent_and_returns_is_asked_anew(

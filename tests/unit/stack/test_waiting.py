@@ -11,7 +11,7 @@ from skep.api import waiting as api_waiting
 from skep.api.client import Client
 from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
-from skep.stack.progress import STEADY_S, Problem, ServiceProgress
+from skep.stack.progress import STEADY_S, UNPLACED_S, Problem, ServiceProgress
 from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done
 
 
@@ -101,6 +101,27 @@ class Explaining(Client):
         if id not in self._explanations:
             raise NotFound("page not found")
         return self._explanations[id]
+
+
+@pytest.mark.parametrize("every_s", [20, 70])
+def test_a_service_whose_tasks_get_nodes_one_after_the_other_is_waited_for(every_s: int) -> None:
+    """As where an autoscaler adds nodes: a task waits all the time, and never the same number."""
+    client = Explaining({"w": {"Reason": "no suitable node", "Problem": {"Kind": "no-node"}}})
+
+    async def wait() -> ServiceProgress:
+        reasons, loop = Reasons(client, 5), asyncio.get_running_loop()
+        while True:
+            count = f"{int(loop.time() / every_s)} of 10 tasks run"
+            looks = {"web": Look(id="w", progress=ServiceProgress(count, "no suitable node"))}
+            found = (await reasons.explain(looks))["web"]
+            if found.is_stuck or loop.time() > 190:
+                return found
+            await asyncio.sleep(0.5)
+
+    loop = VirtualLoop()
+    found = loop.run_until_complete(wait())
+    loop.close()
+    assert found.is_stuck is (every_s > UNPLACED_S)
 
 
 async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_is_no_error() -> None:

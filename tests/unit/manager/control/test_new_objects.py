@@ -117,6 +117,32 @@ async def test_a_planned_service_uses_what_there_is_and_the_service_of_its_name(
     assert (kind, known.id, known.stack, word) == ("service", others.id, "blog", "shop_web")
 
 
+async def test_a_mount_of_a_cluster_volume_means_the_volume_that_the_scheduler_takes() -> None:
+    """Names only.  With prefixes of ids, the answer would also tell of other stacks' ids."""
+    store = MemoryStore(SystemClock())
+    for id, name, stack in (
+        ("v11", "shop_data", "shop"),
+        ("v22", "blog_data", "blog"),
+        ("v33", "group:fast", "shop"),
+    ):
+        labels = {STACK_LABEL: stack}
+        await store.update(put, Volume(id=VolumeId(id), spec=VolumeSpec(name=name, labels=labels)))
+
+    def stack_of(source: str) -> str | None:
+        spec = plain()
+        assert spec.task_template.container_spec is not None
+        mounts = (Mount(type="cluster", source=source, target="/d"),)
+        container = replace(spec.task_template.container_spec, mounts=mounts)
+        spec = replace(spec, task_template=replace(spec.task_template, container_spec=container))
+        ((kind, known, word),) = new_service(store.view(), spec).uses
+        assert (kind, word) == ("volume", source)
+        return known.stack if known is not None else None
+
+    assert (stack_of("shop_data"), stack_of("blog_data")) == ("shop", "blog")
+    for source in ("v11", "v1", "v", "shop", "group:fast"):
+        assert stack_of(source) is None, source
+
+
 async def test_the_stacks_are_those_of_objects_quotas_and_roles() -> None:
     store = MemoryStore(SystemClock())
     label = {STACK_LABEL: "of-a-volume"}

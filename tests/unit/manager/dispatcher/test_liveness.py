@@ -14,7 +14,7 @@ from skep.manager.dispatcher.liveness import (
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.model.ids import NodeId, SessionId
 
-TICK_S = 0.2
+TICK_S, TICK_S_MAX = 0.2, 0.5
 
 
 def test_after_a_loss_of_quorum_every_node_gets_time_to_come_back():
@@ -54,6 +54,13 @@ def test_own_time_passes_as_the_clock_does():
 def test_while_the_loop_stood_still_no_node_missed_anything():
     time = RunningTime(seen_at=0.0).after(60.0, TICK_S)
     assert time.seconds <= 2 * TICK_S
+
+
+def test_a_late_tick_counts_only_a_part_of_its_delay():
+    """A check may be rare without nodes of a starved manager being marked down sooner."""
+    late, time = 60.0, RunningTime(seen_at=0.0)
+    assert time.after(TICK_S_MAX + late, TICK_S_MAX, late_s=0.2).seconds == TICK_S_MAX + 0.2
+    assert time.after(0.6, TICK_S_MAX, late_s=0.2).seconds == 0.6
 
 
 def test_while_this_manager_was_cut_off_no_node_missed_anything():

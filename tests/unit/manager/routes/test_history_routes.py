@@ -9,13 +9,16 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
+from skep.api.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
+from skep.manager.control.new_objects import visible_to
 from skep.manager.journal.reading import Query
 from skep.manager.routes import audit
 from skep.manager.routes.audit import about, with_outcome
 from skep.manager.routes.history import limited, query_of
 from skep.model.access import ALL, Binding, Identity, Origin, Role
 from skep.model.history import By, Entry, Kind, Severity, masked, masked_text, without_credentials
+from skep.model.ids import ServiceId
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_service_spec
 
@@ -89,6 +92,20 @@ def test_services_and_nodes_may_be_named_by_prefix_or_be_gone() -> None:
 def test_what_a_request_is_about(method: str, path: str, type_: str, action: str, name: str) -> None:
     entry = about(path, method, a_view())
     assert (entry.type, entry.action, entry.name) == (type_, action, name)
+
+
+def test_a_request_is_about_the_object_that_its_client_sees() -> None:
+    """A prefix of an own id may be the name of another stack's object."""
+    view = State()
+    for id, name, stack in (("ab1", "shop_web", "shop"), ("cd2", "ab", "blog"), ("ab3", "blog_web", "blog")):
+        spec = replace(a_service_spec(name), labels={STACK_LABEL: stack})
+        service = replace(a_service(name, spec=spec), id=ServiceId(id))
+        view.table_by_type[type(service)].store(service.id, None, service, moves=True)
+    among = visible_to(view, an_identity(Binding(Role.OPERATOR, "shop")))
+    for word, id in (("ab", "ab1"), ("a", "ab1"), ("shop_web", "ab1"), ("blog_web", "ab3")):
+        assert about(f"/services/{word}/update", "POST", view, among).object_id == id, word
+    assert about("/services/ab/update", "POST", view).object_id == "cd2", "an administrator sees all"
+    assert about("/services/a/update", "POST", view).object_id == ""
 
 
 def test_a_refusal_is_recorded_without_what_it_quotes() -> None:

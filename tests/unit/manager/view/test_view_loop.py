@@ -33,7 +33,7 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
-from skep.model.times import Timestamp, timestamp
+from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
@@ -420,6 +420,44 @@ def test_a_crash_loop_is_degraded_while_its_process_runs_and_until_it_has_stayed
         await viewer.read(rig.view, lambda: viewer.rows["services"]["web"]["state"] == "healthy")
         assert STABLE_S <= asyncio.get_running_loop().time() - began < STABLE_S + 1
         assert viewer.rows["services"]["web"]["reason"] == ""
+
+    run(body)
+
+
+def test_a_slow_step_is_followed_by_a_rest_also_without_a_change() -> None:
+    """Here crash loops end one after the other, which changes rows without a commit."""
+    steps: list[float] = []
+
+    async def slow(_: View) -> ClusterRow:
+        steps.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(0.1)
+        return ClusterRow(
+            id="c", name="default", managers=ManagersRow(1, 1, "m1"), warnings=(), replacement_suspended=""
+        )
+
+    async def body(rig: Rig) -> None:
+        now_ns = VirtualClock(rig.loop).now_ns()
+        for number in range(20):
+            service = a_service(f"s{number}", replicas=1)
+            looping = replace(
+                a_task(f"t{number}", service=service.id, node="n1"),
+                restart=Restart(failures=3),
+                status=TaskStatus(
+                    state=TaskState.RUNNING, timestamp=timestamp(now_ns + number * SECOND_NS // 4)
+                ),
+            )
+            ended = replace(
+                a_task(f"e{number}", service=service.id, state=TaskState.FAILED),
+                desired_state=TaskState.SHUTDOWN,
+                created_at=Timestamp("2025-01-01T09:00:00Z"),
+            )
+            await rig.put(service, ended, looping)
+        rig.view = ClusterView(rig.store, VirtualClock(rig.loop), slow)
+        async with rig.running():
+            rig.view.prepare()
+            await asyncio.sleep(STABLE_S + 10)
+        during = [at for at in steps if at > STABLE_S - 1]
+        assert 1 < len(during) < 6, "a rest is fifty times as long as a step, at most 5 s"
 
     run(body)
 

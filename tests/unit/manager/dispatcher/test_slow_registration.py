@@ -1,0 +1,91 @@
+"""A node that registers is alive, however long the manager takes to write its session."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS
+from skep.model.ids import ClusterId, NodeId, new_id
+from skep.model.node import Node, NodeRole, NodeState
+from skep.security.identity import Identity
+from skep.store.memory import MemoryStore
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from tests.support.builders import a_node
+
+N1 = NodeId("n1")
+GRACE_S = GRACE_PERIODS * DEFAULT_PERIOD_S
+
+
+class SlowStore(MemoryStore):
+    """Single writes wait for ``delay_s`` before they are committed, as behind a hundred thousand others."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__(clock)
+        self.delay_s = 0.0
+        self._own_clock = clock
+
+    async def update(self, body: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        await self._own_clock.sleep(self.delay_s)
+        return await super().update(body, *args, **kwargs)
+
+
+class Rig:
+    def __init__(self, loop: VirtualLoop) -> None:
+        self.loop = loop
+        self.clock = VirtualClock(loop)
+        self.store = SlowStore(self.clock)
+        own = ManagerPeer(node_id=NodeId("m1"), addr="")
+        self.dispatcher = Dispatcher(self.store, own, self.clock, new_id, Random(1))
+        identity = Identity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
+        self.caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
+
+    async def register(self) -> None:
+        await self.dispatcher._register(pb.SessionRequest(), self.caller)
+
+    def after(self, seconds: float) -> NodeState:
+        """State of the node that many seconds later."""
+        self.loop.run_until_complete(self.clock.sleep(seconds))
+        return self.store.view().get(Node, N1).status.state
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """A node with a session, which then loses its connection."""
+    loop = VirtualLoop()
+    rig = Rig(loop)
+    loop.run_until_complete(rig.store.update(lambda tx: tx.put(a_node(N1))))
+    running = loop.create_task(rig.dispatcher.run())
+    rig.after(1)
+    loop.run_until_complete(rig.register())
+    yield rig
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(running)
+    loop.close()
+
+
+def test_a_node_is_not_down_while_its_session_is_written(rig: Rig) -> None:
+    rig.store.delay_s = 3 * GRACE_S
+    assert rig.after(GRACE_S / 2) is NodeState.READY
+    registering = rig.loop.create_task(rig.register())
+    for _ in range(5):
+        assert rig.after(GRACE_S / 2) is NodeState.READY
+    rig.loop.run_until_complete(registering)
+    assert rig.dispatcher.session_count() == 1
+
+
+def test_a_node_that_gives_up_has_its_grace_to_try_again(rig: Rig) -> None:
+    rig.store.delay_s = 3 * GRACE_S
+    assert rig.after(GRACE_S / 2) is NodeState.READY
+    registering = rig.loop.create_task(rig.register())
+    assert rig.after(GRACE_S) is NodeState.READY
+    registering.cancel()
+    assert rig.after(GRACE_S - 1) is NodeState.READY
+    assert rig.after(2) is NodeState.DOWN
