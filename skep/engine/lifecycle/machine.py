@@ -113,7 +113,7 @@ class Effect(Enum):
 BEST_EFFORT = frozenset(
     {
         *(Effect.DELETE_PROCESS, Effect.DETACH_NETWORKS, Effect.CLEAR_CGROUPS, Effect.RELEASE_ROOT),
-        *(Effect.UNMOUNT_VOLUMES, Effect.THAW_FOR_SIGNAL),
+        *(Effect.UNMOUNT_VOLUMES, Effect.THAW_FOR_SIGNAL, Effect.FORGET_SECRETS),
     }
 )
 """Effects whose failure is only logged.  A sweep, the next start, a removal or the next process finds the leftovers."""
@@ -480,6 +480,7 @@ TABLE = (
     on(ANY, UserStops, record=_stopped),
     on(PAUSED, Signal, (E.SEND_SIGNAL, E.THAW_FOR_SIGNAL, E.SEE_FROZEN), when=_thaws),
     on(LIVE, Signal, (E.SEND_SIGNAL,)),
+    on(ANY, Signal),  # it has ended at this moment
     on(LIVE, Pause, (E.FREEZE,), when=_is_this_run, fails=PauseFailed),
     on(ANY, Pause, refusal=_not_running),
     on(LIVE, Frozen, (E.PUBLISH_PAUSE,), when=_is_this_run, to=State.PAUSED),

@@ -1,0 +1,121 @@
+"""Failures of single steps in a container's life: the other steps follow, and the record says what exists."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from skep.engine.bundle import Bundles
+from skep.engine.capacity import Capacity
+from skep.engine.cgroups import Cgroups
+from skep.engine.conmon import StartError
+from skep.engine.container import Container, ContainerState
+from skep.model.ids import ContainerId
+from tests.support.stub_engine import (
+    ID,
+    Body,
+    StubEngine,
+    a_container,
+    disk_full,
+    on_virtual_time,
+)
+
+Run: TypeAlias = Callable[[Body], None]
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Run:
+    """Run a test's body on virtual time, with an engine that has one running container."""
+    return lambda body: on_virtual_time(body, tmp_path, a_container())
+
+
+def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end(0)
+        await asyncio.sleep(1)  # everything of its run is freed
+        done: list[str] = []
+
+        async def refuse(*_: object) -> None:
+            raise StartError("no such file", "start")
+
+        async def delete(container: Container) -> None:
+            done.append("delete")
+
+        def full(*_: object) -> None:
+            raise disk_full()
+
+        monkeypatch.setattr(stubs.runtime, "start", refuse)
+        monkeypatch.setattr(stubs.runtime, "delete", delete)
+        monkeypatch.setattr(stubs.bundles, "release", lambda _: done.append("release"))
+        monkeypatch.setattr(stubs.bundles, "forget_environment", full, raising=False)
+        with pytest.raises(StartError):
+            await stubs.engine.start(ID, secret_env=("A=b",))
+        assert done == ["delete", "release"]
+        failed = stubs.engine.get(ID)
+        assert (failed.process, failed.sandbox, failed.exit_code) == (None, None, 128)
+        assert "no such file" in failed.error
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("before", [b'{"process": {"env": ["A=b"', b'{"process": {"env": ["A=b", "C=d"]}}'])
+def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    bundles = Bundles(tmp_path, tmp_path, cast("Cgroups", None), cast("Capacity", None), tmp_path / "none")
+    path = bundles.bundle(ID) / "config.json"
+    path.parent.mkdir()
+    path.write_bytes(before)
+
+    def full(*_: object) -> int:
+        raise disk_full()
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    bundles.forget_environment(ID, ("A=b",))
+    assert not path.exists()
+
+
+def test_a_container_that_ends_at_the_end_of_its_grace_period_was_stopped(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer may run before the waiter that the end has woken."""
+
+    async def body(stubs: StubEngine) -> None:
+        store = stubs.engine._store
+        wait = store.wait
+
+        async def woken_late(id: ContainerId) -> Container:
+            monkeypatch.setattr(store, "wait", wait)
+            await wait(id)
+            return await asyncio.Future()
+
+        monkeypatch.setattr(store, "wait", woken_late)
+        asyncio.get_running_loop().call_later(5, stubs.runtime.end, 3)
+        assert (await stubs.engine.stop(ID, 10.0)).exit_code == 3
+
+    simulated(body)
+
+
+def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        driver = stubs.engine._lifecycle
+        await stubs.end(7)
+        await asyncio.sleep(1)  # everything of its run is freed
+        driver._store.observe(ID, state=ContainerState.RUNNING)
+        killing = asyncio.create_task(stubs.engine.kill(ID))
+        await asyncio.sleep(0)  # the kill has begun, and its signal follows
+        driver._store.observe(ID, state=ContainerState.EXITED)
+        with capture_logs() as lines:
+            await killing
+            await asyncio.sleep(1)
+        assert [line["event"] for line in lines] == []
+        assert stubs.engine.get(ID).exit_code == 7
+
+    simulated(body)
