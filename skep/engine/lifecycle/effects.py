@@ -117,6 +117,7 @@ class Effects:
             Effect.PUBLISH_PAUSE: self._publish_pause,
             Effect.PUBLISH_UNPAUSE: self._publish_unpause,
             Effect.DELETE_PROCESS: self._delete_process,
+            Effect.ENSURE_DELETED: self._delete_process,
             Effect.DETACH_NETWORKS: self._detach_networks,
             Effect.CLEAR_CGROUPS: self._clear_cgroups,
             Effect.RELEASE_ROOT: self._release_root,

@@ -95,6 +95,7 @@ class Effect(Enum):
     PUBLISH_UNPAUSE = "publish unpause"
     END_PROCESS = "kill and await the end"
     DELETE_PROCESS = "delete process and cgroups"
+    ENSURE_DELETED = "ensure that process and cgroups are deleted"
     DETACH_NETWORKS = "detach networks"
     CLEAR_CGROUPS = "clear cgroups"
     RELEASE_ROOT = "unmount root"
@@ -422,7 +423,8 @@ _ATTACH = (E.FIND_SHARED, E.ATTACH_NETWORKS, E.WRITE_BUNDLE)
 _ADOPT_RUN = (E.ADOPT_VOLUMES, E.ADOPT_API, E.WATCH)
 _CLEAN = (E.DELETE_PROCESS, E.DETACH_NETWORKS, E.RELEASE_ROOT, E.UNMOUNT_VOLUMES)
 _UNDO = (E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES, E.FORGET_RECORD)
-_DISCARD = (E.FORGET_EXECS, E.DELETE_PROCESS, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
+# Without its record, nothing would ever end a process that is left.  So that fails the removal, which is repeated.
+_DISCARD = (E.FORGET_EXECS, E.ENSURE_DELETED, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
 
 TABLE = (
     # Creation.  A task's container gets its networks now, a plain one at its start, which may be much later.

@@ -1,7 +1,9 @@
 """Failures of single steps in a container's life: the other steps follow, and the record says what exists."""
 
 import asyncio
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -12,15 +14,19 @@ from skep.engine.bundle import Bundles
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import StartError
-from skep.engine.container import Container, ContainerState
+from skep.engine.container import Container, ContainerState, PlainOptions, WaitCondition
+from skep.engine.runtime import Runtime
+from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from tests.support.stub_engine import (
     ID,
     Body,
     StubEngine,
+    StubRuntime,
     a_container,
     disk_full,
     on_virtual_time,
+    restart_policies,
 )
 
 Run: TypeAlias = Callable[[Body], None]
@@ -119,3 +125,120 @@ def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(
         assert stubs.engine.get(ID).exit_code == 7
 
     simulated(body)
+
+
+class Refusing:
+    """In the place of ``Runtime.delete``: a process does not end, as often as ``times`` says."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    async def __call__(self, container: Container) -> None:
+        if self.times:
+            self.times -= 1
+            raise Unavailable("the container's processes do not end")
+
+
+def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end()
+        monkeypatch.setattr(stubs.runtime, "delete", Refusing(1))
+        with pytest.raises(Unavailable, match="processes do not end"):
+            await stubs.engine.remove(ID)
+        kept = stubs.engine.get(ID)
+        assert (kept.state, kept.error) == (
+            ContainerState.REMOVING,
+            "the container's processes do not end",
+        )
+        assert stubs.bundles.saved[ID] == kept
+        await stubs.engine.remove(ID)
+        assert not stubs.bundles.saved
+
+    simulated(body)
+
+
+def test_the_next_process_repeats_a_removal_until_the_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = Refusing(3)
+    monkeypatch.setattr(StubRuntime, "delete", refusing)
+
+    async def body(stubs: StubEngine) -> None:
+        assert stubs.engine.get(ID).state is ContainerState.REMOVING
+        async with asyncio.timeout(60):
+            await stubs.engine.wait(ID, WaitCondition.REMOVED)
+        assert not stubs.bundles.saved
+        assert not refusing.times
+
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.REMOVING, process=None))
+
+
+def test_an_ended_container_with_rm_is_removed_once_its_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        refusing = Refusing(3)
+        monkeypatch.setattr(stubs.runtime, "delete", refusing)
+        async with restart_policies(stubs):
+            await stubs.end()
+            async with asyncio.timeout(60):
+                await stubs.engine.wait(ID, WaitCondition.REMOVED)
+        assert not stubs.bundles.saved
+        assert not refusing.times
+
+    on_virtual_time(body, tmp_path, a_container(plain=PlainOptions(auto_remove=True)))
+
+
+class FailingRunc:
+    """A runtime whose runc fails, with one real process in a directory in the place of its control group."""
+
+    def __init__(self, directory: Path) -> None:
+        runc = directory / "runc"
+        runc.write_text("#!/bin/sh\necho state is damaged >&2; exit 1\n")
+        runc.chmod(0o755)
+        cgroups = Cgroups("skep", directory / "cgroup")
+        cgroups.is_v2, cgroups._roots = True, {"": directory / "cgroup"}
+        self.state = directory / "root" / ID
+        self.state.mkdir(parents=True)
+        self.group = directory / "cgroup" / "skep" / "ctr" / ID
+        self.group.mkdir(parents=True)
+        self.runtime = Runtime(
+            runc=runc,
+            conmon=runc,
+            root=directory / "root",
+            bundles=cast("Bundles", None),
+            cgroups=cgroups,
+            capacity=cast("Capacity", None),
+        )
+
+
+@pytest.fixture
+def process() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process
+        process.kill()
+
+
+async def test_a_process_that_runc_does_not_end_is_killed_or_said_to_be_left(
+    tmp_path: Path, process: "subprocess.Popen[bytes]"
+) -> None:
+    rig = FailingRunc(tmp_path)
+    members = rig.group / "cgroup.procs"
+    members.write_text(f"{process.pid}\n")
+    with pytest.raises(Unavailable, match=r"do not end: .*state is damaged"):
+        await rig.runtime.delete(a_container())
+    assert process.wait(10) == -signal.SIGKILL
+    assert rig.state.exists(), "it is left, and so a later attempt finds it"
+    members.unlink()  # the kernel does that
+    await rig.runtime.delete(a_container())
+    assert not rig.group.exists()
+    assert not rig.state.exists()
+
+
+async def test_an_unknown_container_with_processes_is_said_to_be_left(tmp_path: Path) -> None:
+    rig = FailingRunc(tmp_path)
+    (rig.group / "cgroup.procs").touch()
+    with pytest.raises(Unavailable):
+        await rig.runtime.delete_unknown(ID)
