@@ -277,6 +277,10 @@ class LifecycleDriver:
         await self._network.sweep()
         return freed
 
+    def is_watched(self, id: ContainerId) -> bool:
+        """Return whether this process watches a run of the container."""
+        return id in self._watches
+
     def may_have(self, id: ContainerId) -> bool:
         """Return whether the container exists or, until all records are read, may exist."""
         return not self.adoption.has_found or self._store.lookup(id) is not None

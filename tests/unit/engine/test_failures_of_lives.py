@@ -3,14 +3,15 @@
 import asyncio
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import pytest
 from structlog.testing import capture_logs
 
-from skep.engine.bundle import Bundles
+from sim.time import VirtualClock, VirtualLoop
+from skep.engine.bundle import Bundles, Found
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import StartError
@@ -21,6 +22,7 @@ from skep.model.ids import ContainerId
 from tests.support.stub_engine import (
     ID,
     Body,
+    StubBundles,
     StubEngine,
     StubRuntime,
     a_container,
@@ -242,3 +244,133 @@ async def test_an_unknown_container_with_processes_is_said_to_be_left(tmp_path: 
     (rig.group / "cgroup.procs").touch()
     with pytest.raises(Unavailable):
         await rig.runtime.delete_unknown(ID)
+
+
+class SlowRestore:
+    """An engine that waits for its networks, while its users can already send requests."""
+
+    def __init__(self, stubs: StubEngine, patch: pytest.MonkeyPatch) -> None:
+        self.stubs = stubs
+        self.restored = asyncio.Event()
+        self.deleted: list[ContainerId] = []
+        patch.setattr(stubs.engine._network, "restore", lambda _: self.restored.wait())
+        patch.setattr(stubs.runtime, "has", lambda _: True)
+        patch.setattr(stubs.runtime, "delete", self.delete)
+
+    async def delete(self, container: Container) -> None:
+        self.deleted.append(container.id)
+
+    async def run(self) -> None:
+        async with self.stubs.engine.running():
+            await asyncio.Event().wait()
+
+
+SlowBody: TypeAlias = Callable[[SlowRestore], Coroutine[Any, Any, None]]
+
+
+def with_slow_restore(
+    body: SlowBody, directory: Path, patch: pytest.MonkeyPatch, container: Container
+) -> None:
+    loop = VirtualLoop()
+
+    async def whole() -> None:
+        slow = SlowRestore(StubEngine(VirtualClock(loop), directory, container), patch)
+        running = asyncio.create_task(slow.run())
+        await asyncio.sleep(1)
+        try:
+            async with asyncio.timeout(3600):
+                await body(slow)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    try:
+        loop.run_until_complete(whole())
+    finally:
+        loop.close()
+
+
+ENDED = a_container(state=ContainerState.EXITED, process=None, is_at_rest=True)
+
+
+def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        stubs, gate = slow.stubs, asyncio.Event()
+        monkeypatch.setattr(stubs.runtime, "start", lambda *_: gate.wait())
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        slow.restored.set()
+        await asyncio.sleep(1)
+        gate.set()
+        assert (await starting).is_running
+        await asyncio.sleep(1)
+        assert stubs.engine.get(ID).is_running
+        assert not slow.deleted
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_run_that_began_before_the_adoption_is_watched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        adopted: list[ContainerId] = []
+        stubs = slow.stubs
+        monkeypatch.setattr(stubs.bundles.apis, "adopt", lambda one, _: adopted.append(one.id))
+        await stubs.engine.start(ID)
+        slow.restored.set()
+        await asyncio.sleep(1)
+        with capture_logs() as lines:
+            await stubs.end(7)
+            await asyncio.sleep(1)
+        assert [line["event"] for line in lines] == []
+        assert stubs.engine.get(ID).exit_code == 7
+        assert not adopted, "this process has opened its socket"
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_forced_removal_before_the_adoption_ends_a_running_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the container's lock while it waits for the end, which only the adoption can see."""
+
+    async def body(slow: SlowRestore) -> None:
+        stubs = slow.stubs
+        removing = asyncio.create_task(stubs.engine.remove(ID, force=True))
+        await asyncio.sleep(1)
+        stubs.runtime.end(137)
+        slow.restored.set()
+        async with asyncio.timeout(5):
+            await removing
+        assert not stubs.bundles.saved
+
+    with_slow_restore(body, tmp_path, monkeypatch, a_container())
+
+
+def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, tries = a_container(state=ContainerState.EXITED, process=None), [True, True]
+
+    def adopted_later(_: ContainerId) -> bool:
+        if tries:
+            tries.pop()
+            raise Unavailable("no memory")
+        return False
+
+    monkeypatch.setattr(StubBundles, "load", lambda _: Found(unreadable=[ID]))
+    monkeypatch.setattr(StubBundles, "read", lambda *_: found, raising=False)
+    monkeypatch.setattr(StubRuntime, "delete_unknown", StubRuntime.clear, raising=False)
+    monkeypatch.setattr(StubBundles, "is_mounted", lambda _, id_: adopted_later(id_))
+
+    async def body(stubs: StubEngine) -> None:
+        await asyncio.sleep(60)
+        assert not tries
+        assert stubs.engine.get(ID).name == found.name
+        await stubs.engine.remove(ID)
+        assert not stubs.engine.has(found.name)
+
+    on_virtual_time(body, tmp_path)
