@@ -14,11 +14,12 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.engine.bundle import Bundles, Found
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
-from skep.engine.conmon import StartError
-from skep.engine.container import Container, ContainerState, PlainOptions, WaitCondition
+from skep.engine.conmon import RuntimeFailed, StartError
+from skep.engine.container import Container, ContainerState, NotRunning, PlainOptions, WaitCondition
 from skep.engine.runtime import Runtime
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
+from skep.model.times import ZERO_TIME
 from tests.support.stub_engine import (
     ID,
     Body,
@@ -374,3 +375,60 @@ def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(
         assert not stubs.engine.has(found.name)
 
     on_virtual_time(body, tmp_path)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_signal_that_ends_a_paused_container_leaves_no_warning(simulated: Run, *, refuses: bool) -> None:
+    """The kernel ends a frozen process at once, and there is nothing left to resume."""
+
+    async def body(stubs: StubEngine) -> None:
+        await stubs.engine.pause(ID)
+
+        async def ended() -> None:
+            await stubs.end(137)
+            if refuses:
+                raise RuntimeFailed("cannot resume a container that does not run")
+
+        stubs.runtime.during = ended
+        with capture_logs() as lines:
+            assert (await stubs.engine.stop(ID, 10.0)).exit_code == 137
+        assert [line["event"] for line in lines] == []
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("error", [disk_full(), StartError("no such file")])
+def test_a_container_with_rm_that_cannot_be_started_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        async def refuse(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(stubs.engine._network, "attach", refuse)
+        with pytest.raises(type(error)):
+            await stubs.engine.start(ID)
+        assert not stubs.bundles.saved
+
+    created = a_container(
+        state=ContainerState.CREATED,
+        process=None,
+        started_at=ZERO_TIME,
+        plain=PlainOptions(auto_remove=True),
+    )
+    on_virtual_time(body, tmp_path, created)
+
+
+def test_a_start_says_why_it_failed_although_its_container_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        monkeypatch.setattr(stubs.engine.volumes, "mount", lambda *_: asyncio.Event().wait())
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        await stubs.engine.remove(ID, force=True)
+        with pytest.raises(NotRunning, match="is being removed"):
+            await starting
+
+    ended = a_container(state=ContainerState.EXITED, process=None, plain=PlainOptions(auto_remove=True))
+    on_virtual_time(body, tmp_path, ended)
