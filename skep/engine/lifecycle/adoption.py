@@ -111,7 +111,7 @@ class Adoption:
             await isolate(
                 self._adopt(container.id, has_network=has_network),
                 "container not adopted",
-                on_error=partial(self._lives.show, container.id),
+                on_error=partial(self._adopt_later, container.id, has_network),
                 container=container.id,
             )
 
@@ -144,6 +144,11 @@ class Adoption:
             self._spawn(partial(self._adopt_ended, id, has_network=has_network), id, "adopt")
         else:
             await self._adopt_ended(id, has_network=has_network)
+
+    def _adopt_later(self, id: ContainerId, has_network: bool, error: Exception) -> None:
+        """Retry a failed adoption in the background: nothing else would notice a run of the container."""
+        self._lives.show(id, error)
+        self._spawn(partial(self._adopt, id, has_network=has_network), id, "adopt")
 
     async def _adopt_ended(self, id: ContainerId, *, has_network: bool) -> None:
         """Continue with a container that does not run, unless its user was faster."""

@@ -19,12 +19,14 @@ from skep.engine.container import Container, ContainerState, NotRunning, PlainOp
 from skep.engine.runtime import Runtime
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import Sandbox
 from skep.model.times import ZERO_TIME
 from tests.support.stub_engine import (
     ID,
     Body,
     StubBundles,
     StubEngine,
+    StubNetwork,
     StubRuntime,
     a_container,
     disk_full,
@@ -432,3 +434,33 @@ def test_a_start_says_why_it_failed_although_its_container_is_gone(
 
     ended = a_container(state=ContainerState.EXITED, process=None, plain=PlainOptions(auto_remove=True))
     on_virtual_time(body, tmp_path, ended)
+
+
+def test_a_container_that_cannot_be_looked_at_is_adopted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine may have no memory for a process at the moment."""
+    answers: list[str | Exception] = [OSError(12, "Cannot allocate memory"), Unavailable("slow"), "running"]
+
+    async def status(*_: object) -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(StubRuntime, "status", status, raising=False)
+    monkeypatch.setattr(StubNetwork, "is_present", lambda *_: True)
+
+    async def body(stubs: StubEngine) -> None:
+        assert not stubs.engine.get(ID).is_running
+        assert "memory" in stubs.engine.get(ID).error
+        await asyncio.sleep(10)
+        adopted = stubs.engine.get(ID)
+        assert (adopted.is_running, adopted.error) == (True, "")
+        await stubs.end(7)
+        assert stubs.engine.get(ID).exit_code == 7
+
+    started = a_container(
+        state=ContainerState.CREATED, started_at=ZERO_TIME, sandbox=Sandbox(netns="/nonexistent")
+    )
+    on_virtual_time(body, tmp_path, started)
