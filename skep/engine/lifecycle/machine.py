@@ -226,9 +226,9 @@ def _is_not_due(container: Container, event: Start) -> bool:
     return event.by_policy and not (container.is_restarting or event.ignore_stop)
 
 
-def _is_by_policy(_: Container, event: Attempted) -> bool:
-    """by the restart policy"""
-    return event.by_policy
+def _is_by_policy(container: Container, event: Attempted) -> bool:
+    """by the restart policy, and its user has not started it meanwhile"""
+    return event.by_policy and not container.is_at_rest
 
 
 def _is_this_run(container: Container, event: Pause | Unpause | Frozen | Thawed) -> bool:
