@@ -116,6 +116,9 @@ class SimulatedRuntime(Part):
         self._world.unfreed.discard(("process", container.id))
 
     async def status(self, id: ContainerId) -> str:
+        return await self._call("status", partial(self._status, id))
+
+    def _status(self, id: ContainerId) -> str:
         process = self._world.processes.get(id)
         if process is None:
             return ""

@@ -56,7 +56,7 @@ def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
         if one != world.records.get(id, one):
             yield f"the record of {id[:4]} on disk is an older one"
     for id in sorted(removing):
-        if ("directory", id) not in world.unfreed:
+        if not {("directory", id), ("process", id)} & world.unfreed:
             yield f"{id[:4]} is being removed for ever"
         if not by_id[id].error:
             yield f"{id[:4]} does not say why it is not removed"

@@ -263,11 +263,15 @@ class Bundles:
     def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
         """Remove variables from runc's input: a tmpfs can be swapped out, and a bundle outlives its process."""
         path = self._specification(id)
-        with suppress(FileNotFoundError):
+        try:
             specification = msgspec.json.decode(path.read_bytes())
             process = specification["process"]
             process["env"] = [entry for entry in process["env"] if entry not in entries]
             path.write_bytes(msgspec.json.encode(specification))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError):  # the memory file system is full, or was when the file was written
+            path.unlink(missing_ok=True)  # the next start writes it again
 
     def _specification(self, id: ContainerId) -> Path:
         return self.bundle(id) / "config.json"

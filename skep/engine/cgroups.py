@@ -214,9 +214,9 @@ class Cgroups:
         """Remove a container's groups, if any.  Return whether none is left.  Parents stay, as in Docker."""
         return self._remove(self.path_of(container))
 
-    def remove_unknown(self, container_id: ContainerId) -> None:
-        """Remove the groups at their default path, for a container without a readable record."""
-        self._remove(f"{self._containers}/{container_id}")
+    def remove_unknown(self, container_id: ContainerId) -> bool:
+        """Do the same at their default path, for a container without a readable record."""
+        return self._remove(f"{self._containers}/{container_id}")
 
     def _remove(self, path: str) -> bool:
         left = [root for root in self._all_roots() if not _remove_tree(root / path.lstrip("/"))]

@@ -352,7 +352,7 @@ class Engine:
 
     @staticmethod
     async def _undo(work: Coroutine[Any, Any, None], name: str) -> None:
-        """Undo a part of a creation, even if the caller is cancelled again."""
+        """Undo a part of a creation or of a run's start, even if the caller is cancelled again."""
         await run_to_end(isolate(work, "container not removed", name=name))
 
     async def add(self, new: NewContainer) -> Container:
@@ -408,9 +408,9 @@ class Engine:
         self._lifecycle.note(container.id, life_events.UserStarts())
         try:
             return await self._lifecycle.start(container.id, secret_env)
-        except SkepError:
-            if container.plain.auto_remove:
-                await self.remove(container.id, force=True, with_volumes=True)
+        except (SkepError, OSError):
+            if container.plain.auto_remove and self._store.lookup(container.id) is not None:
+                await self._undo(self.remove(container.id, force=True, with_volumes=True), container.name)
             raise
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:

@@ -14,7 +14,7 @@ file and ends.  So three questions can be answered, even after a restart of this
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
+from skep.aio.failures import describe_error
 from skep.engine.attachment import Attachment, attach
 from skep.engine.bundle import Bundles
 from skep.engine.capacity import Capacity
@@ -51,7 +52,7 @@ from skep.engine.processes import (
 )
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.engine.sealed_program import SealedProgram
-from skep.errors import Unavailable
+from skep.errors import SkepError, Unavailable
 from skep.linux.commands import communicate
 from skep.model.ids import ContainerId
 
@@ -61,7 +62,7 @@ COMMAND_DEADLINE_S = 60.0
 """Deadline of one runc command on an overloaded machine.  A healthy one needs 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
 _CLEAR_TRIES_MAX = 8
-"""Attempts to remove cgroups before leftover processes are killed."""
+"""Attempts to remove cgroups, before leftover processes are killed and after.  Together they wait 0.1 s."""
 _CONMON_ENDS_S = 10.0
 """Deadline for the end of a killed conmon."""
 
@@ -176,29 +177,51 @@ class Runtime:
         )
 
     async def delete(self, container: Container) -> None:
-        """Remove runc's state and the container's cgroups, and kill its remaining processes.  Idempotent."""
-        await self._delete(container.id)
-        self.cgroups.remove(container)
+        """Remove runc's state and the container's cgroups, and kill its remaining processes.  Idempotent.
+
+        Raises: Unavailable: some are left.  A process may wait for a device forever.
+        """
+        await self._delete(container.id, partial(self._end_remaining, container))
 
     async def delete_unknown(self, id: ContainerId) -> None:
         """Do the same for a container without a readable record."""
-        await self._delete(id)
-        self.cgroups.remove_unknown(id)
+        await self._delete(id, partial(self.cgroups.remove_unknown, id))
 
-    async def _delete(self, id: ContainerId) -> None:
+    async def _delete(self, id: ContainerId, remove: Callable[[], bool]) -> None:
+        refusal = "its control groups are not empty"
         if self._state.has(id):
-            with suppress(RuntimeFailed):
+            try:
                 await self.run("delete", "--force", id)
+            except (SkepError, OSError) as error:  # its state is damaged, for example
+                refusal = describe_error(error)
+        if not await self._try_often(remove):
+            raise Unavailable(f"the container's processes do not end: {refusal}")
+        self._state.forget(id)
+
+    def _end_remaining(self, container: Container) -> bool:
+        """Remove the container's cgroups, or kill what is in them.  Return whether none is left."""
+        if self.cgroups.remove(container):
+            return True
+        for pid in self.cgroups.pids(container):
+            self.kill_exec(container, pid)
+        return False
+
+    @staticmethod
+    async def _try_often(remove: Callable[[], bool]) -> bool:
+        """Remove cgroups.  Return whether none is left."""
+        backoff = Backoff(first_s=0.001, longest_s=0.02)
+        for _ in range(_CLEAR_TRIES_MAX):
+            if await asyncio.to_thread(remove):
+                return True
+            # The kernel counts a process as a group's member until a moment after its end was reported.
+            await asyncio.sleep(backoff.next_delay_s())
+        return False
 
     async def clear(self, container: Container) -> None:
         """Do the same for an ended container, without runc: it has no processes left."""
-        backoff = Backoff(first_s=0.001, longest_s=0.02)
-        for _ in range(_CLEAR_TRIES_MAX):
-            if await asyncio.to_thread(self.cgroups.remove, container):
-                self._state.forget(container.id)
-                return
-            # The kernel counts a process as a group's member until a moment after its end was reported.
-            await asyncio.sleep(backoff.next_delay_s())
+        if await self._try_often(partial(self.cgroups.remove, container)):
+            self._state.forget(container.id)
+            return
         pids: list[int] = []
         with suppress(Unavailable):  # only for the log
             pids = sorted(self.cgroups.pids(container))

@@ -37,6 +37,9 @@ class Lives(Protocol):
     async def run(self, id: ContainerId, event: Event) -> Container:
         """Apply an event and carry out its effects."""
 
+    def is_watched(self, id: ContainerId) -> bool:
+        """Return whether this process watches a run of the container."""
+
     async def remove_locked(self, id: ContainerId, event: Event) -> None:
         """Remove a container, whose lock the caller holds."""
 
@@ -106,9 +109,9 @@ class Adoption:
         for container in self._store.list():
             has_network = container.id in connected or container.mode is NetworkMode.HOST
             await isolate(
-                self._adopt(container, has_network=has_network),
+                self._adopt(container.id, has_network=has_network),
                 "container not adopted",
-                on_error=partial(self._lives.show, container.id),
+                on_error=partial(self._adopt_later, container.id, has_network),
                 container=container.id,
             )
 
@@ -123,13 +126,37 @@ class Adoption:
             )
         )
 
-    async def _adopt(self, container: Container, *, has_network: bool) -> None:
-        """Continue where the previous process stopped."""
-        id, event = container.id, await self._effects.look(container, has_network=has_network)
+    async def _adopt(self, id: ContainerId, *, has_network: bool) -> None:
+        """Continue where the previous process stopped.
+
+        Users may send requests already, so the record is read again, and an ended container is locked.  A running one
+        is not: a forced removal holds its lock and waits for the end that the adoption watches.
+        """
+        container = self._store.lookup(id)
+        if container is None or self._lives.is_watched(id):
+            return  # removed, or started by this process
         if container.state is State.REMOVING:
+            event = await self._effects.look(container, has_network=has_network)
             self._spawn(partial(self._remove, id, event), id, "remove")
+        elif container.is_running:
+            await self._lives.run(id, await self._effects.look(container, has_network=has_network))
+        elif self._lives.locks.is_held(id):  # a start, for example, whose volumes may take minutes
+            self._spawn(partial(self._adopt_ended, id, has_network=has_network), id, "adopt")
         else:
-            await self._lives.run(id, event)
+            await self._adopt_ended(id, has_network=has_network)
+
+    def _adopt_later(self, id: ContainerId, has_network: bool, error: Exception) -> None:
+        """Retry a failed adoption in the background: nothing else would notice a run of the container."""
+        self._lives.show(id, error)
+        self._spawn(partial(self._adopt, id, has_network=has_network), id, "adopt")
+
+    async def _adopt_ended(self, id: ContainerId, *, has_network: bool) -> None:
+        """Continue with a container that does not run, unless its user was faster."""
+        async with self._lives.locks.operation(id):
+            container = self._store.lookup(id)
+            if container is None or container.is_running or container.state is State.REMOVING:
+                return
+            await self._lives.run(id, await self._effects.look(container, has_network=has_network))
 
     async def _remove(self, id: ContainerId, event: Event) -> None:
         """Continue a removal.  Raises: Unavailable: a part of the container is left."""
@@ -143,8 +170,9 @@ class Adoption:
         if container is None:
             await self._discard_unknown(id)
         else:
-            self._store.restore(container)
-            await self._adopt(container, has_network=False)
+            if self._store.lookup(id) is None:  # else an earlier attempt has failed later
+                self._store.restore(container)
+            await self._adopt(id, has_network=False)
 
     async def _discard_unknown(self, id: ContainerId) -> None:
         """End and remove a container whose record cannot be decoded.  Its task is replaced as after a failure."""

@@ -277,6 +277,10 @@ class LifecycleDriver:
         await self._network.sweep()
         return freed
 
+    def is_watched(self, id: ContainerId) -> bool:
+        """Return whether this process watches a run of the container."""
+        return id in self._watches
+
     def may_have(self, id: ContainerId) -> bool:
         """Return whether the container exists or, until all records are read, may exist."""
         return not self.adoption.has_found or self._store.lookup(id) is not None
@@ -372,7 +376,7 @@ class LifecycleDriver:
         number = program.cause.number
         if container.process is not None:
             self._runtime.signal(container.process, number)
-        elif container.id not in self._watches:
+        elif container.is_running:
             await self._watch(container, program)  # otherwise waiters would block forever
         self.events.publish("kill", container, signal=str(int(number)))
 
@@ -387,9 +391,11 @@ class LifecycleDriver:
         self.execs.forget(container.id)
 
     async def _watch(self, container: Container, _: Program) -> None:
+        id = container.id
         if not self._background.is_running:
             return  # this process is ending, and the next one watches it
-        id = container.id
+        if id in self._watches:
+            return  # a second watch would record the end twice
         task = self._watches[id] = self.spawn(self._see_end(container), name=f"container-{id[:12]}")
         task.add_done_callback(lambda done: self._forget_watch(id, done))
         if container.health is not None:

@@ -7,7 +7,7 @@ Each effect is idempotent, so that the next node process can repeat it.  Only th
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TypeAlias
 
@@ -30,6 +30,7 @@ from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
 from skep.engine.state import ContainerStore
 from skep.engine.volumes import Volumes
+from skep.errors import SkepError
 from skep.model.times import Timestamp, timestamp
 from skep.tracing import within
 
@@ -112,11 +113,12 @@ class Effects:
             Effect.PUBLISH_START: self._publish_start,
             Effect.FREEZE: self._freeze,
             Effect.THAW: self._thaw,
-            Effect.THAW_FOR_SIGNAL: self._thaw,
+            Effect.THAW_FOR_SIGNAL: self._thaw_for_signal,
             Effect.SEE_FROZEN: self._see_frozen,
             Effect.PUBLISH_PAUSE: self._publish_pause,
             Effect.PUBLISH_UNPAUSE: self._publish_unpause,
             Effect.DELETE_PROCESS: self._delete_process,
+            Effect.ENSURE_DELETED: self._delete_process,
             Effect.DETACH_NETWORKS: self._detach_networks,
             Effect.CLEAR_CGROUPS: self._clear_cgroups,
             Effect.RELEASE_ROOT: self._release_root,
@@ -187,6 +189,15 @@ class Effects:
     async def _thaw(self, container: Container, _: Program) -> Event:
         await self._runtime.resume(container.id)
         return life_events.Thawed(container.process)
+
+    async def _thaw_for_signal(self, container: Container, _: Program) -> Event | None:
+        """Thaw a run that received a signal.  If the signal has ended it, there is nothing to thaw or report."""
+        with suppress(SkepError):  # what it is then is seen next
+            await self._runtime.resume(container.id)
+            present = self._store.require(container.id)
+            if present.is_running and present.process == container.process:
+                return life_events.Thawed(container.process)
+        return None
 
     async def _see_frozen(self, container: Container, _: Program) -> Event | None:
         """Report a change that the record does not show."""

@@ -95,6 +95,7 @@ class Effect(Enum):
     PUBLISH_UNPAUSE = "publish unpause"
     END_PROCESS = "kill and await the end"
     DELETE_PROCESS = "delete process and cgroups"
+    ENSURE_DELETED = "ensure that process and cgroups are deleted"
     DETACH_NETWORKS = "detach networks"
     CLEAR_CGROUPS = "clear cgroups"
     RELEASE_ROOT = "unmount root"
@@ -113,7 +114,7 @@ class Effect(Enum):
 BEST_EFFORT = frozenset(
     {
         *(Effect.DELETE_PROCESS, Effect.DETACH_NETWORKS, Effect.CLEAR_CGROUPS, Effect.RELEASE_ROOT),
-        *(Effect.UNMOUNT_VOLUMES, Effect.THAW_FOR_SIGNAL),
+        *(Effect.UNMOUNT_VOLUMES, Effect.THAW_FOR_SIGNAL, Effect.FORGET_SECRETS),
     }
 )
 """Effects whose failure is only logged.  A sweep, the next start, a removal or the next process finds the leftovers."""
@@ -225,9 +226,9 @@ def _is_not_due(container: Container, event: Start) -> bool:
     return event.by_policy and not (container.is_restarting or event.ignore_stop)
 
 
-def _is_by_policy(_: Container, event: Attempted) -> bool:
-    """by the restart policy"""
-    return event.by_policy
+def _is_by_policy(container: Container, event: Attempted) -> bool:
+    """by the restart policy, and its user has not started it meanwhile"""
+    return event.by_policy and not container.is_at_rest
 
 
 def _is_this_run(container: Container, event: Pause | Unpause | Frozen | Thawed) -> bool:
@@ -422,7 +423,8 @@ _ATTACH = (E.FIND_SHARED, E.ATTACH_NETWORKS, E.WRITE_BUNDLE)
 _ADOPT_RUN = (E.ADOPT_VOLUMES, E.ADOPT_API, E.WATCH)
 _CLEAN = (E.DELETE_PROCESS, E.DETACH_NETWORKS, E.RELEASE_ROOT, E.UNMOUNT_VOLUMES)
 _UNDO = (E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES, E.FORGET_RECORD)
-_DISCARD = (E.FORGET_EXECS, E.DELETE_PROCESS, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
+# Without its record, nothing would ever end a process that is left.  So that fails the removal, which is repeated.
+_DISCARD = (E.FORGET_EXECS, E.ENSURE_DELETED, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
 
 TABLE = (
     # Creation.  A task's container gets its networks now, a plain one at its start, which may be much later.
@@ -480,6 +482,7 @@ TABLE = (
     on(ANY, UserStops, record=_stopped),
     on(PAUSED, Signal, (E.SEND_SIGNAL, E.THAW_FOR_SIGNAL, E.SEE_FROZEN), when=_thaws),
     on(LIVE, Signal, (E.SEND_SIGNAL,)),
+    on(ANY, Signal),  # it has ended at this moment
     on(LIVE, Pause, (E.FREEZE,), when=_is_this_run, fails=PauseFailed),
     on(ANY, Pause, refusal=_not_running),
     on(LIVE, Frozen, (E.PUBLISH_PAUSE,), when=_is_this_run, to=State.PAUSED),

@@ -1,0 +1,504 @@
+"""Failures of single steps in a container's life: the other steps follow, and the record says what exists."""
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.engine.bundle import Bundles, Found
+from skep.engine.capacity import Capacity
+from skep.engine.cgroups import Cgroups
+from skep.engine.conmon import RuntimeFailed, StartError
+from skep.engine.container import (
+    Container,
+    ContainerState,
+    NotRunning,
+    PlainOptions,
+    RestartPolicy,
+    WaitCondition,
+)
+from skep.engine.runtime import Runtime
+from skep.errors import Unavailable
+from skep.model.ids import ContainerId
+from skep.model.sandbox import Sandbox, SandboxConfig
+from skep.model.times import ZERO_TIME
+from tests.support.stub_engine import (
+    ID,
+    Body,
+    StubBundles,
+    StubEngine,
+    StubNetwork,
+    StubRuntime,
+    a_container,
+    disk_full,
+    on_virtual_time,
+    restart_policies,
+)
+
+Run: TypeAlias = Callable[[Body], None]
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Run:
+    """Run a test's body on virtual time, with an engine that has one running container."""
+    return lambda body: on_virtual_time(body, tmp_path, a_container())
+
+
+def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end(0)
+        await asyncio.sleep(1)  # everything of its run is freed
+        done: list[str] = []
+
+        async def refuse(*_: object) -> None:
+            raise StartError("no such file", "start")
+
+        async def delete(container: Container) -> None:
+            done.append("delete")
+
+        def full(*_: object) -> None:
+            raise disk_full()
+
+        monkeypatch.setattr(stubs.runtime, "start", refuse)
+        monkeypatch.setattr(stubs.runtime, "delete", delete)
+        monkeypatch.setattr(stubs.bundles, "release", lambda _: done.append("release"))
+        monkeypatch.setattr(stubs.bundles, "forget_environment", full, raising=False)
+        with pytest.raises(StartError):
+            await stubs.engine.start(ID, secret_env=("A=b",))
+        assert done == ["delete", "release"]
+        failed = stubs.engine.get(ID)
+        assert (failed.process, failed.sandbox, failed.exit_code) == (None, None, 128)
+        assert "no such file" in failed.error
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("before", [b'{"process": {"env": ["A=b"', b'{"process": {"env": ["A=b", "C=d"]}}'])
+def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    bundles = Bundles(tmp_path, tmp_path, cast("Cgroups", None), cast("Capacity", None), tmp_path / "none")
+    path = bundles.bundle(ID) / "config.json"
+    path.parent.mkdir()
+    path.write_bytes(before)
+
+    def full(*_: object) -> int:
+        raise disk_full()
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    bundles.forget_environment(ID, ("A=b",))
+    assert not path.exists()
+
+
+def test_a_container_that_ends_at_the_end_of_its_grace_period_was_stopped(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer may run before the waiter that the end has woken."""
+
+    async def body(stubs: StubEngine) -> None:
+        store = stubs.engine._store
+        wait = store.wait
+
+        async def woken_late(id: ContainerId) -> Container:
+            monkeypatch.setattr(store, "wait", wait)
+            await wait(id)
+            return await asyncio.Future()
+
+        monkeypatch.setattr(store, "wait", woken_late)
+        asyncio.get_running_loop().call_later(5, stubs.runtime.end, 3)
+        assert (await stubs.engine.stop(ID, 10.0)).exit_code == 3
+
+    simulated(body)
+
+
+def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        driver = stubs.engine._lifecycle
+        await stubs.end(7)
+        await asyncio.sleep(1)  # everything of its run is freed
+        driver._store.observe(ID, state=ContainerState.RUNNING)
+        killing = asyncio.create_task(stubs.engine.kill(ID))
+        await asyncio.sleep(0)  # the kill has begun, and its signal follows
+        driver._store.observe(ID, state=ContainerState.EXITED)
+        with capture_logs() as lines:
+            await killing
+            await asyncio.sleep(1)
+        assert [line["event"] for line in lines] == []
+        assert stubs.engine.get(ID).exit_code == 7
+
+    simulated(body)
+
+
+class Refusing:
+    """In the place of ``Runtime.delete``: a process does not end, as often as ``times`` says."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    async def __call__(self, container: Container) -> None:
+        if self.times:
+            self.times -= 1
+            raise Unavailable("the container's processes do not end")
+
+
+def test_a_removal_keeps_the_record_of_a_process_that_does_not_end(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end()
+        monkeypatch.setattr(stubs.runtime, "delete", Refusing(1))
+        with pytest.raises(Unavailable, match="processes do not end"):
+            await stubs.engine.remove(ID)
+        kept = stubs.engine.get(ID)
+        assert (kept.state, kept.error) == (
+            ContainerState.REMOVING,
+            "the container's processes do not end",
+        )
+        assert stubs.bundles.saved[ID] == kept
+        await stubs.engine.remove(ID)
+        assert not stubs.bundles.saved
+
+    simulated(body)
+
+
+def test_the_next_process_repeats_a_removal_until_the_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = Refusing(3)
+    monkeypatch.setattr(StubRuntime, "delete", refusing)
+
+    async def body(stubs: StubEngine) -> None:
+        assert stubs.engine.get(ID).state is ContainerState.REMOVING
+        async with asyncio.timeout(60):
+            await stubs.engine.wait(ID, WaitCondition.REMOVED)
+        assert not stubs.bundles.saved
+        assert not refusing.times
+
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.REMOVING, process=None))
+
+
+def test_an_ended_container_with_rm_is_removed_once_its_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        refusing = Refusing(3)
+        monkeypatch.setattr(stubs.runtime, "delete", refusing)
+        async with restart_policies(stubs):
+            await stubs.end()
+            async with asyncio.timeout(60):
+                await stubs.engine.wait(ID, WaitCondition.REMOVED)
+        assert not stubs.bundles.saved
+        assert not refusing.times
+
+    on_virtual_time(body, tmp_path, a_container(plain=PlainOptions(auto_remove=True)))
+
+
+class FailingRunc:
+    """A runtime whose runc fails, with one real process in a directory in the place of its control group."""
+
+    def __init__(self, directory: Path) -> None:
+        runc = directory / "runc"
+        runc.write_text("#!/bin/sh\necho state is damaged >&2; exit 1\n")
+        runc.chmod(0o755)
+        cgroups = Cgroups("skep", directory / "cgroup")
+        cgroups.is_v2, cgroups._roots = True, {"": directory / "cgroup"}
+        self.state = directory / "root" / ID
+        self.state.mkdir(parents=True)
+        self.group = directory / "cgroup" / "skep" / "ctr" / ID
+        self.group.mkdir(parents=True)
+        self.runtime = Runtime(
+            runc=runc,
+            conmon=runc,
+            root=directory / "root",
+            bundles=cast("Bundles", None),
+            cgroups=cgroups,
+            capacity=cast("Capacity", None),
+        )
+
+
+@pytest.fixture
+def process() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process
+        process.kill()
+
+
+async def test_a_process_that_runc_does_not_end_is_killed_or_said_to_be_left(
+    tmp_path: Path, process: "subprocess.Popen[bytes]"
+) -> None:
+    rig = FailingRunc(tmp_path)
+    members = rig.group / "cgroup.procs"
+    members.write_text(f"{process.pid}\n")
+    with pytest.raises(Unavailable, match=r"do not end: .*state is damaged"):
+        await rig.runtime.delete(a_container())
+    assert process.wait(10) == -signal.SIGKILL
+    assert rig.state.exists(), "it is left, and so a later attempt finds it"
+    members.unlink()  # the kernel does that
+    await rig.runtime.delete(a_container())
+    assert not rig.group.exists()
+    assert not rig.state.exists()
+
+
+async def test_an_unknown_container_with_processes_is_said_to_be_left(tmp_path: Path) -> None:
+    rig = FailingRunc(tmp_path)
+    (rig.group / "cgroup.procs").touch()
+    with pytest.raises(Unavailable):
+        await rig.runtime.delete_unknown(ID)
+
+
+class SlowRestore:
+    """An engine that waits for its networks, while its users can already send requests."""
+
+    def __init__(self, stubs: StubEngine, patch: pytest.MonkeyPatch) -> None:
+        self.stubs = stubs
+        self.restored = asyncio.Event()
+        self.deleted: list[ContainerId] = []
+        patch.setattr(stubs.engine._network, "restore", lambda _: self.restored.wait())
+        patch.setattr(stubs.runtime, "has", lambda _: True)
+        patch.setattr(stubs.runtime, "delete", self.delete)
+
+    async def delete(self, container: Container) -> None:
+        self.deleted.append(container.id)
+
+    async def run(self) -> None:
+        async with self.stubs.engine.running():
+            await asyncio.Event().wait()
+
+
+SlowBody: TypeAlias = Callable[[SlowRestore], Coroutine[Any, Any, None]]
+
+
+def with_slow_restore(
+    body: SlowBody, directory: Path, patch: pytest.MonkeyPatch, container: Container
+) -> None:
+    loop = VirtualLoop()
+
+    async def whole() -> None:
+        slow = SlowRestore(StubEngine(VirtualClock(loop), directory, container), patch)
+        running = asyncio.create_task(slow.run())
+        await asyncio.sleep(1)
+        try:
+            async with asyncio.timeout(3600):
+                await body(slow)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    try:
+        loop.run_until_complete(whole())
+    finally:
+        loop.close()
+
+
+ENDED = a_container(state=ContainerState.EXITED, process=None, is_at_rest=True)
+
+
+def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        stubs, gate = slow.stubs, asyncio.Event()
+        monkeypatch.setattr(stubs.runtime, "start", lambda *_: gate.wait())
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        slow.restored.set()
+        await asyncio.sleep(1)
+        gate.set()
+        assert (await starting).is_running
+        await asyncio.sleep(1)
+        assert stubs.engine.get(ID).is_running
+        assert not slow.deleted
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_run_that_began_before_the_adoption_is_watched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        adopted: list[ContainerId] = []
+        stubs = slow.stubs
+        monkeypatch.setattr(stubs.bundles.apis, "adopt", lambda one, _: adopted.append(one.id))
+        await stubs.engine.start(ID)
+        slow.restored.set()
+        await asyncio.sleep(1)
+        with capture_logs() as lines:
+            await stubs.end(7)
+            await asyncio.sleep(1)
+        assert [line["event"] for line in lines] == []
+        assert stubs.engine.get(ID).exit_code == 7
+        assert not adopted, "this process has opened its socket"
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_forced_removal_before_the_adoption_ends_a_running_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the container's lock while it waits for the end, which only the adoption can see."""
+
+    async def body(slow: SlowRestore) -> None:
+        stubs = slow.stubs
+        removing = asyncio.create_task(stubs.engine.remove(ID, force=True))
+        await asyncio.sleep(1)
+        stubs.runtime.end(137)
+        slow.restored.set()
+        async with asyncio.timeout(5):
+            await removing
+        assert not stubs.bundles.saved
+
+    with_slow_restore(body, tmp_path, monkeypatch, a_container())
+
+
+def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, tries = a_container(state=ContainerState.EXITED, process=None), [True, True]
+
+    def adopted_later(_: ContainerId) -> bool:
+        if tries:
+            tries.pop()
+            raise Unavailable("no memory")
+        return False
+
+    monkeypatch.setattr(StubBundles, "load", lambda _: Found(unreadable=[ID]))
+    monkeypatch.setattr(StubBundles, "read", lambda *_: found, raising=False)
+    monkeypatch.setattr(StubRuntime, "delete_unknown", StubRuntime.clear, raising=False)
+    monkeypatch.setattr(StubBundles, "is_mounted", lambda _, id_: adopted_later(id_))
+
+    async def body(stubs: StubEngine) -> None:
+        await asyncio.sleep(60)
+        assert not tries
+        assert stubs.engine.get(ID).name == found.name
+        await stubs.engine.remove(ID)
+        assert not stubs.engine.has(found.name)
+
+    on_virtual_time(body, tmp_path)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_signal_that_ends_a_paused_container_leaves_no_warning(simulated: Run, *, refuses: bool) -> None:
+    """The kernel ends a frozen process at once, and there is nothing left to resume."""
+
+    async def body(stubs: StubEngine) -> None:
+        await stubs.engine.pause(ID)
+
+        async def ended() -> None:
+            await stubs.end(137)
+            if refuses:
+                raise RuntimeFailed("cannot resume a container that does not run")
+
+        stubs.runtime.during = ended
+        with capture_logs() as lines:
+            assert (await stubs.engine.stop(ID, 10.0)).exit_code == 137
+        assert [line["event"] for line in lines] == []
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("error", [disk_full(), StartError("no such file")])
+def test_a_container_with_rm_that_cannot_be_started_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        async def refuse(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(stubs.engine._network, "attach", refuse)
+        with pytest.raises(type(error)):
+            await stubs.engine.start(ID)
+        assert not stubs.bundles.saved
+
+    created = a_container(
+        state=ContainerState.CREATED,
+        process=None,
+        started_at=ZERO_TIME,
+        plain=PlainOptions(auto_remove=True),
+    )
+    on_virtual_time(body, tmp_path, created)
+
+
+def test_a_start_says_why_it_failed_although_its_container_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        monkeypatch.setattr(stubs.engine.volumes, "mount", lambda *_: asyncio.Event().wait())
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        await stubs.engine.remove(ID, force=True)
+        with pytest.raises(NotRunning, match="is being removed"):
+            await starting
+
+    ended = a_container(state=ContainerState.EXITED, process=None, plain=PlainOptions(auto_remove=True))
+    on_virtual_time(body, tmp_path, ended)
+
+
+def test_a_container_that_cannot_be_looked_at_is_adopted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine may have no memory for a process at the moment."""
+    answers: list[str | Exception] = [OSError(12, "Cannot allocate memory"), Unavailable("slow"), "running"]
+
+    async def status(*_: object) -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(StubRuntime, "status", status, raising=False)
+    monkeypatch.setattr(StubNetwork, "is_present", lambda *_: True)
+
+    async def body(stubs: StubEngine) -> None:
+        assert not stubs.engine.get(ID).is_running
+        assert "memory" in stubs.engine.get(ID).error
+        await asyncio.sleep(10)
+        adopted = stubs.engine.get(ID)
+        assert (adopted.is_running, adopted.error) == (True, "")
+        await stubs.end(7)
+        assert stubs.engine.get(ID).exit_code == 7
+
+    started = a_container(
+        state=ContainerState.CREATED, started_at=ZERO_TIME, sandbox=Sandbox(netns="/nonexistent")
+    )
+    on_virtual_time(body, tmp_path, started)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        attach, gate = stubs.engine._network.attach, asyncio.Event()
+
+        async def wait(config: SandboxConfig) -> Sandbox:
+            monkeypatch.setattr(stubs.engine._network, "attach", attach)
+            await gate.wait()
+            if fails:
+                raise Unavailable("no address")
+            return await attach(config)
+
+        monkeypatch.setattr(stubs.engine._network, "attach", wait)
+        async with restart_policies(stubs):
+            await asyncio.sleep(1)  # the policy's start is in progress
+            starting = asyncio.create_task(stubs.engine.start(ID))
+            await asyncio.sleep(1)
+            gate.set()
+            started = await starting
+        assert started.plain is not None
+        assert (started.is_running, started.plain.restarts) == (True, 0)
+
+    policy = RestartPolicy(name="on-failure", attempts_max=1)
+    ended = a_container(
+        state=ContainerState.EXITED, process=None, exit_code=1, plain=PlainOptions(restart=policy)
+    )
+    on_virtual_time(body, tmp_path, ended)
