@@ -283,7 +283,7 @@ def test_a_fresh_machine_is_plugged_in_and_belongs_to_no_swarm(trio: TestCluster
     [
         (["--managers", "0"], "at least one manager"),
         (["--subnets", "0"], "Use 1 to "),
-        (["--workers", "-1"], "no negative number"),
+        (["--workers", "-1"], "cannot be negative"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_made(

@@ -93,7 +93,7 @@ def test_a_service_that_is_stuck_is_named_and_the_rotation_is_finished_later(
     assert contents(node, "web", "/run/secrets/key") == {"good again"}
     missing = skep(node, "secret", "rotate", "nothing", str(tmp_path / "new"), check=False)
     assert missing.returncode == 1
-    assert missing.stderr.startswith("Error: there is no nothing: ")
+    assert missing.stderr.startswith("Error: nothing does not exist. ")
 
 
 def test_a_secret_is_a_variable_only_where_the_option_says_so_and_is_shown_nowhere(node: TestNode) -> None:

@@ -38,7 +38,7 @@ def test_the_context_that_docker_uses_is_used(m1: TestNode, tmp_path: Path, cli:
     missing = run(SKEP, "--context", "nowhere", "status", **configuration)
     assert (missing.returncode, missing.stderr) == (
         1,
-        f'Error: context "nowhere" is not in in {tmp_path}/contexts: List contexts with skep context ls\n',
+        f'Error: context "nowhere" is not in {tmp_path}/contexts. List contexts with skep context ls.\n',
     )
 
 

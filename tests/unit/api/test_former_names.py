@@ -90,14 +90,14 @@ async def test_the_commands_understand_an_earlier_manager() -> None:
     client = Earlier()
     explained = await client.get("/skep/services/web/explain")
     assert "no suitable node" in "\n".join(about_service("web", explained, 0.0))
-    assert "all 2 nodes: could take it" in "\n".join(
+    assert "all 2 nodes: suitable" in "\n".join(
         about_task("t2", await client.get("/skep/tasks/t2/explain"), 0.0)
     )
     quorum = await quorum_of(client)
     assert quorum is not None
     assert "1 of 3 managers responds (m2, m3 do not)" in next(iter(no_leader(quorum)))
     assert way_out(quorum) == "skep cluster recover --dry-run"
-    with pytest.raises(FailedPrecondition, match="manager"):
+    with pytest.raises(FailedPrecondition, match="nothing to recover"):
         check({"Swarm": {"LocalNodeState": "active"}}, {**quorum, "HasLeader": True})
     check({"Swarm": {"LocalNodeState": "active"}}, quorum)
     placements = msgspec.convert(await client.post("/skep/services/placement"), tuple[Placement, ...])
