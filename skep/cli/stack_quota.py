@@ -1,6 +1,7 @@
 """``skep stack quota``: limits for all objects of a stack together."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -10,9 +11,11 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.errors import FailedPrecondition, InvalidArgument
+from skep.model.needs import CPU_NANO
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_CPU = 1_000_000_000
+
+_count = partial(click.option, type=click.IntRange(min=0), default=0, metavar="N")
 
 
 @click.group()
@@ -29,37 +32,17 @@ def quota() -> None:
 
 
 @quota.command("set")
-@click.option("--tasks", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of tasks.")
+@_count("--tasks", help="Maximum number of tasks.")
 @click.option(
     "--cpus", type=click.FloatRange(min=0), default=0.0, metavar="N", help="Maximum sum of reserved CPUs."
 )
 @click.option("--memory", default="0", metavar="SIZE", help="Maximum sum of reserved memory: 512m, 8g.")
-@click.option(
-    "--ports", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of published ports."
-)
-@click.option(
-    "--networks", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of networks."
-)
-@click.option(
-    "--addresses",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Maximum number of IPv4 addresses in its networks.",
-)
-@click.option(
-    "--secrets", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of secrets."
-)
-@click.option(
-    "--configs",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Maximum number of configs, including revisions.",
-)
-@click.option(
-    "--services", type=click.IntRange(min=0), default=0, metavar="N", help="Maximum number of services."
-)
+@_count("--ports", help="Maximum number of published ports.")
+@_count("--networks", help="Maximum number of networks.")
+@_count("--addresses", help="Maximum number of IPv4 addresses in its networks.")
+@_count("--secrets", help="Maximum number of secrets.")
+@_count("--configs", help="Maximum number of configs, including revisions.")
+@_count("--services", help="Maximum number of services.")
 @click.option("--data", default="0", metavar="SIZE", help="Maximum size of secrets and configs: 64m.")
 @click.argument("stack")
 @click.pass_obj
@@ -89,7 +72,7 @@ def _body(cpus: float, memory: str, data: str, **numbers: int) -> dict[str, int]
     """Return the quota in the API's form.  Bounds that older managers do not know are left out if they are 0."""
     older = {
         "Tasks": numbers.pop("tasks"),
-        "NanoCPUs": round(cpus * _CPU),
+        "NanoCPUs": round(cpus * CPU_NANO),
         "MemoryBytes": _bytes(memory),
         "Ports": numbers.pop("ports"),
     }
@@ -157,7 +140,7 @@ def _shown(found: dict[str, Any]) -> Shown:
         }
         for key, noun, scale in (
             ("Tasks", "tasks", 1),
-            ("NanoCPUs", "reserved CPUs", _CPU),
+            ("NanoCPUs", "reserved CPUs", CPU_NANO),
             ("MemoryBytes", "reserved MiB", 1 << 20),
             ("Ports", "published ports", 1),
             ("Networks", "networks", 1),

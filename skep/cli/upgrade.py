@@ -373,9 +373,7 @@ class _Upgrade:
             await self._means.check(node)
         except Unavailable as error:
             if self._holder.node:
-                raise Unavailable(
-                    f"{node.name}: {error}. Repair the node and rerun with --continue, or use --abort."
-                ) from error
+                raise Unavailable(f"{node.name}: {error}. {_REPAIR}") from error
             await self.release()
             raise Unavailable(f"{node.name} cannot be upgraded and is unchanged: {error}") from error
         drains = (

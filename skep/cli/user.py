@@ -61,8 +61,7 @@ def user() -> None:
     """
 
 
-@user.command(cls=_WithDays)
-@click.option(
+_roles = click.option(
     "--role",
     "roles",
     multiple=True,
@@ -70,6 +69,10 @@ def user() -> None:
     metavar="ROLE[:STACK]",
     help="Role of the user. Repeat for several.",
 )
+
+
+@user.command(cls=_WithDays)
+@_roles
 @click.option("--token", "makes_token", is_flag=True, help="Create a token and print it once.")
 @click.option("--context", "makes_context", is_flag=True, help="Create a docker context with a certificate.")
 @click.option(
@@ -168,14 +171,7 @@ async def _wait_known(options: HostOptions) -> None:
 
 
 @user.command()
-@click.option(
-    "--role",
-    "roles",
-    multiple=True,
-    required=True,
-    metavar="ROLE[:STACK]",
-    help="Role of the user. Repeat for several.",
-)
+@_roles
 @click.argument("name")
 @click.pass_obj
 def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
