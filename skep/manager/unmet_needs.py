@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
-from skep.model.needs import kind_and_amount, reservations_of
+from skep.manager.resources import GenericStock
+from skep.model.needs import CPU_NANO, kind_and_amount, reservations_of
 from skep.model.node import Node
 from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import GenericResource, Placement
 from skep.model.task import Task
 
-_CPU_NANO: Final = 1_000_000_000
 _MEBIBYTE: Final = 1 << 20
 
 
@@ -30,7 +30,7 @@ def too_large(task: Task, nodes: Collection[Node]) -> str:
         (needs.nano_cpus, lambda node: node.description.resources.nano_cpus, _cpus, " CPUs"),
         (needs.memory_bytes, lambda node: node.description.resources.memory_bytes, _memory, " of memory"),
     ]
-    for kind, amount in amounts(needs.generic_resources).items():
+    for kind, amount in _amounts(needs.generic_resources).items():
         sizes.append((amount, lambda node, kind=kind: _offered(node, kind), str, f" {kind}"))  # type: ignore[misc]
     for wanted, size, words, unit in sizes:
         largest = max(by_name, key=size)
@@ -56,7 +56,7 @@ def _needs(task: Task, refusals: Collection[NodeRefusal]) -> Iterator[str]:
             yield f"{_cpus(reserved.nano_cpus)} CPUs"
         if reserved.memory_bytes:
             yield f"{_memory(reserved.memory_bytes)} of memory"
-        yield from (f"{amount} {kind}" for kind, amount in amounts(reserved.generic_resources).items())
+        yield from (f"{amount} {kind}" for kind, amount in _amounts(reserved.generic_resources).items())
     if NodeRefusal.CONSTRAINTS in refusals:
         yield from placement.constraints
     if NodeRefusal.MAX_REPLICAS in refusals and placement.max_replicas:
@@ -65,7 +65,7 @@ def _needs(task: Task, refusals: Collection[NodeRefusal]) -> Iterator[str]:
         yield " or ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in placement.platforms)
 
 
-def amounts(resources: Iterable[GenericResource]) -> Counter[str]:
+def _amounts(resources: Iterable[GenericResource]) -> Counter[str]:
     """Return the amount of each kind of generic resource."""
     found: Counter[str] = Counter()
     for one in resources:
@@ -75,11 +75,11 @@ def amounts(resources: Iterable[GenericResource]) -> Counter[str]:
 
 
 def _offered(node: Node, kind: str) -> int:
-    return amounts(node.description.resources.generic_resources)[kind]
+    return GenericStock(node.description.resources.generic_resources).free(kind)
 
 
 def _cpus(nano: int) -> str:
-    return f"{nano / _CPU_NANO:g}"
+    return f"{nano / CPU_NANO:g}"
 
 
 def _memory(size: int) -> str:

@@ -7,7 +7,10 @@ built from addresses.
 
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
-from typing import TypeAlias
+from typing import Final, TypeAlias
+
+PORT_MAX: Final = (1 << 16) - 1
+"""A port has 16 bits."""
 
 Address: TypeAlias = IPv4Address | IPv6Address
 

@@ -10,7 +10,7 @@ added here: ``tests/unit/manager/test_needs.py`` lists resources by users, and f
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -175,6 +175,10 @@ def _excludes(use: VolumeUse, mounts: Iterable[ClusterMount], volume: Volume | N
 
 
 # -- parts of a spec -----------------------------------------------------------------------------------------------
+
+
+CPU_NANO: Final = 1_000_000_000
+"""One processor in nano CPUs."""
 
 
 def reservations_of(spec: TaskSpec) -> Resources:

@@ -11,12 +11,12 @@ from typing import Final
 
 import msgspec
 
+from skep.model.addresses import PORT_MAX
+
 KEY_BYTES: Final = 32
 """Size of a Curve25519 key."""
 KEYS_MAX: Final = 2
 """Maximum number of keys per node: the present key and, during a rotation, the previous one."""
-PORT_MAX: Final = (1 << 16) - 1
-"""A port has 16 bits."""
 
 ENCRYPTION_LABEL: Final = "skep.encryption"
 """Engine label with the ``Method`` of a node.  Without the label, the node does not encrypt."""

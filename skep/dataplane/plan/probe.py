@@ -13,6 +13,7 @@ import msgspec
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, State, Vxlan
 from skep.dataplane.plan.overlay import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
+from skep.model.addresses import PORT_MAX
 from skep.model.ids import NodeId
 from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
@@ -92,8 +93,6 @@ def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | N
 
 PEERS_MAX = 512
 """Maximum number of peers that a node probes."""
-_PORT_MAX = (1 << 16) - 1
-"""A port has 16 bits."""
 
 
 def sound(targets: ProbeTargets) -> ProbeTargets:
@@ -106,14 +105,14 @@ def host_and_port(text: str) -> tuple[str, int]:
     """Split ``192.0.2.1:2377`` or ``[fd09::1]:2377``.  Raises: ValueError: ``text`` is neither."""
     host, _, port = text.rpartition(":")
     number = int(port)
-    if not 0 < number <= _PORT_MAX:
+    if not 0 < number <= PORT_MAX:
         raise ValueError(f"invalid port {port!r}")
     return str(ip_address(host.removeprefix("[").removesuffix("]"))), number
 
 
 def _sound(peer: PathPeer) -> PathPeer:
     # The forwarder's port is ten above, WireGuard's next to it.
-    has_port = 0 < peer.vxlan_port <= _PORT_MAX - 16
+    has_port = 0 < peer.vxlan_port <= PORT_MAX - 16
     return msgspec.structs.replace(
         peer,
         data_path=peer.data_path if has_port and _is_address(peer.data_path) else "",

@@ -23,9 +23,7 @@ from skep.engine.container import (
 from skep.engine.images.store import ImageStore
 from skep.engine.limits import swap_bytes
 from skep.model.sandbox import as_requested
-from skep.model.times import ZERO_TIME, unix_ns
-
-_NS = 1_000_000_000
+from skep.model.times import SECOND_NS, ZERO_TIME, unix_ns
 
 _MASKED = (
     "asound",
@@ -149,7 +147,7 @@ def summary(
         "Image": _shown_image(container, images),
         "ImageID": container.image_id,
         "Command": _command(container),
-        "Created": unix_ns(container.created_at) // _NS,
+        "Created": unix_ns(container.created_at) // SECOND_NS,
         "Ports": ports(container),
         "Labels": dict(container.labels),
         "State": container.status,
@@ -184,8 +182,8 @@ def age(duration_ns: int) -> str:
 
     Source: docker/go-units, duration.go (HumanDuration).
     """
-    seconds = duration_ns // _NS
-    minutes, hours = seconds // 60, int(duration_ns / _NS / 3600 + 0.5)
+    seconds = duration_ns // SECOND_NS
+    minutes, hours = seconds // 60, int(duration_ns / SECOND_NS / 3600 + 0.5)
     if seconds < 1:
         return "Less than a second"
     if seconds == 1:
@@ -206,7 +204,7 @@ def age(duration_ns: int) -> str:
         return f"{hours // 24 // 7} weeks"
     if hours < 24 * 365 * 2:
         return f"{hours // 24 // 30} months"
-    return f"{int(duration_ns / _NS / 3600) // 24 // 365} years"
+    return f"{int(duration_ns / SECOND_NS / 3600) // 24 // 365} years"
 
 
 def _health(container: Container) -> str:

@@ -11,9 +11,8 @@ from skep.engine.images.image import Image, as_docker_writes
 from skep.engine.images.listing import Listed, created_ns
 from skep.engine.images.local import LocalImages
 from skep.errors import InvalidArgument
-from skep.model.times import ZERO_TIME, unix_ns
+from skep.model.times import SECOND_NS, ZERO_TIME, unix_ns
 
-_NS = 1_000_000_000
 _EMPTY_LISTS = ApiVersion("1.43")
 _WITHOUT_VIRTUAL_SIZE = ApiVersion("1.44")
 _WITHOUT_CONTAINER_CONFIG = ApiVersion("1.45")
@@ -28,7 +27,7 @@ def summary(
     digests = [reference.familiar for reference in listed.references if reference.digest]
     response: dict[str, Any] = {
         "Containers": containers,
-        "Created": created_ns(image) // _NS,
+        "Created": created_ns(image) // SECOND_NS,
         "Id": image.id,
         "Labels": image.config.defaults.labels,
         "ParentId": image.parent,
@@ -115,6 +114,6 @@ def _graph(image: Image, images: LocalImages) -> Mapping[str, str]:
 
 def _unix_s(stamp: str | None) -> int:
     try:
-        return unix_ns(stamp or ZERO_TIME) // _NS
+        return unix_ns(stamp or ZERO_TIME) // SECOND_NS
     except InvalidArgument:
-        return unix_ns(ZERO_TIME) // _NS
+        return unix_ns(ZERO_TIME) // SECOND_NS

@@ -25,7 +25,7 @@ from skep.engine.volume_store import ANONYMOUS
 from skep.engine.volumes import Listing, VolumeInUse, Volumes, users_by_volume
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.encoding import ApiObject
-from skep.model.times import timestamp
+from skep.model.times import SECOND_NS, timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -216,7 +216,7 @@ def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
     driver = _driver(volumes, name)
     plugin = volumes.plugins.known(driver)
     return {
-        "CreatedAt": timestamp(volumes.created_ns(name) // _SECOND_NS * _SECOND_NS),
+        "CreatedAt": timestamp(volumes.created_ns(name) // SECOND_NS * SECOND_NS),
         "Driver": driver,
         "Labels": volumes.labels(name),
         "Mountpoint": str(volumes.path(name)),
@@ -233,9 +233,6 @@ def _options(volumes: Volumes, name: str) -> Mapping[str, str] | None:
     except SkepError as error:
         log_error(error, "options of a volume not shown", volume=name)
         return None
-
-
-_SECOND_NS = 1_000_000_000
 
 
 def check_volume(body: VolumeRequest, name: str) -> None:

@@ -22,7 +22,7 @@ from skep.api.bodies import decode_body
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest, parse_digest, short
 from skep.engine.images.image import Image, parse_config
 from skep.engine.images.layers import DigestMismatch
-from skep.engine.images.legacy import legacy_items
+from skep.engine.images.legacy import DOCUMENT_BYTES_MAX, legacy_items
 from skep.engine.images.local import LocalImages
 from skep.engine.images.progress import Message, Report, transfer
 from skep.engine.images.reference import Reference, parse_reference
@@ -32,8 +32,6 @@ from skep.errors import InvalidArgument, NotFound
 
 T = TypeVar("T")
 
-_DOCUMENT_BYTES_MAX = 8 << 20
-"""Longest JSON document of an archive, which is read into memory."""
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
 
@@ -216,8 +214,8 @@ def _tagged(name: str) -> Reference:
 def _document(directory: Path, path: str) -> bytes:
     """Read a small file of the archive.  Raises: InvalidArgument."""
     file = _inside(directory, path)
-    if file.stat().st_size > _DOCUMENT_BYTES_MAX:
-        raise InvalidArgument(f"invalid archive: {path} is larger than {_DOCUMENT_BYTES_MAX} bytes")
+    if file.stat().st_size > DOCUMENT_BYTES_MAX:
+        raise InvalidArgument(f"invalid archive: {path} is larger than {DOCUMENT_BYTES_MAX} bytes")
     return file.read_bytes()
 
 

@@ -20,7 +20,7 @@ from skep.errors import InvalidArgument
 Find = Callable[[Path, str], Path]
 """Returns the regular file at a path within a directory.  Raises: InvalidArgument."""
 
-_DOCUMENT_BYTES_MAX = 8 << 20
+DOCUMENT_BYTES_MAX = 8 << 20
 """Longest JSON document of an archive, which is read into memory."""
 _GONE = ("id", "parent", "Size", "parent_id", "layer_id", "throwaway")
 
@@ -95,8 +95,8 @@ def _diff_id(file: Path) -> str:
 
 def _object(directory: Path, path: str, find: Find) -> dict[str, Any]:
     file = find(directory, path)
-    if file.stat().st_size > _DOCUMENT_BYTES_MAX:
-        raise InvalidArgument(f"invalid archive: {path} is larger than {_DOCUMENT_BYTES_MAX} bytes")
+    if file.stat().st_size > DOCUMENT_BYTES_MAX:
+        raise InvalidArgument(f"invalid archive: {path} is larger than {DOCUMENT_BYTES_MAX} bytes")
     try:
         value = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from skep.errors import InvalidArgument
 from skep.gotemplate import quoted
 from skep.manager.control.names import check_dns_name
 from skep.model import constraints, templates
+from skep.model.addresses import PORT_MAX
 from skep.model.autoscaling import check_autoscaling
 from skep.model.container import (
     ConfigReference,
@@ -42,8 +43,6 @@ _NANO_CPUS_MIN = 1_000_000
 """Smallest CPU limit or reservation, as in SwarmKit."""
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
 """Smallest memory limit or reservation, as in SwarmKit."""
-_PORT_MAX = 65535
-"""A port has 16 bits."""
 _SIGN_BIT = 2**63 - 1
 """Decoding limits larger numbers to this value.  SwarmKit reads them as negative."""
 
@@ -265,8 +264,8 @@ def _check_endpoint(endpoint: EndpointSpec | None) -> None:
                 "EndpointSpec: port published with ingress mode can't be used with dnsrr mode"
             )
         for number in (port.published_port, port.target_port):
-            if number > _PORT_MAX:
-                raise InvalidArgument(f"EndpointSpec: invalid port {number}: want at most {_PORT_MAX}")
+            if number > PORT_MAX:
+                raise InvalidArgument(f"EndpointSpec: invalid port {number}: want at most {PORT_MAX}")
         if not port.published_port:
             continue
         key = (port.protocol, port.published_port)

@@ -8,11 +8,10 @@ from skep.model.conditions import disk_pressure
 from skep.model.constraints import meets
 from skep.model.data_planes import is_docker_node
 from skep.model.labels import IGNORE_PATHS
-from skep.model.needs import kind_and_amount
+from skep.model.needs import CPU_NANO, kind_and_amount
 from skep.model.node import NodeState
 from skep.model.rights import missing_devices, rights_text
 
-_CPU_NANO = 1_000_000_000
 _MEBIBYTE = 1024**2
 
 
@@ -125,7 +124,7 @@ def cluster_volumes(requirements: Requirements, account: Account, copies: int) -
 def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[str, str, str]]:
     """Yield the wanted amount with its unit, the amount that is left, and the unit."""
     if requirements.nano_cpus > account.free_nano_cpus:
-        wanted, free = requirements.nano_cpus / _CPU_NANO, max(account.free_nano_cpus, 0) / _CPU_NANO
+        wanted, free = requirements.nano_cpus / CPU_NANO, max(account.free_nano_cpus, 0) / CPU_NANO
         yield f"{wanted:g} CPUs", f"{free:g}", "CPUs"
     if requirements.memory_bytes > account.free_memory_bytes:
         wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE

@@ -34,15 +34,14 @@ CANDIDATE_POLL_S = 0.15
 Twenty polls per second were half of the idle cost of a manager and its member.
 """
 
-NONCE_BYTES = 16
-"""Random bytes that no other candidate chooses."""
-
 LEADER_POLL_S = 0.5
 """The same for the leader.  Until it notices that it has lost leadership, the fence refuses its writes."""
 
-
 LEADER_POLL_ALONE_S = 2.0
 """The same for the leader of a single member, which cannot lose leadership to another."""
+
+NONCE_BYTES = 16
+"""Random bytes that no other candidate chooses."""
 
 
 class Election:

@@ -23,6 +23,7 @@ from skep.aio.clock import Clock
 from skep.aio.groups import errors_as_they_are
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
+from skep.paths import SOCKET_PATH_BYTES_MAX
 from skep.store.etcd import damage
 from skep.store.etcd.binary import Binary, check_upgrade
 from skep.store.etcd.campaign import campaign
@@ -38,8 +39,6 @@ from skep.store.etcd.requests import PREFIX
 
 log = structlog.get_logger()
 
-SOCKET_PATH_BYTES_MAX = 107
-"""Source: sun_path of sockaddr_un, without the byte that ends it."""
 FRESH_BYTES = 200 * 1024 * 1024
 """Free space that a new member needs: it preallocates 123 MB of log."""
 
