@@ -145,8 +145,8 @@ class TopApp(App[None]):
         )  # on terminals without color, gray would hide problems
         self.table.focus()
         self.paint()
-        self.set_interval(1.0, self._age)
-        self.set_interval(_LOGS_S, self._paint_log)
+        self.screen.set_interval(1.0, self._age)  # the app's own timers would outlive the tables
+        self.screen.set_interval(_LOGS_S, self._paint_log)
         self.run_worker(self._cluster.run(self.publish), group="cluster")
 
     def _age(self) -> None:
@@ -168,6 +168,8 @@ class TopApp(App[None]):
     def paint(self) -> None:
         """Paint the lines at the top, and the table of the current view."""
         self._is_stale = False
+        if not self.is_running:  # the last snapshot came while the tables were closed
+            return
         snapshot, screen = self._snapshot, self.screen_stack[0]
         screen.query_one("#link", Static).update(_link(snapshot))
         services = states_of(snapshot, time.time())

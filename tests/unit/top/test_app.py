@@ -113,6 +113,19 @@ async def test_scaling_asks_says_what_it_would_do_and_does_it() -> None:
         await shown(pilot, "web scaled to 5")
 
 
+async def test_nothing_is_painted_once_the_tables_are_closed() -> None:
+    class Closing(TopApp):
+        async def _close_all(self) -> None:
+            await super()._close_all()
+            self.publish(a_shop())
+            await asyncio.sleep(1.2)  # longer than the timer that renews the ages
+
+    app = Closing(StillCluster(a_shop()))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+    app.paint()
+
+
 @pytest.mark.parametrize("key", ["enter", "n", "escape"])
 async def test_a_stray_key_confirms_nothing(key: str) -> None:
     cluster = StillCluster(a_shop())
