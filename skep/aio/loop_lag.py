@@ -2,12 +2,14 @@
 
 It has three causes, which the kernel's accounting of the thread distinguishes.  The thread *ran*: a callback computed
 for too long, a bug of this program.  It *waited for a processor*: the machine is busy with something else.  Or it
-*slept*: a callback made a blocking call, or another thread held the interpreter's lock.
+*slept*: a callback made a blocking call, or another thread held the interpreter's lock.  Without scheduler statistics
+(``/proc/PID/schedstat``) the last two cannot be distinguished, and the log says so.
 """
 
 import os
 import sys
 import threading
+import time
 from bisect import bisect_left
 from itertools import accumulate
 from types import FrameType, TracebackType
@@ -35,6 +37,11 @@ LATE_S = 0.1
 FRAMES_MAX = 8
 """Stack frames in a log line."""
 
+RAN, WAITED, SLEPT = "ran", "waited for a processor", "slept"
+"""The causes of a lag."""
+WAITED_OR_SLEPT = "waited for a processor or slept: the kernel has no scheduler statistics"
+"""The cause of a lag in which the thread did not run, if the kernel does not tell more."""
+
 BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Upper bounds of the histogram's buckets."""
 
@@ -54,14 +61,16 @@ class Lag(msgspec.Struct, frozen=True, rename="pascal"):
 class LoopLag:
     """Measures its event loop.  ``seen()`` can be called at any time.  Differences of counts describe a period."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: "ThreadTimes | None" = None) -> None:
+        """``times`` are those of the thread that runs the loop."""
+        self._times = times or ThreadTimes()
         self._counts = [0] * (len(BOUNDS_MS) + 1)
         self._ms_max = 0.0
         self._ms_sum = 0.0
 
     async def run(self, clock: Clock) -> None:
         """Measure until cancelled.  Logs a lag of ``LATE_S``, with its cause and the loop's stack."""
-        with StackWatch() as watch, ThreadTimes() as times:
+        with StackWatch() as watch, self._times as times:
             spent, period_s = times.read(), PERIOD_S
             while True:
                 before = clock.monotonic()
@@ -73,7 +82,8 @@ class LoopLag:
                 period_s = PERIOD_AT_REST_S if is_idle else PERIOD_S
                 stood = watch.turn(period_s)
                 if lag_s >= LATE_S:
-                    _tell(lag_s, spent[0] - last[0], spent[1] - last[1], stood)
+                    waited_s = None if spent[1] is None or last[1] is None else spent[1] - last[1]
+                    _tell(lag_s, spent[0] - last[0], waited_s, stood)
 
     async def sample(self, clock: Clock, period_s: float) -> None:
         """Measure every ``period_s`` until cancelled, without logs: for a process that has to be cheap when idle."""
@@ -106,25 +116,38 @@ class LoopLag:
 
 
 class ThreadTimes:
-    """Scheduling statistics of the current thread."""
+    """Times of the current thread.
+
+    Source: Linux, Documentation/scheduler/sched-stats.rst.  The file is missing without CONFIG_SCHED_INFO.  It contains
+    zeros with CONFIG_TASK_DELAY_ACCT alone, as long as delay accounting is off (sched_info_on in kernel/sched/stats.h).
+    """
+
+    def __init__(self, path: str = "/proc/thread-self/schedstat") -> None:
+        self._path = path
 
     def __enter__(self) -> "ThreadTimes":
         try:
-            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            self._file = -1  # the kernel does not have these statistics
+            self._file = -1
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file >= 0:
             os.close(self._file)
 
-    def read(self) -> tuple[float, float]:
-        """Return the seconds that the thread ran, and waited for a processor while runnable, since its start."""
+    def read(self) -> tuple[float, float | None]:
+        """Return the seconds that the thread ran, and waited for a processor while runnable, since its start.
+
+        The second value is None if the kernel does not know it.
+        """
+        return time.thread_time(), self._waited_s()
+
+    def _waited_s(self) -> float | None:
         if self._file < 0:
-            return 0.0, 0.0
-        ran_ns, waited_ns, _ = os.pread(self._file, 100, 0).split()
-        return int(ran_ns) / 1e9, int(waited_ns) / 1e9
+            return None
+        _, waited_ns, slices = os.pread(self._file, 100, 0).split()
+        return int(waited_ns) / 1e9 if int(slices) else None
 
 
 class StackWatch:
@@ -177,20 +200,24 @@ def stack_of(frame: FrameType | None) -> tuple[str, ...]:
     return tuple(places)
 
 
-def cause(lag_s: float, ran_s: float, waited_s: float) -> str:
-    """Return the main cause of a lag: the thread ``ran``, ``waited for a processor``, or ``slept``."""
-    parts = {"ran": ran_s, "waited for a processor": waited_s, "slept": lag_s - ran_s - waited_s}
+def cause(lag_s: float, ran_s: float, waited_s: float | None) -> str:
+    """Return the main cause of a lag.  ``waited_s`` is None if the kernel does not know it."""
+    if waited_s is None:
+        return RAN if ran_s >= lag_s - ran_s else WAITED_OR_SLEPT
+    parts = {RAN: ran_s, WAITED: waited_s, SLEPT: lag_s - ran_s - waited_s}
     return max(parts, key=parts.__getitem__)
 
 
-def _tell(lag_s: float, ran_s: float, waited_s: float, stood: tuple[str, ...]) -> None:
+_EVENTS = {WAITED: "event loop starved of processor time", WAITED_OR_SLEPT: "event loop late"}
+
+
+def _tell(lag_s: float, ran_s: float, waited_s: float | None, stood: tuple[str, ...]) -> None:
     why = cause(lag_s, ran_s, waited_s)
-    is_starved = why == "waited for a processor"
     log.warning(
-        "event loop starved of processor time" if is_starved else "event loop blocked",
+        _EVENTS.get(why, "event loop blocked"),
         lag_ms=round(lag_s * 1000),
         ran_ms=round(ran_s * 1000),
-        waited_for_processor_ms=round(waited_s * 1000),
+        waited_for_processor_ms=None if waited_s is None else round(waited_s * 1000),
         cause=why,
         stood=stood,
     )

@@ -2,13 +2,23 @@ import asyncio
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
 from skep.aio.clock import SystemClock
-from skep.aio.loop_lag import BOUNDS_MS, LATE_S, PERIOD_S, LoopLag, cause
+from skep.aio.loop_lag import (
+    BOUNDS_MS,
+    LATE_S,
+    PERIOD_AT_REST_S,
+    PERIOD_S,
+    WAITED_OR_SLEPT,
+    LoopLag,
+    ThreadTimes,
+    cause,
+)
 
 
 class LateClock:
@@ -28,6 +38,19 @@ class LateClock:
         if not self._lags_s:
             raise asyncio.CancelledError
         self._now += seconds + self._lags_s.pop(0)
+
+
+class WorkingClock(LateClock):
+    """The thread computes during each sleep for a fifth of its time."""
+
+    def __init__(self) -> None:
+        super().__init__(*[0.0] * 5)
+        self.slept: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds)
+        self.slept.append(seconds)
+        compute(seconds / 5)
 
 
 async def test_lag_is_sampled_without_a_thread() -> None:
@@ -74,6 +97,44 @@ def test_a_lag_is_what_the_thread_did_most_of_the_time(ran_s: float, waited_s: f
     assert cause(0.25, ran_s, waited_s) == expected
 
 
+@pytest.mark.parametrize(("ran_s", "expected"), [(0.2, "ran"), (0.05, WAITED_OR_SLEPT)])
+def test_without_scheduler_statistics_only_running_is_known(ran_s: float, expected: str) -> None:
+    assert cause(0.25, ran_s, None) == expected
+
+
+@pytest.fixture(params=[None, "0 0 0\n"])
+def unknown(request: pytest.FixtureRequest, tmp_path: Path) -> ThreadTimes:
+    """Times on a kernel without scheduler statistics: the file is missing, or contains zeros."""
+    schedstat = tmp_path / "schedstat"
+    if request.param is not None:
+        schedstat.write_text(request.param)
+    return ThreadTimes(str(schedstat))
+
+
+async def test_a_computing_callback_is_found_without_scheduler_statistics(unknown: ThreadTimes) -> None:
+    line = await reported(lambda: compute(0.3), lambda line: line["ran_ms"] >= 300, unknown)
+    assert line["waited_for_processor_ms"] is None
+    is_mostly_running = (
+        2 * line["ran_ms"] >= line["lag_ms"]
+    )  # not on a machine that is busy with something else
+    assert line["event"] == ("event loop blocked" if is_mostly_running else "event loop late")
+
+
+async def test_a_blocking_callback_is_not_given_a_cause_without_scheduler_statistics(
+    unknown: ThreadTimes,
+) -> None:
+    line = await reported(lambda: time.sleep(0.3), lambda line: line["cause"] != "ran", unknown)
+    assert (line["event"], line["cause"]) == ("event loop late", WAITED_OR_SLEPT)
+
+
+async def test_a_busy_loop_is_measured_often_without_scheduler_statistics(unknown: ThreadTimes) -> None:
+    """It looked idle to the measurement, because it was not seen to run."""
+    clock = WorkingClock()
+    with suppress(asyncio.CancelledError):
+        await LoopLag(unknown).run(clock)
+    assert PERIOD_AT_REST_S not in clock.slept
+
+
 async def test_a_computing_callback_is_logged_with_its_stack():
     line = await reported(
         lambda: compute(0.3), lambda line: any(it.endswith(" compute") for it in line["stood"])
@@ -89,11 +150,15 @@ async def test_a_blocking_callback_is_logged_as_one_that_slept():
     assert line["event"] == "event loop blocked" or line["waited_for_processor_ms"] >= 200
 
 
-async def reported(hold: Callable[[], None], wanted: Callable[[MutableMapping[str, Any]], bool]) -> Any:
+async def reported(
+    hold: Callable[[], None],
+    wanted: Callable[[MutableMapping[str, Any]], bool],
+    times: ThreadTimes | None = None,
+) -> Any:
     """The first line that is ``wanted``, of those that are logged while the loop is held again and again."""
     with structlog.testing.capture_logs() as lines:
         async with asyncio.TaskGroup() as group:
-            measuring = group.create_task(LoopLag().run(SystemClock()))
+            measuring = group.create_task(LoopLag(times).run(SystemClock()))
             while not any(map(wanted, lines)):
                 await asyncio.sleep(PERIOD_S)
                 hold()
