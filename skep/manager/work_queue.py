@@ -53,7 +53,7 @@ class WorkQueue(Generic[K]):
 
     async def take(self, limit: int) -> list[K]:
         """Wait until a key is due, then remove and return up to ``limit`` keys, oldest first."""
-        while not (keys := self._take_due(limit)):
+        while not (keys := self.take_due(limit)):
             self._changed.clear()
             try:
                 async with asyncio.timeout(self._wait_s()):
@@ -62,7 +62,8 @@ class WorkQueue(Generic[K]):
                 continue
         return keys
 
-    def _take_due(self, limit: int) -> list[K]:
+    def take_due(self, limit: int) -> list[K]:
+        """Remove and return up to ``limit`` keys that are due now, perhaps none."""
         now = self._clock.monotonic()
         while self._later and self._later[0][0] <= now:
             at, key = heapq.heappop(self._later)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain
 from random import Random
 from typing import TypeVar
 
@@ -77,7 +76,7 @@ T = TypeVar("T")
 ENDPOINTS = "endpoints"
 CLAIMS = "claims of networks"
 BATCH = 500
-"""Objects decided before their changes are committed together."""
+"""Objects and new tasks decided before their changes are committed together."""
 
 
 class Allocator:
@@ -279,7 +278,8 @@ class Allocator:
         allocated_before = [one for one in self._term.view().find(Network) if is_allocated(one)]
         await self._commit(CLAIMS, ([Claim(network)] for network in allocated_before))
         while True:
-            keys = await self._queue.take(BATCH)
+            is_checking = self._waiting.is_checking
+            keys = self._queue.take_due(BATCH) if is_checking else await self._queue.take(BATCH)
             networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
             nodes = [key.removeprefix(NODE) for key in keys if key.startswith(NODE)]
             services = [ServiceId(key) for key in keys if "/" not in key]
@@ -289,8 +289,7 @@ class Allocator:
             known = self._networks()
             await self._commit(ENDPOINTS, (self._endpoint(id, known) for id in services))
             await self._commit("node attachments", (self._attached_node(id, known) for id in nodes))
-            releases = chain.from_iterable(self._releases(id, known) for id in services)
-            await self._commit("releases", releases)
+            await self._commit("releases", self._next_releases(services, known))
 
     def _claims(self, id: NetworkId) -> list[Change]:
         """Return the claims of a network that the store has not accepted yet."""
@@ -423,11 +422,22 @@ class Allocator:
             return (self._allocations.allocate(owner, network),)
         return self._allocations.allocate_all(owner, network)
 
-    def _releases(self, service_id: ServiceId, networks: Networks) -> Iterator[list[Change]]:
-        """Yield a change for each of the service's new tasks: its release to the scheduler, or its reason to wait."""
+    def _next_releases(self, due: Iterable[ServiceId], networks: Networks) -> Iterator[list[Change]]:
+        """Yield changes for the next new tasks of the ``due`` services, and of services with many of them."""
+        for id in due:
+            self._waiting.begin(id)
+        services = self._waiting.turns(BATCH)
+        share = max(1, BATCH // max(1, len(services)))
+        for id in services:
+            yield from self._releases(id, networks, share)
+
+    def _releases(self, service_id: ServiceId, networks: Networks, limit: int) -> Iterator[list[Change]]:
+        """Yield a change for each of the service's next new tasks: its release to the scheduler, or its reason to
+        wait.
+        """
         key = f"tasks of {service_id}"
         with self._failures.caught(key):
-            for id in self._waiting.due(service_id, self._is_full):
+            for id in self._waiting.due(service_id, self._is_full, limit):
                 view = self._term.view()
                 task = view.lookup(Task, id)
                 if task is None or not is_new(task):
@@ -439,6 +449,8 @@ class Allocator:
                     yield [Explain(task, f"allocation failed: {failure.error}")]
                 else:
                     yield [self._release(view, task, networks)]
+        if self._failures.of(key) is not None:
+            self._waiting.end(service_id)
         for failure in (self._failures.of(service_id), self._failures.of(key)):
             if failure is not None:
                 self._queue.add_at(service_id, failure.retry_at)
@@ -514,6 +526,9 @@ class Allocator:
                 self._update_service(service.id)
             case Release(task):
                 self._update_task(task)
+                written = self._term.view().lookup(Task, task.id)
+                if written is None or not is_new(written):
+                    self._waiting.remove(task.service_id, task.id)
             case AttachNode(node_id):
                 node = self._term.view().lookup(Node, node_id)
                 if node is not None:

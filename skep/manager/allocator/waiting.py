@@ -1,10 +1,12 @@
 """Tasks that are not yet released, and the keys that wait for networks.
 
 A released address is only offered to keys that wait for its network, and only while the network has a free one.  So
-each release costs the work of one task, however many wait.
+each release costs the work of one task, however many wait.  Services with many new tasks take turns, so that a service
+of 100,000 tasks does not delay the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from skep.model.ids import NetworkId, ServiceId, TaskId
 
@@ -18,6 +20,8 @@ class Waiting:
         self._parked: dict[NetworkId, dict[ServiceId, dict[TaskId, None]]] = {}
         """Tasks to check when a network has a free address again, longest waiting first."""
         self._keys: dict[NetworkId, dict[str, None]] = {}
+        self._unchecked: dict[ServiceId, int] = {}
+        """Services that are being checked, in the order of their turns, and how many of their new tasks are left."""
 
     def add(self, service_id: ServiceId, task_id: TaskId) -> None:
         """Add a new task."""
@@ -35,6 +39,7 @@ class Waiting:
     def forget_service(self, service_id: ServiceId) -> None:
         """Forget a deleted service."""
         self._new.pop(service_id, None)
+        self.end(service_id)
         for waiting in (*self._parked.values(), *self._keys.values()):
             waiting.pop(service_id, None)  # type: ignore[attr-defined]
 
@@ -43,20 +48,54 @@ class Waiting:
         self.remove(service_id, task_id)
         self._parked.setdefault(network_id, {}).setdefault(service_id, {})[task_id] = None
 
-    def due(self, service_id: ServiceId, is_full: Callable[[NetworkId], bool]) -> Iterator[TaskId]:
-        """Iterate over the service's tasks to check, first the parked ones.
+    @property
+    def is_checking(self) -> bool:
+        """Whether tasks of any service are left to check."""
+        return bool(self._unchecked)
+
+    def begin(self, service_id: ServiceId) -> None:
+        """Check all tasks of a service: those that a network may help, and all new ones."""
+        self._unchecked[service_id] = len(self._new.get(service_id, ()))
+
+    def end(self, service_id: ServiceId) -> None:
+        """Check no more tasks of a service until it begins again."""
+        self._unchecked.pop(service_id, None)
+
+    def turns(self, limit: int) -> Sequence[ServiceId]:
+        """Return up to ``limit`` services that are being checked.  The first ones now are the last ones next time."""
+        ids = list(islice(self._unchecked, limit))
+        for id in ids:
+            self._unchecked[id] = self._unchecked.pop(id)
+        return ids
+
+    def due(
+        self, service_id: ServiceId, is_full: Callable[[NetworkId], bool], limit: int
+    ) -> Iterator[TaskId]:
+        """Iterate over the next tasks to check of a service, at most ``limit``, first the parked ones.
 
         Tasks may be added, removed and parked during the iteration.  Each task stays new until it is removed or parked
         again, because its decision may not be written.
         """
-        new = list(self._new.get(service_id, ()))
         for network_id in self._full_networks_of(service_id):
             while (parked := self._parked_on(network_id, service_id)) and not is_full(network_id):
+                if limit <= 0:
+                    return
+                limit -= 1
                 task_id = next(iter(parked))
                 self._unpark(network_id, service_id, task_id)
                 self.add(service_id, task_id)
                 yield task_id
-        yield from new
+        left = self._unchecked.get(service_id, 0)
+        for task_id in list(islice(self._new.get(service_id, ()), min(limit, left))):
+            tasks = self._new.get(service_id, {})
+            if task_id in tasks:
+                del tasks[task_id]
+                tasks[task_id] = None  # the next turn begins with the others
+            yield task_id
+        if limit < left:
+            self._unchecked[service_id] = left - limit
+        else:
+            self.end(service_id)
 
     def wait(self, network_id: NetworkId, key: str) -> None:
         """Let ``key`` wait for the network, or for an address of it."""

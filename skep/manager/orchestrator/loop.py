@@ -33,6 +33,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
+from skep.manager.orchestrator.unwritten_changes import UnwrittenChanges
 from skep.manager.work_queue import WorkQueue
 from skep.model.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
@@ -59,6 +60,8 @@ log = structlog.get_logger()
 
 BATCH = 100
 """Services decided before their changes are committed together."""
+WRITES = 500
+"""Changes written together, of all services.  As many as the store has in flight, so more would only wait longer."""
 THROTTLE_S_PER_TASK = 25e-6
 """Three times the cost of one task in a decision."""
 THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
@@ -87,6 +90,7 @@ class Orchestrator:
         self._due = DueSlots()
         self._failures = Failures(clock, random)
         self._refusals = Refusals(self._failures, clock)
+        self._unwritten = UnwrittenChanges()
         self._disruption = DisruptionMode(term, clock, self._requeue_all)
         self._seen = ObservedTimes(clock.monotonic())
         self._loading: Iterator[None] = iter(())
@@ -106,6 +110,7 @@ class Orchestrator:
     def _on_snapshot(self, snapshot: View) -> None:
         self._seen = ObservedTimes(self._clock.monotonic())
         self._due.clear()
+        self._unwritten.clear()
         self._overcommitted.clear()
         self._sound_nodes.clear()
         self._disruption.start(snapshot)
@@ -240,13 +245,15 @@ class Orchestrator:
 
     async def _work(self, catch_up: CatchUp) -> None:
         while True:
-            changes: list[tuple[ServiceId, Change]] = []
-            due = await self._queue.take(BATCH)
+            due = self._queue.take_due(BATCH) if self._unwritten else await self._queue.take(BATCH)
             slices = TimeSlices(self._clock)
             for service_id in due:
-                if not self._is_throttled(service_id):
-                    changes += await self._decide(service_id, catch_up)
+                service = self._term.view().lookup(Service, service_id)
+                if not self._unwritten.defers(service_id, service) and not self._is_throttled(service_id):
+                    self._unwritten.add(service_id, service, await self._decide(service_id, catch_up))
                     await slices.yield_if_due()
+            changes, due_again = self._unwritten.take(WRITES)
+            self._queue.add(due_again)
             await self._commit([(id, change) for id, change in changes if not self._is_held(id, change)])
 
     def _is_held(self, service_id: ServiceId, change: Change) -> bool:
@@ -271,7 +278,7 @@ class Orchestrator:
         del self._throttled_until[service_id]
         return False
 
-    async def _decide(self, service_id: ServiceId, catch_up: CatchUp) -> list[tuple[ServiceId, Change]]:
+    async def _decide(self, service_id: ServiceId, catch_up: CatchUp) -> list[Change]:
         """Return the changes for one service.
 
         If the decision raises an error, the error is written to the service and the decision is retried.
@@ -294,7 +301,7 @@ class Orchestrator:
         error = failure.error if failure is not None else self._refusals.error(service_id)
         with self._failures.caught(f"error of {service_id}"):
             await self._write_error(service_id, error)
-        return [(service_id, change) for change in changes]
+        return changes
 
     async def _write_error(self, service_id: ServiceId, error: str | None) -> None:
         """Write to the service why its decision or write failed, or clear that message."""

@@ -117,13 +117,13 @@ class GroupQueue(WorkQueue[Group]):
             self._retries.setdefault(priority, deque()).extend(new)
             self._changed.set()
 
-    def _take_due(self, limit: int) -> list[Group]:
+    def take_due(self, limit: int) -> list[Group]:
         now = self._clock.monotonic()
         while self._held and self._held[0][0] <= now:
             _, priority, groups = self._held.popleft()
             self._add_retries(priority, groups)
         due_again = sum(map(len, self._retries.values()))
-        keys = super()._take_due(limit - min(due_again, limit // 2))
+        keys = super().take_due(limit - min(due_again, limit // 2))
         retried: list[Group] = []
         for priority in sorted(self._retries, reverse=True):
             due = self._retries[priority]
