@@ -17,6 +17,9 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.model.volume import Volume
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
 
@@ -83,7 +86,8 @@ def remove_node(
 
     Raises:
         NotFound: The node does not exist.
-        FailedPrecondition: The node is a manager, or is up and ``force`` is False.
+        FailedPrecondition: The node is a manager.  Or ``force`` is False, and the node is up or went down together with
+            most others.
         Unavailable: This manager cannot read whether the node is a manager.
     """
     node = tx.get(Node, id)
@@ -98,8 +102,28 @@ def remove_node(
         )
     if not force and node.status.state is NodeState.READY:
         raise FailedPrecondition(f"node {id} is not down and can't be removed")
+    if not force:
+        _check_disruption(tx, node)
     revoke(tx, node, now_ns, is_removed=True, keeps_containers=keeps_containers)
     tx.delete(Node, id)
+
+
+def _check_disruption(tx: Transaction, node: Node) -> None:
+    """Check that the node did not go down together with most nodes, if that lasts and containers may still run there.
+
+    The managers' network may have failed instead of the nodes.  Then a removal would run containers twice, and take
+    volumes from containers that still write.
+    """
+    freezes = [found.freeze for one in tx.find(Swarm) if (found := tx.rely_on(Swarm, one.id, "freeze"))]
+    freeze = next((one for one in freezes if one is not None and node.id in one.nodes), None)
+    if freeze is None:
+        return
+    may_run = any(not task.status.state.is_terminal for task in tx.find(Task, node_id=node.id))
+    if may_run or any(volume.status_on(node.id) is not None for volume in tx.find(Volume)):
+        raise FailedPrecondition(
+            f"node {node.id} went down at once with {len(freeze.nodes)} of {freeze.ready_before} nodes, so it may be "
+            "cut off while its containers run: wait until nodes return, run `skep cluster resume`, or use --force"
+        )
 
 
 def check_demotion(tx: Transaction, node: Node) -> None:

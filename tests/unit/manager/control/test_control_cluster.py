@@ -9,7 +9,8 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
 from skep.manager.control.nodes import NodeUpdateBody, node_spec, remove_node, update_node
 from skep.manager.control.swarm import Rotations, found_swarm, unlock_key_of, update_swarm
-from skep.model.ids import ClusterId, NodeId, new_id
+from skep.manager.orchestrator.disruption_mode import end_freeze
+from skep.model.ids import ClusterId, NodeId, VolumeId, new_id
 from skep.model.meta import TLSInfo
 from skep.model.network import Network
 from skep.model.node import (
@@ -22,10 +23,14 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
-from skep.model.swarm import DEFAULT_SWARM_SPEC, EncryptionConfig, JoinTokens, Swarm, SwarmSpec
+from skep.model.swarm import DEFAULT_SWARM_SPEC, EncryptionConfig, Freeze, JoinTokens, Swarm, SwarmSpec
+from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeSpec
 from skep.security.tokens import check_root, parse_token
+from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_task
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 TODAY = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -148,6 +153,50 @@ async def test_a_manager_among_three_can_be_demoted(store):
     node = store.view().get(Node, "m3")
     changed = await store.update(update_node, node.id, NodeSpec(), node.version.index)
     assert changed.spec.role is NodeRole.WORKER
+
+
+def cut_off(tx: Transaction, *objects: Node | Task | Volume) -> None:
+    """The workers w1 to w3 of four nodes have gone down at once."""
+    workers = tuple(NodeId(f"w{number}") for number in (1, 2, 3))
+    freeze = Freeze(since=Timestamp("2026-01-01T00:00:00Z"), nodes=workers, ready_before=4)
+    (swarm,) = tx.find(Swarm)
+    tx.put(replace(swarm, freeze=freeze))
+    for one in (*(a_node(id, state=NodeState.DOWN) for id in workers), *objects):
+        tx.put(one)
+
+
+PUBLISHED = Volume(
+    id=VolumeId("v1"),
+    spec=VolumeSpec(name="data"),
+    publish_status=(PublishStatus(node_id=NodeId("w1"), state=PublishState.PUBLISHED),),
+)
+
+
+@pytest.mark.parametrize("held", [a_task("t1", node="w1", state=TaskState.RUNNING), PUBLISHED])
+async def test_a_node_that_may_be_cut_off_with_most_others_is_removed_by_force_only(store, held):
+    await store.update(cut_off, held)
+    with pytest.raises(FailedPrecondition, match=r"w1 went down at once with 3 of 4 nodes.* --force"):
+        await store.update(remove_node, NodeId("w1"), force=False, now_ns=0)
+    await store.update(remove_node, NodeId("w1"), force=True, now_ns=0)
+    assert store.view().lookup(Node, "w1") is None
+
+
+async def test_a_node_that_may_be_cut_off_is_removed_after_the_replacement_was_resumed(store):
+    await store.update(cut_off, a_task("t1", node="w1", state=TaskState.RUNNING))
+    await store.update(end_freeze)
+    await store.update(remove_node, NodeId("w1"), force=False, now_ns=0)
+
+
+async def test_a_node_on_which_nothing_can_run_is_removed_at_any_time(store):
+    """As after `docker swarm leave` on all workers, which were drained before."""
+    await store.update(cut_off, a_task("t1", node="w1", state=TaskState.SHUTDOWN))
+    await store.update(remove_node, NodeId("w1"), force=False, now_ns=0)
+
+
+async def test_a_node_that_failed_at_another_time_is_removed_while_others_are_cut_off(store):
+    w4 = a_node("w4", state=NodeState.DOWN)
+    await store.update(cut_off, w4, a_task("t1", node="w4", state=TaskState.RUNNING))
+    await store.update(remove_node, NodeId("w4"), force=False, now_ns=0)
 
 
 async def test_a_node_that_is_up_is_removed_by_force_only(store):
