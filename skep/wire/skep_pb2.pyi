@@ -1846,6 +1846,7 @@ class Ping(_message.Message):
     CROWDED_FIELD_NUMBER: _builtins.int
     MISSED_FIELD_NUMBER: _builtins.int
     WITHOUT_QUORUM_FIELD_NUMBER: _builtins.int
+    REGISTERING_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Of the cluster whose state the sender serves."""
     node_id: _builtins.str
@@ -1860,6 +1861,12 @@ class Ping(_message.Message):
     """The sender has no contact with a quorum, or is about to stop: its vote cannot be relied on.  A manager of an earlier
     version never sends it.
     """
+    @_builtins.property
+    def registering(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes whose registration with the sender is being written: they are alive, and another manager must not mark them
+        down meanwhile.  A manager of an earlier version sends none, and one that does not know them marks them down.
+        """
+
     def __init__(
         self,
         *,
@@ -1868,10 +1875,11 @@ class Ping(_message.Message):
         crowded: _builtins.bool = ...,
         missed: _builtins.int = ...,
         without_quorum: _builtins.bool = ...,
+        registering: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crowded", b"crowded", "incarnation", b"incarnation", "missed", b"missed", "node_id", b"node_id", "without_quorum", b"without_quorum"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crowded", b"crowded", "incarnation", b"incarnation", "missed", b"missed", "node_id", b"node_id", "registering", b"registering", "without_quorum", b"without_quorum"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
+from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
 from skep.model.ids import NodeId, new_id
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
@@ -43,12 +44,14 @@ class Manager:
     async def serving(self) -> AsyncIterator["Manager"]:
         clock = SystemClock()
         tls = client_context(self.pair)
+        self.reports = PeerReports()
         self.link = ManagerLink(
             self.store,
             self.id,
             lambda addr, **bounds: open_channel(addr, tls, MANAGER_NAME, **bounds),
             clock,
             Random(1),
+            reports=self.reports,
         )
         self.logs = LogBroker(self.store, new_id, clock, self.id, LinkRelays(self.link))
         own = ManagerPeer(node_id=self.id, addr="127.0.0.1:1")
@@ -107,6 +110,16 @@ async def test_a_manager_that_goes_is_silent_and_one_that_comes_is_not(cluster: 
         assert one.link.silent(SystemClock().monotonic())[two.id] >= 2.0
         async with Manager(cluster, 2).serving() as again:
             await until(lambda: one.is_linked(again) and again.id not in one.silent())
+
+
+async def test_managers_report_which_nodes_register_with_them(cluster: Cluster) -> None:
+    async with Manager(cluster, 1).serving() as one, Manager(cluster, 2).serving() as two:
+        nodes = tuple(NodeId(f"n{number}") for number in range(REGISTERING_MAX + 1))
+        one.reports.own = PeerReport(registering=nodes)
+        known = frozenset(nodes[:REGISTERING_MAX])
+        await until(lambda: two.reports.registering_elsewhere(SystemClock().monotonic()) == known)
+        one.reports.own = PeerReport()
+        await until(lambda: not two.reports.registering_elsewhere(SystemClock().monotonic()))
 
 
 async def test_a_manager_that_died_a_moment_ago_is_reachable_still_and_does_not_answer(

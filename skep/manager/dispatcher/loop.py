@@ -48,7 +48,7 @@ from skep.manager.dispatcher.usages import Usages
 from skep.manager.failures import isolated
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.manager.informer import run_informer
-from skep.manager.peer_reports import PeerReport, PeerReports
+from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
 from skep.manager.volume_index import VolumeIndex
 from skep.model.autoscaling import TaskUsage
 from skep.model.data_planes import is_docker_node
@@ -343,8 +343,7 @@ class Dispatcher:
         self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
             raise Unavailable(NO_QUORUM)
-        grace_s = grace_period(self._period_s, configured_s=self._configured_grace_s)
-        with self._sessions.registering(caller.node_id, lambda: self._time.seconds, grace_s):
+        with self._sessions.registering(caller.node_id, lambda: self._time.seconds, self._grace_s()):
             async with self._admission.slot():
                 return await self._take_session(request, caller)
 
@@ -370,7 +369,7 @@ class Dispatcher:
         if not self._is_current:
             raise Unavailable(NO_QUORUM)  # the quorum was lost meanwhile, and all sessions have been ended
         now = self._time.seconds
-        deadline = now + grace_period(self._period_s, configured_s=self._configured_grace_s)
+        deadline = now + self._grace_s()
         session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, last_seen=now)
         self._sessions.add(session)
         log.info("node registered", node=node_id, session=session_id, peer=caller.address)
@@ -422,6 +421,9 @@ class Dispatcher:
             log.info("node announced a planned stop", node=session.node_id)
         return int(period_s * SECOND_NS)
 
+    def _grace_s(self) -> float:
+        return grace_period(self._period_s, configured_s=self._configured_grace_s)
+
     def _set_period(self) -> None:
         """Set the period from the configuration and the number of nodes.
 
@@ -445,11 +447,14 @@ class Dispatcher:
             self._reports.own = PeerReport(
                 is_overloaded=self._admission.is_overloaded(),
                 missed=missed,
+                registering=self._sessions.registering_now(REGISTERING_MAX),
                 is_without_quorum=not self.is_current(),
             )
             is_counted = self._is_current and not self._is_suspended(now, tick_s)
             self._time = self._time.after(now, tick_s, late_s=LATE_S, is_current=is_counted)
             missed += self._reports.missed_elsewhere(now)
+            for id in sorted(self._reports.registering_elsewhere(now)):
+                self._sessions.extend(id, self._time.seconds, self._grace_s())
             silent = self._sessions.silent(self._time.seconds, with_others=missed > 1)
             if silent:
                 await mark_nodes_down(

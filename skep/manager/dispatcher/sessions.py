@@ -7,6 +7,7 @@ bounded by the node's tasks however slowly the node reads.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 
 import msgspec
 from msgspec.structs import replace
@@ -190,9 +191,13 @@ class Sessions:
             self._registering[node_id] -= 1
             if not self._registering[node_id]:
                 del self._registering[node_id]
-            self._extend(node_id, now(), grace_s)
+            self.extend(node_id, now(), grace_s)
 
-    def _extend(self, node_id: NodeId, seen_at: float, grace_s: float) -> None:
+    def registering_now(self, limit: int) -> tuple[NodeId, ...]:
+        """Return up to ``limit`` nodes that are registering, longest first."""
+        return tuple(islice(self._registering, limit))
+
+    def extend(self, node_id: NodeId, seen_at: float, grace_s: float) -> None:
         """Record that a node was seen, whether or not it has a session here."""
         deadline = seen_at + grace_s
         if (session := self._live.get(node_id)) is not None:

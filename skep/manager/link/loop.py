@@ -23,7 +23,7 @@ from skep.manager.incarnation import Incarnation
 from skep.manager.informer import run_informer
 from skep.manager.link.last_seen import LastSeen
 from skep.manager.manager_list import affects_managers
-from skep.manager.peer_reports import PeerReport, PeerReports
+from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
 from skep.model.ids import NodeId
 from skep.model.logs import LogQuery
 from skep.model.node import Node
@@ -267,6 +267,7 @@ class ManagerLink:
             crowded=report.is_overloaded,
             missed=report.missed,
             without_quorum=report.is_without_quorum,
+            registering=report.registering,
         )
 
     def _is_manager(self, caller: Caller) -> bool:
@@ -284,7 +285,12 @@ class ManagerLink:
 
 
 def _report_in(ping: skep.Ping) -> PeerReport:
-    return PeerReport(is_overloaded=ping.crowded, missed=ping.missed, is_without_quorum=ping.without_quorum)
+    return PeerReport(
+        is_overloaded=ping.crowded,
+        missed=ping.missed,
+        registering=tuple(map(NodeId, ping.registering[:REGISTERING_MAX])),
+        is_without_quorum=ping.without_quorum,
+    )
 
 
 class LinkRelays:

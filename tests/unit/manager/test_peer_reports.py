@@ -30,6 +30,15 @@ def test_nodes_of_other_managers_that_missed_heartbeats_are_counted_together() -
     assert reports.missed_elsewhere(1.0 + REPORT_VALID_S) == 0
 
 
+def test_nodes_that_register_with_other_managers_are_known_while_the_report_is_valid() -> None:
+    reports = PeerReports()
+    reports.own = PeerReport(registering=(NodeId("n1"),))
+    reports.record(M2, PeerReport(registering=(NodeId("n2"),)), 1.0)
+    reports.record(M3, PeerReport(registering=(NodeId("n3"),)), 2.0)
+    assert reports.registering_elsewhere(2.0) == {"n2", "n3"}
+    assert reports.registering_elsewhere(1.0 + REPORT_VALID_S) == {"n3"}
+
+
 def test_a_manager_is_without_a_quorum_until_it_reports_that_it_has_one() -> None:
     reports = PeerReports()
     reports.record(M2, PeerReport(is_without_quorum=True), 1.0)

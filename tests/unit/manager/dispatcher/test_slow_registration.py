@@ -1,4 +1,4 @@
-"""A node that registers is alive, however long the manager takes to write its session."""
+"""A node that registers is alive, however long its manager, or another one, takes to write its session."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -11,10 +11,11 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS
+from skep.manager.peer_reports import REPORT_VALID_S, PeerReports
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import Node, NodeRole, NodeState
 from skep.security.identity import Identity
-from skep.store.memory import MemoryStore
+from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from tests.support.builders import a_node
@@ -26,8 +27,8 @@ GRACE_S = GRACE_PERIODS * DEFAULT_PERIOD_S
 class SlowStore(MemoryStore):
     """Single writes wait for ``delay_s`` before they are committed, as behind a hundred thousand others."""
 
-    def __init__(self, clock: VirtualClock) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: VirtualClock, cluster: MemoryCluster | None = None) -> None:
+        super().__init__(clock, cluster)
         self.delay_s = 0.0
         self._own_clock = clock
 
@@ -42,7 +43,8 @@ class Rig:
         self.clock = VirtualClock(loop)
         self.store = SlowStore(self.clock)
         own = ManagerPeer(node_id=NodeId("m1"), addr="")
-        self.dispatcher = Dispatcher(self.store, own, self.clock, new_id, Random(1))
+        self.reports = PeerReports()
+        self.dispatcher = Dispatcher(self.store, own, self.clock, new_id, Random(1), reports=self.reports)
         identity = Identity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
         self.caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
 
@@ -89,3 +91,62 @@ def test_a_node_that_gives_up_has_its_grace_to_try_again(rig: Rig) -> None:
     registering.cancel()
     assert rig.after(GRACE_S - 1) is NodeState.READY
     assert rig.after(2) is NodeState.DOWN
+
+
+REPORTS_S = 0.5
+"""Seconds between the reports that the two managers send each other."""
+
+
+class Two:
+    """The rig's manager m1, and another one, m2, in which the node may register."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.store = SlowStore(rig.clock, rig.store.cluster)
+        self.reports = {NodeId("m1"): rig.reports, NodeId("m2"): PeerReports()}
+        peer = ManagerPeer(node_id=NodeId("m2"), addr="")
+        self.dispatcher = Dispatcher(
+            self.store, peer, rig.clock, new_id, Random(2), reports=self.reports[NodeId("m2")]
+        )
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.dispatcher.run())
+            while True:
+                await self._rig.clock.sleep(REPORTS_S)
+                for sender, own in self.reports.items():
+                    for receiver, others in self.reports.items():
+                        if sender != receiver:
+                            others.record(sender, own.own, self._rig.clock.monotonic())
+
+    async def register(self) -> None:
+        await self.dispatcher._register(pb.SessionRequest(), self._rig.caller)
+
+
+@pytest.fixture
+def two(rig: Rig) -> Iterator[Two]:
+    two = Two(rig)
+    running = rig.loop.create_task(two.run())
+    rig.after(1)
+    yield two
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        rig.loop.run_until_complete(running)
+
+
+def test_a_node_is_not_down_while_another_manager_writes_its_session(rig: Rig, two: Two) -> None:
+    two.store.delay_s = 3 * GRACE_S
+    registering = rig.loop.create_task(two.register())
+    for _ in range(5):
+        assert rig.after(GRACE_S / 2) is NodeState.READY
+    rig.loop.run_until_complete(registering)
+    assert (rig.dispatcher.session_count(), two.dispatcher.session_count()) == (0, 1)
+
+
+def test_a_node_that_gives_up_at_another_manager_has_its_grace_and_no_more(rig: Rig, two: Two) -> None:
+    two.store.delay_s = 3 * GRACE_S
+    registering = rig.loop.create_task(two.register())
+    assert rig.after(1.5 * GRACE_S) is NodeState.READY
+    registering.cancel()
+    assert rig.after(GRACE_S - 1) is NodeState.READY
+    assert rig.after(REPORT_VALID_S + 2) is NodeState.DOWN
