@@ -71,9 +71,15 @@ def find_programs(runc: str = "runc", conmon: str = "conmon") -> Programs:
 
 
 def capacity_of(
-    cgroups: Cgroups, programs: Programs, cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
+    cgroups: Cgroups,
+    programs: Programs,
+    cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES,
+    cpus: Path = _CPUS,
 ) -> Capacity:
-    """Return the capacity of this process, which does not change while it lives."""
+    """Return the capacity of this process, which does not change while it lives.
+
+    ``cpus`` is the kernel's directory of processors.
+    """
     bounding = capabilities.bounding_set()
     may_raise = _CAP_SYS_RESOURCE in bounding
     limits = {
@@ -91,7 +97,7 @@ def capacity_of(
         init_binary=programs.init,
         has_x32=seccomp.runs_x32(),
         has_apparmor=apparmor.is_supported(),
-        masked_paths=thermal_throttles(),
+        masked_paths=thermal_throttles(cpus),
         has_keyrings=not is_in_user_namespace(),
         has_io_weight=cgroups.has_io_weight,
         cdi_directories=cdi_directories,

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from skep.agent.executor.adapter import _security_options
 from skep.engine import apparmor
-from skep.engine.capacity import is_in_user_namespace, thermal_throttles
+from skep.engine.capacity import Programs, capacity_of, is_in_user_namespace, thermal_throttles
+from skep.engine.cgroups import Cgroups
 from skep.engine.container import ExecConfig
 from skep.engine.runtime_spec import exec_process
 from skep.engine.users import Identity
@@ -169,7 +170,8 @@ def test_each_processors_heat_is_masked_where_it_is_shown(tmp_path: Path) -> Non
         (tmp_path / f"cpu{number}/thermal_throttle").mkdir(parents=True)
     found = thermal_throttles(tmp_path)
     assert found == tuple(f"{tmp_path}/cpu{number}/thermal_throttle" for number in (0, 2, 9))
-    masked = built(replace(ALL_CAPACITY, masked_paths=found)).specification["linux"]["maskedPaths"]
+    own = capacity_of(Cgroups("none"), Programs(), cpus=tmp_path)
+    masked = built(replace(ALL_CAPACITY, masked_paths=own.masked_paths)).specification["linux"]["maskedPaths"]
     assert masked == [
         *(
             "/proc/acpi",

@@ -95,6 +95,14 @@ def test_a_process_that_never_was_has_no_code() -> None:
     assert summary(gone, None) == "its container was gone before it ended: No such container: web.4.x"
 
 
+def test_a_task_that_failed_before_it_had_a_container_has_the_code_of_its_error() -> None:
+    failed = failed_with(0, "No such image: nosuch:1")
+    without = replace(failed, status=replace(failed.status, container_status=ContainerStatus()))
+    assert explain_task(without, None).exit_code is None
+    coded = replace(without, status=replace(without.status, err="task: non-zero exit (3)"))
+    assert explain_task(coded, None).exit_code == 3
+
+
 def test_a_failed_task_shows_its_code_its_signal_and_the_error_of_the_engine() -> None:
     task = failed_with(137, "task: non-zero exit (137): killed by a user")
     reported = explain_task(task, a_node("n1"))
