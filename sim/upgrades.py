@@ -23,6 +23,7 @@ from sim.committed import Change
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.reference import SetNode, Update
 from sim.responses import ResponseCheck
+from sim.trace import COMMAND
 from skep.api.service_form import settled
 from skep.cli.endpoint import HostOptions
 from skep.cli.upgrade import _abort, _Upgrade
@@ -101,6 +102,7 @@ class Upgrades:
             task.cancel()
         if self._running:
             await asyncio.wait(self._running)
+        COMMAND.set("abort")
         host = cast("HostOptions", _Host(self._client("abort")))
         while any(MAINTENANCE in one.spec.labels for one in self._cluster.view.find(Swarm)):
             with suppress(SkepError):
@@ -108,6 +110,7 @@ class Upgrades:
             await asyncio.sleep(RETRY_S)
 
     async def _carry_out(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
+        COMMAND.set(name)
         began = self._cluster.loop.time()
         try:
             await self._run(client, name, version, broken)
