@@ -10,6 +10,7 @@ from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Deleted, Updated, View
 
 UNNOTICED_S = 10.0
@@ -94,7 +95,11 @@ class LocalVolumesStay:
 
     def _could_have_it(self, node: Node, task: Task, service: Service, now: float, view: View) -> bool:
         is_settled = self._able.get(node.id, -inf) + UNNOTICED_S <= now
-        return is_settled and could_take(node, task, service, view)
+        return (
+            is_settled
+            and could_take(node, task, service, view)
+            and not _is_published_elsewhere(task, node, view)
+        )
 
 
 Stored = set[tuple[str, str, int]]
@@ -129,6 +134,20 @@ class OnlyCopiesStay:
                     and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
                 ):
                     yield f"{id} was removed, which has the only data of {name}.{slot} in {volume}"
+
+
+def _is_published_elsewhere(task: Task, node: Node, view: View) -> bool:
+    """Return whether the task needs a cluster volume for one node that is still published on another node."""
+    container = task.spec.container_spec
+    needed = (
+        {one.source for one in container.mounts if one.type == "cluster"} if container is not None else ()
+    )
+    return any(
+        one.spec.name in needed
+        and one.spec.access_mode.scope is VolumeScope.SINGLE
+        and any(entry.node_id != node.id for entry in one.publish_status)
+        for one in view.find(Volume)
+    )
 
 
 def _slot(task: Task) -> str:
