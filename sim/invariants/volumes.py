@@ -29,6 +29,8 @@ class LocalVolumesStay:
     def __init__(self) -> None:
         self._since: dict[TaskId, float] = {}
         """Time at which a task had its volumes."""
+        self._may_have: set[TaskId] = set()
+        """Tasks that perhaps had their volumes, although only their shutdown was reported."""
         self._able: dict[NodeId, float] = {}
         """Time since which a node has been in its current state."""
         self._freed: dict[NodeId, tuple[float, str]] = {}
@@ -48,11 +50,14 @@ class LocalVolumesStay:
                     if state.is_terminal and not old.status.state.is_terminal:
                         self._freed[task.node_id] = change.time_s, _slot(task)
                     if state >= TaskState.READY and state is not TaskState.REJECTED:
+                        self._may_have.add(task.id)
+                    if TaskState.READY <= state <= TaskState.FAILED and state is not TaskState.SHUTDOWN:
                         self._since.setdefault(task.id, change.time_s)
                     if not old.node_id and task.node_id and task.slot:
                         yield from self._misplaced(task, change.time_s, view)
                 case Deleted(Task() as task):
                     self._since.pop(task.id, None)
+                    self._may_have.discard(task.id)
 
     def _misplaced(self, task: Task, now: float, view: View) -> Iterator[str]:
         service, names = view.lookup(Service, task.service_id), _volumes(task)
@@ -83,7 +88,7 @@ class LocalVolumesStay:
         return {
             other.node_id
             for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
-            if other.id != task.id and names & _volumes(other) and other.id in self._since
+            if other.id != task.id and names & _volumes(other) and other.id in self._may_have
         }
 
     def _was_just_freed(self, id: NodeId, task: Task, now: float) -> bool:

@@ -12,7 +12,7 @@ from sim.invariants.placement import global_jobs_run_once, meets, port_violation
 from sim.invariants.volumes import LocalVolumesStay
 from sim.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NodeId, ServiceId, VolumeId
+from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
 from skep.model.meta import Driver, Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
@@ -384,3 +384,15 @@ def test_a_task_does_not_return_to_its_data_while_its_cluster_volume_is_publishe
     history.put(replace(task, node_id=W2, status=TaskStatus(state=TaskState.ASSIGNED)))
     words = "task t2 of web got w2: its volumes are on ['w1']"
     assert history.violations == ([words] if is_wrong else [])
+
+
+def test_a_task_that_was_stopped_before_it_was_prepared_has_no_data() -> None:
+    history, task = a_slot_with_data("required")
+    stopped = replace(task, id=TaskId("t3"), slot=2)
+    for node, state in (("", TaskState.NEW), (W2, TaskState.ASSIGNED), (W2, TaskState.SHUTDOWN)):
+        history.put(replace(stopped, node_id=NodeId(node), status=TaskStatus(state=state)))
+    history.after(60)
+    successor = replace(task, id=TaskId("t4"), slot=2)
+    history.put(successor)
+    history.put(replace(successor, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)))
+    assert history.violations == []
