@@ -20,6 +20,7 @@ from sim.clients import ApiClient, Apis
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.random_specs import BROKEN
+from sim.trace import COMMAND
 from skep.cli.rotation import Kind, _Rotation
 from skep.cli.upgrade import Means, _Upgrade
 from skep.cli.upgrade_plan import Member
@@ -184,6 +185,7 @@ class Commands:
         client = self.client(name)
 
         async def run_guarded() -> None:
+            COMMAND.set(name)
             try:
                 await run(client)
             except (SkepError, TimeoutError) as error:

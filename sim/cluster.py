@@ -13,6 +13,7 @@ The same seed gives the same run, to the last commit.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
 from math import inf
@@ -124,6 +125,7 @@ class SimulatedCluster:
         self.committed = CommittedState(self.loop.time)
         self.raft.committed.append(self.committed.take)
         self.trace = Trace(self.loop.time)
+        self._output = ExitStack()
         self.disturbances = 0
         """Number of faults that are active."""
         self._disturbed_at = 0.0
@@ -168,6 +170,7 @@ class SimulatedCluster:
         """Node processes by node id, manager processes by ``_manager(id)``."""
 
     def __enter__(self) -> Self:
+        self._output.enter_context(self.trace.with_output_of_commands())
         asyncio.set_event_loop(self.loop)
         for id in self.managers:
             self.raft.add(id)
@@ -193,6 +196,7 @@ class SimulatedCluster:
         self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.loop.close()
         asyncio.set_event_loop(None)
+        self._output.close()
 
     # -- what users do -----------------------------------------------------------------------------------------
 

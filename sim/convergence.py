@@ -32,24 +32,21 @@ Slot: TypeAlias = list[Task]
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
-def unmet(view: View, service: Service, given_up: int = 0, finished: Collection[str] = ()) -> Iterable[str]:
+def unmet(view: View, service: Service, given_up: int = 0) -> Iterable[str]:
     """Yield the differences between a service and its spec.
 
     Args:
         given_up: number of slots whose tasks have ended and whose restart policy allows no further task.
-        finished: names of jobs that have completed and removed themselves.
     """
     if service.removed_at is not None:
         yield f"{service.id} is not gone"
     elif service.job_status is not None:
-        yield from _unmet_of_job(view, service, finished)
+        yield from _unmet_of_job(view, service)
     else:
-        yield from _unmet_of_service(view, service, given_up, finished)
+        yield from _unmet_of_service(view, service, given_up)
 
 
-def _unmet_of_service(
-    view: View, service: Service, given_up: int, finished: Collection[str]
-) -> Iterable[str]:
+def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[str]:
     wanted = [task for task in view.find(Task, service_id=service.id) if task.is_wanted]
     slots = _by_slot(wanted)
     nodes = _eligible(view, service)
@@ -60,7 +57,7 @@ def _unmet_of_service(
     container, status = service.spec.task_template.container_spec, service.update_status
     is_under_way = status is not None and status.state in UNDER_WAY
     if container is None or container.image in HOPELESS:
-        has_begun = not any(missing_dependencies(service, view, finished))
+        has_begun = not any(missing_dependencies(service, view))
         if is_under_way and has_begun and PROGRESS_DEADLINE in service.spec.labels:
             yield f"the update of {service.id} to {container and container.image} does not end"
         return
@@ -74,13 +71,13 @@ def _unmet_of_service(
         lacking = [
             task
             for task in wanted
-            if image_of(task) not in HOPELESS and not _is_satisfied(task, service, view, finished)
+            if image_of(task) not in HOPELESS and not _is_satisfied(task, service, view)
         ]
         if lacking:
             yield f"{service.id}: {[task.id for task in lacking]} do not run, its update is paused"
         return
     yield from _crowded(service, wanted)
-    waiting = [task for task in wanted if _waits(task, service, view, finished)]
+    waiting = [task for task in wanted if _waits(task, service, view)]
     if is_under_way and not waiting:
         yield f"{service.id} is still being updated"
     is_held_up = is_under_way and bool(waiting)
@@ -124,7 +121,7 @@ def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
         yield f"{service.id} has {dict(copies)} copies, {placement.max_replicas} may be on a node"
 
 
-def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> Iterable[str]:
+def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
     """Yield what a job lacks: completed runs that can succeed, or the end of tasks of earlier iterations."""
     status, container = service.job_status, service.spec.task_template.container_spec
     assert status is not None
@@ -137,7 +134,7 @@ def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> It
     if CRON in service.spec.labels or (policy is not None and policy.max_attempts):
         return  # the current run may be of an earlier spec, or partly given up
     present = [task for task in tasks if task.job_iteration == status.job_iteration]
-    if any(_waits(task, service, view, finished) for task in present if task.is_active):
+    if any(_waits(task, service, view) for task in present if task.is_active):
         return  # a pending task may use up the job's concurrency
     if (job := service.spec.mode.replicated_job) is not None:
         done = {task.slot for task in present if task.status.state is TaskState.COMPLETE}
@@ -165,18 +162,18 @@ def _by_slot(tasks: Iterable[Task]) -> Mapping[int | NodeId, Slot]:
     return slots
 
 
-def _is_satisfied(task: Task, service: Service, view: View, finished: Collection[str]) -> bool:
-    return _runs(task) or _waits(task, service, view, finished)
+def _is_satisfied(task: Task, service: Service, view: View) -> bool:
+    return _runs(task) or _waits(task, service, view)
 
 
 def _runs(task: Task) -> bool:
     return task.status.state is TaskState.RUNNING
 
 
-def _waits(task: Task, service: Service, view: View, finished: Collection[str]) -> bool:
+def _waits(task: Task, service: Service, view: View) -> bool:
     """Return whether the task has no node because no node can take it or a dependency of its service is not ready."""
     return task.status.state is TaskState.PENDING and (
-        is_unplaceable(task, service, view) or any(missing_dependencies(service, view, finished))
+        is_unplaceable(task, service, view) or any(missing_dependencies(service, view))
     )
 
 

@@ -4,9 +4,10 @@ Each mutant replaces production functions at run time.  Seeds are simulated unti
 mutant.  A mutant that survives all seeds shows that the workload, the faults or the invariants of the simulation are
 too weak.
 
-``python -m sim.mutants`` prints the table.
+``python -m sim.mutants`` prints the table.  ``python -m sim.mutants fence "full disks"`` judges only these mutants.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +36,15 @@ from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.orchestrator import decision_inputs, held_places, jobs, observed_times, restart, update
+from skep.manager.orchestrator import (
+    changes,
+    decision_inputs,
+    held_places,
+    jobs,
+    observed_times,
+    restart,
+    update,
+)
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
@@ -47,6 +56,7 @@ from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler import dry_run, filters, requirements, spread
 from skep.manager.scheduler.accounting import Account
+from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
 from skep.model.assignment import AssignmentSet
@@ -446,6 +456,30 @@ def _allows_start_first_with_volumes() -> list[Patch]:
     return [Patch(services, "_check_volumes", lambda *_: None)]
 
 
+def _removes_required_jobs() -> list[Patch]:
+    return [Patch(changes, "requiring", lambda tx, name: [])]
+
+
+def _keeps_tasks_of_gone_nodes() -> list[Patch]:
+    return [Patch(reaper_loop, "is_of_gone_slot", lambda task, node: False)]
+
+
+def _decides_due_times_again() -> list[Patch]:
+    return [Patch(due, "_settled", lambda status, start: status)]
+
+
+def _allows_any_use() -> list[Patch]:
+    return [Patch(services, "check_quota", lambda *_: None)]
+
+
+def _refuses_forever() -> list[Patch]:
+    return [Patch(GroupQueue, "retry", lambda self, *_: None)]
+
+
+def _keeps_all_history() -> list[Patch]:
+    return [Patch(reaper_loop, "surplus_history", lambda *_: [])]
+
+
 # -- store only --------------------------------------------------------------------------------------------------------
 
 
@@ -635,6 +669,18 @@ MUTANTS: tuple[Mutant, ...] = (
                 "update larger than any node",
             ),
             (
+                "required jobs",
+                "a job that a service requires does not remove itself",
+                _removes_required_jobs,
+                "dependency that removes itself",
+            ),
+            (
+                "gone nodes",
+                "tasks of a removed node are removed",
+                _keeps_tasks_of_gone_nodes,
+                "removed under a global service",
+            ),
+            (
                 "given up",
                 "a run of a job has no more attempts than its policy allows",
                 _never_given_up,
@@ -664,6 +710,10 @@ MUTANTS: tuple[Mutant, ...] = (
             ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
             ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
+            ("due once", "a due time is decided once", _decides_due_times_again),
+            ("quota", "the services of a stack request no more than its quota", _allows_any_use),
+            ("waiting tasks", "a task gets a node once a node can run it", _refuses_forever),
+            ("history", "a slot keeps no more ended tasks than its limit", _keeps_all_history),
             (
                 "start first",
                 "start-first is refused for volumes that tasks cannot share",
@@ -738,12 +788,19 @@ MUTANTS: tuple[Mutant, ...] = (
 
 
 def main() -> int:
-    """Print the table.  Return 1 if a mutant survived."""
+    """Print the table of all mutants, or of the named ones.  Return 1 if a mutant survived."""
+    parser = argparse.ArgumentParser(prog="python -m sim.mutants", description="Mutation tests.")
+    parser.add_argument("names", nargs="*", metavar="MUTANT", help="default: all")
+    parser.add_argument("--processes", type=int, help="default: one per processor")
+    args = parser.parse_args()
+    if unknown := set(args.names) - {mutant.name for mutant in MUTANTS}:
+        parser.error(f"unknown mutants: {', '.join(sorted(unknown))}")
+    chosen = [number for number, mutant in enumerate(MUTANTS) if not args.names or mutant.name in args.names]
     clock = SystemClock()
     began = clock.monotonic()
     sys.stdout.write(f"{'mutant':<18}{'killed by seed':>15}{'runs':>7}{'seconds':>9}  violation\n")
-    with ProcessPoolExecutor() as pool:
-        verdicts = [pool.submit(_judge, number) for number in range(len(MUTANTS))]
+    with ProcessPoolExecutor(args.processes) as pool:
+        verdicts = [pool.submit(_judge, number) for number in chosen]
         for verdict in (future.result() for future in verdicts):
             seed = "never" if verdict.seed is None else verdict.seed
             sys.stdout.write(

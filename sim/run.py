@@ -197,14 +197,14 @@ def _restore(cluster: SimulatedCluster, revision: int) -> None:
 
 
 def _converge(cluster: SimulatedCluster) -> None:
-    observer, finished = cluster.observer, cluster.observer.dependencies.finished
+    observer = cluster.observer
 
     def given_up(service: Service) -> int:
         return observer.restarts.given_up(service) if observer.failures.may_be_given_up(service) else 0
 
     def missing() -> Iterable[str]:
         for one in cluster.view.find(Service):
-            yield from unmet(cluster.view, one, given_up(one), finished)
+            yield from unmet(cluster.view, one, given_up(one))
         yield from ("the root is still being rotated" for one in cluster.view.find(Swarm) if one.rotation)
         if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
             yield "the store still has its alarm or is over its limit"

@@ -1,7 +1,12 @@
 """The last events of a run, for the analysis of a failure."""
 
+import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextvars import ContextVar
+from io import TextIOBase
+from typing import TextIO
 
 import msgspec
 
@@ -12,6 +17,8 @@ from skep.model.task import Task
 from skep.store.interface import Created, Deleted, Event, Updated, View
 
 LINES = 400
+COMMAND: ContextVar[str] = ContextVar("command", default="")
+"""Name of the simulated command that is running in this context.  Empty outside of commands."""
 
 
 class Trace:
@@ -29,9 +36,38 @@ class Trace:
         """Record a commit."""
         self._kept.append((change.time_s, change))
 
+    @contextmanager
+    def with_output_of_commands(self) -> Iterator[None]:
+        """Record what simulated commands print, instead of printing it."""
+        with (
+            redirect_stdout(_CommandOutput(self, sys.stdout)),
+            redirect_stderr(_CommandOutput(self, sys.stderr)),
+        ):
+            yield
+
     def lines(self) -> list[str]:
         """Return the recorded events, one line each."""
         return [f"{at:9.3f}  {_text_of(what)}" for at, what in self._kept]
+
+
+class _CommandOutput(TextIOBase):
+    """Adds the output of simulated commands to a trace, and passes all other output to the real stream."""
+
+    def __init__(self, trace: Trace, real: TextIO) -> None:
+        self._trace = trace
+        self._real = real
+
+    def write(self, text: str) -> int:
+        command = COMMAND.get()
+        if not command:
+            return self._real.write(text)
+        # Raises TypeError for bytes, by which click recognizes a text stream.
+        for line in filter(None, text.split("\n")):
+            self._trace.add(f"{command}: {line}")
+        return len(text)
+
+    def flush(self) -> None:
+        self._real.flush()
 
 
 def _text_of(what: str | Change) -> str:

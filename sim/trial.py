@@ -67,7 +67,7 @@ def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
     return (
         is_steady(cluster, service)
         and (update is None or update.order is UpdateOrder.STOP_FIRST)
-        and not any(missing_dependencies(service, view, ()))
+        and not any(missing_dependencies(service, view))
         and not any(homes_of(task, service, view) for task in view.find(Task, service_id=service.id))
     )
 

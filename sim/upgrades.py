@@ -3,8 +3,8 @@
 Each upgrade is the production command.  It may be killed or suspended between any two requests, lose responses, find a
 node that does not come back, and be continued by another command.
 
-Rules: only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready worker on another
-version.
+Rules: one upgrade has the lock, only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready
+worker on another version.
 """
 
 import asyncio
@@ -23,7 +23,9 @@ from sim.committed import Change
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.reference import SetNode, Update
 from sim.responses import ResponseCheck
+from sim.trace import COMMAND
 from skep.api.service_form import settled
+from skep.cli import maintenance
 from skep.cli.endpoint import HostOptions
 from skep.cli.upgrade import _abort, _Upgrade
 from skep.cli.upgrade_plan import Member
@@ -40,6 +42,7 @@ from skep.store.interface import Created, Deleted, Updated, View
 
 WITHIN_S = 20.0
 AT_ONCE = 2
+"""Number of commands that may run at the same time."""
 KILLED_BY = 60
 """Last request at which a command is killed or suspended.  An upgrade of a node takes some 30 requests."""
 PAUSE_S = 20.0
@@ -72,7 +75,11 @@ class Upgrades:
             show_version(cluster, id, "1")
 
     def act(self) -> None:
-        """Begin an upgrade, or continue an interrupted upgrade."""
+        """Begin an upgrade, or continue an interrupted upgrade.  Begin two of them half of the time."""
+        for _ in range(self._random.randint(1, AT_ONCE)):
+            self._begin()
+
+    def _begin(self) -> None:
         live = [client for task, client in self._running.items() if not task.done() and not client.is_killed]
         if len(live) >= AT_ONCE:
             return
@@ -101,6 +108,7 @@ class Upgrades:
             task.cancel()
         if self._running:
             await asyncio.wait(self._running)
+        COMMAND.set("abort")
         host = cast("HostOptions", _Host(self._client("abort")))
         while any(MAINTENANCE in one.spec.labels for one in self._cluster.view.find(Swarm)):
             with suppress(SkepError):
@@ -108,6 +116,7 @@ class Upgrades:
             await asyncio.sleep(RETRY_S)
 
     async def _carry_out(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
+        COMMAND.set(name)
         began = self._cluster.loop.time()
         try:
             await self._run(client, name, version, broken)
@@ -156,6 +165,11 @@ class Upgrades:
                         self._eligible.pop(node.id, None)
                 case Deleted(Node() as node):
                     self._eligible.pop(node.id, None)
+                case Updated(_, Swarm() as swarm):
+                    holders = maintenance.read(swarm.spec.labels.get(MAINTENANCE, ""))
+                    upgrades = [one.by for one in holders if one.is_upgrade]
+                    if len(upgrades) > 1:
+                        self._note([f"{upgrades} have the lock of upgrades"])
 
     def _client(self, name: str) -> ApiClient:
         return _RecordedClient(self._apis, name, self._record)

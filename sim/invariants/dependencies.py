@@ -1,6 +1,6 @@
 """Dependencies run before a service gets nodes, judged by what the machines run instead of what the store says."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 
 from sim.committed import Change
@@ -9,7 +9,7 @@ from skep.model.ids import ServiceId, TaskId
 from skep.model.labels import JOB_TTL
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.store.interface import Created, Updated, View
+from skep.store.interface import Updated, View
 
 UNNOTICED_S = 45.0
 """Time for which managers may not know of a container's end: its node is cut off, or lost with the session."""
@@ -18,15 +18,20 @@ UNNOTICED_S = 45.0
 class DependenciesComeFirst:
     """A task gets a node once its service runs, or once the services that it depends on run or have completed.
 
-    Only services with required dependencies are checked.
+    Only services with required dependencies are checked.  A job with a time to live does not remove itself while a
+    service requires it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_removal_asked: Callable[[ServiceId], bool] = lambda _: False) -> None:
+        """Observe commits.
+
+        Args:
+            is_removal_asked: returns whether a user has requested the removal of a service.
+        """
+        self._is_removal_asked = is_removal_asked
         self._running: dict[TaskId, ServiceId] = {}
         self._ran: dict[ServiceId, float] = {}
         """Time at which the last container of a service ended."""
-        self.finished: set[str] = set()
-        """Names of jobs that have completed and removed themselves."""
 
     def started(self, task: Task) -> None:
         """Record that a container was started."""
@@ -41,13 +46,12 @@ class DependenciesComeFirst:
     def __call__(self, change: Change, view: View) -> Iterator[str]:
         for event in change.events:
             match event:
-                case Created(Service() as new):
-                    self.finished.discard(new.spec.name)
                 case Updated(Service() as before, Service() as after) if (
                     before.removed_at is None and after.removed_at is not None
                 ):
-                    if JOB_TTL in after.spec.labels and _has_completed(after, view):
-                        self.finished.add(after.spec.name)
+                    if JOB_TTL in after.spec.labels and not self._is_removal_asked(after.id):
+                        for name in _requiring(after.spec.name, view):
+                            yield f"job {after.spec.name} has removed itself, and {name} requires it"
                 case Updated(Task() as old, Task() as task) if (
                     old.status.state < TaskState.ASSIGNED and task.status.state is TaskState.ASSIGNED
                 ):
@@ -85,16 +89,12 @@ class DependenciesComeFirst:
         return id in self._running.values() or self._ran.get(id, -inf) > now - UNNOTICED_S
 
 
-def missing_dependencies(service: Service, view: View, finished: Collection[str]) -> Iterator[str]:
-    """Yield the dependencies that a service waits for, in a cluster at rest.
-
-    ``finished``: names of jobs that have completed and removed themselves, which no service has to wait for.
-    """
+def missing_dependencies(service: Service, view: View) -> Iterator[str]:
+    """Yield the dependencies that a service waits for, in a cluster at rest."""
     for one in dependencies_of(service.spec.labels):
         found = [each for each in view.find(Service, name=one.service) if each.removed_at is None]
         if not found:
-            if one.service not in finished:
-                yield one.service
+            yield one.service
             continue
         tasks = view.find(Task, service_id=found[0].id)
         is_met = one.condition is not Condition.HEALTHY and _has_completed(found[0], view)
@@ -102,6 +102,14 @@ def missing_dependencies(service: Service, view: View, finished: Collection[str]
             is_met = is_met or any(task.status.state is TaskState.RUNNING for task in tasks)
         if not is_met:
             yield one.service
+
+
+def _requiring(name: str, view: View) -> Iterator[str]:
+    """Yield the names of the services that require the service ``name``."""
+    for service in view.find(Service):
+        needed = dependencies_of(service.spec.labels)
+        if service.removed_at is None and any(one.service == name and one.is_required for one in needed):
+            yield service.spec.name
 
 
 def _has_completed(service: Service, view: View) -> bool:

@@ -72,7 +72,7 @@ class Observer:
         self.containers = Containers(uptime.since, isolation.since, unreadable)
         self.restarts = RestartPolicies()
         self.due_times = DueTimesAreDecidedOnce()
-        self.dependencies = DependenciesComeFirst()
+        self.dependencies = DependenciesComeFirst(self._is_removal_asked)
         self.failures = FailedServices()
         self.preemptions = PreemptionsAreJust()
         self.volumes = SingleWriters()
@@ -124,6 +124,10 @@ class Observer:
             self.preemptions,
         ]
         committed.watchers.append(self._check)
+
+    def _is_removal_asked(self, id: ServiceId) -> bool:
+        record = self.acknowledgements.services.get(id)
+        return record is not None and record.is_removal_asked
 
     def note(self, time_s: float, violations: Iterable[str]) -> None:
         """Record violations."""

@@ -98,7 +98,7 @@ def held_by_lower(view: View) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)
         if service is None or not task.is_wanted or task.status.state is not TaskState.PENDING:
             continue
-        if any(missing_dependencies(service, view, ())) or homes_of(task, service, view) or _shares(task):
+        if any(missing_dependencies(service, view)) or homes_of(task, service, view) or _shares(task):
             continue  # it may wait for something else
         for node in view.find(Node):
             if task.node_id in ("", node.id) and _would_fit(task, service, node, view):

@@ -9,6 +9,7 @@ from sim.invariants.disks import has_full_disk
 from sim.invariants.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
 from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
+from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
@@ -164,6 +165,7 @@ class TasksAreSpread:
             or has_placement(task)
             or service is None
             or host_ports(service.spec)
+            or _may_return_to_data(task, service)
         ):
             return  # the spread is not the only criterion
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
@@ -279,6 +281,13 @@ def _configs(service: Service) -> list[UpdateConfig]:
 
 def _takes_tasks(node: Node) -> bool:
     return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+
+
+def _may_return_to_data(task: Task, service: Service) -> bool:
+    """Return whether the task's slot may have data on a node, where its tasks go whatever is there."""
+    container = task.spec.container_spec
+    has_local = container is not None and any(one.type == "volume" for one in container.mounts)
+    return has_local and volume_affinity(service.spec.labels) is not VolumeAffinity.NONE
 
 
 def has_placement(task: Task) -> bool:

@@ -10,6 +10,7 @@ from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Deleted, Updated, View
 
 UNNOTICED_S = 10.0
@@ -28,6 +29,8 @@ class LocalVolumesStay:
     def __init__(self) -> None:
         self._since: dict[TaskId, float] = {}
         """Time at which a task had its volumes."""
+        self._may_have: set[TaskId] = set()
+        """Tasks that perhaps had their volumes, although only their shutdown was reported."""
         self._able: dict[NodeId, float] = {}
         """Time since which a node has been in its current state."""
         self._freed: dict[NodeId, tuple[float, str]] = {}
@@ -47,11 +50,14 @@ class LocalVolumesStay:
                     if state.is_terminal and not old.status.state.is_terminal:
                         self._freed[task.node_id] = change.time_s, _slot(task)
                     if state >= TaskState.READY and state is not TaskState.REJECTED:
+                        self._may_have.add(task.id)
+                    if TaskState.READY <= state <= TaskState.FAILED and state is not TaskState.SHUTDOWN:
                         self._since.setdefault(task.id, change.time_s)
                     if not old.node_id and task.node_id and task.slot:
                         yield from self._misplaced(task, change.time_s, view)
                 case Deleted(Task() as task):
                     self._since.pop(task.id, None)
+                    self._may_have.discard(task.id)
 
     def _misplaced(self, task: Task, now: float, view: View) -> Iterator[str]:
         service, names = view.lookup(Service, task.service_id), _volumes(task)
@@ -82,7 +88,7 @@ class LocalVolumesStay:
         return {
             other.node_id
             for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
-            if other.id != task.id and names & _volumes(other) and other.id in self._since
+            if other.id != task.id and names & _volumes(other) and other.id in self._may_have
         }
 
     def _was_just_freed(self, id: NodeId, task: Task, now: float) -> bool:
@@ -94,7 +100,11 @@ class LocalVolumesStay:
 
     def _could_have_it(self, node: Node, task: Task, service: Service, now: float, view: View) -> bool:
         is_settled = self._able.get(node.id, -inf) + UNNOTICED_S <= now
-        return is_settled and could_take(node, task, service, view)
+        return (
+            is_settled
+            and could_take(node, task, service, view)
+            and not _is_published_elsewhere(task, node, view)
+        )
 
 
 Stored = set[tuple[str, str, int]]
@@ -129,6 +139,20 @@ class OnlyCopiesStay:
                     and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
                 ):
                     yield f"{id} was removed, which has the only data of {name}.{slot} in {volume}"
+
+
+def _is_published_elsewhere(task: Task, node: Node, view: View) -> bool:
+    """Return whether the task needs a cluster volume for one node that is still published on another node."""
+    container = task.spec.container_spec
+    needed = (
+        {one.source for one in container.mounts if one.type == "cluster"} if container is not None else ()
+    )
+    return any(
+        one.spec.name in needed
+        and one.spec.access_mode.scope is VolumeScope.SINGLE
+        and any(entry.node_id != node.id for entry in one.publish_status)
+        for one in view.find(Volume)
+    )
 
 
 def _slot(task: Task) -> str:

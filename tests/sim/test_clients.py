@@ -226,7 +226,9 @@ def test_an_upgrade_that_is_killed_is_completed_by_one_of_two_that_continue_it(s
 
 
 @pytest.mark.parametrize("seed", SEEDS[:4])
-def test_an_upgrade_ends_at_a_node_that_does_not_come_back_which_has_its_version_again(seed: int) -> None:
+def test_an_upgrade_ends_at_a_node_that_does_not_come_back_which_has_its_version_again(
+    seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with SimulatedCluster(managers=3, workers=3, seed=700 + seed) as cluster:
         for id in cluster.workers:
             show_version(cluster, id, "1")
@@ -239,3 +241,9 @@ def test_an_upgrade_ends_at_a_node_that_does_not_come_back_which_has_its_version
         assert f"{broken} did not become healthy with 2" in outcome
         assert cluster.view.get(Node, broken).description.engine.engine_version == "1"
         assert drained(cluster) == []
+        print("what others print stays visible")
+        said = f"{broken}: draining"
+        assert any(line.endswith(f"upgrade: {said}") for line in cluster.trace.lines())
+        out, err = capsys.readouterr()
+        assert "what others print stays visible" in out
+        assert said not in out + err

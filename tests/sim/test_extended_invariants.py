@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.invariants.dependencies import missing_dependencies
+from sim.invariants.dependencies import DependenciesComeFirst, missing_dependencies
 from sim.invariants.failures import FailedServices
 from sim.invariants.placement import is_unplaceable
 from sim.invariants.schedules import DECIDED_S, RetriesAreBounded, RunsKeepTheirNodes
@@ -35,7 +35,7 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
-from skep.model.times import Timestamp
+from skep.model.times import Timestamp, timestamp
 from skep.model.volume import (
     AccessMode,
     TypeMount,
@@ -180,12 +180,20 @@ def test_a_task_that_is_moved_is_no_failure_of_its_service() -> None:
 # -- what a service may wait for -------------------------------------------------------------------------------------
 
 
-def test_a_service_does_not_wait_for_a_job_that_has_completed_and_removed_itself() -> None:
-    history = History()
-    spec = replace(a_service_spec("web"), labels={DEPENDS_ON: "migrate=service_completed_successfully"})
-    web = Service(id=WEB, spec=spec)
-    assert list(missing_dependencies(web, history.state, ())) == ["migrate"]
-    assert list(missing_dependencies(web, history.state, {"migrate"})) == []
+@pytest.mark.parametrize(("is_asked", "is_required"), [(False, True), (True, True), (False, False)])
+def test_a_job_that_removes_itself_while_a_service_requires_it_is_rejected(
+    is_asked: bool, is_required: bool
+) -> None:
+    history = History(DependenciesComeFirst(lambda _: is_asked))
+    labels = {DEPENDS_ON: "migrate=service_completed_successfully"} if is_required else {}
+    web = Service(id=WEB, spec=replace(a_service_spec("web"), labels=labels))
+    spec = replace(a_service_spec("migrate"), labels={JOB_TTL: "5s"})
+    job = Service(id=ServiceId("migrate"), spec=spec)
+    history.put(web, job)
+    history.put(replace(job, removed_at=timestamp(1)))
+    words = "job migrate has removed itself, and web requires it"
+    assert history.violations == ([words] if is_required and not is_asked else [])
+    assert list(missing_dependencies(web, history.state)) == (["migrate"] if is_required else [])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from sim.invariants.tasks import (
     tasks_move_forward,
 )
 from sim.invariants.writers import one_leader_writes, session_owners_report, sessions_are_claimed
+from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import ServiceId, TaskId
+from skep.model.labels import VOLUME_AFFINITY
 from skep.model.meta import Version
 from skep.model.node import NodeState
 from skep.model.service import (
@@ -115,6 +117,21 @@ def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
     assert history.violations == []
     history.put(a_task("t3", slot=3, node="w1", state=TaskState.ASSIGNED))
     assert len(history.violations) == 1
+
+
+@pytest.mark.parametrize(("affinity", "is_wrong"), [("preferred", False), ("none", True)])
+def test_tasks_that_may_return_to_their_data_need_not_be_spread(affinity: str, is_wrong: bool) -> None:
+    history = History(TasksAreSpread(frozenset))
+    mount = Mount(type="volume", source="data-{{.Task.Slot}}", target="/data")
+    template = TaskSpec(container_spec=ContainerSpec(image="app:1", mounts=(mount,)))
+    service = a_service()
+    spec = replace(service.spec, task_template=template, labels={VOLUME_AFFINITY: affinity})
+    history.put(a_node(W1), a_node(W2), replace(service, spec=spec))
+    tasks = [replace(a_task(f"t{slot}", slot=slot), spec=template) for slot in (1, 2, 3)]
+    history.put(*tasks)
+    history.after(10)
+    history.put(*(replace(one, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)) for one in tasks))
+    assert bool(history.violations) is is_wrong
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from sim.invariants.containers import Containers
 from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.placement import global_jobs_run_once, meets, port_violations
 from sim.invariants.volumes import LocalVolumesStay
+from sim.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NodeId, ServiceId
+from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
-from skep.model.meta import Version
+from skep.model.meta import Driver, Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
     EndpointSpec,
@@ -31,6 +32,17 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
+from skep.model.volume import (
+    AccessMode,
+    PublishState,
+    PublishStatus,
+    TypeMount,
+    Volume,
+    VolumeInfo,
+    VolumeScope,
+    VolumeSharing,
+    VolumeSpec,
+)
 from tests.sim.histories import W1, W2, History, a_node, a_run, a_task
 from tests.support.builders import a_service_spec
 
@@ -352,3 +364,35 @@ def test_a_task_that_starts_away_from_its_volumes_is_rejected(
     history.put(replace(task, node_id=node, status=TaskStatus(state=TaskState.ASSIGNED)))
     words = f"task t2 of web got {node}: its volumes are on ['w1']"
     assert history.violations == ([words] if is_wrong else [])
+
+
+@pytest.mark.parametrize(("scope", "is_wrong"), [(VolumeScope.SINGLE, False), (VolumeScope.MULTI, True)])
+def test_a_task_does_not_return_to_its_data_while_its_cluster_volume_is_published_elsewhere(
+    scope: VolumeScope, is_wrong: bool
+) -> None:
+    history, task = a_slot_with_data("preferred")
+    mode = AccessMode(scope=scope, sharing=VolumeSharing.ALL, mount_volume=TypeMount())
+    spec = VolumeSpec(name="shared", driver=Driver(name=DRIVER), access_mode=mode)
+    published = PublishStatus(node_id=W2, state=PublishState.PUBLISHED)
+    volume = Volume(id=VolumeId("v"), spec=spec, info=VolumeInfo(volume_id="v"), publish_status=(published,))
+    history.commit(lambda tx: tx.put(volume))
+    container = task.spec.container_spec
+    assert container is not None
+    mounts = (*container.mounts, Mount(type="cluster", source="shared", target="/shared"))
+    task = replace(task, spec=replace(task.spec, container_spec=replace(container, mounts=mounts)))
+    history.put(task)
+    history.put(replace(task, node_id=W2, status=TaskStatus(state=TaskState.ASSIGNED)))
+    words = "task t2 of web got w2: its volumes are on ['w1']"
+    assert history.violations == ([words] if is_wrong else [])
+
+
+def test_a_task_that_was_stopped_before_it_was_prepared_has_no_data() -> None:
+    history, task = a_slot_with_data("required")
+    stopped = replace(task, id=TaskId("t3"), slot=2)
+    for node, state in (("", TaskState.NEW), (W2, TaskState.ASSIGNED), (W2, TaskState.SHUTDOWN)):
+        history.put(replace(stopped, node_id=NodeId(node), status=TaskStatus(state=state)))
+    history.after(60)
+    successor = replace(task, id=TaskId("t4"), slot=2)
+    history.put(successor)
+    history.put(replace(successor, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)))
+    assert history.violations == []
