@@ -12,6 +12,7 @@ from skep.manager.job_runs import of_present_run
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
+from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.reasons import (
     LOOP_FROM,
@@ -446,7 +447,10 @@ def explain_update(
     is_held = first.desired_state is TaskState.READY and all(
         one is first or slot_of(one) != slot_of(first) for one in wanted
     )
-    due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
+    seconds = step_seconds_max(service.spec)
+    if fails_early(first, service.spec, nodes.values):
+        seconds = min(seconds, UNPLACEABLE_S)
+    due_ns = unix_ns(first.created_at) + round(seconds * SECOND_NS)
     return UpdateExplanation(
         step=step,
         waiting_for=f"task {name_of(first, service, nodes)}: {summary(first, nodes.get(first.node_id))}",
