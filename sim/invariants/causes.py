@@ -54,7 +54,7 @@ class UpdateStopsHaveCauses:
 
 
 def shortest_deadline_s(spec: ServiceSpec) -> float:
-    """Return after how many seconds an update may give up a task without progress, at the earliest."""
+    """Return after how many seconds an update may fail without progress, at the earliest."""
     seconds = step_seconds_max(spec)
     return seconds if PROGRESS_DEADLINE in spec.labels else min(seconds, UNPLACEABLE_S)
 

@@ -75,6 +75,7 @@ from skep.manager.orchestrator.slots import (
     wanted,
 )
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
+from skep.manager.reasons import failure_of
 from skep.manager.unmet_needs import with_needs
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
@@ -477,7 +478,7 @@ class _Rollout:
             words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
             return f"{words}: it is {status.state.value}" + (f", {status.err}" if status.err else "")
         words = f"due to failure or early termination of task {lead.id}"
-        cause = status.err
+        cause = failure_of(lead)[1] if status.err else ""
         if not cause and status.state is TaskState.COMPLETE:
             cause = "its process ended with exit code 0"
         return words + (f": {cause}" if cause else "")

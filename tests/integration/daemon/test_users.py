@@ -90,7 +90,9 @@ def test_users_do_by_docker_what_their_roles_allow(cluster: Cluster) -> None:
     cluster.done("vera", "node", "ls")
     assert "only administrators" in cluster.refused("vera", "run", "none")
     refusal = cluster.refused("vera", *create, "web", "none")
-    assert "vera may not POST /services/create: the role operator is needed, it has viewer" in refusal
+    assert (
+        "vera may not POST /services/create: the role operator is needed, and the user has viewer" in refusal
+    )
     # Of its own stack, and of no other.
     own = ("--label", f"{STACK}=shop")
     cluster.done("shopper", *create, "shop_web", *own, "none", "sleep", "600")
@@ -205,5 +207,5 @@ def test_an_operator_deploys_its_stack_and_no_other(cluster: Cluster, tmp_path: 
     deploy = ("stack", "deploy", "--resolve-image", "never", "-c", str(file))
     cluster.done("shopper", *deploy, "shop")
     assert "shop_web" in cluster.done("shopper", "stack", "services", "shop")
-    assert "the network is of the stack blog" in cluster.refused("shopper", *deploy, "blog")
+    assert "the network belongs to the stack blog" in cluster.refused("shopper", *deploy, "blog")
     assert "Removing network shop_default" in cluster.done("shopper", "stack", "rm", "shop")
