@@ -35,6 +35,7 @@ from skep.cli.stack_screens import (
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.model.images import registry_of
 from skep.model.task_end import printable
+from skep.stack.address_needs import shortages
 from skep.stack.bound_files import with_bound_files
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import (
@@ -283,6 +284,8 @@ async def _plan(
     if unknown:
         raise NotFound(f"the files have no service {unknown[0]}. Choose one of {', '.join(stack.services)}")
     existing = await existing_of(client, stack.name, config_names(stack))
+    for shortage in shortages(stack, existing.networks):
+        warn(shortage)
     images: Mapping[str, str] = {}
     if resolve != "never":
         local = {

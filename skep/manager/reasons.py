@@ -10,7 +10,7 @@ A container that Skep itself killed shows why: the failed health check or the me
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Final
 
@@ -19,12 +19,14 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.manager.unmet_needs import too_large, with_needs
+from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.history import masked_text
 from skep.model.ids import NodeId, TaskId
 from skep.model.needs import HostPort, host_ports
-from skep.model.node import Node
+from skep.model.node import Availability, Node, NodeState
+from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
@@ -39,6 +41,8 @@ _OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: u
 """runc's words around the error itself."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
+_NODES_MAX: Final = 3
+"""Nodes that a reason names.  It should fit a line."""
 LOOP_FROM: Final = 2
 """Failures in a row that are called a crash loop."""
 
@@ -400,7 +404,29 @@ def _no_node(task: Task, nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
     """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
     if largest := too_large(task, nodes.values()):
         return Kind.TOO_LARGE, largest
-    return Kind.NO_NODE, with_needs(task, ports)
+    return Kind.NO_NODE, "; ".join(
+        filter(None, (with_needs(task, ports), _unavailable(task, nodes.values())))
+    )
+
+
+def _unavailable(task: Task, nodes: Collection[Node]) -> str:
+    """Return the nodes that meet the constraints of ``task`` if none of them is available, or an empty text."""
+    constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
+    if not constraints or NodeRefusal.NOT_READY not in node_refusals_in(task.status.err):
+        return ""
+    fitting = [node for node in nodes if is_satisfied(constraints, node)]
+    if not fitting or any(not _state(node) for node in fitting):
+        return ""
+    named = [f"{node.description.hostname or node.id} is {_state(node)}" for node in fitting[:_NODES_MAX]]
+    more = f" and {len(fitting) - _NODES_MAX} more" if len(fitting) > _NODES_MAX else ""
+    return f"no node that meets this is available: {', '.join(named)}{more}"
+
+
+def _state(node: Node) -> str:
+    """Return why a node takes no new tasks, or an empty text if it takes some."""
+    if node.status.state is not NodeState.READY:
+        return node.status.state.value
+    return {Availability.PAUSE: "paused", Availability.DRAIN: "drained"}.get(node.spec.availability, "")
 
 
 # -- services --------------------------------------------------------------------------------------------------------
