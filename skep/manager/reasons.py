@@ -425,7 +425,7 @@ def _unavailable(task: Task, nodes: Collection[Node]) -> str:
 def _state(node: Node) -> str:
     """Return why a node takes no new tasks, or an empty text if it takes some."""
     if node.status.state is not NodeState.READY:
-        return node.status.state.value
+        return str(node.status.state.value)
     return {Availability.PAUSE: "paused", Availability.DRAIN: "drained"}.get(node.spec.availability, "")
 
 
