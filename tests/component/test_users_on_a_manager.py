@@ -293,7 +293,7 @@ async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: R
             assert f"tasks of {named}, priority 0, hold the resources on n1" in text
     for name, labels, refusal in (
         ("shop_new", important, "priority 10: only users with a role in the whole cluster"),
-        ("blog_db", {STACK_LABEL: "blog"}, "of the stack blog"),
+        ("blog_db", {STACK_LABEL: "blog"}, "belongs to the stack blog"),
         ("blog_db", SHOP, "begin with shop_"),
         ("shop_new", {}, "needs the label"),
     ):

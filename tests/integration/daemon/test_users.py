@@ -98,7 +98,7 @@ def test_users_do_by_docker_what_their_roles_allow(cluster: Cluster) -> None:
     cluster.done("shopper", *create, "shop_web", *own, "none", "sleep", "600")
     assert "needs the label" in cluster.refused("shopper", *create, "shop_x", "none")
     other = cluster.refused("shopper", *create, "shop_x", "--label", f"{STACK}=blog", "none")
-    assert "of the stack blog" in other
+    assert "belongs to the stack blog" in other
     assert "begin with shop_" in cluster.refused("shopper", *create, "blog_web", *own, "none")
     bind = cluster.refused("shopper", *create, "shop_x", *own, "--mount", "type=bind,src=/,dst=/m", "none")
     assert "a bind mount of /: only administrators" in bind
