@@ -127,7 +127,8 @@ LABELS = (
         "`10m`",
         "How long an update waits for a task to run or to end. Then the update has failed. Time in which the task "
         "waits for other services (`skep.depends-on`), or for the previous task to stop, does not count, and the "
-        "deadline starts again afterwards. Time in which it waits for a missing service or a failed job counts.",
+        "deadline starts again afterwards. Time in which it waits for a missing service or a failed job counts. "
+        "Without this label, an update also fails after 10 s if no node can ever take the task.",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from sim.committed import Change
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
+from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import ServiceId
-from skep.model.service import Service, UpdateStatus
+from skep.model.labels import PROGRESS_DEADLINE
+from skep.model.service import Service, ServiceSpec, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -47,8 +49,14 @@ class UpdateStopsHaveCauses:
         if service.spec_version is None:
             return False
         key = service.id, service.spec_version.index
-        deadline_s = TOLERANCE * step_seconds_max(service.spec)
-        return key in self._failed or now - self._begun.get(key, now) >= deadline_s
+        deadline_s = shortest_deadline_s(service.spec)
+        return key in self._failed or now - self._begun.get(key, now) >= TOLERANCE * deadline_s
+
+
+def shortest_deadline_s(spec: ServiceSpec) -> float:
+    """Return after how many seconds an update may fail without progress, at the earliest."""
+    seconds = step_seconds_max(spec)
+    return seconds if PROGRESS_DEADLINE in spec.labels else min(seconds, UNPLACEABLE_S)
 
 
 def replacements_are_recorded(change: Change, view: View) -> Iterable[str]:

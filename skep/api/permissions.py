@@ -113,7 +113,7 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
     somewhere = max((one.role for one in identity.bindings), default=0) >= rule.role
     if not somewhere or (rule.scope is Scope.CLUSTER and not in_cluster):
         where = "" if rule.scope is not Scope.CLUSTER else " of the whole cluster"
-        return f"the role {rule.role.word}{where} is needed, it has {_roles(identity)}"
+        return f"the role {rule.role.word}{where} is needed, and the user has {_roles(identity)}"
     if facts is None:
         return None
     changes = rule.role is Role.OPERATOR
@@ -184,14 +184,15 @@ def _roles(identity: Identity) -> str:
 def _outside(identity: Identity, rule: Rule, stack: str) -> str:
     if (identity.role_in(stack) or 0) >= rule.role if stack else False:
         return ""
-    of = f"of the stack {stack}" if stack else "of no stack"
-    return f"the {rule.kind} is {of}, its roles are {_roles(identity)}"
+    owner = f"the stack {stack}" if stack else "no stack"
+    return f"the {rule.kind} belongs to {owner}, and the user's roles are {_roles(identity)}"
 
 
 def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collection[str]) -> str:
     """Return why an identity with roles in single stacks may not create ``new``, or an empty text."""
     if not new.stack:
-        return f"the {rule.kind} {new.name} needs the label {STACK_LABEL}, its roles are {_roles(identity)}"
+        label = f"the {rule.kind} {new.name} needs the label {STACK_LABEL}"
+        return f"{label}, because the user's roles are {_roles(identity)}"
     if why := _outside(identity, rule, new.stack):
         return why
     for name in (new.name, *new.volumes):
@@ -206,7 +207,7 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
         if used is None and (kind == "service" or new.is_planned) and is_name_of(word, new.stack, stacks):
             continue  # a dependency may be created later
         if used is None or used.stack != new.stack:
-            return f"the {kind} {word} is not of the stack {new.stack}"
+            return f"the {kind} {word} does not belong to the stack {new.stack}"
     return ""
 
 

@@ -65,6 +65,7 @@ def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file
       skep backup --key-file key /mnt/backups/swarm.backup
     """
     with errors_shown():
+        asyncio.run(_check(host, file))
         secret = _secret(passphrase_file, key_file, confirm=True)
         manifest = asyncio.run(_backup(host, file, secret))
     click.echo(f"{file}: {_described(manifest.counts)}, incarnation {manifest.incarnation}")
@@ -113,6 +114,17 @@ def restore(
     click.echo(
         "Nodes that you removed, demoted or evicted after the backup are members again. Repeat these commands."
     )
+
+
+async def _check(host: HostOptions, file: Path) -> None:
+    """Check, before the user types a passphrase, that the cluster sends a backup and that it can be written.
+
+    Raises: SkepError; OSError.
+    """
+    if not file.parent.is_dir():
+        raise InvalidArgument(f"{file.parent} is not a directory. Create it, or choose another place.")
+    async with host.client() as client:
+        await client.request("POST", "/skep/backup", query={"dryRun": "1"})
 
 
 async def _backup(host: HostOptions, file: Path, secret: Secret) -> Manifest:

@@ -3,6 +3,7 @@
 import asyncio
 import getpass
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.model.encoding import to_json
 from skep.model.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
+from skep.model.node_refusals import is_no_node
 from skep.model.service import TaskSpec
 from skep.model.slot_volumes import local_volumes
 from skep.model.unknown import leniently
@@ -86,8 +88,29 @@ async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
             say(line)
         if wait_s is None:
             await _set_draining(client, name)
-        else:
-            await drain_and_wait(client, name, wait_s)
+            return
+        moved = {str(task.get("ServiceID", "")) for task in await _tasks_of(client, name)}
+        await drain_and_wait(client, name, wait_s)
+        services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+        filters = {"desired-state": ["running"]}
+        tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+        for line in without_node([one for one in services if one["ID"] in moved], tasks):
+            say(line)
+
+
+def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each of the services whose tasks no other node takes."""
+    waiting = Counter(
+        task.get("ServiceID", "")
+        for task in tasks
+        if task["Status"]["State"] == "pending" and is_no_node(task["Status"].get("Err", ""))
+    )
+    names = sorted((str(one["Spec"]["Name"]), waiting[one["ID"]]) for one in services)
+    return [
+        f"{name}: no other node takes {counted(number, 'task')}. Run skep explain {name}."
+        for name, number in names
+        if number
+    ]
 
 
 async def _consequences(client: Client, name: str) -> Sequence[str]:
@@ -147,18 +170,19 @@ async def drain_and_wait(client: Client, name: str, within_s: float) -> None:
     await _set_draining(client, name)
     services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
-    shown = ""
+    shown, first = "", name
     try:
         async with asyncio.timeout(within_s):
             while left := await persistently(partial(_tasks_of, client, name), say):
                 some = sorted(_task_name(task, names) for task in left)
+                first = some[0]
                 text = f"{counted(len(left), 'task')} left: {named(some)}"
                 if text != shown:
                     say(text)
                 shown = text
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
-        raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain TASK.") from None
+        raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain {first}.") from None
 
 
 async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:

@@ -35,6 +35,7 @@ from skep.cli.stack_screens import (
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.model.images import registry_of
 from skep.model.task_end import printable
+from skep.stack.address_needs import shortages
 from skep.stack.bound_files import with_bound_files
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import (
@@ -251,9 +252,10 @@ async def _all_or_nothing(
     except SkepError as error:
         click.echo(f"The deploy failed: {error}", err=True)
         done = await _undone(client, plan, error, timeout, created)
-        # Removed services can no longer be explained.
-        cause = _HINT.sub("", str(error)) if plan.is_new else str(error)
-        raise Unavailable(f"the deploy failed, and {done}. Reason: {cause}") from error
+        # Services of the failed deploy can no longer be explained.  A stack that is back keeps the failed revision.
+        hint = "" if plan.is_new else f" Run skep stack history {plan.stack}."
+        cause = _HINT.sub("", str(error)).rstrip(".")
+        raise Unavailable(f"the deploy failed, and {done}. Reason: {cause}.{hint}") from error
 
 
 async def _undone(
@@ -282,6 +284,8 @@ async def _plan(
     if unknown:
         raise NotFound(f"the files have no service {unknown[0]}. Choose one of {', '.join(stack.services)}")
     existing = await existing_of(client, stack.name, config_names(stack))
+    for shortage in shortages(stack, existing.networks):
+        warn(shortage)
     images: Mapping[str, str] = {}
     if resolve != "never":
         local = {
@@ -507,7 +511,7 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
 
     async def run() -> None:
         async with host.requests() as client:
-            revision = before(await known_revisions(client, name), to)
+            revision = before(name, await known_revisions(client, name), to)
             found = await return_plan(client, revision, is_admin=as_admin)
             click.echo("\n".join(lines_of(found.plan)), err=True)
             if found.beyond and not as_admin:
@@ -538,7 +542,7 @@ def diff(host: HostOptions, name: str, first: int | None, second: int | None, ou
 
     async def fetch() -> Shown:
         async with host.requests() as client:
-            older, newer = pair_of(await known_revisions(client, name), first, second)
+            older, newer = pair_of(name, await known_revisions(client, name), first, second)
             return compared(older.stack(), newer.stack())
 
     output.show(fetch)

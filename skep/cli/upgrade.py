@@ -490,7 +490,7 @@ class _Upgrade:
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             raise Unavailable(
-                f"{', '.join(names)}: not redistributed within {self._within_s:g} s. Run skep explain SERVICE."
+                f"{', '.join(names)}: not redistributed within {self._within_s:g} s. Run skep explain {names[0]}."
             ) from None
 
     async def _retry(self, request: Callable[[], Awaitable[T]]) -> T:

@@ -47,6 +47,15 @@ class Backups:
 
         Raises:
             InvalidArgument: The request is invalid.
+            FailedPrecondition: As ``check``.
+        """
+        self.check()
+        return Sealer(request.header, request.key)
+
+    def check(self) -> None:
+        """Check that a backup could be restored.
+
+        Raises:
             FailedPrecondition: An external CA holds the root key.  No certificate could be issued for a restored
                 manager.
         """
@@ -55,7 +64,6 @@ class Backups:
                 "an external CA holds the key of the cluster's root, so a backup could not be restored: rotate to "
                 "a root CA of the cluster's own first (docker swarm ca --rotate)"
             )
-        return Sealer(request.header, request.key)
 
     async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
         """Yield the backup file.  Raises: Unavailable, FailedPrecondition: the file is incomplete and lacks its end."""

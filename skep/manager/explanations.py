@@ -12,6 +12,7 @@ from skep.manager.job_runs import of_present_run
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
+from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.reasons import (
     LOOP_FROM,
@@ -32,6 +33,7 @@ from skep.model.autoscaling import TaskUsage, autoscaling_of
 from skep.model.dependencies import WAITS_FOR, is_wait
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.needs import HostPort, host_ports
 from skep.model.node import Node
 from skep.model.service import PAUSED, UNDER_WAY, Autoscaled, Service, UpdateStatus
 from skep.model.task import Restart, Task, TaskState
@@ -148,6 +150,7 @@ def explain_task(
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
     now_ns: int = 0,
+    ports: Sequence[HostPort] = (),
 ) -> TaskExplanation:
     """Return the explanation of ``task``.
 
@@ -156,6 +159,7 @@ def explain_task(
         slot: Tasks of the same slot.
         nodes: Nodes of the cluster.
         now_ns: Unix time.  With 0, no running task is in a crash loop.
+        ports: Host-mode ports of its service.
     """
     code = exit_code(task)
     return TaskExplanation(
@@ -164,9 +168,9 @@ def explain_task(
         state=task.status.state,
         desired_state=task.desired_state,
         since=task.status.timestamp,
-        summary=_with_verdicts(task, verdicts, nodes or {})
+        summary=_with_verdicts(task, verdicts, nodes or {}, ports)
         if verdicts
-        else summary(task, node, slot, nodes, now_ns),
+        else summary(task, node, slot, nodes, now_ns, ports),
         message=task.status.message,
         err=task.status.err,
         node_id=task.node_id,
@@ -243,7 +247,9 @@ def explain_service(
             tasks,
             is_new=is_new,
             nodes=nodes,
-            summary=lambda task, node: summary(task, node, _slot_of(task, tasks), nodes, now_ns),
+            summary=lambda task, node: summary(
+                task, node, _slot_of(task, tasks), nodes, now_ns, host_ports(service.spec)
+            ),
         ),
     )
 
@@ -268,6 +274,7 @@ def summary(
     slot: Iterable[Task] = (),
     nodes: Mapping[NodeId, Node] | None = None,
     now_ns: int = 0,
+    ports: Sequence[HostPort] = (),
 ) -> str:
     """Return a sentence about ``task``: why it does not run, and how often it failed.
 
@@ -286,7 +293,7 @@ def summary(
         case _ if status.state.is_terminal:
             return status.err or status.message or status.state.value
     known = nodes if nodes is not None else {node.id: node} if node is not None else {}
-    problem = problem_of(task, slot, known)
+    problem = problem_of(task, slot, known, ports=ports)
     return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
 
 
@@ -313,7 +320,9 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node]) -> str:
+def _with_verdicts(
+    task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
+) -> str:
     if task.status.err.startswith(WAITS_FOR):
         return f"it {task.status.err}"
     willing = sum(not one.reasons for one in verdicts)
@@ -321,7 +330,7 @@ def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[N
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
     if not task.status.err:
         return f"none of {len(verdicts)} nodes can take it"
-    return problem_of(task, (), nodes).reason
+    return problem_of(task, (), nodes, ports=ports).reason
 
 
 def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem]) -> tuple[str, str, bool]:
@@ -446,7 +455,10 @@ def explain_update(
     is_held = first.desired_state is TaskState.READY and all(
         one is first or slot_of(one) != slot_of(first) for one in wanted
     )
-    due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
+    seconds = step_seconds_max(service.spec)
+    if fails_early(first, service.spec, nodes.values):
+        seconds = min(seconds, UNPLACEABLE_S)
+    due_ns = unix_ns(first.created_at) + round(seconds * SECOND_NS)
     return UpdateExplanation(
         step=step,
         waiting_for=f"task {name_of(first, service, nodes)}: {summary(first, nodes.get(first.node_id))}",

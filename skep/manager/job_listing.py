@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 
 from skep.errors import InvalidArgument
-from skep.manager.job_runs import RUNNING, is_going, outcome, past_starts
+from skep.manager.job_runs import FAILED, RUNNING, is_going, of_present_run, outcome, past_starts
+from skep.manager.reasons import failure_of
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
 from skep.model.schedules import CRON, CRON_SUSPEND, CRON_TIME_ZONE, parsed_schedule, schedule_of
 from skep.model.service import JobStart, JobStatus, Service
+from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import View
 
@@ -33,7 +35,7 @@ class Job(ApiObject):
     last_run: Timestamp | None = None
     next_run: Timestamp | None = None
     note: str = ""
-    """Why the next run is missing, or why the last due time was skipped."""
+    """Why the next run is missing, why the last due time was skipped, or why the last run failed."""
     starts: tuple[JobStart, ...] = ()
     """Starts of a scheduled job, the oldest first."""
 
@@ -54,7 +56,7 @@ def shown_job(view: View, service: Service) -> Job:
         iteration=None if status.awaits_first_run else status.job_iteration.index,
         last_run=status.last_execution,
         next_run=next_run(service),
-        note=note(service),
+        note=note(service) or (failure(view, service) if state == FAILED else ""),
         starts=past_starts(view, service),
     )
 
@@ -81,6 +83,14 @@ def note(service: Service) -> str:
     status = service.job_status.schedule if service.job_status is not None else None
     last = status.starts[-1] if status is not None and status.starts else None
     return f"not run at {last.scheduled_at}: {last.skipped}" if last is not None and last.skipped else ""
+
+
+def failure(view: View, service: Service) -> str:
+    """Return why the last failed task of the job's current run failed, or an empty text if none is kept."""
+    tasks = of_present_run(service, view.find(Task, service_id=service.id))
+    failed = [one for one in tasks if one.status.state in (TaskState.FAILED, TaskState.REJECTED)]
+    last = max(failed, key=lambda one: (one.status.timestamp, one.id), default=None)
+    return failure_of(last)[1] if last is not None else ""
 
 
 def schedule_words(service: Service) -> str:

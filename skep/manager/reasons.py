@@ -10,7 +10,7 @@ A container that Skep itself killed shows why: the failed health check or the me
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Final
 
@@ -19,11 +19,14 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.manager.unmet_needs import too_large, with_needs
+from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.history import masked_text
 from skep.model.ids import NodeId, TaskId
-from skep.model.node import Node
+from skep.model.needs import HostPort, host_ports
+from skep.model.node import Availability, Node, NodeState
+from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import Service
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of, words_of
@@ -38,6 +41,8 @@ _OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: u
 """runc's words around the error itself."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
+_NODES_MAX: Final = 3
+"""Nodes that a reason names.  It should fit a line."""
 LOOP_FROM: Final = 2
 """Failures in a row that are called a crash loop."""
 
@@ -139,15 +144,22 @@ class Problem(ApiObject):
 # -- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], name: str = "") -> Problem:
+def problem_of(
+    task: Task,
+    slot: Iterable[Task],
+    nodes: Mapping[NodeId, Node],
+    name: str = "",
+    ports: Sequence[HostPort] = (),
+) -> Problem:
     """Return why the active ``task`` does not run.
 
     Args:
         slot: Tasks of the same slot in any order, with or without ``task``.
         nodes: Known nodes.  If these are all nodes of the cluster, the reason may name the largest.
+        ports: Host-mode ports of the task's service.
     """
     slot = tuple(slot)
-    kind, words = _present(task, slot, nodes)
+    kind, words = _present(task, slot, nodes, ports)
     last = last_failure(task, slot) if kind is Kind.PROGRESSING else None
     restart = task.restart or Restart()
     is_held = task.desired_state is TaskState.READY and restart.delay > 0
@@ -238,7 +250,9 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
     )
 
 
-def _present(task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
+def _present(
+    task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
+) -> tuple[Kind, str]:
     """Return what currently blocks an active task, or how far its start has come."""
     status = task.status
     where = hostname(nodes.get(task.node_id), task)
@@ -246,7 +260,7 @@ def _present(task: Task, slot: Sequence[Task], nodes: Mapping[NodeId, Node]) -> 
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
             return Kind.WAITING, f"it {status.err}"
         case TaskState.PENDING if status.err:
-            return _no_node(task, nodes)
+            return _no_node(task, nodes, ports)
         case TaskState.NEW:
             return (
                 (Kind.NOT_ALLOCATED, status.err)
@@ -386,11 +400,33 @@ def _size(size: int) -> str:
     return f"{size / (1 << 20):g} MiB" if size % (1 << 20) == 0 else f"{size / (1 << 20):.1f} MiB"
 
 
-def _no_node(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
+def _no_node(task: Task, nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]) -> tuple[Kind, str]:
     """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
     if largest := too_large(task, nodes.values()):
         return Kind.TOO_LARGE, largest
-    return Kind.NO_NODE, with_needs(task)
+    return Kind.NO_NODE, "; ".join(
+        filter(None, (with_needs(task, ports), _unavailable(task, nodes.values())))
+    )
+
+
+def _unavailable(task: Task, nodes: Collection[Node]) -> str:
+    """Return the nodes that meet the constraints of ``task`` if none of them is available, or an empty text."""
+    constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
+    if not constraints or NodeRefusal.NOT_READY not in node_refusals_in(task.status.err):
+        return ""
+    fitting = [node for node in nodes if is_satisfied(constraints, node)]
+    if not fitting or any(not _state(node) for node in fitting):
+        return ""
+    named = [f"{node.description.hostname or node.id} is {_state(node)}" for node in fitting[:_NODES_MAX]]
+    more = f" and {len(fitting) - _NODES_MAX} more" if len(fitting) > _NODES_MAX else ""
+    return f"no node that meets this is available: {', '.join(named)}{more}"
+
+
+def _state(node: Node) -> str:
+    """Return why a node takes no new tasks, or an empty text if it takes some."""
+    if node.status.state is not NodeState.READY:
+        return str(node.status.state.value)
+    return {Availability.PAUSE: "paused", Availability.DRAIN: "drained"}.get(node.spec.availability, "")
 
 
 # -- services --------------------------------------------------------------------------------------------------------
@@ -411,7 +447,7 @@ def problems_of(
         slots[slot_of(task)].append(task)
     found: list[Problem] = []
     failed: list[Task] = []
-    active = 0
+    active, ports = 0, host_ports(service.spec)
     for slot in slots.values():
         slot.sort(key=lambda task: (task.created_at, task.id))
         current = [task for task in slot if task.is_active]
@@ -423,7 +459,7 @@ def problems_of(
             for task in current
             if task.status.state is not TaskState.RUNNING or loop_ends_ns(task, now_ns) is not None
         ]
-        found += [problem_of(task, slot, nodes, name_of(task, service, nodes)) for task in behind]
+        found += [problem_of(task, slot, nodes, name_of(task, service, nodes), ports) for task in behind]
     if active < wanted or service.job_status is not None:
         found += [_failure(task, nodes, name_of(task, service, nodes)) for task in failed]
     return sorted(found, key=lambda one: one.rank)

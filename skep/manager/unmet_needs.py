@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 from skep.manager.resources import GenericStock
-from skep.model.needs import CPU_NANO, kind_and_amount, reservations_of
+from skep.model.needs import CPU_NANO, HostPort, kind_and_amount, reservations_of
 from skep.model.node import Node
 from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import GenericResource, Placement
@@ -43,13 +43,17 @@ def too_large(task: Task, nodes: Collection[Node]) -> str:
     return ""
 
 
-def with_needs(task: Task) -> str:
-    """Return the error of a pending ``task`` that no node takes, with its needs of the kinds that the error names."""
-    needs = ", ".join(_needs(task, node_refusals_in(task.status.err)))
+def with_needs(task: Task, ports: Collection[HostPort] = ()) -> str:
+    """Return the error of a pending ``task`` that no node takes, with its needs of the kinds that the error names.
+
+    Args:
+        ports: Host-mode ports of its service, which its own spec does not have.
+    """
+    needs = ", ".join(_needs(task, node_refusals_in(task.status.err), ports))
     return f"{task.status.err}; it needs {needs}" if needs else task.status.err
 
 
-def _needs(task: Task, refusals: Collection[NodeRefusal]) -> Iterator[str]:
+def _needs(task: Task, refusals: Collection[NodeRefusal], ports: Collection[HostPort]) -> Iterator[str]:
     placement, reserved = task.spec.placement or Placement(), reservations_of(task.spec)
     if NodeRefusal.RESOURCES in refusals:
         if reserved.nano_cpus:
@@ -59,6 +63,9 @@ def _needs(task: Task, refusals: Collection[NodeRefusal]) -> Iterator[str]:
         yield from (f"{amount} {kind}" for kind, amount in _amounts(reserved.generic_resources).items())
     if NodeRefusal.CONSTRAINTS in refusals:
         yield from placement.constraints
+    if NodeRefusal.HOST_PORT in refusals and ports:
+        named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)
+        yield f"port{'s' if len(ports) > 1 else ''} {named}"
     if NodeRefusal.MAX_REPLICAS in refusals and placement.max_replicas:
         yield f"at most {placement.max_replicas} of its service per node"
     if NodeRefusal.PLATFORM in refusals:

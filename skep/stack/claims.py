@@ -54,7 +54,7 @@ class Claim:
         if not newest.is_of(self._asked):
             raise Replaced(
                 f"{self._asked.name} was changed meanwhile by another deploy (revision {newest.number}), which has "
-                f"replaced this one. To compare them, run skep stack history {self._asked.name}."
+                f"replaced this one. To compare them, run skep stack diff {self._asked.name}."
             )
         self._id = newest.id
         return True

@@ -109,6 +109,8 @@ def explained(
 ) -> ServiceProgress:
     """Return ``progress`` with the managers' reason, and stuck where waiting cannot help.
 
+    The reason has what the error of a task lacks, such as the last line of its output.
+
     Args:
         current: ids of the tasks with the present spec; only their failures count.
         failures_max: failures in a row that make waiting hopeless, or 0 for no limit.
@@ -116,8 +118,10 @@ def explained(
         given_up_s: seconds for which the restart policy has allowed no further attempt.
         seen: failures of one slot since the wait began, as the cluster keeps few ended tasks.
     """
-    if progress.is_done or progress.is_stuck:
+    if progress.is_done:
         return progress
+    if progress.is_stuck:
+        return replace(progress, cause=explanation.reason or progress.cause)
     problem = explanation.problem or progress.problem
     cause = explanation.reason or progress.cause
     if problem.task_id and problem.task_id not in current:

@@ -371,7 +371,7 @@ async def undo(
         text = await _unmade(client, name, created, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
         return text + _unsure(new_services & there)
-    revision = newest_deployed(revisions)
+    revision = newest_deployed(name, revisions)
     found = await return_plan(client, revision, removable={one.id for one in created.services})
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))

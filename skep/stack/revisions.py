@@ -266,7 +266,7 @@ def names_of(revisions: Iterable[Revision]) -> set[str]:
     return made
 
 
-def before(revisions: Sequence[Revision], number: int | None) -> Revision:
+def before(stack: str, revisions: Sequence[Revision], number: int | None) -> Revision:
     """Return the revision to roll back to: ``number``, or the newest deployed revision before the last.
 
     Raises: InvalidArgument.
@@ -280,11 +280,11 @@ def before(revisions: Sequence[Revision], number: int | None) -> Revision:
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if deployed and deployed[-1] is revisions[-1]:
         deployed.pop()
-    return newest_deployed(deployed)
+    return newest_deployed(stack, deployed)
 
 
 def pair_of(
-    revisions: Sequence[Revision], first: int | None, second: int | None
+    stack: str, revisions: Sequence[Revision], first: int | None, second: int | None
 ) -> tuple[Revision, Revision]:
     """Return the revisions to compare: by default the last two, or with one number that revision and the last.
 
@@ -293,16 +293,16 @@ def pair_of(
     if first is None and len(revisions) < 2:
         known = f"only revision {revisions[0].number}" if revisions else "no revision"
         raise InvalidArgument(
-            f"there is nothing to compare, because the stack has {known}. Run skep stack history STACK."
+            f"there is nothing to compare, because {stack} has {known}. Run skep stack history {stack}."
         )
-    older = before(revisions, first) if first is not None else revisions[-2]
-    newer = before(revisions, second) if second is not None else revisions[-1]
+    older = before(stack, revisions, first) if first is not None else revisions[-2]
+    newer = before(stack, revisions, second) if second is not None else revisions[-1]
     return older, newer
 
 
-def newest_deployed(revisions: Sequence[Revision]) -> Revision:
+def newest_deployed(stack: str, revisions: Sequence[Revision]) -> Revision:
     """Return the newest deployed revision, which a failed deploy has changed.  Raises: InvalidArgument: none."""
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
-        raise InvalidArgument("no earlier revision was deployed. Run skep stack history STACK.")
+        raise InvalidArgument(f"no earlier revision of {stack} was deployed. Run skep stack history {stack}.")
     return deployed[-1]

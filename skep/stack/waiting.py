@@ -110,7 +110,7 @@ class Reasons:
         now = asyncio.get_running_loop().time()
         self._began = now if self._began is None else self._began
         is_late = now - self._began >= _EXPLAINED_AFTER_S
-        open_ = [name for name, one in looks.items() if not (one.progress.is_done or one.progress.is_stuck)]
+        open_ = [name for name, one in looks.items() if _is_open(one.progress)]
         asked = [name for name in open_ if looks[name].progress.cause]
         if is_late:
             asked += [name for name in open_ if name not in asked]
@@ -163,6 +163,11 @@ class Reasons:
             )
         except SkepError:  # an earlier version, or the service was just removed
             return Explanation()
+
+
+def _is_open(progress: ServiceProgress) -> bool:
+    """Return whether the managers may know more.  A stuck update has their message, other stuck services a cause."""
+    return not progress.is_done and bool(not progress.is_stuck or progress.cause)
 
 
 class Steadiness:

@@ -325,5 +325,5 @@ async def test_a_visible_object_of_another_stack_is_refused_with_the_name_of_the
             ):
                 answer = await rig.answer(roles, request, {"Cmd": ["id"]})
                 assert answer.startswith("HTTP/1.1 403 "), answer
-                assert "of the stack blog, its roles are" in answer
+                assert "belongs to the stack blog, and the user's roles are" in answer
         assert {one.spec.name for one in rig.store.view().find(Service)} >= {"blog_web", "none_web"}

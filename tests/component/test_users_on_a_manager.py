@@ -293,7 +293,7 @@ async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: R
             assert f"tasks of {named}, priority 0, hold the resources on n1" in text
     for name, labels, refusal in (
         ("shop_new", important, "priority 10: only users with a role in the whole cluster"),
-        ("blog_db", {STACK_LABEL: "blog"}, "of the stack blog"),
+        ("blog_db", {STACK_LABEL: "blog"}, "belongs to the stack blog"),
         ("blog_db", SHOP, "begin with shop_"),
         ("shop_new", {}, "needs the label"),
     ):
@@ -495,7 +495,7 @@ async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
     assert (await created("shop_later"))[0] == 201
     for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
         status, text = await created(name)
-        assert (status, f"the service {name} is not of the stack shop" in text) == (403, True), text
+        assert (status, f"the service {name} does not belong to the stack shop" in text) == (403, True), text
 
 
 async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -> None:

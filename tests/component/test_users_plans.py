@@ -95,7 +95,9 @@ async def test_a_plan_does_not_tell_what_other_stacks_have(rig: Rig, kind: str) 
     for request, body_of in requests:
         for word in words:
             status, text, _ = await rig.exchange("operator:shop", request, body_of(using(kind, word)))
-            assert (status, f"the {kind} {word} is not of the stack shop" in text) == (403, True), text
+            assert (status, f"the {kind} {word} does not belong to the stack shop" in text) == (403, True), (
+                text
+            )
         if kind in ("secret", "config") and request.endswith("check"):
             status, text, _ = await rig.exchange(OPERATOR, request, body_of(using(kind, "blog_there")))
             assert status == 200, "a user of all stacks uses them"

@@ -65,7 +65,7 @@ def test_a_forged_revision_gives_no_rights_until_the_administrator_says_so() -> 
             stack = a_stack(GOOD)
             await deploy(admin, stack)
             await forge(ann, with_root(stack))
-            chosen = before(await known_revisions(admin, "shop"), 8)
+            chosen = before("shop", await known_revisions(admin, "shop"), 8)
             found = await return_plan(admin, chosen)
             assert [one.partition(":")[0] for one in found.beyond] == ["shop_web"]
             assert "a bind mount of /: only administrators may give that" in found.beyond[0]
@@ -101,7 +101,7 @@ def test_what_an_administrator_deployed_with_rights_is_returned_to_without_a_wor
             await deploy(admin, with_root(a_stack(GOOD)))
             await deploy(admin, a_stack(GOOD.replace("good:1", "good:2")))
             assert mounts(cluster) == []
-            found = await return_plan(admin, before(await known_revisions(admin, "shop"), None))
+            found = await return_plan(admin, before("shop", await known_revisions(admin, "shop"), None))
             assert found.beyond == ()
             await carry_out(found.client, found.stack, found.plan, lambda *_: None, 60.0, pytest.fail)
 
@@ -144,7 +144,7 @@ def test_a_return_by_an_administrator_to_an_operators_revision_is_the_operators_
         async def go() -> list[str]:
             await deploy(ann, a_stack(GOOD))
             await deploy(ann, a_stack(GOOD.replace("good:1", "good:2")))
-            found = await return_plan(admin, before(await known_revisions(admin, "shop"), None))
+            found = await return_plan(admin, before("shop", await known_revisions(admin, "shop"), None))
             await carry_out(found.client, found.stack, found.plan, lambda *_: None, 60.0, pytest.fail)
             return [str(one.role) for one in await known_revisions(admin, "shop")]
 

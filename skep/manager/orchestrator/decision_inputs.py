@@ -28,7 +28,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     service: Service
     tasks: tuple[Task, ...]
     nodes: Callable[[], tuple[Node, ...]]
-    """All nodes of the cluster, in order of id.  Only global services need them."""
+    """All nodes of the cluster, in order of id.  Only global services, and tasks that no node takes, need them."""
     node: Callable[[NodeId], Node | None]
     spec_of: Callable[[Task], ServiceSpec | None]
     """Returns the service spec that a task was made from, or None if the store has deleted it."""

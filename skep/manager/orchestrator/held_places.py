@@ -1,13 +1,12 @@
 """Places that an old task of a service holds and a new task of the same service was refused."""
 
-from collections import Counter
-
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.unplaceable import is_large_enough
 from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
-from skep.model.needs import Needs, holds_of, host_ports, kind_and_amount, may_block, needs_of
+from skep.model.needs import Needs, Usage, holds_of, host_ports, may_block, needs_of
 from skep.model.node import Node
 from skep.model.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.service import ServiceSpec
@@ -33,7 +32,19 @@ def blocks(serving: Task, task: Task, situation: Situation) -> bool:
     if not _may_succeed(serving, task, situation):
         return False
     held = holds_of(serving, host_ports(situation.spec_of(serving)))
-    return may_block(held, needs_of(_spec_of(task, situation)), situation.volume)
+    needs, node = needs_of(spec_of(task, situation)), situation.node_of(serving)
+    if node is not None and not is_large_enough(node, needs):
+        # Only a volume can be used on another node.
+        held = Usage(
+            service_id=held.service_id,
+            nano_cpus=0,
+            memory_bytes=0,
+            generic=(),
+            host_ports=(),
+            is_active=False,
+            volumes=held.volumes,
+        )
+    return may_block(held, needs, situation.volume)
 
 
 def excludes(serving: Task, task: Task, situation: Situation) -> bool:
@@ -46,7 +57,7 @@ def excludes(serving: Task, task: Task, situation: Situation) -> bool:
         return False
     if task.status.err.startswith(WAITS_FOR) or not _may_succeed(serving, task, situation):
         return False
-    needs = needs_of(_spec_of(task, situation))
+    needs = needs_of(spec_of(task, situation))
     if not _is_refused_place(task, needs, situation.node_of(serving)):
         return False
     has_same_port = not set(host_ports(situation.spec_of(serving))).isdisjoint(needs.host_ports)
@@ -58,23 +69,9 @@ def excludes(serving: Task, task: Task, situation: Situation) -> bool:
 def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
     """Whether the refusal of ``task`` names a place that the end of a task on ``node`` may free."""
     named = _FREED & node_refusals_in(task.status.err)
-    if node is not None and not _is_large_enough(node, needs):
+    if node is not None and not is_large_enough(node, needs):
         named -= {NodeRefusal.RESOURCES}
     return bool(named)
-
-
-def _is_large_enough(node: Node, needs: Needs) -> bool:
-    """Whether ``node`` has the resources of ``needs`` when it runs no tasks."""
-    has = node.description.resources
-    offered: Counter[str] = Counter()
-    for one in has.generic_resources:
-        kind, amount = kind_and_amount(one)
-        offered[kind] += amount
-    return (
-        needs.nano_cpus <= has.nano_cpus
-        and needs.memory_bytes <= has.memory_bytes
-        and all(amount <= offered[kind] for kind, amount in map(kind_and_amount, needs.generic))
-    )
 
 
 def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:
@@ -84,5 +81,6 @@ def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:
     return node is None or placement is None or is_satisfied(placement.constraints, node)
 
 
-def _spec_of(task: Task, situation: Situation) -> ServiceSpec:
+def spec_of(task: Task, situation: Situation) -> ServiceSpec:
+    """Return the spec that ``task`` was made from, or the service's spec with the task's template if it is deleted."""
     return situation.spec_of(task) or replace(situation.service.spec, task_template=task.spec)

@@ -9,10 +9,11 @@ An update has no state of its own: its progress is read from the slots.
   update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that this
   update has not started with: an earlier update, which this one replaced, may have left it so.
 * A lead fails if it ends within the monitor time, or does not settle within the progress deadline (a label of the
-  service).  A lead that is done does not fail: it ended with exit code 0, and its restart policy does not start it
-  again (decision 155).  The deadline does not run while the lead waits for earlier tasks to stop, which takes a bounded
-  time, and restarts when the lead is started.  More failures than the ratio allows pause the update, roll it back, or
-  are ignored.  The update's message names the last failure and its cause.
+  service), or no node of the cluster can take it (``unplaceable``).  A lead that is done does not fail: it ended with
+  exit code 0, and its restart policy does not start it again (decision 155).  The deadline does not run while the
+  lead waits for earlier tasks to stop, which takes a bounded time, and restarts when the lead is started.  More
+  failures than the ratio allows pause the update, roll it back, or are ignored.  The update's message names the last
+  failure and its cause.
 * A user may pause and resume an update (``manager/control/updates.py``).  Tasks that had ended before a resume do not
   fail the update.  A lead without progress no longer holds up other slots, and its deadline starts once more: the
   update is not complete until then.
@@ -36,7 +37,8 @@ Differences from swarmkit:
 * Skep does not wait for the update delay after the last slot.
 * A lead that Skep itself stops (a drained node, a scale down) does not count as a failure.
 * Failures of tasks that a scale up adds to the update count.
-* A task without progress ends an update after the progress deadline.  swarmkit waits forever.
+* A task without progress ends an update after the progress deadline, or after ``UNPLACEABLE_S`` if no node can take
+  it.  swarmkit waits forever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
@@ -61,7 +63,7 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
-from skep.manager.orchestrator.held_places import blocks, excludes, holds
+from skep.manager.orchestrator.held_places import blocks, excludes, holds, spec_of
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.outdated_tasks import is_dirty
 from skep.manager.orchestrator.restart import is_held
@@ -72,6 +74,9 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
+from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
+from skep.manager.reasons import failure_of
+from skep.manager.unmet_needs import with_needs
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
 from skep.model.service import (
@@ -184,6 +189,8 @@ class _Rollout:
         """Future deadlines of tasks that have neither run nor ended."""
         self._stopped = 0
         """Slots without a running task whose new task is not settled."""
+        self._early: dict[str, bool] = {}
+        """Whether leads fail early because no node can take them, by their error."""
         self._held = {task.id for view in views for task in view.held}
         self._seen = situation.seen
         self._now = situation.now
@@ -419,8 +426,9 @@ class _Rollout:
         moments = (self._seen.running(lead), self._seen.ended(lead))
         settled_at = min((at for at in moments if at is not None), default=None)
         since = self._could_start(lead)
-        if settled_at is None and since is not None and since + self._deadline_s <= self._now:
-            return since + self._deadline_s
+        if settled_at is None and since is not None:
+            due_at = since + self._deadline_of(lead)
+            return due_at if due_at <= self._now else None
         return settled_at
 
     def _recheck_progress(self) -> Iterator[Step]:
@@ -435,7 +443,21 @@ class _Rollout:
         """
         since = self._could_start(lead)
         resumed_at = self._seen.resumed(self._service.id)
-        return inf if since is None else max(since, resumed_at) + self._deadline_s
+        return inf if since is None else max(since, resumed_at) + self._deadline_of(lead)
+
+    def _deadline_of(self, lead: Task) -> float:
+        """Return how many seconds the lead may make no progress: few if no node of the cluster can take it."""
+        return min(self._deadline_s, UNPLACEABLE_S) if self._fails_early(lead) else self._deadline_s
+
+    def _fails_early(self, lead: Task) -> bool:
+        if lead.status.state is not TaskState.PENDING:
+            return False
+        # Leads of a version have the same needs, so those with the same refusals share the answer.
+        found = self._early.get(lead.status.err)
+        if found is None:
+            found = fails_early(lead, spec_of(lead, self._situation), self._situation.nodes)
+            self._early[lead.status.err] = found
+        return found
 
     def _could_start(self, lead: Task) -> float | None:
         """Return when the lead could start, or None while it waits for another service or for earlier tasks to stop."""
@@ -450,11 +472,13 @@ class _Rollout:
     def _reason(self, lead: Task) -> str:
         """Return Docker's message, with the cause, which Docker omits."""
         status = lead.status
+        if self._is_overdue(lead) and self._fails_early(lead):
+            return f"because no node can take task {lead.id}: {with_needs(lead)}"
         if self._is_overdue(lead):
             words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
             return f"{words}: it is {status.state.value}" + (f", {status.err}" if status.err else "")
         words = f"due to failure or early termination of task {lead.id}"
-        cause = status.err
+        cause = failure_of(lead)[1] if status.err else ""
         if not cause and status.state is TaskState.COMPLETE:
             cause = "its process ended with exit code 0"
         return words + (f": {cause}" if cause else "")

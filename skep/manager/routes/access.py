@@ -69,6 +69,9 @@ class Sent(msgspec.Struct, frozen=True):
 class Backing(Protocol):
     """Creates backups (``manager.backup``)."""
 
+    def check(self) -> None:
+        """Check that a backup could be restored.  Raises: FailedPrecondition."""
+
     def begin(self, request: BackupRequest) -> Sealer:
         """Return the sealer that encrypts the backup.  Raises: InvalidArgument."""
 

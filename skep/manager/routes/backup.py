@@ -3,7 +3,7 @@
 from aiohttp import web
 
 from skep.api.backups import BackupRequest
-from skep.api.server import Routes, read_json
+from skep.api.server import Routes, flag, read_json
 from skep.manager.routes.access import manager_of
 
 routes = Routes()
@@ -11,8 +11,14 @@ routes = Routes()
 
 @routes.post("/skep/backup")
 async def backup(request: web.Request) -> web.StreamResponse:
-    """Send a backup file.  If it is interrupted, its last piece is missing, which marks the file as incomplete."""
+    """Send a backup file.  If it is interrupted, its last piece is missing, which marks the file as incomplete.
+
+    With ``dryRun``, only check whether the client may create a backup and whether it could be restored.
+    """
     backups = manager_of(request).backups
+    if flag(request, "dryRun"):
+        backups.check()
+        return web.Response()
     sealer = backups.begin(await read_json(request, BackupRequest))
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     await response.prepare(request)

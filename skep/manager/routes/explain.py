@@ -30,6 +30,7 @@ from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.model.autoscaling import AUTOSCALE
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId
+from skep.model.needs import host_ports
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.node_refusals import NodeRefusal, node_refusals_in
@@ -68,7 +69,9 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     task = with_damage(view, replace(task, status=known_status(view, task)))
     nodes = {node.id: node for node in view.find(Node)}
     slot, now_ns = slot_in(view, task), SystemClock().now_ns()
-    explanation = explain_task(task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns)
+    explanation = explain_task(
+        task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, host_ports(spec_of(view, task))
+    )
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     if task.node_id and elsewhere:

@@ -34,6 +34,7 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.labels import priority_of
 from skep.model.meta import Driver, Version
+from skep.model.needs import host_ports
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import EndpointSpec, Placement, Service, ServiceSpec, TaskSpec, UpdateOrder
@@ -149,7 +150,7 @@ class DryRun:
             name=spec.name,
             desired=len(homes),
             nodes=tuple(shares),
-            error=self._reason(refusal) if refusal is not None else "",
+            error=self._reason(refusal, spec) if refusal is not None else "",
             preempted=tuple(
                 Preempted(name=name, tasks=count)
                 for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
@@ -157,12 +158,12 @@ class DryRun:
             verdicts=tuple(verdicts),
         )
 
-    def _reason(self, refusal: Refusal) -> str:
+    def _reason(self, refusal: Refusal, spec: ServiceSpec) -> str:
         """Return why no node takes a task, in the words that its service has after the deploy."""
         status = replace(refusal.task.status, err=refusal.reason)
         task = replace(refusal.task, status=status)
         nodes = [account.node for account in self._accounting.accounts.values()]
-        return too_large(task, nodes) or with_needs(task)
+        return too_large(task, nodes) or with_needs(task, host_ports(spec))
 
     def _service(self, spec: ServiceSpec) -> Service:
         for one in self._view.find(Service, name=spec.name):

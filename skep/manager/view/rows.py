@@ -17,6 +17,7 @@ from skep.model.conditions import condition_messages
 from skep.model.data_planes import driver_of
 from skep.model.history import masked, masked_text
 from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
+from skep.model.needs import host_ports
 from skep.model.network import Network, is_ingress
 from skep.model.node import Node, NodeState, plain_message
 from skep.model.overlays import is_encrypted
@@ -27,6 +28,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import View
+from skep.store.kinds import spec_of
 
 STACK_LABEL = "com.docker.stack.namespace"
 """The label that names the stack of an object."""
@@ -379,7 +381,9 @@ def _error(view: View, task: Task) -> str:
         known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
         # The largest of a few nodes is not the cluster's largest.  Not all nodes are read, because every waiting task
         # has a row.
-        problem = problem_of(task, slot, {} if status.state is TaskState.PENDING else known)
+        is_pending = status.state is TaskState.PENDING
+        ports = host_ports(spec_of(view, task)) if is_pending else ()
+        problem = problem_of(task, slot, {} if is_pending else known, ports=ports)
         if problem.kind == Kind.PROGRESSING.value:
             return status.err or problem.restart_summary
         return "; ".join(filter(None, (problem.reason, problem.restart_summary)))

@@ -149,6 +149,16 @@ def test_a_backup_that_breaks_off_leaves_the_one_before(rig: DaemonRig, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["passphrase", "swarm.backup"]
 
 
+def test_a_backup_that_the_cluster_refuses_asks_for_no_passphrase(rig: DaemonRig, tmp_path: Path) -> None:
+    rig.start()
+    done = skep(rig, "backup", str(tmp_path / "swarm.backup"), stdin=f"{PASSPHRASE}\n{PASSPHRASE}\n")
+    assert done.returncode == 1
+    assert "not a swarm manager" in done.stderr
+    assert "Passphrase" not in done.stdout + done.stderr
+    done = skep(rig, "backup", str(tmp_path / "absent" / "swarm.backup"), stdin="")
+    assert "Create it, or choose another place." in done.stderr
+
+
 def test_a_locked_swarm_is_locked_again_after_its_restore(
     rig: DaemonRig, other: DaemonRig, tmp_path: Path
 ) -> None:

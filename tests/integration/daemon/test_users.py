@@ -90,13 +90,15 @@ def test_users_do_by_docker_what_their_roles_allow(cluster: Cluster) -> None:
     cluster.done("vera", "node", "ls")
     assert "only administrators" in cluster.refused("vera", "run", "none")
     refusal = cluster.refused("vera", *create, "web", "none")
-    assert "vera may not POST /services/create: the role operator is needed, it has viewer" in refusal
+    assert (
+        "vera may not POST /services/create: the role operator is needed, and the user has viewer" in refusal
+    )
     # Of its own stack, and of no other.
     own = ("--label", f"{STACK}=shop")
     cluster.done("shopper", *create, "shop_web", *own, "none", "sleep", "600")
     assert "needs the label" in cluster.refused("shopper", *create, "shop_x", "none")
     other = cluster.refused("shopper", *create, "shop_x", "--label", f"{STACK}=blog", "none")
-    assert "of the stack blog" in other
+    assert "belongs to the stack blog" in other
     assert "begin with shop_" in cluster.refused("shopper", *create, "blog_web", *own, "none")
     bind = cluster.refused("shopper", *create, "shop_x", *own, "--mount", "type=bind,src=/,dst=/m", "none")
     assert "a bind mount of /: only administrators" in bind
@@ -205,5 +207,5 @@ def test_an_operator_deploys_its_stack_and_no_other(cluster: Cluster, tmp_path: 
     deploy = ("stack", "deploy", "--resolve-image", "never", "-c", str(file))
     cluster.done("shopper", *deploy, "shop")
     assert "shop_web" in cluster.done("shopper", "stack", "services", "shop")
-    assert "the network is of the stack blog" in cluster.refused("shopper", *deploy, "blog")
+    assert "the network belongs to the stack blog" in cluster.refused("shopper", *deploy, "blog")
     assert "Removing network shop_default" in cluster.done("shopper", "stack", "rm", "shop")

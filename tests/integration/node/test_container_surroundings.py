@@ -1,6 +1,8 @@
 """What a container may do, see and use, checked from inside."""
 
 import asyncio
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,21 @@ async def test_a_user_has_no_capabilities_and_his_groups(run: Runner) -> None:
     assert (await run.output("id", user="12:34")) == "uid=12 gid=34 groups=34\n"
     with pytest.raises(InvalidArgument, match="unable to find user bob: no matching entries in passwd file"):
         await run.create("id", user="bob")
+
+
+async def test_a_user_without_capabilities_listens_at_any_port_and_may_ping(run: Runner) -> None:
+    """``ping`` of a distribution's busybox opens only raw sockets, so perl opens the socket for pings."""
+    listens = "httpd -p 80 -h /tmp 2>/dev/null && echo listens || echo refused"
+    pings = "perl -e 'socket(S, 2, 2, 1) or die $!; print qq(pings\\n)'"
+    perl = MountPoint(type="bind", source=shutil.which("perl") or "", destination="/bin/perl", read_only=True)
+    libraries = await asyncio.to_thread(subprocess.check_output, ["ldd", perl.source], text=True)
+    paths = [word for word in libraries.split() if word.startswith("/")]
+    mounts = (perl, *(MountPoint(type="bind", source=one, destination=one, read_only=True) for one in paths))
+    user = {"user": "1000", "capability_drop": ("ALL",)}
+    assert await run.output("sh", "-c", listens, **user) == "listens\n"
+    limited = {"net.ipv4.ip_unprivileged_port_start": "1024"}
+    assert await run.output("sh", "-c", listens, sysctls=limited, **user) == "refused\n"
+    assert await run.output("sh", "-c", pings, mounts=mounts, **user) == "pings\n"
 
 
 async def test_limits_are_applied(lab: Lab, run: Runner, engine: Engine) -> None:

@@ -153,7 +153,7 @@ def test_what_is_new_belongs_to_the_stack_of_the_operator() -> None:
     shopper = a_user("operator:shop")
     assert why(shopper, NewObject(name="shop_web", stack="shop")) == ""
     assert "needs the label" in why(shopper, NewObject(name="shop_web"))
-    assert "of the stack blog" in why(shopper, NewObject(name="blog_web", stack="blog"))
+    assert "belongs to the stack blog" in why(shopper, NewObject(name="blog_web", stack="blog"))
     assert "begin with shop_" in why(shopper, NewObject(name="web", stack="shop"))
 
 
@@ -190,7 +190,7 @@ def test_a_service_uses_what_is_of_its_stack_only() -> None:
     assert why(shopper, NewObject(name="shop_a", stack="shop", uses=(("secret", own, "k"),))) == ""
     for used in (others, Known(id="3"), None):
         refusal = why(shopper, NewObject(name="shop_a", stack="shop", uses=(("secret", used, "k"),)))
-        assert refusal == "the secret k is not of the stack shop"
+        assert refusal == "the secret k does not belong to the stack shop"
     assert "blog_data" in why(shopper, NewObject(name="shop_a", stack="shop", volumes=("blog_data",)))
 
 
@@ -213,7 +213,7 @@ def test_operators_of_single_stacks_put_no_service_before_those_of_others() -> N
 
 def test_no_object_goes_to_another_stack() -> None:
     shopper = a_user("operator:shop", "viewer")
-    assert "of the stack blog" in why(
+    assert "belongs to the stack blog" in why(
         shopper, NewObject(name="shop_a", stack="shop"), Known(id="1", stack="blog")
     )
     known, moved = Known(id="1", stack="shop_eu"), NewObject(name="shop_eu_web", stack="shop")
@@ -226,7 +226,7 @@ def test_no_object_goes_to_another_stack() -> None:
     assert "to another stack" in why(
         shopper, NewObject(name="blog_a", stack="blog"), Known(id="1", stack="shop")
     )
-    assert "of no stack" in why(shopper, NewObject(name="shop_a", stack="shop"), Known(id="1"))
+    assert "belongs to no stack" in why(shopper, NewObject(name="shop_a", stack="shop"), Known(id="1"))
 
 
 @given(st.lists(st.sampled_from(["viewer:shop", "operator:shop", "operator:blog"]), min_size=1))

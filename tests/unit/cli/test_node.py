@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from skep.cli.main import main
-from skep.cli.node import _drain, _Progress, left_behind, named
+from skep.cli.node import _drain, _Progress, left_behind, named, without_node
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
@@ -42,6 +42,19 @@ def test_nothing_happens_without_consent() -> None:
     done = CliRunner().invoke(main, ["--host", "unix:///nowhere", "node", "evict", "m3"], input="n\n")
     assert done.exit_code == 1
     assert "Remove m3" in done.output
+
+
+def test_a_drained_node_names_the_services_that_no_other_node_takes() -> None:
+    services = [{"ID": "s1", "Spec": {"Name": "web"}}, {"ID": "s2", "Spec": {"Name": "db"}}]
+    refused = {"State": "pending", "Err": "no suitable node (1 node not available for new tasks)"}
+    waiting = {"State": "pending", "Err": "waits for db to be healthy"}
+    tasks = [
+        {"ServiceID": "s1", "Status": refused},
+        {"ServiceID": "s1", "Status": refused},
+        {"ServiceID": "s2", "Status": waiting},
+        {"ServiceID": "other", "Status": refused},
+    ]
+    assert without_node(services, tasks) == ["web: no other node takes 2 tasks. Run skep explain web."]
 
 
 async def test_a_drain_names_the_services_that_have_no_task_elsewhere(

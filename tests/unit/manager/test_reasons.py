@@ -12,12 +12,15 @@ from skep.manager.reasons import Kind, Problem
 from skep.manager.scheduler.explain import NodeVerdict
 from skep.model.container import ContainerSpec, HealthConfig
 from skep.model.ids import NodeId, TaskId
-from skep.model.node import Node
+from skep.model.needs import host_ports
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
     Placement,
     Platform,
+    PortConfig,
+    PublishMode,
     Resources,
     Service,
     UpdateState,
@@ -314,6 +317,46 @@ def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> No
     assert explained(task, service=tight, nodes=(small, large)).reason == (
         "needs 4096 MiB of memory; the largest node, m1, has 2048 MiB"
     )
+
+
+def test_a_host_port_that_no_node_has_left_is_named_for_the_service_and_the_task() -> None:
+    ports = tuple(
+        PortConfig(target_port=80, published_port=number, publish_mode=PublishMode.HOST)
+        for number in (80, 443)
+    )
+    service = a_service("web", ports=ports)
+    refused = "no suitable node (host-mode port already in use on 2 nodes)"
+    task = a_task(service=service, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    reason = f"{refused}; it needs ports 80/tcp, 443/tcp"
+    assert explained(task, service=service, nodes=(a_node("m1"),)).reason == reason
+    verdicts = [NodeVerdict(node_id=NodeId("m1"), hostname="m1", reasons=("refused",))]
+    assert explain_task(task, None, verdicts, ports=host_ports(service.spec)).summary == reason
+
+
+@pytest.mark.parametrize(
+    ("availability", "state", "words"),
+    [
+        (Availability.ACTIVE, NodeState.DOWN, "down"),
+        (Availability.DRAIN, NodeState.READY, "drained"),
+        (Availability.PAUSE, NodeState.READY, "paused"),
+    ],
+)
+def test_unavailable_nodes_that_meet_a_constraint_are_named_with_their_states(
+    availability: Availability, state: NodeState, words: str
+) -> None:
+    service = a_service("web", constraints=("node.labels.ssd==yes",))
+    refused = "no suitable node (scheduling constraints not satisfied on 1 node; 1 node not available for new tasks)"
+    task = a_task(service=service, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    fitting = a_node("w1", labels={"ssd": "yes"}, availability=availability, state=state)
+    reason = explained(task, service=service, nodes=(a_node("m1"), fitting)).reason
+    assert (
+        reason
+        == f"{refused}; it needs node.labels.ssd==yes; no node that meets this is available: w1 is {words}"
+    )
+    other = a_node("w2", labels={"ssd": "yes"})
+    assert "available:" not in explained(task, service=service, nodes=(other, fitting)).reason
 
 
 def test_a_credential_in_the_last_line_or_in_the_check_is_masked() -> None:

@@ -318,3 +318,13 @@ def test_a_service_under_an_update_says_so() -> None:
     under_way = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
     assert progress_of(under_way, [RUNS]).is_updating
     assert not progress_of(SERVICE, [RUNS]).is_updating
+
+
+def test_the_managers_reason_replaces_the_error_of_a_service_that_is_not_started_again() -> None:
+    ended = ServiceProgress(
+        "its tasks ended and are not started again", "task: non-zero exit (4)", is_stuck=True
+    )
+    reason = Explanation(reason='exit 4, last line "no table users"')
+    found = explained(ended, reason, current=(), failures_max=5)
+    assert (found.cause, found.is_stuck) == (reason.reason, True)
+    assert explained(ended, Explanation(), current=(), failures_max=5).cause == "task: non-zero exit (4)"

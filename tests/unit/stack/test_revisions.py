@@ -88,30 +88,32 @@ def test_the_one_to_return_to_is_the_last_that_was_deployed_before() -> None:
         config(body(2), **{state: "failed: x"}),
         config(body(3), **{state: "deployed"}),
     )
-    assert before(found, None).number == 1
-    assert before(found, 2).number == 2
-    assert before(found[:2], None).number == 1
-    assert newest_deployed(found).number == 3
+    assert before("shop", found, None).number == 1
+    assert before("shop", found, 2).number == 2
+    assert before("shop", found[:2], None).number == 1
+    assert newest_deployed("shop", found).number == 3
     with pytest.raises(InvalidArgument, match=r"^there is no revision 7\. Choose one of 1, 2, 3\.$"):
-        before(found, 7)
-    with pytest.raises(InvalidArgument, match="no earlier revision was deployed"):
-        before(found[:1], None)
+        before("shop", found, 7)
+    with pytest.raises(
+        InvalidArgument, match=r"^no earlier revision of shop was deployed\. Run skep stack history shop\.$"
+    ):
+        before("shop", found[:1], None)
 
 
 def test_the_revisions_to_compare_are_the_last_two_or_those_that_are_named() -> None:
     found = revisions(*(config(body(number)) for number in (1, 2, 3)))
 
     def numbers(first: int | None, second: int | None) -> tuple[int, int]:
-        older, newer = pair_of(found, first, second)
+        older, newer = pair_of("shop", found, first, second)
         return older.number, newer.number
 
     assert (numbers(None, None), numbers(1, None), numbers(3, 1)) == ((2, 3), (1, 3), (3, 1))
     with pytest.raises(InvalidArgument, match="only revision 1"):
-        pair_of(found[:1], None, None)
+        pair_of("shop", found[:1], None, None)
     with pytest.raises(InvalidArgument, match="no revision"):
-        pair_of([], None, None)
+        pair_of("shop", [], None, None)
     with pytest.raises(InvalidArgument, match="no revision 9"):
-        pair_of(found, 9, None)
+        pair_of("shop", found, 9, None)
 
 
 def test_kept_revisions_keep_their_secrets_and_configs() -> None:

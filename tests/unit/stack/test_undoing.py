@@ -38,8 +38,8 @@ FAILED = config(body(1), **{"skep.stack.state": "failed: x"})
 @pytest.mark.parametrize(
     ("configs", "problem"),
     [
-        ([], "no earlier revision was deployed"),
-        ([FAILED], "no earlier revision was deployed"),
+        ([], "no earlier revision of shop was deployed"),
+        ([FAILED], "no earlier revision of shop was deployed"),
         ([config(body(1), **{"skep.stack.state": "deployed"})], "does not exist: create it first"),
         ([config(body(1) | {"Data": "!"}, **{"skep.stack.state": "deployed"})], "revision 1 cannot be read"),
     ],

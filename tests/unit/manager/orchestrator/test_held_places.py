@@ -133,3 +133,12 @@ def test_an_old_task_goes_on_if_its_refused_successor_has_just_got_a_node(order:
     world.put(replace(new, node_id=NodeId("n9"), status=placed))
     world.apply(changes)
     assert stopped.task.id in {task.id for task in wanted(world, "app:1")}
+
+
+@pytest.mark.parametrize("order", list(UpdateOrder))
+def test_no_order_stops_a_task_for_more_than_its_node_has(order: UpdateOrder) -> None:
+    before = {"reserve": ROOM}
+    refusal = "insufficient resources on 2 nodes"
+    large = Resources(memory_bytes=1 << 40)
+    world = an_update_that_is_refused(refusal, order=order, nodes=2, before=before, reserve=large)
+    assert len(wanted(world, "app:1")) == 2

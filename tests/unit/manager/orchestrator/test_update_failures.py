@@ -58,6 +58,20 @@ def test_the_message_of_a_failed_update_names_the_cause() -> None:
     assert (state(world), message(world)) == (UpdateState.PAUSED, words)
 
 
+def test_the_message_of_a_failed_update_has_the_words_of_the_reason() -> None:
+    world = a_world(replicas=1)
+    world.update(a_spec("app:2", replicas=1))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    runc = 'runc create failed: unable to start container process: exec: "none": not found: unknown'
+    err = f"starting container failed: OCI runtime create failed: {runc}"
+    world.put(replace(lead, status=replace(lead.status, state=TaskState.FAILED, err=err)))
+    world.settle()
+    assert message(world).endswith(
+        f'task {lead.id}: its process could not be started: exec: "none": not found'
+    )
+
+
 def test_an_update_goes_on_when_the_node_of_its_first_task_is_lost() -> None:
     world = a_world(replicas=2)
     world.nodes[a_node("n2").id] = a_node("n2")

@@ -10,7 +10,7 @@ from skep.aio.clock import SystemClock
 from skep.api.exposition import render
 from skep.manager.events import messages_of
 from skep.manager.explanations import explain_service
-from skep.manager.job_listing import next_run, note, schedule_words, shown_job
+from skep.manager.job_listing import failure, next_run, note, schedule_words, shown_job
 from skep.manager.job_runs import COMPLETED, FAILED
 from skep.manager.journal.changes import entries_of
 from skep.manager.metrics import job_family
@@ -18,6 +18,7 @@ from skep.manager.orchestrator.changes import FillSlot, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import unused_versions
 from skep.manager.schedules.due import decided, next_due_ns
 from skep.model.history import Severity
+from skep.model.ids import TaskId
 from skep.model.labels import JOB_TTL
 from skep.model.meta import Version
 from skep.model.schedules import CRON, CRON_SUSPEND, parsed_schedule
@@ -37,6 +38,7 @@ from skep.store.interface import Updated
 from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
+from tests.support.store_transactions import put
 from tests.support.worlds import World
 
 EMPTY = MemoryStore(SystemClock()).view()
@@ -99,6 +101,23 @@ def test_a_job_that_waits_for_its_first_run_has_no_tasks_and_is_as_wanted() -> N
     assert (explained.summary, explained.is_healthy) == ("it waits for its first run", True)
     assert explained.schedule == "@hourly (UTC), next run at 2026-11-24T10:00:00Z"
     assert shown_job(EMPTY, service).state == "waiting"
+
+
+def test_a_failed_run_has_the_reason_of_its_last_task_in_the_list_of_jobs() -> None:
+    async def listed() -> str:
+        store = MemoryStore(SystemClock())
+        job = a_job(JobStatus(job_iteration=Version(index=1), outcome=FAILED))
+        first = a_task(state=TaskState.FAILED, service=job)
+        status = replace(
+            first.status, err="task: non-zero exit (7)", timestamp=Timestamp("2026-11-24T10:00:00Z")
+        )
+        for task in (first, replace(first, id=TaskId("last"), status=status)):
+            await store.update(put, replace(task, job_iteration=Version(index=1)))
+        await store.update(put, job)
+        return failure(store.view(), job)
+
+    assert asyncio.run(listed()) == "exit 7"
+    assert failure(EMPTY, a_job()) == ""
 
 
 def test_a_scheduled_job_is_kept_between_its_runs_whatever_its_time_to_live() -> None:
