@@ -27,9 +27,11 @@ LOCAL = "local"
 PROXY_PROTOCOL = "proxy-protocol"
 
 PORTS_MAX = 1_000
-"""Published ports of a service.  The transaction that claims them has no room for more (``store.proposal``)."""
+"""Largest number of a service's published ports.  The transaction that claims them has no room for more
+(``store.proposal``).
+"""
 LABELS_MAX = 4_000
-"""Labels of a service with these options: four options for each port."""
+"""Largest number of a service's labels with these options: four for each port."""
 
 _NAME = re.compile(r"skep\.publish\.(?:(?P<port>[^.]+)\.)?(?P<option>[a-z-]+)")
 _PORT = re.compile(r"(?P<number>[0-9]{1,5})(?:/(?P<protocol>tcp|udp|sctp))?")

@@ -1,9 +1,9 @@
 """Rights over the node that a service requests by container labels, and the permissions for them.
 
 Docker's services have no field for devices, privileges, GPUs, shared memory and host namespaces.  Skep takes them from
-labels of the *container*, because these belong to the task's spec: a change of them replaces the tasks, and a rollback
-reverts it.  The cluster allows kinds of rights (``skep.allow`` in its spec), and each node does so for itself.  Both
-have to allow a right.
+labels of the *container*, which belong to the task's spec.  A change of such a label therefore replaces the tasks, and
+a rollback reverts it.  A right is granted only if both the cluster and the node allow its kind, each by its own
+``skep.allow``.
 """
 
 import re
@@ -26,7 +26,8 @@ CDI_LABEL: Final = "skep.cdi"
 """Engine label with a node's devices that vendors describe (CDI), separated by commas."""
 MORE: Final = "..."
 _WORDS_MAX = 256
-"""Parts of one container label.  Each part costs a search for the device on each node."""
+"""Largest number of words in one container label.  The scheduler searches each node for the device that a word names.
+"""
 
 _SIZE = re.compile(r"(\d{1,15})([bkmgt]?)b?", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -47,24 +48,24 @@ class ApiAccess(Enum):
     INSPECT = "inspect"
     """All details, and logs."""
     FULL = "full"
-    """Everything that root on the node may do."""
+    """All that root on the node can do."""
 
 
 class Right(Enum):
     """A kind of right, as named in ``skep.allow``."""
 
     PRIVILEGED = "privileged"
-    """Everything that root on the node may do."""
+    """All that root on the node can do."""
     DEVICES = "devices"
     GPUS = "gpus"
     NAMESPACES = "namespaces"
     """Processes, shared memory and host name of the machine."""
     RESOURCES = "resources"
-    """Sizes and limits that a service's ``--limit`` does not have."""
+    """Sizes and limits for which ``docker service create`` has no option."""
     API = "api"
-    """The whole Engine API, for containers that mount its socket."""
+    """All calls of the Engine API, for containers that mount its socket."""
     API_INSPECT = "api-inspect"
-    """Reading data through the Engine API that may hold secrets of others: environment variables, configs, logs."""
+    """Reading environment variables, configs and logs of others through the Engine API, which may contain secrets."""
 
 
 ALL_RIGHTS: Final = frozenset(Right)
@@ -94,7 +95,7 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     device_rules: tuple[str, ...] = ()
     gpus: Gpus | None = None
     pid: str = ""
-    """``host`` or empty, as in the next two fields."""
+    """``host`` or empty.  The same holds for the next two fields."""
     ipc: str = ""
     uts: str = ""
     shm_bytes: int = 0
@@ -219,7 +220,8 @@ def is_listed(path: str) -> bool:
 
 def missing_devices(rights: MachineRights, engine_labels: Mapping[str, str]) -> tuple[str, ...]:
     """Return the requested devices that a node lacks, by its labels."""
-    listed = f",{engine_labels.get(DEVICES_LABEL, '')},"  # searched as text: thousands of nodes list hundreds
+    # A text search is fast enough for thousands of nodes with hundreds of devices each.
+    listed = f",{engine_labels.get(DEVICES_LABEL, '')},"
     described = [one for one in engine_labels.get(CDI_LABEL, "").split(",") if one]
     missing: list[str] = []
     if f",{MORE}," not in listed:
@@ -253,7 +255,7 @@ def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ValueError("it is empty")
-    if len(words) > _WORDS_MAX:  # each node is searched for each device
+    if len(words) > _WORDS_MAX:  # See ``_WORDS_MAX``.
         raise ValueError(f"it has more than {_WORDS_MAX} parts")
     return words
 

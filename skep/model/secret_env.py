@@ -1,7 +1,7 @@
-"""Secrets as environment variables: an explicit option of a service's containers, with a warning.
+"""Secrets as environment variables, which a service has to request explicitly and which causes a warning.
 
-A file is safer: every process that a program starts inherits its environment, and programs print it.  But many images
-accept passwords only this way.
+A file is safer, because every child process inherits the environment and programs print it.  But many images accept
+passwords only this way.
 """
 
 import re
@@ -15,9 +15,9 @@ SECRET_ENV_LABEL = "skep.secret-env"
 PLUGIN = ("Secret", "skep-env")
 """Plugin that nodes with support for it report.  Tasks of such a service run only on these nodes."""
 VARIABLES_MAX = 64
-"""Variables of one service that come from secrets."""
+"""Largest number of a service's variables that come from secrets."""
 VALUE_BYTES_MAX = 64 << 10
-"""Bytes of a value.  The kernel's limit for a variable with its name is 128 KiB."""
+"""Largest value in bytes.  The kernel allows 128 KiB for a variable including its name."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
@@ -74,7 +74,9 @@ def secret_env_warning(container: ContainerSpec | None) -> str:
 
 
 def environment_entry(name: str, data: bytes) -> str:
-    """Return ``NAME=value``.  Raises: InvalidArgument: a variable cannot have that value; the text omits the value."""
+    """Return ``NAME=value``.  Raises: InvalidArgument: a variable cannot have that value.  The error does not show the
+    value.
+    """
     try:
         value = data.decode()
     except UnicodeDecodeError:
