@@ -131,7 +131,7 @@ _HINTS: Final = {
 
 
 def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return errors about labels, each with the key to report it at.
+    """Return errors about labels, each with the key at which it is reported.
 
     ``declared``: the labels below ``deploy``.  A schedule below ``x-skep`` is checked where it is read.
     """
@@ -428,7 +428,7 @@ def _autoscaling(settings: Reader) -> dict[str, str]:
 
 
 def _checked_labels(settings: Reader, keys: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
-    """Return labels with the texts at these keys, each checked at its place in the file."""
+    """Return labels with the values of these keys.  Errors are reported at the place of the key in the file."""
     made: dict[str, str] = {}
     for key, label in keys.items():
         if not (text := settings.text(key)):
