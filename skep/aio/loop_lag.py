@@ -132,7 +132,7 @@ class ThreadTimes:
 
 
 class StackWatch:
-    """A thread that watches the thread which created it, and records its stack if it has not called ``turn`` in time."""
+    """Watches the thread that created it, and records that thread's stack if it has not called ``turn`` in time."""
 
     def __init__(self) -> None:
         self.stood: tuple[str, ...] = ()

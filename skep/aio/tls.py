@@ -92,7 +92,7 @@ _HALF_CLOSE = "half-close"
 def may_half_close(transport: asyncio.BaseTransport) -> bool:
     """Return whether the other end may close only its direction, so that ``eof_received`` may return True.
 
-    That holds for plain connections and those of this module, but not for asyncio's own TLS.
+    That holds for plain connections and TLS connections of this module, but not for asyncio's own TLS.
     """
     return transport.get_extra_info("sslcontext") is None or bool(transport.get_extra_info(_HALF_CLOSE))
 

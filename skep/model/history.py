@@ -130,8 +130,8 @@ def bounded(entry: Entry) -> Entry:
 
 
 _NAMES = ("type", "action", "object_id", "name", "service", "node", "stack", "method")
-"""Fields that are cut to ``NAME_CHARACTERS_MAX``.  Even ``type`` and ``action`` need a limit, because those of a
-request are words of its path, which a client chooses.
+"""Fields that are cut to ``NAME_CHARACTERS_MAX``.  Even ``type`` and ``action`` need a limit, because a request's entry
+takes them from its path, which a client chooses.
 """
 
 

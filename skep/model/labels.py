@@ -311,7 +311,7 @@ def shares_images(labels: Mapping[str, str]) -> bool:
 
 
 def allows_worker_reads(labels: Mapping[str, str]) -> bool:
-    """Return whether the cluster's labels let the APIs of workers show the same objects as those of managers."""
+    """Return whether the cluster's labels let the APIs of workers show the cluster's objects."""
     return labels.get(WORKER_READS, "").lower() == "true"
 
 

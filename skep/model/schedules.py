@@ -1,9 +1,9 @@
 """Schedules of jobs: labels with the times of a job's runs.  Pure.
 
 An expression has cron's five fields and the same meaning as in Debian's cron, even when daylight saving time begins or
-ends.  A due time that the clock skips moves to the first time after the gap, and one that occurs twice runs once.  If
-minute or hour begins with ``*``, the job runs at every time that occurs.  The code compares points in time, never local
-times.
+ends.  A due time that the clock skips moves to the first time after the gap.  A due time that occurs twice runs once.
+If minute or hour begins with ``*``, the job runs at every time that occurs.  The code compares points in time, never
+local times.
 """
 
 from collections.abc import Iterator, Mapping
