@@ -309,7 +309,9 @@ def pair_of(
 
 
 def newest_deployed(revisions: Sequence[Revision]) -> Revision:
-    """Return the newest deployed revision, to which an undo returns.  Raises: InvalidArgument: there is none."""
+    """Return the newest deployed revision, to which an undo returns.  Raises: InvalidArgument: no revision was
+    deployed.
+    """
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
         raise InvalidArgument("no earlier revision was deployed. Run skep stack history STACK.")

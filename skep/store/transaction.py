@@ -484,7 +484,7 @@ class ProposalBuilder:
         )
 
     def claim(self, claim: str, claimant: Owner | None) -> None:
-        """Assign ``claim`` to ``claimant``, or release it if that is None.  Do nothing if that is no change."""
+        """Assign ``claim`` to ``claimant``, or release it if that is None.  Do nothing if that changes nothing."""
         held = self._state.holder(claim)
         if (held.owner if held is not None else None) == claimant and not (held and held.is_damaged):
             return

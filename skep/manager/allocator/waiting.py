@@ -1,7 +1,7 @@
-"""Tasks that are not yet released, and the keys that wait for networks.
+"""Tracks tasks that are not yet released to the scheduler, and keys that wait for networks.
 
-A released address is only offered to keys that wait for its network, and only while the network has a free one.  So
-each release costs the work of one task, however many wait.
+A released address is offered only to keys that wait for its network, and only while the network has a free address.  So
+each release costs the work of one task, however many tasks wait.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ class Waiting:
             waiting.pop(service_id, None)  # type: ignore[attr-defined]
 
     def park(self, service_id: ServiceId, task_id: TaskId, network_id: NetworkId) -> None:
-        """Set a task aside that any address of a full network would help."""
+        """Set a task aside until the full network has a free address."""
         self.remove(service_id, task_id)
         self._parked.setdefault(network_id, {}).setdefault(service_id, {})[task_id] = None
 

@@ -1,7 +1,8 @@
 """The log broker: requests logs from the nodes of tasks and passes the lines to readers.
 
-A node gets requests from the manager that owns its session.  Nodes of other managers are requested through those
-managers (``Relays``).  One stream to each manager serves all its nodes at the start, later streams the added nodes.
+A node gets requests from the manager that owns its session.  So logs from nodes of other managers are requested through
+those managers (``Relays``).  At the start, one stream to each manager serves all its nodes.  Nodes that are added later
+get further streams.
 
 A follower's nodes change.  ``Subscription.sources`` records the manager through which each node was requested.  When
 that source no longer has the node (the node listens again, its session moved, a relay broke), the rest is requested

@@ -66,7 +66,7 @@ class Election:
         self._clock = clock
         self._is_only_member = is_only_member
         self._nonce = ""
-        """Nonce of a write of the leader key that got no response.  Empty if there is none."""
+        """Nonce of a write of the leader key that got no response.  Empty otherwise."""
         self._timeout = AdaptiveTimeout()
 
     async def win_terms(self, backoff: Backoff) -> AsyncIterator[TermState]:

@@ -169,7 +169,7 @@ class EtcdStore(Updater):
         written = await self._client.put(etcd_key(PROBE), b"")
         if written.header.revision == self._compacted + 1:
             self._compacted += (
-                1  # nothing else was written in between, so there is no more history to discard
+                1  # nothing else was written in between, so no further history can be discarded
             )
         return is_more
 
