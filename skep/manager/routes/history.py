@@ -32,7 +32,7 @@ _PARAMETERS = frozenset(
 )
 
 _PIECE = 500
-"""Tasks between two pauses for the event loop."""
+"""Number of tasks between two pauses for the event loop."""
 
 
 class TaskThen(ApiObject):

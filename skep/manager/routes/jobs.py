@@ -15,7 +15,7 @@ from skep.model.service import Service
 routes = Routes()
 
 _PIECE = 50
-"""Jobs between two pauses for the event loop."""
+"""Number of jobs between two pauses for the event loop."""
 
 
 @routes.get("/skep/jobs")
