@@ -30,7 +30,7 @@ def filters_of(words: Iterable[str]) -> dict[str, list[str]]:
     for word in words:
         key, equals, value = word.partition("=")
         if not (key and equals):
-            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
+            raise InvalidArgument(f"invalid filter {word!r}: expected KEY=VALUE")
         wanted.setdefault(key.strip().lower(), []).append(value.strip())
     return wanted
 

@@ -168,7 +168,7 @@ class ClusterEvents:
         incarnation, _, revision = cursor.partition("-")
         if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
             raise InvalidArgument(
-                f"invalid cursor {cursor!r}: want the cursor of an event, like {self.cursor()}"
+                f"invalid cursor {cursor!r}: expected the cursor of an event, like {self.cursor()}"
             )
         if int(incarnation) != self._store.incarnation:
             raise EventsLost(

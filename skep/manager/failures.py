@@ -87,7 +87,8 @@ class Failures:
         self._failures.pop(key, None)
 
     def refusal(self, what: str, key: str) -> Failure | None:
-        """Return why the store refused to write ``what`` of ``key`` last time.
+        """Return the failure of the last attempt to write ``what`` (a part of the object ``key``), if the store refused
+        it.
 
         None if it was written or the store was unavailable.
         """

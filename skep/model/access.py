@@ -53,17 +53,17 @@ class Origin(Enum):
     """How the client of a request proved its identity."""
 
     SOCKET = "socket"
-    """Permissions of a Unix socket of this machine."""
+    """The client opened a Unix socket of this machine, whose permissions allow that."""
     MACHINE = "machine"
-    """A certificate of the authority in the node's setting ``tls-ca``."""
+    """The client has a certificate of the authority in the node's setting ``tls-ca``."""
     CERTIFICATE = "certificate"
-    """A certificate that the cluster issued to a user."""
+    """The client has a certificate that the cluster issued to a user."""
     TOKEN = "token"
-    """A user's token."""
+    """The request contains a user's token."""
     CONTAINER = "container"
-    """The API socket that is mounted into a container."""
+    """The client opened the API socket that is mounted into a container."""
     NODE = "node"
-    """A worker's own certificate, with which it passes on requests of its clients."""
+    """A worker passes on a request of one of its clients, with its own certificate."""
 
 
 class Credential(msgspec.Struct, frozen=True):
@@ -157,11 +157,11 @@ def parse_binding(text: str) -> Binding:
     try:
         role = Role[word.upper()]
     except KeyError:
-        raise InvalidArgument(f"unknown role {word!r}: want viewer, operator or admin") from None
+        raise InvalidArgument(f"unknown role {word!r}: expected viewer, operator or admin") from None
     if not colon or stack == EVERY_STACK:
         return Binding(role)
     if not _STACK.fullmatch(stack):
         raise InvalidArgument(f"{stack!r} is not the name of a stack")
     if role is Role.ADMIN:
-        raise InvalidArgument("an admin is one of the whole cluster: want admin, or operator:STACK")
+        raise InvalidArgument("the role admin cannot be limited to a stack: use admin, or operator:STACK")
     return Binding(role, stack)

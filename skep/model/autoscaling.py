@@ -94,7 +94,7 @@ def check_autoscaling(spec: ServiceSpec) -> None:
         return
     for name in given:
         if name not in _LABELS:
-            raise InvalidArgument(f"unknown label {name}: want one of {', '.join(_LABELS)}")
+            raise InvalidArgument(f"unknown label {name}: expected one of {', '.join(_LABELS)}")
     if AUTOSCALE not in spec.labels:
         raise InvalidArgument(f"the label {given[0]} needs {AUTOSCALE}, such as {AUTOSCALE}=2..10")
     if spec.mode.name != "replicated":
@@ -153,16 +153,16 @@ def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
     match = _RANGE.fullmatch(text)
     if match is None or not match[0].isascii():
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: want the fewest and the most tasks, like 2..10"
+            f"invalid label {AUTOSCALE}={text}: expected the fewest and the most tasks, like 2..10"
         )
     least, most = int(match[1]), int(match[2])
     if not least:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: a service is not scaled to zero, want at least 1"
+            f"invalid label {AUTOSCALE}={text}: autoscaling never scales to zero, expected at least 1"
         )
     if not least <= most <= REPLICAS_MAX:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: want the smaller number first, and at most {REPLICAS_MAX}"
+            f"invalid label {AUTOSCALE}={text}: expected the smaller number first, and at most {REPLICAS_MAX}"
         )
     memory = _percent(labels, AUTOSCALE_MEMORY, 100)
     cpu = _percent(labels, AUTOSCALE_CPU, CPU_MAX)
@@ -177,7 +177,7 @@ def _percent(labels: Mapping[str, str], name: str, largest: int) -> int | None:
         return None
     match = _PERCENT.fullmatch(text)
     if match is None or not text.isascii() or not 1 <= int(match[1]) <= largest:
-        raise InvalidArgument(f"invalid label {name}={text}: want a percentage from 1 to {largest}")
+        raise InvalidArgument(f"invalid label {name}={text}: expected a percentage from 1 to {largest}")
     return int(match[1])
 
 
@@ -188,7 +188,7 @@ def _down_after_s(labels: Mapping[str, str]) -> float:
     duration = duration_ns(text)
     if duration is None or not DOWN_AFTER_S_MIN * SECOND_NS <= duration <= DOWN_AFTER_S_MAX * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE_DOWN_AFTER}={text}: want a duration from "
+            f"invalid label {AUTOSCALE_DOWN_AFTER}={text}: expected a duration from "
             f"{DOWN_AFTER_S_MIN:g}s to {DOWN_AFTER_S_MAX / 3600:g}h"
         )
     return duration / SECOND_NS

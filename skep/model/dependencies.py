@@ -105,7 +105,7 @@ def _dependency(part: str, text: str) -> Dependency:
         condition = None
     if not name or condition is None or not {_RESTART, _OPTIONAL}.issuperset(options):
         raise InvalidArgument(
-            f"invalid label {DEPENDS_ON}={text}: want SERVICE=CONDITION[+{_RESTART}][+{_OPTIONAL}],... with one of "
+            f"invalid label {DEPENDS_ON}={text}: expected SERVICE=CONDITION[+{_RESTART}][+{_OPTIONAL}],... with one of "
             f"{', '.join(one.value for one in Condition)}, at most {DEPENDENCIES_MAX} services"
         )
     return Dependency(name, condition, _OPTIONAL not in options, _RESTART in options)

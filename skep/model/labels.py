@@ -294,7 +294,7 @@ def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, .
         if not sign or not stack or not repository.strip("/") or any(char in repository for char in "@*= "):
             raise InvalidArgument(
                 f"invalid label {ALLOW_CREDENTIAL_HELPERS}: {part!r}: "
-                "want STACK=REGISTRY/REPOSITORY, separated by commas"
+                "expected STACK=REGISTRY/REPOSITORY, separated by commas"
             )
         found[stack] = (*found.get(stack, ()), repository.strip("/"))
     return found
@@ -320,7 +320,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _check_former(labels, FORMER_VOLUMES, VOLUME_AFFINITY, _FORMER_VALUES)
     if EXEC in labels:
         raise InvalidArgument(
-            f"the label {EXEC} counts on containers only: give it with --container-label, not with --label"
+            f"the label {EXEC} works on containers only: set it with --container-label, not with --label"
         )
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
@@ -398,7 +398,7 @@ def _choice(labels: Mapping[str, str], name: str, default: E) -> E:
         return kind(value)
     except ValueError:
         wanted = ", ".join(one.value for one in kind)
-        raise InvalidArgument(f"invalid label {name}={value}: want one of {wanted}") from None
+        raise InvalidArgument(f"invalid label {name}={value}: expected one of {wanted}") from None
 
 
 def _priority(labels: Mapping[str, str]) -> int:
@@ -406,14 +406,14 @@ def _priority(labels: Mapping[str, str]) -> int:
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and int(digits) <= PRIORITY_MAX):
         raise InvalidArgument(
-            f"invalid label {PRIORITY}={text}: want a whole number from -{PRIORITY_MAX} to {PRIORITY_MAX}"
+            f"invalid label {PRIORITY}={text}: expected a whole number from -{PRIORITY_MAX} to {PRIORITY_MAX}"
         )
     return int(text)
 
 
 def _check_switch(labels: Mapping[str, str], name: str) -> None:
     if (word := labels.get(name, "false")).lower() not in {"true", "false"}:
-        raise InvalidArgument(f"invalid label {name}={word}: want true or false")
+        raise InvalidArgument(f"invalid label {name}={word}: expected true or false")
 
 
 def _progress_deadline_s(labels: Mapping[str, str]) -> float:
@@ -438,7 +438,7 @@ def _forget_nodes_s(labels: Mapping[str, str]) -> float | None:
     seconds = _seconds(labels, FORGET_NODES, FORGET_S_MAX)
     if seconds is not None and seconds < FORGET_S_MIN:
         raise InvalidArgument(
-            f"invalid label {FORGET_NODES}={labels[FORGET_NODES]}: want at least {FORGET_S_MIN:g}s"
+            f"invalid label {FORGET_NODES}={labels[FORGET_NODES]}: expected at least {FORGET_S_MIN:g}s"
         )
     return seconds
 
@@ -446,7 +446,9 @@ def _forget_nodes_s(labels: Mapping[str, str]) -> float | None:
 def _last_lines(labels: Mapping[str, str]) -> int:
     text = labels.get(LAST_LINES, str(LAST_LINES_MAX))
     if not (text.isascii() and text.isdigit() and len(text) <= 2 and int(text) <= LAST_LINES_MAX):
-        raise InvalidArgument(f"invalid label {LAST_LINES}={text}: want a number from 0 to {LAST_LINES_MAX}")
+        raise InvalidArgument(
+            f"invalid label {LAST_LINES}={text}: expected a number from 0 to {LAST_LINES_MAX}"
+        )
     return int(text)
 
 
@@ -454,7 +456,7 @@ def _history_entries(labels: Mapping[str, str]) -> int:
     text = labels.get(HISTORY, str(HISTORY_DEFAULT))
     if not (text.isascii() and text.isdigit() and len(text) <= 6 and int(text) <= HISTORY_MAX):
         raise InvalidArgument(
-            f"invalid label {HISTORY}={text}: want a number of entries from 0 to {HISTORY_MAX}"
+            f"invalid label {HISTORY}={text}: expected a number of entries from 0 to {HISTORY_MAX}"
         )
     return int(text)
 
@@ -466,6 +468,6 @@ def _seconds(labels: Mapping[str, str], name: str, largest_s: float) -> float | 
     duration = duration_ns(text)
     if duration is None or not 0 <= duration <= largest_s * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {name}={text}: want a duration like 30s or 5m, at most {largest_s / 3600:g} h"
+            f"invalid label {name}={text}: expected a duration like 30s or 5m, at most {largest_s / 3600:g} h"
         )
     return duration / SECOND_NS

@@ -137,7 +137,7 @@ def _setting(name: str, value: str) -> _Setting:
     match = _NAME.fullmatch(name)
     options = (HOST_IP, *_WORDS)
     if match is None or match["option"] not in options:
-        raise InvalidArgument(f"invalid label {name}: want one of {', '.join(options)} after {PREFIX}")
+        raise InvalidArgument(f"invalid label {name}: expected one of {', '.join(options)} after {PREFIX}")
     port = _PORT.fullmatch(match["port"] or "0")
     number = int(port["number"]) if port else 0
     if port is None or (match["port"] and not 0 < number <= 65535):
@@ -146,7 +146,7 @@ def _setting(name: str, value: str) -> _Setting:
     if option == HOST_IP:
         value = str(_host_ip(name, value))
     elif value not in _WORDS[option]:
-        raise InvalidArgument(f"invalid label {name}={value}: want one of {', '.join(_WORDS[option])}")
+        raise InvalidArgument(f"invalid label {name}={value}: expected one of {', '.join(_WORDS[option])}")
     return _Setting(name, number, port["protocol"] or "", option, value)
 
 
@@ -154,7 +154,7 @@ def _host_ip(name: str, value: str) -> Address:
     try:
         address = parsed(value)
     except ValueError:
-        raise InvalidArgument(f"invalid label {name}={value}: want an IP address") from None
+        raise InvalidArgument(f"invalid label {name}={value}: expected an IP address") from None
     if address.is_multicast:
-        raise InvalidArgument(f"invalid label {name}={value}: want an address of a node")
+        raise InvalidArgument(f"invalid label {name}={value}: expected an address of a node")
     return address

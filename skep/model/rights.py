@@ -171,7 +171,7 @@ def check_service_rights(container: ContainerSpec | None, service_labels: Iterab
     misplaced = sorted(_READERS.keys() & set(service_labels))
     if misplaced:
         raise InvalidArgument(
-            f"the label {misplaced[0]} counts on containers only: give it with --container-label, not with --label"
+            f"the label {misplaced[0]} works on containers only: set it with --container-label, not with --label"
         )
     rights_of(container)
 
@@ -188,7 +188,7 @@ def allowed_rights(text: str) -> frozenset[Right]:
     except ValueError:
         known = ", ".join(right.value for right in Right)
         raise InvalidArgument(
-            f"invalid label {ALLOW_LABEL}={text}: want all, none, or some of {known}, separated by commas"
+            f"invalid label {ALLOW_LABEL}={text}: expected all, none, or some of {known}, separated by commas"
         ) from None
 
 
@@ -262,13 +262,13 @@ def _words(text: str) -> list[str]:
 
 def _boolean(text: str) -> dict[str, Any]:
     if text not in ("true", "false"):
-        raise ValueError("want true or false")
+        raise ValueError("expected true or false")
     return {"privileged": text == "true"}
 
 
 def _api(text: str) -> dict[str, Any]:
     if text not in ("read", "inspect", "full"):
-        raise ValueError("want read, inspect or full")
+        raise ValueError("expected read, inspect or full")
     return {} if text == "read" else {f"api_{text}": True}
 
 
@@ -286,7 +286,7 @@ def _devices(text: str) -> dict[str, Any]:
         inside, access = inside or path, access or "rwm"
         if not (path.startswith("/") and inside.startswith("/") and _ACCESS.fullmatch(access)):
             raise ValueError(
-                "want devices like /dev/ttyUSB0 or /dev/ttyUSB0:/dev/modem:rw, separated by commas"
+                "expected devices like /dev/ttyUSB0 or /dev/ttyUSB0:/dev/modem:rw, separated by commas"
             )
         devices.append(Device(path, inside, access))
     return {"devices": tuple(devices), "cdi_devices": tuple(names)}
@@ -295,7 +295,7 @@ def _devices(text: str) -> dict[str, Any]:
 def _rules(text: str) -> dict[str, Any]:
     words = _words(text)
     if not all(map(_RULE.fullmatch, words)):
-        raise ValueError("want rules like c 188:* rwm, separated by commas")
+        raise ValueError("expected rules like c 188:* rwm, separated by commas")
     return {"device_rules": tuple(words)}
 
 
@@ -307,14 +307,14 @@ def _gpus(text: str) -> dict[str, Any]:
         return {"gpus": Gpus(count=int(words[0]))}
     names = text.removeprefix("device=").split(",") if text.startswith("device=") else []
     if not names or not all(re.fullmatch(r"[\w.:-]+", name) for name in names):
-        raise ValueError("want all, a number, or device=NAME,...")
+        raise ValueError("expected all, a number, or device=NAME,...")
     return {"gpus": Gpus(ids=tuple(names))}
 
 
 def _of_the_machine(field: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         if text != "host":
-            raise ValueError("want host")
+            raise ValueError("expected host")
         return {field: text}
 
     return read
@@ -324,7 +324,7 @@ def size(text: str) -> int:
     """Return the bytes of a size such as ``64m``, ``1g`` or ``4096``.  Raises: ValueError."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError("want a size like 64m or 1g")
+        raise ValueError("expected a size like 64m or 1g")
     return int(match[1]) * _FACTORS[match[2].lower()]
 
 
@@ -334,7 +334,7 @@ def _size(field: str, *, is_unlimited: bool = False) -> Callable[[str], dict[str
             return {field: -1}
         bytes_ = size(text)
         if not 0 < bytes_ < 2**63:
-            raise ValueError("want a size like 64m or 1g")
+            raise ValueError("expected a size like 64m or 1g")
         return {field: bytes_}
 
     return read
@@ -343,7 +343,7 @@ def _size(field: str, *, is_unlimited: bool = False) -> Callable[[str], dict[str
 def _number(field: str, least: int, most: int) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-            raise ValueError(f"want a number from {least} to {most}")
+            raise ValueError(f"expected a number from {least} to {most}")
         return {field: int(text)}
 
     return read
@@ -352,7 +352,7 @@ def _number(field: str, least: int, most: int) -> Callable[[str], dict[str, Any]
 def _ranges(field: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
-            raise ValueError("want numbers like 0-3,5")
+            raise ValueError("expected numbers like 0-3,5")
         return {field: text}
 
     return read
@@ -364,7 +364,7 @@ def _rates(field: str, amount: Callable[[str], int]) -> Callable[[str], dict[str
         for word in _words(text):
             path, separator, rate = word.rpartition(":")
             if not separator or not path.startswith("/"):
-                raise ValueError("want DEVICE:RATE, separated by commas")
+                raise ValueError("expected DEVICE:RATE, separated by commas")
             found.append((path, amount(rate)))
             if found[-1][1] >= 2**63:
                 raise ValueError("the rate is too large")
@@ -375,7 +375,7 @@ def _rates(field: str, amount: Callable[[str], int]) -> Callable[[str], dict[str
 
 def _operations(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ValueError("want DEVICE:OPERATIONS, separated by commas")
+        raise ValueError("expected DEVICE:OPERATIONS, separated by commas")
     return int(text)
 
 

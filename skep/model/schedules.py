@@ -178,7 +178,7 @@ def check_schedule(labels: Mapping[str, str], mode: str) -> None:
         raise InvalidArgument(f"label {given[0]} needs label {CRON}, which says when the job runs")
     if mode not in JOB_MODES:
         raise InvalidArgument(
-            f"label {CRON} is for jobs: want mode {' or '.join(JOB_MODES)}, the service is {mode}"
+            f"label {CRON} is for jobs: expected mode {' or '.join(JOB_MODES)}, the service is {mode}"
         )
     if JOB_TTL in labels:
         raise InvalidArgument(
@@ -221,7 +221,7 @@ def _parsed(
 
 def _expression(text: str) -> str:
     """Return the expression ``text`` with five fields, macros replaced.  Raises: InvalidArgument."""
-    wanted = "want five fields (minute, hour, day of the month, month, day of the week) or " + ", ".join(
+    wanted = "expected five fields (minute, hour, day of the month, month, day of the week) or " + ", ".join(
         _MACROS
     )
     if text.startswith("@"):
@@ -264,7 +264,7 @@ def _zone(name: str) -> tzinfo:
     except (OSError, ValueError, KeyError):  # no such file, a directory, no name of a file
         pass
     raise InvalidArgument(
-        f"invalid label {CRON_TIME_ZONE}={name}: want a name of the IANA database that this manager has, such as "
+        f"invalid label {CRON_TIME_ZONE}={name}: expected a name of the IANA database that this manager has, such as "
         "Europe/Berlin"
     )
 
@@ -274,7 +274,7 @@ def _concurrency(word: str | None) -> Concurrency:
         return Concurrency(Concurrency.FORBID.value if word is None else word)
     except ValueError:
         wanted = " or ".join(each.value for each in Concurrency)
-        raise InvalidArgument(f"invalid label {CRON_CONCURRENCY}={word}: want {wanted}") from None
+        raise InvalidArgument(f"invalid label {CRON_CONCURRENCY}={word}: expected {wanted}") from None
 
 
 def _deadline_s(text: str | None) -> float | None:
@@ -283,7 +283,7 @@ def _deadline_s(text: str | None) -> float | None:
     duration = duration_ns(text)
     if duration is None or not SECOND_NS <= duration <= DEADLINE_S_MAX * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {CRON_DEADLINE}={text}: want a duration like 30s or 2h, from 1s to "
+            f"invalid label {CRON_DEADLINE}={text}: expected a duration like 30s or 2h, from 1s to "
             f"{DEADLINE_S_MAX / 3600:g} h"
         )
     return duration / SECOND_NS
@@ -292,7 +292,7 @@ def _deadline_s(text: str | None) -> float | None:
 def _is_suspended(word: str | None) -> bool:
     if word is None or word.lower() in ("true", "false"):
         return (word or "").lower() == "true"
-    raise InvalidArgument(f"invalid label {CRON_SUSPEND}={word}: want true or false")
+    raise InvalidArgument(f"invalid label {CRON_SUSPEND}={word}: expected true or false")
 
 
 def _max_attempts(text: str | None) -> int:
@@ -301,5 +301,5 @@ def _max_attempts(text: str | None) -> int:
     if text.isascii() and text.isdecimal() and len(text) <= 4 and int(text) <= MAX_ATTEMPTS_MAX:
         return int(text)
     raise InvalidArgument(
-        f"invalid label {CRON_MAX_ATTEMPTS}={text}: want a number from 1 to {MAX_ATTEMPTS_MAX}, or 0 for no limit"
+        f"invalid label {CRON_MAX_ATTEMPTS}={text}: expected a number from 1 to {MAX_ATTEMPTS_MAX}, or 0 for no limit"
     )

@@ -35,9 +35,9 @@ def secret_variables(container: ContainerSpec | None) -> Mapping[str, SecretRefe
     for word in text.split(","):
         name, equals, target = (part.strip() for part in word.partition("="))
         if not equals or not _NAME.fullmatch(name) or name in found:
-            raise _invalid(text, "want VARIABLE=TARGET, separated by commas, each variable once")
+            raise _invalid(text, "expected VARIABLE=TARGET, separated by commas, each variable once")
         if name in given:
-            raise _invalid(text, f"{name} is given by --env, too")
+            raise _invalid(text, f"{name} is already set by --env")
         if target not in by_target:
             raise _invalid(text, f"the service has no secret with the target {target}")
         found[name] = by_target[target]
@@ -53,7 +53,7 @@ def check_secret_env(container: ContainerSpec | None, service_labels: Iterable[s
     """
     if SECRET_ENV_LABEL in service_labels:
         raise InvalidArgument(
-            f"the label {SECRET_ENV_LABEL} counts on containers only: give it with --container-label, not with --label"
+            f"the label {SECRET_ENV_LABEL} works on containers only: set it with --container-label, not with --label"
         )
     secret_variables(container)
 

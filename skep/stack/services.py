@@ -333,7 +333,7 @@ def _short_ports(node: Node, path: str, service: Reader) -> list[tuple[PortConfi
     first, last = _range(match["published"] or "0")
     if protocol not in _PROTOCOLS or not 0 < low <= high <= 65535 or not 0 <= first <= last <= 65535:
         service.problem_at(
-            node, path, f"{node.text!r} has no valid ports: want 1 to 65535, and {', '.join(_PROTOCOLS)}"
+            node, path, f"{node.text!r} has no valid ports: expected 1 to 65535, and {', '.join(_PROTOCOLS)}"
         )
         return []
     if first and last - first != high - low:

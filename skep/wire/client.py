@@ -160,5 +160,5 @@ def split_address(address: str) -> tuple[str, int]:
     """Split ``"10.0.0.1:2377"`` or ``"[::1]:2377"`` into host and port.  Raises InvalidArgument."""
     host, port = parted(address)
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
-        raise InvalidArgument(f"invalid address {address!r}: want host:port")
+        raise InvalidArgument(f"invalid address {address!r}: expected host:port")
     return host, int(port)

@@ -75,7 +75,7 @@ def _pool(text: str) -> IPv4Network:
         return IPv4Network(text.strip(), strict=False)
     except ValueError:
         raise InvalidArgument(
-            f"invalid address pool {text[:100]!r}: want an IPv4 subnet like 10.10.0.0/16"
+            f"invalid address pool {text[:100]!r}: expected an IPv4 subnet like 10.10.0.0/16"
         ) from None
 
 

@@ -263,7 +263,7 @@ def _check_endpoint(endpoint: EndpointSpec | None) -> None:
             )
         for number in (port.published_port, port.target_port):
             if number > PORT_MAX:
-                raise InvalidArgument(f"EndpointSpec: invalid port {number}: want at most {PORT_MAX}")
+                raise InvalidArgument(f"EndpointSpec: invalid port {number}: expected at most {PORT_MAX}")
         if not port.published_port:
             continue
         key = (port.protocol, port.published_port)

@@ -82,7 +82,7 @@ def cursor_of(entry: Entry) -> str:
 def _parsed(cursor: str) -> Position:
     at, slash, id = cursor.partition("/")
     if not (slash and at.isascii() and at.isdigit() and len(at) < 20 and len(id) < 200):
-        raise InvalidArgument(f"invalid cursor {cursor[:100]!r}: want the Next of a page")
+        raise InvalidArgument(f"invalid cursor {cursor[:100]!r}: expected the Next of a page")
     return int(at), id
 
 

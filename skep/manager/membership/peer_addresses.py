@@ -41,7 +41,7 @@ def full_address(written: str, seen: str) -> str:
     addr = joined(host or seen, port)
     split_address(addr)
     if not is_address(host or seen):
-        raise InvalidArgument(f"invalid address {addr!r}: want ip:port")
+        raise InvalidArgument(f"invalid address {addr!r}: expected ip:port")
     return addr
 
 

@@ -93,7 +93,7 @@ async def reach_port(request: web.Request) -> web.StreamResponse:
     task = await _task(request)
     port = int(request.match_info["port"])
     if not 0 < port < 65536:
-        raise InvalidArgument(f"invalid port {port}: want 1 to 65535")
+        raise InvalidArgument(f"invalid port {port}: expected 1 to 65535")
     if "upgrade" not in request.headers:
         raise InvalidArgument("a connection to a port needs the header Upgrade: tcp")
     _record(request, task, f"port/{port}")

@@ -91,7 +91,7 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
 
 def _tail(word: str) -> int:
     if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word) <= LINES_MAX):
-        raise InvalidArgument(f"invalid tail {word!r}: want a number of lines up to {LINES_MAX}")
+        raise InvalidArgument(f"invalid tail {word!r}: expected a number of lines up to {LINES_MAX}")
     return int(word)
 
 
