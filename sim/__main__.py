@@ -63,7 +63,7 @@ def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
 
 
 def _kind(args: argparse.Namespace) -> str:
-    """Return what a record's runs simulate."""
+    """Return the name of the simulation that the runs of a record belong to."""
     return "containers" if args.containers else "store" if args.store else "whole"
 
 

@@ -105,7 +105,9 @@ def issue(tx: Transaction) -> Certificate | None:
 
 
 def describe(tx: Transaction, id: NodeId, certificate: Certificate) -> None:
-    """Write the certificate into the description of a machine that runs only a manager, which has no agent here."""
+    """Write the certificate into the description of a machine that runs only a manager.  In the simulation, such a
+    machine has no agent.
+    """
     if (node := tx.lookup(Node, id)) is not None:
         description = replace(node.description, tls_info=_reported(certificate.tls_info))
         tx.put(replace(node, description=description))

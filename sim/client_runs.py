@@ -43,12 +43,12 @@ from skep.stack.recording import carry_out, undo
 from skep.store.interface import Deleted, Updated, View
 
 PAUSE_S = 4.0
-"""Longest suspension: longer than the leader needs to act on the command's writes."""
+"""Longest suspension in seconds.  It is longer than the leader needs to act on the command's writes."""
 _KINDS: tuple[type[Any], ...] = (Service, Secret, Config, Network)
 
 
 class Rules:
-    """Watches every commit, and records which deploys were acknowledged."""
+    """Checks the rules at every commit, and records which deploys were acknowledged."""
 
     def __init__(self, cluster: SimulatedCluster) -> None:
         self.violations: list[str] = []

@@ -29,7 +29,7 @@ from skep.store.interface import Store
 
 ADMIN = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
 LATENCY_S = 0.02
-"""Longest latency of a request to a manager: some milliseconds within one data center."""
+"""Longest latency of a request to a manager in seconds."""
 RETRY_S = 0.2
 """Interval at which a client looks for a manager that serves."""
 
@@ -84,9 +84,9 @@ class ApiClient(Requests):
         self._random = apis.cluster.random
         self.is_killed = False
         self._is_gone = False
-        """Whether the command was killed and the simulation ends it: it sends no request to clean up."""
+        """Whether the simulation has ended the killed command, so that it can send no requests to clean up."""
         self.requests = 0
-        """Number of requests that were begun."""
+        """Number of requests that the command has begun."""
         self.killed_at: int | None = None
         """Number of the request before or after which the command is killed, or None to let it live."""
         self.pauses: dict[int, float] = {}
@@ -147,7 +147,7 @@ class ApiClient(Requests):
         transport = _Connection()
         identify(transport, self._identity)
         app = self._apis.any_manager()
-        if target == "/info":  # a route of the node process, which has its manager's clock
+        if target == "/info":  # The node process serves this route, and has the clock of its manager.
             return 200, msgspec.json.encode({"SystemTime": app[MANAGER].now()})
         request = make_mocked_request(method, target, sent, transport=transport)
         request._read_bytes = data
@@ -158,7 +158,7 @@ class ApiClient(Requests):
 
 
 class _Connection(asyncio.Transport):
-    """Stands for a connection; only its identity counts."""
+    """Represents a connection.  Only its identity matters."""
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default

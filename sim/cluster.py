@@ -67,7 +67,7 @@ T = TypeVar("T")
 ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
 """Engine that every worker reports, with the overlay driver."""
 LOOK_S = 2.0
-"""Longest interval between two checks of durations, such as the time without a leader."""
+"""Longest interval in seconds between two checks of durations, such as the time without a leader."""
 STEP_S = 0.05
 """Interval at which ``run_until`` tests its condition."""
 WRAPPING_KEY = bytes(32)
@@ -130,7 +130,9 @@ class SimulatedCluster:
         """Number of faults that are active."""
         self._disturbed_at = 0.0
         self._led_at = 0.0
-        """The last time at which there was a leader, or at which most managers were unhealthy."""
+        """The last time at which there was a leader, or at which there could be none because most managers were
+        unhealthy.
+        """
         self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
         self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
@@ -478,7 +480,9 @@ class SimulatedCluster:
         assert not violations, "\n".join(violations)
 
     def rest_violations(self) -> list[str]:
-        """Return containers without a task, and tasks that are reported as running but are not."""
+        """Return violations at rest: containers without a task, and tasks that are reported as running but do not
+        run.
+        """
         nodes = self.nodes.values()
         containers = [(node.id, task) for node in nodes for task in node.containers.values()]
         kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
@@ -503,7 +507,7 @@ class SimulatedCluster:
             node.watchers = [self.observer]
 
     def disturb(self) -> None:
-        """Record that a fault began or ended: invariants that need a calm period count from now."""
+        """Record that a fault began or ended, so that invariants that need a calm period count from now."""
         self._disturbed_at = self.loop.time()
 
     # -- time --------------------------------------------------------------------------------------------------
@@ -586,14 +590,14 @@ class SimulatedCluster:
         now, leads = self.loop.time(), self.raft.current
         is_led = (
             leads is None or leads.member.held is None
-        )  # a member whose disk hangs stays leader in the simulation
+        )  # A member whose disk hangs stays the leader in the simulation.
         if (
             is_led
             and self._is_majority_healthy()
             and not any(one.leads for one in self.running_managers.values())
         ):
             if now - self._led_at > LED_S:
-                self._led_at = inf  # reported once
+                self._led_at = inf  # so that it is reported once
                 yield f"no leader, although a majority of managers has been healthy for {LED_S} s"
         else:
             self._led_at = now
@@ -638,7 +642,9 @@ class SimulatedCluster:
         """Write the state that an init and the joins leave in the store."""
         first = self.managers[0]
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
-        self.raft.committed.remove(self.committed.take)  # read below, once the data keys are known
+        self.raft.committed.remove(
+            self.committed.take
+        )  # The entries are read below, once the data keys are known.
         await self.raft.wait_readable(self.raft.members[first])
         has_root = self.storage is not None
         if has_root:

@@ -85,7 +85,8 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         if is_held_up and (
             (len(slot) == 1 and _runs(slot[0])) or _waits_for_its_turn(slot, slots, waiting, service)
         ):
-            continue  # not updated yet: the update waits for as many unplaceable tasks as its parallelism
+            # not updated yet, because the update waits for as many unplaceable tasks as its parallelism allows
+            continue
         right = [task for task in slot if _runs(task) and image_of(task) == container.image]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
             yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
@@ -122,7 +123,9 @@ def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
 
 
 def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
-    """Yield what a job lacks: completed runs that can succeed, or the end of tasks of earlier iterations."""
+    """Yield what a job lacks: runs that can succeed but have not completed, or the end of tasks of earlier
+    iterations.
+    """
     status, container = service.job_status, service.spec.task_template.container_spec
     assert status is not None
     tasks = view.find(Task, service_id=service.id)

@@ -1,6 +1,6 @@
 """Short runs that combine two features, which random runs would need too many seeds to combine.
 
-They also kill mutants of the rules that they need.
+They also detect mutants of the rules that they exercise.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ SOON = RestartPolicy(delay=SECOND_NS // 2)
 ONE_ATTEMPT = RestartPolicy(condition=RestartCondition.ON_FAILURE, max_attempts=1, delay=0)
 ONE = ServiceMode(replicated=ReplicatedService(replicas=1))
 LOST_S = 120.0
-"""Longer than the minute after which these clusters remove lost nodes."""
+"""Seconds for which a node is lost.  These clusters remove lost nodes after a minute."""
 WELL_S = 40.0
 BACK_S = 60.0
 """Time until a node is back, halfway between two due times."""

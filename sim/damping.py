@@ -1,4 +1,6 @@
-"""One fault in a cluster at rest: only the tasks that it ended are replaced, and none of these is shown as running."""
+"""Injects one fault into a cluster at rest.  Only tasks that the fault ended may be replaced, and none of them may be
+shown as running.
+"""
 
 from collections import Counter
 from collections.abc import Callable

@@ -37,14 +37,15 @@ from skep.store.interface import Updated, View
 NAME = "web"
 NEXT = "app:2"
 APART_S = (4.0, 7.0, 20.0)
-"""Seconds between two events: longer than a restart or a change of leader takes."""
+"""Seconds between two events.  They are longer than a restart or a change of leader takes."""
 MOVED_S = 2.5
 """Seconds between a change of leader and the next event.  Other invariants check concurrent ones."""
 MOVE = -1
 """Marks a change of leader in place of a slot."""
 ESTABLISHED_S = 3.5
-"""Longer than the monitor time.  Each leader restarts the delay between slots, so a shorter time would leave open
-whether a slot was updated just before its container ends.
+"""Seconds after an update during which no container ends.  They are longer than the monitor time.  Each leader restarts
+the delay between slots, so with a shorter time it would be uncertain whether a slot was updated just before its
+container ends.
 """
 SETTLED_S = 10.0
 UPDATED_S = 200.0

@@ -26,7 +26,7 @@ OBJECTS, TASKS = etcd_key("o/"), etcd_key("o/task/")
 """Key prefixes of objects."""
 
 NODES_BACK_S = 3.0
-"""Time in which nodes that have lost their session by a slow store get another session."""
+"""Seconds within which nodes that have lost their session because of a slow store get another session."""
 
 
 class ActiveFault(msgspec.Struct):
@@ -325,7 +325,7 @@ class FaultInjector:
         undo_lag = partial(setattr, member, "watch_lag_s", 0.0)
         self._begin("watch lags", [], undo_lag, (9.0,), detail=member.id)
         for task in list(self._cluster.nodes[worker].containers.values())[:1]:
-            self._cluster.kill_container(task)  # so that there is a report to send
+            self._cluster.kill_container(task)  # The end of the task causes the report that arrives late.
 
         def look(change: Change, view: View) -> None:
             now = view.lookup(Node, worker)

@@ -18,7 +18,7 @@ LATENCY_S = 0.02
 
 
 class Crash(BaseException):
-    """The node process has ended.  No cleanup of it reaches the world."""
+    """The node process has crashed.  Nothing that it still does affects the world."""
 
 
 class Fate(Enum):
@@ -32,14 +32,14 @@ class Fate(Enum):
 
 
 SHORT = (Fate.CRASH_BEFORE, Fate.CRASH_AFTER, Fate.FAIL_BEFORE)
-"""Fates of calls that do not wait.  They are done or not."""
+"""Possible fates of calls that do not wait."""
 
 
 class Faults:
     """Draws the fate of each call.
 
     Args:
-        rate: Share of the calls that meet a fault.
+        rate: Share of the calls that a fault affects.
     """
 
     def __init__(self, random: Random, clock: Clock, rate: float) -> None:

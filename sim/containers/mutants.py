@@ -1,4 +1,5 @@
-"""Mutation tests of the table of a container's life: each rule is broken, and simulated lives must show it.
+"""Mutation tests of the table of a container's life.  Each rule is broken in turn, and simulated lives must detect
+that.
 
 ``python -m sim.containers.mutants`` prints the table.
 """
@@ -23,7 +24,7 @@ SILENT = frozenset(
         *(Effect.FORGET_SECRETS, Effect.FORGET_EXECS, Effect.FIND_SHARED, Effect.ADOPT_API),
     }
 )
-"""Effects that change nothing which the rules look at.  Other tests show them."""
+"""Effects that the rules of the simulation do not observe.  Other tests cover them."""
 
 
 SHOWN_ELSEWHERE = {
@@ -35,11 +36,13 @@ SHOWN_ELSEWHERE = {
     "Thawed: nothing": "test_a_container_that_ends_while_it_is_paused_or_unpaused_stays_ended",
     "Start: nothing": "test_a_start_that_has_waited_for_a_removal_that_failed_is_refused",
 }
-"""Mutants that no rule of the simulation shows in each row of their event, and the reason or the test that does."""
+"""Mutants that the simulation does not detect in each row of their event, with the reason, or with the test that
+detects them.
+"""
 
 
 def mutants() -> Iterator[Mutant]:
-    """Yield a mutant for each rule without its consequences, and for each effect of a rule without it."""
+    """Yield mutants: each rule without all its consequences, and each rule without one of its effects."""
     for number, rule in enumerate(TABLE):
         name = f"{number} {rule.event.__name__}"
         if rule.effects or rule.record or rule.to or rule.then or rule.refusal:

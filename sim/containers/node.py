@@ -150,7 +150,7 @@ class SimulatedRuntime(Part):
         """Do nothing, because nothing is logged."""
 
     def close(self) -> None:
-        """Do nothing, because nothing is held."""
+        """Do nothing, because the stub holds no resources."""
 
 
 class SimulatedBundles(Part):
@@ -207,7 +207,7 @@ class SimulatedBundles(Part):
 
 
 class SimulatedNetwork(Part):
-    """Stub of the data plane.  A container's only host port is its record's."""
+    """Stub of the data plane.  A container has at most one host port, which its record names."""
 
     host_gateway = ""
     predefined_ids: Mapping[str, str] = {}
@@ -342,7 +342,7 @@ class NodeProcess:
         self.engine.log_rotation.run = asyncio.Event().wait  # type: ignore[method-assign,assignment]
 
     def crash(self) -> None:
-        """End the process: nothing that it still does reaches the world."""
+        """Crash the process.  Nothing that it still does affects the world."""
         self.is_alive = False
         self.crashed.set()
 

@@ -80,7 +80,7 @@ def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
 def unwanted(
     world: World, containers: Sequence[Container], requests: Sequence[Request], crashes_s: Sequence[float]
 ) -> Iterator[str]:
-    """Yield containers that are not as their user's last request and their restart policy want them."""
+    """Yield containers whose state contradicts their user's last request and their restart policy."""
     by_id = {one.id: one for one in containers}
     for id in sorted({one.id for one in requests}):
         own = sorted((one for one in requests if one.id == id), key=lambda one: one.issued_s)
@@ -102,7 +102,9 @@ def unwanted(
 
 
 def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Iterator[str]:
-    """Yield if a container that its policy always restarts has ended although its user has started it last."""
+    """Yield a violation if a container has ended although its policy always restarts it and its user's last request
+    started it.
+    """
     if container is None or container.plain is None or not decisive or container.is_active:
         return
     last = decisive[-1]
@@ -115,7 +117,7 @@ def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Ite
 def _restarts(
     world: World, id: ContainerId, decisive: Sequence[Request], container: Container | None, crashes: int
 ) -> Iterator[str]:
-    """Yield if a container was started more often than its user and its policy wanted."""
+    """Yield a violation if a container was started more often than its user and its policy allow."""
     if container is None or not decisive:
         return
     by_user = sum(one.kind in STARTING for one in decisive)
@@ -138,7 +140,7 @@ def _is_alone(request: Request, others: Sequence[Request]) -> bool:
 
 
 def _running_start(_: Request) -> int:
-    """Return the runs that may begin during a stop: a start by the policy that the stop waits for."""
+    """Return the number of runs that may begin during a stop, because the stop waits for a start by the policy."""
     return 1
 
 

@@ -1,4 +1,5 @@
-"""One simulated life of a node's containers: users, restart policies, faults and crashes; then all is as it should be.
+"""One simulated life of a node's containers, with users, restart policies, faults and crashes.  Afterwards, all rules
+must hold.
 
 ``simulate(seed)`` returns all violations.  The same seed produces the same run.
 """
@@ -31,17 +32,19 @@ from skep.model.sandbox import NetworkMode
 
 CLIENTS = 3
 STEPS = 8
-"""Requests of each client."""
+"""Number of requests of each client."""
 CONTAINERS = 2
-"""Containers that exist at one time."""
+"""Number of containers that exist at a time."""
 PAUSES_S = (0.0, 0.01, 0.1, 1.0, 8.0)
 RATES = (0.0, 0.02, 0.06, 0.15)
 DISCONNECTS = 0.15
 """Share of the requests whose client disconnects."""
 REQUEST_S_MAX = 600.0
-"""Time within which a request ends, whatever hangs."""
+"""Seconds within which a request must end, whatever hangs."""
 SETTLED_S = 150.0
-"""Time from the last fault and request until the rules must hold: sweeps, and the longest delay of a restart."""
+"""Seconds from the last fault and request until the rules must hold.  They suffice for sweeps, and for the longest
+delay of a restart.
+"""
 UNLOCKED_S = 10
 """Seconds within which an operation without faults ends."""
 TURNS_MAX = 100_000
@@ -138,7 +141,7 @@ class Run:
                 self.violations.append(f"{id[:4]} is locked")
 
     async def _calm(self) -> None:
-        """Wait until nothing starts or ends at the moment."""
+        """Wait until no container is starting or ending."""
         for _ in range(200):
             processes = self.world.processes.values()
             if all(one.exit_code is None and one.is_started for one in processes):
@@ -290,7 +293,7 @@ class Run:
             outcome = None
         if isinstance(outcome, Exception) and not isinstance(outcome, SkepError | OSError):
             self.violations.append(f"{text}: {outcome!r}")
-        # A process may have ended before its record says so.
+        # A process may have ended before its record shows that.
         is_expected = (
             self.faults.rate > 0
             or isinstance(outcome, AlreadyExists | NotFound | FailedPrecondition)

@@ -1,4 +1,4 @@
-"""What outlives the node process: processes, control groups, namespaces, ports, mounts and files."""
+"""The state that outlives the node process: processes, control groups, namespaces, ports, mounts and files."""
 
 import asyncio
 from collections import Counter, defaultdict
@@ -9,9 +9,9 @@ from skep.engine.container import Container, ContainerState, ProcessName
 from skep.model.ids import ContainerId
 
 LIVES_S = (0.5, 3.0, 12.0, 40.0)
-"""Lengths of runs that end by themselves."""
+"""Durations in seconds of runs that end by themselves."""
 TERM_S = 3.0
-"""Longest time from SIGTERM to the end of a process that obeys."""
+"""Longest time in seconds from SIGTERM to the end of a process that handles it."""
 
 
 class Process:
@@ -27,14 +27,14 @@ class Process:
 
 
 class World:
-    """One machine.  ``violations`` are broken rules that show during a call."""
+    """One machine.  ``violations``: rules that a call has broken."""
 
     def __init__(self, loop: VirtualLoop, random: Random) -> None:
         self._loop = loop
         self._random = random
         self._pids = 1000
         self.processes: dict[ContainerId, Process] = {}
-        """Containers that runc knows, with an ended process until they are deleted."""
+        """Containers that runc knows.  A container whose process has ended stays until it is deleted."""
         self.exits: dict[ProcessName, int] = {}
         self.cgroups: set[ContainerId] = set()
         self.namespaces: set[ContainerId] = set()
@@ -46,11 +46,13 @@ class World:
         self.records: dict[ContainerId, Container] = {}
         self.starts = Counter[ContainerId]()
         self.attempts = Counter[ContainerId]()
-        """Starts that came as far as the networks, where another container may have the port."""
+        """Number of starts that reached the networks step, where another container may already have the port."""
         self.behaviors: defaultdict[ContainerId, float] = defaultdict(float)
         """Chance that a run ends by itself."""
         self.unfreed: set[tuple[str, ContainerId]] = set()
-        """What could not be freed at the last attempt.  Its container's record stays, and a later attempt follows."""
+        """Resources that could not be freed at the last attempt.  The record of their container stays, and a later
+        attempt follows.
+        """
         self.violations: list[str] = []
 
     # --- processes ----------------------------------------------------------------------------------------------

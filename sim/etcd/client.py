@@ -1,4 +1,4 @@
-"""The calls of ``store.etcd.client.Client`` on a simulated member; results have the fields of etcd's messages."""
+"""The calls of ``store.etcd.client.Client`` on a simulated member.  Results have the fields of etcd's messages."""
 
 import asyncio
 from collections import deque
@@ -174,7 +174,9 @@ class SimulatedClient(Client):
         ]
 
     def _as_on_disk(self, response: pb.RangeResponse) -> pb.RangeResponse:
-        """Return the values as this member's disk has them: corrupted, unless they were written again."""
+        """Return the values as this member's disk has them.  A corrupted value stays corrupted until it is written
+        again.
+        """
         for kv in response.kvs if self._member.corrupted else ():
             if self._member.corrupted.get(kv.key) == kv.mod_revision and kv.value:
                 kv.value = kv.value[:-1] + bytes([kv.value[-1] ^ 1])
@@ -232,7 +234,7 @@ class SimulatedWatchStream(WatchStream):
         self._is_waited_for = False
 
     def show(self, revision: int, lag_s: float) -> None:
-        """Take note that the member has applied ``revision``.  The watch sends it ``lag_s`` later, in order."""
+        """Record that the member has applied ``revision``.  The watch sends it ``lag_s`` later, in order."""
         if lag_s > 0:
             self._raft.loop.call_later(lag_s, self._show, revision)
         else:

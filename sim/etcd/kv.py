@@ -1,4 +1,4 @@
-"""etcd's key space: every revision of every key, and transactions on them.  No time, no network.
+"""etcd's key space, with every revision of every key, and transactions on it.  It uses neither time nor network.
 
 All compares of a request, nested ones included, are evaluated on the state before it, as in etcd.
 """

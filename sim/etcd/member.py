@@ -53,7 +53,7 @@ class Member:
         self.logged = 1
         """Revision up to which its disk holds the committed entries."""
         self.applied = 1
-        """Revision up to which it has applied entries: less than ``logged`` while it starts."""
+        """Revision up to which it has applied entries.  It is less than ``logged`` while the member starts."""
         self.term = 0
         self.leadership: Leadership | None = None
         """The leadership it follows or holds, as far as it has been informed."""

@@ -2,10 +2,10 @@
 
 No messages are exchanged and no log is kept.  There is one history of keys (``KeyValues``), and for each member the
 revision up to which its disk holds it.  Raft's guarantees are computed from the links at each step.  An entry is
-committed when more than half of the voters are connected to the leader.  A member becomes leader when more than half
-of the voters would vote for it: these reach no leader, and hold no more on their disks.  So a partitioned leader
-commits nothing and resigns after an election timeout (check-quorum).  The entries it had accepted are lost, or survive
-if the next leader had received them.  Their proposers cannot see which.
+committed when more than half of the voters are connected to the leader.  A member becomes the leader when more than
+half of the voters would vote for it.  A voter does so if it reaches no leader and its disk holds no later entry.  So a
+partitioned leader commits nothing and resigns after an election timeout (check-quorum).  The entries it had accepted
+are lost, or survive if the next leader had received them.  Their proposers cannot see which.
 
 Source: etcd 3.5, raft with PreVote and CheckQuorum.  See docs/design/store.md.
 """
@@ -215,7 +215,7 @@ class Raft:
         """Write all waiting entries, in order."""
         member = self.members.get(id)
         if member is None:
-            return  # removed meanwhile
+            return  # the member was removed meanwhile
         held, member.held = member.held or [], None
         for leadership, entry in held:
             self._append(leadership, entry)

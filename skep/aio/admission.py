@@ -14,18 +14,18 @@ T = TypeVar("T")
 
 
 class Newcomers(Generic[T]):
-    """Connections of one listener whose peers have not proved an identity yet.
+    """Limits the connections of one listener whose peers have not yet proved an identity.
 
-    A full listener ends an old connection instead of refusing the new one.  A peer with an identity proves it
-    immediately, so it gets in even while strangers hold every slot.  The source address with most connections loses its
-    oldest one.
+    A full listener closes an old connection instead of refusing the new one: the oldest connection of the source
+    address that has most.  A peer with an identity therefore gets in even while strangers hold every slot, because it
+    needs its slot only for a moment.
 
     Args:
-        kind: Name of the connections in the log.
+        kind: Name for these connections in the log.
         most: Maximum number of connections.
         most_of_source: Maximum number of connections per source address.
-        end: Ends a connection.
-        may_leave: Returns whether a connection may be ended for a new one.  By default all may.
+        end: Closes a connection.
+        may_leave: Returns whether a connection may be closed for a new one.  By default all may.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Newcomers(Generic[T]):
         return one in self._sources
 
     def admit(self, new: T, source: str) -> bool:
-        """Count a new connection, and end another one if there are too many.
+        """Count a new connection, and close another one if there are too many.
 
-        Returns: False if there are too many and none of them may be ended.
+        Returns: False if there are too many and none of them may be closed.
         """
         shares = Counter(self._sources.values())
         has_its_share = shares[source] >= self._most_of_source
@@ -96,7 +96,7 @@ class Newcomers(Generic[T]):
 
 
 def admit_transport(newcomers: Newcomers[asyncio.Transport], transport: asyncio.Transport) -> bool:
-    """Call ``Newcomers.admit`` for a connection whose end is not reported.  Closed ones are forgotten first."""
+    """Call ``Newcomers.admit`` for a listener that does not report closed connections.  Forgets them first."""
     for known in newcomers:
         if known.is_closing():
             newcomers.forget(known)
@@ -104,7 +104,7 @@ def admit_transport(newcomers: Newcomers[asyncio.Transport], transport: asyncio.
 
 
 class Admission:
-    """The open connections of one kind, whichever process serves them.  ``kind`` is their name in the log."""
+    """Limits the open connections of one kind, whichever process serves them.  ``kind`` is their name in the log."""
 
     def __init__(self, kind: str, most: int, most_of_source: int) -> None:
         self._kind = kind
@@ -113,7 +113,7 @@ class Admission:
         self._transports: dict[asyncio.Transport, str] = {}
 
     def admit(self, transport: asyncio.Transport) -> bool:
-        """Count a new connection.  Return False if its address or the listener has too many."""
+        """Count a new connection.  Return False if its source or the listener has too many connections."""
         source = peer_source(transport)
         if not self._has_room(source):
             for known in tuple(self._transports):

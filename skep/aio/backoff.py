@@ -16,7 +16,7 @@ class Backoff:
         self, first_s: float = 0.05, longest_s: float = 5.0, *, rng: Callable[[], float] = random.random
     ) -> None:
         if not 0 < first_s <= longest_s:
-            raise ValueError(f"want 0 < first_s <= longest_s, not {first_s}, {longest_s}")
+            raise ValueError(f"expected 0 < first_s <= longest_s, not {first_s}, {longest_s}")
         self._first_s = first_s
         self._longest_s = longest_s
         self._rng = rng

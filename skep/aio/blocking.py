@@ -1,7 +1,7 @@
-"""System calls that may never return, such as an access to a file whose server does not respond.
+"""Runs system calls that may never return, such as an access to a file whose server does not respond.
 
-Each runs in a thread of its own, which is abandoned at the deadline.  A blocked thread of a shared pool would be
-missing there, and would keep the process from ending.
+Each call gets its own thread, which is abandoned at the deadline.  In a shared pool, a blocked thread would occupy a
+slot and keep the process from ending.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 class BlockingCalls:
-    """Runs blocking calls.  Refuses new ones while ``left_max`` run, including abandoned ones."""
+    """Runs blocking calls.  Refuses new ones while ``left_max`` calls are running, which includes abandoned ones."""
 
     def __init__(self, left_max: int = 64) -> None:
         self._left_max = left_max
         self._running = 0
 
     async def call(self, work: Callable[[], T], deadline_s: float) -> T:
-        """Return the result of ``work``, which runs in a thread.
+        """Run ``work`` in a thread and return its result.
 
-        Raises: TimeoutError: it takes longer, and continues by itself; Unavailable: too many are running already; as
-        ``work``.
+        Raises: TimeoutError: it takes longer than ``deadline_s``, and the thread is abandoned; Unavailable: too many
+        calls are running already; any error of ``work``.
         """
         if self._running >= self._left_max:
             raise Unavailable(f"{self._running} file accesses already wait for their servers")

@@ -1,4 +1,4 @@
-"""Time as an argument: code that needs the time gets a clock, so a whole cluster can run on a simulated one.
+"""Clocks.  Code that needs the time gets a clock as an argument, so a whole cluster can run on a simulated one.
 
 Only ``SystemClock`` reads the machine's clocks.
 """
@@ -18,7 +18,7 @@ class Clock(Protocol):
         """
 
     def monotonic(self) -> float:
-        """Return seconds since some fixed moment.  Never decreases.  Stamps of two clocks are not comparable."""
+        """Return the seconds since some fixed moment.  Never decreases.  Results of two clocks are not comparable."""
 
     async def sleep(self, seconds: float) -> None:
         """Return after ``seconds`` of this clock.  Zero or less lets other tasks run once."""

@@ -1,4 +1,4 @@
-"""An event that takes little memory while no task waits for it."""
+"""An event that uses little memory while no task waits for it."""
 
 import asyncio
 

@@ -1,9 +1,9 @@
 """Error handling per object (a container, a task, an image, a probe): a failure does not affect other objects.
 
-In a ``TaskGroup`` an exception of one task cancels all others.  So work on one object must not raise: ``isolate`` runs
-it once, ``retry`` repeats it until it succeeds, ``Rounds`` calls plain functions for many objects.  All log an error
-when it first appears, with its traceback unless it is a ``SkepError``.  ``isolate`` and ``retry`` also pass it to
-``on_error``, which shows it on the object.
+In a ``TaskGroup``, an exception in one task cancels all others, so work on one object must not raise.  ``isolate`` runs
+the work once, ``retry`` repeats it until it succeeds, and ``Rounds`` calls plain functions for many objects.  Each of
+them logs an error when it first occurs, with the traceback unless it is a ``SkepError``.  ``isolate`` and ``retry``
+also pass the error to ``on_error``, which shows it on the object.
 """
 
 import random
@@ -22,7 +22,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 CHARACTERS_MAX = 300
-"""Length limit of an error that an object shows.  Containers can produce long texts."""
+"""Longest error that an object shows, in characters.  Containers can produce long texts."""
 
 
 def _nothing(_: Exception) -> None:
@@ -55,15 +55,15 @@ async def retry(
     kinds: tuple[type[Exception], ...] = (Exception,),
     **keys: Any,
 ) -> T:
-    """Return the result of ``work``, which is repeated after each failure, with pauses that grow to ``longest_s``.
+    """Repeat ``work`` until it succeeds, with pauses that grow to ``longest_s``, and return its result.
 
-    If work had run for ``longest_s`` before it failed, the pauses start over.
+    The pauses start over after an attempt that ran for ``longest_s`` before it failed.
 
     Args:
         event: Event of the log line.  Repetitions of the same error are logged at level debug.
         on_error: Called with every error.
-        passes: Errors that are raised.
-        kinds: Errors that are retried.  Any other is raised.
+        passes: Types of errors that are raised without a retry.
+        kinds: Types of errors that are retried.  Any other error is raised.
     """
     failing = _Failing(event, Backoff(first_s, longest_s, rng=rng), keys)
     while True:

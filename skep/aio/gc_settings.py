@@ -1,24 +1,28 @@
 """Thresholds of Python's cyclic garbage collector.
 
-Reference counts free nearly all objects: 200 registering nodes leave no cycle.  The collector costs time for its scans.
-With the defaults (700 new objects, 10, 10) they take more than half of the processor time in which a manager processes
-the reports of 1,500 nodes, because a burst's objects move to the oldest generation, which is scanned as a whole.
+Reference counting already frees nearly all objects: the registration of 200 nodes leaves no cycle.  The collector's
+scans cost time nevertheless.  With the defaults (700 new objects, 10, 10), they take more than half of the time in
+which a manager processes the reports of 1,500 nodes, because the objects of such a burst reach the oldest generation,
+which is scanned as a whole.
 """
 
 import ctypes
 import gc
 
 YOUNG_OBJECTS_MAX = 5_000
-"""New minus freed objects between two scans.
+"""Number of new objects, minus freed ones, that triggers a scan.
 
-When thousands of nodes register, all new objects stay, and a scan blocks the event loop for half a microsecond each.
+When thousands of nodes register, all new objects survive, and the scan blocks the event loop for half a microsecond per
+object.
 """
 
 MIDDLE_LOOKS = 2
-"""Young scans per scan of the middle generation, which also has to be short."""
+"""Number of young scans per scan of the middle generation, which must stay short as well."""
 
 OLD_LOOKS = 1_000
-"""Middle scans per scan of all objects that are not frozen.  That takes 25 ms per 1,000 nodes, so it has to be rare."""
+"""Number of middle scans per scan of all objects that are not frozen.  Such a scan takes 25 ms per 1,000 nodes, so it
+must be rare.
+"""
 
 
 def configure_gc() -> None:

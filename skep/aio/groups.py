@@ -1,4 +1,4 @@
-"""Raises errors of task groups as themselves instead of in an ExceptionGroup."""
+"""Unwraps the errors of task groups from their ExceptionGroup."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 @asynccontextmanager
 async def errors_as_they_are() -> AsyncIterator[None]:
-    """Wrap a ``TaskGroup``: a single error leaves the block as itself, several as a group."""
+    """Wrap a ``TaskGroup`` so that a single error is raised without a group.  Several errors are raised as a group."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -17,7 +17,8 @@ async def errors_as_they_are() -> AsyncIterator[None]:
 
 @contextmanager
 def first_alone(kind: type[Exception]) -> Iterator[None]:
-    """Wrap a ``TaskGroup``: if all errors are of ``kind``, the first leaves the block, caused by their group.
+    """Wrap a ``TaskGroup`` so that the first error is raised, with the group as its cause, if all errors are of
+    ``kind``.
 
     Does not use ``except*``: Python before 3.11.4 wraps errors raised in it in a group again.
     """

@@ -19,10 +19,11 @@ log = structlog.get_logger(__name__)
 HANDSHAKE_SECONDS_MAX = 10.0
 """Deadline of one handshake, which normally takes milliseconds."""
 HANDSHAKES_MAX = 256
-"""Concurrent handshakes.  Beyond that, the address with most of them loses its oldest one: a normal handshake takes
-milliseconds."""
+"""Largest number of concurrent handshakes.  Beyond it, the address with most handshakes loses its oldest one, which has
+already taken longer than a normal handshake.
+"""
 ACCEPT_RETRY_S = 0.1
-"""Pause after a failed accept, which fails again immediately while descriptors are short."""
+"""Seconds to wait after a failed accept.  Without free file descriptors, it would fail again immediately."""
 
 
 class Handshakes:
@@ -60,7 +61,7 @@ class Handshakes:
                     group.create_task(self._shake_hands(connection), name="handshake"),
                     source_of(str(address[0])),
                 )
-                await asyncio.sleep(0)  # lets the handshake start, which then owns the socket
+                await asyncio.sleep(0)  # lets the handshake start, which then closes the socket itself
         finally:
             self.give_up()
 

@@ -1,8 +1,8 @@
-"""Rules for processes that do not respond: when they count as hung, and the reaction.
+"""Decides when a process that does not respond counts as hung, and what to do about it.
 
-Time is measured as the observing loop experienced it (``RunningTime``).  A standstill of the whole machine, such as a
-suspend, does not make processes count as hung.  On a machine so busy that the observer lacks processor time as well,
-the observed process gets more time.
+Only time in which the observing event loop itself ran counts (``RunningTime``).  If the whole machine stands still, as
+during a suspend, no process counts as hung.  On a machine so busy that the observer also lacks processor time, the
+observed process gets more time.
 """
 
 from enum import Enum
@@ -10,17 +10,17 @@ from enum import Enum
 import msgspec
 
 HAND_OVER_S = 3.0
-"""Silence after which another manager is made the leader."""
+"""Seconds of silence after which another manager is made the leader."""
 AGAIN_S = 2.0
-"""Time between two hand-overs in one silence: the first may have failed, or leadership may have returned."""
+"""Seconds between two hand-overs in one silence.  A second one is needed if the first failed or leadership returned."""
 END_S = 15.0
-"""Silence after which the process is ended."""
+"""Seconds of silence after which the process is killed."""
 CALM_S = 600.0
-"""After this long without a hand-over, the next one is as fast as the first."""
+"""After this many seconds without a hand-over, the next one is as fast as the first."""
 
 
 class RunningTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds during which one event loop was able to observe."""
+    """Seconds in which the observing event loop ran."""
 
     seconds: float = 0.0
     """Only differences are meaningful."""
@@ -30,13 +30,14 @@ class RunningTime(msgspec.Struct, frozen=True, kw_only=True):
     def after(
         self, now: float, tick_s: float, *, late_s: float | None = None, is_current: bool = True
     ) -> "RunningTime":
-        """The running time at ``now``, one tick later.
+        """Return the running time at ``now``, one tick later.
 
-        A tick that came later than by ``late_s`` was a standstill of this loop, not a peer's silence.
-        Unless ``is_current``, the time stands still, because this process could not receive updates from others.
+        A tick that is more than ``late_s`` late means that this loop stood still, and not that the other process is
+        silent.  The time also stands still unless ``is_current``, because this process could then not have received a
+        response.
 
         Args:
-            late_s: Longest delay of a tick that counts.  The tick's length by default.
+            late_s: Longest delay of a tick that counts as running time.  By default the length of a tick.
         """
         longest_s = tick_s + (tick_s if late_s is None else late_s)
         passed = min(max(now - self.seen_at, 0.0), longest_s) if is_current else 0.0
@@ -48,17 +49,17 @@ class Action(Enum):
 
     WAIT = "wait"
     HAND_OVER = "hand over"
-    """Make another manager the leader.  Harmless if it was not necessary."""
+    """Make another manager the leader.  This does no harm if it was not necessary."""
     END = "end"
-    """End the process, so that it is restarted."""
+    """Kill the process, so that its supervisor restarts it."""
 
 
 class HangDetector:
-    """Observes one process, which is probed every ``tick_s``.
+    """Observes one process, which its owner probes every ``tick_s``.
 
-    A silent process loses its leadership every ``AGAIN_S``, because it may be elected again.  An unnecessary hand-over,
-    after which a response came, doubles the wait for the next one, up to the time after which the process is ended
-    anyway.  So a machine that is slow now and then keeps its leader.
+    While the process is silent, it loses its leadership every ``AGAIN_S``, because it may have been elected again.  If
+    it responds after a hand-over, the hand-over was unnecessary, and the silence before the next one is doubled, up to
+    ``END_S``.  So a manager on a machine that is slow now and then stays the leader.
     """
 
     def __init__(self, tick_s: float, now: float) -> None:

@@ -22,20 +22,22 @@ from skep.aio.clock import Clock
 log = structlog.get_logger()
 
 PERIOD_S = 0.05
-"""Interval between measurements while the thread works.  A delay is measured from the next one on."""
+"""Interval between measurements while the thread is busy."""
 
 PERIOD_AT_REST_S = 0.5
-"""The same while the thread is idle.  Twenty measurements a second took a tenth of an idle manager's time."""
+"""Interval while the thread is idle.  Twenty measurements a second took a tenth of an idle manager's processor time."""
 
 IDLE_SHARE = 0.1
-"""Share of a processor below which a thread is idle.  One callback of ``LATE_S`` is above it in either interval."""
+"""Share of a processor below which a thread counts as idle.  A single callback of ``LATE_S`` exceeds it in either
+interval.
+"""
 
 LATE_S = 0.1
-"""Lag from which on it is logged."""
+"""Shortest lag that is logged."""
 
 
 FRAMES_MAX = 8
-"""Stack frames in a log line."""
+"""Largest number of stack frames in a log line."""
 
 RAN, WAITED, SLEPT = "ran", "waited for a processor", "slept"
 """The causes of a lag."""
@@ -47,7 +49,9 @@ BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Lag(msgspec.Struct, frozen=True, rename="pascal"):
-    """A histogram.  ``counts`` has the measurements up to each of ``bounds_ms``, then all others."""
+    """A histogram of lags.  ``counts`` has the number of measurements up to each of ``bounds_ms``, and last the number
+    of all larger ones.
+    """
 
     looks: int
     ms_max: float
@@ -59,7 +63,7 @@ class Lag(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class LoopLag:
-    """Measures its event loop.  ``seen()`` can be called at any time.  Differences of counts describe a period."""
+    """Measures the lag of its event loop.  To describe a period, subtract the counts of two calls of ``seen``."""
 
     def __init__(self, times: "ThreadTimes | None" = None) -> None:
         """``times`` are those of the thread that runs the loop."""
@@ -100,7 +104,7 @@ class LoopLag:
         self._ms_sum += lag_ms
 
     def seen(self) -> Lag:
-        """Return everything since the start."""
+        """Return the histogram of all measurements so far."""
         looks = sum(self._counts)
         needed = looks - looks // 1000
         place = next(place for place, reached in enumerate(accumulate(self._counts)) if reached >= needed)
@@ -151,11 +155,11 @@ class ThreadTimes:
 
 
 class StackWatch:
-    """A thread that records the stack of the thread that created it when that has not called ``turn`` for a while."""
+    """Watches the thread that created it, and records that thread's stack if it has not called ``turn`` in time."""
 
     def __init__(self) -> None:
         self.stood: tuple[str, ...] = ()
-        """The stack when the thread was first found late, innermost frame first.  Empty if it was not late."""
+        """The watched thread's stack when it was first late, innermost frame first.  Empty if it was not."""
         self._turns = 0
         self._period_s = PERIOD_S
         self._watched = threading.get_ident()
@@ -175,7 +179,7 @@ class StackWatch:
     def turn(self, period_s: float) -> tuple[str, ...]:
         """Return the recorded stack, if the watched thread was late.
 
-        The watched thread calls it, again after ``period_s``.
+        The watched thread calls this, and again after ``period_s``.
         """
         self._turns += 1
         self._period_s = period_s
@@ -191,7 +195,7 @@ class StackWatch:
 
 
 def stack_of(frame: FrameType | None) -> tuple[str, ...]:
-    """Return the places of a frame and its callers, innermost first: ``module.py:12 name``."""
+    """Return the places of a frame and its callers, innermost first, such as ``module.py:12 name``."""
     places: list[str] = []
     while frame is not None and len(places) < FRAMES_MAX:
         code = frame.f_code

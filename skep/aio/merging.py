@@ -1,8 +1,9 @@
 """A bounded queue that merges several sources, each in its own order, into one sequence in key order.
 
-An item is returned once no awaited source can produce an earlier one.  A source is awaited from ``open`` until ``end``.
-A source that produces nothing for long is skipped until it produces something again.  If a source's key decreases, its
-item stays behind the earlier items of that source: the order within a source never changes.
+The queue returns an item once no awaited source can still produce an earlier one.  A source is awaited from ``open``
+until ``end``.  A reader that does not want to wait for a silent source any longer skips it with ``pass_over``, until it
+produces an item again.  The order within a source never changes: an item with a smaller key than its predecessor stays
+behind that.
 """
 
 import asyncio
@@ -18,12 +19,14 @@ class MergeQueue(Generic[T]):
     """Items of several sources in the order of ``key_of``."""
 
     def __init__(self, key_of: Callable[[T], int], items_max: int) -> None:
-        """``items_max`` limits queued items.  A source for which the others wait can always add its items."""
+        """``items_max`` limits the number of queued items.  A source for which the others wait can add items even
+        beyond it.
+        """
         self._key_of = key_of
         self._items_max = items_max
         self._sources: dict[Hashable, _Source[T]] = {}
         self._missing: set[Hashable] = set()
-        """Awaited sources without items.  While there is one, no item is returned."""
+        """Awaited sources without items.  The queue returns nothing while there is one."""
         self._open: set[Hashable] = set()
         self._merged: list[T] = []
         self._held = 0
@@ -39,7 +42,7 @@ class MergeQueue(Generic[T]):
 
     @property
     def is_holding(self) -> bool:
-        """Whether items wait for sources without items."""
+        """Whether the queue has items that wait for sources without items."""
         return bool(self._held and self._missing)
 
     def open(self, source: Hashable) -> None:
@@ -55,7 +58,7 @@ class MergeQueue(Generic[T]):
         self.wake()
 
     def pass_over(self) -> frozenset[Hashable]:
-        """Stop waiting for the sources without items for now, and return these sources."""
+        """Skip the sources that have no items, until they have some, and return them."""
         missing = frozenset(self._missing)
         self._missing.clear()
         self.wake()
@@ -100,7 +103,7 @@ class MergeQueue(Generic[T]):
         self._updated.set()
 
     async def wait_update(self) -> None:
-        """Wait for an item, or the end of a source."""
+        """Wait until an item can be taken, or a source has ended."""
         await self._updated.wait()
         self._updated.clear()
 
@@ -118,7 +121,7 @@ class MergeQueue(Generic[T]):
         return self._held + len(self._merged) < self._items_max or source in self._missing
 
     def _merge(self) -> None:
-        """Move the items that no awaited source can precede."""
+        """Move the items that no awaited source can still precede."""
         last = min((self._sources[one].keys[-1] for one in self._open if one in self._sources), default=None)
         keys, items, parts = list[int](), list[T](), 0
         for source in tuple(self._sources):

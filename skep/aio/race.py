@@ -1,4 +1,4 @@
-"""Races between coroutines, in which the first to end cancels the other, and work that survives cancellation."""
+"""Runs two coroutines until the first ends, or a coroutine to its end despite cancellation."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,11 +8,11 @@ T = TypeVar("T")
 
 
 class Preempted(Exception):
-    """The other coroutine returned first, and the work has been cancelled."""
+    """The preempting coroutine returned first, and the work has been cancelled."""
 
 
 async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, Any, object]) -> T:
-    """Return the result of ``work``, or raise its error.  Both coroutines have ended then.
+    """Return the result of ``work``, or raise its error, once both coroutines have ended.
 
     Raises: Preempted: ``preempting`` returned first.
     """
@@ -31,7 +31,7 @@ async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, An
 
 
 async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> None:
-    """Return when either has returned.  The other one is cancelled and awaited."""
+    """Run both until one has returned.  The other one is cancelled and awaited."""
     try:
         await run_unless(one, other)
     except Preempted:
@@ -39,10 +39,10 @@ async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any
 
 
 async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of ``work``, which runs to its end even if the caller is cancelled, repeatedly.
+    """Run ``work`` to its end, even if the caller is cancelled once or several times, and return its result.
 
-    Raises: as ``work``; CancelledError, once it has ended, if the caller was cancelled.
-    For short work that would leave something behind if interrupted.
+    Use it for short work that would leave something behind if it were interrupted.  Raises: any error of ``work``;
+    CancelledError, once ``work`` has ended, if the caller was cancelled.
     """
     whole = asyncio.gather(_outcome(work))
     is_cancelled = False

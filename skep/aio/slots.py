@@ -11,7 +11,7 @@ class Slots:
     """Runs ``slots`` pieces of work at one time, while at most ``waiting_max`` wait."""
 
     def __init__(self, slots: int, waiting_max: int, busy: str) -> None:
-        """``busy`` describes the running work in the error, as in ``builds are at work on this node``."""
+        """``busy`` describes the running work in the error, for example ``builds are at work on this node``."""
         self._busy = busy
         self._slots = slots
         self._free = asyncio.Semaphore(slots)
@@ -20,7 +20,9 @@ class Slots:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
-        """Hold a slot for the block, first come, first served.  Raises: ResourceExhausted: too many wait."""
+        """Hold a slot during the block.  Waiting callers get slots in order.  Raises: ResourceExhausted: too many are
+        waiting.
+        """
         if self._free.locked() and self.waiting >= self._waiting_max:
             raise ResourceExhausted(f"{self._slots} {self._busy} and {self.waiting} wait: try again later")
         self.waiting += 1

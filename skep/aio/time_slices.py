@@ -1,4 +1,4 @@
-"""Long computations in time slices, between which the event loop runs other tasks."""
+"""Divides long computations into time slices, between which the event loop runs other tasks."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterable
@@ -12,10 +12,10 @@ SlicedWork: TypeAlias = Generator[None, None, T]
 """Work that can pause wherever it yields, and returns its result."""
 
 STEP = 100
-"""Items of a few microseconds each between two points at which work can pause."""
+"""Number of items, of a few microseconds each, between two points at which work can pause."""
 
 SLICE_S = 0.005
-"""Length of a slice.  With several such computations at a time, a request is still fast."""
+"""Length of a slice.  It is so short that requests stay fast even beside several such computations."""
 
 
 class TimeSlices:

@@ -1,12 +1,12 @@
-"""TLS connections with a fraction of the memory of asyncio's own.  ``accept`` and ``connect`` create them.
+"""TLS connections that use a fraction of the memory of asyncio's.  ``accept`` and ``connect`` create them.
 
-* asyncio has a read buffer of 256 KiB per TLS connection.  Data is passed to OpenSSL before anything else is read, so
-  here all connections of a thread share one buffer.
-* asyncio keeps the peer's certificate as dictionaries in addition to OpenSSL's own, and a queue of pending writes.
-  Here the former are created on demand, and the latter is a list.
+* asyncio has a read buffer of 256 KiB for each TLS connection.  Here all connections of a thread share one buffer,
+  which is possible because OpenSSL gets the data before anything else is read.
+* asyncio keeps a copy of the peer's certificate as dictionaries, and a queue of pending writes.  Here the dictionaries
+  are created on demand, and a list replaces the queue.
 
-Unlike asyncio's, the other end can half-close them: Go's clients close their direction with TLS's close_notify when
-they have nothing (more) to send, and continue to read (``docker exec`` without ``-i``).
+Unlike with asyncio's connections, the other end can close its direction alone.  Go's clients do so with TLS's
+close_notify when they have nothing more to send, and continue to read (``docker exec`` without ``-i``).
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 READ_BYTES = 16 * 1024
-"""Bytes read at once from one connection: a TLS record."""
+"""Bytes that are read from a connection at once, the size of a TLS record."""
 
 _of_thread = threading.local()
 
 SILENT_S = 60
-"""Seconds after which connections of a vanished machine are closed, even idle ones."""
+"""Seconds after which a connection to a machine that has vanished is closed, even if it is idle."""
 _PROBES = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 3}
 
 
@@ -65,8 +65,8 @@ async def connect(
 def _tune(transport: asyncio.BaseTransport) -> None:
     """Make the kernel send small pieces immediately, and end the connection after ``SILENT_S`` of silence.
 
-    asyncio does the former only for sockets created with their protocol number, which accepted sockets are not.  The
-    body of a request would wait 40 ms for the other end's delayed acknowledgement.
+    asyncio sets TCP_NODELAY only on sockets that were created with their protocol number, which accepted sockets are
+    not.  Without it, the body of a request would wait 40 ms for the other end's delayed acknowledgement.
     """
     connected = transport.get_extra_info("socket")
     if connected is None or connected.family not in (socket.AF_INET, socket.AF_INET6):
@@ -92,7 +92,7 @@ _HALF_CLOSE = "half-close"
 def may_half_close(transport: asyncio.BaseTransport) -> bool:
     """Return whether the other end may close only its direction, so that ``eof_received`` may return True.
 
-    It may over plain connections and connections of this module, but not over asyncio's own TLS.
+    That holds for plain connections and TLS connections of this module, but not for asyncio's own TLS.
     """
     return transport.get_extra_info("sslcontext") is None or bool(transport.get_extra_info(_HALF_CLOSE))
 
@@ -118,7 +118,7 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
         self._extra.pop("peercert", None)
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Handle received bytes.  After close_notify they end the connection, because nothing would read them."""
+        """Handle received bytes.  Bytes after a close_notify end the connection, because nothing would read them."""
         is_established = self._state is asyncio.sslproto.SSLProtocolState.WRAPPED  # type: ignore[attr-defined]
         if self._is_half_closed and is_established:
             self._fatal_error(ConnectionResetError("data after close_notify"))
@@ -136,7 +136,9 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
             self._fatal_error(error, "Error calling eof_received()")
 
     def _start_shutdown(self) -> None:
-        """Shut down, but not before our direction is closed if the other end has only closed its own."""
+        """Shut the connection down.  If the other end has closed its direction only, do so once our direction is closed
+        as well.
+        """
         if self._is_half_closed and self._app_transport is not None and not self._app_transport._closed:
             return
         super()._start_shutdown()

@@ -1,4 +1,4 @@
-"""Removes and walks directory trees in separate threads, since both may take minutes and must not delay other work."""
+"""Removes and walks directory trees in threads, because both may take minutes and must not delay other work."""
 
 import asyncio
 import threading
@@ -24,8 +24,8 @@ _walkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="walk-tree")
 async def remove_tree(path: Path, *, keep: str = "") -> None:
     """Remove ``path`` with everything in it.  If cancelled, it stops soon and leaves the rest.
 
-    ``keep`` names an entry of ``path`` that is removed last.
-    Raises: OSError: a part is left (``trees.NotRemoved``).
+    ``keep`` names an entry of ``path`` that is removed last.  Raises: OSError: a part could not be removed
+    (``trees.NotRemoved``).
     """
     stop = threading.Event()
     work = asyncio.get_running_loop().run_in_executor(_removers, partial(trees.remove_tree, path, stop, keep))
@@ -33,13 +33,14 @@ async def remove_tree(path: Path, *, keep: str = "") -> None:
         await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait((work,))  # no thread may remove files that are created again afterwards
+        # The thread must end first, as it could otherwise remove files that are created afterwards.
+        await asyncio.wait((work,))
         work.cancelled() or work.exception()
         raise
 
 
 async def walk_tree(walk: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
-    """Return the result of ``walk``, which accesses every file of a tree."""
+    """Run ``walk``, which accesses every file of a tree, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(_walkers, walk, *arguments)
 
 
@@ -52,7 +53,7 @@ async def discard_tree(path: Path) -> None:
 
 
 def discard_tree_now(path: Path) -> None:
-    """Do the same in code that already runs in a thread."""
+    """Do the same as ``discard_tree``, in code that already runs in a thread."""
     try:
         trees.remove_tree(path)
     except OSError as error:

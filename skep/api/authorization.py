@@ -31,7 +31,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Objects(Protocol):
-    """The objects of requests, as a process knows them."""
+    """Looks up the objects that requests concern.  Each process that serves the API has its own."""
 
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
         """Return the facts about the objects of ``request``.
@@ -57,7 +57,7 @@ async def respond_if_authorized(
     """
     resource = request.match_info.route.resource
     if request.match_info.http_exception is not None or resource is None:
-        return await handler(request)  # the path does not exist
+        return await handler(request)  # no route has this path, so the handler returns 404
     identity = identity_of(request)
     if identity.is_admin:
         return await handler(request)
@@ -103,7 +103,7 @@ async def _filter(
     def shown(items: Any) -> list[Any]:
         return [one for one in items or () if sees(identity, objects.stack_of(kind, one))]
 
-    if isinstance(found, dict):  # volumes come in an object with warnings
+    if isinstance(found, dict):  # the list of volumes is inside an object, next to warnings
         found = {key: shown(value) if isinstance(value, list) else None for key, value in found.items()}
     else:
         found = shown(found)

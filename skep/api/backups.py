@@ -39,18 +39,20 @@ PIECE_BYTES = 256 * 1024
 """Plain bytes that are encrypted and authenticated at a time, so that a backup of any size needs little memory."""
 KEY_HEADER = "X-Skep-Backup-Key"
 KEY_FILE_BYTES_MIN = 32
-"""The length of the key.  A shorter file could be guessed sooner."""
+"""Shortest key file, as long as the key itself.  The content of a shorter file would be easier to guess than the
+key.
+"""
 
 _KEY_BYTES = 32
 """AES-256."""
 _PREFIX_BYTES = 7
-"""The random part of a nonce.  Its other bytes are the piece's number and the mark of the last piece."""
+"""Length of the nonce's random part.  The other bytes are the piece's number and the mark of the last piece."""
 _SALT_BYTES = 16
 """Source: RFC 9106, section 3.1, which recommends 128 bits for password hashing."""
 _HEADER_BYTES_MAX = 1024
-"""Far more than a header has.  Another file was given if it claims more."""
+"""Longest header.  It is far longer than real headers, so a file with a longer one is not a backup."""
 _FRAME_BYTES_MAX = PIECE_BYTES + 16
-"""A piece with the tag of AES-GCM."""
+"""Longest encrypted piece, including the tag of AES-GCM."""
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**16, 8, 1
 
 NOT_A_BACKUP = "this file is not a backup of a cluster"
@@ -188,7 +190,7 @@ class Sealer:
 
 
 class Opener:
-    """Decrypts one file that arrives in parts of any size."""
+    """Decrypts one file, which may arrive in parts of any size."""
 
     def __init__(self, key: bytes) -> None:
         """``key``: the file's key, from ``key_of`` and ``parsed_opening``."""
@@ -203,7 +205,7 @@ class Opener:
         self.manifest: Manifest | None = None
 
     def feed(self, content: bytes) -> bytes:
-        """Add a part of the file, and return the part of the snapshot that it completes.
+        """Add a part of the file, and return the part of the snapshot that can be decrypted now.
 
         Raises: InvalidArgument: the file is not a backup, is damaged, or has another key.
         """

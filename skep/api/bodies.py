@@ -1,6 +1,6 @@
 """Decoding of clients' JSON into Structs, with Go's rules and Go's error texts.
 
-It differs from msgspec's own decoding where clients rely on it or see it:
+It differs from msgspec's own decoding in the points that clients rely on or can observe:
 
 * ``null`` means *missing*, unknown fields are ignored, and field names match without regard to case;
 * bytes after the first value of a body are ignored;
@@ -29,7 +29,9 @@ from skep.errors import InvalidArgument, SkepError
 T = TypeVar("T")
 
 Unrecognized = Mapping[type[Enum], Callable[[str], SkepError | Enum]]
-"""For each enumeration, the error for a value that is not in it, or the value that the engine uses instead."""
+"""A function for each enumeration.  It takes a value that is not in the enumeration, and returns the error, or the
+value that the engine uses instead.
+"""
 
 EMPTY_BODY = "got EOF while reading request body"
 
@@ -134,7 +136,7 @@ _MISSING = object()
 
 
 class _Walk:
-    """One pass over a value, which keeps the parts that fit its shape, and records the first part that does not."""
+    """One pass over a value.  It keeps the parts that fit the shape, and records the first part that does not fit."""
 
     def __init__(self, unrecognized: Unrecognized) -> None:
         self.problem: SkepError | None = None
@@ -151,7 +153,7 @@ class _Walk:
 
     def _fitting(self, value: Any, shape: inspect.Type, core: inspect.Type) -> Any:
         match core:
-            case inspect.StrType():  # the most frequent ones first
+            case inspect.StrType():  # the most frequent shapes come first
                 if type(value) is str:
                     return value
             case inspect.StructType():
@@ -240,7 +242,7 @@ class _Walk:
         bits = _INTEGER_BITS.get(name, 64)
         low, high = (0, 2**bits - 1) if name in _UNSIGNED else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         if isinstance(value, int) and low <= value <= high:
-            return min(value, 2**63 - 1)  # msgspec's bounds end there, and no field accepts larger numbers
+            return min(value, 2**63 - 1)  # msgspec has no larger bounds, and no field accepts larger numbers
         return self._mismatch(f"number {value}", shape)
 
     def _float(self, value: int | _Fraction) -> float | object:

@@ -4,8 +4,9 @@ errors.
     async with Client.at("unix:///run/skep/skep.sock") as client:
         services = await client.get("/services", filters={"name": ["web"]})
 
-Requests carry the highest version that both ends support, negotiated by ``/_ping`` before the first one.  Those of the
-node process to the manager process and to the machine's Docker Engine (``Client.local``) carry none.
+Requests have the highest version that both ends support, which ``/_ping`` negotiates before the first request.
+Requests of the node process to the manager process and to the machine's Docker Engine (``Client.local``) have no
+version.
 """
 
 import asyncio
@@ -56,8 +57,8 @@ class Client(Requests):
     """A connection pool to one API endpoint.  Use it as an async context manager.
 
     Args:
-        version: API version of requests.  Empty for none, or None for the highest that both ends support.
-        name: Name of the endpoint in errors.  Empty for its address.
+        version: API version of requests, empty to send no version, or None for the highest that both ends support.
+        name: Name of the endpoint in errors.  If it is empty, errors show the address.
         timeout_s: Timeout of requests without their own.
     """
 
@@ -118,11 +119,11 @@ class Client(Requests):
 
     @property
     def has_socket(self) -> bool:
-        """Whether the Unix socket exists.  It does not while the process is starting."""
+        """Whether the Unix socket exists.  It is missing while the process starts."""
         return self._socket is not None and Path(self._socket).exists()
 
     async def wait_listening(self, clock: Clock, rng: Callable[[], float], within_s: float) -> None:
-        """Wait until a process listens at the Unix socket.  Raises: Unavailable: none does ``within_s``."""
+        """Wait until a process listens at the Unix socket.  Raises: Unavailable: no process does so ``within_s``."""
         backoff = Backoff(0.02, 0.5, rng=rng)
         try:
             async with asyncio.timeout(within_s):
@@ -258,7 +259,7 @@ class Client(Requests):
     ) -> AsyncGenerator["Stream", None]:
         """Open a response that is read while it arrives.  Raises: the errors of ``get``, before the first byte.
 
-        Up to twice ``buffer_bytes`` wait for a slow reader, and no line may be longer than ``buffer_bytes``.
+        Up to twice ``buffer_bytes`` are buffered for a slow reader.  No line may be longer than ``buffer_bytes``.
         """
         async with self._exchange(
             method, path, body, query, filters, headers, buffer_bytes=buffer_bytes

@@ -10,26 +10,27 @@ from skep.aio.tls import may_half_close
 from skep.api.framing import HEAD_BYTES_MAX, Malformed
 
 _BUFFER_BYTES_MAX = 256 * 1024
-"""Received bytes that wait for a slow reader."""
+"""Largest number of received bytes that are buffered for a slow reader."""
 CHECK_S = 5.0
 """Seconds between two checks whether a client that has closed its direction is still connected."""
 LINGER_BYTES_MAX = 256 * 1024 * 1024
-"""Bytes of a refused request's body that are read, so that the client gets the response and no reset."""
+"""Largest number of bytes that are read from the body of a refused request, so that the client gets the response."""
 LINGER_S = 5.0
-"""Limits for reading the rest of a request whose response was sent.
+"""Longest time in seconds for reading the rest of a request whose response was sent.
 
-If a connection is closed while the other end sends, it is reset, and the response is lost.
+A connection that is closed while the other end still sends is reset, and the response is lost.
 """
 
 
 class Gone(ConnectionError):
-    """The other end has closed or broken the connection."""
+    """The other end has closed the connection, or the connection is broken."""
 
 
 class Connection(asyncio.Protocol):
     """A connection with one reading and one writing coroutine.
 
-    Received data waits in a buffer of at most 256 KiB, and one more read of the socket.  Then the sender has to wait.
+    Received data waits in a buffer of at most 256 KiB plus one read of the socket.  When it is full, the sender has to
+    wait.
 
     Args:
         on_open: Called once the connection is established.
@@ -150,7 +151,7 @@ class Connection(asyncio.Protocol):
     async def wait_lost(self) -> None:
         """Wait until both directions are closed by the other end, or because it no longer answers."""
         while not self._is_hung_up():
-            # Once the other end has closed its direction, the event loop no longer watches it.
+            # Once the other end has closed its direction, the event loop no longer watches the connection.
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):
                     await self._closed.wait()
@@ -165,7 +166,8 @@ class Connection(asyncio.Protocol):
     def head(self, searched: int = 0) -> bytes | None:
         """Return the data up to and including the next empty line, or None if that has not arrived.
 
-        ``searched`` bytes are known not to contain it.  Raises: Malformed: the head is longer than 64 KiB.
+        ``searched``: number of bytes that are known not to contain the empty line.  Raises: Malformed: the head is
+        longer than 64 KiB.
         """
         end = self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))
         if end < 0:
@@ -211,10 +213,10 @@ class Connection(asyncio.Protocol):
         return connected
 
     def end(self) -> None:
-        """Close our direction once sent data has left.  The other end may continue to send.
+        """Close our direction once all data is sent.  The other end may continue to send.
 
-        Over TLS both directions are closed, as OpenSSL reads nothing after its own close_notify.  Without a close, a
-        client that waits for the end of the output would wait forever.
+        Over TLS this closes both directions, because OpenSSL reads nothing after its own close_notify.  Keeping the
+        connection open is no alternative, because a client that waits for the end of the output would wait forever.
         """
         if self.is_lost:
             return
@@ -230,9 +232,10 @@ class Connection(asyncio.Protocol):
             await self.linger()
 
     async def linger(self) -> None:
-        """Close, but not while the other end still sends.  Its data is dropped until it has closed, or sent too much.
+        """Close once the other end has stopped sending.  Its data is discarded until it has closed its direction or
+        exceeded the limits.
 
-        TLS closes with its own handshake, and has no half-close that would make the other end stop.
+        TLS connections are closed at once, because they have no half-close that would make the other end stop.
         """
         if self._lost or not self.transport.can_write_eof():
             self.close()
@@ -246,7 +249,7 @@ class Connection(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Close both directions once sent data has left."""
+        """Close both directions once all data is sent."""
         self.transport.close()
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""Requests about the container of a task that managers forward to its node: one table for both sides.
+"""Requests about a task's container that managers forward to the task's node, in one table for both sides.
 
 A manager forwards the fields that are named here and no others, and encodes them again. A node checks them again,
 because the manager may run an older version.
@@ -94,8 +94,9 @@ FORWARDED: Final = (
     Forwarded("POST", "/exec/{id}/resize", ("h", "w")),
     Forwarded("GET", "/exec/{id}/json"),
 )
-"""None of them starts, changes or removes a container: the cluster does that.  A container that a signal ends is
-replaced as its service's restart policy says."""
+"""No request of the table starts, changes or removes a container, because the cluster does that.  A container that a
+signal ends is replaced according to its service's restart policy.
+"""
 
 
 def forwarded(method: str, path: str) -> Forwarded:
@@ -119,7 +120,7 @@ def why_not(
 
     Args:
         labels: Labels of the container.
-        execution: Command that is created or started.
+        execution: Command that the request creates or starts.
     """
     if request.path.endswith("/top"):
         return why_not_ps(query.get("ps_args", ""))

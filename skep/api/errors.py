@@ -1,4 +1,4 @@
-"""Errors at the HTTP edge: their statuses, and the engine's wording of errors of its swarm half.
+"""HTTP statuses of errors, and Docker Engine's wording for errors of its swarm mode.
 
 Docker shows errors of SwarmKit's control API as gRPC prints them (``rpc error: code = InvalidArgument desc = ...``) and
 its own errors unchanged.  ``rpc_errors`` adds that wording to errors of ``manager.control``.
@@ -29,7 +29,7 @@ from skep.errors import (
 class Untranslated(SkepError):
     """An error that Docker returns without a class: a 500 with the sentence in it.
 
-    Only for the engine's oddities.  An internal failure is not a ``SkepError``.
+    Use it only where the engine does the same.  An internal failure is not a ``SkepError``.
     """
 
 
@@ -38,7 +38,7 @@ class Forbidden(SkepError):
 
 
 class NotModified(SkepError):
-    """The object is already in that state (304, no body), like a container that is started twice."""
+    """The object is already in the requested state (304, no body), for example a container that is started twice."""
 
 
 STATUSES: tuple[tuple[type[SkepError], int], ...] = (
@@ -109,7 +109,7 @@ def error_of(status: int, message: str) -> SkepError:
 
 @contextmanager
 def rpc_errors() -> Iterator[None]:
-    """Word errors raised inside like the engine words errors of SwarmKit's control API."""
+    """Give errors that the block raises the wording of the engine for errors of SwarmKit's control API."""
     try:
         yield
     except SkepError as error:
@@ -118,14 +118,17 @@ def rpc_errors() -> Iterator[None]:
             raise
         class_, code = found
         prefix = f"rpc error: code = {code} desc = "
-        if isinstance(error, NamesAnother):  # still to be shown without the name of the other object
+        # must stay this class, so that users who may not see the other object get the text without its name
+        if isinstance(error, NamesAnother):
             raise error.prefixed(prefix) from error
         raise class_(f"{prefix}{error}") from error
 
 
 @contextmanager
 def rpc_words(prefix: str) -> Iterator[None]:
-    """Word errors of a call to a manager like the engine's agent: ``<prefix>: rpc error: code = ... desc = ...``."""
+    """Give errors of a call to a manager the wording of the engine's agent: ``<prefix>: rpc error: code = ... desc =
+    ...``.
+    """
     try:
         yield
     except SkepError as error:

@@ -16,7 +16,7 @@ from skep.errors import InvalidArgument
 
 
 class Filters:
-    """The filters of a list request.  Each key has wanted values, any of which may match."""
+    """The filters of a list request.  Each key has one or more values, and an object matches if it has any of them."""
 
     def __init__(self, values: Mapping[str, Iterable[str]] | None = None) -> None:
         self._values = {key: tuple(sorted(set(wanted))) for key, wanted in (values or {}).items()}

@@ -1,7 +1,8 @@
-"""HTTP/1.1 requests: their heads, the ends of their bodies (RFC 9112, section 6), and the process that serves them.
+"""Parses the heads of HTTP/1.1 requests, finds the ends of their bodies (RFC 9112, section 6), and decides which
+process serves them.
 
-Ambiguous messages (two lengths, a length with chunks, folded lines) are malformed, because the web server behind must
-see the same messages as this module.
+Ambiguous messages (two lengths, a length with chunks, folded lines) count as malformed, because the web server that
+gets them next might split them differently.
 """
 
 import re
@@ -22,7 +23,7 @@ class Malformed(InvalidArgument):
 
 
 class Head(msgspec.Struct, frozen=True):
-    """First line and headers, in their order, with names in lower case and values without outer blanks."""
+    """First line and headers of a message.  Header names are in lower case, and values have no blanks around them."""
 
     first_line: bytes
     headers: tuple[tuple[bytes, bytes], ...]
@@ -157,7 +158,7 @@ def parse_request(raw: bytes) -> Request:
         target = parts[1].decode("ascii")
     except UnicodeDecodeError as error:
         raise Malformed("malformed request target") from error
-    if target.startswith(("http://", "https://")):  # absolute form, as for a proxy
+    if target.startswith(("http://", "https://")):  # the absolute form, which clients send to a proxy
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     if not target.startswith("/"):
         raise Malformed("malformed request target")
@@ -208,7 +209,7 @@ _OTHER_LINES = (
     rb"[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n\0]*\r\n)*"
 )
 _LENGTH_LINE = rb"content-length:[ \t]*([0-9]{1,5})[ \t]*\r\n"
-# A request whose headers have at most a length and nothing about the connection: one match instead of a parse.
+# Matches a request without a body and without headers about the connection. One match is faster than parsing the head.
 _PLAIN_REQUEST = re.compile(
     rb"(GET|POST|PUT|DELETE) (/[!-~]*) HTTP/1\.1\r\n(?i:%s(?:%s%s)?)\r\n"
     % (_OTHER_LINES, _LENGTH_LINE, _OTHER_LINES)
@@ -231,9 +232,9 @@ _PLAIN_PING = re.compile(rb"(GET|HEAD) (?:/v([0-9.]+))?/_ping HTTP/1\.1\r\n(?i:%
 
 
 def is_for_manager(path: str) -> bool:
-    """Return whether the manager process answers requests for ``path``, which has no version and query.
+    """Return whether the manager process serves requests for ``path``.  ``path``: without version and query.
 
-    The node process passes connections by this rule, and the manager passes them back by it.
+    By this rule, the node process passes connections to the manager process, and the manager process passes them back.
     """
     return _MANAGER.fullmatch(path) is not None
 
@@ -271,7 +272,7 @@ _SLASHES = re.compile(r"//+")
 
 _VERSION = re.compile(r"^/v[0-9][0-9.]*/")
 _MANAGER = re.compile(
-    # the node's own membership works without a manager, and the manager serves the rest of the swarm
+    # requests about the node's own membership must work without a manager, which serves the rest of /swarm
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
     r"|/skep/(?:access|backup|events|history|jobs|state|quorum|users|view(?:/stream)?|doctor/network"

@@ -1,16 +1,17 @@
 """Messages with which the node process and the manager process pass clients' connections to each other.
 
-The node process connects to the manager's socket and sends the *state table*: a shared memory file with one byte for
-each connection that it may pass (``State``, written by the process that serves the connection).  After that, either end
-sends connections: the descriptor, and the bytes that were already read from it.
+The node process connects to the manager's socket and sends the *state table*.  That is a shared memory file with one
+byte for each connection that it may pass (``State``), which the process that serves the connection writes.  After that,
+either end sends connections.  A message with a connection has the descriptor, and the bytes that were already read from
+it.
 
 The node process keeps a duplicate of each passed descriptor until the manager sends ``CLOSED`` for it or passes it
-back.  So it can continue with the connections of a manager process that ends: the state shows whether a response is
-missing.
+back.  If the manager process ends, the node process can then continue with its connections.  The state shows whether a
+response is missing.
 
-A message is one packet of a SOCK_SEQPACKET socket, or several (``REST``) if much was read.  The header has kind and
-flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
-big-endian).  If a flag is set, the client's identity precedes the data, with its length (2 bytes).
+A message is one packet of a SOCK_SEQPACKET socket, or several (``REST``) if much data was read.  Its header has kind
+and flags (1 byte each), and slot (the connection's index in the table) and length of all data (4 bytes each,
+big-endian).  If a flag says so, the client's identity precedes the data, after its length (2 bytes).
 """
 
 import asyncio
@@ -25,30 +26,30 @@ from enum import IntEnum
 import msgspec
 
 SLOTS = 8192
-"""Connections that one node process may have passed at the same time."""
+"""Largest number of connections that one node process may have passed at a time."""
 NO_SLOT = 0xFFFFFFFF
 """Slot of a connection that an earlier node process passed."""
 _HEADER = struct.Struct("!BBII")
 _DATA_BYTES = 32 * 1024
-"""Bytes of one packet.  The socket's buffer has space for several."""
+"""Largest number of data bytes in one packet.  The socket's buffer has space for several packets."""
 _AT_ONCE = 32
-"""Packets that are read before other work of the event loop gets its turn."""
+"""Largest number of packets that are read before other tasks of the event loop run."""
 _REMOTE = 1
 _IDENTIFIED = 2
 _IDENTITY_LENGTH = struct.Struct("!H")
 IDENTITY_BYTES_MAX = 16 * 1024
-"""Limit of an identity, which must fit into the first packet."""
+"""Longest identity, which must fit into the first packet."""
 
 
 class State(IntEnum):
     """Progress of the exchange on a connection, stored in the state table."""
 
     IDLE = 0
-    """No byte of a request was read."""
+    """No byte of a request has been read."""
     REQUESTED = 1
-    """A request was read at least in part, and no byte of its response was sent."""
+    """At least a part of a request has been read, and no byte of the response has been sent."""
     RESPONDING = 2
-    """A part of the response was sent."""
+    """A part of the response has been sent."""
 
 
 class Kind(IntEnum):
@@ -73,13 +74,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     data: bytes = b""
     descriptor: int | None = None
     is_remote: bool = False
-    """Whether the client is on another machine.  Its open connections are limited in time."""
+    """Whether the client is on another machine.  The time that its connections stay open is then limited."""
     identity: bytes = b""
     """Identity of the client (``identity.packed``), or empty for the permissions of the Unix socket."""
 
 
 class Channel:
-    """Messages over a connected SOCK_SEQPACKET socket, in order.  Owns the socket and the descriptors to send."""
+    """Sends and receives messages over a connected SOCK_SEQPACKET socket.  Owns the socket and the descriptors to
+    send.
+    """
 
     def __init__(
         self, connected: socket.socket, on_message: Callable[[Message], None], on_end: Callable[[], None]

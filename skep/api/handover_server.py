@@ -1,7 +1,7 @@
 """Serves the connections that the node process passes to the manager process (``handover``).
 
-aiohttp answers the requests.  It receives complete HTTP/1.1 messages, one at a time.  When the first request arrives
-that is not for the manager process, the connection is passed back to the node process.
+aiohttp responds to the requests.  It gets complete HTTP/1.1 messages, one at a time.  When a request arrives that is
+not for the manager process, the connection is passed back to the node process.
 """
 
 import asyncio
@@ -37,7 +37,8 @@ from skep.linux.unix_sockets import private_socket
 log = structlog.get_logger(__name__)
 
 REQUEST_S = 60.0
-"""Seconds for a head and a small body to arrive, and for the next bytes of a longer body with a length.
+"""Seconds in which a head and a small body must arrive, and in which the next bytes of a longer body with a length must
+arrive.
 
 A body without a length is a stream and has no limit.
 """
@@ -47,22 +48,22 @@ CHECK_S = 5.0
 """Seconds between checks of the limits of all connections.  The limits are minutes."""
 SMALL_BODY = 64 * 1024
 _BUFFER_BYTES_MAX = 256 * 1024
-"""Bytes of requests that were sent ahead."""
+"""Largest number of bytes that are buffered of requests that a client sends before it gets a response."""
 _READ_BYTES = 64 * 1024
 """Bytes that are read from one connection at a time."""
 _CLOSED_S = 0.02
-"""Seconds before the node process is woken because connections have ended, so that it is not while clients
-reconnect.
+"""Seconds for which ended connections are collected before they are reported, so that the node process is not woken
+while clients reconnect.
 """
 _FOREVER_S = 1e9
-"""aiohttp's limit for idle connections, in place of which ``REQUEST_S`` and ``IDLE_S`` apply."""
+"""Disables aiohttp's limit for idle connections, because ``REQUEST_S`` and ``IDLE_S`` replace it."""
 
 _read_buffer = memoryview(bytearray(_READ_BYTES))
 """Shared by all connections, because received data is copied at once."""
 
 
 class ResponseHook(AbstractAccessLogger):
-    """The access log of aiohttp.  Each connection has one, which is called at the end of each response."""
+    """Learns the end of each response, in the role of aiohttp's access log."""
 
     connection: "_Connection | None" = None
 
@@ -118,13 +119,13 @@ class PassedConnections:
     def __init__(self, new_handler: Callable[[], RequestHandler]) -> None:
         self.new_handler = new_handler
         self._peers: list[_Peer] = []
-        """Node processes, the newest last.  The next one may connect before the end of the previous one is seen."""
+        """Node processes, the newest last.  A new one may connect before the end of the previous one is noticed."""
         self._open: set[_Connection] = set()
         self._is_stopping = False
 
     @asynccontextmanager
     async def listening(self, path: Path) -> AsyncIterator[None]:
-        """Serve while the context is open.  Then pass connections back, each once no response is pending on it.
+        """Serve while the context is open.  Afterwards pass each connection back once no response is pending on it.
 
         Raises:
             Unavailable: ``path`` cannot be bound.
@@ -289,10 +290,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._taken: asyncio.Protocol | None = None
         """The protocol that gets everything after the request (``take_over``)."""
         self._has_ended = False
-        """Whether the client has closed its direction.  Only relevant if the connection is or will be taken over."""
+        """Whether the client has closed its direction.  This matters only once the connection is taken over."""
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
-        """When the current request started, the last one was answered, or a long body continued."""
+        """Time at which the current request started, its long body continued, or the last response ended."""
 
     async def begin(self, connected: socket.socket) -> None:
         connected.setblocking(False)
@@ -327,7 +328,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         if self.state == State.IDLE:
-            # set before reading, because data read by a manager process that ends is lost
+            # This comes before the read, because data is lost if the manager process has read it and ends.
             self.state = State.REQUESTED
         return _read_buffer
 
@@ -343,7 +344,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._taken is not None:
             return bool(self._taken.eof_received())
         if self._exchange is None and not self._unread:
-            self.state = State.IDLE  # the only data was the end, so no response is pending
+            self.state = State.IDLE  # only the end was received, so no response is pending
         return self._exchange is not None and self._exchange.is_last
 
     def pause_writing(self) -> None:
@@ -364,7 +365,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._taken is not None:
             self._taken.connection_lost(error)
         if self._phase is _Phase.PASSED_BACK or self._owner.is_stopping:
-            return  # the node process has the connection, or continues by its state when this process has ended
+            return  # The node process has the connection again, or continues with it when this process has ended.
         with suppress(
             OSError
         ):  # the node process has a duplicate, so closing ours would not end the connection
@@ -383,7 +384,7 @@ class _Connection(asyncio.BufferedProtocol):
             protocol.eof_received()
 
     def _advance(self) -> None:
-        """Give the handler the data that it may have."""
+        """Pass received data to the handler, as far as it may have it."""
         if self._taken is not None and (self._exchange is None or self._exchange.body.is_complete):
             data, self._unread = self._unread, b""
             if data:
@@ -394,7 +395,7 @@ class _Connection(asyncio.BufferedProtocol):
                 if not self._begin_request():
                     break
             elif self._exchange.body.is_complete:
-                break  # sent ahead: handled after the end of the response
+                break  # the next request is handled after the end of the response
             else:
                 self._feed(self._exchange, b"", self._unread)
         is_full = len(self._unread) >= _BUFFER_BYTES_MAX
@@ -423,7 +424,7 @@ class _Connection(asyncio.BufferedProtocol):
         return True
 
     def _feed(self, exchange: _Exchange, head: bytes, data: bytes) -> None:
-        """Give the handler ``head`` and the part of ``data`` that belongs to the body of ``exchange``."""
+        """Pass ``head`` to the handler, and the part of ``data`` that belongs to the body of ``exchange``."""
         is_malformed = False
         try:
             mine, self._unread = exchange.body.take(data)
@@ -433,7 +434,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._since = self._loop.time()
         self._handler.data_received(head + mine)
         if exchange.is_last and (is_malformed or exchange.body.is_complete):
-            self._handler.close()  # it accepts no further data, so the body must be complete first
+            self._handler.close()  # the handler accepts no data after this, so the body must be complete
         self._end_exchange()
 
     def end_response(self, *, is_last: bool) -> None:
@@ -452,7 +453,8 @@ class _Connection(asyncio.BufferedProtocol):
         if self._unread:
             self.state = State.REQUESTED
         elif not self._transport.get_write_buffer_size():
-            # Otherwise the end of the response would be lost with this process.
+            # The state stays RESPONDING until all data is written, because the end of the response would be lost with
+            # this process.
             self.state = State.IDLE
         if self._owner.is_stopping:
             self._pass_back()

@@ -19,10 +19,12 @@ from skep.errors import Unauthenticated
 from skep.model.access import ALL, ROLE_HEADER, Identity, Origin, parse_binding
 
 IDENTITY_HEADER: Final = "X-Skep-Identity"
-"""Header of requests that a process of this node makes for a client, on the manager's own socket."""
+"""Header with the client's identity, in requests that a process of this node makes for a client on the manager's own
+socket.
+"""
 
 _THIS_NODE: Final = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
-"""Identity of requests that this node's processes make for themselves."""
+"""Identity of requests that processes of this node make on their own behalf."""
 
 _identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
 IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
@@ -46,7 +48,7 @@ def identity_of(request: web.Request) -> Identity:
 
 
 def unlimited_identity_of(request: web.Request) -> Identity:
-    """Return the identity of the client of ``request``, whatever role the request is limited to.
+    """Return the identity of the client of ``request``, ignoring a role to which the request is limited.
 
     Raises:
         Unauthenticated: Its connection is unknown, or was closed.
@@ -68,14 +70,16 @@ def unlimited_identity_of(request: web.Request) -> Identity:
 def is_of_token(request: web.Request) -> bool:
     """Return whether a token authenticates the client.
 
-    A token counts for one request, because a proxy sends the requests of all its clients on one connection.
+    A token authenticates a single request, because a proxy sends the requests of all its clients on one connection.
     """
     known = _identities.get(request.transport) if request.transport is not None else None
     return known is not None and known.origin is Origin.TOKEN
 
 
 def of_socket(connected: socket.socket) -> Identity:
-    """Return the client of a Unix socket, which has all rights: the socket belongs to root and the group."""
+    """Return the identity of a Unix socket's client.  It has all rights, because only root and a group may use the
+    socket.
+    """
     _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Identity(name="root" if uid == 0 else f"uid {uid}", origin=Origin.SOCKET, bindings=ALL)
 

@@ -1,4 +1,4 @@
-"""A cluster's network in the flat form of ``/networks``.
+"""Converts a network of the cluster to the flat form of ``/networks``.
 
 Source: moby 20.10, daemon/cluster/convert/network.go (BasicNetworkFromGRPC), api/types/types.go (NetworkResource).
 """
@@ -13,23 +13,23 @@ from skep.model.network import IPAMOptions, Network, is_ingress
 
 
 def known_driver(network: Network) -> Driver:
-    """The allocated driver; before the allocation, the requested one."""
+    """Return the allocated driver, or before the allocation the requested one."""
     if network.driver_state.name:
         return network.driver_state
     return network.spec.driver_configuration or Driver()
 
 
 def endpoint_id(user: str, network_id: str) -> str:
-    """The endpoint id of a task or container on a network: the same on every node and at any time."""
+    """Return the endpoint id of a task or container on a network, which is the same on every node and at any time."""
     return hashlib.sha256(f"{network_id}/{user}".encode()).hexdigest()
 
 
 def flat_form(network: Network) -> dict[str, Any]:
-    """The network as in lists: without its containers."""
+    """Return the network in the form of lists, without its containers."""
     spec, driver = network.spec, known_driver(network)
     requested = (
         spec.ipam_options if is_overlay(network) else None
-    )  # the cluster allocates no addresses for others
+    )  # the cluster allocates addresses for overlay networks only
     ipam = network.ipam_options or requested or IPAMOptions()
     return {
         "Name": spec.name,

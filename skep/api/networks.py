@@ -70,12 +70,12 @@ class NetworkBody(ApiObject):
 
     @property
     def config_source(self) -> str:
-        """The node's network from which this one takes its settings, or empty."""
+        """Name of the node-local network from which this network takes its settings, or empty."""
         return self.config_from.network if self.config_from is not None else ""
 
     @property
     def is_of_cluster(self) -> bool:
-        """Whether the managers create it.  Otherwise it is the node's own."""
+        """Whether the managers create the network.  Otherwise the node creates it for itself."""
         return not self.config_only and (self.driver == "overlay" or self.scope == SWARM or self.ingress)
 
 
@@ -101,7 +101,8 @@ def check_name(name: str) -> None:
 
 
 def check_form(body: NetworkBody) -> None:
-    """Refuse everything that the engine refuses before it looks for a free subnet, with its messages and in its order.
+    """Refuse everything that the engine refuses before it searches a free subnet, with the same messages in the same
+    order.
 
     Raises:
         Forbidden, NotFound: The engine refuses the settings.
@@ -185,7 +186,8 @@ def fits(facts: Facts, filters: Filters) -> bool:
 def _matches_part(wanted: Iterable[str], text: str) -> bool:
     """Return whether ``text`` contains one of ``wanted``, with ``^`` and ``$`` for its start and end.
 
-    The engine uses regular expressions.  One from outside could keep the process busy for hours.
+    The engine uses regular expressions.  Skep does not, because a client's expression could keep the process busy for
+    hours.
     """
     words = list(wanted)
     return not words or any(_pattern(word).search(text) for word in words)

@@ -24,12 +24,12 @@ from skep.tracing import Span
 log = structlog.get_logger()
 
 WAITING_MAX = 4096
-"""Spans that wait.  Further ones are dropped and counted."""
+"""Largest number of spans that wait.  Further ones are dropped and counted."""
 _BATCH = 512
 _GATHER_S = 1.0
-"""Seconds between the first span and its batch."""
+"""Seconds for which spans are collected into one batch."""
 _SENT_WITHIN_S = 10.0
-"""Seconds for one export.  Source: the default of OTEL_EXPORTER_OTLP_TIMEOUT."""
+"""Timeout of one export in seconds.  Source: the default of OTEL_EXPORTER_OTLP_TIMEOUT."""
 _AGAIN = (429, 502, 503, 504)
 """Status codes after which a batch is sent again.  Source: OTLP's specification, Retryable Response Codes."""
 
@@ -68,7 +68,9 @@ class TraceExporter:
             self._is_filled.set()
 
     async def run(self) -> None:
-        """Send until cancelled.  While the collector does not answer, spans wait, and are dropped beyond the limit."""
+        """Send queued spans until cancelled.  While the collector does not respond, spans wait up to the limit, and
+        further ones are dropped.
+        """
         timeout = aiohttp.ClientTimeout(total=_SENT_WITHIN_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
@@ -109,10 +111,11 @@ class TraceExporter:
             self._sent += len(batch)
 
     async def _post(self, session: aiohttp.ClientSession, batch: Sequence[Span]) -> tuple[str, bool]:
-        """Send a batch.  Returns why it failed, or an empty text, and whether a retry is useless."""
+        """Send a batch.  Returns the reason of the failure, or an empty text, and whether a retry is useless."""
         headers = {"Content-Type": "application/json"}
         try:
-            # A redirected POST would become a GET without the spans, whose answer looks like success.
+            # No redirects, because a redirected POST would become a GET without the spans, and its response would look
+            # like success.
             async with session.post(
                 self._url, data=self._body(batch), headers=headers, allow_redirects=False
             ) as response:

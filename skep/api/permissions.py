@@ -1,4 +1,5 @@
-"""Roles that requests need: one table of all endpoints, for users and for containers that mount the API's socket.
+"""The roles that requests need, in one table of all endpoints, for users and for containers that mount the API's
+socket.
 
 A path that is not in the table needs an administrator.  Paths are without their version.
 """
@@ -19,12 +20,12 @@ STACK_LABEL: Final = "com.docker.stack.namespace"
 
 
 class Scope(Enum):
-    """Object of a request, for identities with roles in single stacks."""
+    """The subject of a request, which decides whether a role in a single stack suffices."""
 
     ANY = auto()
-    """No object of a stack: a role in any stack is sufficient."""
+    """Nothing that belongs to a stack.  A role in any stack suffices."""
     CLUSTER = auto()
-    """The whole cluster, or an indivisible part: a role in the whole cluster is needed."""
+    """The whole cluster, or a part that all stacks share.  This needs a role in the whole cluster."""
     LIST = auto()
     """Objects of a kind.  Only objects in the identity's stacks are shown."""
     OBJECT = auto()
@@ -32,7 +33,7 @@ class Scope(Enum):
     NEW = auto()
     """An object that the body describes."""
     CHANGE = auto()
-    """An existing object that changes to the body's description."""
+    """An existing object, which changes to the body's description."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,11 +58,11 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     stack: str = ""
     machine_rights: str = ""
-    """A right over its machine that only administrators may grant.  Empty without one."""
+    """Right over its machine that only administrators may grant, or empty."""
 
 
 class NewObject(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about an object in a body that permissions depend on."""
+    """Facts about an object that a request's body describes."""
 
     name: str
     stack: str = ""
@@ -69,13 +70,15 @@ class NewObject(msgspec.Struct, frozen=True, kw_only=True):
     raised_priority: int = 0
     """The priority of a service, if it is above 0 and above the service's current one."""
     uses: tuple[tuple[str, Known | None, str], ...] = ()
-    """Other objects that it refers to: kind, object (None if it does not exist), and the word that names it."""
+    """Objects to which it refers: the kind, the facts (None if it does not exist), and the name or id in the body."""
     is_planned: bool = False
-    """Whether the objects that it uses may be created before it, under a name of its stack."""
+    """Whether the same deploy may create the objects that it uses before it.  They then must have a name of its
+    stack.
+    """
     excess: str = ""
-    """Why users below administrator may not add it: its stack has too many such objects.  Empty if it has not."""
+    """Reason why users below administrator may not add it, if its stack has too many such objects.  Otherwise empty."""
     volumes: tuple[str, ...] = ()
-    """Names of local volumes, whose name is the only sign of their owner."""
+    """Names of local volumes.  Only its name shows to which stack a local volume belongs."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,10 +103,10 @@ def rule_for(method: str, path: str) -> Rule:
 
 
 def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | None:
-    """Return why ``identity`` may not make a request of ``rule``, or None if it may.
+    """Return the reason why ``identity`` may not make a request of ``rule``, or None if it may.
 
     Args:
-        facts: Facts about the request, or None if unknown yet.  Then only the role is checked.
+        facts: Facts about the request.  With None, only the role is checked.
     """
     if identity.is_admin:
         return None
@@ -164,9 +167,10 @@ def why_not_image(image: str) -> str:
 
 
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
-    """Return whether an object called ``name`` can belong to ``stack``, and to no longer stack name in ``stacks``.
+    """Return whether an object called ``name`` belongs to ``stack`` and not to one of ``stacks`` with a longer name.
 
-    A volume's name may have placeholders, which can become any text, so the part before the first one must decide it.
+    A volume's name may have placeholders, which can expand to any text.  Then the part before the first placeholder
+    decides.
     """
     name, is_open, _ = name.partition("{{")
     if is_open:
@@ -205,7 +209,7 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
         return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:
         if used is None and (kind == "service" or new.is_planned) and is_name_of(word, new.stack, stacks):
-            continue  # a dependency may be created later
+            continue  # a dependency may be created after the service
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} does not belong to the stack {new.stack}"
     return ""
@@ -219,8 +223,8 @@ _PS_ARGUMENTS: Final = re.compile(
 )
 """Arguments of ps that choose columns.
 
-None of these makes ps read all arguments again in the BSD syntax, in which ``-e`` is the environment, as it does with
-contradicting arguments.  Users cannot choose titles of columns.
+If arguments contradict each other, ps parses all of them again in the BSD syntax, in which ``-e`` shows the
+environment.  None of these combinations causes that.  Users cannot choose titles of columns.
 
 Source: procps, src/ps/parser.c (arg_parse).
 """
@@ -275,7 +279,8 @@ RULES: Final = (
     _rule("GET", r"/events", _VIEWER, Scope.CLUSTER, container=_READ, is_document=False),
     _rule("GET", r"/skep/(?:events|history|state|view|view/stream)", _VIEWER, Scope.CLUSTER),
     _rule("GET", r"/metrics|/skep/cluster/(?:store|level)|/skep/doctor/network", _VIEWER, Scope.CLUSTER),
-    _rule("POST", r"/skep/doctor/network", _OPERATOR, Scope.CLUSTER),  # the throughput test fills every link
+    # the throughput test uses the full bandwidth of every link
+    _rule("POST", r"/skep/doctor/network", _OPERATOR, Scope.CLUSTER),
     _rule("GET", r"/ui(?:/.*)?", _VIEWER, Scope.ANY),  # the dashboard's files
     _rule("GET", r"/skep/quorum|/skep/access", _VIEWER, Scope.ANY),
     _rule("GET", r"/distribution/.+/json", _OPERATOR, Scope.ANY),
@@ -314,7 +319,7 @@ RULES: Final = (
     _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
     _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.NEW, "service"),
     _rule("POST", r"/skep/stacks/check", _OPERATOR, Scope.NEW, "stack"),
-    # A user who can run commands in a container, or read its files, has its secrets.
+    # A user who can run commands in a container, or read its files, can read its secrets.
     _rule(
         "GET POST PUT",
         rf"/skep/tasks/{_NAME}/(?:container/(?:exec|attach|resize|wait|kill|archive)|exec/[^/]+/[a-z]+|port/[^/]+)",

@@ -15,7 +15,7 @@ def process_families(process: str, lag: LoopLag | None = None) -> list[Family]:
     """Return the metrics of this process.
 
     Args:
-        process: ``node`` or ``manager``; a label, because both processes share one metrics page.
+        process: ``node`` or ``manager``.  It is a label of the metrics, because both processes share one metrics page.
     """
     labels = label_text({"process": process})
     families = [

@@ -213,7 +213,7 @@ class RawClient:
             raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
 
     async def _opener(self) -> Opener:
-        """Return how to open connections.  Raises: InvalidArgument; Unavailable."""
+        """Return a function that opens connections.  Raises: InvalidArgument; Unavailable."""
         try:
             parts = urlsplit(self._host)
             host, port = parts.hostname, parts.port

@@ -1,4 +1,5 @@
-"""Requests whose responses are read as a whole: the base of both clients, and the client that does not need aiohttp.
+"""Requests whose responses are read as a whole.  Contains the base of both clients, and the client that does not need
+aiohttp.
 
 The import of aiohttp takes longer than the requests of most commands.
 """
@@ -29,7 +30,7 @@ def filters_of(words: Iterable[str]) -> dict[str, list[str]]:
     for word in words:
         key, equals, value = word.partition("=")
         if not (key and equals):
-            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
+            raise InvalidArgument(f"invalid filter {word!r}: expected KEY=VALUE")
         wanted.setdefault(key.strip().lower(), []).append(value.strip())
     return wanted
 
@@ -108,7 +109,7 @@ class Requests(ABC):
 class LimitedRequests(Requests):
     """Requests whose changes have at most the rights of one role.
 
-    Reads keep the rights of the client, because a role in one stack does not see the networks of others.
+    Reads keep the rights of the client, because a role in one stack does not see the networks of other stacks.
     """
 
     def __init__(self, client: Requests, role: str) -> None:
@@ -121,7 +122,7 @@ class LimitedRequests(Requests):
         """Return requests limited to ``role``.
 
         Raises:
-            FailedPrecondition: The manager's version cannot limit them.
+            FailedPrecondition: The manager's version cannot limit rights.
         """
         made = cls(client, role)
         access = await client.get("/skep/access", headers=made._headers)

@@ -1,4 +1,4 @@
-"""Responses: JSON objects, long lists in pieces, streams of JSON lines, multiplexed output.
+"""Forms of responses: JSON objects, long lists in pieces, streams of JSON lines, and multiplexed output.
 
 The event loop is never blocked for longer than the encoding of one piece.
 """
@@ -18,9 +18,11 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 _PIECE = 128
-"""List items that are encoded at once.  Tasks take about a millisecond."""
+"""Number of list items that are encoded at once.  As many tasks take about a millisecond."""
 _KNOWN_PIECE = 512
-"""List items that are encoded at once if most are cached: a quarter of a millisecond, 5 ms for the first request."""
+"""Number of list items that are encoded at once if most are cached.  They take a quarter of a millisecond, or 5 ms for
+the first request.
+"""
 
 RAW_STREAM = "application/vnd.docker.raw-stream"
 MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
@@ -31,8 +33,8 @@ _encoder = msgspec.json.Encoder()
 class KnownJson:
     """Cached JSON of immutable objects, from one long list to the next.
 
-    An entry is valid for the same object with the same id in the same circumstances, which are everything else that its
-    response depends on.  Objects that are no longer listed are dropped.
+    An entry is valid as long as the object and the circumstances are the same.  The circumstances are everything else
+    on which the response depends.  Objects that are no longer listed are dropped.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,7 @@ class KnownJson:
         self._circumstances: Any = None
 
     def agreed(self, circumstances: C) -> C:
-        """Return the last list's circumstances if they are equal, so that they are identical objects."""
+        """Return the circumstances of the last list if they are equal, so that they can be compared by identity."""
         if circumstances != self._circumstances:
             self._circumstances = circumstances
         agreed: C = self._circumstances
@@ -78,7 +80,9 @@ def json_list_response(items: Sequence[T], show: Callable[[T], Any] = lambda ite
 def known_list_response(
     items: Sequence[T], show: Callable[[C, T], Any], circumstances: C, known: KnownJson
 ) -> web.Response:
-    """Return a list of all objects of a kind, which have an ``id``.  In a long list, only new objects are encoded."""
+    """Return a list of all objects of a kind.  If it is long, only new objects are encoded.  Each object has an
+    ``id``.
+    """
     if len(items) <= _PIECE:
         return json_list_response(items, partial(show, circumstances))
     pieces = _known_pieces(items, show, known.agreed(circumstances), known)
@@ -143,7 +147,7 @@ class JsonLines(ChunkedResponse):
         super().__init__(request, status, "application/json")
 
     async def send(self, value: Any) -> None:
-        """Send ``value`` as one line.  dockerd ends each with CR LF or LF, and readers accept both.
+        """Send ``value`` as one line. dockerd ends lines with CR LF or LF, and clients accept both.
 
         Raises:
             ConnectionResetError: The client has disconnected.
@@ -152,13 +156,13 @@ class JsonLines(ChunkedResponse):
 
 
 class OutputStream(IntEnum):
-    """Output of a process.  The number is in the frame's head."""
+    """A stream of a process's output.  The value is the number in the frame's head."""
 
     STDIN = 0
     STDOUT = 1
     STDERR = 2
     SYSTEM = 3
-    """Messages of the engine itself after a stream has started.  Clients print them as errors."""
+    """Messages of the engine itself, after the output has started.  Clients print them as errors."""
 
 
 def frame(stream: OutputStream, data: bytes) -> bytes:
@@ -167,7 +171,7 @@ def frame(stream: OutputStream, data: bytes) -> bytes:
 
 
 class OutputFrames(ChunkedResponse):
-    """A process's output, framed, or raw with a terminal.
+    """A response with the output of a process.  It is framed, or raw if the process has a terminal.
 
     Up to API 1.41 it has no content type (clients look at the container), and from 1.42 on it has one.
     """
@@ -188,12 +192,12 @@ class OutputFrames(ChunkedResponse):
 
 
 class Hijacked(web.StreamResponse):
-    """Response of a handler whose connection is no longer HTTP.  It writes nothing."""
+    """Response of a handler that has turned its connection into a stream.  It writes nothing."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write no head, which was sent when the connection was taken over."""
+        """Write no head, because it was sent when the connection was taken over."""
         self.force_close()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Write no end: the protocol that took over the connection has closed it."""
+        """Write no end, because the protocol that took over the connection has closed it."""

@@ -1,4 +1,4 @@
-"""An aiohttp application with the Engine API's conventions; each room with routes builds one.
+"""An aiohttp application with the Engine API's conventions.  Each package with routes builds one.
 
     table = Routes()
 
@@ -7,9 +7,8 @@
 
     app = application(table)
 
-What every request gets here: the version prefix (``/v1.41/...`` or none), the engine's headers, a bound on its
-body, and errors translated to status and ``{"message": ...}`` in one place.  A handler is three lines: decode,
-call, encode.
+The application handles the version prefix (``/v1.41/...`` or none), adds the engine's headers, limits bodies, and
+translates errors into a status and ``{"message": ...}``.  A handler only has to decode, call and encode.
 
 Source: moby 20.10, api/server/server.go and middleware/*.go.
 """
@@ -76,7 +75,7 @@ _HEAD_BYTES_MAX = 1024 * 1024
 """Size limit of a request's first line and of each header, as in the engine: filters may name hundreds of objects."""
 
 _LARGE_BODY = 64 * 1024
-"""Bodies above this size are decoded in a thread, so that they never block the loop."""
+"""Bodies above this size in bytes are decoded in a thread, so that they never block the event loop."""
 
 SERVER = "Skep/0.1.0 (linux)"
 """The ``Server`` header."""
@@ -93,7 +92,9 @@ Routes = web.RouteTableDef
 
 
 def is_of_administrator(request: web.Request) -> bool:
-    """Return whether an administrator makes ``request``, like every client of an application without objects."""
+    """Return whether an administrator makes ``request``.  Every client counts as one if the application has no
+    ``objects``.
+    """
     return request.app.get(_OBJECTS) is None or identity_of(request).is_admin
 
 
@@ -127,7 +128,7 @@ def application(
     for route in (route for table in tables for route in table):
         assert isinstance(route, web.RouteDef), "only plain routes can have a version before them"
         for router in (app.router, versioned):
-            # not route.register(), which would answer HEAD wherever there is GET, unlike the engine
+            # not route.register(), which would also add HEAD for each GET, unlike the engine
             router.add_route(route.method, route.path, route.handler)
     app.router.register_resource(_Versioned(versioned))
     return app
@@ -136,7 +137,7 @@ def application(
 class _Versioned(AbstractResource):
     """All routes under ``/v<version>``, and without it if slashes are doubled or at the end.
 
-    With the version in each route's pattern, aiohttp could not index the routes.  It would try the patterns one after
+    If each route's pattern contained the version, aiohttp could not index the routes.  It would try one pattern after
     another, which takes 50 to 130 µs for each request.
     """
 
@@ -241,9 +242,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def _too_large(request: web.Request) -> ResourceExhausted:
-    """Return the error for a body over the limit.  The engine has no limit itself, but reaches gRPC's, which is the
-    same.
-    """
+    """Return the error for a body over the limit.  The engine itself has no limit, but gRPC's limit is the same."""
     size = request.content_length or MAX_BODY_BYTES + 1
     return ResourceExhausted(
         "rpc error: code = ResourceExhausted desc = grpc: received message larger than max "
@@ -264,7 +263,7 @@ def flag(request: web.Request, name: str) -> bool:
 
 @web.middleware
 async def _with_plain_path(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give handlers the path that was routed, because some choose the action by its end."""
+    """Pass handlers the path that was routed, because some of them choose the action by its end."""
     if _PLAIN in request:
         url = request.rel_url
         path = plain_path(url.raw_path)
@@ -274,7 +273,7 @@ async def _with_plain_path(request: web.Request, handler: Handler) -> web.Stream
 
 @web.middleware
 async def _translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Translate errors into responses, which happens only here."""
+    """Translate errors into responses.  No other code does so."""
     try:
         return await handler(request)
     except NotModified:
@@ -291,7 +290,7 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
     except web.HTTPException:
         raise
     except ConnectionResetError:
-        raise  # the client disconnected in the middle of a stream
+        raise  # the client disconnected while a stream was sent
     except Exception:
         log.exception("request failed", method=request.method, path=request.path)
         return _error_response(request, 500, "internal error (the daemon's log has the details)")
@@ -299,7 +298,9 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
 
 @web.middleware
 async def _close_on_late_error(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Close the connection of a response that fails after its head was sent, because it cannot be replaced."""
+    """Close the connection if a response fails after its head was sent, because an error response can no longer be
+    sent.
+    """
     try:
         return await handler(request)
     except ConnectionResetError:

@@ -164,7 +164,7 @@ def _settled_bind_options(options: BindOptions | None) -> BindOptions | None:
     if propagation and propagation not in _PROPAGATIONS:
         raise InvalidArgument(f'invalid MountPropagation: "{options.propagation}"')
     if options == BindOptions():
-        return None  # SwarmKit cannot represent an empty but present value
+        return None  # SwarmKit cannot distinguish an empty value from a missing one
     return replace(options, propagation=propagation or "rprivate")
 
 
@@ -251,7 +251,7 @@ _DEFAULT_UPDATE = UpdateConfig(
 
 
 def with_defaults(spec: ServiceSpec) -> ServiceSpec:
-    """``spec`` with what is left out filled in as the cluster takes it."""
+    """Return ``spec`` with the cluster's defaults for missing values."""
     template = spec.task_template
     container = template.container_spec
     if container is not None:

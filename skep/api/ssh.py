@@ -1,4 +1,4 @@
-"""Access to a node's API over ssh: a local socket is forwarded to the API socket of another machine.
+"""Connects to a node's API over ssh, by forwarding a local socket to the API socket of another machine.
 
 The docker command runs ``docker system dial-stdio`` on that machine.  OpenSSH can forward sockets by itself, so that
 the machine needs only an ssh server.
@@ -21,11 +21,11 @@ _SOCKET = "/run/skep/skep.sock"
 _CONNECT_S = 10
 """Seconds that ssh may take to connect to one address."""
 _READY_S = 60.0
-"""Seconds for the connection, in which a user may have to type a passphrase."""
+"""Timeout in seconds for the connection.  The user may have to type a passphrase meanwhile."""
 _END_S = 5.0
 """Seconds for ssh to end after SIGTERM, before it is killed."""
 _LOOK_S = 0.02
-"""Seconds between looks for the socket, which ssh creates without a notice."""
+"""Seconds between checks for the socket, which ssh creates without a notice."""
 
 
 class Destination(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +69,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
 async def forward_socket(destination: Destination) -> AsyncGenerator[str, None]:
     """Forward a local socket to ``destination`` within the block, and yield its address.
 
-    Raises: Unavailable: the connection failed; has the last line of ssh's output.
+    Raises: Unavailable: the connection failed.  The error has the last line of ssh's output.
     """
     with tempfile.TemporaryDirectory(prefix="skep-ssh-") as directory:
         local = Path(directory) / "api.sock"

@@ -55,17 +55,17 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     is_up: bool = True
     is_loopback: bool = False
     is_ours: bool = False
-    """Whether it is a bridge or gateway of containers, which never has the machine's own address."""
+    """Whether it belongs to container networks.  Such an interface never has the machine's own address."""
 
 
 Interfaces = Mapping[str, Interface]
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """Addresses on which a node listens and others reach it, as ``host:port``, with IPv6 in brackets.
+    """Addresses where a node listens and where others reach it, as ``host:port`` with IPv6 in brackets.
 
-    ``local_addr`` is an address of this machine.  ``advertise_addr`` is empty for a join, where the manager determines
-    it.
+    ``local_addr`` is an address of this machine.  ``advertise_addr`` may be empty for a join, and the manager then
+    determines it.
     """
 
     listen_addr: str
@@ -171,7 +171,7 @@ def availability(word: str) -> Availability:
 
 
 def check_swarm_name(spec: SwarmSpec) -> None:
-    """Check the cluster's name, of which there is only one.  Raises: InvalidArgument."""
+    """Check the cluster's name.  Docker accepts only one.  Raises: InvalidArgument."""
     if spec.name not in {"", "default"}:
         raise InvalidArgument('swarm spec must be named "default"')
 
@@ -259,7 +259,7 @@ def _with_port(noun: str, addr: str) -> str:
         raise InvalidArgument(f'invalid {noun} "": invalid empty address')
     bare = addr.removeprefix("tcp://")
     if not _HOST.fullmatch(bare):
-        return addr  # the engine accepts it here, and fails at the next step
+        return addr  # the engine accepts such an address here, and fails at the next step
     host, port = _split(bare) or (bare.strip("[]"), DEFAULT_PORT)
     if not (port or DEFAULT_PORT).isdigit():
         return addr
@@ -360,7 +360,9 @@ def _candidates(interfaces: Interfaces) -> Iterator[tuple[str, Address]]:
 
 
 def _local(listen: Address, advertise: Address, interfaces: Interfaces) -> Address:
-    """Return an address of this machine: where it listens, else the advertised one, else its only one."""
+    """Return an address of this machine: the address where it listens, else the advertised one, else its only
+    address.
+    """
     if not listen.is_unspecified:
         return listen
     if any(advertise in interface.addresses for interface in interfaces.values()):

@@ -1,4 +1,6 @@
-"""Route tables: a module lists its handlers in a table, which is bound to their subject once the subject exists."""
+"""Route tables.  A module lists its handlers in a table.  Once the object that they serve exists, the table is bound to
+it.
+"""
 
 from collections.abc import Awaitable, Callable
 from functools import partial

@@ -20,13 +20,14 @@ async def join_client(
     body: Coroutine[Any, Any, None] | None = None,
     is_port: bool = False,
 ) -> None:
-    """Join a client with a tunnel at a manager, until the container's side has ended, and with a port also the
-    client's.
+    """Join a client with a tunnel at a manager until the container's side has ended.  For a port, wait for the client's
+    side as well.
 
     Args:
-        body: Sends the client's data, if that is not simply everything on its connection.
-        is_port: Whether the container may end its direction first.  Otherwise the end of its response is the end, and
-            the client's data is held back until the response upgrades the connection.
+        body: Sends the client's data.  By default everything on its connection is sent.
+        is_port: Whether it is a connection to a port, where the container may end its direction first.  Otherwise it is
+            a request, which ends with its response, and the client's data is held back until the response upgrades the
+            connection.
 
     Raises:
         Unavailable: Either side was lost.  The caller drops both.
@@ -68,13 +69,15 @@ async def join_container(container: Connection, tunnel: Tunnel) -> None:
 
 
 async def _watch(client: Connection, up: asyncio.Task[None], *, is_request: bool) -> None:
-    """Raise once a client that has sent everything has disconnected.  Otherwise only output would reveal it."""
+    """Raise if a client disconnects after it has sent everything.  Without this, it would be noticed only when output
+    is sent.
+    """
     await asyncio.wait([up])
     if is_request or up.cancelled():
-        while await client.read():  # data after a request to a container is not answered
+        while await client.read():  # data after a request to a container is ignored
             pass
         with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):  # it may have closed only its direction
+            async with asyncio.timeout(LINGER_S):  # the client may have closed its direction only
                 await client.wait_lost()
     else:
         await client.wait_lost()
@@ -83,7 +86,8 @@ async def _watch(client: Connection, up: asyncio.Task[None], *, is_request: bool
 
 async def _from_client(client: Connection, tunnel: Tunnel, upgraded: asyncio.Event) -> None:
     while data := await client.read():
-        # An earlier node version keeps the connection of a refused request open, and answers another request on it.
+        # An earlier node version keeps the connection open after it has refused a request, and would serve another
+        # request on it.
         await upgraded.wait()
         await tunnel.send(data)
     if client.is_lost:
@@ -98,12 +102,10 @@ async def _from_container(container: Connection, tunnel: Tunnel) -> None:
 
 
 async def _to_container(tunnel: Tunnel, container: Connection, down: asyncio.Task[None]) -> None:
-    """Copy, then wait for the manager, because data that ``down`` has sent would be lost if this end left the call
-    first.
-    """
+    """Copy, then wait for the manager.  If this end left the call first, data that ``down`` has sent would be lost."""
     try:
         while data := await tunnel.read():
-            # A container that reads nothing more may still have sent something.
+            # A container that has stopped reading may still have sent something.
             with suppress(Gone):
                 await container.send(data)
         container.end()

@@ -1,4 +1,4 @@
-"""Updates of objects through the API, each at the version that was read."""
+"""Updates objects through the API, based on the version that was read."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -7,7 +7,7 @@ from skep.api.requests import Requests
 from skep.errors import OutOfSequence, SkepError
 
 ATTEMPTS: Final = 10
-"""Attempts to update an object that others update too."""
+"""Largest number of attempts to update an object that others update concurrently."""
 
 
 async def update(
@@ -31,7 +31,7 @@ async def update(
     Returns:
         Whether the object was changed.
 
-    Raises: as ``Client.get``; OutOfSequence: another update came first in every attempt.
+    Raises: errors of ``Client.get``; OutOfSequence: another update came first in every attempt.
     """
     for attempt in range(ATTEMPTS):
         found = await client.get(f"/{kind}/{word}", timeout_s=timeout_s)

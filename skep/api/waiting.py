@@ -1,4 +1,4 @@
-"""Reads for a waiting command, which continues through a change of leader or the restart of a manager."""
+"""Reads for a command that waits.  It continues to wait during a change of leader or a restart of a manager."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,13 +10,13 @@ from skep.errors import Unavailable
 T = TypeVar("T")
 
 _FIRST_S: Final = 0.5
-"""Seconds before the first repetition: a new leader is elected in about a second."""
+"""Seconds before the first repetition.  Electing a new leader takes about a second."""
 _LONGEST_S: Final = 5.0
-"""Longest pause.  A person waits, so a manager that has returned is found soon."""
+"""Longest pause in seconds.  It is short, because a person waits."""
 
 
 async def persistently(read: Callable[[], Awaitable[T]], show: Callable[[str], Any]) -> T:
-    """Return the result of ``read``, repeating it while no manager answers.  The caller sets the deadline.
+    """Repeat ``read`` while no manager responds, and return its result.  The caller sets the deadline.
 
     Use it only after a first read has succeeded, so that a wrong address is an error at once.
 

@@ -31,7 +31,7 @@ _RESTORE_S = 300.0
 _READ_BYTES = 1024 * 1024
 
 Secret = tuple[Literal["scrypt", "hkdf"], bytes]
-"""How a file's key is made, and of what."""
+"""The function that derives a file's key, and the secret from which it is derived."""
 
 
 def _secret_options(command: Any) -> Any:
@@ -128,7 +128,7 @@ async def _check(host: HostOptions, file: Path) -> None:
 
 
 async def _backup(host: HostOptions, file: Path, secret: Secret) -> Manifest:
-    """Raises: SkepError; OSError."""
+    """Write a backup and return its manifest.  Raises: SkepError; OSError."""
     header = new_header(secret[0])
     key = await asyncio.to_thread(key_of, secret[1], header)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -178,7 +178,7 @@ async def _restore(
 
 
 def _header(file: Path) -> Header:
-    """Raises: InvalidArgument: the file is not a backup."""
+    """Read a backup's header.  Raises: InvalidArgument: the file is not a backup."""
     with file.open("rb") as source:
         parsed = parsed_opening(source.read(4096) or b"?")
     if parsed is None:

@@ -1,4 +1,4 @@
-"""``skep completion``: what a shell needs to complete the command's words."""
+"""``skep completion``: prints the script with which a shell completes the words of a command."""
 
 import click
 from click.shell_completion import get_completion_class

@@ -1,4 +1,6 @@
-"""``skep context``: named endpoints, in the store of the docker command; its further commands are docker's."""
+"""``skep context``: named endpoints, in the store of the docker command.  Commands that Skep does not have are
+docker's.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +62,7 @@ def create(
         url = host or given.get("host", "")
         if not url or (host and "host" in given):
             raise InvalidArgument("Specify one node, such as skep context create NAME ssh://user@machine.")
-        Endpoint(host=url).client()  # refuses an invalid address
+        Endpoint(host=url).client()  # raises an error for an invalid address
         tls = {
             file: Path(given[key]).expanduser().read_bytes() for key, file in _FILES.items() if key in given
         }

@@ -37,7 +37,8 @@ class Contexts:
         self._folder = configuration / "contexts"
 
     def all(self) -> list[Context]:
-        """Return the contexts by name, without the default, and without damaged ones, on which docker's list fails.
+        """Return the contexts sorted by name, without the default one.  Damaged ones, which make docker's list fail,
+        are left out.
 
         Raises: InvalidArgument: the folder cannot be read.
         """
@@ -83,7 +84,7 @@ class Contexts:
     def create(self, context: Context, tls: Mapping[str, bytes]) -> None:
         """Write a context.  ``tls``: the content of ``ca.pem``, ``cert.pem`` and ``key.pem``, as far as given.
 
-        Raises: as ``check_new``; OSError.
+        Raises: errors of ``check_new``; OSError.
         """
         self.check_new(context.name)
         meta, secrets = self._meta(context.name), self._tls(context.name)
@@ -93,7 +94,9 @@ class Contexts:
         endpoint = {"Host": context.host, "SkipTLSVerify": context.skips_verification}
         metadata = {"Description": context.description} if context.description else {}
         described = {"Name": context.name, "Metadata": metadata, "Endpoints": {"docker": endpoint}}
-        _write(meta, msgspec.json.encode(described))  # last: docker finds a context by this file
+        _write(
+            meta, msgspec.json.encode(described)
+        )  # This file comes last, because docker finds a context by it.
 
     def use(self, name: str) -> None:
         """Make it the current context.  Raises: NotFound; InvalidArgument; OSError."""
@@ -157,6 +160,6 @@ def _id(name: str) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file that only its user can read, because it may name keys and registries."""
-    path = path.resolve()  # a configuration file that is a link stays a link
+    path = path.resolve()  # A configuration file that is a symbolic link stays one.
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(path, content, mode=0o600)

@@ -15,7 +15,7 @@ from skep.cli.quorum import headers_for
 from skep.errors import Unavailable
 
 _RESPONSE_TIMEOUT_S = 40.0
-"""The manager waits 25 s for nodes, and names the nodes that need longer."""
+"""Timeout in seconds.  The manager waits 25 s for nodes, and names the nodes that need longer."""
 _HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
 _WELL_ROWS_MAX = 40
 """Maximum number of paths without a problem that are listed."""

@@ -1,7 +1,7 @@
-"""The node that a command connects to, found as the docker command finds its engine.
+"""Finds the node that a command connects to, in the same way as the docker command finds its engine.
 
-In this order: ``--host`` or ``--context``; ``SKEP_HOST``, ``DOCKER_HOST``; ``DOCKER_CONTEXT``; the context that
-``docker context use`` has set; this machine's socket.
+The order of precedence is ``--host`` or ``--context``; ``SKEP_HOST``, ``DOCKER_HOST``; ``DOCKER_CONTEXT``; the context
+that ``docker context use`` has set; this machine's socket.
 
 Source: docker/cli, cli/command/cli.go (resolveContextName), cli/context/store.
 """
@@ -56,7 +56,7 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's API, and the flags by which the docker command reaches the same."""
+    """A node's API, and the flags with which the docker command connects to the same node."""
 
     host: str = DEFAULT_HOST
     tls: TlsFiles | None = None
@@ -106,15 +106,17 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self._of_context(env.get("DOCKER_CONTEXT") or self._current_context())
 
     def client(self) -> "Client":
-        """Raises: as ``endpoint`` and ``Endpoint.client``."""
+        """Return the endpoint's client.  Raises: errors of ``endpoint`` and ``Endpoint.client``."""
         return self.endpoint().client()
 
     def raw_client(self) -> RawClient:
-        """Raises: as ``endpoint`` and ``Endpoint.raw_client``."""
+        """Return the endpoint's raw client.  Raises: errors of ``endpoint`` and ``Endpoint.raw_client``."""
         return self.endpoint().raw_client()
 
     def requests(self) -> PlainRequests:
-        """Raises: as ``endpoint`` and ``Endpoint.requests``."""
+        """Return the endpoint's client for whole responses.  Raises: errors of ``endpoint`` and
+        ``Endpoint.requests``.
+        """
         return self.endpoint().requests()
 
     @property

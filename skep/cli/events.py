@@ -25,7 +25,7 @@ RECONNECT_S_MAX = 10.0
 _SWARMS_OWN = "com.docker.swarm."
 _ID_CHARACTERS = 12
 _TOLD = ("disconnect", "gap")
-"""Messages about the stream that are shown: events of a node may be missing."""
+"""Messages about the stream that are shown, because events of a node may be missing."""
 
 
 @click.command(cls=options.accepting({"--json": "--output=json"}))

@@ -1,4 +1,4 @@
-"""``skep history``: what happened and why, and the requests of users."""
+"""``skep history``: changes of the cluster with their reasons, and the requests of users."""
 
 import asyncio
 import sys
@@ -90,7 +90,7 @@ def history(
         partial = Path(f"{export}.partial")
         with partial.open("wb") as file:
             count = asyncio.run(_export(pages, file))
-        partial.replace(export)  # it appears when it is complete
+        partial.replace(export)  # The file appears once it is complete.
     say(f"Wrote {count} {'entry' if count == 1 else 'entries'} to {export}")
 
 
@@ -109,7 +109,7 @@ async def _page(client: Requests, query: Mapping[str, str]) -> Any:
 
 
 async def _pages(host: HostOptions, query: Mapping[str, str]) -> AsyncIterator[Sequence[Mapping[str, Any]]]:
-    """Every entry, oldest first."""
+    """Yield all entries in pages, oldest first."""
     wanted = {**query, "order": "asc", "limit": str(_PAGE)}
     async with host.requests() as client:
         while True:
@@ -155,7 +155,7 @@ def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | 
 
 
 def _by(entry: Mapping[str, Any]) -> str:
-    """The client of a request, and its node; of a change that is the cluster."""
+    """Return the client of a request and its node, or the cluster for a change."""
     by = entry.get("By")
     if by is None:
         return "-"

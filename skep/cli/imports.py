@@ -1,4 +1,4 @@
-"""``skep import``: stack files from what people have."""
+"""``skep import``: converts other formats to stack files."""
 
 import re
 import sys
@@ -150,7 +150,7 @@ async def _read_swarm(host: HostOptions) -> Move:
 
 
 def _write(move: Move, output: Path) -> None:
-    """Raises: InvalidArgument: there is something already; OSError."""
+    """Write the files of a move.  Raises: InvalidArgument: ``output`` already exists; OSError."""
     if output.exists() and any(output.iterdir()):
         raise InvalidArgument(f"{output} is not empty. Choose a new directory.")
     for name, content in move.files.items():
@@ -166,7 +166,7 @@ def _show(made: Imported) -> None:
 
 
 def _text(file: Path) -> str:
-    """Raises: InvalidArgument: too large, or no text."""
+    """Return the content of a file.  Raises: InvalidArgument: it is too large, or not a text."""
     content = sys.stdin.buffer.read(_FILE_BYTES_MAX + 1) if str(file) == "-" else _bytes(file)
     if len(content) > _FILE_BYTES_MAX:
         raise InvalidArgument(f"{file} is larger than {_FILE_BYTES_MAX >> 20} MiB")
@@ -182,7 +182,7 @@ def _bytes(file: Path) -> bytes:
 
 
 def _name_of(file: Path) -> str:
-    """A stack's name by the directory of its file, as Compose names projects."""
+    """Return the name of a stack, which is the name of its file's directory, like Compose's project names."""
     name = re.sub(r"[^a-z0-9_-]", "", file.absolute().parent.name.lower()).lstrip("_-")
     return name or "stack"
 

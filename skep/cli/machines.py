@@ -1,4 +1,4 @@
-"""Preflight checks of ``skep up`` on a machine, and their evaluation.  Pure, apart from the scripts."""
+"""The preflight script that ``skep up`` runs on a machine, and the evaluation of its results.  Pure."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,9 @@ PORTS = (IMAGES_PORT, MANAGER_PORT, PEER_PORT)
 """TCP ports that a node listens on."""
 KERNEL_MIN = (5, 10)
 SKEW_S_MAX = 30.0
-"""Certificates are valid from their creation on, so a machine whose clock is slow cannot use a new one."""
+"""Largest difference of a machine's clock in seconds.  A new certificate is not valid yet on a machine whose clock is
+behind.
+"""
 FREE_KIB_MIN = 1 << 20
 
 PREFLIGHT = f"""

@@ -1,4 +1,5 @@
-"""The reboot lock, a label of the cluster's spec with the nodes that are down on purpose, changed by compare-and-swap.
+"""The reboot lock.  It is a label of the cluster's spec that lists the nodes that are down on purpose, and is changed
+by compare-and-swap.
 
 As in kured and FleetLock, the lock is taken for a node before it is stopped on purpose, and released when the node is
 ready again.  An overdue lock is not released automatically, because its node may have failed, but others may take it.
@@ -29,7 +30,9 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     until: datetime
     is_upgrade: bool = False
     availability: str = ""
-    """Availability to restore, from before the upgrade drained the node.  Empty if it was not drained."""
+    """Availability of the node before the upgrade drained it, which is restored afterwards.  Empty if it was not
+    drained.
+    """
 
     def is_overdue(self, now: datetime) -> bool:
         """Return whether others may take the lock over."""
@@ -107,7 +110,7 @@ def overdue(holders: Sequence[Holder], members: Sequence[Member], now: datetime)
 
 
 async def nodes_and_time(client: Requests) -> tuple[list[Member], datetime]:
-    """Return the nodes, and the time by the manager's clock, as only managers' clocks are compared with locks."""
+    """Return the nodes, and the time by the manager's clock, because locks have times of managers' clocks."""
     nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
     info = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
     return members_of(nodes), msgspec.convert(info["SystemTime"], datetime).astimezone(UTC)
@@ -133,7 +136,9 @@ async def holders_of(client: Requests) -> tuple[Holder, ...]:
 
 
 async def change(client: Requests, decide: Callable[[str], str]) -> None:
-    """Replace the label's value by ``decide`` of it, and retry with the new value after a concurrent change."""
+    """Replace the label's value by the result of ``decide``, which gets the present value.  Retry after a concurrent
+    change.
+    """
 
     async def decide_at_once(text: str) -> str:
         return decide(text)
@@ -142,7 +147,9 @@ async def change(client: Requests, decide: Callable[[str], str]) -> None:
 
 
 async def change_by_nodes(client: Requests, decide: Callable[[str, Sequence[Member], datetime], str]) -> None:
-    """Call ``change`` for decisions by the nodes and the time, which are read after the value at each attempt."""
+    """Call ``change`` with a ``decide`` that also gets the nodes and the time.  At each attempt, these are read after
+    the value.
+    """
 
     async def decide_by_nodes(text: str) -> str:
         members, now = await nodes_and_time(client)

@@ -1,6 +1,6 @@
 """Points in time as people write them: ``10 min ago``, ``yesterday 14:00``, ``14:00``, RFC 3339.  Pure.
 
-They are parsed here and not by a manager, because they are in this machine's time zone.
+The command parses them, and not a manager, because they are in this machine's time zone.
 """
 
 import re

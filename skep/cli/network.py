@@ -1,4 +1,4 @@
-"""``skep network``: docker's commands, and growing a network's subnets."""
+"""``skep network``: docker's commands, and a command that adds subnets."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ AUTOMATIC = "auto"
 
 
 class _Network(click.Group):
-    """Every verb but ours is docker's."""
+    """A command group in which every command except Skep's own is docker's."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, cmd_name) or passthrough.command("network", cmd_name)

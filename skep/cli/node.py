@@ -1,4 +1,4 @@
-"""``skep node``: docker's commands, drain, forget, and evict, which replaces every key that a node has had."""
+"""``skep node``: docker's commands, and drain, forget and evict.  Evict replaces every key that a node has had."""
 
 import asyncio
 import getpass
@@ -114,7 +114,9 @@ def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[
 
 
 async def _consequences(client: Client, name: str) -> Sequence[str]:
-    """Return the effects of a drain on services: those without tasks elsewhere, and those with local volumes."""
+    """Return the effects of a drain: services that have no task elsewhere, and services with local volumes on the
+    node.
+    """
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -138,7 +140,7 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
     """Return what happens to a replicated service's local volumes when ``node`` is drained; empty if it has none."""
     try:
         task = leniently(to_json(spec.get("TaskTemplate") or {}), TaskSpec)
-    except msgspec.DecodeError:  # from a newer version, so the warning is left out
+    except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
         return ""
     volumes = local_volumes(task)
     if not volumes:
@@ -150,7 +152,7 @@ def left_behind(spec: Mapping[str, Any], node: str) -> str:
 
 
 def named(words: Sequence[str]) -> str:
-    """``a, b and 2 more``: the first few of ``words``."""
+    """Return the first few of ``words``, such as ``a, b and 2 more``."""
     more = len(words) - _NAMED_MAX
     return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 

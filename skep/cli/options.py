@@ -21,7 +21,7 @@ class Duration(click.ParamType[float]):
     name = "duration"
 
     def __init__(self, *, plain_s: float = 1.0, least_s: float = 0.0, most_s: float | None = None) -> None:
-        """``plain_s``: seconds that a number without a unit counts, as earlier versions read it."""
+        """``plain_s``: unit in seconds of a number without a unit, for compatibility with earlier versions."""
         self._plain_s = plain_s
         self._least_s = least_s
         self._most_s = most_s
@@ -57,18 +57,18 @@ def _text(seconds: float) -> str:
 
 
 def timeout(default: str = "10m", help: str = "Longest time to wait.") -> Callable[[F], F]:
-    """``--timeout DURATION``, of a command that waits."""
+    """Return the option ``--timeout DURATION`` for a command that waits."""
     return click.option(
         "--timeout", type=Duration(), default=default, show_default=True, metavar="DURATION", help=help
     )
 
 
 yes = click.option("-y", "--yes", is_flag=True, help="Skip the confirmation prompt.")
-"""``--yes``, of a command that asks before it changes something."""
+"""The option ``--yes`` for a command that asks before it changes something."""
 
 
 def dry_run(help: str) -> Callable[[F], F]:
-    """``--dry-run``, of a command that can show its steps without taking them."""
+    """Return the option ``--dry-run`` for a command that can show its steps without taking them."""
     return click.option("--dry-run", is_flag=True, help=help)
 
 
@@ -76,7 +76,8 @@ def accepting(former: Mapping[str, str], base: type[click.Command] = click.Comma
     """Return a command class that also takes former spellings of options, without listing them.
 
     Args:
-        former: Former option to the present one, which may have a value: ``--json`` to ``--output=json``.
+        former: Present options by former option.  A present one may include a value, such as ``--output=json`` for
+            ``--json``.
         base: The class to extend.
     """
 

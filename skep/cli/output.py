@@ -212,7 +212,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _yaml(data: Any) -> str:
-    import yaml  # takes longer to import than most commands take
+    import yaml  # importing it takes longer than most commands
 
     return yaml.safe_dump(msgspec.to_builtins(data), sort_keys=False, allow_unicode=True).rstrip()
 

@@ -1,4 +1,4 @@
-"""``skep port-forward``: ports of this machine that lead into a task's container, on any node."""
+"""``skep port-forward``: forwards ports of this machine to a task's container on any node."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 class Forward(msgspec.Struct, frozen=True):
-    """A port of this machine, 0 for any free one, and the one in the container."""
+    """A port of this machine (0 for any free one), and the port in the container."""
 
     address: str
     local: int
@@ -27,7 +27,7 @@ class Forward(msgspec.Struct, frozen=True):
 
 
 def parse_forward(word: str) -> Forward:
-    """``80``, ``8080:80``, ``:80`` (any free port here) or ``ADDRESS:8080:80``.  Raises: InvalidArgument."""
+    """Parse ``80``, ``8080:80``, ``:80`` (any free port here) or ``ADDRESS:8080:80``.  Raises: InvalidArgument."""
     head, _, port = word.rpartition(":")
     address, _, local = head.rpartition(":")
     local = local if head or word.startswith(":") else port
@@ -89,7 +89,7 @@ class _Port:
         self._port = port
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Join one connection with a new one to the container's port; both directions, each with its end."""
+        """Join one connection with a new one to the container's port.  Each direction ends separately."""
         try:
             target = await find_target(self._client, self._word)
             path = f"{target.path}/port/{self._port}"

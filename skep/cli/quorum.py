@@ -1,4 +1,4 @@
-"""Commands while the swarm has no leader: they show the manager's last state, and print how to recover."""
+"""Lets commands work without a leader.  They show the manager's last state, and print how to recover."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from skep.api.requests import Requests
 from skep.errors import SkepError
 
 STALE = {"X-Skep-Stale": "1"}
-"""Header of reads from this manager's replica, without a barrier at the other managers."""
+"""Header of reads that this manager serves from its replica without contacting the other managers."""
 _RESPONSE_TIMEOUT_S = 5.0
 
 
@@ -33,7 +33,7 @@ async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
 
 
 def way_out(quorum: Mapping[str, Any]) -> str:
-    """Return the command to run next without a leader, which changes nothing."""
+    """Return the command to run next without a leader.  It changes nothing."""
     managers = quorum["Managers"]
     answering = sum(bool(manager["IsReachable"]) for manager in managers)
     return "skep doctor network" if answering > len(managers) // 2 else "skep cluster recover --dry-run"

@@ -1,4 +1,4 @@
-"""``skep cluster recover``: continue with this manager alone after the loss of the quorum; a plan is shown first."""
+"""``skep cluster recover``: continues with this manager alone after the loss of the quorum, and shows a plan first."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,11 +19,13 @@ _RESPONSE_TIMEOUT_S = 15.0
 _WORD = 11
 """Width of the first column."""
 _RECOVERS_WITHIN_S = 180.0
-"""Seconds for the manager to take a snapshot, restore it and start: up to a minute each with a large store."""
+"""Seconds for the manager to take a snapshot, restore it and start.  With a large store, each step takes up to a
+minute.
+"""
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """The content of this manager's store, as far as it can be read without a leader."""
+    """The number of objects in this manager's store, as far as it can be read without a leader."""
 
     revision: int | None = None
     counts: Mapping[str, int] | None = None

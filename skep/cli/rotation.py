@@ -70,8 +70,8 @@ class Kind(msgspec.Struct, frozen=True):
 def root_of(found: Mapping[str, Any]) -> str:
     """Return the name of an object's first version.
 
-    The label counts only on an object with the name of a version: every user who may create secrets in a stack can
-    write the label, but only on names that begin with the stack's name.
+    The label counts only if the object's name is that of a version.  Every user who may create secrets in a stack can
+    set the label, but only on names that begin with the stack's name.
     """
     spec = found["Spec"]
     root = str(_labels(found).get(ROTATION_OF) or "")
@@ -134,7 +134,9 @@ def _references(kind: Kind, spec: Mapping[str, Any] | None) -> Sequence[dict[str
 
 
 class VersionProgress(msgspec.Struct, frozen=True):
-    """A service's progress: its tasks with the new version, of how many, and why it is ``stuck``, or empty."""
+    """A service's progress: the number of its tasks with the new version, the number of all its tasks, and the reason
+    why it is ``stuck``, or empty.
+    """
 
     done: int
     wanted: int
@@ -147,7 +149,8 @@ class VersionProgress(msgspec.Struct, frozen=True):
 def version_progress(
     kind: Kind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
 ) -> VersionProgress:
-    """Return a service's progress.  A job with a schedule is done at once, because its next run has the version.
+    """Return a service's progress.  A job with a schedule is done at once, because its next run will use the new
+    version.
 
     Args:
         tasks: the service's tasks that are desired to run.
@@ -167,7 +170,7 @@ def version_progress(
 
 
 def _is_scheduled(service: Mapping[str, Any]) -> bool:
-    """Return whether it is a job with a schedule, which an update does not run."""
+    """Return whether it is a job with a schedule.  An update does not run such a job."""
     return CRON in _labels(service)
 
 
@@ -178,7 +181,9 @@ def _references_of(kind: Kind, task: Mapping[str, Any]) -> Sequence[dict[str, An
 def unused(
     kind: Kind, objects: Sequence[Mapping[str, Any]], services: Sequence[Mapping[str, Any]], *, all: bool
 ) -> list[Mapping[str, Any]]:
-    """Return objects that neither a service's spec nor its previous spec uses; without ``all`` only old versions."""
+    """Return objects that neither a service's spec nor its previous spec uses.  Without ``all``, return only old
+    versions.
+    """
     used = {
         reference[kind.id_key]
         for service in services
@@ -246,7 +251,9 @@ class _Rotation:
         return using
 
     async def _leave(self, service: Mapping[str, Any], new: str) -> None:
-        """Report a job that an update would run again: a problem, unless it has completed and needs nothing now."""
+        """Report a job that is not updated because that would run it again.  It is a problem unless the job has
+        completed.
+        """
         name = service["Spec"]["Name"]
         tasks = await self._client.get(
             "/tasks", filters={"service": [service["ID"]]}, timeout_s=_RESPONSE_TIMEOUT_S
@@ -352,7 +359,7 @@ async def _prune(host: HostOptions, kind: Kind, *, all: bool) -> None:
         for one in unused(kind, objects, services, all=all):
             try:
                 await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
-            except SkepError as error:  # a service started to use it just now
+            except SkepError as error:  # a service has just started to use it
                 click.echo(f"{one['Spec']['Name']}: {error}", err=True)
             else:
                 click.echo(one["Spec"]["Name"])

@@ -1,6 +1,6 @@
 """``skep run``: a one-off command with the image, environment, networks, secrets and mounts of a service.
 
-It runs as a job of its own: the scheduler chooses its node, and managers remove the job if this command cannot.
+It runs as a separate job.  The scheduler chooses its node, and managers remove the job if this command cannot do so.
 """
 
 import asyncio
@@ -150,7 +150,7 @@ async def _show(client: RawClient, service_id: str, task: Mapping[str, Any], *, 
             else:
                 opening = client.exchange("GET", f"{path}/logs", query={**query, "follow": "1"})
             stream = await stack.enter_async_context(opening)
-        except SkepError:  # it has ended, or its node is unreachable; managers have its output
+        except SkepError:  # The task has ended, or its node is unreachable. Managers have its output.
             await _wait_task(client, service_id, _ENDED)
             stream = await stack.enter_async_context(
                 client.exchange("GET", f"/tasks/{task['ID']}/logs", query=query)

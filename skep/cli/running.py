@@ -1,4 +1,4 @@
-"""Running a command's requests: errors become one line and exit status 1."""
+"""Runs the requests of a command, and turns errors into one line and exit code 1."""
 
 import asyncio
 import re
@@ -34,7 +34,7 @@ def errors_shown() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise  # by what reads the output, such as head: click ends the command without a word
+        raise  # The reader of the output, such as head, has ended. click then ends the command silently.
     except (SkepError, OSError) as error:
         text = _RPC.sub("", str(error))
         raise click.ClickException("\n".join(map(printable, text.split("\n")))) from error

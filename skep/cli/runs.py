@@ -70,7 +70,9 @@ def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[s
     yield next(lines)
     for run, line in zip(response["Runs"], lines, strict=True):
         yield line
-        if run.get("Err") and not run["Err"].startswith("task: non-zero exit"):  # which EXIT has said
+        if run.get("Err") and not run["Err"].startswith(
+            "task: non-zero exit"
+        ):  # which the column EXIT already shows
             yield f"    {printable(run['Err'])}"
         yield from (f"    | {printable(line)}" for line in run["Lines"])
     yield from _schedule(response, screen, now)

@@ -1,4 +1,4 @@
-"""``skep stack``: docker's commands, and Compose files read whole: config, plan, deploy, rm."""
+"""``skep stack``: docker's commands, and commands that read Compose files completely: config, plan, deploy."""
 
 import asyncio
 import functools
@@ -108,7 +108,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of commands that read files, and the stack's name; the command gets them as ``given``."""
+    """Add the options and the stack's name to a command that reads files.  The command gets them as ``given``."""
 
     @functools.wraps(command)
     def run(
@@ -243,7 +243,7 @@ def config(
 async def _all_or_nothing(
     client: Requests, plan: Plan, work: Callable[[CreatedObjects], Awaitable[None]], timeout: float
 ) -> None:
-    """Deploy, and undo the deploy if it fails.  Raises: SkepError: it failed; has the result of the undo."""
+    """Deploy, and undo the deploy if it fails.  Raises: SkepError: it failed.  The error has the result of the undo."""
     created = CreatedObjects()
     try:
         await work(created)
@@ -261,7 +261,7 @@ async def _all_or_nothing(
 async def _undone(
     client: Requests, failed: Plan, error: SkepError, timeout: float, created: CreatedObjects
 ) -> str:
-    """Undo a deploy that failed with ``error``, and return the result.  Raises: Unavailable: has both errors."""
+    """Undo a deploy that failed with ``error``, and return the result.  Raises: Unavailable, with both errors."""
     try:
         return await undo(client, failed, Progress().show, timeout, warn, created)
     except SkepError as problem:

@@ -1,4 +1,4 @@
-"""The images that a stack's files build: built, named, and brought to where the cluster's nodes find them."""
+"""Builds the images of a stack, names them, and puts them where the cluster's nodes find them."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""``skep stack ls``, ``services`` and ``ps``: services and tasks of stacks, however these were deployed.
+"""``skep stack ls``, ``services`` and ``ps``: list services and tasks of stacks, whichever command has deployed these.
 
 The options, and the fields for ``--format``, are the same as in docker's commands.
 """
@@ -270,7 +270,9 @@ def _task_lines(
     seen: Counter[str] = Counter()
     cells = []
     for row in rows:
-        is_earlier = seen[row["Name"]] > 0  # of the same slot, as docker marks it
+        is_earlier = (
+            seen[row["Name"]] > 0
+        )  # an earlier task of the same slot, which docker marks the same way
         seen[row["Name"]] += 1
         state = row["CurrentState"]
         cells.append(

@@ -1,4 +1,4 @@
-"""``skep status``: the cluster on one screen, as one node sees it, with the reason if something is not healthy."""
+"""``skep status``: shows the cluster on one screen, as one node sees it, with the reason if something is unhealthy."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,9 +29,11 @@ _AT = "at"
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
 """Rows of each table.  If there are more, unhealthy ones come first.  ``-o wide`` shows all."""
 _EXPLAINED = _SERVICES_SHOWN
-"""Services whose explanation is requested: as many as are shown."""
+"""Largest number of services whose explanation is requested.  It is the number that is shown."""
 _TASKS_COUNTED_MAX = 5_000
-"""Tasks up to which they are counted by node.  A longer list would take more time than all other requests."""
+"""Tasks are counted by node only if there are at most this many.  A longer list would take more time than all other
+requests.
+"""
 _NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
@@ -74,7 +76,8 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """A service.
 
     ``completed`` and ``total`` are set for a job, and for a service whose tasks have ended as intended.  ``weight``:
-    weight of the problem, 0 for failures, more if it may pass by itself.  ``since``: its start, or empty if unknown.
+    weight of the problem, 0 for failures, and more if the problem may resolve itself.  ``since``: its start, or empty
+    if unknown.
     """
 
     name: str
@@ -102,7 +105,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     id: str = msgspec.field(name="ID", default="")
     leader: str = ""
     as_of: str = ""
-    """Time of the rows, when the leader was lost (RFC 3339).  Empty for the present state."""
+    """Time at which the leader was lost, which is the time of the rows (RFC 3339).  Empty for the present state."""
     nodes: tuple[NodeRow, ...] = ()
     services: tuple[ServiceRow, ...] = ()
 
@@ -161,7 +164,7 @@ def status(host: HostOptions, when: str, output: Output) -> None:
 
 
 async def _status(host: HostOptions) -> Status:
-    """Return the status, with the reason for each missing part: even a node without a leader has a status.
+    """Return the status.  Missing parts have a reason, because even a node without a leader has a status.
 
     Raises: Unavailable: the node itself does not respond.
     """
@@ -428,7 +431,7 @@ def is_service_healthy(service: Mapping[str, Any]) -> bool:
         return _count(service, "CompletedTasks") >= int(job.get("TotalCompletions") or 0)
     if mode.get("GlobalJob") is not None:
         return 0 < _count(service, "TotalTasks") <= _count(service, "CompletedTasks")
-    # The slots of a one-shot service that are done count as completed.
+    # Slots of a one-shot service count as completed once they are done.
     return _count(service, "RunningTasks") + _count(service, "CompletedTasks") == _count(
         service, "DesiredTasks"
     )
@@ -490,7 +493,7 @@ def worst(cluster: Cluster) -> str:
     bad = [row for row in cluster.services if not row.is_healthy]
     bad.sort(key=lambda row: (row.weight, row.since or "~", row.name))
     lost = [row.name for row in cluster.nodes if row.state == "down"]
-    # Services degraded by a lost node are its consequence, so the node comes first.
+    # If services are degraded because of a lost node, the node comes first.
     is_own = bool(bad) and (bad[0].weight < _NODE_LOST or not lost)
     return bad[0].name if is_own else lost[0] if lost else ""
 

@@ -1,4 +1,4 @@
-"""Target tasks of commands that reach into a container, with docker as the fallback.
+"""Finds the tasks for commands that access a container, with docker as the fallback.
 
 ``skep exec web ls`` means the service ``web``.  Without such a service, docker gets the command as typed, so that
 commands for containers of this node work as before.
@@ -51,7 +51,9 @@ async def find_target_or_docker(client: RawClient, word: str) -> Target | None:
 
 
 async def or_docker(looking: Awaitable[T]) -> T | None:
-    """Return the result of ``looking``, or None to let docker try: the object is unknown, or this node is a worker."""
+    """Return the result of ``looking``.  Return None to let docker try if the object is unknown or this node is a
+    worker.
+    """
     try:
         return await looking
     except NotFound:
@@ -63,7 +65,9 @@ async def or_docker(looking: Awaitable[T]) -> T | None:
 
 
 class OrDocker(click.Command):
-    """A command with the name of a docker command.  Words that Skep cannot parse are passed to docker as typed."""
+    """A command that has the same name as one of docker's.  Words that Skep cannot parse are passed to docker as
+    typed.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the words, and pass them to docker if Skep cannot parse them."""

@@ -1,4 +1,4 @@
-"""This command's terminal joined with a process in a container: raw mode, size, input, output."""
+"""Connects this command's terminal to a process in a container: raw mode, size, input and output."""
 
 import asyncio
 import os
@@ -73,7 +73,9 @@ async def follow_size(resize: Resize) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def controlling(resize: Resize) -> AsyncIterator[None]:
-    """Connect this command's terminal to the process within the block, with its size, if input and output are one."""
+    """Connect this command's terminal to the process within the block, including its size, if input and output are a
+    terminal.
+    """
     with raw_terminal() if sys.stdin.isatty() else nullcontext():
         if not sys.stdout.isatty():
             yield
@@ -102,7 +104,7 @@ async def _send_input(stream: Exchange) -> None:
         try:
             await stream.writer.drain()
         except OSError:
-            return  # the output has the reason
+            return  # the output contains the reason
     if stream.writer.can_write_eof():
         with suppress(OSError):
             stream.writer.write_eof()
@@ -111,8 +113,8 @@ async def _send_input(stream: Exchange) -> None:
 class _Input:
     """Standard input, read by a thread.
 
-    It may be a file, and a terminal shares its non-blocking mode with the shell.  The thread may wait in a read
-    forever, so nothing waits for its end.
+    A thread is needed because the input may be a file, and because a terminal would share its non-blocking mode with
+    the shell.  The thread may wait in a read forever, so nothing waits for its end.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -165,5 +167,5 @@ def _print(file: BinaryIO, data: bytes) -> None:
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), file.fileno()
-        )  # else the interpreter prints an error at exit
+        )  # otherwise the interpreter prints an error at exit
         raise SystemExit(_BROKEN_PIPE) from None

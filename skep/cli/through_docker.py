@@ -1,7 +1,7 @@
-"""The docker command on containers of any node: ``skep cp``, ``attach``, ``stats`` and ``task top``.
+"""Runs the docker command on containers of any node: ``skep cp``, ``attach``, ``stats`` and ``task top``.
 
-They behave as docker's commands, because docker itself runs them, with a socket of its own.  On this socket, the words
-that name tasks are names of containers, and requests about these are forwarded to a manager.
+They behave like docker's commands, because docker itself runs them, on a temporary socket.  On this socket, names of
+tasks are names of containers, and requests about these are forwarded to a manager.
 """
 
 import asyncio
@@ -45,7 +45,8 @@ async def run_docker(
 ) -> int | None:
     """Run ``docker COMMAND WORDS``, in which ``names`` may name tasks, and return its exit code.
 
-    Returns None without running docker if no name is a task's, because docker then needs no socket of its own.
+    Returns None without running docker if none of the names is that of a task, because docker then needs no such
+    socket.
     """
     async with host.raw_client() as client:
         found = {name: await find_target_or_docker(client, name) for name in dict.fromkeys(names)}
@@ -70,7 +71,7 @@ async def _socket(client: RawClient, tasks: Mapping[str, Target]) -> AsyncIterat
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with suppress(
                 asyncio.CancelledError, SkepError
-            ):  # docker has ended, or notices the closed connection
+            ):  # docker has ended, or will notice the closed connection
                 await _pass_on(client, tasks, reader, writer)
             writer.close()
 

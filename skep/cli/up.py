@@ -36,7 +36,7 @@ APT_INSTALL = (
     "DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Options::=--force-confdef "
     "-o Dpkg::Options::=--force-confold install -y --allow-downgrades"
 )
-"""Waits for a running apt, such as the one after boot, and never prompts: changed settings are kept."""
+"""Installs without prompts, and keeps changed settings.  Waits for a running apt, such as the one after boot."""
 _INSTALL = f"""set -e
 umask 077
 package=$(mktemp -d)/skep.deb
@@ -80,7 +80,9 @@ class Machine(msgspec.Struct, frozen=True):
         return Client.at(str(self.destination))
 
     async def run(self, words: Sequence[str], given: bytes, *, timeout_s: float) -> str:
-        """Run a command on the machine and return its output.  Raises: Unavailable: has its last line of errors."""
+        """Run a command on the machine and return its output.  Raises: Unavailable, with the last line of its error
+        output.
+        """
         try:
             process = await asyncio.create_subprocess_exec(
                 *self.command(words), stdin=PIPE, stdout=PIPE, stderr=PIPE
@@ -107,7 +109,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 async def _end_of(stream: StreamReader | None) -> bytes:
-    """Return the last part of a machine's output, which may never end."""
+    """Return the last part of a machine's output.  It is bounded, because the output may be endless."""
     assert stream is not None, "a pipe was asked for"
     end = b""
     while data := await stream.read(_OUTPUT_BYTES_MAX):
@@ -210,7 +212,7 @@ async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: b
     def joins(one: Machine, role: str) -> Callable[[], Any]:
         return lambda: join(one, role, address, tokens, members, wanted, progress)
 
-    for one in others[: wanted.managers - 1]:  # one after the other: each changes the group that votes
+    for one in others[: wanted.managers - 1]:  # one after the other, because each changes the set of voters
         await _each([one], lambda machine: joins(machine, "Manager")())
     await _each(others[wanted.managers - 1 :], lambda machine: joins(machine, "Worker")())
     click.echo(
@@ -272,7 +274,7 @@ async def install(machine: Machine, facts: Facts, wanted: Wanted, progress: Prog
         progress.show(machine.word, f"installing {wanted.package.name}")
         content = await asyncio.to_thread(wanted.package.read_bytes)
         await machine.run(["sh", "-c", quoted(_INSTALL)], content, timeout_s=INSTALLS_WITHIN_S)
-        then = "waiting for skep to start"  # the package starts it
+        then = "waiting for skep to start"  # the package starts skep
     if not facts.runs:
         progress.show(machine.word, then)
         await machine.run(["sh", "-s"], START.encode(), timeout_s=_JOINS_WITHIN_S)

@@ -17,7 +17,7 @@ class _Update(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         is_ours = not args or args[0] in {*self.commands, *self.get_help_option_names(ctx)}
-        if not is_ours and not ctx.resilient_parsing:  # a shell that completes the words runs nothing
+        if not is_ours and not ctx.resilient_parsing:  # shell completion must not run docker
             passthrough.execute(ctx.find_object(HostOptions) or HostOptions(), ("update",), args)
         return super().parse_args(ctx, args)
 
@@ -94,7 +94,7 @@ async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
     path = f"/skep/services/{name}/update/{verb}"
     async with host.client() as client:
         service: dict[str, Any]
-        if verb == "abort":  # abort the present update, not a later one
+        if verb == "abort":  # This aborts the present update and not a later one.
             found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
             version = str(found["Version"]["Index"])
             service = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S, version=version)

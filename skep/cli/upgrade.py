@@ -1,7 +1,7 @@
 """``skep upgrade``: installs a new version on one node after the other, drained by default.
 
-The command stores in the cluster (``maintenance``) that it runs, and which node it is upgrading.  So a second upgrade
-is refused, and an interrupted one can be resumed or aborted.
+The command stores in the cluster which node it is upgrading (``maintenance``).  So a second upgrade is refused while it
+runs, and an interrupted one can be resumed or aborted.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ _CHECKED_WITHIN_S = 30.0
 _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
 _LEVEL_UNKNOWN = 4
-"""Level that the last version without a reported level supports."""
+"""Level of the last version that does not report its level."""
 _REPAIR = "Repair the node and rerun with --continue, or use --abort."
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 FORMER = "/var/cache/skep/former.deb"
@@ -64,7 +64,7 @@ dpkg-deb --root-owner-group -Zgzip -z1 --build "$work/root" "$work/former.deb" >
 mv "$work/former.deb" {FORMER}
 """
 KEEP_FORMER = _WORK + _KEEP
-"""Packs the installed version, as its package file is usually removed.
+"""Packs the installed version, because its package file has usually been removed.
 
 Settings are left out, and dpkg keeps them.  Otherwise the operator's changes would become the package's own settings,
 which the next version replaces.
@@ -85,7 +85,9 @@ installed\\ *)
 {_KEEP};;
 esac
 {_INSTALL}"""
-"""Does not pack a version that an interrupted upgrade has installed, as a rollback would install the new version."""
+"""It does not pack a version that an interrupted upgrade has installed, because a rollback would then install the new
+version.
+"""
 _GO_BACK = f"{_WORK}package={FORMER}\n{_INSTALL}"
 _CHECK = """[ "$(id -u)" = 0 ] || { echo "this user is not root" >&2; exit 1; }
 dpkg-query -s skep >/dev/null 2>&1 || { echo "skep is not installed as a Debian package" >&2; exit 1; }
@@ -132,7 +134,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def _run_here(command: str, node: Member) -> None:
-    # The node chooses its host name: "-oProxyCommand=..." would be an option of ssh on this machine.
+    # The node chooses its host name, and a name like "-oProxyCommand=..." would be an option of ssh on this machine.
     name = node.name if _HOST_NAME.fullmatch(node.name) else node.id
     environment = {**os.environ, "SKEP_NODE": name, "SKEP_ADDRESS": node.address}
     process = await asyncio.create_subprocess_exec(
@@ -378,7 +380,7 @@ class _Upgrade:
             raise Unavailable(f"{node.name} cannot be upgraded and is unchanged: {error}") from error
         drains = (
             step.drains and node.is_ready
-        )  # the node of an interrupted upgrade may be down, without its tasks
+        )  # the node of an interrupted upgrade may be down and have no tasks
         before = self._holder.availability or (node.availability if drains else "")
         await self._hold(node=node.id, availability=before)
         if drains:
@@ -420,7 +422,7 @@ class _Upgrade:
         text = f"{node.name} did not become healthy with {self._means.version}: {reason}"
         if not self._means.can_roll_back:
             return f"{text}. It stays drained. {_REPAIR}"
-        # Without a response no manager uses the data, and a manager that never became ready has not raised the level.
+        # If no manager responds, none uses the data. A manager that never became ready has not raised the level.
         level = (await self._levels()).get("", supported)
         if node.is_manager and level > supported:
             return (

@@ -47,7 +47,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its tasks return to the nodes with their local volumes, so that an update does not spread them."""
 
     def excess(self, node: str) -> int:
-        """Return by how many the missing tasks without ``node`` would exceed the limit of the update policy."""
+        """Return by how many tasks the loss of ``node`` would exceed the limit of the update policy."""
         away = self.replicas - sum(self.on.values()) + self.on.get(node, 0)
         return max(away - (self.away_max or self.replicas), 0)
 
@@ -84,7 +84,8 @@ def plan(
 
     Args:
         drains: drain each node before its upgrade; otherwise its tasks keep running while its daemon restarts.
-        spread: services that were already redistributed for the next step; if too many tasks remain, it is refused.
+        spread: services that were already redistributed for the next step.  If the node still has too many of their
+            tasks, the step is refused.
         first: the node whose upgrade was interrupted, which comes next and may be down already.
     """
     nodes = sorted(members, key=_turn)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from skep.api.requests import PlainRequests
 
 _KNOWN_WITHIN_S = 10.0
-"""Seconds until a node knows a new user.  Managers send users within milliseconds, and again every two seconds."""
+"""Seconds within which a node should know a new user.  Managers send users within milliseconds, and again every two
+seconds.
+"""
 _FILES = ("ca.pem", "cert.pem", "key.pem")
 """Docker's names of the files, in contexts and in ``DOCKER_CERT_PATH``."""
 
@@ -149,8 +151,8 @@ async def _add(
 async def _wait_known(options: HostOptions) -> None:
     """Wait until the node of a new context accepts its user, or print the reason why it does not.
 
-    It does not raise, because the user exists, and the new token is printed after this.  The node may be another than
-    the node that added the user, and learns of the user a moment later.
+    It does not raise, because the user exists, and because the new token is printed afterwards.  The context may name
+    another node than the one that added the user, which learns of the user a moment later.
     """
     endpoint, backoff, error = options.endpoint(), Backoff(0.05, 1.0), ""
     try:

@@ -23,12 +23,12 @@ _GO_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 class _OrDockers(click.Command):
-    """Shows Skep's version, then docker's, which shows both ends of the connection; --all is Skep's alone."""
+    """Shows Skep's version, then docker's, which includes both client and server.  Only Skep has --all."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         is_ours = bool({"--all", "-a", *self.get_help_option_names(ctx)} & {*args})
         if not is_ours and not ctx.resilient_parsing:  # shell completion must not run docker
-            if not args:  # with --format, the output is docker's alone
+            if not args:  # with --format, only docker's output is shown
                 click.echo("\n".join(own_version()))
                 sys.stdout.flush()
             passthrough.execute(ctx.find_object(HostOptions) or HostOptions(), ("version",), args)

@@ -1,4 +1,4 @@
-"""``skep volume``: docker's commands, and giving up local volumes of lost nodes."""
+"""``skep volume``: docker's commands, and a command that gives up local volumes of lost nodes."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -91,7 +91,9 @@ async def _nodes(client: Client) -> Sequence[Mapping[str, Any]]:
 
 
 async def _had(client: Client, node: Mapping[str, Any], name: str) -> bool:
-    """Whether a task of a lost node has had the volume: docker's engines report none, and others not at once."""
+    """Return whether a task of a lost node has had the volume.  Tasks are checked because Docker Engines report no
+    volumes, and other nodes do so only after some seconds.
+    """
     if node["Status"]["State"] != "down":
         return False
     specs = [task["Spec"].get("ContainerSpec") or {} for task in await _tasks_of(client, node)]
@@ -108,7 +110,7 @@ async def _tasks_of(client: Client, node: Mapping[str, Any]) -> Sequence[Mapping
 
 
 def _volumes_of(node: Mapping[str, Any]) -> Mapping[str, int]:
-    """Volumes -> when the last task that used it was created, as the node has reported."""
+    """Return the creation time of the last task that used a volume, by volume, as reported by the node."""
     labels = node["Description"].get("Engine", {}).get("Labels") or {}
     found: dict[str, int] = {}
     for one in slot_volumes_in(labels.get(SLOT_VOLUMES_LABEL, "")):

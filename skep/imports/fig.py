@@ -164,7 +164,7 @@ def _texts(found: Any) -> list[str]:
     if isinstance(found, list | tuple):
         return [str(one) for one in found]
     if isinstance(found, dict):
-        raise InvalidArgument(f"want a list, not the mapping {found}")
+        raise InvalidArgument(f"expected a list, not the mapping {found}")
     return [str(found)]
 
 

@@ -147,7 +147,7 @@ class _Conversion:
         commands = self._unit.all("Service", "ExecStart")
         if len(commands) != 1:
             raise InvalidArgument(
-                f"{self._unit.name}: want one ExecStart that runs a container, not {len(commands)}"
+                f"{self._unit.name}: expected one ExecStart that runs a container, not {len(commands)}"
             )
         words = _words(commands[0], self._unit.name)
         if words[:2] == ["/bin/sh", "-c"] or words[:2] == ["/bin/bash", "-c"]:

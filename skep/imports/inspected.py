@@ -37,7 +37,7 @@ def spec_in(service: Any) -> tuple[ServiceSpec, Unknown]:
     """Return the spec of a service in the API's form, and its unknown keys.  Raises: InvalidArgument."""
     spec = service.get("Spec") if isinstance(service, dict) else None
     if not isinstance(spec, dict) or not isinstance(spec.get("TaskTemplate"), dict):
-        raise InvalidArgument("this is not what docker service inspect prints: want services with a Spec")
+        raise InvalidArgument("this is not what docker service inspect prints: expected services with a Spec")
     try:
         known, unknown = divided(json.dumps(spec).encode(), ServiceSpec)
         return msgspec.json.decode(known, type=ServiceSpec), unknown

@@ -44,7 +44,7 @@ def unit_of(text: str, name: str) -> Unit:
             continue
         key, separator, value = (part.strip() for part in line.partition("="))
         if not separator or not key or not section:
-            raise InvalidArgument(f"{name}:{began}: want [SECTION] or KEY=VALUE, not {line!r}")
+            raise InvalidArgument(f"{name}:{began}: expected [SECTION] or KEY=VALUE, not {line!r}")
         before = settings.get((section, key), ())
         settings[section, key] = (*before, value) if value else ()
     return Unit(name, settings)

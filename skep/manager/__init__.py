@@ -1,1 +1,3 @@
-"""One manager.  The swarm half of the API, the dispatcher and the CA always run, the control loops while it leads."""
+"""One manager.  The cluster's part of the API, the dispatcher and the CA always run.  The control loops run while it
+leads.
+"""

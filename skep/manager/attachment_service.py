@@ -1,10 +1,11 @@
-"""``docker run --network`` of an attachable network: the container's node requests an attachment from the cluster.
+"""Attaches plain containers to networks of the cluster (``docker run --network``) at the request of their nodes.
 
-The attachment is a task without a service, on the node that requested it: allocator, scheduler and dispatcher treat
-it like any other task, and the node gets the address with its assignments.  While it exists, the network cannot be
-removed.
+An attachment is a task without a service, on the node that requested it.  Allocator, scheduler and dispatcher treat it
+like any other task, and the node gets the address with its assignments.  While the attachment exists, the network
+cannot be removed.
 
-A skep node names the container by the first alias of the attachment; an engine sends its names to other engines.
+A skep node sends the container's name as the first alias of the attachment.  An engine sends names to other engines
+itself.
 
 Source: swarmkit, manager/resourceapi/allocator.go; moby, daemon/cluster/networks.go (AttachNetwork).
 """
@@ -37,7 +38,7 @@ ATTACHMENTS_MAX = 1000
 CONTAINER_ID_CHARACTERS_MAX = 128
 """Twice the length of Docker's ids."""
 ALIASES_MAX = 32
-"""Names of one container on a network."""
+"""Largest number of names of one container on a network."""
 ALIAS_CHARACTERS_MAX = 253
 """The maximum length of a DNS name."""
 _VERSIONS = 2
@@ -71,7 +72,7 @@ class AttachmentService:
         return (unary(methods.ATTACH_NETWORK, self._attach), unary(methods.DETACH_NETWORK, self._detach))
 
     async def _attach(self, request: pb.AttachNetworkRequest, caller: Caller) -> pb.AttachNetworkResponse:
-        await self._store.barrier()  # the network may have been created on another manager a moment ago
+        await self._store.barrier()  # another manager may have created the network a moment ago
         attachment = AttachmentRequest(
             task_id=TaskId(self._new_id()),
             node_id=caller.node_id,
@@ -92,7 +93,7 @@ class AttachmentService:
 
 
 def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Task:
-    """Create the task that stands for the container's attachment; the allocator assigns its address.
+    """Create the task that represents the attachment.  The allocator then assigns its address.
 
     Raises:
         NotFound: The network does not exist.

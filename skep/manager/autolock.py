@@ -1,7 +1,7 @@
 """Encrypts (locks) the keys on this manager's disk with the cluster's unlock key.
 
-Each manager does this for itself whenever the unlock key differs from the key that its disk is locked with.  A manager
-that was offline during a rotation catches up when it returns.
+Each manager does so itself whenever the unlock key differs from the key with which its disk is locked.  A manager that
+was offline during a rotation catches up when it returns.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The cluster object of a store, and the managers that have not applied its root CA yet."""
+"""Finds the cluster object, and the nodes and managers that have not applied its root CA yet."""
 
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.data_planes import data_path_port
@@ -31,8 +31,8 @@ def reserved_ports_of(view: View) -> ReservedPorts:
 def etcds_behind(view: View) -> list[Node]:
     """Return the ready managers whose etcd trusts the previous root CA until its restart (``ca.peers``).
 
-    During another rotation their etcd would reject every other member's certificate, and the cluster would lose its
-    leader.
+    If another rotation began, these etcds would reject the certificates of all other members, and the cluster would
+    lose its leader.
     """
     swarm = cluster_of(view)
     return [
@@ -43,19 +43,23 @@ def etcds_behind(view: View) -> list[Node]:
 
 
 def is_last_rotation_known(view: View) -> bool:
-    """Whether all nodes that are ready, and their etcds, trust the present root: another rotation may begin."""
+    """Return whether all ready nodes and their etcds trust the present root, so that another rotation may begin."""
     swarm = cluster_of(view)
     ready = (node for node in view.find(Node) if node.status.state is NodeState.READY)
     return not any(is_node_behind(node, swarm) or has_etcd_behind(node, swarm) for node in ready)
 
 
 def is_node_behind(node: Node, swarm: Swarm) -> bool:
-    """Whether the node reports another trusted root than the present one.  It reports none before its first session."""
+    """Return whether the node reports another trusted root than the present one.  Before its first session it reports
+    none.
+    """
     return node.description.tls_info.trust_root not in ("", swarm.tls_info.trust_root)
 
 
 def has_etcd_behind(node: Node, swarm: Swarm) -> bool:
-    """Return whether the node is a manager whose etcd trusts other roots than only the current one."""
+    """Return whether the node is a manager whose etcd trusts other roots in addition to, or instead of, the current
+    one.
+    """
     # Compute no digest for workers: there may be thousands.
     return node.has_joined_as_manager and node.peer_roots not in (
         "",

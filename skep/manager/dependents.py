@@ -17,9 +17,9 @@ from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 from skep.store.schema import UNREAD_UPDATE
 
 RESTARTED_MAX = 100
-"""Services that one service's update restarts.  They are written in the update's transaction."""
+"""Largest number of services that one service's update restarts, because the update's transaction writes them."""
 RESTARTED_BYTES_MAX = 320 << 10
-"""Total size of the restarted services' specs.  The transaction holds each spec three times."""
+"""Largest total size of the restarted services' specs in bytes.  The transaction contains each spec three times."""
 
 
 def check_dependencies(view: View, spec: ServiceSpec) -> None:
@@ -37,7 +37,7 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
 
 
 def requiring(view: View, name: str) -> list[str]:
-    """Return the names of the services that require service ``name``, which would wait forever without it."""
+    """Return the names of the services that would wait forever without the service ``name``."""
     return [
         service.spec.name
         for service in view.find(Service)
@@ -97,7 +97,7 @@ def is_same_task(one: TaskSpec, other: TaskSpec) -> bool:
 def _restarted_with(view: View, names: Collection[str]) -> dict[str, list[Service]]:
     """Return for each name the services that restart when the service of that name is updated.
 
-    Takes one pass, which parses each label once.  One label may have a hundred names, and many services may have one.
+    One pass parses each label once, because many services may have a label with up to a hundred names.
     """
     found: dict[str, list[Service]] = {name: [] for name in sorted(names)}
     for service in view.find(Service) if found else ():
@@ -148,14 +148,16 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     _refuse_many(name, [service.spec for service in services], {})
     for service in services:
         if service.update_status == UNREAD_UPDATE:
-            continue  # its unreadable update cannot be resumed, and must not block this update
-        # otherwise no run is active that could be restarted
+            continue  # Its unreadable update cannot be resumed, but must not block this one.
+        # A scheduled job without an active run has nothing to restart.
         if CRON not in service.spec.labels or is_going(tx, service):
             _restart(tx, service, now)
 
 
 def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
-    """Replace the service's tasks.  An unfinished update of its own keeps its paused state and its rollback target."""
+    """Replace the service's tasks.  If it has an unfinished update, that keeps its paused state and its rollback
+    target.
+    """
     template = service.spec.task_template
     spec = replace(service.spec, task_template=replace(template, force_update=template.force_update + 1))
     status, previous = service.update_status, service.previous_spec
@@ -163,7 +165,7 @@ def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
         is_over = status.state in ENDED
         status = replace(
             status, started_at=now
-        )  # a changed spec drops the update status unless both are written together
+        )  # the store drops the update status of a changed spec unless both are written together
     else:  # no update changed the tasks, or the leader has not started it yet
         is_over = previous is None or is_same_task(previous.task_template, template)
     if is_over:

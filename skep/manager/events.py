@@ -1,11 +1,12 @@
 """Events of cluster objects in the Engine API, derived from commits.
 
-Every manager derives the same events from the same commits.  The latest events are kept for clients that ask for past
-ones (``since``), or that resume an earlier stream at this manager or another (``after``).  If a client does not read,
+Every manager derives the same events from the same commits.  It keeps the latest events for clients that request past
+ones (``since``), or that resume an earlier stream of this or another manager (``after``).  If a client does not read,
 its stream ends, because an incomplete stream would be worse.
 
-A *cursor* is ``INCARNATION-REVISION``.  The events of later revisions follow it.  All events of a revision but the last
-have the cursor of the revision before.  A stream that ended between them repeats some events and misses none.
+A *cursor* is ``INCARNATION-REVISION``, and means the position after that revision.  Only the last event of a revision
+has the revision's own cursor.  The events before it have the cursor of the previous revision, so a client that resumes
+between them gets some events twice but misses none.
 
 Source: moby 20.10, daemon/events.go (generateClusterEvent), daemon/events/{events,filter}.go.
 """
@@ -42,7 +43,7 @@ from skep.store.kinds import Payload
 KEPT = 4096
 """Number of past events that are kept.  Docker Engine keeps 256."""
 BEHIND_MAX = 1024
-"""Events that a client may be behind before its stream ends."""
+"""Number of events by which a client may be behind before its stream ends."""
 
 PROGRESS_S = 10.0
 """Seconds between two cursor messages of an idle stream."""
@@ -60,7 +61,7 @@ TASK_ACTIONS: Mapping[TaskState, str] = {
 
 
 class EventsLost(FailedPrecondition):
-    """The events after the client's cursor are not available, or no longer."""
+    """The events after the client's cursor are not, or no longer, available."""
 
 
 class Actor(ApiObject):
@@ -84,7 +85,7 @@ class Message(ApiObject):
 
 
 class _Kept(msgspec.Struct, frozen=True, gc=False):
-    """A past event.  ``after`` is the revision at which a stream resumes that ended with this message."""
+    """A past event.  ``after``: the revision after which a stream resumes if it ended with this message."""
 
     message: Message
     revision: int
@@ -92,7 +93,7 @@ class _Kept(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClusterEvents:
-    """The cluster's past and future events.  New events need a running ``run``."""
+    """The cluster's past and new events.  ``run`` has to be running for new events."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -100,7 +101,7 @@ class ClusterEvents:
         self._past: deque[_Kept] = deque()
         self._readers: set[asyncio.Queue[_Kept | None]] = set()
         self._floor: int | None = None
-        """All events of later revisions are in ``_past``.  None while commits are not followed."""
+        """Revision after which all events are in ``_past``.  None while no commits are followed."""
         self._revision = 0
         """The last revision whose events were derived."""
 
@@ -111,7 +112,7 @@ class ClusterEvents:
                 await self._follow()
             except WatchLagged:
                 self._floor = None
-                # Missed events cannot be delivered, so all streams end.
+                # Events may have been missed, so all streams end.
                 for reader in self._readers:
                     _end(reader)
 
@@ -131,7 +132,7 @@ class ClusterEvents:
                 self._revision = commit.revision
 
     def expires(self, expiry: Expiry) -> None:
-        """Publish that a certificate expires soon.  No commit shows this."""
+        """Publish an event that a certificate expires soon, which no commit shows."""
         now_ns = self._clock.now_ns()
         attributes = {"name": expiry.name, "notafter": stamp(expiry.not_after)}
         message = Message(
@@ -167,7 +168,7 @@ class ClusterEvents:
         incarnation, _, revision = cursor.partition("-")
         if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
             raise InvalidArgument(
-                f"invalid cursor {cursor!r}: want the cursor of an event, like {self.cursor()}"
+                f"invalid cursor {cursor!r}: expected the cursor of an event, like {self.cursor()}"
             )
         if int(incarnation) != self._store.incarnation:
             raise EventsLost(
@@ -281,7 +282,7 @@ def messages_of(event: Event, now_ns: int, view: View | None = None) -> Iterator
     """Yield the messages about one object's change.  Internal objects have none.
 
     Args:
-        view: Source of names.  Without it, the result has only events of the Engine API and the draining of tasks.
+        view: Source of names.  Without it, only events of the Engine API and draining tasks have messages.
     """
     if view is not None:
         yield from _messages_of_tasks(event, now_ns, view)

@@ -1,4 +1,4 @@
-"""Why a task or a service is not in its desired state, as a sentence and as figures.
+"""Explains, in sentences and figures, why a task or service is not in its desired state.
 
 Everything is derived from the stored objects.  The sentences come from ``reasons``.
 """
@@ -41,7 +41,7 @@ from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 
 REASONS_MAX = 10
-"""Different reasons in the explanation of a service, the most frequent first."""
+"""Largest number of different reasons in the explanation of a service.  The most frequent come first."""
 
 
 class TaskExplanation(ApiObject):
@@ -62,7 +62,9 @@ class TaskExplanation(ApiObject):
     exit_code: int | None = None
     signal: str = ""
     end: TaskEnd | None = None
-    """Why the task ended, with its last log lines.  For a task that does not run yet, why the one before it failed."""
+    """Reason why the task ended, with its last log lines.  For a task that does not run yet, the reason why its
+    predecessor failed.
+    """
     nodes: tuple[NodeVerdict, ...] = ()
 
 
@@ -80,7 +82,7 @@ class UpdateExplanation(ApiObject):
     """Progress of an update or a rollback."""
 
     deadline: Timestamp | None = None
-    """When the update fails without progress.  None if it waits for a period to pass."""
+    """Time at which the update fails without progress.  None while the update waits for a period to pass."""
     step: str = always("")
     waiting_for: str = always("")
 
@@ -115,7 +117,7 @@ class ServiceExplanation(ApiObject):
     summary: str = always("")
     """The reason, how often tasks failed, and how many run."""
     reason: str = always("")
-    """Why the service is not in its desired state.  It stays the same between two attempts.
+    """Reason why the service is not in its desired state.  It does not change between two attempts.
 
     Empty if the service is in its desired state and no update is paused.
     """
@@ -132,7 +134,7 @@ class ServiceExplanation(ApiObject):
     ended_at: Timestamp = Timestamp("")
     """When the job completed."""
     reasons: tuple[Reason, ...] = always(())
-    """Why wanted tasks do not run, the most important reason first."""
+    """Reasons why desired tasks do not run, the most important first."""
     failures: tuple[Reason, ...] = always(())
     """Failures of tasks that ended by themselves and are kept as history."""
     schedule: str = ""
@@ -278,7 +280,7 @@ def summary(
 ) -> str:
     """Return a sentence about ``task``: why it does not run, and how often it failed.
 
-    A task that runs hides earlier failures once it has ended its slot's crash loop.
+    Earlier failures are not mentioned once a task runs so long that the crash loop of its slot has ended.
     """
     status = task.status
     match status.state:
@@ -451,7 +453,7 @@ def explain_update(
         words = "the monitor time of the last step" if is_last else "the delay before the next step"
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
-    # The deadline starts when the previous tasks of the slot have stopped.
+    # The deadline starts once the previous tasks of the slot have stopped.
     is_held = first.desired_state is TaskState.READY and all(
         one is first or slot_of(one) != slot_of(first) for one in wanted
     )

@@ -1,7 +1,8 @@
 """Per-key error handling of the control loops, with the manager's only broad ``except Exception``.
 
-A loop runs each object's decision inside ``Failures.caught``.  If it raises, the traceback is logged once, the
-object's key backs off, and the loop continues with the next object.  The error is kept, to be written to the object.
+A loop makes the decision about each object inside ``Failures.caught``.  If the decision raises, the traceback is logged
+once, the object's next decision is delayed, and the loop continues with the next object.  The error is kept, so that it
+can be written to the object.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,18 +24,18 @@ R = TypeVar("R")
 K = TypeVar("K", bound=str)
 
 FIRST_DELAY_S = 0.5
-"""Seconds before an object that failed is decided again."""
+"""Seconds before a failed decision is repeated."""
 LONGEST_DELAY_S = 60.0
 """Longest delay in seconds before a failing decision is repeated."""
 UNAVAILABLE_S_MAX = 5.0
-"""Longest delay after ``Unavailable``, which is a failure of the store and not of the object."""
+"""Longest delay in seconds after ``Unavailable``, which is a failure of the store and not of the object."""
 
 ERROR_CHARACTERS_MAX = 1000
-"""Limit of an error's text.  It is written to objects and may quote user input."""
+"""Longest text of an error, in characters.  It is written to objects and may quote user input."""
 LOGGED_MAX = 1000
-"""Errors that are remembered so that each is logged once."""
+"""Largest number of errors that are remembered, so that each is logged once."""
 WRITE_FAILURES_MAX = 10_000
-"""Above this number, expired write failures are dropped: their keys may never come up again."""
+"""If there are more write failures, expired ones are dropped, because their keys may never occur again."""
 
 
 class BadObject(SkepError):
@@ -86,7 +87,8 @@ class Failures:
         self._failures.pop(key, None)
 
     def refusal(self, what: str, key: str) -> Failure | None:
-        """Return why the store refused to write ``what`` of ``key`` last time.
+        """Return the failure of the last attempt to write ``what`` (a part of the object ``key``), if the store refused
+        it.
 
         None if it was written or the store was unavailable.
         """
@@ -119,7 +121,8 @@ class Failures:
             self._write_failures = {
                 key: one for key, one in self._write_failures.items() if one.retry_at > now
             }
-            # Doubled, or each further failure would filter the whole map while many thousands are refused at once.
+            # The limit is doubled. Otherwise each further failure would filter the whole map while many thousands are
+            # refused at once.
             self._forget_above = max(WRITE_FAILURES_MAX, 2 * len(self._write_failures))
         return failure
 
@@ -159,7 +162,7 @@ def _write_key(what: str, key: str) -> str:
 
 
 class _Caught:
-    """One decision.  A class, because a generator's frame would cost more than many decisions."""
+    """One decision.  This is a class because a generator would cost more than many decisions do."""
 
     __slots__ = ("_failures", "_key")
 
@@ -181,12 +184,14 @@ class _Caught:
 
 
 def isolated(what: str, id: str) -> "_Isolated":
-    """Return a context that logs and suppresses errors about one object, for events and snapshots, without retries."""
+    """Return a context that logs and suppresses errors about one object.  It does not retry, and is for events and
+    snapshots.
+    """
     return _Isolated(what, id)
 
 
 def for_each_isolated(what: str, objects: Iterable[T], enter: Callable[[T], object]) -> None:
-    """Call ``enter`` for each object, ``isolated``.  A new leader has hundreds of thousands of them."""
+    """Call ``enter`` for each object, ``isolated``.  A new leader does so for hundreds of thousands of objects."""
     rest, is_over = iter(objects), False
     while not is_over:
         entering = _Isolated(what, "")
@@ -224,9 +229,10 @@ class _Isolated:
 
 
 def handle_isolated(what: str, handle: Callable[[Commit], object], commit: Commit) -> None:
-    """Call ``handle`` with a commit.  If that raises, call it with each event alone, so that only the bad one is lost.
+    """Call ``handle`` with a commit.  If that raises, call it with each event alone, so that only the bad event is
+    lost.
 
-    ``handle`` may see an event twice then, which is harmless: loops are level-triggered.
+    ``handle`` may then get an event twice, which is harmless because loops are level-triggered.
     """
     try:
         handle(commit)

@@ -57,7 +57,7 @@ def found_cluster(
         spec=NodeSpec(role=NodeRole.MANAGER, availability=bootstrap.availability),
         description=NodeDescription(
             hostname=config.hostname,
-            # Set before the first networks are allocated, which avoid this machine's routes.
+            # The routes are needed now, because the first networks are allocated next and must avoid them.
             engine=EngineDescription(
                 labels={ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
             ),

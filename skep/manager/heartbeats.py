@@ -33,7 +33,8 @@ def configured_grace_s(view: View) -> float:
 def grace_period(period_s: float, *, configured_s: float | None = None) -> float:
     """Return the seconds for which a node without heartbeats is considered alive.
 
-    These are three periods, so one lost heartbeat never marks a node down, or the configured value, but at least two.
+    The result is three periods, or the configured value if that is at least two periods.  So one lost heartbeat never
+    marks a node down.
 
     Args:
         period_s: Positive.  The period last sent to the node, including jitter.

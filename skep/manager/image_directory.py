@@ -1,7 +1,8 @@
-"""Finds nodes that serve an image, and checks which images a node may read: only its own tasks' images.
+"""Finds nodes that serve an image, and checks that a node reads only images of its own tasks.
 
-Nodes announce nothing.  The tasks tell which nodes have an image or will have it soon.  Images that were built or
-loaded for the cluster are on managers.  A node that does not have the image answers so.
+Nodes do not announce their images.  The assigned tasks show which nodes have an image or will have it soon.  Images
+that were built or loaded for the cluster are on managers.  A node that does not have an image after all responds
+accordingly.
 
 A node reads an image of another node only if it has a task of it, or had one within an hour.  Images may contain code
 and keys, or were pulled with other users' credentials, so a compromised worker must not read all of them.
@@ -34,24 +35,27 @@ from skep.wire.methods import Access
 from skep.wire.service import Handler, unary
 
 SOURCES_MAX = 16
-"""Nodes in one response.  The managers, up to half of them, come first."""
+"""Largest number of nodes in one response.  Managers come first and fill at most half of it."""
 SPELLINGS_MAX = 8
-"""Names of one image in a request for its nodes."""
+"""Largest number of names of one image in a request for its nodes."""
 NAMES_MAX = 1000
-"""Image names in one request of a node about its own images."""
+"""Largest number of image names in one request of a node about its own images."""
 CHARACTERS_MAX = 512
-"""Characters of one image name."""
+"""Longest image name, in characters."""
 ANSWERED_S = 0.25
 """Seconds for which the nodes with an image are cached.
 
-When a service starts on all nodes, each of them asks for the same image, and each answer reads all its tasks.
+If a service starts on all nodes, each of them requests the same image, and each response requires reading all tasks of
+the image.
 """
 ANSWERS_MAX = 1024
-"""Images whose nodes are cached."""
+"""Largest number of images whose nodes are cached."""
 GRANTED_S = 3600.0
-"""Seconds for which a node may read an image after its last task of it was seen: a fetch may outlast the task."""
+"""Seconds for which a node may still read an image after its last task with that image has ended, because a fetch may
+take longer than the task.
+"""
 GRANTS_MAX = 65_536
-"""Nodes and images whose last task is remembered."""
+"""Largest number of pairs of node and image that are remembered for that."""
 
 
 class Candidates(msgspec.Struct, frozen=True):
@@ -79,9 +83,9 @@ class ImageDirectory:
         self._random = random
         self._answered_s = answered_s
         self._answers: dict[frozenset[str], tuple[float, Candidates]] = {}
-        """Image names -> lookup time and nodes, the oldest first."""
+        """Lookup time and nodes by image names, the oldest first."""
         self._granted: dict[tuple[NodeId, str], float] = {}
-        """Node and image name of a task -> time at which the task was last seen, the oldest first."""
+        """Time at which a task was last seen, by its node and image name, the oldest first."""
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
@@ -132,7 +136,7 @@ class ImageDirectory:
     async def _may_read(self, node: NodeId, names: Collection[str]) -> bool:
         if self._is_granted(node, names):
             return True
-        await self._store.barrier()  # a manager ahead of this one may have sent the task
+        await self._store.barrier()  # a manager with a newer replica may have sent the task
         return self._is_granted(node, names)
 
     def _is_granted(self, node: NodeId, names: Collection[str]) -> bool:
@@ -219,7 +223,9 @@ def candidates(view: View, spellings: Collection[str]) -> Candidates:
 
 
 def chosen(found: Candidates, asking: NodeId, random: Random) -> Sequence[Node]:
-    """Return the nodes to ask, without ``asking``: managers first, and a random sample if there are many."""
+    """Return the nodes to which ``asking`` is referred, managers first.  If there are many nodes, they are a random
+    sample.
+    """
     managers = _some(found.managers, SOURCES_MAX // 2, asking, random)
     return (*managers, *_some(found.others, SOURCES_MAX - len(managers), asking, random))
 

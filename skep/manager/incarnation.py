@@ -1,8 +1,8 @@
-"""Prevents two clusters with one identity: a manager of an earlier incarnation stops when it meets a later one.
+"""Prevents two clusters with the same identity.  A manager of an earlier incarnation stops when it meets a later one.
 
-Managers send their incarnation in every ping.  A manager without a quorum serves nothing and has no link, so it polls
-the other managers itself.  It stores a later incarnation and stays stopped, even if it cannot reach the others at its
-next start.
+Managers send their incarnation in every ping.  A manager without a quorum has no links, so it polls the other managers
+itself.  If it finds a later incarnation, it stores that and stops.  It then refuses to start, even if it cannot reach
+the others.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
-"""Informer of a control loop: a snapshot of the store, then every commit, while the loop's work runs concurrently.
+"""Informer of a control loop.  It reads a snapshot of the store, then every commit, while the loop's work runs
+concurrently.
 
-Commit handlers are synchronous and only queue keys, so the work never makes the watch fall behind.  The work takes the
-queued keys when it is ready, and handles everything that has accumulated in one step.
+Commit handlers are synchronous and only queue keys, so slow work never makes the watch fall behind.  When the work is
+ready, it takes all keys that have accumulated and handles them in one step.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ BATCH = 250
 """Objects or events handled before the loop yields to others; each takes a few microseconds."""
 
 CatchUp: TypeAlias = Callable[[], Awaitable[None]]
-"""Handles every commit that the view shows and that was not read yet, with pauses.  All are read when it returns."""
+"""Handles, with pauses, all commits that the view already shows.  When it returns, none is left."""
 
 
 async def run_informer(
@@ -35,7 +36,7 @@ async def run_informer(
     on_commit: Callable[[Commit], None],
     work: Callable[[], Awaitable[object]],
 ) -> None:
-    """Run ``work`` until it fails or is cancelled.  Restarts from a fresh snapshot if the watch lagged.
+    """Run ``work`` until it fails or is cancelled.  If the watch lags, restart from a fresh snapshot.
 
     ``on_snapshot`` is called with each snapshot, before ``on_commit`` is called with the commits after it.  If
     ``on_commit`` raises for an event, the error is logged and the event is skipped.
@@ -65,8 +66,8 @@ async def run_exact_informer(
 ) -> None:
     """Run an informer whose work depends on data that ``on_commit`` records, such as the time of a change.
 
-    ``work`` is called with a ``CatchUp``.  Without it, work that runs first after a commit would find objects in the
-    view for which nothing was recorded.
+    ``work`` is called with a ``CatchUp``.  It needs that because the view may show objects of commits that have not
+    been recorded yet.
     """
     while True:
         try:

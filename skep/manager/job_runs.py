@@ -1,4 +1,4 @@
-"""Runs of jobs: when the next one starts, with which spec, and whether the current one is over.  Pure.
+"""Decides when a job's next run starts, with which spec, and whether the current run is over.  Pure.
 
 Docker's jobs run when they are created and with every update.  A scheduled job (``model.schedules``) runs at its due
 times, and on request: ``docker service update --force`` or ``skep job run``.  Any other update applies to later runs,
@@ -9,8 +9,9 @@ node that was down or drained at that time.  A scheduled run is fixed to the nod
 them has its task, no other node joins (``JobStatus.nodes_fixed``).  Once the run is over, it stays over
 (``JobStatus.outcome``).  A node that returns or gets a label waits for the next due time.
 
-Nodes and runs are ordered by their timestamps, which come from different machines.  Therefore each is stamped, in its
-own transaction, after everything that it has to follow (``asked_at``, ``joined_at``), whatever the clocks say.
+Nodes and runs are ordered by their timestamps, which come from different machines.  Therefore a transaction stamps each
+with a time after everything that it has to follow (``asked_at``, ``joined_at``), even if the clock shows an earlier
+time.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,9 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import as_run, has_unreadable_run
 
 COMPLETED, FAILED, STOPPED, RUNNING = "completed", "failed", "stopped", "running"
-"""Outcomes of a run.  A run is stopped if it was active when the next one started.  Running is never stored."""
+"""Outcomes of a run.  ``STOPPED`` means that it was still active when the next run started.  ``RUNNING`` is never
+stored.
+"""
 
 
 def first_job(view: View, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
@@ -76,7 +79,8 @@ def joined_at(view: View, now_ns: int) -> Timestamp:
 def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
     """Return the job status after the update of ``service`` to ``spec``, or None for other services.
 
-    A changed schedule counts from now on.  Times that were due before, during a suspension, are not run late.
+    A changed schedule counts from now on.  Due times that were missed before, for example during a suspension, are not
+    made up for.
 
     Raises:
         Unavailable: This manager cannot read the current run; another may.
@@ -100,7 +104,9 @@ def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) ->
 
 
 def started(view: View, service: Service, schedule: ScheduleStatus, start: JobStart) -> JobStatus:
-    """Return the status of job ``service`` when its next run starts, with the outcome of the previous run."""
+    """Return the status of job ``service`` after the start of its next run.  It includes the outcome of the previous
+    run.
+    """
     assert service.job_status is not None, "of jobs only"
     iteration = _next(service.job_status)
     starts = [_with_outcome(one, view, service, going=STOPPED) for one in schedule.starts]
@@ -113,7 +119,7 @@ def started(view: View, service: Service, schedule: ScheduleStatus, start: JobSt
 
 
 def started_plainly(view: View, job: JobStatus, spec: ServiceSpec, now: Timestamp) -> JobStatus:
-    """Return the status of an unscheduled job when its next run starts with ``spec``."""
+    """Return the status of an unscheduled job after the start of its next run with ``spec``."""
     return JobStatus(job_iteration=_next(job), last_execution=asked_at(view, spec, now))
 
 
@@ -234,8 +240,8 @@ def starts_until_ns(run: Service) -> int | None:
 def nodes_going(view: View, service: Service) -> list[str]:
     """Return the names of the nodes on which the current run of a global job is active, in order.
 
-    Nodes that are down, or on which the run waits for resources or another service, hold up no later run and are left
-    out.
+    Nodes that are down, or on which the run waits for resources or another service, are left out because they must not
+    delay the next run.
     """
     tasks = of_present_run(service, view.find(Task, service_id=service.id))
     found = {

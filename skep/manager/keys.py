@@ -1,7 +1,8 @@
 """The key that wraps the store's data keys, on this manager's disk.
 
-One file contains the key.  While the key is being replaced (``manager.eviction``), replacement candidates follow it.
-A manager that has confirmed a key has stored it durably.  To find the key that the store uses, try each one.
+One file contains the key.  While the key is being replaced (``manager.eviction``), the file also contains the
+candidates for its replacement.  A manager confirms a key only after it has stored it durably.  A manager finds the key
+that the store uses by trying each one.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Control loops of one leader, which communicate only through the store."""
+"""The control loops of one leader.  They communicate only through the store."""
 
 from random import Random
 from typing import Protocol
@@ -46,7 +46,7 @@ def loops(
         incarnation: Incarnation of the cluster.
         find_driver: Finds drivers of cluster volumes on this machine.
         confirm: Confirms the term before an action that no fence covers.
-        collect_usages: Collects usages of autoscaled services' tasks.
+        collect_usages: Collects the resource usage of tasks of autoscaled services.
         counts: Counters of changes by autoscaling.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, KeyRotation, CertificateAuthority)

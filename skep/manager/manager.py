@@ -1,4 +1,4 @@
-"""One manager: the parts that always run, and the parts that run while it leads.
+"""One manager, with parts that always run and parts that run only while it leads.
 
 Every manager serves the API and the agents from its own replica of the store and never forwards to the leader.  Only
 the control loops run on the leader alone, and each of their writes is fenced by its term.
@@ -108,7 +108,7 @@ class ConsensusMember(NamedTuple):
     cut_peers: Callable[[], None]
     """Ends the connections that other members have opened to this member."""
     error: Callable[[], str]
-    """Returns a problem of the member, such as a full disk, as a sentence.  Empty without a problem."""
+    """Returns a sentence about a problem of the member, such as a full disk, or an empty text."""
 
 
 class Manager:

@@ -1,4 +1,4 @@
-"""Commits that change the list of managers.
+"""Finds commits that change the list of managers.
 
 A cluster has a handful of managers and thousands of workers, each of which registers.  Without this filter, every
 registration would make the loops that only look at managers read all nodes again.

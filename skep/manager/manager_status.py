@@ -71,8 +71,8 @@ def write_manager_status(
 ) -> None:
     """Write the status of manager ``node_id``.  If it leads, clear ``leader`` of all others.
 
-    Does not restore a removed node, or the status of a demoted one.  Only the leader sets an unreachable manager back
-    to reachable.
+    It does not restore a removed node or the status of a demoted one.  Only the leader may mark an unreachable manager
+    as reachable again.
 
     Args:
         addr: ``ip:port`` of its gRPC server.

@@ -29,13 +29,13 @@ from skep.store.interface import Store
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Upper bounds of the histogram's buckets: starts take from a tenth of a second to minutes of pulling."""
 _STORE_S = 2.0
-"""Seconds to wait for the store's figures.  A page without them is better than none."""
+"""Timeout in seconds for the store's figures.  Without them, the page is served nevertheless."""
 _STARTING_MAX = 100_000
 """Number of starting tasks that are timed."""
 
 
 class StartTimes(StartingTasks[float]):
-    """Times tasks from their creation to the commit that shows them running, by this manager's clock."""
+    """Measures the time from a task's creation to the commit that shows it running, by this manager's clock."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         super().__init__(store, _STARTING_MAX)
@@ -215,7 +215,7 @@ def job_family(services: Iterable[Service]) -> Family:
 def _one_shots(services: Iterable[Service]) -> Iterable[ServiceId]:
     """Return the ids of replicated services whose tasks end on success.
 
-    For a global service, only wanted tasks count anyway.
+    Global services are left out, because only their desired tasks count anyway.
     """
     return (
         one.id

@@ -2,7 +2,7 @@
 
 A node numbers its events and keeps the latest ones.  For each client, a manager reads them through a tunnel, so nothing
 is sent without a client.  The stream's cursor has the cursor of the cluster's events, then one for each node:
-``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It covers the events that the client was sent, so another stream can
+``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It covers the events that the client has received, so another stream can
 resume after it at any manager.  If events are missing or a node cannot be read, a message in the stream says so.
 """
 
@@ -30,21 +30,21 @@ from skep.store.interface import View
 from skep.wire.tunnel import Tunnel
 
 NODES_MAX = 128
-"""Nodes in one client's stream.  Each takes part of every cursor."""
+"""Largest number of nodes in one client's stream, because each node adds to every cursor."""
 STREAMS_MAX = 8
 """Maximum number of clients that read node events from one manager.  Each has a tunnel to every node."""
 LINE_BYTES_MAX = 256 << 10
-"""A node replaces a longer event with a gap message."""
+"""Longest line of an event in bytes.  A node replaces a longer event with a gap message."""
 HEAD_BYTES_MAX = 64 << 10
-"""Size of a node's response head."""
+"""Largest head of a node's response in bytes."""
 SILENT_S_MAX = 30.0
-"""A node sends a line at least every ten seconds."""
+"""Seconds without a line after which a node counts as silent.  A node sends a line at least every ten seconds."""
 LAST_S = 5.0
 """Seconds for reading the nodes' past events once the requested end has come."""
 TAKES_WITHIN_S = 60.0
-"""A client that takes no event for this long loses its place to another client."""
+"""Seconds after which a client that takes no event loses its stream to another client."""
 _WAITING_MAX = 64
-"""Messages of all nodes that wait for one client."""
+"""Largest number of nodes' messages that wait for one client."""
 _LOOK_S = 1.0
 """Seconds between two checks for nodes that joined or returned."""
 _KEY_LENGTH = 12
@@ -102,8 +102,8 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class _Item(NamedTuple):
-    """A queued message.  ``cursor`` is where the stream of ``node`` resumes after it, or of the cluster if ``node`` is
-    empty.
+    """A queued message.  ``cursor``: position after it in the stream of ``node``, or in the cluster's stream if
+    ``node`` is empty.
     """
 
     node: str
@@ -147,7 +147,7 @@ class AllEvents:
         cluster: Callable[[], AsyncGenerator[Message, None]],
         send: Callable[[Mapping[str, Any] | Message], Awaitable[None]],
     ) -> None:
-        """Send the events, each with its cursor, until ``cluster`` ends, the stream of the cluster's events.
+        """Send the events, each with its cursor, until ``cluster``, the stream of the cluster's own events, ends.
 
         Raises:
             SkepError: The stream cannot start, or some events are lost.
@@ -320,7 +320,7 @@ class _Reader:
             query["age"] = str(int(age_s))
         if self._wanted.until_ns is not None:
             query["until"] = f"{self._wanted.until_ns // SECOND_NS}.{self._wanted.until_ns % SECOND_NS:09d}"
-        # HTTP/1.0: the lines end with the connection and need no framing.
+        # HTTP/1.0, because the lines end with the connection and need no framing.
         return f"GET /events?{urlencode(query)} HTTP/1.0\r\nHost: node\r\n\r\n".encode()
 
     def is_over(self, now_ns: int) -> bool:
@@ -349,7 +349,7 @@ class _Reader:
         self._is_known = True
 
     async def put_notice(self, action: str, reason: str, at_ns: int) -> None:
-        """Queue a message that says whether some of the node's events are missing or cannot be read."""
+        """Queue a message that some of the node's events are missing, or that they cannot be read."""
         notice = _notice(action, self.node, reason, self._position, at_ns)
         await self._queue.put(notice._replace(cursor=self._cursor) if self._cursor else notice)
 

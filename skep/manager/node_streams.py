@@ -1,4 +1,6 @@
-"""Bidirectional streams with the nodes that have a session here: one stream per node, ended by either side."""
+"""Bidirectional streams with the nodes that have a session here.  Each node has one stream, which either side may
+end.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -11,7 +13,7 @@ from skep.model.ids import NodeId
 from skep.rpc.errors import LOST_PEER
 
 FIRST_MESSAGE_SECONDS_MAX = 20.0
-"""Time limit for the first message.  The peer is authenticated, but its session is unknown before that message."""
+"""Timeout in seconds for the first message.  The peer is authenticated, but only that message names its session."""
 
 
 class NodeMessage(Protocol):
@@ -90,7 +92,7 @@ async def run_stream(
     send: Coroutine[Any, Any, None],
 ) -> None:
     """Receive and send until either ends.  Raises: the error that ended the stream."""
-    # Use only one additional task per stream: there are thousands of streams.
+    # Each stream has only one additional asyncio task, because there are thousands of streams.
     async with asyncio.TaskGroup() as group:
         receiving = group.create_task(_receive_all(stream, requests, receive), name="receive from a node")
         try:

@@ -1,8 +1,8 @@
 """Reports that managers send each other with their pings: overload, and missed heartbeats of their nodes.
 
-*Overload*: More nodes reconnect to a manager than it can register at once.  Those nodes are alive.  They were sent
-``RetryLater``, perhaps by a manager that does not judge them.  Therefore missed heartbeats do not
-count while any manager is overloaded.
+*Overload*: More nodes reconnect to a manager than it can register at once.  It sends ``RetryLater`` to nodes that are
+alive, although another manager may be counting their missed heartbeats.  Therefore missed heartbeats do not count while
+any manager is overloaded.
 
 *Missed heartbeats*: Nodes that fail at once are spread over the managers, so each manager may miss only one.  A manager
 that is about to mark its only silent node down learns from the others' reports that other nodes are silent as well.

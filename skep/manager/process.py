@@ -122,7 +122,7 @@ def _write_last_words(paths: Paths, words: str) -> None:
 
 
 def prepare() -> None:
-    """Run the slow initialization that every cluster shares, in a standby process before ``run``.
+    """Run the slow part of the initialization that does not depend on the cluster, in a standby process before ``run``.
 
     The first signature and the first TLS context of a process take far longer than later ones.
     """
@@ -161,7 +161,7 @@ async def _serve_until_removed(config: ManagerConfig, clock: Clock) -> None:
         except Damaged as error:
             if not config.paths.joining_mark.exists():
                 raise
-            # This member never voted: etcd ended while it was still contacting the others.
+            # This member has never voted, because etcd ended while it was still contacting the others.
             raise JoinRefused(f"the store did not come up among the other managers: {error}") from error
 
 
@@ -209,7 +209,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
         store = await _open(config, paths, pair, clock, random, stack, members, is_empty=is_empty)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
         pair = await self_renewed(store, pair, files, clock)
-        gc_settings.configure_gc()  # excludes the loaded replica from garbage collections and so halves their time
+        gc_settings.configure_gc()  # excludes the loaded replica from garbage collections, which halves their time
         own_member = ConsensusMember(
             consensus=members,
             peer_addresses=peer_addresses,
@@ -288,7 +288,7 @@ async def _join(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Written before etcd starts: if etcd reaches no peer, it ends before the reason is requested.
+    # The reason is written before etcd starts, because etcd ends early if it reaches no peer.
     delay = await unreachable_peers(admission.peers, config.node_id)
     kept = (
         partial(save_wrapping_keys, paths, admission.wrapping_key),

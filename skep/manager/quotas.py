@@ -85,7 +85,7 @@ def usage_of_network(view: View, spec: NetworkSpec, given: Network | None = None
     swarm = next(iter(view.find(Swarm)), None)
     of_pool = 1 << (32 - (swarm.subnet_size if swarm is not None else DEFAULT_SUBNET_SIZE))
     is_overlay = spec.driver_configuration is None or spec.driver_configuration.name == "overlay"
-    # Without a subnet in the spec, the pool provides one, and also one for each config without a subnet.
+    # The pool provides a subnet if the spec has none, and for each config without a subnet.
     to_come = max(blank, not requested) - len(allocated - requested) if is_overlay else 0
     addresses = sum(subnet.num_addresses for subnet in requested | allocated) + max(to_come, 0) * of_pool
     return Usage(networks=1, addresses=addresses)
@@ -142,7 +142,7 @@ def refusal(quota: QuotaSpec, before: Usage, others: Usage, wanted: Usage) -> st
         others: The usage of the stack's other objects.
     """
     for name in _needed_fields(quota):
-        # Without a reservation nothing is counted, so dropping a reservation counts as using more.
+        # A service without a reservation adds nothing to the sum, so dropping a reservation counts as using more.
         is_more = wanted.tasks > before.tasks or getattr(before, name)
         if wanted.tasks and not getattr(wanted, name) and is_more:
             return (

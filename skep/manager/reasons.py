@@ -1,9 +1,9 @@
 """The reason why a task or a service is not in its desired state, as one sentence that Skep shows everywhere.
 
 If something blocks a task now, such as a missing node or another service, that is the reason.  Otherwise it is the last
-failure in the task's slot, which a new attempt does not hide while it is prepared or started.  A reason has no counts
-and no countdowns, so it stays the same between two attempts.  Those are separate fields.  In a crash loop, it stays
-until a task has run long enough to end the loop.
+failure in the task's slot, even while a new attempt is being prepared or started.  Counts and countdowns are separate
+fields, so that the reason does not change between two attempts.  In a crash loop, it stays until a task has run long
+enough to end the loop.
 
 A container that Skep itself killed shows why: the failed health check or the memory limit, not the signal.  Pure.
 """
@@ -38,13 +38,13 @@ _UNHEALTHY: Final = "dockerexec: unhealthy container"
 _NON_ZERO: Final = "task: non-zero exit"
 _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
-"""runc's words around the error itself."""
+"""Words that runc adds before and after the actual error."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
 _NODES_MAX: Final = 3
 """Nodes that a reason names.  It should fit a line."""
 LOOP_FROM: Final = 2
-"""Failures in a row that are called a crash loop."""
+"""Number of consecutive failures from which on texts speak of a crash loop."""
 
 
 class Kind(Enum):
@@ -289,14 +289,14 @@ def _present(
 
 
 def _turn(task: Task, slot: Iterable[Task]) -> str:
-    """Return what a prepared task waits for before it starts."""
+    """Return the reason why a prepared task does not start yet."""
     if any(one.id != task.id and not one.status.state.is_terminal for one in slot):
         return "it starts when the task before it has stopped"
     return "it waits for its turn to start"
 
 
 def _starting(task: Task) -> str:
-    """Return what a node does with a task whose process it has started.  Only the node knows the image's check."""
+    """Return a sentence about a task that is starting.  Only its node knows whether the image has a health check."""
     container = task.spec.container_spec
     check = container.healthcheck if container is not None else None
     if check is None or not check.test:

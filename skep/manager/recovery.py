@@ -1,4 +1,4 @@
-"""Recovery of the cluster with only this manager, after the loss of the others or from a backup.
+"""Recovers the cluster with this manager alone, after the loss of the others or from a backup.
 
 The node process writes a request (``recovery.json``).  The manager process executes it at its next start, before
 anything else.  Each step may be interrupted and repeated:
@@ -88,7 +88,9 @@ async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str
 
 
 async def doubt_volumes(store: Store) -> None:
-    """Mark where volumes are as unknown.  The store may be older than the actions of nodes and drivers."""
+    """Mark the locations of volumes as uncertain, because the store may be older than the actions of nodes and
+    drivers.
+    """
     needed = _nodes_with_volumes(store.view())
     for volume in store.view().find(Volume):
         await store.update(_doubt_volume, volume.id, needed.get(volume.id, frozenset()))

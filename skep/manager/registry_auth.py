@@ -1,7 +1,7 @@
 """Registry credentials of services, stored separately from their specs and used for newly placed tasks.
 
-They are stored with their registry and sent to no other.  An update may change the image, and the user who updates a
-service may be a different one than the user who provided the credentials.
+They are stored with their registry and never sent to another one.  This matters because an update may change the image,
+and the user who updates a service may not be the user who provided the credentials.
 """
 
 from skep.errors import InvalidArgument
@@ -40,7 +40,7 @@ def auth_for(spec: ServiceSpec, *auths: str) -> str:
 
 
 def with_registry(spec: ServiceSpec, auth: str) -> str:
-    """Return ``auth`` bound to its registry, so that no later image of the service from another one is pulled with it.
+    """Return ``auth`` bound to its registry, so that it is not used for a later image from another registry.
 
     That is the registry of the image in ``spec``, unless the client names another.
     """
@@ -65,8 +65,8 @@ def dropped_warnings(view: View, service: Service, given: str, kept: str) -> lis
 def follow_rollback(tx: Transaction, service: Service) -> None:
     """Select the credentials of ``service`` for its rollback, before it returns to its previous spec.
 
-    The newest ones stay, because the previous spec's may have expired (Docker returns to them).  If the previous
-    image has another registry, which the newest ones do not match, the credentials of the previous spec return with it.
+    The newest credentials stay, because those of the previous spec, which Docker would restore, may have expired.  If
+    the previous image is in another registry, the credentials of the previous spec are restored.
     """
     assert service.previous_spec is not None, "a rollback needs a previous spec"
     current, previous = registry_auth_id(service.id), previous_registry_auth_id(service.id)

@@ -1,4 +1,5 @@
-"""Certificates that are revoked before they expire: of removed nodes completely, of demoted managers as managers.
+"""Revokes certificates before they expire: all certificates of removed nodes, and manager certificates of demoted
+managers.
 
 The record is written in the transaction that removes or demotes, and every manager follows these records
 (``manager.ca.caller_check``).  A record is kept as long as its certificates could be valid.
@@ -61,8 +62,8 @@ def removal_of(revocation: Revocation | None) -> NodeRemoval | None:
 def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: int) -> None:
     """Revoke every certificate in a manager's name but its own.
 
-    While two roots are trusted, the owner of the old root's key can act as the manager, and can have a certificate of
-    the new root issued in its name.  All such certificates are recorded, and no others can be issued.
+    While two roots are trusted, whoever has the old root's key can pose as the manager, and can get a certificate of
+    the new root in its name.  All such certificates are recorded, and no further ones can be issued.
 
     Args:
         window_ns: Time after its expiry during which a certificate may still be renewed.

@@ -1,4 +1,4 @@
-"""Warnings in responses to requests that create or update a service with settings that cannot work."""
+"""Finds settings of a created or updated service that cannot work, for the warnings in the response."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches

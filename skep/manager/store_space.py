@@ -27,8 +27,8 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 CHECK_S, CHECK_S_MAX = 5.0, 60.0
-"""Seconds between two checks.  They grow while a step fails, because even a failed defragmentation stops its store for
-a while.
+"""Seconds between two checks: normally, and at most while steps fail.  The pause grows, because even a failed
+defragmentation stops its store for a while.
 """
 RESPONSE_S = 5.0
 """Seconds to wait for another manager's figures."""
@@ -39,8 +39,8 @@ SETTLE_S = 1.0
 COMPACT_AGAIN_S = 30.0
 """Seconds before an insufficient compaction is repeated.
 
-A replica that is being reloaded reads one revision of the store for that long, and other steps get their turn however
-much is written.
+The pause lets a replica that is being reloaded read one revision of the store, and lets other steps run even if much is
+written.
 """
 
 
@@ -101,8 +101,8 @@ class StoreSpace:
             await self._take(step, members, spaces)
 
     def _may_compact(self, kept_revisions: int) -> bool:
-        """Return whether history may be compacted again.  It may, at once, if fewer revisions are kept than
-        last time.
+        """Return whether history may be compacted again.  It may be at once if fewer revisions are kept than last
+        time.
         """
         cut_at, kept = self._cut
         return kept_revisions < kept or self._clock.monotonic() - cut_at >= COMPACT_AGAIN_S

@@ -1,4 +1,4 @@
-"""Usage of autoscaled services' tasks, collected from all managers.
+"""Collects the resource usage of tasks of autoscaled services from all managers.
 
 Each manager has the reports of the nodes with a session there.  Nothing is stored.  The reader collects the usage when
 it decides or explains, so a change of leader loses nothing.

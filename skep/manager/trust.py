@@ -1,9 +1,9 @@
-"""Actions that nodes do for a service with their own rights: sending logs to cluster machines, and registry logins.
+"""Decides for which services nodes use their own rights to send logs to cluster machines and to log in to registries.
 
-Users below administrator write services, and a node sends logs and pulls images from the machine's network.  So it
-matters who chose a log driver or an image.  A service keeps the values that an administrator wrote.  They stay trusted
-when an operator changes something else or rolls back to them.  An operator's value never becomes trusted because an
-administrator changes something else.
+Users below administrator may write services, but a node sends logs and pulls images from the machine's own network.  So
+it matters which user chose a log driver or an image.  A service records the values that an administrator wrote.  These
+stay trusted if an operator changes something else or rolls back to them.  An operator's value does not become trusted
+when an administrator changes something else.
 """
 
 import ipaddress

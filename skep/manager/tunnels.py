@@ -1,9 +1,9 @@
 """Tunnels from this manager to containers on any node.
 
-A node connects to its manager but may be unreachable from there.  Therefore the node opens a tunnel: the manager sends
-an order on the node's stream of orders, and the node answers with a call that names the order.  If another manager has
-the node's session, the tunnel leads through that manager.  Only managers have such streams, so no worker can reach a
-container of another node.
+A node connects to its manager, but the manager may be unable to connect to the node.  Therefore the node opens the
+tunnel.  The manager sends an order on the node's stream of orders, and the node responds with a call that names the
+order.  If another manager has the node's session, the tunnel leads through that manager.  Only managers have such
+streams, so no worker can reach a container of another node.
 """
 
 import asyncio
@@ -44,11 +44,13 @@ log = structlog.get_logger(__name__)
 OPEN_S_MAX = 10.0
 """Seconds from the order until the node has opened the tunnel.  A relay has the same limit."""
 OF_NODE_MAX = 64
-"""Simultaneous tunnels of one node.  Lower than the streams of one connection."""
+"""Largest number of simultaneous tunnels of one node.  It is smaller than the number of streams that one connection
+allows.
+"""
 TUNNELS_MAX = 512
-"""Simultaneous tunnels of all nodes connected to this manager."""
+"""Largest number of simultaneous tunnels of all nodes connected to this manager."""
 PIECES_WAITING = 4
-"""Pieces that are read from a node before its client takes them."""
+"""Largest number of pieces that are read from a node before its client takes them."""
 
 
 def container_of(task: Task, node: Node | None) -> str:
@@ -117,7 +119,7 @@ class Tunnels:
         It is an HTTP exchange that starts with ``head``, or a connection to ``port``.
 
         Args:
-            is_admin: Whether the client is an administrator, for the node, which checks the request again.
+            is_admin: Whether the client is an administrator.  The node needs this, because it checks the request again.
 
         Raises:
             SkepError: No tunnel can be opened, with the reason.
@@ -191,7 +193,7 @@ class Tunnels:
             with first_alone(SkepError):
                 async with asyncio.TaskGroup() as group:
                     group.create_task(copy(remote, tunnel), name="to the node")
-                    # The other manager decides when this direction ends, and then ends the call.
+                    # The other manager decides when this direction ends, by ending the call.
                     group.create_task(copy(tunnel, remote), name="from the node")
 
     # -- nodes of this manager ------------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ class Tunnels:
             raise NotFound("no such order")
         waiting = _Pieces()
         expected.opened.set_result(Tunnel(waiting.take, send))
-        # This task reads, not the client's task: only the task that reads a generator can close it.
+        # This task reads instead of the client's task, because only the task that reads a generator can close it.
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(_read_pieces(pieces, waiting), name="read from a node")
             await expected.done.wait()

@@ -1,6 +1,6 @@
-"""What a task needs that no node gives, read from its spec: the part of a reason that a refusal by itself lacks.
+"""Adds to the reason why a task has no node what the task needs, read from its spec.
 
-The scheduler stores only how many nodes each filter refused, as SwarmKit does.  Pure.
+The scheduler stores only how many nodes each filter refused, like SwarmKit.  Pure.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ _MEBIBYTE: Final = 1 << 20
 def too_large(task: Task, nodes: Collection[Node]) -> str:
     """Return that no node is as large as a pending ``task`` needs, or an empty text if it waits for another reason.
 
-    Such a task waits for a new node.  No end of another task helps.
+    Such a task waits for a new node, because the end of another task does not help.
     """
     if not nodes or NodeRefusal.RESOURCES not in node_refusals_in(task.status.err):
         return ""

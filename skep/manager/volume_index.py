@@ -9,7 +9,8 @@ from skep.model.volume import Volume
 class VolumeIndex:
     """Nodes and the volumes that have a status on them.
 
-    It may lag behind a view by the commits that were not read yet.  Each such commit names its objects.
+    It may lag behind a view by the commits that have not been read yet.  Each of these commits names the objects that
+    it changes.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Why a task waits for a cluster volume on its node, as reported by the volume's driver."""
+"""Explains why a task waits for a cluster volume on its node, with the report of the volume's driver."""
 
 from skep.model.ids import VolumeId
 from skep.model.task import Task

@@ -1,9 +1,9 @@
 """Watchdog of the manager's event loop: a thread that keeps a hung manager from leading forever.
 
-The manager's etcd would stay raft's leader whatever the manager does.  When the loop runs no callback for some seconds
-(an endless computation, or a blocking disk), the thread transfers leadership to another manager.  When that lasts
-longer, it dumps the stacks of all threads and ends the process, which is restarted.  A process that is stopped as a
-whole stops this thread as well, which the supervisor detects (``node.supervision.responses``).
+Even if the manager hangs, its etcd stays raft's leader.  If the loop runs no callback for some seconds (because of an
+endless computation, or a disk that blocks), the thread transfers leadership to another manager.  If that lasts longer,
+it dumps the stacks of all threads and ends the process, which is then restarted.  If the process is stopped as a whole,
+this thread stops as well, which the supervisor detects (``node.supervision.responses``).
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Work queue of a control loop: keys that are due now, and keys that are due later.
+"""Work queue of a control loop, with keys that are due now and keys that are due later.
 
 A key is queued once, however often it is added, so the number of objects bounds the queue.
 """

@@ -1,8 +1,8 @@
-"""Read-only requests of workers' API clients, which this manager's API answers if the cluster allows them.
+"""Serves read-only requests of clients of workers' APIs, if the cluster allows them.
 
 A proxy on a worker reads services, tasks and networks this way.  It also sees the environment of services, so these
-reads are off unless a cluster label enables them.  Events of other nodes' containers are never included: they contain
-the command lines of every ``docker exec``.
+reads are off unless a cluster label enables them.  Events of other nodes' containers are never included, because they
+contain the command lines of every ``docker exec``.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,13 +23,13 @@ from skep.wire.access import Caller
 from skep.wire.service import Handler, server_stream
 
 READS_MAX = 256
-"""Simultaneous reads of all nodes."""
+"""Largest number of simultaneous reads of all nodes."""
 READS_OF_NODE_MAX = 32
-"""Simultaneous reads of one node."""
+"""Largest number of simultaneous reads of one node."""
 PIECE_BYTES = 32 << 10
 """Bytes in one message to a node."""
 TAKEN_S = 60.0
-"""Seconds that a node may take for one piece."""
+"""Timeout in seconds for a node to receive one piece."""
 
 
 class WorkerReads:
@@ -61,7 +61,8 @@ class WorkerReads:
                 yield skep.ReadPiece()
                 async for data in response.pieces():
                     for start in range(0, len(data), PIECE_BYTES):
-                        # permission may have been withdrawn since: event streams are endless
+                        # checked again, because the permission may have been withdrawn during an endless stream of
+                        # events
                         self._check(request.target)
                         yield skep.ReadPiece(data=data[start : start + PIECE_BYTES])
         finally:

@@ -1,4 +1,4 @@
-"""The identity of a request, and what its roles reach: the whole cluster, or single stacks."""
+"""The identity behind a request, and its roles in the whole cluster or in single stacks."""
 
 import hashlib
 import re
@@ -10,13 +10,15 @@ import msgspec
 from skep.errors import InvalidArgument
 
 EVERY_STACK: Final = "*"
-"""Stands for the whole cluster in place of a stack's name."""
+"""Means the whole cluster, where a binding otherwise names a stack."""
 ROLE_HEADER: Final = "X-Skep-Role"
 """Request header that limits a request's rights to this role (``operator:shop``)."""
 REVISION_HEADER: Final = "X-Skep-Revision"
-"""Request header: the request changes a service only while the deploy with this revision, a config, is current."""
+"""Request header with the revision of the deploy that makes the request.  The request is refused once a newer deploy of
+the stack has begun.
+"""
 TOKEN_BYTES_MAX: Final = 512
-"""Longest token that is compared."""
+"""Longer tokens are refused without a comparison."""
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
 
@@ -29,7 +31,7 @@ class Role(IntEnum):
     """Changes services and the objects that they use, except anything that grants rights over a machine or the
     cluster."""
     ADMIN = 3
-    """Has all rights that root of a manager has through the API."""
+    """Has the same rights as root on a manager's API socket."""
 
     @property
     def word(self) -> str:
@@ -51,17 +53,17 @@ class Origin(Enum):
     """How the client of a request proved its identity."""
 
     SOCKET = "socket"
-    """Permissions of a Unix socket of this machine."""
+    """The client opened a Unix socket of this machine, whose permissions allow that."""
     MACHINE = "machine"
-    """A certificate of the authority in the node's setting ``tls-ca``."""
+    """The client has a certificate of the authority in the node's setting ``tls-ca``."""
     CERTIFICATE = "certificate"
-    """A certificate that the cluster issued to a user."""
+    """The client has a certificate that the cluster issued to a user."""
     TOKEN = "token"
-    """A user's token."""
+    """The request contains a user's token."""
     CONTAINER = "container"
-    """The socket in a container that may use the API."""
+    """The client opened the API socket that is mounted into a container."""
     NODE = "node"
-    """The certificate of a worker, for the clients of its API."""
+    """A worker passes on a request of one of its clients, with its own certificate."""
 
 
 class Credential(msgspec.Struct, frozen=True):
@@ -107,7 +109,9 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         return frozenset(binding.stack for binding in self.bindings) - {EVERY_STACK}
 
     def role_in(self, stack: str) -> Role | None:
-        """Return the highest of its roles that reach ``stack``, or the whole cluster for ``EVERY_STACK``."""
+        """Return the highest role in ``stack``, or None without one.  ``EVERY_STACK`` asks for the role in the whole
+        cluster.
+        """
         reaching = [one.role for one in self.bindings if one.stack in (EVERY_STACK, stack)]
         return max(reaching, default=None)
 
@@ -153,11 +157,11 @@ def parse_binding(text: str) -> Binding:
     try:
         role = Role[word.upper()]
     except KeyError:
-        raise InvalidArgument(f"unknown role {word!r}: want viewer, operator or admin") from None
+        raise InvalidArgument(f"unknown role {word!r}: expected viewer, operator or admin") from None
     if not colon or stack == EVERY_STACK:
         return Binding(role)
     if not _STACK.fullmatch(stack):
         raise InvalidArgument(f"{stack!r} is not the name of a stack")
     if role is Role.ADMIN:
-        raise InvalidArgument("an admin is one of the whole cluster: want admin, or operator:STACK")
+        raise InvalidArgument("the role admin cannot be limited to a stack: use admin, or operator:STACK")
     return Binding(role, stack)

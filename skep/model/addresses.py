@@ -35,7 +35,9 @@ def host_of(addr: str) -> str:
 
 
 def from_here(addr: str) -> str:
-    """Return a listener's address for its own machine: loopback if it listens on all addresses."""
+    """Return the address at which this machine connects to a listener of its own, loopback if it listens on all
+    addresses.
+    """
     host, port = parted(addr)
     return joined(_FROM_HERE.get(host, host), port)
 

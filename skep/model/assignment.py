@@ -14,7 +14,7 @@ from skep.model.volume import VolumeAssignment
 
 
 class SecretFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret with its data, for the tasks that refer to it.  Must not be written to disk."""
+    """A secret with its data, for the tasks that refer to it.  A node keeps it in memory only."""
 
     id: SecretId
     name: str = ""
@@ -37,9 +37,9 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
 class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     """One message of assignments.
 
-    If ``complete``, it contains everything that is assigned, and missing objects are no longer assigned (the
-    ``removed_*`` are then empty).  Otherwise it is a difference to earlier messages, whose objects are new or replace
-    those with the same id.  Objects that a task refers to are in the same set as the task or in an earlier one.
+    A ``complete`` set lists everything that is assigned.  Objects that it does not list are no longer assigned, and its
+    ``removed_*`` fields are empty.  Any other set is a change to the earlier sets: its objects are added, or replace
+    those with the same id.  A task's objects are in the same set as the task or in an earlier one.
     """
 
     complete: bool
@@ -55,6 +55,8 @@ class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     volumes: tuple[VolumeAssignment, ...] = ()
     """Cluster volumes that are published on the node."""
     removed_volumes: tuple[VolumeAssignment, ...] = ()
-    """Volumes to release, also in a complete set.  The node reports when it has released them or never had them."""
+    """Volumes that the node must release.  Complete sets list them too, because the node has to report when it has
+    released them or never had them.
+    """
     registry_auths: Mapping[TaskId, str] = {}
     """Registry credentials (``X-Registry-Auth``: base64 of JSON) of tasks in ``tasks``."""

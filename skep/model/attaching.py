@@ -19,7 +19,7 @@ attributes that the cluster sets, but not attributes that a node reports itself.
 _TRUSTED = ("node.id", "node.role", constraints.NODE_LABEL)
 
 SHARE = 2
-"""One node's plain containers get at most 1/SHARE of the addresses of a network, if there are other nodes."""
+"""In a cluster of several nodes, the plain containers of one node get at most 1/SHARE of a network's addresses."""
 
 
 def attach_constraints(label: str) -> tuple[constraints.Constraint, ...]:

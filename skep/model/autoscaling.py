@@ -15,27 +15,33 @@ from skep.model.service import REPLICAS_MAX, ReplicatedService, ServiceMode, Ser
 from skep.model.times import SECOND_NS, duration_ns
 
 AUTOSCALE: Final = "skep.autoscale"
-"""Label of replicated services with the smallest and largest number of tasks, ``2..10``."""
+"""Label of replicated services with the smallest and largest number of tasks, such as ``2..10``."""
 AUTOSCALE_CPU: Final = "skep.autoscale.cpu"
-"""Target: percent of a task's CPU limit, else of its reservation, else of one processor."""
+"""Label with the CPU target in percent of a task's limit.  Without a limit, of its reservation, and without both, of
+one processor.
+"""
 AUTOSCALE_MEMORY: Final = "skep.autoscale.memory"
-"""Target: percent of a task's memory limit."""
+"""Label with the memory target in percent of a task's limit."""
 AUTOSCALE_DOWN_AFTER: Final = "skep.autoscale.down-after"
-"""Time for which fewer tasks must suffice before the number is reduced."""
+"""Label with the time for which fewer tasks must suffice before autoscaling removes tasks."""
 _LABELS: Final = (AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_MEMORY, AUTOSCALE_DOWN_AFTER)
 
 CPU_DEFAULT: Final = 70
 CPU_MAX: Final = 1000
-"""A task without a limit can use more than it reserves, or more than one processor."""
+"""Largest CPU target in percent.  It exceeds 100 because a task without a limit can use more than it reserves, or more
+than one processor.
+"""
 DOWN_AFTER_DEFAULT_S: Final = 300.0
 """Seconds of low load before a service shrinks.  Source: Kubernetes' default for its autoscaler."""
 DOWN_AFTER_S_MIN, DOWN_AFTER_S_MAX = 15.0, 24 * 3600.0
-"""Smallest and largest value.  Usage is averaged over 10 s, so a shorter time sees one average only."""
+"""Smallest and largest value of that label.  Usage is averaged over 10 s, so a shorter time would depend on a single
+average.
+"""
 _ONE_CPU: Final = 1_000_000_000
 _NANO_CPUS_MAX: Final = 4096 * _ONE_CPU
-"""No machine has more, so a larger usage is wrong."""
+"""No machine has more processors, so a report of more is ignored."""
 _MEMORY_BYTES_MAX: Final = 1 << 50
-"""Upper limit for plausible values: no machine has more."""
+"""No machine has more memory, so a report of more is ignored."""
 _RANGE: Final = re.compile(r"([0-9]{1,6})\.\.([0-9]{1,6})")
 _PERCENT: Final = re.compile(r"([0-9]{1,4})%?")
 
@@ -57,7 +63,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
 class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
     """One task's resource use, as measured by its node.
 
-    ``nano_cpus`` is averaged over some seconds.  ``memory_bytes`` is without caches that can be reclaimed at once.
+    ``nano_cpus`` is averaged over some seconds.  ``memory_bytes`` excludes caches that the kernel can reclaim at once.
     """
 
     nano_cpus: int
@@ -65,13 +71,15 @@ class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_plausible(self) -> bool:
-        """Return whether it can be a measurement, because a node may report anything."""
+        """Return whether a machine can use that much.  Nodes are not trusted, and may report any number."""
         return 0 <= self.nano_cpus <= _NANO_CPUS_MAX and 0 <= self.memory_bytes <= _MEMORY_BYTES_MAX
 
 
 def autoscaling_of(labels: Mapping[str, str]) -> Autoscaling | None:
     """Return the settings in a service's labels, or None if they are missing or invalid."""
-    if AUTOSCALE not in labels:  # most services: this is asked for every one of them
+    if (
+        AUTOSCALE not in labels
+    ):  # Most services have no such label, and every loop over services calls this function.
         return None
     try:
         return parsed_autoscaling(labels)
@@ -86,7 +94,7 @@ def check_autoscaling(spec: ServiceSpec) -> None:
         return
     for name in given:
         if name not in _LABELS:
-            raise InvalidArgument(f"unknown label {name}: want one of {', '.join(_LABELS)}")
+            raise InvalidArgument(f"unknown label {name}: expected one of {', '.join(_LABELS)}")
     if AUTOSCALE not in spec.labels:
         raise InvalidArgument(f"the label {given[0]} needs {AUTOSCALE}, such as {AUTOSCALE}=2..10")
     if spec.mode.name != "replicated":
@@ -98,7 +106,7 @@ def check_autoscaling(spec: ServiceSpec) -> None:
 
 
 def nano_cpus_of_a_task(spec: ServiceSpec) -> int:
-    """Return the meaning of 100 %: the limit, else the reservation, else one processor."""
+    """Return the CPU that counts as 100 %: the limit, else the reservation, else one processor."""
     resources = spec.task_template.resources
     if resources is None:
         return _ONE_CPU
@@ -107,7 +115,7 @@ def nano_cpus_of_a_task(spec: ServiceSpec) -> int:
 
 
 def memory_of_a_task(spec: ServiceSpec) -> int:
-    """Return the meaning of 100 %: the limit, or 0 without a limit."""
+    """Return the memory that counts as 100 %: the limit, or 0 without a limit."""
     resources = spec.task_template.resources
     return resources.limits.memory_bytes if resources is not None and resources.limits is not None else 0
 
@@ -118,7 +126,9 @@ def with_replicas(spec: ServiceSpec, replicas: int) -> ServiceSpec:
 
 
 def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceSpec:
-    """Return an autoscaled spec without a number of tasks with the present number, else with the smallest."""
+    """Return the autoscaled spec with a number of tasks.  If it has none, it gets the present number, or the smallest
+    for a new service.
+    """
     scaling = autoscaling_of(spec.labels)
     replicated = spec.mode.replicated
     if scaling is None or replicated is None or replicated.replicas is not None:
@@ -129,7 +139,9 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
-    """Return the spec from a file with the number that autoscaling has chosen, if it was on and stays on."""
+    """Return the new spec of a deploy.  If the service was and stays autoscaled, it keeps the number of tasks that
+    autoscaling chose.
+    """
     if autoscaling_of(spec.labels) is not None and autoscaling_of(present.labels) is not None:
         return with_replicas(spec, present.replicas) if spec.mode.name == present.mode.name else spec
     return with_number_kept(spec, present)
@@ -141,16 +153,16 @@ def parsed_autoscaling(labels: Mapping[str, str]) -> Autoscaling:
     match = _RANGE.fullmatch(text)
     if match is None or not match[0].isascii():
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: want the fewest and the most tasks, like 2..10"
+            f"invalid label {AUTOSCALE}={text}: expected the fewest and the most tasks, like 2..10"
         )
     least, most = int(match[1]), int(match[2])
     if not least:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: a service is not scaled to zero, want at least 1"
+            f"invalid label {AUTOSCALE}={text}: autoscaling never scales to zero, expected at least 1"
         )
     if not least <= most <= REPLICAS_MAX:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE}={text}: want the smaller number first, and at most {REPLICAS_MAX}"
+            f"invalid label {AUTOSCALE}={text}: expected the smaller number first, and at most {REPLICAS_MAX}"
         )
     memory = _percent(labels, AUTOSCALE_MEMORY, 100)
     cpu = _percent(labels, AUTOSCALE_CPU, CPU_MAX)
@@ -165,7 +177,7 @@ def _percent(labels: Mapping[str, str], name: str, largest: int) -> int | None:
         return None
     match = _PERCENT.fullmatch(text)
     if match is None or not text.isascii() or not 1 <= int(match[1]) <= largest:
-        raise InvalidArgument(f"invalid label {name}={text}: want a percentage from 1 to {largest}")
+        raise InvalidArgument(f"invalid label {name}={text}: expected a percentage from 1 to {largest}")
     return int(match[1])
 
 
@@ -176,7 +188,7 @@ def _down_after_s(labels: Mapping[str, str]) -> float:
     duration = duration_ns(text)
     if duration is None or not DOWN_AFTER_S_MIN * SECOND_NS <= duration <= DOWN_AFTER_S_MAX * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {AUTOSCALE_DOWN_AFTER}={text}: want a duration from "
+            f"invalid label {AUTOSCALE_DOWN_AFTER}={text}: expected a duration from "
             f"{DOWN_AFTER_S_MIN:g}s to {DOWN_AFTER_S_MAX / 3600:g}h"
         )
     return duration / SECOND_NS

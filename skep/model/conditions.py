@@ -12,9 +12,9 @@ DISK_SPACE: Final = "disk-space"
 DISK_PRESSURE: Final = "disk-pressure"
 """The node's own disk is full, so it gets no new tasks."""
 CHARACTERS_MAX: Final = 300
-"""Characters of one condition."""
+"""Longest text of one condition, in characters."""
 CONDITIONS_MAX: Final = 16
-"""Conditions of one node."""
+"""Largest number of conditions of one node."""
 
 
 def condition_label(name: str) -> str:
@@ -23,7 +23,7 @@ def condition_label(name: str) -> str:
 
 
 def is_condition(label: str) -> bool:
-    """Return whether an engine label is a condition's."""
+    """Return whether an engine label carries a condition."""
     return label.startswith(_PREFIX)
 
 

@@ -16,11 +16,11 @@ HEALTH_INTERVAL_NS_MIN = SECOND_NS
 """Shortest interval of a health check that users below administrator and images may choose. A probe takes some 50 ms
 of a processor, outside the container's cgroup."""
 _SHORTEST_NS = 1_000_000
-"""Shortest time of a health check, except 0 for the default."""
+"""Shortest time that a health check accepts. 0 means the default."""
 
 
 class CredentialSpec(ApiObject):
-    """Windows credentials of a container (gMSA): one of the three names its source."""
+    """Windows credentials of a container (gMSA).  One of the three fields is set and names their source."""
 
     config: str = always("")
     file: str = always("")
@@ -109,13 +109,13 @@ ConfigFileTarget = Annotated[FileTarget, msgspec.Meta(extra={"go": "swarm.Config
 
 
 class RuntimeTarget(ApiObject):
-    """A config that the runtime itself reads (a credential spec).  It is not mounted."""
+    """Marks a config as a credential spec, which the runtime reads.  It is not mounted into the container."""
 
     __go_name__: ClassVar[str | None] = "swarm.ConfigReferenceRuntimeTarget"
 
 
 class SecretReference(ApiObject):
-    """A secret of a service, by id.  ``secret_name`` is the file's name if ``file`` has none."""
+    """A secret of a service, by id.  Without ``file.name``, the file is called ``secret_name``."""
 
     file: SecretFileTarget | None = always(None)
     secret_id: SecretId = always(SecretId(""))
@@ -187,7 +187,7 @@ class ImageMountOptions(ApiObject):
 
 
 class ClusterOptions(ApiObject):
-    """A cluster (CSI) volume, without settings."""
+    """Options of a mounted cluster (CSI) volume.  Docker defines none yet."""
 
     __go_name__: ClassVar[str | None] = "mount.ClusterOptions"
 
@@ -210,7 +210,9 @@ class Mount(ApiObject):
 
 
 class ContainerSpec(ApiObject):
-    """The container that a task runs.  ``None`` differs from empty if the engine's default depends on it."""
+    """The container that a task runs.  A field that is None gets the engine's default, which may differ from an empty
+    value.
+    """
 
     image: str = ""
     labels: Mapping[str, str] = {}
@@ -243,5 +245,5 @@ class ContainerSpec(ApiObject):
 
     @property
     def stop_grace_ns(self) -> int:
-        """Time between the stop signal and SIGKILL."""
+        """Nanoseconds between the stop signal and SIGKILL."""
         return DEFAULT_STOP_GRACE_NS if self.stop_grace_period is None else self.stop_grace_period

@@ -19,7 +19,9 @@ SKEP: Final = "skep"
 PLANES: Final = frozenset({DOCKER, SKEP})
 
 PLANE_OPTION: Final = "skep.data-plane"
-"""Driver option or label of a network with the requested plane, and option of its driver state with the actual one."""
+"""Name of a network's driver option or label with the requested plane, and of the driver state's option with the actual
+plane.
+"""
 
 NODE_LABEL: Final = "skep.node"
 """Engine label that identifies a skep node; Docker Engines do not have it."""
@@ -28,7 +30,7 @@ DATA_PATH_LABEL: Final = "skep.data-path-addr"
 """Engine label of a skep node with the underlay address of its VXLAN."""
 
 REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
-"""Name to which a manager changes that label if the address belongs to another node."""
+"""A manager renames ``DATA_PATH_LABEL`` to this if the address belongs to another node."""
 
 PATHS_LABEL: Final = "skep.paths"
 """Engine label of skep nodes that send probes and respond to them."""
@@ -59,7 +61,7 @@ def requested_plane(network: Network) -> str:
 
 
 def plane_of(network: Network) -> str:
-    """Return the plane that the network belongs to, or an empty text until its first task determines it."""
+    """Return the network's plane, or an empty text as long as no task has determined it."""
     return network.driver_state.options.get(PLANE_OPTION, "") or requested_plane(network)
 
 
@@ -88,8 +90,8 @@ def plane_of_node(node: Node) -> str:
 def underlay_of(node: Node) -> str:
     """Return the node's underlay address from its label, else the source address of its connection to the managers.
 
-    Returns an empty text if other machines can use neither.  A loopback source address is kept, because such a node
-    runs on its manager's machine.
+    Returns an empty text if other machines can reach neither address.  A loopback source address is kept, because such
+    a node runs on its manager's machine.
     """
     reported = node.description.engine.labels.get(DATA_PATH_LABEL, "")
     return usable_address(reported) or usable_address(node.status.addr, may_be_loopback=True)
@@ -104,9 +106,10 @@ def claimed_underlay(node: Node) -> str | None:
 
 
 def holder(claiming: Iterable[Node]) -> NodeId | None:
-    """Return the owner of an underlay address among the nodes ``claiming`` it, or None without nodes.
+    """Return which of the nodes that claim an underlay address owns it, or None without nodes.
 
-    The owner is the node that connects from this address, which cannot be forged, else the node that joined first.
+    The owner is the node that connects to the managers from this address, because a source address of a TCP connection
+    cannot be forged.  Without such a node it is the node that joined first.
     """
 
     def order(node: Node) -> tuple[bool, str, str]:

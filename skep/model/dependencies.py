@@ -17,13 +17,13 @@ from skep.errors import InvalidArgument
 
 DEPENDS_ON: Final = "skep.depends-on"
 WAITS_FOR: Final = "waits for "
-"""First words of the error of a task that waits for a service."""
+"""A task that waits for a service has an error that starts with these words."""
 DOES_NOT_EXIST: Final = ", which does not exist"
 HAS_FAILED: Final = ", which has failed"
 HAS_ENDED: Final = ", which has ended"
-"""Last words of such an error if waiting does not help."""
+"""The error ends with these words if the other service cannot become ready."""
 DEPENDENCIES_MAX: Final = 100
-"""Dependencies of one service."""
+"""Largest number of dependencies of one service."""
 _RESTART: Final = "restart"
 _OPTIONAL: Final = "optional"
 
@@ -37,7 +37,7 @@ class Condition(Enum):
 
     @property
     def words(self) -> str:
-        """Return the words after ``waits for db``."""
+        """Return the words that follow ``waits for db`` in a task's error."""
         match self:
             case Condition.STARTED:
                 return "to be started"
@@ -57,7 +57,7 @@ class Dependency(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """This dependency's part of the label."""
+        """The dependency as it is written in the label."""
         options = [_RESTART] * self.restarts + [_OPTIONAL] * (not self.is_required)
         return "+".join([f"{self.service}={self.condition.value}", *options])
 
@@ -65,8 +65,8 @@ class Dependency(msgspec.Struct, frozen=True):
 def is_wait(error: str) -> bool:
     """Return whether ``error`` of a task says that it waits for a service that may still become ready.
 
-    The progress deadline of an update does not run meanwhile.  It does run while a task waits for a service that does
-    not exist, or for a job that was given up, so that no wait is endless.
+    During such a wait, the progress deadline of an update is suspended.  It keeps running while a task waits for a
+    service that does not exist or for a job that was given up, because that wait could be endless.
     """
     return error.startswith(WAITS_FOR) and not error.endswith((DOES_NOT_EXIST, HAS_FAILED, HAS_ENDED))
 
@@ -105,7 +105,7 @@ def _dependency(part: str, text: str) -> Dependency:
         condition = None
     if not name or condition is None or not {_RESTART, _OPTIONAL}.issuperset(options):
         raise InvalidArgument(
-            f"invalid label {DEPENDS_ON}={text}: want SERVICE=CONDITION[+{_RESTART}][+{_OPTIONAL}],... with one of "
+            f"invalid label {DEPENDS_ON}={text}: expected SERVICE=CONDITION[+{_RESTART}][+{_OPTIONAL}],... with one of "
             f"{', '.join(one.value for one in Condition)}, at most {DEPENDENCIES_MAX} services"
         )
     return Dependency(name, condition, _OPTIONAL not in options, _RESTART in options)

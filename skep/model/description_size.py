@@ -1,8 +1,9 @@
 """Limits the size of a node's description, which is one value in the store and one message on the wire.
 
-Each part has a limit of its own, but a node may reach several of them.  Its parts are then cut in a fixed order: first
-ports in use, which only spare a failed attempt, then offers (devices), then locations of data, and last the labels and
-drivers that placement needs.  A node condition names the cut parts, and no node is refused for its size.
+Each part has its own limit, but all parts together may still be too large.  They are then cut in a fixed order.  Ports
+in use come first, because without them a task only fails once and is placed elsewhere.  Devices follow, then the
+locations of data, and last the labels and drivers that placement needs.  A node condition names the cut parts.  No node
+is refused because of the size.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +22,12 @@ from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.used_ports import PORTS_LABEL, shortened_ports
 
 DESCRIPTION_BYTES_MAX: Final = 64 << 10
-"""Limit of a description as JSON."""
+"""Largest size of a description in JSON."""
 SIZE_CONDITION: Final = "description-size"
 _RESERVED_BYTES: Final = 1024
-"""Space for the condition, which is added after the cut."""
+"""Bytes kept free for the condition, which is added after the cut."""
 _NAME_CHARACTERS_MAX: Final = 255
-"""Limit of a host name, as in the kernel and in DNS, and of other single words."""
+"""Longest host name that DNS allows, used for other names as well."""
 
 _Cut: TypeAlias = Callable[[str, int], str]
 """Shortens the value of a label to a number of bytes."""
@@ -49,7 +50,7 @@ _LABELS: Final[Sequence[tuple[str, str, _Cut]]] = (
     (ROUTES_LABEL, "routes", _shortened_words),
     (SLOT_VOLUMES_LABEL, "slots with data in volumes", _shortened_words),
 )
-"""Labels in the order of cutting: name, words, and function."""
+"""Labels in the order in which they are cut, each with its name for the condition and the function that shortens it."""
 
 
 def within_size(description: NodeDescription) -> NodeDescription:
@@ -65,7 +66,7 @@ def size_condition(description: NodeDescription) -> str:
 
 
 class _Cutting:
-    """One cut of a description."""
+    """A description while it is being cut."""
 
     def __init__(self, description: NodeDescription) -> None:
         self._description = description
@@ -85,7 +86,9 @@ class _Cutting:
         for name in sorted(name for name in labels if is_condition(name) and name != own)[
             CONDITIONS_MAX - 1 :
         ]:
-            del labels[name]  # otherwise the text would not be shown
+            del labels[
+                name
+            ]  # One of the ``CONDITIONS_MAX`` conditions that managers read has to be this one.
         return self._with_labels({**labels, own: text[:CHARACTERS_MAX]})
 
     def _excess(self) -> int:

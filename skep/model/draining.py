@@ -1,4 +1,4 @@
-"""Decides when a task starts to drain: it must stop, and may have connections."""
+"""Decides when a task starts to drain, because it must stop and may still have connections."""
 
 from skep.model.data_planes import is_overlay
 from skep.model.task import Task, TaskState

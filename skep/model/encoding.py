@@ -19,7 +19,9 @@ Uint32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "uint32"})
 GoInt = Annotated[int, msgspec.Meta(extra={"go": "int"})]
 Float32 = Annotated[float, msgspec.Meta(extra={"go": "float32"})]
 FileMode = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "fs.FileMode"})]
-"""Integers of a size; ``go`` is Go's type name, for errors about other values (see ``api.bodies``)."""
+"""Integers with a range.  ``go`` is the type's name in Go, for the error about a value outside the range (see
+``api.bodies``).
+"""
 
 _INITIALISMS = {
     word.lower(): word
@@ -55,8 +57,9 @@ class ApiObject(
 ):
     """Base of every object of the Engine API: immutable, keyword-only, with Docker's names.
 
-    Unknown fields are rejected, at any depth and at no cost: the store keeps them (``model.unknown``), other readers of
-    data that another version may have written use ``model.unknown.leniently``, and request bodies are stripped before.
+    Decoding rejects unknown fields at any depth, which costs nothing.  The store keeps such fields (``model.unknown``),
+    other readers of data from another version ignore them (``model.unknown.leniently``), and the API strips them from
+    request bodies before decoding.
 
     ``gc=False`` is safe because an immutable tree cannot hold a cycle; it halves the time to decode.
     """
@@ -67,8 +70,8 @@ class ApiObject(
 
 def always(default: T) -> T:
     """A default that is always encoded (a Go field without ``omitempty``)."""
-    # msgspec omits a value that equals a plain default, but not one of a factory.  The factory is called for every
-    # object that is decoded without the field, so it is not a Python function.
+    # msgspec omits a value that equals a plain default, but never the value of a default factory. The factory is a C
+    # function, because it runs for every object that is decoded without the field.
     return msgspec.field(default_factory=repeat(default).__next__)
 
 

@@ -1,8 +1,9 @@
-"""Fields of specs, and ``skep.*`` labels, by their reach, which decides whether users below administrator may set them.
+"""Decides which fields of specs and which ``skep.*`` labels only administrators may set.
 
-Only administrators may set a field or label that is missing in the table, so a new one is restricted until it gets a
-class here.  For a few fields a function of the table decides by value.  ``api.permissions`` checks the rights to other
-objects (the networks, secrets and volumes of a stack).
+The table lists the reach of each field and label: the container, the node, or the cluster.  Everybody may set what
+reaches no further than the container.  A field or label that is missing in the table is reserved for administrators, so
+a new one stays restricted until it is classified here.  For a few fields, a function decides by value.
+``api.permissions`` checks the rights to other objects (the networks, secrets and volumes of a stack).
 """
 
 import re
@@ -103,7 +104,7 @@ class Field(msgspec.Struct, frozen=True):
     """The class of a field or label.
 
     Args:
-        why: A rule for the values that only an administrator may set, or None for all values, unless the field's reach
+        why: Rule that finds the values reserved for administrators.  None reserves all values, or no value if the reach
             is the container.
     """
 
@@ -121,7 +122,7 @@ def _walk(value: ApiObject, root: ApiObject) -> Iterator[str]:
     for name, encoded in _names(type(value)):
         given = getattr(value, name)
         if not given and not isinstance(given, msgspec.Struct):
-            continue  # left out, or the same as left out
+            continue  # An absent field, or its default, needs no right.
         field = fields.get(name)
         if field is not None and field.why is not None:
             yield from field.why(given, root)

@@ -16,11 +16,13 @@ from skep.model.times import Timestamp
 
 STACK_LABEL = "com.docker.stack.namespace"
 MESSAGE_CHARACTERS_MAX = 500
-"""Characters of one entry.  The history keeps ten thousand."""
+"""Longest message of an entry.  The history keeps ten thousand entries."""
 NAME_CHARACTERS_MAX = 100
-"""Characters of each name in an entry."""
+"""Longest name in an entry."""
 PATH_CHARACTERS_MAX = 200
-"""An entry takes less than 1 KiB, except with names of many bytes per character."""
+"""Longest path in an entry.  With these limits, an entry takes less than 1 KiB unless its characters take several bytes
+each.
+"""
 MASK = "***"
 
 
@@ -40,11 +42,12 @@ class Severity(Enum):
 
 
 class By(ApiObject):
-    """The client of a request, as far as it is known."""
+    """The client of a request.  Unknown fields are empty."""
 
     user: str = ""
-    """The name of the user, or in the certificate.  At a Unix socket ``root`` or ``uid 1000``, because looking up the
-    account's name may query another machine."""
+    """The user's name, or the name in the client's certificate.  Clients of a Unix socket are called ``root`` or ``uid
+    1000``, because looking up an account's name may query another machine.
+    """
     uid: int | None = None
     pid: int | None = None
     node: str = ""
@@ -54,14 +57,14 @@ class By(ApiObject):
 
     @property
     def summary(self) -> str:
-        """``root (uid 0, pid 4711)``, or how the client connected."""
+        """Return a text such as ``root (uid 0, pid 4711)``, or how the client connected."""
         account = f"uid {self.uid}, pid {self.pid}" if self.uid is not None else ""
         how = account or self.through
         return f"{self.user} ({how})" if self.user and how else self.user or how or "not known"
 
 
 class Entry(ApiObject):
-    """One event.  Names are those at the time of the event."""
+    """One event.  It keeps the names that its objects had at that time."""
 
     id: str = always("")
     """Unique id."""
@@ -85,7 +88,7 @@ class Entry(ApiObject):
     message: str = always("")
     """A sentence, parts of which come from users and containers."""
     count: int = always(1)
-    """Number of equal events that it stands for."""
+    """Number of equal events that this entry stands for."""
     method: str = ""
     path: str = ""
     status: int = 0
@@ -99,7 +102,7 @@ class HistoryPage(ApiObject):
     Args:
         next: Cursor of the next page, or empty on the last page.
         oldest: Time of the oldest entry, or empty if unknown.
-        oldest_state: Time from which on ``GET /skep/state`` has a response, or empty if unknown.
+        oldest_state: Earliest time for which ``GET /skep/state`` can respond, or empty if unknown.
     """
 
     entries: tuple[Entry, ...] = always(())
@@ -127,7 +130,9 @@ def bounded(entry: Entry) -> Entry:
 
 
 _NAMES = ("type", "action", "object_id", "name", "service", "node", "stack", "method")
-"""``type`` and ``action`` of a request are words of its path, which a client chooses."""
+"""Fields that are cut to ``NAME_CHARACTERS_MAX``.  Even ``type`` and ``action`` need a limit, because a request's entry
+takes them from its path, which a client chooses.
+"""
 
 
 def cut(text: str, characters: int) -> str:
@@ -151,7 +156,7 @@ def masked(variable: str) -> str:
 
 
 def masked_text(text: str) -> str:
-    """Return ``text`` with each ``NAME=VALUE`` ``masked``, because errors quote refused values."""
+    """Return ``text`` with every ``NAME=VALUE`` in it ``masked``, because errors quote refused values."""
     return _ASSIGNMENT.sub(lambda found: masked(found[0]), text)
 
 

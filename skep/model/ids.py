@@ -22,16 +22,16 @@ SessionId = NewType("SessionId", str)
 ContainerId = NewType("ContainerId", str)
 
 IdSource = Callable[[], str]
-"""Gives a new object id at each call."""
+"""Returns a new object id at each call."""
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _PAIRS = [first + second for first in _DIGITS for second in _DIGITS]
 ID_LENGTH = 25
-"""Source: swarmkit, identity/randomid.go: 128 bits in base 36."""
+"""128 bits in base 36.  Source: swarmkit, identity/randomid.go."""
 
 
 def base36(number: int, width: int) -> str:
-    """``number`` in lower-case base 36, left-padded with zeros to ``width`` characters."""
+    """Return ``number`` in lower-case base 36, left-padded with zeros to ``width`` characters."""
     pairs = []
     while number:
         number, rest = divmod(number, 36 * 36)

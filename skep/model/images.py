@@ -1,4 +1,4 @@
-"""Registries of image names, without parsing the names as references."""
+"""Finds the registry in an image name without parsing the name as a reference."""
 
 _HUB = frozenset({"docker.io", "index.docker.io"})
 

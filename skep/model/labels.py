@@ -1,7 +1,7 @@
 """All ``skep.*`` labels: settings that Docker's API does not have, and reports of nodes.
 
-``docs/reference/label_table.py`` lists every one of them.  An invalid label is refused when it is written.  An invalid
-label that exists anyway counts as absent.
+``docs/reference/label_table.py`` lists all of them.  The API refuses an invalid label.  An invalid label that is in the
+store nevertheless counts as absent.
 """
 
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ FORGET_S_MIN, FORGET_S_MAX = 60.0, 90 * 24 * 3600.0
 ON_DISCONNECT = "skep.on-disconnect"
 ON_DISCONNECT_DELAY = "skep.on-disconnect-delay"
 PROGRESS_DEADLINE = "skep.progress-deadline"
-"""On services: timeout of an update for one task to run or to end."""
+"""On services: time that an update grants each new task until it runs, or until it has ended if it is a job's."""
 DEFAULT_PROGRESS_S = 600.0
-"""Long enough for large images over slow links."""
+"""Default progress deadline in seconds, long enough to pull large images over slow links."""
 
 JOB_TTL = "skep.job-ttl"
 """On jobs: how long a finished job is kept before it is removed with its tasks.  Unset: forever."""
@@ -42,7 +42,7 @@ JOB_TTL = "skep.job-ttl"
 STACK_REVISION = "skep.stack.revision"
 STACK_STATE = "skep.stack.state"
 STACK_CHANGES = "skep.stack.changes"
-"""On configs that are the revisions of stacks."""
+"""On configs that record a stack's revision: the changes that the revision made."""
 DEPLOYING = "deploying"
 """State of a revision while its deploy is in progress."""
 REPLACED = "replaced by revision "
@@ -57,24 +57,26 @@ DRAIN = "skep.drain"
 """On services: how long a stopping task waits until no new connections arrive, and the same time again for its last
 connections to end."""
 DEFAULT_DRAIN_S = 1.0
-"""Seconds in which connections leave a task before it is stopped."""
+"""Default drain time in seconds."""
 
 LAST_LINES = "skep.last-lines"
-"""On services and on the cluster: number of last output lines that are kept with an ended task."""
+"""On services and on the cluster: number of an ended task's last output lines that are kept."""
 HISTORY = "skep.history"
 """On the cluster: number of history entries that are kept.  ``0`` keeps none."""
 HISTORY_DEFAULT, HISTORY_MAX = 10_000, 100_000
-"""Entries of the history, and the most that a label may ask for."""
+"""Default and largest number of history entries."""
 WORKER_READS = "skep.worker-reads"
 """On the cluster: ``true`` lets workers' APIs show its services, tasks, nodes, networks and events."""
 PUBLISH_NOT_READY = "skep.publish-not-ready"
-"""On services: ``true`` lets task names resolve before tasks are healthy.  Virtual addresses and ports stay strict."""
+"""On services: ``true`` lets task names resolve before the tasks are healthy.  Virtual addresses and published ports
+still lead to healthy tasks only.
+"""
 
 VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
 FORMER_VOLUMES = "skep.volumes"
 _FORMER_VALUES = {"return": "preferred", "keep": "required", "spread": "none"}
-"""The label and its values in specs of earlier versions.  In a spec with both labels, the present one wins."""
+"""Values of the label's former name in specs of earlier versions.  If a spec has both labels, the present one wins."""
 
 PRIORITY = "skep.priority"
 """On services: tasks of a higher priority are placed first if resources are short.  Default 0."""
@@ -85,15 +87,16 @@ SHARE_IMAGES = "skep.share-images"
 PREEMPTION = "skep.preemption"
 """On the cluster: ``true`` stops tasks if a task of a higher priority cannot be placed."""
 ALLOW_MACHINE_LOGS = "skep.allow-machine-logs"
-"""On the cluster: ``true`` lets users below the administrator send logs to the cluster's machines."""
+"""On the cluster: ``true`` lets users below administrator send their tasks' logs to machines of the cluster."""
 ALLOW_CREDENTIAL_HELPERS = "skep.allow-credential-helpers"
-"""On the cluster: ``STACK=REPOSITORY,...``: images for which services of users below the administrator may use the
-nodes' credential helpers."""
+"""On the cluster: ``STACK=REPOSITORY,...`` lists the images that services of users below administrator may pull with
+the nodes' credential helpers.
+"""
 _FORMER_ALLOW_HELPERS = "skep.allow-helpers"
 """The label in clusters of earlier versions.  If both exist, the present one wins."""
 
 EXEC = "skep.exec"
-"""On containers: commands and files that users below administrator may bring into them (``ExecPolicy``)."""
+"""On containers: whether users below administrator may run commands in them and copy files (``ExecPolicy``)."""
 
 IGNORE_PATHS = "skep.ignore-paths"
 """On nodes: ``true`` places tasks on overlay networks on the node even if other nodes do not reach it."""
@@ -106,17 +109,17 @@ LABEL_NODE_ID = "com.docker.swarm.node.id"
 """Other labels of a task's container, as in Docker."""
 
 DELAY_S_MAX = 365 * 24 * 3600.0
-"""A delay of more than a year is a mistake."""
+"""Longest delay that a label accepts.  More than a year is a mistake."""
 
 DISCONNECT_LABELS = (ON_DISCONNECT, ON_DISCONNECT_DELAY)
 _SENT = (*DISCONNECT_LABELS, DRAIN, LAST_LINES)
 
 
 class OnDisconnect(Enum):
-    """Handling of a service's tasks on a node that has lost all managers."""
+    """Treatment of a service's tasks on a node that has lost contact with all managers."""
 
     REPLACE = "replace"
-    """They are replaced after the delay.  Tasks that still run are removed when the node returns."""
+    """Managers replace them after the delay.  If they still run when the node reconnects, they are removed."""
     KEEP = "keep"
     """They are not replaced as long as the node exists."""
     STOP = "stop"
@@ -127,11 +130,11 @@ class VolumeAffinity(Enum):
     """Placement of a task whose slot has data in local volumes of a node."""
 
     PREFERRED = "preferred"
-    """On that node while it can run the task, otherwise on another one."""
+    """The task runs on that node if the node can run it, otherwise on another one."""
     REQUIRED = "required"
-    """On that node only, as long as it is part of the cluster."""
+    """The task runs on that node only, as long as the node is part of the cluster."""
     NONE = "none"
-    """On any node, as in Docker."""
+    """The task runs on any node, as in Docker."""
 
 
 class ExecPolicy(Enum):
@@ -146,13 +149,16 @@ class ExecPolicy(Enum):
 
 
 DEFAULT_STOP_DELAY_S = 30.0
-"""Longer than a restart of managers or a change of manager takes, so that neither stops tasks."""
+"""Default delay of ``STOP``.  It is longer than managers take to restart or a node to connect to another manager, so
+that neither stops tasks.
+"""
 
 
 class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """A service's parsed ``on-disconnect`` labels.
 
-    ``delay_s`` counts from when the node is down (REPLACE) or from its last heartbeat (STOP).  KEEP has none.
+    ``delay_s`` counts from the moment when the node is marked down (REPLACE) or from its last heartbeat (STOP).  KEEP
+    has no delay.
     """
 
     action: OnDisconnect = OnDisconnect.REPLACE
@@ -173,7 +179,7 @@ def disconnect_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def sent_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return the labels of a service that take effect on its running tasks at their nodes."""
+    """Return the service labels that nodes apply to running tasks, without replacing them."""
     return {name: labels[name] for name in _SENT if name in labels}
 
 
@@ -263,7 +269,7 @@ def exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
 def priority_of(labels: Mapping[str, str]) -> int:
     """Return the priority of a service's tasks, by its labels."""
     if PRIORITY not in labels:
-        return 0  # called for each key of a queue
+        return 0  # A queue calls this for each of its keys, so the common case is fast.
     try:
         return _priority(labels)
     except InvalidArgument:
@@ -271,15 +277,15 @@ def priority_of(labels: Mapping[str, str]) -> int:
 
 
 def allows_machine_logs(labels: Mapping[str, str]) -> bool:
-    """Return whether anyone's logs may be sent to the cluster's machines and their own logs, by the cluster's
-    labels."""
+    """Return whether the cluster's labels let every user send logs to the cluster's machines and their system logs."""
     return labels.get(ALLOW_MACHINE_LOGS, "").lower() == "true"
 
 
 def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, ...]]:
-    """Return the repositories, with everything below them, for which each stack may use nodes' credentials.
+    """Return, by stack, the repositories that it may pull with the nodes' credentials.  A repository includes all below
+    it.
 
-    The stack ``*`` means every stack.  Raises: InvalidArgument.
+    The key ``*`` means every stack.  Raises: InvalidArgument.
     """
     found: dict[str, tuple[str, ...]] = {}
     text = labels.get(ALLOW_CREDENTIAL_HELPERS, labels.get(_FORMER_ALLOW_HELPERS, ""))
@@ -288,7 +294,7 @@ def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, .
         if not sign or not stack or not repository.strip("/") or any(char in repository for char in "@*= "):
             raise InvalidArgument(
                 f"invalid label {ALLOW_CREDENTIAL_HELPERS}: {part!r}: "
-                "want STACK=REGISTRY/REPOSITORY, separated by commas"
+                "expected STACK=REGISTRY/REPOSITORY, separated by commas"
             )
         found[stack] = (*found.get(stack, ()), repository.strip("/"))
     return found
@@ -305,7 +311,7 @@ def shares_images(labels: Mapping[str, str]) -> bool:
 
 
 def allows_worker_reads(labels: Mapping[str, str]) -> bool:
-    """Return whether workers may show the same as managers, by the labels of the cluster."""
+    """Return whether the cluster's labels let the APIs of workers show the cluster's objects."""
     return labels.get(WORKER_READS, "").lower() == "true"
 
 
@@ -314,7 +320,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _check_former(labels, FORMER_VOLUMES, VOLUME_AFFINITY, _FORMER_VALUES)
     if EXEC in labels:
         raise InvalidArgument(
-            f"the label {EXEC} counts on containers only: give it with --container-label, not with --label"
+            f"the label {EXEC} works on containers only: set it with --container-label, not with --label"
         )
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
@@ -350,7 +356,7 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
 def _check_former(
     labels: Mapping[str, str], former: str, present: str, values: Mapping[str, str] | None = None
 ) -> None:
-    """Check that a label's former name and its present one, given together, have the same value.
+    """Check that the former and the present name of a label have the same value if both are set.
 
     Args:
         values: Present values by former value.
@@ -392,7 +398,7 @@ def _choice(labels: Mapping[str, str], name: str, default: E) -> E:
         return kind(value)
     except ValueError:
         wanted = ", ".join(one.value for one in kind)
-        raise InvalidArgument(f"invalid label {name}={value}: want one of {wanted}") from None
+        raise InvalidArgument(f"invalid label {name}={value}: expected one of {wanted}") from None
 
 
 def _priority(labels: Mapping[str, str]) -> int:
@@ -400,14 +406,14 @@ def _priority(labels: Mapping[str, str]) -> int:
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and int(digits) <= PRIORITY_MAX):
         raise InvalidArgument(
-            f"invalid label {PRIORITY}={text}: want a whole number from -{PRIORITY_MAX} to {PRIORITY_MAX}"
+            f"invalid label {PRIORITY}={text}: expected a whole number from -{PRIORITY_MAX} to {PRIORITY_MAX}"
         )
     return int(text)
 
 
 def _check_switch(labels: Mapping[str, str], name: str) -> None:
     if (word := labels.get(name, "false")).lower() not in {"true", "false"}:
-        raise InvalidArgument(f"invalid label {name}={word}: want true or false")
+        raise InvalidArgument(f"invalid label {name}={word}: expected true or false")
 
 
 def _progress_deadline_s(labels: Mapping[str, str]) -> float:
@@ -432,7 +438,7 @@ def _forget_nodes_s(labels: Mapping[str, str]) -> float | None:
     seconds = _seconds(labels, FORGET_NODES, FORGET_S_MAX)
     if seconds is not None and seconds < FORGET_S_MIN:
         raise InvalidArgument(
-            f"invalid label {FORGET_NODES}={labels[FORGET_NODES]}: want at least {FORGET_S_MIN:g}s"
+            f"invalid label {FORGET_NODES}={labels[FORGET_NODES]}: expected at least {FORGET_S_MIN:g}s"
         )
     return seconds
 
@@ -440,7 +446,9 @@ def _forget_nodes_s(labels: Mapping[str, str]) -> float | None:
 def _last_lines(labels: Mapping[str, str]) -> int:
     text = labels.get(LAST_LINES, str(LAST_LINES_MAX))
     if not (text.isascii() and text.isdigit() and len(text) <= 2 and int(text) <= LAST_LINES_MAX):
-        raise InvalidArgument(f"invalid label {LAST_LINES}={text}: want a number from 0 to {LAST_LINES_MAX}")
+        raise InvalidArgument(
+            f"invalid label {LAST_LINES}={text}: expected a number from 0 to {LAST_LINES_MAX}"
+        )
     return int(text)
 
 
@@ -448,7 +456,7 @@ def _history_entries(labels: Mapping[str, str]) -> int:
     text = labels.get(HISTORY, str(HISTORY_DEFAULT))
     if not (text.isascii() and text.isdigit() and len(text) <= 6 and int(text) <= HISTORY_MAX):
         raise InvalidArgument(
-            f"invalid label {HISTORY}={text}: want a number of entries from 0 to {HISTORY_MAX}"
+            f"invalid label {HISTORY}={text}: expected a number of entries from 0 to {HISTORY_MAX}"
         )
     return int(text)
 
@@ -460,6 +468,6 @@ def _seconds(labels: Mapping[str, str], name: str, largest_s: float) -> float | 
     duration = duration_ns(text)
     if duration is None or not 0 <= duration <= largest_s * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {name}={text}: want a duration like 30s or 5m, at most {largest_s / 3600:g} h"
+            f"invalid label {name}={text}: expected a duration like 30s or 5m, at most {largest_s / 3600:g} h"
         )
     return duration / SECOND_NS

@@ -8,8 +8,8 @@ from skep.model.encoding import ApiObject, Uint64
 class Version(ApiObject, order=True):
     """The version of an object (``Version.Index`` of the API).
 
-    Stored inside the value and only grows: ``max(previous + 1, revision that the writer had seen)``.  Set by the
-    store when the head of an object changes; it is not an etcd revision.
+    It is stored inside the object and only grows.  When the head of an object changes, the store sets it to
+    ``max(previous + 1, revision that the writer had seen)``.  It is not an etcd revision.
     """
 
     index: Uint64 = 0

@@ -1,12 +1,13 @@
-"""The needs of a service's tasks and the holdings of a task: the one list of both.
+"""Lists everything that a service's tasks need and that a task holds.
 
 * ``needs_of(spec)``: the objects, images and node resources without which a task of the spec cannot start.
-* ``holds_of(task)``: the part of its node, and of its volumes, that a task has from its assignment until its end.
-* ``may_block``: whether the end of a task with certain holdings may let a node take a task with certain needs.
+* ``holds_of(task)``: the resources of its node, and the volumes, that a task occupies from its assignment to its end.
+* ``may_block``: whether a task that waits may become placeable when another task ends and releases its holdings.
 
-Every decision whether something is needed or free uses them: filters, updates, preemption, the dry run, the removal of
-lost nodes, references in the store, image collection, and removals.  Each of them must consider a resource that is
-added here: ``tests/unit/manager/test_needs.py`` lists resources by users, and fails on a gap.
+All code that asks whether something is needed or free uses these functions: filters, updates, preemption, the dry run,
+the removal of lost nodes, references in the store, image collection, and removals.  A resource that is added here must
+be considered in each of these places.  ``tests/unit/manager/test_needs.py`` has a table of resources and places, and
+fails on a gap.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -41,28 +42,29 @@ class VolumeUse(msgspec.Struct, frozen=True):
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """The needs of each task of a spec, outside of its own spec."""
+    """The objects, images and node resources that each task of a service needs in order to start."""
 
     images: tuple[str, ...] = ()
     """Images of the container and of its image mounts, as spelled in the spec."""
     secrets: tuple[SecretReference, ...] = ()
     configs: tuple[ConfigReference, ...] = ()
     networks: tuple[str, ...] = ()
-    """Ids of networks, on each of which the task needs an address."""
+    """Ids of the networks on which the task needs an address."""
     host_ports: tuple[HostPort, ...] = ()
     nano_cpus: int = 0
     memory_bytes: int = 0
     generic: tuple[GenericResource, ...] = ()
     max_replicas: int = 0
-    """Tasks of the service that its node may have, or 0 for any number."""
+    """Largest number of the service's tasks on one node, or 0 for no limit."""
     cluster_volumes: tuple[ClusterMount, ...] = ()
     local_volumes: tuple[str, ...] = ()
-    """Volumes whose data stays on its node.  Names may contain placeholders."""
+    """Names of the volumes whose data stays on the task's node.  They may contain placeholders."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """The holdings of a task: the same for all tasks of one version of a service, except ``generic`` and
-    ``volumes``."""
+    """The resources that a task holds.  All tasks of one version of a service hold the same, except for ``generic`` and
+    ``volumes``.
+    """
 
     service_id: ServiceId
     nano_cpus: int
@@ -70,15 +72,15 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generic: tuple[GenericResource, ...]
     host_ports: tuple[HostPort, ...]
     is_active: bool
-    """Whether it counts as a task of its service on this node.  A task that is being stopped does not."""
+    """Whether it counts towards the service's limit of tasks per node.  A task that is being stopped does not."""
     volumes: tuple[VolumeUse, ...] = ()
-    """Its cluster volumes."""
+    """The cluster volumes that it uses."""
     is_unknown: bool = False
-    """Whether its spec cannot be read, so that it may hold any ports and resources."""
+    """Whether its spec cannot be read.  It may then hold any ports and resources."""
 
     @property
     def is_exclusive(self) -> bool:
-        """Return whether a task with this need may block other tasks, whatever they need."""
+        """Return whether a task with these holdings may block any other task, whatever that needs."""
         return bool(self.nano_cpus or self.memory_bytes or self.generic or self.host_ports or self.volumes)
 
 
@@ -113,7 +115,7 @@ def references_of(spec: ServiceSpec) -> tuple[tuple[str, str], ...]:
 
 
 def images_of(template: TaskSpec) -> tuple[str, ...]:
-    """Return the images that a task of ``template`` needs, as it spells them."""
+    """Return the images that a task of ``template`` needs, spelled as in the template."""
     container = template.container_spec
     if container is None:
         return ()
@@ -124,7 +126,7 @@ def images_of(template: TaskSpec) -> tuple[str, ...]:
 
 
 def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
-    """Return the holdings of ``task``.  ``ports`` are the host ports of the spec that it was made from."""
+    """Return the holdings of ``task``.  ``ports``: the host ports of the spec from which it was created."""
     reservations = reservations_of(task.spec)
     return Usage(
         service_id=task.service_id,
@@ -138,8 +140,7 @@ def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
 
 
 def may_block(held: Usage, needs: Needs, volume: Callable[[VolumeId], Volume | None]) -> bool:
-    """Return whether the end of a task with ``held`` may let a node take a task with ``needs`` that no node takes
-    now."""
+    """Return whether a task that holds ``held`` may be the reason why no node takes a task with ``needs``."""
     kinds = {kind_and_amount(one)[0] for one in held.generic}
     return bool(
         (held.nano_cpus and needs.nano_cpus)
@@ -152,7 +153,10 @@ def may_block(held: Usage, needs: Needs, volume: Callable[[VolumeId], Volume | N
 
 
 def cannot_share(volume: Volume, mount: ClusterMount, *, read_only: bool = False) -> bool:
-    """Return whether a task with ``mount`` can never share ``volume`` with another task, which may be read-only."""
+    """Return whether a task with ``mount`` cannot share ``volume`` with a task that mounts it.
+
+    ``read_only``: whether that other task mounts it read-only.
+    """
     match volume.spec.access_mode.sharing:
         case VolumeSharing.NONE:
             return True
@@ -163,8 +167,9 @@ def cannot_share(volume: Volume, mount: ClusterMount, *, read_only: bool = False
 
 
 def _excludes(use: VolumeUse, mounts: Iterable[ClusterMount], volume: Volume | None) -> bool:
-    """Return whether ``use`` may keep a task from volumes that it mounts.  A volume with scope single stays on its
-    node."""
+    """Return whether ``use`` of a volume may prevent another task with ``mounts`` from starting.  A volume with scope
+    single stays on one node.
+    """
     if volume is None:
         return False
     sources, is_single = sources_of(volume), volume.spec.access_mode.scope is VolumeScope.SINGLE
@@ -190,8 +195,8 @@ def reservations_of(spec: TaskSpec) -> Resources:
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
     """Return the kind of the resource, and the amount.
 
-    A negative amount, which a node may offer and an earlier version stored, counts as 0.  It would increase the free
-    amount.
+    A negative amount counts as 0, because it would increase the free amount.  A node may report one, and an earlier
+    version stored it.
     """
     if (discrete := resource.discrete_resource_spec) is not None:
         return discrete.kind, max(0, discrete.value)
@@ -201,7 +206,7 @@ def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
 
 
 def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
-    """Return the ports that each task opens on its node with a number chosen by the user."""
+    """Return the ports with a fixed number that each task opens on its node."""
     if spec is None or spec.endpoint_spec is None:
         return ()
     return tuple(
@@ -224,7 +229,7 @@ def cluster_mounts(spec: TaskSpec) -> tuple[ClusterMount, ...]:
 
 
 def sources_of(volume: Volume) -> Sequence[str]:
-    """Return the sources of mounts that may mean the volume."""
+    """Return the texts by which a mount's ``source`` may refer to the volume."""
     name, group = volume.spec.name, volume.spec.group
     return [
         *((name,) if not name.startswith(GROUP_PREFIX) else ()),

@@ -27,7 +27,7 @@ class IPAMConfig(ApiObject):
 
 
 class IPAMOptions(ApiObject):
-    """A network's subnets.  In a spec they are requests, in the network itself the allocated ones."""
+    """A network's subnets: the requested ones in a spec, the allocated ones in the network itself."""
 
     driver: Driver = always(Driver())
     configs: tuple[IPAMConfig, ...] = ()
@@ -42,7 +42,7 @@ class ConfigReference(ApiObject):
 
 
 class NetworkSpec(ApiObject):
-    """The user's spec of a network (the cluster's form; ``/networks`` responds with a flat one)."""
+    """The user's spec of a network, as the cluster stores it.  ``/networks`` shows the same fields in a flat form."""
 
     name: str = ""
     labels: Mapping[str, str] = always({})

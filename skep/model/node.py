@@ -14,7 +14,7 @@ from skep.model.task import NetworkAttachment
 from skep.model.times import ZERO_TIME, Timestamp
 
 RESPONSE_SECONDS_MAX = 5.0
-"""Seconds that a node waits for the response of its only manager."""
+"""Seconds that a node with a single manager waits for that manager's response."""
 
 
 class NodeRole(Enum):
@@ -27,7 +27,7 @@ class NodeRole(Enum):
 
 
 class Availability(Enum):
-    """Pause: no new tasks.  Drain: its tasks also move to other nodes."""
+    """Whether a node gets tasks.  ``PAUSE`` stops new ones.  ``DRAIN`` also moves its present tasks to other nodes."""
 
     __go_name__ = "swarm.NodeAvailability"
 
@@ -104,7 +104,7 @@ class NodeDescription(ApiObject):
 
 
 UNKNOWN_STATE = 'Node moved to "unknown" state due to leadership change in cluster'
-"""SwarmKit's text."""
+"""SwarmKit's message of a node that has not yet connected to a new leader."""
 _IN_PLAIN_WORDS = {UNKNOWN_STATE: "not heard from since the cluster has another leader"}
 
 
@@ -121,10 +121,11 @@ class ManagerStatus(ApiObject):
 
     Args:
         has_vote: False for a manager that is no longer a member after a restore or a forced new cluster.
-        level: The newest feature level of the store that it supports, or 0 if not reported, which means 1.
+        level: The newest feature level of the store that it supports. 0 means that it has not reported one, and counts
+            as 1.
         peer_addr: ``ip:port`` of its etcd for the other managers, or empty if not reported.
 
-    The three are not in API responses.
+    API responses do not show these three fields.
     """
 
     leader: bool = False
@@ -136,8 +137,9 @@ class ManagerStatus(ApiObject):
 
 
 class NodeSession(ApiObject):
-    """The manager that owns the node's session.  Taken by compare-and-swap, and compared by every write of the
-    session."""
+    """The manager that owns the node's session.  A manager takes it by compare-and-swap, and every write of the session
+    is conditional on it.
+    """
 
     manager_id: NodeId = NodeId("")
     session_id: SessionId = SessionId("")
@@ -163,12 +165,13 @@ class NodeCertificate(ApiObject):
     serials: tuple[IssuedSerial, ...] = ()
     """Manager certificates that have not expired.  They are revoked when the node is demoted."""
     plane: str = ""
-    """The kind of node as which it joined: ``docker`` or ``skep`` (``model.planes``).
+    """The kind under which the node joined: ``docker`` or ``skep`` (``model.data_planes``).
 
-    Empty if it joined before this field existed.  Its description is used until it renews.
+    Empty if the node joined before this field existed.  Until it renews its certificate, its description decides.
     """
     last_not_after: Timestamp = Timestamp("")
-    """The latest expiry of all its certificates, which is not the newest one's if the lifetime was shortened."""
+    """The latest expiry of all its certificates.  An older certificate may expire last if the lifetime was shortened.
+    """
 
 
 class FailingPath(ApiObject):
@@ -188,7 +191,7 @@ class FailingPath(ApiObject):
 
 
 class CutOff(ApiObject):
-    """Tasks on networks that need this check to pass are not placed on the node."""
+    """A failing check because of which a node gets no tasks on the networks that depend on it."""
 
     check: str
     """A check as in ``FailingPath``."""
@@ -237,11 +240,13 @@ class Node(ApiObject):
     silent_since: Timestamp | None = None
     """For a node that is down: time of its last heartbeat, by the clock of the manager that marked it down."""
     silent_together: bool = False
-    """For a node that is down: whether heartbeats of other nodes, of any manager, were also missed at that time."""
+    """For a node that is down: whether other nodes, on any manager, missed their heartbeats at the same time."""
     failing_paths: tuple[FailingPath, ...] = ()
-    """Its first few failing checks to other nodes, by peer and check."""
+    """The first few failing checks from this node to others, sorted by peer and check."""
     cut_off: tuple[CutOff, ...] = ()
-    """Failing checks for which placement avoids this node, by check, so that the remaining nodes reach each other."""
+    """Failing checks because of which placement avoids this node, sorted by check.  The remaining nodes all reach each
+    other.
+    """
 
     @property
     def has_joined_as_manager(self) -> bool:
@@ -257,7 +262,7 @@ class Node(ApiObject):
 
 
 def differ_in_load_alone(one: Node, other: Node) -> bool:
-    """Return whether only the load has changed, which is relevant for placement only."""
+    """Return whether two states of a node differ in their load only, which concerns nothing but placement."""
     return one.load != other.load and replace(one, load=other.load) == other
 
 

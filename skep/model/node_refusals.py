@@ -1,7 +1,7 @@
-"""Why the scheduler finds no node for a task: the reasons, the text that Docker shows, and the reasons of a text.
+"""Reasons why the scheduler finds no node for a task, and their conversion to and from Docker's text.
 
-A task's status has only the text, as in SwarmKit.  Texts are made and read here alone, so the rest of the manager
-compares reasons.
+A task's status holds only the text, as in SwarmKit.  Only this module writes and parses such texts, so the rest of the
+manager compares reasons.
 """
 
 import re
@@ -32,7 +32,7 @@ class NodeRefusal(Enum):
     CLUSTER_VOLUMES = "cannot fulfill requested CSI volume mounts on {nodes}"
 
     def text(self, nodes: int) -> str:
-        """Return the refusal of so many nodes."""
+        """Return the text for a number of nodes refused with this reason."""
         return self.value.format(nodes="1 node" if nodes == 1 else f"{nodes} nodes")
 
 
@@ -51,7 +51,7 @@ def refusals_text(refused: Iterable[tuple[NodeRefusal, int]]) -> str:
 
 
 def no_node_text(refusals: str) -> str:
-    """Return the error of a task that no node can run.  ``refusals`` is empty without nodes."""
+    """Return the error of a task that no node can run.  ``refusals`` is empty if the cluster has no node."""
     return f"{NO_NODE} ({refusals})" if refusals else NO_NODE
 
 

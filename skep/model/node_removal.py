@@ -1,4 +1,4 @@
-"""The removal of a node, which managers send to the node in the text that refuses its certificate.
+"""Tells a removed node about its removal, in the text with which managers refuse its certificate.
 
 The text is SwarmKit's, with the time and the fate of the node's containers added, so managers and nodes of every
 version understand each other.  Without the time, the node does not count as removed, and its containers keep running.
@@ -41,10 +41,10 @@ class NodeRemoval(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def removal_in(refusal: str, id: NodeId) -> NodeRemoval | None:
-    """Return the removal in a manager's refusal of node ``id``, or None if it has another reason.
+    """Return the removal that a manager's refusal of node ``id`` reports, or None if the refusal has another reason.
 
-    A refusal without a time does not count: SwarmKit and older managers send it to every node that is missing in their
-    store, also if the store was restored from a backup older than the node.
+    A refusal without a time does not count.  SwarmKit and older managers send it to every node that is missing in their
+    store, even if the store was restored from a backup that is older than the node.
     """
     found = _REFUSAL.fullmatch(refusal)
     if found is None or found["id"] != id or not found["at"]:

@@ -14,10 +14,10 @@ from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.model.tables import NetworkHead, Segment
 
 VXLAN_OPTION: Final = "com.docker.network.driver.overlay.vxlanid_list"
-"""Comma-separated numbers: one per IPv4 subnet in their order; IPv6 subnets share the first."""
+"""Option with comma-separated VXLAN ids, one per IPv4 subnet in the same order.  IPv6 subnets share the first."""
 ENCRYPTED_OPTION: Final = "encrypted"
 VXLAN_ID_MAX: Final = PROBE_VNI - 1
-"""The highest number of a network.  The one above it is for probes."""
+"""Largest VXLAN id of a network.  Probes use the next one."""
 
 
 def options_of(network: Network) -> Mapping[str, str]:

@@ -14,13 +14,13 @@ from skep.model.ids import NetworkId, NodeId
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DETAIL_CHARACTERS_MAX = 300
-"""Characters of a finding that a node may report."""
+"""Longest detail of a finding that a node may report, in characters."""
 PROBE_VNI = (1 << 24) - 1
 """VXLAN id of probes, the largest possible; never allocated to a network."""
 MTU_MIN = 576
 """The smallest MTU that is probed: every IPv4 network supports it (RFC 791)."""
 SETTLED_ROUNDS = 2
-"""Consecutive rounds with the same result that make it count; a single lost round does not."""
+"""Consecutive rounds after which a result counts.  A single lost round does not."""
 
 
 class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +31,7 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     data_path: str = ""
     """Underlay address of its VXLAN, without prefix length; empty for a docker node."""
     vxlan_port: int = DEFAULT_DATA_PATH_PORT
-    """UDP; the cluster's data-path port."""
+    """UDP port of its VXLAN, the cluster's data-path port."""
     control: str = ""
     """``192.0.2.1:2377`` or ``[fd09::1]:2377``, a manager's control port.  Empty if not probed."""
     etcd: str = ""
@@ -39,13 +39,14 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     gossip: str = ""
     """``192.0.2.1:7946`` of a docker node.  Empty if not probed."""
     encrypted: bool = False
-    """Whether both nodes carry encrypted networks together, by UDP port ``vxlan_port + 10``."""
+    """Whether encrypted networks connect the two nodes, over UDP port ``vxlan_port + 10``."""
 
 
 class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
-    """All targets of one node; the latest message replaces earlier ones.
+    """All targets of one node.  Each message replaces the one before.
 
-    ``node``: the node itself, whose ``data_path`` is the source address of its probes; ``peers``: without itself.
+    ``node``: the node that receives this, whose ``data_path`` is the source address of its probes.  ``peers``: all
+    others.
     """
 
     node: PathPeer
@@ -63,7 +64,7 @@ class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PathCheck(StrEnum):
-    """The checks between two nodes."""
+    """A check between two nodes."""
 
     CONTROL = "control"
     """A manager's control port responds to a TLS client hello."""
@@ -94,7 +95,7 @@ class PathFinding(msgspec.Struct, frozen=True, kw_only=True):
     round_trip_ms: float | None = None
     """The shortest round trip, or None without a response."""
     detail: str = ""
-    """At most ``DETAIL_CHARACTERS_MAX`` characters.  Set if the check fails, or if the cause of a failure was fixed."""
+    """At most ``DETAIL_CHARACTERS_MAX`` characters.  Explains a failure, or how its cause was fixed."""
 
     @property
     def is_failing(self) -> bool:

@@ -27,9 +27,11 @@ LOCAL = "local"
 PROXY_PROTOCOL = "proxy-protocol"
 
 PORTS_MAX = 1_000
-"""Published ports of a service.  The transaction that claims them has no room for more (``store.proposal``)."""
+"""Largest number of a service's published ports.  The transaction that claims them has no room for more
+(``store.proposal``).
+"""
 LABELS_MAX = 4_000
-"""Labels of a service with these options: four options for each port."""
+"""Largest number of a service's labels with these options: four for each port."""
 
 _NAME = re.compile(r"skep\.publish\.(?:(?P<port>[^.]+)\.)?(?P<option>[a-z-]+)")
 _PORT = re.compile(r"(?P<number>[0-9]{1,5})(?:/(?P<protocol>tcp|udp|sctp))?")
@@ -135,7 +137,7 @@ def _setting(name: str, value: str) -> _Setting:
     match = _NAME.fullmatch(name)
     options = (HOST_IP, *_WORDS)
     if match is None or match["option"] not in options:
-        raise InvalidArgument(f"invalid label {name}: want one of {', '.join(options)} after {PREFIX}")
+        raise InvalidArgument(f"invalid label {name}: expected one of {', '.join(options)} after {PREFIX}")
     port = _PORT.fullmatch(match["port"] or "0")
     number = int(port["number"]) if port else 0
     if port is None or (match["port"] and not 0 < number <= 65535):
@@ -144,7 +146,7 @@ def _setting(name: str, value: str) -> _Setting:
     if option == HOST_IP:
         value = str(_host_ip(name, value))
     elif value not in _WORDS[option]:
-        raise InvalidArgument(f"invalid label {name}={value}: want one of {', '.join(_WORDS[option])}")
+        raise InvalidArgument(f"invalid label {name}={value}: expected one of {', '.join(_WORDS[option])}")
     return _Setting(name, number, port["protocol"] or "", option, value)
 
 
@@ -152,7 +154,7 @@ def _host_ip(name: str, value: str) -> Address:
     try:
         address = parsed(value)
     except ValueError:
-        raise InvalidArgument(f"invalid label {name}={value}: want an IP address") from None
+        raise InvalidArgument(f"invalid label {name}={value}: expected an IP address") from None
     if address.is_multicast:
-        raise InvalidArgument(f"invalid label {name}={value}: want an address of a node")
+        raise InvalidArgument(f"invalid label {name}={value}: expected an address of a node")
     return address

@@ -7,9 +7,9 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class QuotaSpec(ApiObject):
-    """Limits for all objects of the stack ``name`` together, with 0 for no limit.
+    """Limits for all objects of the stack ``name`` together. 0 means no limit.
 
-    Managers of older versions keep the fields after ``ports``, and do not enforce them.
+    Managers of older versions store the fields after ``ports`` but do not enforce them.
     """
 
     name: str = ""
@@ -46,7 +46,7 @@ class StackQuota(ApiObject):
 
 
 class QuotaState(ApiObject):
-    """A quota and its use, in the same form."""
+    """A quota, and the use of it in the same form."""
 
     quota: QuotaSpec
     used: QuotaSpec

@@ -29,7 +29,7 @@ def decoded_auth(header: str) -> Mapping[str, Any]:
 
 
 def registry_at(address: str) -> str:
-    """Return the registry that the address of a login names, as ``registry_of`` does: empty for Docker Hub."""
+    """Return the registry at a login's address, in the spelling of ``registry_of`` (empty for Docker Hub)."""
     host = address.removeprefix("https://").removeprefix("http://").partition("/")[0].lower()
     return "" if host in _HUB else host
 
@@ -43,7 +43,7 @@ def is_for(address: str, image: str) -> bool:
 
 
 def bound_auth(header: str, image: str) -> str:
-    """Return ``header`` with the registry that it is for: the one of ``image`` unless it names one."""
+    """Return ``header`` with a registry address.  If it has none, it gets the registry of ``image``."""
     try:
         fields = decoded_auth(header)
     except (ValueError, RecursionError):

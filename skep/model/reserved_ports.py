@@ -1,8 +1,8 @@
-"""Reserved ports: ports of nodes that the cluster itself uses, or without which nodes cannot be reached.
+"""Reserved ports of nodes: the cluster uses them itself, or administrators need them to reach the node.
 
 Only administrators may publish on them (``of_cluster``).  A node never publishes a container on its own reserved ports
-(``node.own_ports``), because some of them are not bound yet when a container would take them, such as the data path's
-port before the first overlay network.
+(``node.own_ports``).  A failed bind would not protect them all, because some are bound late, such as the data path's
+port with the first overlay network.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,12 +20,14 @@ MANAGER_PORT: Final = 2377
 PEER_PORT: Final = 2378
 """Port of etcd on a manager with the default port (``default_peer_addr``)."""
 PEER_PORT_OFFSET: Final = 10_000
-"""Distance from a manager's port, if it is not the default, to etcd's port.  Managers on one machine often have
-neighboring ports (2477, 2478, 2479), and Linux does not assign ports below 32768 to programs on its own."""
+"""Distance from a manager's port, if it is not the default, to etcd's port.  It is large because managers on one
+machine often have neighboring ports (2477, 2478, 2479).  It leads below 32768, where Linux starts to assign ports to
+programs on its own.
+"""
 GOSSIP_PORT: Final = 7946
 """Gossip port of docker nodes, and of managers, which relay gossip to them."""
 _HIGH_PORT: Final = 55_000
-"""From this port on, ``PEER_PORT_OFFSET`` is subtracted, as adding it would exceed the largest port."""
+"""From this listen port on, ``PEER_PORT_OFFSET`` is subtracted, because the sum would exceed the largest port."""
 WIREGUARD_OFFSET: Final = 10
 """Distance from the VXLAN port to WireGuard's UDP ports: this one (4799) and the next (4800), unless configured."""
 
@@ -38,7 +40,8 @@ def distant_peer_port(listen_port: int) -> int:
 def default_peer_addr(listen_addr: str) -> str:
     """Return the peer address for the etcd of a new manager at ``listen_addr`` (``ip:port``).
 
-    Its port is 2378 if the manager has the default port 2377, as firewalls know both, else 10,000 away.
+    A manager with the default port 2377 gets 2378, because firewall rules usually open both.  Any other manager gets a
+    port 10,000 away.
     """
     host, digits = parted(listen_addr)
     port = int(digits)
@@ -65,14 +68,17 @@ def of_data_path(port: int, wireguard: int = 0) -> ReservedPorts:
     return {
         ("udp", port): "overlay networks",
         ("udp", encrypted): "encrypted networks",
-        ("udp", encrypted + 1): "encrypted networks",  # of the next key, while keys rotate
+        (
+            "udp",
+            encrypted + 1,
+        ): "encrypted networks",  # the next key has a port of its own during a key rotation
     }
 
 
 def of_cluster(data_path_port: int, nodes: Iterable[Node]) -> ReservedPorts:
     """Return the ports that only administrators may publish on, in a cluster with these ``nodes``.
 
-    Labels of workers do not count, because a compromised worker could reserve any port.
+    Labels of workers are ignored, because a compromised worker could reserve any port.
     """
     found: dict[UsedPort, str] = {}
     for node in nodes:

@@ -1,4 +1,4 @@
-"""Points in the cluster's history.  A node never accepts an earlier point than it has seen."""
+"""Points in the cluster's history.  A node never accepts a point older than the newest it has seen."""
 
 import msgspec
 

@@ -1,9 +1,9 @@
 """Rights over the node that a service requests by container labels, and the permissions for them.
 
 Docker's services have no field for devices, privileges, GPUs, shared memory and host namespaces.  Skep takes them from
-labels of the *container*, because these belong to the task's spec: a change of them replaces the tasks, and a rollback
-reverts it.  The cluster allows kinds of rights (``skep.allow`` in its spec), and each node does so for itself.  Both
-have to allow a right.
+labels of the *container*, which belong to the task's spec.  A change of such a label therefore replaces the tasks, and
+a rollback reverts it.  A right is granted only if both the cluster and the node allow its kind, each by its own
+``skep.allow``.
 """
 
 import re
@@ -26,7 +26,8 @@ CDI_LABEL: Final = "skep.cdi"
 """Engine label with a node's devices that vendors describe (CDI), separated by commas."""
 MORE: Final = "..."
 _WORDS_MAX = 256
-"""Parts of one container label.  Each part costs a search for the device on each node."""
+"""Largest number of words in one container label.  The scheduler searches each node for the device that a word names.
+"""
 
 _SIZE = re.compile(r"(\d{1,15})([bkmgt]?)b?", re.IGNORECASE)
 _FACTORS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -47,24 +48,24 @@ class ApiAccess(Enum):
     INSPECT = "inspect"
     """All details, and logs."""
     FULL = "full"
-    """Everything that root on the node may do."""
+    """All that root on the node can do."""
 
 
 class Right(Enum):
     """A kind of right, as named in ``skep.allow``."""
 
     PRIVILEGED = "privileged"
-    """Everything that root on the node may do."""
+    """All that root on the node can do."""
     DEVICES = "devices"
     GPUS = "gpus"
     NAMESPACES = "namespaces"
     """Processes, shared memory and host name of the machine."""
     RESOURCES = "resources"
-    """Sizes and limits that a service's ``--limit`` does not have."""
+    """Sizes and limits for which ``docker service create`` has no option."""
     API = "api"
-    """The whole Engine API, for containers that mount its socket."""
+    """All calls of the Engine API, for containers that mount its socket."""
     API_INSPECT = "api-inspect"
-    """Reading data through the Engine API that may hold secrets of others: environment variables, configs, logs."""
+    """Reading environment variables, configs and logs of others through the Engine API, which may contain secrets."""
 
 
 ALL_RIGHTS: Final = frozenset(Right)
@@ -94,7 +95,7 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     device_rules: tuple[str, ...] = ()
     gpus: Gpus | None = None
     pid: str = ""
-    """``host`` or empty, as in the next two fields."""
+    """``host`` or empty.  The same holds for the next two fields."""
     ipc: str = ""
     uts: str = ""
     shm_bytes: int = 0
@@ -170,7 +171,7 @@ def check_service_rights(container: ContainerSpec | None, service_labels: Iterab
     misplaced = sorted(_READERS.keys() & set(service_labels))
     if misplaced:
         raise InvalidArgument(
-            f"the label {misplaced[0]} counts on containers only: give it with --container-label, not with --label"
+            f"the label {misplaced[0]} works on containers only: set it with --container-label, not with --label"
         )
     rights_of(container)
 
@@ -187,7 +188,7 @@ def allowed_rights(text: str) -> frozenset[Right]:
     except ValueError:
         known = ", ".join(right.value for right in Right)
         raise InvalidArgument(
-            f"invalid label {ALLOW_LABEL}={text}: want all, none, or some of {known}, separated by commas"
+            f"invalid label {ALLOW_LABEL}={text}: expected all, none, or some of {known}, separated by commas"
         ) from None
 
 
@@ -219,7 +220,8 @@ def is_listed(path: str) -> bool:
 
 def missing_devices(rights: MachineRights, engine_labels: Mapping[str, str]) -> tuple[str, ...]:
     """Return the requested devices that a node lacks, by its labels."""
-    listed = f",{engine_labels.get(DEVICES_LABEL, '')},"  # searched as text: thousands of nodes list hundreds
+    # A text search is fast enough for thousands of nodes with hundreds of devices each.
+    listed = f",{engine_labels.get(DEVICES_LABEL, '')},"
     described = [one for one in engine_labels.get(CDI_LABEL, "").split(",") if one]
     missing: list[str] = []
     if f",{MORE}," not in listed:
@@ -253,20 +255,20 @@ def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ValueError("it is empty")
-    if len(words) > _WORDS_MAX:  # each node is searched for each device
+    if len(words) > _WORDS_MAX:  # See ``_WORDS_MAX``.
         raise ValueError(f"it has more than {_WORDS_MAX} parts")
     return words
 
 
 def _boolean(text: str) -> dict[str, Any]:
     if text not in ("true", "false"):
-        raise ValueError("want true or false")
+        raise ValueError("expected true or false")
     return {"privileged": text == "true"}
 
 
 def _api(text: str) -> dict[str, Any]:
     if text not in ("read", "inspect", "full"):
-        raise ValueError("want read, inspect or full")
+        raise ValueError("expected read, inspect or full")
     return {} if text == "read" else {f"api_{text}": True}
 
 
@@ -284,7 +286,7 @@ def _devices(text: str) -> dict[str, Any]:
         inside, access = inside or path, access or "rwm"
         if not (path.startswith("/") and inside.startswith("/") and _ACCESS.fullmatch(access)):
             raise ValueError(
-                "want devices like /dev/ttyUSB0 or /dev/ttyUSB0:/dev/modem:rw, separated by commas"
+                "expected devices like /dev/ttyUSB0 or /dev/ttyUSB0:/dev/modem:rw, separated by commas"
             )
         devices.append(Device(path, inside, access))
     return {"devices": tuple(devices), "cdi_devices": tuple(names)}
@@ -293,7 +295,7 @@ def _devices(text: str) -> dict[str, Any]:
 def _rules(text: str) -> dict[str, Any]:
     words = _words(text)
     if not all(map(_RULE.fullmatch, words)):
-        raise ValueError("want rules like c 188:* rwm, separated by commas")
+        raise ValueError("expected rules like c 188:* rwm, separated by commas")
     return {"device_rules": tuple(words)}
 
 
@@ -305,14 +307,14 @@ def _gpus(text: str) -> dict[str, Any]:
         return {"gpus": Gpus(count=int(words[0]))}
     names = text.removeprefix("device=").split(",") if text.startswith("device=") else []
     if not names or not all(re.fullmatch(r"[\w.:-]+", name) for name in names):
-        raise ValueError("want all, a number, or device=NAME,...")
+        raise ValueError("expected all, a number, or device=NAME,...")
     return {"gpus": Gpus(ids=tuple(names))}
 
 
 def _of_the_machine(field: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         if text != "host":
-            raise ValueError("want host")
+            raise ValueError("expected host")
         return {field: text}
 
     return read
@@ -322,7 +324,7 @@ def size(text: str) -> int:
     """Return the bytes of a size such as ``64m``, ``1g`` or ``4096``.  Raises: ValueError."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError("want a size like 64m or 1g")
+        raise ValueError("expected a size like 64m or 1g")
     return int(match[1]) * _FACTORS[match[2].lower()]
 
 
@@ -332,7 +334,7 @@ def _size(field: str, *, is_unlimited: bool = False) -> Callable[[str], dict[str
             return {field: -1}
         bytes_ = size(text)
         if not 0 < bytes_ < 2**63:
-            raise ValueError("want a size like 64m or 1g")
+            raise ValueError("expected a size like 64m or 1g")
         return {field: bytes_}
 
     return read
@@ -341,7 +343,7 @@ def _size(field: str, *, is_unlimited: bool = False) -> Callable[[str], dict[str
 def _number(field: str, least: int, most: int) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-            raise ValueError(f"want a number from {least} to {most}")
+            raise ValueError(f"expected a number from {least} to {most}")
         return {field: int(text)}
 
     return read
@@ -350,7 +352,7 @@ def _number(field: str, least: int, most: int) -> Callable[[str], dict[str, Any]
 def _ranges(field: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
-            raise ValueError("want numbers like 0-3,5")
+            raise ValueError("expected numbers like 0-3,5")
         return {field: text}
 
     return read
@@ -362,7 +364,7 @@ def _rates(field: str, amount: Callable[[str], int]) -> Callable[[str], dict[str
         for word in _words(text):
             path, separator, rate = word.rpartition(":")
             if not separator or not path.startswith("/"):
-                raise ValueError("want DEVICE:RATE, separated by commas")
+                raise ValueError("expected DEVICE:RATE, separated by commas")
             found.append((path, amount(rate)))
             if found[-1][1] >= 2**63:
                 raise ValueError("the rate is too large")
@@ -373,7 +375,7 @@ def _rates(field: str, amount: Callable[[str], int]) -> Callable[[str], dict[str
 
 def _operations(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ValueError("want DEVICE:OPERATIONS, separated by commas")
+        raise ValueError("expected DEVICE:OPERATIONS, separated by commas")
     return int(text)
 
 

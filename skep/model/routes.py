@@ -16,9 +16,9 @@ from skep.model.node import Node
 
 ROUTES_LABEL: Final = "skep.routes"
 ROUTES_MAX: Final = 64
-"""Maximum number of a node's routes that are reported and read, the widest first."""
+"""A node reports at most this many routes, the widest ones, and managers read no more."""
 _LABEL_CHARACTERS_MAX = 8192
-"""Characters of a node's label that are read.  Nodes are not trusted."""
+"""Managers read at most this many characters of the label, because nodes are not trusted."""
 
 Subnet: TypeAlias = IPv4Network | IPv6Network
 
@@ -97,7 +97,9 @@ def _label_of(node: Node) -> str:
     return node.description.engine.labels.get(ROUTES_LABEL, "")[:_LABEL_CHARACTERS_MAX]
 
 
-@lru_cache(16_384)  # more than the nodes of a cluster, as ``routes_of_all`` reads every label
+@lru_cache(
+    16_384
+)  # The cache holds more labels than a cluster has nodes, because ``routes_of_all`` reads them all.
 def _read(label: str) -> tuple[MachineRoute, ...]:
     routes = []
     for item in label.split()[:ROUTES_MAX]:

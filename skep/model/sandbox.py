@@ -1,4 +1,4 @@
-"""A container's network sandbox: its network namespace, its endpoints on networks, its published ports.
+"""A container's network sandbox: its network namespace, its endpoints on networks and its published ports.
 
 The engine records these values with each container, and the data plane creates them.  The terms are libnetwork's.
 Container records are files, so serialized names never change: fields with a different attribute have ``name=``.
@@ -35,11 +35,11 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     network: str
     aliases: tuple[str, ...] = ()
     address: str = ""
-    """``--ip``, or empty for any."""
+    """Value of ``--ip``, or empty for any address."""
     address6: str = ""
-    """``--ip6``, or empty for any IPv6 address if the network has IPv6."""
+    """Value of ``--ip6``, or empty for any IPv6 address if the network has IPv6."""
     mac_address: str = ""
-    """``--mac-address``, or empty to derive it from the IP address."""
+    """Value of ``--mac-address``, or empty to derive the address from the IP address."""
     links: tuple[str, ...] = ()
     """Links as ``container:alias``: names of other containers that only this container can resolve."""
 
@@ -50,7 +50,7 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     head: NetworkHead
     addresses: tuple[str, ...]
     aliases: tuple[str, ...] = ()
-    """Additional names of this container alone."""
+    """Additional names that resolve to this container only."""
     mac_address: str = ""
     """Set by the user.  Empty if unset."""
     links: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = ""
     """Host name, which also resolves on its networks, as in Docker.  Empty if unset."""
     task: TaskId = TaskId("")
-    """The container's task, whose id its endpoints have in network tables.  Empty for a plain container."""
+    """The container's task, which identifies its endpoints in network tables.  Empty for a plain container."""
     mode: NetworkMode = NetworkMode.BRIDGE
     networks: tuple[EndpointRequest, ...] = ()
     """Requested networks, on which it gets endpoints when it starts, in the order of its interfaces."""
@@ -147,7 +147,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """IPv6 address on the gateway bridge, in a /64.  Empty without a default IPv6 route."""
     gateway6: str = ""
     is_open: bool = False
-    """Whether it reaches other open sandboxes by the gateway bridge, which is its only network."""
+    """Whether the gateway bridge is its only network.  It then reaches other such sandboxes on that bridge."""
     ports: tuple[PublishedPort, ...] = ()
     endpoints: tuple[Endpoint, ...] = msgspec.field(name="places", default=())
     """Endpoints in the order of its interfaces."""

@@ -1,8 +1,9 @@
 """Schedules of jobs: labels with the times of a job's runs.  Pure.
 
-An expression has cron's five fields and is interpreted as by Debian's cron, also when the clock changes.  A local time
-that does not exist moves to the first time that does, and a local time that exists twice runs once.  If minute or hour
-begins with ``*``, every existing time counts.  Points in time are compared, never local times.
+An expression has cron's five fields and the same meaning as in Debian's cron, even when daylight saving time begins or
+ends.  A due time that the clock skips moves to the first time after the gap.  A due time that occurs twice runs once.
+If minute or hour begins with ``*``, the job runs at every time that occurs.  The code compares points in time, never
+local times.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from skep.model.labels import JOB_TTL
 from skep.model.times import SECOND_NS, duration_ns
 
 CRON: Final = "skep.cron"
-"""Label of a job with its due times.  Labels that begin with it have further settings."""
+"""Label of a job with its due times.  Labels that begin with this name hold further settings."""
 CRON_TIME_ZONE: Final = "skep.cron.time-zone"
 CRON_CONCURRENCY: Final = "skep.cron.concurrency"
 CRON_DEADLINE: Final = "skep.cron.deadline"
@@ -37,15 +38,17 @@ SCHEDULE_LABELS: Final = (
 
 JOB_MODES: Final = ("replicated-job", "global-job")
 EXPRESSIONS_MAX: Final = 10
-"""Cron expressions of one service."""
+"""Largest number of cron expressions of one service."""
 CHARACTERS_MAX: Final = 250
-"""Characters of one expression."""
+"""Longest expression, in characters."""
 DEADLINE_S_MAX: Final = 365 * 24 * 3600.0
-"""A deadline of more than a year is a mistake."""
+"""Longest deadline.  More than a year is a mistake."""
 MAX_ATTEMPTS_DEFAULT: Final = 6
 """Kubernetes' default of ``backoffLimit``.  Without a limit, a command that always fails would delay all later runs."""
 MAX_ATTEMPTS_MAX: Final = 1000
-"""Each attempt leaves a task in the history of its slot until the run ends."""
+"""Largest number of attempts that a label accepts.  Each attempt leaves a task in the history of its slot until the run
+ends.
+"""
 _FIELDS: Final = {
     "Bad minute": "minute (0 to 59)",
     "Bad hour": "hour (0 to 23)",
@@ -63,15 +66,15 @@ _MACROS: Final = {
     "@hourly": "0 * * * *",
 }
 _LOCAL_ZONES: Final = ("localtime", "posixrules", "Factory")
-"""Other files in the time zone folder, which differ between machines or have no meaning."""
+"""Files of the time zone folder that are refused as a zone, because they differ between machines or have no meaning."""
 _TRIED_FROM: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Start of the search for a due time.  Every possible date occurs in the fifty years that are searched."""
 _FIRST_WINDOW_S: Final = 3600
-"""Seconds before the end that are searched first for the last time.  The window grows."""
+"""First window, in seconds before the end, in which the last due time is searched.  The window then grows."""
 
 
 class Concurrency(Enum):
-    """Action when a run is due while the previous run has not ended."""
+    """Action if a run is due before the previous run has ended."""
 
     FORBID = "forbid"
     """Skip the due run."""
@@ -122,7 +125,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
         """Yield the due times of one expression after ``after_s``, each once."""
         last_s = after_s
         for at in CronSim(expression, datetime.fromtimestamp(after_s, self.zone)):
-            # Cronsim may repeat a time if two local times are the same moment, or if an hour occurs twice.
+            # Cronsim may yield a time twice if two local times are the same moment, or if an hour occurs twice.
             if (at_s := round(at.timestamp())) > last_s:
                 last_s = at_s
                 yield at_s
@@ -175,7 +178,7 @@ def check_schedule(labels: Mapping[str, str], mode: str) -> None:
         raise InvalidArgument(f"label {given[0]} needs label {CRON}, which says when the job runs")
     if mode not in JOB_MODES:
         raise InvalidArgument(
-            f"label {CRON} is for jobs: want mode {' or '.join(JOB_MODES)}, the service is {mode}"
+            f"label {CRON} is for jobs: expected mode {' or '.join(JOB_MODES)}, the service is {mode}"
         )
     if JOB_TTL in labels:
         raise InvalidArgument(
@@ -218,7 +221,7 @@ def _parsed(
 
 def _expression(text: str) -> str:
     """Return the expression ``text`` with five fields, macros replaced.  Raises: InvalidArgument."""
-    wanted = "want five fields (minute, hour, day of the month, month, day of the week) or " + ", ".join(
+    wanted = "expected five fields (minute, hour, day of the month, month, day of the week) or " + ", ".join(
         _MACROS
     )
     if text.startswith("@"):
@@ -253,7 +256,7 @@ def _never(expression: str) -> InvalidArgument:
 def _zone(name: str) -> tzinfo:
     """Return the time zone ``name``.  Raises: InvalidArgument."""
     if name == "UTC":
-        return UTC  # cronsim is faster with this constant than with a ZoneInfo without changes
+        return UTC  # cronsim is faster with this constant than with a ZoneInfo
     is_zone = name not in _LOCAL_ZONES and not name.startswith(("posix/", "right/"))
     try:
         if is_zone:
@@ -261,7 +264,7 @@ def _zone(name: str) -> tzinfo:
     except (OSError, ValueError, KeyError):  # no such file, a directory, no name of a file
         pass
     raise InvalidArgument(
-        f"invalid label {CRON_TIME_ZONE}={name}: want a name of the IANA database that this manager has, such as "
+        f"invalid label {CRON_TIME_ZONE}={name}: expected a name of the IANA database that this manager has, such as "
         "Europe/Berlin"
     )
 
@@ -271,7 +274,7 @@ def _concurrency(word: str | None) -> Concurrency:
         return Concurrency(Concurrency.FORBID.value if word is None else word)
     except ValueError:
         wanted = " or ".join(each.value for each in Concurrency)
-        raise InvalidArgument(f"invalid label {CRON_CONCURRENCY}={word}: want {wanted}") from None
+        raise InvalidArgument(f"invalid label {CRON_CONCURRENCY}={word}: expected {wanted}") from None
 
 
 def _deadline_s(text: str | None) -> float | None:
@@ -280,7 +283,7 @@ def _deadline_s(text: str | None) -> float | None:
     duration = duration_ns(text)
     if duration is None or not SECOND_NS <= duration <= DEADLINE_S_MAX * SECOND_NS:
         raise InvalidArgument(
-            f"invalid label {CRON_DEADLINE}={text}: want a duration like 30s or 2h, from 1s to "
+            f"invalid label {CRON_DEADLINE}={text}: expected a duration like 30s or 2h, from 1s to "
             f"{DEADLINE_S_MAX / 3600:g} h"
         )
     return duration / SECOND_NS
@@ -289,7 +292,7 @@ def _deadline_s(text: str | None) -> float | None:
 def _is_suspended(word: str | None) -> bool:
     if word is None or word.lower() in ("true", "false"):
         return (word or "").lower() == "true"
-    raise InvalidArgument(f"invalid label {CRON_SUSPEND}={word}: want true or false")
+    raise InvalidArgument(f"invalid label {CRON_SUSPEND}={word}: expected true or false")
 
 
 def _max_attempts(text: str | None) -> int:
@@ -298,5 +301,5 @@ def _max_attempts(text: str | None) -> int:
     if text.isascii() and text.isdecimal() and len(text) <= 4 and int(text) <= MAX_ATTEMPTS_MAX:
         return int(text)
     raise InvalidArgument(
-        f"invalid label {CRON_MAX_ATTEMPTS}={text}: want a number from 1 to {MAX_ATTEMPTS_MAX}, or 0 for no limit"
+        f"invalid label {CRON_MAX_ATTEMPTS}={text}: expected a number from 1 to {MAX_ATTEMPTS_MAX}, or 0 for no limit"
     )

@@ -45,4 +45,6 @@ class Config(ApiObject):
     updated_at: Timestamp = always(ZERO_TIME)
     spec: ConfigSpec = always(ConfigSpec())
     written_by: str = ""
-    """The weakest role that has written it, as ``operator:shop``, if it is the revision of a stack.  Empty: unknown."""
+    """The weakest role that has written it, such as ``operator:shop``, if it records a stack's revision.  Empty if
+    unknown.
+    """

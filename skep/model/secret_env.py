@@ -1,7 +1,7 @@
-"""Secrets as environment variables: an explicit option of a service's containers, with a warning.
+"""Secrets as environment variables, which a service has to request explicitly and which causes a warning.
 
-A file is safer: every process that a program starts inherits its environment, and programs print it.  But many images
-accept passwords only this way.
+A file is safer, because every child process inherits the environment and programs print it.  But many images accept
+passwords only this way.
 """
 
 import re
@@ -15,9 +15,9 @@ SECRET_ENV_LABEL = "skep.secret-env"
 PLUGIN = ("Secret", "skep-env")
 """Plugin that nodes with support for it report.  Tasks of such a service run only on these nodes."""
 VARIABLES_MAX = 64
-"""Variables of one service that come from secrets."""
+"""Largest number of a service's variables that come from secrets."""
 VALUE_BYTES_MAX = 64 << 10
-"""Bytes of a value.  The kernel's limit for a variable with its name is 128 KiB."""
+"""Largest value in bytes.  The kernel allows 128 KiB for a variable including its name."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
@@ -35,9 +35,9 @@ def secret_variables(container: ContainerSpec | None) -> Mapping[str, SecretRefe
     for word in text.split(","):
         name, equals, target = (part.strip() for part in word.partition("="))
         if not equals or not _NAME.fullmatch(name) or name in found:
-            raise _invalid(text, "want VARIABLE=TARGET, separated by commas, each variable once")
+            raise _invalid(text, "expected VARIABLE=TARGET, separated by commas, each variable once")
         if name in given:
-            raise _invalid(text, f"{name} is given by --env, too")
+            raise _invalid(text, f"{name} is already set by --env")
         if target not in by_target:
             raise _invalid(text, f"the service has no secret with the target {target}")
         found[name] = by_target[target]
@@ -53,7 +53,7 @@ def check_secret_env(container: ContainerSpec | None, service_labels: Iterable[s
     """
     if SECRET_ENV_LABEL in service_labels:
         raise InvalidArgument(
-            f"the label {SECRET_ENV_LABEL} counts on containers only: give it with --container-label, not with --label"
+            f"the label {SECRET_ENV_LABEL} works on containers only: set it with --container-label, not with --label"
         )
     secret_variables(container)
 
@@ -74,7 +74,9 @@ def secret_env_warning(container: ContainerSpec | None) -> str:
 
 
 def environment_entry(name: str, data: bytes) -> str:
-    """Return ``NAME=value``.  Raises: InvalidArgument: a variable cannot have that value; the text omits the value."""
+    """Return ``NAME=value``.  Raises: InvalidArgument: a variable cannot have that value.  The error does not show the
+    value.
+    """
     try:
         value = data.decode()
     except UnicodeDecodeError:

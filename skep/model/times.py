@@ -62,7 +62,7 @@ def unix_ns(stamp: str) -> int:
     """
     match = _PATTERN.fullmatch(stamp)
     if match is None:
-        raise InvalidArgument(f"invalid timestamp {stamp!r}: want RFC 3339, like 2026-01-31T12:00:00Z")
+        raise InvalidArgument(f"invalid timestamp {stamp!r}: expected RFC 3339, like 2026-01-31T12:00:00Z")
     text, fraction, sign, hours, minutes = match.groups()
     try:
         moment = datetime.fromisoformat(text.upper()).replace(tzinfo=UTC)

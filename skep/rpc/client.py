@@ -1,8 +1,8 @@
 """The client end of an HTTP/2 connection to a gRPC server, and its calls.
 
-A call's headers and first message leave in one write.  A response wakes its caller once, however many pieces it arrives
-in.  The server has a verified certificate or runs on this machine.  A client still limits the memory that a server can
-make it use: the windows of unread data, the message size, and the limits in ``core``.
+A call's headers and first message leave in one write.  A response wakes its caller once, in however many pieces it
+arrives.  The server has a verified certificate or runs on this machine.  The client nevertheless limits the memory that
+a server can make it use, by the windows of unread data, the message size, and the limits in ``core``.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, parse_pushback, status_of
 
 RESPONSES_WHILE_PAUSED_MAX = 1000
-"""Acknowledgements of pings and settings that are queued for a server that does not read."""
+"""Largest number of acknowledgements of pings and settings that are queued for a server that does not read."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -59,9 +59,9 @@ class ClientStream(Stream):
         self._partial = bytearray()
         self._messages: deque[bytes] = deque()
         self._unread_bytes = 0
-        """Bytes of the peer's window used since a complete message is waiting for its reader."""
+        """Received bytes that the peer's window does not get back before the reader takes the waiting message."""
         self._spent_bytes = 0
-        """Bytes of the peer's window that the next update returns."""
+        """Bytes that the next window update returns to the peer."""
         self._trailers: Mapping[str, str] | None = None
         self._error: Exception | None = None
         self._is_expired = False
@@ -85,7 +85,7 @@ class ClientStream(Stream):
 
     @property
     def has_said_all(self) -> bool:
-        """Whether everything was sent, including the end of the stream."""
+        """Whether everything has been sent, including the end of the stream."""
         return self.ends_after_unsent and not self.unsent
 
     def begin(self, block: bytes, message: bytes | None, *, is_last: bool) -> None:
@@ -152,7 +152,7 @@ class ClientStream(Stream):
         self._taker = taker
 
     async def drain(self) -> None:
-        """Wait as ``Stream.drain`` does.  Raises: CallFailed if the peer sent a status, else Lost."""
+        """Call ``Stream.drain``.  Raises: CallFailed if the peer sent a status, else Lost."""
         try:
             await super().drain()
         except Lost:
@@ -256,7 +256,7 @@ class ClientConnection(Connection[ClientStream]):
     def __init__(self, bounds: Bounds, *, coalesces: bool = False) -> None:
         """
         Args:
-            coalesces: Whether all writes of one event loop iteration leave in one piece.  Each TLS record is expensive.
+            coalesces: Whether to join all writes of one event loop iteration, because each TLS record is expensive.
         """
         super().__init__()
         self.bounds = bounds
@@ -290,7 +290,7 @@ class ClientConnection(Connection[ClientStream]):
             self.release(stream)
 
     def open(self) -> ClientStream:
-        """Open a call.  ``begin`` it before you open another one, and ``release`` it at its end.
+        """Open a call.  Call its ``begin`` before you open another one, and ``release`` it at its end.
 
         Raises: Lost: the connection is closed or has used all its ids.
         """

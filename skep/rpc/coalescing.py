@@ -1,14 +1,16 @@
 """A transport that joins the writes of one event loop iteration.
 
-A response has three writes: headers, message and trailers.  Each would cost a TLS record and a system call here, and a
-wake-up at the peer.
+A response consists of three writes: headers, message and trailers.  Each write would cost a TLS record and a system
+call here, and a wake-up at the peer.
 """
 
 import asyncio
 from typing import Any
 
 COALESCED_BYTES_MAX = 64 * 1024
-"""Bytes that are buffered in one iteration.  More are written at once, so flow control still notices a slow peer."""
+"""Largest number of bytes that are buffered in one iteration.  Beyond it they are written at once, so that flow control
+still notices a slow peer.
+"""
 
 
 class CoalescingTransport(asyncio.Transport):

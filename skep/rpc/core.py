@@ -14,7 +14,7 @@ from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import Lost
 
 HEADER_BLOCK_BYTES_MAX = 32 * 1024
-"""Encoded size of the headers of one request or response, with continuations."""
+"""Largest encoded size of the headers of one request or response, with continuations."""
 
 MESSAGE_HEAD = Struct(">BI")
 """The gRPC message prefix: the compression flag and the message length."""
@@ -28,7 +28,7 @@ def framed(message: bytes) -> bytes:
 
 
 class Stream:
-    """The sending half of one call: bytes that wait for the peer to open its windows."""
+    """The sending half of one call, with the bytes that wait until the peer opens its windows."""
 
     __slots__ = ("_connection", "ends_after_unsent", "id", "unsent", "window_out")
 
@@ -126,7 +126,9 @@ class Connection(asyncio.Protocol, Generic[S]):
         """End the connection after a protocol violation of the peer."""
 
     def hold_response(self) -> None:
-        """Count an acknowledgement that is queued while the peer does not read.  Raises: Violation: too many."""
+        """Count an acknowledgement that is queued while the peer does not read.  Raises: Violation: too many are
+        queued.
+        """
 
     # -- called by the transport --------------------------------------------------------------------------------------
 
@@ -202,7 +204,7 @@ class Connection(asyncio.Protocol, Generic[S]):
     def _take(self, frame: Frame) -> None:
         """Handle a frame.  Raises: Violation."""
         if not self.is_open:
-            return  # ended by a frame before this one
+            return  # an earlier frame has ended the stream
         kind = frame.kind
         if self._begun is not None and kind != frames.CONTINUATION:
             raise Violation("headers that do not go on")

@@ -23,7 +23,7 @@ STATUS_OF: tuple[tuple[type[SkepError], Status], ...] = (
     (errors.ResourceExhausted, Status.RESOURCE_EXHAUSTED),
     (errors.Unimplemented, Status.UNIMPLEMENTED),
 )
-"""First match wins.  An error that is not listed is a bug: INTERNAL, without details for the peer."""
+"""The first match counts.  An error that is not listed is a bug, and the peer gets INTERNAL without details."""
 
 _ERROR_OF: dict[Status, type[SkepError]] = {
     **{status: error for error, status in STATUS_OF if status is not Status.UNKNOWN},
@@ -33,13 +33,13 @@ _ERROR_OF: dict[Status, type[SkepError]] = {
 }
 
 LOST_PEER = (OSError, asyncio.IncompleteReadError)
-"""Exceptions of a connection whose peer has disconnected or closed the stream."""
+"""Exceptions raised after the peer has disconnected or closed the stream."""
 
 NOT_TRUSTED = "is not trusted"
-"""In the error of a connection to a peer whose certificate has another root."""
+"""These words are in the error of a connection to a peer whose certificate has another root."""
 
 _MESSAGE_CHARACTERS_MAX = 2048
-"""A status message is sent as a header, and many peers refuse headers over 8 KiB."""
+"""Longest status message.  It is sent as a header, and many peers refuse headers over 8 KiB."""
 
 
 def to_status(error: SkepError) -> CallFailed:

@@ -32,7 +32,7 @@ WINDOW_MAX = 2**31 - 1
 """Source: RFC 9113, section 6.9.1."""
 
 FRAME_BYTES = 16_384
-"""Default size limit of a payload.  Skep never raises its own limit."""
+"""Default limit for the size of a payload.  Skep never announces a larger one."""
 
 STREAM_ID_MAX = 2**31 - 1
 """Source: RFC 9113, section 5.1.1."""
@@ -60,7 +60,7 @@ class Code(IntEnum):
 
 
 class Violation(Exception):
-    """The peer violated HTTP/2 or a limit.  Later bytes of the connection cannot be interpreted."""
+    """The peer violated HTTP/2 or a limit.  The rest of the connection cannot be parsed."""
 
     def __init__(self, reason: str, code: Code = Code.PROTOCOL_ERROR) -> None:
         super().__init__(reason)

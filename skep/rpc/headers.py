@@ -1,8 +1,8 @@
-"""Header blocks (HPACK, RFC 7541), decoded and encoded once for all connections.
+"""Decodes and encodes header blocks (HPACK, RFC 7541), with results that all connections share.
 
-A decoded block depends on its bytes and on the dynamic table that earlier blocks have built.  Most nodes send the same
-blocks in the same order.  Tables are therefore immutable values that connections share, and recent results are cached.
-A client announces a table of size 0, so that it decodes response blocks without state.
+The content of a block depends on its bytes and on the dynamic table that earlier blocks have built.  Most nodes send
+the same blocks in the same order, so tables are immutable values that connections share, and recent results are cached.
+Clients announce a table of size 0, so that they can decode response blocks without state.
 
 Source: RFC 7541, gRPC's PROTOCOL-HTTP2.md.
 """
@@ -20,15 +20,15 @@ from skep.rpc.frames import Code, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, encode_message
 
 HEADER_LIST_BYTES_MAX = 64 * 1024
-"""Decoded size of the headers of one request."""
+"""Largest decoded size of the headers of one request."""
 REMEMBERED = 256
-"""Entries of each cache that all connections share."""
+"""Number of entries of each cache that all connections share."""
 REMEMBERED_BYTES_MAX = 1024
 """Longer blocks are not cached, which limits the memory that peers can fill."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """The headers of a call that a gRPC server uses.  Empty if absent."""
+    """The headers of a call that a gRPC server uses.  An absent header is empty."""
 
     method: str
     path: str
@@ -101,7 +101,7 @@ def _literal(name: bytes, value: bytes) -> bytes:
 
 NO_TABLE = b"\x20"
 """Sets the table size to 0.  Sent once, before the first block."""
-_OK = b"\x88"  # `:status: 200` stands in the static table
+_OK = b"\x88"  # the entry for `:status: 200` in the static table
 ANSWER = _OK + _literal(b"content-type", b"application/grpc+proto")
 """Headers of a gRPC response."""
 TRAILERS_OK = _literal(b"grpc-status", b"0")

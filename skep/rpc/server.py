@@ -1,8 +1,8 @@
 """The server end of one HTTP/2 connection (RFC 9113) and its calls.
 
-It is designed for thousands of idle connections, small messages and hostile peers.  The memory that a peer can occupy
-is limited: by the limits in ``core``, by its windows of unread data, and by its number of streams.  A stream that the
-peer has reset counts until its handler has ended.  The server does not read from a peer that does not read.
+It is designed for thousands of idle connections, small messages and hostile peers.  Three things limit the memory that
+a peer can occupy: the limits in ``core``, the windows of unread data, and the number of streams.  A stream that the
+peer has reset counts until its handler has ended.  From a peer that does not read, the server does not read either.
 """
 
 import asyncio
@@ -53,13 +53,14 @@ class ServerStream(Stream):
         self._window_in = connection.limits.stream_window
         self._received = bytearray()
         self._unacked = 0
-        """Received bytes for which no window update of this stream was sent."""
+        """Received bytes for which this stream has not sent a window update."""
         self._consumed = 0
-        """Bytes of the message that the handler works on.
+        """Size of the message that the handler is working on.
 
-        They count towards the client's limit until the handler reads the next message or ends."""
+        It counts towards the client's limit until the handler reads the next message or ends.
+        """
         self._unreturned = 0
-        """Consumed bytes for which no window update of the connection is due yet: half of a message."""
+        """Bytes of an incomplete message, for which no window update of the connection is due yet."""
         self._pending_update = 0
         """Size of the next window update of this stream."""
         self._reader: asyncio.Future[None] | None = None
@@ -76,7 +77,7 @@ class ServerStream(Stream):
         if self._window_in < 0:
             raise Violation("more than the stream's window", Code.FLOW_CONTROL_ERROR)
         if self._is_gone or self._has_answered:
-            self._server.allow(size)  # the handler will not read it
+            self._server.allow(size)  # the handler will not read these bytes
             return
         self._received += data
         self._unacked += len(data)
@@ -152,7 +153,7 @@ class ServerStream(Stream):
         del received[:size]
         self._consumed += size
         self._unreturned += size
-        if size > MESSAGE_HEAD.size:  # with the prefix before it
+        if size > MESSAGE_HEAD.size:  # the prefix that precedes a message
             self._server.allow(self._unreturned)
             self._unreturned = 0
         self._release(len(received))
@@ -210,7 +211,7 @@ class ServerStream(Stream):
         self._has_headers = True
 
     def _let_go(self) -> None:
-        """Release the message that the handler worked on."""
+        """Release the message that the handler has finished."""
         if self._consumed:
             self._server.hold(-self._consumed)
             self._consumed = 0
@@ -248,7 +249,7 @@ class Limits(msgspec.Struct, frozen=True):
     streams: int
     stream_window: int
     connection_window: int
-    """At least the HTTP/2 default, which cannot be reduced."""
+    """At least the default of HTTP/2, below which a connection's window cannot be set."""
 
     def greeting(self) -> bytes:
         """Return the settings frame and the window update that open the connection."""
@@ -298,7 +299,9 @@ class ServerConnection(Connection[ServerStream]):
     # -- called by the transport ----------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """Stop reading from a peer that does not read: acknowledgements of its pings and settings would pile up."""
+        """Stop reading from a peer that does not read, because the acknowledgements of its pings and settings would
+        pile up.
+        """
         super().pause_writing()
         if self._transport is not None:
             self._transport.pause_reading()
@@ -367,7 +370,8 @@ class ServerConnection(Connection[ServerStream]):
     def allow(self, size: int) -> None:
         """Extend the connection's window by ``size`` bytes."""
         self._pending_update += size
-        # Pending updates and buffered bytes share one window, so an update waits for no more than a stream may buffer.
+        # Pending updates and buffered bytes share one window, so an update is sent once it is as large as a stream's
+        # window.
         if self._pending_update >= min(self.limits.stream_window, self.limits.connection_window // 2):
             self._window_in += self._pending_update
             self.write(frames.window_update(0, self._pending_update))
@@ -401,7 +405,7 @@ class ServerConnection(Connection[ServerStream]):
         if self._window_in < 0:
             raise Violation("more than the connection's window", Code.FLOW_CONTROL_ERROR)
         if stream is None:
-            self.allow(size)  # the client sent it before it learned of the stream's end
+            self.allow(size)  # the client sent this before it received the end of the stream
             return
         if stream.has_ended:
             raise Violation("data after the end", Code.STREAM_CLOSED)
@@ -410,10 +414,10 @@ class ServerConnection(Connection[ServerStream]):
             stream.end()
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
-        """Open a stream for headers, and end one for trailers."""
+        """Open a stream if the block has headers, or end a stream if the block has trailers."""
         request, self._table = headers.decoded(self._table, block)
         if stream_id <= self._last_stream_id:
-            # Trailers.  The stream may have ended while they were under way.
+            # These are trailers. The stream may have ended while they were on their way.
             if stream := self.known(stream_id):
                 stream.end()
             return

@@ -43,11 +43,11 @@ class CallFailed(Exception):
 
 
 class Lost(ConnectionError):
-    """The connection, or the call on it, ended without a status."""
+    """The connection or the call ended without a status."""
 
 
 def status_of(number: str) -> Status:
-    """Return the status with this number, or UNKNOWN for an undefined number, as gRPC's specification requires."""
+    """Return the status with this number, or UNKNOWN for an undefined one, as gRPC's specification requires."""
     return _BY_NUMBER.get(number, Status.UNKNOWN)
 
 

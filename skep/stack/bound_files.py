@@ -1,4 +1,4 @@
-"""Bind-mounted files in the stack's directory: changed content updates the service, as a changed config does."""
+"""Makes a deploy update a service if the content of a file has changed that it mounts from the stack's directory."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +12,16 @@ from skep.stack.project import Stack, StackService, versioned_name
 from skep.stack.reading import Report
 
 _BYTES_MAX: Final = 8 << 20
-"""Bytes of a file that a node can get with a task."""
+"""Size in bytes up to which a file is hashed."""
 _FILES_MAX: Final = 50
-"""Files of one service whose content is hashed."""
+"""Largest number of files of one service that are hashed."""
 
 
 def with_bound_files(stack: Stack, directory: Path, report: Report) -> Stack:
     """Return the stack with a label on each service: hashes of the files below ``directory`` that it mounts.
 
-    Directories, files elsewhere and files that are not on this machine are left out: they belong to the node.
+    Directories, files elsewhere and files that this machine does not have are left out, because they belong to the
+    node.
     """
     return replace(
         stack,
@@ -55,7 +56,8 @@ def _contents(service: StackService, directory: Path, warn: Callable[[Path, str]
                 warn(path, f"it is larger than {_BYTES_MAX >> 20} MiB")
             else:
                 name = path.relative_to(directory).as_posix()
-                # A file may hold a password, and many users can read labels: the hash is slow to guess.
+                # A file may hold a password, and many users can read labels, so the hash takes long to compute for each
+                # guess.
                 yield f"{name}={versioned_name(name, path.read_bytes(), is_secret=True)[-10:]}"
         except OSError as error:
             warn(path, error.strerror or str(error))

@@ -1,4 +1,4 @@
-"""The claim of a running deploy on its stack, until a newer deploy replaces it.
+"""The claim of a running deploy on its stack, which lasts until a newer deploy replaces it.
 
 The managers refuse requests of a deploy that was replaced (``manager/control/deploys.py``).
 """
@@ -14,17 +14,17 @@ from skep.stack.project import Stack
 
 
 class Replaced(FailedPrecondition):
-    """A newer deploy of the stack, with other content, has replaced this one."""
+    """A newer deploy of the stack with other content has replaced this deploy."""
 
 
 class Claim:
-    """One deploy's claim on its stack: its revision."""
+    """One deploy's claim on its stack, held by the revision that records the deploy."""
 
     def __init__(self, client: Requests, asked: Stack, id: str) -> None:
         """
         Args:
-            asked: what the deploy asks for.
-            id: of the config that records it.
+            asked: the desired stack of the deploy.
+            id: id of the config that records the deploy.
         """
         self._client = client
         self._asked = asked
@@ -43,7 +43,7 @@ class Claim:
         try:
             config = await self._client.get(f"/configs/{self._id}", timeout_s=RESPONSE_TIMEOUT_S)
             state = str((config["Spec"].get("Labels") or {}).get(STACK_STATE, ""))
-        except NotFound:  # the revision was removed as the oldest of many
+        except NotFound:  # the revision was the oldest one and has been removed
             state = f"{REPLACED}?"
         if not state.startswith(REPLACED):
             return False

@@ -1,4 +1,4 @@
-"""Read the cluster's objects, and have it check a plan, before anything is changed."""
+"""Reads the cluster's objects and has the managers check a plan before anything is changed."""
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,21 +21,21 @@ from skep.stack.project import NAMESPACE, Stack, StackFile
 from skep.stack.revisions import Revision, revisions_of
 
 RESPONSE_TIMEOUT_S: Final = 30.0
-"""Seconds for one list of the cluster's objects."""
+"""Timeout in seconds for one list of objects."""
 AT_ONCE: Final = 8
-"""Requests in flight at most."""
+"""Largest number of requests in flight."""
 NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
 _UNKNOWN_PATH: Final = ": only administrators may do this"
-"""End of the managers' refusal of an unknown path to users below administrator."""
+"""Managers end the refusal of an unknown path with these words if the user is not an administrator."""
 _TOO_MUCH: Final = "too much at once"
 _NAMED_MAX: Final = 5
-"""Images that one warning names."""
+"""Largest number of images that one warning names."""
 
 
 async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ()) -> Existing:
     """Return the stack's services, all networks and secrets, and the configs with the names ``configs``.
 
-    Configs come with their content, so the configs of the whole cluster can be hundreds of megabytes.
+    Not all configs are read, because a response contains their content, which can be hundreds of megabytes.
     """
     label = {"label": [f"{NAMESPACE}={stack}"]}
     services, networks, secrets, found = await asyncio.gather(
@@ -50,7 +50,9 @@ async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ())
 
 
 async def configs_named(client: Requests, names: Iterable[str]) -> list[Any]:
-    """Return the configs with these names, and perhaps others: the filter takes prefixes."""
+    """Return the configs with these names, and perhaps others that begin with them, because the filter compares
+    prefixes.
+    """
     wanted = sorted(set(names))
     if not wanted:
         return []
@@ -103,7 +105,7 @@ async def pinned_images(
                     timeout_s=RESPONSE_TIMEOUT_S,
                 )
                 return name, f"{name}@{found['Descriptor']['digest']}"
-            except PermissionDenied:  # the managers refuse the deploy itself, with its own reason
+            except PermissionDenied:  # the managers will refuse the deploy too, and say why
                 return name, ""
             except (SkepError, KeyError, TypeError) as error:
                 failed[name] = str(error)
@@ -118,8 +120,8 @@ async def pinned_images(
 def kept_images(services: Iterable[ServiceSpec], existing: Iterable[Service]) -> set[str]:
     """Return the images that all of ``services`` with them run already without a digest, such as local images.
 
-    The deploy that began to use them gave the warning.  An image with a digest is not among them: its registry
-    responded then, and a user who deploys again may want the newest version.
+    An earlier deploy has already warned about them.  Images with a digest are not among them.  Their registry has
+    responded before, and a user who deploys again may want the newest version.
     """
     present = {one.spec.name: _image_of(one.spec) for one in existing}
     wanted = {one.name: _image_of(one) for one in services}
@@ -139,7 +141,7 @@ async def known_revisions(client: Requests, stack: str) -> list[Revision]:
 
 
 def _unpinned(failed: Mapping[str, str]) -> str:
-    """Return one warning for all images without a digest.  ``failed``: their errors, by name."""
+    """Return one warning for all images without a digest.  ``failed``: the errors by image name."""
     (first, error), *others = sorted(failed.items())
     if not others:
         return (
@@ -165,10 +167,10 @@ def registry_auth(login: str | None) -> dict[str, str]:
 
 
 async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None]) -> None:
-    """Have the managers check the whole plan without writing anything.
+    """Let the managers check the whole plan without writing anything.
 
     Raises:
-        Problems: the managers would refuse parts of the plan; lists all of them.
+        Problems: the managers would refuse parts of the plan, all of which the error lists.
         PermissionDenied: the user may not deploy this.
     """
     if not plan.effective:
@@ -217,7 +219,7 @@ def _check_body(stack: Stack, plan: Plan) -> dict[str, Any]:
 
 
 def _sized(file: StackFile) -> dict[str, Any]:
-    """Return a secret or config with the size of its content in place of the content."""
+    """Return the body of a secret or config with the size of its content instead of the content."""
     body = {key: value for key, value in file.body.items() if key != "Data"}
     return body | {"DataBytes": len(file.content or b"")}
 

@@ -1,4 +1,4 @@
-"""The keys of a service that make its containers."""
+"""Conversion of the keys of a service that configure its containers."""
 
 import re
 from collections.abc import Iterable
@@ -61,11 +61,11 @@ _MODES: Final = (*_PROPAGATIONS, "ro", "rw", "nocopy", "z", "Z", "cached", "dele
 
 
 class Volumes:
-    """The top-level volumes, and the mounts that services have of them."""
+    """The volumes of the file's top level, which services mount."""
 
     def __init__(self, names: dict[str, tuple[str, dict[str, str], Driver | None]]) -> None:
         self._names = names
-        """Name in the file to name in the cluster, labels, and driver."""
+        """Maps the name in the file to the name in the cluster, the labels and the driver."""
 
     def mount(self, source: str, target: str, read_only: bool, no_copy: bool, subpath: str) -> Mount:
         """Return a mount of a volume.  Raises: ValueError: no such volume."""
@@ -145,7 +145,9 @@ def container_of(service: Reader, volumes: Volumes) -> ContainerSpec:
 
 
 def _check_links(service: Reader) -> None:
-    """Report links with an alias.  A link to a service by its own name needs nothing: every network resolves it."""
+    """Report links with an alias.  A link to a service by its own name is fine, because every network resolves that
+    name.
+    """
     for text in service.texts("links"):
         target, _, alias = text.partition(":")
         if alias and alias != target:

@@ -31,7 +31,7 @@ def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes
     """
     top = Reader(document, "", report)
     if not _STACK_NAME.fullmatch(name):
-        from skep.gotemplate import quoted  # an import that costs more than the conversion of most files
+        from skep.gotemplate import quoted  # Importing this takes longer than converting most files.
 
         top.problem(
             "name",
@@ -105,7 +105,7 @@ def _check_dependencies(stack: Stack, report: Report) -> None:
 
 
 def _check_names(stack: Stack, report: Report) -> None:
-    """Report objects with the same name in the cluster.  An external object may be named twice."""
+    """Report two objects with the same name in the cluster.  External objects may be named twice."""
     for kind in ("networks", "secrets", "configs"):
         keys: dict[str, str] = {}
         objects: Mapping[str, StackNetwork | StackFile] = getattr(stack, kind)

@@ -1,6 +1,6 @@
-"""Deployment of a plan: create new objects, change services in the order of their dependencies, then wait for them.
+"""Deploys a plan: creates new objects, changes services in the order of their dependencies, then waits for them.
 
-Repeating a deploy completes an interrupted one, because each request states the desired state, not a change.
+To complete an interrupted deploy, repeat it.  Each request states the desired state and not a change of it.
 """
 
 import asyncio
@@ -63,23 +63,25 @@ from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
 _TOGETHER: Final = 200
-"""Services in one request: a few megabytes at most, handled within a fraction of a second."""
+"""Largest number of services in one request, which then has a few megabytes at most and takes a fraction of a
+second.
+"""
 _OTHER_CONTENT: Final = "only updates to Labels are allowed"
-"""SwarmKit's refusal to change the content of a secret or config."""
+"""SwarmKit's error for a change of a secret's or config's content."""
 _LAST_WORDS_S: Final = 5.0
-"""Seconds to read the state of a deploy after an interrupt, before the command ends."""
+"""Timeout in seconds for reading the state of an interrupted deploy before the command ends."""
 
 Show = Callable[[str, str], None]
 """Called with the name of an object and a progress text."""
 
 
 class CreatedObjects(msgspec.Struct):
-    """The objects that a deploy has created so far.  Its undo removes these and nothing else."""
+    """The objects that a deploy has created so far.  An undo of the deploy removes only these."""
 
     services: list[Service] = []
-    """Created services, with networks by name."""
+    """Created services, whose specs name networks instead of giving ids."""
     files: list[tuple[str, str, str]] = []
-    """Created networks, secrets and configs: kind, name and id."""
+    """Kind, name and id of each created network, secret and config."""
     revision: str = ""
     """Id of the config that records the deploy."""
     claim: Claim | None = None
@@ -102,7 +104,7 @@ class Deployment:
     ) -> None:
         """
         Args:
-            logins: ``X-Registry-Auth`` by the names of images as the files have them.
+            logins: ``X-Registry-Auth`` by image name as written in the files.
             created: filled with the objects that the deploy creates.
         """
         self._created = created if created is not None else CreatedObjects()
@@ -120,14 +122,14 @@ class Deployment:
         """Apply the changes, then wait until the services run with their new spec.
 
         Args:
-            wait_s: seconds to wait at most, or None to return without waiting.
-            failures_max: failures of a task in a row that end the wait, or 0 to wait in spite of failures.
+            wait_s: longest wait in seconds, or None to return without waiting.
+            failures_max: consecutive failures of a task that end the wait, or 0 to wait in spite of failures.
 
         Raises:
-            Problems: a secret exists with other content; no service was changed.
+            Problems: a secret exists with other content.  No service was changed.
             Replaced: a newer deploy of the stack has replaced this one.
-            SkepError: a change was refused; earlier changes stay, and a repeated deploy resumes after them.
-            Unavailable: the services did not converge in time, or waiting cannot help; has the cause.
+            SkepError: a change was refused.  Earlier changes stay, and a repeated deploy continues after them.
+            Unavailable: the services did not converge in time, or waiting cannot help.  The error names the cause.
         """
         try:
             await self._apply(wait_s, failures_max)
@@ -154,7 +156,7 @@ class Deployment:
     async def _change_services(self) -> None:
         """Create, update and remove services.
 
-        Returns early if a newer deploy of the same content has taken over.  Raises: as ``apply``.
+        Returns early if a newer deploy of the same content has taken over.  Raises the same errors as ``apply``.
         """
         first = freeing(self._plan)
         try:
@@ -170,7 +172,7 @@ class Deployment:
             self._show(self._stack.name, f"another deploy has the same content ({error})")
 
     async def find_unfinished(self) -> dict[str, str]:
-        """Return the progress of the plan's services that do not run with their new spec, by name."""
+        """Return the progress of the services that do not run with their new spec yet, by name."""
         progress = await self._reasons.explain(await self._looks())
         wanted = [
             one.name
@@ -184,9 +186,10 @@ class Deployment:
         }
 
     async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
-        """Remove the unused ones among the secrets and configs ``former`` of earlier deploys, except ``kept``.
+        """Remove the secrets and configs named in ``former``, unless they are still used or named in ``kept``.
 
-        Others with the stack's label stay: a concurrent deploy or a user may have just created them.
+        Other secrets and configs with the stack's label stay, because a concurrent deploy or a user may have just
+        created them.
         """
         existing = await existing_of(self._client, self._stack.name, former)
         for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
@@ -194,14 +197,14 @@ class Deployment:
             for one in superseded(self._stack, kind, candidates, existing.services, kept):
                 try:
                     await self._client.delete(f"/{kind}s/{one['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
-                except SkepError:  # a service started to use it just now
+                except SkepError:  # a service has just started to use it
                     continue
                 self._show(one["Spec"]["Name"], f"superseded {kind} removed")
 
     # --- steps
 
     async def _update_files(self) -> None:
-        """Change labels, and have the cluster compare the content of unversioned secrets, which the API never shows.
+        """Change labels, and let the cluster compare the content of unversioned secrets, which the API never shows.
 
         Source: docker/cli, cli/command/stack/deploy_composefile.go (createSecrets, createConfigs).
         """
@@ -211,7 +214,8 @@ class Deployment:
             path, is_changed = f"{kind}s", (kind, file.name) in changed
 
             def spec(present: Mapping[str, Any]) -> Mapping[str, Any]:
-                # An object that is kept retains its own labels: it may belong to another stack, or to none.
+                # An object that the plan keeps retains its own labels, because it may belong to another stack or to
+                # none.
                 return (
                     file.body if is_changed else {**file.body, "Labels": present["Spec"].get("Labels") or {}}
                 )
@@ -221,7 +225,7 @@ class Deployment:
                     await update(self._client, path, file.name, spec, timeout_s=RESPONSE_TIMEOUT_S)
             except PermissionDenied:
                 if is_changed:
-                    raise  # an unchanged secret is used without the comparison
+                    raise  # a secret that the plan does not change is used without the comparison
             except InvalidArgument as error:
                 if _OTHER_CONTENT not in str(error):
                     raise
@@ -286,15 +290,18 @@ class Deployment:
         found = {one.name: one for one in self._plan.of("service", Action.CREATE, Action.UPDATE)}
         chosen = {name: one for name, one in self._stack.services.items() if one.spec.name in found}
         changes = {name: found[one.spec.name] for name, one in chosen.items()}
-        # In the order of dependencies, without waiting between waves: the cluster waits (``model/dependencies.py``).
-        # The order matters because an updated service must not see the earlier run of a job that will run again.
+        # Services change in the order of their dependencies, but without a wait in between, because the cluster itself
+        # delays their tasks (``model/dependencies.py``). The order matters because an updated service must not take the
+        # earlier run of a job that will run again for the new one.
         for wave in waves(chosen):
             left = [changes[name] for name in wave]
             for at in range(0, len(left), _TOGETHER):
                 await self._services_changed(left[at : at + _TOGETHER])
 
     async def _services_changed(self, changes: Sequence[Change]) -> None:
-        """Change services in one request, then each service that failed, or all on an older cluster, by its own."""
+        """Change services in one request.  Services that failed get a request of their own, and so do all on an older
+        cluster.
+        """
         body = [self._wanted(one) for one in changes if one.spec is not None]
         try:
             results = await self._client.post(
@@ -327,7 +334,7 @@ class Deployment:
         return made | ({"ID": change.id, "Version": change.version} if change.id else {})
 
     def _headers(self, change: Change | None = None) -> dict[str, str]:
-        """Return the headers of a request that changes several services, or only the service of ``change``."""
+        """Return the headers of a request for several services, or for the service of ``change`` only."""
         made = registry_auth(self._login(change)) if change is not None else {}
         return made | dict(self._created.claim.headers) if self._created.claim is not None else made
 
@@ -389,8 +396,8 @@ class Deployment:
                     f"service {change.name} exists outside of the stack {self._stack.name}. Remove or rename it."
                 )
             spec = _now_wanted(change, wanted, present)
-            # An earlier request without a response may have been applied.  Applied twice, a job would run twice, and
-            # the update would roll back to the same spec.
+            # An earlier request without a response may have been applied. If it were applied twice, a job would run
+            # twice, and the service would have the same spec to roll back to.
             is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
             return None if is_done else msgspec.Raw(to_json(self._with_ids(spec)))
 
@@ -448,7 +455,7 @@ class Deployment:
 
 
 def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
-    """Return the spec to write where others may have changed the service since the plan was made."""
+    """Return the spec to write, because others may have changed the service since the plan was made."""
     if change.before is not None:
         return merged(change.before, wanted, present)
     force = present.task_template.force_update
@@ -465,7 +472,7 @@ async def remove_unchanged(
         headers: headers of the removal request.
 
     Returns:
-        Whether this call removed it; False if it was removed already.
+        Whether this call removed it.  False if it had been removed already.
 
     Raises:
         FailedPrecondition: the service was changed meanwhile.
@@ -499,7 +506,7 @@ def _tasks(objects: Iterable[Any]) -> list[Task]:
 
 
 async def all_of(work: Iterable[Any]) -> None:
-    """Await all, even if some fail.  Raises the error if one failed, or Unavailable with all errors if several did."""
+    """Await all, even if some fail.  Raises a single error unchanged, and several errors together as Unavailable."""
     results = await asyncio.gather(*work, return_exceptions=True)
     failed = [one for one in results if isinstance(one, BaseException)]
     if len(failed) > 1 and all(isinstance(one, SkepError) for one in failed):

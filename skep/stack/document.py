@@ -16,17 +16,19 @@ import yaml
 from skep.errors import InvalidArgument
 
 FILE_BYTES_MAX: Final = 8 << 20
-"""Bytes of one file, which is parsed in memory."""
+"""Largest size of a file in bytes, because it is parsed in memory."""
 _NODES_MAX: Final = 500_000
-"""Nodes of a document with all aliases expanded, as a small file can expand to billions."""
+"""Largest number of nodes of a document with all aliases expanded.  Without it, a small file could expand to
+billions.
+"""
 _DEPTH_MAX: Final = 100
-"""Levels of nested values.  Python's own stack ends at a thousand calls."""
+"""Deepest nesting of values.  Python's own stack ends at a thousand calls."""
 
 Scalar: TypeAlias = str | int | float | bool | None
 TAGS: Final = ("!reset", "!override")
 
 SCALAR_TAG: Final = "tag:skep,scalar"
-"""Tag of a scalar other than text in a tree for the serializer, which writes it without quotes."""
+"""Tag that makes the serializer write a scalar without quotes, because it is not a text."""
 _TEXT_TAG: Final = "tag:yaml.org,2002:str"
 _BOOLEANS: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
@@ -73,14 +75,16 @@ class Node(msgspec.Struct, frozen=True):
     """A value in a document.
 
     ``value``: a scalar, a mapping of names to nodes, or a sequence of nodes.  ``text``: the scalar as written in the
-    file, so that ``1.10`` stays ``1.10`` where a text is wanted.  ``tag``: an item of ``TAGS``, or empty.
+    file, so that ``1.10`` stays ``1.10`` if it is used as a text.  ``tag``: an item of ``TAGS``, or empty.
     """
 
     value: "Scalar | Mapping[str, Node] | tuple[Node, ...]"
     place: Place
     text: str = ""
     is_plain: bool = False
-    """Whether a scalar has no quotes, so that it is parsed again as a number or boolean after interpolation."""
+    """Whether a scalar is written without quotes.  After interpolation, it is then parsed again as a number or
+    boolean.
+    """
     tag: str = ""
     keys: Mapping[str, Place] = {}
     """Positions of a mapping's keys."""
@@ -142,7 +146,7 @@ def scalar(text: str, place: Place, *, is_plain: bool = False) -> Node:
 
 
 def mapping(entries: Mapping[str, Node], place: Place, keys: Mapping[str, Place] | None = None) -> Node:
-    """Return a mapping node.  ``keys``: positions of the keys; a missing one is taken from its value."""
+    """Return a mapping node.  ``keys``: positions of the keys.  A key without one gets the position of its value."""
     return Node(entries, place, keys={name: node.place for name, node in entries.items()} | dict(keys or {}))
 
 
@@ -154,7 +158,7 @@ def resolved(text: str) -> Scalar:
         return _BOOLEANS[text]
     if (
         text[0] not in "-+.0123456789" or len(text) > 40
-    ):  # more digits stay text: conversion takes quadratic time
+    ):  # More digits stay text, because the conversion takes quadratic time.
         return text
     if _DECIMAL.fullmatch(text):
         return int(text.replace("_", ""))
@@ -213,7 +217,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, place: Place) -> str:
 
 
 class _Open(msgspec.Struct):
-    """A mapping or sequence under construction.  ``key`` and ``key_place``: the key whose value comes next."""
+    """A mapping or sequence under construction.  ``key`` and ``key_place``: the key that the next value belongs to."""
 
     is_mapping: bool
     place: Place
@@ -235,7 +239,7 @@ class _Builder:
         self._file = file
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[Node, int]] = {}
-        """Anchored nodes, with the number of nodes in each."""
+        """Anchored nodes by name, each with the number of nodes that it contains."""
         self._top: Node | None = None
         self._count = 0
 

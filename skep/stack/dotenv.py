@@ -21,11 +21,11 @@ def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> d
     """Return the variables in a file.
 
     Args:
-        variables: the environment; sets names without a value, and takes precedence in substitutions.
-        is_raw: take each text after the equals sign literally (``format: raw``).
+        variables: the environment, which sets names without a value and takes precedence in substitutions.
+        is_raw: whether to take each text after the equals sign literally (``format: raw``).
 
     Raises:
-        ValueError: a line is invalid; has its number.
+        ValueError: a line is invalid.  The error names its number.
     """
     made: dict[str, str] = {}
     lines = text.removeprefix("\ufeff").splitlines()
@@ -39,7 +39,7 @@ def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> d
         if match is None:
             raise ValueError(
                 f"line {first}: expected NAME=VALUE"
-            )  # without the line, which may have a secret
+            )  # The error does not show the line, which may contain a secret.
         name, rest = match[1], line[match.end() :].strip()
         if not match[2]:
             if name in variables:
@@ -48,7 +48,7 @@ def parse(text: str, variables: Mapping[str, str], *, is_raw: bool = False) -> d
         if is_raw:
             made[name] = rest
             continue
-        while _is_open(rest) and number < len(lines):  # a quoted value may have several lines
+        while _is_open(rest) and number < len(lines):  # a quoted value may span several lines
             rest = f"{rest}\n{lines[number]}"
             number += 1
         try:

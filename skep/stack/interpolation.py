@@ -1,12 +1,9 @@
 """Interpolation of variables in the values of Compose files: ``$NAME``, ``${NAME:-default}`` and other forms.
 
-| form | result |
-|---|---|
-| ``$NAME``, ``${NAME}`` | the value, or empty with a warning if NAME is unset |
-| ``${NAME:-text}``, ``${NAME-text}`` | ``text`` if NAME is unset or empty, or only if it is unset |
-| ``${NAME:?text}``, ``${NAME?text}`` | an error with ``text`` in these cases |
-| ``${NAME:+text}``, ``${NAME+text}`` | ``text`` if NAME is set and not empty, or if it is set at all |
-| ``$$`` | a dollar sign |
+| form | result | |---|---| | ``$NAME``, ``${NAME}`` | the value, or empty with a warning if NAME is unset | |
+``${NAME:-text}``, ``${NAME-text}`` | ``text`` if NAME is unset or empty, or only if it is unset | | ``${NAME:?text}``,
+``${NAME?text}`` | an error with ``text`` in the same cases | | ``${NAME:+text}``, ``${NAME+text}`` | ``text`` if NAME
+is set and not empty, or if it is set at all | | ``$$`` | a dollar sign |
 
 ``text`` may have variables of its own.
 
@@ -24,13 +21,13 @@ from skep.stack.document import Node, Problem, Problems, scalar
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPERATORS: Final = (":-", ":?", ":+", "-", "?", "+")
 _DEPTH_MAX: Final = 20
-"""Levels of nested variables."""
+"""Deepest nesting of variables."""
 _BYTES_MAX: Final = 1 << 20
-"""Characters of one value after substitution."""
+"""Longest value after substitution, in characters."""
 
 
 class Substitution:
-    """Replaces variables, and records the names without a value."""
+    """Replaces variables, and records the names of those without a value."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
@@ -47,7 +44,9 @@ class Substitution:
         return made
 
     def _until(self, text: str, end: str, depth: int) -> tuple[str, str]:
-        """Return the text before ``end`` (or all, if that is empty) with variables replaced, and the rest after it."""
+        """Return the text before ``end`` with variables replaced, and the rest after it.  An empty ``end`` means the
+        whole text.
+        """
         if depth > _DEPTH_MAX:
             raise ValueError(f"variables are nested more than {_DEPTH_MAX} levels deep")
         made: list[str] = []
@@ -103,7 +102,7 @@ class Substitution:
         is_used = has_value if operator[-1] == "+" else not has_value
         inner = (
             self if is_used else Substitution(self._variables)
-        )  # variables in an unused default do not count as missing
+        )  # a variable in a default that is not used does not count as missing
         try:
             text, rest = inner._until(rest, "}", depth + 1)
         except _MissingError:
@@ -127,7 +126,7 @@ class _MissingError(ValueError):
 
 
 def _behind(text: str) -> str:
-    """Return the rest of ``text`` after the brace that closes the one before ``text``."""
+    """Return the rest of ``text`` after the closing brace that belongs to the opening brace before ``text``."""
     depth = 1
     for at, character in enumerate(text):
         if character == "{" and at and text[at - 1] == "$":
@@ -140,7 +139,9 @@ def _behind(text: str) -> str:
 
 
 def interpolated(node: Node, variables: Mapping[str, str], warn: Callable[[str], None]) -> Node:
-    """Return the tree with variables in its values replaced; keys stay.  Raises: Problems: all invalid values."""
+    """Return the tree with variables in its values, but not in its keys, replaced.  Raises: Problems: values are
+    invalid.
+    """
     substitution = Substitution(variables)
     problems: list[Problem] = []
     made = _tree(node, "", substitution, problems)

@@ -1,4 +1,4 @@
-"""Load the files of a stack as one document: includes, ``extends``, several files, variables, profiles.
+"""Loads the files of a stack as one document, with includes, ``extends``, several files, variables and profiles.
 
 Source: compose-spec, 13-merge.md, 14-include.md, 15-profiles.md; compose-go, loader/loader.go, loader/extends.go.
 """
@@ -66,7 +66,7 @@ class Files:
         if self._count > _FILES_MAX:
             raise InvalidArgument(f"the stack has more than {_FILES_MAX} files")
         try:
-            # O_NONBLOCK: a pipe without a writer would block.
+            # O_NONBLOCK, because a pipe without a writer would block.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             with os.fdopen(descriptor, "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -235,7 +235,9 @@ class _Loader:
         variables: Mapping[str, str],
         path: tuple[str, ...],
     ) -> Node:
-        """Return the service merged over the service that it extends.  ``path``: the file, and the services so far."""
+        """Return the service merged over the service that it extends.  ``path``: the file, and the services that lead
+        to this one.
+        """
         node = services[name]
         extends = (node.entries or {}).get("extends")
         if extends is None or node.entries is None or node.tag == "!reset":
@@ -450,7 +452,7 @@ def _environment(
         made |= {name: scalar(value, node.place) for name, value in found.items()}
     given = entries.get("environment")
     if given is not None and given.entries is None:
-        return service  # neither a mapping nor a list of texts: the conversion reports it
+        return service  # The conversion reports a value that is neither a mapping nor a list of texts.
     for name, node in (given.entries or {}).items() if given is not None else ():
         if node.value is not None:
             made[name] = node

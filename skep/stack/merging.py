@@ -1,4 +1,4 @@
-"""Merge Compose files, after converting short forms into long ones.
+"""Merges Compose files after converting short forms into long ones.
 
 Mappings are merged, lists are joined, and other values are replaced, except for the keys in this module's tables.
 ``!reset`` removes a value, and ``!override`` replaces it as a whole.
@@ -23,9 +23,9 @@ _PAIRS: Final = (
     "args",
     "additional_contexts",
 )
-"""Keys of a service, its ``deploy`` and its ``build`` whose mapping may be written as a list of ``NAME=VALUE``."""
+"""Keys of a service, its ``deploy`` and its ``build`` that may hold a list of ``NAME=VALUE`` instead of a mapping."""
 _NAMES: Final = ("networks", "depends_on")
-"""Keys whose mapping may be written as a list of names."""
+"""Keys that may hold a list of names instead of a mapping."""
 _ONE_OR_LIST: Final = ("dns", "dns_search", "dns_opt", "env_file", "tmpfs", "label_file")
 _REPLACED: Final = ("command", "entrypoint", "test")
 _PORT: Final = re.compile(
@@ -34,7 +34,7 @@ _PORT: Final = re.compile(
 
 
 def canonical(document: Node) -> Node:
-    """Return the document with the short forms that matter for merging converted into long forms."""
+    """Return the document with long forms in place of the short forms that merging cannot handle."""
     services = (document.entries or {}).get("services")
     if services is None or services.entries is None:
         return document

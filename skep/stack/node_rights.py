@@ -1,4 +1,4 @@
-"""Conversion of keys that need rights over the node into container labels (``skep.model.rights``)."""
+"""Converts keys that need rights over the node into container labels (``skep.model.rights``)."""
 
 from skep.stack.reading import Reader
 

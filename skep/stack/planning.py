@@ -1,4 +1,4 @@
-"""Plans: a pure comparison of a stack's files with the cluster's objects."""
+"""Makes plans by comparing a stack's files with the cluster's objects.  Pure."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -22,7 +22,7 @@ from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFil
 
 _UNSET: Final = object()
 _HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
-"""Ids in references, which follow from the names and are therefore not compared."""
+"""Ids in references.  They are not compared, because they follow from the names."""
 
 
 class Existing(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +35,7 @@ class Existing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Action(Enum):
-    """The action on an object.  The value is its sign in a plan."""
+    """The action on an object.  The value is the sign that a printed plan shows for it."""
 
     CREATE = "+"
     UPDATE = "~"
@@ -52,7 +52,9 @@ class Difference(msgspec.Struct, frozen=True):
 
     @property
     def restarts(self) -> bool:
-        """Return whether the change replaces all tasks.  A placement change moves only tasks that no longer fit."""
+        """Return whether the change replaces all tasks.  A change of placement moves only those tasks that no longer
+        fit.
+        """
         if self.path.startswith("TaskTemplate.Placement."):
             return False
         return self.path.startswith(("TaskTemplate.", "EndpointSpec."))
@@ -66,13 +68,13 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     differences: tuple[Difference, ...] = ()
     spec: ServiceSpec | None = None
-    """Desired spec of a service, without ids of objects that are created with it."""
+    """Desired spec of a service, without the ids of objects that the same plan creates."""
     id: str = ""
     """Id of an existing service."""
     version: int = 0
     """Version of an existing service when it was read."""
     before: ServiceSpec | None = None
-    """Spec of an existing service, with networks by name."""
+    """Spec of an existing service, with names of networks instead of ids."""
 
     @property
     def restarts(self) -> bool:
@@ -113,7 +115,7 @@ class Placement(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Changes to all objects of a stack, in the order of creation, with removals last."""
+    """The changes of all objects of a stack, in the order in which they are created, with removals last."""
 
     stack: str
     changes: tuple[Change, ...]
@@ -133,7 +135,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def effective(self) -> tuple[Change, ...]:
-        """Return the changes without objects that stay as they are."""
+        """Return the changes, without objects that stay as they are."""
         return tuple(one for one in self.changes if one.action is not Action.KEEP)
 
     def of(self, kind: str, *actions: Action) -> tuple[Change, ...]:
@@ -154,12 +156,12 @@ def plan_of(
 
     Args:
         images: image names with their registries' digests, by image name.
-        prune: remove services that the files no longer have.
+        prune: whether to remove services that the files no longer contain.
         only: limit the plan to these services, by their names in the files, or empty for all.
         removable: ids of the services that ``prune`` may remove, or None for all.
 
     Raises:
-        Problems: an external object does not exist, or a different object has the name of one.
+        Problems: an external object does not exist, or the cluster has a different object with the same name.
     """
     chosen = {name: one for name, one in stack.services.items() if not only or name in only}
     problems: list[Problem] = []
@@ -198,14 +200,14 @@ def plan_of(
 
 
 def planned_again(stack: Stack, plan: Plan, existing: Existing) -> Plan:
-    """Return the plan of the same deploy for what the cluster has now.  Raises: Problems."""
+    """Return a new plan of the same deploy for the present objects of the cluster.  Raises: Problems."""
     return plan_of(
         stack, existing, images=plan.images, prune=plan.prune, only=plan.only, removable=plan.removable
     )
 
 
 def freeing(plan: Plan) -> tuple[Change, ...]:
-    """Return the removals that come first, because they free a published port for another service."""
+    """Return the removals that must come first because they free a published port for another service."""
     wanted = {
         port for one in plan.of("service", Action.CREATE, Action.UPDATE) for port in _published(one.spec)
     }
@@ -221,7 +223,7 @@ def _published(spec: ServiceSpec | None) -> set[tuple[str, int]]:
 
 
 def removal_of(service: Service) -> Change:
-    """Return the removal of ``service``, which has networks by name."""
+    """Return the removal of ``service``, whose spec has names of networks instead of ids."""
     return Change(
         action=Action.REMOVE,
         kind="service",
@@ -326,9 +328,10 @@ def _files(
         if kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
             problems.append(other_content(kind, file))
         labels = now["Spec"].get("Labels") or {}
-        is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)  # other stacks' objects are only used
+        # objects of other stacks are used but not changed
+        is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)
         if file.is_versioned and not is_ours:
-            # The hash in its name stands for this stack's content, but nothing has compared the two.
+            # Its name contains the hash of this stack's content, but nothing has compared the content itself.
             text = f"the {kind} {file.name} exists and belongs to another stack or none: remove it, then deploy again"
             problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
         differing = tuple(_label_differences(labels, file.labels)) if is_ours else ()
@@ -382,7 +385,7 @@ def _service(
 def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str, str]) -> ServiceSpec:
     """Return the spec with the image's digest.
 
-    Without a response from the registry, the service keeps its present digest, if the image name is the same.
+    If the registry did not respond, the service keeps its present digest, provided that the image name is the same.
     """
     template = spec.task_template
     container = template.container_spec
@@ -390,7 +393,7 @@ def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str,
     image = images.get(container.image, "")
     if not image and current is not None and current.spec.labels.get(IMAGE) == container.image:
         now = current.spec.task_template.container_spec
-        # The label alone does not suffice: the last update of the service could have set it to anything.
+        # The label alone proves nothing, because the last update of the service could have set it to anything.
         image = now.image if now is not None and now.image.startswith(f"{container.image}@") else ""
     if not image:
         return spec
@@ -400,10 +403,10 @@ def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str,
 def merged(before: ServiceSpec, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
     """Return ``present`` with the differences between ``before`` and ``wanted`` applied, field by field.
 
-    The service may have been changed since ``before`` was read: by the autoscaler its number of tasks, by a user other
-    fields.  A list is one field.
+    Since ``before`` was read, the autoscaler may have changed the number of tasks, and a user any other field.  A list
+    counts as one field.
     """
-    # Files name secrets and configs, and managers add their ids: these do not count as a difference.
+    # Managers add the ids of secrets and configs that files only name. Such ids do not count as a difference.
     unread = [_without_ids(one) for one in (before, wanted)]
     specs = (msgspec.json.decode(to_json(one)) for one in (*unread, present))
     spec = leniently(msgspec.json.encode(_merged(*specs)), ServiceSpec)
@@ -482,7 +485,7 @@ def _reference_key(reference: SecretReference | ConfigReference) -> tuple[str, s
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield path and value of each leaf of a spec.  A list of texts is one leaf; empty values are left out."""
+    """Yield path and value of each leaf of a spec.  A list of texts is one leaf.  Empty values are left out."""
     match value:
         case dict():
             for key, one in value.items():
@@ -508,9 +511,9 @@ def superseded(
     services: Sequence[Service],
     kept: Collection[str] = (),
 ) -> list[Mapping[str, Any]]:
-    """Return the stack's secrets or configs that are not in its files, nor in a service's present or previous spec.
+    """Return the stack's secrets or configs that neither its files nor a service's present or previous spec names.
 
-    ``kept``: names that earlier revisions need, which stay.
+    ``kept``: names that earlier revisions need.  They are not returned.
     """
     wanted = {one.name for one in (stack.secrets if kind == "secret" else stack.configs).values()}
     used = {

@@ -1,4 +1,4 @@
-"""Progress of services towards their spec, read from their tasks, and whether waiting can help.  Pure."""
+"""Derives the progress of services towards their spec from their tasks, and decides whether waiting can help.  Pure."""
 
 import math
 import re
@@ -13,28 +13,35 @@ from skep.model.service import RestartCondition, Service, UpdateState
 from skep.model.task import Task, TaskState
 
 UP_TO_DATE: Final[Mapping[str, Sequence[str]]] = {"_up-to-date": ["true"]}
-"""The filter of ``GET /tasks`` for the tasks that match the present spec, ports included."""
+"""The filter of ``GET /tasks`` for tasks that match the present spec, including its ports."""
 
 FAILURES_MAX: Final = 5
-"""Failures of a task in a row after which a wait ends.  A start that needs another service usually works by the third
-attempt, and the delay between attempts grows, so that the tenth comes minutes later."""
+"""Consecutive failures of a task after which a wait ends.  A task that needs another service usually starts by the
+third attempt.  The delay between attempts grows, so the tenth would come minutes later.
+"""
 UNPREPARED_MAX: Final = 2
-"""The same if the image, the program or a mount is missing.  A registry may be unavailable once."""
+"""Consecutive failures after which a wait ends if the image, the program or a mount is missing.  One failure may be due
+to a registry that was unavailable for a moment.
+"""
 STEADY_S: Final = 5.0
-"""Seconds a service has to run after a failure.  Source: docker/cli, cli/command/service/progress (verification)."""
+"""Seconds for which a service has to run after a failure.  Source: docker/cli, cli/command/service/progress
+(verification).
+"""
 UNPLACED_S: Final = 60.0
-"""Seconds without a node for a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
+"""Seconds for which a task may lack a node before a wait ends.  Tasks that an update stops have left their nodes by
+then.
+"""
 TOO_LARGE_S: Final = 10.0
-"""The same if no node is as large as the task needs.  A node that has just joined has reported its size by then."""
+"""The same if no node is as large as the task needs.  A node that is just joining has reported its size by then."""
 UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
     "no-node": (UNPLACED_S, "no node has accepted a task for {s:.0f} s"),
     "too-large": (TOO_LARGE_S, "no node can accept a task"),
     "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
 }
-"""Seconds until a wait ends, and its words, by the kind of the problem."""
+"""Seconds until a wait ends, and the text of its error, by the kind of the problem."""
 
 GIVEN_UP_S: Final = 1.0
-"""Seconds after a task is given up until a wait ends.  A service that was scaled has its new tasks by then."""
+"""Seconds from giving up a task to the end of a wait.  A service that was scaled has its new tasks by then."""
 
 _STUCK = (
     UpdateState.PAUSED,
@@ -49,11 +56,11 @@ _COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
 
 
 class Problem(msgspec.Struct, frozen=True, rename="pascal"):
-    """The worst task of a service (``GET /skep/services/{id}/explain``)."""
+    """The worst problem among a service's tasks (``GET /skep/services/{id}/explain``)."""
 
     kind: str = ""
     failures: int = 0
-    """Failures in a row in the task's slot."""
+    """Consecutive failures in the task's slot."""
     task_id: str = msgspec.field(name="TaskID", default="")
     is_given_up: bool = False
     """Whether its restart policy allows no further attempt."""
@@ -63,7 +70,7 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """A service's progress towards its spec."""
 
     count: str
-    """``1 of 2 tasks run``"""
+    """A text such as ``1 of 2 tasks run``."""
     cause: str = ""
     """Reason why not all tasks run.  Empty if unknown."""
     is_done: bool = False
@@ -72,9 +79,9 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     is_final: bool = False
     """Whether its tasks have ended as intended, so that none can fail again."""
     is_updating: bool = False
-    """Whether an update is under way, whose settings decide what follows a failure."""
+    """Whether an update is under way.  Its settings then decide what follows a failure."""
     problem: Problem = Problem()
-    """The worst task, as far as the tasks show one."""
+    """The worst problem that the tasks show."""
 
     @property
     def text(self) -> str:
@@ -83,7 +90,9 @@ class ServiceProgress(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, rename="pascal"):
-    """The managers' reason why a service is not in its desired state.  Empty from managers of earlier versions."""
+    """The reason, from the managers, why a service is not in its desired state.  Managers of earlier versions send
+    none.
+    """
 
     reason: str = ""
     problem: Problem | None = None
@@ -107,16 +116,17 @@ def explained(
     given_up_s: float = 0.0,
     seen: int = 0,
 ) -> ServiceProgress:
-    """Return ``progress`` with the managers' reason, and stuck where waiting cannot help.
+    """Return ``progress`` with the managers' reason, and with ``is_stuck`` set if waiting cannot help.
 
     The reason has what the error of a task lacks, such as the last line of its output.
 
     Args:
-        current: ids of the tasks with the present spec; only their failures count.
-        failures_max: failures in a row that make waiting hopeless, or 0 for no limit.
+        current: ids of the tasks with the present spec.  Only their failures count.
+        failures_max: consecutive failures that make waiting hopeless, or 0 for no limit.
         unplaced_s: seconds for which a task has waited for a node, or for its networks and ports.
         given_up_s: seconds for which the restart policy has allowed no further attempt.
-        seen: failures of one slot since the wait began, as the cluster keeps few ended tasks.
+        seen: failures of one slot since the wait began.  The caller counts them because the cluster keeps few ended
+            tasks.
     """
     if progress.is_done:
         return progress
@@ -154,8 +164,8 @@ def progress_of(
 
     Args:
         tasks: the service's tasks, including ended ones.
-        current: ids of the tasks that the leader leaves as they are (the filter ``_up-to-date``), or None to take the
-            tasks with the present version of the spec, or with the same template if versions are unknown.
+        current: ids of the tasks that the leader does not replace (the filter ``_up-to-date``).  With None, these are
+            the tasks with the present version of the spec, or with the same template if versions are unknown.
     """
     if current is None:
         current = {task.id for task in tasks if _is_current(task, service)}
@@ -164,7 +174,7 @@ def progress_of(
         return _job(service, tasks)
     if (
         ended := _ended(service, tasks, current)
-    ) is not None:  # checked first, because an update counts every early end as a failure
+    ) is not None:  # This comes first, because an update counts every early end as a failure.
         return ended
     update = service.update_status
     if update is not None and update.state in _STUCK:
@@ -182,7 +192,7 @@ def progress_of(
     cause = _cause(of_spec) if updated < count else ""
     problem = _problem(of_spec)
     text = f"{updated} of {count} tasks run"
-    # Slots are counted, because an old and a new task of a slot may both run.
+    # This counts slots, because an old and a new task of one slot may both run.
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
@@ -201,13 +211,13 @@ def _running(tasks: Iterable[Task]) -> int:
 def _stuck(state: UpdateState, message: str, cause: str) -> str:
     """Return why an update is stuck.  ``cause``: a task's error, which the message may already contain."""
     text = message
-    if not message.startswith(("update ", "rollback ")):  # such as the message of a user's pause
+    if not message.startswith(("update ", "rollback ")):  # for example, the message of a pause by a user
         text = f"the update is {state.value}: {message}"
     return text if not cause or cause in text else f"{text} ({cause})"
 
 
 def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) -> ServiceProgress | None:
-    """Return the progress of a service whose tasks have ended and are not restarted (``restart: no``), or None."""
+    """Return the progress of a service if its tasks have ended and are not restarted (``restart: no``), else None."""
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
@@ -228,7 +238,7 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
 def _is_current(task: Task, service: Service) -> bool:
     if task.spec_version is not None and service.spec_version is not None:
         return task.spec_version == service.spec_version
-    # For containers the API omits the spec's field ``Runtime`` in tasks, so the comparison ignores it.
+    # The comparison ignores the field ``Runtime``, which the API omits in the tasks of containers.
     return replace(task.spec, runtime="") == replace(service.spec.task_template, runtime="")
 
 
@@ -256,7 +266,7 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
 
 
 def _problem(tasks: Sequence[Task]) -> Problem:
-    """Return the longest row of failures in a slot, as far as ended tasks are kept."""
+    """Return the problem of the slot with most consecutive failures, as far as ended tasks are kept."""
     rows: dict[Hashable, list[Task]] = {}
     for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z")):
         row = rows.setdefault(_slot(task), [])
@@ -282,12 +292,12 @@ def _problem(tasks: Sequence[Task]) -> Problem:
 
 
 def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
-    """Return the slots of the tasks of the present spec that failed, by task id."""
+    """Return the slots of failed tasks with the present spec, by task id."""
     return {task.id: _slot(task) for task in tasks if task.id in current and task.status.state in _FAILED}
 
 
 def running_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
-    """Return the slots of the tasks of the present spec that run, by task id."""
+    """Return the slots of running tasks with the present spec, by task id."""
     return {
         task.id: _slot(task)
         for task in tasks
@@ -298,7 +308,7 @@ def running_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str
 def _cause(tasks: Iterable[Task]) -> str:
     """Return the newest error of an unhealthy task, or an empty text.
 
-    The time until the next attempt is left out, because the text would differ at every look.
+    The time until the next attempt is left out, because the text would otherwise change constantly.
     """
     unwell = [
         task

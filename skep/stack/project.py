@@ -12,7 +12,7 @@ from skep.model.service import ServiceSpec
 from skep.stack.document import Place
 
 NAMESPACE: Final = "com.docker.stack.namespace"
-"""Docker's label with the stack's name, on every object of a stack."""
+"""Docker's label with the stack's name.  Every object of a stack has it."""
 IMAGE: Final = "com.docker.stack.image"
 NODES_NETWORKS: Final = ("host", "none", "bridge")
 """Names of the networks that every node has locally."""
@@ -48,7 +48,9 @@ class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StackFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret or config.  ``content`` is None if it is external.  ``is_versioned``: its name has a content hash."""
+    """A secret or config.  ``content`` is None if it is external.  ``is_versioned``: its name contains a hash of the
+    content.
+    """
 
     place: Place
     name: str
@@ -80,10 +82,11 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def versioned_name(name: str, content: bytes, *, is_secret: bool, settings: bytes = b"") -> str:
-    """Return a name with a hash of the content, for an immutable object: other content has another name.
+    """Return a name with a hash of the content.  Other content has another name, because the content of an object
+    cannot change.
 
-    A secret's name must not help to guess the secret, so its suffix costs 30 ms and 16 MiB to compute for each guess.
-    ``settings``: further bytes to hash, such as the object's labels.
+    A secret's name must not help to guess the secret.  Each guess costs the 30 ms and 16 MiB that it takes to compute
+    the hash.  ``settings``: further bytes to hash, such as the object's labels.
     """
     if is_secret:
         digest = hashlib.scrypt(

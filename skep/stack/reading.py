@@ -1,4 +1,4 @@
-"""Typed reading of mappings, which collects all problems and ignores no key silently.
+"""Reads the values of mappings by type, collects all problems, and never ignores a key silently.
 
 The caller reads every supported key of a mapping.  ``close`` then reports the remaining keys, each with the most
 similar supported key.
@@ -79,12 +79,12 @@ class Reader:
         )
 
     def refuse(self, key: str, why: str) -> None:
-        """Report a known key that Skep does not support, if it is present."""
+        """Report an error if the file has ``key``, which Skep does not support."""
         if self.node(key) is not None:
             self.problem(key, why)
 
     def ignore(self, key: str, why: str) -> None:
-        """Warn about a key that has no effect on a cluster, if it is present."""
+        """Warn if the file has ``key``, which has no effect on a cluster."""
         if self.node(key) is not None:
             self.warn(key, why)
 
@@ -93,7 +93,7 @@ class Reader:
         self._read.update(dict.fromkeys(keys))
 
     def text(self, key: str) -> str:
-        """Return a text; numbers and booleans as written in the file."""
+        """Return a text.  Numbers and booleans are returned as written in the file."""
         found = self.node(key)
         return self._text(found, self.at(key)) if found is not None else ""
 
@@ -114,7 +114,7 @@ class Reader:
         return value
 
     def mode(self, key: str) -> int | None:
-        """Return file permissions: a number as YAML reads it, or a text of octal digits."""
+        """Return file permissions.  The file has a number in any form of YAML, or a text of octal digits."""
         found = self.node(key)
         if (
             found is not None
@@ -138,7 +138,9 @@ class Reader:
         return float(value)
 
     def boolean(self, key: str) -> bool | None:
-        """Return a boolean.  A quoted ``true`` or ``false`` counts too, as values of variables are texts."""
+        """Return a boolean.  A quoted ``true`` or ``false`` counts as well, because the value of a variable is a
+        text.
+        """
         found = self.node(key)
         if found is None:
             return None
@@ -203,7 +205,7 @@ class Reader:
         return text
 
     def words(self, key: str) -> tuple[str, ...] | None:
-        """Return arguments: a list, or a text that is split by a shell's rules without running a shell."""
+        """Return arguments from a list, or from a text, which is split by a shell's rules without running a shell."""
         found = self.node(key)
         if found is None:
             return None
@@ -216,7 +218,7 @@ class Reader:
             return None
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Return a list of texts; one text alone becomes a list of one."""
+        """Return a list of texts.  A single text becomes a list with one item."""
         found = self.node(key)
         if found is None:
             return ()

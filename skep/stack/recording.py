@@ -1,4 +1,4 @@
-"""Deploys with a revision, which is recorded before the first change and gets the deploy's result after the last."""
+"""Deploys a stack with a revision, which is recorded before the first change and gets the result after the last one."""
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -51,7 +51,9 @@ from skep.stack.revisions import (
 )
 
 _RECORDED_WITHIN_S: Final = 60.0
-"""Seconds to get a number for a revision.  A hundred deploys that start together take their numbers in turn."""
+"""Timeout in seconds for getting the number of a revision.  A hundred deploys that start together get theirs one by
+one.
+"""
 
 
 async def carry_out(
@@ -66,18 +68,19 @@ async def carry_out(
     *,
     failures_max: int = FAILURES_MAX,
 ) -> None:
-    """Deploy ``stack`` as ``plan`` says, and record its desired state as a revision, without ``logins``.
+    """Deploy ``stack`` according to ``plan``, and record its desired state as a revision, without ``logins``.
 
     Nothing is written if the managers would refuse a part of the plan.  The deploy replaces running deploys of the
-    stack, and is planned again for the objects that they have left.  A plan for some services only is recorded as the
-    last deployed revision with these services changed.  It is refused while another deploy of the stack runs, because
-    it would replace that deploy without completing it.  Nothing is recorded if the stack exists without a revision, or
-    only with revisions that failed and have other services.
+    stack, and makes a new plan for the objects that they have left.
+
+    A plan for some services only is recorded as the last deployed revision with these services changed.  It is refused
+    while another deploy of the stack runs, because it would replace that deploy without completing it.  Nothing is
+    recorded if the stack exists without a revision, or if all its revisions failed and have other services.
 
     ``created`` is filled with the created objects, for ``undo``.  See ``Deployment.apply`` for the other arguments.
 
     Raises: Problems: the managers would refuse the plan; Unavailable: objects of another failed deploy are being
-        removed; SkepError: as ``Deployment.apply``, and the revision then has the reason of the failure.
+        removed; SkepError: an error of ``Deployment.apply``, which the revision then records.
     """
     created = created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, stack.name)
@@ -114,7 +117,7 @@ async def carry_out(
 
 
 async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
-    """Remove the revisions of a stack that are more than it keeps, and return the others."""
+    """Remove surplus revisions of a stack, and return the others."""
     present = await known_revisions(client, name)
     kept = kept_of(present)
     for one in present:
@@ -126,10 +129,10 @@ async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
 def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | None:
     """Return the whole stack to record as a revision, or None for some services of a stack without a revision.
 
-    The other services are recorded as they were last deployed.  A revision whose deploy failed or was interrupted has
-    content that never ran, and the new revision will be marked as deployed.  Without a deployed revision, nothing is
-    recorded if a failed deploy may have created other services, because a rollback to a record of some would remove
-    them.
+    The other services are recorded as they were last deployed.  Revisions of failed or interrupted deploys are not
+    used, because their content never ran and the new revision will be marked as deployed.  Without a deployed revision,
+    nothing is recorded if a failed deploy may have created other services, because a rollback to an incomplete revision
+    would remove these.
 
     Raises: FailedPrecondition: the plan is for some services, and another deploy is under way.
     """
@@ -146,7 +149,7 @@ def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | N
 
 
 def _check_after(last: Revision, number: int) -> None:
-    """Check that the newest revision ``last`` has this number and is not being deployed.
+    """Check that the newest revision, ``last``, has this number and is not being deployed.
 
     Raises: FailedPrecondition.
     """
@@ -158,7 +161,7 @@ def _check_after(last: Revision, number: int) -> None:
 
 
 async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -> Plan:
-    """Return the plan for the stack's present objects, which no other deploy changes now."""
+    """Return the plan for the stack's present objects, which no other deploy can change from now on."""
     existing = await existing_of(client, stack.name, config_names(stack))
     found = planned_again(stack, plan, existing)
     if [(one.action, one.name) for one in found.changes] != [(one.action, one.name) for one in plan.changes]:
@@ -187,13 +190,13 @@ async def _record(
     """Record a new revision and return its id, or an empty string if it is too large or refused by a quota.
 
     Args:
-        after: number of the revision that has to be the newest, 0 if there must be none, or None for any.
+        after: required number of the newest revision, 0 if there must be none, or None for any.
     """
     backoff = Backoff(0.05, 2.0)
     deadline = asyncio.get_running_loop().time() + _RECORDED_WITHIN_S
     while asyncio.get_running_loop().time() < deadline:
         revisions = await known_revisions(client, stack.name)
-        # Also after 0: another first deploy may have recorded its part meanwhile.
+        # This check is also needed after 0, because another first deploy may have recorded its part meanwhile.
         if after is not None and revisions:
             _check_after(revisions[-1], after)
         try:
@@ -208,7 +211,7 @@ async def _record(
             continue
         except (
             PermissionDenied
-        ) as error:  # by a quota; a user without the right is refused at the first change
+        ) as error:  # a quota refused it, because a user without the right is refused at the first change
             warn(f"{error}. You cannot roll back to this deploy.")
             return ""
         return str(response["ID"])
@@ -218,8 +221,8 @@ async def _record(
 async def _check_no_undo(client: Requests, stack: str) -> None:
     """Check that no other deploy is being undone, because the undo removes objects that this deploy would use.
 
-    Called after this deploy's revision was recorded.  An undo also records itself before it reads the revisions, so at
-    least one of the two sees the other.
+    Call it after this deploy's revision is recorded.  An undo also records itself before it reads the revisions, so at
+    least one of the two notices the other.
 
     Raises: Unavailable.
     """
@@ -236,7 +239,7 @@ def _undoing(revision: Revision) -> str:
 
 
 async def _complete(client: Requests, last: Revision, warn: Callable[[str], None]) -> None:
-    """Mark the last revision as deployed, after a deploy that changed nothing.
+    """Mark the last revision as deployed after a deploy that changed nothing.
 
     The last deploy had the same desired state, and may have ended before it recorded its result.
 
@@ -253,7 +256,7 @@ async def _set_state(
 ) -> str:
     """Set the state of a revision, unless its state begins with one of ``unless``.
 
-    Returns: The state before, or an empty text if the update failed.
+    Returns: The previous state, or an empty text if the update failed.
     """
     found = ""
 
@@ -275,7 +278,7 @@ async def _set_state(
 async def _forget(client: Requests, revision: Revision) -> None:
     try:
         await client.delete(f"/configs/{revision.id}", timeout_s=RESPONSE_TIMEOUT_S)
-    except SkepError:  # another deploy has removed it, or the next deploy will
+    except SkepError:  # another deploy has removed the revision, or the next deploy will do so
         return
 
 
@@ -283,15 +286,15 @@ async def _forget(client: Requests, revision: Revision) -> None:
 
 
 class Return(msgspec.Struct, frozen=True):
-    """A planned rollback to a revision.  ``client`` has the rights that it runs with."""
+    """A planned rollback to a revision.  ``client`` has the rights with which the rollback runs."""
 
     client: Requests
     stack: Stack
     plan: Plan
     left: frozenset[str] = frozenset()
-    """Services that the revision does not have and that the rollback may not remove."""
+    """Services that the revision does not contain, but that the rollback may not remove."""
     beyond: tuple[str, ...] = ()
-    """Reasons why the rights of the revision's writer do not suffice, a line for each service."""
+    """Reasons why the rights of the revision's writer do not suffice, one line for each service."""
 
 
 async def return_plan(
@@ -307,13 +310,13 @@ async def return_plan(
     can write a revision.
 
     Args:
-        removable: ids of the services that may be removed if the revision does not have them, or None for all.
-        is_admin: use all rights of the client.
+        removable: ids of the services that may be removed if the revision does not contain them, or None for all.
+        is_admin: whether to use all rights of the client.
 
     Raises:
         InvalidArgument: the revision cannot be read.
         Problems: a secret or config of the revision no longer exists.
-        FailedPrecondition: the manager cannot limit rights.
+        FailedPrecondition: the managers' version cannot limit rights.
     """
     stack, limited = revision.stack(), client
     if revision.role != Binding(Role.ADMIN):
@@ -331,7 +334,7 @@ async def return_plan(
 
 
 async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
-    """Return the parts of the plan that the managers would not permit to ``client``, before anything is changed."""
+    """Return the parts of the plan that the managers would refuse to ``client``, without changing anything."""
     found: list[str] = []
     for one in plan.of("service", Action.CREATE, Action.UPDATE):
         body = msgspec.Raw(to_json([one.spec]))
@@ -360,7 +363,7 @@ async def undo(
     Raises:
         InvalidArgument: the stack has no deployed revision, or it is damaged.
         Problems: a secret or config of the revision no longer exists.
-        PermissionDenied: the writer of the revision lacks the rights for it; nothing was changed.
+        PermissionDenied: the writer of the revision lacks the rights for it.  Nothing was changed.
     """
     name, created = failed.stack, created if created is not None else CreatedObjects()
     revisions = await known_revisions(client, name)
@@ -380,12 +383,14 @@ async def undo(
 
 
 def _unsure(names: Collection[str]) -> str:
-    """Return a clause about services that an undo leaves, as no response confirmed that the deploy created them."""
+    """Return a clause about services that an undo leaves because no response has confirmed that the deploy created
+    them.
+    """
     return f", except for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
 
 
 def refused(revision: Revision, beyond: Collection[str]) -> str:
-    """Return the error about a rollback that the rights of the revision's writer do not permit."""
+    """Return the error of a rollback for which the rights of the revision's writer do not suffice."""
     name, number = revision.of, revision.number
     return (
         f"revision {number} of {name} was written with the role {revision.role}, which does not permit "
@@ -401,7 +406,9 @@ async def _unmade(
     wait_s: float,
     warn: Callable[[str], None],
 ) -> str:
-    """Remove the objects that a deploy has created, unless another deploy may use them, and return a sentence on it."""
+    """Remove the objects that a deploy has created, unless another deploy may use them.  Return a sentence about the
+    result.
+    """
     if not (created.services or created.files or created.revision):
         return "it had created nothing"
     if created.revision and await _set_state(client, created.revision, UNDOING, warn, unless=(DEPLOYED,)) in (

@@ -14,11 +14,11 @@ from skep.stack.planning import removal_of
 from skep.stack.project import NAMESPACE
 
 _LOOK_S: Final = 0.5
-"""Seconds between looks at the remaining objects."""
+"""Seconds between checks of the remaining objects."""
 
 
 async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:
-    """Remove a stack: its services, then, when their tasks have stopped, its other objects.
+    """Remove a stack: first its services, and once their tasks have stopped, its other objects.
 
     Returns: Whether the stack had any objects.
     Raises: Unavailable: an object was still in use after ``wait_s``.
@@ -41,7 +41,7 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
 async def unmake(client: Requests, stack: str, created: CreatedObjects, show: Show, wait_s: float) -> None:
     """Remove the objects that a deploy has created, and nothing else.
 
-    Raises: FailedPrecondition: one of the services was changed meanwhile; Unavailable: an object stays in use.
+    Raises: FailedPrecondition: one of the services was changed meanwhile; Unavailable: an object is still in use.
     """
     for service in created.services:
         if await remove_unchanged(client, removal_of(service)):
@@ -61,7 +61,7 @@ async def _wait_tasks_gone(
     wait_s: float,
     services: Collection[str] | None = None,
 ) -> None:
-    """Wait until no task of the stack, or of these services, runs: then addresses and networks are free."""
+    """Wait until no task of the stack, or of these services, runs.  Their addresses and networks are then free."""
 
     async def read_tasks() -> list[Any]:
         tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)

@@ -1,8 +1,8 @@
-"""Revisions of a stack: the desired state of each deploy, stored in the cluster.
+"""Revisions of a stack.  Each is the desired state of one deploy, stored in the cluster.
 
-A revision is a config of the cluster with the name ``STACK_revision-N``, so ``docker stack rm`` removes it with the
-stack, and every program that can read configs can read it.  It has specs and names, but not the content of secrets and
-configs.  Secrets and configs that kept revisions name are kept.
+A revision is a config with the name ``STACK_revision-N``, so ``docker stack rm`` removes it with the stack, and every
+program that can read configs can read it.  It contains specs and names, but not the content of secrets and configs.
+These stay in the cluster as long as a revision names them.
 """
 
 import asyncio
@@ -25,22 +25,26 @@ from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
 
 KEPT: Final = 10
 KEPT_BYTES: Final = 512 * 1024
-"""Bytes of a stack's revisions together, in base64, because every manager has the whole cluster's configs in memory.
-A usual stack has 2 to 5 KB compressed, so ten revisions fit.  Of very large stacks only two are kept."""
+"""Largest size of all revisions of a stack together, in bytes of base64.  It is limited because every manager has all
+configs of the cluster in memory.  A usual stack has 2 to 5 KB compressed, so ten revisions fit.  Very large stacks keep
+only two.
+"""
 KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
 UNDOING: Final = "rolling back"
 UNDOINGS: Final = (UNDOING, "being undone")
 """The state and its former name, which commands of earlier versions write."""
-"""State of a failed deploy while the objects that it created are removed: no other deploy may use them."""
+"""State of a failed deploy while the objects that it created are being removed.  No other deploy may use these
+objects.
+"""
 _BYTES_MAX: Final = 900_000
-"""Bytes of a compressed revision, as the size of a config is limited to less than 1000 KiB."""
+"""Largest size of a compressed revision in bytes.  A config must be smaller than 1000 KiB."""
 _UNPACKED_MAX: Final = 64 << 20
-"""Bytes of a revision after decompression.  The store is not trusted with more."""
+"""Largest size of a revision after decompression, in bytes, because users can write revisions of any content."""
 _CAUSE_MAX: Final = 300
-"""Characters of the cause that a revision keeps."""
+"""Longest cause of a failure that a revision keeps, in characters."""
 _NAME_MAX: Final = 40
-"""Characters of the stack's name within a config's name, which may have 64."""
+"""Longest stack name, in characters, within a config's name, which may have 64."""
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +69,7 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def role(self) -> Binding:
-        """Return the role whose rights a rollback gets: the writer's role, or operator of the stack if unknown."""
+        """Return the role with which a rollback runs: the writer's role, or operator of the stack if it is unknown."""
         try:
             return parse_binding(self.written_by)
         except InvalidArgument:
@@ -84,8 +88,8 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
     def stack(self) -> Stack:
         """Return the desired state.
 
-        Raises: InvalidArgument: the revision cannot be read, or has objects of another stack.  Users who may write
-            configs of one stack can write anything into them.
+        Raises: InvalidArgument: the revision cannot be read, or contains objects of another stack.  This is checked
+            because users who may write configs of a stack can write anything into a revision.
         """
         stack = self._decoded()
         if stack.name != self.of:
@@ -113,7 +117,7 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidArgument(f"revision {self.number} cannot be read: {error}") from error
 
     def is_of(self, asked: Stack) -> bool:
-        """Return whether its desired state is exactly ``asked``.  An unreadable revision counts as different."""
+        """Return whether its desired state is equal to ``asked``.  An unreadable revision counts as different."""
         try:
             return self.stack() == asked
         except InvalidArgument:
@@ -129,7 +133,7 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
         if labels.get(NAMESPACE) != stack or not (number.isascii() and number.isdigit() and len(number) < 10):
             continue
         if one["Spec"]["Name"] != _name(stack, int(number)):
-            continue  # labels can be changed, names cannot: revisions are ordered by their names
+            continue  # Revisions are ordered by their names, because labels can be changed and names cannot.
         made.append(
             Revision(
                 of=stack,
@@ -148,8 +152,8 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
 def with_part(base: Stack, stack: Stack, only: Collection[str]) -> Stack:
     """Return ``base`` with the services ``only`` of ``stack``, for the revision of a deploy of these services.
 
-    A secret or config of ``base`` that has other content in the files is kept in addition to the new one, because the
-    other services use it.
+    If a secret or config has other content in the files than in ``base``, both are kept, because other services still
+    use the one in ``base``.
     """
 
     def files(before: Mapping[str, StackFile], now: Mapping[str, StackFile]) -> dict[str, StackFile]:
@@ -169,7 +173,9 @@ def with_part(base: Stack, stack: Stack, only: Collection[str]) -> Stack:
 
 
 def asked_for(stack: Stack, plan: Plan) -> Stack:
-    """Return the desired state of a deploy of ``stack``, with image digests, and secrets and configs by name only."""
+    """Return the desired state of a deploy of ``stack``, with digests of images, and with secrets and configs by name
+    only.
+    """
     specs = {one.name: one.spec for one in plan.changes if one.kind == "service"}
     return replace(
         stack,
@@ -210,7 +216,7 @@ def _short(name: str) -> str:
 
 
 def _with_spec(service: StackService, spec: Any) -> StackService:
-    """Return the service with the plan's spec, which has the image's digest."""
+    """Return the service with its spec in the plan, which has the image's digest."""
     return service if spec is None else replace(service, spec=spec)
 
 
@@ -240,7 +246,9 @@ def state_after(error: BaseException | None) -> str:
 
 
 def kept_of(revisions: Sequence[Revision]) -> Sequence[Revision]:
-    """Return the revisions to keep: the newest ones within both bounds, and the newest deployed one, for an undo."""
+    """Return the revisions to keep: the newest ones within the limits of number and size, and the newest deployed one,
+    which an undo needs.
+    """
     made: list[Revision] = []
     size = 0
     for one in reversed(revisions):
@@ -301,7 +309,9 @@ def pair_of(
 
 
 def newest_deployed(stack: str, revisions: Sequence[Revision]) -> Revision:
-    """Return the newest deployed revision, which a failed deploy has changed.  Raises: InvalidArgument: none."""
+    """Return the newest deployed revision, to which an undo returns.  Raises: InvalidArgument: no revision was
+    deployed.
+    """
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
         raise InvalidArgument(f"no earlier revision of {stack} was deployed. Run skep stack history {stack}.")

@@ -131,7 +131,7 @@ _HINTS: Final = {
 
 
 def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return errors about labels, each with the key to report it at.
+    """Return errors about labels, each with the key at which it is reported.
 
     ``declared``: the labels below ``deploy``.  A schedule below ``x-skep`` is checked where it is read.
     """
@@ -333,7 +333,7 @@ def _short_ports(node: Node, path: str, service: Reader) -> list[tuple[PortConfi
     first, last = _range(match["published"] or "0")
     if protocol not in _PROTOCOLS or not 0 < low <= high <= 65535 or not 0 <= first <= last <= 65535:
         service.problem_at(
-            node, path, f"{node.text!r} has no valid ports: want 1 to 65535, and {', '.join(_PROTOCOLS)}"
+            node, path, f"{node.text!r} has no valid ports: expected 1 to 65535, and {', '.join(_PROTOCOLS)}"
         )
         return []
     if first and last - first != high - low:
@@ -428,7 +428,7 @@ def _autoscaling(settings: Reader) -> dict[str, str]:
 
 
 def _checked_labels(settings: Reader, keys: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
-    """Return labels with the texts at these keys, each checked at its place in the file."""
+    """Return labels with the values of these keys.  Errors are reported at the place of the key in the file."""
     made: dict[str, str] = {}
     for key, label in keys.items():
         if not (text := settings.text(key)):

@@ -1,4 +1,4 @@
-"""Wait until services run with their spec, show their progress, and stop when waiting cannot help."""
+"""Waits until services run with their spec, shows their progress, and stops when waiting cannot help."""
 
 import asyncio
 from collections import Counter
@@ -28,22 +28,24 @@ from skep.stack.progress import (
 )
 
 _LOOK_S = 0.5
-"""Seconds between looks at the services."""
+"""Seconds between polls of the services."""
 _RESPONSE_TIMEOUT_S: Final = 15.0
-"""Seconds for one look."""
+"""Timeout of one poll in seconds."""
 _EXPLAINED_MAX: Final = 5
-"""Services to explain at each look.  For a service that waits for a node, a manager counts the cluster's tasks."""
+"""Largest number of services that one poll asks the managers to explain.  If a service waits for a node, a manager has
+to count all tasks of the cluster.
+"""
 _OTHERS_MAX: Final = 5
-"""Other services whose causes an error names.  It should fit a screen."""
+"""Largest number of other services that an error names with their causes, so that it fits on a screen."""
 _EXPLAINED_AFTER_S: Final = 1.0
-"""Seconds after which services without a failure are explained too.  Most services run by then."""
+"""Seconds after which services without a failure are explained as well.  Most services run by then."""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """A service's progress as its tasks show it.
+    """A service's progress as its tasks show it at one poll.
 
-    ``current``: ids of the tasks with its present spec.  ``failed`` and ``running``: slots of the failed and
-    of the running tasks among them, by task id.
+    ``current``: ids of the tasks with the service's present spec.  ``failed`` and ``running``: slots of these tasks by
+    task id, as far as the tasks have failed or are running.
     """
 
     id: str
@@ -54,7 +56,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, id: str, progress: ServiceProgress, tasks: Sequence[Task], current: frozenset[str]) -> "Look":
-        """Return the look at a service with ``tasks``, of which those in ``current`` have its present spec."""
+        """Return the look at a service with ``tasks``.  ``current``: ids of the tasks with its present spec."""
         return cls(
             id=id,
             progress=progress,
@@ -77,13 +79,13 @@ async def look_at(client: Requests, word: str) -> Look:
 
 
 class HeldTimes:
-    """Since when facts have held at each look.  Pure: times are arguments, in seconds on one clock."""
+    """Tracks for how long facts have held at every look.  Pure.  Times are arguments, in seconds on one clock."""
 
     def __init__(self) -> None:
         self._since: dict[Hashable, float] = {}
 
     def held_s(self, fact: Hashable, now: float, *, holds: bool) -> float:
-        """Return the seconds for which ``fact`` has held at each look, or 0 if it does not hold at ``now``."""
+        """Return the seconds for which ``fact`` has held at every look, or 0 if it does not hold at ``now``."""
         if holds:
             return now - self._since.setdefault(fact, now)
         self._since.pop(fact, None)
@@ -91,18 +93,18 @@ class HeldTimes:
 
 
 class Reasons:
-    """Reads the managers' reasons why the services of a wait do not run."""
+    """Reads from the managers why the services of a wait do not run."""
 
     def __init__(self, client: Requests, failures_max: int) -> None:
-        """``failures_max``: failures of a task in a row that end the wait, or 0 to wait in spite of failures."""
+        """``failures_max``: consecutive failures of a task that end the wait, or 0 to wait in spite of failures."""
         self._client = client
         self._failures_max = failures_max
         self._times = HeldTimes()
-        """Times of a service's facts and of its running tasks, on the event loop's clock."""
+        """Times for which the problems of services have lasted and tasks have run, on the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
-        """Slots of failed tasks, by service and task id, or None if the slot has run again since."""
+        """Slots of failed tasks, by service and task id.  None replaces a slot that has run again since."""
         self._counts: dict[str, set[str]] = {}
-        """Counts of tasks that were seen, by service.  A new one is progress."""
+        """Texts of the counts of tasks so far, by service.  A new count means progress."""
         self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
@@ -138,9 +140,9 @@ class Reasons:
         return made
 
     def _has_progress(self, name: str, count: str) -> bool:
-        """Return whether the count of a service's tasks is one that it has not had before.
+        """Return whether the service has this count of running tasks for the first time.
 
-        Where nodes or addresses come one after the other, some task waits for minutes while others start.
+        If nodes join one after another, some task waits for minutes while others start, which must not end the wait.
         """
         seen = self._counts.setdefault(name, set())
         is_new = count not in seen
@@ -161,7 +163,7 @@ class Reasons:
             return explanation_of(
                 await self._client.get(f"/skep/services/{id}/explain", timeout_s=_RESPONSE_TIMEOUT_S)
             )
-        except SkepError:  # an earlier version, or the service was just removed
+        except SkepError:  # the managers have an earlier version, or the service was just removed
             return Explanation()
 
 
@@ -171,14 +173,14 @@ def _is_open(progress: ServiceProgress) -> bool:
 
 
 class Steadiness:
-    """Tracks the services that failed since the wait began, and the time since which they run again."""
+    """Tracks the services that have failed since the wait began, and since when they run again."""
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
         self._done = HeldTimes()
 
     def is_steady(self, name: str, found: ServiceProgress, now: float) -> bool:
-        """Whether a service that is done at ``now`` needs no further look; ``now``: seconds of one clock."""
+        """Return whether a service that is done at ``now`` needs no further look.  ``now``: seconds of one clock."""
         done_s = self._done.held_s(name, now, holds=found.is_done)
         if not found.is_done:
             if found.problem.failures:
@@ -194,7 +196,7 @@ async def wait_done(
 ) -> None:
     """Look at the services ``names`` until all are done, and pass each service's progress to ``show``.
 
-    A service that failed meanwhile has to run for ``STEADY_S``, because a look may find it in a crash loop.
+    A service that failed meanwhile has to run for ``STEADY_S``, because it may be in a crash loop.
 
     Raises: Unavailable: a service is stuck, or waiting cannot help.  Errors of the first ``look`` are raised too.
     """
@@ -219,8 +221,8 @@ async def wait_done(
 
 
 def _stuck(name: str, looked: Mapping[str, ServiceProgress], waiting: Collection[str]) -> str:
-    """Return the error of a wait that the service ``name`` has ended.  It names the causes of the others too, so that
-    one deploy shows all of them.
+    """Return the error of a wait that ends because the service ``name`` is stuck.  The error also names the causes of
+    other unfinished services, so that one deploy shows all of them.
     """
     first = f"{name}: {looked[name].text}."
     others = [

@@ -1,7 +1,7 @@
-"""Parts of objects as bytes: JSON with Docker's field names, so that a store can be read with etcdctl.
+"""Encodes the parts of objects as JSON with Docker's field names, so that a store can be read with etcdctl.
 
-Each part has its own Struct, made from the fields of the kind.  Missing fields take the kind's defaults, so older data
-can be read after a field was added.
+Each part has its own Struct, which is built from fields of the kind.  A field that is missing in the data gets its
+default, so data that was written before a field was added stays readable.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from skep.store.keys import HEAD
 from skep.store.schema import head_fields
 
 _SPEC_VERSION = "answers_version"
-"""The field of a spec status with the spec version that it reports on (``AnswersVersion`` in the store)."""
+"""Field that says which version of the spec a status reports on (``AnswersVersion`` in the store)."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -29,10 +29,13 @@ class PartCodec:
         self.part = part
         known = {field.name: field for field in msgspec.structs.fields(schema.type)}
         fields = schema.parts[part] if part else head_fields(schema)
-        # Required fields come first, so that a part is made by position, which is twice as fast as by name.
+        # Required fields come first, so that a part can be created with positional arguments, which is twice as fast as
+        # with keywords.
         self.fields = tuple(sorted(fields, key=lambda name: not known[name].required))
         self.is_spec_status = part in schema.spec_statuses
-        self._get = attrgetter(*self.fields)  # for a single field: the value itself
+        self._get = attrgetter(
+            *self.fields
+        )  # for a single field, this returns the value itself and not a tuple
         self._is_single = len(self.fields) == 1
         definition: list[Any] = [(name, known[name].type, _field_like(known[name])) for name in self.fields]
         if self.is_spec_status:
@@ -49,11 +52,14 @@ class PartCodec:
         self._defaults = (
             None if part == HEAD else {name: getattr(self._struct(), name) for name in self.fields}
         )
-        # A changed head has a new version object (`LocalTransaction._stamped`), so only the version is compared.
+        # A changed head always has a new version object (`LocalTransaction._stamped`), so comparing the version is
+        # enough.
         self._is_versioned = part == HEAD and "version" in self.fields
         self._compared = attrgetter("version") if self._is_versioned else self._get
         self._last: tuple[bytes | None, Decoded] = (None, ({}, 0, NOTHING))
-        """The last decoded value: many tasks get the same status at the same time, and share one object."""
+        """The last encoded value with its decoded form.  Many tasks get the same status at the same time, and then
+        share one object.
+        """
         self._last_encoded: tuple[Any, bytes] = (object(), b"")
         """The last encoded value of a single field."""
         self._default_values = tuple(self._defaults.values()) if self._defaults is not None else None
@@ -89,7 +95,7 @@ class PartCodec:
         try:
             part = self._decoder.decode(data)
         except msgspec.ValidationError:
-            # It has a field of a newer version, or is damaged.
+            # The data has a field of a newer version, or is damaged.
             kept, extras = divided(data, self._struct)
             if extras is NOTHING:
                 raise
@@ -100,12 +106,12 @@ class PartCodec:
         return decoded
 
     def with_unknown(self, encoded: bytes | None, extras: Unknown) -> bytes:
-        """Add the unknown fields of a newer version to this part as ``encode`` returned it."""
+        """Add fields that a newer version has written to the part that ``encode`` returned."""
         return joined(encoded, extras, self._struct) if extras is not NOTHING or encoded is None else encoded
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """The values of the fields if the part does not exist.  The head has none."""
+        """The values of the fields if the part does not exist.  Empty for the head, which always exists."""
         assert self._defaults is not None, "an object without a head does not exist"
         return self._defaults
 
@@ -116,14 +122,15 @@ class PartCodec:
 
 
 Decoded: TypeAlias = tuple[dict[str, Any], int, Unknown]
-"""The fields of a part, the spec version that it reports on (0: none), and its unknown fields."""
+"""The fields of a part, the spec version that it reports on (0 for none), and its unknown fields."""
 
 
 @cache
 def head_decoder(kind: type[Object]) -> Callable[[bytes], tuple[Any, Unknown]]:
-    """Decodes heads of a kind, as objects whose other parts have their defaults, and their unknown fields.
+    """Return a function that decodes a head into an object whose other parts have their defaults, and into the unknown
+    fields.
 
-    Raises, when called: msgspec.MsgspecError, UnicodeDecodeError.
+    The function raises msgspec.MsgspecError or UnicodeDecodeError.
     """
     decode = msgspec.json.Decoder(kind).decode
 
@@ -140,7 +147,9 @@ def head_decoder(kind: type[Object]) -> Callable[[bytes], tuple[Any, Unknown]]:
 
 
 def values_of(fields: Iterable[str]) -> Callable[[Object], tuple[Any, ...]]:
-    """Gives these fields of an object as a tuple.  Tuples of identical values compare by identity."""
+    """Return a function that returns these fields of an object as a tuple.  Comparing tuples of identical values is
+    fast.
+    """
     fields = tuple(fields)
     if len(fields) > 1:
         return attrgetter(*fields)
@@ -149,8 +158,9 @@ def values_of(fields: Iterable[str]) -> Callable[[Object], tuple[Any, ...]]:
 
 
 def codecs_of(schema: KindSchema) -> Mapping[str, PartCodec]:
-    """The codec of each part of a kind.  Cached: structs and decoders take milliseconds, and every load of the store
-    makes a new state."""
+    """Return the codec of each part of a kind.  Cached, because creating structs and decoders takes milliseconds, and
+    every load of the store needs them.
+    """
     known = _codecs.get(schema.type)
     if known is None or known[0] is not schema:
         known = (schema, {part: PartCodec(schema, part) for part in (HEAD, *schema.parts)})
@@ -162,11 +172,11 @@ _codecs: dict[type[Object], tuple[KindSchema, Mapping[str, PartCodec]]] = {}
 
 
 def _field_like(known: msgspec.structs.FieldInfo) -> Any:
-    """A field with the name and default of ``known``."""
+    """Return a field with the name and default of ``known``."""
     if known.default is not msgspec.NODEFAULT:
         return msgspec.field(name=known.encode_name, default=known.default)
     if known.default_factory is not msgspec.NODEFAULT and not known.default_factory():
-        # Fields that responses always show, even empty, need not be stored: they would be decoded for every object.
+        # Empty fields that responses always show are not stored, because they would be decoded for every object.
         return msgspec.field(name=known.encode_name, default=known.default_factory())
     if known.default_factory is not msgspec.NODEFAULT:
         return msgspec.field(name=known.encode_name, default_factory=known.default_factory)
@@ -174,5 +184,5 @@ def _field_like(known: msgspec.structs.FieldInfo) -> Any:
 
 
 def _spec_version(object: Any) -> int:
-    """The spec version that a status written with ``object`` reports on."""
+    """Return the spec version that a status written with ``object`` reports on."""
     return object.spec_version.index if object.spec_version is not None else 0

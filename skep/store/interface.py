@@ -41,7 +41,7 @@ class View(Protocol):
         """The level of the stored data (``store.level``)."""
 
     def get(self, kind: type[T], id: str) -> T:
-        """Return the object with exactly this id.  Raises NotFound, or Unavailable if it is unreadable."""
+        """Return the object with exactly this id.  Raises NotFound, or Unavailable if the object is unreadable."""
 
     def lookup(self, kind: type[T], id: str) -> T | None:
         """Return the object with exactly this id, or None."""
@@ -57,14 +57,14 @@ class View(Protocol):
         """Return a copy of all ids of a kind, in order, for long loops that yield to the event loop."""
 
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
-        """Return the ids of unreadable objects of a kind -> the error.  Empty unless something is damaged.
+        """Return the errors of unreadable objects of a kind, by id.  Empty unless something is damaged.
 
-        Such an object is not found, which does not mean that it was removed.  Or it is found in its last readable
-        state, or (a node) with its other parts.
+        Such an object is not found, although it was not removed.  Or it is found in its last readable state, or, if it
+        is a node, with its readable parts.
         """
 
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
-        """Return id -> unreadable parts except the head -> the error.  Usually empty.
+        """Return the errors of unreadable parts except heads, by id and part.  Usually empty.
 
         Such a part keeps its last readable value, or its defaults.  Writing it repairs it.
         """
@@ -75,12 +75,12 @@ class View(Protocol):
         Removed services, which are still stored as owners of their tasks, are not found.
 
         Args:
-            among: Returns whether an object takes part.  The result is the same as if the others did not exist.
+            among: Returns whether an object is considered.  The result is the same as if the others did not exist.
 
         Raises:
             NotFound: "service web not found".
             InvalidArgument: "... is ambiguous (2 matches found)".
-            Unavailable: It is unreadable.  Not raised with ``among``, which cannot judge such an object.
+            Unavailable: The object is unreadable.  Not raised with ``among``, which cannot judge such an object.
         """
 
 
@@ -90,12 +90,12 @@ class Transaction(View, Protocol):
     def put(self, object: T) -> T:
         """Create or replace ``object``.  Returns it as stored: the store sets version and updated_at.
 
-        Only the parts that changed are written.  A change of the head increases ``version``.  A new service spec is
-        also stored as a ``SpecVersion``, which ``spec_version`` names.
+        Only changed parts are written.  A change of the head increases ``version``.  A new service spec is also stored
+        as a ``SpecVersion``, to which ``spec_version`` refers.
 
         Raises:
-            AlreadyExists: Another object has the name.  Docker's text.
-            InvalidArgument: Another object has the published port.  Docker's text.
+            AlreadyExists: Another object has the name.  The text is Docker's.
+            InvalidArgument: Another object has the published port.  The text is Docker's.
             NotFound: A referenced object does not exist.
         """
 
@@ -109,7 +109,7 @@ class Transaction(View, Protocol):
         """
 
     def raise_level(self, level: int) -> None:
-        """Raise the level of the stored data (``store.level``), unless it is higher already."""
+        """Raise the level of the stored data (``store.level``) unless it is that high already."""
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
         """Return the object like ``lookup``, and fail the commit if it changed concurrently, as ``get`` does.
@@ -118,19 +118,19 @@ class Transaction(View, Protocol):
             parts: Parts to compare (``"session"`` of a node), together with the object's existence.  All by default.
 
         Raises:
-            Unavailable: The object is unreadable, which must not be taken for absence.
+            Unavailable: The object is unreadable, so its absence is not certain.
         """
 
     def rely_on_all(self, kind: type[Object]) -> None:
         """Fail the commit if any writer created or changed an object of the kind concurrently.
 
-        For rare transactions only, because every write of the kind makes them run again.  The kind must be in
-        ``keys.KINDS_COMPARED``.
+        Use it in rare transactions only, because every write of an object of the kind makes them run again.  The kind
+        must be in ``keys.KINDS_COMPARED``.
         """
 
 
 class InUse(SkepError):
-    """An object that other objects refer to cannot be removed.  ``users`` has their (kind name, id), sorted."""
+    """The object cannot be removed because other objects refer to it.  ``users`` has their (kind name, id), sorted."""
 
     def __init__(self, message: str, users: Sequence[tuple[str, str]]) -> None:
         super().__init__(message)
@@ -138,7 +138,7 @@ class InUse(SkepError):
 
 
 class Created(msgspec.Struct, frozen=True, gc=False):
-    """An object that is new in this revision."""
+    """An object that was created in this revision."""
 
     object: Object
 
@@ -171,7 +171,7 @@ class WatchLagged(SkepError):
 
 
 class Watch(Protocol):
-    """Commits after ``snapshot``, each once, in order, without a gap."""
+    """The commits after ``snapshot``, each once, in order, and without gaps."""
 
     @property
     def snapshot(self) -> View:
@@ -181,7 +181,7 @@ class Watch(Protocol):
         """Iterate over the commits.  Raises WatchLagged."""
 
     def waiting(self) -> Iterator[Commit]:
-        """Take the commits that the replica already shows and that were not taken, without waiting for more.
+        """Take the commits that the replica already shows, without waiting for more.
 
         Raises WatchLagged.
         """
@@ -192,7 +192,7 @@ class HistoryGone(FailedPrecondition):
 
 
 class NotLeader(Unavailable):
-    """A leader's write found another leader.  Nothing was written, and nothing more will be in this term."""
+    """A leader's write found another leader.  Nothing was written, and no later write of this term will be."""
 
 
 class Updates(Protocol):
@@ -213,7 +213,7 @@ class Updates(Protocol):
     async def update_each(
         self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
     ) -> Sequence[R | SkepError]:
-        """Run ``update`` once per item, each as a separate proposal, in as few raft entries as possible.
+        """Run ``update`` for each item as a separate proposal, in as few raft entries as possible.
 
         One item's conflict or error does not affect the others.  The result has one entry per item, in order.  If the
         store does not respond, or the term is over, every item has that error.
@@ -221,7 +221,7 @@ class Updates(Protocol):
 
 
 class LoopStore(Updates, Protocol):
-    """The store as a control loop uses it: a ``Term`` in production, or a plain ``Store`` without the fence."""
+    """The store for a control loop.  It is a ``Term`` in production, or a plain ``Store`` without the fence."""
 
     def view(self) -> View:
         """Return the current local state."""
@@ -234,13 +234,14 @@ class Store(LoopStore, Protocol):
     """The replica of one manager, and the writes of that manager."""
 
     def rehearsal(self) -> Transaction:
-        """Return a transaction on the current state that is never proposed, to find out what would be refused.
+        """Return a transaction on the current state that is never proposed.  Use it to find out whether a change would
+        be refused.
 
-        If it is used across several ``await``, its reads are not of one state.
+        If it is used across an ``await``, its reads may be of different states.
         """
 
     async def barrier(self) -> None:
-        """Wait until the replica shows everything acknowledged anywhere before this call.
+        """Wait until the replica shows every write that any manager has acknowledged before this call.
 
         Concurrent callers share one round trip.  Raises Unavailable after 5 s.
         """
@@ -250,16 +251,16 @@ class Store(LoopStore, Protocol):
 
     @property
     def leader(self) -> NodeId | None:
-        """The leader, as of this replica."""
+        """The leader that this replica shows, or None."""
 
     async def rotate_data_key(self) -> None:
-        """Encrypt everything with a new data key: new values at once, the others in the background.
+        """Encrypt new values with a new data key at once, and all others in the background.
 
         Returns when the new key is in use.  No object changes.  Raises Unavailable.
         """
 
     async def space(self) -> Space | None:
-        """Return the recent size and quota of this manager's own copy, or None without a limit.
+        """Return a recent size and the quota of this manager's own copy, or None without a limit.
 
         Raises Unavailable.
         """
@@ -280,10 +281,12 @@ class Store(LoopStore, Protocol):
         """Return the first revision that ``state_at`` may still have.  Raises Unavailable."""
 
     async def defragment(self) -> None:
-        """Return free pages of this manager's own copy to the disk, which blocks it meanwhile.  Raises Unavailable."""
+        """Return free pages of this manager's own copy to the disk.  The copy is blocked meanwhile.  Raises
+        Unavailable.
+        """
 
     async def disarm(self) -> None:
-        """Clear the alarm of a reached quota, so that writes are accepted again.  Raises Unavailable."""
+        """Clear the alarm that was raised at the quota, so that writes are accepted again.  Raises Unavailable."""
 
     @property
     def incarnation(self) -> int:
@@ -301,9 +304,9 @@ class Term(LoopStore, Protocol):
         """Number of the term.  A later term of the cluster has a higher number."""
 
     async def confirm(self) -> None:
-        """Compare the fence without a write.  On return the replica shows everything written before.
+        """Compare the fence without a write.  Afterwards the replica shows everything that was written before.
 
-        For changes that no fence covers, such as raft membership changes.  Raises NotLeader or Unavailable.
+        Use it before changes that no fence covers, such as raft membership changes.  Raises NotLeader or Unavailable.
         """
 
     async def wait_lost(self) -> None:
@@ -316,13 +319,15 @@ def nothing(object: Any) -> Iterable[Any]:
 
 
 class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """How one kind of object is stored.  ``schema.py`` lists the kinds."""
+    """The storage rules of one kind of object.  ``schema.py`` lists the kinds."""
 
     name: str
     type: type[Object]
 
     parts: Mapping[str, tuple[str, ...]] = {}
-    """Part name -> field names.  All other fields are the head, whose change increases the version."""
+    """Names of the fields in each part, by part.  All other fields are the head.  A change of the head increases the
+    version.
+    """
 
     spec_statuses: frozenset[str] = frozenset()
     """Parts that report on one version of the spec (as Kubernetes' ``observedGeneration``).
@@ -336,36 +341,41 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     """Returns claims that several objects may share while no object holds them exclusively (host-mode ports)."""
 
     taken: Callable[[str, Any, Any], SkepError]
-    """``(claim, claiming object, holder) -> error``, with Docker's text."""
+    """Takes claim, claiming object and holder, and returns the error with Docker's text."""
 
     references: Callable[[Any], Iterable[tuple[str, str]]] = nothing
-    """Returns (kind name, id) of the objects that it uses, which cannot be deleted meanwhile."""
+    """Returns (kind name, id) of the objects that an object uses.  These cannot be deleted as long as it uses them."""
 
     max_bytes: int = 1024 * 1024
     """Maximum bytes of one encoded part."""
 
     is_referable: bool = False
-    """Whether objects of other kinds may refer to this one, so that its removal must compare that none does."""
+    """Whether objects of other kinds may refer to objects of this kind.  A removal must then compare that none does."""
 
     indexes: Mapping[str, Callable[[Any], str | None]] = {}
-    """Index name -> value of an object (None or empty if not in this index).  ``name`` is case-insensitive."""
+    """Functions that return the value of an object in an index, by index name.  None or empty means that it is not in
+    the index.  ``name`` is case-insensitive.
+    """
 
     indexed_part: str = ""
-    """The part that all indexes are computed from, "" for the head.  They are updated only when it changes."""
+    """The part from which all indexes are computed, or empty for the head.  They are updated only if it changes."""
 
     is_hidden: Callable[[Any], bool] = lambda _: False
-    """Whether users do not see it (a removed service)."""
+    """Returns whether an object is hidden from users (a removed service)."""
 
     has_placeholder: bool = False
-    """Whether an object with an unreadable head is shown with its other parts, and ``type(id=...)`` as head."""
+    """Whether an object with an unreadable head is shown with its other parts and the head of ``type(id=...)``."""
 
     irreplaceable: frozenset[str] = frozenset()
     """Parts that a process only writes if it was once able to read them.
 
-    Other processes may still be able to read the stored value, and defaults in its place would be taken for facts.
-    Removing such a part is allowed."""
+    Other processes may still be able to read the stored value, and would take defaults in its place for facts.
+    Removing such a part is allowed.
+    """
 
     safe_fallback: Callable[[Any, Collection[str]], Any] = lambda one, _: one
-    """``(object, parts that were never readable and have their defaults) -> object`` with safe values in these parts.
+    """Takes an object and the names of parts that were never readable and have their defaults.  Returns the object with
+    safe values in these parts.
 
-    Damage must not look like a loss of the task or node.  Idempotent."""
+    It exists because damage must not look like the loss of a task or node.  Idempotent.
+    """

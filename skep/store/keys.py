@@ -27,7 +27,7 @@ KEY_RING: Final = "meta/keys"
 INCARNATION: Final = "meta/incarnation"
 
 HEAD: Final = ""
-"""The part with the fields that no other part has."""
+"""Name of the part with the fields that are in no other part."""
 
 
 def object_key(kind: str, id: str, part: str = HEAD) -> str:
@@ -36,7 +36,7 @@ def object_key(kind: str, id: str, part: str = HEAD) -> str:
 
 
 def part_key(head_key: str, part: str) -> str:
-    """Return the key of another part of the object with this head."""
+    """Return the key of a part of the object with this head key."""
     return f"{head_key}.{part}" if part else head_key
 
 
@@ -58,14 +58,14 @@ def parsed_object_key(key: str) -> tuple[str, str, str]:
 
 
 parted: Callable[[str], tuple[str, str, str]] = methodcaller("partition", ".")
-"""Split an ``o/`` key into the key of its object's head, the full stop, and the part.
+"""Splits an ``o/`` key into the key of the object's head, the full stop, and the part.
 
-Object ids contain no full stop, so the first one ends the id.  Without one it is the head's own key.
+Object ids contain no full stop, so the first full stop ends the id.  Without one, the key is the head's own key.
 """
 
 
 def parsed_head_key(head: str) -> tuple[str, str]:
-    """Return ``(kind, id)`` of the key of a head."""
+    """Return ``(kind, id)`` of a head's key."""
     _, kind, id = head.split("/", 2)
     return kind, id
 
@@ -132,7 +132,7 @@ def writer_epoch_key(node_id: str) -> str:
 
 
 def covering_prefix(key: str) -> str | None:
-    """Return the prefix of range compares that a write of ``key`` can fail, or None if no compare has such a range."""
+    """Return the prefix whose range compare fails if ``key`` is written, or None if no compare has such a range."""
     if key.startswith("r/"):
         _, kind, id, _ = key.split("/", 3)
         return reference_prefix(kind, id)

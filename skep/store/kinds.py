@@ -1,4 +1,4 @@
-"""Kinds of objects that are internal to managers: no API shows them."""
+"""Kinds of objects that are internal to managers.  No API shows them."""
 
 import msgspec
 from msgspec.structs import replace
@@ -24,20 +24,20 @@ GOSSIP_KEYS_ID = "gossip-keys"
 """Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
 
 USERS_ROOT_ID = "users-root-ca"
-"""Id of the payload that holds key and root (PEM) of the authority of users' certificates."""
+"""Id of the payload that holds key and root (PEM) of the authority that issues users' certificates."""
 
 UNKNOWN_SPEC = f"{WAITS_FOR}the spec that it was made from, which cannot be read on the manager that leads"
-"""Why a task with ``has_unknown_spec`` waits."""
+"""The error of a task that waits because of ``has_unknown_spec``."""
 
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the managers' unlock key.  It exists only while autolock is on."""
 
 
 class SpecVersion(ApiObject):
-    """A service's spec at one version, from which its tasks get their spec.
+    """One version of a service's spec.  Tasks of this version get their spec from it.
 
-    The store writes it with every new spec.  It is removed with the service, or by the leader once no task refers to
-    it.  A task that outlives it has an empty spec.
+    The store writes it with every new spec.  It is removed together with the service, or by the leader once no task
+    refers to it.  A task that outlives it has an empty spec.
     """
 
     id: str
@@ -49,8 +49,8 @@ class SpecVersion(ApiObject):
 class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
     """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
 
-    The id names their object: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Only read by
-    id, by the dispatcher and the CA.
+    The id names the object to which they belong: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service
+    id>``.  Only the dispatcher and the CA read payloads, by their ids.
     """
 
     id: str
@@ -74,9 +74,9 @@ class Revocation(ApiObject):
     serials: tuple[IssuedSerial, ...] = ()
     """Serial numbers of its manager certificates, for etcd's peer port."""
     before: Timestamp = Timestamp("")
-    """All its certificates issued until then are revoked as manager certificates."""
+    """All its certificates that were issued up to this time are revoked as manager certificates."""
     foreign: tuple[IssuedSerial, ...] = ()
-    """Certificates in its name that were issued to another holder: revoked for every purpose."""
+    """Certificates in its name that were issued to another holder.  They are revoked for every purpose."""
     keeps_containers: bool = False
     """Whether the removed node's containers keep running in addition to their replacements."""
     hostname: str = ""
@@ -93,9 +93,9 @@ class JournalChunk(ApiObject):
     """Revision up to which the history is complete, or 0 for a chunk of a manager's requests."""
     first: int = 0
     last: int = 0
-    """Times of the first and the last entry, in nanoseconds since 1970."""
+    """Time of the last entry.  This and ``first`` are in nanoseconds since 1970."""
     marks: tuple[tuple[int, int], ...] = ()
-    """Times with the store's revision then, in order."""
+    """Pairs of a time and the store's revision at that time, in order."""
     data: bytes = b""
     """The entries, compressed."""
 
@@ -140,9 +140,9 @@ def spec_of(view: View, task: Task) -> ServiceSpec | None:
 
 
 def present_spec(service: Service | None, task: Task) -> ServiceSpec | None:
-    """Return the spec of ``service`` if ``task`` was made from it, otherwise None.
+    """Return the present spec of ``service`` if ``task`` was created from it, otherwise None.
 
-    It replaces a stored version that is unreadable.
+    It can replace a stored version that is unreadable.
     """
     if service is None or service.spec_version != task.spec_version:
         return None
@@ -150,21 +150,21 @@ def present_spec(service: Service | None, task: Task) -> ServiceSpec | None:
 
 
 def has_unknown_spec(view: View, task: Task) -> bool:
-    """Whether the spec that ``task`` was made from is unreadable, and is not the current spec of its service.
+    """Return whether the spec from which ``task`` was created is unreadable and not the current spec of its service.
 
-    The spec that the task shows is then empty, and does not tell what the task needs and holds.
+    The task's own spec is then empty, so it is unknown what the task needs and holds.
     """
     return has_unreadable_spec(view, task) and spec_of(view, task) is None
 
 
 def has_unknown_service(view: View, task: Task) -> bool:
-    """Whether the service of ``task`` exists but was never readable: neither its name nor its labels are known."""
+    """Return whether the service of ``task`` exists but was never readable, so that its name and labels are unknown."""
     id = task.service_id
     return bool(id) and id in view.unreadable(Service) and view.lookup(Service, id) is None
 
 
 def has_unreadable_spec(view: View, task: Task) -> bool:
-    """Whether the stored spec of ``task``'s spec version is unreadable.  Cheap if everything is readable."""
+    """Return whether the stored version of ``task``'s spec is unreadable.  Cheap if everything is readable."""
     if task.spec_version is None or not view.unreadable(SpecVersion):
         return False
     return spec_version_id(task.service_id, task.spec_version) in view.unreadable(SpecVersion)
@@ -173,7 +173,7 @@ def has_unreadable_spec(view: View, task: Task) -> bool:
 def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
     """Return ``tasks`` of ``service``, with the current spec in place of unreadable ones.
 
-    Without a spec they would have no restart policy: they would be restarted at once, forever.
+    Without a spec, the tasks would have no restart policy, and would be restarted at once, forever.
     """
     if not view.unreadable(SpecVersion):
         return tasks
@@ -182,9 +182,9 @@ def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -
 
 
 def as_run(view: View, service: Service) -> Service:
-    """Return job ``service`` with the spec of its current run, if an update only applies to the next one.
+    """Return the job ``service`` with the spec of its current run, if an update applies from the next run on only.
 
-    Its disconnect labels are the current ones, which the nodes of its tasks receive.
+    It keeps its current disconnect labels, which the nodes of its tasks receive.
     """
     pinned = service.job_status.spec_version if service.job_status is not None else None
     if pinned is None or pinned == service.spec_version:
@@ -198,21 +198,24 @@ def as_run(view: View, service: Service) -> Service:
 
 
 def specs_in_use(view: View, service: Service) -> tuple[ServiceSpec, ...]:
-    """Return the specs from which tasks of ``service`` are, or may be, made.
+    """Return the specs from which tasks of ``service`` were created or may be created.
 
-    They are its current spec, the spec of a job's current run, and the spec that a rollback returns to."""
+    They are its current spec, the spec of a job's current run, and the spec that a rollback returns to.
+    """
     specs = (service.spec,) if service.previous_spec is None else (service.spec, service.previous_spec)
     run = as_run(view, service)
     return specs if run is service else (*specs, run.spec)
 
 
 def has_unreadable_status(view: View, task: Task) -> bool:
-    """Whether the status of ``task`` is unreadable: it shows the last known one, or that the task is assigned."""
+    """Return whether the status of ``task`` is unreadable.  The task then shows its last known status, or that it is
+    assigned.
+    """
     return "status" in view.damaged(Task).get(task.id, ())
 
 
 def has_unreadable_run(view: View, service_id: str) -> bool:
-    """Whether a job's current run is unreadable, so that it is unknown which of its tasks belong to it."""
+    """Return whether a job's current run is unreadable, so that it is unknown which tasks belong to the run."""
     if "job" in view.damaged(Service).get(service_id, ()):
         return True
     service = view.lookup(Service, service_id)

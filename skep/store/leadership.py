@@ -1,7 +1,7 @@
 """Terms of leadership, as both stores implement them.
 
-The leader is the manager that wrote the leader key last.  The revision of that write is the fence that every write of
-that term's loops compares.
+The leader is the manager that wrote the leader key last.  The revision of that write is the fence of its term, which
+every write of its control loops compares.
 """
 
 import asyncio
@@ -16,7 +16,9 @@ from skep.model.ids import NodeId
 log = structlog.get_logger()
 
 SETTLE_S = 8.0
-"""Seconds that a leader's cancelled update waits for the outcome of its write: two raft entries on slow disks."""
+"""Seconds that a leader's cancelled update waits for the outcome of its write.  Two raft entries on slow disks take as
+long.
+"""
 
 
 class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +68,8 @@ class TermState:
     async def settle(self, settled: Callable[[], Awaitable[None]]) -> None:
         """Wait until the outcome of a cancelled write of this term is known and visible in the replica.
 
-        A loop that restarts from a snapshot has to see it.  If ``settled`` does not return within ``SETTLE_S``, the
-        term ends: the next one begins with everything that was ever written.
+        A loop that restarts from a snapshot has to see that write.  If ``settled`` does not return within ``SETTLE_S``,
+        the term ends, because the next term begins with everything that was ever written.
         """
         if self.is_lost:
             return

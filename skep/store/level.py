@@ -1,8 +1,9 @@
-"""The feature level of the stored data: the lowest of the managers' levels, as etcd's cluster version.
+"""The feature level of the stored data, which is the lowest level of all managers, like etcd's cluster version.
 
-A version of Skep that stores data which the one before cannot read has a higher ``LEVEL``, and stores such data only
-once ``View.level`` has reached it.  The leader raises ``meta/level`` when every manager reports a higher one
-(``ManagerStatus``); it is never lowered: an older manager does not start on a store of a higher level.
+A version of Skep has a higher ``LEVEL`` than the one before if it stores data that the one before cannot read.  It
+stores such data only once ``View.level`` has reached its level.  The leader raises ``meta/level`` when every manager
+reports a higher one (``ManagerStatus``).  The level is never lowered, and a manager does not start on a store with a
+higher level than its own.
 """
 
 from typing import Final
@@ -19,21 +20,22 @@ USERS: Final = 3
 """From this level on there may be objects of the kinds ``user`` and ``quota``."""
 
 JOURNAL: Final = 3
-"""From this level on there is a journal: a leader of a lower level would not keep it within its bounds."""
+"""From this level on there is a journal, because a leader of a lower level would not limit its size."""
 
 SCHEDULES: Final = 4
-"""From this level on jobs may have schedules: a leader of a lower level would run them at once, and never again."""
+"""From this level on jobs may have schedules.  A leader of a lower level would run them at once and never again."""
 
 VOLUME_AFFINITIES: Final = 5
-"""From this level on services may have the label ``skep.volume-affinity``: a leader of a lower level knows only its
-former name, and would start the tasks of a slot without their data."""
+"""From this level on services may have the label ``skep.volume-affinity``.  A leader of a lower level knows only the
+former name of the label, and would start the tasks of a slot without their data.
+"""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 
 
 def decoded_level(stored: bytes) -> int:
-    """Raises: FailedPrecondition: it is damaged, or higher than the level of this version."""
+    """Decode the level.  Raises: FailedPrecondition: it is damaged, or higher than the level of this version."""
     try:
         level = int(stored)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The store in memory: the same transactions, revisions, fences and watches without etcd.
+"""The store in memory, with the same transactions, revisions, fences and watches but without etcd.
 
 ``MemoryStore(clock)`` is a cluster of one manager for unit tests.  For several managers, a ``MemoryCluster`` holds the
 keys as etcd would, and each manager has a ``MemoryStore`` with its own replica of it.  Faults are set per manager:
@@ -29,18 +29,20 @@ from skep.store.tables import KeyChange
 from skep.store.updates import NO_LEADER, Updater, within_deadline
 
 HISTORY = 1000
-"""Revisions kept before the first check for revisions that every store has applied."""
+"""Number of kept revisions above which revisions that every store has applied are dropped."""
 
 
 class Loss(Enum):
     """The outcome of a proposal without a response."""
 
     REQUEST = "request"
-    """Nothing was written.  The store detects that and proposes again."""
+    """The request was lost and nothing was written.  The store detects that and proposes again."""
     REPLY = "reply"
-    """It was written.  The store detects that and returns the outcome."""
+    """The response was lost after the write.  The store detects that and returns the outcome."""
     BOTH = "both"
-    """It was written, and that is not detected in time: Unavailable."""
+    """The response was lost after the write, and the store does not detect it in time, so the outcome is
+    Unavailable.
+    """
 
 
 class Faults(msgspec.Struct):
@@ -62,19 +64,19 @@ class Faults(msgspec.Struct):
 class MemoryCluster:
     """The keys that all managers share, and the leader.
 
-    The first candidate becomes leader.  ``elect`` moves leadership, and ``choose`` picks the next leader when the
+    The first candidate becomes the leader.  ``elect`` moves leadership, and ``choose`` picks the next leader if the
     leader withdraws.
     """
 
     def __init__(self, choose: Callable[[Sequence[NodeId]], NodeId] = min) -> None:
         self.revision = 1
         self.compacted = 0
-        """Replicas behind this revision have to reload everything."""
+        """Replicas that are behind this revision have to reload everything."""
         self.stores: list[MemoryStore] = []
         self.incarnation = 1
         self._entries: dict[str, KeyChange] = {}
         self._ranged: list[str] = []
-        """Sorted references and shared claims, for which ranges are often compared."""
+        """Sorted keys of references and shared claims, whose ranges are often compared."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
         self._choose = choose
         self._candidates: dict[NodeId, MemoryStore] = {}
@@ -165,7 +167,7 @@ class MemoryCluster:
     def _trim_history(self) -> None:
         delivered = min((store.delivered for store in self.stores), default=self.revision)
         if self.revision - delivered > 10 * HISTORY:
-            self.compact()  # a store has been partitioned for long and will reload
+            self.compact()  # a store that has been partitioned for long will reload everything
         else:
             self._history = self.since(delivered)
 
@@ -183,7 +185,7 @@ class MemoryCluster:
             self.elect(self._choose(sorted(self._candidates)))
 
     def withdraw(self, node_id: NodeId) -> None:
-        """Remove a candidate that crashed, stopped or was partitioned.  Another candidate leads."""
+        """Remove a candidate that crashed, stopped or was partitioned.  Another candidate becomes the leader."""
         self._candidates.pop(node_id, None)
         if self.leader == node_id:
             self._depose()
@@ -191,7 +193,7 @@ class MemoryCluster:
                 self.elect(self._choose(sorted(self._candidates)))
 
     def elect(self, node_id: NodeId, *, quietly: bool = False) -> None:
-        """Make ``node_id`` the leader.  With ``quietly`` the old one notices only when a write fails."""
+        """Make ``node_id`` the leader.  With ``quietly``, the old leader notices it only when a write fails."""
         self._depose(quietly=quietly)
         store = self._candidates[node_id]
         self._elections += 1
@@ -232,7 +234,7 @@ class MemoryStore(Updater):
         self.faults = Faults()
         self.addr = ""
         self.delivered = self.cluster.revision
-        """The last revision delivered to this manager, visible already or after its lag."""
+        """The last revision delivered to this manager.  It may become visible only after the lag."""
         replica = Replica(watch_capacity)
         super().__init__(
             replica, self._propose_all, self.barrier, replica.wait_reached, clock, rng=lambda: 0.5
@@ -314,7 +316,9 @@ class MemoryStore(Updater):
             self._show(self.delivered)
 
     def partition(self) -> None:
-        """Separate this manager from the others: no quorum, no changes.  The test may move leadership."""
+        """Separate this manager from the others, so that it has no quorum and receives no changes.  The test may move
+        leadership.
+        """
         self.faults.is_partitioned = True
 
     def heal(self) -> None:

@@ -1,4 +1,4 @@
-"""The effect of one transaction: compares that must hold, and writes that happen then, all or none.
+"""The effect of one transaction.  If all its compares hold, all its writes happen, and otherwise none.
 
 Both stores execute the same proposals.  All compares of one raft entry are evaluated on the state *before* that
 entry (etcd evaluates the compares of nested transactions first), so two proposals may share an entry only if
@@ -12,31 +12,32 @@ import msgspec
 from skep.store.keys import covering_prefix
 
 MAX_OPERATIONS = 1000
-"""Maximum compares or writes of one proposal: two compares per published port, one per secret used."""
+"""Maximum compares or writes of one proposal.  A published port needs two compares, and a used secret one."""
 
 MAX_BYTES = 1_500_000
-"""Maximum ``Proposal.size_bytes``: with its framing it fits below etcd's 1.5 MiB per request."""
+"""Maximum ``Proposal.size_bytes``.  With its framing, it stays below etcd's 1.5 MiB per request."""
 
 COMPARE_BYTES, WRITE_BYTES = 56, 80
 """Overhead in bytes of one compare and of one write, in addition to key and value."""
 
 
 class Unchanged(msgspec.Struct, frozen=True, gc=False):
-    """``key`` still has this modification revision, or does not exist for revision 0."""
+    """Compares that ``key`` was last written at this revision, or does not exist if the revision is 0."""
 
     key: str
     revision: int
 
 
 class Exists(msgspec.Struct, frozen=True, gc=False):
-    """``key`` still is the key created at this revision, whatever was written to it since."""
+    """Compares that ``key`` was created at this revision and not deleted since, whatever was written to it."""
 
     key: str
     create_revision: int
 
 
 class NothingSince(msgspec.Struct, frozen=True, gc=False):
-    """No key below ``prefix`` was written after ``revision``, the state in which the transaction read the prefix.
+    """Compares that no key below ``prefix`` was written after ``revision``, at which the transaction has read the
+    prefix.
 
     Keys that were deleted since do not count.
     """
@@ -62,15 +63,17 @@ class Proposal(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def operations(self) -> int:
-        """The larger of compares and writes, which etcd counts against its limit."""
+        """The number of compares or of writes, whichever is larger, because etcd limits both."""
         return max(len(self.compares), len(self.puts) + len(self.deletes))
 
     @property
     def size_bytes(self) -> int:
-        """Upper bound of its share of a request: keys and values with etcd's prefix, encryption and framing."""
+        """Upper bound of the bytes that it adds to a request: keys and values with etcd's prefix, encryption and
+        framing.
+        """
         size = COMPARE_BYTES * len(self.compares) + WRITE_BYTES * (len(self.puts) + len(self.deletes))
         for compare in self.compares:
-            # A range has a second key, as long as the first one.
+            # A range has a second key, which is as long as the first one.
             size += 2 * len(compare.prefix) if isinstance(compare, NothingSince) else len(compare.key)
         for key, value in self.puts:
             size += len(key) + len(value)
@@ -126,7 +129,9 @@ class Footprint:
         self.invalidates |= other.invalidates
 
     def is_compatible_with(self, other: "Footprint") -> bool:
-        """Whether the outcome of ``other`` does not depend on whether it comes before, with or after these."""
+        """Return whether ``other`` has the same outcome if it is executed before, together with, or after these
+        proposals.
+        """
         return (
             self.writes.isdisjoint(other.writes)
             and self.invalidates.isdisjoint(other.reads)

@@ -1,6 +1,6 @@
-"""One manager's copy of the cluster: the merged state, waiters for revisions, watches.
+"""One manager's copy of the cluster, with the merged state, the waiters for revisions, and the watches.
 
-It is written by its owner (the reflector of etcd, or the store in memory); all others only read it.
+Only its owner writes it, which is the reflector of etcd or the store in memory.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class Replica:
         self.leader_record: bytes | None = None
         """The value of the leader key, undecoded."""
         self.resets = 0
-        """How often everything was reloaded."""
+        """Number of times that everything was reloaded."""
         self._watches = Watches(watch_capacity)
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
@@ -72,7 +72,8 @@ class Replica:
             yield queue
 
     def _publish(self, commit: Commit) -> None:
-        self._wake()  # first: waiters return results to callers, while watchers only begin their work
+        # Waiters come first, because they return results to callers, while watchers only begin their work.
+        self._wake()
         if commit.events:
             self._watches.publish(commit)
 

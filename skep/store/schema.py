@@ -1,4 +1,4 @@
-"""How each kind of object is stored: its parts and their writers, its claims, references and indexes.
+"""Defines how each kind of object is stored: its parts and their writers, its claims, references and indexes.
 
 With one writer per part, managers, leader and sessions do not conflict with each other (docs/architecture.md,
 "Objects").  The texts of errors are Docker's.
@@ -36,7 +36,9 @@ from skep.store.kinds import JournalChunk, Payload, Revocation, SpecVersion
 
 
 def is_removed(service: Service) -> bool:
-    """Whether the service was removed: it is hidden and its name and ports are free, but it still owns its tasks."""
+    """Return whether the user has removed the service.  It is hidden and its name and ports are free, but it still owns
+    its tasks.
+    """
     return service.removed_at is not None
 
 
@@ -83,7 +85,9 @@ def _service_references(service: Service) -> Sequence[tuple[str, str]]:
 
 
 def _task_references(task: Task) -> Sequence[tuple[str, str]]:
-    """Return the networks of a plain container's attachment.  For a service's tasks, the service refers to them."""
+    """Return the networks of the attachment of a plain container.  Networks of a service's tasks are references of the
+    service.
+    """
     if task.spec.network_attachment_spec is None:
         return ()
     return [("network", attachment.target) for attachment in task.spec.networks]
@@ -126,7 +130,7 @@ def _name_taken(kind: str) -> Callable[[str, Any, Any], SkepError]:
 
 
 def _node_fallback(node: Node, unknown: Collection[str]) -> Node:
-    """Let a node without a readable spec keep its tasks and get no new ones, with the role of its other parts."""
+    """Let a node without a readable spec keep its tasks but get no new ones.  Its role follows from its other parts."""
     if HEAD not in unknown:
         return node
     certificate = node.certificate
@@ -138,18 +142,20 @@ def _node_fallback(node: Node, unknown: Collection[str]) -> Node:
 
 
 UNREAD_STATUS: Final = TaskStatus(state=TaskState.ASSIGNED, message="status cannot be read")
-"""Shown for a task with a node whose status was never readable.  No written status is equal to it."""
+"""Shown for a task on a node if its status was never readable.  No written status is equal to it."""
 
 
 def _task_fallback(task: Task, unknown: Collection[str]) -> Task:
-    """Make a task with a node at least ASSIGNED: the node reports its state when its next session begins."""
+    """Give a task on a node at least the state ASSIGNED.  The node reports the real state when its next session
+    begins.
+    """
     if "status" not in unknown or not task.node_id:
         return task
     return replace(task, status=UNREAD_STATUS)
 
 
 UNREAD_UPDATE: Final = UpdateStatus(state=UpdateState.PAUSED, message="the update's state cannot be read")
-"""Shown for a service's update whose status was never readable: it stands still, like an update that a user paused."""
+"""Shown for a service's update if its status was never readable.  The update pauses, as if a user had paused it."""
 
 
 def _service_fallback(service: Service, unknown: Collection[str]) -> Service:
@@ -159,7 +165,7 @@ def _service_fallback(service: Service, unknown: Collection[str]) -> Service:
 
 
 UNREAD_FREEZE: Final = Freeze(since=ZERO_TIME)
-"""Shown for a freeze that was never readable: its part only exists while it lasts.  Its time or a user ends it."""
+"""Shown for a freeze that was never readable.  The part exists only during a freeze.  Time or a user ends it."""
 
 
 def _swarm_fallback(swarm: Swarm, unknown: Collection[str]) -> Swarm:
@@ -181,7 +187,8 @@ def _stack(object: Any) -> str:
 
 
 SCHEMAS: Final[tuple[KindSchema, ...]] = (
-    # Before tasks, because the merge fills in a task's spec from the version stored in the same revision.
+    # This comes before tasks, because the merge fills in a task's spec from a version that may be stored in the same
+    # revision.
     KindSchema(
         name="spec",
         type=SpecVersion,

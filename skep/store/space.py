@@ -1,8 +1,8 @@
-"""The store's quota, and the leader's steps to stay below it.  Pure.
+"""The store's quota, and the steps with which the leader keeps the store below it.  Pure.
 
-etcd's file only grows: a compaction makes free pages, which new writes use, and only a defragmentation shrinks it.  The
-quota applies to the file.  So the space left for data is the quota less the space *in use*, and a file near the quota
-with free pages has to be defragmented.
+etcd's quota applies to the size of its file.  Writes make the file grow.  A compaction frees pages in it, which new
+writes use, but only a defragmentation shrinks it.  So the space left for data is the quota less the space *in use*, and
+a file near the quota that has free pages must be defragmented.
 """
 
 from collections.abc import Mapping
@@ -13,25 +13,30 @@ import msgspec
 from skep.model.ids import NodeId
 
 QUOTA_BYTES = 4 * 1024**3
-"""Default of ``store-quota``."""
+"""Default of ``store-quota`` in bytes."""
 
 COMPACT_AT, DEFRAGMENT_AT, WARN_AT, REFUSE_AT, REFUSE_ALL_AT = 0.5, 0.7, 0.7, 0.8, 0.95
-"""Shares of the quota from which on history is compacted, a file with free pages is defragmented, warnings are shown,
-users' creates are refused, and users' updates are refused too."""
+"""Shares of the quota from which on, in this order, history is compacted, a file with free pages is defragmented,
+warnings are shown, users cannot create objects, and users cannot update objects either.
+"""
 
 GAIN = 0.2
 """Share of the quota that a defragmentation must free to justify its pause."""
 ALARM_GAIN = 0.02
-"""The same while etcd's alarm is set."""
+"""Share that it must free while etcd's alarm is set."""
 DISARM_BELOW = 0.9
 """Share of the quota below which all files must be before the alarm is cleared."""
 
 KEPT_REVISIONS = ((0.7, 0), (0.6, 10), (0.0, 1000))
-"""Share in use -> revisions of history that a compaction keeps.  A replica that is further behind has to reload."""
+"""Pairs of a share in use and the number of revisions that a compaction keeps.  A replica that is further behind has to
+reload everything.
+"""
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
-    """One member's file, in bytes.  While etcd's NOSPACE alarm is set (``has_alarm``), it refuses plain writes."""
+    """The size of one member's file, in bytes.  While etcd's NOSPACE alarm is set (``has_alarm``), plain writes are
+    refused.
+    """
 
     size: int
     in_use: int
@@ -40,7 +45,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def share(self) -> float:
-        """The used part of the quota."""
+        """The used share of the quota."""
         return self.in_use / self.quota
 
     @property
@@ -53,7 +58,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def summary(self) -> str:
-        """Text such as ``83 % full (3.3 of 4.0 GiB)``."""
+        """A text such as ``83 % full (3.3 of 4.0 GiB)``."""
         unit, name = (1024**3, "GiB") if self.quota >= 1024**3 else (1024**2, "MiB")
         return f"{self.share:.0%} full ({self.in_use / unit:.1f} of {self.quota / unit:.1f} {name})".replace(
             "%", " %"
@@ -61,7 +66,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Compact(msgspec.Struct, frozen=True):
-    """Compact the history to so many revisions."""
+    """Compact the history to this number of revisions."""
 
     kept_revisions: int
 
@@ -73,7 +78,7 @@ class Defragment(msgspec.Struct, frozen=True):
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """Transfer leadership, because the leader's own file is next."""
+    """Transfer leadership, because the leader's own file is the next one to defragment."""
 
     to: NodeId
 

@@ -1,7 +1,7 @@
-"""The whole replicated state: one table per kind, the owners of claims, the references.
+"""The whole replicated state: a table for each kind, the owners of claims, and the references.
 
-``State.apply`` applies the keys of one revision and returns the events.  It uses neither clock nor network; ``replica``
-publishes the events.
+``State.apply`` applies the keys of one revision and returns the events, which ``replica`` publishes.  It uses neither
+clock nor network.
 """
 
 from bisect import bisect_left, insort
@@ -36,7 +36,7 @@ Owner = tuple[str, str]
 class Claim(msgspec.Struct, frozen=True, gc=False):
     """The owner of a unique name or port, and the revision of the claim.
 
-    If it ``is_damaged``, its value is unreadable, and ``owner`` is the last known one, or None.
+    ``is_damaged``: its value is unreadable, and ``owner`` is the last known owner, or None.
     """
 
     owner: Owner | None
@@ -59,9 +59,9 @@ class State:
         )
         self.claims: dict[str, Claim] = {}
         self.sharers: dict[str, list[Owner]] = {}
-        """Claim -> the objects that share it, sorted."""
+        """The objects that share a claim, sorted, by claim."""
         self.users: dict[Owner, list[Owner]] = {}
-        """Object -> the objects that refer to it, sorted."""
+        """The objects that refer to an object, sorted, by that object."""
 
     # -- View ------------------------------------------------------------------------------------------------
 
@@ -99,11 +99,10 @@ class State:
     # -- for transactions ----------------------------------------------------------------------------------------
 
     def holder(self, claim: str) -> Claim | None:
-        """Return the exclusive owner of ``claim``.  For a damaged claim that is the object whose fields imply the
-        claim.
+        """Return the exclusive owner of ``claim``.  If the claim is damaged, find the object whose fields imply it.
 
         Raises:
-            Unavailable: That object cannot be determined, because some objects are unreadable too.
+            Unavailable: That object cannot be determined, because some objects are unreadable as well.
         """
         held = self.claims.get(claim)
         if held is None or held.owner is not None:
@@ -122,7 +121,7 @@ class State:
     def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:
         """Apply all changes of ``revision``, and return the events."""
         objects: dict[str, dict[str, KeyChange]] = {}
-        """Key of a head -> part -> the change of that part's key."""
+        """Changes by key of the head and by part."""
         for change in changes:
             key = change.key
             match key[:2]:
@@ -162,16 +161,19 @@ class State:
         self.claims[change.key] = Claim(before.owner if before else None, change.revision, is_damaged=True)
 
     def keep_unreadable(self, before: "State") -> None:
-        """Copy unreadable values from ``before``, the state that this one replaces, as far as it has them."""
+        """Keep the last readable values from ``before``, the state that this one replaces, for values that are
+        unreadable now.
+        """
         for table, old in zip(self.tables, before.tables, strict=True):
             table.keep_unreadable(old)
         versions = self.table_by_type[SpecVersion]
         kept = {id for id in versions.unreadable if id in versions.objects}
-        deque(self._refilled(kept, ()), maxlen=0)  # the difference between the states has the events
+        # Only the effect matters. The difference of the two states produces the events.
+        deque(self._refilled(kept, ()), maxlen=0)
 
     def _merged(self, by_kind: dict[str, dict[str, dict[str, KeyChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
-        for table in self.tables:  # all other kinds belong to newer versions
+        for table in self.tables:  # other kinds have no table, because they belong to newer versions
             kind = table.schema.type
             for id, changes in by_kind.get(table.schema.name, {}).items():
                 event = table.apply(id, changes)
@@ -187,7 +189,9 @@ class State:
             yield from self._refilled(specs, by_kind.get("task", {}).keys())
 
     def _last_spec(self, service: Service, present: Version | None) -> Iterable[Event]:
-        """Keep the last spec of a service that has a new one, if its stored version is unreadable."""
+        """Keep the previous spec of a service that gets a new one, if the stored version of the previous spec is
+        unreadable.
+        """
         versions, last = self.table_by_type[SpecVersion], service.spec_version
         if not versions.unreadable or last is None or last == present:
             return
@@ -199,7 +203,7 @@ class State:
                 yield event
 
     def _refilled(self, spec_ids: set[str], done: Collection[str]) -> Iterable[Event]:
-        """Yield the events of tasks whose spec version was stored after them, or was removed."""
+        """Yield the events of tasks whose spec changes because their spec version was stored or removed."""
         tasks = self.table_by_type[Task]
         for service_id in sorted({id.rpartition("/")[0] for id in spec_ids}):
             for task in tasks.find({"service_id": service_id}):
@@ -228,9 +232,9 @@ def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Tas
 
 
 def differences(old: State, new: State) -> Iterator[Event]:
-    """Yield the events that lead from ``old`` to ``new``: removals first, then the others by kind and id.
+    """Yield the events that lead from ``old`` to ``new``.  Removals come first, then the others by kind and id.
 
-    Lazy, so that the caller can yield to the event loop.  Neither state may change meanwhile.
+    It is a generator so that the caller can let other tasks run.  Neither state may change meanwhile.
     """
     for before, after in zip(old.tables, new.tables, strict=True):
         for id in before.ids:
@@ -261,7 +265,7 @@ def resolved(view: Any, table: Table, word: str, among: Callable[[Any], bool] | 
     """Return the object that ``word`` names: by id, name, or unique prefix of an id.
 
     Args:
-        view: The state, or a transaction over it, with ``lookup``, ``find`` and ``ids_with_prefix``.
+        view: The state, or a transaction on it, with ``lookup``, ``find`` and ``ids_with_prefix``.
         among: See ``interface.View.resolve``.
 
     Raises:

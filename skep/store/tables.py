@@ -1,7 +1,7 @@
 """The merged objects of one kind in memory, with their indexes.
 
-An object is stored under several keys with one writer each; ``Table`` merges them and keeps the revision at which each
-key was last written, which transactions compare.
+An object is stored under several keys with one writer each.  ``Table`` merges them, and keeps the revision of the last
+write of each key, which transactions compare.
 """
 
 from bisect import bisect_left, insort
@@ -44,10 +44,11 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
 
 
 class Table:
-    """All objects of one kind: ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids.
+    """All objects of one kind.  ``objects`` are by id, ``ids`` are sorted, and ``indexes`` hold sorted ids by index
+    name and value.
 
-    A single id in an index is stored without a list: lists for each of 100,000 slots would dominate the time of a
-    garbage collection.
+    If an index value has a single id, the id is stored without a list.  The lists of 100,000 slots would take most of
+    the time of a garbage collection.
     """
 
     def __init__(self, schema: KindSchema) -> None:
@@ -56,40 +57,43 @@ class Table:
         self.is_versioned = "version" in self.codecs[HEAD].fields
         own = {*META, "spec_version"} if schema.type is Service else set(META)
         self.head_values = values_of(name for name in self.codecs[HEAD].fields if name not in own)
-        """The fields of an object's head, except for the ones that the store itself sets."""
+        """Returns the fields of an object's head, except the fields that the store itself sets."""
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
         self.fill_in: Callable[[Any], Any] | None = None
-        """Adds data of another object to a merged object (to a task its spec)."""
+        """Completes a merged object with data of another object.  Only tasks need that, for their spec."""
         self.created: dict[str, int] = {}
-        """Id -> revision at which its head was created."""
+        """Revision at which the head was created, by id."""
         self.revisions: dict[str, dict[str, int]] = {part: {} for part in self.codecs}
-        """Part -> id -> revision at which that key was last written.  Existing keys only."""
+        """Revision at which a key was last written, by part and id.  It contains existing keys only."""
         self.status_versions: dict[str, dict[str, int]] = {part: {} for part in schema.spec_statuses}
-        """Part -> id -> spec version that it reports on."""
+        """Spec version that a status reports on, by part and id."""
         self.unreadable: dict[str, str] = {}
-        """Id -> why its head is unreadable.
+        """Reason why a head is unreadable, by id.
 
-        Such an object is missing, has a placeholder for its head, or keeps its last readable state.  The revisions of
-        its keys are known."""
+        Such an object is missing, has a placeholder as its head, or keeps its last readable state.  The revisions of
+        its keys are known.
+        """
         self.damaged: dict[str, dict[str, str]] = {}
-        """Id -> part -> why it is unreadable.  Such a part is missing, or keeps its last readable value."""
+        """Reason why a part is unreadable, by id and part.  Such a part is missing, or keeps its last readable
+        value.
+        """
         self._extras: dict[tuple[str, str], Unknown] = {}
-        """Part (or head) and id -> its fields that are unknown to this version."""
+        """Fields that this version does not know, by part (or head) and id."""
         self._never_read: dict[str, set[str]] = {}
-        """Id -> damaged parts (or the head) without an earlier readable value."""
+        """Damaged parts (or heads) that never had a readable value, by id."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
         self._index_entries = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
         self._decode_head = head_decoder(schema.type)
         self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
-        """The fields of the other parts."""
+        """The fields of all parts except the head."""
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
         """Return the objects in order of id, all or those with one value of one index."""
         return [self.objects[id] for id in self.found_ids(by)]
 
     def found_ids(self, by: Mapping[str, str]) -> Sequence[str]:
-        """Return their ids.  Raises KeyError for an unknown index."""
+        """Return the ids of these objects.  Raises KeyError for an unknown index."""
         if not by:
             return self.ids
         ((index, value),) = by.items()
@@ -117,11 +121,11 @@ class Table:
     def apply(self, id: str, changes: Mapping[str, KeyChange]) -> Event | None:
         """Merge the changes of one revision to one object, by part.  Returns None if no visible field changed.
 
-        An unreadable value leaves its part unchanged: one damaged key must not stop a manager.
+        An unreadable value leaves its part unchanged, because one damaged key must not stop a manager.
         """
         old: Any = self.objects.get(id)
         if old is not None:
-            # The same string object in every dictionary, so that lookups succeed by identity.
+            # All dictionaries use the same string object, so that lookups can compare by identity.
             id = old.id
         merged = old
         fields: dict[str, Any] = {}
@@ -161,7 +165,7 @@ class Table:
     def _complete(self, head: Any, id: str, old: Any, fields: Mapping[str, Any]) -> None:
         """Set the fields of the other parts in ``head``, from ``fields`` or else from ``old``.
 
-        The head was just decoded and is not shared yet, so it is changed in place: a copy takes twice as long.
+        The head was just decoded and is not shared yet, so it is changed in place.  A copy would take twice as long.
         """
         _set(head, "id", id)
         for name, value in fields.items():
@@ -183,9 +187,11 @@ class Table:
         return self.codecs[part].defaults
 
     def _read_head(self, id: str, old: Any, change: KeyChange) -> Any:
-        """Read a head as an object whose other parts have their defaults, or return ``old`` or a placeholder.
+        """Decode a head into an object whose other parts have their defaults.  If it is unreadable, return ``old`` or a
+        placeholder.
 
-        Copying the fields of the other parts into it is twice as fast as copying its more numerous fields into ``old``.
+        The caller copies the fields of the other parts into it.  The head has more fields, so copying these into
+        ``old`` would take twice as long.
         """
         try:
             head, extras = self._decode_head(_intact(change))
@@ -205,7 +211,7 @@ class Table:
     def _read(self, id: str, part: str, change: KeyChange, *, is_first: bool) -> Mapping[str, Any]:
         """Return the fields of a part other than the head, or nothing if it is unreadable.
 
-        ``is_first`` says that it had no value before.
+        ``is_first``: whether the part had no value before.
         """
         codec = self.codecs[part]
         try:
@@ -231,20 +237,22 @@ class Table:
             self._extras.pop((part, id), None)
 
     def was_never_read(self, id: str, part: str) -> bool:
-        """Whether the part is damaged and had no readable value before, so that the object shows its default."""
+        """Return whether the part is damaged and never had a readable value, so that the object shows its default."""
         return part in self._never_read.get(id, ())
 
     def encoded(self, part: str, id: str, object: Any) -> bytes | None:
         """Return the stored form of a part of ``object``, or None if it needs no key.
 
-        Fields of a newer version of Skep, unknown to this one, are kept.
+        Fields that only a newer version of Skep knows are kept.
         """
         value = self.codecs[part].encode(object)
         extras = self._extras.get((part, id)) if self._extras else None
         return self.codecs[part].with_unknown(value, extras) if extras is not None else value
 
     def unknown_in(self, id: str, field: str) -> Unknown:
-        """Return the unknown fields inside one field of a head (its name in JSON), for copies of that field."""
+        """Return the unknown fields inside one field of a head, for a copy of that field.  ``field``: its name in
+        JSON.
+        """
         extras = self._extras.get((HEAD, id), NOTHING)
         return Unknown(inside={field: extras.inside[field]}) if field in extras.inside else NOTHING
 
@@ -253,7 +261,7 @@ class Table:
         log.error("stored value cannot be read", kind=kind, id=id, part=part, error=str(error))
 
     def _without_stale_statuses(self, id: str, merged: Any) -> Any:
-        """Return ``merged`` without the statuses of another version of its spec."""
+        """Return ``merged`` without statuses that report on another version of its spec."""
         if merged.spec_version is None:
             return merged
         current = merged.spec_version.index
@@ -266,7 +274,7 @@ class Table:
     def store(self, id: str, old: Any, new: Any, *, moves: bool = True) -> Event | None:
         """Replace ``old`` by ``new`` and return the event for watchers.
 
-        ``moves`` says whether its index values may have changed.
+        ``moves``: whether its index values may have changed.
         """
         if old is None:
             if self.ids and id < self.ids[-1]:
@@ -284,7 +292,9 @@ class Table:
         return Updated(old, new)
 
     def keep_unreadable(self, before: "Table") -> None:
-        """Copy unreadable values from ``before``, an earlier state of the same table, as far as it has them."""
+        """Keep the last readable values from ``before``, an earlier state of the table, for values that are unreadable
+        now.
+        """
         for id in self.unreadable:
             old = before.objects.get(id)
             if old is not None:
@@ -320,7 +330,7 @@ class Table:
             self._extras.pop((part, id), None)
 
     def _repaired(self, id: str, part: str) -> None:
-        """Note that a damaged part was written again, or removed."""
+        """Record that a damaged part was written again or removed."""
         parts = self.damaged.get(id, {})
         parts.pop(part, None)
         if not parts:
@@ -328,7 +338,7 @@ class Table:
         self._now_readable(id, part)
 
     def _now_readable(self, id: str, part: str) -> None:
-        """Note that the part (or head) has a readable value, so that it needs no safe fallback."""
+        """Record that the part (or head) has a readable value, so that it needs no safe fallback."""
         parts = self._never_read.get(id)
         if parts is not None:
             parts.discard(part)

@@ -1,6 +1,6 @@
-"""Run a transaction function against a state, and turn its reads and writes into a proposal.
+"""Runs a transaction function on a state, and turns its reads and writes into a proposal.
 
-The transaction sees its own writes.  Nothing is copied: its writes are an overlay over the state, and only the touched
+The transaction sees its own writes, which are an overlay over the state.  The state is not copied, and only touched
 objects are compared with their stored values.
 """
 
@@ -51,11 +51,13 @@ class LocalTransaction:
         self.revision = state.revision
         self._now_ns = now_ns
         self._written: dict[Owner, Any] = {}
-        """Objects that this transaction put (None if deleted), by kind name and id, in order of the first write."""
+        """Objects that this transaction has put, or None if it deleted them, by kind name and id, in the order of the
+        first write.
+        """
         self._relied: dict[Owner, set[str] | None] = {}
-        """Objects whose concurrent change fails the commit, with the parts that count, or None for all parts."""
+        """Objects whose concurrent change makes the commit fail, with the parts that matter, or None for all parts."""
         self._relied_kinds: set[str] = set()
-        """Kinds of which any concurrent change fails the commit."""
+        """Kinds for which any concurrent change makes the commit fail."""
         self._claimed: dict[str, Owner | None] = {}
         self._existing: set[Owner] = set()
         self._level: int | None = None
@@ -73,7 +75,7 @@ class LocalTransaction:
         return found
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
-        """Record what the proposal compares: all parts once a caller relied on all of them."""
+        """Record what the proposal has to compare.  Once a caller has relied on all parts, it compares all."""
         table = self._state.table_by_type[kind]
         owner = (table.schema.name, id)
         if not parts:
@@ -93,7 +95,7 @@ class LocalTransaction:
         self._relied_kinds.add(name)
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
-        """Return the state's and this transaction's objects.  Relies on none of them."""
+        """Return objects of the state with the changes of this transaction.  The commit does not depend on them."""
         table = self._state.table_by_type[kind]
         ids = table.found_ids(by)
         written = {id: object for (name, id), object in self._written.items() if name == table.schema.name}
@@ -127,7 +129,7 @@ class LocalTransaction:
     # -- Transaction -------------------------------------------------------------------------------------------
 
     def put(self, object: T) -> T:
-        """Put an object, with its version and times, and a task's spec from its service's version."""
+        """Put an object, and set its version and times.  A task gets its spec from its spec version."""
         table = self._state.table_by_type[type(object)]
         schema = table.schema
         id: str = object.id  # type: ignore[attr-defined]
@@ -180,7 +182,7 @@ class LocalTransaction:
     def _stamped(self, table: Table, base: Any, current: Any, object: Any) -> Any:
         """Return ``object`` with version and timestamps as the store sets them.
 
-        The version grows once per transaction and only when the head changes, so that a status report never makes a
+        The version grows once in a transaction and only if the head changes, so that a status report never makes a
         user's update "out of sequence".
         """
         if current is None:
@@ -223,7 +225,9 @@ class LocalTransaction:
         return timestamp(self._now_ns)
 
     def _without_old_statuses(self, table: Table, base: Any, stamped: Any) -> Any:
-        """Drop statuses of the previous spec that this transaction did not write, as the merge will do."""
+        """Drop statuses of the previous spec that this transaction did not write, because the merge will drop them
+        too.
+        """
         if base is None or base.spec_version == stamped.spec_version:
             return stamped
         stale: dict[str, Any] = {}
@@ -238,13 +242,15 @@ class LocalTransaction:
         self.put(
             SpecVersion(id=id, service_id=service.id, index=service.spec_version.index, spec=service.spec)
         )
-        # Tasks of this transaction may follow this version, if the transaction writes the spec twice.
+        # If the transaction writes the spec twice, tasks that it has put may refer to this version.
         for owner, object in self._written.items():
             if isinstance(object, Task) and object.service_id == service.id:
                 self._written[owner] = filled(object, spec_version_of(self, object))
 
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
-        """Take the claims that ``new`` adds to ``current``, and release dropped ones.  Raises ``taken``'s error."""
+        """Take the claims that only ``new`` has, and release the claims that only ``current`` has.  Raises the error of
+        ``taken``.
+        """
         schema = table.schema
         wanted = set(schema.claims(new))
         before = set(schema.claims(current)) if current is not None else set()
@@ -253,7 +259,9 @@ class LocalTransaction:
             holder = self._holder(claim)
             if holder is not None and holder != owner and not self._is_stale(claim, holder):
                 if claim in before:
-                    wanted.discard(claim)  # both objects are older than the claim: neither is refused
+                    wanted.discard(
+                        claim
+                    )  # both objects existed before such claims did, so neither is refused
                     continue
                 raise self._taken(schema, claim, new, holder)
             others = [sharer for sharer in self._sharers(claim) if sharer != owner]
@@ -263,7 +271,7 @@ class LocalTransaction:
             holder = self._holder(claim)
             if holder is not None and holder != owner:
                 raise self._taken(schema, claim, new, holder)
-        # In order, so that a transaction is written the same way in every process.
+        # Sorted, so that every process writes a transaction in the same way.
         for claim in sorted(before.difference(schema.claims(new))):
             self._release(claim, owner)
         for claim in sorted(wanted):
@@ -274,7 +282,9 @@ class LocalTransaction:
             self._claimed[claim] = None
 
     def _is_stale(self, claim: str, holder: Owner) -> bool:
-        """Whether ``holder`` was deleted or no longer claims it, as after a change by a version without such claims."""
+        """Return whether ``holder`` was deleted or no longer claims it.  A version that does not know such claims
+        leaves them behind.
+        """
         table = self._state.table_by_name[holder[0]]
         held_by = self._object(holder)
         if held_by is None:
@@ -285,13 +295,13 @@ class LocalTransaction:
         held_by = self._object(holder)
         if held_by is not None:
             return schema.taken(claim, new, held_by)
-        # The same error type as if it were readable: a client acts on the status.
+        # The error has the same type as if the object were readable, because a client acts on the status.
         unread = self._state.table_by_name[holder[0]].schema.type(id=holder[1])
         kind = type(schema.taken(claim, new, unread))
         return kind(f"{claim} belongs to {holder[0]} {holder[1]}, which cannot be read")
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
-        """Check that the objects to which ``new`` adds references exist.  Raises NotFound."""
+        """Check that the objects exist to which ``new`` refers and ``current`` does not.  Raises NotFound."""
         used_now = table.schema.references(new)
         if used_now == ():
             return
@@ -323,7 +333,9 @@ class LocalTransaction:
         )
 
     def _members(self, stored: Iterable[Owner], belongs: Callable[[Table, Any], bool]) -> list[Owner]:
-        """Return the owners after this transaction.  A changed object is one if ``belongs`` is true."""
+        """Return ``stored`` with the changes of this transaction.  A changed object is included if ``belongs`` is
+        true.
+        """
         members = {owner for owner in stored if owner not in self._written}
         for owner, object in self._written.items():
             if object is not None and belongs(self._state.table_by_name[owner[0]], object):
@@ -336,7 +348,7 @@ class LocalTransaction:
         """Return the transaction's compares and writes.
 
         Raises:
-            ResourceExhausted: There are more operations than one transaction may have, or an object is too large.
+            ResourceExhausted: The transaction has too many operations, or an object is too large.
         """
         builder = ProposalBuilder(self._state)
         for owner, object in self._written.items():
@@ -363,10 +375,11 @@ class LocalTransaction:
         return builder.proposal()
 
     def _rely_on_spec(self, builder: "ProposalBuilder", task: Task) -> None:
-        """Compare that a new task's spec is not removed concurrently.
+        """Compare that the spec of a new task is not removed concurrently.
 
-        The current spec never is.  Its existence is not enough: a transaction whose view does not show the task may
-        remove it next.  So the spec must still be the current one.
+        The current spec is never removed.  To compare that the spec exists would not be enough, because the next
+        transaction could remove it if its view does not show the task yet.  So the compare is that the spec is still
+        the current one.
         """
         version = spec_version_of(self, task)
         service = self.lookup(Service, task.service_id)
@@ -394,11 +407,11 @@ class ProposalBuilder:
 
     @property
     def writes(self) -> bool:
-        """Whether anything is put or deleted.  Compares alone are not proposed."""
+        """Whether anything is written or deleted.  A proposal with compares alone is not sent."""
         return bool(self._puts or self._deletes)
 
     def write(self, table: Table, owner: Owner, base: Any, object: Any) -> None:
-        """Write the parts of ``object`` that differ from ``base``, its references and shared claims."""
+        """Write the parts, references and shared claims of ``object`` that differ from ``base``."""
         kind, id = owner
         head_key = keys.object_key(kind, id)
         is_head_written = False
@@ -441,23 +454,24 @@ class ProposalBuilder:
             self._expect_unclaimed(claim, owner)
 
     def _unknown_in_spec(self, version: SpecVersion) -> Unknown:
-        """Return the fields that a newer version of Skep has written into the spec of which this one is a copy."""
+        """Return the unknown fields of the service's spec, of which ``version`` is a copy."""
         return self._state.table_by_type[Service].unknown_in(version.service_id, "Spec")
 
     def _is_spec_stored(self, task: Task) -> bool:
-        """Whether the task's spec need not be written, because it is stored as a ``SpecVersion``."""
+        """Return whether the task's spec is stored as a ``SpecVersion``, so that it is not written with the task."""
         if task.spec_version is None:
             return False
         id = spec_version_id(task.service_id, task.spec_version)
         return keys.object_key("spec", id) in self._puts or self._state.lookup(SpecVersion, id) is not None
 
     def remove(self, table: Table, owner: Owner, base: Any) -> None:
-        """Delete all keys of an object, or nothing if this transaction created it."""
+        """Delete all keys of an object.  If this transaction created it, there is nothing to delete."""
         if base is None:
             return
         kind, id = owner
         for part in table.codecs:
-            # A part that is first written concurrently would outlive its object, so absent ones are compared too.
+            # Absent parts are compared as well, because a part that is first written concurrently would outlive its
+            # object.
             known = table.revision(id, part)
             self._compares[Unchanged(keys.object_key(kind, id, part), known)] = None
             if known:
@@ -470,7 +484,7 @@ class ProposalBuilder:
         )
 
     def claim(self, claim: str, claimant: Owner | None) -> None:
-        """Assign ``claim`` to ``claimant``, or release it (None), if that is a change."""
+        """Assign ``claim`` to ``claimant``, or release it if that is None.  Do nothing if that changes nothing."""
         held = self._state.holder(claim)
         if (held.owner if held is not None else None) == claimant and not (held and held.is_damaged):
             return
@@ -532,7 +546,9 @@ class ProposalBuilder:
         object: Any,
         key_of: Callable[[Any, Owner], str],
     ) -> None:
-        """Write the membership keys (references, shared claims) that ``object`` adds, and delete dropped ones."""
+        """Write the keys of references or shared claims that only ``object`` has, and delete the keys that only
+        ``base`` has.
+        """
         held, holds = of(base) if base is not None else (), of(object) if object is not None else ()
         if held == holds:
             return

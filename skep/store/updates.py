@@ -1,8 +1,8 @@
-"""Run transaction functions until they commit: the optimistic retry loop that both stores share.
+"""Runs transaction functions until they commit, in the optimistic retry loop that both stores share.
 
-A function runs against the replica, and its writes are proposed.  A conflict means that the replica was behind: it
-catches up and the function runs again.  An error that the function raises is only final if the replica is at least as
-new as the call, so that a lagging replica cannot report "not found" for an object that was just created elsewhere.
+A function runs on the replica, and its writes are proposed.  A conflict means that the replica was behind, so the
+function runs again once the replica has caught up.  An error of the function is final only if the replica is at least
+as new as the call.  Otherwise a lagging replica could report "not found" for an object that was just created elsewhere.
 """
 
 import asyncio
@@ -31,24 +31,25 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 DEADLINE_S = 5.0
-"""Seconds for a whole update with all its attempts."""
+"""Timeout in seconds for an update with all its attempts."""
 
 TERM_DEADLINE_S = 20.0
-"""The same for an update of a term.  Longer, because an expired one with a write in flight ends the term."""
+"""Timeout in seconds for an update of a term.  It is longer, because a timeout with a write in flight ends the term."""
 
 SHOWN_S = 2.0
-"""Seconds that the replica may take to show an acknowledged user's write before the update returns anyway."""
+"""Seconds for the replica to show an acknowledged write of a user, after which the update returns anyway."""
 
 CHUNK = 500
-"""Proposals of one ``update_each`` that are in flight together."""
+"""Number of proposals of one ``update_each`` that are in flight together."""
 
 CONFLICTS_MAX = 3
-"""Consecutive conflicts without progress after which each attempt is delayed, longer each time.
+"""Number of consecutive conflicts without progress after which each further attempt is delayed, longer each time.
 
-Without the delay, a replica that has a wrong revision of a key would fill the raft log with attempts."""
+Without the delay, a replica that has a wrong revision of a key would fill the raft log with attempts.
+"""
 
 YIELD_EVERY = 50
-"""Bodies run between two returns to the event loop."""
+"""Number of bodies that run before other tasks of the event loop run."""
 
 NO_LEADER = (
     "The swarm does not have a leader. It's possible that too few managers are online. "
@@ -59,7 +60,8 @@ NO_LEADER = (
 Propose: TypeAlias = Callable[
     [Sequence[Proposal], TermState | None], Awaitable[Sequence[Outcome | SkepError]]
 ]
-"""Commits proposals independently of each other, fenced by a term if there is one.  One result per proposal, in order.
+"""Commits proposals independently of each other, fenced by the term if one is passed.  Returns one result per proposal,
+in order.
 
 A result may be an error: NotLeader if the fence failed, Unavailable without a quorum or with an unknown outcome.
 
@@ -68,7 +70,7 @@ Raises the same errors if they apply to all, and ResourceExhausted if too many p
 
 
 class Updater:
-    """Base of a store and of a term: transactions over a replica.  Implements ``interface.Updates``."""
+    """Base of a store and of a term, which runs transactions on a replica.  Implements ``interface.Updates``."""
 
     def __init__(
         self,
@@ -87,9 +89,8 @@ class Updater:
             barrier: Returns once the replica shows every write acknowledged before the call.
             reached: Returns once the replica shows a revision.
             rng: Returns numbers from 0 to 1, which spread the delays between attempts.
-            term: Its updates return only when the replica shows their write, and the next attempt waits for that: a
-                leader that does not see its own write would repeat its decision.  If the write is not shown in time,
-                the term is over.
+            term: Its updates return only once the replica shows their write, because a leader that does not see its own
+                write would repeat its decision.  If the replica does not show the write in time, the term is over.
         """
         self._replica = replica
         self._propose = propose
@@ -176,9 +177,9 @@ class Updater:
         results: list[Any],
         deadline: "within_deadline",
     ) -> list[tuple[int, T]]:
-        """Run and propose each item once.  Returns the items with a conflict.
+        """Run the body for each item and propose the result, once.  Returns the items that had a conflict.
 
-        While some proposals are in flight, the bodies of the next ones run.
+        The bodies of the next items run while the proposals of earlier items are in flight.
         """
         proposing: list[tuple[list[tuple[int, T]], asyncio.Task[Sequence[Outcome | SkepError]]]] = []
         async with asyncio.TaskGroup() as group:
@@ -205,7 +206,9 @@ class Updater:
     def _run_each(
         self, body: Callable[[Transaction, T], R], some: Sequence[tuple[int, T]], results: list[Any]
     ) -> tuple[list[tuple[int, T]], list[Proposal]]:
-        """Run the body of each item into ``results``.  Returns the items that wrote something, and their proposals."""
+        """Run the body for each item and set its result in ``results``.  Returns the items that wrote something, and
+        their proposals.
+        """
         items: list[tuple[int, T]] = []
         proposals: list[Proposal] = []
         for index, item in some:
@@ -246,7 +249,9 @@ class Updater:
         return _ConflictDelay(self._clock, Backoff(0.01, 0.5, rng=self._rng))
 
     async def _wait_shown(self, revision: int, deadline: "within_deadline") -> None:
-        """Wait until the replica shows an acknowledged write.  No deadline turns that into an error."""
+        """Wait until the replica shows an acknowledged write.  A timeout is not an error, because the write has
+        succeeded.
+        """
         self._written = max(self._written, revision)
         if self._replica.revision >= revision:
             return None
@@ -264,13 +269,13 @@ class Updater:
             await self._reached(self._written)
 
     async def _settle_cancelled(self) -> None:
-        """Settle the writes of an update that was cancelled, by its deadline or from outside."""
+        """Wait for the outcome of the writes of an update that its deadline or its caller has cancelled."""
         if self._term is not None and self._replica.revision < self._written:
             await self._term.settle(partial(self._reached, self._written))
 
 
 class FencedTerm(Updater):
-    """A term: its proposals compare the fence.  Made by ``Updater.fenced``.  Implements ``interface.Term``."""
+    """A term, whose proposals compare the fence.  Created by ``Updater.fenced``.  Implements ``interface.Term``."""
 
     @property
     def number(self) -> int:
@@ -287,7 +292,7 @@ class FencedTerm(Updater):
         return self._term
 
     async def confirm(self) -> None:
-        """Propose no operations: the only compare is the fence."""
+        """Propose a transaction that only compares the fence."""
         async with within_deadline(self._deadline_s):
             (outcome,) = await self._propose([Proposal()], self._state)
             match outcome:
@@ -309,7 +314,9 @@ class _ConflictDelay:
         self._conflicts = 0
 
     async def after_conflict(self, *, is_progress: bool) -> None:
-        """Wait, but not for the first few conflicts.  ``is_progress`` says that the state has changed since."""
+        """Wait, except after the first few conflicts.  ``is_progress``: whether the state has changed since the last
+        conflict.
+        """
         self._conflicts = 0 if is_progress else self._conflicts + 1
         if self._conflicts >= CONFLICTS_MAX:
             await self._backoff.sleep(self._clock)
@@ -327,8 +334,8 @@ def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R
 class within_deadline:  # noqa: N801 (it is used like a function)
     """Raise Unavailable if the block takes longer.
 
-    ``cancelled`` is awaited before that, and when the block is cancelled from outside.  This is a class, since a
-    generator behind a context manager costs a small request more than the timeout itself.
+    ``cancelled`` is awaited first, also if the block is cancelled from outside.  This is a class because a context
+    manager made from a generator would cost more than the timeout itself.
     """
 
     def __init__(
@@ -338,7 +345,7 @@ class within_deadline:  # noqa: N801 (it is used like a function)
         self._cancelled = cancelled
 
     def extend(self, seconds: float) -> None:
-        """Let the block last at least so long from now on."""
+        """Let the block run for at least ``seconds`` from now."""
         end = self._timeout.when()
         assert end is not None, "it was set at the beginning"
         self._timeout.reschedule(max(end, asyncio.get_running_loop().time() + seconds))

@@ -1,4 +1,4 @@
-"""Watches: a bounded queue of commits per reader.
+"""Watches, with a bounded queue of commits for each reader.
 
 The publisher never waits for a reader.  A reader that falls behind by more than the bound loses its queue and gets
 ``WatchLagged``, and has to restart from a snapshot.
@@ -28,7 +28,7 @@ class WatchQueue:
 
     @property
     def snapshot(self) -> View:
-        """The state at the beginning.  Read it before the first commit, which releases it."""
+        """The state at the beginning.  Read it before the first commit, which releases the reference to it."""
         assert self._snapshot is not None, "it is read before the first commit"
         return self._snapshot
 
@@ -36,7 +36,7 @@ class WatchQueue:
         return self
 
     async def __anext__(self) -> Commit:
-        # A reloaded replica has another state object, and a reference here would keep the old one in memory.
+        # After a reload the replica has another state object, and a reference here would keep the old one in memory.
         self._snapshot = None
         while not self._commits:
             self._check_lag()
@@ -72,10 +72,10 @@ class Watches:
         self._capacity = capacity
         self._queues: dict[
             WatchQueue, None
-        ] = {}  # ordered, unlike a set: a simulation must run the same way twice
+        ] = {}  # A dict is ordered, unlike a set, so that a simulation runs the same way twice.
 
     def publish(self, commit: Commit) -> None:
-        """Queue the events of its kinds for every reader.  Readers of the same kinds share one commit."""
+        """Queue the events of each reader's kinds.  Readers of the same kinds share one commit object."""
         kinds = [type(event.new if isinstance(event, Updated) else event.object) for event in commit.events]
         present = frozenset(kinds)
         shares: dict[frozenset[type[Object]], Commit | None] = {}

@@ -16,11 +16,11 @@ from skep.stack.planning import differences
 from skep.top.snapshot import Snapshot, mode_of, tasks_of
 
 _RESPONSE_TIMEOUT_S = 20.0
-"""Seconds for one change."""
+"""Timeout of one change in seconds."""
 _NAMED_MAX = 5
-"""Fields that a question names."""
+"""Largest number of fields that a question names."""
 _REPLICAS_MAX = 1_000_000
-"""More is a slip of the finger."""
+"""Largest number of replicas.  More is a typing error."""
 
 
 class Action(msgspec.Struct, frozen=True):

@@ -27,9 +27,9 @@ from skep.top.table import RowTable
 from skep.top.watching import Cluster
 
 _SHORT = 16
-"""Lines below which the screen leaves out empty lines and shows the headline on one line."""
+"""If the screen has fewer lines, it leaves out empty lines and shows the headline on one line."""
 _TABS_WITH_COUNTS = 64
-"""Columns from which the tabs fit with their counts."""
+"""Number of columns from which on the tabs have space for their counts."""
 _WRAPPING = 12
 """Columns that stay empty at the end of a wrapped line: the length of a long word."""
 _COLORS = {Health.HEALTHY: "text-success", Health.CONVERGING: "text-warning"}
@@ -45,7 +45,7 @@ LOG_LINES_MAX = 2000
 _LOGS_S = 0.2
 """Seconds between two repaints of the logs."""
 _LOG_BATCH, _LOG_REST_S = 500, 0.02
-"""Lines after which reading pauses, and the pause in seconds."""
+"""Number of log lines after which reading pauses, and the pause in seconds."""
 _DARK, _LIGHT = "textual-dark", "textual-light"
 _ONLY_IN: Mapping[str, tuple[View, ...]] = {
     "scale": (View.SERVICES, View.TASKS),
@@ -145,7 +145,7 @@ class TopApp(App[None]):
         )  # on terminals without color, gray would hide problems
         self.table.focus()
         self.paint()
-        self.screen.set_interval(1.0, self._age)  # the app's own timers would outlive the tables
+        self.screen.set_interval(1.0, self._age)  # timers of the app would outlive the tables
         self.screen.set_interval(_LOGS_S, self._paint_log)
         self.run_worker(self._cluster.run(self.publish), group="cluster")
 
@@ -168,7 +168,7 @@ class TopApp(App[None]):
     def paint(self) -> None:
         """Paint the lines at the top, and the table of the current view."""
         self._is_stale = False
-        if not self.is_running:  # the last snapshot came while the tables were closed
+        if not self.is_running:  # the last snapshot arrived while the tables were being closed
             return
         snapshot, screen = self._snapshot, self.screen_stack[0]
         screen.query_one("#link", Static).update(_link(snapshot))
@@ -453,7 +453,7 @@ class TopApp(App[None]):
                 if number % _LOG_BATCH == 0:
                     await asyncio.sleep(
                         _LOG_REST_S
-                    )  # a flood of lines waits at its node and does not delay the keys
+                    )  # a flood of lines waits on its node and does not delay the keys
         except (SkepError, OSError) as error:
             self._lines.append(log_row(self._snapshot, number + 1, LogLine(str(error))))
 

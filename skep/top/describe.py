@@ -8,7 +8,7 @@ from skep.model.node import plain_message
 from skep.top.snapshot import Reserved, Snapshot, cpus_of, memory_of, share_of, sum_of, tasks_of
 
 _LISTED_MAX = 100
-"""Tasks that the panel lists."""
+"""Largest number of tasks that the panel lists."""
 
 HELP = (
     "1 to 5, tab      Switch between services, tasks, nodes, events and logs",

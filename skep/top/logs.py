@@ -13,9 +13,9 @@ from skep.model.task_end import SEQUENCE
 from skep.model.times import SECOND_NS, unix_ns
 
 _TAIL = 200
-"""Lines before the start of the follow."""
+"""Number of earlier lines that are shown first."""
 _LINE_CHARACTERS_MAX = 2000
-"""Characters of a line that are kept."""
+"""Longest line that is kept, in characters."""
 _RECONNECT_S_MAX = 10.0
 """Longest delay in seconds before a reconnection."""
 _TASK = "com.docker.swarm.task.id="

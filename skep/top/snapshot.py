@@ -18,7 +18,7 @@ _NO_NODES: Mapping[str, Mapping[str, Any]] = {}
 _WAITING = 3
 """``Problem.Weight`` from which a task only waits or starts, so that its service may converge without help."""
 _NAMED_MAX = 3
-"""Objects of a kind that the headline names.  It counts the others."""
+"""Largest number of objects of a kind that the headline names.  It counts the others."""
 _NANO = 1e9
 
 
@@ -31,7 +31,7 @@ class Link(Enum):
 
 
 class Connection(msgspec.Struct, frozen=True):
-    """The connection.  ``reason`` tells why it was lost, ``retry_s`` the seconds until the next attempt."""
+    """The state of the connection.  ``reason``: why it was lost.  ``retry_s``: seconds until the next attempt."""
 
     link: Link = Link.CONNECTING
     reason: str = ""
@@ -101,7 +101,7 @@ class Task(msgspec.Struct, frozen=True, rename=go_name):
 
     @property
     def is_settled(self) -> bool:
-        """Whether only an event can change it.  Changes before a task runs have no events."""
+        """Whether every further change has an event.  Changes before a task runs have none."""
         state = self.status.state
         return state in ENDED or (state == "running" and self.desired_state == "running")
 

@@ -30,17 +30,17 @@ _TASKS_WITHIN_S = 60.0
 _TASKS_BYTES_MAX = 512 << 20
 """Size limit of the list of all tasks."""
 EVENTS_KEPT = 1000
-"""Events that the view keeps."""
+"""Number of events that the view keeps."""
 _ONE_BY_ONE = 50
-"""Ids of a kind that are read individually.  For more, all objects are listed."""
+"""Largest number of ids of a kind that are read individually.  If there are more, all objects are listed."""
 _AT_ONCE = 8
-"""Concurrent requests for single objects."""
+"""Largest number of concurrent requests for single objects."""
 _EXPLAINED = 20
-"""Services whose explanation is requested.  The others only show their numbers."""
+"""Largest number of services whose explanation is requested.  The others only show their numbers of tasks."""
 _GATHER_S = 0.15
 """Seconds for which changes are gathered before they are read."""
 _LOOK_S = 2.0
-"""Seconds between two reads of state without events: starting tasks, reasons, load."""
+"""Seconds between two reads of state that has no events: starting tasks, reasons, load."""
 _LIST_SHARE = 10
 """Pause before a list is repeated, as a multiple of its duration."""
 _RECONNECT_S_MAX = 10.0
@@ -166,7 +166,7 @@ class _Connected:
         """Run until the stream ends.  Raises: SkepError, OSError, in a group."""
         await self._find_leader()
         query = {"after": self._state.cursor} if self._state.cursor else {}
-        # The stream is inside the group: it translates its own errors, but not those in a group.
+        # The stream is inside the group, because it translates its own errors but no errors that are in a group.
         async with asyncio.TaskGroup() as group, self._client.lines("/skep/events", query) as lines:
             group.create_task(self._load())
             async for line in lines:

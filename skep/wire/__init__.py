@@ -1,1 +1,1 @@
-"""SwarmKit's protocol: messages, connections, and the only conversions between them and the model."""
+"""SwarmKit's protocol: its messages, its connections, and the conversions between messages and the model."""

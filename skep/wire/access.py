@@ -18,29 +18,32 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity | None
     """The identity in its verified certificate, or None without a certificate."""
     address: str
-    """IP address it connects from."""
+    """IP address from which the caller connects."""
     disconnect: Callable[[], None]
-    """Closes the connection, and its calls end as lost.  For peers that no longer respond."""
+    """Closes the connection of a peer that no longer responds.  Its calls end with ``Lost``."""
     has_crashed: Callable[[], bool] = lambda: False
-    """Whether the other end closed the connection without GOAWAY or reset of its streams.
+    """Whether the peer closed the connection without a GOAWAY and without resetting its streams.
 
-    Then its kernel closed it after its process had ended.  A machine without power or without a network closes
-    nothing."""
+    If so, the peer's process has crashed and its kernel closed the connection.  A machine that loses its power or its
+    network closes nothing.
+    """
 
     @property
     def node_id(self) -> NodeId:
-        """The node in the certificate.  Raises PermissionDenied without a certificate."""
+        """Return the id of the node in the certificate.  Raises PermissionDenied without a certificate."""
         if self.identity is None:
             raise _denied()
         return self.identity.node_id
 
 
 CertificateCheck: TypeAlias = Callable[[Identity, Access], None]
-"""Called for each call.  Raises for a caller whose valid certificate must not be accepted (revoked, removed node)."""
+"""Checks the caller of each call.  Raises if its certificate is valid but must not be accepted, because it was revoked
+or its node removed.
+"""
 
 
 def accept_all(_identity: Identity, _access: Access) -> None:
-    """Accept every valid certificate (tests, tools)."""
+    """Accept every valid certificate.  For tests and tools."""
 
 
 def authorize(

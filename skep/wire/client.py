@@ -1,6 +1,6 @@
-"""Calls to a manager over one connection, with this package's errors instead of gRPC's.
+"""Calls a manager over one connection, and raises Skep's errors instead of gRPC's.
 
-The manager's certificate is verified for a name of its role, never for its address.
+The manager's certificate must contain the name of its role.  Its address is not verified.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 CONNECT_SECONDS_MAX = 5.0
-"""Timeout of a connection."""
+"""Timeout for opening a connection."""
 CALL_SECONDS_MAX = 5.0
-"""Timeout of a call, as in engines."""
+"""Timeout of a call, the same as in Docker Engines."""
 
 BOUNDS = Bounds(stream_window=4 * 1024 * 1024, connection_window=64 * 1024 * 1024, message=128 * 1024 * 1024)
-"""A manager sends a node all its tasks, secrets and configs at once."""
+"""Large windows, because a manager sends a node all its tasks, secrets and configs at once."""
 
 
 class Call(Generic[Q, A]):
-    """An open streaming call.  It begins with its first message, as in gRPC."""
+    """An open streaming call.  It reaches the server with its first message, as in gRPC."""
 
     def __init__(self, connection: ClientConnection, block: bytes, reply: type[A], address: str) -> None:
         self._connection = connection
@@ -73,7 +73,9 @@ class Call(Generic[Q, A]):
 
 
 class Channel:
-    """A connection to a manager, made by ``connected``.  ``peer`` is the node in its certificate, empty if unknown."""
+    """A connection to a manager, opened by ``open_channel``.  ``peer`` is the node in its certificate, empty if
+    unknown.
+    """
 
     def __init__(self, address: str, connection: ClientConnection, name: str, peer: NodeId) -> None:
         self.address = address
@@ -137,11 +139,13 @@ def _peer_of(connection: ClientConnection) -> NodeId:
     try:
         return peer_identity(connection.peer_certificate).node_id
     except Unauthenticated:
-        return NodeId("")  # not verified, as before a node has a root certificate
+        return NodeId(
+            ""
+        )  # The certificate was not verified, because a node without a root certificate cannot do so.
 
 
 async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str, bounds: Bounds) -> ClientConnection:
-    """Connect.  Raises Unavailable if the address is not reachable, otherwise the error of the TLS handshake."""
+    """Connect.  Raises Unavailable if the address is not reachable, or the error of the TLS handshake."""
     try:
         return await connect(
             lambda: ClientConnection(bounds, coalesces=True), host, port, tls, server_name=name
@@ -156,5 +160,5 @@ def split_address(address: str) -> tuple[str, int]:
     """Split ``"10.0.0.1:2377"`` or ``"[::1]:2377"`` into host and port.  Raises InvalidArgument."""
     host, port = parted(address)
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
-        raise InvalidArgument(f"invalid address {address!r}: want host:port")
+        raise InvalidArgument(f"invalid address {address!r}: expected host:port")
     return host, int(port)

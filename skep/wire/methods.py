@@ -1,4 +1,4 @@
-"""Every call of the protocol: its path, its messages, and its authorization.
+"""Every call of the protocol, with its path, its messages, and its authorization.
 
 Servers and clients use the same entries, so both sides are checked against the same types.
 """
@@ -18,7 +18,7 @@ A = TypeVar("A", bound=Message)
 REQUEST_BYTES_MAX = 64 * 1024
 """Maximum bytes of most requests: a few ids and words."""
 DESCRIPTION_BYTES_MAX = 1024 * 1024
-"""Maximum bytes of a request that describes a node: its labels, its networks, the findings on its paths."""
+"""Maximum bytes of a request that describes a node, with its labels, its networks and the findings on its paths."""
 TUNNEL_PIECE_BYTES_MAX = 160 * 1024
 """Maximum bytes of a tunnel message: 64 KiB of data, or the head of a request."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
@@ -26,7 +26,7 @@ MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 
 
 class Access(Enum):
-    """Which callers are authorized, by the certificate of the connection."""
+    """The callers that may make a call, determined by the certificate of the connection."""
 
     OPEN = auto()
     """Any caller, with or without a certificate, so that a machine can become a node."""
@@ -35,9 +35,11 @@ class Access(Enum):
     MANAGER = auto()
     """Managers of this cluster."""
     MANAGER_OR_UNKNOWN = auto()
-    """Managers, and for a few seconds any caller with a manager's certificate that is not in the store.
+    """Managers, and for a few seconds any caller that has a manager's certificate but is missing in the store.
 
-    Such a manager is missing from a restored backup.  It may read, but its messages are not trusted."""
+    A manager that joined after the backup from which the store was restored is missing there.  It may read, but its
+    messages are not trusted.
+    """
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,23 @@ class _Method(Generic[Q, A]):
     reply: type[A]
     access: Access = Access.NODE
     request_bytes_max: int = REQUEST_BYTES_MAX
-    """Maximum request size.  A manager refuses a larger request by its announced length."""
+    """Maximum request size.  A manager refuses a larger request as soon as it has read the announced length."""
 
 
 class Unary(_Method[Q, A]):
-    """One request, one reply."""
+    """A call with one request and one reply."""
 
 
 class ServerStream(_Method[Q, A]):
-    """One request, any number of replies."""
+    """A call with one request and any number of replies."""
 
 
 class ClientStream(_Method[Q, A]):
-    """Any number of requests, one reply."""
+    """A call with any number of requests and one reply."""
 
 
 class BothStream(_Method[Q, A]):
-    """Any number of requests and replies, independent of each other."""
+    """A call with any number of requests and replies, independent of each other."""
 
 
 Method: TypeAlias = Unary[Q, A] | ServerStream[Q, A] | ClientStream[Q, A] | BothStream[Q, A]

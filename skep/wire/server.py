@@ -1,14 +1,14 @@
 """The gRPC server of a manager: one port for nodes, managers and machines that want to become nodes.
 
-``rpc`` implements the protocol.  Admission, limits and the choice of handlers are here:
+``rpc`` implements the protocol.  This module admits connections, sets their limits, and finds the handler of a call:
 
-* A GOAWAY is sent on every connection before it is ended: otherwise an engine continues its heartbeats for 40 s or
+* Every connection gets a GOAWAY before it is closed.  Without it, an engine would send heartbeats for another 40 s or
   more.
-* An unknown method is refused as in gRPC (UNIMPLEMENTED, with a content type), since an engine's fallbacks depend on
+* An unknown method is refused as in gRPC (UNIMPLEMENTED, with a content type), because an engine's fallbacks depend on
   it.
-* An anonymous connection (without a certificate) has tight limits: few connections, few streams, small windows, small
-  messages, little time.  If there are too many, one of the address with the most connections is closed for a new one:
-  otherwise silent connections could keep every machine from joining.
+* Anonymous connections (without a certificate) have tight limits on their number, streams, windows, messages and time.
+  If there are too many, a new one replaces one of the address that has the most.  Silent connections could otherwise
+  keep every machine from joining.
 """
 
 import asyncio
@@ -41,29 +41,34 @@ from skep.wire.service import Stream as HandledStream
 log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS_MAX = 5.0
-"""Seconds that handlers may take to end when the server stops."""
+"""Seconds that handlers have to end when the server stops."""
 
 CLOSED_PER_S, CLOSING_S_MAX = 200, 10.0
-"""Rate and maximum duration of closing all connections: slower than nodes can register, but all within this time."""
+"""How many connections per second are closed, and the longest time that closing all of them may take.  The rate is
+lower than the rate at which nodes can register again.
+"""
 
 NODE_CONNECTIONS_MAX = 32
-"""Maximum simultaneous connections of one node.  It needs two, and the second one only briefly."""
+"""Maximum simultaneous connections of one node.  A node needs two, the second one only briefly."""
 NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
 """Limits of a node's connection.
 
-All streams' windows and the largest message are together smaller than the connection's window, so unread log streams
-never delay heartbeats."""
+The windows of all streams and the largest message together are smaller than the connection's window.  Therefore unread
+log streams never delay heartbeats.
+"""
 NODE_BYTES_MAX = 2 * NODE_LIMITS.connection_window
-"""Maximum buffered request bytes of one node on all its connections.  A connection that exceeds them is closed."""
+"""Maximum buffered request bytes of one node on all its connections together.  The connection that exceeds the limit is
+closed.
+"""
 
 ANONYMOUS_MAX = 64
-"""Connections without a certificate, which join or renew theirs."""
+"""Maximum connections without a certificate.  Machines use them to join, and nodes to renew an expired certificate."""
 ANONYMOUS_PER_SOURCE_MAX = 4
-"""Maximum anonymous connections, in total and from one address."""
+"""Maximum anonymous connections from one address."""
 ANONYMOUS_SECONDS_MAX = 60.0
 """Maximum seconds of an anonymous connection."""
 ANONYMOUS_SILENT_SECONDS_MAX = 5.0
-"""Seconds until its first call."""
+"""Maximum seconds until the first call of an anonymous connection."""
 ANONYMOUS_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
@@ -88,12 +93,12 @@ class Bound:
 
     @property
     def connections(self) -> int:
-        """Number of connections past their handshake."""
+        """Number of connections that have completed their handshake."""
         return len(self._server.connections)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of received requests without a response."""
+        """Bytes of received requests that have no response yet."""
         return sum(connection.held for connection in self._server.connections)
 
     def disconnect_all(self, first: Callable[[Identity], bool]) -> None:
@@ -140,7 +145,7 @@ async def serve(
     Args:
         tls: A context that requests client certificates (``security.tls.ServerTls.front``).
         cluster_id: The cluster that callers' certificates must name, except for open methods.
-        check_certificate: Whether a caller's certificate is still accepted.  Called for each call that needs one.
+        check_certificate: Checks whether a caller's certificate is still accepted, for each call that needs one.
 
     Raises:
         Unavailable: The address cannot be bound.
@@ -158,7 +163,7 @@ async def serve(
     finally:
         listener.close()
         server.close_connections()
-        with suppress(TimeoutError):  # a handler that does not end is cancelled with everything else
+        with suppress(TimeoutError):  # a handler that does not end is cancelled below
             async with asyncio.timeout(CLOSE_SECONDS_MAX):
                 await server.wait_handlers()
 
@@ -175,7 +180,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Server:
-    """Creates a protocol per connection, keeps all of them, and finds the handler of a call."""
+    """Creates a protocol for each connection, keeps track of the connections, and finds the handler of a call."""
 
     def __init__(
         self, handlers: Iterable[Handler], cluster_id: ClusterId, check_certificate: CertificateCheck
@@ -211,7 +216,7 @@ class _Server:
         self.anonymous.forget(connection)
         if (identity := connection.identity) is not None:
             self.of_node[identity.node_id] -= 1
-            # Its handlers no longer report their bytes when they end.
+            # Its handlers do not report their bytes when they end after this.
             self.bytes_of_node[identity.node_id] -= connection.held
             if not self.of_node[identity.node_id]:
                 del self.of_node[identity.node_id]
@@ -270,7 +275,7 @@ def _timeout_s(timeout: str) -> float | None:
 
 def _unknown(path: str) -> SkepError:
     if path.startswith("/docker.swarmkit.v1.RaftMembership/"):
-        # `docker swarm join` prints this when an engine was given the manager token.
+        # `docker swarm join` prints this if the user gave an engine the manager token.
         return FailedPrecondition(
             "this cluster takes Docker engines as workers only: join with the worker token instead"
         )
@@ -289,7 +294,7 @@ class _Connection(ServerConnection):
         self.source = ""
         """The source address by which anonymous connections are counted."""
         self.since = 0.0
-        """The loop's time when it was made, or last became idle."""
+        """The event loop's time when it was opened or last became idle."""
         self.has_crashed = False
         """See ``Caller.has_crashed``."""
         self._time_limits: tuple[asyncio.TimerHandle, ...] = ()
@@ -343,7 +348,7 @@ class _Connection(ServerConnection):
             self._server.anonymous.renew(self)
 
     def may_leave(self) -> bool:
-        """Whether it may be ended for another connection: it is idle, or has been open for long."""
+        """Whether it may be closed for another connection, because it is idle or has been open for long."""
         return self.is_idle or asyncio.get_running_loop().time() - self.since >= ANONYMOUS_SILENT_SECONDS_MAX
 
     def hold(self, size: int) -> None:
@@ -362,7 +367,7 @@ class _Connection(ServerConnection):
         super().connection_lost(exc)  # releases the request bytes it holds
         if self in self._server.connections:
             self._server.forget(self)
-        self.caller = None  # it refers to this connection: a cycle
+        self.caller = None  # breaks a cycle, as it refers to this connection
         for limit in self._time_limits:
             limit.cancel()
         self._time_limits = ()

@@ -1,7 +1,7 @@
 """Binds functions to methods, for ``server.serve``.
 
-A handler sees messages and a ``Caller``.  Streams are async iterators.  It raises Skep's errors, and ends a stream by
-returning: a cancelled handler leaves a peer without a status, and grpc-go then assumes a dead stream forever.
+A handler gets messages and a ``Caller``, and raises Skep's errors.  Streams are async iterators.  A handler must end a
+stream by returning.  If it is cancelled, the peer gets no status, and grpc-go waits on the dead stream forever.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
 STRANGER_REQUEST_BYTES_MAX = 32 * 1024
-"""Maximum bytes of a request without a certificate, of whatever method.  A certificate request has 500 bytes."""
+"""Maximum bytes of a request without a certificate, for all methods.  A certificate request has 500 bytes."""
 
 UNARY_SECONDS_MAX = 60.0
 """Seconds after which a unary call ends even if the peer set no deadline."""
 
 MESSAGE_SECONDS_MAX = 60.0
-"""Seconds within which a message must arrive completely after its length."""
+"""Seconds within which a message must be complete once its length has arrived."""
 
 
 class Stream(Protocol):
-    """The call as a handler's function sees it: framed requests, and its responses."""
+    """The call for a handler, with framed requests and responses."""
 
     async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
         """Return exactly ``size`` bytes, or nothing after the last message.
@@ -53,7 +53,7 @@ class Stream(Protocol):
 
 
 class Handler(msgspec.Struct, frozen=True):
-    """One method with the function that serves it."""
+    """A method with the function that serves it."""
 
     method: Method[Any, Any]
     serve: Callable[[Stream, Caller], Awaitable[None]]
@@ -79,7 +79,7 @@ def server_stream(
 ) -> Handler:
     """Handle a method with one request.  The stream ends after the iterator's last item.
 
-    ``taken_s`` limits how long the caller may take for one item before the call ends.  None means no limit.
+    The call ends if the caller needs more than ``taken_s`` to receive one item.  None means no limit.
     """
 
     async def serve(stream: Stream, caller: Caller) -> None:
@@ -91,7 +91,7 @@ def server_stream(
 def client_stream(
     method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
-    """Handle a method with one response, which may come before the last request."""
+    """Handle a method with one response, which may be sent before the last request arrives."""
 
     async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
@@ -104,7 +104,7 @@ def client_stream(
 def both_stream(
     method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
 ) -> Handler:
-    """Handle a method whose responses follow from the requests: ``function`` yields while it reads."""
+    """Handle a method with requests and responses, where ``function`` yields responses while it reads requests."""
 
     async def serve(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
@@ -119,7 +119,7 @@ def duplex(
 ) -> Handler:
     """Handle a method like ``both_stream``, for a function that receives and sends at the same time.
 
-    It gets the requests and a sending function.  The stream ends when it returns.
+    ``function`` gets the requests and a function that sends a response.  The stream ends when it returns.
     """
 
     async def serve(stream: Stream, caller: Caller) -> None:
@@ -148,13 +148,13 @@ async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
 
 
 async def _send_all(stream: Stream, replies: AsyncIterator[A], taken_s: float | None = None) -> None:
-    # Headers first: a peer that waits for them would otherwise wait for the first reply.
+    # Send the headers first, because a peer that waits for them would otherwise wait for the first reply.
     await stream.send_initial_metadata()
     try:
         async for reply in replies:
             async with asyncio.timeout(taken_s):
                 await stream.send_message(reply)
-            del reply  # a stream may wait for hours for its next one
+            del reply  # the next item may take hours, in which this one would occupy memory
     finally:
         close = getattr(replies, "aclose", None)
         if close is not None:
@@ -177,7 +177,7 @@ async def _requests(stream: Stream, method: Method[Q, Any], caller: Caller) -> A
 async def _receive(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q | None:
     """Return the next request, or None after the last.
 
-    Its length comes first, so that no peer can make a manager hold more than the limit.
+    The length arrives first, so no peer can make a manager buffer more than the limit.
     """
     limit = method.request_bytes_max
     if caller.identity is None:

@@ -1,7 +1,8 @@
-"""Connections shared by streams: each carries a limited number of them, and is kept for a while without any.
+"""Connections that streams share.  Each carries a limited number of streams, and is kept for a while after the last
+one.
 
-A peer allows a connection 100 streams, and many streams on a connection delay heartbeats and pings.  So these
-connections are separate from the connections of sessions and links.
+A peer allows 100 streams on a connection, and many streams delay the heartbeats and pings on it.  These connections are
+therefore separate from those of sessions and links.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ class Connect(Protocol):
 
 
 class SharedConnections:
-    """Shared connections, for each address as many as its streams need."""
+    """Shared connections.  Each address has as many as its streams need."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class SharedConnections:
     async def _keep(self, address: str, shared: "_Shared") -> None:
         """Hold one connection until it has had no stream for ``KEPT_S``."""
         try:
-            # In its own task: a broken connection cancels the task that uses it.
+            # This runs in its own task, because a broken connection cancels the task that opened it.
             async with self._connect(address) as channel:
                 shared.channel.set_result(channel)
                 await shared.wait_over()
@@ -80,7 +81,7 @@ class SharedConnections:
 
 
 class _Shared:
-    """A connection, and the number of its streams."""
+    """A connection with the number of its streams."""
 
     def __init__(self) -> None:
         self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
@@ -90,7 +91,7 @@ class _Shared:
 
     @property
     def is_lost(self) -> bool:
-        """Whether no stream can begin on it."""
+        """Whether it cannot carry another stream because it is lost."""
         channel = self.channel
         return self._is_over or (
             channel.done()

@@ -1,4 +1,4 @@
-"""The messages of ``skep.proto``; the stub beside this file lists them."""
+"""The messages of ``skep.proto``.  The stub in the same folder lists them."""
 
 from skep.protobuf.messages import module_of
 from skep.wire.descriptors import POOL

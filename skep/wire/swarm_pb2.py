@@ -1,4 +1,4 @@
-"""The messages of ``swarm.proto``; the stub beside this file lists them."""
+"""The messages of ``swarm.proto``.  The stub in the same folder lists them."""
 
 from skep.protobuf.messages import module_of
 from skep.wire.descriptors import POOL

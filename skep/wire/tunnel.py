@@ -1,6 +1,6 @@
-"""One end of a tunnel: bytes in both directions over one streaming call, each direction ended separately.
+"""One end of a tunnel, which carries bytes in both directions over one streaming call.  Each direction ends separately.
 
-A slow reader stops its sender by the call's flow control, so a tunnel holds only a few pieces.
+Through the call's flow control, a slow reader stops the sender, so a tunnel buffers only a few pieces.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,7 +32,7 @@ class Tunnel:
         self._has_ended = False
 
     async def read(self) -> bytes:
-        """Return the next bytes, or nothing after the end of the stream.  Raises Unavailable if it broke off."""
+        """Return the next bytes, or none after the end of the stream.  Raises Unavailable if the stream broke off."""
         while not self._has_ended:
             try:
                 piece = await self._receive()
@@ -46,7 +46,7 @@ class Tunnel:
         return b""
 
     async def send(self, data: bytes) -> None:
-        """Send data.  Waits while the other side reads slowly.  Raises Unavailable if it was lost."""
+        """Send data.  Waits while the other side reads slowly.  Raises Unavailable if the other side is lost."""
         for start in range(0, len(data), PIECE_BYTES):
             await self._put(skep.TunnelPiece(data=data[start : start + PIECE_BYTES]))
 
@@ -55,7 +55,7 @@ class Tunnel:
         await self._put(skep.TunnelPiece(end=True))
 
     async def wait_left(self) -> None:
-        """Wait until the other side has ended the call, and drop the data that it still sends."""
+        """Wait until the other side has ended the call, and discard the data that still arrives."""
         with suppress(Unavailable, *LOST_PEER):
             while await self._receive() is not None:
                 pass
@@ -77,7 +77,7 @@ def over_requests(pieces: AsyncIterator[skep.TunnelPiece], send: Send) -> Tunnel
 
 
 async def copy(source: Tunnel, sink: Tunnel) -> None:
-    """Copy one direction with its end.  Raises Unavailable if either side was lost."""
+    """Copy one direction, including its end.  Raises Unavailable if either side is lost."""
     while data := await source.read():
         await sink.send(data)
     await sink.end()

@@ -154,5 +154,5 @@ def test_filters_are_key_and_value():
         "type": ["task", "node"],
         "label": ["a=b"],
     }
-    with pytest.raises(InvalidArgument, match="want KEY=VALUE"):
+    with pytest.raises(InvalidArgument, match="expected KEY=VALUE"):
         filters_of(("task",))

@@ -106,7 +106,7 @@ def test_labels_that_cannot_be_honored_are_refused_in_words(pair: TestCluster) -
         assert done.returncode
         return done.stderr
 
-    assert "want the fewest and the most tasks, like 2..10" in refusal("--label", "skep.autoscale=lots")
+    assert "expected the fewest and the most tasks, like 2..10" in refusal("--label", "skep.autoscale=lots")
     assert "is for replicated services, not for a global one" in refusal(
         "--mode", "global", "--label", "skep.autoscale=1..2"
     )

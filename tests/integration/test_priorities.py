@@ -48,4 +48,4 @@ def test_the_important_service_gets_the_room_of_others_where_the_cluster_allows_
 
 def test_a_priority_that_is_no_number_is_refused(m1: TestNode) -> None:
     done = m1.docker("service", "create", "--label", "skep.priority=high", IMAGE, check=False)
-    assert "invalid label skep.priority=high: want a whole number from -1000 to 1000" in done.stderr
+    assert "invalid label skep.priority=high: expected a whole number from -1000 to 1000" in done.stderr

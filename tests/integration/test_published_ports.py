@@ -199,7 +199,7 @@ def test_labels_say_on_which_address_and_how_a_port_answers(
         IMAGE,
         check=False,
     )
-    assert "invalid label skep.publish.8080.host-ip=nowhere: want an IP address" in refused.stderr
+    assert "invalid label skep.publish.8080.host-ip=nowhere: expected an IP address" in refused.stderr
     publish(nodes, "-p", "8080:80", "-p", "8081:80", "--label", "skep.publish.8080.host-ip=127.0.0.1")
     for node in nodes.values():
         served(node, client, 8081, lambda found: len(found) == 3)

@@ -1,9 +1,9 @@
-"""IPAM of overlay networks: which addresses are allocated, and which one is next.
+"""IPAM of overlay networks: tracks allocated addresses, and finds the next free one.
 
-Allocations are derived from the store: virtual IPs of services, attachments of tasks that have not ended, one address
-per network of every docker node.  So a new leader derives the same allocations.  The search for the next address starts
-after the last address that this leader allocated, or after the highest allocated one: an address that was just released
-is not reused at once.
+Allocations are derived from the store, so a new leader derives the same ones.  They are the virtual IPs of services,
+the attachments of tasks that have not ended, and one address of every docker node on each of its networks.  The search
+for the next address starts after the last address that this leader allocated, or else after the highest allocated one.
+So an address is not reused right after its release.
 
 Source: moby, libnetwork/ipams/default (RequestAddress, serial allocation); swarmkit, manager/allocator/cnmallocator.
 """
@@ -28,7 +28,7 @@ Addresses are kept as numbers: a new leader loads the addresses of all tasks, an
 as long."""
 
 NEARLY_FULL = 0.8
-"""Share of used addresses from which on the user is warned."""
+"""Share of used addresses from which on users are warned."""
 
 
 class NoAddress(SkepError):
@@ -59,12 +59,14 @@ class AddressAllocations:
         self._held: dict[str, tuple[tuple[_Key, int], ...]] = {}
         self._last: dict[_Key, int] = {}
         self._full: dict[_Key, IPAMOptions | None] = {}
-        """Networks in which no address was found, with the pools that were searched, until an address is released."""
+        """Networks without a free address, with the pools that were searched.  A network is removed from it when an
+        address is released.
+        """
 
     def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> frozenset[NetworkId]:
-        """Set the addresses (``ip/length``) of ``owner``, in place of its earlier ones.
+        """Replace the addresses (``ip/length``) of ``owner``.
 
-        Returns the networks of the addresses that it no longer has.
+        Returns the networks of the addresses that ``owner`` no longer has.
         """
         return self._hold(owner, tuple([_parsed(network_id, text) for network_id, text in addresses]))
 
@@ -105,18 +107,18 @@ class AddressAllocations:
         return (network_id, 4) in self._taken or (network_id, 6) in self._taken
 
     def is_full(self, network: Network) -> bool:
-        """Whether a search has found no address of an IP version since the last release."""
+        """Return whether a search has failed, for any IP version, since the last release of an address."""
         return any(self._is_full((network.id, version), network) for version in (4, 6))
 
     def _is_full(self, key: _Key, network: Network) -> bool:
         return key in self._full and self._full[key] == network.ipam_options
 
     def usage(self, network: Network) -> Usage:
-        """Return how full an allocated network is.  Cheap, since it is called for every task."""
+        """Return how full an allocated network is.  Cheap, because it is called for every task."""
         return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
     def skip_to_last_quarter(self, network: Network) -> None:
-        """Continue in the last quarter of the network: unknown addresses in use are mostly before it."""
+        """Continue the search in the last quarter of the network.  Unknown addresses in use are mostly below it."""
         for pool in _pools(network):
             key = network.id, pool.version
             start = pool.last - (pool.last - pool.first) // 4
@@ -163,12 +165,14 @@ class AddressAllocations:
         return f"{(IPv6Address if version == 6 else IPv4Address)(number)}/{length}"
 
     def _next(self, network: Network, taken: Mapping[int, int], version: int) -> tuple[int, int]:
-        """Return the next free address after the last one allocated, continuing from the start of the pools."""
+        """Return the next free address after the last allocated one.  At the end of the pools, continue from their
+        start.
+        """
         key = (network.id, version)
         if self._is_full(key, network):
             raise _no_address(network, version)
         if key not in self._last and taken:
-            self._last[key] = max(taken)  # a new leader: allocations of earlier terms are unknown
+            self._last[key] = max(taken)  # a new leader does not know which address was allocated last
         last = self._last.get(key)
         pools = [pool for pool in _pools(network) if pool.version == version]
         current = [pool for pool in pools if last is not None and pool.first <= last <= pool.last]
@@ -210,7 +214,9 @@ def usage_of(network: Network, used: int) -> Usage:
 
 
 class _Pool:
-    """The allocatable addresses of a subnet: its range without gateway, auxiliary, first and last addresses."""
+    """The allocatable addresses of a subnet.  They exclude the gateway, auxiliary addresses, and the first and last
+    addresses.
+    """
 
     def __init__(self, config: IPAMConfig) -> None:
         subnet = subnet_of(config)
@@ -235,7 +241,7 @@ class _Pool:
 
     def first_free(self, taken: Mapping[int, int], after: int | None) -> int | None:
         numbers = range(after + 1 if after is not None else self.first, self.last + 1)
-        # Runs in C: in a network with 65,000 addresses the last one is found in a millisecond or two.
+        # This runs in C, so even the last of 65,000 addresses is found within two milliseconds.
         free = filterfalse(taken.__contains__, numbers)
         return next((number for number in free if number not in self._reserved), None)
 

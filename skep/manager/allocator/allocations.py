@@ -26,7 +26,7 @@ class Allocations:
         self.publishing: set[ServiceId] = set()
         """Services with ports published on every node."""
         self._gone: set[NetworkId] = set()
-        """Networks removed while tasks still had addresses on them.  Their subnets stay allocated."""
+        """Networks that were removed while tasks still had addresses on them.  Their subnets stay allocated."""
 
     @classmethod
     def of(cls, view: View) -> "Allocations":
@@ -129,12 +129,12 @@ class Allocations:
 
 
 def service_owner(id: str) -> str:
-    """Return the owner name of a service's virtual addresses.  A task's owner name is its bare id."""
+    """Return the owner name for a service's virtual addresses.  The owner name of a task is its bare id."""
     return f"service/{id}"
 
 
 def node_owner(id: str) -> str:
-    """Return the owner name of a node's own addresses."""
+    """Return the owner name for a node's own addresses."""
     return f"node/{id}"
 
 

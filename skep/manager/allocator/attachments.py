@@ -1,9 +1,9 @@
 """A task's attachments to its networks.
 
 Networks of the node itself (``host``, ``bridge``, ``none``) need no allocation.  On an overlay network a task gets its
-own address.  Until then it stays NEW, with the reason in its status: it never runs without a network of its spec.  A
-task that publishes ports in ingress mode is also attached to the ingress network, before all others.  That is the only
-network on both data planes, each for its own nodes' tasks.
+own address.  Until then it stays NEW, with the reason in its status, because it must not run without a network of its
+spec.  A task that publishes ports in ingress mode is also attached to the ingress network, before all others.  The
+ingress network is the only one on both data planes.  Each data plane serves the tasks of its own nodes there.
 
 Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments).
 """
@@ -37,13 +37,13 @@ class NotAttached(msgspec.Struct, frozen=True):
 
 
 class Networks(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster's networks, as needed to attach a task."""
+    """The data about the cluster's networks that is needed to attach a task."""
 
     find: Callable[[NetworkId], Network | None]
     ingress: Network | None = None
     """The network of published ports, which may not be allocated yet, or None."""
     failure: Callable[[NetworkId], str] = lambda _: "not yet"
-    """Returns why a network is not allocated."""
+    """Returns the reason why a network is not allocated."""
 
 
 def attachments_for(
@@ -52,7 +52,7 @@ def attachments_for(
     allocate: Callable[[Network, Sequence[str]], tuple[str, ...]],
     requested: Sequence[NetworkAttachment] = (),
 ) -> Attached | NotAttached:
-    """Return the attachments of a task made from ``spec``, or why it has none yet.
+    """Return the attachments of a task with ``spec``, or the reason why it has to wait.
 
     Args:
         allocate: Allocates addresses of a network, one of each IP version.  The second argument has the requested
@@ -81,7 +81,7 @@ def attachments_for(
 
 
 def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
-    """Return the task template's networks, or the service's own list, which is the older form."""
+    """Return the networks of the task template, or else the service's own list, which is the older form."""
     wanted = spec.task_template.networks or spec.networks
     if ingress is not None and spec.publishes_in_ingress:
         return [NetworkAttachmentConfig(target=ingress.id), *wanted]
@@ -101,5 +101,5 @@ def overlays_of(view: View, task: Task, networks: Networks) -> list[Network]:
 
 
 def spec_or_template(view: View, task: Task) -> ServiceSpec:
-    """Return the spec that the task was made from, or the task's own template if the store has deleted the spec."""
+    """Return the spec from which the task was created, or the task's own template if that spec was deleted."""
     return spec_of(view, task) or ServiceSpec(task_template=task.spec)

@@ -1,4 +1,4 @@
-"""The allocator's changes.  Each is data first, and one small transaction when it is applied."""
+"""The allocator's changes.  Each is plain data, which ``apply`` writes in one small transaction."""
 
 from typing import TypeAlias, assert_never
 
@@ -16,7 +16,7 @@ from skep.model.times import Timestamp
 from skep.store.interface import Transaction
 
 PENDING = "pending task scheduling"
-"""Message of a task between the allocator and the scheduler, in swarmkit's words."""
+"""Message of a task that waits for the scheduler after its allocation, in SwarmKit's words."""
 
 
 class AllocateSubnets(msgspec.Struct, frozen=True):
@@ -26,7 +26,7 @@ class AllocateSubnets(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Write the claim keys of a network that a leader without such keys (an earlier version) allocated."""
+    """Write the claim keys of a network that a leader of an earlier version allocated without such keys."""
 
     network: Network
 
@@ -46,7 +46,7 @@ class AttachNode(msgspec.Struct, frozen=True):
 
 
 class Release(msgspec.Struct, frozen=True):
-    """Set the attachments of a task and pass it on to the scheduler."""
+    """Set the attachments of a task and release it to the scheduler."""
 
     task: Task
     attachments: tuple[NetworkAttachment, ...] = ()
@@ -90,7 +90,7 @@ def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
         case Explain(wanted_task, reason):
             task, reason = tx.lookup(Task, wanted_task.id), reason[:ERROR_CHARACTERS_MAX]
             if "status" in tx.damaged(Task).get(wanted_task.id, ()):
-                return  # it counts as NEW and may be PENDING: a state never moves back
+                return  # the task is shown as NEW but may already be PENDING, and a state never moves back
             if task is not None and task.status.state is TaskState.NEW and task.status.err != reason:
                 tx.put(replace(task, status=replace(task.status, timestamp=now, err=reason)))
         case _:
@@ -98,7 +98,7 @@ def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
 
 
 def key_of(change: Change) -> str:
-    """Return the work queue's key to retry if the change was not written."""
+    """Return the key of the work queue that is retried if the change was not written."""
     match change:
         case AllocateSubnets(network) | Claim(network):
             return network_key(network.id)

@@ -1,9 +1,9 @@
 """A node's own attachments to overlay networks.
 
-An engine needs its own address on every network that one of its tasks uses, for its load balancing there, and always on
-the ingress network.  It must have the address before the first task is assigned.  A skep node needs one on the ingress
-network only, from the first published port on.  It then keeps it, so that nothing is written for thousands of nodes
-whenever the last port is removed and another is published.
+An engine needs an address of its own, for load balancing, on every network that one of its tasks uses, and always on
+the ingress network.  It must have the address before the first task is assigned.  A skep node needs an address on the
+ingress network only, from the first published port on.  It keeps that address.  Otherwise, thousands of nodes would
+have to be written whenever the last port is removed and another is published.
 
 Source: swarmkit, manager/allocator/network.go (allocateNode); moby, daemon/cluster/executor/container/executor.go.
 """
@@ -48,7 +48,7 @@ def networks_of_node(
 def node_attachments(
     node: Node, wanted: dict[NetworkId, Network], allocate: Callable[[Network], tuple[str, ...]]
 ) -> tuple[NetworkAttachment, ...]:
-    """Return the attachments that ``node`` should have, in order of network id.  Present ones are kept.
+    """Return the attachments that ``node`` should have, in order of network id.  Existing attachments are kept.
 
     Raises NoAddress.
     """
@@ -69,5 +69,5 @@ def _is_on(node: Node, network: Network) -> bool:
 
 
 def occupies_networks(task: Task) -> bool:
-    """Whether the task still needs its addresses, until its end is reported."""
+    """Return whether the task still needs its addresses.  It needs them until its end is reported."""
     return task.status.state <= TaskState.RUNNING

@@ -1,4 +1,4 @@
-"""Published ports: the port numbers of a service.
+"""Allocates the numbers of published ports.
 
 Ingress ports are unique in the cluster, per protocol.  A port without a number gets the lowest free number of the
 dynamic range and keeps it as long as the service has the same target port.  Host ports are checked on the node and only
@@ -57,7 +57,7 @@ class PortAllocations:
     def is_free_for(
         self, service_id: ServiceId, reserved: Callable[[], Container[tuple[str, int]]] = tuple
     ) -> Callable[[str, int], bool]:
-        """Return a predicate over (protocol, port): whether it is not ``reserved`` and no other service has it."""
+        """Return a function that returns whether (protocol, port) is not ``reserved`` and no other service has it."""
 
         def is_free(protocol: str, port: int) -> bool:
             key = protocol, port
@@ -103,7 +103,8 @@ def _ports(
     wanted: Sequence[PortConfig], given: Sequence[PortConfig], is_free: Callable[[str, int], bool]
 ) -> tuple[PortConfig, ...]:
     taken = {_key(port) for port in wanted if _is_ingress(port) and port.published_port}
-    kept: dict[PortConfig, deque[int]] = {}  # a port without a number -> numbers of ports like it
+    # numbers of ports that are equal except for the number, by the port without a number
+    kept: dict[PortConfig, deque[int]] = {}
     for port in given:
         is_dynamic = FIRST_DYNAMIC <= port.published_port <= LAST_DYNAMIC
         if is_dynamic and _is_ingress(port) and _key(port) not in taken:

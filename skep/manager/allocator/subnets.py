@@ -1,11 +1,12 @@
 """Allocation of an overlay network: VXLAN ids, subnets and gateways, in the form that Docker Engines expect.
 
 A network has at least one IPv4 subnet, each with a VXLAN id.  With ``--ipv6`` it also has IPv6 subnets, which share the
-first VXLAN: the subnets of the spec, or one of the cluster's own unique local addresses (RFC 4193).  Such a network
-belongs to skep nodes, unless the user requests otherwise: engines allocate IPv6 addresses locally, each for itself.
+first VXLAN.  They are the subnets of the spec, or a subnet of the cluster's own unique local addresses (RFC 4193).
+Such a network belongs to skep nodes unless the user requests otherwise, because each engine allocates IPv6 addresses
+for itself.
 
-Subnets that the user does not name avoid the routes of the machines.  A route as wide as a whole pool does not say
-which part of the pool is free.  Such a pool is used if no other has space.
+Subnets that the user does not name avoid the routes of the machines.  If a route covers a whole pool, nobody knows
+which part of the pool is free, so such a pool is used only if no other has space.
 
 Source: moby, libnetwork/drivers/overlay/ovmanager (VXLAN ids from 4096), swarmkit, manager/allocator/cnmallocator
 (allocatePools, allocateDriverState); moby, daemon/cluster/swarm.go (default address pools).
@@ -85,7 +86,7 @@ def allocated(
     routes: Iterable[Subnet] = (),
     cluster: str = "",
 ) -> Network:
-    """Return ``network`` with its driver state and subnets.  Present ones are kept.
+    """Return ``network`` with its driver state and subnets.  Existing subnets are kept.
 
     Args:
         pools, prefix_length: Source of subnets that the user does not name (``--default-addr-pool``).
@@ -93,7 +94,7 @@ def allocated(
         cluster: The cluster's id, from which its IPv6 addresses are derived.
 
     Raises:
-        NotAllocated: No subnet or id is free, or a subnet or id that the user named is not free.
+        NotAllocated: There is no free subnet or id, or a subnet or id that the user named is in use.
     """
     requested = network.spec.driver_configuration or Driver()
     if not is_overlay(network):
@@ -110,7 +111,8 @@ def allocated(
             config = replace(config, subnet=str(subnet))
         given.append(_with_gateway(config))
         taken.append(subnet_of(config))
-    given.sort(key=lambda config: ":" in config.subnet)  # engines use the first one for IPv4
+    # IPv4 comes first, because engines use the first subnet for IPv4
+    given.sort(key=lambda config: ":" in config.subnet)
     count = sum(":" not in config.subnet for config in given)
     ids = _ids_for(network, allocations, count)
     options = {**requested.options, **network.driver_state.options, VXLAN_OPTION: ",".join(map(str, ids))}
@@ -188,7 +190,7 @@ def _free_in(pool: IPv4Network, prefix_length: int, taken: Iterable[IPv4Network]
     size = 2 ** (32 - prefix_length)
     start, end = int(pool.network_address), int(pool.broadcast_address)
     while start + size - 1 <= end:
-        # Spans do not overlap, so only the last span that begins within or before the candidate counts.
+        # Spans do not overlap, so only the last span that begins within or before the candidate can overlap it.
         index = bisect.bisect_right(starts, start + size - 1) - 1
         if index < 0 or spans[index][1] < start:
             return IPv4Network((start, prefix_length))
@@ -230,7 +232,7 @@ def _with_gateway(config: IPAMConfig) -> IPAMConfig:
 
 
 def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> list[int]:
-    """Return one VXLAN id per IPv4 subnet: the present ids, the ids that the user named, or the lowest free ones."""
+    """Return one VXLAN id per IPv4 subnet: an existing id, an id that the user named, or the lowest free one."""
     taken = allocations.vxlan_ids_except(network.id)
     requested = network.spec.driver_configuration
     options = requested.options if requested is not None else {}
@@ -241,7 +243,7 @@ def _ids_for(network: Network, allocations: NetworkAllocations, count: int) -> l
             raise NotAllocated(
                 f"the network needs free VXLAN ids, one per IPv4 subnet ({count}), not {options[VXLAN_OPTION]}"
             )
-    # 4096 is reserved for the ingress network, as in Docker, even if that does not exist.
+    # 4096 is reserved for the ingress network, as in Docker, even if the cluster has none.
     number = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
     while len(ids) < count and number <= VXLAN_ID_MAX:
         if number not in taken and number not in ids:

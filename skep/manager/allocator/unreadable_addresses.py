@@ -1,4 +1,4 @@
-"""Unreadable addresses: their owners' addresses are unknown, so no address of their networks is allocated.
+"""Handles owners whose addresses are unreadable.  Since any address may be theirs, none is allocated on their networks.
 
 See decision 21.
 """
@@ -21,7 +21,7 @@ from skep.store.kinds import SpecVersion, has_unknown_spec
 
 
 class Unread(NoAddress):
-    """An address cannot be allocated because ``owner`` may have it."""
+    """An address cannot be allocated because ``owner``, whose addresses are unreadable, may have it."""
 
     def __init__(self, owner: str, network: Network) -> None:
         super().__init__(
@@ -32,11 +32,11 @@ class Unread(NoAddress):
 
 
 def check_known(view: View, owner: str, network: Network) -> bool:
-    """Refuse ``owner`` an address of a network on which another owner may have any address.
+    """Refuse to allocate an address for ``owner`` on a network where another owner may have any address.
 
-    Services and nodes get new addresses in place of unreadable ones, without waiting for each other.  Returns whether
-    there are several such owners, any of which may get an address that another has.  The caller then uses
-    ``AddressAllocations.skip_to_last_quarter``.
+    A service or node whose own addresses are unreadable gets new ones, even if there are other such owners.  Returns
+    whether there are several such owners, because one may then get an address that another has.  The caller calls
+    ``AddressAllocations.skip_to_last_quarter`` in this case.
 
     Raises:
         Unread: Another owner's addresses on the network are unreadable.
@@ -53,7 +53,7 @@ def check_known(view: View, owner: str, network: Network) -> bool:
 
 
 def unread_addresses(view: View) -> Iterator[tuple[str, frozenset[NetworkId] | None]]:
-    """Yield the owners whose addresses are unreadable, with their networks, or None if any network is possible.
+    """Yield the owners whose addresses are unreadable, with their networks, or with None if these are unknown.
 
     Cheap if everything is readable, since it is called for each address.
     """

@@ -1,4 +1,4 @@
-"""Virtual addresses of services: one per overlay network and IP version, kept while the service has the network.
+"""Virtual addresses of services.  A service keeps one per overlay network and IP version as long as it has the network.
 
 Source: swarmkit, manager/allocator/cnmallocator/networkallocator.go (AllocateService).
 """
@@ -19,7 +19,8 @@ DNS_ROUND_ROBIN = "dnsrr"
 def virtual_ips_for(
     service: Service, networks: Networks, allocate: Callable[[Network, int], str]
 ) -> tuple[EndpointVirtualIP, ...]:
-    """Return the virtual addresses that ``service`` should have: its present ones, and new ones for the missing.
+    """Return the virtual addresses that ``service`` should have: its existing ones, and new ones where they are
+    missing.
 
     A network without an allocation is skipped until it has one.  The IPv4 address of a network comes first, because
     engines read no other.

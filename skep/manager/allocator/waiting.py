@@ -1,8 +1,8 @@
-"""Tasks that are not yet released, and the keys that wait for networks.
+"""Tracks tasks that are not yet released to the scheduler, and keys that wait for networks.
 
-A released address is only offered to keys that wait for its network, and only while the network has a free one.  So
-each release costs the work of one task, however many wait.  Services with many new tasks take turns, so that a service
-of 100,000 tasks does not delay the others.
+A released address is offered only to keys that wait for its network, and only while the network has a free address.  So
+each release costs the work of one task, however many tasks wait.  Services with many new tasks take turns, so that a
+service of 100,000 tasks does not delay the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ class Waiting:
             waiting.pop(service_id, None)  # type: ignore[attr-defined]
 
     def park(self, service_id: ServiceId, task_id: TaskId, network_id: NetworkId) -> None:
-        """Set a task aside that any address of a full network would help."""
+        """Set a task aside until the full network has a free address."""
         self.remove(service_id, task_id)
         self._parked.setdefault(network_id, {}).setdefault(service_id, {})[task_id] = None
 

@@ -1,13 +1,14 @@
-"""How many tasks an autoscaled service should have.  Pure.
+"""Decides how many tasks an autoscaled service should have.  Pure.
 
-As in Kubernetes' HorizontalPodAutoscaler, the wanted number is the total usage of all tasks, divided by the target
-usage of one task.  Unmeasured tasks count as idle when the number would grow.  When it would shrink, tasks that do not
-run yet or have just started count as exactly at the target, and a running task whose node reports nothing prevents the
-change: this module does not know which tasks would be removed.  A difference of up to ``TOLERANCE`` changes nothing.
+As in Kubernetes' HorizontalPodAutoscaler, the wanted number is the total usage of all tasks divided by the target usage
+of one task.  If the number would grow, tasks without a measurement count as idle.  If it would shrink, tasks that do
+not run yet or have just started count as exactly at the target.  A running task whose node reports nothing then
+prevents the change, because it might be among the tasks to remove.  A difference of up to ``TOLERANCE`` changes
+nothing.
 
-The number grows at once, at most by a factor of two per step.  It shrinks to the largest number that was recommended
-within the service's window, so that a short pause of the load removes nothing.  After growing, it does not shrink for a
-whole window: a number changes its direction at most once per window.
+The number grows at once, at most by a factor of two in each step.  It shrinks only to the largest number that was
+recommended within the service's window, so that a short pause of the load removes no task.  After it has grown, it does
+not shrink for a whole window.
 
 Source: kubernetes, pkg/controller/podautoscaler/{horizontal,replica_calculator}.go.
 """
@@ -26,7 +27,9 @@ from skep.model.task import Task, TaskState
 PERIOD_S = 15.0
 """Seconds between two decisions about a service."""
 SETTLE_S = 10.0
-"""Seconds for which a running task counts as just started: it uses resources to start, and has little load yet."""
+"""Seconds for which a running task counts as just started.  It uses resources for its start, and has little load
+yet.
+"""
 TOLERANCE = 0.1
 """Relative difference that changes nothing.  Kubernetes has the same default."""
 GROWTH_MAX = 2
@@ -34,7 +37,7 @@ GROWTH_MAX = 2
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric of a service: the tasks' usage in percent, summed over the measured tasks."""
+    """One metric of a service, with the sum of the measured tasks' usage in percent."""
 
     name: str
     target: int
@@ -52,7 +55,7 @@ class Readings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         unknown: Number of desired tasks without a measurement.
-        silent: Number of these that have been running for a while.
+        silent: Number of tasks among ``unknown`` that have been running for a while.
     """
 
     measures: tuple[Measure, ...]
@@ -68,14 +71,18 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History:
-    """A leader's recommendations for one service: finds the maximum within a window in amortized constant time."""
+    """The recommendations of one leader for one service.  Finds the maximum within a window in amortized constant
+    time.
+    """
 
     def __init__(self, replicas: int, now: float) -> None:
-        """Start with the number that was found.  Another leader or a user set it, so it stays for a window."""
+        """Start with the present number of tasks.  Another leader or a user has set it, so it is kept for a window."""
         self.expected = replicas
-        """The number as of this leader's last check or change.  A different number was set by a user."""
+        """The number at this leader's last check or change.  If the service has another number, a user has set it."""
         self._falling: deque[tuple[float, int]] = deque([(now, replicas)])
-        """Recommendations in decreasing order: an entry before a larger one can never be the maximum again."""
+        """Recommendations in decreasing order.  Earlier entries that are not larger than a new one are dropped, because
+        they cannot be the maximum again.
+        """
 
     def add(self, replicas: int, now: float) -> None:
         """Record a recommendation."""
@@ -104,7 +111,9 @@ def readings_of(
     usages: Mapping[TaskId, TaskUsage],
     has_settled: Callable[[TaskId], bool] = lambda _: True,
 ) -> Readings:
-    """Collect the measurements of the service's ``tasks``.  ``has_settled`` says whether a task has run for a while."""
+    """Collect the measurements of the service's ``tasks``.  ``has_settled``: returns whether a task has run for a
+    while.
+    """
     running = [
         task.id
         for task in tasks
@@ -146,7 +155,7 @@ def wanted(present: int, measure: Measure, readings: Readings) -> int:
     if not measure.known or present <= 0:
         return present
     at_least = measure.sum / measure.target
-    """Number of tasks at the target that have the usage of the measured ones."""
+    """Number of tasks that would exactly meet the target with the usage of the measured tasks."""
     if at_least > present * (1 + TOLERANCE):
         return ceil(at_least)
     at_most = at_least + readings.unknown
@@ -156,7 +165,7 @@ def wanted(present: int, measure: Measure, readings: Readings) -> int:
 
 
 def blocked(service: Service) -> str:
-    """Return why the number must not change whatever the load, or an empty string."""
+    """Return the reason why the number must not change, whatever the load is, or an empty string."""
     if not service.spec.replicas:
         return "it was scaled to 0: autoscaling is off until it has a task again"
     state = service.update_status.state if service.update_status is not None else None
@@ -191,7 +200,7 @@ def decide(
 
 
 def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:
-    """Return why the number stays as it is."""
+    """Return the reason why the number does not change."""
     if asked.replicas < present:
         return (
             f"{asked.reason}: {asked.replicas} would suffice, scaling down after {scaling.down_after_s:g} s"
@@ -203,7 +212,7 @@ def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Re
 
 
 def shown_reason(present: int, scaling: Autoscaling, readings: Readings) -> str:
-    """Return the reason that a manager other than the leader can state, without the leader's window."""
+    """Return the reason as far as any manager can know it.  Only the leader knows the recommendations of the window."""
     asked = recommendation(present, scaling, readings)
     if asked.replicas > present:
         return f"{asked.reason}: it needs {asked.replicas}"

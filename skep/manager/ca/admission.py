@@ -28,14 +28,14 @@ from skep.store.kinds import Revocation
 RENEW_WINDOW = timedelta(days=30)
 """Time after its expiry during which a certificate may be renewed.
 
-A machine that was off for long rejoins without help.  With the usual 90 days a certificate has at least 18 left, so 48
-days off are always fine.  The key on a discarded disk is useless after at most 120 days.
+Thanks to it, a machine that was off for long rejoins without help.  Of the usual 90 days, a certificate always has at
+least 18 left, so a machine may be off for 48 days.  The key on a discarded disk is useless after at most 120 days.
 """
 
 SERIALS_MAX = 256
-"""Unexpired manager certificates of one node.  A healthy node has two.
+"""Largest number of unexpired manager certificates of one node.  A healthy node has two.
 
-All of them are recorded, because a missing one could not be revoked at etcd's port.
+All of them are recorded, because a certificate that is not recorded could not be revoked at etcd's port.
 """
 
 
@@ -43,7 +43,8 @@ def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
     """Return the identity for a node's next certificate: its own, with its current role.
 
     Raises:
-        PermissionDenied: The node was removed, or belongs to another cluster, or the certificate is not its own.
+        PermissionDenied: The node was removed or belongs to another cluster, or the certificate belongs to another
+            node.
     """
     node = view.lookup(Node, caller.node_id) if caller.cluster_id == swarm.id else None
     if node is None:
@@ -100,7 +101,7 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     issuer: str
     """Digest of the key that signed the certificate."""
     plane: str = ""
-    """Plane of the node's kind, for a joining node."""
+    """Data plane of a joining node."""
     shown: str = ""
     """Serial number of the certificate that authenticated the request."""
 
@@ -119,11 +120,11 @@ def issued_certificate(
     plane: str = "",
     before: NodeCertificate | None = None,
 ) -> NodeCertificate:
-    """Return the node object's record of the certificate issued at ``now``.
+    """Return the record, for the node object, of a certificate that was issued at ``now``.
 
     Args:
-        plane: Plane of the kind of node that requested it.  Only the first one counts.
-        before: Current record.  Its unexpired certificates are kept.
+        plane: Data plane of the requesting node.  Only the value of the first certificate counts.
+        before: Current record, whose unexpired certificates are kept.
     """
     not_after = stamp(certificate.not_valid_after_utc)
     before = before or NodeCertificate()

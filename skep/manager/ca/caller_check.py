@@ -1,11 +1,11 @@
 """Checks at every call whether the caller's verified certificate is still accepted.
 
-A certificate is valid until it expires, but its node may have been removed or demoted since, which only the store
-shows.  A manager without contact to the others has no current store, so it rejects all nodes.
+A certificate is valid until it expires, but only the store shows whether its node has been removed or demoted.  A
+manager that has lost contact with the others has no current store, so it rejects all nodes.
 
-A node that is not in the store was admitted by another manager a moment ago, or has a certificate that no manager
-issued: every former manager has had the root's key.  So the manager refuses the node's calls for managers until the
-node is in the store, and all its calls if it is still missing after a few seconds with a current store.
+A node may be missing in the store because another manager has admitted it a moment ago.  Or its certificate is forged,
+because every former manager has had the root's key.  Therefore the manager refuses calls for managers until the node is
+in the store, and refuses all calls if the node is still missing after a few seconds with a current store.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from skep.wire.methods import Access
 log = structlog.get_logger(__name__)
 
 UNKNOWN_S = 5.0
-"""Seconds for which a node may be unknown to a manager with a current store.  It usually appears within
-milliseconds.
+"""Seconds for which a manager with a current store tolerates a node that is missing there.  Usually the node appears
+within milliseconds.
 """
 
 UNKNOWN_MAX = 1024
-"""Unknown nodes that are cached."""
+"""Largest number of unknown nodes that are tracked."""
 
 
 class CallerCheck:
-    """The predicate that ``wire.server.serve`` calls for every method that requires a certificate.
+    """The check that ``wire.server.serve`` performs for every method that requires a certificate.
 
     Args:
         view: Returns the current state of this manager's replica.
@@ -48,7 +48,7 @@ class CallerCheck:
         self._is_current = is_current
         self._now = now
         self._unknown: dict[NodeId, float] = {}
-        """Unknown callers in order of their first calls, with the times of these calls."""
+        """Unknown callers with the times of their first calls, in this order."""
 
     def require(self, identity: Identity, access: Access) -> None:
         """Check a caller.
@@ -111,6 +111,6 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
 
 
 def is_manager(node: Node) -> bool:
-    """Return whether the node has the role of a manager now, whatever role its spec has."""
+    """Return whether the node is a manager now, whatever role its spec requests."""
     role = node.certificate.role if node.certificate is not None else node.spec.role
     return role is NodeRole.MANAGER

@@ -1,7 +1,7 @@
 """Certificates that expire soon, for logs, events and ``docker info``.  Pure.
 
-A node renews with at least a fifth of its certificate's life left.  With less left, renewal has failed for a while.
-The root is never renewed automatically.
+A node renews its certificate while at least a fifth of its life is left.  If less is left, renewal has failed for a
+while.  The root is never renewed automatically.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from skep.store.interface import View
 
 WARN_BEFORE = timedelta(days=30)
 OVERDUE = 0.2
-"""Share of a certificate's life.  With less left, it should have been renewed.
+"""Remaining share of a certificate's life below which its renewal is overdue.
 
-Less than ``WARN_BEFORE`` for the usual 90 days, because an earlier warning would affect every healthy node.
+With the usual 90 days, that is less than ``WARN_BEFORE``, which would affect every healthy node.
 """
 
 

@@ -41,9 +41,9 @@ T = TypeVar("T")
 CALL_S = 5.0
 """Timeout of one authority in seconds, as in SwarmKit."""
 ALL_S = 15.0
-"""Timeout of a request to all authorities in seconds.  Shorter than a node waits."""
+"""Timeout in seconds for calling all authorities.  It is shorter than a node waits."""
 CALLS_MAX = 8
-"""Concurrent requests.  Further requests wait within their timeout."""
+"""Largest number of concurrent requests.  Further requests wait, but not longer than their timeout."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 """Delays in seconds before an unreachable authority is called again."""
 
@@ -68,7 +68,7 @@ class ExternalAuthorities:
     async def sign(
         self, urls: Iterable[str], body: bytes, roots_pem: bytes, accept: Callable[[x509.Certificate], T]
     ) -> T:
-        """Return the result of ``accept`` for the first certificate that it does not refuse.
+        """Return the result of ``accept`` for the first certificate that ``accept`` does not refuse.
 
         Args:
             roots_pem: Accepted roots of the authorities' own certificates.
@@ -141,7 +141,8 @@ class ExternalAuthorities:
 
     async def is_reachable(self, urls: Iterable[str], root_pem: bytes) -> bool:
         """Return whether one of the URLs accepts a TLS connection with a certificate of this root."""
-        async with asyncio.TaskGroup() as group:  # concurrently, because an API request waits for the result
+        # The calls are concurrent, because an API request waits for the result.
+        async with asyncio.TaskGroup() as group:
             tries = [group.create_task(self._connects(url, root_pem), name="external CA") for url in urls]
             for ended in asyncio.as_completed(tries):
                 if await ended:
@@ -174,7 +175,7 @@ class ExternalAuthorities:
         config: CAConfig,
         create: Callable[[], Authority] = root_with_a_name_of_its_own,
     ) -> Prepared:
-        """Ask external authorities for their part of a change of the roots (``security.rotation``).
+        """Request from external authorities what a change of the roots needs (``security.rotation``).
 
         Raises:
             InvalidArgument: The config is invalid.
@@ -219,7 +220,7 @@ class ExternalAuthorities:
 
 
 class _LeftOut:
-    """An unreachable authority: until when it is skipped (monotonic seconds), and why."""
+    """An unreachable authority, with the reason and the monotonic time in seconds until which it is skipped."""
 
     def __init__(self, random: Random) -> None:
         self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=random.random)

@@ -36,7 +36,7 @@ AHEAD = timedelta(minutes=5)
 
 
 async def wait_renewed(files: KeyPairFiles, pair: KeyPair, clock: Clock) -> KeyPair:
-    """Wait until the key pair is valid, which takes a new one from this node's agent if it has expired."""
+    """Wait until the key pair is valid.  If it has expired, this node's agent has to renew it."""
     warned_at = -WARN_EVERY_S
     while is_expired(pair, clock):
         if clock.monotonic() - warned_at >= WARN_EVERY_S:
@@ -92,5 +92,5 @@ async def self_renewed(store: Store, pair: KeyPair, files: KeyPairFiles, clock: 
 
 
 def is_expired(pair: KeyPair, clock: Clock) -> bool:
-    """Return whether the key pair has expired, or will within ``AHEAD``."""
+    """Return whether the key pair has expired or will expire within ``AHEAD``."""
     return moment(clock.now_ns()) >= pair.not_after - AHEAD

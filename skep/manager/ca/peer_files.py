@@ -17,8 +17,8 @@ class PeerFiles:
     """The files in one directory.
 
     Args:
-        kept: Directory that survives a reboot, for the list, because the first handshakes after a reboot precede the
-            store.
+        kept: Directory for a copy of the list that survives a reboot, because the first handshakes after a reboot take
+            place before the store can be read.
         restart: Restarts the member, which reads the roots only when it starts, and returns when it serves again.
         cut: Ends the connections of other members to this one.
     """

@@ -1,8 +1,8 @@
-"""The order in which managers restart their etcds after the roots have changed.  Pure.
+"""Decides in which order managers restart their etcds after the roots have changed.  Pure.
 
-etcd reads its peers' roots when it starts.  Until it restarts, a member trusts the old root, and with it the
-certificates of the new one, which the old one cross-signs.  So the restarts are not urgent: the members restart one
-after another, the leader's last, each only while the others have a quorum without it.
+etcd reads the roots of its peers when it starts.  Until a restart, a member trusts the old root.  It also accepts
+certificates of the new root, because the old root has cross-signed that.  So the restarts are not urgent.  The members
+restart one after another, the leader's member last, and each only if the others have a quorum.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,14 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 
 SETTLED_S = 3.0
-"""Seconds between the restarts of two members: time for connections between them, and for an election."""
+"""Seconds between the restarts of two members.  The first needs time to connect, and perhaps for an election."""
 
 
 def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
     """Return whether the manager ``own`` may restart its member now.
 
-    A joining manager does not count: its certificate comes from the new root, and it may wait for these restarts
-    itself.
+    A joining manager is ignored, because its certificate comes from the new root, and it may itself wait for these
+    restarts.
 
     Args:
         wanted: Digest of the roots that every member should trust.
@@ -27,7 +27,7 @@ def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
     order = sorted(managers, key=lambda node: (_leads(node), node.id))
     staying = sum(node.is_reachable_manager for node in order if node.id != own)
     if staying <= len(managers) // 2 and len(managers) > 2:
-        return False  # with two managers, a short loss of the quorum cannot be avoided
+        return False  # with two managers, the quorum is lost for a moment in any case
     for node in order:
         if node.id == own:
             return node.is_reachable_manager or len(managers) == 1

@@ -1,8 +1,8 @@
 """The next step of a root rotation.  Pure.
 
-Every node is requested to renew, a bounded number at a time.  Once every node has reported a certificate of the new
-root, the rotation is over.  An unavailable node delays it until it returns or is removed, because announcing the new
-root without the node would lock it out.
+Every node is requested to renew its certificate, a bounded number of nodes at a time.  The rotation is over once every
+node has reported a certificate of the new root.  An unavailable node delays the end until it returns or is removed,
+because otherwise it would be locked out.
 
 Source: swarmkit, ca/reconciler.go.
 """
@@ -21,10 +21,10 @@ from skep.store.interface import Transaction
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 REQUESTED_MAX = 30
-"""Nodes with a pending renewal request at the same time, as in SwarmKit."""
+"""Largest number of nodes with a pending renewal request, as in SwarmKit."""
 
 RENEWAL_S = 30.0
-"""Seconds after which a node that has not renewed no longer counts as pending, and is requested again."""
+"""Seconds after which a request that was not fulfilled no longer counts as pending, and is repeated."""
 
 ROTATE = "rotate"
 """``NodeCertificate.state`` of a node that is requested to renew."""
@@ -54,7 +54,7 @@ def next_step(
     """Return the next step of a rotation, or None without a rotation or if it has to wait for nodes.
 
     Args:
-        requested_at: When each node was last requested to renew, in the leader's monotonic seconds, like ``now``.
+        requested_at: Time of each node's last request.  Like ``now``, in the leader's monotonic seconds.
     """
     rotation = swarm.rotation
     if rotation is None:
@@ -83,7 +83,7 @@ def request_renewal(tx: Transaction, renewal: Renewal) -> None:
 
 
 def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
-    """Announce the new root: the trusted root, the signing key, and new tokens.
+    """Make the new root the only one: write the trusted root, the signing key, and new tokens.
 
     Returns False if another rotation has started.
     """

@@ -1,4 +1,4 @@
-"""CA and NodeCA: serves the root, and issues certificates to joining machines and renewing nodes.
+"""Serves the services CA and NodeCA: returns the root, and issues certificates to joining machines and renewing nodes.
 
 Source: swarmkit, ca/server.go.
 """
@@ -41,14 +41,16 @@ log = structlog.get_logger(__name__)
 _CLOCK = SystemClock()
 
 ISSUED_MAX = 1000
-"""Issued certificates kept until they are fetched.  A node fetches its own at once."""
+"""Largest number of issued certificates that are kept until they are fetched.  A node fetches its certificate at
+once.
+"""
 
 
 class CertificateService:
     """Issues certificates immediately, without a queue or a pending state.
 
-    A signed certificate is kept in memory until it is fetched from this manager.  At another manager, or after a
-    restart, a node gets NOT_FOUND and requests a new certificate.
+    A signed certificate is kept in memory until the node fetches it from this manager.  If the node connects to another
+    manager, or this one has restarted, the node gets NOT_FOUND and requests a new certificate.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Signs nodes' certificates: this manager with the root's key, or an external authority that the leader calls.
+"""Signs nodes' certificates, with the root's key or by calling an external authority.
 
-Any manager accepts requests.  Only the leader calls an external authority, and the others relay requests to it, so the
-limits and the backoff apply to the whole cluster.
+Any manager accepts requests.  Only the leader calls external authorities.  The other managers relay requests to the
+leader, so its limits and backoff apply to the whole cluster.
 """
 
 from collections.abc import Callable, Sequence

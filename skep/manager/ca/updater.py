@@ -52,7 +52,7 @@ class CertificateUpdater:
     Args:
         own: This manager's node.
         root_gone: Called when a root is no longer trusted.  Existing connections with its certificates stay open.
-        peers: None without etcd (tests).
+        peers: The files of this manager's etcd, or None in tests without etcd.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class CertificateUpdater:
             return
         trusted = trusted_roots(swarms[0])
         if not trusted:
-            return  # the roots are unreadable, so this manager keeps those it has
+            return  # the roots are unreadable, so this manager keeps its present ones
         serial = _serial_of(self._pair)
         if is_foreign(view.lookup(Revocation, self._own), serial):
-            # It was being renewed while the others were revoked.
+            # This certificate was requested before the others were revoked.
             await self._store.update(revoke_others, self._own, serial, _window_ns(swarms[0]))
         serving = self._pair.with_root(trusted)
         if not _is_same(serving, self._served):
@@ -241,7 +241,7 @@ def show_peer_roots(
     is_evicting: Callable[[View], bool],
     window_ns: int,
 ) -> None:
-    """Write which roots this manager's etcd trusts.
+    """Write the digest of the roots that this manager's etcd trusts.
 
     After an eviction, its certificates except the one with ``serial`` are revoked.
     """

@@ -1,8 +1,8 @@
-"""Concurrent deploys of one stack: only the newest changes the stack.
+"""Ensures that only the newest of several concurrent deploys changes a stack.
 
-A deploy records its revision, a config, before its first change.  That write marks the deploys of earlier revisions as
-replaced, and requests of a replaced deploy are refused.  Both happen in transactions that compare the revision, so one
-of two deploys sees the other, whatever their commands do.
+A deploy records its revision, a config, before its first change.  The same transaction marks the deploys of earlier
+revisions as replaced.  Requests of a replaced deploy are refused, in transactions that compare the revision.  So one of
+two deploys always notices the other, whatever their commands do.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def replace_deploys(tx: Transaction, spec: ConfigSpec) -> None:
 
 
 def require_current(tx: Transaction, revision: str, stack: str) -> None:
-    """Check that the deploy of ``stack`` with this revision is in progress, also at the commit.
+    """Check that the deploy of ``stack`` with this revision is in progress, now and when the transaction commits.
 
     Raises:
         FailedPrecondition: A newer deploy has replaced it, or it has ended.

@@ -42,8 +42,7 @@ def create_secret(
         InvalidArgument: The name or the data cannot work.
         AlreadyExists: The name is taken.
         PermissionDenied: The stack's quota does not allow it.
-        Untranslated: A driver should provide the data.  Such plug-ins do not exist, so the secret would never have
-            data.
+        Untranslated: The spec names a driver that would provide the data.  Skep has no such plug-ins.
 
     Source: moby, plugin/errors.go (errNotFound), which SwarmKit's API passes on without a code.
     """
@@ -81,7 +80,7 @@ def update_secret(
 
 
 def remove_secret(tx: Transaction, id: SecretId) -> None:
-    """Remove a secret that no service uses, with its data.  Raises: NotFound; InvalidArgument: it is used."""
+    """Remove a secret, with its data.  Raises: NotFound; InvalidArgument: a service uses it."""
     secret = tx.get(Secret, id)
     _check_runs(tx, "secret", id, secret.spec.name)
     try:
@@ -121,8 +120,8 @@ def update_config(
 ) -> Config:
     """Change the labels of a config that is still at ``version``.  Raises: the errors of ``update_secret``.
 
-    A revision of a stack has the rights of the weakest role that ever wrote it, because its labels decide whether a
-    rollback chooses it.
+    A stack's revision keeps the weakest role that ever wrote it, because a rollback runs with that role and the labels
+    decide whether a rollback chooses the revision.
     """
     config = tx.get(Config, id)
     if config.spec.name != spec.name or (spec.data and spec.data != config.spec.data):
@@ -144,7 +143,7 @@ def _role_of(spec: ConfigSpec, writer: Identity | None) -> Binding | None:
 
 
 def remove_config(tx: Transaction, id: ConfigId) -> None:
-    """Remove a config that no service uses.  Raises: NotFound; InvalidArgument: it is used."""
+    """Remove a config.  Raises: NotFound; InvalidArgument: a service uses it."""
     config = tx.get(Config, id)
     _check_runs(tx, "config", id, config.spec.name)
     try:

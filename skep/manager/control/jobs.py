@@ -54,7 +54,7 @@ def retry_job(tx: Transaction, id: ServiceId) -> Service:
         )
     spec = as_run(
         tx, service
-    ).spec  # the run was over, so the objects that it refers to may have been removed
+    ).spec  # The run was over, so the objects to which it refers may have been removed.
     check_files(tx, spec)
     for kind, network in references_of(spec):
         if kind == "network" and tx.rely_on(Network, network) is None:

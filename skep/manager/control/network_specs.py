@@ -1,8 +1,8 @@
 """Validation of a network's spec.
 
-Docker's managers check subnets and options only when they allocate.  A network that cannot be allocated stays without
-addresses and without an error.  Skep refuses whatever can be checked at once, with the texts of Docker's allocator, its
-drivers or its command.
+Docker's managers check subnets and options only during the allocation.  A network that cannot be allocated stays
+without addresses, and shows no error.  Skep checks as much as possible at once, and refuses with the texts of Docker's
+allocator, drivers or command.
 
 Source: swarmkit, manager/controlapi/network.go; moby, libnetwork/drivers/overlay (mtu), ovmanager (vxlan ids),
 cli/command/network/create.go (auxiliary addresses, overlaps within a network).
@@ -24,7 +24,7 @@ from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, is_number
 from skep.model.routes import Subnet, overlap
 
 SUBNETS_MAX = 64
-"""Subnets of one network."""
+"""Largest number of subnets of one network."""
 _DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
 _MTU_MIN = 576
 """Smallest MTU of an IPv4 network (RFC 791)."""

@@ -53,7 +53,9 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
         present = known_ingress_network(tx)
         if present is not None:
             raise AlreadyExists(f"ingress network ({present.id}) is already present")
-        tx.rely_on_all(Network)  # the other ingress network may have any name
+        tx.rely_on_all(
+            Network
+        )  # the existing ingress network may have any name, so all networks are compared
     check_network_quota(tx, spec)
     network = Network(id=NetworkId(new_id()), created_at=now, spec=spec)
     if is_overlay(network):
@@ -68,7 +70,7 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
     Raises:
         NotFound: The network does not exist.
         InvalidArgument: A subnet is invalid or overlaps another.
-        FailedPrecondition: The network has no subnets, or the error is one of ``create_network``.
+        FailedPrecondition: The network has no subnets, or for the reasons of ``create_network``.
     """
     network = tx.get(Network, id)
     if not is_overlay(network):
@@ -76,7 +78,7 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
     options = network.spec.ipam_options or IPAMOptions(driver=Driver(name="default"))
     present = options.configs
     if not any(config.subnet and ":" not in config.subnet for config in present):
-        # Add the allocated subnets to the spec, because they are not the only ones afterwards.
+        # Add the allocated subnets to the spec, because the spec must list all subnets once it lists any.
         present = present if any(not config.subnet for config in present) else (IPAMConfig(), *present)
     given = network.ipam_options.configs if network.ipam_options is not None else ()
     new = tuple(config for config in configs if config.subnet)
@@ -126,8 +128,8 @@ def first_networks(*, new_id: IdSource, now: Timestamp, has_ipv6: bool = False) 
     """Return the networks of a new cluster: ingress, and the nodes' own bridge and host.
 
     Args:
-        has_ipv6: Whether the nodes reach each other by IPv6.  Then clients do as well, and ingress preserves their
-            addresses if it has IPv6.
+        has_ipv6: Whether the nodes reach each other by IPv6.  Clients then use IPv6 as well, and ingress needs it to
+            preserve their addresses.
     """
     ingress = NetworkSpec(
         name="ingress",
@@ -149,8 +151,8 @@ def ingress_network(view: View) -> Network | None:
 
 
 def known_ingress_network(view: View) -> Network | None:
-    """Return the ingress network for decisions.  Raises: Unavailable: an unreadable network may be the
-    ingress network.
+    """Return the ingress network, or None if the cluster certainly has none.  Raises: Unavailable: an unreadable
+    network may be the ingress network.
     """
     network = ingress_network(view)
     if network is None and (unreadable := view.unreadable(Network)):
@@ -166,7 +168,7 @@ def _check_ingress_unused(tx: Transaction) -> None:
             raise FailedPrecondition(
                 f"ingress network cannot be removed because service {service.id} depends on it"
             )
-    tx.rely_on_all(Service)  # services do not refer to the ingress network, because users do not name it
+    tx.rely_on_all(Service)  # services have no reference to the ingress network, because specs do not name it
 
 
 def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:

@@ -1,4 +1,6 @@
-"""Facts about new objects that decide whether a user may create them: stack, used objects, requested rights."""
+"""Collects the facts about new objects that decide whether a user may create them: stack, used objects, requested
+rights.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -36,7 +38,7 @@ def stack_of(labels: Mapping[str, str]) -> str:
 def stacks_of(view: View) -> frozenset[str]:
     """Return every stack that has an object, a quota, or a role of a user.
 
-    A stack that is down keeps its names: its volumes outlive it.
+    A stack that was removed keeps its names if a quota or role names it, because its volumes outlive it.
     """
     kinds: tuple[type[Any], ...] = (Service, Network, Secret, Config, Volume)
     found = {stack_of(one.spec.labels) for kind in kinds for one in view.find(kind)}
@@ -48,9 +50,10 @@ def stacks_of(view: View) -> frozenset[str]:
 
 
 def visible_to(view: View, identity: Identity) -> Callable[[Any], bool] | None:
-    """Return whether ``identity`` sees an object of a stack, for ``View.resolve``.  None if it sees every object.
+    """Return the ``among`` of ``View.resolve`` for ``identity``, which accepts visible objects, or None if all are
+    visible.
 
-    Without it, a name or prefix of another stack's object would have an answer different from a missing object's.
+    Without it, responses would reveal whether another stack has an object with some name or prefix.
     """
     if sees(identity, ""):
         return None
@@ -78,8 +81,8 @@ def new_service(view: View, spec: ServiceSpec, among: Callable[[Any], bool] | No
 def planned_service(view: View, spec: ServiceSpec, among: Callable[[Any], bool] | None = None) -> NewObject:
     """Return the facts about a planned service.
 
-    The objects that it refers to need not exist yet, and a service with its name may exist.  Secrets and configs are
-    found by their names, as in the deploy, whatever ids the spec has.
+    The objects to which it refers need not exist yet, and a service with its name may exist.  Secrets and configs are
+    found by their names, as in the deploy, and ids in the spec are ignored.
     """
     container = spec.task_template.container_spec or ContainerSpec()
     new = new_service(view, spec, among)
@@ -110,7 +113,7 @@ def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
 def known_service(view: View, service: Service) -> Known:
     """Return the facts about a service.
 
-    The rights include the rights of the spec that a rollback would restore, and of a job's current run.
+    Its rights include those of a job's current run, and of the spec that a rollback would restore.
     """
     specs = specs_in_use(view, service)
     rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")
@@ -181,9 +184,9 @@ def _uses(
 
 
 def _cluster_volume(view: View, source: str) -> Known | None:
-    """Return the volume that the scheduler takes for ``source``, which is a name: never an id or a prefix of one.
+    """Return the volume that the scheduler chooses for ``source``, which is always a name and never an id.
 
-    A group (``group:NAME``) has volumes of any stack, so it is none.
+    Returns None for a group (``group:NAME``), whose volumes may belong to any stack.
     """
     return next((_by_id(one) for one in view.find(Volume, name=source) if source in sources_of(one)), None)
 

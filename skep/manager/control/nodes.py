@@ -81,8 +81,8 @@ def remove_node(
 ) -> None:
     """Delete a node and revoke its certificates.
 
-    The leader then orphans its tasks, whose status can never be reported again, and replaces them.  The node stops its
-    containers as soon as a manager refuses it, unless ``keeps_containers``.
+    The leader then marks its tasks as orphaned, because nobody can report their status any longer, and replaces them.
+    The node stops its containers as soon as a manager refuses its certificate, unless ``keeps_containers``.
 
     Raises:
         NotFound: The node does not exist.
@@ -129,7 +129,7 @@ def _check_disruption(tx: Transaction, node: Node) -> None:
 def check_demotion(tx: Transaction, node: Node) -> None:
     """Check that a manager may be demoted.
 
-    A manager that a restore or a forced new cluster left behind has no vote, so it is not missed.
+    A manager that a restore or a forced new cluster has left behind has no vote, so it may always be demoted.
 
     Raises:
         FailedPrecondition: It is the last manager, or the remaining managers would have no quorum.
@@ -142,7 +142,7 @@ def check_demotion(tx: Transaction, node: Node) -> None:
     for other in managers:
         tx.rely_on(
             Node, other.id, HEAD, "manager"
-        )  # otherwise two managers could demote each other at the same moment
+        )  # without this, two managers could demote each other at the same moment
     staying = [other for other in managers if other.id != node.id]
     reachable = [other for other in staying if other.is_reachable_manager]
     if len(reachable) <= len(staying) // 2:

@@ -18,11 +18,11 @@ from skep.model.swarm import Swarm
 from skep.store.interface import Transaction, View
 
 POOLS_MAX = 64
-"""Address pools of a cluster."""
+"""Largest number of address pools of a cluster."""
 SUBNET_SIZE_MAX = 29
 """Longest prefix of a network's subnet, as in Docker."""
 NAMED_MAX = 5
-"""Names in one error."""
+"""Largest number of names in one error."""
 
 
 class PoolChange(ApiObject):
@@ -40,7 +40,8 @@ def change_pools(tx: Transaction, change: PoolChange) -> Swarm:
     """Add and remove address pools, and set the size of subnets.
 
     Raises:
-        InvalidArgument: A pool is not an IPv4 subnet, is too small, overlaps another pool, or is a node's network.
+        InvalidArgument: A pool is not an IPv4 subnet, is too small, overlaps another pool, or lies within a node's
+            network.
         NotFound: A pool to remove does not exist.
         FailedPrecondition: Networks have subnets of a pool to remove, or no pool would remain.
     """
@@ -74,13 +75,13 @@ def _pool(text: str) -> IPv4Network:
         return IPv4Network(text.strip(), strict=False)
     except ValueError:
         raise InvalidArgument(
-            f"invalid address pool {text[:100]!r}: want an IPv4 subnet like 10.10.0.0/16"
+            f"invalid address pool {text[:100]!r}: expected an IPv4 subnet like 10.10.0.0/16"
         ) from None
 
 
 def _check_new(view: View, pool: IPv4Network, others: Sequence[IPv4Network]) -> None:
-    """Refuse a pool that overlaps another pool, or without a usable subnet because a node reaches all of it
-    directly.
+    """Refuse a pool that overlaps another pool, or that has no usable subnet because a node has a route to all of
+    it.
     """
     if clash := next((other for other in others if pool.overlaps(other)), None):
         raise InvalidArgument(f"address pool {pool} overlaps address pool {clash}")

@@ -44,7 +44,7 @@ _NANO_CPUS_MIN = 1_000_000
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
 """Smallest memory limit or reservation, as in SwarmKit."""
 _SIGN_BIT = 2**63 - 1
-"""Decoding limits larger numbers to this value.  SwarmKit reads them as negative."""
+"""Decoding replaces larger numbers by this value.  SwarmKit reads such numbers as negative."""
 
 
 def check_service_spec(spec: ServiceSpec) -> None:
@@ -64,9 +64,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     else:
         _check_update(spec.update_config)
     _check_endpoint(spec.endpoint_spec)
-    for network in (
-        spec.networks
-    ):  # Docker's older field for a service's networks.  Nodes only get the networks of the template.
+    for network in spec.networks:  # Docker's older field. Nodes get only the networks of the template.
         for option in network.driver_opts:
             raise InvalidArgument(
                 f"network {network.target}: driver option {option} belongs in the networks of TaskTemplate"
@@ -265,7 +263,7 @@ def _check_endpoint(endpoint: EndpointSpec | None) -> None:
             )
         for number in (port.published_port, port.target_port):
             if number > PORT_MAX:
-                raise InvalidArgument(f"EndpointSpec: invalid port {number}: want at most {PORT_MAX}")
+                raise InvalidArgument(f"EndpointSpec: invalid port {number}: expected at most {PORT_MAX}")
         if not port.published_port:
             continue
         key = (port.protocol, port.published_port)

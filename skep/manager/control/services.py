@@ -1,7 +1,7 @@
 """Operations on services.
 
-Creating, updating and removing a service write its spec, and the leader's loops do the rest.  The specs passed in are
-``settled`` (see ``service_form``) and name networks by id.
+To create, update or remove a service means to write its spec.  The leader's loops do the rest.  The callers pass specs
+that are ``settled`` (see ``service_form``) and have ids of networks.
 
 Source: swarmkit, manager/controlapi/service.go; moby 20.10, daemon/cluster/services.go.
 """
@@ -304,9 +304,10 @@ def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = N
 
 
 def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
-    """Check that start-first can replace a task: the new one needs its cluster volumes while the old one has them.
+    """Check that start-first can replace a task, because the new task needs its cluster volumes while the old one still
+    has them.
 
-    SwarmKit starts such an update and never ends it.  A spec that was accepted earlier may be scaled.
+    SwarmKit starts such an update, which never ends.  A service whose spec was accepted earlier can still be scaled.
 
     Raises:
         InvalidArgument: A volume cannot be shared.
@@ -336,7 +337,7 @@ def _check_attachments(view: View, spec: ServiceSpec) -> None:
 
 
 def _check_ingress(tx: Transaction, spec: ServiceSpec) -> None:
-    """Check that the ingress network exists, also at the commit, if the spec publishes ports on it.
+    """If the spec publishes ports on the ingress network, check that it exists, now and when the transaction commits.
 
     Raises:
         FailedPrecondition: It does not exist.

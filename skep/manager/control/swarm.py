@@ -41,10 +41,10 @@ from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Paylo
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 """Shortest lifetime of node certificates, as in SwarmKit."""
 FROZEN = "replacement of tasks is frozen"
-"""First words of the reason, by which ``/info`` of the nodes recognizes it."""
+"""First words of the reason, by which the nodes' ``/info`` recognizes it."""
 
 NAMED_MAX = 5
-"""Nodes named in an error."""
+"""Largest number of nodes that an error names."""
 
 
 class Rotations(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ def update_swarm(
 ) -> Swarm:
     """Replace the cluster's settings if it is still at ``version``, and the tokens that ``rotations`` names.
 
-    A root in the settings, or a raised rotation counter, starts a rotation of the root, which ``manager.ca`` ends.
+    A root in the settings, or a raised rotation counter, starts a rotation of the root, which ``manager.ca`` completes.
 
     Args:
         prepared: Results of external authorities for it (``manager.ca.external``).
@@ -128,10 +128,11 @@ def _check_rotation(tx: Transaction, swarm: Swarm) -> None:
 
 
 def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
-    """Check that no unavailable node, nor its etcd, missed the end of the last rotation.
+    """Check that no unavailable node or etcd has missed the end of the last rotation.
 
-    Such a node accepts the managers by the certificate with which the previous root signed the current one.  During
-    another rotation they have a different certificate.  SwarmKit does not check this, and loses the node.
+    Such a node accepts the managers only because the previous root has cross-signed the current one.  In another
+    rotation, the managers would send a different intermediate certificate.  SwarmKit does not check this, and loses the
+    node.
 
     Raises:
         FailedPrecondition: Such a node exists.
@@ -150,9 +151,9 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
 
 
 def _check_nodes(tx: Transaction, swarm: Swarm) -> None:
-    """Raises: Unavailable: a node that is ready has not reported the present root.
+    """Check that every ready node has reported the present root.  Raises: Unavailable.
 
-    It may be cut off already: it stays ready until its grace period is over.
+    A node that has not may already be disconnected, because it stays ready until its grace period is over.
     """
     if behind := [node for node in tx.find(Node) if is_node_behind(node, swarm)]:
         raise Unavailable(
@@ -238,7 +239,7 @@ def unlock_key_of(view: View) -> bytes | None:
 def _keep_unlock_key(
     tx: Transaction, *, is_wanted: bool, is_rotated: bool = False, new_key: Callable[[], bytes]
 ) -> None:
-    """Keep an unlock key exactly while autolock is on.  As in SwarmKit, an old key is never restored."""
+    """Keep an unlock key as long as autolock is on.  As in SwarmKit, an old key is never restored."""
     is_there = tx.rely_on(Payload, UNLOCK_KEY_ID) is not None
     if is_wanted and (is_rotated or not is_there):
         tx.put(Payload(id=UNLOCK_KEY_ID, data=new_key()))

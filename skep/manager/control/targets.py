@@ -54,7 +54,7 @@ def target_of(view: View, word: str, among: Among | None = None) -> Task:
 
     Raises:
         NotFound: The service or task does not exist.
-        FailedPrecondition: None of the service's tasks runs there.
+        FailedPrecondition: The service, slot or task has no running task.
         InvalidArgument: The word is ambiguous.
     """
     if (task := _by_id(view, word, among)) is not None:
@@ -106,8 +106,9 @@ def _by_id(view: View, id: str, among: Among | None) -> Task | None:
 def _by_prefix(view: View, word: str, among: Among | None) -> Task:
     """Return the task with the id prefix ``word``, or the task of the container with the name ``word``.
 
-    A container's name ends with the whole id.  With a prefix, a mistyped ``wbe.2`` would be any task whose id begins
-    with 2, and ``skep exec`` would run there.  Raises: NotFound; InvalidArgument: several tasks have the prefix.
+    A container's name must end with the whole task id.  If a prefix sufficed, a mistyped ``wbe.2`` would mean any task
+    whose id begins with 2, and ``skep exec`` would run there.  Raises: NotFound; InvalidArgument: several tasks have
+    the prefix.
     """
     name, _, id = word.rpartition(".")
     if not name:

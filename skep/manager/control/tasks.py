@@ -18,7 +18,7 @@ from skep.store.kinds import spec_of
 def known_status(view: View, task: Task) -> TaskStatus:
     """Return the last reported status, or UNKNOWN for a task that was assigned to a node which is down.
 
-    A task that has ended, or that no node had yet, keeps its status.  A task that waits for a cluster volume has the
+    A task that has ended, or was not yet on a node, keeps its status.  A task that waits for a cluster volume shows the
     driver's message as its error.
     """
     status = task.status

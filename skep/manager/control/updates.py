@@ -1,6 +1,6 @@
 """Operations on an update in progress: pause, resume, abort.
 
-Docker can only end an update by another update.  Each operation is idempotent.
+Docker can end an update only by another update.  Each operation is idempotent.
 """
 
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ _RESUMES = {paused: going for going, paused in _PAUSES.items()}
 def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
     """Pause an update or rollback, so that it starts no further task.
 
-    Slots that were started are completed, and their result is not judged.
+    Slots that are being replaced are completed, but their result does not count.
 
     Raises:
         FailedPrecondition: No update is in progress.

@@ -1,7 +1,7 @@
 """Operations on users and their credentials.
 
-Users' certificates have a different authority than the cluster's.  Wherever nodes and managers meet, a user's
-certificate comes from an unknown authority, so no check can be forgotten there.
+The certificates of users come from a different authority than those of nodes.  Nodes and managers do not trust that
+authority, so a user's certificate never works between them, even if a check were forgotten.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from skep.store.level import USERS
 ROOT_NAME: Final = "skep-users"
 TOKEN_PREFIX: Final = "skep_"
 BINDINGS_MAX = 64
-"""Roles of one user."""
+"""Largest number of roles of one user."""
 KEPT_MAX = 32
 """Maximum number of a user's certificates, and of tokens.  A new certificate replaces the oldest."""
 LIFETIME_S_MAX = 366 * 86400
@@ -107,9 +107,8 @@ def renew_certificate(
 ) -> tuple[User, bytes, bytes]:
     """Issue a certificate to a user who has the certificate ``serial``.
 
-    The new certificate lives at most as long as that one, so a user never extends the lifetime that an administrator
-    chose.  If the user has the maximum number of certificates, it replaces that one: a renewal never ends another
-    certificate.
+    Its lifetime is at most as long as that certificate's, so a user cannot extend the lifetime that an administrator
+    chose.  If the user already has the maximum number of certificates, it replaces that certificate and no other.
 
     Args:
         lifetime_s: Lifetime in seconds, or 0 for the lifetime of the certificate ``serial``.

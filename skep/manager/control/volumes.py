@@ -67,7 +67,7 @@ def update_volume(tx: Transaction, id: VolumeId, asked: ClusterVolumeSpec | None
 def _check_unchanged(spec: VolumeSpec, asked: ClusterVolumeSpec) -> None:
     """Check that no other field changes.  Omitted fields are unchanged.  Raises: InvalidArgument, in SwarmKit's words.
 
-    The docker command sends back all fields that it received.  Docker's daemon ignores them, so that a larger capacity
+    The docker command sends back all fields that it has received.  Docker's daemon ignores them, so a larger capacity
     would seem to be accepted.
     """
     none_required, no_range = TopologyRequirement(), CapacityRange()
@@ -87,7 +87,7 @@ def _check_unchanged(spec: VolumeSpec, asked: ClusterVolumeSpec) -> None:
 
 
 def remove_volume(tx: Transaction, id: VolumeId, *, force: bool) -> None:
-    """Let the driver delete an unused volume.  With ``force``, forget the volume without a call of its driver.
+    """Let the driver delete an unused volume.  With ``force``, forget the volume without calling its driver.
 
     Raises:
         NotFound: The volume does not exist.
@@ -135,7 +135,7 @@ def _check_access(mode: AccessMode) -> None:
     if mode.mount_volume is not None and sum(map(len, mode.mount_volume.mount_flags)) > _MAP_BYTES_MAX:
         raise InvalidArgument(f"the mount flags have more than {_MAP_BYTES_MAX} bytes")
     if mode.scope is VolumeScope.MULTI and mode.sharing is VolumeSharing.NONE:
-        # CSI does not have this mode, so every driver would refuse it later.
+        # CSI does not define this mode, so every driver would refuse it later.
         raise InvalidArgument("scope multi needs --sharing readonly, onewriter or all")
 
 

@@ -1,1 +1,1 @@
-"""Network tables: derived from the store on every manager, and streamed to the skep nodes that need them."""
+"""Network tables.  Every manager derives them from the store, and streams them to the skep nodes that need them."""

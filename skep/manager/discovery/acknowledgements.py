@@ -1,11 +1,12 @@
-"""The revision of each network's table that this manager's nodes have applied.
+"""Tracks which revision of each network's table the nodes of this manager have applied.
 
 A node acknowledges a table once its rules and names are changed.  Until then it may still send connections to a task
-that is about to stop (docs/architecture.md, "Stopping").  It counts as long as its session, according to the store, is
-with this manager, not as long as it has a stream: after a stream ends, the node's data plane still uses its tables.
+that is about to stop (docs/architecture.md, "Stopping").  A node counts as long as the store says that its session is
+with this manager, even without a stream, because its data plane still uses its tables after a stream has ended.
 
-A thousand nodes acknowledge each change, and a thousand tasks may wait for that.  So the smallest revision is only
-recalculated when the last node that had it has acknowledged a later one, and waiters are only woken when it has risen.
+A thousand nodes acknowledge each change, and a thousand tasks may wait for that.  Therefore the smallest revision is
+recalculated only once the last node with that revision has acknowledged a later one, and waiters are woken only if it
+has risen.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,9 @@ class Acknowledgements:
         self._sessions: dict[NodeId, str] = {}
 
     def set_networks(self, node_id: NodeId, session_id: str, networks: Iterable[NetworkId]) -> None:
-        """Set the networks of a node.  It has acknowledged nothing yet in a new session or for new networks."""
+        """Set the networks of a node.  In a new session, or for a new network, the node has not acknowledged anything
+        yet.
+        """
         if self._sessions.get(node_id) != session_id:
             self.reset_node(node_id)
             self._sessions[node_id] = session_id
@@ -71,7 +74,8 @@ class Acknowledgements:
 
     async def wait_applied(self, network_id: NetworkId, revision: int) -> None:
         """Wait until no node uses an earlier table.  The caller sets a timeout."""
-        while not self.has_applied(network_id, revision):  # a node may return before the waiter resumes
+        # a node with an earlier table may join before the waiter resumes
+        while not self.has_applied(network_id, revision):
             network, reached = self._network(network_id), Event()
             network.waiting[reached] = revision
             try:
@@ -96,7 +100,7 @@ class _Network:
         self.revisions: dict[NodeId, int] = {}
         self.smallest: int | None = None
         self.waiting: dict[Event, int] = {}
-        """Waiters, with the revision they wait for."""
+        """Waiters, with the revision for which they wait."""
         self._at_smallest = 0
 
     def put(self, node_id: NodeId, revision: int) -> None:

@@ -1,10 +1,10 @@
 """The entries of one network's table, derived from objects of the store.  Pure: ``network_tables.py`` keeps the tables.
 
-* An endpoint is in the table from its task's assignment until the task has ended or its node is down.  So it can be
-  reached before it starts, and until its last connection is closed.
+* An endpoint is in the table from its task's assignment until the task has ended or its node is down.  So other
+  containers can reach it as soon as it starts, and until its last connection is closed.
 * It serves while its task is wanted and RUNNING, which a task is only once it is healthy.
 * Its names resolve while it serves.  With ``skep.publish-not-ready`` they resolve from its start on, for software that
-  needs its peers to become healthy.
+  needs its peers in order to become healthy.
 * A service is in the table while it has a virtual address or a task on the network.  It stays between the end of its
   only task and the start of the next, so that its name and address are stable.
 * Aliases of a service's network are names of the service (and of its virtual address), as in Docker.  A container has
@@ -82,7 +82,7 @@ def endpoint_of(
     container_id = container.container_id if container is not None else ""
     name, aliases = "", []
     if service is not None:
-        # The container's name on its node, with the slot as shown to users.
+        # The name of the container on its node. It contains the slot number that users see.
         name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
         aliases = [_hostname(task, service, node, name)]
     elif plain is not None:
@@ -96,7 +96,7 @@ def endpoint_of(
         name=name,
         aliases=tuple(filter(None, dict.fromkeys((container_id[:SHORT_ID_CHARACTERS], *aliases)))),
         addresses=_addresses(attachment),
-        # STARTING includes containers that run and are not healthy yet, which managers cannot distinguish.
+        # STARTING includes containers that run but are not healthy yet. Managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
         is_serving=state is TaskState.RUNNING and task.is_wanted,
         is_named_early=(
@@ -170,7 +170,7 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:
     """Return the node's entry on the network.
 
-    None if the node is down or an engine, or if its address is unknown or another node's.
+    None if the node is down or an engine, or if its address is unknown or belongs to another node.
 
     Args:
         claiming: All nodes that are up with its address, if ``claimed_underlay`` returns one.

@@ -1,8 +1,9 @@
-"""Whether any node still sends new connections to a task that is about to stop.
+"""Finds out whether any node may still send new connections to a task that is about to stop.
 
-A task is unused when every node of its networks has applied tables in which it does not serve.  Each manager has the
-acknowledgements of its own nodes.  Those of other managers' nodes are requested over the link, once for all tasks that
-wait for the same revision.  A node that switches managers meanwhile may be missed by both, so the new one is asked too.
+A task is unused once every node of its networks has applied tables in which the task does not serve.  Each manager has
+the acknowledgements of its own nodes, and requests those of other nodes from their managers over the link, once for all
+tasks that wait for the same revision.  If a node switches managers meanwhile, both might miss it, so its new manager is
+asked as well.
 """
 
 import asyncio
@@ -31,9 +32,9 @@ CALL_SECONDS_MAX = WAIT_S + 1.0
 FIRST_RETRY_S = 0.02
 """Seconds before the first new attempt: a task that stops waits for it."""
 LONGEST_RETRY_S = 0.5
-"""Limits of the backoff between requests to another manager."""
+"""Longest pause in seconds between requests to another manager."""
 CACHED_MAX = 10_000
-"""Maximum entries of the cache of acknowledged revisions, which is cleared when full."""
+"""Maximum entries of the cache of acknowledged revisions.  A full cache is cleared."""
 
 
 class Draining:
@@ -82,7 +83,9 @@ class Draining:
                 for manager in sorted(managers):
                     group.create_task(self._wait_applied(manager, network_id, revision, sessions_at))
             if managers != {self._own}:
-                await self._catch_up()  # another manager may have seen a node leave before this one has
+                await (
+                    self._catch_up()
+                )  # another manager may have noticed before this one that a node has left
             await self._discovery.wait_handled()
             managers = self._discovery.managers_of_moved(network_id, sessions_at)
             sessions_at = self._discovery.sessions_changed_at
@@ -107,7 +110,7 @@ class Draining:
             await backoff.sleep(self._clock)
             await self._discovery.wait_handled()
             if manager not in self._discovery.managers_on(network_id):
-                return  # the caller next waits at the managers that have its nodes now
+                return  # the caller then waits for the managers that have its nodes now
 
     async def _has_applied(
         self, manager: NodeId, network_id: NetworkId, revision: int, sessions_at: int
@@ -115,7 +118,8 @@ class Draining:
         """Ask another manager, unless its acknowledgement is known already.
 
         Args:
-            sessions_at: The acknowledgement must cover the nodes with sessions as of this revision or a later one.
+            sessions_at: Revision of the store.  The acknowledgement must cover all nodes that have their session with
+                the manager at this revision or later.
         """
         key = manager, network_id
         if key not in self._acknowledged and len(self._acknowledged) >= CACHED_MAX:
@@ -153,7 +157,7 @@ class Draining:
         except Preempted:
             smallest = acknowledgements.smallest(network_id) if are_counted else 0
             return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
-        # A node that has arrived since does not count: the caller asks for it if it may have earlier tables.
+        # A node that has connected since is not covered. The caller asks again if such a node may have earlier tables.
         return skep.AwaitTablesResponse(
             applied=max(request.revision, acknowledgements.smallest(network_id) or 0)
         )

@@ -61,7 +61,7 @@ class NetworkTables:
         """The session of each node, as of ``revision``."""
         self.table_sessions = TableSessions(revision)
         self._moved: dict[tuple[NetworkId, int], frozenset[NodeId]] = {}
-        """Results of ``managers_of_moved`` as of ``revision``: thousands of stops may wait for the same one."""
+        """Results of ``managers_of_moved`` as of ``revision``, because thousands of stops may need the same result."""
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
         self._claiming: dict[str, dict[NodeId, None]] = {}
@@ -78,7 +78,7 @@ class NetworkTables:
         """Networks of the node, with the number of its tasks on each."""
         self._publishing: set[ServiceId] = set()
         self._unread: set[ServiceId] = set()
-        """Services whose objects are unreadable: nodes keep their entries of these."""
+        """Services whose objects are unreadable.  Nodes keep the entries of these services."""
         self._headless: set[ServiceId] = set()
         """Services without any readable data.  Each may publish ports."""
         self._stale = Stale()
@@ -136,9 +136,9 @@ class NetworkTables:
     # -- keeping up ---------------------------------------------------------------------------------------------
 
     def begin(self, view: View) -> Iterator[None]:
-        """Load all objects of ``view``.  Yields after each object, so that the caller can pause.
+        """Load all objects of ``view``.  Pauses after each object, so that the caller can let other tasks run.
 
-        Objects are taken out of the view before the first pause.
+        All objects are read from the view before the first pause.
         """
         self.revision = view.revision
         found: list[Object] = [*view.find(Swarm), *view.find(Network), *view.find(Node), *view.find(Service)]
@@ -281,7 +281,7 @@ class NetworkTables:
             self._mark_endpoints_of(id)
 
     def _mark_endpoints_of(self, id: ServiceId) -> None:
-        """Mark the endpoints of tasks created before their service, or outliving it.
+        """Mark the endpoints of tasks that were created before their service, or outlive it.
 
         These are rare, so all tasks of the network are checked.
         """
@@ -332,7 +332,7 @@ class NetworkTables:
                 counted(managers, session.manager_id, 1)
 
     def _claim(self, before: Node | None, after: Node | None) -> None:
-        """Update the owners of an address: another node may own it now, or lose its own."""
+        """Update the claims on underlay addresses.  As a result, another node may own an address or lose its own."""
         was = claimed_underlay(before) if before is not None else None
         now = claimed_underlay(after) if after is not None else None
         if before is not None and was is not None and (here := self._claiming.get(was)) is not None:
@@ -372,7 +372,7 @@ class NetworkTables:
             self._stale.networks[id] = None
 
     def _network_of(self, table: VersionedTable) -> Network | None:
-        """Return the network object, or the copy in its earliest task, or None if neither exists."""
+        """Return the network object, else the copy in its earliest task, else None."""
         if table.network is not None or not table.tasks:
             return table.network
         attachment = overlay_attachments(self._tasks[min(table.tasks)])[table.id]
@@ -472,7 +472,7 @@ class Stale:
     """Entries of the tables to derive again after a change."""
 
     def __init__(self) -> None:
-        # Ordered, so that every run is the same.
+        # A dict is ordered, so that every run of a simulation is the same.
         self.networks: dict[NetworkId, None] = {}
         """Networks whose existence, and everything that depends on it, must be checked."""
         self.heads: dict[NetworkId, None] = {}

@@ -1,4 +1,4 @@
-"""The manager that sends each node its tables, and the sessions that changed since a revision of the store."""
+"""Tracks which manager sends each node its tables, and which sessions have changed since a revision of the store."""
 
 from collections.abc import Iterator
 from itertools import takewhile
@@ -15,7 +15,7 @@ class TableSessions:
         self.changed_at = revision
         """The revision of the last change."""
         self.managers: dict[NodeId, int] = {}
-        """Managers with such sessions, and the number of these."""
+        """Number of such sessions by manager."""
         self._sessions: dict[NodeId, NodeSession] = {}
         self._changes: dict[NodeId, int] = {}
         """The revision of each session's last change, the earliest first."""

@@ -1,8 +1,8 @@
 """A network's table, with the revision of the last change of each entry.
 
-A reader that has the table as of some revision gets the entries that changed since, each once and in its current state.
-Nothing is kept per reader.  The number of kept changes is bounded.  A reader that is further behind gets the whole
-table.
+A reader that has the table of some revision gets the entries that have changed since, each once and in its current
+state.  The table keeps no data about readers, and a bounded number of changes.  A reader that is further behind gets
+the whole table.
 """
 
 from collections.abc import Collection
@@ -74,7 +74,7 @@ class VersionedTable:
         return _set(self.services, id, service) and self._record_change((SERVICE, id), revision)
 
     def reset_changes(self, revision: int) -> None:
-        """Declare the current table to be of ``revision``, and forget the revisions of its entries."""
+        """Treat the current table as new at ``revision``, and forget the revisions of its entries."""
         self._changes.clear()
         self._floor = self.changed_at = revision
 
@@ -106,11 +106,15 @@ class VersionedTable:
         return sent is None or self.changed_at > sent
 
     def endpoint_changed_at(self, id: TaskId) -> int:
-        """Return the revision of the endpoint's last change or removal, or a later one if that was dropped."""
+        """Return the revision of the endpoint's last change or removal.  If that is unknown by now, return a later
+        revision.
+        """
         return self._changes.get((ENDPOINT, id), self._floor)
 
     def since(self, sent: int | None, revision: int) -> TableChange:
-        """Return the change from revision ``sent`` of the table to the current one, which is called ``revision``."""
+        """Return the change from revision ``sent`` of the table to the current table, whose revision is
+        ``revision``.
+        """
         if sent is None or sent < self._floor:
             return whole(self.table(revision))
         assert self.head is not None, "as above"

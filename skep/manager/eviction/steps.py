@@ -1,8 +1,9 @@
-"""An eviction as stored, and its steps.  Pure, except for the transaction functions.
+"""The stored form of an eviction, and its steps.  Pure, except for the transaction functions.
 
-The order matters.  A manager has had the wrapping key and every data key.  Whatever is encrypted with one of them can
-be read in a later image of a disk.  So after the node is removed the data keys are replaced first, and only data
-written with the new ones (the root's key, tokens, the unlock key, docker nodes' keys) is unknown to it.
+The order matters.  A manager has had the wrapping key and every data key, so whoever gets a disk image later can read
+everything that is encrypted with one of them.  Therefore the data keys are replaced first, right after the node is
+removed.  The new root key, tokens, unlock key and keys of docker nodes are written with the new data keys only, so the
+node cannot know them.
 
 Each step may be interrupted and repeated.
 """
@@ -47,7 +48,9 @@ OF_A_MANAGER: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", 
 OF_A_WORKER: tuple[Step, ...] = ("remove", "tokens", "overlays")
 """Steps of a worker's eviction.  A worker never had a key of the managers."""
 OF_SEVERAL: tuple[Step, ...] = (*OF_A_MANAGER[:5], "tokens", *OF_A_MANAGER[5:])
-"""Steps of several nodes' eviction: the root and the tokens may have been replaced before the last was evicted."""
+"""Steps of the eviction of several nodes.  The tokens are replaced again, because they may have been replaced before
+the last node was evicted.
+"""
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +70,7 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     others: tuple[NodeId, ...] = ()
     """Nodes whose incomplete evictions became part of this one."""
     damaged: tuple[str, ...] = ()
-    """Keys of values that no data key decrypts.  They are left as they are."""
+    """Keys of values that no data key decrypts.  These values are not changed."""
     keeping: tuple[NodeId, ...] = ()
     """Nodes whose containers keep running in addition to their replacements."""
 
@@ -171,7 +174,7 @@ def _check_volumes(tx: Transaction, node: Node) -> None:
 
 
 def _known_roots(tx: Transaction, swarm: Swarm) -> tuple[str, ...]:
-    """Return the digests of roots whose keys were in the store: an external CA's key never was on a node."""
+    """Return the digests of the roots whose keys were in the store.  The key of an external CA was never on a node."""
     keyed = [(ROOT_KEY_ID, swarm.tls_info.trust_root)]
     if swarm.rotation is not None:
         keyed.append((NEXT_ROOT_KEY_ID, swarm.rotation.root))
@@ -181,8 +184,8 @@ def _known_roots(tx: Transaction, swarm: Swarm) -> tuple[str, ...]:
 def merged(earlier: Eviction, later: Eviction) -> Eviction:
     """Return ``later``, including the remaining steps of ``earlier``.
 
-    A manager had all keys, including later ones, so everything is repeated.  For a worker only its own steps are
-    repeated.
+    If a manager is among the nodes, everything is repeated, because it had all keys, even later ones.  For workers,
+    only their own steps are repeated.
     """
     if later.was_manager:
         done: tuple[Step, ...] = ()
@@ -218,7 +221,9 @@ def _target(tx: Transaction, name: str) -> Node:
 
 
 def _was_manager(tx: Transaction, node: Node) -> bool:
-    """Whether the node may have keys of the managers: it is one, or was one and its certificates have not expired."""
+    """Return whether the node may have keys of the managers, because it is a manager, or was one and its certificates
+    have not expired.
+    """
     revocation = tx.lookup(Revocation, node.id)
     has_been = revocation is not None and bool(revocation.serials)
     issued = node.certificate is not None and bool(node.certificate.serials)
@@ -236,7 +241,7 @@ def note_done(tx: Transaction, node_id: NodeId, step: Step) -> None:
     if present is not None and present.node_id == node_id and step not in present.done:
         roots = present.roots
         if step == "keys":
-            # A root that was created since the eviction began was written under keys that the node had.
+            # A root that was created after the eviction began was written with keys that the node had.
             known = _known_roots(tx, tx.get(Swarm, cluster_of(tx).id))
             roots = (*roots, *(root for root in known if root not in roots))
         changed = replace(present, done=(*present.done, step), waits_for="", roots=roots)
@@ -251,7 +256,7 @@ def note_damaged(tx: Transaction, node_id: NodeId, keys: tuple[str, ...]) -> Non
 
 
 def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
-    """Record what the current step waits for."""
+    """Record the reason why the current step waits."""
     present = _stored(tx)
     if present is not None and present.node_id == node_id and present.waits_for != reason:
         tx.put(Payload(id=EVICTION_ID, data=replace(present, waits_for=reason).encode()))
@@ -260,7 +265,7 @@ def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
 def remove_evicted(
     tx: Transaction, node_ids: Iterable[NodeId], now_ns: int, *, keeping: Collection[NodeId] = ()
 ) -> str:
-    """Demote the nodes, then remove them.  Returns what that waits for, or an empty string if they are removed.
+    """Demote the nodes, then remove them.  Returns the reason for a wait, or an empty string once they are removed.
 
     Args:
         keeping: The nodes whose containers keep running.

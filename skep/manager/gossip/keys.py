@@ -1,7 +1,8 @@
 """Keys of Docker nodes' gossip and encrypted overlays, and their rotation.
 
-An engine keeps three keys per subsystem, sorts them by their logical time and encrypts with the second (with fewer than
-two it panics).  The newest is distributed before it is used, and the oldest still decrypts data in transit.
+An engine keeps three keys for each subsystem, sorts them by their logical time, and encrypts with the second one.  With
+fewer than two keys it panics.  So the newest key is distributed before it is used, and the oldest still decrypts data
+in transit.
 
 Source: swarmkit, manager/keymanager/keymanager.go; moby, libnetwork/agent.go (getPrimaryKeyTag).
 """
@@ -44,6 +45,8 @@ def rotated(keys: GossipKeys, random_bytes: Callable[[int], bytes], now: Timesta
 
 
 def seconds_to_rotation(keys: GossipKeys, now: Timestamp) -> float:
-    """Return the seconds until the next rotation, at most a whole period, whatever another leader's clock was."""
+    """Return the seconds until the next rotation.  The result is at most a whole period, because another leader's clock
+    may have been ahead.
+    """
     age_s = (unix_ns(now) - unix_ns(keys.rotated_at)) / SECOND_NS
     return min(max(ROTATION_S - age_s, 0.0), ROTATION_S)

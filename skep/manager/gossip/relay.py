@@ -1,10 +1,10 @@
 """Port 7946 of a manager: relays the first gossip contact of Docker nodes.
 
-An engine looks for gossip members only at the managers' addresses.  With Docker, a manager is an engine and responds
-there, but a Skep manager is not.  So while Docker nodes exist, every manager relays connections at this port to a
-Docker node other than the caller: opaque bytes, encrypted with keys that the relay does not use.  After the first
-contact, engines gossip directly.  They continue to contact the managers' addresses every 60 s, because no member has
-those addresses, which heals a partitioned gossip.  UDP is not needed for that.
+An engine looks for gossip members only at the managers' addresses.  In a Docker swarm, managers are engines and respond
+there.  Skep's managers are not engines.  So while Docker nodes exist, every manager relays connections at this port to
+another Docker node.  It passes on encrypted bytes without decrypting them.  After the first contact, engines gossip
+directly.  They continue to contact the managers' addresses every 60 s, because no gossip member has those addresses,
+and this also reconnects gossip after a partition.  UDP is not needed.
 
 Only addresses of Docker nodes are served, few at a time, each for a bounded time and number of bytes.
 
@@ -30,17 +30,17 @@ from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 log = structlog.get_logger(__name__)
 
 CONNECTIONS_MAX = 64
-"""Simultaneous connections."""
+"""Largest number of simultaneous connections."""
 CONNECTIONS_PER_NODE_MAX = 4
-"""Simultaneous connections of one caller."""
+"""Largest number of simultaneous connections of one caller."""
 CONNECT_S_MAX = 5.0
 """Seconds to connect to the other Docker node."""
 RELAY_S_MAX = 30.0
-"""Limit in seconds for one relayed connection.  A complete exchange between two engines takes a fraction of
-a second.
+"""Longest duration of a relayed connection in seconds.  A complete exchange between two engines takes a fraction of a
+second.
 """
 RELAY_BYTES_MAX = 16 * 1024 * 1024
-"""Limit in each direction.  A thousand nodes with ten thousand tasks need a tenth of it."""
+"""Largest number of bytes in each direction.  A thousand nodes with ten thousand tasks need a tenth of it."""
 _PIECE = 16 * 1024
 
 
@@ -86,7 +86,7 @@ class Relay:
             try:
                 server = await asyncio.start_server(self._relay, self._host, self._port, limit=_PIECE)
             except OSError as error:
-                # An engine on this machine may use the port itself, and respond instead.
+                # An engine on this machine may use the port itself. It then responds instead.
                 log.warning(
                     "gossip port not available, will retry",
                     port=self._port,

@@ -33,7 +33,7 @@ class KeyRotation:
     async def run(self) -> None:
         """Create missing keys and rotate them, until cancelled.
 
-        The wait is measured on this leader's monotonic clock.  Only the first wait depends on another leader's
+        This leader's monotonic clock measures the waits.  Only the length of the first wait depends on another leader's
         timestamp.
         """
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)

@@ -1,1 +1,3 @@
-"""The journal: requests of clients, and changes with their reasons, kept in the store within bounds (decision 98)."""
+"""The journal keeps requests of clients, and changes with their reasons, in a bounded part of the store (decision
+98).
+"""

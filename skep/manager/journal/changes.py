@@ -1,7 +1,8 @@
 """The journal entries for a change of an object in the store.  Pure.
 
 Every manager derives the same entries from the same commits, and the leader writes them (``loop``).  Only changes that
-matter later are entries: a task that starts, ends, or replaces another one, not each of its states.
+matter later become entries.  For a task, these are its start, its end and the replacement of another task, but not its
+other states.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ from skep.store.interface import Created, Deleted, Event, Updated, View
 from skep.store.kinds import Payload
 
 WATCHED = (Service, Task, Node, Secret, Config, Network, Volume, Swarm, Payload)
-"""Kinds of objects whose changes may be entries."""
+"""Kinds of objects whose changes may become entries."""
 _ADMINISTERED = (Secret, Config, Network, Volume)
 
 _ENDS = {
@@ -289,7 +290,7 @@ def _summary(service: Service) -> str:
 def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     name = _hostname(new)
     if new.description.hostname and not old.description.hostname:
-        yield _joined(new)  # its name arrives with its first session
+        yield _joined(new)  # the node's name arrives with its first session
     elif old.status.state is not new.status.state:
         if new.status.state is NodeState.DOWN:
             because = f": {new.status.message}" if new.status.message else ""
@@ -427,8 +428,8 @@ def _spec(object: Any) -> Any:
 def folded(entries: Iterable[Entry], alone_max: int = 20) -> list[Entry]:
     """Return ``entries`` in order, with only the first few of equal actions on tasks of one service.
 
-    A service that is scaled to thousands must not displace everything else from the history.  The last kept entry of a
-    group stands for the rest, with their ``count``.
+    A service that is scaled to thousands of tasks must not displace everything else from the history.  The last kept
+    entry of a group represents the rest, whose number is its ``count``.
     """
     kept: list[Entry] = []
     places: dict[tuple[str, ...], tuple[int, int]] = {}

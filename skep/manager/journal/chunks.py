@@ -1,9 +1,9 @@
-"""How entries are stored: several dozen per object, compressed, within bounds.  Pure.
+"""Stores entries compressed, several dozen in each object, and limits their total size.  Pure.
 
-There are two series: ``change-REVISION``, which the leader writes, and ``request-TIME-NODE``, one per manager.  Each
-may take half of the space, so that a client that floods the API does not displace the changes.  The last chunk grows
-until it is full.  A chunk per write would mean 10,000 objects, and larger chunks would be written too often, as etcd
-keeps every version for a while.
+There are two series of chunks: the leader writes ``change-REVISION``, and each manager writes ``request-TIME-NODE``.
+Each series may take half of the space, so that a client that floods the API does not displace the changes.  The last
+chunk grows until it is full.  With one chunk for each write there would be 10,000 objects.  Larger chunks would be
+rewritten too often, and etcd keeps every version for a while.
 """
 
 import zlib
@@ -36,16 +36,16 @@ time_ns = lru_cache(maxsize=1024)(unix_ns)
 """Cached, because the entries of a commit share one time."""
 
 Mark = tuple[int, int]
-"""A time in nanoseconds since 1970, and the store's revision then."""
+"""A time in nanoseconds since 1970, and the store's revision at that time."""
 
 
 def changes_id(revision: int) -> str:
-    """Return the id of a chunk of changes.  Sorts by revision, since the clocks of two leaders may differ."""
+    """Return the id of a chunk of changes.  Ids sort by revision, because the clocks of two leaders may differ."""
     return f"{_CHANGES}{revision:020d}"
 
 
 def requests_id(at_ns: int, node_id: str) -> str:
-    """Return the id of a chunk of requests.  Sorts by time."""
+    """Return the id of a chunk of requests.  Ids sort by time."""
     return f"{_REQUESTS}{at_ns:020d}-{node_id}"
 
 
@@ -81,7 +81,7 @@ def with_changes(
 
 def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: str) -> list[JournalChunk]:
     """Return the chunks to write for new requests of one manager."""
-    # Later chunks sort after earlier ones, even if the clock was set back.
+    # The id must sort after earlier ones, even if the clock was set back.
     newest = int(last.id.removeprefix(_REQUESTS)[:20]) if last is not None else 0
     return _chunks(last, entries, lambda first: requests_id(max(time_ns(first.time), newest + 1), node_id))
 
@@ -107,8 +107,8 @@ def _chunks(
 def repeated(entries: Sequence[Entry], alone_max: int = 3) -> Sequence[Entry]:
     """Return ``entries`` in order, with only the first few and the last of repeated actions on one slot.
 
-    The last one stands for those between, with their ``count``: a service in a crash loop must not displace everything
-    else from the history within hours.
+    The last entry represents the omitted ones, whose number is its ``count``.  Otherwise a service in a crash loop
+    would displace everything else from the history within hours.
     """
     kept: dict[int, Entry] = {}
     places: dict[tuple[str, ...], list[int]] = {}
@@ -152,7 +152,7 @@ def surplus(chunks: Iterable[JournalChunk], entries_max: int) -> list[str]:
     ids: list[str] = []
     for each in series.values():
         count = size = 0
-        for chunk in reversed(each):  # their ids sort by age
+        for chunk in reversed(each):  # ids sort by age
             count += chunk.count
             size += len(chunk.data)
             if entries_max == 0 or count - chunk.count >= entries_max // 2 or size > BYTES_MAX // 2:

@@ -1,4 +1,5 @@
-"""Past states of the cluster: the revision at a time, and the objects of that revision, from the store's history.
+"""Reads past states of the cluster from the store's history: finds the revision at a time, then reads the objects of
+that revision.
 
 One state is read at a time, and the last few are kept for a moment, because users drag a timeline back and forth.
 """
@@ -38,7 +39,7 @@ class Past(msgspec.Struct, frozen=True):
 
 
 class PastStates:
-    """The past states on one manager.  ``marks`` are the manager's own (``journal.loop``)."""
+    """The past states on one manager.  ``marks``: the marks of this manager (``journal.loop``)."""
 
     def __init__(self, store: Store, marks: Iterable[Mark], clock: Clock) -> None:
         self._store = store
@@ -55,7 +56,7 @@ class PastStates:
 
         Raises:
             InvalidArgument: It is neither, or in the future.
-            HistoryGone: The store has deleted it.  The message has the oldest available time.
+            HistoryGone: The store has deleted that state.  The error names the oldest available time.
             Unavailable: The store cannot be read, or too many requests wait.
         """
         revision, at_ns = await self._resolve(when)
@@ -115,7 +116,7 @@ class PastStates:
             self._waiting -= 1
 
     def _forget_later(self) -> None:
-        """Forget the states after a while, since each takes as much memory as the current state."""
+        """Forget the states after a while, because each takes as much memory as the current state."""
         if self._expiry is not None:
             self._expiry.cancel()
         self._expiry = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)

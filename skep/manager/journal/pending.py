@@ -1,4 +1,4 @@
-"""Entries that are not written yet.  Their number is bounded, and an entry reports how many were dropped."""
+"""A bounded queue of entries that are not written yet.  If entries are dropped, another entry reports their number."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from skep.model.times import Timestamp
 PENDING_MAX = 10_000
 """Maximum entries in memory, except those being written."""
 BATCH_CHARACTERS = 250_000
-"""Maximum characters in one write: a character takes up to four bytes, and a transaction is limited to 1.5 MB."""
+"""Maximum characters in one write.  A character takes up to four bytes, and a transaction is limited to 1.5 MB."""
 
 
 class Pending:
@@ -42,7 +42,9 @@ class Pending:
         self._entries.appendleft(entry)
 
     def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
-        """Return the entries of one write: the oldest, with whole revisions, after an entry about lost ones if any."""
+        """Return the oldest entries for one write.  Entries of the same revision stay together.  If entries were lost,
+        the first one reports that.
+        """
         entries: list[Entry] = []
         self._reported_lost = self._lost
         if self._lost:

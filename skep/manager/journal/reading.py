@@ -82,7 +82,7 @@ def cursor_of(entry: Entry) -> str:
 def _parsed(cursor: str) -> Position:
     at, slash, id = cursor.partition("/")
     if not (slash and at.isascii() and at.isdigit() and len(at) < 20 and len(id) < 200):
-        raise InvalidArgument(f"invalid cursor {cursor[:100]!r}: want the Next of a page")
+        raise InvalidArgument(f"invalid cursor {cursor[:100]!r}: expected the Next of a page")
     return int(at), id
 
 
@@ -100,7 +100,7 @@ async def page(view: View, query: Query) -> HistoryPage:
             del found[query.limit + 1 :]
             edge = chunk.first if query.is_ascending else chunk.last
             if sign * edge > sign * found[-1][0][0]:
-                break  # all other chunks come after this page
+                break  # all further chunks belong to later pages
         for entry in entries_in(chunk):
             place = position_of(entry)
             if not query.since_ns <= place[0] <= query.until_ns or not query.matches(entry):
@@ -133,7 +133,7 @@ async def _marks_in(view: View, own: Iterable[Mark]) -> AsyncIterator[Sequence[M
 
 
 async def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None:
-    """Return the latest revision with a mark until ``at_ns``, or None."""
+    """Return the latest revision with a mark at ``at_ns`` or before, or None."""
     found = [
         latest
         async for marks in _marks_in(view, own)

@@ -1,8 +1,8 @@
 """Tracks which other managers are silent, for how long, and which ones are certainly reachable.
 
 Silence is measured in this loop's running time (``aio.hang_detection``), which excludes time in which the loop did not
-run.  A received ping ends the silence, although it may have been in transit for as long as a partition lasted.  Only a
-manager that has answered is certainly reachable: it received the ping after that was sent.
+run.  A received ping ends the silence, although it may have been in transit during a whole partition.  Only a manager
+that has responded to a ping is certainly reachable, because it received that ping after this manager had sent it.
 """
 
 from collections.abc import Iterable, Mapping, Set

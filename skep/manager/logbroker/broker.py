@@ -1,7 +1,8 @@
 """The log broker: requests logs from the nodes of tasks and passes the lines to readers.
 
-A node gets requests from the manager that owns its session.  Nodes of other managers are requested through those
-managers (``Relays``).  One stream to each manager serves all its nodes at the start, later streams the added nodes.
+A node gets requests from the manager that owns its session.  So logs from nodes of other managers are requested through
+those managers (``Relays``).  At the start, one stream to each manager serves all its nodes.  Nodes that are added later
+get further streams.
 
 A follower's nodes change.  ``Subscription.sources`` records the manager through which each node was requested.  When
 that source no longer has the node (the node listens again, its session moved, a relay broke), the rest is requested
@@ -47,14 +48,14 @@ from skep.wire.service import Handler, client_stream, server_stream
 log = structlog.get_logger(__name__)
 
 RESPONSE_SECONDS_MAX = 10.0
-"""Seconds after which a node is reported as missing if it sends nothing while everything it sent was read."""
+"""Seconds of silence after which a node is reported as missing, unless lines that it has sent are still unread."""
 NO_MANAGER = NodeId("")
 RELAYED_LINES = 100
-"""Lines in one message to another manager."""
+"""Largest number of lines in one message to another manager."""
 READ_LINES = 256
-"""Lines that a reader gets at once."""
+"""Largest number of lines that a reader gets at once."""
 SUBSCRIPTIONS_MAX = 1000
-"""Concurrent readers on this manager."""
+"""Largest number of concurrent readers on this manager."""
 
 
 class Relays(Protocol):
@@ -110,9 +111,9 @@ class LogBroker:
     async def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
         """Yield lines of all tasks that ``query`` matches, some at a time.
 
-        Existing lines are merged in the order of their times.  A follower's new lines are not, and a silent node does
-        not delay the others (``subscription.HOLD_S``).  Ends when every node has sent everything, or with ``follow``
-        only when the iterator is closed.
+        Existing lines are merged in the order of their times.  New lines for a follower are not, and a silent node
+        delays the others for at most ``subscription.HOLD_S``.  Ends once every node has sent everything.  With
+        ``follow``, it ends only when the iterator is closed.
 
         Raises:
             IncompleteLogs: Raised at the end, naming nodes that did not respond and tasks without a node.
@@ -171,11 +172,11 @@ class LogBroker:
         return subscription
 
     def _instead(self, subscription: Subscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
-        """Return lines in place of the lines of nodes that do not answer.
+        """Return lines that replace those of nodes that do not respond.
 
-        These are the lines that are kept with their tasks, unless the nodes have sent lines, and a line that names each
-        node.  Nodes are named to followers, and always if they were removed, because their absence is then not an
-        error.
+        They are the stored last lines of the nodes' tasks, unless the nodes have already sent lines, and a line that
+        names each silent node.  Only followers get the latter, except for removed nodes, whose absence is never
+        reported as an error.
         """
         if not silent:
             return ()
@@ -239,7 +240,7 @@ class LogBroker:
                 self._request(subscription, [node_id])
 
     def _check_state(self, subscription: Subscription, node_id: NodeId) -> None:
-        """Mark a follower's node as silent if it is down, whether or not its connection is open."""
+        """Mark a follower's node as silent if it is down, even if its connection is still open."""
         node = self._store.view().lookup(Node, node_id)
         if node is None or not subscription.query.follow or node_id not in subscription.sources:
             return
@@ -340,7 +341,7 @@ class LogBroker:
                     if not await subscription.put(self._checked(sent), relay):
                         return
                     ended = NodeId(message.ended_node_id)
-                    # A followed node may not be connected yet.  Its manager requests its logs once it is.
+                    # A followed node may not be connected yet. Its manager requests its logs once the node connects.
                     if ended in relay.nodes and not is_followed:
                         relay.nodes.discard(ended)
                         subscription.finish(ended, message.reason)
@@ -422,9 +423,7 @@ class LogBroker:
                     subscription = self._require(message.subscription_id, node_id)
                     source = subscription.sources[node_id]
                 elif subscription.sources[node_id] is not source:
-                    return (
-                        pb.PublishLogsResponse()
-                    )  # requested elsewhere in the meantime: the rest comes from there
+                    return pb.PublishLogsResponse()  # requested elsewhere in the meantime
                 lines = self._checked(map(line_from_pb, message.messages), node_id)
                 if not await subscription.put(lines, node_id):
                     return pb.PublishLogsResponse()
@@ -472,7 +471,7 @@ class LogBroker:
 
 
 async def _nothing() -> None:
-    """Wait forever: the commit handler does all the work."""
+    """Wait forever, because the commit handler does all the work."""
     await asyncio.get_running_loop().create_future()
 
 

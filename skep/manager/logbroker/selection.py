@@ -20,7 +20,7 @@ from skep.store.kinds import Revocation
 KEPT = "skep-kept"
 """Attribute of lines that are stored with their task, because its node did not send them.
 
-``KEPT_HEAD`` is the value for the sentence before them, which is not a line of the task.
+Its value is ``KEPT_HEAD`` for the sentence before these lines, which is not a line of the task.
 """
 KEPT_HEAD = "head"
 
@@ -73,7 +73,7 @@ def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterat
 
 
 def absences(view: View, query: LogQuery, nodes: Set[NodeId], now_ns: int) -> Iterator[LogLine]:
-    """Yield for each of ``nodes`` with a matching task one line that tells why the node has no others.
+    """Yield one line for each of ``nodes`` with a matching task, which explains why the node's lines are missing.
 
     The line appears as a line of the task.
     """

@@ -1,8 +1,8 @@
-"""One reader of logs: the nodes it waits for, and a bounded buffer between them and the reader.
+"""One reader of logs, with the nodes that it waits for and a bounded buffer of their lines.
 
 Existing lines of all nodes are merged in the order of their times.  A follower then gets new lines as they are written.
-A node that sends faster than the reader reads has to wait: its stream is not read, so HTTP/2's flow control stops it.
-A slow reader therefore costs only a buffer.
+If a node sends faster than the reader reads, its stream is not read, so HTTP/2's flow control makes it wait.  A slow
+reader therefore costs only a buffer.
 """
 
 from collections import deque
@@ -20,11 +20,11 @@ from skep.model.times import SECOND_NS
 LINES_MAX = 1000
 """Maximum number of lines that wait for one reader."""
 HOLD_S = 1.0
-"""Seconds for which other nodes' lines wait for a node that sends none, so that lines stay in order."""
+"""Seconds for which lines wait for a node that sends nothing, so that lines stay in order."""
 SILENT_S = 5.0
-"""Seconds after which a reader that follows is told about a node that does not answer."""
+"""Seconds after which a follower gets a line about a node that does not respond."""
 BEHIND_NS_MAX = 600 * SECOND_NS
-"""Largest lag between two tasks of a node at which both can be resumed without gaps."""
+"""Largest lag between two tasks of a node, in nanoseconds, at which both can be resumed without gaps."""
 
 
 class Subscription:
@@ -61,7 +61,7 @@ class Subscription:
         self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._lines: MergeQueue[LogLine] = MergeQueue(attrgetter("timestamp_ns"), LINES_MAX)
         self._streams: dict[NodeId, Hashable] = {}
-        """The stream with each unfinished node's lines: the node's own, or its manager's."""
+        """The stream with the lines of each unfinished node.  It is the node's own stream, or that of its manager."""
         self._holding_since: float | None = None
         self._is_present_reached = False
 
@@ -89,7 +89,7 @@ class Subscription:
         if reason:
             self.silent.add(node_id)
         if self.query.follow:
-            return  # the node is requested again when it returns
+            return  # a follower requests the node again when it reconnects
         if self.only is not None:
             self.ended.append((node_id, reason))
         if reason:
@@ -111,8 +111,8 @@ class Subscription:
         return node_id in self._started and (node_id in self._seen_ns or self.query.tail == 0)
 
     def remaining(self, nodes: Iterable[NodeId]) -> LogQuery:
-        """Return the query without the lines that these nodes have already sent.  All of them are resumed,
-        or none is.
+        """Return the query without the lines that these nodes have already sent.  Either all or none of them are
+        resumed.
         """
         since = [self._resume_ns(node_id) for node_id in nodes if self.is_resumed(node_id)]
         if not since:

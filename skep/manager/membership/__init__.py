@@ -1,1 +1,1 @@
-"""The managers of the cluster: joining as a manager, roles, the quorum, and the managers' addresses."""
+"""Membership of managers: joining, changes of roles, the quorum, and the managers' addresses."""

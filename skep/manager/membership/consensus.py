@@ -9,7 +9,9 @@ class Consensus(Protocol):
     """The members of the consensus, as this manager sees and changes them."""
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
-        """Return all members known to this member, or with ``is_current`` to a quorum.  Raises Unavailable."""
+        """Return all members that this member knows, or with ``is_current`` those that a quorum knows.  Raises
+        Unavailable.
+        """
 
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
         """Add a member as a learner.  Returns all members.

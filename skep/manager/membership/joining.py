@@ -1,7 +1,7 @@
 """Joining as another manager, at each start of a manager whose store is still empty.
 
-The manager is added as a learner, starts its etcd, and requests its vote until it is a voter.  The member of an
-interrupted attempt is removed by the next attempt, or by the leader after a minute.
+The manager is added as a learner, starts its etcd, and requests its vote until it is a voter.  If an attempt is
+interrupted, the next attempt removes its member, or the leader does so after a minute.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -85,14 +85,15 @@ class JoiningManager:
         Raises:
             JoinRefused: It was removed meanwhile.
         """
-        # A user waits for the join.  The called manager itself waits as long as catching up usually takes.
+        # The pauses are short, because a user waits for the join, and because the called manager itself waits while
+        # this one catches up.
         backoff = Backoff(0.03, 0.15, rng=self._rng)
         own = self._pair.identity.node_id
 
         async def report_delay(reason: str) -> None:
             on_delay(
                 await unreachable_peers(peers, own) or reason
-            )  # a peer it cannot reach keeps its own etcd from serving
+            )  # a peer that cannot be reached keeps this manager's etcd from serving
 
         await self._call(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, report_delay)
 

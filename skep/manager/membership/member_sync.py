@@ -1,4 +1,4 @@
-"""Reachability of the managers, written by the leader from the state of its links.  Pure."""
+"""Decides which managers the leader marks as reachable or unreachable, from the state of its links.  Pure."""
 
 from collections.abc import Collection, Iterable
 

@@ -1,7 +1,7 @@
 """Addresses of the other managers, which every manager keeps up to date for its own etcd member.
 
-The addresses come from the node objects.  A member without one there keeps its last address.  A manager that announced
-another address (``peer_search``) is expected there, until its node object changes.
+The addresses come from the node objects.  A member whose node object has no address keeps its last one.  If a manager
+announces another address (``peer_search``), that is used until its node object changes.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ def full_address(written: str, seen: str) -> str:
     addr = joined(host or seen, port)
     split_address(addr)
     if not is_address(host or seen):
-        raise InvalidArgument(f"invalid address {addr!r}: want ip:port")
+        raise InvalidArgument(f"invalid address {addr!r}: expected ip:port")
     return addr
 
 
 def addresses_in(nodes: Iterable[Node]) -> dict[str, tuple[str, int]]:
-    """Return the name of each manager -> its address and port in the node objects."""
+    """Return address and port of each manager in the node objects, by the manager's name."""
     return {
         str(node.id): _ip_and_port(node.manager_status.addr)
         for node in nodes

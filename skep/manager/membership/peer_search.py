@@ -1,8 +1,8 @@
 """Managers announce a changed address to the others, even without a quorum that could write it.
 
-Usually the address is in the node object, which all managers watch.  When several managers return with new addresses,
-none of their stores has a quorum before they have found each other.  So each one announces its node id and address to
-every address it has, at the manager's port, over mTLS.  A manager can only announce itself.
+Usually managers learn an address from the node object, which they all watch.  But if several managers return with new
+addresses, there is no quorum before they have found each other.  So each manager announces its node id and address to
+every address that it knows, at the manager's port, over mTLS.  A manager can only announce itself.
 """
 
 import asyncio
@@ -75,7 +75,8 @@ class PeerSearch:
     def require_known(self, identity: Identity, _access: Access) -> None:
         """Accept calls of known managers while this manager's store is not available to check them.
 
-        A manager that joined since then has a quorum with others, and finds this one through them.
+        A manager that has joined since then is not needed here, because it has a quorum with others and finds this
+        manager through them.
 
         Raises:
             PermissionDenied: The caller is not a known manager.

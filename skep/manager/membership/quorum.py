@@ -12,7 +12,7 @@ voters quorum tolerated
 7      4      3
 ====== ====== =========
 
-An even number tolerates as many failures as the odd one below it.
+An even number of voters tolerates no more failures than the next smaller odd number.
 """
 
 from collections.abc import Collection

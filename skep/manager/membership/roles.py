@@ -1,9 +1,9 @@
-"""The steps from roles in the specs to consensus members and certificates.  Pure.
+"""Decides the next steps that bring consensus members and certificates to the roles in the specs.  Pure.
 
-A promotion starts with the certificate: the node is asked to renew it, receives a manager's certificate, and starts its
-manager process, which requests admission (``joining``).  A demotion starts with the consensus: leadership is
-transferred, the member is removed if the rest keeps a quorum, and only then the node gets a worker's certificate.  One
-member at a time: the next step is decided after the last one has taken effect.
+A promotion starts with the certificate.  The node is requested to renew it, receives a manager's certificate, and
+starts its manager process, which requests admission (``joining``).  A demotion starts with the consensus.  Leadership
+is transferred, the member is removed if the rest keeps a quorum, and only then the node gets a worker's certificate.
+Members change one at a time: the next step is decided once the last one has taken effect.
 
 Source: swarmkit, manager/role_manager.go (reconcileRole).
 """
@@ -119,11 +119,11 @@ def _successor(
 
 
 LEARNING_S = 60.0
-"""Seconds after which a learner that has not caught up is removed: while there is one, no manager can be added."""
+"""Seconds after which a learner that has not caught up is removed, because no other manager can be added meanwhile."""
 
 
 class Learners:
-    """How long each learner has been observed, on the leader's own clock."""
+    """Tracks for how long this leader has observed each learner, by its own clock."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}

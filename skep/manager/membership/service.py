@@ -35,7 +35,7 @@ With ``peer_ports.CONNECT_S`` it is shorter than the request's deadline.
 """
 
 CHECK_S = 0.02
-"""Seconds between attempts meanwhile."""
+"""Seconds between attempts during ``CATCH_UP_S``."""
 
 
 class MembersService:
@@ -78,7 +78,7 @@ class MembersService:
             raise InvalidArgument(f"{request.peer_port} is not a valid port for etcd's peers")
         addr = full_address(request.addr, caller.address)
         await self._store.update(announce_manager, caller.node_id, addr)
-        # The others learn the new address from the node object before its etcd calls them.
+        # The other managers learn the new address from the node object before the new etcd connects to them.
         self._update_addresses(await self._consensus.all())
         members = await self._consensus.add(caller.node_id, peer_url(caller.node_id, request.peer_port))
         self._update_addresses(members)

@@ -1,1 +1,3 @@
-"""Services -> tasks: replicated and global services, restarts, rolling updates, task history."""
+"""Creates and retires the tasks of services: replicated and global services, restarts, rolling updates, task
+history.
+"""

@@ -1,7 +1,8 @@
-"""The orchestrator's changes: each is data first, and one small transaction when it is applied.
+"""The orchestrator's changes.  Each is plain data, which ``apply`` writes in one small transaction.
 
-A change is decided on one state and applied to a possibly newer one, so ``apply`` checks its preconditions again.
-Applied twice, or too late, it does nothing.  The watch then shows the newer state, and a new decision follows.
+A change is decided on one state and applied to a possibly newer one, so ``apply`` checks the preconditions again.  A
+change that is applied twice or too late does nothing.  The watch then shows the newer state, and a new decision
+follows.
 """
 
 from collections.abc import Iterable
@@ -32,10 +33,10 @@ from skep.store.kinds import as_run, has_unreadable_status
 
 
 class FillSlot(msgspec.Struct, frozen=True):
-    """Create a task in a free slot: ``slot`` of a replicated service or job, ``node_id`` of a global one.
+    """Create a task in a free slot, which is ``slot`` for a replicated service or job and ``node_id`` for a global one.
 
     Attributes:
-        desired: READY prepares the task and leaves its start to ``start_steps``.  RUNNING means COMPLETE for a job.
+        desired: READY only prepares the task, and ``start_steps`` starts it later.  For a job, RUNNING means COMPLETE.
         delay_s: Seconds from the task's creation until it may start.
         failures: Number of tasks before it that failed in a row.
     """
@@ -49,7 +50,9 @@ class FillSlot(msgspec.Struct, frozen=True):
 
 
 class Cause(Enum):
-    """Reason to retire a task that has not ended.  Nothing is written if the reason no longer holds by then."""
+    """Reason to retire a task that has not ended.  Nothing is written if the reason no longer holds when the change is
+    applied.
+    """
 
     NODE_IS_LOST = "its node is down or gone"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
@@ -60,10 +63,11 @@ class RetireTask(msgspec.Struct, frozen=True):
     """Stop a task.  SHUTDOWN keeps it in the slot's history, REMOVE deletes it once it has stopped.
 
     Attributes:
-        successor: The task that takes over.  If it has ended meanwhile, unseen by the leader, nothing is written.
-        is_due: Whether the slot is filled again once its node takes tasks.
-        is_refused: The successor was refused every node because of this task.  If it has a node meanwhile, nothing is
-            written: the update goes on with both.
+        successor: The task that takes over.  If it has ended meanwhile, before the leader could notice, nothing is
+            written.
+        is_due: Whether the slot is filled again once the node accepts tasks.
+        is_refused: Whether every node refused the successor because of this task.  If the successor has a node by then,
+            nothing is written, and the update continues with both tasks.
         service: The service at the time of the decision (``decided_for``).  If its spec has changed since, nothing is
             written.
     """
@@ -104,7 +108,7 @@ class SetUpdateStatus(msgspec.Struct, frozen=True):
 
 
 class RollBack(msgspec.Struct, frozen=True):
-    """Return to the previous spec because the update to ``service.spec_version`` failed."""
+    """Restore the previous spec, because the update to ``service.spec_version`` failed."""
 
     service: Service
     message: str
@@ -117,13 +121,13 @@ class RemoveService(msgspec.Struct, frozen=True):
 
 
 class SettleRun(msgspec.Struct, frozen=True):
-    """Write the outcome of a job's current run: it is over, or a global run has its final set of nodes.
+    """Write that a job's current run is over, or that a global run has its final set of nodes.
 
-    The transaction checks all tasks and nodes again, since a run that is over stays over.
+    The transaction checks all tasks and nodes again, because a run that is over never becomes active again.
 
     Attributes:
-        is_over: The decision found nothing left to do.
-        is_late: No more nodes may start the run.
+        is_over: Whether the decision found nothing left to do.
+        is_late: Whether no further node may start the run.
     """
 
     service: Service
@@ -132,7 +136,7 @@ class SettleRun(msgspec.Struct, frozen=True):
 
 
 class Recheck(msgspec.Struct, frozen=True):
-    """Decide again at ``at``, in seconds on the leader's monotonic clock.  Nothing to do before then."""
+    """Decide again at ``at``, in seconds on the leader's monotonic clock.  Until then, nothing has to be done."""
 
     at: float
 
@@ -149,8 +153,7 @@ Step: TypeAlias = Change | Recheck
 def fallback_for(change: Change, error: SkepError) -> Change | None:
     """Return the change to write if ``change`` was permanently refused, or None to retry ``change``.
 
-    A rollback may be refused because an object that the previous spec needs, such as a secret, was removed when
-    nothing referred to it.
+    A rollback may be refused because the previous spec needs an object, such as a secret, that was removed meanwhile.
     """
     if not isinstance(change, RollBack):
         return None
@@ -161,7 +164,7 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
 
 
 def _paused_instead(message: str, why: str) -> str:
-    """Return the message of a pause that takes the place of a rollback with ``message``."""
+    """Return the message of a pause that replaces a rollback with ``message``."""
     return f"update paused{message.removeprefix(ROLLED_BACK)}: cannot roll back: {why}"
 
 
@@ -173,7 +176,7 @@ def decided_for(service: Service, step: Step) -> Step:
 
 
 def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
-    """Return why ``task`` leaves its ``node``, or None if it has ended or leaves for another reason."""
+    """Return the reason why ``task`` must leave its ``node``, or None if it has ended or leaves for another reason."""
     if task.status.state.is_terminal or node is None:
         return None
     if is_lost(node) and node.spec.availability is not Availability.DRAIN:
@@ -182,7 +185,7 @@ def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
 
 
 def key_of(change: Change) -> str:
-    """Return which part of its service a change is about.  One decision has at most one change per key."""
+    """Return a key for the part of the service that a change concerns.  One decision has at most one change per key."""
     match change:
         case FillSlot(_, slot, node_id):
             return f"{slot or node_id}"
@@ -206,7 +209,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case ReplaceTask(task, successor, cause):
             if cause is not None and _has_passed(tx, cause, task):
                 return
-            # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
+            # Both or neither, because a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor.service) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
                 if _is_assigned_since(tx, task):
                     successor = replace(successor, desired=TaskState.READY)
@@ -280,7 +283,9 @@ def _restart(change: FillSlot, slot: Iterable[Task], now: Timestamp) -> Restart 
 
 
 def _failing_since(slot: Iterable[Task]) -> Timestamp | None:
-    """Return when the current series of failures in ``slot`` began, by the clock of that task's node."""
+    """Return the time at which the current series of failures in ``slot`` began, by the clock of the failed task's
+    node.
+    """
     last = max(slot, key=lambda task: (task.created_at, task.id), default=None)
     if last is None:
         return None
@@ -301,7 +306,9 @@ def _is_current(tx: Transaction, decided: Service) -> bool:
 
 
 def _is_current_at_commit(tx: Transaction, decided: Service) -> bool:
-    """Whether ``_is_current`` still holds at the commit.  A new task relies on its service's spec in any case."""
+    """Return ``_is_current``, and let the commit fail if that changes.  A new task relies on its service's spec in any
+    case.
+    """
     tx.rely_on(Service, decided.id, HEAD)
     return _is_current(tx, decided)
 
@@ -313,18 +320,19 @@ def _run_of(service: Service) -> Version | None:
 
 
 def _is_paused_since(service: Service, decided: Service) -> bool:
-    """Whether the update was paused after the decision, so that it must not start with more slots."""
+    """Return whether the update was paused after the decision, so that it must not start with further slots."""
     before = decided.update_status.state if decided.update_status is not None else None
     now = service.update_status.state if service.update_status is not None else None
     return now in PAUSED and before not in PAUSED
 
 
 def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
-    """Return ``now``, or a time just after everything that a new task must follow if the leader's clock is behind.
+    """Return a creation time for a new task: ``now``, or a later time if the task must follow something with a later
+    timestamp.
 
-    The order of these timestamps counts, not the time: a slot's successor finds its predecessor by it.  When a user
-    retries a job or resumes an update, everything created until then counts as failed before.  The youngest task
-    of all slots, which another leader may have stamped, sets that time.
+    Only the order of these timestamps matters.  It shows which task of a slot is the predecessor of another.  If a user
+    retries a job or resumes an update, tasks created up to then do not count as failures.  The youngest task of all
+    slots, which another leader may have stamped, determines that time.
     """
     job, update = service.job_status, service.update_status
     before = [task.created_at for task in slot]
@@ -341,7 +349,9 @@ def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
 
 
 def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
-    """Whether the cause no longer holds.  Other managers write too, and the leader's view may be older."""
+    """Return whether the cause no longer holds.  Other managers write as well, and the leader's view may have been
+    older.
+    """
     match cause:
         case Cause.NODE_IS_LOST:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
@@ -357,7 +367,9 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
 
 
 def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> bool:
-    """Whether the task is still active, and still without a node if it was refused, at the commit."""
+    """Return whether the task is still active, and if it was refused, still without a node.  The commit fails if that
+    changes.
+    """
     task = tx.rely_on(Task, successor, "status")
     if task is None or not task.is_active:
         return False
@@ -384,7 +396,7 @@ def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_
             ),
         )
     if task.status.state < TaskState.ASSIGNED:
-        # The task was never assigned, so no agent will report its end.
+        # The task was never assigned, so no node will report its end.
         status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")
         task = replace(task, status=status)
     tx.put(task)
@@ -412,7 +424,7 @@ def _set_update_status(
 
 
 def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -> None:
-    """Write the previous spec.  A newer spec of the user wins, because the version is compared.
+    """Write the previous spec.  A newer spec by the user takes precedence, because the version is compared.
 
     This is the only spec that the leader writes.
     """
@@ -422,7 +434,7 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     if _is_paused_since(service, wanted):
         return
     if why := claim_service(tx, service.previous_spec, service):
-        # Not an error: the pause says why, and a user decides.
+        # This is not an error. The message of the pause says why, and a user decides how to continue.
         _set_update_status(tx, wanted, UpdateState.PAUSED, _paused_instead(message, why), now)
         return
     before = service.update_status or UpdateStatus()

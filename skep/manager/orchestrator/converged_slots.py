@@ -1,9 +1,9 @@
-"""Converged slots need no decision.  They are found without deciding about each slot.
+"""Finds the converged slots of a service quickly, because they need no decision.
 
-Nearly every slot of a large service is converged at nearly every decision.  Exactly one of its tasks is wanted, runs on
-a usable node, and matches the service's spec.  The slot's other tasks are history and do not matter while a task is
-wanted.  Such a slot is filled, and only two rules concern it: a surplus of slots, and an update, which compares all
-slots.
+At nearly every decision, nearly every slot of a large service is converged.  That means that exactly one of its tasks
+is desired to run, runs on a usable node, and matches the service's spec.  The slot's other tasks are history, which
+does not matter meanwhile.  Only two rules concern such a slot: the removal of surplus slots, and an update, which
+compares all slots.
 """
 
 from skep.aio.time_slices import STEP, SlicedWork
@@ -34,7 +34,7 @@ def converged_slots(situation: Situation) -> SlicedWork[set[int]]:
         if number % STEP == 0:
             yield
         if task.node_id not in sound:
-            situation.is_sound(task.node_id)  # checks all tasks of the node, and caches the result
+            situation.is_sound(task.node_id)  # This checks all tasks of the node once and caches the result.
             yield
         slot = task.slot
         if (

@@ -1,9 +1,9 @@
-"""Next steps for one service: scaling, restarts, update and starts.
+"""Decides the next steps for one service: scaling, restarts, update and starts.
 
-Each rule applies to the slots that the earlier rules left alone, in order of precedence.  A removed service is only
-stopped.  A slot that is created or removed is skipped by the later rules.  A slot whose task ended is restarted before
-it is updated: the successor is made from the current spec anyway.  Starts come last, because all other rules decide
-which task of a slot should start.
+The rules have an order of precedence, and each applies to the slots that earlier rules did not change.  A removed
+service is only stopped.  Later rules skip a slot that is created or removed.  Restarts precede the update, because the
+successor of an ended task gets the current spec anyway.  Starts come last, because all other rules decide which task of
+a slot should start.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -47,14 +47,14 @@ from skep.model.task import TaskState
 def next_steps(situation: Situation) -> list[Step]:
     """Return the steps for the service now, and when to decide again.
 
-    After the changes are applied, the next decision creates and retires no further task unless something else happens.
-    It may start a task that had to wait for a retirement.
+    After the changes are applied, the next decision creates and retires no further task, unless something else happens
+    meanwhile.  It may start a task that had to wait for a retirement.
     """
     return run_at_once(deciding(situation))
 
 
 def deciding(situation: Situation) -> SlicedWork[list[Step]]:
-    """Run ``next_steps`` with pauses: a decision about 20,000 tasks takes a tenth of a second."""
+    """Run ``next_steps`` with pauses, because a decision about 20,000 tasks takes a tenth of a second."""
     steps, _ = yield from deciding_all(situation)
     return steps
 
@@ -92,9 +92,9 @@ def deciding_all(situation: Situation) -> SlicedWork[tuple[list[Step], Settled |
 def deciding_some(
     situation: Situation, due: Collection[SlotKey], settled: Settled
 ) -> SlicedWork[list[Step] | None]:
-    """Return the next steps for the ``due`` slots of a settled service, or None if they depend on other slots too.
+    """Return the next steps for the ``due`` slots of a settled service, or None if the steps depend on other slots.
 
-    The situation has only the tasks and nodes of these slots.
+    ``situation`` has only the tasks and nodes of these slots.
     """
     match situation.service.spec.mode.name:
         case "replicated":
@@ -110,7 +110,8 @@ def deciding_some(
 
 
 def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWork[bool]:
-    """Whether the update has something to do in one of the slots.  How much it does at a time depends on all slots.
+    """Return whether the update has work in one of the slots.  If so, the amount that it does at a time depends on all
+    slots.
 
     A paused update starts with no further slot, and only finishes the slots it has started with.
     """
@@ -136,7 +137,9 @@ def _is_as_settled(slot: Slot, number: SlotKey, situation: Situation, settled: S
 
 
 def _numbers(filled: Collection[int]) -> Collection[int]:
-    """Return the slot numbers in little memory: nearly always they are 1 to the number of replicas."""
+    """Return the slot numbers as a range if possible, which saves memory.  Nearly always they are 1 to the number of
+    replicas.
+    """
     is_dense = bool(filled) and min(filled) == 1 and max(filled) == len(filled)
     return range(1, len(filled) + 1) if is_dense else frozenset(filled)
 
@@ -151,8 +154,8 @@ def _deciding_some_of_job(
 ) -> list[Step] | None:
     """Run ``deciding_some`` for a job.
 
-    Each node's run of a global job is independent of the others, but whether the whole run has ended depends on all
-    nodes.  A replicated job has a limited number of tasks at a time: if one ends or moves, all of them are decided.
+    In a global job, the nodes are independent of each other, but whether the whole run has ended depends on all of
+    them.  A replicated job has a limited number of tasks at a time, so if one ends or moves, all slots are decided.
     """
     if _has_earlier_run(situation):
         return None
@@ -196,7 +199,9 @@ def _running_slot(situation: Situation) -> SlotKey | None:
 
 
 def _has_earlier_run(situation: Situation) -> bool:
-    """Whether a task of an earlier iteration has not ended: every task of the current one waits for it."""
+    """Return whether a task of an earlier iteration has not ended, because every task of the current iteration waits
+    for it.
+    """
     iteration = jobs.iteration_of(situation.service)
     return any(task.is_active and task.job_iteration != iteration for task in situation.tasks)
 
@@ -239,7 +244,8 @@ def _deciding_slots(
         steps += restart_steps(slot, situation)
         if number % STEP == 0:
             yield
-    # Includes paused nodes whose task has just ended and is now retired: it may fail the update.
+    # This includes paused nodes whose task has just ended and is now retired, because its end may be a failure of the
+    # update.
     updatable = _updatable({**kept, **paused}, situation)
     kept |= {key: slot for key, slot in paused.items() if key not in changed}
     changed.update(map(_slot_of, steps))
@@ -292,7 +298,8 @@ def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
 
 
 def _is_begun(slot: Slot, situation: Situation) -> bool:
-    """Whether the node has a task of the current spec, or its last one ended by itself, which may fail the update.
+    """Return whether the node has a task of the current spec.  Its last such task counts as well if it ended by itself,
+    because that may be a failure of the update.
 
     A task that was not assigned before the pause waits for the end of the pause.
     """

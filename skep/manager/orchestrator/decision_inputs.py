@@ -23,7 +23,7 @@ _DEFAULTS = UpdateConfig(parallelism=1)
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
-    """A service, its tasks and nodes, and the times at which this leader observed events."""
+    """The inputs of a decision: a service, its tasks and nodes, and the times at which this leader observed events."""
 
     service: Service
     tasks: tuple[Task, ...]
@@ -31,13 +31,13 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """All nodes of the cluster, in order of id.  Only global services, and tasks that no node takes, need them."""
     node: Callable[[NodeId], Node | None]
     spec_of: Callable[[Task], ServiceSpec | None]
-    """Returns the service spec that a task was made from, or None if the store has deleted it."""
+    """Returns the service spec from which a task was created, or None if that spec was deleted."""
     is_unknown: Callable[[Task], bool]
-    """Whether the spec that a task was made from is kept but unreadable."""
+    """Returns whether the spec from which a task was created exists but is unreadable."""
     has_unknown_status: Callable[[Task], bool]
-    """Whether a task's status is unreadable: the task may have come further than it shows."""
+    """Returns whether a task's status is unreadable, so that the task may be further than it shows."""
     overcommitted: Callable[[NodeId], frozenset[TaskId]]
-    """Tasks that exceed a node's resources."""
+    """Returns the tasks that exceed a node's resources."""
     seen: ObservedTimes
     now: float
     """Seconds on the clock of ``seen``."""
@@ -49,7 +49,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     is_frozen: bool = False
     """Whether tasks of down nodes keep their slots (``disruption_mode``)."""
     replaces_from: float = -inf
-    """Tasks of down nodes keep their slots until then, because a disruption may be beginning or has just ended."""
+    """Time until which tasks of down nodes keep their slots, because a disruption may be beginning or has just
+    ended.
+    """
     silence_s: float = 0.0
     """Seconds without a heartbeat after which a node is down."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
@@ -81,7 +83,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return self.node(task.node_id) if task.node_id else None
 
     def is_misplaced(self, task: Task) -> bool:
-        """Whether the task must leave its node: because of the node, or for a task of higher priority."""
+        """Return whether the task must leave its node, because of the node itself or for a task of higher priority."""
         if not task.node_id:
             return False
         node = self.node(task.node_id)
@@ -116,10 +118,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return max(replaced_at(policy, task, self.seen.down(node)), self.replaces_from)
 
     def node_stops_at(self, task: Task) -> float:
-        """Return when a down node has certainly stopped the task by itself, or -infinity if its policy is another.
+        """Return the time by which a down node has certainly stopped the task by itself, or -infinity if the policy is
+        not STOP.
 
-        The node does not know of a drain, a disruption, an update or new labels since it lost its connection.  The
-        time is infinity if the node may not know that it should stop the task.
+        Since it lost its connection, the node does not learn of a drain, a disruption, an update or new labels.  The
+        result is infinity if the node may not know that it should stop the task.
         """
         node = self.node_of(task)
         if node is None or node.status.state is not NodeState.DOWN:

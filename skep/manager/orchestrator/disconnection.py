@@ -1,8 +1,8 @@
-"""When the tasks of a down node are replaced.
+"""Decides when the tasks of a down node are replaced.
 
-By default they are replaced at once.  Labels of the service (``model.labels``) can delay this, forbid it, or make it
-wait until the node has certainly stopped the tasks itself.  Until then a task keeps its slot, and continues if the node
-returns.
+By default they are replaced at once.  Labels of the service (``model.labels``) can delay or forbid that, or delay it
+until the node itself has certainly stopped the tasks.  Until then a task keeps its slot, and continues if the node
+reconnects.
 """
 
 from math import inf
@@ -17,16 +17,19 @@ from skep.model.task import Task
 from skep.model.times import SECOND_NS, unix_ns
 
 UNCERTAIN_S = 2.0
-"""A node whose last contact was less than this time after a change of labels may not have received it.
+"""If a node's last contact was less than this many seconds after a change of labels, it may not have received the
+change.
 
-The margin covers the difference between the clocks of two managers, which may have made the two stamps."""
+The margin covers the difference between the clocks of two managers, which may have made the two stamps.
+"""
 
 
 def policy_on(node: Node, service: Service) -> DisconnectPolicy:
     """Return the policy for the tasks of ``service`` on a down node.
 
-    With STOP the node acts on the labels that it received.  If these may be earlier ones, the longest delay counts.  If
-    the node would stop nothing under one of them, the delay is infinite: no task may run twice.
+    With STOP the node acts on the labels that it received last.  If these may be earlier labels, the longest delay
+    counts.  If the node would stop nothing according to one of them, the delay is infinite, because no task may run
+    twice.
     """
     present = disconnect_policy(service.spec.labels)
     if present.action is not OnDisconnect.STOP or not service.past_disconnects or node.silent_since is None:
@@ -40,7 +43,8 @@ def policy_on(node: Node, service: Service) -> DisconnectPolicy:
 
 
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float) -> float:
-    """Return when ``task``, whose node is down since ``down_at``, is replaced.  Infinity means not while it is down.
+    """Return the time at which ``task`` is replaced, whose node is down since ``down_at``.  Infinity means that it is
+    not replaced while the node is down.
 
     With STOP the node counts the delay from its last contact, which is before ``down_at``, and then waits for the
     container's stop grace period.  Both are added, so that nothing runs twice.  A node that still waits for a response

@@ -1,4 +1,4 @@
-"""Detection of a disruption: so many nodes down at once that a network or leader fault is more likely.
+"""Detects a disruption.  So many nodes go down at once that a fault of the network or the leader is more likely.
 
 A restarting switch, or a leader that loses its own network, looks like the failure of most nodes.  Replacing all their
 tasks on the few remaining nodes would turn a small fault into a large one.  So replacement of tasks is *frozen* when
@@ -32,13 +32,15 @@ from skep.model.node import Node, NodeState
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 NODES_MIN = 3
-"""The failure of fewer nodes is not a disruption."""
+"""Smallest number of failed nodes that is a disruption."""
 READY_BEFORE_S = 60.0
 """Seconds for which a node counts as ready before the disruption."""
 FROZEN_S_MAX = 600.0
 """Maximum seconds of a freeze."""
 HOLD_PERIODS = 1.5
-"""Heartbeat periods during which nodes that fail together are marked down: one, its jitter, and the time to write."""
+"""Number of heartbeat periods within which nodes that fail together are marked down: one period, its jitter, and the
+time for writing.
+"""
 
 
 class NodeDown(msgspec.Struct, frozen=True):
@@ -46,7 +48,7 @@ class NodeDown(msgspec.Struct, frozen=True):
 
     node_id: NodeId
     at: float
-    """When the leader saw it, in seconds on its monotonic clock."""
+    """Time at which the leader noticed it, in seconds on its monotonic clock."""
     with_others: bool = False
     """Whether any manager missed heartbeats of other nodes at that time."""
 
@@ -67,7 +69,8 @@ def disruption_in(
     now: float,
     grace_s: float,
 ) -> Disruption | None:
-    """Return the disruption formed by the nodes that were marked down within the last ``grace_s``, or None if too few.
+    """Return the disruption of the nodes that were marked down within the last ``grace_s``, or None if these are too
+    few.
 
     Args:
         downs: The nodes that are still down.
@@ -80,7 +83,7 @@ def disruption_in(
 
 
 def held_until(downs: Iterable[NodeDown], *, now: float, period_s: float) -> float:
-    """Return until when no tasks of down nodes are replaced, so that a disruption can be recognized.
+    """Return the time until which no tasks of down nodes are replaced, so that a disruption can be detected.
 
     Minus infinity means no delay.
 
@@ -103,7 +106,7 @@ def is_over(nodes_down: Iterable[NodeId], ready: frozenset[NodeId], known: froze
 class NodeHistory:
     """The nodes that were ready in the last minute, in seconds on the leader's monotonic clock.
 
-    The state at the start of the term counts as having lasted for long.
+    The state at the start of the term counts as if it had lasted for a minute.
     """
 
     def __init__(

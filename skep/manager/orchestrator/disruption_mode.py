@@ -1,7 +1,7 @@
 """Disruption mode: freezes the replacement of tasks while too many nodes are down, and ends the freeze.
 
-Replacement is frozen as soon as a disruption is detected, before it is written to the cluster object: the commit that
-completes the disruption is also the commit that would cause the replacements.
+Replacement is frozen as soon as a disruption is detected, even before the freeze is written to the cluster object,
+because the commit that completes the disruption would also cause the replacements.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,9 @@ CHECK_S = 0.5
 """Seconds between checks whether a freeze must be written or ended."""
 HALF_BACK = "half of the nodes are back"
 SETTLING_GRACES = 2
-"""Heartbeat grace periods for the other half: nodes register within seconds when the network is back."""
+"""Heartbeat grace periods for which the other half of the nodes is awaited at the end of a freeze.  Nodes register
+within seconds once the network works again.
+"""
 
 
 class DisruptionMode:
@@ -60,8 +62,8 @@ class DisruptionMode:
     def start(self, view: View) -> None:
         """Start from a snapshot."""
         now, nodes, grace_s = self._clock.monotonic(), view.find(Node), configured_grace_s(view)
-        # The last leader may have failed together with nodes.  Nodes that had their session with it are marked down a
-        # grace period later than the others, so all nodes that go down until then count as one event.
+        # The previous leader may have failed together with nodes. Nodes that had their session with it are marked down
+        # a grace period later than others, so all nodes that go down until then count as one event.
         self._counted_from = now + grace_s
         lost = [node for node in nodes if _has_tasks_to_replace(node, view)]
         self._history = NodeHistory(nodes, lost, counted_from=self._counted_from)

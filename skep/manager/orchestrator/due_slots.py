@@ -1,9 +1,9 @@
-"""Due slots: which slots of a service the next decision is about.
+"""Tracks the due slots of services, which are the slots that the next decision concerns.
 
-A task or node event concerns one slot of each service that it touches.  The first decision about a service, and each
-decision after a change of the service itself, is about all slots.  When such a decision finds nothing to do, the
-service is *settled*: until something else changes, every unchanged slot needs no decision.  So the next decisions are
-only about slots with events since, and about slots for which the last decision had steps.
+An event of a task or node concerns one slot of each affected service.  The first decision about a service, and each
+decision after a change of the service itself, concerns all slots.  If such a decision finds nothing to do, the service
+is *settled*, and unchanged slots need no decision until something else changes.  So the next decisions concern only
+slots with later events, and slots for which the last decision had steps.
 """
 
 from collections.abc import Collection, Set
@@ -27,7 +27,7 @@ class Settled(msgspec.Struct, frozen=True):
     filled: Collection[int] = ()
     """Numbers of a replicated service's filled slots, which are all its slots."""
     running: SlotKey | None = None
-    """Slot of a global job with an active task: the run has not ended before that slot becomes due."""
+    """Slot of a global job that has an active task.  The run cannot end before that slot becomes due."""
 
 
 class DueSlots:
@@ -54,7 +54,9 @@ class DueSlots:
         self._due.pop(id, None)
 
     def is_partial(self, id: ServiceId) -> bool:
-        """Whether the next decision is about the due slots only: there are some, and they cost less than all slots."""
+        """Return whether the next decision is about the due slots only, because there are some and they cost less than
+        all slots.
+        """
         if id not in self._settled:
             return False
         return 0 < 2 * len(self._due[id]) <= self._settled[id][1].tasks + 1

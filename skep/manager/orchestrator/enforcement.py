@@ -1,7 +1,8 @@
-"""Enforcement: tasks that must leave a node because its labels or resources changed.
+"""Finds tasks that must leave a node because the node's labels or resources have changed.
 
-A task leaves when its node no longer meets its constraints, or when the node has less than its tasks have reserved.  In
-that case the oldest tasks stay.  A paused node keeps its tasks.  A drained node loses all of them by another rule.
+A task must leave if its node no longer meets its constraints, or if the node has less than its tasks have reserved.  In
+the latter case the oldest tasks stay.  A paused node keeps its tasks, and another rule moves all tasks of a drained
+node.
 
 Differences from swarmkit: such a task is replaced like a task of a drained node (it ends as SHUTDOWN, without the
 restart delay), whereas swarmkit sets it to REJECTED while its container still runs.  The choice of the tasks that stay

@@ -26,7 +26,7 @@ def reconcile(
 ) -> list[Change]:
     """Return the changes that create one task of ``service`` on each eligible node and remove the tasks on other nodes.
 
-    A paused node, and a node about which nothing is known, keeps its task and receives no new one.  Idempotent: after
+    A node that is paused, or about which nothing is known, keeps its task but receives no new one.  Idempotent: after
     the changes are applied, the next call returns ``[]``.
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
@@ -57,18 +57,18 @@ def is_eligible(node: Node, service: Service) -> bool:
 
 
 def takes_new_tasks(node: Node) -> bool:
-    """Whether an eligible node receives a task, and a new one when that has ended."""
+    """Return whether an eligible node receives a task, and a new one after that has ended."""
     return node.spec.availability is Availability.ACTIVE and not is_unknown(node)
 
 
 def _retired(task: Task, slot: Slot, seen: ObservedTimes, node: Node | None) -> RetireTask:
-    """Retire a task because of its node.  ``is_due`` tells a later leader that the slot may be filled again."""
+    """Retire a task because of its node, with ``is_due`` set if a later leader may fill the slot again."""
     is_due = not task.status.state.is_terminal or should_restart(task, slot, seen)
     return RetireTask(task, is_due=is_due, cause=cause_to_leave(task, node))
 
 
 def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Whether the node has a wanted task, or a task that ended for good (which a rollback replaces)."""
+    """Return whether the node has a desired task, or a task that ended for good.  A rollback replaces the latter."""
     if wanted(slot) or has_unread_end(slot):
         return True
     past = history(slot)

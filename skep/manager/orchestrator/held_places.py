@@ -1,4 +1,4 @@
-"""Places that an old task of a service holds and a new task of the same service was refused."""
+"""Decides whether an old task of a service holds something that a new task of the same service was refused."""
 
 from msgspec.structs import replace
 
@@ -13,7 +13,7 @@ from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
 
 _FREED = {NodeRefusal.MAX_REPLICAS, NodeRefusal.RESOURCES, NodeRefusal.HOST_PORT, NodeRefusal.DISK}
-"""Refusals that the end of a task may resolve.  The first filter that refuses a node hides later ones."""
+"""Refusals that the end of a task may resolve.  A node names only the first filter that refused it."""
 
 
 def holds(old: Task, task: Task, situation: Situation) -> bool:
@@ -22,7 +22,7 @@ def holds(old: Task, task: Task, situation: Situation) -> bool:
 
 
 def blocks(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused an address or a node, and ``serving`` holds something that it needs."""
+    """Return whether ``task`` was refused an address or a node, and needs something that ``serving`` holds."""
     if not task.status.err or task.status.err.startswith(WAITS_FOR):
         return False
     if task.status.state is TaskState.NEW:
@@ -48,7 +48,8 @@ def blocks(serving: Task, task: Task, situation: Situation) -> bool:
 
 
 def excludes(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused every node and can use the node of ``serving`` only after ``serving`` has ended.
+    """Return whether every node refused ``task``, which could use the node of ``serving`` only after the end of
+    ``serving``.
 
     Both are tasks of one service.  Two tasks cannot share a host port, and a node cannot have more tasks of the service
     than its spec allows.
@@ -67,7 +68,7 @@ def excludes(serving: Task, task: Task, situation: Situation) -> bool:
 
 
 def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
-    """Whether the refusal of ``task`` names a place that the end of a task on ``node`` may free."""
+    """Return whether the refusal of ``task`` may be resolved by the end of a task on ``node``."""
     named = _FREED & node_refusals_in(task.status.err)
     if node is not None and not is_large_enough(node, needs):
         named -= {NodeRefusal.RESOURCES}
@@ -75,7 +76,9 @@ def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
 
 
 def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether the node of ``serving`` meets the constraints of ``task``.  Otherwise its end frees no place for it."""
+    """Return whether the node of ``serving`` meets the constraints of ``task``.  Otherwise the end of ``serving`` does
+    not help ``task``.
+    """
     node = situation.node_of(serving)
     placement = task.spec.placement
     return node is None or placement is None or is_satisfied(placement.constraints, node)

@@ -1,15 +1,15 @@
 """Jobs: tasks that run to completion, a total number of times (replicated) or once on each node (global).
 
-A slot of a job is done with its first completed task.  After a failed task the restart policy decides.  When it allows
-no further attempt, the slot stays taken, so that a job that cannot succeed comes to an end.  Each update is a new
-*iteration*, which starts from nothing: tasks of earlier iterations are stopped, and ended ones stay as history.  Until
-all of them have stopped, tasks of the new iteration are only prepared: the two would do the same work (for example a
-backup) at the same time.
+A slot of a job is done once one of its tasks has completed.  After a failed task the restart policy decides.  If it
+allows no further attempt, the slot stays occupied, so that a job that cannot succeed comes to an end.  Each update is a
+new *iteration*, which starts from the beginning.  Tasks of earlier iterations are stopped, and ended ones stay as
+history.  Until all of them have stopped, tasks of the new iteration are only prepared.  Otherwise both would do the
+same work, such as a backup, at the same time.
 
 Differences from swarmkit: a slot whose attempts are used up is not started again.  An iteration does not start while
-tasks of the last one run.  A run of a scheduled global job is fixed to the nodes that it started on
-(``manager.job_runs``).  A task of a scheduled job has a limit of attempts if its policy sets none, so that a failing
-run ends before it delays later ones.
+tasks of the previous one run.  A run of a scheduled global job is fixed to the nodes on which it started
+(``manager.job_runs``).  A task of a scheduled job has a default limit of attempts, so that a failing run ends before it
+delays later runs.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """
@@ -90,7 +90,7 @@ def next_steps(situation: Situation) -> list[Step]:
             for key, slot in slots.items()
             if not any(_must_leave(task, situation) for task in wanted(slot))
         }
-    # A run was replaced because its node was lost, and has completed after all.
+    # A task was replaced because its node was lost, but has completed after all.
     steps += [RetireTask(task) for slot in slots.values() if is_done(slot) for task in slot if task.is_active]
     filled = {fill.slot or fill.node_id for fill in fills}
     steps += fills
@@ -119,8 +119,8 @@ def is_done(slot: Iterable[Task]) -> bool:
 def _last_stops_at(iteration: Version, situation: Situation) -> float:
     """Return when all tasks of earlier iterations count as stopped, or minus infinity if they have stopped.
 
-    Infinity means that a task without a node is not retired yet.  It may be assigned before it is retired, and its
-    retirement, a separate change from the start of a new task, may be refused.
+    Infinity means that a task without a node is not retired yet.  It may still be assigned before its retirement, and
+    the store may refuse that retirement, which is a separate change.
     """
     earlier = [task for task in situation.tasks if task.job_iteration != iteration]
     if any(task.is_active and not is_assigned(task) for task in earlier):
@@ -129,7 +129,7 @@ def _last_stops_at(iteration: Version, situation: Situation) -> float:
 
 
 def _prepared(step: Step) -> Step:
-    """Return ``step`` changed so that it only prepares its task."""
+    """Return ``step``, changed so that it only prepares its task."""
     match step:
         case FillSlot():
             return replace(step, desired=TaskState.READY)
@@ -142,7 +142,7 @@ def _end(present: list[Task], situation: Situation) -> list[Step]:
     """Remove a finished job once its time to live has passed since its last task ended."""
     job = situation.service.job_status
     if job is not None and job.schedule is not None:
-        return []  # it has a next run
+        return []  # a job with a schedule has a next run
     ttl_s = job_ttl_s(situation.service.spec.labels)
     ended = [situation.seen.ended(task) for task in present]
     if ttl_s is None or any(at is None for at in ended):
@@ -154,7 +154,9 @@ def _end(present: list[Task], situation: Situation) -> list[Step]:
 
 
 def _end_without_tasks(situation: Situation, ttl_s: float) -> list[Step]:
-    """Remove a job whose run is over and whose tasks were deleted with their nodes: its time counts from its start."""
+    """Remove a job whose run is over and whose tasks were deleted with their nodes.  Its time to live counts from the
+    run's start.
+    """
     job = situation.service.job_status
     if job is None or not job.present_outcome or job.last_execution is None:
         return []
@@ -169,7 +171,8 @@ def _missing_runs(
     total = job.total_completions or 0
     check_number(total)
     done = {number for number, slot in slots.items() if is_done(slot)}
-    # The replacement of a run that has completed after all counts until it is retired, which may fail.
+    # If a replaced task has completed after all, its replacement counts as active until it is retired, because that may
+    # fail.
     active = {number for number, slot in slots.items() if any(task.is_active for task in slot)}
     under_way = active | {number for number, slot in slots.items() if wanted(slot)} - done
     given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way
@@ -198,7 +201,9 @@ def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situa
 
 
 def _has_started(slot: Iterable[Task]) -> bool:
-    """Whether the slot's node received a task of the run.  Without a container it may have been refused resources."""
+    """Return whether the slot's node has started a task of the run.  A task without a container may have been refused
+    resources.
+    """
     return any(
         is_assigned(task) or task.ended_by_itself or task.status.container_status is not None for task in slot
     )
@@ -230,7 +235,7 @@ def _is_past_deadline(situation: Situation) -> bool:
 def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
     """Retire tasks of a scheduled run that could not be placed before the deadline, or recheck then."""
     until_ns = starts_until_ns(situation.service)
-    # A node that has started the run is in time: the restart policy decides about its further tasks.
+    # A node that has started the run is in time, and the restart policy decides about its further tasks.
     late = (slot for slot in group_by_node(present).values() if not _has_started(slot))
     waiting = [task for slot in late for task in slot if task.is_active]
     if until_ns is None or not waiting:

@@ -1,9 +1,9 @@
-"""Times at which this leader first observed events.  Restart delays, windows and monitor times use only these.
+"""Times at which this leader first observed events.  Restart delays, windows and monitor times use no other times.
 
-Timestamps in the objects come from other machines' clocks and are for people.  Events before the term count as observed
-at its start, so a new leader starts every delay again, for at most its full length.  That is right for delays only.
-Code that judges a number of events or a duration must first check ``saw_created``, ``saw_end`` and ``saw_start``, or
-every old restart would count as a restart of this moment.
+Timestamps in objects come from the clocks of other machines and are only for display.  Events before the term count as
+observed at its start, so a new leader starts every delay again.  That is correct for delays only.  Code that counts
+events or measures a duration must first check ``saw_created``, ``saw_end`` and ``saw_start``.  Otherwise every old
+restart would count as if it had just happened.
 """
 
 from math import inf
@@ -17,9 +17,10 @@ from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 STABLE_S = 10.0
-"""A task that ran for so many seconds before it ended is not part of a crash loop."""
+"""A task that ran for this many seconds before it ended is not part of a crash loop."""
 NEVER_RAN = "starting"
-"""Message of a task that failed before it ran, such as a task that never became healthy: its node keeps the last one.
+"""Message of a task that failed before it ran, for example because it never became healthy.  The node keeps the last
+message.
 
 Source: swarmkit, agent/exec/controller.go (Do).
 """
@@ -33,7 +34,7 @@ class ObservedTimes:
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._waited: dict[TaskId, float] = {}
-        """When tasks stopped waiting for other services or, once prepared, for their start."""
+        """Times at which tasks stopped waiting for other services or, if they were prepared, for their start."""
         self._running: dict[TaskId, float] = {}
         self._ran_at_start: set[TaskId] = set()
         """Tasks that were running when the term began."""
@@ -64,7 +65,7 @@ class ObservedTimes:
         return task.id in self._created
 
     def saw_start(self, task: Task) -> bool:
-        """Whether ``running`` is the actual start of the task, not just the start of the term."""
+        """Return whether ``running`` is the actual start of the task and not the start of the term."""
         return task.id in self._running and task.id not in self._ran_at_start
 
     def saw_end(self, task: Task) -> bool:
@@ -125,7 +126,7 @@ class ObservedTimes:
                         self._waited[task.id] = now
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
-                    if not old.status.state.is_terminal:  # else it may have ended before the term
+                    if not old.status.state.is_terminal:  # otherwise it may have ended before the term
                         self._record_state(task, now)
                 case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
                     self._down.pop(node.id, None)

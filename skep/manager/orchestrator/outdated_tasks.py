@@ -11,8 +11,8 @@ from skep.model.task import Task
 def is_dirty(task: Task, situation: Situation) -> bool:
     """Whether ``task`` must be replaced to match its service's current spec.
 
-    Only the task template and the endpoint count: labels, replicas and update settings start no task.  A change of
-    placement alone leaves a task on its node if the node satisfies the new constraints.
+    Only the task template and the endpoint matter.  A change of labels, replicas or update settings replaces no task.
+    After a change of placement alone, a task stays on its node if the node meets the new constraints.
 
     Source: swarmkit, manager/orchestrator/task.go (IsTaskDirty).
     """
@@ -29,10 +29,10 @@ def is_dirty(task: Task, situation: Situation) -> bool:
 
 
 def is_same(task: Task, situation: Situation) -> bool:
-    """Whether the current spec would create the same task, on any node.  The result is equal for all tasks of a
-    version.
+    """Return whether the current spec would create the same task, on any node.  All tasks of a version have the same
+    result.
 
-    A task of an earlier version that is unreadable is left alone (decision 21).
+    A task is not replaced if its earlier spec version is unreadable (decision 21).
     """
     service = situation.service
     if task.spec_version == service.spec_version or situation.is_unknown(task):

@@ -1,4 +1,6 @@
-"""Changes that the store refused.  Each is retried with growing delays, apart from the service's other changes."""
+"""Tracks changes that the store refused.  Each is retried with growing delays, independently of the service's other
+changes.
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +12,7 @@ from skep.model.ids import ServiceId
 
 
 class Refusals:
-    """Changes in backoff, by service.  A change that decisions no longer contain is dropped."""
+    """Refused changes by service, with their delays.  A change that decisions no longer contain is dropped."""
 
     def __init__(self, failures: Failures, clock: Clock) -> None:
         self._failures = failures
@@ -18,7 +20,7 @@ class Refusals:
         self._refused: dict[ServiceId, set[str]] = {}
 
     def admitted(self, service_id: ServiceId, changes: Sequence[Change]) -> tuple[list[Change], float | None]:
-        """Return the ``changes`` that may be written now, and when the next of the others is due."""
+        """Return the ``changes`` that may be written now, and the time at which the next of the others is due."""
         refused = self._refused.get(service_id)
         if refused is None:
             return list(changes), None
@@ -41,7 +43,7 @@ class Refusals:
         return None
 
     def error(self, service_id: ServiceId) -> str | None:
-        """Return the error to show on the service: why one of its changes was refused."""
+        """Return the error to show on the service, which says why one of its changes was refused."""
         for key in sorted(self._refused.get(service_id, ())):
             failure = self._failures.refusal(key, service_id)
             if failure is not None:

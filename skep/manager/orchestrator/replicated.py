@@ -1,4 +1,4 @@
-"""Replicated services: as many filled slots as replicas."""
+"""Keeps as many filled slots as a replicated service has replicas."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -37,7 +37,8 @@ def reconciling(
     """Run ``reconcile`` on tasks grouped by slot, with pauses.
 
     Args:
-        converged: More slots, all of them filled.  Together with ``slots`` they are at most the number of replicas.
+        converged: Numbers of further slots, all of them filled.  Together with ``slots`` they are at most the number of
+            replicas.
     """
     check_number(service.spec.replicas)
     filled: dict[int, Slot] = {}
@@ -79,12 +80,12 @@ def retire_all(tasks: Iterable[Task]) -> list[Change]:
 
 
 def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
-    """Return the slot numbers in the order of importance: the last ones are removed first.
+    """Return the slot numbers in order of importance.  The last ones are removed first.
 
-    Each slot counts as the n-th copy of the service on its node.  Higher copies are removed first, so that no node
-    keeps more than its share.  Among equals, slots that do not run are removed before running ones, then high
-    numbers before low ones, because the first replica of a stateful service often is its master.  Slots that have no
-    node, or are in the middle of an update, are removed before all others.
+    Slots that have no node, or are in the middle of an update, are removed first.  Each other slot counts as the n-th
+    copy of the service on its node.  Higher copies are removed before lower ones, so that no node keeps more than its
+    share.  Among equals, slots that do not run are removed before running ones, and then high numbers before low ones,
+    because the first replica of a stateful service is often its primary.
 
     Source: swarmkit, manager/orchestrator/replicated/slot.go.
     """
@@ -104,7 +105,7 @@ def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
 
 
 def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
-    """Whether the slot counts as filled: it has a wanted task, or its last task ended for good.
+    """Return whether the slot counts as filled, because it has a desired task or its last task ended for good.
 
     A rollback refills slots that ended for good, so that it always reaches the state before the update.
     """

@@ -1,22 +1,23 @@
-"""Restarts: whether an ended task gets a successor, and when the successor may start.
+"""Decides whether an ended task gets a successor, and when the successor may start.
 
-A task that ended, or whose node is removed, down or drained, is *replaced*: it is retired, and a successor takes its
-slot with desired state READY.  The successor is assigned and prepared at once, so that preparing overlaps with the
-restart delay.  It starts when the delay is over and no task in the slot is still stopping.
+If a task has ended, or its node is removed, down or drained, it is *replaced*: it is retired, and its slot gets a
+successor with desired state READY.  The successor is assigned and prepared at once, during the restart delay.  It
+starts when the delay is over and no task in the slot is still stopping.
 
 A task that could not even be prepared (REJECTED, for example because its image is missing) is retried with growing
-delays, even if the policy sets none: an attempt that can fail in a millisecond must not keep the leader busy.  The
-same holds for a task that repeatedly ends soon after its start: without a delay, a crash loop would create tasks as
-fast as it can.
+delays, even if the policy sets no delay, because attempts that fail in a millisecond must not keep the leader busy.
+The same holds for a task that repeatedly ends soon after its start, because a crash loop without a delay would create
+tasks as fast as it can.
 
-A successor waits for its predecessor as long as that may take to stop, plus a margin (``stop_seconds_max``).  swarmkit
-waits a minute, whatever the stop grace period.
+A successor waits until its predecessor must have stopped, plus a margin (``stop_seconds_max``). swarmkit waits a
+minute, whatever the stop grace period is.
 
-Each successor carries the input of the next decision: its delay, and how many tasks before it failed in a row.
-Therefore neither the history limit nor a change of leader changes a delay.  The number of attempts in a slot is not
+Each successor stores the input of the next decision: its delay, and the number of consecutive failures before it.
+Therefore neither the history limit nor a change of leader affects a delay.  The number of attempts in a slot is not
 stored.  It is the number of tasks with the same spec version whose predecessor had ended by itself (the task history
-keeps as many as the policy needs).  The successor of a moved task is not an attempt: drains, preemptions, evictions
-and lost nodes are not failures of the task, and restarts of a service whose containers never fail never stop.
+keeps as many as the policy needs).  The successor of a moved task is not an attempt, because drains, preemptions,
+evictions and lost nodes are not failures of the task.  A service whose containers never fail can therefore be moved any
+number of times.
 
 Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
 """
@@ -50,21 +51,28 @@ from skep.model.times import SECOND_NS
 DEFAULT_DELAY_S = 5.0
 """Restart delay of a policy without one.  Docker documents the same default."""
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
-"""Minimum delay after the first, second, ... rejection in a row.  The last value holds for all later rejections."""
+"""Minimum delays after the first, second and further consecutive rejections.  The last value holds for all later
+ones.
+"""
 CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Minimum delays after tasks that ended soon after their start (``ObservedTimes.was_stable``).
 
-A single crash costs nothing."""
+A single crash causes no delay.
+"""
 DAMPED_BELOW_S = 1.0
-"""A user's restart delay is raised to the minimum delays if it is shorter, because it would be a tight loop."""
+"""A user's restart delay that is shorter than this is raised to the minimum delays, because it would cause a tight
+loop.
+"""
 STOP_MARGIN_S = 30.0
 """Seconds added to the time that a task may take to stop.
 
-They cover the stop order's way to the node, which a restarting etcd may delay by ten seconds, and the report."""
+They cover the transfer of the stop order to the node, which a restarting etcd may delay by ten seconds, and the report.
+"""
 SILENCES = 2
 """Minimum margin in heartbeat grace periods.
 
-A node that the stop order does not reach is down by then, even if the leader changes."""
+If the stop order does not reach the node, the node is down by then, even if the leader changes.
+"""
 
 
 def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
@@ -85,7 +93,7 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
         ):
             steps.append(RetireTask(task, cause=cause))
         elif (starts_at := start_time(task, slot, situation)) > situation.now:
-            # The task could not even be prepared.  Its own delay applies to the next attempt too: otherwise a
+            # The task could not even be prepared. The next attempt waits for this task's delay as well. Otherwise a
             # missing image would be requested in a tight loop.
             steps.append(Recheck(starts_at))
         else:
@@ -94,9 +102,9 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
 
 
 def _is_superseded(task: Task, current: Slot, situation: Situation) -> bool:
-    """Whether another task of the slot, on a usable node, matches the service's current spec.
+    """Return whether another task of the slot, on a usable node, matches the service's current spec.
 
-    An update can leave such a task if another update replaces it and is rolled back before the task could run.
+    An update can leave such a task behind if another update replaces it and is rolled back before the task could run.
     """
     return any(
         other is not task
@@ -124,9 +132,9 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
 def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: int = 0) -> bool:
     """Whether the restart policy allows a successor of ``task``, which ended or lost its node.
 
-    With a window only restarts of this leader's term count, because the times of earlier ones are unknown.  Slots that
-    an earlier leader stopped restarting stay so.  A task that it retired because of its node has ``is_due`` set if its
-    slot is still to be filled.
+    If the policy has a window, only restarts of this leader's term count, because the times of earlier ones are
+    unknown.  A slot that an earlier leader gave up stays given up.  If that leader retired a task because of its node,
+    ``is_due`` says whether the slot must still be filled.
 
     Args:
         max_attempts: The limit if the policy has none (``Situation.max_attempts``), whatever its window.  0 means
@@ -177,7 +185,7 @@ def delay_s(task: Task) -> float:
 def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     """Return when a task with desired state READY may start, on the clock of ``situation.seen``.
 
-    A time that has passed means at once.  A later time can become earlier when something changes.
+    A time in the past means at once.  A future time may become earlier when something changes.
     """
     if task.desired_state is not TaskState.READY:
         return situation.now
@@ -187,7 +195,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
 
 
 def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
-    """Return ``fill`` with the rest of the restart delay, for a rollback that fills a slot whose restarts had ended.
+    """Return ``fill`` with the remaining restart delay, for a rollback that fills a slot that was given up.
 
     SwarmKit creates such a task without a delay, repeatedly if it fails at once.
     """
@@ -271,7 +279,7 @@ def _is_delayed(predecessor: Task, situation: Situation) -> bool:
 
 
 def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Whether ``start_steps`` will start the task once its delay is over and its predecessor has stopped."""
+    """Return whether ``start_steps`` will start the task once its delay is over and its predecessor has stopped."""
     return task.desired_state is TaskState.READY and not _waits_for_update(task, slot, situation)
 
 

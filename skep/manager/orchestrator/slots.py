@@ -1,4 +1,4 @@
-"""Slots of a service: each is filled by one task after another.
+"""The slots of a service, each of which one task after another fills.
 
 A replicated service has numbered slots, a global one has a slot per node.  A slot holds its retired and ended tasks
 (its history) and at most one wanted task.  A start-first update has two wanted tasks for a short time.
@@ -14,7 +14,7 @@ from skep.model.task import Task, TaskState
 from skep.store.schema import UNREAD_STATUS
 
 PAUSE = 1000
-"""Tasks sorted between two pauses.  Sorting takes a few tenths of a microsecond for each."""
+"""Number of tasks that are sorted between two pauses.  Each takes a few tenths of a microsecond."""
 
 Slot: TypeAlias = tuple[Task, ...]
 """The tasks of one slot, oldest first."""
@@ -62,9 +62,9 @@ def age(task: Task) -> tuple[str, str]:
 
 def wanted(slot: Slot) -> Slot:
     """Return the slot's tasks that are meant to run."""
-    if len(slot) == 1:  # most slots; called in every decision
+    if len(slot) == 1:  # the usual case, and this runs in every decision
         return slot if slot[0].is_wanted else ()
-    return tuple([task for task in slot if task.is_wanted])  # a list costs less than a generator
+    return tuple([task for task in slot if task.is_wanted])  # a list is faster than a generator
 
 
 def history(slot: Slot) -> Slot:
@@ -106,7 +106,7 @@ class DoneSlots:
 def has_reported_end(task: Task) -> bool:
     """Whether the node reported that the task ended.
 
-    A manager marks a task as orphaned when its node is removed.  Nobody knows whether such a task has ended.
+    This is False for an orphaned task, whose node was removed, because nobody knows whether such a task has ended.
     """
     return task.status.state.is_terminal and task.status.state is not TaskState.ORPHANED
 
@@ -117,7 +117,9 @@ def has_unread_end(slot: Slot) -> bool:
 
 
 def first_state(slot: Slot) -> TaskState:
-    """Return the desired state of a new task: READY (it waits) while a task of the slot is stopping."""
+    """Return the desired state of a new task.  It is READY, which makes the task wait, while a task of the slot is
+    stopping.
+    """
     return TaskState.READY if any(map(is_stopping, slot)) else TaskState.RUNNING
 
 
@@ -132,7 +134,8 @@ def is_unusable(node: Node | None) -> bool:
 def is_unknown(node: Node) -> bool:
     """Whether the node's description is unknown: it has not registered yet, or the store's value is unreadable.
 
-    Constraints and resources cannot be checked.  The node keeps its tasks and receives no new ones for now.
+    Without a description, constraints and resources cannot be checked, so the node keeps its tasks but receives no new
+    ones.
     """
     return node.status.state is NodeState.UNKNOWN
 

@@ -1,33 +1,33 @@
-"""Rolling updates: replace tasks of an old spec by tasks of the current one, a few slots at a time.
+"""Rolling updates, which replace tasks of an old spec by tasks of the current one, a few slots at a time.
 
-An update has no state of its own: its progress is read from the slots.
+An update has no stored progress.  Its progress is derived from the slots.
 
-* A slot is *outdated* if a wanted task in it (or its last task, which ended for good) was made from a spec that
-  requires another task (``outdated_tasks``).
+* A slot is *outdated* if one of its desired tasks, or its last task if that ended for good, has a spec that requires
+  another task (``outdated_tasks``).
 * An updated slot has a *lead*: the first task of the current version, unless it was stopped before it ran because its
   node was lost or drained.  The lead is *settled* once it was observed running or ended.  Until then, and for the
   update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that this
   update has not started with: an earlier update, which this one replaced, may have left it so.
 * A lead fails if it ends within the monitor time, or does not settle within the progress deadline (a label of the
-  service), or no node of the cluster can take it (``unplaceable``).  A lead that is done does not fail: it ended with
-  exit code 0, and its restart policy does not start it again (decision 155).  The deadline does not run while the
-  lead waits for earlier tasks to stop, which takes a bounded time, and restarts when the lead is started.  More
-  failures than the ratio allows pause the update, roll it back, or are ignored.  The update's message names the last
+  service), or if no node of the cluster can take it (``unplaceable``).  A lead that ended with exit code 0 does not
+  fail if its restart policy does not start it again (decision 155).  The deadline does not run while the lead waits for
+  earlier tasks to stop, which takes a bounded time, and restarts when the lead is started.  If more leads fail than the
+  ratio allows, the update is paused or rolled back, or the failures are ignored.  The update's message names the last
   failure and its cause.
 * A user may pause and resume an update (``manager/control/updates.py``).  Tasks that had ended before a resume do not
-  fail the update.  A lead without progress no longer holds up other slots, and its deadline starts once more: the
-  update is not complete until then.
+  fail the update.  A lead without progress no longer delays other slots.  Its deadline starts once more, and the update
+  is not complete until then.
 * The update is complete when it has started with every slot and the monitor time has passed since the last lead
   settled.  An old task may then still run next to the attempts at a new one.
 
-A running task is only retired once its successor is ready.  With stop-first the new task is assigned and prepared
+A running task is only retired once its successor is ready.  With stop-first, the new task is assigned and prepared
 first (desired READY).  Then the old one is retired, and the new one starts when the old one has stopped.  With
-start-first the old task is retired when the new one runs, or before it if no node can run both (a host port, a replica
-per node).  In both cases the restart policy retries a new task that does not get so far, while the old one keeps
-running.  If the new task cannot be assigned, the old one is retired only if it holds something that the new one needs
-(``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume.  The old task also stays
-if its node does not meet the new task's constraints, so that a wrong constraint stops nothing.  An old task that does
-not run is retired at once.
+start-first, the old task is retired when the new one runs, or earlier if no node can run both (a host port, a replica
+per node).  In both cases, if the new task fails before that point, the restart policy retries it while the old one
+keeps running.  If the new task cannot be assigned, the old one is retired only if it holds something that the new one
+needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume.  The old task also
+stays if its node does not meet the new task's constraints, so that a wrong constraint stops nothing.  An old task that
+does not run is retired at once.
 
 Differences from swarmkit:
 
@@ -107,9 +107,11 @@ class _SlotView(msgspec.Struct, frozen=True):
     serving: Slot
     """Outdated tasks that run, or that may run because their status is unreadable."""
     lead: Task | None
-    """The attempt of the current version that counts as success or failure (``_leads``)."""
+    """The attempt of the current version that decides about success or failure (``_leads``)."""
     first: Task | None
-    """The lead, or an earlier attempt whose run a new leader has not observed.  For ``_Rollout._settled_at`` only."""
+    """The lead, or an earlier attempt whose run a new leader has not observed.  Used by ``_Rollout._settled_at``
+    only.
+    """
     started: Task | None
     """The task that the update started the slot with: the lead, or a task of an earlier version with the same task spec
     (``_started``)."""
@@ -182,13 +184,13 @@ class _Rollout:
         self._views = views
         self._started = [view.started for view in views if view.started is not None]
         self._settled: dict[TaskId, float | None] = {}
-        """When each started task's slot settled.  Filled by ``observe``."""
+        """Time at which each started task's slot settled.  ``observe`` fills it."""
         self._failed: list[Task] = []
         """Failed leads."""
         self._due: list[float] = []
         """Future deadlines of tasks that have neither run nor ended."""
         self._stopped = 0
-        """Slots without a running task whose new task is not settled."""
+        """Number of slots that have no running task and whose new task is not settled."""
         self._early: dict[str, bool] = {}
         """Whether leads fail early because no node can take them, by their error."""
         self._held = {task.id for view in views for task in view.held}
@@ -245,11 +247,12 @@ class _Rollout:
     def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many more slots as ``parallelism`` allows, and recheck when a delay ends.
 
-        Slots without a running task come first.  A slot with a running task is only started with if ``parallelism``
-        has capacity for all idle slots too: an earlier update may have stopped those, and with as many more stopped
-        the service could have no running task left.  An idle slot is started with beyond ``parallelism`` if its task
-        holds something that a new task was refused, since the new task would otherwise wait forever.  For the same
-        reason a waiting slot keeps its running task, and retires attempts at the versions that this update replaced.
+        Idle slots, which have no running task, come first.  The update starts with a slot that has a running task only
+        if ``parallelism`` has capacity for all idle slots as well.  Otherwise the service might have no running task
+        left, because an earlier update may have stopped the idle slots.  The update starts with an idle slot even
+        beyond ``parallelism`` if its task holds something that a new task was refused, because the new task would
+        otherwise wait forever.  For the same reason, a waiting slot keeps its running task but retires attempts at
+        versions that this update has replaced.
         """
         busy, allowed_at = 0, []
         for task in self._started:
@@ -282,7 +285,7 @@ class _Rollout:
         return [*steps, *self._recheck_progress()]
 
     def _holders(self, idle: list[_SlotView]) -> list[_SlotView]:
-        """Return at most as many idle slots as new tasks were refused something that those slots hold."""
+        """Return idle slots that hold something that new tasks were refused, at most one for each such task."""
         refused = [task for task in self._started if self._settled[task.id] is None and task.status.err]
         kinds = {task.status.state: task for task in refused}.values()
         holders = (
@@ -305,7 +308,7 @@ class _Rollout:
                 yield
 
     def failure_step(self) -> Step | None:
-        """Return the step that too many failures lead to, or None if the update may continue."""
+        """Return the step that follows from too many failures, or None if the update may continue."""
         action = self._config.failure_action or UpdateFailureAction.PAUSE
         if action is UpdateFailureAction.CONTINUE:
             return None
@@ -327,7 +330,7 @@ class _Rollout:
         return RollBack(self._service, f"{ROLLED_BACK} {reason}")
 
     def complete(self) -> Iterator[Step]:
-        """End the update, once no slot is left to start with and every lead was monitored for the monitor time."""
+        """End the update once it has started with every slot and has monitored every lead for the monitor time."""
         if self.state not in UNDER_WAY:
             return
         leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
@@ -363,9 +366,9 @@ class _Rollout:
         if best.desired_state > TaskState.RUNNING:
             yield prepared if view.stops else fill
         elif best not in view.serving:
-            # Each of several outdated tasks may be assigned to a node before it is retired.
+            # Any of several outdated tasks may be assigned to a node before it is retired, so the successor must wait.
             successor = prepared if view.stops or others else fill
-            # Once the task runs, its slot serves, and only so many serving slots may be stopped at a time.
+            # Once the task runs, its slot serves, and only a limited number of serving slots may be stopped at a time.
             is_idle = not view.serves and best.is_active
             yield ReplaceTask(best, successor, Cause.DOES_NOT_RUN if is_idle else None)
         else:
@@ -389,7 +392,7 @@ class _Rollout:
             and not self._is_open(view.started)
             and self._settled_at(view) is not None
         ):
-            return True  # its first task failed, which is tolerated: the update no longer waits for it
+            return True  # its first task failed, which is tolerated, so the update no longer waits for it
         parallelism = self._config.parallelism
         if parallelism and self._stopped >= parallelism:
             return False
@@ -412,7 +415,7 @@ class _Rollout:
         return least <= task.status.state <= TaskState.RUNNING
 
     def _settled_at(self, view: _SlotView) -> float | None:
-        """Return when the slot's lead began to run, ended or was overdue.
+        """Return the time at which the slot's lead began to run, ended or became overdue.
 
         Parallelism, delay and monitor time count from here.  If the lead failed and the failure is tolerated, they
         count from the first attempt: an earlier leader has counted it, and a new leader may find another lead after
@@ -509,7 +512,7 @@ def _outdated(kept: Slot, past: Slot, situation: Situation) -> Slot:
 
 
 def _view(slot: Slot, situation: Situation) -> _SlotView:
-    # Runs for every slot of a service in every decision, so the usual case of one task has no loop.
+    # This runs for every slot of a service in every decision, so the usual case of one task has no loop.
     past = history(slot)
     kept = wanted(past)
     outdated = _outdated(kept, past, situation)
@@ -531,7 +534,9 @@ def _serves(task: Task) -> bool:
 
 
 def _may_serve(task: Task, situation: Situation) -> bool:
-    """Whether an old task runs or has an unreadable status: one unreadable value stops no task (decision 21)."""
+    """Return whether an old task runs or has an unreadable status, because an unreadable value must not stop a task
+    (decision 21).
+    """
     if _serves(task):
         return True
     return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)

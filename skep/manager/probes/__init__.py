@@ -1,1 +1,3 @@
-"""Reachability between nodes: targets of probes, their stored results, and the nodes that placement avoids."""
+"""Reachability between nodes: chooses the targets of probes, stores results, and chooses the nodes that placement
+avoids.
+"""

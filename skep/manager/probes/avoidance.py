@@ -1,9 +1,9 @@
 """Chooses the nodes that tasks on overlay networks avoid, so that the remaining nodes all reach each other.
 
-A pair fails only if both nodes report it.  A node process that hangs or restarts responds to no probes, but its data
-path works.  The pair does not show which of the two nodes is the cause.  The node with the most failing pairs is
-removed first, greedily, until no pair is left.  That is the node with the broken machine, rack or firewall, if one node
-is broken, and an arbitrary but stable choice otherwise.  At least one node always remains.
+A pair of nodes fails only if both nodes report it, because a node process that hangs or restarts does not respond to
+probes although its data path works.  A failing pair does not show which of the two nodes is the cause.  So the node
+with the most failing pairs is removed first, and this is repeated until no failing pair is left.  If a single node is
+broken, it is that node.  Otherwise the choice is arbitrary but stable.  At least one node always remains.
 
 Finding the smallest such set is hard (vertex cover).  The greedy set is larger by a logarithm at most.
 """
@@ -45,7 +45,7 @@ def avoided(pairs: Iterable[tuple[N, N]], nodes: Sequence[N]) -> list[N]:
     while heap:
         number, _, id = heapq.heappop(heap)
         peers = failing[id]
-        if -number != len(peers):  # it has lost pairs since it was pushed
+        if -number != len(peers):  # the node has lost pairs since it was pushed
             heapq.heappush(heap, (-len(peers), rank[id], id))
         elif peers:
             for peer in peers:
@@ -58,8 +58,8 @@ def avoided(pairs: Iterable[tuple[N, N]], nodes: Sequence[N]) -> list[N]:
 def avoidances(nodes: Collection[Node]) -> Mapping[NodeId, tuple[CutOff, ...]]:
     """Return the reasons to write on each node to avoid.  All other nodes have no reasons.
 
-    Only nodes that are up and take part in probing count, because a pair with a node that is down does not describe the
-    network.
+    Only nodes that are up and take part in probing count, because a pair with a node that is down says nothing about
+    the network.
     """
     present = {
         node.id: node

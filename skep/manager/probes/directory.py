@@ -1,4 +1,4 @@
-"""The nodes as their probers need them, from the store.  Pure."""
+"""Derives from the store what nodes need to know about the nodes that they probe.  Pure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

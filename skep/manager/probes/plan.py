@@ -1,7 +1,7 @@
-"""Plan of the pairs of nodes that probe each other.
+"""Plans which pairs of nodes probe each other.
 
-A node only responds to probes of known peers, so a pair is sent to both ends, and the plan is symmetric: each manager
-derives it for the nodes that it has sessions with.
+A node only responds to probes of known peers, so both nodes of a pair must know it, and the plan is symmetric.  Each
+manager derives the plan for the nodes that have a session with it.
 
 Up to ``ALL_PAIRS_MAX`` nodes, all nodes probe each other.  In a larger cluster a node has at most ``PEERS_MAX`` peers,
 whatever the size of the cluster:
@@ -21,18 +21,18 @@ from hashlib import blake2b
 from skep.model.ids import NetworkId, NodeId
 
 ALL_PAIRS_MAX = 24
-"""Nodes up to which all pairs are probed."""
+"""Largest number of nodes with which all pairs are probed."""
 NEIGHBORS = 4
 """Neighbors on each side of a node, on the ring of all nodes."""
 NETWORKS_MAX = 6
-"""Networks of a node whose rings it joins."""
+"""Largest number of networks whose rings a node joins."""
 NEIGHBORS_ON_NETWORK = 2
 """Neighbors on each side of a node, on the ring of a network."""
 PEERS_MAX = 2 * (NEIGHBORS + NETWORKS_MAX * NEIGHBORS_ON_NETWORK)
-"""Nodes that one node probes in a large cluster."""
+"""Largest number of nodes that one node probes in a large cluster."""
 
 _DIGEST_BYTES = 8
-"""Enough that two nodes rarely have the same."""
+"""Length of a position on a ring.  With as many bytes, two nodes rarely have the same position."""
 
 
 class Ring:

@@ -1,4 +1,6 @@
-"""Writes reachability: the owner of a session writes failing paths, the leader nodes to avoid."""
+"""Transactions that write reachability.  The owner of a session writes failing paths, and the leader writes which nodes
+to avoid.
+"""
 
 import msgspec
 from msgspec.structs import replace
@@ -8,7 +10,7 @@ from skep.model.node import CutOff, FailingPath, Node
 from skep.store.interface import Transaction
 
 WRITTEN_MAX = 64
-"""Failing paths written per node, containers' traffic first.  Each takes 100 bytes."""
+"""Largest number of failing paths that are written for a node, containers' traffic first.  Each takes 100 bytes."""
 
 
 class PathRecord(msgspec.Struct, frozen=True, kw_only=True):

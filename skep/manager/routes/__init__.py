@@ -44,7 +44,7 @@ from skep.manager.routes.authorization import ClusterObjects
 __all__ = ["ManagerApi", "application", "compile_routes"]
 
 _TABLES = (
-    # most frequent first: the router tries one after the other
+    # the most frequent ones come first, because the router tries one after the other
     services.routes,
     stack_checks.routes,
     tasks.routes,

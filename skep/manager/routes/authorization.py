@@ -1,4 +1,4 @@
-"""The objects that requests refer to, as a manager knows them, for authorization."""
+"""Looks up the objects that requests refer to, for authorization."""
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -59,7 +59,7 @@ class ClusterObjects:
         bodies = await _READERS[rule.kind](request) if rule.scope in (Scope.NEW, Scope.CHANGE) else ()
         if rule.kind != "stack" or not bodies:
             return await self._facts(request, rule, bodies)
-        async with manager_of(request).checks.hold():  # the handler takes another slot for its own part
+        async with manager_of(request).checks.hold():  # the handler takes another slot for its own check
             return await self._facts(request, rule, bodies)
 
     async def _facts(self, request: web.Request, rule: Rule, bodies: tuple[Any, ...]) -> Facts:
@@ -98,7 +98,7 @@ class ClusterObjects:
 
 
 def _known(view: View, kind: str, word: str, identity: Identity) -> Known:
-    """Return the object that a path names.  An object that ``identity`` does not see is answered as a missing one.
+    """Return the object that a path names.  An object that ``identity`` may not see counts as missing.
 
     Raises:
         NotFound, InvalidArgument, FailedPrecondition: No such object, several, or none that fits.

@@ -45,8 +45,8 @@ routes = Routes()
 class _Verdicts(msgspec.Struct, frozen=True):
     """Results of the scheduler's filters for a task that waits for a node.
 
-    If no node would take it, ``priority`` tells how priorities affect it, and ``closest`` which node has most of the
-    resources that it needs.
+    If no node accepts it, ``priority`` explains how priorities affect it, and ``closest`` names the node with most of
+    the resources that it needs.
     """
 
     verdicts: Sequence[NodeVerdict] = ()

@@ -32,7 +32,7 @@ _PARAMETERS = frozenset(
 )
 
 _PIECE = 500
-"""Tasks between two pauses for the event loop."""
+"""Number of tasks between two pauses for the event loop."""
 
 
 class TaskThen(ApiObject):
@@ -147,7 +147,7 @@ def query_of(given: Mapping[str, str], view: View, now_ns: int) -> Query:
     """Parse the query parameters.  Raises: InvalidArgument: an unknown parameter or an invalid value."""
     if unknown := sorted(set(given) - _PARAMETERS):
         raise InvalidArgument(
-            f"unknown parameter {unknown[0][:100]!r}: want {', '.join(sorted(_PARAMETERS))}"
+            f"unknown parameter {unknown[0][:100]!r}: expected {', '.join(sorted(_PARAMETERS))}"
         )
     return Query(
         services=_meant(view, Service, given.get("service", "")),
@@ -184,16 +184,18 @@ def _kinds(words: str) -> frozenset[Kind]:
     try:
         return frozenset(map(Kind, words.split(","))) if words else frozenset(Kind)
     except ValueError:
-        raise InvalidArgument(f"invalid kind {words[:100]!r}: want request, change or both") from None
+        raise InvalidArgument(f"invalid kind {words[:100]!r}: expected request, change or both") from None
 
 
 def _limit(word: str) -> int:
     if not (word.isascii() and word.isdigit() and len(word) < 10 and 1 <= int(word) <= LIMIT_MAX):
-        raise InvalidArgument(f"invalid limit {word[:100]!r}: want a number of entries from 1 to {LIMIT_MAX}")
+        raise InvalidArgument(
+            f"invalid limit {word[:100]!r}: expected a number of entries from 1 to {LIMIT_MAX}"
+        )
     return int(word)
 
 
 def _is_ascending(word: str) -> bool:
     if word not in ("asc", "desc"):
-        raise InvalidArgument(f"invalid order {word[:100]!r}: want asc or desc")
+        raise InvalidArgument(f"invalid order {word[:100]!r}: expected asc or desc")
     return word == "asc"

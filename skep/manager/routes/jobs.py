@@ -15,7 +15,7 @@ from skep.model.service import Service
 routes = Routes()
 
 _PIECE = 50
-"""Jobs between two pauses for the event loop."""
+"""Number of jobs between two pauses for the event loop."""
 
 
 @routes.get("/skep/jobs")
@@ -40,7 +40,7 @@ async def run_job(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     word = request.query.get("replace", "false")
     if word not in ("true", "false"):
-        raise InvalidArgument(f"invalid replace {word!r}: want true or false")
+        raise InvalidArgument(f"invalid replace {word!r}: expected true or false")
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     changed = await manager.update(control.run_job, service.id, now=manager.now(), replaces=word == "true")
     return json_response(shown_job(manager.store.view(), changed))

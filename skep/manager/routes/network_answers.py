@@ -26,9 +26,9 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 _PIECE = 1_000
-"""Tasks between two pauses for the event loop."""
+"""Number of tasks between two pauses for the event loop."""
 _WARNED_OF_MAX = 10
-"""Clashes with nodes' networks that the warnings name."""
+"""Largest number of clashes with nodes' networks that the warnings name."""
 
 
 def is_predefined(network: Network) -> bool:
@@ -37,7 +37,7 @@ def is_predefined(network: Network) -> bool:
 
 
 def facts_of(network: Network, used: frozenset[str]) -> Facts:
-    """Return the inputs of filters.  ``used`` has the ids of networks in use."""
+    """Return the facts about a network that filters match.  ``used``: ids of the networks in use."""
     return Facts(
         id=network.id,
         name=network.spec.name,
@@ -88,7 +88,9 @@ async def describe_network(view: View, network: Network, *, verbose: bool) -> di
 
 
 class _Users:
-    """The users of addresses on the network.  Reads the tasks in slices, so that the event loop stays responsive."""
+    """Finds the services and tasks that use addresses on the network.  Reads the tasks in slices, so that the event
+    loop stays responsive.
+    """
 
     def __init__(self, view: View, network: Network) -> None:
         self._view = view

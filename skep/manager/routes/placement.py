@@ -32,20 +32,23 @@ from skep.store.updates import batched
 routes = Routes()
 
 _PIECE = 250
-"""Objects counted between two pauses for the event loop."""
+"""Number of objects counted between two pauses for the event loop."""
 _SERVICES_MAX = 2_000
-"""Services in one request."""
+"""Largest number of services in one request."""
 _TASKS_MAX = REPLICAS_MAX
-"""Tasks of all services together.  Placing them takes a manager some seconds, concurrently with its other work."""
+"""Largest number of tasks of all services together.  Placing them takes a manager some seconds, concurrently with its
+other work.
+"""
 _WITHIN_S = 30.0
-"""Seconds after the request got its slot."""
+"""Timeout in seconds, from the moment when the request gets its slot."""
 
 
 @routes.post("/skep/services/placement")
 async def plan_placement(request: web.Request) -> web.StreamResponse:
     """Show where the tasks of each of these specs would be placed, one service after the other.
 
-    The networks, secrets and configs need not exist yet.  A spec that would be refused has the refusal.
+    The networks, secrets and configs need not exist yet.  The result of a spec that would be refused contains the
+    refusal.
     """
     specs = await read_planned(request)
     view = await current_view(request)

@@ -1,8 +1,8 @@
 """``/skep/tasks/{id}/...``: the container of a task, on any node.
 
 Each request is one exchange with the Engine API of the task's node over a tunnel.  The client receives the response as
-the node sent it.  Of a request, only the parts that ``api.container_requests`` names are forwarded, encoded again, and
-the node checks them again.
+the node sent it.  The manager forwards only those parts of a request that ``api.container_requests`` names, and encodes
+them again.  The node checks them again.
 """
 
 import re
@@ -39,7 +39,9 @@ routes = Routes()
 
 _WHAT = re.compile(r"^.*?/skep/tasks/[^/]+/(?:container/)?")
 _DETAILS_MAX = 256
-"""Characters of a command in the history.  Entries are small, and the first words show what the command did."""
+"""Longest command in an entry of the history, in characters.  The first words suffice to show the purpose of a
+command.
+"""
 _RECORDED = re.compile(r"(?:exec|attach|kill|archive|exec/[0-9a-f]+/start|port/.*)")
 """Requests that appear in the log and the history, because they change something or read files."""
 
@@ -91,7 +93,7 @@ async def reach_port(request: web.Request) -> web.StreamResponse:
     task = await _task(request)
     port = int(request.match_info["port"])
     if not 0 < port < 65536:
-        raise InvalidArgument(f"invalid port {port}: want 1 to 65535")
+        raise InvalidArgument(f"invalid port {port}: expected 1 to 65535")
     if "upgrade" not in request.headers:
         raise InvalidArgument("a connection to a port needs the header Upgrade: tcp")
     _record(request, task, f"port/{port}")
@@ -116,7 +118,7 @@ async def _forward(request: web.Request, task: Task, path: str) -> web.StreamRes
     value = await _read_body(request, kind)
     await _authorize(request, task, kind, value)
     body = to_json(value) if value is not None else b""
-    # Not the task id: authorization has replaced the name in the path by it.
+    # The entry has the word that the client used. In the path, authorization has replaced it by the task's id.
     _record(request, task, _WHAT.sub("", request.path), _details(request, value))
     async with manager_of(request).tunnels.open(
         task, head=_head(request, kind, path, body), is_admin=identity_of(request).is_admin
@@ -222,7 +224,7 @@ async def _taken_over(request: web.Request) -> AsyncIterator[Connection]:
 
 
 def _details(request: web.Request, value: ExecRequest | ExecStart | None) -> str:
-    """Return the action of a request for a container, for the history: its command, or the path of its files.
+    """Return details of a request for a container, for the history: its command, or the path of its files.
 
     Values of variables and credentials in URLs are masked, and a long command is cut.
     """

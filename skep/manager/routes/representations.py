@@ -28,9 +28,9 @@ from skep.store.interface import View
 from skep.store.kinds import as_run
 
 _PATHS_SHOWN = 4
-"""Failing paths in a node's status message."""
+"""Largest number of failing paths in a node's status message."""
 _PIECE = 5_000
-"""Objects counted between two pauses for the event loop."""
+"""Number of objects counted between two pauses for the event loop."""
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def problems_of(view: View, kind: type[Struct]) -> Problems:
 
 
 def kept_nodes(view: View, labels: Mapping[str, str]) -> Mapping[str, str]:
-    """Return by node why lost nodes are not removed, in a cluster with these ``labels``."""
+    """Return the reasons why lost nodes are not removed, by node, in a cluster with these ``labels``."""
     if forget_nodes_s(labels) is None:
         return {}
     holdings, lost = KeptNodes(view), filter(is_lost_worker, view.find(Node))
@@ -173,8 +173,9 @@ def shown_swarm(view: View, swarm: Swarm) -> Swarm:
 def shown_task(view: View, now_ns: int, task: Task) -> Task:
     """Return ``task`` for a response, without its runtime: as in the engine, only a service's spec has it.
 
-    If its node is down, the task is shown as unknown, never as running.  As ``docker service ps`` shows errors, they
-    include the failure before a restart delay, the end of the delay, and the task for which this task was preempted.
+    If its node is down, the task is shown as unknown and never as running.  The error, which ``docker service ps``
+    shows, includes the failure before a restart delay, the end of the delay, and the task for which this one was
+    preempted.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
@@ -215,8 +216,8 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
 
     A slot of a one-shot service is done if its youngest task is.
 
-    A global service wants one task on each eligible node.  SwarmKit counts the service's tasks instead, so it misses
-    tasks that wait for their restart, and counts tasks twice during an update.
+    For a global service, the desired number is that of its eligible nodes.  SwarmKit counts the service's tasks
+    instead, so it misses tasks that wait for their restart, and counts slots twice during an update.
 
     Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
     """

@@ -28,11 +28,11 @@ routes = Routes()
 RUNS_MAX = 500
 """Maximum number of runs in one response, the latest ones."""
 LINES_MAX = 100
-"""Last lines of one run that a request may ask for."""
+"""Largest number of last lines of one run that a request may ask for."""
 DEFAULT_LINES = 3
-"""Last lines of output of each task."""
+"""Default number of last lines of each task's output."""
 LINE_BYTES_MAX = 4096
-"""Bytes of one line in the response."""
+"""Longest line in the response, in bytes."""
 LOGS_SECONDS_MAX = 10.0
 """Seconds to wait for the nodes' logs."""
 
@@ -57,7 +57,7 @@ class Run(ApiObject):
 class Runs(ApiObject):
     """Response of ``GET /skep/services/{id}/runs?tail=N``, oldest first.
 
-    ``incomplete`` tells why some lines may be missing.  Empty if none are.
+    ``incomplete``: reason why some lines may be missing, or empty.
     """
 
     runs: tuple[Run, ...] = always(())
@@ -91,7 +91,7 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
 
 def _tail(word: str) -> int:
     if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word) <= LINES_MAX):
-        raise InvalidArgument(f"invalid tail {word!r}: want a number of lines up to {LINES_MAX}")
+        raise InvalidArgument(f"invalid tail {word!r}: expected a number of lines up to {LINES_MAX}")
     return int(word)
 
 

@@ -48,7 +48,7 @@ routes = Routes()
 
 _V1_40, _V1_41 = ApiVersion("1.40"), ApiVersion("1.41")
 _TOGETHER_MAX = 1_000
-"""Services in one request."""
+"""Largest number of services in one request."""
 _V1_44, _V1_46 = ApiVersion("1.44"), ApiVersion("1.46")
 
 
@@ -97,7 +97,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     spec = await read_spec(request)
     auth = request.headers.get("X-Registry-Auth", "")
-    if control.names_networks(spec):  # otherwise only the transaction reads from the store
+    if control.names_networks(spec):  # without names of networks, only the transaction has to read the store
         view = await current_view(request)
         spec = control.with_network_ids(view, spec, visible_to(view, identity_of(request)))
     await manager.require_room(creates=True)
@@ -320,7 +320,7 @@ def _without_tmpfs_options(mount: Mount) -> Mount:
 
 
 _SERVICES_MAX = 2_000
-"""The check is skipped with more services, because a create must not block the event loop."""
+"""If the cluster has more services, the check is skipped, because a create request must not block the event loop."""
 
 
 def _secret_warnings(spec: ServiceSpec) -> list[str]:

@@ -33,11 +33,13 @@ from skep.store.interface import Transaction
 routes = Routes()
 
 _OBJECTS_MAX = 2_000
-"""Objects in one plan."""
+"""Largest number of objects in one plan."""
 _DATA_BYTES_MAX = 64 << 20
-"""Size of all secrets and configs together.  Zeros of the same size replace their content."""
+"""Largest size of all secrets and configs together in bytes.  Zeros of the same size replace their content during the
+check.
+"""
 _ATTEMPTS = 3
-"""Checks of one plan if the cluster changes during the check."""
+"""Largest number of attempts to check a plan while the cluster changes."""
 
 
 class SizedSecret(SecretSpec):
@@ -93,7 +95,8 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
     """Try to create and change these objects, each after those before it, and return the refused ones."""
     manager, identity = manager_of(request), identity_of(request)
     refusals: list[StackRefusal] = []
-    wanted = await read_check(request)  # before the slot is taken: a client may send it slowly
+    # The body is read before the slot is taken, because a client may send it slowly.
+    wanted = await read_check(request)
     async with manager.checks.hold():
         await current_view(request)
         for _ in range(_ATTEMPTS):
@@ -110,7 +113,7 @@ async def _refusals(wanted: StackCheck, manager: ManagerApi, identity: Identity)
         await slices.yield_if_due()
         try:
             attempt(tx)
-        except OutOfSequence:  # changed in the meantime: the deploy merges both changes
+        except OutOfSequence:  # The service has changed in the meantime. The deploy will merge both changes.
             continue
         except SkepError as error:
             is_taken = isinstance(error, AlreadyExists)
@@ -130,7 +133,7 @@ async def read_check(request: web.Request) -> StackCheck:
         raise InvalidArgument(f"too much at once: at most {_OBJECTS_MAX} objects")
     if (
         sum(STACK_REVISION in one.labels for one in wanted.configs) > 1
-    ):  # each revision marks the ones before it
+    ):  # each revision marks earlier ones as replaced
         raise InvalidArgument("a deploy can have only one stack revision")
     files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
     sizes = [one.data_bytes for one in files]

@@ -76,13 +76,15 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
         control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now, prepared=prepared
     )
     if spec.encryption_config.auto_lock_managers and not was_locked:
-        # Data keys on disks in clear text until now must not decrypt data that is written from now on.
+        # Until now, the keys on disks were not locked, so they must not decrypt data that is written from now on.
         await manager.store.rotate_data_key()
     return web.Response()
 
 
 async def _with_last_rotation_known(manager: ManagerApi) -> View:
-    """Return the view once all nodes and etcds trust the current root, or after ``KNOWN_WITHIN_S``, to be refused."""
+    """Return the view once all nodes and etcds trust the current root.  After ``KNOWN_WITHIN_S``, return it
+    nevertheless, and the request is refused.
+    """
     until = manager.clock.monotonic() + KNOWN_WITHIN_S
     while not is_last_rotation_known(view := manager.store.view()) and manager.clock.monotonic() < until:
         await manager.clock.sleep(LOOK_S)

@@ -29,7 +29,7 @@ routes = Routes()
 Condition: TypeAlias = Callable[[View, Task], bool]
 
 _PIECE = 2_000
-"""Tasks filtered between two pauses for the event loop."""
+"""Number of tasks filtered between two pauses for the event loop."""
 
 
 @routes.get("/tasks")
@@ -67,7 +67,7 @@ def _search(
 ) -> tuple[Iterator[Sequence[Task]], Sequence[Condition]]:
     """Return the tasks to search, in pieces, and the conditions for each.  ``present`` returns the current view.
 
-    A service that ``among`` leaves out is answered as a missing one.
+    A service that ``among`` does not accept counts as missing.
 
     Raises:
         NotFound, InvalidArgument: A filter names no service or node.
@@ -100,7 +100,7 @@ def _has_desired(task: Task, states: Collection[TaskState]) -> bool:
     """Return whether ``task`` matches a filter for desired states.
 
     The next task of a slot is prepared while the previous one runs.  If no node takes it, it also counts as desired to
-    run, because it would be the only sign of an update that cannot be placed.
+    run, because nothing else shows that the update cannot be placed.
     """
     is_refused = task.desired_state is TaskState.READY and task.status.state is TaskState.PENDING
     return task.desired_state in states or (

@@ -87,8 +87,8 @@ async def show_access(request: web.Request) -> web.StreamResponse:
 async def renew_own(request: web.Request) -> web.StreamResponse:
     """Issue another certificate to a user who authenticates by certificate.
 
-    A token is not enough, because the certificate would outlive the token's removal.  ``lifetime_seconds`` is at most,
-    and by default, the lifetime of the request's certificate.
+    A token is not enough, because the certificate would stay valid after the token's removal.  The default and maximum
+    of ``lifetime_seconds`` is the lifetime of the client's present certificate.
     """
     identity: Identity = identity_of(request)
     if identity.origin is not Origin.CERTIFICATE:

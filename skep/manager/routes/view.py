@@ -39,7 +39,8 @@ async def stream_view(request: web.Request) -> web.StreamResponse:
     """
     cursor = request.query.get("after", "") or request.headers.get("Last-Event-ID", "")
     async with aclosing(_view_of(request).watch(cursor)) as sent:
-        first = await anext(sent)  # raised before the stream starts, so a refusal is an ordinary response
+        # A refusal is raised here, before the stream starts, so it becomes an ordinary response.
+        first = await anext(sent)
         response = web.StreamResponse(headers={"Content-Type": _EVENT_STREAM, "Cache-Control": "no-store"})
         await response.prepare(request)
         await _write(request, response, first)

@@ -1,8 +1,8 @@
 """Free resources of each node, updated with each commit.
 
-A task keeps its reservation from the moment a node is chosen until its end is reported: a retired task that still runs
-still has its memory and its ports.  So a node is never overcommitted.  Because everything is derived from the store, a
-new leader computes the same figures.
+A task keeps its reservation from the moment when a node is chosen until its end is reported, because a retired task
+that still runs occupies memory and ports.  So a node is never overcommitted.  Everything is derived from the store, so
+a new leader computes the same figures.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ USAGES_MAX = 50_000
 """Maximum entries of the cache, which is cleared when full.  An entry takes a hundred bytes."""
 
 FAILURE_MEMORY_S = 300.0
-"""Seconds for which a failure counts against its node (swarmkit's monitorFailures)."""
+"""Seconds for which a task's failure counts against its node (swarmkit's monitorFailures)."""
 
 
 class Account:
@@ -81,7 +81,7 @@ class Account:
         self.changes += 1
 
     def add_all(self, usages: Iterable[Usage]) -> None:
-        """Call ``add`` for many tasks at once.  For a new leader's 200,000 tasks this takes a third of the time."""
+        """Do the same as ``add`` for many tasks, in a third of the time.  A new leader adds up to 200,000 tasks."""
         nano_cpus = memory_bytes = active = 0
         for usage in usages:
             nano_cpus += usage.nano_cpus
@@ -129,7 +129,8 @@ class Account:
     def given_rights(self) -> frozenset[Right]:
         """Rights over the machine that the node allows its tasks.
 
-        A Docker Engine allows none, whatever its labels say: it would run the task without them."""
+        A Docker Engine allows none, whatever its labels say, because it would run the task without them.
+        """
         return frozenset() if is_docker_node(self.node) else allowed_by(self.node.description.engine.labels)
 
     def has_port(self, port: HostPort) -> bool:
@@ -147,9 +148,11 @@ class Accounting:
         self._node_of: dict[TaskId, NodeId] = {}
         self._copies: dict[ServiceId, Counter[NodeId]] = {}
         self._changed: dict[NodeId, int] = {}
-        """Node -> number of its last event, in order of these numbers."""
+        """Number of the last event by node, in order of these numbers."""
         self._freed: dict[VolumeId, int] = {}
-        """Volume -> number of the last event that may make it available to any node, in order of these numbers."""
+        """Number of the last event that may have made a volume available to any node, by volume, in order of these
+        numbers.
+        """
         self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
         self._loads = MeanLoad()
@@ -158,15 +161,15 @@ class Accounting:
 
     @property
     def changes(self) -> int:
-        """Incremented with each event that may improve a node: it changed, or a task released something."""
+        """Number of events that may have improved a node, because it changed or a task released something."""
         return self._changes
 
     def changed_since(self, changes: int, mounts: Sequence[ClusterMount] = ()) -> Collection[NodeId]:
-        """Return the nodes of the events after ``changes``, each once, the latest first.
+        """Return the nodes that events after ``changes`` concern, each once, the latest first.
 
         Args:
             changes: An earlier value of the property ``changes``.
-            mounts: Adds the nodes on which one of these volumes may have become available since then.
+            mounts: Nodes on which one of these volumes may have become available since then are added.
         """
         nodes = _since(changes, self._changed)
         if not mounts or not (drivers := self.volumes.drivers_of(_since(changes, self._freed), mounts)):
@@ -252,7 +255,9 @@ class Accounting:
             copies = self._copies.get(usage.service_id)
             if copies is None:
                 copies = self._copies[usage.service_id] = Counter()
-            copies[node_id] = copies.get(node_id, 0) + 1  # a Counter's own default for missing keys is slow
+            copies[node_id] = (
+                copies.get(node_id, 0) + 1
+            )  # ``get`` is faster than a Counter's default for missing keys
         if usage.volumes:
             self.volumes.hold(task_id, node_id, usage.volumes)
         account = self.accounts.get(node_id)
@@ -339,7 +344,9 @@ def holds_resources(task: Task) -> bool:
 
 
 class Usages:
-    """Cache of ``holds_of``: tasks of one version share a result, and a new leader needs the usage of every task."""
+    """Cache of ``holds_of``, because tasks of one version share a result, and a new leader needs the usage of every
+    task.
+    """
 
     def __init__(self) -> None:
         self._cached: dict[tuple[ServiceId, int, int], tuple[TaskSpec, Usage]] = {}

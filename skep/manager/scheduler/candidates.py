@@ -1,8 +1,8 @@
 """Nodes that can run tasks with given requirements, cached for all services with the same requirements.
 
 Conditions that depend on the node alone (its readiness, the constraints, its branch of the placement preferences) are
-checked when the node changes, not for each task.  So assigning the only task of a service costs one step down a heap,
-not a walk over the cluster.
+checked only when the node changes, and not for each task.  So assigning the only task of a service costs a heap
+operation instead of a loop over all nodes.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,9 @@ from skep.model.constraints import ENGINE_LABEL, NODE_LABEL, label_of
 from skep.model.ids import NodeId, ServiceId
 
 KEPT = 32
-"""Requirements whose candidates are cached.  With 5,000 nodes, each takes 1 MB, and 10 ms to compute again."""
+"""Number of requirements whose candidates are cached.  With 5,000 nodes, each takes 1 MB of memory, or 10 ms to compute
+again.
+"""
 
 Leaf = tuple[str, ...]
 """A node's values of the labels that tasks are spread over, one per level."""
@@ -71,7 +73,7 @@ class Candidates:
         load, tasks = account.load, account.active + 1
         effective = (
             effective_tasks(tasks, load) if load else tasks
-        )  # called some million times for 100,000 tasks
+        )  # This is called some million times for 100,000 tasks.
         if not self._reserves:
             return effective, account.node.id
         return used_share(fill(self._requirements, account), load), effective, account.node.id
@@ -115,7 +117,7 @@ class Candidates:
 
 
 class Pools:
-    """Candidates for recently used requirements, over one accounting."""
+    """The candidates for recently used requirements, based on one accounting."""
 
     def __init__(self, accounting: Accounting) -> None:
         self.accounting = accounting
@@ -143,7 +145,7 @@ def shape_of(requirements: Requirements) -> Requirements:
 def fill(requirements: Requirements, account: Account) -> float:
     """Return the used share, after the assignment, of the tightest resource that the task reserves.
 
-    Other resources do not count: a task that reserves no memory does not change the share of memory.
+    Other resources are ignored, because a task that reserves no memory does not change the used share of memory.
     """
     has = account.node.description.resources
     share = 0.0

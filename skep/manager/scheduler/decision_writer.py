@@ -26,9 +26,11 @@ from skep.store.updates import batched
 Decision: TypeAlias = Assignment | Refusal | Preempt
 
 TOGETHER = 50
-"""Decisions in one transaction.
+"""Largest number of decisions in one transaction.
 
-Each takes two keys, and the transaction also sets the data plane of networks (``MAX_OPERATIONS``)."""
+It follows from ``MAX_OPERATIONS``.  Each decision takes two keys, and the transaction also sets the data planes of
+networks.
+"""
 
 
 async def write_decisions(
@@ -92,7 +94,7 @@ class DecisionWriter:
                 if task.status.err != reason:
                     tx.put(replace(task, status=replace(task.status, err=reason, timestamp=self._now)))
             case Preempt(_, ids, preemption):
-                # Compared at the commit: if the task is removed at the same time, its victims need not stop.
+                # The commit compares the task, because its victims need not stop if it is removed at the same time.
                 tx.rely_on(Task, task.id, HEAD)
                 victims = [victim for id in ids if (victim := tx.lookup(Task, id)) and not is_leaving(victim)]
                 if len(victims) < len(ids):
@@ -145,7 +147,7 @@ class _Planes:
     def settle(self, attachments: tuple[NetworkAttachment, ...], node: Node) -> bool:
         """Set the node's plane on overlay networks that have none yet.  Returns False if one has the other plane.
 
-        The result does not change within the transaction, and tasks with the same attachments often follow each other.
+        The last result is cached, because tasks with the same attachments often follow each other.
         """
         plane = plane_of_node(node)
         if self._last is not None:

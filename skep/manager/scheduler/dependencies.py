@@ -1,9 +1,9 @@
-"""Services that wait for other services before their tasks are assigned (label ``skep.depends-on``).
+"""Finds services that must wait for other services before their tasks are assigned (label ``skep.depends-on``).
 
-A waiting task holds nothing, so it takes no resources from the services that it waits for.  Only a service without
-a running task waits.  A running service is scaled, and its crashed tasks are replaced, whatever happens to its
-dependencies.  An update waits with its first task, so a migration that is deployed together with a service comes before
-it.
+A waiting task holds nothing, so it takes no resources from the services that it waits for.  Only a service without a
+running task waits.  A running service can be scaled, and its crashed tasks are replaced, whatever happens to its
+dependencies.  An update waits before its first task, so a migration that is deployed together with a service runs
+first.
 
 After a power loss the store still says that everything runs.  A task's status counts only if it was written after its
 node's last registration, or if the node has had enough time to report another one (``Confirmed``).
@@ -48,13 +48,13 @@ RETURNED_S: Final = 12.0
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """Why a service waits, and which changes can end the wait."""
+    """The reason why a service waits, and the changes that can end the wait."""
 
     reason: str
     services: frozenset[ServiceId] = frozenset()
     """Services whose tasks count."""
     names: frozenset[str] = frozenset()
-    """Names of the service and its direct and indirect dependencies, whether they exist or not."""
+    """Names of the service and of its direct and indirect dependencies, even if they do not exist."""
     nodes: tuple[frozenset[NodeId], ...] = ()
     """Nodes whose return or change counts, by service."""
     until: float | None = None
@@ -91,7 +91,9 @@ class Confirmed:
                     self._registered.pop(node.id, None)
 
     def at(self, task: Task, view: View) -> float | None:
-        """Return when the task's status counts as confirmed, or None until its node is back."""
+        """Return the time at which the task's status counts as confirmed, or None as long as its node has not
+        reconnected.
+        """
         node = view.lookup(Node, task.node_id)
         if node is None or node.status.state is not NodeState.READY:
             return None
@@ -109,7 +111,7 @@ class _State(msgspec.Struct, frozen=True):
 
     is_met: bool = False
     has_completed: bool = False
-    """Whether all its runs have completed.  The dependency is met if the service's own dependencies are met."""
+    """Whether all its runs have completed.  The dependency is then met if that service's own dependencies are met."""
     nodes: frozenset[NodeId] = frozenset()
     until: float | None = None
     blocked_suffix: str = ""
@@ -159,7 +161,7 @@ class _Check:
         return _State(nodes=frozenset(nodes), until=min(until, default=None))
 
     def note(self, state: _State) -> bool:
-        """Note what can change ``state``.  Returns whether it is met."""
+        """Record which changes can alter ``state``.  Returns whether it is met."""
         if state.nodes:
             self.nodes.append(state.nodes)
         if state.until is not None:
@@ -171,7 +173,7 @@ class _Check:
         for one in dependencies:
             if one.service in path or not (reason := self._unmet(one, path)):
                 continue
-            # Two concurrent transactions, or a rollback by the leader, may close a dependency cycle.
+            # Two concurrent transactions, or a rollback by the leader, may have created a cycle of dependencies.
             if not circle(self._view, self._name, [one]):
                 return reason
         return ""
@@ -182,7 +184,7 @@ class _Check:
             return f"{WAITS_FOR}{one.service}{DOES_NOT_EXIST}" if one.is_required else ""
         service = found[0]
         self.services.add(service.id)
-        if _wants_none(service.spec.mode):  # as Compose
+        if _wants_none(service.spec.mode):  # the same as in Compose
             return ""
         if one not in self._states:
             self._states[one] = self._state(one, service)
@@ -201,7 +203,7 @@ class _Check:
             tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
         if _has_completed(service, tasks, self._view) and one.condition is not Condition.HEALTHY:
             return _State(has_completed=True)
-        # A failed task is not missing once its node may no longer run it.
+        # A failed task does not count once its node may no longer run it.
         failed = frozenset(task.node_id for task in tasks if task.has_failed)
         if one.condition is Condition.COMPLETED:
             return _State(nodes=failed, blocked_suffix=_blocked_suffix(service, tasks, self._view))
@@ -220,7 +222,7 @@ def awaited(
     now: float,
     states: _States | None = None,
 ) -> Waiting | None:
-    """Return what ``task`` waits for before it may be assigned, or None.
+    """Return the reason why ``task`` may not be assigned yet, or None.
 
     Args:
         confirmed: Returns when the status of a task counts as confirmed.
@@ -290,7 +292,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
         return False
     if service.job_status is not None:
         if service.job_status.present_outcome == COMPLETED:
-            return True  # a global job's outcome stays, even if its nodes and their tasks were removed since
+            return True  # The outcome of a global job stays, even if its nodes and their tasks have been removed since.
         tasks = [task for task in tasks if task.job_iteration == service.job_status.job_iteration]
     elif policy is None or policy.condition in (None, RestartCondition.ANY):
         return False
@@ -299,7 +301,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
     complete = [task for task in tasks if task.status.state is TaskState.COMPLETE]
     if mode.global_job is not None or mode.global_ is not None:
         done = {one.node_id for one in complete}
-        # A stopped or failed task is not missing if its node may no longer run it, for example a drained node.
+        # A stopped or failed task does not count if its node, for example a drained one, may no longer run it.
         return bool(complete) and all(
             one.node_id in done
             for one in tasks
@@ -342,7 +344,7 @@ class Waits:
         """Revision and time at which ``_states`` was found."""
 
     def record(self, commit: Commit, now: float) -> Mapping[str, float]:
-        """Record a commit.  Returns the groups to decide again, and when."""
+        """Record a commit.  Returns the groups that must be decided again, with the times for that."""
         self._confirmed.record(commit, now)
         self._states_at = None
         due: dict[str, float] = {}
@@ -384,7 +386,7 @@ class Waits:
         if node.status.state is not NodeState.READY:
             return None
         if before.session != node.session:
-            return now + REPORTED_S  # reports until then are events of their tasks
+            return now + REPORTED_S  # earlier reports cause events of their own
         return now if before.status.state is not NodeState.READY else None
 
     def _on_node(self, id: NodeId, at: float) -> Iterator[tuple[_Key, float]]:
@@ -394,11 +396,11 @@ class Waits:
                 yield key, at
 
     def of(self, group: str, task: Task, view: View, now: float, found: FoundWaits) -> Waiting | None:
-        """Return what the group of ``task`` waits for, or None.
+        """Return the reason why the group of ``task`` waits, or None.
 
         Args:
-            found: Results found in ``view`` before.  Each task of a global service is a group, and checking all tasks
-                of the service for each group would be quadratic.
+            found: Earlier results for the same ``view``.  Each task of a global service is a group, so without them,
+                checking all tasks of the service for each group would be quadratic.
         """
         key = task.service_id, task.spec_version
         if self._states_at != (view.revision, now):

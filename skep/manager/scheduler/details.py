@@ -1,4 +1,4 @@
-"""Explanations of why one node refuses one task, with the compared values."""
+"""Explains why one node refuses one task, with the compared values."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,7 @@ def disk(requirements: Requirements, account: Account, copies: int) -> str:
 
 
 def shortages(requirements: Requirements, account: Account, copies: int) -> str:
-    """Return what the task needs and how much of it is not reserved yet."""
+    """Return the amounts that the task needs, and the amounts that the node has left."""
     return f"insufficient resources: {amounts_missing(requirements, account)}"
 
 
@@ -43,7 +43,7 @@ def amounts_missing(requirements: Requirements, account: Account) -> str:
 
 
 def amounts_left(requirements: Requirements, account: Account) -> str:
-    """Return what the node has left of the resources of which it has too little."""
+    """Return the node's remaining amounts of the resources of which it has too little."""
     return (
         ", ".join(f"{free} {unit}" for _, free, unit in _shortages(requirements, account)) + " not reserved"
     )
@@ -105,7 +105,7 @@ def ports(requirements: Requirements, account: Account, copies: int) -> str:
 
 
 def unknown(requirements: Requirements, account: Account, copies: int) -> str:
-    """Return how many of the node's tasks may hold what the task needs."""
+    """Return the number of the node's tasks that may hold something that the task needs."""
     tasks = "1 task" if account.unknown == 1 else f"{account.unknown} tasks"
     return f"the reservations of {tasks} are unreadable: they may include the ports and resources it needs"
 

@@ -1,12 +1,12 @@
-"""Dry run of placement: where the tasks of specs would run, and why some would not.
+"""Dry run of placement, which shows where the tasks of specs would run, and why some would not.
 
 It uses the scheduler's own decision and writes nothing.  Specs are placed one after the other into one accounting, so
-each takes resources from the next.  An existing service keeps the tasks that its new spec does not replace.  With
-``stop-first`` the resources of the replaced tasks count as free.  With ``start-first`` old and new tasks must fit
-together, as many as are updated at a time.
+each leaves fewer resources for the next.  An existing service keeps the tasks that its new spec does not replace.  With
+``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, as many old and new tasks as
+are updated at a time must fit together.
 
-A dry run ignores what only time shows: which tasks wait for other services or return to volumes, and future changes of
-nodes.
+A dry run ignores everything that only time shows: tasks that wait for other services or return to volumes, and future
+changes of nodes.
 """
 
 from collections import Counter
@@ -95,7 +95,7 @@ class DryRun:
         self._occupants: Occupants | None = None
         """Occupants for the spec that is being placed, or None if it may preempt nothing."""
         self._replaced_on: list[NodeId] = []
-        """Nodes of the spec's replaced tasks: a new task may run there even if the disk is full (``staying``)."""
+        """Nodes of the spec's replaced tasks.  A new task may run there even if the disk is full (``staying``)."""
 
     def placing(self, spec: ServiceSpec) -> Iterator[PlannedPlacement | None]:
         """Yield None at each pause, and finally the placement of the tasks of ``spec``.
@@ -159,7 +159,7 @@ class DryRun:
         )
 
     def _reason(self, refusal: Refusal, spec: ServiceSpec) -> str:
-        """Return why no node takes a task, in the words that its service has after the deploy."""
+        """Return why no node takes a task, with the text that the service would show after the deploy."""
         status = replace(refusal.task.status, err=refusal.reason)
         task = replace(refusal.task, status=status)
         nodes = [account.node for account in self._accounting.accounts.values()]
@@ -190,7 +190,9 @@ class DryRun:
                 self._free((task,))
 
     def _stays(self, task: Task, spec: ServiceSpec) -> bool:
-        """Whether an update leaves the task where it is (as the orchestrator decides, by ``is_dirty``)."""
+        """Return whether an update keeps the task where it is.  The orchestrator decides the same way
+        (``is_dirty``).
+        """
         made_from = spec_of(self._view, task)
         ports = (made_from.endpoint_spec if made_from is not None else None) or EndpointSpec()
         node = self._view.lookup(Node, task.node_id)
@@ -243,7 +245,7 @@ class DryRun:
         return self._in_place(placed, requirements)
 
     def _in_place(self, placed: Placed, requirements: Requirements) -> Placed:
-        """Let refused tasks take over from tasks of the service on nodes that only their full disks exclude."""
+        """Let refused tasks replace tasks of the service on nodes that only a full disk excludes."""
         spared = replace(requirements, needs_disk=False)
         kept: list[Assignment] = []
         refused: list[Refusal] = []

@@ -1,7 +1,7 @@
-"""Why a task has no node yet: every node of the cluster, with all reasons against it.
+"""Explains why a task has no node yet, with every node of the cluster and all reasons against it.
 
-The loop counts refusals by filter, which is cheap enough for every decision.  This module applies all filters to one
-task on request.  It needs only a view, so every manager can serve the request.
+The scheduler's loop only counts refusals by filter, which is cheap enough for every decision.  This module applies all
+filters to one task on request.  It needs only a view, so every manager can serve the request.
 """
 
 from collections import Counter
@@ -49,7 +49,7 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
 def closest_node(requirements: Requirements, accounting: Accounting) -> str:
     """Return the node that comes closest to the resources that a task needs, with its free amounts.
 
-    Only nodes that refuse the task for their resources alone count.  The text is empty if there is none.
+    Only nodes that refuse the task for their resources alone count.  Without such a node, the text is empty.
     """
     copies = accounting.copies(requirements.service_id)
     filters = filters_for(requirements)

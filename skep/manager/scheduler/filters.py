@@ -1,7 +1,7 @@
-"""Filters: which nodes can run a task, and why the others cannot.
+"""Filters decide which nodes can run a task, and why the others cannot.
 
-The first filter that refuses a node wins.  The order is swarmkit's, so that an explanation counts each node under the
-same heading.
+The first filter that refuses a node determines the reason.  The order is swarmkit's, so that an explanation counts each
+node under the same reason as swarmkit does.
 
 Source: swarmkit, manager/scheduler/{filter,pipeline}.go.
 """
@@ -71,7 +71,7 @@ def _has_plugins(requirements: Requirements, account: Account, copies: int) -> b
 def _has_plugin(type: str, name: str, plugins: tuple[EnginePlugin, ...]) -> bool:
     names = [plugin.name for plugin in plugins if plugin.type == type]
     if type == "Log" and not names:
-        # An older engine that does not list its log drivers.
+        # An older engine does not list its log drivers.
         return True
     return name in names or f"{name}:latest" in names
 

@@ -1,4 +1,4 @@
-"""The scheduler's queue: due groups, and refused groups, which become due again when resources may be free."""
+"""The scheduler's queue of due groups, and of refused groups, which become due again when resources may be free."""
 
 import math
 from collections import deque
@@ -17,9 +17,9 @@ RETRIES_S: Final = 0.1
 class GroupQueue(WorkQueue[Group]):
     """Groups in the order in which they became due, higher priorities first.
 
-    Refused groups are set aside and become due again together.  There may be thousands that still do not fit, of any
-    priority, and each decision may check every node.  So while other groups are due, refused ones get at most half of
-    each take, and those not decided within ``RETRIES_S`` wait for the next take.
+    Refused groups are set aside and become due again together.  Thousands of them, of any priority, may still not fit,
+    and each decision may check every node.  So while other groups are due, refused groups get at most half of each
+    take, and those that are not decided within ``RETRIES_S`` wait for the next take.
     """
 
     def __init__(self, clock: Clock, priority: Callable[[Group], int]) -> None:
@@ -29,7 +29,7 @@ class GroupQueue(WorkQueue[Group]):
         """Refused groups by priority, so that all of them can become due without a loop over them."""
         self._aside_at: dict[Group, int] = {}
         self._held: deque[tuple[float, int, dict[Group, None]]] = deque()
-        """Refused groups that become due later.  The delay is the same for each event, so the times are in order."""
+        """Refused groups that become due later.  All have the same delay, so their times are in order."""
         self._retries: dict[int, deque[Group]] = {}
         """Refused groups that are due again, by priority.  No entry is empty."""
         self._retried: frozenset[Group] = frozenset()
@@ -46,7 +46,7 @@ class GroupQueue(WorkQueue[Group]):
 
     @property
     def has_refused(self) -> bool:
-        """Whether any refused groups are not due again."""
+        """Whether there are refused groups that are not due again."""
         return bool(self._aside)
 
     def set_aside(self, group: Group) -> None:

@@ -20,7 +20,9 @@ class Groups:
         self.of: dict[TaskId, Group] = {}
         """The group of each pending task."""
         self._tasks: dict[Group, dict[TaskId, None]] = {}
-        """The tasks of a group, longest waiting first.  A single task is not listed here, since its group is its id."""
+        """The tasks of a group, longest waiting first.  A single task is not listed here, because its group is its
+        id.
+        """
         self._sources: dict[Group, Sequence[str]] = {}
         """Sources of each group's cluster volume mounts."""
         self._by_source: dict[str, set[Group]] = {}

@@ -1,15 +1,15 @@
-"""How the measured load of nodes affects the choice among equal nodes.
+"""Lets the measured load of nodes affect the choice among equal nodes.
 
-The used part of a node is not available to a task, so nodes are compared by the share that a task would get.  Of two
-nodes with equal task counts, a node that is half busy with something else counts as if it had twice as many tasks.  The
-figures grow with each assignment, so a burst of assignments between two load reports spreads.  A task is assigned once
-and never moved because of load, so nothing oscillates.
+Nodes are compared by the share of the node that a task would get, because the busy part is not available.  If two nodes
+have the same number of tasks and one is half busy with something else, that one counts as if it had twice as many.  The
+figures grow with each assignment, so a burst of assignments between two load reports is spread.  A task is never moved
+because of load, so nothing oscillates.
 """
 
 from skep.model.ids import NodeId
 
 LOAD_MAX = 0.9
-"""Maximum load that counts: a busier node still gets a tenth of the tasks."""
+"""Maximum load that counts, so that even a busier node gets a tenth of the tasks."""
 
 
 def effective_tasks(tasks: int, load: float) -> float:

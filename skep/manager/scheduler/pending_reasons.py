@@ -1,7 +1,7 @@
-"""Statuses of pending tasks that say why they have no node.
+"""Writes the statuses of pending tasks, which say why these have no node.
 
-The text of a refusal counts nodes, so one node's change alters the text of every pending task.  Texts are therefore
-written apart from decisions: a few at a time, after the assignments of each pass, with the counts of that moment.
+The text of a refusal counts nodes, so a change of one node alters the text of every pending task.  Texts are therefore
+not written with the decisions, but a few at a time after the assignments of each pass, with the counts of that moment.
 """
 
 import asyncio
@@ -26,7 +26,9 @@ class Why:
     """Why one decision refused one or more groups."""
 
     def __init__(self, text: str = "", requirements: Requirements | None = None) -> None:
-        """Set the reason.  If no node meets ``requirements``, the text with its counts is computed when written."""
+        """Set the reason.  If ``requirements`` are passed, no node meets them, and the text with its counts is computed
+        when it is written.
+        """
         self.text = text
         self.requirements = requirements
         self.words: dict[TaskId, str] = {}
@@ -46,9 +48,11 @@ class Texts:
         self._failures = failures
         self._why: dict[Group, Why] = {}
         self._new: deque[TaskId] = deque()
-        """Tasks of groups that were not refused before: an update may wait for their refusal."""
+        """Tasks of groups that were not refused before.  They come first, because an update may wait for their
+        refusal.
+        """
         self._outdated: deque[TaskId] = deque()
-        """All other tasks, longest waiting first: the last one gets its turn however many decisions are made."""
+        """All other tasks, longest waiting first, so that each gets its turn, however many decisions are made."""
         self._is_outdated: set[TaskId] = set()
         self._turn = asyncio.Event()
 
@@ -103,7 +107,9 @@ class Texts:
             task = self._term.view().lookup(Task, id)
             if task is not None and is_pending(task):
                 refusal = Refusal(task, (why.text + why.words.get(id, ""))[:ERROR_CHARACTERS_MAX])
-                found.pop(id, None)  # it was refused again in a pause, perhaps for the reason it shows
+                found.pop(
+                    id, None
+                )  # the task was refused again during a pause, perhaps for the reason that it shows
                 if not is_already_shown(refusal):
                     found[id] = refusal
             await slices.yield_if_due()

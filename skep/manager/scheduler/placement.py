@@ -37,7 +37,7 @@ class Refusal(msgspec.Struct, frozen=True, gc=False):
 
     task: Task
     reason: str
-    """Empty if it is computed later (``reasoning``)."""
+    """The text, or empty if it is computed later (``reasoning``)."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,8 +95,8 @@ def placing(
     Args:
         now: The time on the clock of ``record_failure``.
         is_last: Whether these are the last waiting tasks with these requirements.
-        leaving: Number of the service's tasks per node whose slots ``tasks`` take over.
-        explains: Whether refusals have their reason (``reasoning``), which checks each node.
+        leaving: Number of the service's tasks per node whose slots ``tasks`` will take over.
+        explains: Whether to add the reason to refusals (``reasoning``), for which each node is checked.
     """
     batch = tasks[:limit]
     accounting = choices.accounting

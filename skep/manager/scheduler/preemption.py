@@ -1,17 +1,17 @@
 """Preemption: stopping tasks of a lower priority for a task of a higher one (label ``skep.preemption``).
 
-The scheduler does not stop tasks.  It chooses a node and the *victims* there, and writes to each victim which task it
-has to leave for (``Task.preemption``).  The orchestrator replaces it as it would on a drained node.  Meanwhile the
-preempting task keeps waiting, with a *claim* on the node's resources, so that no task of a lower priority takes the
-released resources.
+The scheduler itself does not stop tasks.  It chooses a node and the *victims* there, and writes to each victim for
+which task it has to leave (``Task.preemption``).  The orchestrator then replaces the victim as on a drained node.
+Meanwhile the preempting task keeps waiting.  It has a *claim* on the node's resources, so that no task of a lower
+priority takes what the victims release.
 
-Claims are not stored.  A task that is leaving anyway counts as ended when victims are chosen.  So a new leader, and
+Claims are not stored.  When victims are chosen, a task that is leaving already counts as ended.  So a new leader, and
 each later decision, chooses the same node without further victims.
 
-On a node the victims are tasks of the lowest priorities that free enough.  In the end each victim that can stay does,
-the most important first.  Among tasks with the same priority, the first victims are tasks whose service has other
-running tasks, then tasks that free most of the missing resources, then the youngest.  The node whose most important
-victim is the least important is chosen.
+The victims on a node are tasks of the lowest priorities that together free enough.  Afterwards, each victim that is not
+needed after all is dropped from the list, the most important first.  Among tasks with the same priority, the first
+victims are tasks whose service has other running tasks, then tasks that free most of the missing resources, then the
+youngest.  The scheduler chooses the node whose most important victim is the least important.
 
 Source: kubernetes, pkg/scheduler/framework/preemption (victims that can stay, nominated nodes); Nomad,
 scheduler/preemption.go (services are not preempted unless the operator allows it).
@@ -39,9 +39,11 @@ from skep.store.interface import View
 from skep.store.kinds import has_unknown_service
 
 AT_ONCE: Final = 20
-"""Maximum victims that are stopping, in the whole cluster.  A task that needs more gets them when none is stopping."""
+"""Maximum number of victims that are stopping in the whole cluster.  A task that needs more gets them when no other
+victim is stopping.
+"""
 STEP: Final = 10
-"""Nodes checked between two pauses.  Each takes a tenth of a millisecond."""
+"""Number of nodes checked between two pauses.  Each takes a tenth of a millisecond."""
 
 Rank: TypeAlias = tuple[int, int, int, int, NodeId]
 """Rank of a node.  Smaller is better.
@@ -58,7 +60,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     generic: tuple[GenericResource, ...] = ()
     """Generic resources that the task would get."""
     volumes: tuple[VolumeUse, ...] = ()
-    """Cluster volumes that the task would get.  They are free."""
+    """Cluster volumes that the task would get, all of which are free."""
 
     @property
     def node_id(self) -> NodeId:
@@ -98,7 +100,7 @@ def reserve_candidate(
 
 
 class Occupants:
-    """Tasks on nodes: which may be stopped for a task of priority ``below``, and which leave anyway."""
+    """Finds the tasks on nodes that may be stopped for a task of priority ``below``, and those that leave anyway."""
 
     def __init__(
         self, view: Callable[[], View], priorities: Priorities, below: int, least: int = -PRIORITY_MAX
@@ -164,7 +166,9 @@ def is_leaving(task: Task) -> bool:
 
 
 def frees_own_resources(task: Task, accounting: Accounting, view: View) -> bool:
-    """Whether an earlier task of the slot, which an update stops, is about to release what ``task`` may need."""
+    """Return whether an earlier task of the slot, which an update stops, will soon release something that ``task`` may
+    need.
+    """
     for one in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}"):
         usage, account = accounting.held(one.node_id).get(one.id), accounting.accounts.get(one.node_id)
         if (
@@ -213,7 +217,7 @@ def making_nominations(
             present = candidate_on(known.node_id, requirements, accounting, occupants, claimed[known.node_id])
             if present == known:
                 candidate = present
-            elif present is not None:  # it changed since it was found
+            elif present is not None:  # the node has changed since it was found
                 heapq.heappush(found, (present.rank, present))
         if candidate is None or (len(candidate.victims) > victims_max and (made or victims_max < AT_ONCE)):
             break
@@ -305,7 +309,7 @@ class _Trial:
 
 
 class _Lacks(msgspec.Struct, frozen=True):
-    """Resources that a node lacks for a task: amounts, kinds of generic resources, and host ports."""
+    """The resources that a node lacks for a task: amounts, kinds of generic resources, and host ports."""
 
     nano_cpus: int
     memory_bytes: int
@@ -313,7 +317,9 @@ class _Lacks(msgspec.Struct, frozen=True):
     ports: frozenset[HostPort]
 
     def share(self, usage: Usage) -> float:
-        """Return how much of it the end of a task would free, from 0 to the number of resources."""
+        """Return the part of the lacking resources that the end of a task would free, from 0 to the number of
+        resources.
+        """
         share = float(sum(port in self.ports for port in usage.host_ports))
         share += sum(kind_and_amount(one)[0] in self.kinds for one in usage.generic)
         if self.nano_cpus > 0:

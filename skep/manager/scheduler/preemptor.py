@@ -27,9 +27,10 @@ from skep.model.task import Preemption, Task
 from skep.store.interface import View
 
 STOPPING_S: Final = 60.0
-"""Seconds for which a victim counts against ``AT_ONCE``: six of Docker's default stop grace periods.
+"""Seconds for which a victim counts against ``AT_ONCE``, six times Docker's default stop grace period.
 
-A victim that takes longer, up to hours by its service's stop grace period, does not delay preemption on other nodes."""
+So a victim with a stop grace period of hours does not delay preemption on other nodes.
+"""
 
 
 class Preemptor:
@@ -116,7 +117,7 @@ class Preemptor:
         )
 
     def preemption(self, nomination: Nomination) -> Preempt | None:
-        """Return the preemption to write for a nomination, or None if all tasks that have to leave do so anyway."""
+        """Return the preemption to write for a nomination, or None if all its victims leave anyway."""
         task, victims = nomination.task, nomination.candidate.victims
         if not victims:
             return None
@@ -129,17 +130,19 @@ class Preemptor:
         return Preempt(task, victims, reason)
 
     def words(self, nomination: Nomination) -> str:
-        """Return the text that says what a nominated task waits for."""
+        """Return the text that says why a nominated task waits."""
         account = self._accounting.accounts.get(nomination.candidate.node_id)
         name = account.node.description.hostname if account is not None else ""
         return f"; preempting tasks of lower priority on {name or nomination.candidate.node_id}"
 
     def more_at(self) -> float | None:
-        """Return when more victims may be chosen if none ends before, or None if none is stopping."""
+        """Return the time at which more victims may be chosen even if none ends before, or None if none is stopping."""
         return min(self._victims_under_way(), default=None)
 
     def _victims_under_way(self) -> list[float]:
-        """Return until when each stopping victim counts.  A victim on a node that is not ready may never end."""
+        """Return the times until which stopping victims count.  They are limited because a victim on a node that is not
+        ready may never end.
+        """
         accounts, node_of = self._accounting.accounts, self._accounting.node_of
         found = (
             (accounts.get(node_of(id) or NodeId("")), at + STOPPING_S) for id, at in self._victims.items()

@@ -1,4 +1,4 @@
-"""Priorities of services (label ``skep.priority``): which tasks are decided first."""
+"""Priorities of services (label ``skep.priority``), which decide whose tasks are decided first."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -11,7 +11,9 @@ from skep.model.task import Task
 from skep.store.interface import Commit, Updated, View
 
 HELD_S: Final = 0.5
-"""Seconds before tasks of lower priority may take an ended task's resources: its successor arrives in that time."""
+"""Seconds before tasks of lower priority may take the resources of an ended task, so that its successor can arrive
+first.
+"""
 
 
 class Priorities:

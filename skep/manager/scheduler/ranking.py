@@ -1,7 +1,7 @@
-"""Nodes in order of preference, kept over many decisions without sorting them again.
+"""Keeps nodes in order of preference over many decisions, without sorting them again.
 
-A node's rank gets worse (it is assigned a task) far more often than better, so it is only recalculated when the node
-comes first.  A caller that improves a rank (a task ended, the node changed) must enter the node again.
+A node's rank gets worse (by an assigned task) far more often than better, so it is only recalculated when the node
+comes first.  A caller that improves a rank (after a task ended or the node changed) must enter the node again.
 """
 
 import heapq
@@ -18,14 +18,16 @@ Rank: TypeAlias = tuple[Any, ...]
 The last element is the node's id, so no two nodes are equal and the order of entering is irrelevant."""
 
 Entry: TypeAlias = tuple[Any, ...]
-"""``(*rank, serial, changes of the account, account)``: flat, since nested tuples compare at half the speed."""
+"""``(*rank, serial, changes of the account, account)``.  The tuple is flat, because nested tuples compare at half the
+speed.
+"""
 
 
 CHECKED_MAX = 100
-"""Accounts that ``first`` drops or ranks again in one call, which takes a millisecond."""
+"""Largest number of accounts that ``first`` drops or ranks again in one call, which takes a millisecond."""
 
 STALE_MAX = 64
-"""Outdated entries, beyond the number of nodes, that are kept before they are dropped."""
+"""When there are this many more outdated entries than nodes, they are dropped."""
 
 
 def rank_of(entry: Entry) -> Rank:
@@ -69,7 +71,7 @@ class Ranking:
         """Whether all its nodes are also in ``other``."""
         if len(self) > len(other):
             return False
-        known = self._within  # needed for each choice, and thousands of ids are compared
+        known = self._within  # cached, because each choice needs it and it compares thousands of ids
         if known is not None and known[:3] == (other, self._changes, other._changes):
             return known[3]
         is_within = self._serials.keys() <= other._serials.keys()
@@ -118,7 +120,9 @@ class Ranking:
         return *self._rank(account), serial, account.changes, account
 
     def _drop_stale(self) -> None:
-        """Drop outdated entries.  Each change of a node adds one, and if the node never comes first it would stay."""
+        """Drop outdated entries.  Each change of a node adds an entry, which would stay forever if the node never comes
+        first.
+        """
         self._heap = [entry for entry in self._heap if self._serials.get(entry[-1].node.id) == entry[-3]]
         heapq.heapify(self._heap)
 

@@ -1,4 +1,6 @@
-"""A task's requirements of a node.  Tasks of one service and version share them, so they are derived once."""
+"""The requirements that a task has of a node.  Tasks of one service and version share them, so they are derived
+once.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
@@ -90,7 +92,7 @@ def requirements_of(
 
 
 class RequirementsCache:
-    """Cache of the last ``requirements_of``: tasks without a service often come in series with equal specs."""
+    """Cache of the last ``requirements_of``, because tasks without a service often come in series with equal specs."""
 
     def __init__(self) -> None:
         self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None

@@ -1,4 +1,4 @@
-"""Tasks that return to the node where a local volume has their slot's data (label ``skep.volume-affinity``)."""
+"""Lets tasks return to the node where a local volume has their slot's data (label ``skep.volume-affinity``)."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class Returning:
         self._accounting = accounting
 
     def has_home(self, task: Task, view: View) -> bool:
-        """Whether a pending task's slot has such data and its service's policy is not ``spread``."""
+        """Return whether the slot of a pending task has such data and the service's volume affinity is not ``none``."""
         if task.node_id or task.spec_version is None or not local_volumes(task.spec):
             return False
         service = view.lookup(Service, task.service_id)
@@ -39,7 +39,8 @@ class Returning:
         )
 
     def decide(self, task: Task, requirements: Requirements, view: View) -> Assignment | Refusal | str:
-        """Assign the task to its node, refuse it with the reason to wait, or say why its data is elsewhere.
+        """Assign the task to the node with its data, refuse it with a reason to wait, or return why it starts away from
+        its data.
 
         An empty string means that the slot has no data.  An assignment is reserved in the accounting.
         """
@@ -54,7 +55,7 @@ class Returning:
         for home in homes:
             account = self._accounting.accounts.get(home.node_id)
             if account is None:
-                continue  # removing a node abandons its volumes
+                continue  # a removed node's volumes are given up
             copies = self._accounting.copies(task.service_id)[home.node_id]
             refusing = first_refusing(requirements, account, copies)
             if refusing is None:
@@ -74,7 +75,7 @@ def _homes(task: Task, service: Service, view: View, index: VolumeIndex) -> Sequ
 
 
 def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
-    """Whether an earlier task of the slot holds resources of the node that it is about to release.
+    """Return whether an earlier task of the slot will soon release resources of the node.
 
     A stop-first update stops it when the new task is refused.  A start-first update never does.
     """

@@ -1,15 +1,16 @@
-"""The choice among the nodes that can run a task.
+"""Chooses among the nodes that can run a task.
 
-Nodes are compared, in this order, by the service's repeated recent failures there, the tasks of the service, the used
-share of the tightest resource that the task reserves, all tasks (both relative to the part of the node that its
-measured load leaves free, ``load.py``), and finally their ids.  Tasks whose slots are being reassigned do not count as
-tasks of the service: an update must not avoid the nodes that it frees.  Placement preferences come before that.  They
-divide the nodes into a tree of branches (by a label's values).  Each task is assigned to the branch with the fewest
-tasks of the service, and among equal branches to the branch with the best node.
+Placement preferences come first.  They divide the nodes into a tree of branches by the values of labels.  Each task is
+assigned to the branch with the fewest tasks of the service, and among equal branches to the branch with the best node.
+Nodes are compared, in this order, by the service's repeated recent failures there, the number of its tasks, the used
+share of the tightest resource that the task reserves, the number of all tasks, and finally their ids.  The used share
+and the number of all tasks are relative to the part of the node that its measured load leaves free (``load.py``).
+Tasks whose slots are being reassigned do not count as tasks of the service, because an update must not avoid the nodes
+that it frees.
 
 One ``Spread`` assigns tasks of one service with the same requirements.  Each choice must be reserved in the accounting
-before the next.  For a service on few nodes it skips these in the order that all services share.  A service on many
-nodes has its own order of all nodes.
+before the next one.  All services share one order of nodes.  A service on few nodes skips its own nodes in that order.
+A service on many nodes has its own order of all nodes.
 
 Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 """
@@ -30,7 +31,7 @@ MAX_FAILURES = 5
 """Recent failures from which on a node is only chosen if no other passes, as in swarmkit (maxFailures)."""
 
 KEPT_SPREADS = 16
-"""Large groups whose spread is kept between their batches."""
+"""Largest number of large groups whose spread is kept between their batches."""
 
 
 class Spread:
@@ -44,7 +45,8 @@ class Spread:
         self.counts = bool(requirements.service_id)
         """Whether assigned tasks count for the next ones.
 
-        They do not for tasks without a service, nor for first tasks that are assigned by their shape."""
+        False for tasks without a service, and for first tasks that are assigned by their shape.
+        """
         self.ranks_all = False
         """Whether all nodes are in its own order, because the service runs on many."""
         self._requirements = requirements
@@ -184,7 +186,7 @@ class Spread:
 
 
 class Choices:
-    """Spreads that are reused: for the batches of large groups, and for the first tasks of all services."""
+    """Keeps spreads for reuse, by the batches of large groups and by the first tasks of all services."""
 
     def __init__(self, accounting: Accounting) -> None:
         self.accounting = accounting
@@ -194,7 +196,8 @@ class Choices:
     def is_first(self, requirements: Requirements, now: float) -> bool:
         """Whether a single task may be assigned by the shape of its requirements, together with others.
 
-        For a service without tasks and failures all nodes are alike.  ``now`` is on the clock of ``record_failure``.
+        It may if the service has no tasks and failures, because all nodes are then alike.  ``now`` is on the clock of
+        ``record_failure``.
         """
         return (
             not self.accounting.copies(requirements.service_id)
@@ -230,8 +233,8 @@ class Choices:
 def failing_nodes(accounting: Accounting, requirements: Requirements, now: float) -> dict[NodeId, int]:
     """Return the nodes where such tasks failed too often recently, and how often.
 
-    ``now`` is on the clock of ``record_failure``.  Tasks without a service are unrelated, so a failure of one says
-    nothing about the next.
+    ``now`` is on the clock of ``record_failure``.  Failures of tasks without a service do not count, because such tasks
+    have nothing in common.
     """
     if not requirements.service_id:
         return {}
@@ -290,7 +293,7 @@ class _Leaf:
             id = account.node.id
             if id not in self._spread.failing and not self._spread.copies(account):
                 if self._spread.has_capacity(account):
-                    return first  # if a task is leaving, one more fits anyway
+                    return first  # a task that is leaving does not count, so one more fits anyway
             elif id not in self.own and self._spread.has_capacity(account):
                 self.enter(account)
             self._aside.append(fresh.set_aside())
@@ -307,8 +310,9 @@ class _Fork:
         self._last_taken: tuple[int, Leaf, _Leaf | _Fork] | None = None
         """The child that returned the last node.
 
-        It is ranked again before the next choice, when that node is reserved: a child that is divided further may have
-        become better, because another of its branches now has the fewest tasks."""
+        It is ranked again before the next choice, after that node is reserved.  A child that is divided further may
+        have become better, because another of its branches now has the fewest tasks.
+        """
         for tasks, path, child in children:
             self._enter(tasks, path, child)
 

@@ -1,8 +1,8 @@
-"""Tasks that stay on a node whose disk is full, because they take over a slot that the node had before.
+"""Lets tasks stay on a node whose disk is full if they take over a slot that the node had before.
 
-A full node receives no new tasks.  A task that replaces a task of the same slot there is not new: otherwise a crash on
-a cluster whose disks are full would end a service that Docker would have restarted.  Any other node that can run the
-task comes first, except for the data of the slot's local volumes (``returning``).
+A node with a full disk receives no new tasks.  A task that replaces a task of the same slot there does not count as
+new.  Otherwise, on a cluster with full disks, a crash would end a service that Docker would have restarted.  Other
+nodes that can run the task come first, unless the slot has data in local volumes (``returning``).
 """
 
 from msgspec.structs import replace

@@ -1,6 +1,6 @@
-"""Which cluster volumes a task can use on a node: by topology, scope, sharing and availability.
+"""Decides which cluster volumes a task can use on a node, by topology, scope, sharing and availability.
 
-A volume for one node stays with the node on which it is published until it is completely unpublished there.  The
+A volume with scope single stays on the node where it is published until it is completely unpublished there.  The
 scheduler waits for that, so that two nodes never write to one disk.
 
 Source: swarmkit, manager/scheduler/volumes.go.
@@ -72,17 +72,19 @@ class _Known:
 
     @property
     def is_open(self) -> bool:
-        """Whether a node where it is not yet can use it, at least to read."""
+        """Whether a node on which it is not published can use it, at least read-only."""
         is_usable, has_scope, has_sharing, _, has_space = self.limits
         return min(is_usable, has_scope, has_sharing, has_space) > 0
 
 
 _Order: TypeAlias = tuple[int, str, VolumeId]
-"""Number of users, and name: the least used volume of a group is chosen first."""
+"""Number of users, then name.  The least used volume of a group is chosen first."""
 
 
 class _Candidates:
-    """Volumes that a mount's source may refer to, in order, so that a node's volume is found without checking each."""
+    """The volumes that a mount's source may refer to, in order, so that a volume for a node is found without checking
+    each.
+    """
 
     def __init__(self) -> None:
         self.all: list[_Order] = []
@@ -159,7 +161,9 @@ class VolumeUses:
             self._enter(known)
 
     def release(self, task_id: TaskId, uses: Iterable[VolumeUse]) -> Sequence[VolumeId]:
-        """Remove a task's volumes.  Returns the volumes that a node that was excluded may now be able to use."""
+        """Remove a task's volumes.  Returns those of them that a node may be able to use now although it could not
+        before.
+        """
         freed = []
         for use in uses:
             known = self._known.get(use.volume_id)

@@ -1,8 +1,8 @@
-"""Decides about a scheduled job: start a run, skip a due time, or do nothing yet.  Pure.
+"""Decides whether to start a run of a scheduled job, to skip a due time, or to do nothing yet.  Pure.
 
-Each due time is decided once.  The decision is written with the time up to which all are decided (``settled``), in one
-transaction with the run that it starts.  So a due time never has a second run, whichever manager leads, and whatever
-its clock says.  If several passed while no manager led, only the last may still run.
+Each due time is decided once.  One transaction writes the decision, the run that it starts, and the time up to which
+all due times are decided (``settled``).  So a due time never causes a second run, whichever manager leads, and whatever
+its clock shows.  If several due times passed while no manager led, only the last may still cause a run.
 """
 
 from msgspec.structs import replace
@@ -40,7 +40,7 @@ def decided(view: View, service: Service, schedule: Schedule, now_ns: int) -> Jo
 
 
 def _running_where(view: View, service: Service) -> str | None:
-    """Return where the current run still runs, as a clause, or None if the next run may start.
+    """Return a clause that says where the current run is still active, or None if the next run may start.
 
     A global job is delayed by nodes that run it, not by a node that is down or lacks resources for it.
     """

@@ -1,1 +1,1 @@
-"""The cluster's rows for the dashboard: one snapshot and differences, for all viewers of a manager."""
+"""The rows of the cluster for the dashboard.  All viewers of a manager share one snapshot and its differences."""

@@ -1,4 +1,4 @@
-"""Builds rows from objects: which rows an event affects, and their current contents.
+"""Builds rows from objects.  It finds the rows that an event affects, and their current contents.
 
 Level-triggered: an event names keys, and each row is rebuilt from the current state of the store.
 """
@@ -45,7 +45,9 @@ WATCHED: tuple[type[Object], ...] = (Service, Task, Node, Network, Secret, Confi
 GLOBALS = Key("globals", "")
 """A pseudo key for all global services, whose wanted tasks depend on the nodes."""
 _EXPLAINED_MAX = 2_000
-"""Tasks up to which a service's state is explained.  An explanation takes a few microseconds for each task."""
+"""Largest number of tasks with which a service's state is explained.  An explanation takes a few microseconds for each
+task.
+"""
 _KIND_OF: Mapping[type[Object], str] = {
     Node: "nodes",
     Task: "tasks",
@@ -101,20 +103,20 @@ def _of_tasks(tasks: Sequence[Task]) -> Iterator[Key]:
 class Builder:
     """Builds rows.
 
-    It keeps facts that no object in the store has: which services name a network, secret, config or stack, and which
-    configs record revisions of a stack.
+    It keeps facts that cannot be looked up in the store: which services name a network, secret, config or stack, and
+    which configs record revisions of a stack.
     """
 
     def __init__(self) -> None:
         self._named: dict[str, frozenset[Key]] = {}
-        """Service -> keys that it names."""
+        """The keys that a service names, by service."""
         self._users: dict[Key, set[str]] = {}
         self._revisions: dict[str, dict[str, RevisionRow]] = {}
-        """Stack -> config -> revision."""
+        """Revisions by stack and config."""
         self._records: dict[str, str] = {}
-        """Config -> stack."""
+        """The stack of each config that records a revision."""
         self._loops_end: dict[str, int] = {}
-        """Service -> Unix time in nanoseconds at which the next of its running tasks ends a crash loop."""
+        """Unix time in nanoseconds at which the next running task of a service ends its crash loop, by service."""
 
     def next_due_ns(self) -> int | None:
         """Return the Unix time at which a row may change without a change in the store, or None."""
@@ -125,8 +127,8 @@ class Builder:
         return {Key("services", id) for id, ends_ns in self._loops_end.items() if ends_ns <= now_ns}
 
     async def service(self, view: View, id: str, now_ns: int) -> tuple[Row | None, frozenset[Key]]:
-        """Return the row of a service, or None if it does not exist, and the keys that it started or
-        stopped to name.
+        """Return the row of a service, or None if it does not exist, and the keys that it names now but did not before,
+        or the reverse.
         """
         service = view.lookup(Service, ServiceId(id))
         if service is not None and service.removed_at is not None:

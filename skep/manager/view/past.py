@@ -20,7 +20,7 @@ async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -
     stacks: set[Key] = set()
     for key in sorted(
         keys, key=lambda key: key.kind != "services"
-    ):  # services first: the other rows name them
+    ):  # Services come first, because other rows name them.
         if key.kind == "services":
             row, touched = await builder.service(view, key.id, now_ns)
             stacks |= {one for one in touched if one.kind == "stacks"}

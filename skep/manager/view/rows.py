@@ -33,15 +33,15 @@ from skep.store.kinds import spec_of
 STACK_LABEL = "com.docker.stack.namespace"
 """The label that names the stack of an object."""
 _TEXT_MAX = 500
-"""Characters of a reason or an error.  An error may contain a megabyte of a container's output."""
+"""Longest reason or error in a row, in characters.  An error may contain a megabyte of a container's output."""
 _LABELS_MAX = 32
-"""Labels of an object in one row."""
+"""Largest number of an object's labels in one row."""
 _FAILING_MAX = 50
-"""Failing paths of a node in one row."""
+"""Largest number of a node's failing paths in one row."""
 _VOLUMES_MAX = 100
-"""Volumes of a node in one row."""
+"""Largest number of a node's volumes in one row."""
 _REVISIONS_MAX = 20
-"""Revisions of a stack in one row."""
+"""Largest number of a stack's revisions in one row."""
 _NANO = 1e9
 
 
@@ -379,8 +379,8 @@ def _error(view: View, task: Task) -> str:
         slot = slot_in(view, task)
         ids = {task.node_id, *(one.node_id for one in slot)}
         known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
-        # The largest of a few nodes is not the cluster's largest.  Not all nodes are read, because every waiting task
-        # has a row.
+        # For a pending task no nodes are passed, because a reason may name the largest node, which may not be among
+        # these few. Reading all nodes would cost too much, because every waiting task has a row.
         is_pending = status.state is TaskState.PENDING
         ports = host_ports(spec_of(view, task)) if is_pending else ()
         problem = problem_of(task, slot, {} if is_pending else known, ports=ports)

@@ -1,11 +1,12 @@
 """The rows of a view, and the steps in which they changed.  Pure: no clock, no I/O.
 
 Rows are kept as JSON, each encoded once for all viewers.  A *step* is a set of keys whose rows changed together.  The
-only state of a viewer is the number of its last step.  It lacks the union of the later steps' keys, and gets their rows
-in the current state.  So a slow or disconnected viewer costs nothing and gets each row once.
+only state of a viewer is the number of the last step that it has received.  It then gets the current rows of all keys
+in later steps.  So a slow or disconnected viewer costs nothing, and gets each row once.
 
-A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.events``: the rows show at least that revision of the
-store.  Any manager can resume from it.  Rows are complete, so rows that the viewer may already have are sent again.
+A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.events``.  It means that the viewer's rows show at least
+that revision of the store.  Any manager can resume from it.  Rows are complete, so it does no harm to send rows again
+that the viewer already has.
 """
 
 from collections import deque
@@ -19,9 +20,9 @@ from skep.manager.view.rows import Row
 KINDS: Final = ("nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets", "configs")
 CLUSTER: Final = "cluster"
 STEPS_MAX: Final = 1024
-"""Steps that are kept for slow viewers."""
+"""Number of steps that are kept for slow viewers."""
 KEYS_MAX: Final = 5_000
-"""Rows of one difference.  A viewer that lacks more gets a snapshot."""
+"""Largest number of rows in one difference.  A viewer that lacks more rows gets a snapshot."""
 
 _encoder = msgspec.json.Encoder()
 
@@ -97,7 +98,7 @@ class Table:
         self._encoded.clear()
         self._snapshot = None
         if self.number == 1:
-            self._floor = (1, revision)  # everything is new, so viewers need a snapshot
+            self._floor = (1, revision)  # all rows are new, so viewers need a snapshot
         else:
             self._steps.append(_Step(self.number, revision, frozenset(self._changed)))
             if len(self._steps) > STEPS_MAX:

@@ -1,7 +1,7 @@
-"""The steps for one cluster volume, from its stored state and the nodes that need it.  Pure.
+"""Decides the next steps for one cluster volume, from its stored state and the nodes that need it.  Pure.
 
-Each driver call is announced in the store before it is made.  So the store alone says where a volume may be, whichever
-manager led when the call was sent and whatever its result was.  An entry on a node only moves forward::
+Each driver call is announced in the store before it is made.  So the store always shows where a volume may be,
+whichever manager made a call and whatever its result was.  An entry on a node only moves forward::
 
     (none) -> pending-publish -> published -> pending-node-unpublish -> pending-controller-unpublish -> (none)
                      |                |                                              ^
@@ -9,14 +9,14 @@ manager led when the call was sent and whatever its result was.  An entry on a n
 
 The node receives a volume while it is ``published``, and the order to unmount it in ``pending-node-unpublish``.  Only
 the node's report, or its removal from the cluster, ends that state.  Before the order is sent, the entry is *closing*
-for one step: an assignment by the scheduler compares the volume, so after that commit no further task can use it.  So a
-volume is never taken from a node that may be using it.  A volume for a single node is announced for a second node only
-when the first has no entry.
+for one step.  An assignment by the scheduler compares the volume, so after that commit no further task can use it.
+Therefore a volume is never taken from a node that may be using it.  A volume with scope single is announced for a
+second node only once the first has no entry.
 
-The store can be wrong about that in two cases: after the restore of a backup, which is older than the last calls, and
-if a driver has an earlier volume with the same name.  Then every node that has the driver is asked to unpublish the
-volume (``doubted``), except for nodes whose tasks need it.  A volume for a single node is published there after all
-others have done so.
+The store can be wrong in two cases: after the restore of a backup, which is older than the last calls, and if a driver
+has an earlier volume with the same name.  Then every node that has the driver is ordered to unpublish the volume
+(``doubted``), except for nodes whose tasks need it.  A volume with scope single is published there once all other nodes
+have done so.
 
 Source: swarmkit, manager/csi/manager.go, manager/scheduler/volumes.go (freeVolumes).
 """
@@ -45,38 +45,39 @@ from skep.model.volume import (
 FindNode: TypeAlias = Callable[[NodeId], Node | None]
 
 REMOVED_S = 30.0
-"""Seconds from the removal of a node until its single-writer volumes are taken from it.
+"""Seconds from the removal of a node until its single-writer volumes may be published elsewhere.
 
-The node reaches a manager within seconds, and stops its containers within ``agent.worker.REMOVED_GRACE_S``."""
+The node reaches a manager within seconds, and stops its containers within ``agent.worker.REMOVED_GRACE_S``.
+"""
 
 _NAMES_MAX = 5
 """Maximum nodes that a message names."""
 
 
 class Create(msgspec.Struct, frozen=True):
-    """Have the driver create the volume, or return the existing one.  Announced by ``is_creating``."""
+    """Let the driver create the volume, or return the existing one.  Announced by ``is_creating``."""
 
 
 class Delete(msgspec.Struct, frozen=True):
-    """Have the driver delete the volume."""
+    """Let the driver delete the volume."""
 
 
 class Publish(msgspec.Struct, frozen=True):
-    """Have the driver's controller make the volume available on a node."""
+    """Let the driver's controller make the volume available on a node."""
 
     node_id: NodeId
     driver_node_id: str
 
 
 class Unpublish(msgspec.Struct, frozen=True):
-    """Have the driver's controller undo ``Publish``."""
+    """Let the driver's controller undo ``Publish``."""
 
     node_id: NodeId
     driver_node_id: str
 
 
 class Forget(msgspec.Struct, frozen=True):
-    """Remove the object: the driver was never asked for the volume, or has deleted it."""
+    """Remove the object, because the driver never got a request for the volume, or has deleted it."""
 
 
 Step: TypeAlias = Create | Delete | Publish | Unpublish | Forget
@@ -110,7 +111,8 @@ def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
 
 
 def doubted(volume: Volume, needed: Set[NodeId], nodes: Iterable[Node]) -> Volume:
-    """Return ``volume`` as if it may be on every node from which it is accessible, whatever the store says.
+    """Return ``volume`` with entries on every node from which it is accessible, because it may be there whatever the
+    store says.
 
     Applying it twice changes nothing.  If space runs out, nodes without an entry are left out.
     """
@@ -128,11 +130,11 @@ def doubted(volume: Volume, needed: Set[NodeId], nodes: Iterable[Node]) -> Volum
             if left < 0:
                 break
             statuses.append(found)
-    # A call without the node's id in the driver would mean all nodes.
+    # In a call to the driver, an empty node id would mean all nodes.
     entries = [_doubtful(one, one.node_id in needed) if one.driver_node_id else one for one in statuses]
     return replace(
         volume,
-        is_creating=volume.info is None,  # the driver may have been asked for it since
+        is_creating=volume.info is None,  # the driver may have got a request for it since
         publish_status=tuple(sorted(entries, key=lambda one: one.node_id)),
     )
 
@@ -150,7 +152,7 @@ def _doubtful(status: PublishStatus, is_needed: bool) -> PublishStatus:
 def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
     """Yield the driver calls that a ``settled`` volume needs now, independent of each other."""
     if volume.info is None:
-        # A requested volume may exist: its id is requested again, to delete it.
+        # A volume that was requested may exist, so its id is requested again in order to delete it.
         yield Forget() if volume.pending_delete and not volume.is_creating else Create()
         return
     if volume.pending_delete and not volume.publish_status and not needed:
@@ -185,7 +187,7 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
         case PublishState.PENDING if status.is_doubtful and node is not None:
             return replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, message="")
         case PublishState.PENDING:
-            # Without the node's id no call was made.  With it, a call may have reached the driver.
+            # If the node's id is missing, no call was made. Otherwise a call may have reached the driver.
             return replace(status, state=PublishState.PENDING_UNPUBLISH) if status.driver_node_id else None
         case PublishState.PUBLISHED if node is None:
             return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
@@ -206,7 +208,7 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
 
 
 def _found(status: PublishStatus, node: Node | None, driver: str) -> PublishStatus:
-    """Add the node's id in the driver.  The first id that is found stays, since calls may have been made with it."""
+    """Add the node's id in the driver.  The first id is kept, because calls may have been made with it."""
     if status.driver_node_id or node is None:
         return status
     for info in node.description.csi_info:

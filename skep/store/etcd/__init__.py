@@ -1,4 +1,4 @@
-"""The store on etcd: a supervised member, and its client.
+"""The store on etcd, with a supervised member and its client.
 
 ::
 

@@ -1,15 +1,15 @@
-"""Group commit: the proposals that are queued while a raft entry is in flight share the next one.
+"""Group commit.  The proposals that are queued while a raft entry is in flight share the next entry.
 
 Each proposal is a nested transaction with its own compares, so a proposal with a conflict fails alone.  Two entries are
-in flight at a time, without a timer.  etcd evaluates all compares of an entry on the state before it.  So
-proposals share an entry only if neither reads what the other writes (``Footprint``), and a proposal that conflicts with
-an entry in flight waits.
+in flight at a time.  No timer delays an entry. etcd evaluates all compares of an entry on the state before the entry.
+Therefore proposals share an entry only if neither reads what the other writes (``Footprint``), and a proposal that
+conflicts with an entry in flight waits.
 
-**Unknown outcomes.**  Every entry compares the key ring and this manager's *writer epoch*, a key that only this manager
-writes.  When a response does not arrive, the epoch is advanced: from then on the lost entry can never take effect.  The
-epoch's new value is random, so that the watch proves the write as well as a response does.  A slow store may never
-respond in time.  The replica at that revision decides: a proposal whose first write appeared is committed, and any
-other proposal is sent again.
+**Unknown outcomes.** Every entry compares the key ring and this manager's *writer epoch*, a key that only this manager
+writes.  If a response does not arrive, this manager advances the epoch.  From then on, the lost entry can never take
+effect.  The epoch's new value is random, so if the watch shows it, the epoch is advanced even if that write got no
+response either, as on a slow store.  Then the replica at that revision decides.  A proposal whose first write appeared
+there is committed, and any other is sent again.
 """
 
 import asyncio
@@ -38,28 +38,30 @@ from skep.store.replica import Replica
 log = structlog.get_logger()
 
 QUEUE_MAX = 10_000
-"""Maximum proposals in the queue.  More are refused, so that a stalled store does not exhaust the memory."""
+"""Maximum proposals in the queue.  Further ones are refused, so that a stalled store does not exhaust the memory."""
 
 BATCH_PROPOSALS_MAX = 100
-"""Writes in one transaction."""
+"""Maximum proposals of a batch."""
 BATCH_BYTES_MAX = 1024 * 1024
-"""Limits of a batch, below etcd's 1.5 MiB per request."""
+"""Maximum bytes of a batch, below etcd's 1.5 MiB per request."""
 ETCD_OPERATIONS_MAX = MAX_OPERATIONS - 1
-"""Limit of a batch's proposals plus the operations of its largest one.  The batch itself has two compares."""
+"""Limit of the number of a batch's proposals plus the operations of its largest one.  The batch adds two compares
+itself.
+"""
 
 IN_FLIGHT_MAX = 2
-"""Entries in flight at a time."""
+"""Maximum entries in flight at a time."""
 
 SLOW_S = 0.25
-"""Seconds for an entry, from which on the disk counts as slow."""
+"""If an entry takes this many seconds, the disk counts as slow."""
 IN_FLIGHT_MAX_SLOW = 8
-"""Entries in flight while an entry takes ``SLOW_S``: otherwise a write would wait for two entries in a row."""
+"""Maximum entries in flight on a slow disk.  With two, a write would have to wait for two entries in a row."""
 
 EPOCH_BYTES = 16
-"""Random bytes that no other writer chooses."""
+"""Bytes of a random epoch.  They suffice to make it unique."""
 
 YIELD_EVERY = 25
-"""Proposals encrypted and encoded between two returns to the event loop."""
+"""Number of proposals that are encrypted and encoded before other tasks of the event loop run."""
 
 
 class QueuedProposal:
@@ -74,7 +76,7 @@ class QueuedProposal:
         """Number of operations as etcd counts them, with the fence and the marker."""
         self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
         self.is_in_flight = False
-        """Whether it is in an entry that may take effect, now or later."""
+        """Whether it is in an entry that may still take effect."""
         self._late: asyncio.Future[Outcome | SkepError] | None = None
 
     def resolve(self, outcome: Outcome | SkepError) -> None:
@@ -91,7 +93,7 @@ class QueuedProposal:
             self.resolve(Unavailable("the writer was cancelled"))
 
     def late_outcome(self) -> "asyncio.Future[Outcome | SkepError] | None":
-        """Return the outcome of a proposal whose writer was canceled, or None if it was never sent."""
+        """Return the future outcome of a proposal whose writer was cancelled, or None if it was never sent."""
         if self.outcome.done() and not self.outcome.cancelled():
             return self.outcome
         self.outcome.cancel()
@@ -104,7 +106,7 @@ class Batch:
     """Proposals that share one raft entry, in order, and the request that they are encoded into.
 
     Attributes:
-        resets: How often the replica had been reloaded when the batch was made.
+        resets: Number of reloads of the replica when the batch was created.
         ring_revision: Revision of the key ring at that time.
     """
 
@@ -117,7 +119,7 @@ class Batch:
         self.markers: list[Marker] = []
         """Markers of the encoded proposals."""
         self.response: Awaitable[pb.TxnResponse] | None = None
-        """Set when the request was sent."""
+        """Set once the request is sent."""
         self.sent_at = 0.0
         self._size_bytes = 0
         self._operations_max = 0
@@ -143,9 +145,10 @@ class Batch:
 
 
 def fill_batch(batch: Batch, queue: deque[QueuedProposal], in_flight: list[Footprint]) -> Batch:
-    """Move the proposals that can be sent together now from ``queue`` to ``batch``.  The rest keeps its order.
+    """Move the proposals that can be sent together now from ``queue`` to ``batch``.  The others keep their order.
 
-    A proposal stays queued if it conflicts with entries in flight, with this batch, or with earlier ones in the queue.
+    A proposal stays queued if it conflicts with entries in flight, with this batch, or with earlier proposals in the
+    queue.
     """
     left: list[QueuedProposal] = []
     ahead = Footprint()
@@ -186,7 +189,7 @@ class Batcher:
         self._epoch_value = b""
         self._epoch_revision = 0
         self._advancing: asyncio.Future[int] | None = None
-        """The revision of the writer epoch that is being written.  Until it is known, nothing is sent."""
+        """The future revision of the writer epoch that is being written.  Nothing is sent until it is known."""
         self._timeout = AdaptiveTimeout()
         self.acknowledged = 0
         """The last revision at which a write may have been acknowledged to its writer."""
@@ -200,7 +203,7 @@ class Batcher:
         self._markers: dict[bytes, tuple[Marker, QueuedProposal]] = {}
         self._marker_numbers = count()
         self._spare_marker_keys: list[bytes] = []
-        """Marker keys of earlier deletions, for reuse."""
+        """Marker keys of earlier deletions, which are used again."""
         self._observed: dict[QueuedProposal, int] = {}
 
     async def propose(
@@ -208,9 +211,9 @@ class Batcher:
     ) -> Sequence[Outcome | SkepError]:
         """Commit proposals.  Implements ``updates.Propose``.
 
-        The term ends if its fence failed or an outcome is unknown: writes that may still take effect are void as soon
-        as this or another manager has begun the next term.  It also ends if its writer is cancelled and the outcome of
-        the sent proposals does not show soon.
+        The term ends if its fence failed or an outcome is unknown, because the next term, of this or another manager,
+        voids all writes that may still take effect.  It also ends if its writer is cancelled and the outcome of the
+        sent proposals does not become known soon.
         """
         if term is None:
             return await self._propose(proposals, None)
@@ -250,17 +253,18 @@ class Batcher:
                 await self._replica.wait_reached(outcome.revision)
 
     async def run(self) -> None:
-        """Send until cancelled."""
+        """Send queued proposals until cancelled."""
         await self._advance_epoch()
         async with asyncio.TaskGroup() as group:
             for number in range(IN_FLIGHT_MAX_SLOW):
                 group.create_task(self._work(), name=f"batcher-{number}")
 
     def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
-        """Handle a write that the watch has brought, before the replica shows it.
+        """Handle a write that the watch has delivered, before the replica shows it.
 
-        Resolves the proposal before etcd's response, which arrives after the watch in about half of all cases, and
-        after all coroutines that the commit wakes.  Only for encrypted values, which no other manager can have written.
+        It resolves the proposal before etcd's response arrives.  In about half of all cases the response arrives after
+        the watch, and it would be handled after all coroutines that the commit wakes.  This works for encrypted values
+        only, because no other manager can have written the same bytes.
         """
         found = self._markers.get(key)
         if found is not None and found[0].value == value:
@@ -284,7 +288,7 @@ class Batcher:
     def _send_queued(self) -> None:
         """Assign batches of sendable proposals to idle workers.
 
-        A small batch is sent before this returns, instead of when the event loop runs its worker.
+        A small batch is sent before this returns, and not only when the event loop runs its worker.
         """
         while self._queue and self._idle_workers and self._advancing is None and self._may_send():
             if self._idle_workers[0].done():
@@ -359,7 +363,7 @@ class Batcher:
 
     def _resolve(self, batch: Batch, response: pb.TxnResponse) -> None:
         if not response.succeeded:
-            # This manager has advanced its epoch, or there is another key ring: nothing was written.
+            # This manager has advanced its epoch, or the key ring has changed. Nothing was written.
             epoch, ring = (read.response_range.kvs for read in response.responses)
             if epoch:
                 self._epoch_revision = epoch[0].mod_revision
@@ -379,7 +383,9 @@ class Batcher:
                 queued.resolve(Conflict(revision))
 
     async def _settle(self, batch: Batch) -> None:
-        """Find out the outcome of an entry without a response, and send proposals again that were not committed."""
+        """Find out the outcome of an entry that got no response, and send its proposals again if they were not
+        committed.
+        """
         revision = await self._advance_epoch()
         await self._replica.wait_reached(revision)
         if self._replica.resets != batch.resets:
@@ -396,9 +402,9 @@ class Batcher:
         self._requeue(lost)
 
     async def _advance_epoch(self) -> int:
-        """Void all entries in flight.  Returns the revision from which on they are void.
+        """Void all entries in flight.  Returns the revision after which they cannot take effect.
 
-        Concurrent calls share one write: all entries sent before it ends compare an older epoch.
+        Concurrent calls share one write, because all entries sent before it ends compare an older epoch.
         """
         if self._advancing is not None:
             return await asyncio.shield(self._advancing)

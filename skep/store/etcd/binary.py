@@ -1,6 +1,6 @@
-"""The etcd to run, and the versions that are accepted.
+"""Finds the etcd program, and checks that its version is accepted.
 
-Searched in this order: the configured path, the copy that the set-up installs in the Python environment, ``$PATH``.
+The search order is the configured path, the copy that the set-up installs in the Python environment, then ``$PATH``.
 """
 
 import re
@@ -19,13 +19,19 @@ from skep.linux.files import replace_file
 log = structlog.get_logger()
 
 OLDEST = (3, 5, 16)
-"""Older versions lose data after a crash (3.5.0-3.5.2), or do not serve clients on a unix socket (3.4)."""
+"""Older versions are refused.  They lose data after a crash (3.5.0-3.5.2), or do not serve clients on a unix socket
+(3.4).
+"""
 
 REFUSED_FROM, REFUSED_BEFORE = (3, 6, 0), (3, 6, 5)
-"""These do not start on data of 3.5 in which a member was promoted (etcd issue 19557)."""
+"""Versions from the first to before the second are refused.  They do not start on data of 3.5 in which a member was
+promoted (etcd issue 19557).
+"""
 
 RECOMMENDED = (3, 5, 26)
-"""Earlier versions do not store promotions completely, which breaks a later 3.6 (etcd issue 20797)."""
+"""Earlier versions cause a warning.  They do not store promotions completely, so that a later 3.6 fails (etcd issue
+20797).
+"""
 
 SAFE_UPGRADE_FROM = (3, 5, 24)
 """The version that must have run on a directory before 3.6 may start on it."""
@@ -56,7 +62,8 @@ def find_binary(configured: Path | None = None, remembered: Path | None = None) 
     """Return the etcd to run.
 
     Args:
-        remembered: A file that caches the version, since running ``etcd --version`` takes longer than all else here.
+        remembered: A file that caches the version, because running ``etcd --version`` takes longer than everything
+            else.
 
     Raises:
         FailedPrecondition: etcd was not found, or its version is not accepted.
@@ -70,7 +77,7 @@ def find_binary(configured: Path | None = None, remembered: Path | None = None) 
 
 
 def _known_version(path: Path, remembered: Path) -> tuple[int, int, int]:
-    """Return the version of ``path``, from the cache if that is of the same file.  Raises FailedPrecondition."""
+    """Return the version of ``path``, from the cache if it describes the same file.  Raises FailedPrecondition."""
     try:
         found = path.stat()
     except OSError:
@@ -89,7 +96,7 @@ def _known_version(path: Path, remembered: Path) -> tuple[int, int, int]:
 def version_of(path: Path) -> tuple[int, int, int]:
     """Return the version that ``etcd --version`` prints.  Raises FailedPrecondition."""
     try:
-        # Its environment is empty: etcd takes ETCD_... variables for flags.
+        # The environment is empty, because etcd takes ETCD_... variables for flags.
         ran = subprocess.run(
             [path, "--version"], env={}, capture_output=True, text=True, timeout=10, check=False
         )

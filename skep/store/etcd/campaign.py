@@ -1,12 +1,12 @@
-"""A single voter starts its election at once instead of after the election timeout.
+"""Lets a single voter start its election at once instead of after the election timeout.
 
 Raft's library has a call for that (Campaign), which SwarmKit uses and etcd does not expose.  But a member accepts raft
-messages from members, and MsgTimeoutNow, which a leader sends to transfer leadership, starts an election.  A manager
-has its member's peer certificate, so it sends this message to its own member, with that member as sender.
+messages from members.  One of them, MsgTimeoutNow, starts an election.  A leader sends it to transfer leadership.  A
+manager has its member's peer certificate, so it can send this message to its own member in that member's name.
 
-So a single member can have the timers of several from the beginning without waiting half a second at each start.  With
-other timers it would have to be restarted when a second manager joins.  Among several voters it is not used, although
-it would be safe: it starts a regular raft election.
+Thanks to that, a single member can have the same timers as one of several members, without waiting half a second at
+each start.  With other timers, it would have to restart when a second manager joins.  With several voters the message
+is not sent, although it would be safe, because it starts a regular raft election.
 
 Source: etcd 3.5, server/etcdserver/api/rafthttp/{http,peer}.go; raft/raft.go (stepFollower, MsgTimeoutNow).
 """
@@ -27,30 +27,30 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.flags import MemberSettings
 
 RESPONSE_S = 1.0
-"""Seconds for the own member, on the same machine, to accept the message."""
+"""Timeout in seconds for the member on this machine to accept the message."""
 OLDEST_PEER = "3.0.0"
-"""The oldest peer version that the request announces to support."""
+"""The oldest version of peers that the request claims to support."""
 
 
 class _Listed(msgspec.Struct):
-    """A member in the list of the peer port."""
+    """A member in the list that the peer port serves."""
 
     id: int
     name: str = ""
 
 
 async def campaign(settings: MemberSettings, version: tuple[int, int, int], clock: Clock) -> None:
-    """Send MsgTimeoutNow to the member repeatedly until cancelled, since it may not be ready yet.
+    """Send MsgTimeoutNow to the member again and again until cancelled, because the member may not be ready yet.
 
-    A member that leads, or has not applied its log, ignores it.  Failures are retried without limit: the member's own
-    election timeout has the same effect.
+    A member ignores the message if it leads already or has not applied its log.  Failures do no harm, because the
+    member's own election timeout has the same effect.
     """
     backoff = Backoff(0.005, 0.2)
     while True:
         try:
             await asyncio.to_thread(campaign_once, settings, version)
         except Unavailable:
-            pass  # not listening yet, or its certificate has expired
+            pass  # the member does not listen yet, or its certificate has expired
         await backoff.sleep(clock)
 
 
@@ -83,7 +83,7 @@ def campaign_once(settings: MemberSettings, version: tuple[int, int, int]) -> No
 
 
 def _listed(peer: http.client.HTTPConnection, name: str) -> tuple[str, int]:
-    """Return the cluster id, from a header, and the member id."""
+    """Return the cluster id, which is in a header, and the id of the member ``name``."""
     peer.request("GET", "/members")
     response, body = _response(peer)
     members = msgspec.json.decode(body, type=list[_Listed])

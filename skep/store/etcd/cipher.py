@@ -1,11 +1,12 @@
 """Encryption of stored values: AES-256-GCM with the cluster's data key.
 
-Layout of a value: one byte of layout version, four bytes of key id, twelve of nonce, the ciphertext with its tag.  The
-name of the key is the associated data, so a value cannot be moved to another key.  Names are not encrypted.
+A stored value consists of one byte for the layout version, four for the key id, twelve for the nonce, and the
+ciphertext with its tag.  The name of the store key is the associated data, so a value cannot be moved to another key.
+Names are not encrypted.
 
-The data keys are in the store, wrapped (RFC 3394) by a key outside the store, in the manager's key directory.  While it
-is being replaced a manager keeps several: all that may wrap the ring at its next start.  ``meta/...`` is not encrypted,
-because it is read before any key is known.
+The data keys are in the store.  A wrapping key, which each manager has in its key directory, encrypts them (RFC 3394).
+While the wrapping key is being replaced, a manager keeps several: all that may wrap the ring at its next start.
+``meta/...`` is not encrypted, because it is read before any key is known.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ _HEADER_BYTES = 1 + 4 + _NONCE_BYTES
 KEY_BYTES = 32
 """AES-256."""
 WRAPPING_KEYS_MAX = 16
-"""Maximum wrapping keys that are kept.  Older ones, of failed replacements, are dropped."""
+"""Maximum wrapping keys that a manager keeps.  Older ones, which failed replacements left, are dropped."""
 
 
 class Unreadable(SkepError):
@@ -55,11 +56,11 @@ class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
         return KeyRing(current=id, keys=(*self.keys, _new_key(id, wrapping_key)))
 
     def without_old_keys(self) -> "KeyRing":
-        """Return the ring with its current key only, once no value is encrypted with another."""
+        """Return the ring with its current key only.  Call it once no value is encrypted with another key."""
         return KeyRing(current=self.current, keys=tuple(key for key in self.keys if key.id == self.current))
 
     def rewrapped(self, old: bytes, new: bytes) -> "KeyRing":
-        """Return the same data keys with another wrapping key.  Raises FailedPrecondition."""
+        """Return the same data keys, wrapped with another key.  Raises FailedPrecondition."""
         return KeyRing(
             current=self.current,
             keys=tuple(
@@ -78,7 +79,7 @@ def split_keys(keys: bytes) -> tuple[bytes, ...]:
 
 
 def decoded_ring(stored: bytes) -> KeyRing:
-    """Return the ring that was stored.  Raises FailedPrecondition if it is damaged."""
+    """Decode the stored ring.  Raises FailedPrecondition if it is damaged."""
     try:
         return msgspec.json.decode(stored, type=KeyRing)
     except msgspec.DecodeError as error:
@@ -100,7 +101,7 @@ class Cipher:
 
     Attributes:
         ring_revision: Revision of the stored ring.  Every write compares it, so that nothing is encrypted with an older
-            data key once a new one is stored.
+            data key once the store has a new one.
         changed: Set whenever the ring changes.
         rewrapped: Set when its wrapping key changes.
     """
@@ -119,9 +120,9 @@ class Cipher:
         self.use(ring, ring_revision)
 
     def use(self, ring: KeyRing, revision: int) -> None:
-        """Use a changed ring.  One older than the current ring is ignored.  Raises FailedPrecondition.
+        """Use a changed ring, unless it is older than the current one.  Raises FailedPrecondition.
 
-        Removed keys are kept until the end of the process, for older events that the watch has not brought yet.
+        Removed keys are kept until the process ends, because the watch may still deliver older values.
         """
         if revision < self.ring_revision:
             return
@@ -145,7 +146,7 @@ class Cipher:
             self._wrapping_keys = (self.wrapping_key, *kept, *split_keys(wrapping_key))
 
     def new_ring(self) -> KeyRing:
-        """Return the current ring with one more data key, which is the current one."""
+        """Return the ring with one more data key, which is the new current key."""
         return self.ring.with_new_key(self.wrapping_key)
 
     def rewrapped_ring(self, wrapping_key: bytes) -> KeyRing:
@@ -157,7 +158,7 @@ class Cipher:
         return stored[1:5] == self._current
 
     def encrypt(self, key: bytes, value: bytes) -> bytes:
-        """Return ``value`` as it is stored under ``key``.  The result is unique."""
+        """Return ``value`` in the form in which ``key`` stores it.  No two results are equal."""
         # Random nonces are safe for 2**32 values per data key; `rotation` makes a new key before that.
         nonce = os.urandom(_NONCE_BYTES)
         return b"".join((_LAYOUT, self._current, nonce, self._keys[self._current].encrypt(nonce, value, key)))

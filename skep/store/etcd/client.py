@@ -1,10 +1,11 @@
-"""The client of this manager's own etcd member, over one connection to its unix socket.  Every call has a deadline.
+"""The client of this manager's own etcd member.  It uses one connection to the unix socket, and every call has a
+deadline.
 
-A call here is most of the cost of a small API request, which makes one or two.  So headers and message are sent with
-one write, and a response wakes its caller once, in however many reads it arrives.  If a connection breaks, or the peer
-closes it with GOAWAY, all its calls fail, and the next call opens another one.
+A small API request makes one or two of these calls, which are most of its cost.  Headers and message are therefore sent
+with one write, and a response wakes its caller once, in however many reads it arrives.  If a connection breaks, or the
+peer closes it with GOAWAY, all its calls fail, and the next call opens another connection.
 
-Keys here are etcd's, in full.
+Keys are complete etcd keys, with the prefix.
 """
 
 import asyncio
@@ -27,7 +28,9 @@ BOUNDS = Bounds(stream_window=8 * 1024 * 1024, connection_window=16 * 1024 * 102
 """etcd responds to a read of many keys with one message, and is trusted not to exhaust the memory with it."""
 
 WRITE_S = 1.0
-"""Seconds after which the outcome of a write is determined otherwise: a dying leader does not respond."""
+"""Timeout of a write in seconds.  A leader that is dying does not respond, so the outcome is then determined in another
+way.
+"""
 
 WRITE_S_MAX = 7.0
 """Maximum timeout of a write: etcd itself stops waiting after 5 s and two election timeouts."""
@@ -44,7 +47,7 @@ DEFRAGMENT_S = 120.0
 
 
 class AdaptiveTimeout:
-    """The timeout of a write: ``WRITE_S``, and longer while writes take longer."""
+    """The timeout of a write, which is ``WRITE_S`` or, while writes take longer, more."""
 
     def __init__(self) -> None:
         self.seconds = WRITE_S
@@ -76,13 +79,13 @@ class WatchStream:
     def offer_to(self, take: Callable[[pb.WatchResponse], bool]) -> None:
         """Call ``take`` with each response that arrives while ``receive`` waits.
 
-        If it returns True, ``receive`` does not return the response.  So a small change is processed without another
+        If it returns True, ``receive`` does not return the response.  A small change is then processed without another
         turn of the event loop.
         """
         self._stream.offer_to(lambda message: take(pb.WatchResponse.FromString(message)))
 
     async def request_progress(self) -> None:
-        """Request the revision up to which everything was sent."""
+        """Request a response with the revision up to which everything has been sent."""
         request = pb.WatchRequest(progress_request=pb.WatchProgressRequest())
         with etcd_errors():
             self._stream.send(request.SerializeToString())
@@ -114,16 +117,16 @@ class Client:
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
         """Write one key unconditionally.
 
-        It is a nested transaction, to which etcd does not apply its quota, like all writes of Skep: Skep keeps the
-        quota itself (``store.space``), and writes that determine outcomes or elect a leader must never be refused.
-        Source: etcd 3.5, server/storage/quota.go (costTxn).
+        Like all writes of Skep, it is a nested transaction, because etcd does not apply its quota to those.  Skep keeps
+        the quota itself (``store.space``), and must never be refused a write that determines an outcome or elects a
+        leader.  Source: etcd 3.5, server/storage/quota.go (costTxn).
         """
         put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
         reply = await self.txn(pb.TxnRequest(success=[nested(put)]), timeout_s=timeout_s)
         return pb.PutResponse(header=reply.header)
 
     def txn(self, request: pb.TxnRequest, *, timeout_s: float = WRITE_S) -> Awaitable[pb.TxnResponse]:
-        """Send one raft entry: compares, then writes.  With a connection it is sent at once.  Await the result."""
+        """Send one raft entry with compares and writes.  If there is a connection, it is sent before this returns."""
         message = request.SerializeToString()
         path = _path("KV/Txn")
         call = self.begin(path, message, timeout_s)
@@ -131,7 +134,7 @@ class Client:
         return _decode_response(pb.TxnResponse, response)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        """Discard history before ``revision``.  Returns when the pages in this member's file are free."""
+        """Discard the history before ``revision``.  Returns once the pages in this member's file are free."""
         request = pb.CompactionRequest(revision=revision, physical=True)
         await self._call("KV/Compact", pb.CompactionResponse, request, timeout_s)
 
@@ -157,7 +160,9 @@ class Client:
         return len(found)
 
     async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
-        """Return the members as of this member's state, or with ``is_current`` by a linearizable read."""
+        """Return the members that this member knows, or with ``is_current`` the members according to a linearizable
+        read.
+        """
         return await self._call(
             "Cluster/MemberList",
             pb.MemberListResponse,
@@ -215,7 +220,7 @@ class Client:
     async def watch(self, prefix: bytes, after: int) -> AsyncIterator[WatchStream]:
         """Watch all keys below ``prefix`` for changes after revision ``after``.
 
-        The stream ends when the member has no leader, so no message means no change.
+        The stream ends if the member loses its leader, so silence means that nothing has changed.
         """
         create = pb.WatchCreateRequest(
             key=prefix, range_end=prefix_end(prefix), start_revision=after + 1, fragment=True
@@ -246,7 +251,7 @@ class Client:
         return await call.response()
 
     def begin(self, path: str, request: bytes, timeout_s: float) -> "Call | None":
-        """Send ``request`` now.  Return its response to await, or None without a connection."""
+        """Send ``request`` now, and return the call to await its response, or None without a connection."""
         connection = self._connection
         if connection is None or connection.is_lost or connection.is_used_up:
             return None
@@ -262,7 +267,7 @@ class Client:
         metadata: tuple[tuple[str, str], ...] = (),
         is_last: bool = False,
     ) -> AsyncIterator[ClientStream]:
-        """Open a call of many messages that begins with ``request`` and ends with the context.
+        """Open a streaming call that begins with ``request`` and ends with the context.
 
         Args:
             is_last: Whether ``request`` is the only message.
@@ -290,7 +295,7 @@ class Client:
 
 
 class Call:
-    """A request that was sent, and its one response."""
+    """A call whose request was sent, with one response."""
 
     def __init__(self, connection: ClientConnection, block: bytes, request: bytes, timeout_s: float) -> None:
         self._connection = connection
@@ -323,5 +328,5 @@ def _path(name: str) -> str:
 
 
 def prefix_end(prefix: bytes) -> bytes:
-    """Return the first key after all that begin with ``prefix`` (which ends with a byte below 255)."""
+    """Return the first key after all keys that begin with ``prefix``, whose last byte is below 255."""
     return prefix[:-1] + bytes([prefix[-1] + 1])

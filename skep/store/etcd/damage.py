@@ -1,8 +1,8 @@
-"""Damage of a member's files, as error texts with the way to recover.
+"""Detects damaged files of a member, and explains how to recover.
 
-Detected before the start where possible, otherwise from etcd's last output.  etcd's own messages ("discovery failed:
-walpb: crc mismatch", "panic: cannot use none as id") name neither the file nor a remedy.  Each case was reproduced
-(``tests/integration/test_etcd_member.py``).
+It detects damage before the start if possible, and otherwise from etcd's last output. etcd's own messages ("discovery
+failed: walpb: crc mismatch", "panic: cannot use none as id") name neither the file nor a remedy.
+``tests/integration/test_etcd_member.py`` reproduces each case.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ _MESSAGES = (
     ("failed to recover v3 backend", DATABASE),
     ("invalid freelist page", DATABASE),
 )
-"""Text in etcd's last output -> error text.  The first match wins.  Source: etcd 3.5, wal, bbolt."""
+"""Pairs of a text in etcd's last output and the error text.  The first match counts.  Source: etcd 3.5, wal, bbolt."""
 
 _NOT_OF_FILES = (
     "no space left on device",
@@ -46,14 +46,14 @@ _NOT_OF_FILES = (
     "too many open files",
     "cannot allocate memory",
 )
-"""A lack of resources of the machine: the files are not damaged, and a later start may succeed."""
+"""Texts in etcd's output that mean a lack of resources.  The files are not damaged, and a later start may succeed."""
 
 _MAGIC_AT, _MAGIC = 16, bytes.fromhex("edda0ced")
 """Magic number of a bbolt database, little-endian."""
 
 
 class Damaged(FailedPrecondition):
-    """A member's files cannot be used, and a retry does not help."""
+    """A member's files are damaged, so a retry does not help."""
 
 
 def check_files(data: Path) -> None:

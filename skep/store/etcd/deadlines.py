@@ -1,13 +1,13 @@
 """Timeouts for the connections between members, which etcd fails to set.
 
-A member reads the stream of another one until the connection ends.  etcd intends to close a connection that was silent
-for 5 s (``ConnReadTimeout``), but sets the timeout on a dialer that Go's transport ignores because it has another one:
-``NewTimeoutTransport`` sets ``Dial`` where ``NewTransport`` has set ``DialContext``, in 3.5 and in 3.6.  So connections
-broken by a network partition stay open, and raft's messages are lost in them until the kernel retransmits, with
-exponential backoff: after a partition of 30 s a manager got no messages for 24 s more.
+A member reads the stream of another member until the connection ends. etcd intends to close a connection after 5 s of
+silence (``ConnReadTimeout``).  But it sets the timeout on ``Dial`` (in ``NewTimeoutTransport``), which Go's transport
+ignores, because ``NewTransport`` has already set ``DialContext``.  That is so in 3.5 and in 3.6.  Therefore connections
+that a network partition has broken stay open, and lose raft's messages until the kernel retransmits, with exponential
+backoff.  After a partition of 30 s, a manager got no messages for another 24 s.
 
-Therefore TCP timeouts are set on duplicates of etcd's descriptors.  If a connection's peer has acknowledged nothing for
-so long, both sides close it, and etcd opens a new one at once.
+This module sets TCP timeouts on duplicates of etcd's descriptors instead.  If the peer acknowledges nothing for that
+time, both sides close the connection, and etcd opens a new one at once.
 """
 
 import errno
@@ -23,24 +23,24 @@ from skep.linux.processes import borrowed
 log = structlog.get_logger()
 
 SILENT_S = 5
-"""etcd's intended value in seconds.  In both directions there is a message at least every 1.7 s."""
+"""The timeout in seconds that etcd intends.  A message is sent in each direction at least every 1.7 s."""
 _PROBES = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: SILENT_S - 2}
-"""For an end that only reads: keepalive probes after two seconds of silence, then every second."""
+"""Keepalive probes, for an end that only reads.  They start after two seconds of silence and repeat every second."""
 
 
 class Deadlines:
-    """The timeouts of one process that has TCP connections to peers only."""
+    """Sets the timeouts of one process, whose TCP connections all lead to peers."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._done: frozenset[str] = frozenset()
-        """Open sockets that were handled already, as ``/proc`` names them."""
+        """Open sockets that have their timeouts already, as named in ``/proc``."""
 
     def apply(self) -> int:
         """Set the timeouts of new connections.  Returns how many there were.
 
         Raises:
-            OSError: The process has ended, or its descriptors may not be duplicated.
+            OSError: The process has ended, or this process may not duplicate its descriptors.
         """
         done, count = set(), 0
         for name, process, number in _sockets(self._pid):
@@ -64,7 +64,7 @@ def end_connections(pid: int, port: int) -> int:
     def end(connection: socket.socket) -> bool:
         if connection.getsockname()[1] != port:
             return False
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the connection has just ended
             connection.shutdown(socket.SHUT_RDWR)
         return True
 

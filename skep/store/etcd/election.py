@@ -1,9 +1,9 @@
-"""Leader election: the manager of raft's leader leads once it has written the leader key.
+"""Leader election.  The manager whose member is raft's leader leads once it has written the leader key.
 
-The revision of that write is the fence of its term.  If the write gets no response, the key itself is read: each write
-has a nonce.  Raft's term in the record keeps a manager whose member was suspended from taking the key back.  A missing
-status response proves nothing (a defragmentation blocks it for seconds).  Only another raft leader, or a failed fence,
-ends a term.
+The revision of that write is the fence of its term.  If the write gets no response, the manager reads the key and
+compares its nonce.  The record contains raft's term, so that a manager whose member was suspended cannot take the key
+back.  If the member does not respond to a status request, that proves nothing, because a defragmentation blocks it for
+seconds.  Only another raft leader or a failed fence ends a term.
 """
 
 import asyncio
@@ -29,16 +29,19 @@ from skep.store.leadership import LeaderRecord, TermState
 log = structlog.get_logger()
 
 CANDIDATE_POLL_S = 0.15
-"""Seconds between a follower's polls of its own member for the leader.  Half of it adds to a failover on average.
+"""Seconds between two requests of a follower to its own member for the leader.  On average, half of it adds to a
+failover.
 
 Twenty polls per second were half of the idle cost of a manager and its member.
 """
 
 LEADER_POLL_S = 0.5
-"""The same for the leader.  Until it notices that it has lost leadership, the fence refuses its writes."""
+"""Seconds between these requests on the leader.  Until it notices that it has lost leadership, the fence refuses its
+writes.
+"""
 
 LEADER_POLL_ALONE_S = 2.0
-"""The same for the leader of a single member, which cannot lose leadership to another."""
+"""Seconds between these requests on a single member, which cannot lose leadership to another one."""
 
 NONCE_BYTES = 16
 """Random bytes that no other candidate chooses."""
@@ -63,13 +66,13 @@ class Election:
         self._clock = clock
         self._is_only_member = is_only_member
         self._nonce = ""
-        """Nonce of a write of the leader key without a response.  Empty if all were answered."""
+        """Nonce of a write of the leader key that got no response.  Empty otherwise."""
         self._timeout = AdaptiveTimeout()
 
     async def win_terms(self, backoff: Backoff) -> AsyncIterator[TermState]:
         """Yield a term when this manager has become leader, and end it when leadership is lost.
 
-        The caller must request the next term at once: only then is the current one monitored.
+        The caller must request the next term at once, because the current one is only monitored then.
         """
         term: TermState | None = None
         while True:
@@ -102,7 +105,7 @@ class Election:
                 await term.wait_lost()
 
     async def _claim(self, raft_term: int) -> TermState | None:
-        """Write the leader key, unless its record has a later raft term, or another manager's of this term."""
+        """Write the leader key, unless its record has a later raft term, or is another manager's of the same term."""
         name = etcd_key(keys.LEADER)
         read = await self._client.range(pb.RangeRequest(key=name))
         seen = 0

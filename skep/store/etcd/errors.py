@@ -12,15 +12,15 @@ from skep.store.updates import NO_LEADER
 
 
 class Uncertain(Unavailable):
-    """No response: the request may have taken effect, or may still do so."""
+    """No response arrived.  The request may have taken effect, or may still do so."""
 
 
 class Busy(Unavailable):
-    """Overload.  The request had no effect."""
+    """The store is overloaded.  The request had no effect."""
 
 
 class OutOfSpace(Unavailable):
-    """The database has reached its quota: plain writes are refused until the leader has freed space."""
+    """The database has reached its quota.  Plain writes are refused until the leader has freed space."""
 
 
 class NotServing(Unavailable):
@@ -28,7 +28,7 @@ class NotServing(Unavailable):
 
 
 class StillLearning(Unavailable):
-    """The learner has not caught up with the leader yet: it is promoted later."""
+    """The learner has not caught up with the leader yet, and is promoted later."""
 
 
 class NoLearner(SkepError):
@@ -40,7 +40,7 @@ class NoMember(SkepError):
 
 
 class Compacted(Unavailable):
-    """The requested history is compacted: reload."""
+    """The requested history is compacted.  The caller has to reload everything."""
 
 
 class Refused(SkepError):
@@ -55,7 +55,7 @@ _ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("context deadline exceeded", Uncertain, NO_LEADER),
     ("server stopped", Uncertain, "the store is stopping"),
     ("too many requests", Busy, "the store is busy: try again"),
-    # During a transfer of leadership: raft's own text, which etcd passes on.
+    # raft's own text during a transfer of leadership
     ("raft proposal dropped", Busy, "the store is changing its leader: try again"),
     ("database space exceeded", OutOfSpace, "the store has reached its quota; see `skep status`"),
     ("rpc not supported for learner", NotServing, "this manager is still joining the cluster"),
@@ -81,7 +81,7 @@ _ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
         )
     ),
 )
-"""Text in the message, Skep's error, the text for users.  The first match wins."""
+"""Triples of a text in the message, Skep's error, and the text for users.  The first match counts."""
 
 
 @contextmanager
@@ -105,5 +105,5 @@ def error_of(message: str) -> SkepError:
     for text, error, shown in _ERRORS:
         if text in message:
             return error(shown)
-    # Unknown errors count as temporary, and the request may have taken effect.
+    # An unknown error counts as temporary, and the request may have taken effect.
     return Uncertain(f"the store failed: {message}")

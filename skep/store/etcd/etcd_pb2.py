@@ -1,4 +1,4 @@
-"""The messages of ``etcd.proto``; the stub beside this file lists them."""
+"""The messages of ``etcd.proto``.  The stub in the same folder lists them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command line of a member.  Pure; one table per minor version of etcd."""
+"""The command line of a member, with one table for each minor version of etcd.  Pure."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
 from skep.store.space import QUOTA_BYTES
 
 MAX_OPERATIONS = 1200
-"""Maximum compares or writes of an entry, with nested ones.  A member checks only its own manager's requests."""
+"""Maximum compares or writes of an entry, including nested ones.  A member checks this for its own manager's requests
+only.
+"""
 
 MAX_REQUEST_BYTES = 1_572_864
 """Maximum request size, etcd's default of 1.5 MiB."""
@@ -25,7 +27,7 @@ SEALED_OFF_TIMERS_MS = (20, 100)
 
 SOLO_SNAPSHOT_COUNT = 1000
 SNAPSHOT_COUNT = 10_000
-"""Raft entries between snapshots, for a single member and for one of several."""
+"""Raft entries between two snapshots, the same for a single member and for one of several."""
 
 SOLO_HEAP_GROWTH = "50"
 """GOGC: growth of the heap in percent until the next garbage collection.
@@ -44,7 +46,7 @@ class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
     key: Path
     roots: Path
     revoked: Path | None = None
-    """A CRL, which must exist and is read at each handshake."""
+    """A certificate revocation list.  The file must exist, and is read at each handshake."""
 
 
 class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,9 +78,11 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     is_fsync_off: bool = False
     is_debug: bool = False
     is_sealed_off: bool = False
-    """A temporary copy in its own network namespace, which treats its whole log as committed and is not reachable.
+    """Whether it is a temporary copy in its own network namespace.  It is not reachable, and treats its whole log as
+    committed.
 
-    Used for a snapshot of a member that has lost its peers."""
+    Used for a snapshot of a member that has lost its peers.
+    """
 
     @property
     def data(self) -> Path:
@@ -92,12 +96,12 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peer_url(self) -> str:
-        """Its URL for other members, with its name, so that addresses may change."""
+        """The URL for other members.  It contains the member's name, so that its address may change."""
         return peer_url(self.name, self.peer_port)
 
     @property
     def hosts(self) -> Path | None:
-        """The file that is mounted on ``/etc/hosts`` in its namespace."""
+        """The file that is mounted on ``/etc/hosts`` in the member's mount namespace, or None."""
         return self.directory / HOSTS_FILE if self.has_hosts else None
 
 
@@ -109,7 +113,7 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
         "name": settings.name,
         "data-dir": settings.data,
         "listen-client-urls": f"unix://{settings.socket}",
-        # Required, but never dialled.  A path is not accepted here.
+        # Required, but no client connects to it. etcd does not accept a path here.
         "advertise-client-urls": f"unix://{settings.name}:1",
         "listen-peer-urls": f"https://{settings.peer_listen}",
         "initial-advertise-peer-urls": settings.peer_url,

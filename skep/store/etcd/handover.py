@@ -1,7 +1,7 @@
 """Transfers raft's leadership away from this machine's member, from outside its manager.
 
-Only the leader itself can transfer leadership, and a hung manager does not request it.  Therefore the manager's
-supervisor does, over the member's socket.
+Only the leading member can transfer leadership, and a hung manager does not request it.  Therefore the manager's
+supervisor requests it, over the member's socket.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ async def hand_over(socket: Path) -> bool:
             for member in members
             if member.id != status.leader and not member.is_learner and member.has_started
         ]
-        # Start with another voter in each term, in case the last one handed leadership back.
+        # Start with another voter in each term, in case the previous one has returned leadership.
         first = status.raft_term % len(voters) if voters else 0
         for member in [*voters[first:], *voters[:first]]:
             try:

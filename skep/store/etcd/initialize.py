@@ -1,7 +1,7 @@
 """The first transaction of a cluster, and the checks of its header at every start.
 
-``meta/format`` is the layout of the data, ``meta/level`` the lowest feature level among the managers, above which
-nothing is written.  A store without ``meta/format`` is an unfinished init.
+``meta/format`` is the layout of the data.  ``meta/level`` is the lowest feature level among the managers.  Nothing of a
+higher level is written.  A store without ``meta/format`` was left by an init that did not finish.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class ClusterHeader(msgspec.Struct, frozen=True):
 
 
 class Unfinished(FailedPrecondition):
-    """The store holds no cluster: init was interrupted, or has not run."""
+    """The store holds no cluster, because init was interrupted or has not run."""
 
 
 async def initialize(
@@ -100,7 +100,7 @@ async def initialize_on(
         reply = await client.txn(request, timeout_s=LOAD_S)
         is_committed = reply.succeeded
     except Uncertain:
-        # The data keys are random: if the stored ring has them, the transaction was committed.
+        # The data keys are random, so the transaction was committed if the stored ring has them.
         is_committed = await _stored_ring(client) == ring
         if not is_committed:
             raise
@@ -139,10 +139,11 @@ async def cluster_in(client: Client) -> ClusterHeader:
 
 
 async def raise_incarnation(socket: Path, at_least: int) -> int:
-    """Begin a new incarnation of the cluster in this store, which no other manager serves yet.  Returns its number.
+    """Begin a new incarnation of the cluster in this store, and return its number.  No other manager may serve the
+    store yet.
 
-    The leader key is deleted: raft's terms begin at 1 in a restored store, and a leader record of a higher term would
-    keep every manager from leading.
+    The leader key is deleted, because raft's terms begin at 1 in a restored store.  A leader record of a higher term
+    would keep every manager from leading.
 
     Raises Unfinished or Unavailable.
     """

@@ -1,8 +1,8 @@
 """The supervisor of this manager's etcd process.
 
-etcd is killed when its manager dies (``setpriv --pdeathsig``): an orphan would keep raft's leadership, and no manager
-would lead.  A member is ready when it has a leader and has finished a write.  Reads prove nothing, since a member whose
-log was lost serves reads but never finishes a write.
+The kernel kills etcd when its manager dies (``setpriv --pdeathsig``).  Otherwise, etcd would keep raft's leadership,
+and no manager would lead.  A member is ready when it has a leader and has finished a write.  Reads prove nothing,
+because a member that has lost its log serves reads but never finishes a write.
 """
 
 import asyncio
@@ -40,24 +40,24 @@ from skep.store.etcd.requests import PREFIX
 log = structlog.get_logger()
 
 FRESH_BYTES = 200 * 1024 * 1024
-"""Free space that a new member needs: it preallocates 123 MB of log."""
+"""Free bytes that a new member needs, because it preallocates a log of 123 MB."""
 
 KNOWN_BYTES = 80 * 1024 * 1024
-"""Free space that a member with data needs for the next file of its log."""
+"""Free bytes that a member with data needs for the next file of its log."""
 
 POLL_S = 0.01
-"""Seconds between looks whether etcd serves.  A start takes 40 ms."""
+"""Seconds between checks whether etcd serves.  A start takes 40 ms."""
 PROBE_S = 5.0
-"""Seconds for the first write."""
+"""Timeout of the first write in seconds."""
 DEADLINES_S = 1.0
 """Seconds between passes that set the timeouts of etcd's new connections.  A pass takes 0.2 ms."""
 STOP_S = 5.0
-"""Seconds for etcd to end after a signal, before the next one."""
+"""Seconds for etcd to end after a signal before it gets the next one."""
 NO_SPACE = "no space left on device"
 CRASHES_MAX = 5
-"""Ends within ``CRASHES_WITHIN_S`` after which the manager fails."""
+"""Number of crashes within ``CRASHES_WITHIN_S`` after which the manager fails."""
 CRASHES_WITHIN_S = 60.0
-"""Seconds in which ends are counted."""
+"""Seconds in which crashes are counted."""
 
 
 class MemberFailed(SkepError):
@@ -79,7 +79,7 @@ class Member:
         backoff: Backoff,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``on_error`` is called with ``error`` whenever it has changed."""
+        """``on_error`` is called with the value of ``error`` whenever it changes."""
         self.settings = settings
         self.starts = 0
         """Number of starts of the process."""
@@ -203,7 +203,8 @@ class Member:
         """Start the process, signal when it is ready, and return its exit code."""
         settings = self.settings
         settings.socket.unlink(missing_ok=True)
-        # The signal is sent when the forking thread ends, so this must run in the main thread, as event loops do.
+        # The kernel sends the signal when the thread that forked ends, so this must run in the main thread, as event
+        # loops do.
         process = await asyncio.create_subprocess_exec(
             *("setpriv", "--pdeathsig", "TERM"),
             *_with_own_hosts(settings),
@@ -274,15 +275,16 @@ class Member:
             await campaign(self.settings, self._binary.version, self._clock)
 
     async def _probe(self, client: Client, started: float) -> None:
-        """Wait until a write was finished: for a learner after its promotion, for one of several members with a quorum.
+        """Wait until a write has finished.  A learner finishes one after its promotion, and one of several members
+        needs a quorum.
 
-        A single member with a slow disk takes longer.  A member whose log was lost never finishes it.
+        A single member may take long on a slow disk.  A member that has lost its log never finishes a write.
         """
         while True:
             try:
                 await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
             except OutOfSpace as error:
-                # It serves, and accepts Skep's writes.  The leader frees space.
+                # The member serves, and accepts Skep's writes. The leader will free space.
                 log.warning("etcd has reached its quota", reason=str(error))
                 return
             except Unavailable as error:
@@ -293,7 +295,9 @@ class Member:
                 return
 
     def _not_ready(self) -> str:
-        """Return a single member's error.  With data but no leader or finished write, its log is incomplete."""
+        """Return the error of a single member.  If it has data but no leader or no finished write, its log is
+        incomplete.
+        """
         if missing := missing_bytes(self.settings.data):
             return no_space(self.settings.directory, missing)
         if self._had_data:
@@ -308,7 +312,7 @@ class Member:
         return status.leader != 0
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Send SIGTERM: etcd transfers leadership and exits within milliseconds."""
+        """Send SIGTERM, after which etcd transfers leadership and exits within milliseconds."""
         for stop in (signal.SIGTERM, signal.SIGKILL):
             if process.returncode is not None:
                 return
@@ -336,9 +340,9 @@ class Member:
 
 
 def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
-    """Return the prefix of a command that runs with its own hosts file.
+    """Return the start of a command line that runs the rest with its own hosts file.
 
-    With ``slave``, unmounts on this machine also apply in etcd's namespace.
+    The mount propagation is ``slave``, so that unmounts on this machine also apply in etcd's namespace.
     """
     if settings.is_sealed_off:
         return ("unshare", "--net", "--")
@@ -359,7 +363,7 @@ def missing_bytes(data: Path) -> int:
 
 
 def full(directory: Path) -> str:
-    """Return the error text if the missing amount is unknown: it may be inodes instead of bytes."""
+    """Return the error text if the missing amount is unknown, because inodes may be missing instead of bytes."""
     return (
         f"{directory}: the store of this manager has run out of disk space. Make room: it goes on by itself."
     )

@@ -1,8 +1,8 @@
-"""The members of etcd's cluster, and changes of them, one at a time.
+"""Reads and changes the members of etcd's cluster, one at a time.
 
-A member joins as a learner, which does not count for the quorum, and is promoted when it has caught up.  Whether a
-change leaves a quorum is checked before it (``manager.membership.quorum``): etcd's own check is off, since it refuses
-every join while any member is down.
+A member joins as a learner, which does not count for the quorum, and is promoted when it has caught up.
+``manager.membership.quorum`` checks beforehand that a change leaves a quorum. etcd's own check is off, because it
+refuses every join while any member is down.
 """
 
 import asyncio
@@ -39,11 +39,13 @@ class RaftMembers:
         self._is_only_member = False
 
     def is_only_member(self) -> bool:
-        """Whether this manager's member is known to be the only one, so that no other manager can write."""
+        """Whether this manager's member is known to be the only one.  No other manager can then write."""
         return self._is_only_member
 
     async def count(self) -> None:
-        """Find out whether there are other members.  For the start, before one can be added.  Raises Unavailable."""
+        """Find out whether there are other members.  Call it at the start, before one can be added.  Raises
+        Unavailable.
+        """
         self._is_only_member = len(await self.all(is_current=True)) == 1
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
@@ -63,7 +65,8 @@ class RaftMembers:
             for member in await self.all(is_current=True):
                 if member.name == name and member.is_learner:
                     await self._client.remove(member.id)
-            # It stays False until the next start: this manager cannot tell whether it has the last write of the others.
+            # It stays False until the next start, because this manager cannot tell whether it has the last write of the
+            # others.
             self._is_only_member = False
             reply = await self._client.add_learner(url)
             self._own.is_one_of_several()
@@ -89,7 +92,7 @@ class RaftMembers:
             log.info("manager promoted to voter", node=name)
 
     async def remove(self, member: RaftMember) -> None:
-        """Remove the member with this id, not a later one of its name.  Idempotent.  Raises Unavailable."""
+        """Remove the member with this id, and not a later one with the same name.  Idempotent.  Raises Unavailable."""
         try:
             await self._client.remove(member.id)
         except NoMember:

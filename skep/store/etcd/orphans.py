@@ -1,4 +1,4 @@
-"""One etcd per directory: Skep's own lock, and the end of a process left by an earlier manager.
+"""Ensures that one etcd runs on a directory, by a lock, and by ending a process that an earlier manager has left.
 
 A second etcd on the same directory would block silently on etcd's file lock, so Skep's lock is taken first.
 """
@@ -21,9 +21,9 @@ from skep.linux.processes import boot_id, open_pidfd, start_ticks_of
 log = structlog.get_logger()
 
 END_S = 5.0
-"""Seconds for an etcd of an earlier process to end."""
+"""Seconds for an earlier manager's etcd to end."""
 POLL_S = 0.02
-"""Seconds between looks whether it has ended."""
+"""Seconds between checks whether it has ended."""
 
 
 @contextmanager

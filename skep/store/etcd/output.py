@@ -1,4 +1,4 @@
-"""etcd's stderr: JSON lines, which are logged as log events of Skep, and the reason of its exit."""
+"""Reads etcd's stderr: logs its JSON lines as log events of Skep, and finds the reason of its exit."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ _NOISE = (
     "Running http and grpc server on single port",
     "simple token is not cryptographically signed",
 )
-"""Messages that every member logs."""
+"""Messages that every member logs and that are left out."""
 
 _LEVELS = {"debug": "debug", "info": "info", "warn": "warning"}
 
@@ -67,7 +67,7 @@ class Output:
 
 
 def _is_probe(message: str, entry: dict[str, Any]) -> bool:
-    """Whether it reports a port probe of another manager: a connection that ends before its handshake."""
+    """Return whether the line reports a probe by another manager, which closes its connection before the handshake."""
     return message.startswith("rejected connection") and entry.get("error") == "EOF"
 
 

@@ -1,7 +1,7 @@
-"""The cluster's objects as they were at an earlier revision, from etcd's own history, as far as that is kept.
+"""Reads the cluster's objects as they were at an earlier revision, as far back as etcd keeps its history.
 
-They are read in pages, concurrently with other requests.  Secrets and configs are left out, because their data would be
-read with them.
+Pages are read concurrently with other requests.  Secrets and configs are left out, because their data would be read
+with them.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from skep.store.etcd.requests import change_of, etcd_key
 from skep.store.state import State
 
 KINDS = ("spec", "service", "task", "node", "network", "swarm")
-"""The kinds that are read.  Specs come before the tasks that are filled from them."""
+"""The kinds that are read.  Specs come before tasks, because a task is filled from its spec."""
 KEYS_MAX = 200_000
-"""Maximum keys of one state, about 60,000 tasks.  It is in memory in addition to the current state."""
+"""Maximum keys of one state, enough for about 60,000 tasks.  It occupies memory in addition to the current state."""
 
 
 async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
@@ -55,7 +55,9 @@ async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
 
 
 async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Cipher:
-    """Return the cipher with the data keys of that time.  The current ring lacks keys that were replaced since."""
+    """Return the cipher with the data keys of that time, because the current ring lacks keys that have been replaced
+    since.
+    """
     found = await client.range(pb.RangeRequest(key=etcd_key(keys.KEY_RING), revision=revision))
     if not found.kvs:
         raise FailedPrecondition("there was no cluster yet")
@@ -78,7 +80,7 @@ async def _check_size(client: Client, revision: int) -> None:
 
 
 async def oldest_revision(client: Client, present: int) -> int:
-    """Return the first readable revision.  etcd has no request for it, so it is bisected in some 15 small reads."""
+    """Return the first readable revision. etcd has no request for it, so about 15 small reads find it by bisection."""
 
     async def is_kept(revision: int) -> bool:
         request = pb.RangeRequest(key=etcd_key(keys.KEY_RING), count_only=True, revision=revision)
@@ -92,7 +94,7 @@ async def oldest_revision(client: Client, present: int) -> int:
 
 
 async def first_kept(is_kept: Callable[[int], Awaitable[bool]], present: int) -> int:
-    """Return the smallest revision of 1 to ``present`` that is kept, as are all later ones."""
+    """Return the smallest revision from 1 to ``present`` that is kept.  All later ones are kept as well."""
     low, high = 1, present
     while low < high:
         middle = (low + high) // 2

@@ -29,7 +29,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
         name: Its node's id.
         url: Its URL in raft's membership.
         ip: The address of the name.
-        manager_port: Port of its manager, or 0 if unknown.  The port before the URL's is then assumed.
+        manager_port: Port of its manager. 0 means that it is unknown, and the port just below the URL's is assumed.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 def peer_url(name: str, port: int) -> str:
-    """Return the URL of a member's peer port, with its name, so that addresses may change."""
+    """Return the URL of a member's peer port.  It contains the member's name, so that its address may change."""
     return f"https://{name}:{port}"
 
 
@@ -65,7 +65,7 @@ def hosts_content(peers: Iterable[Peer]) -> bytes:
 
 
 def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
-    """Write the hosts file.  etcd re-reads it within 5 s, and at once for a name that it has not resolved yet.
+    """Write the hosts file. etcd reads it again within 5 s, or at once for a name that it has not resolved yet.
 
     The file is bind-mounted in etcd's namespace, so it is written in place: a new file would not be visible there.
     """

@@ -1,7 +1,7 @@
-"""Keeps the replica equal to etcd: load everything once, then apply the watch (a list-watch loop, or reflector).
+"""Keeps the replica equal to etcd.  It loads everything once, then applies the watch (a list-watch loop, or reflector).
 
-All events of one etcd transaction have one revision and become visible together.  If the history needed to resume was
-deleted (compaction, a restore), everything is loaded again and watchers get exactly the difference.
+All events of one etcd transaction have the same revision and become visible together.  If the history needed to resume
+was deleted (by compaction or a restore), everything is loaded again and watchers get exactly the difference.
 """
 
 import asyncio
@@ -32,19 +32,21 @@ PAGE_KEYS_MAX = 500
 """Maximum keys of one page of a load, which take a few milliseconds to process."""
 
 PAGE_KEYS_FIRST = 16
-"""Keys of the first page, before the size of keys is known."""
+"""Number of keys of the first page, when the size of values is not known yet."""
 PAGE_BYTES = 2 * 1024 * 1024
-"""Target size of a page: 500 of the largest configs would be half a gigabyte."""
+"""Target size of a page in bytes, because 500 of the largest configs would be half a gigabyte."""
 
 YIELD_EVERY = 200
-"""Events applied, or objects compared, between two returns to the event loop."""
+"""Number of events applied, or objects compared, before other tasks of the event loop run."""
 
 PROGRESS_S = 0.02
 """Seconds to wait for the next watch event before a progress notification is requested."""
 
 
 class Reflector:
-    """Feeds one replica.  ``observe`` is called before a write becomes visible: (etcd key, stored value, revision)."""
+    """Feeds one replica.  ``observe`` is called with etcd key, stored value and revision before a write becomes
+    visible.
+    """
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Reflector:
         self._stream: WatchStream | None = None
         self._cluster_id = 0
         self._fragments: list[pb.Event] = []
-        """Events of an incomplete fragmented response."""
+        """Events of a response that arrives in fragments, as long as it is incomplete."""
         self._loaded = asyncio.Event()
         self._needs_load = True
 
@@ -78,7 +80,7 @@ class Reflector:
         await self._loaded.wait()
 
     async def run(self) -> None:
-        """Load and watch until cancelled, across losses of the connection."""
+        """Load and watch until cancelled, and resume after the connection is lost."""
         while True:
             try:
                 if self._needs_load:
@@ -106,7 +108,7 @@ class Reflector:
         """Read every key at one revision and replace the replica's state.
 
         Raises:
-            Compacted: The revision was compacted meanwhile.  Retry.
+            Compacted: The revision was compacted meanwhile.  The caller has to retry.
         """
         state = State()
         leader: bytes | None = None
@@ -121,7 +123,7 @@ class Reflector:
             )
             for kv in page.kvs:
                 if kv.key == _LEVEL:
-                    decoded_level(kv.value)  # raised while the watch was closed
+                    decoded_level(kv.value)  # The level may have been raised while the watch was closed.
             changes = [change for kv in page.kvs if (change := change_of(kv, self._cipher)) is not None]
             leader = next((change.value for change in changes if change.key == keys.LEADER), leader)
             state.apply(revision, changes)
@@ -175,11 +177,13 @@ class Reflector:
         if response.header.cluster_id != self._cluster_id:
             raise Compacted("this is another cluster's store")
         if response.header.revision < self._replica.revision:
-            # etcd accepts a watch from a future revision and never sends an event.
+            # etcd accepts a watch from a future revision but never sends an event.
             raise Compacted("the store was restored to an older state")
 
     def _apply_at_once(self, response: pb.WatchResponse) -> bool:
-        """Apply a small response where it arrives.  Returns False for others, which ``_watch`` handles."""
+        """Apply a small response as soon as it arrives.  Returns False for other responses, which ``_watch``
+        handles.
+        """
         events = response.events
         if not 0 < len(events) < YIELD_EVERY or self._fragments or response.fragment or response.created:
             return False
@@ -214,12 +218,12 @@ class Reflector:
         if kv.key == _LEVEL and not is_delete:
             decoded_level(
                 kv.value
-            )  # raises: this manager must end, as it would misread what the others write
+            )  # It raises for an unknown level. This manager must end, because it would misread what others write.
         self._observe(kv.key, None if is_delete else kv.value, revision)
         return change_of(kv, self._cipher, is_delete=is_delete)
 
     def _use_key_ring(self, encoded: bytes, revision: int) -> None:
-        """Take over a new key ring, which comes before the values encrypted with its keys."""
+        """Use a new key ring, which arrives before the values that are encrypted with its keys."""
         try:
             self._cipher.use(decoded_ring(encoded), revision)
         except FailedPrecondition as error:
@@ -227,7 +231,9 @@ class Reflector:
 
 
 def next_limit(limit: int, page_bytes: int) -> int:
-    """Return the keys of the next page after ``limit`` keys had this size: towards ``PAGE_BYTES``, at most fourfold."""
+    """Return the number of keys of the next page, so that it approaches ``PAGE_BYTES``.  ``limit`` keys had
+    ``page_bytes``, and the next page has at most four times as many.
+    """
     fitting = limit * PAGE_BYTES // max(page_bytes, 1)
     return max(1, min(fitting, 4 * limit, PAGE_KEYS_MAX))
 

@@ -1,4 +1,6 @@
-"""Proposals as etcd requests, and etcd's keys as store keys.  Pure, except for the nonces of encryption."""
+"""Converts proposals into etcd requests, and etcd's keys into store keys.  Pure, except for the nonces of
+encryption.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -19,7 +21,7 @@ log = structlog.get_logger()
 PREFIX = b"/skep/v1/"
 
 _CLEAR = ("meta/", "w/", "probe/")
-"""Keys whose values are not encrypted, because they are read before any data key is known, or empty."""
+"""Prefixes of keys whose values are not encrypted.  They are read before any data key is known, or are empty."""
 
 
 def etcd_key(key: str) -> bytes:
@@ -28,18 +30,18 @@ def etcd_key(key: str) -> bytes:
 
 
 MARKER_BYTES = 16
-"""Random bytes by which a write is found again."""
+"""Number of random bytes in a marker."""
 
 
 class Marker(msgspec.Struct, frozen=True):
-    """The write that identifies a proposal in the watch: encrypted and random values are unique."""
+    """The write that identifies a proposal in the watch.  Its value is unique, because it is encrypted or random."""
 
     key: bytes
     value: bytes
 
 
 NO_MARKER = Marker(b"", b"")
-"""Marker of a proposal without writes.  It does not matter whether it took effect."""
+"""Marker of a proposal without writes.  Whether such a proposal took effect does not matter."""
 
 
 def fill_txn(
@@ -51,11 +53,11 @@ def fill_txn(
 ) -> Marker:
     """Write a proposal into an empty transaction.  With a ``fence``, the failure branch reads the leader key.
 
-    Messages are filled in place, because protobuf copies a message that is passed to another one's constructor.
+    Messages are filled in place, because protobuf would copy a message that is passed to a constructor.
 
     Args:
-        marker_key: Returns a key that only this manager writes, for a proposal that only deletes.  A missing key proves
-            nothing, as another manager may have deleted it, before or after.
+        marker_key: Returns a key that only this manager writes, for a proposal that only deletes.  The absence of a
+            deleted key would prove nothing, because another manager may have deleted it.
     """
     for compare in proposal.compares:
         _add_compare(txn, compare)
@@ -83,7 +85,7 @@ def fill_txn(
 
 @lru_cache(maxsize=4)
 def guard(epoch_key: str, epoch_revision: int, ring_revision: int) -> pb.TxnRequest:
-    """Return compares that void an entry once this manager has advanced its writer epoch or there is another key ring.
+    """Return compares that void an entry once this manager has advanced its writer epoch or the key ring has changed.
 
     The failure branch reads both.  Merge the result into the entry's request, and do not change it.
     """
@@ -97,7 +99,7 @@ def guard(epoch_key: str, epoch_revision: int, ring_revision: int) -> pb.TxnRequ
 
 
 def compared_ring(revision: int) -> pb.Compare:
-    """Compare that the key ring still is the one of ``revision``."""
+    """Compare that the key ring was last written at ``revision``."""
     return compared_key(etcd_key(keys.KEY_RING), revision)
 
 
@@ -119,7 +121,7 @@ def is_fence_lost(reply: pb.TxnResponse, fence: int) -> bool:
 
 
 def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> KeyChange | None:
-    """Return one of etcd's keys as a decrypted store key, with its ``damage`` if it cannot be decrypted.
+    """Return one of etcd's keys as a change of a store key, decrypted, or with ``damage`` if that fails.
 
     None for a value that cannot be decrypted and belongs to no object (the leader's record).
     """
@@ -178,7 +180,7 @@ def _add_compare(txn: pb.TxnRequest, compare: Compare) -> None:
             )
         case NothingSince(prefix, revision):
             first = etcd_key(prefix)
-            # For an empty range etcd compares a key of revision 0, which is less than any.
+            # For an empty range, etcd compares a key of revision 0, which is less than any revision.
             txn.compare.add(
                 key=first,
                 range_end=prefix_end(first),

@@ -1,13 +1,14 @@
-"""Rotation of the data key: new values use it at once, the leader re-encrypts the others, then old keys are removed.
+"""Rotation of the data key.  New values use the new key at once, the leader re-encrypts the others, and then old keys
+are removed.
 
-The state of a rotation is the ring in the store, so the next term resumes an interrupted one: if the ring has several
-keys, there may be values of older keys.  Every write compares the ring that it encrypted with (``guard``).  So nothing
-is encrypted with an old key after the ring changed, and one pass over all keys is enough.  Values written by others
+The ring in the store is the state of a rotation.  If it has several keys, some values may have older keys, and the next
+term resumes the rotation.  Every write compares the ring with which it is encrypted (``guard``).  So nothing is
+encrypted with an old key after the ring has changed, and one pass over all keys is enough.  Values that others write
 during the pass have the new key.
 
-Only etcd's revisions change: versions are inside the values, and a replica publishes no event for an equal value.  The
-leader's record is the fence of its term.  If it is encrypted with an old key, the term ends first, and the next term
-writes it again.
+Users notice nothing, because versions are inside the values, and a replica publishes no event for an equal value.  The
+leader's record is the fence of its term.  If it is encrypted with an old key, the term ends, and the next term writes
+the record again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,26 +32,27 @@ from skep.store.leadership import TermState
 log = structlog.get_logger()
 
 BATCH_KEYS_MAX = 50
-"""Values that are encrypted again in one transaction."""
+"""Maximum values that are re-encrypted in one raft entry."""
 BATCH_BYTES_MAX = 512 * 1024
-"""Limits of the values re-encrypted in one raft entry."""
+"""Maximum bytes of these values."""
 PAUSE_S = 0.01
 """Seconds between two batches, so that users' writes take precedence."""
 
 CHECK_S = 3600.0
 """Seconds between checks whether the data key has to be rotated."""
 REVISIONS_PER_KEY = 2**24
-"""Revisions of the store per data key.
+"""Number of revisions of the store after which the data key is rotated.
 
 A revision has at most 127 values, and random nonces of 96 bits are safe for 2**32 values of one key (NIST SP 800-38D,
-8.3)."""
+8.3).
+"""
 
 _LEADER = etcd_key(keys.LEADER)
 _RING = etcd_key(keys.KEY_RING)
 
 
 class _Superseded(Exception):
-    """Another term or ring has replaced this attempt's."""
+    """This attempt is outdated, because its term is over or the ring has changed."""
 
 
 class KeyRotation:
@@ -61,7 +63,7 @@ class KeyRotation:
         self._cipher = cipher
         self._clock = clock
         self._last_pass: tuple[int, tuple[str, ...]] | None = None
-        """Revision of the ring of the last complete pass, and the keys of values that it could not read."""
+        """Revision of the ring during the last complete pass, and the keys of values that the pass could not read."""
 
     @property
     def unreadable(self) -> tuple[str, ...]:
@@ -72,12 +74,12 @@ class KeyRotation:
     async def begin(self) -> None:
         """Add a data key to the ring, for all later writes.  Raises Unavailable."""
         while not await self._replace_ring(self._cipher.new_ring(), ()):
-            pass  # the ring had changed, and its current state is known now
+            pass  # the ring had changed, and its new state has been read
 
     async def replace_wrapping_key(self, fence: int, wrapping_key: bytes) -> None:
-        """Wrap the ring with another key, and add a new data key, in one write of the term with this fence.
+        """Wrap the ring with another key and add a new data key, in one write that ``fence`` protects.
 
-        Every manager must have stored the key by then.  Without it, a manager can no longer open the store.
+        Every manager must have stored the wrapping key before.  Without it, a manager can no longer open the store.
 
         Raises:
             NotLeader: The term is over.
@@ -140,7 +142,7 @@ class KeyRotation:
             after = page.kvs[-1].key + b"\0" if page.more else b""
         fence = compared_leader(term.fence)
         if damaged:
-            # Another member may have undamaged copies, for which the old keys are needed.
+            # Another member may have undamaged copies, which need the old keys.
             log.warning("old data keys kept: some values cannot be read on this manager", values=len(damaged))
             self._last_pass = ring_revision, tuple(damaged)
             await self._cipher.changed.wait()
@@ -185,7 +187,8 @@ class KeyRotation:
         return damaged
 
     async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:
-        """Replace the known ring by ``ring``.  Returns False if it had changed, and the cipher now has the current one.
+        """Replace the known ring by ``ring``.  Returns False if the stored ring had changed.  The cipher then uses
+        that.
 
         Raises Unavailable.
         """
@@ -210,7 +213,9 @@ class KeyRotation:
 
 
 def batches(kvs: Iterable[pb.KeyValue]) -> Iterable[Sequence[pb.KeyValue]]:
-    """Group ``kvs`` into batches that fit in one raft entry.  A larger value is a batch of its own."""
+    """Group ``kvs`` into batches that fit into one raft entry.  A value that is larger than that is a batch of its
+    own.
+    """
     batch: list[pb.KeyValue] = []
     size = 0
     for kv in kvs:

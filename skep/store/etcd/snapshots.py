@@ -1,7 +1,8 @@
-"""Snapshots of a store: taken from a running member or from the files of a stopped one, and restored as a new store.
+"""Takes snapshots of a store, from a running member or from the files of a stopped one, and restores them as a new
+store.
 
-A restored store has new ids, so members of the old one cannot connect to it.  Its revisions begin far beyond the old
-ones, so that no watch can resume across them.
+A restored store has new ids, so members of the old store cannot connect to it.  Its revisions begin far beyond the old
+ones, so that no watch can resume across the gap.
 
 Source: etcd 3.5, etcdutl/snapshot/v3_snapshot.go (a snapshot is the database file and the SHA-256 of it).
 """
@@ -33,17 +34,17 @@ log = structlog.get_logger()
 HASH_BYTES = 32
 """The SHA-256 at the end of a snapshot."""
 REVISIONS_BETWEEN = 1_000_000_000
-"""Added to the snapshot's revision in a restored store."""
+"""Number that is added to the snapshot's revision in a restored store."""
 
 _RESTORE_S = 120.0
-"""Seconds for etcdutl to restore a snapshot of the largest size."""
+"""Timeout in seconds for etcdutl to restore a snapshot.  It is enough for the largest size."""
 
 
 async def take_snapshot(socket: Path, to: Path) -> None:
     """Write a snapshot of the member behind ``socket``, with or without quorum, durably to the file ``to``.
 
     Raises:
-        FailedPrecondition: It is incomplete.
+        FailedPrecondition: The snapshot is incomplete.
         Unavailable: The member did not respond.
     """
     async with Client(socket) as client:
@@ -54,7 +55,7 @@ async def save_snapshot(chunks: AsyncIterator[bytes], to: Path) -> None:
     """Write a snapshot's ``chunks`` to the file ``to``, which appears once it is complete.
 
     Raises:
-        FailedPrecondition: They are not a complete snapshot.
+        FailedPrecondition: The chunks are not a complete snapshot.
     """
     unfinished = to.with_name(to.name + NEW_SUFFIX)
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -89,7 +90,7 @@ class Verified:
         self._tail = known[-HASH_BYTES:]
 
     def check(self) -> None:
-        """Raise FailedPrecondition if it is not a complete snapshot."""
+        """Raise FailedPrecondition if the chunks so far are not a complete snapshot."""
         if not is_database(self._head):
             raise FailedPrecondition("this is not a snapshot of a store")
         if self._hash.digest() != self._tail:
@@ -97,11 +98,11 @@ class Verified:
 
 
 async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Path) -> bool:
-    """Take a snapshot of a stopped member's files.  Returns whether it is a bare database file, without hash.
+    """Take a snapshot of a stopped member's files.  Returns whether the result is a bare database file without a hash.
 
-    A member without its peers has no quorum.  So a copy of its files is started in its own network namespace, where its
-    whole log counts as committed: no write that this member has is lost.  If the log is damaged or missing, the
-    database is used, which may lack the last writes.
+    Without its peers, a member has no quorum.  Therefore a copy of its files is started in its own network namespace,
+    where its whole log counts as committed.  So no write is lost that this member has.  If the log is damaged or
+    missing, the database file is used, which may lack the last writes.
 
     Raises:
         Damaged: The database is unreadable too.
@@ -135,7 +136,7 @@ def _copy_files(source: Path, to: Path) -> None:
 
 
 async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool) -> None:
-    """Restore ``snapshot`` as the store of a single member.  Previous data are kept as ``data.old``.
+    """Restore ``snapshot`` as the store of a single member.  Existing data is kept as ``data.old``.
 
     Raises:
         FailedPrecondition: etcdutl is missing, or rejects the snapshot.

@@ -1,4 +1,4 @@
-"""The store of one manager on its own etcd member: replica, group commit, barrier and terms."""
+"""The store of one manager on its own etcd member, with its replica, group commit, barrier and terms."""
 
 import asyncio
 import random
@@ -33,11 +33,11 @@ from skep.store.watches import CAPACITY
 
 PROBE = "probe/space"
 SPACE_S = 0.25
-"""Maximum age of a cached ``Space``, while usage is below ``COMPACT_AT``."""
+"""Maximum age in seconds of a cached ``Space``, while usage is below ``COMPACT_AT``."""
 
 
 class Replication(NamedTuple):
-    """The path between a store and its etcd: the reflector fills the replica, the batcher writes."""
+    """The connection between a store and its etcd.  The reflector fills the replica, and the batcher writes."""
 
     client: Client
     cipher: Cipher
@@ -50,7 +50,7 @@ class EtcdStore(Updater):
     """Implements ``interface.Store``.  Made by ``open_store``.
 
     Args:
-        group: Runs the candidacies.
+        group: Task group in which the elections run.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class EtcdStore(Updater):
         self._is_only_member = is_only_member
         self._space: tuple[float, Space] | None = None
         self._space_changes = 0
-        """Number of changes of the quota.  Measurements from before the last change are discarded."""
+        """Number of calls that have changed the used space.  Measurements from before the last change are discarded."""
         self._compacted = 0
         self._group = group
         self._elections: set[asyncio.Task[None]] = set()
@@ -121,9 +121,10 @@ class EtcdStore(Updater):
 
     @property
     def _shows_everything(self) -> bool:
-        """Whether the replica is known to show every acknowledged write, without a round trip.
+        """Whether the replica is known to show every acknowledged write, so that no round trip is needed.
 
-        With a single member all writes are acknowledged by this store, or by its predecessors before it was loaded.
+        With a single member, all writes were acknowledged by this store, or by an earlier process before this store was
+        loaded.
         """
         return (
             self._is_only_member()
@@ -157,17 +158,19 @@ class EtcdStore(Updater):
         return space
 
     async def compact(self, kept_revisions: int) -> bool:
-        """Compact etcd, and write once: the freed pages count as in use until the next write."""
+        """Compact etcd, and write once, because freed pages count as in use until the next write."""
         revision = self._replica.revision - kept_revisions
         is_more = revision > self._compacted
         if is_more:
             with suppress(Compacted):  # by etcd itself, or by an earlier leader
                 await self._client.compact(revision)
             self._compacted = revision
-        # Freed pages count as in use until the next write, on each member after its own compaction.
+        # On each member, freed pages count as in use until the next write after its compaction.
         written = await self._client.put(etcd_key(PROBE), b"")
         if written.header.revision == self._compacted + 1:
-            self._compacted += 1  # no other write came between, so there is nothing more to discard
+            self._compacted += (
+                1  # nothing else was written in between, so no further history can be discarded
+            )
         return is_more
 
     async def state_at(self, revision: int) -> View:
@@ -186,12 +189,14 @@ class EtcdStore(Updater):
         self._measure_anew()
 
     async def disarm(self) -> None:
-        """Clear etcd's alarm, and measure the next ``space`` again, so that the leader sees that it is over."""
+        """Clear etcd's alarm, and measure the next ``space`` again, so that the leader notices that the alarm is
+        over.
+        """
         await self._client.disarm()
         self._measure_anew()
 
     def _measure_anew(self) -> None:
-        """Forget the space that was measured, or is being measured, before now."""
+        """Forget the last measurement of the space, and ignore a measurement in progress."""
         self._space = None
         self._space_changes += 1
 
@@ -207,7 +212,7 @@ class EtcdStore(Updater):
 
     @property
     def unreadable_values(self) -> tuple[str, ...]:
-        """Keys of values that no data key decrypts, once all others are under the newest one."""
+        """Keys of values that no data key decrypts.  Known once all other values are encrypted with the newest key."""
         return self._rotation.unreadable
 
     def learn_wrapping_key(self, key: bytes) -> None:
@@ -231,7 +236,7 @@ class EtcdStore(Updater):
         await self._rotation.replace_wrapping_key(term.fence, key)
 
     def end_elections(self) -> None:
-        """End all candidacies, at the end of ``open_store``."""
+        """End all elections, at the end of ``open_store``."""
         for holding in self._elections:
             holding.cancel()
 
@@ -249,9 +254,9 @@ class EtcdStore(Updater):
 
 
 class SharedBarrier:
-    """Coalesces the round trips of concurrent callers.  A round trip counts only for calls made before it began.
+    """Lets concurrent callers share round trips.  A round trip serves only callers that were waiting when it began.
 
-    A caller that finds none in flight makes the next one, for all that wait by then.
+    If none is in flight, a caller starts the next one, which serves all callers that wait by then.
     """
 
     def __init__(self, round_trip: Callable[[], Awaitable[None]]) -> None:
@@ -285,7 +290,9 @@ async def open_store(
     quota_bytes: int = QUOTA_BYTES,
     is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
-    """Open the store behind a ready member's ``socket``, with everything loaded.  Raises as ``store_on``."""
+    """Open the store behind a ready member's ``socket``, and load everything.  Raises the same errors as
+    ``store_on``.
+    """
     async with (
         Client(socket) as client,
         store_on(
@@ -311,15 +318,15 @@ async def store_on(
     quota_bytes: int = QUOTA_BYTES,
     is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
-    """Open the store behind an open ``client``, with everything loaded.  A simulation passes its own client.
+    """Open the store behind an open ``client``, and load everything.  A simulation passes its own client.
 
     Args:
-        is_only_member: Whether the client's member is the only one of its cluster, and this store its only writer.  By
-            default that is unknown.  It was so when this was called, or it never is.
+        is_only_member: Returns whether the client's member is the only one of its cluster, and this store its only
+            writer.  The result may change from True to False, but never back.  By default that is unknown.
 
     Raises:
         initialize.Unfinished: It holds no cluster.
-        FailedPrecondition: It is not for this version, or not for this key.
+        FailedPrecondition: This version cannot read it, or the wrapping key is wrong.
         Unavailable: The store did not respond.
 
     A later failure in the background ends the block.

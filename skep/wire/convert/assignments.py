@@ -16,7 +16,7 @@ from skep.wire.convert.volume import volume_from_pb, volume_to_pb
 
 
 def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
-    """Return one entry per object.  ``complete`` and ``revision`` belong to the message around them."""
+    """Return one entry for each object.  The message around the entries holds ``complete`` and ``revision``."""
     return [
         *(_put(pb.Assignment(secret=_secret_to_pb(secret))) for secret in change.secrets),
         *(_put(pb.Assignment(config=_config_to_pb(config))) for config in change.configs),
@@ -39,7 +39,7 @@ def assignments_from_pb(
 
     Args:
         trusted: The node's rights for tasks of the message.  Tasks that are not listed have none.  None if the manager
-            does not decide about them, like a Docker Engine: then the node allows everything for all.
+            is a Docker Engine, which does not know these rights.  The node then allows everything for all tasks.
 
     Raises:
         InvalidArgument: A number is undefined.

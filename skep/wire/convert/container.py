@@ -1,7 +1,7 @@
 """Container specs: the desired containers of tasks.
 
-The limit of processes is a field of the container here and of the resources in the API, so it is converted with the
-task's spec (``task_spec.py``).  So are registry credentials, which no stored object holds.
+``task_spec.py`` converts two fields: the limit of processes, which SwarmKit has in the container and the API in the
+resources, and registry credentials, which no stored object holds.
 """
 
 import msgspec

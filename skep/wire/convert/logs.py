@@ -8,7 +8,7 @@ from skep.wire.descriptors import Timestamp
 
 
 def query_to_pb(query: LogQuery) -> tuple[pb.LogSelector, pb.LogSubscriptionOptions]:
-    """Return SwarmKit's selector and options, in which ``tail`` has another form."""
+    """Return SwarmKit's selector and options.  Their ``tail`` has another meaning, see ``_tail_to_pb``."""
     selector = pb.LogSelector(service_ids=query.services, node_ids=query.nodes, task_ids=query.tasks)
     options = pb.LogSubscriptionOptions(
         streams=[pb.LogStream.ValueType(stream.value) for stream in query.streams],

@@ -49,7 +49,7 @@ def availability_from_pb(number: int) -> Availability:
 
 
 def node_to_pb(node: Node, data_path_port: int = 0) -> pb.Node:
-    """Convert a node, without its session, which is between the managers.
+    """Convert a node without its session, which concerns the managers only.
 
     ``data_path_port`` is the cluster's UDP port for VXLAN, or 0 to omit it.
     """

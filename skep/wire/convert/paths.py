@@ -17,7 +17,7 @@ from skep.wire import skep_pb2 as pb
 
 _CHECKS = frozenset(PathCheck)
 FINDINGS_MAX = 16
-"""Maximum findings of one report.  There are fewer checks."""
+"""Largest number of findings in one report.  It exceeds the number of checks."""
 PORT_CHARACTERS_MAX = 32
 """Maximum length of a port's text."""
 

@@ -67,7 +67,7 @@ def generic_to_pb(generic: GenericResource) -> pb.GenericResource:
 
 
 def generic_from_pb(message: pb.GenericResource) -> GenericResource:
-    """Convert a resource.  One of neither kind is empty."""
+    """Convert a resource.  It is empty if it is neither named nor a number of units."""
     match message.WhichOneof("resource"):
         case "named_resource_spec":
             named = message.named_resource_spec

@@ -19,13 +19,13 @@ from skep.model.wireguard import PublicKey
 from skep.wire import skep_pb2 as pb
 
 PIECE_BYTES = 128 * 1024
-"""Bytes of a part of a change, which takes about 5 ms to encode.  A message has several parts."""
+"""Bytes of one piece of a change, which takes about 5 ms to encode.  A message has several pieces."""
 
 
 def pieces_of(change: TableChange) -> Iterator[pb.NetworkChange]:
-    """Split ``change`` into pieces of some ``PIECE_BYTES``, at least one.  Only the first may be whole.
+    """Split ``change`` into one or more pieces of about ``PIECE_BYTES``.  Only the first may be ``is_whole``.
 
-    Revisions belong to the message around them.
+    Revisions belong to the message that contains the pieces.
     """
     piece = pb.NetworkChange(head=_head_to_pb(change.head), whole=change.is_whole)
     piece.removed_nodes.extend(change.removed_nodes)
@@ -57,7 +57,7 @@ def messages_of(
     removed: Sequence[NetworkId] = (),
     message_bytes: int = 8 * PIECE_BYTES,
 ) -> Iterator[pb.NetworkTables]:
-    """Yield the messages of one set, at least one, each of at most about ``message_bytes``."""
+    """Yield the one or more messages of a set, each of about ``message_bytes`` at most."""
 
     def message() -> pb.NetworkTables:
         return pb.NetworkTables(incarnation=incarnation, revision=revision, complete=is_complete)
@@ -77,12 +77,12 @@ def messages_of(
 
 
 def table_set_from_pb(messages: Sequence[pb.NetworkTables]) -> TableSet:
-    """Join ``messages``, in order, into their set.
+    """Join the ``messages`` of one set, in their order.
 
-    A network may be named by several changes, which follow each other.
+    Several changes in a row may belong to the same network.
 
     Raises:
-        InvalidArgument: They are not of one set, or a change has no network.
+        InvalidArgument: The messages belong to different sets, or a change has no network.
     """
     first = messages[0]
     if any((one.incarnation, one.revision) != (first.incarnation, first.revision) for one in messages):

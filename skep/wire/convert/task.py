@@ -29,11 +29,11 @@ from skep.wire.convert.values import (
 )
 
 _TEXT_CHARACTERS_MAX = 4096
-"""Characters that are read of a text of a node, which is not trusted."""
+"""Longest text that is read from a node, because nodes are not trusted."""
 _PORTS_MAX = 1024
-"""Ports that are read of a task's status."""
+"""Largest number of ports that are read from a task's status."""
 _NS_MAX = 2**63 - 1
-"""The largest time that the store's format has."""
+"""The largest time that the store's format can hold."""
 
 
 def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
@@ -43,7 +43,7 @@ def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
         registry_auth: Credentials for pulling the image (base64 of JSON), which no stored object holds.
 
     Raises:
-        InvalidArgument: SwarmKit has no equivalent of a part.
+        InvalidArgument: SwarmKit has no equivalent for a part of the task.
     """
     task = assigned.task
     message = pb.Task(
@@ -146,7 +146,7 @@ def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
 
 
 def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
-    """Convert a task's status as its node reports it, with texts cut to a length that a store can keep for every task.
+    """Convert a task's status as reported by its node.  Texts are cut, because the store keeps them for every task.
 
     Raises:
         InvalidArgument: A number is undefined.
@@ -173,7 +173,7 @@ def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
 
 
 def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
-    """Encode why a task ended.  No message of SwarmKit has it."""
+    """Encode the reason why a task ended, for which SwarmKit has no message."""
     return skep.TaskEnd(
         cause=end.cause,
         signal=end.signal,
@@ -194,7 +194,7 @@ def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
 
 
 def end_from_pb(message: skep.TaskEnd) -> TaskEnd:
-    """Decode an end as reported, without limits (see ``bounded_end``).  An unknown stream counts as stdout."""
+    """Decode the reason without limiting its size (see ``bounded_end``).  An unknown stream counts as stdout."""
     return TaskEnd(
         cause=message.cause,
         signal=message.signal,

@@ -35,7 +35,7 @@ _PLUGIN_TYPE_URL = "types.docker.com/RuntimePlugin"
 
 
 def task_spec_to_pb(spec: TaskSpec) -> pb.TaskSpec:
-    """Convert a spec.  Raises InvalidArgument if SwarmKit has no equivalent of a part."""
+    """Convert a spec.  Raises InvalidArgument if SwarmKit has no equivalent for a part of it."""
     message = pb.TaskSpec(
         networks=[attachment_config_to_pb(network) for network in spec.networks],
         force_update=spec.force_update,

@@ -17,7 +17,7 @@ def usages_to_pb(usages: Mapping[TaskId, TaskUsage]) -> list[pb.TaskUsage]:
 def usages_from_pb(
     messages: Iterable[pb.TaskUsage], about: Collection[str] | None = None
 ) -> dict[TaskId, TaskUsage]:
-    """Convert usages, without implausible ones, and only of the tasks ``about`` if that is set."""
+    """Convert usages, except implausible ones.  If ``about`` is set, convert the usages of these tasks only."""
     found = {}
     for message in messages:
         usage = TaskUsage(nano_cpus=message.nano_cpus, memory_bytes=message.memory_bytes)

@@ -1,4 +1,4 @@
-"""Points in time, durations and names: the values in every object."""
+"""Conversions of points in time, durations and enums, which occur in every object."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ _SECONDS_MAX = 253_402_300_799  # 9999-12-31
 
 
 class EnumTable(msgspec.Struct, frozen=True):
-    """Both directions of an enum: its value here <-> its number on the wire."""
+    """Converts an enum between its value in the model and its number on the wire."""
 
     what: str
     numbers: Mapping[str, int]

@@ -32,7 +32,7 @@ _SHARING_OF = {number: sharing for sharing, number in _SHARINGS.items()}
 
 
 def volume_to_pb(volume: VolumeAssignment) -> pb.VolumeAssignment:
-    """Encode a volume as SwarmKit's agents read it."""
+    """Encode a volume in the form that SwarmKit's agents read."""
     mode = _Mode(scope=_SCOPES[volume.access_mode.scope], sharing=_SHARINGS[volume.access_mode.sharing])
     if (mount := volume.access_mode.mount_volume) is not None:
         mode.mount.CopyFrom(_Mode.MountVolume(fs_type=mount.fs_type, mount_flags=list(mount.mount_flags)))

@@ -43,7 +43,7 @@ def test_the_label_has_three_words_and_belongs_to_containers():
     for word in ("any", "user", "none"):
         check_container_labels({"skep.exec": word})
         assert exec_policy({"skep.exec": word}).value == word
-    with pytest.raises(Exception, match=r"invalid label skep\.exec=root: want one of any, user, none"):
+    with pytest.raises(Exception, match=r"invalid label skep\.exec=root: expected one of any, user, none"):
         check_container_labels({"skep.exec": "root"})
-    with pytest.raises(Exception, match=r"the label skep\.exec counts on containers only"):
+    with pytest.raises(Exception, match=r"the label skep\.exec works on containers only"):
         check_service_labels({"skep.exec": "user"})

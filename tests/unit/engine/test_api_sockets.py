@@ -74,7 +74,7 @@ def test_only_who_names_the_socket_of_a_plain_container_gives_it_all(
 
 
 def test_an_unknown_access_is_refused(apis: ApiSockets) -> None:
-    with pytest.raises(InvalidArgument, match="want read, inspect or full"):
+    with pytest.raises(InvalidArgument, match="expected read, inspect or full"):
         apis.access({"skep.api": "all"}, [bind("/run/docker.sock")], is_plain=True)
 
 

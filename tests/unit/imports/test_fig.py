@@ -72,5 +72,5 @@ def test_a_file_of_another_version_is_refused_with_its_place() -> None:
 
 
 def test_a_list_that_is_a_mapping_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="want a list"):
+    with pytest.raises(InvalidArgument, match="expected a list"):
         imported("web: {image: w, links: {a: b}}", "fig.yml", "shop")

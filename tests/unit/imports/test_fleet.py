@@ -133,12 +133,12 @@ def test_options_of_docker_run_are_keys_of_the_service() -> None:
     ("unit", "error"),
     [
         ("[Service]\nExecStart=/bin/sleep 3", r"a\.service: ExecStart does not begin with docker run"),
-        ("[Service]\n", "want one ExecStart"),
+        ("[Service]\n", "expected one ExecStart"),
         ("[Service]\nExecStart=docker run", "names no image"),
         ("[Service]\nExecStart=docker run -Z x", "has no option -Z"),
         ("[Service]\nExecStart=docker run --name", "--name needs a value"),
         ("[Service]\nExecStart=docker run 'x", "No closing quotation"),
-        ("nonsense", r"a\.service:1: want \[SECTION\] or KEY=VALUE, not 'nonsense'"),
+        ("nonsense", r"a\.service:1: expected \[SECTION\] or KEY=VALUE, not 'nonsense'"),
     ],
 )
 def test_what_is_no_unit_of_a_container_is_refused(unit: str, error: str) -> None:

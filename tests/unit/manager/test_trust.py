@@ -166,7 +166,7 @@ async def test_logs_to_machines_are_allowed_by_the_cluster():
 
 @pytest.mark.parametrize("label", ["shop", "shop=", "=x", "shop=a b", "shop=/"])
 def test_an_invalid_list_of_repositories_is_refused(label):
-    with pytest.raises(Exception, match="want STACK=REGISTRY/REPOSITORY"):
+    with pytest.raises(Exception, match="expected STACK=REGISTRY/REPOSITORY"):
         check_swarm_labels({ALLOW_CREDENTIAL_HELPERS: label})
 
 

@@ -30,7 +30,7 @@ def test_what_is_no_binding_is_refused(text: str) -> None:
 
 
 def test_there_is_no_admin_of_a_single_stack() -> None:
-    with pytest.raises(InvalidArgument, match="whole cluster"):
+    with pytest.raises(InvalidArgument, match="cannot be limited to a stack"):
         parse_binding("admin:shop")
 
 

@@ -25,7 +25,7 @@ def test_a_task_drains_for_a_second_unless_its_service_says_otherwise() -> None:
 
 @pytest.mark.parametrize("word", ["soon", "-1s", "", "9000000h"])
 def test_a_time_to_drain_that_cannot_be_read_is_refused_and_counts_for_nothing(word: str) -> None:
-    with pytest.raises(InvalidArgument, match=r"invalid label skep\.drain=.*want a duration like 30s"):
+    with pytest.raises(InvalidArgument, match=r"invalid label skep\.drain=.*expected a duration like 30s"):
         check_service_labels({"skep.drain": word})
     assert drain_s({"skep.drain": word}) == 1.0
 
@@ -34,7 +34,7 @@ def test_publishing_before_tasks_are_ready_is_true_or_false():
     check_service_labels({"skep.publish-not-ready": "True"})
     assert publishes_not_ready({"skep.publish-not-ready": "True"})
     assert not publishes_not_ready({})
-    with pytest.raises(InvalidArgument, match="want true or false"):
+    with pytest.raises(InvalidArgument, match="expected true or false"):
         check_service_labels({"skep.publish-not-ready": "yes"})
 
 
@@ -56,7 +56,7 @@ def test_preemption_is_off_unless_the_cluster_says_otherwise() -> None:
     assert not allows_preemption({})
     check_swarm_labels({"skep.preemption": "True"})
     assert allows_preemption({"skep.preemption": "True"})
-    with pytest.raises(InvalidArgument, match=r"skep\.preemption=on: want true or false"):
+    with pytest.raises(InvalidArgument, match=r"skep\.preemption=on: expected true or false"):
         check_swarm_labels({"skep.preemption": "on"})
 
 

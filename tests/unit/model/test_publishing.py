@@ -64,18 +64,18 @@ def test_a_port_in_host_mode_has_an_address_only() -> None:
 @pytest.mark.parametrize(
     ("label", "value", "words"),
     [
-        ("skep.publish.8080.host-ip", "localhost", "want an IP address"),
-        ("skep.publish.host-ip", "10.0.0.0/24", "want an IP address"),
+        ("skep.publish.8080.host-ip", "localhost", "expected an IP address"),
+        ("skep.publish.host-ip", "10.0.0.0/24", "expected an IP address"),
         (
             "skep.publish.8080.host_ip",
             "127.0.0.1",
-            "want one of host-ip, affinity, local, proxy-protocol after",
+            "expected one of host-ip, affinity, local, proxy-protocol after",
         ),
-        ("skep.publish.", "x", "want one of host-ip"),
-        ("skep.publish.8080.sticky", "true", "want one of host-ip"),
-        ("skep.publish.8080.affinity", "cookie", "want one of none, client-ip"),
-        ("skep.publish.8080.local", "yes", "want one of false, true"),
-        ("skep.publish.8080.proxy-protocol", "v3", "want one of none, v1, v2"),
+        ("skep.publish.", "x", "expected one of host-ip"),
+        ("skep.publish.8080.sticky", "true", "expected one of host-ip"),
+        ("skep.publish.8080.affinity", "cookie", "expected one of none, client-ip"),
+        ("skep.publish.8080.local", "yes", "expected one of false, true"),
+        ("skep.publish.8080.proxy-protocol", "v3", "expected one of none, v1, v2"),
         ("skep.publish.web.local", "true", "invalid port 'web'"),
         ("skep.publish.70000.local", "true", "invalid port '70000'"),
         ("skep.publish.0.local", "true", "invalid port '0'"),
@@ -169,7 +169,7 @@ def test_what_can_be_meant_is_taken() -> None:
 @pytest.mark.parametrize("value", ["fe80::1%x", "fd00::1%x }", "224.0.0.1", "ff02::1"])
 def test_an_address_that_no_node_has_by_itself_is_refused_and_if_it_is_there_passed_over(value: str) -> None:
     with pytest.raises(
-        InvalidArgument, match=re.escape(f"invalid label skep.publish.host-ip={value}: want an")
+        InvalidArgument, match=re.escape(f"invalid label skep.publish.host-ip={value}: expected an")
     ):
         check_publishing(spec(WEB, **{"skep.publish.host-ip": value}))
     assert options_of({"skep.publish.host-ip": value}, WEB) == PublishOptions()

@@ -130,7 +130,7 @@ def test_a_label_that_cannot_be_read_is_refused_with_its_name(name: str, value: 
 
 def test_a_right_is_the_containers_not_the_services() -> None:
     check_service_rights(ContainerSpec(image="i", labels={"skep.pid": "host"}), {"skep.drain": "1s"})
-    with pytest.raises(InvalidArgument, match=r"the label skep\.pid counts on containers only"):
+    with pytest.raises(InvalidArgument, match=r"the label skep\.pid works on containers only"):
         check_service_rights(ContainerSpec(image="i"), {"skep.pid": "host"})
 
 
@@ -138,7 +138,7 @@ def test_reading_the_api_needs_no_right() -> None:
     assert rights(api="read") == MachineRights()
     assert api_access({}) is api_access({"skep.api": "read"}) is ApiAccess.READ
     assert api_access({"skep.api": "full"}) is ApiAccess.FULL
-    with pytest.raises(InvalidArgument, match=r"invalid label skep\.api=all: want read, inspect or full"):
+    with pytest.raises(InvalidArgument, match=r"invalid label skep\.api=all: expected read, inspect or full"):
         api_access({"skep.api": "all"})
 
 
@@ -153,7 +153,7 @@ def test_the_cluster_names_what_it_allows() -> None:
     assert allowed_rights("gpus, devices") == {Right.GPUS, Right.DEVICES}
     assert rights_text(ALL_RIGHTS) == "api,api-inspect,devices,gpus,namespaces,privileged,resources"
     assert allowed_by({"skep.allow": "everything"}) == frozenset()
-    with pytest.raises(InvalidArgument, match="want all, none, or some of privileged"):
+    with pytest.raises(InvalidArgument, match="expected all, none, or some of privileged"):
         check_swarm_labels({"skep.allow": "devices,everything"})
 
 

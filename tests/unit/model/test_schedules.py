@@ -154,7 +154,7 @@ def test_the_last_of_millions_of_times_is_found() -> None:
     assert yearly.last_until(at("2026-01-01T00:00Z"), at("2026-11-24T23:59Z")) is None
 
 
-FIELDS = "want five fields (minute, hour, day of the month, month, day of the week) or @yearly"
+FIELDS = "expected five fields (minute, hour, day of the month, month, day of the week) or @yearly"
 
 
 @pytest.mark.parametrize(
@@ -195,19 +195,22 @@ def test_an_expression_that_cannot_be_read_or_never_fires_is_refused_by_its_fiel
     [
         (
             {CRON_TIME_ZONE: "Mars/Olympus"},
-            "invalid label skep.cron.time-zone=Mars/Olympus: want a name of the IANA",
+            "invalid label skep.cron.time-zone=Mars/Olympus: expected a name of the IANA",
         ),
         ({CRON_TIME_ZONE: "../../../etc/passwd"}, "invalid label skep.cron.time-zone="),
         ({CRON_TIME_ZONE: "Europe"}, "invalid label skep.cron.time-zone="),
         ({CRON_TIME_ZONE: "localtime"}, "invalid label skep.cron.time-zone="),
         ({CRON_TIME_ZONE: ""}, "invalid label skep.cron.time-zone="),
-        ({CRON_CONCURRENCY: "allow"}, "invalid label skep.cron.concurrency=allow: want forbid or replace"),
+        (
+            {CRON_CONCURRENCY: "allow"},
+            "invalid label skep.cron.concurrency=allow: expected forbid or replace",
+        ),
         (
             {CRON_DEADLINE: "soon"},
-            "invalid label skep.cron.deadline=soon: want a duration like 30s or 2h, from 1s",
+            "invalid label skep.cron.deadline=soon: expected a duration like 30s or 2h, from 1s",
         ),
         ({CRON_DEADLINE: "0s"}, "invalid label skep.cron.deadline=0s"),
-        ({CRON_SUSPEND: "yes"}, "invalid label skep.cron.suspend=yes: want true or false"),
+        ({CRON_SUSPEND: "yes"}, "invalid label skep.cron.suspend=yes: expected true or false"),
         ({JOB_TTL: "1h"}, "labels skep.cron and skep.job-ttl cannot be used together"),
     ],
 )
@@ -219,7 +222,7 @@ def test_settings_that_mean_nothing_are_refused(labels: dict[str, str], words: s
 
 def test_a_schedule_is_for_jobs_and_its_settings_are_for_a_schedule() -> None:
     with pytest.raises(
-        InvalidArgument, match="want mode replicated-job or global-job, the service is replicated"
+        InvalidArgument, match="expected mode replicated-job or global-job, the service is replicated"
     ):
         check_schedule({CRON: "@daily"}, "replicated")
     with pytest.raises(InvalidArgument, match=r"label skep.cron.suspend needs label skep.cron"):
@@ -246,7 +249,7 @@ def test_a_run_has_a_limit_of_attempts(text: str | None, attempts: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "many", "1001", "1.5", "²", "00006"])
 def test_a_limit_of_attempts_is_a_number(text: str) -> None:
-    with pytest.raises(InvalidArgument, match="want a number from 1 to 1000, or 0 for no limit"):
+    with pytest.raises(InvalidArgument, match="expected a number from 1 to 1000, or 0 for no limit"):
         parsed_schedule({CRON: "@daily", CRON_MAX_ATTEMPTS: text})
 
 

@@ -42,13 +42,13 @@ def test_variables_name_secrets_by_their_targets_which_rotations_keep() -> None:
 @pytest.mark.parametrize(
     ("label", "reason"),
     [
-        ("PASSWORD", "want VARIABLE=TARGET"),
-        ("1A=db", "want VARIABLE=TARGET"),
-        ("A-B=db", "want VARIABLE=TARGET"),
+        ("PASSWORD", "expected VARIABLE=TARGET"),
+        ("1A=db", "expected VARIABLE=TARGET"),
+        ("A-B=db", "expected VARIABLE=TARGET"),
         ("A=db,A=api", "each variable once"),
-        ("A=db,", "want VARIABLE=TARGET"),
+        ("A=db,", "expected VARIABLE=TARGET"),
         ("A=other", "the service has no secret with the target other"),
-        ("COLOUR=db", "COLOUR is given by --env, too"),
+        ("COLOUR=db", "COLOUR is already set by --env"),
         (",".join(f"A{number}=db" for number in range(VARIABLES_MAX + 1)), "at most 64 variables"),
     ],
 )

@@ -453,7 +453,10 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w, x-skep: {drain: never}}}",
-            "f:1:34: services.w.x-skep: invalid label skep.drain=never: want a duration like 30s or 5m, at most 8760 h",
+            (
+                "f:1:34: services.w.x-skep: invalid label skep.drain=never: "
+                "expected a duration like 30s or 5m, at most 8760 h"
+            ),
         ),
         (
             "services: {w: {image: w, x-skep: {priority: urgent}}}",
@@ -474,8 +477,8 @@ volumes: {orders: {external: true}, data: {}}
         (
             "services: {w: {image: w, x-skep: {cron: '@daily'}}}",
             (
-                "f:1:41: services.w.x-skep.cron: label skep.cron is for jobs: want mode replicated-job or global-job, "
-                "the service is replicated"
+                "f:1:41: services.w.x-skep.cron: label skep.cron is for jobs: "
+                "expected mode replicated-job or global-job, the service is replicated"
             ),
         ),
         (
@@ -496,8 +499,8 @@ volumes: {orders: {external: true}, data: {}}
         (
             "services: {w: {image: w, deploy: {labels: {skep.cron: '@daily'}}}}",
             (
-                "f:1:34: services.w.deploy: label skep.cron is for jobs: want mode replicated-job or global-job, the "
-                "service is replicated"
+                "f:1:34: services.w.deploy: label skep.cron is for jobs: "
+                "expected mode replicated-job or global-job, the service is replicated"
             ),
         ),
         (

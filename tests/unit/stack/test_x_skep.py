@@ -49,7 +49,7 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
     [
         (
             "autoscale: 5",
-            "f:1:48: services.web.x-skep.autoscale: invalid label skep.autoscale=5: want the fewest",
+            "f:1:48: services.web.x-skep.autoscale: invalid label skep.autoscale=5: expected the fewest",
         ),
         (
             "autoscale: {min: 2}",
@@ -68,7 +68,7 @@ def test_autoscaling_is_a_range_or_a_mapping() -> None:
             "skep.autoscale.memory is a percentage of the memory limit: set one",
         ),
         ("autoscale: {max: 2, requests: 9}", "services.web.x-skep.autoscale.requests: unknown key"),
-        ("autoscale: {max: 2, down-after: 1s}", "want a duration from 15s to 24h"),
+        ("autoscale: {max: 2, down-after: 1s}", "expected a duration from 15s to 24h"),
     ],
 )
 def test_autoscaling_that_cannot_be_honored_is_refused_at_its_place(text: str, problem: str) -> None:

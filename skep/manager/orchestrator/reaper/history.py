@@ -1,10 +1,10 @@
-"""Task history: how many ended tasks a slot keeps, and when removed objects are deleted.
+"""Decides how many ended tasks a slot keeps, and when removed objects are deleted.
 
-A removed task is deleted as soon as it has stopped (or if it never started).  Each slot keeps as many ended tasks as
-the cluster's history limit says, and always the youngest.  With ``max_attempts`` it keeps at least one more than that,
-and as many that ended by themselves, because they count as restarts.  A slot of a global service or job ends with its
-node: its tasks are deleted once the node was removed, otherwise each short-lived node would leave some behind forever.
-A removed service is deleted with its last task.  A version of a spec is deleted when no task refers to it.
+A removed task is deleted as soon as it has stopped, or at once if it never started.  Each slot keeps as many ended
+tasks as the cluster's history limit allows, and always the youngest.  With ``max_attempts`` it keeps at least one more
+than that number, and as many tasks that ended by themselves, because they count as restarts.  The tasks of a global
+service or job on a node are deleted after the node's removal.  Otherwise each short-lived node would leave some behind
+forever.  A removed service is deleted with its last task.  A version of a spec is deleted when no task refers to it.
 
 Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go; manager/orchestrator/global/global.go (the tasks of a
 removed node).
@@ -25,13 +25,15 @@ DEFAULT_LIMIT = 5
 
 
 def is_disposable(task: Task) -> bool:
-    """Whether a removed task can be deleted, because no agent holds anything for it."""
+    """Return whether a removed task can be deleted, because no node holds anything for it."""
     is_idle = task.status.state < TaskState.ASSIGNED or task.status.state.is_terminal
     return task.desired_state >= TaskState.REMOVE and is_idle
 
 
 def is_past_attachment(task: Task, node: Node | None) -> bool:
-    """Whether the task represents a plain container that has ended or lost its node: its history has no use."""
+    """Return whether the task represents a plain container that has ended or lost its node.  Such tasks need no
+    history.
+    """
     return task.spec.network_attachment_spec is not None and (node is None or task.status.state.is_terminal)
 
 
@@ -42,7 +44,7 @@ def is_of_gone_slot(task: Task, node: Node | None) -> bool:
 
 
 def is_live(task: Task, node: Node | None) -> bool:
-    """Whether the task cannot be removed: it is wanted, has not ended, and its node exists."""
+    """Return whether the task must stay, because it is desired, has not ended, and its node exists."""
     return (
         task.is_active
         and task.spec.network_attachment_spec is None
@@ -70,9 +72,10 @@ def surplus_history(
     Args:
         slot: The slot's tasks.
         limit: Maximum number of the slot's ended tasks plus its wanted one.  Negative means no limit.
-        iteration: A job's current iteration.  Its completed tasks are kept, since they would be run once more.
-        updating: The version of the update in progress.  The tasks that it is judged by are kept.
-        attempts: Number of tasks that ended by themselves to keep, since restarts are counted by them
+        iteration: A job's current iteration.  Its completed tasks are kept, because their work would otherwise be
+            repeated.
+        updating: The version of the update in progress.  The tasks that decide about its success are kept.
+        attempts: How many tasks that ended by themselves to keep, because restarts are counted by them
             (``restart.attempts_of``).  Tasks that were moved must not displace them.
     """
     if limit < 0 or len(slot) <= limit:
@@ -90,7 +93,7 @@ def surplus_history(
     past = [
         task for task in ordered[:-1] if _is_past(task) and task not in kept and not _counts(task, iteration)
     ]
-    # Among the unfinished tasks only a wanted one counts, not a task that is stopping or on a lost node.
+    # Among the unfinished tasks only a desired task counts, and not a task that is stopping or on a lost node.
     size = len(slot) - len(present) + any(task.is_wanted for task in present)
     return tuple(past[: max(size - limit, 0)])
 
@@ -98,8 +101,9 @@ def surplus_history(
 def _judged(attempts: Sequence[Task]) -> Sequence[Task]:
     """Return the ``attempts`` at one version in a slot that ``update`` may choose as the slot's lead.
 
-    They are the first that reported its end, since it may have run; the first that ended by itself, since earlier ones
-    may have been stopped before they ran; and the last, since a new leader ignores attempts that ended before its term.
+    They are the first attempt that reported its end, because it may have run; the first that ended by itself, because
+    earlier ones may have been stopped before they ran; and the last, because a new leader ignores attempts that ended
+    before its term.
     """
     ended = [task for task in attempts if has_reported_end(task)]
     failed = [task for task in ended if task.ended_by_itself]
@@ -143,10 +147,10 @@ def unused_versions(
 
 
 def _is_past(task: Task) -> bool:
-    """Whether the task has ended, or will never run.
+    """Return whether the task has ended or will never run.
 
-    An ended task that is still wanted waits for its successor, which takes over its delay and count.  Only a job's
-    completed run stays wanted forever.
+    An ended task that is still desired waits for its successor, which takes over its delay and count.  Only a completed
+    task of a job stays desired forever.
     """
     is_run = task.job_iteration is not None and task.status.state is TaskState.COMPLETE
     if task.is_wanted and not is_run:

@@ -1,9 +1,9 @@
 """Reasons why the leader keeps a lost node in the cluster.
 
-A node that is down may still run its containers and write to its volumes, because only the managers cannot reach it.
-Its removal releases everything it holds: its tasks are replaced, its cluster volumes are published elsewhere, and the
-data in its local volumes is abandoned.  So the leader removes a node only if it can show that nothing is lost.  A
-person who runs ``docker node rm --force`` knows that the machine will not return.  The leader never knows that.
+A node that is down may still run its containers and write to its volumes, because perhaps only the managers cannot
+reach it.  If the node is removed, its tasks are replaced, its cluster volumes are published elsewhere, and the data in
+its local volumes is given up.  A person who runs ``docker node rm --force`` knows that the machine will not return.
+The leader cannot know that, so it removes a node only if it is certain that nothing is lost.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +31,9 @@ from skep.store.kinds import has_unknown_service, specs_in_use
 
 STATUS_PART, PUBLISH_PART = "status", "publish"
 _CUT_CHARACTERS = LABEL_CHARACTERS_MAX - 512
-"""A longer label of slot volumes may have been cut: one word has at most some 350 characters."""
+"""A label of slot volumes that is longer than this may have been cut, because one word has at most about 350
+characters.
+"""
 
 
 class KeptNodes:
@@ -45,7 +47,7 @@ class KeptNodes:
 
         Args:
             down_s: Seconds since the node was marked down.  Tasks of a removed node are replaced at once, so the node
-                stays until their disconnect policy allows that.
+                must stay until their disconnect policy allows that.
         """
         reasons = (self._unread(node), self._published(node), self._stored(node), self._tasks(node, down_s))
         return next(filter(None, reasons), "")
@@ -65,7 +67,7 @@ class KeptNodes:
 
     @cached_property
     def _volume_on(self) -> Mapping[NodeId, str]:
-        """Node -> the name of a cluster volume that the driver may have published there."""
+        """The name of a cluster volume that the driver may have published on a node, by node."""
         return {
             status.node_id: volume.spec.name
             for volume in self._view.find(Volume)
@@ -74,7 +76,9 @@ class KeptNodes:
         }
 
     def _stored(self, node: Node) -> str:
-        """Return a clause about local volumes of services whose tasks start nowhere else, even without a task now."""
+        """Return a clause about local volumes of services whose tasks may start nowhere else, even if they have no task
+        now.
+        """
         forgotten = forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, ""))
         found = [one for one in slot_volumes_of(node) if one.at_ms > forgotten.get(one.volume, -1)]
         if found and any(
@@ -107,7 +111,7 @@ class KeptNodes:
                 continue
             policy, name = policy_on(node, service), service.spec.name
             if task.volumes and not task.status.state.is_terminal:
-                # Includes volumes without an entry: they may have been removed with force.
+                # This includes volumes that no longer exist, because they may have been removed with force.
                 return f"a task of {name} may still write to cluster volume {task.volumes[0].source}"
             if (
                 policy.action is OnDisconnect.KEEP
@@ -120,6 +124,6 @@ class KeptNodes:
 
 
 def has_cut_report(node: Node) -> bool:
-    """Return whether the node may have more volumes with data than its report has."""
+    """Return whether the node may have more volumes with data than its report lists."""
     label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
     return len(label) > _CUT_CHARACTERS or bool(size_condition(node.description))

@@ -1,15 +1,15 @@
-"""The decision of ``node_loop``: which nodes that left or were lost are removed from the cluster.
+"""Decides, for ``node_loop``, which nodes that left or were lost are removed from the cluster.
 
 Docker never removes a node by itself, so short-lived machines leave nodes behind.  A cluster may set a time after which
 a down worker is removed.  Exceptions:
 
-* Managers are never removed, nor workers that are becoming managers or recently were managers: a quorum counts them.
-* Nothing is removed unless more than half of all nodes are ready, or while replacement is frozen: so many nodes are not
-  lost for good, but without power or network.
+* Managers are never removed, nor workers that are becoming or recently were managers, because a quorum counts them.
+* Nothing is removed while half of all nodes or more are not ready, or while replacement is frozen.  So many nodes are
+  not lost for good, but have no power or network.
 * A node stays if its removal would lose something: volumes, data, or tasks bound to it (``kept_nodes``).  Only a user
   removes such a node.
-* This leader must have seen the node down for as long, or at least for an hour, since most nodes were ready.  After a
-  power loss the nodes that start last have that time to return, whatever the clocks say.
+* This leader must have seen the node down for that time, or at least for an hour, while most nodes were ready.  So
+  after a power loss, the nodes that start last have that time to return, whatever the clocks show.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,7 @@ def due_at(node: Node, observed_s: float, now_ns: int, after_s: float) -> float:
 
 
 def is_disrupted(nodes: Sequence[Node], *, is_frozen: bool) -> bool:
-    """Whether power or network is lost, not nodes: then none is removed, and no time counts."""
+    """Return whether rather power or network than nodes are lost.  Then no node is removed, and no time counts."""
     return is_frozen or 2 * sum(node.status.state is NodeState.READY for node in nodes) <= len(nodes)
 
 

@@ -30,7 +30,7 @@ class LostNodes:
         self._term = term
         self._clock = clock
         self._down: dict[NodeId, float] = {}
-        """When this leader first saw each node down without a disruption, on its monotonic clock."""
+        """Time at which this leader first saw each node down without a disruption, on its monotonic clock."""
         self._kept: dict[NodeId, str] = {}
         """Why due nodes were kept at the last check, so that each reason is logged once."""
 
@@ -41,7 +41,7 @@ class LostNodes:
         )
 
     def _on_snapshot(self, view: View) -> None:
-        # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
+        # After a lag, the watch restarts as at the start of a term, and earlier observations may no longer hold.
         now = self._clock.monotonic()
         self._down = {node.id: now for node in view.find(Node) if is_lost_worker(node)}
 
@@ -66,8 +66,8 @@ class LostNodes:
             return
         nodes, is_frozen = view.find(Node), swarm.freeze is not None
         if is_disrupted(nodes, is_frozen=is_frozen):
-            # When nodes return after a disruption, half are ready before the others, which are not lost because of
-            # that.
+            # After a disruption, the second half of the nodes returns later than the first. That does not make them
+            # lost.
             self._down = dict.fromkeys(self._down, now)
             return
 
@@ -114,7 +114,7 @@ class LostNodes:
 def remove_lost(tx: Transaction, id: NodeId, down_s: Callable[[Node], float], now_ns: int) -> bool:
     """Remove the node as a user would, unless it has returned or must be kept.  Returns whether it was removed.
 
-    The reasons to keep it are checked again here: a volume may have been published on it since the last check.
+    The reasons to keep it are checked again here, because a volume may have been published on it since the last check.
     """
     node = tx.rely_on(Node, id)
     if node is None or not is_lost_worker(node) or KeptNodes(tx).reason(node, down_s(node)):

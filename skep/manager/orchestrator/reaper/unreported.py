@@ -1,9 +1,10 @@
 """Tasks that stay in the store until their node has reported their data (decision 159).
 
-With ``skep.volume-affinity=required``, the tasks of a slot start only where its data is, and the leader keeps a lost
-node that has the data.  Managers know where it is from the slot's tasks, and later from the node's report.  A node
-sends its report some seconds after the task, and managers accept it only for slots whose tasks they have seen (decision
-81).  So the last task with data of a slot on a node is deleted after the report, not before."""
+With ``skep.volume-affinity=required``, the tasks of a slot start only where the slot's data is, and the leader keeps a
+lost node that has the data.  At first managers know the location from the slot's tasks, and later from the node's
+report.  A node reports some seconds after a task's start, and managers accept a report only for slots whose tasks they
+have seen (decision 81).  So a slot's last task with data on a node must not be deleted before that report.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -60,7 +61,9 @@ def _has_data(task: Task) -> bool:
 
 
 def _is_reported(task: Task, service: Service, node: Node) -> bool:
-    """Whether the node's report has each volume of the task, or never will.  Reports of earlier tasks do not count."""
+    """Return whether the node's report lists each volume of the task, or never will.  Reports about earlier tasks do
+    not count.
+    """
     if is_docker_node(node) or has_cut_report(node):
         return True
     at_ms, key = created_ms(task), (service.spec.name, task.slot)

@@ -44,7 +44,7 @@ async def test_services_cannot_wait_for_each_other(store):
 
 
 async def test_a_label_that_cannot_be_read_is_refused(store):
-    with pytest.raises(InvalidArgument, match=r"want SERVICE=CONDITION\[\+restart\]"):
+    with pytest.raises(InvalidArgument, match=r"expected SERVICE=CONDITION\[\+restart\]"):
         await create(store, depending("web", "db=healthy"))
 
 

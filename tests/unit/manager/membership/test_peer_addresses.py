@@ -125,7 +125,7 @@ def test_a_stranger_that_announces_itself_is_not_taken_note_of() -> None:
     "said", ["10.0.0.1\n6.6.6.6 others:2377", "evil.example:2377", "10.0.0.1 x:2377", "fe80::1%x\ny:2377"]
 )
 def test_a_managers_address_is_an_address_and_nothing_else(said: str) -> None:
-    with pytest.raises(InvalidArgument, match="want ip:port"):
+    with pytest.raises(InvalidArgument, match="expected ip:port"):
         full_address(said, "10.0.0.9")
 
 

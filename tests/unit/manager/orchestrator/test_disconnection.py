@@ -117,7 +117,7 @@ def test_what_the_leader_alone_decides_follows_the_present_labels(labels: dict[s
     ],
 )
 def test_labels_that_cannot_be_read_are_refused_and_count_for_nothing(labels: dict[str, str]) -> None:
-    with pytest.raises(InvalidArgument, match=r"invalid label skep.on-disconnect.*want"):
+    with pytest.raises(InvalidArgument, match=r"invalid label skep.on-disconnect.*expected"):
         check_service_labels(labels)
     assert disconnect_policy(labels) == DisconnectPolicy()
 
@@ -126,6 +126,6 @@ def test_the_grace_of_the_cluster_is_a_label() -> None:
     assert heartbeat_grace_s({}) is None
     assert heartbeat_grace_s({"skep.heartbeat-grace": "10s"}) == 10.0
     with pytest.raises(
-        InvalidArgument, match=r"invalid label skep\.heartbeat-grace=soon: want a duration like 30s"
+        InvalidArgument, match=r"invalid label skep\.heartbeat-grace=soon: expected a duration like 30s"
     ):
         check_swarm_labels({"skep.heartbeat-grace": "soon"})
