@@ -186,7 +186,7 @@ class Agent:
             group.create_task(self._services.seen.run(), name="keep the revision")
 
     def try_now(self) -> None:
-        """If there is no session, make the next attempt at once, because a manager has just started to serve."""
+        """Without a session, make the next attempt at once, because a manager has just started to serve."""
         self._try_now.set()
 
     # -- sessions -------------------------------------------------------------------------------------------------

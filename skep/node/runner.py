@@ -60,7 +60,7 @@ class AgentConnection(Protocol):
         """Keep a session until cancelled.  Raises: SkepError: the cluster refuses this node."""
 
     def try_now(self) -> None:
-        """If there is no session, request one at once, because a manager has just started to serve."""
+        """Without a session, request one at once, because a manager has just started to serve."""
 
 
 class NewAgent(Protocol):
