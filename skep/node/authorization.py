@@ -30,7 +30,7 @@ class NodeObjects:
         self._cluster = cluster
 
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
-        """Return what this node knows about the object of a request (see ``Objects``)."""
+        """Return the facts that this node knows about the object of a request (see ``Objects``)."""
         if rule.scope is Scope.NEW:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
@@ -63,7 +63,7 @@ class NodeObjects:
             return ""
 
     def _volume(self, identity: Identity, word: str) -> Known:
-        """Return what is known about a volume.  Raises: NotFound: ``identity`` may see no volume of that name."""
+        """Return the facts about a volume.  Raises: NotFound: ``identity`` may see no volume of that name."""
         labels = self._engine.volumes.labels(word) if self._engine is not None else None
         stack = labels.get(STACK_LABEL, "") if labels is not None else ""
         if labels is None or not sees(identity, stack):

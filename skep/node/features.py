@@ -57,7 +57,7 @@ table ip skep_probe {
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """The available features.  ``missing`` has, for each missing feature, what was tried and the kernel's error."""
+    """The available features.  ``missing`` has, for each missing feature, the attempt and the kernel's error."""
 
     missing: Mapping[str, str] = {}
     cgroup_version: int = 2

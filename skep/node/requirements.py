@@ -106,7 +106,7 @@ def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
 def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
     """Return why ``program`` is unusable, or an empty text.
 
-    ``output`` is what it prints for ``--version``, or None if it cannot be run.
+    ``output`` is its output for ``--version``, or None if it cannot be run.
     """
     if program is None or output is None:
         return (

@@ -61,7 +61,7 @@ _TIMEOUT_S = 7.0
 
 
 def why_waiting(mark: Path) -> str:
-    """Return what this node's starting manager waits for, from its file ``mark``, or an empty text if it does not wait.
+    """Return the condition for which this node's starting manager waits, from its file ``mark``, or an empty text.
 
     Shown as ``Error`` of ``/info``.
     """

@@ -316,7 +316,7 @@ class Playground:
         self._progress(f"all {len(cluster.nodes)} nodes are ready" if others else f"{first.name} is ready")
 
     async def _destroy(self, playground: str, name: str, cluster: Cluster | None) -> None:
-        """End the node's processes, then remove what they leave."""
+        """End the node's processes, then remove their leftovers."""
         if cluster is not None and name in _names(cluster):
             known = cluster.node(name)
             for pid in known.pids:

@@ -175,8 +175,7 @@ class _Changes:
             options["address"] = link.mac
         match link.kind:
             case "bridge":
-                # Set the MTU after the creation: only then does the kernel keep it.  Otherwise it follows the ports, and is
-                # 1500 without any.
+                # Set the MTU afterwards, or the kernel does not keep it: it follows the ports, and is 1500 without any.
                 options.pop("mtu", None)
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
