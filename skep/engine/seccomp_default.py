@@ -55,7 +55,7 @@ _IRREGULAR: Final = {
     "getfsuid32": None,
     "getfsgid32": None,
 }
-"""Names that the patterns above produce wrongly, with the real name, or None if there is no such call."""
+"""Names that the patterns above produce wrongly, with the real name, or None if the call does not exist."""
 
 
 class Condition(NamedTuple):

@@ -207,7 +207,7 @@ class VolumeStore:
     def _set_aside(self, name: str) -> Path | None:
         """Rename a volume's directory so that the volume no longer exists.
 
-        Return the directory to empty, or None if there is none.
+        Return the directory to empty, or None if the volume did not exist.
 
         Raises: OSError.
         """

@@ -68,7 +68,7 @@ def state_file(directory: Path) -> Path:
 
 
 def read_state(directory: Path) -> State | None:
-    """Return the relay's state, or None if there is no relay or its state is unreadable."""
+    """Return the relay's state, or None without a relay or with an unreadable state."""
     try:
         return msgspec.json.decode(state_file(directory).read_bytes(), type=State)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):

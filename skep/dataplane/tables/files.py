@@ -46,7 +46,7 @@ class Kept(msgspec.Struct, frozen=True):
 class SharedTables:
     """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``.
 
-    ``refresh`` makes the net process reload and apply tables.  It is None if there is no net process.
+    ``refresh`` makes the net process reload and apply tables.  It is None without a net process.
     """
 
     def __init__(self, directory: Path, refresh: Refresh | None = None) -> None:

@@ -26,7 +26,7 @@ _WITH_CONSOLE_SIZE = ApiVersion("1.42")
 
 
 def exec_routes(execs: Execs) -> list[web.RouteDef]:
-    """``/containers/{id}/exec`` and ``/exec/...``."""
+    """Return the routes ``/containers/{id}/exec`` and ``/exec/...``."""
     return _table.bound(execs)
 
 

@@ -60,13 +60,13 @@ _table = Table[Served]()
 def image_routes(
     images: ImageStore, users: Users, *, clock: Clock | None = None
 ) -> Iterable[web.AbstractRouteDef]:
-    """``/images/...``, ``/distribution/...`` and ``/auth``."""
+    """Return the routes ``/images/...``, ``/distribution/...`` and ``/auth``."""
     return _table.bound(Served(images, users, clock or SystemClock()))
 
 
 @_table.get("/images/json")
 async def list_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker images``."""
+    """Handle ``docker images``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
     filter = _filter(served.images, filters, served.clock)
@@ -82,7 +82,7 @@ async def list_images(served: Served, request: web.Request) -> web.StreamRespons
 
 @_table.post("/images/create")
 async def create_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker pull`` and ``docker import``, with their progress."""
+    """Handle ``docker pull`` and ``docker import``, with their progress."""
     if "fromImage" not in request.query:
         return await import_image(served.images, served.clock, request)
     reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
@@ -97,7 +97,7 @@ async def create_image(served: Served, request: web.Request) -> web.StreamRespon
 
 @_table.post("/images/load")
 async def load_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker load``, with its progress."""
+    """Handle ``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
     async def load(report: Report) -> None:
@@ -116,13 +116,13 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
 
 @_table.get("/images/get")
 async def save_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker save`` of several images, as one archive."""
+    """Handle ``docker save`` of several images, as one archive."""
     return await _send_images(served, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
 async def save_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker save`` of one image."""
+    """Handle ``docker save`` of one image."""
     return await _send_images(served, request, [request.match_info["name"]])
 
 
@@ -139,7 +139,7 @@ async def _send_images(served: Served, request: web.Request, names: list[str]) -
 
 @_table.post("/images/prune")
 async def prune_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker image prune``."""
+    """Handle ``docker image prune``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
     removed, freed_bytes = await served.images.prune(
@@ -151,7 +151,7 @@ async def prune_images(served: Served, request: web.Request) -> web.StreamRespon
 
 @_table.get("/images/{name:.+}/json")
 async def inspect_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker image inspect``."""
+    """Handle ``docker image inspect``."""
     name = request.match_info["name"]
     try:
         image = served.images.get(name)
@@ -162,7 +162,7 @@ async def inspect_image(served: Served, request: web.Request) -> web.StreamRespo
 
 @_table.get("/images/{name:.+}/history")
 async def image_history(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker history``."""
+    """Handle ``docker history``."""
     return json_list_response(
         image_responses.history(served.images.get(request.match_info["name"]), served.images)
     )
@@ -170,7 +170,7 @@ async def image_history(served: Served, request: web.Request) -> web.StreamRespo
 
 @_table.post("/images/{name:.+}/tag")
 async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker tag``."""
+    """Handle ``docker tag``."""
     served.images.get(request.match_info["name"])
     try:
         reference = parse_reference(request.query.get("repo", ""))
@@ -186,7 +186,7 @@ async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/images/{name:.+}/push")
 async def push_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker push``, with its progress.  Without a tag it pushes all tags."""
+    """Handle ``docker push``, with its progress.  Without a tag it pushes all tags."""
     reference = parse_reference(request.match_info["name"])
     tag = request.query.get("tag", "")
     reference = reference.repository.with_tag(tag) if tag else reference
@@ -218,7 +218,7 @@ def _require_platform(images: ImageStore, reference: Reference, text: str) -> No
 
 @_table.get("/images/search")
 async def search_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker search``."""
+    """Handle ``docker search``."""
     filters = Filters.of(request)
     filters.refuse_unknown("is-automated", "is-official", "stars")
     wanted = SearchFilter(
@@ -257,7 +257,7 @@ def _stars(text: str) -> int:
 
 @_table.post("/auth")
 async def check_credentials(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker login``: try the credentials at the registry.  This node does not keep them."""
+    """Handle ``docker login``: try the credentials at the registry.  This node does not keep them."""
     body = await read_body(request)
     wanted = decode_body(body, _Login)
     credentials = decode_body(body, Credentials)
@@ -284,7 +284,7 @@ def _domain(address: str) -> str:
 
 @_table.delete("/images/{name:.+}")
 async def remove_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rmi``."""
+    """Handle ``docker rmi``."""
     name = request.match_info["name"]
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")

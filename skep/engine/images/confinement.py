@@ -1,4 +1,4 @@
-"""Confinement of the workers that read archives and trees: the rights that they drop before the first byte.
+"""Confines the workers that read archives and trees.  They drop their rights before they read the first byte.
 
 A worker keeps the capabilities to set owners, modes, devices and file capabilities, in its own root directory and in
 namespaces without network, foreign mounts or queues.  A filter refuses system calls that expose more of the kernel, or
@@ -22,10 +22,10 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 _SECCOMP_MODE_FILTER = 2
 _NEW_NAMESPACES: Final = 0x00020000 | 0x08000000 | 0x40000000
-"""CLONE_NEWNS, -IPC and -NET."""
+"""CLONE_NEWNS, CLONE_NEWIPC and CLONE_NEWNET."""
 
 _DESCRIPTORS_MAX = 256
-"""Descriptors that are closed in the worker: more than the process has open when it forks."""
+"""Number of descriptors that are closed in the worker.  More than the process has open when it forks."""
 _OPAQUE = b"trusted.overlay.opaque"
 _ELSEWHERE = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
 _SET, _GET = b"x", b"?"

@@ -107,7 +107,7 @@ class DockerSocket(msgspec.Struct, frozen=True):
     """Socket of the machine's Docker Engine.
 
     Args:
-        path: The socket, or None if there is no engine.
+        path: The socket, or None without an engine.
         before_build: Copies the images that a build may use to the engine.
     """
 
