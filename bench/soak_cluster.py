@@ -83,7 +83,7 @@ class ClusterSoak:
         log: Log,
         users: Callable[[Callable[[], Engine], str, random.Random], Users] = Users,
     ) -> None:
-        """``faults``: share of the rounds before which a fault begins."""
+        """``faults`` is the share of the rounds before which a fault begins."""
         self._playground, self._random, self._fault_share, self._say = playground, rng, faults, log
         cluster = playground.cluster()
         self._nodes = {node.name: node for node in cluster.nodes}

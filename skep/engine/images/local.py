@@ -78,9 +78,7 @@ class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Damage(msgspec.Struct, frozen=True):
-    """Damage of an image.  ``config`` is None if the configuration itself is damaged, so that the layers are
-    unknown.
-    """
+    """Damage of an image.  ``config`` is None if the configuration is damaged, so that the layers are unknown."""
 
     reason: str
     config: ImageConfig | None
@@ -212,9 +210,7 @@ class LocalImages:
         return self._root / "configs" / hex_of(image.id)
 
     def is_fetched(self, image: Image) -> bool:
-        """Return whether the image came from a registry or another node, and no user has loaded or tagged it here
-        since.
-        """
+        """Return whether the image came from a registry or node, and no user has loaded or tagged it here since."""
         return image.id in self._catalog.fetched
 
     def document(self, digest: str, name: str = "") -> bytes | None:
@@ -520,9 +516,7 @@ class LocalImages:
         return found[0] if len(found) == 1 else None
 
     async def _put(self, catalog: Catalog) -> None:
-        """Write the catalog, then use it.  The caller holds ``_writing``.  Raises: Unavailable: the file was not read
-        yet.
-        """
+        """Write the catalog, then use it.  Requires ``_writing``.  Raises: Unavailable: it was not read yet."""
         self._require_catalog()
         self._is_written = False
         await self._replace(self._root / "catalog.json", msgspec.json.encode(catalog))
@@ -531,9 +525,7 @@ class LocalImages:
         self._index()
 
     async def _replace(self, file: Path, content: bytes) -> None:
-        """Replace a file.  The caller holds ``_writing``.  If it is cancelled, it holds the lock until the file is
-        written.
-        """
+        """Replace a file.  Requires ``_writing``.  A cancelled caller holds that lock until the file is written."""
         await run_to_end(asyncio.to_thread(replace_file, file, content))
 
     def _require_catalog(self) -> None:
