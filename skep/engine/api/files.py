@@ -87,7 +87,7 @@ def _header(status: PathStatus) -> dict[str, str]:
 async def _send_archive(
     request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Send an archive.  An incomplete one is sent without an end, so that its reader notices."""
+    """Send an archive.  An incomplete archive is sent without an end, so that its reader notices."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-tar", **headers})
     await response.prepare(request)
     async for piece in pieces:

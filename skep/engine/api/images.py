@@ -43,7 +43,7 @@ from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
 _WITHOUT_FILTER = ApiVersion("1.41")
-"""Before this version a parameter of its own could hold a pattern of names."""
+"""API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -128,7 +128,7 @@ async def save_image(served: Served, request: web.Request) -> web.StreamResponse
 
 async def _send_images(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
     async with aclosing(served.images.save(names)) as pieces:
-        first = await anext(pieces, b"")  # an unknown image can still be reported as a status
+        first = await anext(pieces, b"")  # first, because an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
         await send_piece(request, response, first)
@@ -201,7 +201,7 @@ async def push_image(served: Served, request: web.Request) -> web.StreamResponse
 
 
 class _WantedPlatform(msgspec.Struct, frozen=True):
-    """``platform`` of a push.  This node has only one of an image's platforms."""
+    """The parameter ``platform`` of a push.  This node has an image for one platform only."""
 
     os: str = ""
     architecture: str = ""
@@ -209,7 +209,7 @@ class _WantedPlatform(msgspec.Struct, frozen=True):
 
 
 def _require_platform(images: ImageStore, reference: Reference, text: str) -> None:
-    """Raise InvalidArgument for an invalid platform, NotFound if the image is here for another platform."""
+    """Raise InvalidArgument for an invalid platform, and NotFound if this node has the image for another platform."""
     wanted = decode_body(text.encode(), _WantedPlatform)
     image = images.get(str(reference.with_default_tag()))
     platform = Platform(wanted.os, wanted.architecture, wanted.variant)
@@ -270,7 +270,7 @@ class _Login(msgspec.Struct, frozen=True):
 
 
 def _domain(address: str) -> str:
-    """Return the registry of a login.  Source: moby 20.10, registry/service.go (Auth)."""
+    """Return the registry that the address of a login means.  Source: moby 20.10, registry/service.go (Auth)."""
     url = address if "://" in address else f"https://{address or DEFAULT_DOMAIN}"
     try:
         parts = urlsplit(url)
@@ -358,7 +358,7 @@ def _replaced(filter: ImageFilter, **fields: Any) -> ImageFilter:
 
 
 def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
-    """Return by image the size of the layers that it shares with other images."""
+    """Return, for each image, the size of the layers that it shares with other images."""
     counts: dict[str, int] = {}
     for image in images.images():
         for chain_id in image.chain:

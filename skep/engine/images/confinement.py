@@ -5,8 +5,8 @@ namespaces without network, foreign mounts or queues.  A filter refuses system c
 another process.  They fail with EPERM.  Rights that the machine does not allow to drop are kept: the chroot confines
 the worker, and the rest protects against an exploited archive parser.
 
-``trusted.overlay.opaque`` is the only thing that needs more rights.  A helper process sets and reads it, and receives
-nothing but descriptors.
+Only the attribute ``trusted.overlay.opaque`` needs more rights.  A helper process sets and reads it, and receives only
+descriptors of directories.
 """
 
 import array  # noqa: F401  # socket.send_fds imports it when it is called, and then it is too late
@@ -118,7 +118,7 @@ _REFUSED: Final = {
 }
 """Numbers of system calls that writing files does not need, by machine."""
 _MOUNT_CALLS: Final = (428, 429, 430, 431, 432, 433, 442)
-"""open_tree to fspick, and mount_setattr.  Their numbers are the same on every machine."""
+"""Numbers of the system calls from open_tree to fspick, and of mount_setattr.  They are the same on every machine."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -153,7 +153,7 @@ class Helper:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                # The pipe of the worker's response must close with the worker.
+                # Close the pipe of the worker's response here, so that it closes when the worker ends.
                 os.closerange(0, theirs.fileno())
                 os.closerange(theirs.fileno() + 1, _DESCRIPTORS_MAX)
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

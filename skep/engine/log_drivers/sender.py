@@ -65,7 +65,7 @@ class Sender:
                 self._peers = frozenset(addresses)
 
     async def end(self) -> None:
-        """Send removed containers' output for a moment, and stop the rest."""
+        """Send the output of removed containers for up to ``_END_S``, then stop everything."""
         for task in [task for task in self._tasks.values() if task not in self._held]:
             task.cancel()
         if self._held:
