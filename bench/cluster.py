@@ -238,7 +238,7 @@ class Round:
 
 
 class _Writes:
-    """Writers at all survivors, which retry until one of them succeeds."""
+    """Clients of all surviving managers, which retry a write until one of them succeeds."""
 
     def __init__(self, survivors: list[Node], spec: Callable[[str], dict[str, Any]]) -> None:
         self._accepted: list[tuple[float, Node, str]] = []

@@ -1,4 +1,4 @@
-"""A client that sends requests to the API all the time, and the evaluation of its latencies and the manager's loop
+"""A client that sends API requests all the time, and functions that summarize its latencies and the manager's loop
 lag.
 """
 

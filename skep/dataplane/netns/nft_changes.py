@@ -1,7 +1,7 @@
 """Finds the nftables tables that another writer has changed, from the kernel's notifications.
 
 nftables reports the changes of each transaction and, last, the name of the thread that made it.  All threads of a
-``Namespaces`` have its name, so Skep's own transactions are recognized.
+``Namespaces`` object have the same name (its ``writer``), so Skep's own transactions are recognized.
 
 Source: linux, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
 """
