@@ -1,10 +1,10 @@
-"""Features around a running task: its logs, commands in it, health checks, secrets, a Compose project.
+"""Measures features around a running task: logs, exec, health checks, secrets, and a Compose project.
 
 One Docker Engine and one playground node, each in its own namespaces, in alternating pairs:
 
 * *logs*: 100 MB of 20 tasks, read by one client (``scenarios.logs``)
 * *exec*: ``true`` in a container of the node, and of another node (``reaching``)
-* *health*: containers with a probe every second, as many as two processors can probe, one system after the other
+* *health*: the processor time of health checks every second in ``PROBED`` containers, one system after the other
 * *secret*: 100 tasks with and without a secret of 500 KB, and a secret of its own for each task on 100 nodes
   (``dispatching``)
 * *compose*: ``docker compose up`` of ten services by the docker command's plugin
@@ -45,7 +45,7 @@ from tests.support.plugins import plugin
 
 Lab = DockerLab | SkepLab
 TURNS = 5
-"""Number of runs of each way to execute a command, in one pair."""
+"""Number of runs of each way to execute a command, within one pair."""
 EXECS = 20
 PROBED = 20
 """Number of probed containers.  Two processors are not enough for 100 probes per second in either system."""
@@ -110,7 +110,7 @@ def exec_figures(pairs: int) -> list[Figure]:
                 ways["requests, Docker" if lab is docker else "requests, Skep"]()
             return {"ms": (group_processor_s(lab.cgroup) - before) / EXECS * 1e3}
 
-        asyncio.run(one(0))  # the first command has additional work
+        asyncio.run(one(0))  # not timed, because the first command has additional work
         values, busy = asyncio.run(run_undisturbed(pairs, one))
         processor, _ = side_by_side((docker, skep), pairs, spent)
 
@@ -263,7 +263,7 @@ def compose_figures(pairs: int) -> list[Figure]:
             return {"up": up, "down": time.monotonic() - began}
 
         for lab in labs:
-            measure(lab)  # the first run has additional work
+            measure(lab)  # not counted, because the first run has additional work
         sides, busy = side_by_side(labs, pairs, measure)
     return [
         ratio(6, f"docker compose up of {SERVICES} services, s", sides["up"], limit=0.5, busy=busy),

@@ -1,4 +1,4 @@
-"""Images compared with a Docker Engine: pulls, builds, starts of tasks and of fresh images.
+"""Measures work with images on Skep and on a Docker Engine: pulls, builds, starts of tasks and of fresh images.
 
 One Docker Engine and one playground node, each in its own namespaces, in alternating pairs.  ``--parts`` selects some:
 
@@ -46,7 +46,7 @@ PORT = 5000
 BIG = f"127.0.0.1:{PORT}/big"
 LAYERS = 6
 FILES = 1000
-"""Files per layer."""
+"""Number of files per layer."""
 FILE_BYTES = 50_000
 LATER_STARTS = 5
 NODES = 10
@@ -159,14 +159,14 @@ def _build(lab: Lab, tag: str, context: bytes) -> bytes:
 
 
 def _checked(lab: Lab, said: bytes) -> bytes:
-    """Return a stream of messages.  Raises: SystemExit: one is an error."""
+    """Return ``said``, a stream of messages, if none of them is an error.  Raises: SystemExit."""
     if b'"error"' in said:
         raise SystemExit(f"{lab.system}: {said[-500:].decode(errors='replace')}")
     return said
 
 
 def _remove(lab: Lab, tag: str) -> None:
-    """Remove an image and its unshared layers."""
+    """Remove an image and the layers that no other image has."""
     lab.engine.raw("DELETE", f"/images/{tag}?force=1")
     lab.engine.post("/images/prune", filters={"dangling": ["true"]})
 
@@ -180,7 +180,7 @@ def _timed(action: Callable[[], object]) -> float:
 
 
 def _pulled(lab: Lab) -> Metrics:
-    """Pull the big image, then start it for the first time and again."""
+    """Pull the big image, then start a container of it for the first time and again."""
 
     def pull() -> None:
         _checked(lab, lab.engine.raw("POST", f"/images/create?{urlencode({'fromImage': BIG, 'tag': '1'})}"))
@@ -227,10 +227,10 @@ def _pull_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Fig
 
 
 class _Builds:
-    """Builds of ten steps, which differ each time."""
+    """Builds of ten steps whose content differs each time."""
 
     def __init__(self, place: Path) -> None:
-        """``place``: directory for the docker command's build context."""
+        """``place`` is the directory for the docker command's build context."""
         self._directory = place / "context"
         self._numbers = count()
 
@@ -293,7 +293,7 @@ class _LargeContext:
     """A context whose directory has another name each time, so that no builder has it in its cache."""
 
     def __init__(self, place: Path) -> None:
-        """``place``: directory for the files."""
+        """``place`` is the directory for the files."""
         self._numbers = count()
         self._place = place
         self._directory = place / "large"
@@ -320,7 +320,7 @@ def _context_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[
     size = CONTEXT_FILES * CONTEXT_FILE_BYTES // 1_000_000
     text = f"context of {CONTEXT_FILES} files, {size} MB"
     return [
-        # This is at least 0.8 of Docker's speed.
+        # A ratio of 1.25 is 0.8 of Docker's speed.
         ratio(7, f"{text}, by BuildKit, s", sides["BuildKit"], limit=1.25, busy=busy),
         ratio(7, f"{text}, by the classic builder, s", sides["classic"], limit=1.25, busy=busy),
     ]

@@ -36,16 +36,18 @@ from skep.errors import SkepError
 from skep.playground.description import Node
 
 SETTLE_S = 4.0
-"""Seconds that new machines are left alone, because a daemon's own start does not belong to init."""
+"""Seconds to wait after new machines have started, so that the start of the daemons is not part of ``init``."""
 
 REST_S, WATCHED_S = 8.0, 10.0
-"""Seconds a new cluster rests before its idle cost is measured, and seconds over which processor time is measured."""
+"""Seconds to wait before the idle cost of a new cluster is measured, and seconds over which processor time is
+measured.
+"""
 RETRY_S = 0.02
 Values = dict[str, list[float]]
 
 
 class Round:
-    """One cluster's lifetime.  ``values``: the measurements so far, ``{metric: values}``."""
+    """One cluster's lifetime.  ``values`` has the measurements so far, ``{metric: values}``."""
 
     def __init__(self, lab: ClusterLab, steps: frozenset[str]) -> None:
         self.lab, self._steps = lab, steps
@@ -54,7 +56,7 @@ class Round:
         self.facts: dict[str, str] = {}
 
     def run(self) -> None:
-        """Measure everything.  Errors are raised, and earlier measurements still count."""
+        """Measure everything.  After an error, which is raised, ``values`` has the earlier measurements."""
         self._say("machines come up")
         self.lab.up()
         time.sleep(SETTLE_S)
@@ -126,7 +128,7 @@ class Round:
     def _lose_worker(
         self, which: int, what: str, lose: Callable[[Node], None], give_back: Callable[[Node], None]
     ) -> None:
-        """Lose a worker, and measure until the service's tasks run on the other one."""
+        """Lose a worker, and measure the time until the service's tasks run on the other worker."""
         victim, via = self.lab.workers[which], engine(self.lab.nodes[0], RESPONSE_S)
         lost = self.lab.ids()[victim.name]
         service = self._service("standing", REPLICAS, Constraints=["node.role==worker"])
@@ -236,7 +238,7 @@ class Round:
 
 
 class _Writes:
-    """Writers at all survivors, which retry until one of them succeeds."""
+    """Clients of all surviving managers, which retry a write until one of them succeeds."""
 
     def __init__(self, survivors: list[Node], spec: Callable[[str], dict[str, Any]]) -> None:
         self._accepted: list[tuple[float, Node, str]] = []

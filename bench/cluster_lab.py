@@ -20,7 +20,7 @@ from skep.playground.playground import Playground
 MANAGERS, WORKERS = 3, 2
 PORT = 2377
 RESPONSE_S = 3.0
-"""Timeout of one request.  Without a leader dockerd does not refuse a write but holds it."""
+"""Time limit in seconds for one request.  Without a leader, dockerd does not refuse a write but keeps it waiting."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 System = Literal["docker", "skep"]
 
@@ -44,7 +44,7 @@ class ClusterLab:
         self.image = asyncio.run(self._playground.plug_in(kinds)).image
 
     def down(self) -> None:
-        """Remove everything, however far ``up`` came."""
+        """Remove everything, even if ``up`` has failed halfway."""
         asyncio.run(self._playground.down())
 
     # -- the swarm -------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class ClusterLab:
         return f"{self.system} {response['Version']}"
 
     def memory_mib(self, node: Node) -> float:
-        """Return the PSS of the machine's daemons."""
+        """Return the memory (PSS) of the machine's daemons in MiB."""
         return memory_mib(Path(node.netns), list(node.pids))["daemons"]
 
     def processor_s(self, node: Node) -> float:

@@ -1,4 +1,6 @@
-"""A process of simulated agents, driven by commands on its standard input.  It responds to each with a number."""
+"""Runs a process with simulated agents, which executes commands from its standard input and answers each with a
+number.
+"""
 
 import asyncio
 import subprocess
@@ -13,7 +15,7 @@ Ask: TypeAlias = Callable[[str], Awaitable[float]]
 
 @asynccontextmanager
 async def crowd(module: str, *arguments: str) -> AsyncIterator[Ask]:
-    """Run ``module`` until the context is left.  The block begins when the process is ready."""
+    """Run ``module`` in a process while the context is open.  The block begins when the process is ready."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

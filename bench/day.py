@@ -38,7 +38,7 @@ from tests.support.versions import ROOT, Versions, package_of
 
 MANAGERS, WORKERS = 3, 5
 FAULTS, OPERATIONS = 0.25, 0.15
-"""Shares of the rounds."""
+"""Shares of the rounds with a fault, and with an operator's work."""
 FORMER = "0.0.9"
 """Version number of the release that the day begins with."""
 UPGRADE_S = 3600.0
@@ -50,7 +50,7 @@ class Event(msgspec.Struct):
 
     count: int = 0
     took_s_max: float = 0.0
-    """Longest time until everything was in its desired state again."""
+    """Longest time in seconds until everything was in its desired state again."""
 
 
 class Report(msgspec.Struct):
@@ -106,7 +106,10 @@ class Day(ClusterSoak):
         upgrade: Sequence[str],
         folder: Path,
     ) -> None:
-        """``upgrade``: arguments of ``skep`` that upgrade all nodes.  ``folder``: directory for the stacks' files."""
+        """``upgrade`` has the arguments of ``skep`` that upgrade all nodes.
+
+        ``folder`` is the directory for the stacks' files.
+        """
 
         def stacks(engine: Callable[[], Engine], image: str, rng: random.Random) -> Stacks:
             return Stacks(engine, image, rng, self._at_a_manager, folder)
@@ -154,7 +157,7 @@ class Day(ClusterSoak):
             self._own()
 
     def _own(self) -> None:
-        """Let an owner change something, with or without machines away."""
+        """Let an owner change something, even while machines are down."""
         back = self._away and self._return_some()
         began = time.monotonic()
         if not back:
@@ -164,7 +167,10 @@ class Day(ClusterSoak):
         self._over(what.split()[0], began)
 
     def _return_some(self) -> bool:
-        """Bring back machines whose time is over.  Their responses meanwhile are not promised."""
+        """Bring back machines that were down long enough.
+
+        Responses from them are not promised until they are ready.
+        """
         self.customers.during("a machine comes back", is_promised=False)
         began = time.monotonic()
         said = self._come_back()
@@ -190,7 +196,7 @@ class Day(ClusterSoak):
         self._over(kind, began)
 
     def _operate(self, kind: str, work: Callable[[], None]) -> None:
-        """Let operators do something while all machines are there."""
+        """Let operators do something while all machines are up."""
         self.customers.during("a machine comes back", is_promised=False)
         self._come_back(all_of_them=True)
         self._settle("all are back")
@@ -289,7 +295,7 @@ class Day(ClusterSoak):
         self._nodes_ready()
 
     def _only_homes(self) -> set[str]:
-        """Return the nodes that have every task of some service."""
+        """Return the nodes on which all tasks of some service run."""
         manager = self._a_manager()
         names = {node["ID"]: node["Description"]["Hostname"] for node in manager.get("/nodes")}
         homes: dict[str, set[str]] = {}

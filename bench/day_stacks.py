@@ -27,15 +27,15 @@ from skep.playground.description import Node
 
 STACKS = 10
 REPLICAS = (2, 3, 4)
-"""Replicas of a service.  A single one would be away while its node is drained."""
+"""Possible numbers of replicas.  Not one, because a single replica would be down while its node is drained."""
 KEPT_MAX = 200
-"""Number of created configs that are kept."""
+"""Limit for the created configs that are kept."""
 JOB_RUNS = 4
 ASKERS = 2
 PAUSE_S = 0.05
 COMMAND_S = 300.0
 FAILED_MAX = 50
-"""Number of failed requests whose text is kept."""
+"""Limit for the failed requests whose text is kept."""
 SKEP = str(Path(sys.executable).with_name("skep"))
 
 
@@ -48,7 +48,7 @@ def skep(node: Node, *words: str, within_s: float = COMMAND_S) -> str:
 
 
 class Stacks(Users):
-    """The stacks and their owners.  ``commands``: runs ``skep`` on an available manager."""
+    """The stacks and their owners.  ``commands`` runs ``skep`` on an available manager."""
 
     def __init__(
         self,
@@ -222,8 +222,9 @@ class Customers:
     """
 
     def __init__(self, nodes: Callable[[], Sequence[Node]], services: Callable[[], Sequence[Any]]) -> None:
-        """``nodes``: returns the available nodes.  ``services``: returns the services to request
-        (``soak_networks.Service``).
+        """``nodes`` returns the available nodes.
+
+        ``services`` returns the services to request (``soak_networks.Service``).
         """
         self._nodes, self._services = nodes, services
         self._lock = threading.Lock()
@@ -232,7 +233,7 @@ class Customers:
         self._now = ("quiet", True)
         self.asked: dict[tuple[str, bool], Asked] = {}
         self.broken: list[str] = []
-        """Promised requests that failed."""
+        """Descriptions of requests that failed although they were promised."""
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
-    """Write the result files.  ``busy``: share of the machine that was busy before."""
+    """Write the result files.  ``busy`` is the share of the machine that was busy before."""
     now = datetime.now(UTC)
     result = {"machine_busy_before": busy, "skep": measured, "swarmkit": SWARMKIT}
     lines = [
@@ -119,7 +119,7 @@ def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
 
 
 async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
-    """Return seconds and MiB by name.  ``secret_bytes``: size of a secret that every task has, or 0 for none."""
+    """Return seconds and MiB by name.  ``secret_bytes`` is the size of a secret that every task has, or 0 for none."""
     authority, cluster = Authority.create(), ClusterId(new_id())
     clock = SystemClock()
     store = MemoryStore(clock)

@@ -36,7 +36,7 @@ class DockerLab:
     system = "docker"
 
     def __init__(self, directory: Path, name: str = "docker-beside-skep") -> None:
-        """``name``: unique name of its network namespace and its control group."""
+        """``name`` is a unique name of its network namespace and its control group."""
         self.directory = directory
         self.cgroup = name
         self.netns = Path("/run/netns") / name

@@ -1,8 +1,8 @@
 """The cost of encrypting an overlay: VXLAN inside WireGuard compared with plain VXLAN, between the same containers.
 
-Two nodes in namespaces of this machine are alternately plain and encrypted.  Measured are one TCP stream, and round
-trips of 64 bytes on a kept connection.  Both ends share this machine's processors, so read the ratios.  A veth between
-the nodes flatters both sides, since it carries 64 KiB at once.
+Two nodes in namespaces of this machine alternately use a plain and an encrypted overlay.  The benchmark measures a TCP
+stream, and round trips of 64 bytes on a kept connection.  Both ends share this machine's processors, so only the ratios
+are meaningful.  A veth between the nodes flatters both sides, since it carries 64 KiB at once.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from skep.model.wireguard import Method
 from skep.node.features import detect
 
 RATIO_MIN = {Method.KERNEL: 0.3, Method.USER_SPACE: 0.02}
-"""Smallest ratio encrypted / plain of throughput that the project promises.
+"""Smallest ratio of encrypted to plain throughput that the project promises.
 
 wireguard-go of Debian 12 encrypts each packet separately, while plain VXLAN here carries 64 KiB at once.
 """
 SECONDS = 1.0
 TURNS = 3
-"""Number of turns of each kind, in one pair."""
+"""Number of turns of each kind within one pair."""
 
 
 class Turn(NamedTuple):

@@ -1,4 +1,4 @@
-"""Settings during a measurement, read from the running systems and never assumed.
+"""Reads the settings that apply during a measurement from the running systems, instead of assuming them.
 
 One task is started on each system.  Its process shows whether seccomp filters it and which capabilities bound it, the
 API returns its log line, and the processes of the node show whether its store syncs to disk.

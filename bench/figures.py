@@ -49,18 +49,18 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     values: tuple[float, ...]
     """One ratio per pair."""
     quantile: float = 0.5
-    """Quantile of the values that is judged, counted from the smallest."""
+    """Quantile of the values that is compared with the limit (0.5 is the median)."""
     limit: float | None = None
     is_least: bool = False
     """Whether the limit is a minimum instead of a maximum."""
     sides: Mapping[str, tuple[float, ...]] = {}
-    """Measurements of each side of the pairs, in the unit of the measurement."""
+    """Measurements of each side, pair by pair, in the measurement's own unit."""
     busy: tuple[float, ...] = ()
     """Share of the machine that was busy with other work before each value."""
 
     @property
     def value(self) -> float:
-        """Return the judged value."""
+        """Return the value that is compared with the limit."""
         return median(self.values) if self.quantile == 0.5 else at_quantile(self.values, self.quantile)
 
     @property
@@ -108,8 +108,8 @@ def at_quantile(values: Sequence[float], share: float) -> float:
 async def run_undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[list[T], list[float]]:
     """Call ``one`` with the pair's number until ``wanted`` pairs were undisturbed.  Return results and prior load.
 
-    A pair that began while other work kept the machine busy is repeated, in at most twice as many pairs.  Its other
-    number also reverses the order of its sides.
+    A pair that began while other work kept the machine busy is repeated under the next number, which reverses the order
+    of its sides.  There are at most twice as many pairs as ``wanted``.
     """
     kept: list[T] = []
     busy: list[float] = []
@@ -127,7 +127,9 @@ async def run_undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tu
 async def alternate(
     ways: Sequence[K], number: int, turns: int, measure: Callable[[K], Awaitable[float]]
 ) -> dict[K, float]:
-    """Measure each way in the pair ``number``: the median of short alternating turns, so that noise affects all.
+    """Measure each way in the pair ``number``.
+
+    The result is the median of short alternating turns, so that noise affects all ways equally.
 
     With few processors it also matters on which of them the two ends of a turn happen to be.  A median of five ignores
     one outlier.
@@ -172,7 +174,7 @@ def document(title: str, now: datetime, at: str, figures: Sequence[Figure], note
 def keep(
     title: str, subject: str, now: datetime, figures: Sequence[Figure], notes: Sequence[str] = ()
 ) -> None:
-    """Write the result, for people and for programs.  ``subject``: suffix of the files' names."""
+    """Write the result, for people and for programs.  ``subject`` is the suffix of the files' names."""
     at = commit()
     plain = [msgspec.to_builtins(one) | {"value": one.value, "holds": one.holds} for one in figures]
     result = {"date": f"{now:%Y-%m-%d %H:%M UTC}", "commit": at, "figures": plain, "notes": list(notes)}
@@ -180,7 +182,7 @@ def keep(
 
 
 def run_alone(about: str, subject: str, measure: Measure) -> None:
-    """Run one module as a command: measure, print, keep.  ``measure``: takes the number of pairs."""
+    """Run one module as a command: measure, print, keep.  ``measure`` takes the number of pairs."""
     parser = _parser(about)
     options = parser.parse_args()
     now = _begin()

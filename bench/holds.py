@@ -48,7 +48,10 @@ def run(paths: Paths) -> None:
 
 
 def _collections(holds: dict[str, list[float]]) -> Callable[[str, dict[str, int]], None]:
-    """Record the time of the garbage collector.  It also counts for the callback that the collector interrupted."""
+    """Record the time of the garbage collector.
+
+    This time is also counted for the callback that the collector interrupted.
+    """
     began = 0.0
 
     def note(phase: str, about: dict[str, int]) -> None:

@@ -46,12 +46,13 @@ REPORTS = 20_000
 TOGETHER = 1000
 LIMIT_S = 0.02
 OWN = " measured"
-"""Marks the names of this benchmark's own callbacks between two phases."""
+"""Suffix that marks this benchmark's own callbacks between two phases."""
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """Processor seconds of the loop's callbacks in one phase.  ``longest``: the longest callbacks, with their
-    names.
+    """Processor seconds of the loop's callbacks in one phase.
+
+    ``longest`` has the longest callbacks, with their names.
     """
 
     name: str

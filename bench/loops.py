@@ -147,7 +147,7 @@ async def _change_ms(store: MemoryStore, id: ServiceId) -> float:
 
 
 async def _change_calls(store: MemoryStore, id: ServiceId) -> int:
-    """Return the number of function calls for the same."""
+    """Return the number of function calls for the same change."""
     profile = cProfile.Profile()
     profile.enable()
     await _change_ms(store, id)
@@ -170,7 +170,10 @@ def assigned(store: MemoryStore, id: ServiceId) -> int:
 
 
 async def wait_settled(began: float, processor: float) -> tuple[float, float]:
-    """Return the seconds (wall, processor) from then until 50 ms with almost no work."""
+    """Wait for 50 ms with almost no work.
+
+    Return the seconds (wall-clock, processor) from ``began`` and ``processor`` until then.
+    """
     while True:
         wall_s, processor_s = time.perf_counter() - began, time.process_time() - processor
         await asyncio.sleep(0.05)

@@ -13,7 +13,7 @@ from pathlib import Path
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 MONITORS = ("conmon", "containerd-shim")
 BUSY = 0.25
-"""A pair that began while more than this share of the machine was busy is repeated."""
+"""Share of the machine (0 to 1) that may be busy when a pair begins.  Otherwise the pair is repeated."""
 
 
 def busy_s() -> float:
@@ -30,9 +30,11 @@ def noise(window_s: float = 0.5) -> float:
 
 
 def is_kept(before: float, tried: int, kept: int, wanted: int) -> bool:
-    """Return whether the pair ``tried`` (from 1) counts, before which ``before`` of the machine was busy.
+    """Return whether the pair number ``tried`` (from 1) counts.
 
-    ``kept``: number of pairs that count already, of ``wanted``.  At most ``wanted`` pairs are repeated.
+    ``before`` is the share of the machine that was busy before the pair.
+
+    ``kept`` is the number of pairs that count already, of ``wanted``.  At most ``wanted`` pairs are repeated.
     """
     repeated = tried - 1 - kept
     return before <= BUSY or repeated >= wanted

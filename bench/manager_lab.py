@@ -29,7 +29,12 @@ _RUN = "import sys; from pathlib import Path; from {module} import run; from ske
 
 
 class ManagerLab:
-    """One manager.  ``engine``: its API (the swarm half).  ``address``: where nodes reach it."""
+    """One manager.
+
+    Args:
+        engine: Its API (the swarm half).
+        address: Where nodes reach it.
+    """
 
     def __init__(self, directory: Path, address: str, pid: int) -> None:
         self.paths = _paths(directory)

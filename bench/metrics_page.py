@@ -5,8 +5,8 @@
     .venv/bin/python -m bench.metrics_page            # kept in results/
     .venv/bin/python -m bench.metrics_page --dry      # only printed
 
-The page and its server are the node's own.  The kernel's files of the containers are not read, as no request reads
-them.
+The page and its server are the node's own.  The kernel's files about the containers are not read, because requests
+never read them.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Name resolution on one node: the duration of responses, and the net process's cost per container.
 
 Containers are namespaces with the benchmark's own net process.  Queries come from a separate process, at an even rate,
-from ten of the containers in turn.  A query's time counts from the moment it was due.  That process and the net
-process share the machine's processors.
+from ten of the containers in turn.  The time of a query counts from the moment when it was due, even if it was sent
+late.  That process and the net process share the machine's processors.
 """
 
 import asyncio
@@ -32,8 +32,9 @@ NAMES = ("s1", "s2.front", "tasks.s3", "4.s4", "s5", "all.tasks.s6", "s7.1.t1", 
 
 
 def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> Table:
-    """Return the table of a network with that many services.  ``moved``: moves the tasks of the first to other
-    addresses.
+    """Return the table of a network with that many services.
+
+    ``moved`` moves the tasks of the first to other addresses.
     """
     return a_network(
         *(

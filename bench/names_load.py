@@ -1,4 +1,4 @@
-"""The other ends of ``bench.names`` and ``bench.virtual``, in separate processes.
+"""Load generators and servers for ``bench.names`` and ``bench.virtual``, run as separate processes.
 
 ``ask`` sends queries at an even rate on sockets that were opened in containers.  ``serve`` responds to each byte with
 a byte.  ``request`` times requests.  Results are written to standard output as JSON: seconds, one list.
@@ -34,7 +34,7 @@ def ask(descriptors: Sequence[int], rate: int, seconds: float, names: Sequence[s
             break
         while asked < total and begun + asked / rate <= now:
             one, id = sockets[asked % len(sockets)], (asked // len(sockets)) & 0xFFFF
-            # When it was due, because a late query counts as a late response.
+            # Count from the moment when it was due, because a late query counts as a late response.
             sent[one.fileno(), id] = begun + asked / rate
             one.send(id.to_bytes(2, "big") + random.choice(questions))
             asked += 1

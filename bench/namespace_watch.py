@@ -17,7 +17,7 @@ from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
 from skep.dataplane.plan.vip import FAMILIES, NAME
 
 _NICENESS = -15
-"""A late notification counts as a late change, and the machine is busy with the change."""
+"""Niceness of this process.  High priority, because a late notification would count as a late change."""
 _ANSWER_S = 5.0
 _RECEIVE_BYTES = 1 << 16
 _TRIES = 3

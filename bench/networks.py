@@ -38,7 +38,7 @@ PARTS = {
     "mesh": 180,
     "encrypted": 180,
 }
-"""Seconds that each module of this folder may take: several times its duration on a quiet machine."""
+"""Time limit in seconds for each part (a module of this folder), several times its duration on a quiet machine."""
 _CLEAN_UP_S = 240.0
 
 

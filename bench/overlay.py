@@ -101,7 +101,7 @@ async def _streams(lab: OverlayLab, networks: Sequence[DataPlane], pairs: int) -
 async def bare_vxlan(homes: Sequence[Path], underlays: Sequence[str], ends: Sequence[Path]) -> None:
     """Create a VXLAN device by hand in the namespaces of two containers: 10.88.0.5 and 10.88.0.6.
 
-    ``homes``, ``underlays``: namespaces and addresses of their nodes.  ``ends``: the containers' namespaces.
+    ``homes`` and ``underlays`` are their nodes' namespaces and addresses.  ``ends`` has the containers' namespaces.
     """
     for number, (home, underlay, end) in enumerate(zip(homes, underlays, ends, strict=True)):
         remote = underlays[1 - number]

@@ -34,7 +34,7 @@ from bench.overlay_tasks import (
 from skep.playground.description import Node
 
 WORKERS, CROWD = 9, 99
-"""The crowd is on the first worker, which also has one container of the service, like each node."""
+"""Number of workers, and of additional containers on the first worker.  Each node also has one container."""
 BACKENDS = 3
 CHANGES_PER_PAIR, DEATHS = 5, 3
 CHANGE_MS_MAX, DEATH_S_MAX = 200.0, 1.0
@@ -96,7 +96,7 @@ class Cluster:
         until(is_so, f"{replicas} tasks of web are all there are")
 
     def taken_out(self, since: float) -> float:
-        """Return when the manager first took a task out of use after ``since``."""
+        """Return the time of the first event after ``since`` with which the manager takes a task out of use."""
         period = urlencode({"since": f"{since:.6f}", "until": f"{time.time():.6f}"})
         lines = engine(self.lab.nodes[0]).raw("GET", f"/events?{period}").splitlines()
         events = [json.loads(line) for line in lines]
@@ -104,7 +104,7 @@ class Cluster:
 
 
 class Change(NamedTuple):
-    """Milliseconds until one change was in force everywhere."""
+    """Milliseconds until one change applied everywhere."""
 
     gone: float
     gone_since_request: float

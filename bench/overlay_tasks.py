@@ -1,4 +1,4 @@
-"""Tasks on an overlay network of a cluster, the same on either system, and their namespaces."""
+"""Creates tasks on an overlay network of a cluster, in the same way on both systems, and finds their namespaces."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ _RUNNING_S = 180.0
 
 
 class Placed(NamedTuple):
-    """A running task.  ``started``: when its node saw it run, as the API shows."""
+    """A running task.  ``started`` is when its node saw it run, as the API shows."""
 
     id: str
     node: Node

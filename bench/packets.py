@@ -1,7 +1,7 @@
-"""Processor time of a packet on its whole path from one container to another.
+"""Measures the processor time of a packet on its whole path from one container to another.
 
-On one machine the sender's call does all the work, since no part of the path between namespaces waits for a device.
-The kernel works in the sender's time until the packet is at the receiver.  So other load does not change the result.
+Within one machine, the sender's system call does all the work until the packet is at the receiver, because no part of
+the path waits for a device.  So the sender's processor time is the result, and other load does not change it.
 """
 
 import socket
@@ -12,7 +12,7 @@ from skep.dataplane.netns.namespaces import inside
 
 PACKETS = 4000
 _FIRST = 200
-"""Number of packets that are not counted, because the first ones look up the path."""
+"""Number of packets at the start that are not counted, because the kernel first has to look up the path."""
 _PORT = 9
 _DATA = bytes(1000)
 

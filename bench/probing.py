@@ -1,4 +1,4 @@
-"""A client that sends requests to the API all the time, and the evaluation of its latencies and the manager's loop
+"""A client that sends API requests all the time, and functions that summarize its latencies and the manager's loop
 lag.
 """
 
@@ -18,7 +18,7 @@ PAUSE_S = 0.02
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that this share of the values does not exceed."""
+    """Return the smallest value that at least ``share`` (0 to 1) of the values do not exceed."""
     return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
 
 
@@ -41,7 +41,7 @@ class Probe:
         self._engine = engine
         self._created = 0
         self.failures: list[str] = []
-        """Unexpected responses.  Their durations are among the latencies."""
+        """Unexpected responses.  Their durations are included in the latencies."""
         self._requests_ms: dict[str, list[float]] = {}
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""A command in a container, in every way: on this node, on another node, and in a Docker Engine.
+"""Measures a command in a container: on this node, on another node, and in a Docker Engine.
 
 The same docker command talks to both systems.  ``requests`` are the three of an exec (create, start, inspect) without
 a command around them.  ``runc`` is the command that both finally execute, by itself.

@@ -29,7 +29,7 @@ LIMITS = {
     "swarm join of a manager, s": 1.0,
     "swarm join of a worker, s": 1.0,
 }
-"""Largest ratio skep / docker that the project promises."""
+"""Largest ratio of Skep's value to Docker's that the project promises."""
 
 ABSOLUTE = {
     "GET /_ping, ms p50": 2.0,
@@ -38,7 +38,7 @@ ABSOLUTE = {
     "POST /services/create, ms p50": 2.0,
     "growth by churn": 1.2,
 }
-"""Largest value of Skep's own result."""
+"""Largest value of Skep's own result that the project promises."""
 
 
 def table(pairs: dict[str, dict[str, list[float]]]) -> str:

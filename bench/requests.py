@@ -101,7 +101,7 @@ def _table(values: Values, title: str) -> str:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Return the value that this share of the values stays below."""
+    """Return the value below which ``share`` (0 to 1) of the values are."""
     return sorted(values)[int(len(values) * share)]
 
 

@@ -10,12 +10,15 @@ from bench.engine import Engine
 
 REPLICAS, PARALLELISM = 10, 2
 MONITOR_S = 1.0
-"""Seconds for which each new task is monitored.  Both systems wait equally, so it is short."""
+"""Seconds for which each new task is monitored.  Short, because both systems wait equally long."""
 ORDERS = ("stop-first", "start-first")
 TIMES = 2
 """Consecutive updates of each order.  The second one finds tasks of a previous update."""
 POLL_S = 0.05
-"""Interval of polling.  A list of tasks costs both systems processor time, which is being measured."""
+"""Seconds between two polls.
+
+Not less, because a list of tasks costs both systems processor time, which is measured.
+"""
 _SECOND_NS = 10**9
 Metrics = dict[str, float]
 
@@ -33,7 +36,7 @@ def policy(order: str) -> dict[str, Any]:
 
 
 def rolling_update(via: Engine, service: str, order: str, round: int) -> Metrics:
-    """Update all tasks of ``service`` at once in this order.  Return seconds since the request.
+    """Update all tasks of ``service`` in this order.  Return the seconds from the request until each condition.
 
     Args:
         round: differs from every earlier update's number, so that tasks have to be replaced.

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any], None]) -> dict[str, Any]:
-    """Run every scenario on both systems.  ``begin``: restarts a system."""
+    """Run every scenario on both systems.  ``begin`` restarts a system."""
     started = time.monotonic()
     known = {lab.system: facts(lab) for lab in labs}
     for system, about in known.items():
@@ -118,7 +118,7 @@ def _pair_text(pair: dict[str, dict[str, float]]) -> str:
 
 
 def keep(result: dict[str, Any], subject: str = "") -> None:
-    """Write the result files, for programs and for people.  ``subject``: suffix of their names."""
+    """Write the result files, for programs and for people.  ``subject`` is the suffix of their names."""
     RESULTS.mkdir(exist_ok=True)
     minute = result["date"].removesuffix(" UTC").replace(" ", "-").replace(":", "")
     text = document(result)

@@ -17,7 +17,7 @@ WORKLOAD = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $
 NOWHERE = "node.labels.bench==nowhere"
 POLL_S = 0.01
 POLL_MANY_S = 0.05
-"""Interval of polling many tasks.  A list of 50 costs both systems processor time, which is being measured."""
+"""Seconds between two polls of many tasks.  A list of 50 costs both systems processor time, which is measured."""
 CHURN_BATCHES = 20
 """Number of batches of 50 services."""
 LOG_REPLICAS, LOG_LINES, LOG_LINE_BYTES = 20, 50_000, 100
@@ -53,7 +53,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: floa
 
 
 def is_bare(lab: Any) -> bool:
-    """Return whether there is no container of a service."""
+    """Return whether no service has a container."""
     labeled = {"label": ["com.docker.swarm.service.name"]}
     return not lab.engine.get("/containers/json", all="1", filters=labeled)
 
@@ -66,8 +66,9 @@ def clear(lab: Any) -> None:
 
 
 def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
-    """Return the id of the overlay network ``name``, created if it is missing.  ``subnet``: empty for the system's
-    choice.
+    """Return the id of the overlay network ``name``, created if it is missing.
+
+    ``subnet`` may be empty for the system's choice.
     """
     for existing in lab.engine.get("/networks"):
         if existing["Name"] == name:
@@ -82,8 +83,8 @@ def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
 def start(replicas: int, *, weighs: bool = False, overlay: str = "") -> Callable[[Any], Metrics]:
     """Return a scenario that measures from create to all RUNNING, then from removal to no containers.
 
-    ``weighs``: also measure the daemons' memory (PSS) without tasks, and the memory per task, including its monitor.
-    ``overlay``: name of the overlay network of the tasks.
+    With ``weighs``, also measure the daemons' memory (PSS) without tasks, and the memory per task with its monitor.
+    ``overlay`` is the name of the overlay network of the tasks.
     """
 
     poll_s = POLL_S if replicas < 20 else POLL_MANY_S
@@ -130,10 +131,12 @@ def crash(lab: Any) -> Metrics:
 
 
 def churn(lab: Any) -> Metrics:
-    """Create and remove 1,000 services (no tasks placed) on a fresh node.  Compare memory after and before, also by
-    process.
+    """Create and remove 1,000 services (no tasks placed) on a fresh node.
 
-    "Before" is after a first container was created and removed, because only then a node has loaded all it needs.
+    Compare memory after and before, also by process.
+
+    Memory "before" is measured after a first container was created and removed, because only then has a node loaded
+    everything that it needs.
     """
     id = service(lab, "first", 1)
     wait_for(lambda: len(running(lab, id)) >= 1)

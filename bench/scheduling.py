@@ -94,7 +94,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     busy: float
     """Share of the machine that was busy just before."""
     reference_ns: float
-    """See ``reference_ns``."""
+    """The value of ``reference_ns()`` at that time."""
 
 
 def reference_ns() -> float:

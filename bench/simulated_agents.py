@@ -30,10 +30,10 @@ from skep.wire.convert.task import status_to_pb
 REGISTERING_AT_ONCE = 50
 CONNECT_SECONDS_MAX = 60.0
 WINDOW = 2**30
-"""More bytes than an agent ever receives."""
+"""Flow control window in bytes, larger than everything that an agent ever receives."""
 CALLS = (methods.SESSION, methods.HEARTBEATS, methods.REVISED_ASSIGNMENTS, methods.UPDATE_TASK_STATUS)
 SESSION, HEARTBEATS, ASSIGNMENTS, STATUS = 1, 3, 5, 7
-"""Their streams, whose order is part of the headers' encoding.  Later streams are statuses again."""
+"""Stream numbers of an agent's calls.  Their order is part of the headers' encoding.  Later streams report statuses."""
 CLOSED = ConnectionResetError("the manager has closed the connection")
 RUNS = TaskStatus(state=TaskState.RUNNING, message="started")
 
@@ -45,7 +45,7 @@ async def run(directory: Path, address: str) -> None:
 
 
 async def obey(crowd: "Crowd") -> None:
-    """Let the crowd run the commands from standard input."""
+    """Let ``crowd`` execute the commands from standard input."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin

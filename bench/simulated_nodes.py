@@ -26,7 +26,10 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel, open_channel
 
 JOINING_AT_ONCE, OVER_ONE_CONNECTION = 3, 100
-"""A manager accepts four connections without a certificate from an address, for a minute each."""
+"""Limits for joining: connections at a time, and nodes over one connection.
+
+A manager accepts four connections without a certificate from an address, for a minute each.
+"""
 RESPONSE_S = 60.0
 RETURN_S = 1.0
 """Average seconds after which a node that lost its session tries again."""
@@ -130,7 +133,7 @@ class _Node(Agent):
     )
 
     def __init__(self, nodes: Nodes, before: "_Node | None" = None) -> None:
-        """``before``: the same node in its last session."""
+        """``before`` is the same node in its last session."""
         super().__init__(nodes)
         self._nodes = nodes
         self._states: dict[str, TaskState] = before._states if before is not None else {}
@@ -205,7 +208,7 @@ class _Node(Agent):
             super()._hear(stream_id, message)
 
     def vanish(self) -> int:
-        """Fall silent permanently, like a machine without power.  Return how many tasks ran here."""
+        """Stop responding permanently, like a machine without power.  Return how many tasks ran here."""
         self._is_gone = True
         self._transport.abort()
         return self.running

@@ -20,7 +20,7 @@ class SkepLab:
     def __init__(
         self, directory: Path, name: str = "bench", skep: Path | None = None, *, workers: int = 0
     ) -> None:
-        """``name``: unique name of the playground.  ``skep``: another clone's command."""
+        """``name`` is a unique name of the playground.  ``skep`` is another clone's command."""
         self._workers = workers
         self.directory = directory
         self.name = name

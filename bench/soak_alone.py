@@ -1,4 +1,4 @@
-"""Load and faults on one node: SIGKILL of its daemons, of monitors and containers, while services change."""
+"""Puts load and faults on one node: kills daemons, conmon processes and containers while services change."""
 
 import os
 import random
@@ -39,7 +39,7 @@ class Soak:
     """One run on one node."""
 
     def __init__(self, lab: SkepLab, rng: random.Random, faults: float, log: Log) -> None:
-        """``faults``: share of the rounds in which something is killed."""
+        """``faults`` is the share of the rounds in which something is killed."""
         self._lab, self._random, self._say, self._fault_share = lab, rng, log, faults
         self._users = Users(lambda: lab.engine, lab.image, rng)
         self._rounds = self._faults = 0

@@ -1,13 +1,14 @@
-"""Load and faults on three managers and three workers: machines are lost, cut off or hang, processes are killed.
+"""Puts load and faults on three managers and three workers: machines are lost, cut off or hang, and processes are
+killed.
 
-Faults begin between rounds and last for some of them, so that services change while machines are away.  At most one
-manager is away (the others must have a quorum), and at most one worker (more would start disruption mode, which has
-its own tests).  After each round exactly the requested tasks have to run on the available machines.  Machines that are
+Faults begin between rounds and last for some rounds, so that services change while machines are down.  At most one
+manager is down (the others must have a quorum), and at most one worker (more would start disruption mode, which has
+separate tests).  After each round exactly the requested tasks have to run on the available machines.  Machines that are
 back have to stop the tasks that others took over.
 
 Memory is compared between calm phases: all machines are back, then the same work is done on each side of the
-comparison.  The leader is compared with the leader, and the others with the others, since only the leader keeps the
-loops' memory.
+comparison.  Leaders are compared with leaders and other managers with other managers, because only the leader runs the
+control loops.
 """
 
 import asyncio
@@ -40,15 +41,15 @@ MANAGERS_AWAY_MAX, WORKERS_AWAY_MAX = 1, 1
 AWAY_ROUNDS_MAX = 3
 MEASURE_EVERY_S = 600.0
 CALM_ROUNDS = 15
-"""Rounds without faults before memory is measured, so that no manager that has just started is judged."""
+"""Number of rounds without faults before memory is measured, so that no manager has just started."""
 MEMORY_GROWTH_MAX = 1.2
 RESPONSE_S = 10.0
 LATE_S = 10.0
-"""Seconds after which a round's log line names the reason of the delay."""
+"""Seconds after which a round's log line has the reason of its delay."""
 
 
 class Away(msgspec.Struct):
-    """A machine that is temporarily away."""
+    """A machine that is temporarily down or unreachable."""
 
     node: Node
     rounds_left: int
@@ -83,7 +84,7 @@ class ClusterSoak:
         log: Log,
         users: Callable[[Callable[[], Engine], str, random.Random], Users] = Users,
     ) -> None:
-        """``faults``: share of the rounds before which a fault begins."""
+        """``faults`` is the share of the rounds before which a fault begins."""
         self._playground, self._random, self._fault_share, self._say = playground, rng, faults, log
         cluster = playground.cluster()
         self._nodes = {node.name: node for node in cluster.nodes}
@@ -194,9 +195,7 @@ class ClusterSoak:
         return back
 
     def _bring_back(self, name: str, away: Away) -> None:
-        """Bring a machine back.  Wait once more for a daemon that gets too little of a busy processor to be up in
-        time.
-        """
+        """Bring a machine back.  If its daemon is not up in time, because the processors are busy, wait once more."""
         try:
             asyncio.run(away.bring_back(name))
         except Unavailable as error:

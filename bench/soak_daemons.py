@@ -13,9 +13,12 @@ VICTIMS = (*DAEMONS, "wireguard-go")
 GIVEN_UP = frozenset({"skep-manager", "etcd"})
 """Processes that the node correctly stops restarting after five ends within a minute."""
 GIVEN_UP_KILLS_MAX = 3
-"""Largest number of kills of those processes, on one node within that minute."""
+"""Limit for kills of those processes on one node within a minute."""
 ETCD_MIB_MAX = 128
-"""Limit of etcd's memory.  It keeps 5,000 entries of its log in memory and starts empty, so growth alone is normal."""
+"""Limit in MiB for etcd's memory.
+
+etcd keeps 5,000 entries of its log in memory and starts empty, so it always grows.
+"""
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -43,8 +46,8 @@ def pids(netns: Path, root_pids: list[int], comm: str) -> list[int]:
 def held(netns: Path, root_pids: list[int]) -> Held:
     """Return the daemons' resources.
 
-    Memory is what each process has for itself or shares with the process it was forked from, counted in full.  A sum
-    of proportional shares would change with every restart, because a restarted process shares less.
+    Memory is counted in full for each process, including pages shared with the process that forked it.  A
+    sum of proportional shares would change with every restart, because a restarted process shares less.
     """
     files, skep, etcd, each = 0, 0.0, 0.0, []
     for pid in daemons(netns, root_pids):

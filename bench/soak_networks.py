@@ -60,7 +60,7 @@ class Service(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A running container.  ``space``: its network namespace."""
+    """A running container.  ``space`` is its network namespace."""
 
     id: str
     service: str
@@ -281,13 +281,13 @@ def _column(path: Path, name: str) -> int:
 
 
 def chosen(name: str, number: int, rng: random.Random) -> Service:
-    """Return a service on one or two networks.  Every third is published.  ``number``: unique for each service."""
+    """Return a service on one or two networks.  Every third is published.  ``number`` is unique for each service."""
     networks = tuple(sorted(rng.sample(sorted(NETWORKS), rng.randint(1, 2))))
     return Service(name, networks, 20000 + number % 10000 if rng.random() < 0.34 else 0)
 
 
 def spec_of(service: Service, image: str, secret: str, rng: random.Random) -> dict[str, Any]:
-    """Return a service's specification without its name and mode.  ``secret``: id of the secret that all have."""
+    """Return a service's specification without its name and mode.  ``secret`` is the id of the secret that all have."""
     is_dnsrr = not service.published and rng.random() < 0.3
     ports = [{"TargetPort": PORT, "PublishedPort": service.published, "Protocol": "tcp"}]
     container: dict[str, Any] = {

@@ -12,14 +12,14 @@ from bench import soak_networks
 from bench.engine import Engine, EngineError
 
 DEADLINE_S = 120.0
-"""Seconds until a request must be accepted, and until the requested state must be reached."""
+"""Time limit in seconds for a request to be accepted, and for the requested state to be reached."""
 SERVICES_MAX = 8
 REPLICAS_MAX = 5
 TASKS_MAX = 20
-"""Limit of tasks of all services.
+"""Limit for the tasks of all services.
 
-Each container has an entry for each other in a table of neighbors that all namespaces of a machine share, so all
-nodes of a playground.  It has 1,024 entries where it cannot be raised, which some 30 containers fill.
+Each container has an entry for every other one in the kernel's table of neighbors, which all nodes of a playground
+share.  Where its limit of 1,024 entries cannot be raised, some 30 containers fill it.
 """
 T = TypeVar("T")
 
@@ -38,10 +38,10 @@ class Log:
 
 
 class Users:
-    """Does one random step at a time.  ``wanted``: the requested replicas by service name."""
+    """Does one random step at a time.  ``wanted`` has the requested replicas by service name."""
 
     def __init__(self, engine: Callable[[], Engine], image: str, rng: random.Random) -> None:
-        """``engine``: returns the endpoint for each attempt."""
+        """``engine`` returns the endpoint for each attempt."""
         self._engine, self._image, self._random = engine, image, rng
         self.wanted: dict[str, int] = {}
         self.services: dict[str, soak_networks.Service] = {}

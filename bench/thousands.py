@@ -43,11 +43,11 @@ STEADY_S = 30.0
 LONGEST_S = 900.0
 LIMIT_MS = 100.0
 JUDGED = ("sessions", "steady", "node loss", "update")
-"""Phases in which the limit must be kept.  It does not apply while 100,000 tasks are created at once."""
+"""Phases in which the lag must keep its limit.  Not while 100,000 tasks are created at once."""
 
 
 class Phase(msgspec.Struct, kw_only=True):
-    """Observations of one phase.  ``requests_ms``: every latency, by request."""
+    """Observations of one phase.  ``requests_ms`` has every latency, by request."""
 
     name: str
     wall_s: float = 0.0
@@ -65,7 +65,7 @@ class Phase(msgspec.Struct, kw_only=True):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """The whole result.  ``memory_mib``: by moment and process."""
+    """The whole result.  ``memory_mib`` has memory by moment and process."""
 
     nodes: int
     tasks: int

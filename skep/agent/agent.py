@@ -1,8 +1,8 @@
 """The agent: this node's connection to the managers.
 
-It keeps a session with one of them, tries the next when that breaks, and renews the node's certificate.  Assignments
-are passed to the worker, and its status reports to the manager.  Containers do not depend on the agent: without a
-manager they keep running.
+The agent keeps a session with one manager, switches to another manager when the session breaks, and renews the node's
+certificate.  It passes assignments to the worker, and the worker's status reports to the manager.  Containers do not
+depend on the agent: without a manager they keep running.
 """
 
 import asyncio
@@ -39,15 +39,18 @@ from skep.wire.convert.node import role_from_pb
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
-"""Seconds before the first attempt after a lost session: most losses are a manager that restarts."""
+"""Seconds before the first attempt after a lost session.
+
+Short, because most sessions are lost to a manager that restarts.
+"""
 LONGEST_RETRY_S = 2.0
-"""Delays in seconds before the next attempt at a session."""
+"""Upper limit in seconds for the growing delay between two attempts."""
 UNREACHED_S = 10.0
-"""Seconds without any manager after which ``docker info`` shows it."""
+"""Seconds without any manager after which ``docker info`` shows an error."""
 POSTPONED_MAX = 10
-"""Postponements after which another manager is tried."""
+"""Number of postponements by one manager after which the node tries another manager."""
 POSTPONEMENT_S_MAX = 30.0
-"""Seconds by which a manager may postpone a node at a time."""
+"""Upper limit in seconds for one postponement, whatever the manager requests."""
 REMOVED_RETRY_S = 10.0
 """Seconds between two attempts of a removed node.  A cluster restored from an earlier backup accepts it again."""
 LASTED_S = 10.0
@@ -55,7 +58,10 @@ LASTED_S = 10.0
 
 
 def postponement_s(requested_s: float, random: float) -> float:
-    """Return the seconds to wait when a manager requests ``requested_s``: never less, spread by ``random`` (0 to 1)."""
+    """Return the seconds to wait when a manager requests ``requested_s``.
+
+    ``random`` (0 to 1) adds up to a tenth, so that nodes do not return together.  At most ``POSTPONEMENT_S_MAX``.
+    """
     return min(max(requested_s, FIRST_RETRY_S) * (1.0 + 0.1 * random), POSTPONEMENT_S_MAX)
 
 
@@ -73,7 +79,7 @@ class Credentials(Protocol):
     """The node's identity and key pair (``agent.renewal.KeyPairCredentials``)."""
 
     changed: asyncio.Event
-    """Set with every change.  Cleared by the session, which sends the change to the manager."""
+    """Set with every change.  The session sends the change to the manager and clears the event."""
 
     @property
     def identity(self) -> Identity:
@@ -87,10 +93,10 @@ class Credentials(Protocol):
         """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
 
     def take_roots(self, root_pem: bytes) -> None:
-        """Trust the roots that a manager has sent."""
+        """Trust the root certificates that a manager has sent."""
 
     def take_role(self, role: NodeRole) -> None:
-        """Set the node's role in the cluster.  If it differs from the certificate's, a renewal is needed."""
+        """Set the node's role in the cluster.  A role that differs from the certificate's role requires a renewal."""
 
     def want_renewal(self) -> None:
         """Renew the certificate as soon as possible."""
@@ -130,7 +136,7 @@ class Agent:
         self._channel: Channel | None = None
         """The connection of the last attempt or session."""
         self._distrust = ""
-        """Why the manager of the last attempt is not trusted, or an empty string."""
+        """Reason why this node does not trust the manager of the last attempt, or an empty string."""
         self._try_now = asyncio.Event()
         self.registered = asyncio.Event()
 
@@ -180,7 +186,7 @@ class Agent:
             group.create_task(self._services.seen.run(), name="keep the revision")
 
     def try_now(self) -> None:
-        """Make the next attempt at once without a session: a manager has just started to serve."""
+        """Without a session, make the next attempt at once, because a manager has just started to serve."""
         self._try_now.set()
 
     # -- sessions -------------------------------------------------------------------------------------------------
@@ -242,7 +248,8 @@ class Agent:
     def _note_removal(self, refusal: str) -> None:
         """Record that this node was removed, if a manager has refused it for that reason.
 
-        The connection has proved that a manager of the cluster says so, in words that no other refusal has.
+        The refusal can be trusted: the connection has authenticated a manager of the cluster.  No other refusal has
+        this text.
         """
         removal = removal_in(refusal, self.node_id)
         if removal is not None and removal != self._session_state.removal:

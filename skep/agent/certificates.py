@@ -23,7 +23,7 @@ from skep.wire.client import Channel, open_channel
 from skep.wire.convert.node import availability_to_pb
 
 ISSUE_SECONDS_MAX = 20.0
-"""Seconds to wait for a certificate, Docker's limit for joining.  A later certificate would not come at all."""
+"""Seconds to wait for a certificate, as in Docker when a node joins."""
 
 
 async def join(

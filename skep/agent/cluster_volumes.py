@@ -1,4 +1,4 @@
-"""The cluster volumes of this node: mounted by their drivers as assigned, and unmounted on request when unused.
+"""Mounts assigned cluster volumes on this node through their CSI drivers, and unmounts unused volumes on request.
 
 Each volume has its own worker, so a volume whose driver hangs blocks only its own tasks, which wait for a bounded time.
 Before a driver is called, the volume is recorded in a file, so that a node process that ends at any point leaves
@@ -40,17 +40,18 @@ TASK_WAIT_S = 120.0
 SCAN_S = 10.0
 """Seconds between two searches for volume drivers."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
-"""Delays in seconds before a failed driver call is repeated."""
+"""First and longest delay in seconds before a failed driver call is repeated."""
 DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
-"""Bytes of one driver, and of all drivers, in the node's description.  A larger description would be cut
-(``model.description_size``).
+"""Limits in bytes for one driver, and for all drivers, in the node's description.
+
+A larger description would be cut (``model.description_size``).
 """
 USED_CHECK_S = 1.0
-"""Seconds between two checks whether a container still uses a volume that should be unmounted."""
+"""Seconds between two checks whether a container still uses a volume that a manager wants unmounted."""
 
 
 class PublishedVolume(NamedTuple):
-    """A volume of a task on this node: a directory with a mount, or a block device."""
+    """A task's mounted volume: the directory where it is mounted, or its block device."""
 
     path: Path
     device: str = ""
@@ -58,27 +59,30 @@ class PublishedVolume(NamedTuple):
 
 
 class _Held:
-    """One volume that is wanted or should be unmounted."""
+    """State of one volume that a manager wants mounted or unmounted."""
 
     def __init__(self, volume: VolumeAssignment, *, is_wanted: bool) -> None:
         self.volume = volume
         self.is_wanted = is_wanted
         self.is_mounted = False
-        """Whether this process mounted it.  A volume of an earlier process is mounted again, because of a possible
-        reboot.
+        """Whether this process has mounted the volume.
+
+        Volumes of an earlier process are mounted again, because the machine may have rebooted.
         """
         self.why = ""
         """Why the volume is not in its desired state."""
         self.holds = 0
-        """Number of containers that are being created with it."""
+        """Number of containers that are being created with the volume."""
         self.is_dormant = False
-        """Whether it was left by an earlier process.
+        """Whether an earlier process left the volume.
 
-        Nothing is done until a manager or a task names it, because it may be on another node by now.
+        Such a volume is left alone until a manager or a task names it, because it may be on another node by now.
         """
         self.changed = asyncio.Event()
         self.usable = asyncio.Event()
-        """Set exactly while tasks may use the volume.  Otherwise a waiting task would loop without a pause."""
+        """Set while tasks may use the volume, and cleared otherwise: an event that stayed set would make a waiting task
+        spin.
+        """
 
     def set(self, *, is_wanted: bool, is_mounted: bool) -> None:
         """Set both flags.  Tasks may use the volume while both are true."""
@@ -90,7 +94,7 @@ class _Held:
 
     @property
     def obstacle(self) -> str:
-        """Why no task may use the volume."""
+        """Reason why no task may use the volume."""
         return self.why or ("it is not mounted yet" if self.is_wanted else "it is being unmounted")
 
 
@@ -108,12 +112,11 @@ class ClusterVolumes:
         is_mounted: Callable[[Path], bool],
         device_at: Callable[[Path], str],
     ) -> None:
-        """
-        Args:
-            secret: Returns the data of a secret of this node by id.  Raises: NotFound.
-            users_of: Returns the containers with a mount of a directory that run, or are about to.
-            is_mounted: Returns whether a directory has a mount that this process and containers see.
-            device_at: Returns ``major:minor`` of the block device at a path, or an empty text.
+        """Args: secret: Returns the data of a secret of this node by id.
+
+        Raises: NotFound. users_of: Returns the containers that mount a directory and run or are about to run.
+        is_mounted: Returns whether a directory has a mount that this process and containers see. device_at: Returns
+        ``major:minor`` of the block device at a path, or an empty text.
         """
         self._folder = folder
         self._drivers = drivers
@@ -126,11 +129,12 @@ class ClusterVolumes:
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self._unreported: dict[VolumeId, bool] = {}
-        """Unmounted volumes, and whether they were included in a report.  A late answer to an earlier report does not
-        count.
+        """Unmounted volumes, and whether the current report includes each.
+
+        A late answer to an earlier report is ignored.
         """
         self._to_report: dict[VolumeId, VolumeAssignment] = {}
-        """Volumes that a manager wants unmounted, of which something may be left."""
+        """Volumes that a manager wants unmounted and that may still have a mount, a directory or a record here."""
         self._reportable = asyncio.Event()
         self._infos: dict[str, tuple[Driver, CSIInfo]] = {}
 
@@ -179,12 +183,12 @@ class ClusterVolumes:
         if change.complete:
             named = {volume.id for volume in (*change.volumes, *change.removed_volumes)}
             for id, held in list(self._held.items()):
-                if id not in named:  # removed with force while this node was unreachable
+                if id not in named:  # force-removed while this node was unreachable
                     self._want(held.volume, is_wanted=False)
         self._report_given_up()
 
     async def take_reports(self) -> Sequence[VolumeId]:
-        """Wait for unmounted volumes.  They are reported until ``reported``."""
+        """Wait for unmounted volumes and return them.  Each is returned again until ``reported`` is called with it."""
         while not self._unreported:
             self._reportable.clear()
             await self._reportable.wait()
@@ -203,10 +207,12 @@ class ClusterVolumes:
     async def keep_mounted(
         self, attachments: Sequence[VolumeAttachment]
     ) -> AsyncIterator[Sequence[PublishedVolume]]:
-        """Mount a task's volumes and keep them mounted in the context.  Yields them in their order.
+        """Mount a task's volumes and keep them mounted within the context.
+
+        Yields them in the order of ``attachments``.
 
         Raises:
-            Unavailable: A volume was not mounted within ``TASK_WAIT_S``, with the reason.
+            Unavailable: A volume was not mounted within ``TASK_WAIT_S``.  The message has the reason.
         """
         taken: list[_Held] = []
         try:
@@ -259,7 +265,7 @@ class ClusterVolumes:
         self._group.create_task(self._drive(id, held), name=f"volume-{id}")
 
     async def _drive(self, id: VolumeId, held: _Held) -> None:
-        """Bring the volume to its desired state, again after each change and failure, until it is unmounted."""
+        """Bring the volume to its desired state until it is unmounted.  Runs again after each change and failure."""
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
         while True:
             held.changed.clear()
@@ -319,8 +325,9 @@ class ClusterVolumes:
         )
 
     async def _give_up(self, held: _Held) -> bool:
-        """Unmount a volume unless it is used.  Returns whether nothing of it is left.  Raises: SkepError: the driver
-        failed.
+        """Unmount a volume unless it is used.
+
+        Returns whether it is completely removed.  Raises: SkepError: the driver failed.
         """
         volume = held.volume
         users = self._users_of(self._target(volume.id))
@@ -335,7 +342,10 @@ class ClusterVolumes:
         return True
 
     def _report_given_up(self) -> None:
-        """Report volumes of which nothing is left here, including under an id from before they were recreated."""
+        """Report volumes that are completely removed from this node.
+
+        A recreated volume is also reported under its old id.
+        """
         disks = {(held.volume.driver.name, held.volume.volume_id) for held in self._held.values()}
         for volume in list(self._to_report.values()):
             if volume.id not in self._held and (volume.driver.name, volume.volume_id) not in disks:
@@ -373,7 +383,7 @@ class ClusterVolumes:
         """Remove a volume's directories and record.  Blocks.
 
         Raises:
-            Unavailable: The driver has left something in a directory.  Nothing is removed by force.
+            Unavailable: The driver has left something in a directory, which is never removed by force.
         """
         for path in (self._target(id), self._staging(id), self._folder / id):
             try:

@@ -1,8 +1,8 @@
 """Image transfer between the nodes of a cluster: serves this node's images and fetches other nodes' images.
 
 Each node serves its images on a separate port, over mutual TLS with the cluster's certificates, and reports the port in
-its description.  A manager tells which nodes may have an image, and whether a caller is still a node of the cluster,
-because its certificate stays valid after its removal.
+its description.  A manager tells which nodes may have an image.  It also tells whether a caller still belongs to the
+cluster, because the certificate of a removed node stays valid.
 """
 
 import asyncio
@@ -40,15 +40,15 @@ log = structlog.get_logger(__name__)
 CHECKED_S = 30.0
 """Seconds for which a node may read an image after a manager has allowed it."""
 CHECKED_MAX = 4096
-"""Permissions that are cached."""
+"""Limit for the number of cached permissions."""
 NAMES_MAX = 1000
-"""Image names in one request to a manager."""
+"""Limit for the image names in one request to a manager."""
 MANIFEST_S = 15.0
 """Seconds to wait for another node's manifest."""
 BOUNDS = Bounds(stream_window=4 << 20, connection_window=16 << 20, message=(4 << 20) + (64 << 10))
 """Limits for data from another node, which is less trusted than a manager.
 
-A manifest has at most 4 MiB, as in a registry, and a piece of a layer half a MiB.
+A manifest has at most 4 MiB, as in a registry, and a piece of a layer at most 512 KiB.
 """
 BIND_AGAIN_S_MAX = 30.0
 """Longest delay in seconds before an address is bound again."""
@@ -56,7 +56,7 @@ BIND_AGAIN_S_MAX = 30.0
 T = TypeVar("T")
 
 PresentPair: TypeAlias = Callable[[], KeyPair]
-"""Returns the node's current key pair, which is renewed over time."""
+"""Returns the node's current key pair.  A function, because the pair is renewed over time."""
 
 
 class ImagePort:
@@ -68,13 +68,13 @@ class ImagePort:
     def __init__(
         self, images: ServedImages, session: SessionState, clock: Clock, wanted_port: int = 0
     ) -> None:
-        """``wanted_port`` is 0 for the default port, or any free one if that is taken."""
+        """``wanted_port`` is 0 for the default port.  If the default port is taken, any free port is used."""
         self._images = images
         self._session = session
         self._clock = clock
         self._wanted_port = wanted_port
         self._checked: dict[tuple[str, str, frozenset[str]], float] = {}
-        """Node id, serial number of its certificate and image names -> time of a manager's permission."""
+        """Time of a manager's permission by node id, certificate serial number and image names."""
         self.port = 0
 
     async def run(self, pair: PresentPair, host: str) -> None:
@@ -179,7 +179,7 @@ class ImagePort:
 
 
 class ClusterSources:
-    """The other nodes as sources of images.  Implements ``spreading.Neighbors``."""
+    """Finds other nodes from which images can be fetched.  Implements ``spreading.Neighbours``."""
 
     def __init__(self, session: SessionState) -> None:
         self._session = session
@@ -229,16 +229,17 @@ async def needed_images(session: SessionState, names: Sequence[str]) -> Collecti
     for first in range(0, len(names), NAMES_MAX):
         request = skep.NeededImagesRequest(images=names[first : first + NAMES_MAX])
         response = await session.channel.call(methods.NEEDED_IMAGES, request)
-        # Managers of older versions return all images as specs name them.  A digest matches every name with it.
+        # Managers of older versions return the names of all images as specs write them.  A digest matches every name
+        # that has it.
         needed.update(form for name in response.images for form in (name, name.rpartition("@")[2]))
     return needed
 
 
 class NodeSource:
-    """Another node.  Implements ``spreading.Source``.  Connects at its first use.
+    """Another node from which images can be fetched.  Implements ``spreading.Source``.  Connects at its first use.
 
     Args:
-        stack: Closes the connection.
+        stack: Exit stack that closes the connection.
     """
 
     def __init__(
@@ -283,7 +284,7 @@ class NodeSource:
             yield pieces()
 
     async def _connect(self) -> Channel:
-        """Return the connection, which is opened again after it broke.  Raises: Unavailable."""
+        """Return the connection.  A broken connection is opened again.  Raises: Unavailable."""
         async with self._connecting:
             if self._channel is None:
                 present = self._pair()

@@ -1,8 +1,9 @@
 """Stops tasks that must not run without a manager (``skep.on-disconnect=stop``) if the node process cannot.
 
 A node process that is dead, or ends repeatedly, has no session, so the managers replace these tasks after their delay.
-The net process runs this check from files: when a manager last responded to this node, the tasks with their services'
-labels, and the containers' records.  A running node process stops the tasks itself, a moment earlier.
+The net process, which does not end with the node process, runs this check.  It reads three kinds of files: the time
+when a manager last responded to this node, the tasks with their services' labels, and the containers' records.  A
+running node process stops the tasks itself, a moment earlier.
 """
 
 import asyncio
@@ -32,11 +33,11 @@ log = structlog.get_logger()
 CHECK_S = 1.0
 """Seconds between two checks."""
 AWAKE_S = 3.0
-"""Seconds of silence below which no task stops."""
+"""Shortest silence of the managers, in seconds, before any task is stopped."""
 RESCAN_S = 5.0
 """Seconds between two scans of the containers during a silence."""
 LATER_S = 2.0
-"""Additional seconds after which a container is killed that a running node process should have stopped."""
+"""Extra seconds that a running node process gets to stop a container itself before it is killed here."""
 
 
 class PendingStop(msgspec.Struct, frozen=True):
@@ -61,7 +62,7 @@ def due_signal(one: PendingStop, silence_s: float, *, has_node_process: bool, wa
 class LastResort:
     """Checks the containers of one node.
 
-    ``send`` signals exactly this process, and returns False if it has ended.
+    ``send`` sends a signal to exactly the given process, and returns False if it has ended.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ def _pending_stops(paths: Paths) -> Iterator[PendingStop]:
     for directory in sorted(paths.containers.iterdir()):
         try:
             container = records.read(directory / records.NAME)
-        except Unavailable as error:  # the next scan reads it again
+        except Unavailable as error:  # the next scan tries again
             log_error(error, "container not checked", directory=str(directory))
             continue
         if container is None or container.process is None or not container.is_running:

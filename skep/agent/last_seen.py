@@ -29,13 +29,13 @@ class LastSeen:
         self._save(self._at)
 
     def forget(self) -> None:
-        """Forget the time after a reboot."""
+        """Forget the time, because the machine has rebooted."""
         self._at = None
 
     def silence_s(self) -> float:
         """Return the seconds since the last response.
 
-        Infinite if unknown, because tasks may have been replaced by now.
+        Infinite if the time is unknown: after such a long time, tasks may have been replaced.
         """
         return float("inf") if self._at is None else self._since_boot() - self._at
 

@@ -10,9 +10,9 @@ from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
 
 RESPONSE_SECONDS_MIN = 1.0
-"""Shortest timeout in seconds, so that a short heartbeat period does not end sessions."""
+"""Shortest timeout for a response in seconds, so that a short heartbeat period does not end sessions."""
 DEFAULT_WEIGHT = 10
-"""Weight of a manager without one, as in SwarmKit."""
+"""Weight of a manager for which none is given, as in SwarmKit."""
 
 
 class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):
@@ -37,9 +37,9 @@ def response_timeout(period_s: float, managers: int) -> float:
 def connect_timeout(failures: int, managers: int, absent: int = 0) -> float:
     """Return the seconds to wait for a connection.
 
-    A machine without power does not respond, and an overloaded one is slow.  While some managers respond and ``absent``
-    ones do not, all absent ones together take no longer than a single one may.  Otherwise a node that tried the dead
-    managers first would return only after its grace period.
+    The timeout grows with ``failures``, because an overloaded manager responds slowly.  ``absent`` is the number of
+    managers that do not respond while others do.  They share the timeout of a single manager.  Otherwise a node that
+    tried the dead managers first would return only after its grace period.
     """
     if managers < 2:
         return RESPONSE_SECONDS_MAX

@@ -16,7 +16,7 @@ from skep.wire.client import Call, Channel
 from skep.wire.convert.paths import diagnostics_from_pb, reports_to_pb, targets_from_pb
 
 DIAGNOSTICS_SECONDS_MAX = 20.0
-"""Seconds for diagnostics.  Less than a manager waits, so that it always receives a response."""
+"""Time limit for diagnostics in seconds.  Shorter than the manager's limit, so that it always receives a response."""
 
 
 class ProbeSource(Protocol):
@@ -27,7 +27,7 @@ class ProbeSource(Protocol):
         """Latest report about each peer."""
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these targets from now on, or none if None."""
+        """Probe ``targets`` from now on, or stop probing if None."""
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         """Wait for changed reports and return them."""
@@ -53,7 +53,7 @@ class NodeProbes:
         return self._probes.reports
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these targets from now on, or none if None."""
+        """Probe ``targets`` from now on, or stop probing if None."""
         self._probes.set_targets(targets)
         if targets is not None:
             self._on_peers(targets.addresses)
@@ -98,7 +98,8 @@ class ProbeStream:
                     self._targets = targets_from_pb(order.targets)
                     self._source.set_targets(self._targets)
                 if reporting is None:
-                    # Earlier reports concern only this manager's targets, so they follow its first list.
+                    # Report only about this manager's targets, so wait for its first list before sending earlier
+                    # reports.
                     reporting = group.create_task(self._report(call), name="probe reports")
                 if order.HasField("diagnostics"):
                     if diagnosing is not None:

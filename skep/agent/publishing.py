@@ -24,9 +24,12 @@ from skep.wire.shared import Connect, SharedConnections
 log = structlog.get_logger(__name__)
 
 STREAMS_MAX = 80
-"""Subscriptions on one connection.  The manager allows 100 streams, and the session needs some for other purposes."""
+"""Limit for subscriptions on one connection.
+
+The manager allows 100 streams, and the session needs some of them for other purposes.
+"""
 SUBSCRIPTIONS_MAX = 1000
-"""Concurrent subscriptions: as many as a manager has readers."""
+"""Limit for concurrent subscriptions.  It equals the number of log readers that a manager accepts."""
 CONNECT_S = 5.0
 """Seconds to open an additional connection."""
 
@@ -35,10 +38,10 @@ class LogSource(Protocol):
     """Reads the logs of this node's tasks."""
 
     def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
+        """Yield batches of lines from all tasks of this node that match ``query``, in the order of their times.
 
-        Ends when everything is read, or with ``follow`` only when the iterator is closed.  An empty batch means that
-        all existing lines were yielded.
+        Ends when everything is read.  With ``follow``, it ends only when the iterator is closed.  An empty batch means
+        that all existing lines were yielded.
         """
 
 

@@ -1,8 +1,8 @@
 """A node's credentials and their renewal.
 
 A certificate is renewed at a random point of 50 to 80 % of its life, when a manager requests it (the root is rotated),
-and when the node's role has changed.  The node's sessions are not interrupted: a new certificate counts from the next
-connection.
+and when the node's role has changed.  Sessions are not interrupted: a new certificate is used from the next connection
+on.
 
 Source: swarmkit, ca/renewer.go and certificates.go (calculateRandomExpiry).
 """
@@ -38,13 +38,16 @@ log = structlog.get_logger(__name__)
 
 EARLIEST = 0.5
 LATEST = 0.8
-"""Shares of a certificate's life between which it is renewed, as in SwarmKit."""
+"""A certificate is renewed between these two shares of its life, as in SwarmKit."""
 FIRST_RETRY_S = 1.0
-"""Seconds before a failed renewal is repeated.  It begins long before the certificate's end."""
+"""Seconds before a failed renewal is first repeated."""
 LONGEST_RETRY_S = 300.0
-"""Delays in seconds before a failed renewal is repeated."""
+"""Longest delay in seconds before a failed renewal is repeated.  Renewals begin long before the certificate expires."""
 LOOK_AGAIN_S = 3600.0
-"""Seconds between two checks, within which a machine that slept or changed its clock finds a due certificate."""
+"""Seconds between two checks whether a renewal is due.
+
+Needed because the machine may sleep or change its clock during a long wait.
+"""
 
 
 def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> datetime:
@@ -73,11 +76,10 @@ class KeyPairCredentials:
         on_change: Callable[[KeyPair], None] = lambda _: None,
         lock: KeyLock | None = None,
     ) -> None:
-        """
-        Args:
-            directory: Directory of the key pair.  Renewed key pairs are written there.
-            on_change: Called after a new certificate, or new roots, were written.
-            lock: Open lock of that key pair.
+        """Args: directory: Directory of the key pair.
+
+        Renewed key pairs are written there. on_change: Called after a new certificate, or new roots, were written.
+        lock: Lock of that key pair, already open.
 
         Raises:
             NotFound, FailedPrecondition: The key pair is missing or unreadable.
@@ -118,7 +120,9 @@ class KeyPairCredentials:
             self._wanted.set()
 
     def take_roots(self, root_pem: bytes) -> None:
-        """Trust the roots that a manager has sent, unless they are unreadable and would make every manager unreachable.
+        """Trust the root certificates that a manager has sent.
+
+        Unreadable ones are ignored, because with them no manager could be reached.
 
         Source: swarmkit, node/node.go (updateRootCA).
         """
@@ -172,7 +176,7 @@ class KeyPairCredentials:
                 continue
 
     async def _renew(self, choose: ChooseManager) -> bool:
-        """Try to renew once.  Returns whether the certificate is now valid for the node's role."""
+        """Try once to renew the certificate.  Returns whether it is now valid for the node's role."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
                 self._adopt(await self._request_pair(choose()))
@@ -195,9 +199,7 @@ class KeyPairCredentials:
         return await renew(peer.addr, self.pair, self._clock)
 
     def _is_renewed_beside(self) -> bool:
-        """Adopt a valid key pair that the manager on this machine has written in the meantime.  Returns whether there
-        is one.
-        """
+        """Adopt the key pair if the manager on this machine has renewed it in the meantime.  Returns whether it has."""
         self.pair = keypair.load(self._directory, self._lock)
         self.changed.set()
         return not self.is_expired

@@ -1,4 +1,7 @@
-"""Task statuses to be sent to a manager: only the latest of each task, however long the connection is lost."""
+"""Task statuses to be sent to a manager.
+
+Only the latest status of each task is kept, however long the connection is lost.
+"""
 
 import asyncio
 from collections.abc import Mapping
@@ -11,7 +14,7 @@ BATCH_MAX = 200
 
 
 class Reports:
-    """Queue of statuses.  The worker adds them, the session takes them.  At most one of each task."""
+    """Queue of statuses, with at most one per task.  The worker adds statuses and the session takes them."""
 
     def __init__(self) -> None:
         self._pending: dict[TaskId, TaskStatus] = {}
@@ -32,14 +35,14 @@ class Reports:
         self._pending.pop(task_id, None)
 
     def report_again(self, statuses: Mapping[TaskId, TaskStatus]) -> None:
-        """Also send ``statuses`` of tasks without a newer one, at the start of a new session."""
+        """Queue ``statuses`` again at the start of a new session.  Tasks with a newer queued status are skipped."""
         for task_id, status in statuses.items():
             self._pending.setdefault(task_id, status)
         if self._pending:
             self._changed.set()
 
     async def take(self) -> dict[TaskId, TaskStatus]:
-        """Wait for statuses, and return up to ``BATCH_MAX``, the longest waiting first."""
+        """Wait for statuses, and return up to ``BATCH_MAX`` of them, oldest first."""
         while not self._pending:
             self._changed.clear()
             await self._changed.wait()

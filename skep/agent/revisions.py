@@ -1,7 +1,7 @@
 """The newest revision of assignments that this node has seen.  It never decreases, even across a restart.
 
-Otherwise a manager that lags behind the others, or was restored from an old copy, would start stopped tasks and stop
-started ones.  Only a higher incarnation (a restore, a forced new cluster) restarts the count.
+Without this check, a manager that lags behind the others, or was restored from an old copy, would undo newer
+assignments.  Only a higher incarnation (after a restore, or a forced new cluster) may start again at a lower revision.
 """
 
 import asyncio
@@ -47,16 +47,16 @@ class SeenRevision:
         return self._seen
 
     def advance(self, offered: Revision) -> None:
-        """Accept ``offered``.  Raises: FailedPrecondition: it is older than the newest one."""
+        """Record ``offered`` as the newest revision.  Raises: FailedPrecondition: it is older than ``seen``."""
         before, self._seen = self._seen, advanced(self._seen, offered)
         if before != self._seen:
             self._changed.set()
 
     async def run(self) -> None:
-        """Write changes until cancelled, one write at a time, only the newest.  Retries while the disk fails.
+        """Write the newest revision to the file after each change, until cancelled.  Retries while the disk fails.
 
-        The file lags by the duration of a write.  After a crash during a write, the node may accept assignments of the
-        moment before from a lagging manager, but no older ones.
+        After a crash during a write, the file has the revision before.  The node may then accept assignments that are
+        slightly too old from a lagging manager.
         """
         if self._path is None:
             await asyncio.Event().wait()

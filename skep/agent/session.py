@@ -1,7 +1,7 @@
 """One session with one manager: register, heartbeat, receive assignments, report statuses, publish logs.
 
-A session ends when any part of it does.  The agent then starts another one, with this manager or the next.  The agent
-keeps state between sessions: undelivered statuses, and the newest revision.
+A session ends when one of its parts ends.  The agent then starts another session with this or another manager.  The
+agent keeps state between sessions: undelivered statuses, and the newest revision.
 """
 
 import asyncio
@@ -53,26 +53,32 @@ FIRST_MESSAGE_SECONDS_MAX = 5.0
 REPLY_SECONDS_MAX = 5.0
 """Seconds to wait for a Docker manager's response to a heartbeat."""
 PERIOD_SECONDS_MIN = 0.05
-"""Shortest heartbeat period that this node accepts, so that a manager's zero does not make it spin."""
+"""Shortest heartbeat period that this node uses.  A manager that sends zero would otherwise make it spin."""
 TIMEOUT_SLICES = 5
-"""Parts of the wait for a heartbeat's response (``_wait_overdue``)."""
+"""Number of slices into which the wait for a heartbeat's response is split (``_wait_overdue``)."""
 DESCRIPTION_CHECK_S = 10.0
 """Seconds between two comparisons of the node's description."""
 SLOTS_BYTES_PER_S = 1024
-"""Bytes per second that descriptions may cost on average if they differ only in the slots with used volumes.
+"""Average bytes per second allowed for descriptions that differ only in the slots whose volumes are here.
 
-A job on many nodes that runs each minute would otherwise fill the store's log with descriptions.
+A job that runs on many nodes each minute would otherwise fill the store's log with descriptions.
 """
 REPORT_SECONDS_MAX = 15.0
-"""Seconds to wait for a report.  A manager responds once it is written, which may take until its store has a leader."""
+"""Seconds to wait for the response to a report.
+
+A manager responds after it has written the report, which may have to wait for the election of a leader.
+"""
 
 
 PART_RETRY_S_MAX = 5.0
 """Longest delay in seconds before a failed part of the session is repeated."""
 VOLUME_REPORTS_MAX = 500
-"""Volumes in one report."""
+"""Limit for the number of volumes in one report."""
 REPORT_TRIES_MAX = 4
-"""Attempts until another manager is tried.  A short loss of quorum is no reason to leave a manager."""
+"""Attempts to send a report before the node switches to another manager.
+
+More than one, because a short loss of quorum is no reason to leave a manager.
+"""
 
 Part: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
@@ -85,7 +91,7 @@ class AssignmentSink(Protocol):
     """Receives assignments and applies them (``agent/worker.py``)."""
 
     async def assign(self, change: AssignmentSet) -> None:
-        """Apply ``change``, and return when it is accepted, not when its tasks run.  Called one at a time."""
+        """Apply ``change``.  Returns when it is accepted, not when its tasks run.  Calls do not overlap."""
 
     def statuses(self) -> Mapping[TaskId, TaskStatus]:
         """Return the current status of every known task.  The agent reports all of them in each new session."""
@@ -108,14 +114,14 @@ class UsageSource(Protocol):
         """Measure these tasks from now on, and no others."""
 
     def present(self) -> Mapping[TaskId, TaskUsage]:
-        """Return the known usages."""
+        """Return the latest usage of each measured task."""
 
 
 class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     """Parts of a node that its sessions deliver to and report from.
 
     Args:
-        load: Returns the share of the node in use, 0 to 1, or None while unknown.  Sent with each heartbeat.
+        load: Returns which share of the node is in use (0 to 1), or None while unknown.  Sent with each heartbeat.
         tables: Receives the network tables, or None if the node has no cluster networks.
         probes: Probes other nodes, or None.
         seen: Newest revision of assignments.
@@ -139,13 +145,16 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionHost(Protocol):
-    """The agent, as used by its session."""
+    """The agent's interface for its sessions."""
 
     def session_message(self, message: pb.SessionMessage) -> None:
         """Apply the manager's message with this node's role, the list of managers and the root certificates."""
 
     def accept_revision(self, revision: Revision) -> None:
-        """Accept a manager's revision.  Raises: FailedPrecondition: it is older than the newest revision here."""
+        """Record the revision of a manager.
+
+        Raises: FailedPrecondition: it is older than the newest revision that this node has seen.
+        """
 
     def record_response(self, requested_at: float) -> None:
         """Record that the manager has responded to a heartbeat sent at ``requested_at`` (the clock's
@@ -159,15 +168,18 @@ class SessionHost(Protocol):
         """
 
     def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """Open one more connection to a manager, for streams beyond the session's limit.  Raises: Unavailable."""
+        """Open one more connection to a manager, for streams that exceed the limit of the session's connection.
+
+        Raises: Unavailable.
+        """
 
     @property
     def session_state(self) -> SessionState:
-        """Announces a planned stop, and records the manager's confirmation."""
+        """State of this node's session, through which a planned stop is announced and confirmed."""
 
 
 class ReportRetries:
-    """Retries of one kind of report that a manager could not write: statuses, descriptions, volumes."""
+    """Counts the retries of one kind of report (statuses, descriptions or volumes) that a manager could not write."""
 
     def __init__(self, what: str, clock: Clock, rng: Callable[[], float]) -> None:
         self._what = what
@@ -176,7 +188,7 @@ class ReportRetries:
         self._failures = 0
 
     async def wait_again(self, error: Unavailable) -> None:
-        """Wait until the next attempt is due.  Raises: Unavailable: ``error``, after too many attempts."""
+        """Wait until the next attempt is due.  Raises: Unavailable: ``error`` itself, after too many attempts."""
         self._failures += 1
         if self._failures >= REPORT_TRIES_MAX:
             raise error
@@ -184,7 +196,7 @@ class ReportRetries:
         await self._backoff.sleep(self._clock)
 
     def written(self) -> None:
-        """Record that a report was written.  The next one has all attempts again."""
+        """Record that a report was written.  The next report starts with all attempts."""
         self._failures = 0
         self._backoff.reset()
 
@@ -281,7 +293,7 @@ class Session:
             )
 
     async def _repeat(self, name: str, part: Part) -> None:
-        """Run one part.  An unexpected error ends neither the session nor the other parts.
+        """Run one part, and run it again after an unexpected error, which does not affect the session's other parts.
 
         Raises:
             SkepError: The session is over.
@@ -302,7 +314,7 @@ class Session:
         )
 
     async def _watch_description(self) -> None:
-        """Send the changed description of the node again, within the session if the manager supports that."""
+        """Send the node's description whenever it changes.  Within the session, if the manager supports that."""
         retries = ReportRetries("description", self._clock, self._rng)
         slots_from = self._slots_due_at(self._described)
         while True:
@@ -326,7 +338,7 @@ class Session:
             slots_from = self._slots_due_at(description)
 
     def _slots_due_at(self, sent: NodeDescription) -> float:
-        """Return when a description that differs from the last one only in slots may be sent."""
+        """Return when a description may be sent that differs from ``sent`` only in its slots."""
         wait_s = len(to_json(sent)) / SLOTS_BYTES_PER_S
         return self._clock.monotonic() + max(wait_s, DESCRIPTION_CHECK_S)
 
@@ -373,8 +385,8 @@ class Session:
     async def _wait_overdue(self, period_s: float) -> None:
         """Wait until the response to a heartbeat is overdue.
 
-        The wait is split into slices.  A standstill of this process ends only one of them, so it does not count as the
-        manager's silence.
+        The wait is split into slices.  If this process stands still for a while, only one slice expires, so the pause
+        does not count as silence of the manager.
         """
         slice_s = self._host.response_timeout_s(period_s) / TIMEOUT_SLICES
         for _ in range(TIMEOUT_SLICES):
@@ -439,7 +451,7 @@ class Session:
         await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=REPORT_SECONDS_MAX)
 
     async def _report(self) -> None:
-        """Send statuses, one call at a time.  In the meantime, later statuses replace earlier ones."""
+        """Send statuses, one call at a time.  During a call, later statuses replace queued earlier ones."""
         retries = ReportRetries("statuses", self._clock, self._rng)
         while True:
             batch = await self._services.reports.take()
@@ -490,9 +502,7 @@ def _seconds(period: Duration) -> float:
 
 
 def _follows(message: pb.AssignmentsMessage, applied: str) -> bool:
-    """Return whether ``message`` continues the chain that ended with ``applied``.  If not, the stream is
-    opened again.
-    """
+    """Return whether ``message`` follows directly on the message ``applied``.  If not, the stream is opened again."""
     if message.type == pb.AssignmentsMessage.COMPLETE or message.applies_to == applied:
         return True
     log.warning("assignments lost", expected=applied, got=message.applies_to)

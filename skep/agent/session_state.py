@@ -1,8 +1,8 @@
 """This node's identity in its cluster, and whether and since when it has a session with a manager.
 
-The agent records it, and the worker reads it, because a task's rights without a manager depend on it.  Objects created
-before joining read the facts here that are known only afterwards: the node's id and the session's connection.  A
-planned stop of the node process is announced here, and the session sends it to its manager.
+The agent records this state.  The worker reads it, because what a task may do without a manager depends on it.  Objects
+that are created before the node joins later read its id and the session's connection here.  A planned stop of the node
+process is announced here, and the session sends it to its manager.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from skep.wire.client import Channel
 log = structlog.get_logger()
 
 STOP_ANNOUNCEMENT_S_MAX = 1.0
-"""Seconds by which an announcement may delay a planned stop."""
+"""Upper limit in seconds for how long an announcement may delay a planned stop."""
 
 
 class SessionState:
     """State of this node's session with its managers.  Times are the clock's monotonic seconds."""
 
     def __init__(self, clock: Clock, last_seen: LastSeen | None = None) -> None:
-        """``last_seen`` was also recorded by earlier processes.  None for the first process."""
+        """``last_seen`` includes the responses that earlier processes recorded.  None keeps the time only in memory."""
         self._clock = clock
         self._last_seen = last_seen or LastSeen(clock.monotonic, clock.monotonic())
         self._responded_at = clock.monotonic()
@@ -90,8 +90,9 @@ class SessionState:
         self._no_session.clear()
 
     def record_response(self, requested_at: float) -> None:
-        """Record a manager's response to a request sent at ``requested_at``.  The manager considers the node alive
-        since then.
+        """Record a manager's response to a request sent at ``requested_at``.
+
+        The time of the request counts, because the manager knows that the node was alive then, and nothing about later.
         """
         self._responded_at = max(self._responded_at, requested_at)
         self._last_seen.record(self._clock.monotonic() - self._responded_at)

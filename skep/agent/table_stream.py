@@ -14,7 +14,7 @@ from skep.wire.client import Call, Channel
 from skep.wire.convert.tables import table_set_from_pb
 
 SET_BYTES_MAX = 256 * 1024 * 1024
-"""Limit for all messages of one set.  A set of this size is an error of the manager."""
+"""Limit in bytes for all messages of one set of tables.  A larger set is an error of the manager."""
 
 
 class TableSink(Protocol):
@@ -29,7 +29,7 @@ class TableSink(Protocol):
 
         Raises:
             FailedPrecondition: They are older than the tables received before.
-            InvalidArgument: They do not follow those tables.
+            InvalidArgument: They change a table that this node does not have.
         """
 
     async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
@@ -43,7 +43,7 @@ class TableStream:
         self._channel = channel
         self._sink = sink
         self._incarnation = 0
-        """Incarnation of the received tables.  Only its revisions are acknowledged."""
+        """Cluster incarnation of the received tables.  Only revisions of this incarnation are acknowledged."""
 
     async def run(self, session_id: str) -> None:
         """Receive and acknowledge until the stream ends.
@@ -68,8 +68,8 @@ class TableStream:
                 self._sink.update(table_set_from_pb(messages), message.incarnation)
                 messages, size = [], 0
                 if acknowledging is None:
-                    # Start only now: tables applied earlier are acknowledged once, and only if their incarnation is
-                    # known.
+                    # Start only now, because tables that were applied earlier are acknowledged once, and only if their
+                    # incarnation is known.
                     acknowledging = group.create_task(self._acknowledge(call), name="acknowledge tables")
             raise Unavailable(f"{self._channel.address} ended the network table stream")
 

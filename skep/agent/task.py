@@ -32,9 +32,12 @@ log = structlog.get_logger()
 
 
 DEFAULT_DELAY_S = 5.0
-"""Restart delay of a policy without one, as in SwarmKit."""
+"""Restart delay in seconds of a policy that sets none, as in SwarmKit."""
 CUT_OFF_S = 10.0
-"""Seconds of an outage that are left to the leader, because managers restart and move."""
+"""Seconds without a manager before this node restarts tasks itself.
+
+Short outages, when a manager restarts or the leader changes, are left to the leader.
+"""
 
 
 class Verb(Enum):
@@ -71,8 +74,8 @@ Step: TypeAlias = Move | Do | Rest
 def next_step(observed: TaskState, desired: TaskState) -> Step:
     """Return the step that brings a task from ``observed`` nearer to ``desired``.
 
-    A running verb may end beyond the desired state.  Between verbs the task waits for the desired state: READY holds a
-    prepared task until its start is wanted.
+    The task stops at the desired state: with READY, a prepared task waits until its start is wanted.  A verb that
+    already runs may end beyond the desired state.
     """
     if desired >= TaskState.SHUTDOWN:
         if observed.is_terminal:
@@ -101,7 +104,7 @@ def next_step(observed: TaskState, desired: TaskState) -> Step:
 
 
 def failed_state(observed: TaskState) -> TaskState:
-    """Return the state of a task whose verb failed.  Before its start, it was never accepted by this node."""
+    """Return the state of a task whose verb failed: REJECTED before its start, FAILED from then on."""
     return TaskState.REJECTED if observed < TaskState.STARTING else TaskState.FAILED
 
 
@@ -113,7 +116,7 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
     session reports that state to the leader.
 
     Args:
-        exit_code: Exit code of the ended process.  A failure without one counts as 1.
+        exit_code: Exit code of the ended process.  1 if the process failed without an exit code.
         attempts: Times of earlier attempts, on the same clock as ``now``.
 
     A job's task runs once: the leader decides about further runs.  The attachment of a plain container to a network is
@@ -137,7 +140,7 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
 
 
 _MESSAGE_MAX = 2000
-"""Characters of a status message with warnings."""
+"""Limit in characters for a status message with warnings."""
 
 
 class TaskDriver:
@@ -154,11 +157,11 @@ class TaskDriver:
         session_state: SessionState,
         attempts: int = 0,
     ) -> None:
-        """
-        Args:
-            status: Furthest known status of the task.  ``on_status`` is called with every state reached from there.
-            session_state: Whether there is a manager.  Without one, the task follows its restart policy itself.
-            attempts: Number of restarts without a manager before this process started.
+        """Args: status: Last known status of the task.
+
+        ``on_status`` is called with every later status. session_state: Whether there is a manager.  Without one, the
+        task follows its restart policy itself. attempts: Number of restarts without a manager before this process
+        started.
         """
         self.task = task
         self.status = status
@@ -177,11 +180,12 @@ class TaskDriver:
 
     @property
     def drain_s(self) -> float:
-        """Seconds that a stop waits for the task's clients, as its service now specifies."""
+        """Seconds that a stop waits for the task's clients to disconnect, from the newest assignment."""
         return drain_s(self.task.service_labels)
 
     def stop(self, reason: str) -> None:
-        """Stop the task permanently, whatever the desired state, because its disconnected node and its spec require it.
+        """Stop the task permanently, whatever its desired state, because this node has lost its managers and the spec
+        requires a stop then.
 
         A repeated call changes nothing.  Otherwise a stop in progress would restart with its full grace period.
         """
@@ -191,12 +195,13 @@ class TaskDriver:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether its node has stopped the task permanently."""
+        """Whether ``stop`` was called."""
         return bool(self._stopped)
 
     def assign(self, task: AssignedTask) -> bool:
-        """Apply a newer assignment.  Returns whether the controller needs it, for other limits or last
-        lines to keep.
+        """Apply a newer assignment.
+
+        Returns whether the controller must be updated, because limits or the number of kept log lines changed.
         """
         before, self.task = self.task, task
         if before.task.desired_state is not task.task.desired_state:
@@ -237,7 +242,7 @@ class TaskDriver:
             self._reach(failed_state(self.status.state), self.status.message, error, end)
         elif step.state.is_terminal:
             end = await self._end()
-            # Docker has no words for a container that did not stop in time, and an intended end has no error.
+            # Docker has no text for a container that did not stop in time, and an intended end has no error.
             error = words_of(end) if end is not None and step.state is TaskState.SHUTDOWN else ""
             self._reach(step.state, self._stopped or step.message, error, end)
         else:
@@ -275,7 +280,10 @@ class TaskDriver:
         return ended.message
 
     async def _wait_ended(self) -> TaskExit:
-        """Wait until the process has ended.  A failed observation does not count as its end."""
+        """Wait until the process has ended.
+
+        If waiting fails, try again, because the failure does not mean that the process ended.
+        """
         return await retry(
             self.controller.wait,
             "end of task not observed",
@@ -286,9 +294,9 @@ class TaskDriver:
         )
 
     async def _may_try_again(self, ended: TaskExit) -> bool:
-        """Return whether to restart the task now, because no manager replaces it and its policy allows it.
+        """Wait until a restart is due.
 
-        Returns when the attempt is due.
+        Returns whether to restart the task: no manager replaces it, and its policy allows a restart.
         """
         session_state = self._session_state
         if session_state.has_session:
@@ -330,8 +338,9 @@ class TaskDriver:
         self._on_status(self.task.task.id, self.status)
 
     def _observed(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus, Sequence[str]]:
-        """Return the current container, from STARTING on, with its warnings.  A container seen earlier is not
-        forgotten.
+        """Return the container, its ports and warnings.
+
+        They are observed from STARTING on.  Otherwise, or if that fails, the last status has the container and ports.
         """
         observed = None
         try:

@@ -1,8 +1,8 @@
-"""Tasks that a node records across restarts: each assignment and its last relevant status.
+"""Records a node's tasks across restarts: each assignment with its last relevant status.
 
 Each task has one file in ``<data>/tasks``, replaced by rename and synced, without credentials and secrets.  Writes lag
-slightly, and only the latest version is written.  While a manager can be reached, it sends every assignment again, and
-a container's own record has its state.  A task without a file is assigned again.
+slightly, and only the latest version is written.  A lost write does little harm: a manager sends every assignment
+again, and the container's own record has its state.
 """
 
 import asyncio
@@ -50,17 +50,17 @@ class TaskFiles:
         return read_tasks(self._directory)
 
     def remember(self, task: RememberedTask) -> None:
-        """Write a task soon.  An unwritten earlier version is skipped."""
+        """Queue a task for writing.  It replaces an unwritten earlier version."""
         self._dirty[task.assigned.task.id] = task
         self._something.set()
 
     def forget(self, id: TaskId) -> None:
-        """Remove a task's file soon."""
+        """Queue the removal of a task's file."""
         self._dirty[id] = None
         self._something.set()
 
     async def run(self) -> None:
-        """Write changes until cancelled, and the remaining ones then.  Failed writes are kept and retried."""
+        """Write queued changes until cancelled, then write the remaining ones.  Failed writes are retried."""
         try:
             while True:
                 await self._something.wait()
@@ -76,7 +76,7 @@ class TaskFiles:
         try:
             await asyncio.to_thread(self._write, batch)
         except BaseException:
-            # A part may have been written.  It is written again unless there is a newer version.
+            # Part of the batch may have been written.  It is written again unless there is a newer version.
             self._dirty = {**batch, **self._dirty}
             raise
 
@@ -85,7 +85,7 @@ class TaskFiles:
             self._write_batch(batch)
 
     def _write_batch(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
-        """Write a batch.  Raises: the error of the first failed task, once all others are written."""
+        """Write a batch.  If tasks fail, the others are still written, and then the first error is raised."""
         refusals = []
         for id, task in batch.items():
             try:

@@ -1,7 +1,7 @@
 """The logs of this node's tasks, for ``docker service logs``.
 
-The container's labels tell the task of each line, so ended tasks keep their lines.  Existing lines are merged in the
-order of their times.  A follower then gets new lines as they are written.
+Lines are attributed to tasks by their container's labels, so the lines of ended tasks are found too.  Existing lines
+are merged in the order of their times.  A follower then gets new lines as they are written.
 """
 
 import asyncio
@@ -26,16 +26,16 @@ from skep.model.logs import LogLine, LogQuery, LogStream
 log = structlog.get_logger(__name__)
 
 _AHEAD_MAX = 512
-"""Lines that were read but not taken.  A slow reader then pauses the reading of all its tasks."""
+"""Limit for lines that were read but not taken.  When it is reached, reading pauses for all tasks of the query."""
 _BATCH_LINES_MAX, _BATCH_BYTES_MAX = 512, 128 << 10
-"""Lines and bytes of one message.  A message of gRPC may have 4 MiB by default, and one line 16 KiB."""
+"""Limits for the lines and bytes of one message.  gRPC allows 4 MiB by default, and one line has up to 16 KiB."""
 _STREAMS = {LogStream.STDOUT: Stream.STDOUT, LogStream.STDERR: Stream.STDERR}
 _BACK = {stream: name for name, stream in _STREAMS.items()}
 
 
 _Lines: TypeAlias = MergeQueue[LogLine]
 _FIRST_LOOK = "the containers that there are"
-"""Key of a pseudo stream that is open until each existing container has its own."""
+"""Key of a placeholder stream that stays open until each existing container has a stream."""
 
 
 class TaskLogs:
@@ -45,7 +45,7 @@ class TaskLogs:
         self._engine = engine
 
     async def read_lines(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Yield lines of all tasks of this node that match ``query``, some at a time, in the order of their times.
+        """Yield batches of lines from all tasks of this node that match ``query``, in the order of their times.
 
         With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.  An empty batch
         means that all existing lines were yielded.
@@ -104,7 +104,7 @@ class TaskLogs:
         tail: int | None,
         lines: _Lines,
     ) -> None:
-        """Read one container's lines.  If it is removed or unreadable, the others' lines continue."""
+        """Read one container's lines.  An error about this container does not affect the others."""
         try:
             await self._read_container(container, query, tail, lines)
         except (SkepError, OSError) as error:

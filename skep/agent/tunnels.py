@@ -25,10 +25,10 @@ from skep.wire.tunnel import Tunnel
 log = structlog.get_logger(__name__)
 
 TUNNELS_MAX = 96
-"""Simultaneous tunnels.
+"""Limit for simultaneous tunnels.
 
-Fewer than the streams of one connection, and more than a manager orders, because a tunnel ends here slightly later than
-there.
+Lower than the stream limit of a connection.  Higher than the number of tunnels that a manager orders, because a tunnel
+ends here slightly later than at the manager.
 """
 CONNECT_S = 5.0
 """Seconds to open the connection for tunnels."""
@@ -49,7 +49,7 @@ class ContainerAccess(Protocol):
 
 
 class TunnelHost:
-    """The tunnels of this node.  ``run`` runs while it is in a cluster."""
+    """The tunnels of this node.  ``run`` is active while the node is in a cluster."""
 
     def __init__(self, access: ContainerAccess, connect: Connect) -> None:
         self._access = access
@@ -125,6 +125,6 @@ class TunnelHost:
 async def _refuse(
     orders: Call[skep.TunnelUpdate, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
 ) -> None:
-    """Report a tunnel that could not be opened.  An open tunnel has reported its end to the manager itself."""
+    """Report to the manager that a tunnel could not be opened.  An open tunnel reports its own end."""
     with suppress(SkepError):
         await orders.send(skep.TunnelUpdate(id=order.id, error=reason))

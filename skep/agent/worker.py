@@ -1,9 +1,8 @@
-"""The tasks assigned to this node: each has a driver, is kept on disk across restarts, and is removed with its
-assignment.
+"""Runs the tasks assigned to this node.  Each has a driver, is recorded on disk, and is removed with its assignment.
 
-A complete set of assignments replaces all others: other tasks are removed, including tasks that an earlier process left
-without a file.  An incremental set adds and removes tasks.  Until the first complete set, unknown tasks are not
-touched:  without a manager the node continues with the tasks on its disk.
+A complete set of assignments replaces all tasks: any other task is removed, even if an earlier process left it without
+a file.  An incremental set adds and removes tasks.  Until the first complete set, unknown tasks are left alone, and the
+node continues with the tasks on its disk.
 
 Source: swarmkit, agent/worker.go.
 """
@@ -55,11 +54,10 @@ def kill_time(removal: NodeRemoval, clock: Clock) -> float:
 
 
 def stop_reason(assigned: AssignedTask, silence_s: float, removal: NodeRemoval | None = None) -> str:
-    """Return why a task stops on a node that has not reached a manager for ``silence_s``, or an empty text if it
-    continues.
+    """Return why a task stops after ``silence_s`` without a manager, or an empty text if it continues.
 
-    ``removal`` is set if the node was removed from its cluster, which replaces all its tasks.  Plain containers do not
-    belong to the cluster.
+    ``removal`` is set if the node was removed from its cluster.  All its tasks then stop, because the cluster replaces
+    them.  Plain containers continue, because they do not belong to the cluster.
     """
     is_plain = assigned.task.spec.network_attachment_spec is not None
     if removal is not None and not removal.keeps_containers and not is_plain:
@@ -71,7 +69,7 @@ def stop_reason(assigned: AssignedTask, silence_s: float, removal: NodeRemoval |
 
 
 class PayloadSink(Protocol):
-    """Keeps the data of secrets and configs (``engine/mounts/payloads.py``)."""
+    """Keeps the data of secrets and configs (``agent/executor/payloads.py``)."""
 
     def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None:
         """Keep the data of these secrets and configs.  Raises: OSError."""
@@ -84,7 +82,7 @@ class PayloadSink(Protocol):
 
 
 class _Unkept:
-    """Secrets and configs whose data is not stored yet, or could not be and is retried."""
+    """Secrets and configs whose data must still be stored, possibly after a failed attempt."""
 
     def __init__(self) -> None:
         self.secrets: dict[SecretId, SecretFile] = {}
@@ -97,7 +95,7 @@ class _Unkept:
         self.configs.update((one.id, one) for one in change.configs)
 
     def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
-        """Remove these: they are stored, or no longer needed."""
+        """Remove secrets and configs that are stored or no longer needed."""
         for secret in secrets:
             self.secrets.pop(secret, None)
         for config in configs:
@@ -117,7 +115,7 @@ class _Unkept:
 class Worker:
     """Runs the tasks assigned to this node.  The agent's ``AssignmentSink``.
 
-    An executor's error about one task ends at most that task's work.
+    An executor's error about one task affects no other task.
     """
 
     def __init__(
@@ -147,13 +145,13 @@ class Worker:
         self._ready = asyncio.Event()
 
     async def run(self) -> None:
-        """Load the recorded tasks, then work until cancelled.  Containers continue afterwards."""
+        """Load the recorded tasks, then run them until cancelled.  Containers keep running after that."""
         async with self._executor.running(), asyncio.TaskGroup() as group:
             self._group = group
             load = partial(asyncio.to_thread, self._files.load)
             for remembered in await retry(load, "task files not read", clock=self._clock, longest_s=10.0):
                 self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
-            # a session may have started earlier, without these statuses
+            # a session may have started before these statuses were known
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
             self._spawn(self._stop_when_cut_off(), "stop-when-cut-off")
@@ -249,7 +247,7 @@ class Worker:
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:
-        """Update a running container to a newer assignment.  If new limits are refused, the old ones stay."""
+        """Apply a newer assignment to a running container.  If the new limits are refused, the old limits stay."""
         await isolate(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
 
     def _remove(self, id: TaskId, *, at_once: bool = False) -> None:
@@ -296,7 +294,9 @@ class Worker:
         await retry(free, "task not removed", clock=self._clock, task=id)
 
     async def _stop_when_cut_off(self) -> None:
-        """Stop the tasks of services that require it once this node was disconnected for the service's delay."""
+        """Stop the tasks of each service that requires it (``skep.on-disconnect``) once the node was disconnected for
+        the service's delay.
+        """
         kill_at: float | None = None
         while True:
             await self._session_state.wait_no_session()
@@ -316,10 +316,10 @@ class Worker:
             await self._clock.sleep(CUT_OFF_CHECK_S)
 
     async def _give_up_volumes(self) -> None:
-        """Unmount cluster volumes once no container uses them: they will soon be on another node."""
+        """Unmount cluster volumes once no container uses them, because managers soon publish them on another node."""
         if self._volumes is not None:
             await self._volumes.wait_ready()
-            if self._session_state.removal is not None:  # it may have joined again in the meantime
+            if self._session_state.removal is not None:  # the node may have joined again in the meantime
                 self._volumes.assign(AssignmentSet(complete=True))
 
     def _kill_stopped(self) -> None:
@@ -333,7 +333,7 @@ class Worker:
     def _on_status(self, id: TaskId, status: TaskStatus) -> None:
         log.info("task", task=id, state=status.state.value, error=status.err)
         self._reports.report(id, status)
-        # States before the start are found again in the container's own record.
+        # States before the start are not recorded, because the container's own record has them.
         if status.state >= TaskState.RUNNING:
             self._remember(id)
 
@@ -352,7 +352,7 @@ class Worker:
             log_error(error, "secrets and configs not kept, trying again")
 
             async def put() -> None:
-                # Skip data that a later assignment has removed or replaced.
+                # A later assignment may have removed or replaced the data.
                 payloads.put(unkept.secrets.values(), unkept.configs.values())
                 unkept.clear()
 

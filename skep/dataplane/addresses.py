@@ -21,13 +21,16 @@ DEFAULT_POOLS: Final[Sequence[Subnets]] = (
     (IPv4Network("172.16.0.0/15"), 24),
     (IPv4Network("192.168.0.0/16"), 24),
 )
-"""Docker's own pools for local networks, in Docker's order: 30 subnets.  A node with builders, or with a network for
-each application, needs more, so two pools follow: 512 small subnets below Docker's, and the rest of a /20 that a route
-of the machine occupies in part.  No pool is in 10.0.0.0/8, where overlay networks are."""
+"""Docker's pools for local networks, in Docker's order (30 subnets), and two further pools.
+
+A node with builders, or with a network for each application, needs more than Docker's 30.  The last two pools have 512
+small subnets below Docker's, and the rest of a /20 of which a route of the machine occupies a part.  No pool is in
+10.0.0.0/8, because overlay networks are there.
+"""
 
 
 def pools_or_default(configured: Sequence[Subnets]) -> Sequence[Subnets]:
-    """Return ``configured``, followed by the default pools if no configured pool is IPv4."""
+    """Return ``configured``.  If none of these pools is IPv4, the default pools are added."""
     return configured if any(pool.version == 4 for pool, _ in configured) else (*configured, *DEFAULT_POOLS)
 
 
@@ -61,21 +64,24 @@ def _first_free(start: int, size: int, used: Iterable[tuple[int, int]]) -> int:
 
 
 UNIQUE_LOCAL_BITS = 40
-"""Random bits of an RFC 4193 prefix."""
+"""Number of random bits in an RFC 4193 prefix."""
 
 
 def unique_local(rng: int) -> IPv6Network:
-    """Return the first /64 of the unique local network ``fd`` with the 40 random bits ``rng`` (RFC 4193)."""
+    """Return the first /64 of the unique local network (RFC 4193) that has the 40 random bits ``rng`` after ``fd``."""
     return IPv6Network((0xFD << 120 | rng << 80, 64))
 
 
 def derived_ipv6(address: Address, subnet: IPv6Network) -> IPv6Address:
-    """Return the IPv6 address derived from ``address``.  It is as unique as ``address``, so it needs no allocation."""
+    """Return the IPv6 address in ``subnet`` that contains ``address``.
+
+    It is as unique as ``address``, so it needs no allocation.
+    """
     return subnet[int(address)]
 
 
 class Addresses(Generic[Network]):
-    """The addresses of one subnet.  The first is the gateway's, unless the user chooses another.
+    """Allocates the addresses of one subnet.  The gateway has the first one, unless the user chooses another.
 
     ``take`` continues after the address that it returned last.  A released address is therefore not reused at once,
     while neighbors may still remember its old owner.
@@ -89,7 +95,10 @@ class Addresses(Generic[Network]):
         pool: Network | None = None,
         reserved: Iterable[Address] = (),
     ) -> None:
-        """Make an allocator.  ``pool`` limits the addresses that ``take`` returns, ``reserved`` are never allocated."""
+        """Create an allocator.
+
+        ``take`` returns only addresses in ``pool``.  Addresses in ``reserved`` are never allocated.
+        """
         self.subnet: Network = subnet
         self.gateway = gateway or subnet[1]
         self._reserved = frozenset({self.gateway, *reserved})
@@ -100,7 +109,7 @@ class Addresses(Generic[Network]):
         self._last = self._first - 1
 
     def take(self, owner: str) -> Address:
-        """Return a free address, now ``owner``'s.  Raises: ResourceExhausted: the pool is used up."""
+        """Allocate a free address to ``owner`` and return it.  Raises: ResourceExhausted: the pool is used up."""
         first, last = self._first, self._last_of_pool
         for number in chain(range(self._last + 1, last + 1), range(first, self._last + 1)):
             address = self.subnet[number - int(self.subnet[0])]
@@ -147,7 +156,9 @@ class Addresses(Generic[Network]):
 
 
 def mac_of(address: Address) -> str:
-    """Return Docker's MAC address of a container: 02:42, then the IPv4 address (of IPv6, the last four bytes)."""
+    """Return the MAC address that Docker derives from ``address``: 02:42, then the four bytes of IPv4, or the last four
+    of IPv6.
+    """
     return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed[-4:]))
 
 

@@ -30,14 +30,14 @@ from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId
 
 MESH = "mesh"
-"""Owner of the routing mesh's ports."""
+"""Owner label of ports that the routing mesh reserves."""
 
 
 class NetClient:
     """Reserves ports that outlive the node process (``ports.PortReservations``) and registers names.
 
-    A call waits while the net process restarts, and raises ``Unavailable`` after 10 s.  ``owner`` labels the ports that
-    this client reserves.  ``list_held`` returns the ports of this owner only.
+    If the net process restarts, a call waits for it, and raises ``Unavailable`` after 10 s.  ``owner`` labels the ports
+    that this client reserves, and ``list_held`` returns only ports with this label.
     """
 
     def __init__(self, path: Path, clock: Clock, rng: Callable[[], float], owner: str = "") -> None:
@@ -52,7 +52,7 @@ class NetClient:
         Args:
             port: The port, or 0 for any free port.
             address: The address to bind, or empty for every IPv4 address.
-            target: The address and port to which the net process relays traffic.
+            target: The address and port to which the net process relays traffic, or None if the kernel forwards it.
 
         Raises:
             AlreadyExists: Another program has the port.
@@ -86,16 +86,16 @@ class NetClient:
         )
 
     async def listing(self) -> Listing:
-        """Return everything that the net process holds and serves.  Raises: Unavailable."""
+        """Return the ports and containers that the net process holds and serves.  Raises: Unavailable."""
         response = await self._ask(List())
         if not isinstance(response, Listing):
             raise _unexpected(response)
         return response
 
     async def serve(self, named: Named) -> None:
-        """Serve names and virtual addresses in a container's namespace, replacing earlier ones.
+        """Serve names and virtual addresses in a container's namespace, in place of earlier ones.
 
-        Returns when queries are answered.  Raises: FailedPrecondition: the namespace cannot be served; Unavailable.
+        Returns once queries are answered.  Raises: FailedPrecondition: the namespace cannot be served; Unavailable.
         """
         match await self._ask(Serve(named)):
             case Done():

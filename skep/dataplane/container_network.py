@@ -1,4 +1,4 @@
-"""Networking of a container: its namespace, its networks, and the gateway bridge last."""
+"""Connects containers: creates a namespace, attaches it to the container's networks, and last to the gateway bridge."""
 
 import asyncio
 import os
@@ -55,8 +55,8 @@ class ContainerNetwork:
         Args:
             allocation: Allocates the endpoints of plain containers.
             naming: Registers names, or None if names are not served.
-            show_condition: Called with a sentence that lists the containers whose networks are not maintained, or with
-                an empty text for none.
+            show_condition: Called with a sentence that lists the containers whose networks are not maintained.  The
+                text is empty if all are.
         """
         self._namespaces = namespaces
         self._gateway = gateway
@@ -85,7 +85,7 @@ class ContainerNetwork:
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Prepare the node, keep the ``live`` sandboxes, and free all others.
 
-        A sandbox with an invalid record is left as it is, and its resources are not allocated to others.
+        A sandbox with an invalid record is left alone, and its addresses and ports are not given to other containers.
         Raises: SkepError: this node cannot network containers.
         """
         kept = {config.id for config, _ in live}
@@ -95,7 +95,7 @@ class ContainerNetwork:
         self._overlays.restore(sandboxes)
         await self._gateway.restore(sandboxes)
         await self._overlays.begin(sandboxes)
-        # not fatal: a container can make its own namespace unusable for these rules
+        # not fatal, because a container can itself make its namespace unusable for these rules
         for id, sandbox in sandboxes.items():
             routing = self._route_replies(id, sandbox)
             await isolate(routing, "reply routing not applied yet", container=id)
@@ -110,7 +110,7 @@ class ContainerNetwork:
             return False
         try:
             check_sandbox(sandbox)
-        except Exception as error:  # any error concerns this one container only
+        except Exception as error:  # an error concerns only this container
             log_error(error, "network of container not maintained: invalid record", container=id)
             self._left_out[id] = describe_error(error)
             self._report_left_out()
@@ -156,7 +156,7 @@ class ContainerNetwork:
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free everything that ``attach`` allocated.  Does nothing if it is free already."""
-        # includes endpoints of a change that could not be undone
+        # includes endpoints of a change that failed and could not be undone
         kept = self._overlays.endpoints_of(container_id)
         endpoints = (*sandbox.endpoints, *(one for one in kept if one not in sandbox.endpoints))
         sandbox = msgspec.structs.replace(sandbox, endpoints=endpoints)
@@ -168,7 +168,9 @@ class ContainerNetwork:
             self._report_left_out()
 
     async def holders(self) -> Collection[ContainerId]:
-        """Return the containers that have a namespace, addresses, ports or names on this node, needed or not."""
+        """Return all containers that have a namespace, addresses, ports or names on this node, even if they have
+        ended.
+        """
         served: Collection[str] = ()
         if self._naming is not None:
             served = await isolate(self._naming.ensure_served(), "names of containers not listed") or ()
@@ -234,8 +236,8 @@ class ContainerNetwork:
     async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
         """Connect a running plain container to the node's bridge, or disconnect it, as ``config.mode`` says.
 
-        Its interface on the gateway bridge stays if one of its other networks needs egress.  The interface is then
-        closed to other containers.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
+        If one of its other networks needs egress, its interface on the gateway bridge stays, but other containers
+        cannot reach it.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
         """
         if not needs_egress(config.mode, [one.config for one in sandbox.endpoints]):
             left = _without_egress(sandbox)
@@ -257,7 +259,7 @@ class ContainerNetwork:
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
         """Register the container under ``config.name``.  ``sandbox`` is None if it does not run.
 
-        Raises: FailedPrecondition: it is on a cluster network; SkepError.
+        Raises: FailedPrecondition: it is on a cluster network, where its name cannot change; SkepError.
         """
         if sandbox is not None:
             await self._allocation.rename(config, sandbox)
@@ -266,7 +268,7 @@ class ContainerNetwork:
         self, config: SandboxConfig, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
     ) -> None:
         await self._cut(config, before, left)
-        # After ``_cut``: a container that could not be disconnected keeps its addresses, and so does its record.
+        # After ``_cut``, because a container that could not be disconnected must keep its addresses and its record.
         await self._allocation.leave(config.id, gone)
 
     async def _undo_connect(
@@ -275,7 +277,7 @@ class ContainerNetwork:
         try:
             await self._cut(config, joined, before)
         finally:
-            # A network that it could not be disconnected from is freed when the container ends.
+            # If disconnecting failed, the network's resources are freed when the container ends.
             if endpoint.head.id not in {one.network_id for one in self._overlays.endpoints_of(config.id)}:
                 await self._allocation.leave(config.id, (endpoint,))
 
@@ -336,9 +338,9 @@ class ContainerNetwork:
 
 
 def needs_egress(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
-    """Return whether a container with ``endpoints`` gets an interface on the gateway bridge.
+    """Return whether a container with ``endpoints`` needs an interface on the gateway bridge.
 
-    A network with a parent device of the machine already provides egress.
+    A network on a device of the machine (macvlan, ipvlan) already provides egress.
 
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
@@ -361,7 +363,7 @@ def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:
     """Return the sysctls that the node sets in the container's namespace, except those set by the user."""
     users = {name.replace(".", "/") for name in config.sysctls}
     if "net/ipv6/conf/all/disable_ipv6" in users:
-        users.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
+        users.add("net/ipv6/conf/lo/disable_ipv6")  # IPv6 on lo follows
     wanted = {**_CONTAINER_SYSCTLS, **TRACKING_SYSCTLS}
     if any(one.head.is_ingress for one in config.endpoints):
         wanted = {**wanted, **REPLY_SYSCTLS}
@@ -369,7 +371,9 @@ def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:
 
 
 def has_ipv6_egress(endpoints: Sequence[EndpointConfig]) -> bool:
-    """Return whether the gateway bridge also provides an IPv6 default route: a network with egress has IPv6."""
+    """Return whether the container gets an IPv6 default route through the gateway bridge: one of its networks with
+    egress has IPv6.
+    """
     return any(":" in address for one in endpoints if not one.head.is_internal for address in one.addresses)
 
 

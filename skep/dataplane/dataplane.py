@@ -44,14 +44,14 @@ from skep.paths import Paths
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """The node on which a data plane is built.
+    """The node on which a data plane works.
 
     Args:
         namespaces: The containers' namespaces and the node's own.
         rng: Returns random numbers from 0 to 1.
         show_condition: Called with the name of a node condition and its message.  An empty message clears the
             condition.
-        own_ports: Returns the machine's ports that containers may not publish.
+        own_ports: Returns the ports of the machine that containers must not publish.
         pools: The address pools for subnets of the node's networks (``pools_or_default``).
     """
 

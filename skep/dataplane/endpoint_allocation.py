@@ -1,4 +1,4 @@
-"""Allocates the endpoints of plain containers, on this node's networks or on the cluster's."""
+"""Allocates the endpoints of plain containers on this node's networks and on cluster networks."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -13,7 +13,10 @@ from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, Sandbox
 
 
 class ClusterEndpoints(Protocol):
-    """Allocates endpoints on cluster networks.  Each endpoint has the id of its attachment task."""
+    """Allocates endpoints on cluster networks.
+
+    Each endpoint is represented by a task in the cluster and has its id.
+    """
 
     def restore(self, held: Iterable[tuple[TaskId, ContainerId]]) -> None:
         """Take over the endpoints that containers of an earlier process still have."""
@@ -95,7 +98,7 @@ class EndpointAllocation:
                 f"containers on network {request.network} of the cluster do not have --mac-address: other nodes use "
                 "the one that follows from their address"
             )
-        # Managers know the short id, which is the default host name.
+        # Managers know the container's short id, because it is the default host name.
         hostname = container.hostname if not container.id.startswith(container.hostname) else ""
         own_names = filter(None, dict.fromkeys((container.name, hostname, *request.aliases)))
         named = msgspec.structs.replace(request, aliases=tuple(own_names))

@@ -1,12 +1,12 @@
 """The gateway bridge: the default route of every container, and host-mode ports.
 
-Each node has one such bridge, with a subnet that overlaps no route of the machine.  Each container gets an address on
-it, and an interface with the default route.  Its kernel state is one part of the desired state of the node's own
-namespace, which ``NetnsReconciler`` repairs.
+Each node has one such bridge, with a subnet that overlaps no route of the machine.  A container gets an interface and
+an address on it, and its default route leads there.  The bridge is part of the desired state of the node's own
+namespace, which ``NetnsReconciler`` maintains.
 
-A container on a network with IPv6 also has IPv6 egress if the machine has it.  Its address is from a unique local /64
-that the node chose once, and is translated to the node's own address.  Without such containers the node's IPv6
-settings are not changed.
+A container on a network with IPv6 also gets IPv6 egress if the machine has it.  Its address is in a unique local /64
+that the node has chosen at random, and is translated to the node's own address.  The node's IPv6 settings are not
+changed before a container needs that.
 """
 
 import asyncio
@@ -64,11 +64,11 @@ _Port: TypeAlias = tuple[str, int, str]
 BRIDGE = "skep-gw"
 _PART = "gateway"
 _TWINS_MAX = 10
-"""Attempts to find a port number that is free for IPv4 and for IPv6."""
+"""Number of attempts to find a port number that is free for both IPv4 and IPv6."""
 _FAMILIES = {IPv4Network: socket.AF_INET, IPv6Network: socket.AF_INET6}
 _HOME_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
-    # Bridged frames are not the node's own traffic: its nat chains must not see them.
+    # Bridged frames are not the node's own traffic, so its nat chains must not see them.
     "net/bridge/bridge-nf-call-iptables": "0",
     "net/bridge/bridge-nf-call-ip6tables": "0",
     "net/bridge/bridge-nf-call-arptables": "0",
@@ -107,12 +107,17 @@ class Gateway:
         self._forwards_ipv6 = False
         self._sandboxes: dict[ContainerId, Sandbox] = {}
         self._holders: dict[_Port, ContainerId] = {}
-        """The container that holds each reserved port.  A record of an earlier run may name a port that another
-        container has by now."""
+        """The container that holds each reserved port.
+
+        A container's record may name a port from an earlier run that another container has by now, so this decides.
+        """
         self._unheld: frozenset[_Port] = frozenset()
-        """Ports of containers that another program took while the net process held none.  They are not published."""
+        """Ports of containers that another program has taken while no net process held them.
+
+        They are not published.
+        """
         self._reserving = 0
-        """Number of reservations in progress.  Such a port may already be held without being in ``_holders``."""
+        """Number of reservations in progress.  Their ports may already be held without being in ``_holders``."""
         self._changing = asyncio.Lock()
 
     async def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
@@ -129,7 +134,7 @@ class Gateway:
                     self._sandboxes[id] = sandbox
             await self._restore_ports()
             await self._apply()
-            # Flows may still follow rules of an earlier process to other containers.
+            # Flows may still lead to other containers, because of an earlier process's rules.
             await self._delete_flows(self._sandboxes.values())
 
     async def connect(
@@ -143,7 +148,9 @@ class Gateway:
         wants_ipv6: bool = False,
         mac_address: str = "",
     ) -> Sandbox:
-        """Return a container's new interface, without address and route so far, and publish its host-mode ``ports``.
+        """Create a container's interface and publish its host-mode ``ports``.
+
+        The interface has no address and no route yet.
 
         Args:
             is_open: Whether the container reaches other open containers through the bridge.
@@ -185,7 +192,8 @@ class Gateway:
     async def disconnect(self, container_id: ContainerId) -> None:
         """Release the addresses and ports that ``connect`` allocated.
 
-        Idempotent.  After an error the container is still one of ``users``."""
+        Idempotent.  After an error, the container stays in ``users`` and the call must be repeated.
+        """
         if container_id in self.users() or container_id in self._sandboxes:
             await self._undo(container_id)
 
@@ -205,14 +213,15 @@ class Gateway:
             raise
 
     async def sweep(self) -> None:
-        """Release ports without a container, and reserve ports again that the net process has lost, as in a crash.
+        """Release ports without a container, and reserve ports again that the net process has lost (for example in a
+        crash).
 
-        A reservation whose answer was lost leaves a port without a container.  Raises: Unavailable.
+        If the answer to a reservation was lost, the port is held without a container.  Raises: Unavailable.
         """
         async with self._changing:
             if self._addresses is None:
                 return  # the containers' ports are not known yet
-            published = self._published()  # before listing: a port reserved in between is not lost
+            published = self._published()  # before the listing: a port reserved in between is not lost
             held = frozenset(await self._reservations.list_held())
             for port in held:
                 if not self._reserving and port not in self._holders:
@@ -244,7 +253,7 @@ class Gateway:
         return self._addresses.owners() if self._addresses is not None else ()
 
     async def move(self, subnet: IPv4Network | None) -> None:
-        """Change the bridge's subnet.  None chooses a free one.
+        """Change the bridge's subnet, or choose a free one if ``subnet`` is None.
 
         Raises: FailedPrecondition: a container is connected; Forbidden: the machine routes that subnet; SkepError.
         """
@@ -262,7 +271,8 @@ class Gateway:
         # No address of the old subnet is allocated from now on.
         before, self._addresses = self._addresses, None
         try:
-            # Remove the link with all its addresses: it may have some that the desired state does not know.
+            # Remove the link with all its addresses, because it may have addresses that the desired state does not
+            # know.
             await self._home.remove(self._bridge)
             if subnet is None:
                 self._state.unlink(missing_ok=True)
@@ -272,10 +282,10 @@ class Gateway:
                 await self._choose_addresses()
                 await self._apply()
         except BaseException:
-            if self._addresses is None and before is not None:  # the next container makes the bridge again
+            if self._addresses is None and before is not None:  # the next container creates the bridge again
                 self._addresses = before
                 with suppress(OSError):
-                    # the next process reads the subnet that this one still uses
+                    # so that the next process reads the subnet that is still in use
                     _save(self._state, before.subnet)
             raise
 
@@ -296,7 +306,7 @@ class Gateway:
             self._deferred.soon(_PART, self._home.apply)
         for port in ports:
             await self._release(container_id, port)
-        # last: until then ``sweep`` still finds the ports
+        # last, so that ``sweep`` finds the ports until then
         self._require_addresses().release_all(container_id)
 
     async def _delete_flows(self, sandboxes: Iterable[Sandbox], *, is_published: bool = True) -> None:
@@ -310,9 +320,9 @@ class Gateway:
             for one in sandboxes
             for port in stale_host_ports(one.ports, one.address, subnet, is_published=is_published)
         ]
-        if stale:  # a search takes the kernel 9 ms
+        if stale:  # only if needed, because a search takes 9 ms in the kernel
             deletion = self._namespaces.run(self._namespaces.home, delete_flows, stale)
-            # not fatal: new clients are served all the same
+            # not fatal, because new clients are served anyway
             await isolate(deletion, "stale flows not deleted")
 
     async def _apply(self) -> None:
@@ -393,7 +403,7 @@ class Gateway:
             self._unheld -= {_reserved(reserved)}
             return reserved
 
-        # not interrupted: a reserved port without a record would be held forever
+        # not interrupted, because a reserved port without a record would be held forever
         return await run_to_end(reserve())
 
     async def _release(self, id: ContainerId, port: _Port) -> None:
@@ -403,7 +413,7 @@ class Gateway:
 
     async def _restore_ports(self) -> None:
         published = self._published()
-        # Before the first await: a sweep releases ports without a holder.
+        # Before the first await, because a sweep releases ports without a holder.
         self._holders = {port: id for port, (id, _, _) in published.items()}
         held = frozenset(await self._reservations.list_held())
         await self._hold_again(published, held)
@@ -411,7 +421,7 @@ class Gateway:
             await self._reservations.release(*gone)
 
     def _published(self) -> Mapping[_Port, tuple[ContainerId, PublishedPort, str]]:
-        """Return the container, the port and the container's address of each host-mode port."""
+        """Return, for each host-mode port: the container, the published port, and the container's address."""
         return {
             _reserved(port): (id, port, one.address)
             for id, one in self._sandboxes.items()
@@ -431,13 +441,13 @@ class Gateway:
             try:
                 await self._reserve_one(id, port, address)
             except SkepError as error:
-                if self._holders.get(key) != id:  # another container has it by now
+                if self._holders.get(key) != id:  # another container has the port by now
                     continue
                 unheld.add(key)
                 if key not in self._unheld:
                     log.warning("host port no longer published", port=key, container=id, reason=str(error))
             else:
-                if id not in self._sandboxes:  # disconnected meanwhile, which did not release this port
+                if id not in self._sandboxes:  # disconnected meanwhile, without releasing this port
                     await self._release(id, key)
         self._unheld = frozenset(unheld)
 
@@ -474,10 +484,12 @@ class Gateway:
 def gateway_state(
     bridge: str, subnet: IPv4Network, sandboxes: Iterable[Sandbox], subnet6: IPv6Network | None = None
 ) -> State:
-    """Return the gateway network's part of the node's own namespace.  ``subnet6`` is None while IPv6 is unused.
+    """Return the desired state of the gateway network in the node's own namespace.
 
-    The bridge has a fixed MAC address.  Otherwise the kernel uses the lowest one of its ports, which changes with the
-    ports.
+    ``subnet6`` is None while IPv6 is unused.
+
+    The bridge has a fixed MAC address.  Otherwise the kernel uses the lowest MAC address of its ports, which changes
+    with the ports.
     """
     links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
     for one in sandboxes:
@@ -502,9 +514,10 @@ def gateway_state(
             # Clients on the node connect to 127.0.0.1.  Packets from outside are dropped (chain ``raw``).
             f"net/ipv4/conf/{bridge}/route_localnet": "1",
             f"net/ipv4/conf/{bridge}/rp_filter": "0",
-            # A port is published before its container's interface is up.  A packet sent at that moment makes all later
-            # packets wait for the second ARP request, by default for a second.  75 requests at 40 ms keep the usual
-            # limit of 3 s.  40 ms are whole ticks of each kernel's clock, so that the same value is read back.
+            # A port is published before its container's interface is up.  If a packet arrives at that moment, all later
+            # packets wait for the second ARP request, by default for a second.  So the interval is 40 ms, and 75
+            # requests keep the usual total of 3 s.  40 ms are whole ticks of every kernel's clock, so the same value is
+            # read back.
             f"net/ipv4/neigh/{bridge}/retrans_time_ms": "40",
             f"net/ipv4/neigh/{bridge}/mcast_solicit": "75",
             **sysctls6,
@@ -526,7 +539,7 @@ def _reserved(port: PublishedPort) -> _Port:
 
 
 def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:
-    """Return the IPv4 ports of ``ports``.  The net process relays IPv6 ports."""
+    """Return the IPv4 ones among ``ports`` for the kernel's rules.  The net process relays IPv6 ports."""
     return [
         HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
         for port in ports
@@ -557,8 +570,7 @@ def _fresh_unique_local() -> IPv6Network:
 def stored_subnet(
     file: Path, taken: Iterable[Network], version: type[Network], fresh: Callable[[], Network]
 ) -> Network:
-    """Return the subnet stored in ``file``, or store a ``fresh`` one if the stored subnet collides with one of
-    ``taken``.
+    """Return the subnet stored in ``file``.  If it overlaps ``taken``, or none is stored, store a ``fresh`` one.
 
     Args:
         taken: Destinations of the machine's routes.

@@ -24,9 +24,9 @@ from skep.linux.descriptors import set_aside_descriptor
 log = structlog.get_logger()
 
 _TIMEOUT_S = 5.0
-"""Seconds for one message between two processes of a node, which takes less than a millisecond."""
+"""Time limit in seconds for one message between two processes, which normally takes less than a millisecond."""
 _SOCKETS_PER_MESSAGE = 200
-"""The kernel passes at most 253 descriptors in one message (``SCM_MAX_FD``)."""
+"""Sockets in one message.  The kernel passes at most 253 descriptors at once (``SCM_MAX_FD``)."""
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -47,7 +47,7 @@ def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
 
 
 def take(path: Path) -> Taken | None:
-    """Return everything that the process serving ``path`` holds, or None if no process serves it.
+    """Take over everything that the net process at the socket ``path`` holds, or return None if no process serves it.
 
     Blocks for up to 5 s.
     """
@@ -66,7 +66,7 @@ def take(path: Path) -> Taken | None:
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("predecessor has not handed over", reason=str(error))
         return None
-    # The previous version sends no labels.
+    # Sockets without a label: the previous version sends no labels.
     named = dict(zip(response.labels, received, strict=False))
     by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received[len(named) :]}
     names = {

@@ -16,11 +16,11 @@ from skep.linux.unix_sockets import private_socket
 LENGTH_BYTES = 4
 """Size of the length before each message."""
 DEADLINE_S = 10.0
-"""Seconds for one request."""
+"""Time limit in seconds for one request."""
 _FIRST_RETRY_S = 0.02
-"""Seconds before the first new attempt: the process on the other side takes a tenth of a second to start."""
+"""Seconds before a request is first repeated.  The other process takes a tenth of a second to start."""
 _RETRY_S_MAX = 0.5
-"""Longest pause, so that containers wait little for a process that has come back."""
+"""Longest pause in seconds between attempts.  Short, so that containers wait little once the process is back."""
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """Handles one connection."""
@@ -64,7 +64,7 @@ class IpcClient:
     def __init__(
         self, path: Path, clock: Clock, rng: Callable[[], float], *, server: str, bytes_max: int
     ) -> None:
-        """Make a client.  ``server`` names the other process in errors.  A response has at most ``bytes_max`` bytes."""
+        """``server`` is the other process's name in errors.  A response has at most ``bytes_max`` bytes."""
         self._path = path
         self._clock = clock
         self._rng = rng
@@ -74,9 +74,10 @@ class IpcClient:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: bytes) -> bytes:
-        """Send a request and return its response.  It is sent again over a new connection when one breaks.
+        """Send a request and return its response.  If the connection breaks, the request is sent again over a new one.
 
-        Raises: Unavailable: no response within 10 s."""
+        Raises: Unavailable: no response within 10 s.
+        """
         message = framed(body)
         backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:

@@ -32,7 +32,10 @@ class NameRegistry(Protocol):
 
 
 class NameRegistration:
-    """Registers each container on a network with the net process.  ``resolver`` is the node's /etc/resolv.conf."""
+    """Registers each container that is on a network with the net process.
+
+    ``resolver`` is the path of the node's resolv.conf.
+    """
 
     def __init__(self, service: NameRegistry, resolver: Path) -> None:
         self._service = service
@@ -50,7 +53,7 @@ class NameRegistration:
         await self._serve_others(served)
 
     async def ensure_served(self) -> frozenset[str]:
-        """Register containers that should have names and have none, and return the ids of all that had names before.
+        """Register containers whose names are not served.  Return the ids of those whose names were already served.
 
         Raises: SkepError: the net process does not respond.
         """

@@ -1,9 +1,9 @@
 """Overlay networks of one node.  Each has a namespace with a bridge and VXLAN devices, except the ingress network.
 
-The ingress network's devices are in the node's own namespace.  A network's namespace is created with its table or with
-the first container on it, whichever comes first, and removed with the last of them.  Namespaces are pinned in a folder
-next to the containers'.  Namespaces of earlier processes are reused.  Unneeded ones are removed when the first tables
-have arrived, because their owners are not known before.
+The ingress network's devices are in the node's own namespace.  A network's namespace is created when its table or its
+first container arrives, and removed when neither is left.  It is pinned in a folder next to the containers' namespaces.
+Namespaces of earlier processes are reused.  Unneeded ones are removed when the first tables have arrived, because their
+owners are not known before.
 """
 
 import asyncio
@@ -48,14 +48,17 @@ from skep.model.tables import NetworkHead, Table
 log = structlog.get_logger()
 
 _AT_ONCE = 8
-"""Networks that are changed concurrently.  The kernel makes each change wait, most of all deletions of devices."""
+"""Limit for the networks that are changed concurrently.
+
+Each change waits in the kernel, especially deletions of devices.
+"""
 _FILTER_PART = "vxlan_filter"
 
 
 def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler:
     """Return the reconciler of the node's own namespace, where other programs also have devices and routes.
 
-    It removes nothing until tables have arrived: before, it is not known which devices belong to no network.
+    It removes nothing before tables have arrived, because it is unknown until then which devices belong to no network.
     """
     scope = Scope(selects=_is_of_ingress, has_own_routes=False)
     return NetnsReconciler("node", namespaces.home, namespaces, repairs, scope)
@@ -94,7 +97,7 @@ class Overlays:
         self._deferred = deferred
         self._tunnels = tunnels
         self._node_id = NodeId("")
-        """This node's id in the cluster that the tables belong to."""
+        """This node's id in the cluster that has sent the tables."""
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
         self._is_cleared = False
@@ -115,7 +118,7 @@ class Overlays:
     ) -> None:
         """Apply the tables of this node's networks.
 
-        All networks are tried, whatever fails.
+        If a network fails, the others are still applied.
 
         Args:
             tables: All tables of this node.
@@ -131,7 +134,7 @@ class Overlays:
             await self._apply(tables, changed)
 
     async def apply_nothing(self) -> None:
-        """Remove everything that earlier processes left of networks: this node has no tables."""
+        """Remove everything that earlier processes left of networks, because this node has no tables."""
         try:
             await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
@@ -140,7 +143,7 @@ class Overlays:
     async def apply_measurements(self) -> None:
         """Apply changed measurements of the underlay to the networks.  All networks are tried.  Raises: SkepError."""
         async with self._applying:
-            if self._is_cleared:  # otherwise the first tables apply them
+            if self._is_cleared:  # otherwise the first tables will apply them
                 refused: list[SkepError] = []
                 await self._collect_errors(self._find_underlays(), refused)
                 await self._settle_all([id for id in self._tables if self._lies_on_another(id)], refused)
@@ -193,7 +196,7 @@ class Overlays:
             refused.append(error)
         except OSError as error:
             refused.append(KernelRefused(str(error)))
-        except ValueError as error:  # one invalid table does not stop the other networks
+        except ValueError as error:  # an invalid table must not stop the other networks
             refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
@@ -245,7 +248,8 @@ class Overlays:
     ) -> tuple[Endpoint, ...]:
         """Connect a container to networks: a port on each network's bridge, and an interface in its namespace.
 
-        The interfaces are ``first`` and the following.  ``settle_container`` sets their addresses.  Raises: SkepError.
+        The interfaces are named ``first`` and the following.  ``settle_container`` sets their addresses.  Raises:
+        SkepError.
         """
         for config in configs:
             if reason := self._tunnels.refusal(config.head):
@@ -263,7 +267,7 @@ class Overlays:
         return endpoints
 
     async def settle_container(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Set addresses and routes in the container's namespace and maintain them from now on.  Raises: SkepError."""
+        """Set addresses and routes in the container's namespace, and maintain them from now on.  Raises: SkepError."""
         reconciler = await self._watch_container(container_id, sandbox)
         reconciler.assume(just_made(reconciler.wanted, sandbox.sysctls))
         await reconciler.apply()
@@ -295,7 +299,7 @@ class Overlays:
             self._deferred.soon(id, partial(self._settle, id))
 
     def reconciler_of(self, container_id: ContainerId) -> NetnsReconciler:
-        """Return the reconciler of a container that has its addresses."""
+        """Return the reconciler of a container after ``settle_container``."""
         return self._containers[container_id][0]
 
     def holders(self) -> frozenset[ContainerId]:
@@ -313,7 +317,7 @@ class Overlays:
 
     def _enter(self, container_id: ContainerId, netns: str, endpoint: Endpoint) -> None:
         if endpoint.config.head.parent is not None:
-            return  # the network is not carried by this node: its only device is in the container's namespace
+            return  # this node has no devices for the network: its only device is in the container's namespace
         self._heads.setdefault(endpoint.network_id, endpoint.config.head)
         endpoints = self._endpoints.setdefault(endpoint.network_id, {})
         endpoints[container_id] = LocalEndpoint(netns, endpoint)
@@ -392,12 +396,16 @@ class Overlays:
             )
             reconciler = await self._reconciler(id, head)
             reconciler.set_part(id, state, spoofing_filter(owner(one.endpoint) for one in endpoints))
-            # A container may start before its network's table was applied, or when the last one has just ended.
+            # A container may start before its network's table was applied, or when the network's last container has
+            # just ended.
             async with self._tunnels.kept_open() if is_tunnelled else nullcontext():
                 await reconciler.apply()
 
     def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
-        """Return a network's table and the underlay of its VXLANs, inside the tunnels if it is encrypted."""
+        """Return a network's table and the underlay of its VXLANs.
+
+        For an encrypted network, both are those inside the tunnels.
+        """
         table = self._tables.get(id)
         underlay = self._underlays.of(self._node_id, table)
         if table is not None and table.head.is_encrypted:
@@ -405,7 +413,10 @@ class Overlays:
         return table, underlay
 
     def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
-        """Return the table's entries, cached: a large network's table is long and many containers start on it."""
+        """Return the table's entries.
+
+        Cached, because a large network's table is long and many containers start on it.
+        """
         known = self._remote.get(table.head.id)
         if known is None or known[0] is not table or known[1:3] != (self._node_id, underlay):
             entries = remote_entries(table, self._node_id, underlay)
@@ -449,7 +460,8 @@ class Overlays:
         in_use = self._reconcilers.keys() | self._tables.keys() | self._endpoints.keys()
         for id in self._pins.pinned():
             if (
-                id not in in_use  # such a network has no reconciler if it could not be settled yet
+                id
+                not in in_use  # these are kept, because a network that could not be settled yet has no reconciler
                 and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked()
             ):
                 log.info("namespace of removed network deleted", network=id)

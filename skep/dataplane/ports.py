@@ -1,8 +1,8 @@
 """Reserves ports of the node, so that no other program listens where a container is published.
 
-A reserved port is a bound socket, but nftables sends its packets to the container before they reach the socket.  A
-daemon that binds the port gets EADDRINUSE, and so does Skep when another program has the port.  The socket does not
-listen.  A client that connects before the rules exist is therefore refused, instead of accepted and never answered.
+A reserved port is a bound socket.  It never receives packets, because nftables sends them to the container.  If a
+daemon binds the port, it gets EADDRINUSE, and so does Skep if another program has the port.  The socket does not
+listen, so a client that connects before the rules exist is refused, instead of being accepted and never answered.
 
 The net process holds the sockets (``Reservations``) and records them in a file.  After a crash the next net process
 binds them again from that file.
@@ -38,7 +38,7 @@ class PortReservations(Protocol):
         Args:
             port: The port, or 0 for any free port.
             address: The address to bind, or empty for every IPv4 address.
-            target: The address and port to which the net process relays traffic.
+            target: The address and port to which the net process relays traffic, or None if the kernel forwards it.
 
         Raises:
             AlreadyExists: Another program has the port.
@@ -59,8 +59,8 @@ class AddressNotHere(FailedPrecondition):
 class UnreservedPorts:
     """Reserves ports of this machine, except the ports of Skep's own daemon.
 
-    The daemon's sockets block most of them, but only once they are open.  The data path's socket opens with the first
-    overlay network, and a manager's is closed while its process restarts.
+    The daemon's own sockets block most of these ports, but only while they are open.  The socket of the data path opens
+    with the first overlay network, and a manager's socket is closed while its process restarts.
     """
 
     def __init__(self, ports: PortReservations, reserved: Callable[[], ReservedPorts]) -> None:
@@ -81,7 +81,8 @@ class UnreservedPorts:
         number = await self._ports.reserve(protocol, port, address, target)
         if (protocol, number) not in self._reserved():
             return number
-        # The caller wants any free port, and the daemon needs this one.  Hold it meanwhile, or it is chosen again.
+        # The caller wants any free port, but the daemon needs this one.  Hold it until another is found, or it would be
+        # chosen again.
         try:
             return await self.reserve(protocol, port, address, target)
         finally:
@@ -122,10 +123,10 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     try:
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if protocol != "udp":  # ignore connections of an ended server, but not a listening server
+        if protocol != "udp":  # allow connections of an ended server to remain, but no listening server
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((address, port))
-        if protocol != "udp":  # from now on no other socket may share the port, whatever its options
+        if protocol != "udp":  # from now on, no other socket may share the port, whatever its options
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         opened.close()
@@ -161,7 +162,7 @@ class Reservations:
         return tuple(self._held.values())
 
     def held(self) -> Sequence[tuple[Reservation, socket.socket]]:
-        """Return all reservations with their sockets, which this object still owns."""
+        """Return all reservations with their sockets.  This object keeps owning the sockets."""
         return tuple(self._held.items())
 
     def reserve(

@@ -50,7 +50,7 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _PREDECESSOR_ENDS_S = 5.0
-"""Seconds in which an earlier process ends once it has handed over its sockets."""
+"""Time limit in seconds for an earlier process to end after it has handed over its sockets."""
 
 
 class Ports(NamedTuple):
@@ -64,7 +64,7 @@ class Ports(NamedTuple):
 def run(paths: Paths, other_work: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
     """Run as the net process of this node.  Blocks until SIGTERM, or until a successor has taken over.
 
-    The work of ``other_work`` runs here because it must continue while the node process is down.
+    ``other_work`` also runs here, because it must continue while the node process is down.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # the number of sockets grows with the containers: three for each
@@ -128,7 +128,7 @@ async def _run(
 
 
 async def _kept_apart(work: Awaitable[None]) -> None:
-    """Log a failure of one container's work, which must not end others' work or the process."""
+    """Await the work for one container and log its failure, which must not end other work or the process."""
     try:
         await work
     except Exception:
@@ -140,7 +140,7 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     open_now: set[asyncio.StreamWriter] = set()
     all_closed = asyncio.Event()
-    is_leaving = False  # later requests are for the next process: clients retry
+    is_leaving = False  # later requests are for the next process, and clients retry
 
     async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal is_leaving
@@ -172,7 +172,7 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
                 all_closed.set()
 
     server = await serve(serve_connection, paths.net_socket)
-    with closing(server):  # do not wait for the server to close: that waits for its connections
+    with closing(server):  # do not wait until the server is closed, because that waits for its connections
         ports.held.record()
         log.info("net process ready", ports=len(ports.held.list()), containers=len(serving.list()))
         await over.wait()
@@ -187,7 +187,10 @@ async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
 async def _hand_over(
     writer: asyncio.StreamWriter, reservations: Reservations, serving: ServedContainers
 ) -> None:
-    """Hand everything over to the other end.  Raises: OSError: it did not take over, and this process continues."""
+    """Hand everything over to the successor at the other end.
+
+    Raises: OSError: it did not take over, and this process continues.
+    """
     waiting: tuple[Waiting, ...] = serving.pause()
     try:
         named = serving.sockets()

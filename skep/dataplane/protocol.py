@@ -14,14 +14,14 @@ from skep.dataplane.ipc import framed
 from skep.model.ids import NetworkId, TaskId
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
-"""Longest message: the names of some ten thousand tasks."""
+"""Longest message in bytes, enough for the names of some ten thousand tasks."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
     """A reserved host port.
 
     Args:
-        token: Identifies the call that reserved the port, so that the call may be repeated.
+        token: Identifies the call that reserved the port.  If the call is repeated, it gets the same port.
         address: The address that it is bound to, or empty for every IPv4 address.
         target: The address and port to which the net process relays traffic (``proxy/host_ports.py``).
     """
@@ -65,10 +65,13 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     netns: str
     """Path of the namespace."""
     networks: tuple[Place, ...]
-    """The networks in which names are looked up, in this order."""
+    """The networks in which names are looked up, in the order of the lookup."""
     servers: tuple[NameServer, ...] = ()
-    """Servers for other names.  A server on one of the container's networks is reached from the container's namespace,
-    others from the node's."""
+    """Servers for other names.
+
+    A server on one of the container's networks is reached from the container's namespace, and all others from the
+    node's namespace.
+    """
     forwards: bool = True
     """Whether queries are forwarded from the node's namespace.  False if the container has no egress."""
     forwards_single_labels: bool = True
@@ -106,7 +109,7 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
-    """Stop serving a container, whose namespace is removed or needs no names.  Answered with ``Done``."""
+    """Stop serving a container, because its namespace is removed or needs no names.  Answered with ``Done``."""
 
     id: str
 
@@ -125,7 +128,7 @@ class HandOver(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
-    """The port that is reserved now."""
+    """The port was reserved."""
 
     port: int
 

@@ -39,7 +39,8 @@ OUR_TABLES = frozenset(
 class ContainerRecord(msgspec.Struct, frozen=True):
     """A container's state that the net process saves for its successor.
 
-    ``namespace`` is the device and inode of its namespace, which tell whether another one is at the same path by now.
+    ``namespace`` has the device and inode of its namespace.  They tell whether the path now belongs to another
+    namespace.
     """
 
     named: Named
@@ -67,8 +68,9 @@ class Environment(msgspec.Struct, frozen=True):
 class ServedContainer:
     """One container that is served.
 
-    ``record`` is new, or was saved by an earlier process or request.  ``on_foreign_change`` is called when another
-    program has changed our tables in the namespace."""
+    ``record`` is either new, or was saved by an earlier process or request.  ``on_foreign_change`` is called when
+    another program has changed our tables in the namespace.
+    """
 
     def __init__(
         self, environment: Environment, record: ContainerRecord, on_foreign_change: Callable[[], None]
@@ -90,7 +92,10 @@ class ServedContainer:
         self.virtual = VirtualAddresses(environment.networks.backends, self._write, loaded)
 
     def adopt(self, sockets: Sockets) -> None:
-        """Start to serve at ``sockets`` at once.  They come with their rules from an earlier process or object."""
+        """Start to serve at ``sockets`` at once.
+
+        An earlier process or object has opened them and written their rules.
+        """
         self.sockets = sockets
         self._server = self._new_server(sockets)
         self._server.start()
@@ -100,7 +105,7 @@ class ServedContainer:
 
         Raises: SkepError, OSError: that failed, or the container was closed meanwhile.
         """
-        async with self._opening:  # a second call closes the listeners of the first
+        async with self._opening:  # because a second call closes the listeners of the first
             await self._open()
 
     async def _open(self) -> None:
@@ -108,12 +113,12 @@ class ServedContainer:
         self._subnets = self._own_subnets()
         if self._server is not None:
             self._server.forwarding = self._forwarding()
-        self._stop_listening()  # packets are logged to one socket only
+        self._stop_listening()  # first, because the kernel logs packets to one socket only
         earlier = self.sockets
         sockets, notifications, packets = await self._environment.namespaces.run(
             path, self._prepare_namespace
         )
-        if self._is_closed:  # closed meanwhile: nothing else would close the new sockets
+        if self._is_closed:  # closed meanwhile, and nothing else would close the new sockets
             for one in (notifications, packets, sockets if sockets is not earlier else None):
                 if one is not None:
                     one.close()
@@ -133,7 +138,7 @@ class ServedContainer:
         self.save()
 
     def is_open(self) -> bool:
-        """Return whether it is open and its namespace was not replaced since."""
+        """Return whether this container is served and its namespace was not replaced since."""
         return self._watch is not None and self._watch.is_open and self.record.is_same_namespace()
 
     async def repair(self) -> None:
@@ -194,7 +199,7 @@ class ServedContainer:
         return decide(query, indices, self._environment.rng(), self._links)
 
     def is_loaded(self, virtual: Services) -> bool:
-        """Return whether the rules of these services' virtual addresses are in the namespace."""
+        """Return whether the rules for the virtual addresses of these services are in the namespace."""
         return self.virtual.is_usable(virtual)
 
     async def load(self, virtual: Services) -> None:
@@ -226,7 +231,7 @@ class ServedContainer:
         try:
             nft.create([names_table(*sockets.ports)])
             packets = on_demand.open_on_demand(self._subnets)
-            # possible now that the rules have loaded connection tracking
+            # only possible now, because the rules have loaded connection tracking
             for name, value in conntrack.SYSCTLS.items():
                 set_sysctl(name, value)
             try:
@@ -286,7 +291,7 @@ class ServedContainer:
             self._on_foreign_change()
 
     def _read_packets(self, packets: socket.socket) -> None:
-        """Load services on demand: packets were sent to virtual addresses whose rules may not be loaded yet."""
+        """Load the services to whose virtual addresses packets were sent, because their rules may not be loaded yet."""
         for address in on_demand.read(packets):
             for network in self._network_ids():
                 _, service = self._environment.networks.index(network).reverse.get(
@@ -300,7 +305,7 @@ class ServedContainer:
             await self.load(frozenset({(network, service)}))
             backends = self._environment.networks.backends(network).get(service, {})
             await self._environment.namespaces.run(Path(self.named.netns), _reset_flows, backends)
-        # not retried: the next packet of the flow is logged within half a minute
+        # not retried, because the next packet of the flow is logged within half a minute
         except (SkepError, OSError) as error:
             log.warning("virtual address not loaded", container=self.named.id, reason=str(error))
 

@@ -1,4 +1,4 @@
-"""The containers that the net process serves: taken over from an earlier process, updated, repaired, handed over."""
+"""Manages the containers that the net process serves: takes over, updates, repairs and hands over."""
 
 import asyncio
 import socket
@@ -28,11 +28,13 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _REFRESH_S = 8.0
-"""Time that a caller waits until all namespaces are updated.  Slower updates continue in the background."""
+"""Seconds that a caller waits until all namespaces are updated.  Slower updates continue in the background."""
 _REPAIR_PAUSE_S = 1.0
-"""Pause after a repair of one namespace, so that a program that changes our tables all the time costs little."""
+"""Seconds to pause after a repair of one namespace, so that a program that changes our tables all the time costs
+little.
+"""
 _PENDING_MAX = 512
-"""Pending queries that are handed over.  Clients repeat the others."""
+"""Limit for the pending queries that are handed over.  Clients repeat the others."""
 
 
 class _Work(IntEnum):
@@ -91,7 +93,7 @@ class ServedContainers:
         )
 
     def take_over(self, sockets: Mapping[Label, socket.socket], pending: Iterable[Waiting]) -> None:
-        """Serve the containers that an earlier process has saved, at its sockets where it handed them over.
+        """Serve the containers that an earlier process has saved.  Uses the sockets that it has handed over.
 
         A record that cannot be read at present is retried.  The other containers are served meanwhile.
         """
@@ -177,8 +179,8 @@ class ServedContainers:
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
         """Reload the tables of ``networks``, or of all networks if empty.
 
-        Returns when every namespace with virtual addresses of these networks is updated.  It does not wait for other
-        namespaces that are outdated for another reason.
+        Returns when every namespace with virtual addresses of these networks is updated.  Namespaces that are outdated
+        for another reason are not waited for.
 
         Raises: Unavailable: some namespaces are not updated yet.  They are updated in the background.
         """
@@ -205,7 +207,7 @@ class ServedContainers:
         return pending[:_PENDING_MAX]
 
     def resume(self, pending: Iterable[Waiting]) -> None:
-        """Serve again, because no process has taken over."""
+        """Serve again after ``pause``, because no process has taken over."""
         for served in self._served.values():
             served.resume()
         self._respond(pending)
@@ -240,11 +242,12 @@ class ServedContainers:
                 served.respond(one.message, (one.address, one.port))
 
     async def _apply_all(self, served: Mapping[str, ServedContainer]) -> frozenset[str]:
-        """Apply the virtual addresses of ``served``.  Return the ids of containers that are updated, or have ended, in
-        time.
+        """Apply the virtual addresses of ``served``.
 
-        The others continue: a thread that writes into a namespace cannot be interrupted, and two must not write at
-        once.
+        Return the ids of containers that were updated, or have ended, in time.
+
+        The other updates continue, because a thread that writes into a namespace cannot be interrupted, and two threads
+        must not write at once.
         """
         results = {id: self._application(one) for id, one in served.items()}
         if results:
@@ -252,9 +255,10 @@ class ServedContainers:
         return frozenset(id for id, result in results.items() if result.done() and result.result())
 
     def _application(self, served: ServedContainer) -> asyncio.Future[bool]:
-        """Return a future of whether its virtual addresses are up to date.
+        """Return a future that tells whether the container's virtual addresses are up to date.
 
-        All callers share one task, otherwise tasks would pile up."""
+        All callers share one task, because otherwise tasks would pile up.
+        """
         if (known := self._applying.get(served)) is not None:
             return known
         result = self._applying[served] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Deletes stale UDP flows of published ports, so that their clients' next packet follows the current rules."""
+"""Deletes stale UDP flows of published ports, so that the next packet of each client follows the current rules."""
 
 import socket
 from collections.abc import Collection
@@ -26,7 +26,7 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
         conntrack.delete_stale(
             socket.AF_INET if version == 4 else socket.AF_INET6,
             lambda flow: is_stale(flow, stale, is_local),
-            # Most entries do not contain a port's bytes, which is known without decoding them.
+            # Most entries do not contain the bytes of a port, which can be tested without decoding them.
             concerns=lambda entry: any(port in entry for port in ports),
         )
     except conntrack.Refused as error:
@@ -34,5 +34,5 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
 
 
 def is_local_address(address: str) -> bool:
-    """Return whether the calling thread's namespace has ``address``, by the rule that leads packets to the port."""
+    """Return whether the calling thread's namespace has ``address``, by the same rule as nftables."""
     return route_to(ip_address(address)).is_local

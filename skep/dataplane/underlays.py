@@ -1,4 +1,4 @@
-"""Finds the device that has a node's underlay address, and the MTU to other nodes."""
+"""Finds the device with a node's underlay address, and the MTU towards other nodes."""
 
 import struct
 import sys
@@ -20,7 +20,9 @@ class Measurements(Protocol):
     """Measurements of the underlay between nodes (``probe.data_path.DataPath``)."""
 
     def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
-        """Return ``underlay``, this ``node``'s device, adjusted to the measured paths between ``nodes``."""
+        """Return ``underlay``, the device of this ``node``, with the MTU reduced to the measured paths between
+        ``nodes``.
+        """
 
 
 class Underlays:
@@ -36,16 +38,17 @@ class Underlays:
         return frozenset(node.underlay for node in nodes if node is not None and node.underlay)
 
     def of(self, own: NodeId, table: Table | None) -> Underlay | None:
-        """Return the underlay of one network, limited to what reaches all of its nodes.
+        """Return the underlay of one network, with the MTU that reaches all of its nodes.
 
-        None if node ``own`` has no address in the network."""
+        None if node ``own`` has no address in the network.
+        """
         node = table.nodes.get(own) if table is not None else None
         if table is None or node is None or not node.underlay:
             return None
         return self._between(own, table.nodes, node.underlay)
 
     def of_tunnels(self, own: NodeId, tables: Iterable[Table]) -> Underlay:
-        """Return the underlay of all encrypted networks, which is the node's device itself."""
+        """Return the underlay that the tunnels of all encrypted networks use."""
         nodes = (table.nodes.get(own) for table in tables if table.head.is_encrypted)
         address = next((node.underlay for node in nodes if node is not None), "")
         return self.found.get(address, Underlay(address))

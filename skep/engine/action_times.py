@@ -1,6 +1,6 @@
 """Durations of container actions, as the metric ``engine_daemon_container_actions_seconds`` reports them.
 
-Source: moby, daemon/metrics.go: only successful actions count.  The bounds are the defaults of Prometheus' Go library.
+Only successful actions count.  Source: moby, daemon/metrics.go.
 """
 
 from collections.abc import Callable, Coroutine, Iterator
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 ACTIONS = ("changes", "commit", "create", "delete", "start")
 _BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-"""Upper bounds of the histogram's buckets.  Source: the default of Prometheus, which dockerd uses."""
+"""Upper bounds of the histogram's buckets in seconds: the defaults of Prometheus' Go library, which dockerd uses."""
 
 
 class ActionTimes:
@@ -28,7 +28,7 @@ class ActionTimes:
 
     @contextmanager
     def timed(self, action: str) -> Iterator[None]:
-        """Time the block as ``action``, one of ``ACTIONS``, unless it raises."""
+        """Measure the duration of the block as ``action`` (one of ``ACTIONS``), unless the block raises."""
         began = self._clock.monotonic()
         yield
         self._histograms[action].observe(self._clock.monotonic() - began)

@@ -1,8 +1,8 @@
 """Per-container Engine API sockets, for containers that mount the API's socket or a directory that contains it.
 
-A mount of the API's socket is replaced by a mount of a socket of the container's own.  If a mounted directory contains
-the node's run directory, that is covered by a directory with only the container's socket.  An API socket elsewhere
-stays visible, and the node recognizes a container behind a connection by its process.
+A mount of the API's socket is replaced by a mount of a socket that belongs to this container only.  If a mounted
+directory contains the node's run directory, the run directory is covered by a directory with only the container's
+socket.  An API socket elsewhere stays visible, and the node recognizes a container behind a connection by its process.
 
 A mounted socket refers to its inode, so the listening socket must outlive the node process.  The container's conmon
 inherits the descriptor and keeps it until the container ends.  The next node process borrows it from conmon.
@@ -31,13 +31,13 @@ from skep.model.rights import API_LABEL, ApiAccess, api_access
 log = structlog.get_logger()
 
 NAME: Final = "skep.sock"
-"""File name of a container's own socket."""
+"""File name of the API socket that belongs to one container."""
 _USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
-"""Docker's default paths.  They mean this node's API even if it listens elsewhere."""
+"""Docker's default paths of the API socket.  A mount of them means this node's API even if it listens elsewhere."""
 _VOLUMES: Final = "/var/lib/docker/volumes"
-"""Docker's directory of volumes.  It means this node's volumes unless the path exists."""
+"""Docker's directory of volumes.  Unless the path exists, a mount of it means this node's directory of volumes."""
 _BACKLOG = 64
-"""Connections that wait for the node process, which may be restarting."""
+"""Limit for connections that wait while the node process restarts."""
 _DRIVERS: Final = "csi"
 """Subdirectory of the run directory for sockets of CSI drivers (``Paths.csi_sockets``), which may run in containers."""
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.EBADF)
@@ -55,7 +55,10 @@ class ApiServer(Protocol):
 
 
 class Given(NamedTuple):
-    """A container's mounts after replacement.  ``has_socket`` tells whether its own socket is among them."""
+    """A container's mounts with the API socket replaced.
+
+    ``has_socket`` tells whether the container's socket is among them.
+    """
 
     mounts: tuple[MountPoint, ...]
     has_socket: bool
@@ -78,7 +81,7 @@ class ApiSockets:
         self._server = server
         self._volumes = volumes
         self._opened: dict[ContainerId, socket.socket] = {}
-        """Duplicates for the conmons of containers that have not started yet."""
+        """Duplicates of sockets, for the conmons of containers that have not started yet."""
 
     def is_api(self, source: str) -> bool:
         """Return whether a bind mount of ``source`` mounts the API's socket."""
@@ -87,9 +90,10 @@ class ApiSockets:
     def access(self, labels: Mapping[str, str], points: Iterable[MountPoint], *, is_plain: bool) -> ApiAccess:
         """Return what a new container may call on its own socket.
 
-        A plain container that mounts the socket itself has full access unless its label says less, because only an
-        administrator creates it and names the socket.  A mount of a directory that contains the socket (``/``,
-        ``/run``) grants only reading, and so does any mount of a task, whose spec others may write.
+        A plain container that mounts the socket itself has full access, because only an administrator can create it and
+        has named the socket.  A label can reduce the access.  A mount of a directory that contains the socket (``/``,
+        ``/run``) gets only read access, and so does any mount of a task, because users below administrator may write
+        the task's spec.
 
         Raises: InvalidArgument: the label cannot be read.
         """
@@ -99,7 +103,7 @@ class ApiSockets:
         return api_access(labels)
 
     def others(self, mounts: Iterable[Mount]) -> list[Mount]:
-        """Return the ``mounts`` whose source is not replaced, so that it must exist."""
+        """Return those ``mounts`` whose source is not replaced, so that the source must exist."""
         return [
             mount
             for mount in mounts
@@ -116,8 +120,8 @@ class ApiSockets:
     def give(self, points: Sequence[MountPoint], own: Path) -> Given:
         """Return a container's mounts with the API's socket replaced.  ``own`` is the directory of its own socket.
 
-        Raises: InvalidArgument: the node's own files are mounted; FailedPrecondition: a cover would propagate to the
-        machine.
+        Raises: InvalidArgument: the node's own files are mounted; FailedPrecondition: the covering mount would
+        propagate to the machine.
         """
         run = PurePosixPath(_real(str(self._run)))
         given: list[MountPoint] = []
@@ -157,7 +161,7 @@ class ApiSockets:
         return self._opened.pop(id, None)
 
     def adopt(self, container: Container, own: Path) -> None:
-        """Serve the socket of a container that an earlier process started.  Borrow it from the container's conmon.
+        """Serve the socket of a container that an earlier process started, borrowed from the container's conmon.
 
         Raises: OSError: descriptors or memory are short at the moment.
         """

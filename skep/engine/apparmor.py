@@ -1,8 +1,8 @@
-"""AppArmor: Docker's profile ``docker-default``, on machines with AppArmor.
+"""Loads Docker's AppArmor profile ``docker-default`` on machines with AppArmor.
 
 The profile restricts the files below /proc and /sys that a container's processes may write, and the processes that they
 may signal or trace.  It forbids mounts even if a capability would allow them.  It is loaded once and stays in the
-kernel.  An already loaded profile with that name (a Docker Engine's) is the same and stays.
+kernel.  If a profile with that name is already loaded (by a Docker Engine), it is the same and is kept.
 
 Source: moby/profiles, apparmor (template.go, apparmor.go); containerd, pkg/apparmor (HostSupports).
 """
@@ -25,7 +25,7 @@ _KERNEL = Path("/sys/kernel/security/apparmor")
 _OWN = Path("/proc/self/attr/current")
 _INCLUDED = Path("/etc/apparmor.d")
 _TIMEOUT_S = 30.0
-"""Deadline of apparmor_parser."""
+"""Time limit in seconds for apparmor_parser."""
 
 _RULES = """\
   network,

@@ -1,7 +1,8 @@
 """Standard streams of a process that conmon monitors.
 
-conmon listens at ``<bundle>/attach`` (SOCK_SEQPACKET).  A received packet is output, and its first byte names the
-stream (2 stdout, 3 stderr).  Sent data is input.  Half-closing the socket is end of file for the process.
+conmon listens at ``<bundle>/attach`` (SOCK_SEQPACKET).  A packet from conmon is output, and its first byte tells the
+stream (2 is stdout, 3 is stderr).  Data sent to conmon is the input of the process.  If the socket is half-closed, the
+process reads end of file.
 """
 
 import asyncio
@@ -37,7 +38,8 @@ class Attachment:
             except ConnectionError:
                 if self._was_reset:
                     return None
-                # conmon ended before it had read all input.  The kernel reports that once, before the remaining output.
+                # conmon ended before it had read all input.  The kernel reports this once as an error, before the
+                # remaining output.
                 self._was_reset = True
                 continue
             if not packet:
@@ -57,7 +59,7 @@ class Attachment:
         try:
             self._connection.shutdown(socket.SHUT_WR)
         except OSError:
-            return  # it ended first
+            return  # the process has ended first
 
     def close(self) -> None:
         """Close the streams.  The process keeps running."""
@@ -91,7 +93,10 @@ class WaitingClients:
         self._waiting: dict[ContainerId, list[asyncio.Future[Attachment]]] = {}
 
     async def wait(self, id: ContainerId) -> Attachment:
-        """Return the streams from the first byte on.  Raises: ResourceExhausted; the error passed to ``fail``."""
+        """Wait for the start of the container, and return its streams from the first byte on.
+
+        Raises: ResourceExhausted; the error passed to ``fail``.
+        """
         waiting = self._waiting.setdefault(id, [])
         if len(waiting) >= WAITING_MAX:
             raise ResourceExhausted(f"{WAITING_MAX} clients already wait for the start of the container")

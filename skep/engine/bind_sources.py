@@ -1,7 +1,7 @@
-"""Sources of bind mounts: host paths that may be on a file system whose server does not respond.
+"""Checks the sources of bind mounts, which may be on a network file system whose server does not respond.
 
-They are checked when a container is created, and again before its start takes a start slot, in which runc would wait
-for them.
+Sources are checked when a container is created.  They are checked again before its start takes a start slot, because
+otherwise runc would wait for them and keep the slot.
 """
 
 import os
@@ -15,7 +15,7 @@ from skep.errors import InvalidArgument, SkepError
 from skep.model.container import Mount
 
 _DEADLINE_S = 10.0
-"""Deadline of one access to a source, whose server may not respond."""
+"""Time limit in seconds for one access to a source, because its server may not respond."""
 
 
 class SourceSilent(SkepError):
@@ -23,7 +23,7 @@ class SourceSilent(SkepError):
 
 
 class BindSources:
-    """Checks the sources, each in a thread that is abandoned at the deadline."""
+    """Checks each source in a thread.  The thread is abandoned when the time limit has passed."""
 
     def __init__(self, deadline_s: float = _DEADLINE_S) -> None:
         self.deadline_s = deadline_s
@@ -34,7 +34,7 @@ class BindSources:
     ) -> None:
         """Check that the sources of ``mounts`` exist.  Create missing sources where the mount allows it.
 
-        ``others`` drops mounts whose source has another meaning.  It may access the sources.
+        ``others`` returns the mounts whose source must exist on this machine.  It may access the sources.
         Raises: InvalidArgument, in Docker's words: a source does not exist; SourceSilent; Unavailable.
         """
         for mount in mounts:
@@ -42,7 +42,7 @@ class BindSources:
                 await self._look_at(mount.source, partial(_check, mount, others))
 
     async def wait(self, points: Iterable[MountPoint]) -> None:
-        """Return once the sources of ``points`` respond, even if they do not exist.
+        """Wait until the sources of ``points`` respond, even if they do not exist.
 
         Raises: SourceSilent; Unavailable.
         """

@@ -17,9 +17,9 @@
                                       api/                     its own socket of the Engine API, if it mounts the API's
 ```
 
-Files that only a running container needs are in the run directory, which is in memory and empty after a reboot.  That
-saves 10 of the 33 inodes that a start creates on the data's file system, and none of these is synced.  Files that a
-container can let grow stay on the data's file system.
+Files that only a running container needs are in the run directory, which is in memory and empty after a reboot.  This
+saves 10 of the 33 inodes that a start would create on the disk.  None of these files is synced.  Files that a container
+can make grow stay on the disk.
 """
 
 import asyncio
@@ -72,7 +72,10 @@ _FILES_OF_THE_NODE = frozenset(f"/etc/{name}" for name in _NAMES)
 OUTSIDE_OF_IMAGES = tuple(
     path.removeprefix("/") for path in (*sorted(_FILES_OF_THE_NODE), "/dev", "/proc", "/sys")
 )
-"""Mount points of every container below its changes.  They are not changes by its user."""
+"""Paths that every container has in its writable directory because of mounts.
+
+They do not count as changes by the user.
+"""
 _ID = re.compile("[0-9a-f]{64}")
 
 
@@ -89,7 +92,7 @@ class Found(msgspec.Struct):
 class RootFiles(NamedTuple):
     """A container's mounted root file system, and the mounts inside it while the container runs.
 
-    Excludes file systems in memory.  Targets are in order, outer ones first.
+    File systems in memory are left out.  Outer mount points come before inner ones.
     """
 
     path: Path
@@ -112,7 +115,7 @@ class Bundles:
 
         Args:
             directory: Parent of the containers' directories on disk.
-            run: Parent of their directories until a reboot.
+            run: Parent of the containers' bundles, in memory.
             resolver: The node's /etc/resolv.conf, copied to containers without name servers of their own.
         """
         self.apis = apis
@@ -124,7 +127,7 @@ class Bundles:
         self._mounts = threading.Lock()
         self._borrowers: Counter[ContainerId] = Counter()
         self._to_release: set[ContainerId] = set()
-        """Containers whose root file system is mounted only for borrowers."""
+        """Containers whose root file system stays mounted only because it is borrowed."""
 
     def path(self, id: ContainerId) -> Path:
         """Return the container's directory on disk, which exists from ``make`` to ``discard``."""
@@ -139,7 +142,10 @@ class Bundles:
         return self.bundle(id) / "rootfs"
 
     def parts(self, container: Container) -> tuple[Part, ...]:
-        """Return the mounted volume subpaths.  Each has a path for runc that is not a link and leads nowhere else."""
+        """Return the container's mounts of volume subpaths, each with the path that runc mounts.
+
+        This path is a mount point of the node, so that links in the volume cannot lead elsewhere.
+        """
         directory = self.bundle(container.id) / "parts"
         return tuple(
             Part(point.name, point.subpath, directory / str(number))
@@ -163,7 +169,7 @@ class Bundles:
         return self.bundle(id) / "images"
 
     def _tmpfs(self, id: ContainerId) -> Path:
-        """Return the directory where its memory file systems are mounted while it may run."""
+        """Return the directory where the container's memory file systems are mounted while it may run."""
         return self.bundle(id) / "tmpfs"
 
     def log(self, id: ContainerId) -> Path:
@@ -210,7 +216,7 @@ class Bundles:
     # --- making and unmaking ----------------------------------------------------------------------------------
 
     def make(self, container: Container) -> None:
-        """Create the directories.  The record follows once the container has a network."""
+        """Create the directories.  The record is written later, once the container has its network."""
         path = self.path(container.id)
         path.mkdir(mode=0o710, parents=True)
         for name in ("upper", "work", "log"):
@@ -224,7 +230,7 @@ class Bundles:
         Returns warnings about limits of the configuration that this node could not set.
 
         Args:
-            shared: Namespaces that it shares with other containers.
+            shared: Namespaces that the container shares with other containers.
 
         Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
         confine it, a device is missing, or a mount cannot be propagated.
@@ -261,7 +267,9 @@ class Bundles:
         return built.warnings
 
     def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
-        """Remove variables from runc's input: a tmpfs can be swapped out, and a bundle outlives its process."""
+        """Remove secret variables from runc's input, because memory can be swapped out and the bundle outlives this
+        process.
+        """
         path = self._specification(id)
         try:
             specification = msgspec.json.decode(path.read_bytes())
@@ -270,7 +278,7 @@ class Bundles:
             path.write_bytes(msgspec.json.encode(specification))
         except FileNotFoundError:
             return
-        except (OSError, ValueError):  # the memory file system is full, or was when the file was written
+        except (OSError, ValueError):  # the memory file system is full, or was full when the file was written
             path.unlink(missing_ok=True)  # the next start writes it again
 
     def _specification(self, id: ContainerId) -> Path:
@@ -317,7 +325,7 @@ class Bundles:
     def release(self, id: ContainerId) -> None:
         """Unmount the root file system of an ended container.  Its changes and output stay.
 
-        If borrowed, it is unmounted when its last borrower gives it back: the same changes must not be mounted twice.
+        If it is borrowed, it is unmounted after the last ``give_back``.
         """
         with self._mounts:
             if self._borrowers[id]:
@@ -365,7 +373,7 @@ class Bundles:
         taken = {point.destination for point in points}
         for target in _FILES_OF_THE_NODE - taken:
             file = self.path(container.id) / os.path.basename(target)
-            if file.exists():  # it exists once the container was started
+            if file.exists():  # the file exists once the container was started
                 found[target] = Bind(str(file), target)
         return sorted(found.values(), key=lambda bind: bind.target)
 
@@ -373,7 +381,7 @@ class Bundles:
         """Remove the directories with everything in them.
 
         The record is removed last, so that an interrupted removal is continued.
-        Raises: OSError: a part of them is left, including the record.
+        Raises: OSError: a part of the files is left.  The record is then left too.
         """
         self.apis.close(id)
         await asyncio.to_thread(syscalls.unmount_if_mounted, self.rootfs(id))
@@ -407,7 +415,7 @@ class Bundles:
         return sorted(own, key=lambda one: one[1])
 
     def _confine(self, config: ContainerConfig) -> None:
-        """Load the default AppArmor profile if necessary: an upgrade of AppArmor may have unloaded it.
+        """Load the default AppArmor profile if it is missing, because an upgrade of AppArmor may have unloaded it.
 
         Raises: FailedPrecondition: it cannot be loaded.
         """
@@ -447,19 +455,23 @@ class Bundles:
         return str(target)
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
-        """Write /etc/hosts, /etc/hostname and /etc/resolv.conf.  Return their mounts, unless the user mounts there."""
+        """Write /etc/hosts, /etc/hostname and /etc/resolv.conf.
+
+        Return the mounts of those where the user mounts nothing.
+        """
         path = self.path(container.id)
         taken = {point.destination for point in container.config.mounts}
         if container.mode is NetworkMode.CONTAINER:  # use the files of the container whose network it shares
             other = self.path(ContainerId(other_container(container.network_mode)))
-            for name in _NAMES:  # as links, since a third container may share this container's network
+            for name in _NAMES:  # as hard links, because a third container may share this container's network
                 (path / name).unlink(missing_ok=True)
                 (path / name).symlink_to(other / name)
             return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
         points = []
         for name, content in self._name_files(container).items():
             file = path / name
-            # A task's container may have changed it.  A plain container may be on other networks than before.
+            # Keep the file of a task's container, which may have changed it.  Write that of a plain container again,
+            # because it may be on other networks now.
             if container.plain is not None or not file.exists():
                 file.write_text(content)
                 file.chmod(0o644)
@@ -470,14 +482,14 @@ class Bundles:
     def refresh_name_files(self, before: Container, after: Container) -> None:
         """Rewrite the files of ``_name_files`` of a running container after a change of its networks.
 
-        Leaves a file alone that the container has modified.  Raises: OSError.
+        A file that the container has modified is not changed.  Raises: OSError.
         """
         old = self._name_files(before)
         for name, text in self._name_files(after).items():
             expected = old[name].encode()
             if text.encode() == expected:
                 continue
-            # Written in place: the file is mounted, so the container would not see a new file.
+            # Written in place, because the file is mounted and the container would not see a new file.
             with (self.path(after.id) / name).open("r+b") as file:
                 if file.read(len(expected) + 1) == expected:
                     file.seek(0)

@@ -34,7 +34,8 @@ DEFAULT = tuple(
 def granted(add: Iterable[str], drop: Iterable[str]) -> tuple[str, ...]:
     """Return the capabilities of a container in the order of their numbers.
 
-    ``ALL`` in ``add`` starts from all, in ``drop`` from none, otherwise from Docker's default.
+    They start from all capabilities if ``ALL`` is in ``add``, from none if it is in ``drop``, and otherwise from
+    Docker's default.
     Raises: InvalidArgument: an unknown name.
     """
     added, dropped = _normalized(add), _normalized(drop)
@@ -48,7 +49,7 @@ def granted(add: Iterable[str], drop: Iterable[str]) -> tuple[str, ...]:
 
 
 def bounding_set(status: str | None = None) -> frozenset[str]:
-    """Return the most that this process may pass on (``CapBnd`` of /proc/self/status)."""
+    """Return the capabilities that this process may pass on at most (``CapBnd`` of /proc/self/status)."""
     text = Path("/proc/self/status").read_text() if status is None else status
     for line in text.splitlines():
         if line.startswith("CapBnd:"):

@@ -1,4 +1,4 @@
-"""Capabilities of this machine and process for containers: programs, kernel features, limits."""
+"""Detects the capacity of this machine and process for containers: programs, kernel features, limits."""
 
 import os
 import platform
@@ -15,10 +15,10 @@ from skep.engine.cgroups import Cgroups
 _CPUS = Path("/sys/devices/system/cpu")
 _UID_MAP = Path("/proc/self/uid_map")
 _MOUNT_SETATTR = (5, 12)
-"""The first kernel with mount_setattr(2), which runc (1.1) uses for ``rro``."""
+"""The first kernel version with mount_setattr(2), which runc (1.1) uses for recursive read-only mounts (``rro``)."""
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
 _INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
-"""Static programs only: a dynamic init finds no loader in most images."""
+"""Init programs for ``--init``.  Only static ones, because a dynamic init finds no loader in most images."""
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,18 +26,18 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
     capabilities: frozenset[str]
     hard_limits: Mapping[str, int] = {}
-    """Hard limits of this process by name (``RLIMIT_NOFILE``).  Empty if it may raise them."""
+    """Hard limits of this process by name (such as ``RLIMIT_NOFILE``).  Empty if this process may raise them."""
     controllers: frozenset[str]
     has_swap_accounting: bool
     may_lower_oom_score: bool = True
     is_cgroup_v2: bool = False
     has_apparmor: bool = False
     masked_paths: tuple[str, ...] = ()
-    """Paths to mask on this machine, in addition to those masked everywhere."""
+    """Paths to mask on this machine, in addition to the paths that are masked on every machine."""
     has_keyrings: bool = True
     """Whether each container gets its own session keyring."""
     init_binary: str = ""
-    """Path of a static init on the node.  Empty without one."""
+    """Path of a static init program on the node.  Empty if the node has none."""
     has_x32: bool = True
     """Whether the kernel may run x32 system calls."""
     has_recursive_read_only: bool = False
@@ -49,7 +49,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     memory_nodes: str = ""
     """Memory nodes that a container can be bound to.  Empty if unknown."""
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES
-    """Directories of CDI device descriptions.  Later ones take precedence."""
+    """Directories of CDI device descriptions.  Later directories take precedence."""
 
 
 class Programs(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +108,9 @@ def capacity_of(
 
 
 def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
-    """Return each processor's directory of heat events, which reveal the machine's activity.
+    """Return each processor's directory of thermal throttling events.
+
+    They are masked, because they reveal the machine's activity.
 
     Source: moby, daemon/pkg/oci/defaults.go (GHSA-6fw5-f8r9-fgfm).
     """
@@ -121,9 +123,10 @@ def thermal_throttles(cpus: Path = _CPUS) -> tuple[str, ...]:
 
 
 def is_in_user_namespace(uid_map: Path = _UID_MAP) -> bool:
-    """Return whether this process runs in a user namespace, where root and its containers have only 200 keys together.
+    """Return whether this process runs in a user namespace.
 
-    Containers of such a node share a session keyring: with one each, the two hundredth would not start.
+    There, root and its containers may have only 200 keys together.  So the containers of such a node share a session
+    keyring.  With a keyring for each, the two hundredth container would not start.
     """
     try:
         return uid_map.read_text().split() != ["0", "0", str(2**32 - 1)]

@@ -2,7 +2,7 @@
 
 ``vendor.com/class=name`` names a device.  Files in /etc/cdi and /var/run/cdi, written by the machine's administrator or
 the vendor's tools, list its nodes, mounts, variables and hooks.  They are read at each start, because a driver update
-replaces them.  They belong to root like the runtime itself: their hooks run on the machine.
+replaces them.  They must belong to root, because their hooks run on the machine.
 
 Source: cncf-tags/container-device-interface, SPEC.md (0.8), pkg/cdi; moby, daemon/cdi.go.
 """
@@ -24,11 +24,11 @@ log = structlog.get_logger()
 DIRECTORIES: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
 """The specification's directories, in ascending priority: later files override earlier ones."""
 _FILE_BYTES_MAX = 1 << 20
-"""Size of a description file."""
+"""Limit in bytes for a description file."""
 _FILES_MAX = 256
-"""Description files per directory, and parsed files that are cached."""
+"""Limit for the description files in a directory, and for the parsed files that are cached."""
 _DEPTH_MAX = 64
-"""Nesting depth of lists and mappings."""
+"""Limit for the nesting depth of lists and mappings."""
 _HOOKS = frozenset(
     {"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
 )
@@ -92,7 +92,10 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
-    """One device.  ``shared`` are its file's edits, applied once even if a container has several of its devices."""
+    """One device.
+
+    ``shared`` has the edits for all devices of its file, which are applied once even for several devices.
+    """
 
     edits: Edits
     file: Path
@@ -140,7 +143,8 @@ def _report_unread(path: str, error: str) -> None:
 def edits_for(requests: Sequence[DeviceRequest], directories: Iterable[Path] = DIRECTORIES) -> Edits:
     """Return the container edits for the devices of ``requests``.
 
-    Raises: FailedPrecondition: a device does not exist; InvalidArgument: the request cannot be satisfied here.
+    Raises: FailedPrecondition: a device does not exist; InvalidArgument: the request cannot be satisfied on this
+    machine.
     """
     known = described(directories)
     names = [name for request in requests for name in names_of(request, known)]
@@ -163,7 +167,7 @@ def names_of(request: DeviceRequest, known: Iterable[str]) -> Sequence[str]:
     ``--gpus`` requests GPUs of any described vendor.  A driver name selects one of several.
     Raises: FailedPrecondition: there are fewer devices; InvalidArgument: the request contradicts itself.
 
-    Source: moby, daemon/devices.go (its words) and daemon/nvidia_linux.go (which capabilities are a GPU's).
+    Source: moby, daemon/devices.go (error texts) and daemon/nvidia_linux.go (capabilities of GPUs).
     """
     if request.driver == "cdi":
         if request.count:
@@ -235,7 +239,10 @@ def _read(path: Path) -> _File:
 
 @lru_cache(_FILES_MAX)
 def _read_as_of(path: Path, _inode: int, _mtime_ns: int, _ctime_ns: int) -> _File:
-    """Read a file once for each change of it, because nodes read all descriptions every few seconds."""
+    """Read a file.
+
+    Cached by the arguments, so that an unchanged file is parsed once although nodes look every few seconds.
+    """
     content = msgspec.convert(_parsed(path), _File)
     for edits in (content.container_edits, *(one.container_edits for one in content.devices)):
         unknown = {hook.hook_name for hook in edits.hooks} - _HOOKS

@@ -1,7 +1,7 @@
 """Control groups of this node's containers, on v1 (or hybrid) hierarchies and on v2.
 
 Everything is below one parent (``skep`` by default).  Containers are at ``<parent>/ctr/<id>``, created by runc.  Their
-monitors are at ``<parent>/monitors``, so that they survive whatever happens to the node process.  A container with
+conmon processes are at ``<parent>/monitors``, so that they do not end with the node process's group.  A container with
 ``--cgroup-parent`` has its group there.  A group is named by its path, which is the same in every hierarchy.
 
 The version is detected as in runc: cgroup2 mounted at /sys/fs/cgroup means v2, anything else v1.
@@ -30,12 +30,12 @@ _CGROUP2_SUPER_MAGIC = 0x63677270
 _WEIGHTS_V1 = ("blkio.weight", "blkio.bfq.weight")
 _WEIGHTS_V2 = ("io.weight", "io.bfq.weight")
 _NO_PROCESSES_OF_ITS_OWN = (errno.ENODEV, errno.EOPNOTSUPP)
-"""Errors of a group that was removed, or that has only threads, whose processes its ancestors list."""
+"""Errors of reading a group that was removed, or of a threaded group, whose processes only its ancestors list."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Cgroups:
-    """The groups of one node.  ``parent`` is the path below each hierarchy.  Slashes at its ends are stripped."""
+    """The groups of one node.  ``parent`` is their common path below each hierarchy, without slashes at its ends."""
 
     def __init__(self, parent: str, mount_point: Path = MOUNT_POINT) -> None:
         self.parent = parent.strip("/")
@@ -49,7 +49,8 @@ class Cgroups:
         return f"{self._group(given) if given else self._containers}/{container.id}"
 
     def check_parent(self, given: str) -> None:
-        """Refuse a ``--cgroup-parent`` inside this node's containers or monitors: it would end with one of them.
+        """Refuse a ``--cgroup-parent`` inside the group of a container or of the monitors, because the group would end
+        with it.
 
         Raises: InvalidArgument.
         """
@@ -64,7 +65,8 @@ class Cgroups:
         return f"/{self.parent}/ctr"
 
     def _group(self, given: str) -> str:
-        # Docker leaves relative paths to runc: below the group of process 1 on v1, next to the daemon's on v2.
+        # Docker leaves relative paths to runc, which puts them below the group of process 1 on v1, and next to the
+        # daemon's group on v2.
         names = [*([] if given.startswith("/") else [self.parent]), *given.split("/")]
         return "".join(f"/{name}" for name in names if name)
 
@@ -87,7 +89,7 @@ class Cgroups:
     def has_io_weight(self) -> bool:
         """Whether block devices can be shared by weight.
 
-        On v2 the file is in groups but not in the root, on v1 in the root.
+        On v2, the kernel's file exists in groups but not in the root.  On v1, it exists in the root.
         """
         if not self.is_v2:
             root = self._roots.get("blkio")
@@ -115,16 +117,23 @@ class Cgroups:
         return ""
 
     def directory(self, container: Container, controller: str) -> Path | None:
-        """Return the container's directory with the files of ``controller``, or None if that is not mounted."""
+        """Return the container's directory with the files of ``controller``, or None if the controller is not
+        mounted.
+        """
         root = self._roots.get("" if self.is_v2 else controller)
         return None if root is None else root / self.path_of(container).lstrip("/")
 
     def parent_directory(self, controller: str) -> Path:
-        """Return the parent's directory with the files of ``controller``.  Raises: KeyError: it is not mounted."""
+        """Return the parent group's directory with the files of ``controller``.
+
+        Raises: KeyError: it is not mounted.
+        """
         return self._roots["" if self.is_v2 else controller] / self.parent
 
     def hold_this_process(self) -> bool:
-        """Return whether this process itself is below the parent, as in nodes that share a machine."""
+        """Return whether this process itself is below the parent group, as in a playground, where nodes share a
+        machine.
+        """
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         return any(f"{line.split(':', 2)[2]}/".startswith(f"/{self.parent}/") for line in lines)
 
@@ -161,10 +170,10 @@ class Cgroups:
             return None
 
     def enter_monitors(self) -> None:
-        """Move the calling thread, and thus its children, into the monitors' group.
+        """Move the calling thread, and with it the children that it starts, into the monitors' group.
 
-        On v2 threads cannot leave their process's group.  There ``join_monitors`` moves each process.  A hierarchy that
-        refuses is skipped and logged.
+        On v2, a thread cannot leave the group of its process, so ``join_monitors`` moves each child instead.  A
+        hierarchy that refuses is skipped and logged.
         """
         if self.is_v2:
             return
@@ -181,9 +190,9 @@ class Cgroups:
     def expect_move(self) -> None:
         """Make the next move of a process to another group fast.  Blocks for some milliseconds: call it in a thread.
 
-        After a pause of some 20 ms the first move waits 10 ms or more for an RCU grace period
-        (``cgroup_threadgroup_rwsem``).  runc would wait for it during an exec.  Moving the calling thread to its
-        current group starts that wait now and changes nothing else.
+        If no process was moved for some 20 ms, the next move waits 10 ms or more for an RCU grace period
+        (``cgroup_threadgroup_rwsem``), and runc would wait for it during an exec.  Moving the calling thread to its
+        current group makes this wait happen now, and changes nothing else.
         """
         for line in Path("/proc/thread-self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -191,10 +200,10 @@ class Cgroups:
             if root is None:
                 continue
             file = root / path.lstrip("/") / ("cgroup.threads" if self.is_v2 else "tasks")
-            # A failure only costs time: a group seen from another namespace, or a read-only file.  Opened without
-            # creating:  outside a control group no file should appear.
+            # A failure (a group in another namespace, or a read-only file) only costs time.  Open without creating,
+            # because no file must appear if this is not a control group.
             with suppress(OSError), file.open("r+b") as threads:
-                # Write its number: a move of "0", the writer itself, does not take the lock.
+                # Write the thread's number, because a move of "0" (the writer itself) does not take the lock.
                 os.write(threads.fileno(), b"%d" % threading.get_native_id())
             return
 
@@ -207,7 +216,7 @@ class Cgroups:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "cgroup.procs").write_text(str(pid))
         except OSError as error:
-            if error.errno != errno.ESRCH:  # it has not just ended
+            if error.errno != errno.ESRCH:  # unless it has just ended
                 log.warning("monitor cgroup not joined", controller="v2", error=str(error))
 
     def remove(self, container: Container) -> bool:
@@ -215,7 +224,10 @@ class Cgroups:
         return self._remove(self.path_of(container))
 
     def remove_unknown(self, container_id: ContainerId) -> bool:
-        """Do the same at their default path, for a container without a readable record."""
+        """Remove the groups at the default path of a container whose record is unreadable.
+
+        Return whether none is left.
+        """
         return self._remove(f"{self._containers}/{container_id}")
 
     def _remove(self, path: str) -> bool:
@@ -225,16 +237,16 @@ class Cgroups:
     def _all_roots(self) -> Iterable[Path]:
         """Return every hierarchy.
 
-        Next to v1, a v2 hierarchy without controllers may exist, where runc also makes groups.
+        Next to v1 hierarchies, a v2 hierarchy without controllers may exist, where runc also creates groups.
         """
         unified = self._mount_point / "unified"
-        roots = dict.fromkeys(self._roots.values())  # one may be mounted for several controllers
+        roots = dict.fromkeys(self._roots.values())  # a hierarchy may be mounted for several controllers
         return (*roots, *([unified] if unified.is_dir() else []))
 
 
 def file_system_type(path: Path) -> int:
     """Return ``f_type`` of statfs(2), which Python's statvfs leaves out, or 0 if it cannot be determined."""
-    buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type comes first
+    buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes, and f_type is its first field
     if _libc.statfs(os.fsencode(path), buffer):
         return 0
     return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") & 0xFFFFFFFF
@@ -257,7 +269,7 @@ def _v1_hierarchies(mount_point: Path) -> dict[str, Path]:
 
 
 def _inherit_cpuset(root: Path, directory: Path) -> None:
-    """Copy processors and memory nodes from the parent: an empty v1 cpuset accepts no process."""
+    """Copy processors and memory nodes from the parent group, because an empty cpuset of v1 accepts no process."""
     chain = [path for path in (directory, *directory.parents) if path != root and path.is_relative_to(root)]
     for path in reversed(chain):
         for name in ("cpuset.cpus", "cpuset.mems"):

@@ -31,7 +31,7 @@ class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
     pauses: bool = True
     """Whether the container's processes are frozen during the commit."""
     config: ContainerDefaults | None = None
-    """Options of the image's containers, or None for the committed container's."""
+    """Default options for containers of the new image, or None to use those of the committed container."""
     changes: tuple[str, ...] = ()
     """Dockerfile instructions that change ``config``."""
 
@@ -39,7 +39,7 @@ class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
 async def commit(
     engine: Engine, word: str, request: CommitRequest, own: ContainerDefaults, now: Timestamp
 ) -> Image:
-    """Create an image from the container ``word``, whose options are ``own``.
+    """Create an image from the container ``word``.  ``own`` has the options with which the container was created.
 
     Raises: NotFound: no such container, or its image was removed; InvalidArgument: a change is not an instruction, or
     a file cannot be stored in an image; BeingRemoved; ResourceExhausted; UnpackFailed.
@@ -51,7 +51,9 @@ async def commit(
     upper = engine.bundles.path(container.id) / "upper"
     async with _keep_paused(engine, container, pauses=request.pauses):
         async with engine.images.layer_of_changes(upper, parent, without=OUTSIDE_OF_IMAGES) as layer:
-            _require_present(engine.get(container.id))  # files removed meanwhile are missing in the layer
+            _require_present(
+                engine.get(container.id)
+            )  # if the container was removed meanwhile, files are missing in the layer
             step = Step(
                 created=now,
                 diff_id=layer.diff_id,
@@ -92,9 +94,9 @@ async def _keep_paused(engine: Engine, container: Container, *, pauses: bool) ->
     if not pauses or container.state is not ContainerState.RUNNING:
         yield
         return
-    # Run to the end: otherwise a client that disconnects at this moment would leave the container frozen forever.
+    # Run to the end.  Otherwise, if the client disconnects at this moment, the container would stay frozen forever.
     try:
-        with suppress(SkepError):  # it has ended meanwhile
+        with suppress(SkepError):  # the container has ended meanwhile
             await run_to_end(engine.pause(container.id))
         yield
     finally:

@@ -1,10 +1,10 @@
 """Starts conmon processes and communicates with them.
 
-conmon daemonizes, so that its parent is pid 1.  Until then communication uses pipes, whose descriptors are in its
-environment.  On ``_OCI_STARTPIPE`` it waits for a byte, which we send once it is in its own cgroup.  On
-``_OCI_SYNCPIPE`` it responds with a line of JSON: the pid, or a negative number and the runtime's words.  For an exec,
-``_OCI_ATTACHPIPE`` gets a line once its socket accepts connections.  Later it reads commands from the pipe ``ctl``.  If
-several wait there, conmon before 2.2 executes only the first.
+conmon daemonizes, so that its parent is pid 1.  During the start, this process and conmon communicate over pipes, whose
+descriptor numbers are in conmon's environment.  On ``_OCI_STARTPIPE``, conmon waits for a byte, which we send once
+conmon is in its cgroup.  On ``_OCI_SYNCPIPE``, it responds with a line of JSON: the pid, or a negative number with the
+runtime's error.  For an exec, it writes a line to ``_OCI_ATTACHPIPE`` once its socket accepts connections.  Later,
+conmon reads commands from the pipe ``ctl``.  If several commands wait there, conmon before 2.2 executes only the first.
 
 Source: conmon 2.1, src/conmon.c; podman, libpod/oci_conmon_linux.go.
 """
@@ -37,19 +37,19 @@ P = ParamSpec("P")
 RUNTIME_ENVIRONMENT = {"GOGC": "off", "GOMAXPROCS": "2"}
 """Environment of runc, a Go program that lives for some milliseconds.
 
-Garbage collection and a thread per processor would only cost it time.  With less than two processors it needs more
-threads than a container with a small pids limit may have.  Containers never see these variables.
+Garbage collection and a thread for each processor would only cost time.  With less than 2 in ``GOMAXPROCS``, it starts
+more threads than a container with a small pids limit allows.  Containers never see these variables.
 """
 DEADLINE_S = 60.0
-"""Deadline of conmon's response on an overloaded machine.  A healthy one needs 0.05 s."""
+"""Time limit in seconds for conmon's response.  Long, for overloaded machines.  It normally takes 0.05 s."""
 _CONMON_ENDS_S = 10.0
-"""Deadline for the end of the process that has forked the conmon daemon."""
+"""Time limit in seconds for the end of the process that has forked the conmon daemon."""
 _LINE_BYTES_MAX = 64 << 10
-"""Size of one response of conmon."""
+"""Limit in bytes for one response of conmon."""
 
 
 class RuntimeFailed(SkepError):
-    """runc or conmon has failed.  The message is theirs."""
+    """runc or conmon has failed.  The message is from the program."""
 
 
 class StartError(RuntimeFailed):
@@ -68,7 +68,10 @@ class Pipes(msgspec.Struct, frozen=True):
     start: int
 
     def proceed(self) -> None:
-        """Send the byte that conmon waits for.  If conmon has ended already, its response is missing."""
+        """Send the byte for which conmon waits.
+
+        If conmon has already ended, nothing happens here, but it sends no response.
+        """
         with suppress(BrokenPipeError):
             os.write(self.start, b"\0")
 
@@ -76,11 +79,12 @@ class Pipes(msgspec.Struct, frozen=True):
 class Conmons:
     """Starts conmons in the monitors' cgroup.
 
-    On cgroup v1 a child starts in the cgroup of the *thread* that forks it, so one thread stays there and starts them
-    all.  Moving each conmon afterwards would cost several milliseconds per hierarchy, in which no process of the
-    machine can fork.
+    On cgroup v1, a child starts in the cgroup of the *thread* that forks it.  So one thread stays in the monitors'
+    cgroup and starts all conmons.  Moving each conmon afterwards would take several milliseconds per hierarchy, during
+    which no process of the machine can fork.
 
-    While a conmon starts, another thread makes the runtime's move into the container's groups fast.
+    While a conmon starts, another thread calls ``Cgroups.expect_move``, so that runc's move into the container's groups
+    is fast.
     """
 
     def __init__(self, cgroups: Cgroups) -> None:
@@ -98,11 +102,12 @@ class Conmons:
     async def start(
         self, arguments: Sequence[str], directory: Path, *, attach: bool, inherited: Sequence[int] = ()
     ) -> AsyncIterator[Pipes]:
-        """Start a conmon that waits for its start byte.  Do not cancel the block before conmon has responded.
+        """Start a conmon, which waits for ``Pipes.proceed``.  Do not cancel the block before conmon has responded.
 
         Args:
-            directory: Its working directory, where it leaves a file ``oom`` if the kernel killed for memory.
-            inherited: Descriptors that it keeps until the container ends.
+            directory: Its working directory.  conmon creates the file ``oom`` there if the kernel kills the container
+                for lack of memory.
+            inherited: Descriptors that conmon keeps open until the container ends.
 
         Raises: Unavailable: it did not respond in time.
         """
@@ -116,7 +121,7 @@ class Conmons:
         try:
             environment = RUNTIME_ENVIRONMENT | {
                 "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
-                "TZ": "UTC",  # conmon stamps its log lines in local time
+                "TZ": "UTC",  # conmon writes local time into its log lines
                 "_OCI_SYNCPIPE": str(conmon_responses),
                 "_OCI_STARTPIPE": str(conmon_start),
             }
@@ -144,9 +149,9 @@ class Conmons:
                 await self._on_thread(process.wait, _CONMON_ENDS_S)
 
     def expect_move(self) -> None:
-        """Make the runtime's imminent move of a process into a container's groups fast, in a thread.
+        """Call ``Cgroups.expect_move`` in a thread, because the runtime is about to move a process.
 
-        Returns immediately.  One at a time: a second move gains nothing while one waits.
+        Returns immediately.  Does nothing if such a call is still in progress.
         """
         if self._expecting is None or self._expecting.done():
             loop = asyncio.get_running_loop()
@@ -174,7 +179,7 @@ def _spawn(
 
 
 class _Response(msgspec.Struct, frozen=True):
-    """One line from conmon.  A negative number comes with the runtime's message."""
+    """One line from conmon.  If the number is negative, the message of the runtime follows."""
 
     data: int = 0
     pid: int = 0
@@ -229,8 +234,8 @@ def control(path: Path, command: bytes) -> None:
 def resize_terminal(monitor: ProcessName | None, height: int, width: int) -> None:
     """Set the size of a conmon's terminal, in characters.  Does nothing if it has no terminal or has ended.
 
-    Sets it on the terminal itself: conmon before 2.2 drops sizes that arrive while another waits in ``ctl``, and so
-    the last one.
+    The size is set on the terminal itself, not through ``ctl``: conmon before 2.2 drops a size that arrives while an
+    earlier one waits there.
     """
     process = open_pidfd(monitor) if monitor is not None else None
     if monitor is None or process is None:

@@ -1,8 +1,8 @@
 """Records of containers (configuration, state, sandbox), and arguments and results of container operations.
 
 A ``Container`` is one immutable record, appended to ``<data>/containers/<id>/record`` at every change.  The Engine
-API's ``docker ps`` and ``docker inspect`` render it.  It holds no secrets except the user's variables in the
-environment.  Other versions read the records, so serialized field names never change.
+API's ``docker ps`` and ``docker inspect`` render it.  It contains no secrets, except in environment variables that the
+user has set.  Other versions of Skep read the records, so names of serialized fields never change.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,7 +21,7 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 
 class ContainerState(Enum):
-    """The recorded part of ``Container.status``."""
+    """The state in a container's record.  ``Container.status`` also depends on other fields."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -31,17 +31,17 @@ class ContainerState(Enum):
 
 
 class ProcessName(msgspec.Struct, frozen=True):
-    """A process identity that tells a later process with the same pid apart."""
+    """The identity of a process, which differs from a later process with the same pid."""
 
     pid: int
     start_ticks: int
-    """Start time: field 22 of /proc/PID/stat."""
+    """Start time in clock ticks since boot (field 22 of /proc/PID/stat)."""
     boot_id: str
-    """The kernel's boot id, because ticks count from the boot."""
+    """The kernel's boot id, because ticks are comparable only within one boot."""
 
 
 class Interruption(Enum):
-    """A cause outside the container that ended it.  It says nothing about the container's program."""
+    """A cause outside the container that has ended it, so that its exit code says nothing about its program."""
 
     MACHINE_RESTARTED = "machine-restarted"
     MONITOR_LOST = "monitor-lost"
@@ -87,15 +87,15 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     options: tuple[str, ...] = ()
     """Mount options as runc takes them."""
     read_only_below: bool | None = None
-    """Whether mounts below a read-only mount are read-only, or None for read-only where the node supports it."""
+    """Whether mounts below a read-only mount are read-only too.  None makes them read-only if the node supports it."""
     internal: bool = False
-    """Whether the node made the mount itself (secrets).  ``docker inspect`` does not show it."""
+    """Whether the node has added the mount itself (for secrets).  ``docker inspect`` does not show it."""
     anonymous: bool = False
-    """Whether the volume was made for this container only, and is removed with it."""
+    """Whether the volume was created for this container only, and is removed with it."""
     subpath: str = ""
     """Path inside the volume that is mounted, relative to its root.  Empty for the whole volume."""
     layers: tuple[str, ...] = ()
-    """Directories of a mounted image's files, top first."""
+    """For an image mount, the directories of the image's layers, top first."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,16 +105,19 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Log driver.  ``none`` discards the output."""
     options: Mapping[str, str] = {}
     max_size_bytes: int = 0
-    """Size at which the file is rotated.  0 for a single unbounded file."""
+    """Size at which the file is rotated, or 0 for a single file without a limit."""
     max_files: int = 1
     compress: bool = False
     """Whether to compress rotated files."""
     is_readable: bool = True
     """Whether ``docker logs`` can read the output.  False if the user disabled the cache or nothing is kept."""
     attributes: Mapping[str, str] | None = None
-    """Attributes that the options add to each line, or None in records of versions without attributes."""
+    """Attributes that the log options add to each line.  None if an earlier version of Skep wrote the record."""
     is_restricted: bool = False
-    """Whether a user below administrator chose the driver, which then cannot reach the cluster's machines."""
+    """Whether a user below administrator chose the driver.
+
+    Such a driver must not connect to the cluster's machines.
+    """
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +146,7 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     mounts: tuple[MountPoint, ...] = ()
     nano_cpus: int = 0
-    """CPU limit.  If ``machine`` has a quota, the equivalent of that quota."""
+    """CPU limit in billionths of a processor.  If ``machine`` has a CPU quota, the equivalent of the quota."""
     memory_bytes: int = 0
     memory_reservation_bytes: int = 0
     pids: int = 0
@@ -166,7 +169,10 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[PublishedPort, ...] = ()
     """Host-mode ports to publish on the node."""
     endpoints: tuple[EndpointConfig, ...] = msgspec.field(name="places", default=())
-    """Networks in the order of the container's interfaces.  Empty for the node's gateway bridge only."""
+    """Networks in the order of the container's interfaces.
+
+    If empty, the container is only on the node's gateway bridge.
+    """
     is_on_host: bool = False
     """Whether it shares the node's network namespace instead of having its own."""
     exposed_ports: tuple[str, ...] = ()
@@ -175,9 +181,9 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api: ApiAccess = ApiAccess.READ
     """Engine API access if the container mounts the API socket."""
     binds: tuple[str, ...] = ()
-    """``HostConfig.Binds`` of the request.  This field and the next two are kept for display."""
+    """``HostConfig.Binds`` of the request.  This field and the next two are kept only for ``docker inspect``."""
     requested_mounts: tuple[Mount, ...] | None = None
-    """``HostConfig.Mounts`` of the request, or None if a version that did not keep them created the container."""
+    """``HostConfig.Mounts`` of the request.  None if an earlier version of Skep created the container."""
     tmpfs: Mapping[str, str] = {}
     """``HostConfig.Tmpfs`` of the request."""
     healthcheck: HealthConfig | None = None
@@ -216,10 +222,14 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
     attached: tuple[str, ...] = ()
     """Streams that the client attached at creation: stdin, stdout, stderr."""
     is_step: bool = False
-    """Whether a build made it.  The build removes it, or the next process if the build's process has ended."""
+    """Whether a build has created the container.
+
+    The build removes it.  If the build's process has ended, the next process does.
+    """
 
     def wants_restart(self, exit_code: int) -> bool:
-        """Return whether the policy restarts the container after a run or failed start with ``exit_code``.
+        """Return whether the policy restarts the container after a run, or a failed start, that ended with
+        ``exit_code``.
 
         Source: moby 20.10, restartmanager/restartmanager.go (ShouldRestart).
         """
@@ -236,7 +246,7 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):
-    """One container.  Times are Docker's.  ``ZERO_TIME`` if the event has not happened yet."""
+    """One container.  A time is ``ZERO_TIME`` if its event has not happened yet."""
 
     id: ContainerId
     name: str
@@ -256,9 +266,9 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """The container's conmon process."""
     exit_code: int = 0
     error: str = ""
-    """Reason why the container could not start, in the runtime's words, or that its monitor was lost."""
+    """The runtime's message if the container could not start, or a message that its conmon was lost."""
     interruption: Interruption | None = None
-    """The outside cause of the end, or None if the container ended by itself or was stopped."""
+    """The cause outside the container that has ended it.  None if it ended by itself or was stopped."""
     oom_killed: bool = False
     health: Health | None = None
     """Health, or None if the container has no health check or never ran."""
@@ -267,16 +277,17 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     plain: PlainOptions | None = None
     """Options of a plain container, or None for a task's container."""
     is_retired: bool = False
-    """Whether the container never ran and never will.  Its sandbox is freed."""
+    """Whether the container never ran and never will, so that its sandbox was freed."""
     is_at_rest: bool = False
-    """Whether the restart policy is inactive until the container's next end or the next start of the node process.
+    """Whether the restart policy ignores that the container has ended, until its next end or the next start of the node
+    process.
 
-    Set when the user begins a start or changes the policy.
+    Set when the user starts the container or changes the policy.
     """
     warnings: tuple[str, ...] = ()
-    """Parts of the configuration that this node could not provide at the last preparation."""
+    """Warnings about parts of the configuration that this node could not provide at the last start."""
     stack: str = ""
-    """Stack of the task's service.  Unlike the label, which an image may set, it can be trusted."""
+    """Stack of the task's service.  It can be trusted, unlike the label, which an image may set."""
 
     @property
     def mode(self) -> NetworkMode:
@@ -306,14 +317,18 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_restarting(self) -> bool:
-        """Whether the container has ended and its policy will restart it, even before the restart monitor begins to."""
+        """Whether the container has ended and its policy will restart it, even if the restart monitor has not noticed
+        yet.
+        """
         if self.plain is None or self.is_at_rest or self.state is not ContainerState.EXITED:
             return False
         return self.plain.wants_restart(self.exit_code)
 
     @property
     def is_active(self) -> bool:
-        """``State.Running``.  As in Docker, a restarting container counts as running, so that it is kept.
+        """``State.Running`` of ``docker inspect``.
+
+        As in Docker, a restarting container counts as running, so that it is not pruned.
 
         Source: moby, container/state.go (SetRestarting).
         """
@@ -326,7 +341,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def was_started(self) -> bool:
-        """Whether it ever ran."""
+        """Whether the container has ever run."""
         return self.started_at != ZERO_TIME
 
     def require_running(self) -> None:
@@ -348,7 +363,10 @@ class NewContainer(msgspec.Struct, frozen=True, kw_only=True):
     config: ContainerConfig
     labels: Mapping[str, str] = {}
     plain: PlainOptions | None = None
-    """Options of a plain container, which gets its sandbox at its start.  A task (None) gets it at its creation."""
+    """Options of a plain container, which gets its sandbox when it starts.
+
+    None for a task's container, which gets it now.
+    """
     stack: str = ""
 
 
@@ -360,7 +378,7 @@ class Stream(Enum):
 
 
 class LogEntry(NamedTuple):
-    """A piece of output: one line with its newline, or up to 16 KiB of a longer line, without a newline."""
+    """A piece of output: a line with its newline, or a piece of up to 16 KiB of a longer line, without a newline."""
 
     timestamp_ns: int
     stream: Stream
@@ -375,9 +393,9 @@ class LogFilter(msgspec.Struct, frozen=True, kw_only=True):
     tail: int | None = None
     """Number of last lines, or None for all."""
     since_ns: int = 0
-    """Unix time of the first entry.  0 for no bound."""
+    """Unix time in nanoseconds from which on entries are selected.  0 selects from the start."""
     until_ns: int = 0
-    """Unix time of the last entry.  0 for no bound."""
+    """Unix time in nanoseconds up to which entries are selected.  0 selects up to the end."""
 
 
 class ExecConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -407,15 +425,15 @@ class Exec(msgspec.Struct, frozen=True, kw_only=True):
     console_size: tuple[int, int] | None = None
     """Rows and columns of the terminal, as last set."""
     exit_code: int | None = None
-    """Exit code, or None while it has not ended."""
+    """Exit code, or None before the exec has ended."""
 
 
 class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event of a container or of another object of the engine (``docker events``).
 
     ``action`` is create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
-    ``exec_start: <command>``, exec_die, ``health_status: <status>``, update or destroy.  ``attributes`` are Docker's
-    (image, name, labels, exitCode, ...).
+    ``exec_start: <command>``, exec_die, ``health_status: <status>``, update or destroy.  ``attributes`` has the
+    attributes that Docker sends (image, name, labels, exitCode, ...).
     """
 
     action: str
@@ -434,7 +452,7 @@ class Top(NamedTuple):
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of containers by state and of images, as ``/info`` shows them, and of probes since the process started."""
+    """Numbers of containers by state and of images for ``/info``, and of health probes since the process started."""
 
     running: int = 0
     paused: int = 0
@@ -445,7 +463,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, containers: Collection[Container]) -> Self:
-        """Return the number of ``containers`` by state, and of their images."""
+        """Count ``containers`` by state, and their images."""
         states = [one.state for one in containers]
         running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
         return cls(
@@ -476,7 +494,7 @@ class StillRunning(AlreadyExists):
 
 
 class Conflicting(AlreadyExists):
-    """The operation contradicts the container's earlier configuration.  The Engine API responds with 409."""
+    """The operation contradicts the container's configuration.  The Engine API responds with 409."""
 
 
 class BeingRemoved(AlreadyExists):

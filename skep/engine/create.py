@@ -1,7 +1,7 @@
 """Translates a create request and an image into a container's configuration, for tasks and ``docker run``.  Pure.
 
-Sources: moby 20.10, daemon/create.go, daemon/commit.go (merge), volume/mounts/linux_parser.go (binds); the docker
-command's opts for the values that it sends.
+Sources: moby 20.10, daemon/create.go, daemon/commit.go (merge), volume/mounts/linux_parser.go (binds); docker/cli, opts
+(the values that clients send).
 """
 
 import re
@@ -41,7 +41,7 @@ from skep.model.times import SECOND_NS
 RESERVED_LABELS = "com.docker.swarm."
 """Labels with this prefix identify the containers of tasks."""
 MEMORY_BYTES_MIN = 6 << 20
-"""The smallest memory limit.  A process needs that much to start at all: moby's linuxMinMemory."""
+"""The smallest memory limit in bytes.  A process cannot start with less.  Source: moby, linuxMinMemory."""
 NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
 
 NO_ALIASES = "network-scoped alias is supported only for containers in user defined networks"
@@ -66,7 +66,7 @@ class NodeDefaults(NamedTuple):
     log: Driver
     """Log driver of containers that do not name one."""
     log_drivers: Mapping[str, Check] = {}
-    """Drivers that send logs elsewhere, each with the check of its options."""
+    """The drivers that send logs to other programs or machines, each with a function that checks its options."""
 
 
 def checked_name(name: str) -> str:
@@ -77,12 +77,12 @@ def checked_name(name: str) -> str:
 
 
 def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOptions:
-    """Return the options that say when a plain container runs and on which networks.
+    """Return the options of a plain container that decide when it runs and on which networks.
 
     ``is_step`` marks a build's container.  Raises: InvalidArgument, Unimplemented.
     """
     host = request.host_config
-    check_limits(host)  # managers check the limits of tasks, and allow less
+    check_limits(host)  # only for plain containers: managers check the limits of tasks, and are stricter
     _check_health(request.healthcheck)  # the same
     _check_shared(request)
     restart = restart_policy(host)
@@ -153,7 +153,7 @@ def _has_address(settings: EndpointSettings) -> bool:
 
 
 def _mac_address(request: CreateRequest) -> str:
-    """Return the MAC address on the node's bridge.  Raises: InvalidArgument: it is invalid, or two differ."""
+    """Return the MAC address on the node's bridge.  Raises: InvalidArgument: it is invalid, or two are given."""
     mode, endpoints = request.host_config.network_mode, request.networking_config.endpoints_config
     names = ("default", "bridge", "") if mode in ("", "default", "bridge") else (mode,)
     own = next((one for name in names if (one := endpoints.get(name)) is not None), EndpointSettings())
@@ -298,7 +298,7 @@ def mounts(request: CreateRequest) -> list[Mount]:
 def container_config(
     request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None, node: NodeDefaults
 ) -> ContainerConfig:
-    """Return the container's configuration.  Its mounts are only the task's files.
+    """Return the container's configuration.  Of its mounts, only those of the task's secrets and configs are included.
 
     ``task`` is None for a plain container.  Raises: InvalidArgument, Unimplemented, FailedPrecondition.
     """
@@ -346,7 +346,7 @@ def container_config(
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
         machine=machine_options(host),
-        api=api_access(request.labels),  # labels of the image have no effect
+        api=api_access(request.labels),  # only the request's labels count, not those of the image
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         binds=host.binds,
@@ -365,13 +365,13 @@ def _hosts(task: TaskOptions, host: HostConfig, node: NodeDefaults) -> tuple[str
 def _healthcheck(
     request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None
 ) -> HealthConfig | None:
-    """Return the health check.  In a service, users choose the image, so the node limits how often it is probed."""
+    """Return the health check.  For a task, the node limits how often the image's own health check runs."""
     least = HEALTH_INTERVAL_NS_MIN if task is not None else 0
     return health.merged(request.healthcheck, image.healthcheck, image_interval_ns_min=least)
 
 
 def _log(given: LogOptions, task: TaskOptions, node: NodeDefaults) -> LogConfig:
-    """Return the log configuration, restricted unless an administrator or the node chose the destination."""
+    """Return the log configuration.  It is restricted if a user below administrator chose the destination."""
     driver = with_defaults(Driver(name=given.type, options=given.config), node.log)
     is_default = not given.type and not any(name.endswith(("-address", "-url")) for name in given.config)
     config = log_config(driver, node.log_drivers)
@@ -379,7 +379,7 @@ def _log(given: LogOptions, task: TaskOptions, node: NodeDefaults) -> LogConfig:
 
 
 def machine_options(host: HostConfig) -> MachineOptions:
-    """Return the options of ``host`` that are kept unchanged with the container.  Raises: InvalidArgument."""
+    """Return those options of ``host`` that are stored with the container unchanged.  Raises: InvalidArgument."""
     machine.check(host, host.memory)
     return MachineOptions(**{name: getattr(host, name) for name in MachineOptions.__struct_fields__})
 
@@ -421,7 +421,7 @@ def _stop_signal(name: str) -> str:
 def invocation(request: CreateRequest, image: ContainerDefaults) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return entrypoint and command.
 
-    An entrypoint in the request replaces both of the image's.  A command alone replaces only the image's command.
+    An entrypoint in the request replaces the image's entrypoint and command.  A command alone replaces the command.
     Raises: InvalidArgument: there is nothing to run.
     """
     entrypoint, command = image.entrypoint or (), request.cmd or image.cmd or ()
@@ -451,7 +451,7 @@ _SECURITY_FLAGS: Final = {
     "writable-cgroups": "writable-cgroups=true",
     "disable": "label=disable",
 }
-"""Options without a value, and their full form."""
+"""Full form of options that may be written without a value."""
 
 
 class _Security(NamedTuple):
@@ -483,7 +483,7 @@ def _security(options: Sequence[str]) -> _Security:
                     apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
                 )
             case ("label", _) | ("writable-cgroups", True):
-                if value != "disable":  # SELinux labels are always off here
+                if value != "disable":  # SELinux labels are not supported here
                     raise refused(f"--security-opt {name}")
             case "writable-cgroups", False:
                 pass
@@ -499,7 +499,7 @@ def _nano_cpus(host: HostConfig) -> int:
 
 
 def check_limits(host: HostConfig) -> None:
-    """Raise InvalidArgument for limits that exclude each other, or that no process could start with.
+    """Raise InvalidArgument for limits that contradict each other, or with which no process could start.
 
     Source: moby, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
@@ -513,7 +513,7 @@ def check_limits(host: HostConfig) -> None:
 
 
 def not_negative(value: int, what: str) -> int:
-    """Return ``value``, a limit.  Raises: InvalidArgument, which calls the limit ``what``."""
+    """Return ``value`` unless it is negative.  Raises: InvalidArgument, with ``what`` as the name of the limit."""
     if value < 0:
         raise InvalidArgument(f"invalid {what}: it must not be negative")
     return value

@@ -1,6 +1,6 @@
-"""The machine's devices for a container's options: device nodes, block device numbers, CDI descriptions.
+"""Looks up the machine's devices for a container's options: device nodes, block device numbers, CDI descriptions.
 
-Looked up at each start, because devices come and go.  ``spec`` uses the result and is pure.
+This is done at each start, because devices come and go.  ``runtime_spec`` uses the result and is pure.
 
 Source: moby 20.10, oci/devices_linux.go (DevicesFromPath), daemon/oci_linux.go (WithDevices);
 opencontainers/runc, libcontainer/devices/device_unix.go (HostDevices).
@@ -19,13 +19,13 @@ from skep.engine.machine import DeviceMapping, MachineOptions
 from skep.errors import FailedPrecondition
 
 Failed: TypeAlias = Callable[[OSError], None]
-"""Called for each path that cannot be read at the moment.  Its contents are then unknown."""
+"""Called for each path that cannot be read at the moment, so that its contents are unknown."""
 
 DEV = Path("/dev")
 _NOT_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"})
-"""Directories of /dev that each container has separately."""
+"""Entries of /dev that are not devices of the machine, because each container has its own."""
 _ENTRIES_MAX = 10_000
-"""Files in a directory that a user maps for the devices in it."""
+"""Limit for the files in a directory that a ``--device`` option names."""
 
 
 class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ def look_up(options: MachineOptions, directories: tuple[Path, ...]) -> Devices:
 
 
 def machine_devices(dev: Path = DEV) -> Iterator[DeviceNode]:
-    """Yield every device of the machine except terminals and the console, which each container has separately."""
+    """Yield every device of the machine, except terminals and the console, because each container has its own."""
     for directory, names, files in os.walk(dev):
         names[:] = sorted(name for name in names if name not in _NOT_DEVICES)
         for name in sorted(files):
@@ -95,7 +95,7 @@ def device_paths(dev: Path, failed: Failed) -> Iterator[str]:
             path = os.path.join(directory, name)
             try:
                 mode = os.stat(path).st_mode
-            except FileNotFoundError:  # it disappeared, or is a dangling link
+            except FileNotFoundError:  # the device disappeared, or the link leads nowhere
                 continue
             except OSError as error:
                 failed(error)
@@ -157,7 +157,7 @@ def _mapped(mapping: DeviceMapping) -> Iterator[DeviceNode]:
     for directory, names, files in os.walk(real):
         names.sort()
         seen += len(names) + len(files)
-        if seen > _ENTRIES_MAX:  # perhaps a whole file system
+        if seen > _ENTRIES_MAX:  # the user has perhaps named a whole file system
             raise FailedPrecondition(
                 f'custom device "{mapping.path_on_host}": more than {_ENTRIES_MAX} files are in this directory'
             )

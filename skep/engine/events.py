@@ -17,13 +17,13 @@ from skep.model.ids import ContainerId
 RECENT_MAX = 256
 """Events that are kept for ``--since``, as many as in Docker."""
 PENDING_MAX = 4096
-"""Events that one subscriber may be behind."""
+"""Limit for the events that wait for one subscriber."""
 SUBSCRIBERS_MAX = 256
-"""Clients that follow events at one time."""
+"""Limit for the clients that follow events at the same time."""
 
 
 class NamedNetwork(NamedTuple):
-    """A network as its events name it."""
+    """The properties of a network that its events show."""
 
     id: str
     name: str
@@ -31,7 +31,7 @@ class NamedNetwork(NamedTuple):
 
 
 class Subscription:
-    """Events since the subscription.  It supports one reader."""
+    """The events since a client subscribed.  Only one reader may iterate over it."""
 
     def __init__(self) -> None:
         self._pending: deque[ContainerEvent] = deque()
@@ -39,7 +39,10 @@ class Subscription:
         self._lagged = False
 
     def offer(self, event: ContainerEvent) -> None:
-        """Queue an event.  A reader more than ``PENDING_MAX`` behind is cut off, because nothing waits for it."""
+        """Queue an event.
+
+        If more than ``PENDING_MAX`` wait, the subscription ends, because the publisher never waits for readers.
+        """
         if len(self._pending) >= PENDING_MAX:
             self._lagged = True
         else:

@@ -1,9 +1,9 @@
 """Works around versions of runc that lose the soft limit of open files of an exec.
 
-The Go runtime raises the soft limit to the hard limit when a program starts.  runc sets the limits of an exec from
-outside, possibly before its child's runtime has started: then the command has the hard limit as its soft limit.  Go
-restores the limit since 1.19.9, and runc sets it later since 1.1.13.  So the limit is set repeatedly until the child
-becomes the command.
+When a Go program starts, its runtime raises the soft limit to the hard limit.  runc sets the limits of an exec's child
+process from outside.  If it does so before the child's Go runtime has started, the command ends up with the hard limit
+as its soft limit.  (Go restores the limit since 1.19.9, and runc sets it later since 1.1.13.)  So this module sets the
+limit repeatedly until the child becomes the command.
 
 Source: opencontainers/runc#4195; golang/go#46279.
 """
@@ -20,13 +20,16 @@ import msgspec
 from skep.errors import SkepError
 
 _PERIOD_S: Final = 0.0005
-"""runc's child needs several milliseconds from the start of its Go runtime to the command."""
+"""Seconds between two settings.
+
+runc's child needs several milliseconds from the start of its Go runtime to the command.
+"""
 _INIT: Final = b"runc:["
 """Prefix of the name of runc's child until it becomes the command."""
 
 
 def open_files_of(process: dict[str, Any]) -> tuple[int, int] | None:
-    """Return soft and hard limit of open files of a process specification, or None if equal or not given."""
+    """Return the soft and hard limit of open files in a process specification.  None if they are equal or not set."""
     for limit in process.get("rlimits") or ():
         if limit["type"] == "RLIMIT_NOFILE" and limit["soft"] != limit["hard"]:
             return limit["soft"], limit["hard"]
@@ -35,13 +38,16 @@ def open_files_of(process: dict[str, Any]) -> tuple[int, int] | None:
 
 @contextmanager
 def held(process: Path, pids: Callable[[], Collection[int]]) -> Iterator[None]:
-    """Hold the limit while the block starts an exec with the specification ``process``.  ``pids``: the container's."""
+    """Keep the limit of open files set while the block starts an exec.
+
+    ``process`` is the file with the exec's process specification.  ``pids`` returns the container's processes.
+    """
     limits = open_files_of(msgspec.json.decode(process.read_bytes()))
     if limits is None:
         yield
         return
     done = threading.Event()
-    # A thread: the event loop may be busy for longer than runc's child needs.
+    # In a thread, because the event loop may be busy for longer than runc's child needs.
     threading.Thread(target=hold, args=(pids, pids(), limits, done), name="open files", daemon=True).start()
     try:
         yield
@@ -55,7 +61,7 @@ def hold(
     limits: tuple[int, int],
     done: threading.Event,
 ) -> None:
-    """Set runc's children's ``limits`` of open files repeatedly until ``done``.  Runs in a thread.
+    """Set the ``limits`` of open files of runc's child processes repeatedly until ``done`` is set.  Runs in a thread.
 
     Args:
         pids: Returns the processes of the container.
@@ -69,6 +75,6 @@ def hold(
 
 
 def _limit(pid: int, limits: tuple[int, int]) -> None:
-    with suppress(OSError, ValueError):  # it has ended
+    with suppress(OSError, ValueError):  # the process has ended
         if Path(f"/proc/{pid}/comm").read_bytes().startswith(_INIT):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)

@@ -29,19 +29,28 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 STARTS_MAX = 8
-"""Concurrent exec starts on the node.  Each needs a conmon, a runc and a runc init."""
+"""Limit for concurrent exec starts on the node.  Each needs a conmon, a runc and a runc init."""
 STARTS_MAX_PER_CONTAINER = 2
-"""Concurrent exec starts in one container, where a start takes seconds if the processor time is used up."""
+"""Limit for concurrent exec starts in one container.
+
+If the container has used up its processor time, each start takes seconds.
+"""
 SLOW_S = 5.0
-"""A start that takes longer usually waits for its container's processor time and does not use the node's."""
+"""Seconds after which a start counts as slow.
+
+Such a start usually waits for processor time of its container, and does not load the node.
+"""
 SLOW_MAX = 16
-"""Slow starts that release their slot to others.  Further ones keep it, because the whole node may be slow."""
+"""Limit for slow starts that release their slot for other starts.
+
+Further slow starts keep their slots, because then the whole node may be slow.
+"""
 KILLED_S = 10.0
-"""Wait for the end of a killed process, which its conmon has to notice."""
+"""Seconds to wait until conmon has noticed the end of a killed process."""
 _NOT_STARTED = 126
 """Exit code of an exec that could not be started."""
 EXECS_MAX = 1000
-"""Execs per container, including ended ones.  The oldest ended exec is forgotten first."""
+"""Limit for the execs of a container, including ended ones.  The oldest ended exec is forgotten first."""
 
 
 class AlreadyStarted(AlreadyExists):
@@ -72,9 +81,9 @@ class Execs:
         self._ended: dict[str, asyncio.Event] = {}
         self._starting = asyncio.Semaphore(STARTS_MAX)
         self._slow = 0
-        """Starts that have released their slot to others."""
+        """Number of slow starts that have given their slot to others."""
         self._own: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
-        """Start slots by container, kept while one of its execs starts or waits to start."""
+        """Start slots of each container in which an exec starts or waits to start."""
 
     def create(self, word: str, config: ExecConfig, console_size: tuple[int, int] | None = None) -> str:
         """Create an exec without starting it.  Return its id (64 hexadecimal characters).
@@ -110,7 +119,7 @@ class Execs:
         return tuple(one for one in self._execs.values() if one.container_id == container_id and one.running)
 
     async def start(self, exec_id: str, on_begin: Callable[[], None] = lambda: None) -> Attachment:
-        """Start an exec.  Return its standard streams, which the caller closes (at once, to detach).
+        """Start an exec.  Return its standard streams, which the caller must close.  To detach, it closes them at once.
 
         ``on_begin`` is called after the wait for other starts.  If the caller is cancelled after that, the process is
         killed as soon as it exists, and the exec counts as running until then.  Raises: NotFound, also if its container
@@ -128,19 +137,20 @@ class Execs:
         async with AsyncExitStack() as held:
             try:
                 await held.enter_async_context(self._hold_start_slot(container.id))
-            except BaseException:  # cancelled while it waited
+            except BaseException:  # cancelled while waiting for a slot
                 self._finish(exec_id, _NOT_STARTED)
                 raise
             on_begin()
             outcome: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
-            # A separate task: cancelling conmon while it starts a process would leave that process behind.
+            # In a separate task, because conmon must not be cancelled while it starts a process, which would be left
+            # behind.
             work = self._run(exec_id, outcome, held.pop_all())
             self._spawn(work, name=f"exec-{exec_id[:12]}")
         try:
             return await outcome
         except asyncio.CancelledError:
             if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
-                outcome.result().close()  # it had started at the same moment
+                outcome.result().close()  # the exec has started at the same moment
                 self.kill(exec_id)
             raise
 
@@ -177,7 +187,7 @@ class Execs:
         return self.get(exec_id)
 
     def drop(self, exec_id: str) -> None:
-        """Forget an exec that has ended or was never started.  A running one is forgotten with its container."""
+        """Forget an exec that has ended or was never started.  A running exec is forgotten with its container."""
         exec = self._execs.get(exec_id)
         if exec is not None and not exec.running:
             del self._execs[exec_id], self._ended[exec_id]
@@ -190,7 +200,10 @@ class Execs:
 
     @asynccontextmanager
     async def _hold_start_slot(self, id: ContainerId) -> AsyncIterator[None]:
-        """Hold a start slot of the container and of the node.  A slow start releases the node's slot to others."""
+        """Hold a start slot of the container and one of the node.
+
+        If the start is slow, the node's slot is given to others.
+        """
         own = self._own.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
         is_slow = False
 
@@ -223,7 +236,8 @@ class Execs:
                     return
                 started.attachment.close()
                 self.kill(exec_id)
-                # Keep the slot until the process has ended, but not forever: the kernel may not let it end.
+                # Keep the slot until the process has ended, but not forever, because the process may hang in the
+                # kernel.
                 with suppress(TimeoutError, NotFound):
                     async with asyncio.timeout(KILLED_S):
                         await self.wait(exec_id)
@@ -233,24 +247,26 @@ class Execs:
             elif not isinstance(error, SkepError | OSError):
                 raise
         finally:
-            outcome.cancel()  # otherwise this process is ending
+            outcome.cancel()  # this process is ending
 
     async def _begin(self, exec_id: str) -> StartedExec:
         exec = self.get(exec_id)
         try:
-            container = self._running_container(exec.container_id)  # it may have waited for long
+            container = self._running_container(
+                exec.container_id
+            )  # again, because it may have waited for long
             path = await asyncio.to_thread(self._bundles.prepare_exec, container, exec_id, exec.config)
             started = await self._runtime.exec(
                 container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
             )
         except BaseException as error:
-            # Health checks fail repeatedly, so remove the exec's files now instead of with the container.
+            # Remove the exec's files now and not with the container, because health checks may fail again and again.
             failed = self._bundles.exec_path(exec.container_id, exec_id)
             if isinstance(error, Unavailable):
                 # The unresponsive conmon still runs and uses the directory.
                 await self._runtime.end_exec(container, failed)
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else _NOT_STARTED)
-            with suppress(RuntimeError):  # this process ends, so it is removed with the container
+            with suppress(RuntimeError):  # this process ends, so the container's removal includes the files
                 self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
             raise
         try:
@@ -260,7 +276,7 @@ class Execs:
             started.attachment.close()
             raise
         self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
-        if exec.console_size is not None:  # requested while it started
+        if exec.console_size is not None:  # requested while the exec started
             resize_terminal(exec.monitor, *exec.console_size)
         return started
 

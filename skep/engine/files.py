@@ -1,7 +1,7 @@
 """Access to containers' files: status, and reading and writing as archives (``docker cp``, ``docker export``).
 
-The view is the container's, with its volumes and bind mounts, whether it runs or not.  As in Docker it excludes files
-in memory (tmpfs, ``/proc``, secrets).  Separate processes (``files_worker``) do the work.
+Files are accessed as the container sees them, with its volumes and bind mounts, whether it runs or not.  As in Docker,
+files in memory (tmpfs, ``/proc``, secrets) are left out.  Separate processes (``files_worker``) do the work.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ from skep.model.times import Timestamp, timestamp
 log = structlog.get_logger()
 
 _PIECE_BYTES = 1 << 18
-"""Bytes of an archive that are read at a time."""
+"""Number of bytes of an archive that are read at a time."""
 _LINE_BYTES_MAX = 1 << 20
-"""Size of one result of the worker."""
+"""Limit in bytes for one result of the worker."""
 _COPIES_MAX = 16
-"""Concurrent copies.  Each is a process."""
+"""Limit for concurrent copies, because each is a process."""
 _LOOK_DEADLINE_S = 60.0
-"""Deadline for the worker's next result."""
+"""Time limit in seconds for the worker's next result."""
 _IDLE_DEADLINE_S = 300.0
-"""Deadline for one piece of an archive, after which an idle client is given up."""
+"""Time limit in seconds for one piece of an archive.  After that, an idle client is disconnected."""
 _END_DEADLINE_S = 10.0
-"""Wait for a killed worker, which a file system that does not respond may hold."""
+"""Seconds to wait for the end of a killed worker, which may hang in a file system that does not respond."""
 
 
 MountRoot = Callable[[ContainerId], AbstractAsyncContextManager[RootFiles]]
@@ -63,7 +63,7 @@ class ArchiveTarget(msgspec.Struct, frozen=True, kw_only=True):
     keeps_kinds: bool = False
     """Whether to refuse replacing a directory by a file, or a file by a directory."""
     as_user: bool = False
-    """Whether the files belong to the container's user instead of the owners that the archive names."""
+    """Whether the unpacked files belong to the container's user and not to the owners in the archive."""
 
 
 class Files:
@@ -74,7 +74,7 @@ class Files:
     ) -> None:
         """``find`` returns the container that a word names, or raises NotFound.
 
-        ``images`` has the limits of copies.
+        ``images`` has the limits that apply to archives.
         """
         self._find = find
         self._events = events
@@ -91,7 +91,7 @@ class Files:
     async def read(self, word: str, path: str) -> AsyncIterator[tuple[PathStatus, AsyncIterator[bytes]]]:
         """Yield the status of ``path``, and its archive in pieces.
 
-        Raises: as ``status``; at the end of the pieces, if the archive is incomplete.
+        Raises: the errors of ``status``.  If the archive is incomplete, the iterator of its pieces raises at the end.
         """
         container = self._find(word)
         async with self._worker(word, "read", path) as worker:
@@ -179,7 +179,7 @@ class Files:
             if process.returncode is None:
                 with suppress(ProcessLookupError):
                     process.kill()
-                with suppress(TimeoutError):  # it may hang in a file system that does not respond
+                with suppress(TimeoutError):  # the worker may hang in a file system that does not respond
                     async with asyncio.timeout(_END_DEADLINE_S):
                         await asyncio.shield(process.wait())
 
@@ -214,7 +214,7 @@ class _Worker:
                 return result
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the worker's output.  Raises at the end if it is incomplete."""
+        """Yield the worker's output.  Raises an error at the end if the output is incomplete."""
         assert self._process.stdout is not None, "the archive comes in a pipe"
         while True:
             async with _deadline(_IDLE_DEADLINE_S):

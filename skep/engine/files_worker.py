@@ -1,8 +1,9 @@
-"""Worker that reads and writes a container's files: a separate process with the container's file system as its root.
+"""Worker process that reads and writes a container's files, with the container's file system as its root directory.
 
-The container may run and change its files meanwhile, for example swap a directory for a link.  That only leads to the
-container's own files.  Written archives are hostile, too.  ``confinement`` lists the rights that the process drops.
-Volumes and bind mounts are mounted as in the container, read-only ones read-only.
+The container may run and change its files meanwhile, for example replace a directory by a link.  Because of the root
+directory, such a link leads only to the container's own files.  Archives to unpack are not trusted either.
+``confinement`` lists the rights that the process drops.  Volumes and bind mounts are mounted as in the container,
+read-only ones read-only.
 
 The module is run directly.  Its argument is a JSON object of settings.  An archive is on stdin or stdout, and results
 are lines of JSON on stderr.
@@ -74,7 +75,9 @@ class Settings:
 
 
 def absolute(path: str) -> str:
-    """Make ``path`` absolute and drop ``..``.  A final slash or dot stays, because it selects a link's target.
+    """Return ``path`` as an absolute path without ``..``.
+
+    A final slash or dot stays, because it means the target of a link.
 
     Source: moby, pkg/archive/copy.go (PreserveTrailingDotOrSeparator).
     """
@@ -100,7 +103,7 @@ def go_mode(mode: int) -> int:
 
 
 def status_of(path: str) -> dict[str, Any]:
-    """Return the status of a path, which ``docker cp`` needs first.  Raises: OSError."""
+    """Return the status of a path in the form that ``docker cp`` reads.  Raises: OSError."""
     status = os.lstat(path)
     target = os.path.realpath(path) if stat.S_ISLNK(status.st_mode) else ""
     return {
@@ -117,7 +120,7 @@ def _shown(path: str) -> str:
 
 
 def read(settings: Settings, path: str) -> None:
-    """Write the file or directory at ``path`` to stdout, under its last name."""
+    """Write the file or directory at ``path`` to stdout as an archive, named after the last element of its path."""
     packer = Packer(
         Output(_write_all, settings.bytes_max),
         entries_max=settings.entries_max,
@@ -202,7 +205,10 @@ class Extractor(Unpacker):
             self._create(archive, member, path)
 
     def _make_way(self, member: tarfile.TarInfo, path: str, name: str) -> bool:
-        """Remove the file that a member replaces.  Return False for the target directory itself, which stays."""
+        """Remove the file that a member of the archive replaces.
+
+        Return False for the target directory itself, which must stay.
+        """
         try:
             is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
         except FileNotFoundError:
@@ -224,7 +230,7 @@ class Extractor(Unpacker):
     def _check_link(self, member: tarfile.TarInfo, path: str) -> None:
         """Refuse links out of the directory, as Docker does.
 
-        Here they would only lead to the container's own files.
+        This is only for compatibility: here, such links would lead to the container's own files.
         """
         if member.issym():
             leads_to = posixpath.normpath(f"{os.path.dirname(path)}/{member.linkname}")

@@ -1,4 +1,4 @@
-"""Health checks of containers: pure rules, and the loop that probes.
+"""Runs the health checks of containers.  Has the rules, as pure functions, and the loop that probes.
 
 A container starts as *starting*.  The first successful probe makes it healthy, and ``retries`` consecutive failures
 make it unhealthy.  Until it is first healthy, failures within its start period do not count, and it is probed more
@@ -28,15 +28,15 @@ from skep.model.ids import ContainerId
 from skep.model.times import SECOND_NS, timestamp, unix_ns
 
 _INTERVAL_NS = 30 * SECOND_NS
-"""Docker's defaults of a health check.  Source: moby, daemon/health.go."""
+"""Docker's defaults for the durations of a health check, in nanoseconds.  Source: moby, daemon/health.go."""
 _START_INTERVAL_NS = 5 * SECOND_NS
 _TIMEOUT_NS = 30 * SECOND_NS
 _RETRIES = 3
-"""Docker's default, as are the three durations above."""
+"""Docker's default number of consecutive failures that make a container unhealthy."""
 LOG_MAX = 5
-"""Probes that are kept in the state."""
+"""Number of last probes that the state keeps."""
 OUTPUT_BYTES_MAX = 4096
-"""Bytes that are kept of a probe's output."""
+"""Number of bytes that are kept of a probe's output."""
 ENDED_S = 5.0
 """Seconds to wait for the recorded end of a container whose first process has ended."""
 SUCCESS = 0
@@ -47,7 +47,7 @@ BROKEN = -1
 def merged(
     own: HealthConfig | None, image: HealthConfig | None, *, image_interval_ns_min: int = 0
 ) -> HealthConfig | None:
-    """Merge the health check of a service or plain container with the image's, which fills the unset fields.
+    """Merge a container's ``own`` health check with the image's health check, which fills fields that are not set.
 
     Args:
             image_interval_ns_min: Shortest interval that an image may choose.  Shorter intervals are raised to it.
@@ -102,7 +102,10 @@ def timeout_s(config: HealthConfig) -> float:
 
 
 def after_probe(config: HealthConfig, health: Health, probe: Probe, began_s: float) -> Health:
-    """Return the state after ``probe``, which began when the container had been running for ``began_s`` seconds."""
+    """Return the health after ``probe``.
+
+    ``began_s`` is how long the container had been running when the probe began.
+    """
     log = (*health.log, probe)[-LOG_MAX:]
     if probe.exit_code == SUCCESS:
         return Health(status=HealthStatus.HEALTHY, log=log)
@@ -114,9 +117,9 @@ def after_probe(config: HealthConfig, health: Health, probe: Probe, began_s: flo
 
 
 def is_failing(config: HealthConfig | None, health: Health) -> bool:
-    """Return whether probes made a container unhealthy.
+    """Return whether failed probes have made a container unhealthy.
 
-    Its status does not tell: a stopped one is always unhealthy.
+    The status does not tell that, because a stopped container is always shown as unhealthy.
     """
     return config is not None and health.failing_streak >= retries(config)
 
@@ -129,7 +132,7 @@ def retries(config: HealthConfig) -> int:
 class HealthMonitor:
     """Probes running containers and keeps their health in their records.
 
-    A probe is an exec with a deadline.  A slow probe is killed before the next begins, so probes never pile up.
+    A probe is an exec with a time limit.  A slow probe is killed before the next one begins, so probes never pile up.
     """
 
     def __init__(self, store: ContainerStore, execs: Execs, events: Events, clock: Clock) -> None:
@@ -146,10 +149,12 @@ class HealthMonitor:
         """Probe a running container until it ends."""
         with suppress(Preempted, NotFound):
             await run_unless(self._probe_on(id), self._wait_ended(id))
-        self._left.pop(id, None)  # a leftover probe ends with the container
+        self._left.pop(id, None)  # an unfinished probe ends with the container
 
     async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
-        """Return once the health is in ``wanted``, the container does not run, or at once without a health check.
+        """Wait until the health is one of ``wanted`` or the container does not run.
+
+        Returns at once without a health check.
 
         Raises: NotFound: the container was removed.
         """
@@ -168,7 +173,8 @@ class HealthMonitor:
         container = self._store.get(id)
         config = container.config.healthcheck
         assert config is not None, "only containers with a health check are probed"
-        # Measured by one clock from here on, because an earlier process may have started it.
+        # The start is a wall-clock time, because an earlier process may have started the container.  From here on,
+        # the monotonic clock measures.
         before_s = max(0.0, (self._clock.now_ns() - unix_ns(container.started_at)) / SECOND_NS)
         since = self._clock.monotonic() - before_s
         while (before := self._store.get(id).health) is not None:
@@ -181,11 +187,11 @@ class HealthMonitor:
             self.count += 1
             self.failures += probe.exit_code != SUCCESS
             if probe.exit_code != SUCCESS and _has_ended(self._store.get(id)):
-                with suppress(TimeoutError):  # if a thread or the monitor hangs, this counts as a failure
+                with suppress(TimeoutError):  # if a thread or conmon hangs, this counts as a failure
                     async with asyncio.timeout(ENDED_S):
                         await self._wait_ended(id)
             if not self._store.get(id).is_running:
-                return  # it ended meanwhile, so the result means nothing
+                return  # the container has ended meanwhile, so the result means nothing
             health = after_probe(config, before, probe, began_s)
             container = self._store.observe(id, health=health)
             if health.status is not before.status:
@@ -200,7 +206,7 @@ class HealthMonitor:
             exit_code = BROKEN
             shown = f": {_text(output)}" if output else ""
             output = bytearray(f"Health check exceeded timeout ({timeout_s(config):g}s){shown}".encode())
-        except Exception as error:  # any error that the container causes
+        except Exception as error:  # whatever error the container causes
             if not isinstance(error, SkepError | OSError):
                 log_error(error, "probe failed", container=container.id)
             exit_code, output = BROKEN, bytearray(describe_error(error).encode(errors="replace"))
@@ -215,7 +221,8 @@ class HealthMonitor:
         now = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(None) as deadline:
-                # The deadline starts when the exec does.  Waiting for other execs says nothing about this container.
+                # The time limit starts with the exec, because waiting for other execs says nothing about this
+                # container.
                 attachment = await self._execs.start(
                     exec_id, on_begin=lambda: deadline.reschedule(now() + timeout_s(config))
                 )
@@ -258,7 +265,7 @@ class HealthMonitor:
 
 
 def _has_ended(container: Container) -> bool:
-    """Return whether the first process has ended although that is not recorded yet.  No probe can enter it."""
+    """Return whether the first process has ended, even if its end is not recorded yet.  Then no probe can run."""
     try:
         return container.process is not None and not is_alive(container.process)
     except OSError:  # out of descriptors
@@ -266,7 +273,7 @@ def _has_ended(container: Container) -> bool:
 
 
 async def _collect(attachment: Attachment, output: bytearray) -> None:
-    """Read to the end.  Append the kept part to ``output``, and three dots if there was more.
+    """Read the output to its end.  Append up to ``OUTPUT_BYTES_MAX`` to ``output``, and three dots if more was read.
 
     Source: moby, daemon/health.go (limitedBuffer).
     """

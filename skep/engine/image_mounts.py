@@ -1,7 +1,7 @@
-"""Image mounts of containers (``--mount type=image``): an image's files below changes of the container's own.
+"""Mounts images in containers (``--mount type=image``): the image's layers below a writable directory of the container.
 
-All containers of the image share the layers.  The container's changes are stored with it and removed with it.  A single
-file or directory of the image can be mounted.  Links in the image cannot lead outside.
+All containers with the image share its layers.  The changes belong to the container and are removed with it.  It is
+also possible to mount a single file or directory of the image.  Links in the image cannot lead outside.
 Source: moby 28, daemon/volumes.go, volume/mounts/linux_parser.go.
 """
 
@@ -71,7 +71,7 @@ def images_of(container: Container) -> Sequence[str]:
 
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
-    """Return ``point`` for runc, with the node's path at which ``mount_all`` mounts it."""
+    """Return ``point`` for runc, with its source replaced by the path at which ``mount_all`` mounts the image."""
     source = _part(place, number) if point.subpath else place / str(number)
     return MountPoint(
         type="bind",

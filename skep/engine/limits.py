@@ -1,6 +1,6 @@
-"""Limits of a container as the runtime specification has them.  What the kernel cannot limit becomes a warning.  Pure.
+"""Translates a container's limits into the runtime specification.  Limits that the kernel lacks become warnings.  Pure.
 
-Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources: the words), daemon/oci_linux.go.
+Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources: error texts), daemon/oci_linux.go.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,8 @@ _THROTTLES: Final = {
 def check_cpus(nano_cpus: int, available: int) -> None:
     """Refuse a limit below 0 or above the number of processors.  Raises: InvalidArgument, in Docker's words.
 
-    Tasks' limits are not refused: a service may run on larger nodes and on this node, where it then has no limit.
+    Limits of tasks are not refused, because a service may run on larger nodes and on this node.  Its task here then has
+    no limit.
 
     Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
@@ -40,7 +41,7 @@ def nano_cpus_of(quota_us: int, period_us: int) -> int:
 
 
 def swap_bytes(config: ContainerConfig) -> int:
-    """Return the limit of memory and swap together, -1 for unlimited, or 0 without a limit."""
+    """Return the limit in bytes for memory and swap together.  -1 means unlimited, and 0 that none is set."""
     return config.machine.memory_swap or 2 * config.memory_bytes
 
 
@@ -105,7 +106,9 @@ def _cpu(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> di
             quota_us, period_us = options.cpu_quota, options.cpu_period or CPU_PERIOD_US
             if quota_us <= 0:
                 period_us = CPU_PERIOD_US
-                quota_us = max(config.nano_cpus * period_us // 1_000_000_000, 1000)  # the kernel's minimum
+                quota_us = max(
+                    config.nano_cpus * period_us // 1_000_000_000, 1000
+                )  # 1000 is the kernel's minimum
             cpu |= {"quota": quota_us, "period": period_us}
         else:
             warnings.append("Your kernel does not support CPU cfs quota. Quota discarded.")

@@ -1,14 +1,14 @@
 """Log files of one container, as conmon writes them (``k8s-file``): reading, rotation and compression.
 
-conmon writes lines of ``TIME STREAM P|F TEXT``.  F ends a line of output, P is a piece of a line that continues.
-Pieces are joined and cut at 16 KiB, as Docker does, so an endless line costs no memory.
+conmon writes lines of the form ``TIME STREAM P|F TEXT``.  F marks the end of a line of output, and P a piece of a line
+that continues.  Pieces are joined and cut at 16 KiB, as in Docker, so an endless line needs no memory.
 
-Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then makes conmon reopen ``current``.
-Until conmon does, it writes to the renamed file, so no output is lost.  A reader therefore keeps its open file until
-a newer one exists, reads it to its end, and continues with the next newer one.  Complete files may be compressed
-(``current.1.gz``).
+A rotation renames ``current`` to ``current.1`` (and ``current.1`` to ``current.2``, ...), and then makes conmon reopen
+``current``.  Until conmon has done so, it writes to the renamed file, so no output is lost.  A reader therefore keeps
+its file open until a newer file exists, then reads the open file to its end and continues with the next newer one.
+Complete files may be compressed (``current.1.gz``).
 
-Files have any size, so long operations are ``SlicedWork``: they read at most ``SLICE_BYTES`` between two pauses.
+Files may have any size, so long operations are ``SlicedWork``: they read at most ``SLICE_BYTES`` between two pauses.
 """
 
 import gzip
@@ -31,17 +31,17 @@ from skep.linux.files import sync_file
 from skep.model.times import unix_ns
 
 PIECE_BYTES_MAX = 16 << 10
-"""Size of a piece of a long line, Docker's."""
+"""Size in bytes of a piece of a long line, as in Docker."""
 SLICE_BYTES = 256 << 10
-"""Bytes read at a time."""
+"""Number of bytes that are read at a time."""
 _STREAMS = {b"stdout": Stream.STDOUT, b"stderr": Stream.STDERR}
 _NUMBERED = re.compile(r"(.*?)(?:\.(\d+)(\.gz)?)?")
 _SUFFIX = ".gz"
 _FIRST_BYTES = 64
-"""Bytes at the start of a file that identify it.  They include the first line's time in nanoseconds."""
+"""Number of bytes at the start of a file that identify the file.  They include the first line's time in nanoseconds."""
 _UTC = b"+00:00"
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
-"""Errors of reading a compressed file that was cut off or changed."""
+"""Errors that are raised when a compressed file was cut off or changed."""
 
 
 class Assembler:
@@ -91,7 +91,7 @@ class Assembler:
     def _moment(self, stamp: bytes) -> int | None:
         if (
             len(stamp) == 35 and stamp[19] == 0x2E and stamp.endswith(_UTC)
-        ):  # the format that conmon writes, most of the time
+        ):  # the format that conmon writes most of the time
             second, fraction = stamp[:19], stamp[20:29]
             if second != self._second:
                 try:
@@ -110,7 +110,7 @@ class Position(NamedTuple):
     """A place in a log."""
 
     first: bytes
-    """The start of the file, which identifies it: no other file of the log starts like it."""
+    """The start of the file, which identifies the file, because no other file of the log starts in the same way."""
     offset: int
     """Bytes from the start of the file."""
 
@@ -126,7 +126,10 @@ class Files:
         self._position = Position(b"", 0)
         self._held: list[IO[bytes]] | None = None
         self._packed = 0
-        """Inode of the opened path.  For a compressed file it differs from the inode of the unpacked file."""
+        """Inode of the path that was opened.
+
+        For a compressed file, the open file is its unpacked copy and has another inode.
+        """
         self._is_closed = False
         self.has_gap = False
         """Whether files were rotated away before they were read."""
@@ -150,7 +153,7 @@ class Files:
         """
         other = Files(self._current)
         if self._file is not None:
-            # Reopen the file: a duplicate of the descriptor would share its offset.
+            # Reopen the file, because a duplicate of the descriptor would share its offset.
             other._take(open(f"/proc/self/fd/{self._file.fileno()}", "rb", buffering=0))  # noqa: SIM115  # ``close`` does
             other._to(self._position)
             other._packed = self._packed
@@ -165,7 +168,7 @@ class Files:
     def open_at(self, position: Position) -> bool:
         """Open at ``position`` and return True.
 
-        Return False, with no file open, if its file was removed.  Runs unsliced.
+        Return False, with no file open, if that file was removed.  Does not pause between slices.
         """
         for path in generations(self._current):
             if identity(path) == position.first and run_at_once(self._open(path)):
@@ -178,7 +181,7 @@ class Files:
         return False
 
     def open_for_tail(self, lines: int) -> SlicedWork[bool]:
-        """Open where about ``lines`` lines are left, never fewer unless the log is shorter.  Return False if it is."""
+        """Open at a place with about ``lines`` lines left, but not fewer.  Return False if the whole log is shorter."""
         missing = lines
         for path in reversed(generations(self._current)):
             if not (yield from self._open(path)):
@@ -192,7 +195,7 @@ class Files:
         return False
 
     def read_lines(self) -> SlicedWork[list[bytes]]:
-        """Return the next complete lines, or none at the end of the written output and after ``close``."""
+        """Return the next complete lines.  Returns none at the end of the output so far, and after ``close``."""
         while True:
             if self._is_closed:
                 return []
@@ -215,7 +218,7 @@ class Files:
                 return []
 
     def close(self) -> None:
-        """Close the open file and open no other."""
+        """Close the open file.  No other file is opened after that."""
         self._is_closed = True
         self._let_go()
 
@@ -251,7 +254,7 @@ class Files:
         inodes = [_inode(path) for path in paths]
         if status.st_ino in inodes:
             return inodes.index(status.st_ino)
-        if not status.st_size and self._packed in inodes:  # an empty file has no start that identifies it
+        if not status.st_size and self._packed in inodes:  # an empty file cannot be identified by its start
             return inodes.index(self._packed)
         if status.st_size:
             own = _beginning(os.pread(self._file.fileno(), _FIRST_BYTES, 0))
@@ -261,13 +264,13 @@ class Files:
         return -1
 
     def _advance(self) -> SlicedWork[bool]:
-        """Continue with the next newer file, once the open file is complete."""
+        """Continue with the next newer file if the open file is complete."""
         assert self._file is not None, "one is open"
         held = self._held
         newer = [] if held is not None else self.newer()
         if not newer and not held:
             return False
-        # The newer file exists only after conmon has left this one.  Read what conmon wrote until then first.
+        # The newer file exists only after conmon has closed this one.  So read the rest of this one first.
         chunk = self._file.read(SLICE_BYTES)
         if chunk:
             self._file.seek(-len(chunk), os.SEEK_CUR)
@@ -277,7 +280,7 @@ class Files:
             return True
         has_gap = self._index(generations(self._current)) < 0
         if not (yield from self._open(newer[0])):
-            return False  # it was renamed meanwhile; the next attempt finds it
+            return False  # the file was renamed meanwhile, and the next attempt finds it
         self.has_gap = self.has_gap or has_gap
         return True
 
@@ -292,7 +295,7 @@ class Files:
         return True
 
     def _take_held(self, held: list[IO[bytes]]) -> SlicedWork[None]:
-        """Continue with the first of ``held``, which stays there if it cannot be unpacked.  Raises: OSError."""
+        """Continue with the first of ``held``.  If it cannot be unpacked, it stays in the list.  Raises: OSError."""
         file = held[0]
         if str(file.name).endswith(_SUFFIX):
             file.seek(0)
@@ -368,26 +371,26 @@ def identity(path: Path) -> bytes:
 
 
 def rotate(current: Path, config: LogConfig, reopen: Callable[[], None]) -> bool:
-    """Start a new file if the current one has reached its maximum size.  Return whether one was started.
+    """Start a new file if the current file has reached its maximum size.  Return whether a new file was started.
 
-    ``reopen`` makes conmon open ``current``.  It is called after the renames.  The next rotation completes a
-    rotation that failed halfway, and removes no file for a number that the failed rotation left free.
+    ``reopen`` makes conmon open ``current``.  It is called after the renames.  If a rotation fails halfway, the next
+    one completes it, and removes no file if a number is still free.
     """
     if not config.max_size_bytes:
         return False
     numbered = {_number(path): path for path in generations(current)}
     if not numbered or (0 in numbered and current.stat().st_size < config.max_size_bytes):
         return False
-    # conmon writes to this file first and renames it.  If conmon cannot create it, conmon ends and its container's
-    # output is lost.  Creating it here makes that an error of this rotation.
+    # conmon first creates this file and renames it.  If it cannot, conmon ends and the container's output is lost.  So
+    # create the file here first: then the rotation fails instead.
     current.with_name(f"{current.name}.tmp").touch(mode=0o600)
     if 0 not in numbered:
-        reopen()  # the last rotation failed after its renames
+        reopen()  # the last rotation has failed after its renames
         return True
     free = next(number for number in count(1) if number not in numbered)
     for number, path in sorted(numbered.items(), reverse=True):  # the oldest first
         if number and path.suffix != _SUFFIX:
-            _packed(path).unlink(missing_ok=True)  # left by an interrupted attempt
+            _packed(path).unlink(missing_ok=True)  # left by an interrupted compression
         if number and (number >= config.max_files or (number + 1 == config.max_files and free > number)):
             path.unlink(missing_ok=True)
         elif number < free and config.max_files > 1:
@@ -400,7 +403,7 @@ def rotate(current: Path, config: LogConfig, reopen: Callable[[], None]) -> bool
 
 
 def compress(current: Path) -> None:
-    """Compress the files that conmon has left.  Must not run at the same time as a rotation."""
+    """Compress the files to which conmon no longer writes.  Must not run at the same time as a rotation."""
     paths = generations(current)
     if current not in paths:
         return  # conmon may still write to the newest of the other files
@@ -410,7 +413,7 @@ def compress(current: Path) -> None:
         temporary = current.with_name("compressing")
         with open(path, "rb") as source, gzip.open(temporary, "wb", compresslevel=1) as target:
             shutil.copyfileobj(source, target, SLICE_BYTES)
-        sync_file(temporary)  # otherwise a power loss could leave an empty file in its place
+        sync_file(temporary)  # otherwise a power loss could leave an empty file
         temporary.replace(_packed(path))
         path.unlink()
 

@@ -1,7 +1,7 @@
-"""Runs the process that sends container output to the destinations of log drivers.
+"""Runs the sender process, which sends containers' output to the destinations of their log drivers.
 
 Level-triggered: the orders sent to the process are compared with the existing containers.  A process that ends is
-restarted with growing pauses.  No output is lost, because it continues where the last one stopped.
+restarted with growing pauses.  No output is lost, because the new process continues where the last one stopped.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 HOLD_DEADLINE_S = 10.0
-"""Wait for the process to open the files of a container before its removal."""
+"""Seconds to wait until the process has opened the files of a container that is about to be removed."""
 _END_S = 7.0
-"""Wait for the process to end, longer than its own deadline (``sender._END_S``)."""
+"""Seconds to wait for the end of the process.  Longer than the process's own limit (``sender._END_S``)."""
 _ACTIONS = frozenset({"start", "die", "destroy"})
 
 
 def is_sent(container: Container) -> bool:
-    """Return whether the log driver sends the output elsewhere and output may exist."""
+    """Return whether the log driver sends the output to another program or machine, and output may exist."""
     return container.config.log.type not in (*FILE_DRIVERS, "none") and container.was_started
 
 
@@ -54,7 +54,7 @@ class LogForwarding:
         self._events = events
         self._containers = containers
         self._sent: dict[ContainerId, bool] = {}
-        """Containers sent to the current process, and whether the container's end was also sent."""
+        """Containers that the current process knows, and whether it also knows that the container has ended."""
         self._sending: set[str] = set()
         """Containers whose output is not completely sent, including removed ones."""
         self.pid = 0
@@ -69,7 +69,7 @@ class LogForwarding:
         self._changed.set()
 
     async def run(self) -> None:
-        """Keep the process running while it is needed, until cancelled.  Raises: Unavailable: it has ended."""
+        """Run the process while it is needed, until cancelled.  Raises: Unavailable: the process has ended."""
         with self._events.subscribed() as events:
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 watching = group.create_task(self._watch(aiter(events)), name="containers with sent logs")
@@ -82,7 +82,7 @@ class LogForwarding:
                     watching.cancel()
 
     async def hold(self, container: Container) -> None:
-        """Return when the container's files may be removed.  Their content is still sent."""
+        """Wait until the container's files may be removed.  Their content is still sent."""
         if not is_sent(container):
             return
         held = self._holding.get(container.id)

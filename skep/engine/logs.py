@@ -26,15 +26,18 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 CHECK_S = 1.0
-"""Interval between size checks, and thus how long a log may grow past its limit."""
+"""Seconds between two checks of the logs' sizes.  For this long, a log may grow past its limit."""
 _ROTATION_RETRY_S_MAX = 10.0
-"""Longest pause before a failed rotation is retried.  The log grows meanwhile."""
+"""Longest pause in seconds before a failed rotation is retried.  Meanwhile, the log grows."""
 _ENTRIES_AT_ONCE = 512
-"""Entries that are returned together."""
+"""Limit for the entries in one batch."""
 _SLICES_AT_ONCE = (4 << 20) // SLICE_BYTES
-"""Slices read in one call of a thread, even if few of their entries are selected."""
+"""Limit for the slices that are read in one call of a thread, even if few of their entries are selected."""
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="read-log")
-"""Separate threads, because starts and probes need asyncio's.  Readers take turns: each has one call at a time."""
+"""Separate threads, because starts and probes need asyncio's threads.
+
+Readers take turns, with one call each at a time.
+"""
 
 
 def of_container(
@@ -78,14 +81,16 @@ async def read(
     """Yield the entries of the log with the newest file ``current`` in batches.  An empty batch marks the current end.
 
     Args:
-        has_ended: Returns whether the writer has ended.  An unfinished last line is then returned.
-        wait_ended: Returns when the writer has ended.  Only used to follow.
+        has_ended: Returns whether the writer has ended, so that an unfinished last line is complete.
+        wait_ended: Waits until the writer has ended.  Only used with ``follow``.
     """
     source = _Source(current, filter)
     watch = FileWatch(current.parent) if filter.follow else None
     try:
         while not source.is_over:
-            ended = has_ended()  # before reading, so that everything written before the end is read below
+            ended = (
+                has_ended()
+            )  # before reading, so that everything that was written before the end is read below
             entries = await source.next()
             if entries:
                 yield entries
@@ -117,7 +122,10 @@ class _Source:
         self.is_over = False
 
     async def next(self) -> list[LogEntry]:
-        """Return the selected entries of the next piece, perhaps none.  ``has_more`` is False at the current end."""
+        """Return the selected entries of the next piece, which may be none.
+
+        At the current end, ``has_more`` becomes False.
+        """
         self._piece = _threads.submit(self._read_piece)
         return await asyncio.wrap_future(self._piece)
 
@@ -130,7 +138,7 @@ class _Source:
         if self._piece is None:
             self._release()
         else:
-            self._piece.cancel()  # if it has not started
+            self._piece.cancel()  # has an effect if it has not started
             self._piece.add_done_callback(lambda _: self._release())
 
     def _release(self) -> None:
@@ -165,10 +173,10 @@ class _Source:
     def _open_tail(self, tail: int) -> SlicedWork[int]:
         """Open at or before the last ``tail`` entries.  Return the number of entries to skip.
 
-        Entries are counted first and read again, because a tail kept in memory while searching its end may have any
-        size.
+        Entries are first counted and then read again, because keeping the last ones in memory could need any amount of
+        it.
         """
-        # Lines of the other stream and pieces of lines also count in the file, so a first guess may be too short.
+        # The file also has lines of the other stream and pieces of lines, so the first guess may be too short.
         lines = max(tail, 1)
         while True:
             has_so_many = yield from self._files.open_for_tail(lines)
@@ -219,7 +227,9 @@ class LogRotation:
         self._rotations = Rounds("log not rotated", clock, longest_s=_ROTATION_RETRY_S_MAX)
         self._compressions = Rounds("rotated log not compressed", clock)
         self._is_active = False
-        """Whether a log was checked in the last round, so that its retries may have to be forgotten in the next."""
+        """Whether any log was checked in the last round, so that the next round must forget the retries of ended
+        containers.
+        """
 
     async def run(self) -> None:
         """Check the sizes of all logs every second until cancelled."""

@@ -1,4 +1,4 @@
-"""Options by which a container shares the machine: devices, namespaces, and limits other than memory and processors.
+"""Options of a container that concern the machine: devices, namespaces, and limits other than memory and processors.
 
 They are fields of ``HostConfig`` with Docker's names.  They are kept with the container and shown as the user gave
 them.
@@ -19,11 +19,14 @@ from skep.model.encoding import ApiObject, GoInt
 CONTAINER: Final = "container:"
 """Prefix of a mode that shares another container's namespace."""
 SWAPPINESS_MAX: Final = 100
-"""Source: moby, daemon/daemon_unix.go."""
+"""Highest value of ``--memory-swappiness``.  Source: moby, daemon/daemon_unix.go."""
 _NAME_MAX: Final = 255
-"""Source: NAME_MAX of Linux."""
+"""Longest file name in bytes (NAME_MAX of Linux)."""
 _PATH_MAX: Final = 2048
-"""Characters.  The kernel's limit is 4096 including the mount point before, and the container's id and files after."""
+"""Longest path in characters.
+
+The kernel's limit of 4096 includes the mount point before it, and the container's id and file names after it.
+"""
 
 _RULE = re.compile(r"([acb]) ([0-9]{1,10}|\*):([0-9]{1,10}|\*) ([rwm]{1,3})")
 _ACCESS = re.compile(r"[rwm]{1,3}")
@@ -42,7 +45,7 @@ class DeviceMapping(ApiObject):
 class DeviceRequest(ApiObject):
     """``--gpus``, or CDI devices (``driver`` cdi).
 
-    ``count`` -1 means all.  ``capabilities`` lists alternative sets.
+    ``count`` -1 means all.  ``capabilities`` has alternative sets, one of which the device must have.
     """
 
     __go_name__: ClassVar[str | None] = "container.DeviceRequest"
@@ -73,7 +76,7 @@ class ThrottleDevice(ApiObject):
 
 
 class MachineOptions(ApiObject):
-    """A container's options about its machine.  The defaults are Docker's."""
+    """A container's options about the machine, with Docker's defaults."""
 
     __go_name__: ClassVar[str | None] = "container.HostConfig"
 
@@ -181,7 +184,7 @@ def numbers(ranges: str) -> frozenset[int] | None:
 
     Source: moby, pkg/parsers/parsers.go (ParseUintList; at most 8192 processors).
     """
-    bits = 0  # a bit mask, because ranges may name every number many times
+    bits = 0  # a bit mask, because ranges may overlap many times
     for part in ranges.split(","):
         first, separator, last = part.partition("-")
         ends = (first, last if separator else first)
@@ -210,7 +213,10 @@ def _check_modes(options: MachineOptions) -> None:
 
 
 def _check_cgroup_parent(path: str) -> None:
-    """Stricter than Docker: runc would resolve ``..`` and create a group outside the named parent."""
+    """Refuse paths with ``..``.
+
+    This is stricter than Docker: runc would resolve them and create a group outside the named parent.
+    """
     names = path.split("/")
     if {".", ".."} & set(names):
         raise InvalidArgument(f"invalid cgroup parent {path}: it contains . or ..")

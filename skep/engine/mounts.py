@@ -1,4 +1,4 @@
-"""Mounts of containers: validates requests, and copies an image's files into new volumes."""
+"""Validates requested mounts of containers, and copies an image's files into new volumes."""
 
 import asyncio
 import os
@@ -20,10 +20,10 @@ from skep.linux.without_links import open_without_links, path_of
 from skep.model.container import BindOptions, Mount, TmpfsOptions
 
 _COPY_DEADLINE_S = 600.0
-"""Deadline of the copy into one volume."""
+"""Time limit in seconds for the copy into one volume."""
 
 _NEEDED: Final = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
-"""Required companions of each volume option."""
+"""Other options that each volume option requires."""
 
 
 def check_local_options(name: str, options: Mapping[str, str]) -> None:
@@ -61,7 +61,7 @@ def _size(name: str, text: str) -> int:
 def check_paths(mount: Mount) -> None:
     """Check a mount's target, and the source of a bind mount.  Raises: InvalidArgument, in Docker's words.
 
-    A relative path would be relative to this process's working directory, or to runc's.
+    Relative paths are refused, because they would be relative to the working directory of this process or of runc.
     Source: moby 28, volume/mounts/linux_parser.go.
     """
     invalid = f'invalid mount config for type "{mount.type}"'
@@ -102,9 +102,9 @@ def has_directory(root: Path, path: str) -> bool:
 
 
 async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: bool = False) -> None:
-    """Fill an empty volume with the image's files at its mount point, including the directory's owner and mode.
+    """Fill an empty volume with the image's files at its mount point, and set the directory's owner and mode.
 
-    Follows no link in the volume, even if another process creates it meanwhile.
+    No link in the volume is followed, even if another process creates one meanwhile.
 
     Args:
         is_mounted: Whether the volume is a mount, for which a separate process checks whether it is empty.
@@ -198,11 +198,11 @@ _PASSING_ON: Final = {
     "slave": ("shared or slave", _SLAVE),
     "rslave": ("shared or slave", _SLAVE),
 }
-"""Required kind of the mount that contains a bind mount's source, by requested propagation."""
+"""For each requested propagation: the propagation that the mount of the source must have, and how to name it."""
 
 
 def check_propagation(points: Iterable[MountPoint]) -> None:
-    """Raise FailedPrecondition, in Docker's words, if later mounts could not propagate as requested.
+    """Raise FailedPrecondition, in Docker's words, if mounts could not propagate as requested.
 
     Source: moby 28, daemon/oci_linux.go (ensureShared, ensureSharedOrSlave).
     """

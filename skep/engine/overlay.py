@@ -1,8 +1,8 @@
 """The root file system of a container: the image's layers, read-only, below a writable directory.
 
-mount(2) takes overlayfs's lower directories in one option string of at most a page (4 KiB).  The newer system calls
-take one directory at a time (Linux 6.8).  They are tried first if the string is too long, otherwise the older call is
-used, because it works everywhere.
+mount(2) takes all lower directories of an overlay in one option string of at most a page (4 KiB).  Newer system calls
+(Linux 6.8) take one directory at a time.  The older call is used if the string is short enough, because it works
+everywhere.  If the string is too long, the newer calls are tried first.
 """
 
 import errno
@@ -13,7 +13,7 @@ from pathlib import Path
 from skep.errors import FailedPrecondition
 from skep.linux.syscalls import mount, mount_new
 
-_OPTIONS_BYTES_MAX = 4000  # a page, less what the kernel adds
+_OPTIONS_BYTES_MAX = 4000  # a page, minus what the kernel adds
 _REFUSED_BY_OLDER_KERNELS = (errno.ENOSYS, errno.EINVAL, errno.EPERM)
 
 
@@ -38,7 +38,9 @@ def mount_layers(layers: Sequence[Path], upper: Path, work: Path, target: Path) 
 
 
 def _mount_relative(layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
-    """Mount on older kernels: use symbolic links with short names, a number per layer, in ``work``'s parent."""
+    """Mount many layers on older kernels: name each layer by a symbolic link with a short name in the parent of
+    ``work``.
+    """
     links = work.parent / "l"
     links.mkdir(exist_ok=True)
     for number, layer in enumerate(layers):

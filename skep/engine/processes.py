@@ -1,7 +1,7 @@
-"""Processes that are not our children: found again after a restart, signalled and awaited without races.
+"""Finds, signals and awaits processes that are not our children, without races and even after a restart.
 
-A pid alone may belong to another process by now.  So a process is identified by pid, start time and boot, and is
-handled through a pidfd, which stays with the process that it was opened for.
+A pid may belong to another process by now.  So a process is identified by pid, start time and boot id, and is handled
+through a pidfd, which always refers to the process for which it was opened.
 """
 
 import asyncio
@@ -69,9 +69,10 @@ def send_signal(process: ProcessName, number: int) -> bool:
 
 
 def kill_descendants(process: ProcessName) -> None:
-    """Kill all descendants of ``process``, which is stopped and adopts the children of descendants that end.
+    """Kill all descendants of ``process``.
 
-    A killed process starts no others, so all are killed once no other is found.  A frozen one ends only when it thaws.
+    ``process`` must be stopped, and adopts the children of descendants that end.  A killed process starts no others, so
+    all are killed once no new one is found.  A frozen process ends only when it is thawed.
     """
     killed: set[ProcessName] = set()
     while found := [one for one in _descendants(process.pid) if one not in killed]:
@@ -90,7 +91,7 @@ def _descendants(pid: int) -> Iterator[ProcessName]:
 
 
 async def wait_gone(process: ProcessName) -> None:
-    """Return when the process has ended."""
+    """Wait until the process has ended."""
     descriptor = open_pidfd(process)
     if descriptor is None:
         return

@@ -1,11 +1,11 @@
 """A container's record on disk: one line of JSON per state.  The last complete line is valid.
 
-Changes are appended.  A new file per change would create and delete an inode, which on some file systems gets slower
-with every recently deleted inode (ext4 without a journal reads each of them).  Replacing a file by rename makes ext4
-write the data immediately.  Both would delay every start by milliseconds.
+Changes are appended, because writing a new file for each change would delay every start by milliseconds.  A new file
+needs a new inode, which gets slower with every recently deleted inode on some file systems (ext4 without a journal).
+And when a file is replaced by a rename, ext4 writes the data to disk immediately.
 
-A line starts with the line feed, so that a line torn by the end of the process or a full disk does not spoil the next
-one.  Nothing is synced, because no container runs after a power loss.
+Each line starts with its line feed, so that an incomplete line (after a crash, or on a full disk) does not damage the
+next one.  Nothing is synced, because no container runs after a power loss.
 """
 
 import os
@@ -21,7 +21,10 @@ from skep.model.unknown import leniently
 NAME = "record"
 """File name in the container's directory."""
 _BYTES_MAX = 64 << 10
-"""A longer file is rewritten with its last line: health checks change a record for as long as it exists."""
+"""Size at which a file is rewritten with only its last line.
+
+Needed because health checks change a record again and again.
+"""
 
 
 def write(path: Path, container: Container) -> None:
@@ -42,7 +45,7 @@ def write(path: Path, container: Container) -> None:
 def read(path: Path) -> Container | None:
     """Return the newest record at ``path``, or None without a decodable one.
 
-    Raises: Unavailable: it exists but cannot be read now.  Its container may be intact.
+    Raises: Unavailable: the record exists but cannot be read now, so the container may be intact.
     """
     try:
         lines = path.read_bytes().split(b"\n")

@@ -1,8 +1,8 @@
 """Request to create a container: the supported part of Docker's body of ``POST /containers/create``.
 
-A client's body is decoded here.  Options that the engine does not support are refused by name, never dropped.  Clients
-send every option, unset ones with a neutral value, so an option outside these tables is refused only with another
-value.
+A client's body is decoded here.  Options that the engine does not support are refused by name and never ignored.
+Clients send every option, even if the user has not set it, but then with a neutral value.  So an unsupported option is
+refused only with another value.
 
 Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
 """
@@ -45,7 +45,7 @@ class RestartOptions(ApiObject):
 
 
 class PortBinding(ApiObject):
-    """The node's address and port for a published port.  ``host_port`` empty or 0 means a free port."""
+    """The node's address and port for a published port.  If ``host_port`` is empty or 0, a free port is chosen."""
 
     __go_name__: ClassVar[str | None] = "nat.PortBinding"
 
@@ -153,7 +153,9 @@ class CreateRequest(ApiObject):
 
 
 class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """A task's additions to the request: values assigned by the cluster, for which Docker's body has no field."""
+    """Additions to the request for a task: values that the cluster assigns and that Docker's request has no fields
+    for.
+    """
 
     labels: Mapping[str, str] = {}
     """Labels that identify the task."""
@@ -167,7 +169,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     stack: str = ""
     """Stack of the task's service."""
     may_log_anywhere: bool = False
-    """Whether an administrator chose its log driver (see ``LogConfig.is_restricted``)."""
+    """Whether an administrator chose the log driver (see ``LogConfig.is_restricted``)."""
 
 
 class ConnectRequest(ApiObject):
@@ -198,7 +200,9 @@ def read_create(body: bytes) -> CreateRequest:
 
 
 def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
-    """Decode a client's update.  Raises: as ``read_create``.  Docker instead drops options that it cannot change.
+    """Decode a client's update.
+
+    Raises: as ``read_create``.  Docker ignores options that it cannot change; Skep refuses them.
 
     Source: moby, api/server/router/container/container_routes.go (postContainerUpdate).
     """
@@ -247,7 +251,7 @@ _HOST_OPTIONS: Final = frozenset(
         *("blkioweightdevice", "blkiodevicereadbps", "blkiodevicewritebps", "blkiodevicereadiops"),
         *("blkiodevicewriteiops", "memoryswap", "memoryswappiness", "oomkilldisable", "annotations"),
         *("maskedpaths", "readonlypaths", "cgroupparent"),
-        # Only clients use these.
+        # Only clients use these fields.
         *("containeridfile", "consolesize"),
     }
 )
@@ -272,14 +276,14 @@ _CONFIG_OPTIONS: Final = frozenset(
             "workingdir",
         ),
         *("labels", "stopsignal", "stoptimeout", "hostconfig", "networkingconfig", "macaddress"),
-        # Options of images: ``docker build`` reads them, running does not.
+        # Fields of images.  ``docker build`` reads them, but they do not matter for running a container.
         *("onbuild", "shell", "argsescaped"),
     }
 )
 _ENDPOINT_OPTIONS: Final = frozenset(
     {
         *("ipamconfig", "aliases", "links", "macaddress"),
-        # Set by an engine.  Clients that copy a response send them back.
+        # Fields that an engine sets.  Clients that copy a response send them back.
         *(
             "networkid",
             "endpointid",
@@ -348,7 +352,7 @@ def refused(name: str) -> Unimplemented:
 
 
 def _given(value: Any) -> list[tuple[str, Any]]:
-    """Return the fields with a value that is not neutral, names in lower case."""
+    """Return the fields whose value is not neutral, with their names in lower case."""
     if not isinstance(value, dict):
         return []
     found = []

@@ -1,4 +1,6 @@
-"""Restart policies of plain containers, and removal of containers with ``--rm``: decisions, and the loop applying them.
+"""Applies the restart policies of plain containers, and removes containers with ``--rm``.
+
+Has the rules and their loop.
 
 Source: moby 20.10, restartmanager/restartmanager.go (the delays, what counts), daemon/monitor.go, daemon/daemon.go
 (restore).
@@ -26,9 +28,9 @@ log = structlog.get_logger()
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 60.0
-"""The first delay and the longest, between which it doubles, as in Docker."""
+"""The first and the longest delay in seconds before a restart.  It doubles each time, as in Docker."""
 LASTED_S = 10.0
-"""The delay starts over after a run of at least this length."""
+"""Length of a run in seconds after which the delay starts again with the first one."""
 
 
 class Rest(msgspec.Struct, frozen=True):
@@ -42,7 +44,7 @@ class Remove(msgspec.Struct, frozen=True):
 class StartAgain(msgspec.Struct, frozen=True):
     """Start the container after ``delay_s``, unless its user stops or starts it earlier.
 
-    ``ignore_stop`` is set if its user had stopped it when this was decided.
+    ``ignore_stop`` starts it even though its user has stopped it, because that was known when this was decided.
     """
 
     delay_s: float
@@ -70,9 +72,9 @@ def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s:
 
 
 def after_node_restart(plain: PlainOptions, exit_code: int, *, was_started: bool) -> Next:
-    """Decide for a container that had ended when the node started.
+    """Return the next action for a container that had already ended when the node process started.
 
-    ``always`` then also starts a container that its user has stopped.
+    With the policy ``always``, it is started even if its user has stopped it.
     """
     if not was_started:
         return Rest()
@@ -113,9 +115,9 @@ class RestartMonitor:
         self._rng = rng
         self._delays_s: dict[ContainerId, float] = {}
         self._pending: set[ContainerId] = set()
-        """Containers that a task of ``run`` is restarting or removing."""
+        """Containers that ``run`` is restarting or removing at the moment."""
         self._resets: dict[ContainerId, asyncio.Event] = {}
-        """Events that end the delay of a waiting restart, by container."""
+        """For each waiting restart, the event that ends its delay."""
 
     async def run(self) -> None:
         """Work until cancelled.  The containers keep running afterwards."""
@@ -154,7 +156,7 @@ class RestartMonitor:
         self._schedule(group, container.id, self._next(container))
 
     def _next(self, container: Container) -> Next:
-        """Decide by the container's current state."""
+        """Return the next action, by the container's current state."""
         if container.plain is None or container.is_running or not container.was_started:
             return Rest()
         ran_s = (unix_ns(container.finished_at) - unix_ns(container.started_at)) / 1e9
@@ -169,7 +171,10 @@ class RestartMonitor:
         self._pending.add(id)
 
     async def _carry_out(self, id: ContainerId, next_: Next) -> None:
-        """Restart or remove a container until nothing more is due.  Its ends are not scheduled meanwhile."""
+        """Restart or remove a container until nothing more is due.
+
+        While this runs, it handles the container's ends itself.
+        """
         spread = 1.0
         try:
             while True:
@@ -191,12 +196,12 @@ class RestartMonitor:
         except Exception as error:
             log_error(error, "restart policy not applied", container=id)
         finally:
-            # Immediately, not in a callback of the task: an end between the last check and the callback would be
-            # missed.
+            # Immediately and not in a callback of the task, because an end between the last check and the callback
+            # would be missed.
             self._pending.discard(id)
 
     async def _remove(self, id: ContainerId) -> Next:
-        """Remove it, retrying as long as that fails.  Return the next decision.  Raises: NotFound."""
+        """Remove the container, and retry as long as that fails.  Return the next action.  Raises: NotFound."""
         try:
             await retry(
                 partial(self._containers.remove, id, with_volumes=True),
@@ -213,11 +218,11 @@ class RestartMonitor:
         return Rest()
 
     async def _start_again(self, id: ContainerId, due: StartAgain, wait_s: float) -> Next:
-        """Restart it after ``wait_s``.  Return the next decision.  Raises: NotFound; BeingRemoved."""
+        """Restart the container after ``wait_s``.  Return the next action.  Raises: NotFound; BeingRemoved."""
         reset = self._resets[id] = asyncio.Event()
         try:
             await run_unless(self._clock.sleep(wait_s), reset.wait())
-        except Preempted:  # its ends count again immediately, and the start by its user may fail
+        except Preempted:  # handle its ends from now on, because the start by its user may fail
             return self._next(self._containers.get(id))
         finally:
             del self._resets[id]
@@ -226,9 +231,11 @@ class RestartMonitor:
         except BeingRemoved:
             raise
         except (SkepError, OSError) as error:  # a full disk, for example
-            container = self._containers.get(id)  # NotFound may be about one of its networks
+            container = self._containers.get(
+                id
+            )  # check again, because NotFound may be about one of its networks
             log.info("plain container not restarted", container=id, reason=describe_error(error))
             if container.plain is None:
                 return Rest()
             return after_end(container.plain, container.exit_code or 1, 0.0, due.delay_s)
-        return self._next(self._containers.get(id))  # it may have ended already
+        return self._next(self._containers.get(id))  # the container may have ended again

@@ -1,7 +1,9 @@
-"""Detects known container escapes in this node's runc.  Distributions fix their packages without a new version.
+"""Detects known container escapes in this node's runc.
 
-Sources: the advisories of opencontainers/runc.  A package's fixes are in its Debian changelog, or follow from its own
-version, which Debian's runc prints (``commit: 1.1.5+ds1-1+deb12u1``).
+The version of runc is not enough, because distributions fix a flaw without changing it.
+
+Sources: the advisories of opencontainers/runc.  The fixes in a package are listed in its Debian changelog.  They also
+follow from the package's version, which Debian's runc prints (``commit: 1.1.5+ds1-1+deb12u1``).
 """
 
 import gzip
@@ -15,16 +17,16 @@ Version = tuple[int, int, int]
 
 _CHANGELOGS = ("runc/changelog*", "runc-*/changelog*")
 _CHANGELOG_BYTES_MAX = 4 << 20
-"""Part of a changelog that is read."""
+"""Limit in bytes for the part of a changelog that is read."""
 
 
 class Flaw(NamedTuple):
-    """A flaw.  ``fixed_in`` has the first fixed version of each series, oldest series first."""
+    """A flaw of runc.  ``fixed_in`` has the first fixed version of each series, oldest series first."""
 
     name: str
     fixed_in: tuple[Version, ...]
     packages: str = "(?!)"
-    """Pattern of package versions that are known to be fixed."""
+    """Regular expression that matches package versions that are known to be fixed."""
 
 
 _SERIES_OF_2025 = ((1, 2, 8), (1, 3, 3), (1, 4, 0))
@@ -37,9 +39,9 @@ FLAWS: Final = (
 
 
 def flaws_of(output: str, changelog: str = "") -> list[str]:
-    """Return the known escapes of a runc by its ``--version`` output.
+    """Return the known escapes that a runc has, by its ``--version`` output.
 
-    ``changelog`` is its package's, or empty if unknown.
+    ``changelog`` is the changelog of its package, or empty if unknown.
     """
     found = re.search(r"\bversion v?(\d+)\.(\d+)\.(\d+)(-rc\S*)?", output)
     if found is None:
@@ -74,7 +76,7 @@ def changelog_of(runc: Path, documents: Path = Path("/usr/share/doc")) -> str:
 
 
 def _precedes(version: Version, fixed_in: Iterable[Version]) -> bool:
-    """Return whether ``version`` is older than the fix of its series, or than all fixes."""
+    """Return whether ``version`` is older than the fix in its series, or older than all fixes."""
     fixes = list(fixed_in)
     of_series = [fix for fix in fixes if fix[:2] == version[:2]]
     return version < (of_series[0] if of_series else fixes[0])

@@ -1,16 +1,16 @@
-"""runc's state of a container between its commands, and two steps that work on it without starting runc.
+"""Reads runc's state of a container, and does two of runc's steps here, without starting runc.
 
-Every runc command is a separate Go process: about 10 ms of processor time.  Two of the steps that each container
-passes are only a read and a few removals, so they are done here:
+Every runc command is a separate Go process, which takes about 10 ms of processor time.  Two of the steps that each
+container needs are only a read and a few removals, so they are done here:
 
-* **start**: after ``create`` the container's first process waits in an open(2) for writing of the fifo
-  ``<root>/<id>/exec.fifo``.  Opening it for reading lets the process continue: it writes one byte and becomes
-  the container's command, which closes its end.  ``runc start`` only reads up to the end of file and removes the fifo
-  (whose existence means "created" to runc).
+* **start**: after ``create``, the container's first process waits until it can open the fifo ``<root>/<id>/exec.fifo``
+  for writing.  When another process opens the fifo for reading, the first process writes one byte and becomes the
+  container's command, which closes the fifo.  ``runc start`` only reads up to the end of file and removes the fifo.
+  (The existence of the fifo means "created" to runc.)
 * **delete** of an ended container: remove its empty control groups, then ``<root>/<id>``.
 
-Tested with runc 1.1.5.  For another runtime or an unexpected state, the methods return False and the runtime's own
-commands are used.
+Tested with runc 1.1.5.  With another runtime or an unexpected state, the methods return False, and the caller uses the
+runtime's own commands.
 
 Source: runc, libcontainer/container_linux.go (exec, handleFifoResult, destroy), libcontainer/standard_init_linux.go.
 """
@@ -46,14 +46,16 @@ class RuncState:
         return (self._root / id).exists()
 
     def stage(self, id: ContainerId) -> str:
-        """Return ``created`` until the first process starts the command, then ``running``, or "" if unknown to runc."""
+        """Return ``created`` until the first process starts the command, then ``running``, or "" if runc does not know
+        the container.
+        """
         home = self._root / id
         if not (home / _STATE).is_file():
             return ""
         return "created" if (home / _FIFO).exists() else "running"
 
     async def start(self, id: ContainerId, process: ProcessName) -> bool:
-        """Start a created container's command.  Return False if the runtime has to do it.
+        """Start a created container's command.  Return False if it cannot be done here and the runtime has to do it.
 
         Raises: ProcessEnded.
         """
@@ -77,7 +79,7 @@ class RuncState:
 
 
 async def _wait_executed(fifo: int, process: ProcessName) -> None:
-    """Return when the writer of ``fifo`` has written and closed it.  Raises: ProcessEnded."""
+    """Wait until the writer of ``fifo`` has written and closed it.  Raises: ProcessEnded."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     received = b""
@@ -109,7 +111,7 @@ async def _wait_executed(fifo: int, process: ProcessName) -> None:
             loop.remove_reader(pidfd)
             os.close(pidfd)
     if not received:
-        with suppress(BlockingIOError):  # it may have started and ended in between
+        with suppress(BlockingIOError):  # the command may have started and ended in between
             received = os.read(fifo, 16)
     if not received:
         raise ProcessEnded("the container's first process is already dead")

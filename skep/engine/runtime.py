@@ -1,12 +1,12 @@
 """runc under conmon, driven from asyncio.
 
-One conmon per container is started.  It daemonizes (its parent becomes pid 1) and runs ``runc create``.  It holds the
-container's terminal or pipes and writes the output to the log.  When the container ends, it writes the exit code to a
-file and ends.  So three questions can be answered, even after a restart of this process:
+One conmon per container is started.  conmon daemonizes (its parent becomes pid 1) and runs ``runc create``.  It holds
+the container's terminal or pipes and writes the output to the log.  When the container ends, conmon writes the exit
+code to a file and ends.  So three questions can be answered, even after a restart of this process:
 
 * Has the container ended?  Then conmon's pidfd is readable, because conmon ends last.
-* With which exit code?  conmon writes the exit file before it ends: first in memory, where a full disk does not matter
-  (conmon writes no other file once one has failed), then on disk, where it outlives a reboot.
+* With which exit code?  conmon writes the exit file before it ends, twice: first in memory, where a full disk does not
+  matter, then on disk, where it survives a reboot.  (In this order, because conmon stops writing after a failure.)
 * What if conmon was killed?  Then the exit file is missing.  The container runs unwatched until its own pidfd is
   readable, and its unknown exit code is reported as 255.
 """
@@ -59,12 +59,15 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 COMMAND_DEADLINE_S = 60.0
-"""Deadline of one runc command on an overloaded machine.  A healthy one needs 0.01 s."""
+"""Time limit in seconds for one runc command.  Long, for overloaded machines.  It normally takes 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
 _CLEAR_TRIES_MAX = 8
-"""Attempts to remove cgroups, before leftover processes are killed and after.  Together they wait 0.1 s."""
+"""Number of attempts to remove cgroups, both before and after leftover processes are killed.
+
+Together they wait 0.1 s.
+"""
 _CONMON_ENDS_S = 10.0
-"""Deadline for the end of a killed conmon."""
+"""Time limit in seconds for the end of a killed conmon."""
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -75,7 +78,7 @@ class Started(msgspec.Struct, frozen=True):
 
 
 class StartedExec(msgspec.Struct, frozen=True):
-    """A running exec.  ``monitor`` is None if it has ended already."""
+    """A started exec.  ``monitor`` is its conmon, or None if the exec has already ended."""
 
     pid: int
     monitor: ProcessName | None
@@ -92,7 +95,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Runtime:
-    """runc and conmon of one node.  ``root`` has runc's state, on a file system that is empty after a reboot."""
+    """Runs runc and conmon.  ``root`` has runc's state, and is on a file system that is empty after a reboot."""
 
     def __init__(
         self, *, runc: Path, conmon: Path, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
@@ -126,8 +129,8 @@ class Runtime:
         arguments += ["--persist-dir", str(bundle), "-P", str(bundle / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
-            # A terminal's input does not end with a client, because another may attach.  Source: moby,
-            # container/stream.
+            # The input of a terminal does not end when a client detaches, because another client may attach.  Source:
+            # moby, container/stream.
             ends_with_client = container.config.stdin_once and not container.config.tty
             arguments += ["-i"] if ends_with_client else ["-i", "--leave-stdin-open"]
         with ExitStack() as given:
@@ -154,10 +157,10 @@ class Runtime:
             raise Unavailable(f"the container did not start within {COMMAND_DEADLINE_S:g} s") from error
 
     async def wait(self, container: Container) -> Ended:
-        """Return when the container has ended, even if an earlier process started it."""
+        """Wait until the container has ended.  Also works if an earlier process started it."""
         if container.monitor is not None:
             await wait_gone(container.monitor)
-        # The machine's shutdown also ends containers, and their monitors record the exit codes of its signals.
+        # If the machine shuts down, it ends the containers too, and conmon records the exit codes of its signals.
         interruption = Interruption.MACHINE_RESTARTED if is_of_earlier_boot(container.monitor) else None
         ended = self._read_exit(container)
         if ended is not None:
@@ -179,12 +182,12 @@ class Runtime:
     async def delete(self, container: Container) -> None:
         """Remove runc's state and the container's cgroups, and kill its remaining processes.  Idempotent.
 
-        Raises: Unavailable: some are left.  A process may wait for a device forever.
+        Raises: Unavailable: something is left.  A process may hang in the kernel forever.
         """
         await self._delete(container.id, partial(self._end_remaining, container))
 
     async def delete_unknown(self, id: ContainerId) -> None:
-        """Do the same for a container without a readable record."""
+        """Do the same as ``delete`` for a container without a readable record."""
         await self._delete(id, partial(self.cgroups.remove_unknown, id))
 
     async def _delete(self, id: ContainerId, remove: Callable[[], bool]) -> None:
@@ -192,14 +195,17 @@ class Runtime:
         if self._state.has(id):
             try:
                 await self.run("delete", "--force", id)
-            except (SkepError, OSError) as error:  # its state is damaged, for example
+            except (SkepError, OSError) as error:  # for example, its state is damaged
                 refusal = describe_error(error)
         if not await self._try_often(remove):
             raise Unavailable(f"the container's processes do not end: {refusal}")
         self._state.forget(id)
 
     def _end_remaining(self, container: Container) -> bool:
-        """Remove the container's cgroups, or kill what is in them.  Return whether none is left."""
+        """Remove the container's cgroups, and kill processes that are left in them.
+
+        Return whether no cgroup is left.
+        """
         if self.cgroups.remove(container):
             return True
         for pid in self.cgroups.pids(container):
@@ -208,22 +214,22 @@ class Runtime:
 
     @staticmethod
     async def _try_often(remove: Callable[[], bool]) -> bool:
-        """Remove cgroups.  Return whether none is left."""
+        """Call ``remove`` up to ``_CLEAR_TRIES_MAX`` times.  Return whether no cgroup is left."""
         backoff = Backoff(first_s=0.001, longest_s=0.02)
         for _ in range(_CLEAR_TRIES_MAX):
             if await asyncio.to_thread(remove):
                 return True
-            # The kernel counts a process as a group's member until a moment after its end was reported.
+            # A process stays a member of its group until a moment after the kernel has reported its end.
             await asyncio.sleep(backoff.next_delay_s())
         return False
 
     async def clear(self, container: Container) -> None:
-        """Do the same for an ended container, without runc: it has no processes left."""
+        """Do the same as ``delete`` for an ended container without starting runc, because it has no processes left."""
         if await self._try_often(partial(self.cgroups.remove, container)):
             self._state.forget(container.id)
             return
         pids: list[int] = []
-        with suppress(Unavailable):  # only for the log
+        with suppress(Unavailable):  # the text is only for the log
             pids = sorted(self.cgroups.pids(container))
         log.warning("leftover processes of an exited container killed", container=container.id, pids=pids)
         await self.delete(container)
@@ -241,7 +247,7 @@ class Runtime:
         return self._state.has(id)
 
     def is_frozen(self, container: Container) -> bool:
-        """Return whether a running container is frozen, as its record says if that cannot be read."""
+        """Return whether a running container is frozen.  If that cannot be read, return what its record says."""
         found = self.cgroups.is_frozen(container)
         return container.state is ContainerState.PAUSED if found is None else found
 
@@ -277,7 +283,7 @@ class Runtime:
             limits["blockIO"] = found
         if not container.is_running:
             return warnings
-        # runc leaves an absent limit unchanged, so lift it explicitly.
+        # runc leaves a missing limit unchanged, so lift it explicitly.
         if "memory" in self._capacity.controllers and not config.memory_bytes:
             limits.setdefault("memory", {})["limit"] = -1
             if self._capacity.has_swap_accounting:
@@ -314,7 +320,7 @@ class Runtime:
         return output
 
     def expect_exec(self) -> None:
-        """Prepare for an exec that was created and will probably start in a moment."""
+        """Save time for an exec that was created and will probably start in a moment (see ``Conmons.expect_move``)."""
         self._conmons.expect_move()
 
     async def exec(
@@ -353,24 +359,24 @@ class Runtime:
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
             try:
-                # Check after opening the descriptor: a process that is in the container's cgroup then is the
-                # container's.
+                # Check the cgroup after opening the descriptor: if the process is in the container's cgroup then, the
+                # descriptor refers to a process of the container.
                 if pid in self.cgroups.pids(container):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             finally:
                 os.close(descriptor)
 
     async def end_exec(self, container: Container, path: Path) -> None:
-        """End an exec whose conmon did not respond in time: its process, conmon, runc and their descendants."""
+        """End an exec whose conmon did not respond in time.  Kills its process, conmon, runc and all descendants."""
         with suppress(OSError, ValueError, Unavailable):
             self.kill_exec(container, int((path / "pidfile").read_text()))
         with suppress(OSError, ValueError, TimeoutError):
             monitor = find(int((path / "conmon.pid").read_text()))
-            # The pid may belong to another process by now.  conmon has the exec's id among its arguments.
+            # The pid may belong to another process by now, so check that the exec's id is among conmon's arguments.
             if monitor and os.fsencode(path.name) in Path(f"/proc/{monitor.pid}/cmdline").read_bytes():
-                # runc alone would end with its conmon (PR_SET_PDEATHSIG).  But a process that runc has begun in the
-                # container, and that lacks processor time, would later continue and run the command.  A stopped conmon
-                # stays its parent.
+                # Stop conmon before killing its descendants.  If only conmon were killed, runc would end with it
+                # (PR_SET_PDEATHSIG), but a process that runc has started in the container, and that got no processor
+                # time yet, would later run the command.  A stopped conmon stays the parent of that process.
                 send_signal(monitor, signal.SIGSTOP)
                 try:
                     kill_descendants(monitor)
@@ -380,7 +386,7 @@ class Runtime:
                     await wait_gone(monitor)
 
     async def wait_exec(self, container: Container, path: Path, monitor: ProcessName | None) -> int:
-        """Return the exit code of an exec once it has ended."""
+        """Wait until an exec has ended, and return its exit code."""
         if monitor is not None:
             await wait_gone(monitor)
         try:

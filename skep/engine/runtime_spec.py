@@ -1,7 +1,7 @@
 """Translates a container into the runtime specification that runc reads (``config.json``).
 
-Pure: looked-up facts (the user, this node's capacity) are arguments.  Defaults are Docker's (moby, oci/defaults.go):
-namespaces, masked paths, capabilities, the seccomp profile, the default mounts.
+Pure: facts that must be looked up (the user, this node's capacity) are arguments.  Defaults are Docker's (moby,
+oci/defaults.go): namespaces, masked paths, capabilities, the seccomp profile, the default mounts.
 """
 
 import resource
@@ -29,10 +29,10 @@ _MASKED_PATHS = (
     *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats"),
     *("/sys/devices/virtual/powercap", "/sys/firmware"),
 )
-"""Files that reveal the machine, or let one container measure another's activity."""
+"""Paths that are hidden, because they reveal facts about the machine or the activity of other containers."""
 _READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _DEFAULT_SYSCTLS = {
-    # A process needs no capability to use a low port or to ping, in a network namespace of its own.
+    # In a separate network namespace, a process needs no capability to use a low port or to ping.
     "net.ipv4.ip_unprivileged_port_start": "0",
     "net.ipv4.ping_group_range": "0 2147483647",
 }
@@ -41,13 +41,13 @@ _DEFAULT_SYSCTLS = {
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
     """Resources that a container shares with other running containers.
 
-    Empty before its start, when they are unknown.
+    Empty before the container starts, because the resources are unknown until then.
     """
 
     namespaces: Mapping[str, str] = {}
     """Paths on the node by type: ``network``, ``pid``, ``ipc``."""
     shm: str = ""
-    """The node's path of the shared tmpfs for /dev/shm.  Empty for a /dev/shm of its own."""
+    """The node's path of the shared tmpfs for /dev/shm.  Empty if the container has a separate /dev/shm."""
 
 
 NOTHING_SHARED = Shared()
@@ -74,8 +74,8 @@ def build(
     """Return the specification of ``container``.
 
     Args:
-        files: Mounts that the node makes itself (/etc/hosts and similar), placed before the user's.
-        devices: The devices that were found for its options.
+        files: Mounts that the node adds itself (/etc/hosts and similar files).  They come before the user's mounts.
+        devices: The devices that were found for the container's options.
 
     Raises: InvalidArgument: the configuration cannot work on any node; FailedPrecondition: this node cannot confine it.
     """
@@ -115,7 +115,7 @@ def build(
 def exec_process(
     container: Container, exec: ExecConfig, user: Identity, capacity: Capacity
 ) -> dict[str, Any]:
-    """Return the process specification of an exec: the container's, with the exec's options."""
+    """Return the process specification of an exec: that of the container, changed by the exec's options."""
     config = msgspec.structs.replace(
         container.config,
         env=merged_environment(container.config.env, exec.env),
@@ -127,12 +127,14 @@ def exec_process(
             config, machine=msgspec.structs.replace(config.machine, privileged=True)
         )
     process = _process(config, user, capacity, list(exec.command), [])
-    process.pop("oomScoreAdj", None)  # inherited from the container
+    process.pop("oomScoreAdj", None)  # an exec inherits it from the container
     return process
 
 
 def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, ...]:
-    """Override ``base`` with ``over``, in which a bare name removes a variable.  Later entries win, order is kept.
+    """Return the variables ``base``, overridden by ``over``.
+
+    A name without ``=`` in ``over`` removes the variable.  Later entries override earlier ones, and the order is kept.
 
     Source: moby, container/env.go (ReplaceOrAppendEnvValues).
     """
@@ -184,7 +186,7 @@ def _capabilities(config: ContainerConfig) -> tuple[str, ...]:
 
 
 def _apparmor_profile(config: ContainerConfig) -> str:
-    """Return the profile.  A privileged container is only confined by a profile that its user has named."""
+    """Return the AppArmor profile.  A privileged container has none, unless its user has named one."""
     if config.apparmor != "default":
         return config.apparmor
     return apparmor.UNCONFINED if config.machine.privileged else apparmor.DEFAULT_PROFILE
@@ -254,7 +256,7 @@ def _linux(
 
 
 def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> list[dict[str, str]]:
-    """Return the container's own namespaces and those that it joins, without the namespaces of the machine."""
+    """Return the namespaces that the container creates or joins.  Namespaces of the machine are left out."""
     options = container.config.machine
     modes = {"pid": options.pid_mode, "ipc": options.ipc_mode, "uts": options.uts_mode}
     found = [{"type": "mount"}]
@@ -264,7 +266,7 @@ def _namespaces(container: Container, capacity: Capacity, shared: Shared) -> lis
         if container.sandbox is not None:
             network["path"] = container.sandbox.netns
         found.append(network)
-    # Docker's defaults: private on v2, the machine's on v1.
+    # Docker's default is a private cgroup namespace on v2, and the machine's on v1.
     if (options.cgroupns_mode or ("private" if capacity.is_cgroup_v2 else "host")) == "private":
         found.append({"type": "cgroup"})
     return found + [{"type": type, "path": path} for type, path in shared.namespaces.items()]
@@ -362,7 +364,7 @@ def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
 
 
 def _bind(source: str, destination: str, *options: str, read_only: bool) -> dict[str, Any]:
-    # Without "rw": runc since 1.2 treats it as a change of flags, and drops the source's noexec, nosuid and nodev.
+    # Leave out "rw": since 1.2, runc treats it as a change of flags, and drops noexec, nosuid and nodev of the source.
     all_options = ["rbind", *(["ro"] if read_only else []), *options]
     return {"destination": destination, "type": "bind", "source": source, "options": all_options}
 

@@ -1,10 +1,10 @@
-"""runc, executed from sealed memory.
+"""Executes runc from sealed memory, which makes starts faster.
 
-A container's process must never get access to a runc that it could write to (CVE-2019-5736).  So ``runc init`` executes
-a copy of itself before it enters a container.  runc 1.1 mounts its own file read-only for a moment, which costs a start
-and an exec a mount, an unmount and a second loading of the program, and makes systemd read the mount table twice.
-Later versions copy it to memory.  No version copies itself if it was executed from a memory file that nothing can
-write to.
+A process in a container must never get access to a runc file that it could write to (CVE-2019-5736).  So ``runc init``
+executes a protected copy of itself before it enters a container.  runc 1.1 mounts its own file read-only for a moment.
+This costs each start and each exec a mount, an unmount and a second loading of the program, and systemd reads the mount
+table twice.  Later versions copy runc to memory.  No version makes a copy if it was executed from a memory file to
+which nothing can write.
 
 Source: runc, libcontainer/nsenter/cloned_binary.c (is_self_cloned), contrib/cmd/memfd-bind.
 """
@@ -23,9 +23,9 @@ from skep.linux.descriptors import set_aside_descriptor
 log = structlog.get_logger()
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-"""Exactly these, because runc 1.1 compares for equality."""
+"""Seals of the memory file.  It must be exactly these, because runc 1.1 compares for equality."""
 _MFD_EXEC = 0x10
-"""Linux 6.3: executable regardless of the sysctl vm.memfd_noexec (1)."""
+"""Flag of Linux 6.3 that makes the memory file executable even if the sysctl vm.memfd_noexec is 1."""
 
 
 class SealedProgram:
@@ -42,13 +42,15 @@ class SealedProgram:
         self._descriptor: int | None = None
 
     def path(self) -> str:
-        """Return the path to execute while this process lives, which is the file itself if memory files do not work.
+        """Return the path at which to execute runc while this process runs.
 
-        The first call, and the first after an upgrade of runc, blocks for the copy: 10 MB, about as many milliseconds.
+        If memory files do not work, it is runc's own path.
+
+        The first call, and the first call after an upgrade of runc, blocks for about 10 ms to copy 10 MB.
         """
         try:
             version = _version(self._file)
-        except OSError:  # the caller that executes it reports the reason
+        except OSError:  # the caller will report the reason when it executes runc
             return self._path
         if version != self._version:
             try:
@@ -69,7 +71,8 @@ class SealedProgram:
         if self._descriptor is None:
             self._descriptor = set_aside_descriptor(copy)
         else:
-            # Reuse the number: a caller about to execute the old path gets the new copy, and never another file.
+            # Reuse the descriptor's number, so that a caller that is about to execute the old path gets the new copy
+            # and never another file.
             os.dup2(copy, self._descriptor, inheritable=False)
             os.close(copy)
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
@@ -81,7 +84,10 @@ def _version(file: Path) -> tuple[int, ...]:
 
 
 def _sealed_copy(file: Path) -> int:
-    """Copy runc to sealed memory and return its descriptor.  Raises: OSError: not runc, or the kernel refuses."""
+    """Copy runc to sealed memory and return its descriptor.
+
+    Raises: OSError: the file is not runc, or the kernel refuses.
+    """
     with open(file, "rb") as source, open(_memory(), "wb") as memory:
         if not file.resolve().name.startswith("runc") or source.read(4) != b"\x7fELF":
             raise OSError(errno.ENOEXEC, "it is not runc")
@@ -89,7 +95,7 @@ def _sealed_copy(file: Path) -> int:
         shutil.copyfileobj(source, memory)
         memory.flush()
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
-        # Opened again, because the kernel does not execute a file that is open for writing.
+        # Open it again, because the kernel does not execute a file that is open for writing.
         copy = os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     if not os.access(f"/proc/self/fd/{copy}", os.X_OK):
         os.close(copy)

@@ -1,13 +1,12 @@
-"""Seccomp profiles in runc's format, for a set of capabilities.
+"""Translates seccomp profiles into runc's format.
 
-A profile in Docker's JSON has conditions on the capabilities, architectures and kernels of each rule.  ``for_runtime``
-evaluates them.  The default profile is in ``seccomp_default``.
+In Docker's JSON, each rule of a profile may depend on capabilities, architecture and kernel version.  ``for_runtime``
+evaluates these conditions.  The default profile is in ``seccomp_default``.
 
-Each architecture of the profile costs time at every start, because runc builds the filter again: 5 to 8 ms of processor
-time.  So on kernels without x32 (``runs_x32``; only Debian's has it, disabled) the default profile leaves out x32, a
-second numbering of x86_64's system calls.  That allows no additional call: there an x32 call can only fail.  It kills
-the calling process, as under systemd's ``SystemCallArchitectures=native``, where the whole profile would return ENOSYS
-or EPERM.
+runc builds the filter at every start, and each architecture of the profile takes 5 to 8 ms of processor time.  So the
+default profile leaves out x32 (a second numbering of the system calls of x86_64) on kernels that cannot run x32 calls
+(``runs_x32``).  This allows no additional call, because x32 calls cannot succeed there.  The difference is that such a
+call kills the process, as with systemd's ``SystemCallArchitectures=native``, instead of returning ENOSYS or EPERM.
 """
 
 import platform
@@ -42,14 +41,15 @@ result = libc.syscall(ctypes.c_long(0x40000000 | 39))  # getpid
 sys.exit(0 if result < 0 and ctypes.get_errno() == errno.ENOSYS else 1)
 """
 _PROBE_TIMEOUT_S = 5.0
-"""Deadline of the probe.  A probe that takes longer counts as support."""
+"""Time limit in seconds for the test of x32.  If it takes longer, x32 counts as supported."""
 
 
 @cache
 def runs_x32() -> bool:
-    """Return whether this kernel may run x32 calls, by trying one in a separate process.  Only ENOSYS means no.
+    """Return whether this kernel may run x32 calls, by trying one in a separate process.
 
-    A filter around us may kill that process, which says nothing about the kernel.
+    Only the error ENOSYS means no.  A seccomp filter around this process may kill the test, which says nothing about
+    the kernel.
     """
     if platform.machine() != "x86_64":
         return False
@@ -63,9 +63,12 @@ def runs_x32() -> bool:
 
 @cache
 def default(capabilities: frozenset[str], *, has_x32: bool = True) -> msgspec.Raw:
-    """Return the default profile as an encoded ``linux.seccomp``.  ``has_x32``: the kernel may run x32 calls.
+    """Return the default profile as an encoded ``linux.seccomp``.
 
-    Encoded and cached, because it is by far the largest part of a specification and almost always the same.
+    ``has_x32`` tells whether the kernel may run x32 calls.
+
+    The result is cached in its encoded form, because it is by far the largest part of a specification and almost always
+    the same.
     """
     return _here(seccomp_default.profile(), capabilities, has_x32=has_x32)
 
@@ -94,7 +97,9 @@ def _here(profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: 
 def for_runtime(
     profile: Mapping[str, Any], capabilities: frozenset[str], *, machine: str, kernel: tuple[int, int]
 ) -> dict[str, Any]:
-    """Evaluate a rule's conditions: all of ``includes`` hold, none of ``excludes``.
+    """Return the rules of a profile that apply.
+
+    For these, all conditions in ``includes`` hold and none in ``excludes``.
 
     Source: moby, profiles/seccomp/seccomp_linux.go (setupSeccomp).
     """
@@ -139,7 +144,7 @@ def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
     if rule.get("args"):
         known = ("index", "value", "valueTwo", "op")
         converted["args"] = [{key: arg[key] for key in known if key in arg} for arg in rule["args"]]
-    # runc refuses an error number for an action that does not return one.
+    # runc refuses an error number if the action does not return one.
     if rule.get("errnoRet") is not None and rule["action"] in ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"):
         converted["errnoRet"] = rule["errnoRet"]
     return converted
@@ -147,7 +152,7 @@ def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
 
 def kernel_version(release: str) -> tuple[int, int]:
     """Return the major and minor number of a kernel release (``uname -r``).  Raises: ValueError."""
-    found = _RELEASE.match(release)  # 6.16+deb14-amd64, for example
+    found = _RELEASE.match(release)  # for example 6.16+deb14-amd64
     if found is None:
         raise ValueError(f"not a kernel version: {release}")
     return int(found[1]), int(found[2])

@@ -55,11 +55,11 @@ _IRREGULAR: Final = {
     "getfsuid32": None,
     "getfsgid32": None,
 }
-"""Exceptions from the patterns above, with their real name or None."""
+"""Names that the patterns above produce wrongly, with the real name, or None if the call does not exist."""
 
 
 class Condition(NamedTuple):
-    """Condition on an argument of a call.  ``operation`` MASKED_EQ: no bit of ``value`` is set."""
+    """Condition on an argument of a call.  The ``operation`` MASKED_EQ means that no bit of ``value`` is set."""
 
     operation: str
     value: int
@@ -67,7 +67,7 @@ class Condition(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Calls that are allowed if all conditions hold."""
+    """Calls that are allowed if all of the group's conditions hold."""
 
     names: str
     having: str = ""
@@ -75,11 +75,11 @@ class Group(NamedTuple):
     lacking: str = ""
     """Capability that the container must not have."""
     architectures: str = ""
-    """Only on these architectures, by their names in Go."""
+    """Architectures (by their names in Go) to which the group is limited.  Empty for all."""
     elsewhere: str = ""
-    """Not on these architectures."""
+    """Architectures to which the group does not apply."""
     kernel: str = ""
-    """Since this kernel version."""
+    """First kernel version to which the group applies."""
     condition: Condition | None = None
     errno: int = 0
     """Error number with which the call fails instead of being allowed."""
@@ -87,9 +87,11 @@ class Group(NamedTuple):
 
 _AF_ALG, _AF_VSOCK = 38, 40
 _NEW_NAMESPACES = 0x7E020000
-"""CLONE_NEWNS, -CGROUP, -UTS, -IPC, -USER, -PID and -NET."""
+"""Flags that create namespaces: CLONE_NEWNS, CLONE_NEWCGROUP, and the same for UTS, IPC, USER, PID and NET."""
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-"""PER_LINUX and PER_LINUX32, each also with UNAME26, and the query for the current value."""
+"""Allowed arguments of personality(2): PER_LINUX and PER_LINUX32, each with or without UNAME26, and the query of the
+current value.
+"""
 _ENOSYS = 38
 _TRACING = "ptrace process_vm_{readv,writev}"
 

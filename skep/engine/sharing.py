@@ -1,4 +1,6 @@
-"""Resources that containers share: namespaces, mounts, a host name.  ``get`` returns a container by id or name.
+"""Resolves options by which containers share namespaces, mounts or a host name.
+
+In all functions, ``get`` returns a container by id or name.
 
 Source, including the error texts: moby 20.10, daemon/container_operations_unix.go (getIpcContainer, getPidContainer),
 daemon/volumes.go.
@@ -53,7 +55,10 @@ def with_hostname(config: ContainerConfig, network_mode: str, get: Get) -> Conta
 
 
 def inherited_mounts(specs: Sequence[str], own: Iterable[Mount], get: Get) -> tuple[MountPoint, ...]:
-    """Return the mounts of ``--volumes-from`` whose targets are not among its ``own``.  Raises: InvalidArgument."""
+    """Return the mounts that ``--volumes-from`` adds, except at targets of the container's ``own`` mounts.
+
+    Raises: InvalidArgument.
+    """
     found: dict[str, MountPoint] = {}
     taken = {mount.target for mount in own}
     for text in specs:

@@ -27,7 +27,7 @@ def signal_number(name: str) -> int:
 
 
 def ends_pause(number: int, stop_signal: str) -> bool:
-    """Return whether a signal resumes a paused container.  Every signal does if the container has no stop signal.
+    """Return whether a signal resumes a paused container.  If the container has no stop signal, every signal does.
 
     Source: moby 24.0, daemon/kill.go (killWithSignal).
     """

@@ -1,4 +1,4 @@
-"""The records of a node's containers: in memory for reading, on disk for the next process."""
+"""Keeps the records of a node's containers, in memory for reading and on disk for the next process."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,10 @@ from skep.model.times import ZERO_TIME
 
 
 class ContainerStore:
-    """Containers by id, name and prefix.  Every change is written to disk before it is visible."""
+    """Finds containers by id, name or id prefix, and changes their records.
+
+    A change is written to disk before it is visible.
+    """
 
     def __init__(self, bundles: Bundles) -> None:
         self._bundles = bundles
@@ -43,7 +46,7 @@ class ContainerStore:
         return self._containers.get(id)
 
     def get(self, word: str) -> Container:
-        """Return the container with this full id, else name, else unique prefix of an id.
+        """Return the container whose full id, name or unique id prefix is ``word``, in this order.
 
         Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix is ambiguous.
 
@@ -108,16 +111,19 @@ class ContainerStore:
         self._notify(container.id)
 
     def note(self, container: Container) -> None:
-        """Replace a record.  If it cannot be written, it counts all the same, and the write is retried."""
+        """Replace a record on disk and in memory.
+
+        If it cannot be written, it is valid anyway, and the write is retried.
+        """
         try:
             self.put(container)
         except OSError as error:
-            if container.id not in self._pending:  # once for as long as the disk refuses
+            if container.id not in self._pending:  # log only once for as long as the disk refuses
                 log_error(error, "record not written", container=container.id)
             self.keep(container)
 
     def keep(self, container: Container) -> None:
-        """Replace a record in memory.  It is written in the background."""
+        """Replace a record in memory, and write it in the background."""
         self._containers[container.id] = container
         self._pending.add(container.id)
         self._unsaved.set()
@@ -143,7 +149,7 @@ class ContainerStore:
             await retry(self._write, "records not written", clock=clock, longest_s=5.0)
 
     async def _write(self) -> None:
-        """Write all pending records.  Raises the first error after it has tried all."""
+        """Write all pending records.  If some fail, the first error is raised after all were tried."""
         errors = []
         for id in tuple(self._pending):
             container = self._containers.get(id)
@@ -158,7 +164,7 @@ class ContainerStore:
             raise errors[0]
 
     def restore(self, container: Container) -> None:
-        """Add a container of an earlier process.  If another has its name, append its id to the name."""
+        """Add a container of an earlier process.  If another container has its name, append its id to the name."""
         if container.name in self._ids_by_name:
             container = msgspec.structs.replace(container, name=f"{container.name}-{container.id[:12]}")
         self.add(container)
@@ -201,7 +207,10 @@ class ContainerStore:
         self._notify(id)
 
     async def wait(self, id: ContainerId, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
-        """Return the container once ``condition`` holds, or the last state of a removed one.  Raises: NotFound."""
+        """Wait until ``condition`` holds, and return the container.
+
+        If it was removed, return its last state.  Raises: NotFound.
+        """
         container = first = self.require(id)
         while True:
             match condition:
@@ -217,7 +226,7 @@ class ContainerStore:
             container = present
 
     async def wait_changed(self, id: ContainerId) -> None:
-        """Return at the next change or removal of the container."""
+        """Wait for the next change or removal of the container."""
         await self._changed.setdefault(id, asyncio.Event()).wait()
 
     def _notify(self, id: ContainerId) -> None:

@@ -1,6 +1,7 @@
 """A container's resource usage, in the form of ``GET /containers/{id}/stats``.
 
-One sample.  The caller keeps the previous one, which the docker command subtracts (``precpu_stats``).
+This module makes one sample.  The caller keeps the previous sample for ``precpu_stats``, from which the docker command
+computes the difference.
 Source: moby, daemon/stats_unix.go, which also maps the fields of cgroup v1 and v2 to the same names.
 """
 
@@ -30,7 +31,9 @@ class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Throttling(msgspec.Struct, frozen=True, kw_only=True):
-    """Periods of the CPU limit, periods that reached it, and nanoseconds waited because of it."""
+    """Numbers of all periods of the CPU limit and of those in which it was reached, and nanoseconds of waiting because
+    of it.
+    """
 
     periods: int = 0
     throttled_periods: int = 0
@@ -38,7 +41,7 @@ class Throttling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CPUStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Processor statistics.  ``system_cpu_usage`` is the working time of all the node's processors in nanoseconds."""
+    """Processor statistics.  ``system_cpu_usage`` is the busy time of all processors of the node in nanoseconds."""
 
     cpu_usage: CPUUsage = msgspec.field(default_factory=CPUUsage)
     system_cpu_usage: int = 0
@@ -112,7 +115,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
     """Return the usage of ``container`` so far, or only its names if it does not run.
 
-    Raises: Unavailable: the machine refuses access.  Zeros instead would look like real values.
+    Raises: Unavailable: the files cannot be read.  Zeros would look like real values.
     """
     if not container.is_running:
         return Stats(read=ZERO_TIME, name=f"/{container.name}", id=container.id)
@@ -140,9 +143,9 @@ def _sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
 
 
 def cpu_and_memory(container: Container, cgroups: Cgroups) -> tuple[int, int] | None:
-    """Return nanoseconds of processor time so far, and bytes without caches that can be reclaimed at once.
+    """Return the processor time so far in nanoseconds, and the used memory in bytes without reclaimable caches.
 
-    Reads only the three files that this needs.  Returns None if the container has ended.  Raises: OSError.
+    Reads only the three files that are needed for that.  Returns None if the container has ended.  Raises: OSError.
     """
     files = _Files(container, cgroups)
     if cgroups.is_v2:
@@ -298,9 +301,9 @@ def _system_cpu_ns() -> int:
 
 
 def _at_most_the_node(limit: int) -> int:
-    """Cap a limit.
+    """Return the memory limit, but at most the node's memory, as in Docker.
 
-    If unlimited the kernel reports a huge number (v1) or ``max`` (v2), and Docker the node's memory.
+    Without a limit, the kernel reports a huge number (v1) or ``max`` (v2).
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(limit, total) if limit else total
@@ -313,6 +316,6 @@ def _read(path: Path) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return ""
     except OSError as error:
-        if error.errno == errno.ENODEV:  # its group is being removed
+        if error.errno == errno.ENODEV:  # the container's group is being removed
             return ""
         raise

@@ -1,7 +1,8 @@
-"""Memory file systems of containers (``--tmpfs``, ``--mount type=tmpfs``), mounted by the node and bound by runc.
+"""Mounts memory file systems of containers (``--tmpfs``, ``--mount type=tmpfs``) on the node, for runc to bind-mount.
 
-A tmpfs that runc mounts gets the mode of the directory that it covers: before 1.1.9 even if a mode was requested, since
-then without one.  At a container's second start the directory always exists, because runc made it at the first start.
+runc does not mount them itself, because the tmpfs would get the mode of the directory that it covers.  (Since
+1.1.9, it does so only if no mode was requested.)  At a container's second start, that directory always exists, because
+runc has created it at the first start.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from skep.linux import syscalls
 from skep.linux.mounting import parse_options
 
 DEFAULT_MODE: Final = 0o1777
-"""Mode of a tmpfs without a mode option over a path that the image does not have."""
+"""Mode of a tmpfs if no mode is requested and the image does not have the directory."""
 
 _TYPE = "tmpfs"
 _PROPAGATIONS: Final = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
@@ -42,7 +43,8 @@ _VALUES: Final = frozenset({"size", "mode", "uid", "gid", "nr_inodes", "nr_block
 
 
 def check_options(words: Iterable[str]) -> None:
-    """Raise InvalidArgument, in Docker's words, also for options that would make it another kind of mount (``bind``).
+    """Raise InvalidArgument, in Docker's words, for invalid options, and for options such as ``bind`` that would make
+    it another kind of mount.
 
     Source: moby/sys, mount (MergeTmpfsOptions).
     """
@@ -54,9 +56,9 @@ def check_options(words: Iterable[str]) -> None:
 
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
-    """Return ``point`` for runc, with the node's path at which ``mount_all`` mounts it.
+    """Return ``point`` for runc, with its source replaced by the path at which ``mount_all`` mounts the tmpfs.
 
-    A bind mount has its source's flags, including read-only, unless runc gets other flags.
+    runc's bind mount has the flags of its source, including read-only, unless other flags are given to runc.
     """
     chosen = [word for word in point.options if word in _PROPAGATIONS]
     return MountPoint(

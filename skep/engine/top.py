@@ -15,12 +15,12 @@ from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
 
 _DEADLINE_S = 10.0
-"""Deadline of one ps."""
+"""Time limit in seconds for one call of ps."""
 _COLUMNS = "100000"
-"""Line width for ps.  Some versions cut lines at the width of the terminal from which the daemon was started."""
+"""Line width for ps in characters.  Without it, some versions cut lines at the width of the daemon's terminal."""
 _RENAMED_COLUMN = re.compile(r"\s+(\S*)=\s*(PID\S*)")
 _PIDS_MAX = 10_000
-"""Processes per call of ps: the kernel does not accept an argument of 128 KiB."""
+"""Limit for the processes in one call of ps, because the kernel does not accept an argument of 128 KiB."""
 
 
 async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
@@ -29,7 +29,7 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
     Raises: InvalidArgument: ps rejects the arguments, or its output has no column PID; Unavailable.
     """
     for name, title in _RENAMED_COLUMN.findall(ps_args):
-        if name != "pid":  # it would put another column under the title by which rows are selected
+        if name != "pid":  # another column with the title PID would break the selection of rows
             raise InvalidArgument(f'specifying "{name}={title}" is not allowed')
     try:
         arguments = shlex.split(ps_args)
@@ -42,9 +42,9 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
 
 
 async def _list(arguments: Sequence[str], pids: Sequence[int]) -> Top:
-    # ps -q reads no other process, so every row is the container's, whatever the format shows as PID.
+    # ps -q reads no other process, so every row belongs to the container, whatever the format shows as PID.
     output, problem = await _run(*arguments, f"-q{','.join(map(str, pids))}")
-    if problem:  # some arguments (f, --sort, -p) conflict with -q
+    if problem:  # retry without -q, because some arguments (f, --sort, -p) conflict with it
         output, problem = await _run(*arguments)
     if problem:
         raise InvalidArgument(f"ps: {problem}")
@@ -52,7 +52,7 @@ async def _list(arguments: Sequence[str], pids: Sequence[int]) -> Top:
 
 
 async def _run(*arguments: str) -> tuple[str, str]:
-    """Return ps's output and its error, which is empty on success and without matching processes.
+    """Return the output of ps and its error.  The error is empty on success, and if no process matches.
 
     Raises: Unavailable.
     """

@@ -26,7 +26,8 @@ _OF_MACHINE: Final = (
 def updated(request: UpdateRequest, container: Container) -> Container:
     """Return ``container`` after ``docker update``.
 
-    Raises: InvalidArgument: as at its creation; Conflicting; Unimplemented: a restart policy for a task's container.
+    Raises: InvalidArgument: as at the container's creation; Conflicting; Unimplemented: a restart policy for a task's
+    container.
     """
     create.check_limits(request)
     _refuse_conflicts(request, container)
@@ -73,8 +74,8 @@ def _config(request: UpdateRequest, container: Container) -> ContainerConfig:
     config = container.config
     given = {name: value for name in _OF_MACHINE if (value := getattr(request, name))}
     if request.memory and container.plain is not None:
-        # A plain container's default swap limit, twice the memory, does not follow the memory limit.  A task's does,
-        # when its service is updated.
+        # The default swap limit (twice the memory limit) of a plain container stays when the memory limit is changed.
+        # A task's limit changes when its service is updated.
         given.setdefault("memory_swap", swap_bytes(config))
     options = replace(config.machine, **given)
     memory_bytes = create.not_negative(request.memory, "memory limit") or config.memory_bytes
@@ -120,12 +121,12 @@ async def update(
     if after == before:
         return before
     found = await runtime.update(after) if after.config != before.config else ()
-    present = store.require(id)  # read again: its user may have stopped it meanwhile
+    present = store.require(id)  # read again, because its user may have stopped it meanwhile
     plain = present.plain
     if plain is not None and after.plain is not None:
         plain = replace(plain, restart=after.plain.restart)
     warnings = tuple(dict.fromkeys((*present.warnings, *found)))
-    # A policy that is set after the container's end applies from the next end on.
+    # If a policy is set after the container has ended, it applies only from the next end on.
     is_at_rest = present.is_at_rest or (present.state is ContainerState.EXITED and not present.is_restarting)
     container = store.observe(id, config=after.config, plain=plain, warnings=warnings, is_at_rest=is_at_rest)
     events.publish("update", container)

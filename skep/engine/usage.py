@@ -1,7 +1,7 @@
-"""Container resource usage for Prometheus, sampled in threads while there are requests, but not by the requests.
+"""Samples containers' resource usage for Prometheus, in threads and only while metrics are requested regularly.
 
-The names are cAdvisor's, which existing dashboards use.  For a thousand containers, reading the kernel's files takes
-some hundred milliseconds, so a request gets the text of the last round.
+The metrics are named as in cAdvisor, so that existing dashboards work.  For a thousand containers, reading the kernel's
+files takes some hundred milliseconds.  So samples are taken in rounds, and a request gets the text of the last round.
 """
 
 import asyncio
@@ -17,19 +17,22 @@ from skep.model.labels import LABEL_SERVICE_NAME
 from skep.model.times import SECOND_NS, unix_ns
 
 ROUND_S = 10.0
-"""Interval between rounds."""
+"""Seconds between two rounds."""
 REQUESTED_S = 60.0
-"""Rounds continue for this long after a request."""
+"""Seconds for which rounds continue after a request."""
 _FIRST_S = 5.0
-"""Time that a request waits for the first round."""
+"""Seconds for which a request waits for the first round."""
 _AT_ONCE = 25
-"""Containers read between two pauses for the event loop."""
+"""Number of containers that are read between two pauses for the event loop."""
 _PAUSE_S = 0.01
-"""Pause between batches, for other work of the process."""
+"""Seconds to pause between batches, for other work of the process."""
 _STACK = "com.docker.stack.namespace"
 _TASK = "com.docker.swarm.task.name"
 _LABEL_MAX = 256
-"""Characters of a label that are kept.  A plain container may have longer labels, and some twenty lines repeat each."""
+"""Number of characters that are kept of a label.
+
+A plain container may have longer labels, and about twenty lines repeat each.
+"""
 
 
 class Used(NamedTuple):
@@ -59,7 +62,7 @@ class Usage:
             async with asyncio.timeout(_FIRST_S):
                 await self._first.wait()
         except TimeoutError:
-            return b""  # the first round continues, and the next request gets it
+            return b""  # the first round continues, and the next request gets its text
         return self._text
 
     async def run(self) -> None:
@@ -71,7 +74,7 @@ class Usage:
             await self._clock.sleep(ROUND_S)
             if self._clock.monotonic() - self._requested_at > REQUESTED_S:
                 self._requested.clear()
-                self._first.clear()  # the text would be too old by the next request
+                self._first.clear()  # the next request must wait, because the text would be too old
                 self._text = b""
 
     async def _round(self) -> list[Used]:

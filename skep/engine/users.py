@@ -1,7 +1,8 @@
-"""User and groups of a container's process: ``user[:group]`` resolved with the image's passwd and group files.
+"""Resolves ``user[:group]`` of a container's process with the image's passwd and group files.
 
-Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser).  Numbers need no entry, names do.  A user
-without a group takes the group of its entry, or 0.  Entries with invalid or too large numbers are skipped.
+Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser).  A number needs no entry in the files,
+but a name does.  If no group is given, the group of the user's entry is used, or 0.  Entries with invalid or too large
+numbers are skipped.
 """
 
 import os
@@ -16,13 +17,13 @@ from skep.errors import InvalidArgument
 from skep.linux.syscalls import open_in_root
 
 _FILE_BYTES_MAX = 4 << 20
-"""Part of a passwd or group file that is read.  The container can make it any size."""
+"""Limit in bytes for reading a passwd or group file.  Needed because the container can make the file any size."""
 _ID_MAX = (1 << 31) - 1
-"""Docker's limit."""
+"""Highest user or group id, as in Docker."""
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """User and groups of a process.  ``home`` comes from its entry, or is ``/`` without one."""
+    """User and groups of a process.  ``home`` is from the user's entry in passwd, or ``/`` without an entry."""
 
     uid: int = 0
     gid: int = 0
@@ -45,7 +46,7 @@ def resolve(user: str, extra_groups: Iterable[str], passwd: str, group: str) -> 
     uid = _number(wanted_user)
     gid, home, name = 0, "/", None
     for entry in _entries(passwd, 7):
-        # A number is always an id.  Otherwise an image could make 1000 mean root.
+        # A number is always an id, or an image could make the name 1000 mean root.
         if entry[0] == wanted_user if uid is None else _id_of(entry[2]) == uid:
             name, uid, gid, home = entry[0], _number(entry[2]) or 0, _number(entry[3]) or 0, entry[5] or "/"
             break
@@ -87,7 +88,7 @@ def _number(word: str) -> int | None:
     """Return a user or group id, or None for a name.  Raises: InvalidArgument: the number is out of range."""
     if not (word.isascii() and word.isdigit()):
         return None
-    # Python converts thousands of digits slowly, and more than 4,300 not at all.
+    # Check the length first: Python converts thousands of digits slowly, and refuses more than 4,300.
     digits = word.lstrip("0") or "0"
     if len(digits) > len(str(_ID_MAX)) or (number := int(digits)) > _ID_MAX:
         raise InvalidArgument(f"uids and gids must be in range 0-{_ID_MAX}")
@@ -109,7 +110,7 @@ def _read(root: Path, path: str) -> str:
     with suppress(OSError):
         place = open_in_root(root, path, os.O_PATH)
         try:
-            # A container may have put a FIFO or device there, whose opening may block or have effects.
+            # The container may have put a FIFO or device there, and opening it may block or have side effects.
             if stat.S_ISREG(os.fstat(place).st_mode):
                 with open(f"/proc/self/fd/{place}", "rb") as file:
                     return file.read(_FILE_BYTES_MAX).decode(errors="replace")

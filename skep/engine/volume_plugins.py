@@ -30,23 +30,25 @@ SOCKETS: Final = Path("/run/docker/plugins")
 SPECS: Final = (Path("/etc/docker/plugins"), Path("/usr/lib/docker/plugins"))
 LOCAL: Final = "local"
 SCAN_S = 10.0
-"""Interval between scans for new plug-ins."""
+"""Seconds between two scans for new plug-ins."""
 LONG_S, SHORT_S = 120.0, 60.0
-"""Docker's deadlines, for calls that change or mount volumes and for calls that only read."""
+"""Time limits in seconds for calls that change or mount volumes, and for calls that only read.  Both are Docker's."""
 LIST_S = 5.0
-"""Deadline of one plug-in when all volumes are listed, so that a slow plug-in does not hold up the list."""
+"""Time limit in seconds for each plug-in when all volumes are listed, so that a slow plug-in does not hold up the
+list.
+"""
 RESPONSE_BYTES_MAX = 1 << 20
-"""Size of a response, and of a certificate file."""
+"""Limit in bytes for a response, and for a certificate file."""
 CALLS_MAX = 16
-"""Concurrent calls to one plug-in.  Further calls wait up to their deadline before they are sent."""
+"""Limit for concurrent calls to one plug-in.  Further calls wait, up to their time limit, before they are sent."""
 PLUGINS_MAX = 64
-"""Plug-ins of one node.  Further ones are ignored."""
+"""Limit for the plug-ins of one node.  Further ones are ignored."""
 VOLUMES_MAX = 10_000
-"""Volumes of one plug-in that are listed.  The rest is left out."""
+"""Limit for the listed volumes of one plug-in.  Further ones are left out."""
 _SPEC_BYTES_MAX = 64 * 1024
-"""Part of a spec file that is read."""
+"""Limit in bytes for reading a spec file."""
 _PATH_CHARACTERS_MAX = 4096
-"""Length of a path (the kernel's limit), and of a plug-in's error text."""
+"""Limit in characters for a path (the kernel's limit), and for a plug-in's error text."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
 
 log = structlog.get_logger()
@@ -126,7 +128,7 @@ class VolumePlugin:
         self.gives_volumes = False
         """Whether the plug-in has declared itself a volume driver."""
         self.scope = LOCAL
-        """``global`` if every node with this plug-in sees the same volumes."""
+        """``global`` if every node that has this plug-in sees the same volumes, otherwise ``local``."""
         self._clock = clock
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self._backoff = Backoff(1.0, 30.0)
@@ -173,7 +175,7 @@ class VolumePlugin:
         return response.volume if response.volume is not None and response.volume.name == name else None
 
     async def list(self) -> Sequence[PluginVolume]:
-        """Return all its volumes, at most ``VOLUMES_MAX``."""
+        """Return all volumes of the plug-in, but at most ``VOLUMES_MAX``."""
         response = await self._call("VolumeDriver.List", {}, _Listed, LIST_S)
         _checked(response)
         return (response.volumes or ())[:VOLUMES_MAX]
@@ -213,7 +215,7 @@ class VolumePlugin:
     async def _take_place(self, method: str, deadline_s: float) -> None:
         """Wait for a free call slot.
 
-        Raises: Unavailable: other calls hold them all; the plug-in itself may respond.
+        Raises: Unavailable: other calls hold all slots.  This does not mean that the plug-in does not respond.
         """
         try:
             async with asyncio.timeout(deadline_s):
@@ -280,7 +282,7 @@ def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
     for path in filter(None, (tls.ca_file, tls.cert_file, tls.key_file)):
         _check_certificate(Path(path))
     context = ssl.create_default_context(cafile=tls.ca_file or None)
-    if tls.insecure_skip_verify or not tls.ca_file:  # as Docker does: without a CA nothing is verified
+    if tls.insecure_skip_verify or not tls.ca_file:  # as in Docker, nothing is verified without a CA
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if tls.cert_file:
@@ -289,7 +291,9 @@ def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
 
 
 def _check_certificate(path: Path) -> None:
-    """Raise OSError for a pipe or device, whose read would block, and for a file too large for a certificate."""
+    """Raise OSError for a pipe or device, because reading it could block, and for a file that is too large for a
+    certificate.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > RESPONSE_BYTES_MAX:
         raise OSError(f"{path} is not a regular file of at most {RESPONSE_BYTES_MAX} bytes")
@@ -363,12 +367,15 @@ class VolumePlugins:
         except NotFound:
             return  # a network or log plug-in
         except (SkepError, TimeoutError):
-            return  # retried at the next scan, or after its back-off
+            return  # retried at the next scan, or after a growing delay
         except Exception as error:  # one plug-in's error must not affect others
             log_error(error, "plugin not activated", plugin=name)
 
     async def get(self, name: str) -> VolumePlugin:
-        """Return a plug-in by name, activated.  Raises: NotFound, in Docker's words; PluginRefused; Unavailable."""
+        """Return a plug-in by name, and activate it if needed.
+
+        Raises: NotFound, in Docker's words; PluginRefused; Unavailable.
+        """
         try:
             endpoint = await asyncio.to_thread(self._endpoint, name)
         except OSError as error:
@@ -394,7 +401,7 @@ class VolumePlugins:
         """Return the names of all kinds of plug-ins, from their sockets and spec files.
 
         Args:
-            failed: Called for each file or directory that cannot be read at the moment.
+            failed: Called with the error of each file or directory that cannot be read at the moment.
         """
         found = set()
         for path in _entries(self._sockets, failed):

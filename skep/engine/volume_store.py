@@ -1,4 +1,4 @@
-"""The node's volumes on disk: one directory each, with its labels and options in files next to the data."""
+"""Stores the node's volumes on disk.  Each has a directory, with its labels and options in files next to its data."""
 
 import asyncio
 import os
@@ -21,20 +21,20 @@ from skep.linux.files import replace_file
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _LABELS, _OPTIONS, _USES = "labels.json", "options.json", "uses.json"
 _DRIVER = "driver.json"
-"""Names the plug-in of a plug-in volume."""
+"""File that names the plug-in of a plug-in volume."""
 _ASIDE = ".removed-"
 """Name prefix of the directories of removed volumes.  No volume name can start with it."""
 _USES_MAX = 64
-"""Latest users that are recorded per volume."""
+"""Limit for the recorded users of a volume.  The latest ones are kept."""
 _NAMELESS = re.compile(r"[0-9a-f]{64}")
 ANONYMOUS = "com.docker.volume.anonymous"
-"""Docker's label for volumes without a user-given name."""
+"""Docker's label for volumes to which the user has given no name."""
 
 
 class VolumeStore:
     """Volumes of one node, each at ``<data>/volumes/<name>/_data``, with labels and options as JSON files next to it.
 
-    Removal is atomic: the volume's directory is renamed, then emptied.
+    A removal is atomic: the volume's directory is first renamed and then emptied.
     """
 
     def __init__(self, directory: Path, events: Events | None = None) -> None:
@@ -94,9 +94,11 @@ class VolumeStore:
         options: Mapping[str, str] | None = None,
         driver: str = LOCAL,
     ) -> Path:
-        """Return the volume's directory.  Create it with ``labels`` and ``options`` if it does not exist.
+        """Return the directory of a volume's files.
 
-        An existing volume keeps its own.  ``driver`` names the plug-in that has created the volume.
+        Create the volume with ``labels`` and ``options`` if it does not exist.
+
+        An existing volume keeps its labels and options.  ``driver`` names the plug-in that has created the volume.
         Raises: SkepError: the file system refuses it.
         """
         path, plug_in = self.path(name), None if driver == LOCAL else driver
@@ -106,7 +108,7 @@ class VolumeStore:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # left by an interrupted creation
                 (path.parent / left).unlink(missing_ok=True)
-            # Written before the directory, whose existence makes the volume visible.
+            # Write these files before the data directory, because the volume is visible once that exists.
             for file, kept in ((_LABELS, labels), (_OPTIONS, options), (_DRIVER, plug_in)):
                 if kept is not None:  # the options may contain a password
                     replace_file(path.parent / file, msgspec.json.encode(kept), mode=0o600)
@@ -178,11 +180,13 @@ class VolumeStore:
 
     @property
     def uses(self) -> Mapping[str, Mapping[str, int]]:
-        """Recorded users by volume name, each with the latest time that was passed to ``note_use``."""
+        """Recorded users by volume name, and for each user the latest time that was passed to ``note_use``."""
         return self._uses
 
     async def note_use(self, name: str, user: str, at: int) -> None:
-        """Record that ``user`` has data in the volume, beyond the life of its containers.  Skips mounted volumes.
+        """Record that ``user`` has data in the volume, which outlives its containers.
+
+        Skips volumes whose data is elsewhere.
 
         Raises: Unavailable: the record cannot be written.
         """
@@ -201,7 +205,9 @@ class VolumeStore:
     # --- removal --------------------------------------------------------------------------------------------------
 
     def _set_aside(self, name: str) -> Path | None:
-        """Rename a volume away in one step.  Return the directory to empty, or None if the volume does not exist.
+        """Rename a volume's directory so that the volume no longer exists.
+
+        Return the directory to empty, or None if the volume did not exist.
 
         Raises: OSError.
         """

@@ -1,4 +1,4 @@
-"""Volumes: directories of the node, or mounts of plug-ins, that outlive the containers which use them."""
+"""Creates, mounts, fills and removes volumes, which outlive the containers that use them."""
 
 import asyncio
 import hashlib
@@ -37,14 +37,17 @@ from skep.model.history import STACK_LABEL
 from skep.model.meta import Driver
 
 _MOUNT_DEADLINE_S = 120.0
-"""Deadline of all mounts of one container.  The kernel's limits for NFS are longer, and some waits have no limit."""
+"""Time limit in seconds for all mounts of one container.
+
+Without it, the kernel would wait longer for NFS, or forever.
+"""
 _KILL_DEADLINE_S = 1.0
-"""Wait for a killed process.  It may hang in the kernel for longer and is then left alone."""
+"""Seconds to wait for the end of a killed process.  If it hangs in the kernel for longer, it is left alone."""
 _MOUNTS = "mounts.json"
-"""File of a plug-in volume that lists the users for which the plug-in mounted it."""
+"""File of a plug-in volume that lists the users for which the plug-in has mounted it."""
 
 Listing = Callable[[], Collection[Container]]
-"""Returns all containers of this node, which are the possible users of volumes."""
+"""Returns all containers of this node, because any of them may use a volume."""
 
 
 class MountFailed(SkepError):
@@ -64,7 +67,7 @@ class Part(NamedTuple):
 
 
 def users_by_volume(containers: Iterable[Container]) -> Mapping[str, Sequence[str]]:
-    """Return by volume name the ids of the containers that mount it, running or not."""
+    """Return, for each volume name, the ids of the containers that mount the volume, running or not."""
     users: dict[str, list[str]] = {}
     for container in containers:
         for name in sorted({mount.name for mount in container.config.mounts if mount.name}):
@@ -75,9 +78,9 @@ def users_by_volume(containers: Iterable[Container]) -> Mapping[str, Sequence[st
 class Volumes(VolumeStore):
     """Creates, mounts, fills and removes the volumes of one node.
 
-    A volume with options (NFS, for example) is mounted from its first user's start to its last user's end, and so is a
-    plug-in volume's directory.  Users are container ids.  Nothing here looks into a mounted volume, because its server
-    may not respond.
+    A volume with options (for example NFS) is mounted when its first user starts and unmounted when its last user ends,
+    and so is a plug-in volume.  Users are containers, identified by id.  Nothing here looks into a mounted volume,
+    because its server may not respond.
     """
 
     def __init__(
@@ -103,11 +106,11 @@ class Volumes(VolumeStore):
         self._deadline_s = mount_deadline_s
         self._command = command
         self.background = Background()
-        """The engine's background work, running while the engine runs.  A caller's cancellation does not stop it."""
+        """Work that continues if its caller is cancelled.  It runs while the engine runs."""
         self.bind_sources = BindSources()
         self._users: defaultdict[str, set[str]] = defaultdict(set)
         self._unfinished: set[str] = set()
-        """Volumes whose last unmount failed, perhaps because their plug-in was unreachable."""
+        """Volumes whose last unmount failed, for example because their plug-in was unreachable."""
 
     async def create(
         self,
@@ -163,11 +166,11 @@ class Volumes(VolumeStore):
     async def remove(self, name: str, containers: Listing, *, force: bool = False) -> None:
         """Remove a volume with all its files, except the contents of a device that it mounts.
 
-        Continues if the caller is cancelled.  A new volume may have the name before this returns.
+        Continues if the caller is cancelled.  A new volume with this name may be created before this returns.
 
         Args:
-            containers: Returns the containers, whose mounts protect the volume.
-            force: Remove it even if its plug-in refuses or is gone.
+            containers: Returns all containers.  A volume that one of them mounts is not removed.
+            force: Remove the volume here even if its plug-in refuses or does not exist.
 
         Raises: VolumeInUse; Unavailable: it is mounted, or cannot be renamed away; PluginRefused; NotFound: its plug-in
         is gone.
@@ -185,7 +188,7 @@ class Volumes(VolumeStore):
                 require_unused()
                 if self._is_mounted(name):
                     await self._unmount_locked(name)
-                    if mounting.is_target(self.path(name)):  # its contents are not ours to remove
+                    if mounting.is_target(self.path(name)):  # mounted contents must not be removed
                         raise Unavailable(f"cannot remove volume {name}: it is mounted")
                 if (driver := self.driver(name)) != LOCAL:
                     await self._remove_of_plugin(name, driver, force=force)
@@ -256,7 +259,7 @@ class Volumes(VolumeStore):
             if is_mounted and not users:  # mounted by a killed process, perhaps incompletely
                 await self._run({"unmount": point.source})
                 is_mounted = False
-            users.add(user)  # recorded first, so that its end undoes a partial mount
+            users.add(user)  # recorded first, so that a partial mount is undone when the user ends
             try:
                 request = await self._source(point, user)
                 if not is_mounted:
@@ -265,7 +268,7 @@ class Volumes(VolumeStore):
                 raise MountFailed(f"error while mounting volume '{point.source}': {error}") from error
 
     async def _source(self, point: MountPoint, user: str) -> Mapping[str, Any]:
-        """Return the request that mounts a volume.  A plug-in makes the volume available first.
+        """Return the request that mounts a volume.  For a plug-in volume, the plug-in is called first.
 
         Raises: PluginRefused; NotFound; Unavailable.
         """
@@ -293,14 +296,14 @@ class Volumes(VolumeStore):
         replace_file(path, msgspec.json.encode(sorted(ids)), is_durable=False)
 
     async def _give_back(self, name: str) -> None:
-        """Make a volume's plug-in unmount it for ended users.  Raises: Unavailable; the id is kept."""
+        """Make a volume's plug-in unmount it for ended users.  Raises: Unavailable; the users stay recorded."""
         driver = self.driver(name)
         ended = self._mounts(name) - set(map(_mount_id, self._users[name])) if driver != LOCAL else ()
         for id in sorted(ended):
             try:
                 plugin = await self.plugins.get(driver)
                 await plugin.unmount(name, id)
-            except PluginRefused as error:  # it has no such mount, or will never unmount it
+            except PluginRefused as error:  # the plug-in has no such mount, or will never unmount it
                 log_error(error, "plugin did not unmount a volume", volume=name, driver=driver)
             except NotFound as error:
                 raise Unavailable(f"cannot unmount volume {name}: {error}") from error
@@ -318,9 +321,9 @@ class Volumes(VolumeStore):
                 self._users[point.name].add(user)
 
     async def unmount(self, user: str, parts: Iterable[Part] = ()) -> None:
-        """Unmount ``parts`` for an ended user, and the volumes that it was the last user of.
+        """Unmount ``parts`` for a user that has ended, and volumes whose last user it was.
 
-        Raises: Unavailable: something stays mounted until ``unmount_unfinished`` or the volume's next user.
+        Raises: Unavailable: something stays mounted.  ``unmount_unfinished``, or the volume's next user, retries that.
         """
         self.release_parts(parts)
         left = [name for name, users in self._users.items() if user in users]
@@ -339,7 +342,7 @@ class Volumes(VolumeStore):
         )
 
     async def _unmount_each(self, names: Iterable[str]) -> None:
-        """Unmount the unused volumes among ``names``.  Raises: Unavailable after all were tried, if one failed."""
+        """Unmount the unused volumes among ``names``.  All are tried.  Raises: Unavailable: one failed."""
         failed: SkepError | None = None
         for name in names:
             try:
@@ -370,14 +373,14 @@ class Volumes(VolumeStore):
 
     @staticmethod
     def release_parts(parts: Iterable[Part]) -> None:
-        """Unmount parts that the container has mounted itself by now, or no longer needs."""
+        """Unmount subpaths that runc has mounted in the container by now, or that are no longer needed."""
         for part in parts:
             if mounting.is_target(part.target):
                 with suppress(OSError):  # unmounted meanwhile, or later with the container's directory
                     unmount(part.target)
 
     async def _run(self, request: Mapping[str, Any]) -> None:
-        """Mount or unmount in a separate process.  One that does not end in time is killed and not waited for.
+        """Mount or unmount in a separate process.  If it does not end in time, it is killed and not waited for.
 
         Raises: MountFailed: the reason.
         """
@@ -408,11 +411,10 @@ class Volumes(VolumeStore):
     ) -> list[MountPoint]:
         """Return a container's mount points.  Creates missing volumes.
 
-        Do not await until the container is recorded as a user of volumes.  Otherwise a volume could be removed.
+        The caller must not await before it has recorded the container.  Otherwise a volume could be removed meanwhile.
 
         Args:
-            image_volumes: Targets of the image's volumes.  Those without an entry in ``mounts`` get an anonymous
-                volume.
+            image_volumes: Paths of the image's volumes.  Each without an entry in ``mounts`` gets an anonymous volume.
             stack: Stack of the container's service.  New volumes with a name get it as a label.
 
         Raises: InvalidArgument, in Docker's words; PermissionDenied: a volume belongs to another stack.
@@ -432,10 +434,11 @@ class Volumes(VolumeStore):
                 return mount_point(mount, mount.source, "")
 
     def _require_of_stack(self, name: str, stack: str) -> None:
-        """Raise PermissionDenied if an operator of the stack could name the volume but another stack created it.
+        """Raise PermissionDenied if another stack has created the volume and an operator may have named it.
 
-        An operator names volumes that start with the stack's name (``api.permissions``), and one stack's name may start
-        with another's.  Only an administrator can use volumes with other names in a service.
+        Operators may use volumes whose names start with their stack's name (``api.permissions``), but one stack's name
+        may be the start of another's.  Only administrators can use volumes with other names in a service, so these are
+        not checked.
         """
         owner = (self.labels(name) or {}).get(STACK_LABEL, "") if stack and self.has(name) else ""
         if owner not in ("", stack) and name.startswith(f"{stack}_"):
@@ -507,7 +510,7 @@ class Volumes(VolumeStore):
             await asyncio.shield(isolate(self.unmount(user), "volume not unmounted", volume=point.name))
 
     async def remove_anonymous(self, points: Iterable[MountPoint], containers: Listing) -> None:
-        """Remove the volumes that were made for one container only, unless another container uses them.
+        """Remove the volumes that were created for one container only, unless another container uses them.
 
         Raises: Unavailable.
         """
@@ -523,5 +526,5 @@ class Volumes(VolumeStore):
 
 
 def _mount_id(user: str) -> str:
-    """Return the id of a user for a plug-in: 64 hexadecimal digits, as Docker's."""
+    """Return the id by which a plug-in knows a user: 64 hexadecimal digits, as in Docker."""
     return hashlib.sha256(user.encode()).hexdigest()

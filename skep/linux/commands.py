@@ -1,4 +1,4 @@
-"""Commands that do not outlive their caller."""
+"""Runs commands with a deadline.  A command never outlives its caller."""
 
 import asyncio
 
@@ -6,9 +6,9 @@ import asyncio
 async def communicate(
     process: asyncio.subprocess.Process, deadline_s: float, stdin: bytes | None = None
 ) -> tuple[bytes, bytes]:
-    """Return the stdout and stderr of ``process``.  The process has ended when this returns or raises.
+    """Return the stdout and stderr of ``process``.  When this returns or raises, the process has ended.
 
-    Raises: TimeoutError: it took longer, and was killed.
+    Raises: TimeoutError: it took longer than ``deadline_s`` and was killed.
     """
     try:
         async with asyncio.timeout(deadline_s):

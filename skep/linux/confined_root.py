@@ -1,7 +1,7 @@
 """Confines a process to a directory tree as its root, without access to the rest of the machine.
 
-For workers on trees that a container has filled: links cannot lead outside, devices cannot be opened, and the process's
-mounts end with it.  Needs Linux 5.12 (``mount_setattr``).
+Used by processes that work on files written by a container: links cannot lead outside, devices cannot be opened, and
+the mounts end with the process.  Needs Linux 5.12 (``mount_setattr``).
 """
 
 import os

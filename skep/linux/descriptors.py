@@ -11,13 +11,13 @@ import socket
 from typing import Any
 
 SELECT_MAX = 1024
-"""FD_SETSIZE of the C library."""
+"""Number of descriptors that select(2) supports (FD_SETSIZE of the C library)."""
 
 
 def set_aside(opened: socket.socket) -> socket.socket:
     """Move a socket, with its timeout, to a high number and return it.  ``opened`` is closed.
 
-    The socket keeps its number if this process may not have descriptors that high.
+    The socket keeps its number if the process's limit (RLIMIT_NOFILE) does not allow such high numbers.
     """
     timeout_s = opened.gettimeout()
     moved = socket.socket(fileno=set_aside_descriptor(opened.detach()))
@@ -26,7 +26,7 @@ def set_aside(opened: socket.socket) -> socket.socket:
 
 
 def set_aside_descriptor(descriptor: int) -> int:
-    """Do the same for a bare descriptor."""
+    """Move a descriptor to a high number and return it, like ``set_aside``."""
     try:
         moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, SELECT_MAX)
     except OSError:

@@ -1,6 +1,8 @@
-"""Processes that outlive the node process: their name, their lock, and the pid file to find them again.
+"""Processes that outlive the node process.
 
-A pid alone may have been reused, a pid with its start time cannot.
+Each has a name, a lock that makes it unique, and a pid file to find it again.
+
+The pid file also has the start time of the process, because a pid alone may have been reused.
 """
 
 import ctypes
@@ -20,7 +22,7 @@ from skep.linux.files import replace_file
 
 _PR_SET_NAME = 15
 _LOCK_POLL_S = 0.02
-"""Interval between attempts to take a lock."""
+"""Seconds between two attempts to take a lock."""
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
@@ -67,7 +69,7 @@ def read_pid_file(path: Path) -> ProcessIdentity | None:
 
 @contextmanager
 def detached(name: str, *, lock: Path, pid_file: Path, lock_wait_s: float = 0.0) -> Iterator[None]:
-    """Be the only process called ``name`` of this node while the context is open.
+    """Make this process the node's only process called ``name`` while the context is open.
 
     Args:
         lock_wait_s: Time to wait for a predecessor that is about to end.

@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 NEW_SUFFIX = ".new"
-"""Suffix of unfinished files.  The next attempt overwrites what a crash leaves."""
+"""Suffix of unfinished files.  If a crash leaves such a file, the next write overwrites it."""
 
 
 def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: bool = True) -> None:
     """Write a temporary file, then rename it.  One writer at a time.
 
     Args:
-        mode: Applies from the first byte on, so a secret is never readable by others.
+        mode: File mode, set before the first byte is written, so that others can never read a secret.
         is_durable: Whether it survives a power loss.  False saves two syncs for files that a reboot discards anyway.
     """
     temporary = path.with_name(path.name + NEW_SUFFIX)
@@ -22,7 +22,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: b
         write_new(temporary, content, mode=mode, is_synced=is_durable)
         os.replace(temporary, path)
     except OSError:
-        with suppress(OSError):  # on a full disk it would take the space that the next attempt needs
+        with suppress(OSError):  # on a full disk, the file would take the space of the next attempt
             temporary.unlink()
         raise
     if is_durable:
@@ -38,7 +38,7 @@ def is_no_file(error: OSError) -> bool:
 
 
 def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) -> None:
-    """Write a new file.  An older one is removed first, since it would keep its mode."""
+    """Write a new file.  An existing file is removed first, because it would keep its mode."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(descriptor, "wb") as file:
@@ -73,7 +73,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 def allocate(descriptor: int, size: int) -> None:
     """Reserve space for ``size`` bytes of a file without changing its length.
 
-    Raises: OSError: ENOSPC: the disk is full; EOPNOTSUPP: the file system cannot do it.
+    Raises: OSError: ENOSPC: the disk is full; EOPNOTSUPP: the file system cannot reserve space.
     """
     if size and ctypes.CDLL(None, use_errno=True).fallocate64(
         descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)

@@ -1,7 +1,7 @@
 """Waits for changes in a directory, with inotify, or by polling if inotify is unavailable.
 
-A user may have 128 inotify instances (``fs.inotify.max_user_instances``).  The root of every container is the same user
-as this process, so it must also work without one.
+A user may have 128 inotify instances (``fs.inotify.max_user_instances``).  Root in every container counts as the same
+user as this process, so the instances may be used up, and polling must work too.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _IN_MODIFY, _IN_CREATE, _IN_MOVED = 0x2, 0x100, 0xC0
 _LOOK_S = 0.25
-"""Interval of polling without inotify."""
+"""Seconds between two polls without inotify."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

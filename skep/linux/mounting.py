@@ -1,7 +1,8 @@
 """One mount or unmount in a separate process: ``python -m skep.linux.mounting``, with a JSON request on its input.
 
-A file system may wait forever for its server, in mount(2) and in every access to its paths.  A thread that waits in the
-kernel cannot be ended, but a process can.  It ends with 0, or with 1 and the reason on its standard error.
+A network file system may wait forever for its server, in mount(2) and in every access to its paths.  A thread that
+waits in the kernel cannot be ended, but a process can.  This process exits with 0, or with 1 and the reason on its
+standard error.
 
 Source: moby/sys, mount/mount_unix.go, mount/flags_linux.go; moby 28, volume/local/local_unix.go (getMountOptions),
 internal/safepath/join_linux.go.
@@ -67,7 +68,7 @@ _DEATH_SIGNAL, _SIGKILL = 1, 9
 def main() -> int:
     """Execute the request."""
     request = json.load(sys.stdin)
-    # End with the node process: a mount that it makes after the node process was killed would not be counted.
+    # End with the node process.  After it was killed, no process would know of a mount that is made here.
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, _SIGKILL, 0, 0, 0)
     try:
         match request:
@@ -140,7 +141,9 @@ def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] =
 
 
 def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
-    """Open the source of a bind mount, so that later changes of its path have no effect.  Return its path in ``/proc``.
+    """Open the source of a bind mount, so that later changes of its path have no effect.
+
+    Returns its path in ``/proc``.
 
     Raises: MountFailed; OSError.
     """
@@ -161,7 +164,7 @@ def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
 def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
     """Replace an overlay's directories in its options by opened ones, so that later changes of paths have no effect.
 
-    Like a bind mount, a layer shows its directory, but without mounts below it.
+    A layer shows its directory without the mounts below it, unlike a recursive bind mount.
     Raises: MountFailed; OSError.
     """
     words = _split(data, ",")
@@ -203,7 +206,8 @@ def _without_password(text: str, options: str) -> str:
 
 
 def resolved(type: str, device: str, options: str) -> tuple[str, str]:
-    """Return device and options of a network file system with host names resolved, because the kernel cannot do that.
+    """Return device and options of a network file system with host names resolved, because the kernel accepts only
+    addresses.
 
     Raises: MountFailed: the name has no address.
     """
@@ -288,9 +292,10 @@ _OF_THE_KERNEL = ("/proc", "/sys", "/dev")
 
 
 def bind_directory(source: str, target: Path, refused: list[str]) -> None:
-    """Bind a volume's directory that a plug-in named.  Later mounts below it become visible, too.
+    """Bind a volume's directory that a volume plug-in named.  Later mounts below it become visible in the volume.
 
-    Refuses system directories, and directories inside ``refused``, also behind links.  Mounts the opened directory.
+    Refuses system directories and directories inside ``refused``, even if reached by links.  Mounts the opened
+    directory.
     Raises: MountFailed; OSError.
     """
     descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -315,7 +320,10 @@ def mount_targets() -> set[str]:
 
 
 def is_target(path: Path) -> bool:
-    """Return whether something is mounted at ``path`` itself, whose parent is a directory of this node."""
+    """Return whether something is mounted at ``path`` itself.
+
+    Links in its parent are resolved, so the parent must be on a local file system, which cannot hang.
+    """
     return os.path.join(os.path.realpath(path.parent), path.name) in mount_targets()
 
 

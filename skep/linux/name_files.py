@@ -13,11 +13,11 @@ ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
 RESOLVER = Path("/etc/resolv.conf")
-"""The node's own file."""
+"""The node's own resolv.conf."""
 NAME_SERVER = "127.0.0.11"
 """Address of the name server inside the namespace of a container on networks."""
 _PUBLIC_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
-"""Docker's choice if a container cannot reach the node's own name servers."""
+"""Used, as in Docker, if a container cannot reach any name server of the node."""
 
 
 def hosts_file(hostname: str, addresses: Iterable[str], extra: Iterable[str]) -> str:
@@ -42,7 +42,8 @@ def resolver_file(
     *,
     is_named: bool = False,
 ) -> str:
-    """Return /etc/resolv.conf: the node's, with the user's options instead of its own.
+    """Return a container's /etc/resolv.conf: the text ``node`` of the node's file, with the user's settings in place of
+    the node's.
 
     Name servers on the node's loopback are left out, because they do not listen in the container's namespace.  With
     ``is_named`` the only name server is 127.0.0.11, which forwards other names to the servers of ``forwarded_to``.
@@ -72,7 +73,8 @@ def resolver_file(
 def forwarded_to(node: str, name_servers: Sequence[str]) -> Sequence[str]:
     """Return the servers to which 127.0.0.11 forwards from the node's namespace.
 
-    They are the user's, else the node's own, including servers on its loopback.
+    They are the servers that the user set.  Without any, they are the node's own servers, including those on its
+    loopback.
     """
     return tuple(name_servers) or tuple(
         line[1] for line in _words(node) if len(line) > 1 and line[0] == "nameserver" and _is_address(line[1])
@@ -80,7 +82,7 @@ def forwarded_to(node: str, name_servers: Sequence[str]) -> Sequence[str]:
 
 
 def sets_ndots(node: str, options: Sequence[str]) -> bool:
-    """Return whether clients try their search domains for names with few labels.
+    """Return whether ``ndots`` is set, so that clients append search domains to names with few dots.
 
     Such names are then not looked up elsewhere.  Source: moby, libnetwork/resolver.go (NdotsSet).
     """

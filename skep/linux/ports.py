@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _BYTES_MAX = 1 << 20
-"""A busy server has tens of thousands of connections, but listening sockets come first in /proc/net/tcp."""
+"""Limit in bytes for reading one list.
+
+A busy server has tens of thousands of connections, but listening sockets come first in /proc/net/tcp.
+"""
 _LISTENING, _UNCONNECTED = 0x0A, 0x07
 _EPHEMERAL = range(32768, 61000)
 """The kernel's default range of ephemeral ports."""
@@ -15,8 +18,8 @@ def read_listening_ports(
 ) -> frozenset[tuple[str, int]]:
     """Return ``(protocol, port)`` of every listening TCP socket, and of every UDP socket that accepts any source.
 
-    Leaves out ephemeral ports, which clients hold for a moment, as do servers of tests, file transfers and remote
-    calls.  IPv6 sockets count if they listen on all addresses, since they then also accept IPv4.
+    Leaves out ephemeral ports, because clients, and servers of tests or file transfers, use them only for a moment.
+    IPv6 sockets count if they listen on all addresses, since they then also accept IPv4.
 
     Raises: OSError: a list cannot be read, so its ports are unknown.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 _PIDFD_GETFD = 438
-"""The same on every architecture."""
+"""System call number of pidfd_getfd(2), the same on every architecture."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -26,7 +26,7 @@ class Stat(msgspec.Struct, frozen=True):
 
 
 def parsed_stat(stat: bytes) -> Stat:
-    """Parse a stat file, whose second field is the command in parentheses and may contain blanks and parentheses."""
+    """Parse a stat file.  Its second field, the command in parentheses, may itself contain blanks and parentheses."""
     pid, _, _ = stat.partition(b" ")
     fields = stat[stat.rindex(b")") + 2 :].split()
     return Stat(pid=int(pid), state=fields[0].decode(), start_ticks=int(fields[19]))
@@ -44,7 +44,9 @@ def stat_of(pid: int) -> Stat | None:
 
 
 def start_ticks_of(pid: int) -> int | None:
-    """Return the start time of the process with this pid, or None if there is none or it is a zombie."""
+    """Return the start time of the process with this pid in clock ticks since boot, or None if it does not exist or is
+    a zombie.
+    """
     stat = stat_of(pid)
     return None if stat is None or stat.has_ended else stat.start_ticks
 
@@ -70,7 +72,8 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
 def borrowed(pidfd: int, descriptor: int) -> int:
     """Duplicate a descriptor of another process with pidfd_getfd(2), Linux 5.6.  The caller closes it.
 
-    Raises: OSError: EBADF: no such descriptor; EPERM: this process may not trace it; ESRCH: it has ended; ENOSYS.
+    Raises: OSError: EBADF: no such descriptor; EPERM: this process may not trace the other; ESRCH: the other process
+    has ended; ENOSYS: the kernel is too old.
     """
     duplicate: int = _libc.syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
     if duplicate < 0:

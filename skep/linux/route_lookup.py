@@ -11,11 +11,11 @@ _RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
 _HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
 _LOCAL: Final = 2
 _ANY_PORT: Final = 9
-"""The discard port.  Connecting a UDP socket only chooses the route."""
+"""Any port will do (this is the discard service's), because connecting a UDP socket sends nothing."""
 _OWN_TYPES: Final = frozenset({_LOCAL, 3, 4})
-"""RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
+"""Route types RTN_LOCAL, RTN_BROADCAST and RTN_ANYCAST."""
 _RESPONSE_BYTES: Final = 4096
-"""A response is one message with a few attributes of some bytes."""
+"""Buffer size in bytes.  A response is one message with a few short attributes."""
 
 
 class Route(NamedTuple):
@@ -40,7 +40,8 @@ class Route(NamedTuple):
 def route_to(address: IPv4Address | IPv6Address) -> Route:
     """Return the route to ``address`` in the calling thread's namespace.  Raises: OSError.
 
-    A test by bind would accept every address where ``ip_nonlocal_bind`` is set, as by keepalived.
+    Trying to bind an address would not tell: with ``ip_nonlocal_bind``, which keepalived sets, every address can be
+    bound.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     body = _ROUTE.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
@@ -65,7 +66,7 @@ def route_to(address: IPv4Address | IPv6Address) -> Route:
 
 
 def source_address(host: str) -> str:
-    """Return the own address from which packets go to ``host``, which is an IP address, or an empty text without a
+    """Return this machine's address from which packets to the IP address ``host`` are sent, or an empty text without a
     route.  Sends nothing.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -5,7 +5,8 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 _BYTES_MAX = 1 << 17
-"""A router may have a million routes.  Only about the first thousand are read."""
+"""Limit in bytes for reading one list.  A router may have a million routes, of which about the first thousand are read.
+"""
 _UP = 0x1
 _REJECT = 0x200
 _LOOPBACK = "lo"

@@ -43,7 +43,7 @@ _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _RESOLVE_IN_ROOT, _RESOLVE_BENEATH, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x10, 0x08, 0x02, 0x04
 _TRIES_MAX = 100
-"""Attempts of an openat2(2) that fails with EAGAIN because of a concurrent rename."""
+"""Attempts of openat2(2), which fails with EAGAIN after a concurrent rename."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -89,7 +89,10 @@ def unmount(target: str | Path, flags: int = MNT_DETACH) -> None:
 
 
 def mount_new(type: str, target: Path, options: list[tuple[str, str]]) -> None:
-    """Mount with fsopen(2) and related calls, which take each option separately, so their total size has no limit."""
+    """Mount with fsopen(2) and related calls.
+
+    They take each option separately, so the options together may be longer than a page.
+    """
     context = _syscall(_FSOPEN, type.encode(), _FSOPEN_CLOEXEC)
     try:
         for key, value in options:
@@ -162,7 +165,7 @@ def open_in_root(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def open_in_directory(directory: int, path: str, flags: int = os.O_RDONLY) -> int:
-    """Do the same with an open directory as the root."""
+    """Open ``path`` as ``open_in_root`` does, with an open directory as the root."""
     return _opened(directory, path, flags, _RESOLVE_IN_ROOT)
 
 

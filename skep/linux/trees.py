@@ -20,7 +20,7 @@ from pathlib import Path
 _LEVELS_MAX = 48
 """Directories open at one time, with two descriptors each."""
 _GRAVE = ".skep-removed-"
-"""Name prefix of directories that were moved to the top."""
+"""Name prefix of directories that were moved to the top to be removed there."""
 
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 _IMMUTABLE_OR_APPEND = 0x10 | 0x20
@@ -36,7 +36,7 @@ class _OpenHow(ctypes.Structure):
 
 
 class NotRemoved(OSError):
-    """A part of a tree is left.  ``errno`` and the text are from the first refusal."""
+    """Part of a tree could not be removed.  ``errno`` and the text are from the first failure."""
 
     def __init__(self, path: Path, name: str, error: OSError) -> None:
         super().__init__(error.errno, f"{name!r} cannot be removed: {error.strerror}", str(path))
@@ -52,7 +52,7 @@ def remove_tree(path: Path, stop: threading.Event | None = None, keep: str = "")
     Immutable files are made removable and mounts are unmounted first, as far as permitted.
 
     Args:
-        stop: Set by another thread to stop this one soon.
+        stop: Another thread sets this event to stop the removal soon.
         keep: Name of an entry of ``path`` that is removed last, so that an interrupted removal leaves it.
 
     Raises: NotRemoved: a part is left after everything else was removed; Stopped; OSError: ``path`` cannot be opened.
@@ -80,7 +80,7 @@ class _Level:
         self.removed = 0
 
     def again(self) -> None:
-        """Read it from the start again: entries may be skipped while others are removed."""
+        """Read the directory from the start again, because removals may have made the reading skip entries."""
         self.entries.close()
         self.entries = os.scandir(self.descriptor)
         self.removed = 0
@@ -148,7 +148,7 @@ class _Removal:
                 level.close()
 
     def _visit(self, levels: list[_Level], entry: "os.DirEntry[str]") -> None:
-        """Remove an entry of the innermost directory, or start with its contents."""
+        """Remove an entry of the innermost directory.  If it is a directory with contents, start to remove these."""
         level = levels[-1]
         try:
             if self._remove_entry(level.descriptor, entry.name):
@@ -158,7 +158,7 @@ class _Removal:
                 levels.append(_Level(inner, entry.name, level.descriptor))
             else:
                 self._move_up(level.descriptor, entry.name, levels[0].descriptor)
-                levels[0].removed += 1  # so that the top is read again
+                levels[0].removed += 1  # so that the top directory is read again
                 level.removed += 1
         except FileNotFoundError:
             level.removed += 1
@@ -166,7 +166,7 @@ class _Removal:
             self._note(entry.name, error)
 
     def _leave(self, levels: list[_Level]) -> None:
-        """Remove the innermost directory, which was read to its end, or read it again."""
+        """Remove the innermost directory after it was read to its end.  If it is not empty, read it again."""
         level = levels[-1]
         if level.removed:
             level.again()
@@ -196,7 +196,7 @@ class _Removal:
         return _unprotected(remove, parent, name)
 
     def _move_up(self, parent: int, name: str, top: int) -> None:
-        """Move a deep directory to the top, where it is found later."""
+        """Move a deep directory to the top directory, where the removal finds it later."""
 
         def move() -> bool:
             self._moved += 1
@@ -292,7 +292,7 @@ def directories(top: Path) -> list[Path]:
 
 
 def walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield path below ``top`` and status of each entry, in no order.
+    """Yield each entry's path below ``top`` and its status, in arbitrary order.
 
     Symbolic links are not followed, even if one replaces a directory meanwhile, and mounts are not entered.  Iterative,
     with two open directories.  Entries that disappear meanwhile, or whose path is too long (4,096 bytes), are left out.

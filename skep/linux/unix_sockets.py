@@ -12,7 +12,7 @@ _GROUP = "docker"
 def private_socket(
     path: Path, kind: socket.SocketKind = socket.SOCK_STREAM, *, is_listening: bool = False
 ) -> socket.socket:
-    """Return a socket bound at ``path``, instead of any earlier one, that only this user's processes can use.
+    """Return a socket bound at ``path`` that only this user's processes can use.  An earlier socket there is replaced.
 
     Raises: OSError.
     """
@@ -32,7 +32,9 @@ def private_socket(
 
 
 def let_group_in(path: Path) -> None:
-    """Let the group ``docker``, if it exists, also use the socket at ``path``, as for Docker's API.
+    """Let the group ``docker`` use the socket at ``path``, as Docker does for its API.
+
+    Does nothing if the group does not exist.
 
     Raises: OSError.
     """

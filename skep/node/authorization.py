@@ -1,6 +1,6 @@
-"""Finds the objects of a request, as a node knows them, for authorization.
+"""Tells the authorization which objects of this node a request is about.
 
-Cluster networks belong to the manager, which knows their stacks and checks the request again.
+For a cluster network it asks the manager, which knows the network's stack and checks the request again.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ class NodeObjects:
         self._cluster = cluster
 
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
-        """Return the object of a request (see ``Objects``)."""
+        """Return the facts that this node knows about the object of a request (see ``Objects``)."""
         if rule.scope is Scope.NEW:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
                 raise PermissionDenied("only administrators may create networks of one node")
-            # The manager that receives the request checks it.  Names of the node's networks are compared before that,
-            # so a user must not try names of other stacks.
+            # The manager that receives the request checks it.  But this node first compares the word with its own
+            # networks' names, and a user must not be able to try names of other stacks there.
             return Facts(new=(NewObject(name=body.name, stack=body.labels.get(STACK_LABEL, "")),))
         key = "id" if "id" in request.match_info else "name"
         word = request.match_info[key]
@@ -63,7 +63,7 @@ class NodeObjects:
             return ""
 
     def _volume(self, identity: Identity, word: str) -> Known:
-        """Return a volume.  Raises: NotFound: ``identity`` sees no such volume."""
+        """Return the facts about a volume.  Raises: NotFound: ``identity`` may see no volume of that name."""
         labels = self._engine.volumes.labels(word) if self._engine is not None else None
         stack = labels.get(STACK_LABEL, "") if labels is not None else ""
         if labels is None or not sees(identity, stack):
@@ -73,7 +73,7 @@ class NodeObjects:
     async def _network(self, request: web.Request, word: str) -> Known:
         """Ask the manager for a network.
 
-        Raises: the manager's error, which is NotFound for one of the node's own networks.
+        Raises: the manager's error.  It is NotFound for one of the node's own networks.
         """
         headers = {IDENTITY_HEADER: packed(identity_of(request)).decode()}
         path = f"/networks/{quote(word, safe='')}"

@@ -1,4 +1,4 @@
-"""Reads of the cluster for a worker's API, sent to the manager of its session if the cluster allows that."""
+"""Reads cluster data for a worker's API from the manager of its session, if the cluster allows workers to read."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -12,17 +12,17 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 
 FIRST_S_MAX = 5.0
-"""Time limit until the manager's response starts."""
+"""Seconds until the manager's response must have started."""
 BODY_S_MAX = 30.0
-"""Seconds for a whole response of a manager."""
+"""Seconds until the whole response must have arrived."""
 BODY_BYTES_MAX = 64 << 20
-"""Longest response of a manager, which is read into memory."""
+"""Longest response of a manager in bytes.  Limited, because the response is read into memory."""
 LINE_BYTES_MAX = 1 << 20
-"""Longest line of a stream of a manager."""
+"""Longest line in bytes of a stream from a manager."""
 
 
 class ClusterReads:
-    """Reads over this node's session.  ``own`` is the API of its own manager, if it has one."""
+    """Reads cluster data over this node's session.  ``own`` is the API of the node's own manager, if it has one."""
 
     def __init__(self, session: SessionState, own: Client) -> None:
         self._session = session
@@ -50,7 +50,10 @@ class ClusterReads:
             yield (piece.data async for piece in call)
 
     async def body(self, target: str) -> bytes:
-        """Return the whole body.  Raises: the errors of ``pieces``; ResourceExhausted: it is too long."""
+        """Return the whole body of a manager's response to ``GET target``.
+
+        Raises: the errors of ``pieces``; ResourceExhausted: it is too long.
+        """
         content = bytearray()
         try:
             async with asyncio.timeout(BODY_S_MAX), self.pieces(target) as pieces:
@@ -64,7 +67,10 @@ class ClusterReads:
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[AsyncIterator[bytes], None]:
-        """Yield the lines of an endless response, as ``Client.lines`` does.  Raises: the errors of ``pieces``."""
+        """Yield the lines of a response that does not end by itself, as ``Client.lines`` does.
+
+        Raises: the errors of ``pieces``.
+        """
         target = f"{path}?{urlencode(query)}" if query else path
         async with self.pieces(target) as pieces:
             yield _lines_of(pieces)

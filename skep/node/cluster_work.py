@@ -18,9 +18,12 @@ from skep.node.conditions import Conditions
 log = structlog.get_logger()
 
 _REMOVAL_TIMEOUT_S = 60.0
-"""Seconds in which the containers of a node that leaves are removed."""
+"""Time limit in seconds for removing the tasks of a node that leaves its cluster."""
 _RELEASE_TIMEOUT_S = 5.0
-"""Seconds in which an endpoint is released.  A manager also notices that its container is gone."""
+"""Time limit in seconds for releasing the endpoints of plain containers.
+
+It may be short, because a manager also notices that a container is gone.
+"""
 
 
 class NodeWork:
@@ -51,7 +54,10 @@ class NodeWork:
         self._probes = probes
 
     async def release_attachments(self) -> None:
-        """Detach plain containers from cluster networks.  After 5 s the rest is left to the node's removal."""
+        """Detach plain containers from cluster networks.
+
+        After 5 s, the remaining endpoints are left to the removal of the node.
+        """
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 for task in filter(is_attachment, tuple(self._worker.tasks().values())):
@@ -60,7 +66,7 @@ class NodeWork:
             log.warning("network attachments not released", reason=str(error))
 
     async def remove_all(self) -> None:
-        """Kill and remove every task, as Docker does, for up to a minute.  Tasks that are left then are logged."""
+        """Kill and remove every task, as Docker does.  After a minute, the remaining tasks are logged."""
         self._session.leave()
         self._conditions.clear("manager-unreachable")
         self._conditions.forget_ended()

@@ -1,8 +1,8 @@
 """Conditions of this node: its present problems.  Each has a name, a message, and one part that sets it.
 
-Level-triggered: ``set`` reports the present state and may be repeated.  A condition is immediately a warning in
-``/info`` (and so in ``skep status``).  It reaches the managers as an engine label with the node's description.  There
-it is part of the node's status message and of its events, and a placement constraint can avoid the node
+Level-triggered: ``set`` reports the present state and may be repeated.  Each condition appears at once as a warning in
+``/info`` (and so in ``skep status``).  The node's description carries it to the managers as an engine label.  They show
+it in the node's status message and events, and a placement constraint can avoid the node
 (``engine.labels.skep.condition.disk``).
 """
 
@@ -19,8 +19,10 @@ from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_labe
 log = structlog.get_logger()
 
 LABEL_SECONDS_MIN = 30.0
-"""Shortest time that a condition's label stays, so that a condition that comes and ends often is not a write each
-time."""
+"""Shortest time in seconds that a condition's label stays.
+
+Each change of the labels is a write in the cluster's store, and a condition may come and go often.
+"""
 
 
 class _Condition(msgspec.Struct):
@@ -43,7 +45,7 @@ class Conditions:
 
         Args:
             name: Lower-case words with dashes.
-            message: A sentence that says what to do, without a full stop.
+            message: A sentence about the problem and what to do, without a full stop.
         """
         message = message[:CHARACTERS_MAX]
         with self._lock:
@@ -62,12 +64,17 @@ class Conditions:
         log.info("condition cleared", name=name)
 
     def forget_ended(self) -> None:
-        """Drop the labels of cleared conditions, which the managers of another cluster have not seen."""
+        """Drop the labels of cleared conditions.
+
+        Called for a new cluster, whose managers have not seen the conditions.
+        """
         with self._lock:
             self._conditions = {name: one for name, one in self._conditions.items() if one.cleared_at is None}
 
     def reporter(self, name: str) -> Callable[[str], None]:
-        """Return a function that sets the condition to its argument, and clears it if that is empty."""
+        """Return a function that sets the condition's message to its argument, and clears the condition if that is
+        empty.
+        """
         return partial(self.report, name)
 
     def report(self, name: str, message: str) -> None:

@@ -1,9 +1,8 @@
-"""Gives managers access to the containers of this node's tasks: some requests of the Engine API, and TCP ports.
+"""Lets managers reach the containers of this node's tasks through tunnels: for some Engine API requests, and for TCP
+ports. Managers also read the events of this node's containers, images and volumes.
 
-Managers also read the events of this node's containers, images and volumes.
-
-A request is answered by an application without other routes, and only if it is about the container that the manager
-named, which must belong to the task.
+Requests are answered by a separate application that has only these routes.  A request must be about the container that
+the manager named for the tunnel, and this container must belong to the named task.
 """
 
 import asyncio
@@ -52,7 +51,7 @@ CONNECT_S_MAX = 5.0
 """Seconds to connect to a node of the cluster."""
 EVENTS = "/events"
 EVENT_BYTES_MAX = 128 << 10
-"""Managers do not accept a much longer event.  Labels and command lines can be long."""
+"""Longest event in bytes, because managers do not accept much longer ones.  Labels and command lines can be long."""
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 REACHABLE: Final = frozenset((one.method, one.path) for one in FORWARDED)
@@ -66,7 +65,7 @@ class TaskContainers:
         self._engine = engine
         self._events = events
         self._servers: dict[bool, web.Server] = {}
-        """The servers by whether the manager has authenticated an administrator."""
+        """HTTP servers for administrators (True) and for other users (False), as authenticated by the manager."""
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -101,7 +100,8 @@ class TaskContainers:
     async def _stream_events(self, request: web.Request) -> web.StreamResponse:
         """Stream events (see ``NodeEvents.follow``).
 
-        ``age`` is the age in seconds of the first wanted event, so that clocks need not agree.
+        The parameter ``age`` is the age in seconds of the first wanted event.  An age instead of a time, because the
+        clocks of node and manager may differ.
         """
         since, until = period_of(request)
         if age := request.query.get("age"):
@@ -119,7 +119,10 @@ class TaskContainers:
 
     @web.middleware
     async def _authorize(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Refuse requests for administrators only.  The manager has checked it too, but may be of an older version."""
+        """Refuse requests that only administrators may make.
+
+        The manager has already checked, but an older version checks less.
+        """
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
         if (request.method, path) not in REACHABLE:
@@ -181,7 +184,7 @@ class TaskContainers:
         return container
 
     def _check(self, container: Container, head: bytes) -> None:
-        """Check that the request is about the container.  Raises: PermissionDenied; Malformed."""
+        """Check that the request is about ``container``.  Raises: PermissionDenied; Malformed."""
         subject = _SUBJECT.fullmatch(path_of(parse_request(head).target))
         if subject is None:
             raise PermissionDenied("the request does not name a container")
@@ -191,7 +194,7 @@ class TaskContainers:
             else self._engine.execs.get(subject["id"]).container_id
         )
         if id != container.id:
-            if subject["kind"] == "exec":  # the same as for a missing one
+            if subject["kind"] == "exec":  # the same answer as for a missing exec
                 raise NotFound(f"No such exec instance: {subject['id']}")
             raise PermissionDenied(f"the request is not about container {container.id}")
 
@@ -203,7 +206,7 @@ async def _close_after(_request: web.Request, response: web.StreamResponse) -> N
 
 
 def parse_age(text: str) -> int:
-    """Return whole seconds as nanoseconds.  Raises: InvalidArgument."""
+    """Parse whole seconds and return them as nanoseconds.  Raises: InvalidArgument."""
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise InvalidArgument(f"invalid age {text!r}")
     return int(text) * SECOND_NS
@@ -215,7 +218,7 @@ def tunnel_host(engine: Engine | None, events: NodeEvents, connect: Connect) -> 
 
 
 async def _connect_to_port(container: Container, port: int) -> Connection:
-    """Connect to a TCP port from within the container, because programs may listen on its loopback only.
+    """Connect to a TCP port from within the container's namespace, because a program may listen on its loopback only.
 
     Raises: FailedPrecondition: it is not running; NotFound: it has just ended; Unavailable: nothing listens there.
     """

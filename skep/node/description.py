@@ -1,4 +1,4 @@
-"""A node's description of itself, which it reports to the managers when it registers."""
+"""The description of a node (resources, labels, plug-ins) that it reports to the managers when it registers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -31,21 +31,24 @@ _PLUGINS = (
 )
 _OVERLAY = EnginePlugin(type="Network", name="overlay")
 _LIST_BYTES_MAX = 16_384
-"""Limit of a label with devices."""
+"""Limit in bytes for a label that lists devices."""
 _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
-"""Without one of these the overlay plugin is not listed, so that tasks on overlay networks are placed elsewhere."""
+"""Kernel features that overlay networks need.
+
+If one is missing, the overlay plugin is not listed, so that managers place tasks with overlay networks elsewhere.
+"""
 
 
 def port_labels(
     containers: Iterable[Container], mesh: frozenset[UsedPort], listening: frozenset[UsedPort]
 ) -> Mapping[str, str]:
-    """Return the label with ports that are in use without a task.
+    """Return the label that lists ports in use by something other than a task.
 
-    These are the ports on which this machine listens, and the ports that plain containers publish.
+    These are the ports on which programs of this machine listen, and the ports that plain containers publish.
 
     Args:
-        mesh: Ports of the routing mesh, which every node serves and would report.
-        listening: Ports on which programs of this machine listen, including containers.
+        mesh: Ports of the routing mesh.  They are left out, because every node serves them.
+        listening: Ports on which any program of this machine listens.
     """
     by_tasks: set[UsedPort] = set(mesh)
     by_others: set[UsedPort] = set()
@@ -58,9 +61,9 @@ def port_labels(
 
 
 def volume_labels(uses: Mapping[str, Mapping[str, int]]) -> Mapping[str, str]:
-    """Return the label of slots with data in this node's volumes.
+    """Return the label that lists the service slots with data in this node's volumes.
 
-    ``uses`` maps volume and ``service.slot`` to a time.
+    ``uses`` has, by volume and ``service.slot``, the time when the slot last used the volume.
     """
     found = (
         SlotVolume(volume, service, int(slot), at_ms)
@@ -90,7 +93,7 @@ def with_plugins(
 
 
 def within_bounds(description: NodeDescription, conditions: Conditions) -> NodeDescription:
-    """Return ``description`` in the size that a manager accepts.  A condition names the parts that were cut, if any."""
+    """Return ``description``, cut to the size that a manager accepts.  A condition names the parts that were cut."""
     bounded = within_size(description)
     conditions.report(SIZE_CONDITION, size_condition(bounded) if bounded is not description else "")
     return bounded
@@ -102,7 +105,7 @@ def has_overlays(features: Features) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names for a label, separated by commas, as many as fit."""
+    """Return ``names`` separated by commas, as many as fit into a label."""
     kept: list[str] = []
     left = _LIST_BYTES_MAX
     for name in names:
@@ -115,13 +118,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 class NodeDescriber:
-    """Makes the node's description on request.
+    """Builds the node's description on request.
 
     Args:
         offers: Reads the machine's files.
-        further_labels: Returns labels of other parts, such as how this node encrypts overlay networks.
-        image_port: Returns the port on which it serves images to other nodes, or 0.
-        has_probes: Whether it probes other nodes.
+        further_labels: Returns the labels of the node's other parts, for example its encryption method for overlay
+            networks.
+        image_port: Returns the port on which the node serves images to other nodes, or 0.
+        has_probes: Whether the node probes other nodes.
     """
 
     def __init__(
@@ -160,7 +164,8 @@ class NodeDescriber:
     def describe(self, data_path_addr: str = "") -> NodeDescription:
         """Return the description.
 
-        ``data_path_addr`` is where VXLAN packets are sent, or empty for the address that the node connects from.
+        ``data_path_addr`` is the address to which other nodes send VXLAN packets.  Empty for the address from which the
+        node connects to the managers.
         """
         configuration = self._offers.configuration()
         own = {
@@ -198,6 +203,8 @@ class NodeDescriber:
     def describe_all(
         self, data_path_addr: str, engine: Engine | None, cluster_volumes: ClusterVolumes | None
     ) -> NodeDescription:
-        """Return the description with plugins and drivers of cluster volumes, in the size that a manager accepts."""
+        """Return the complete description: with plugins and cluster volume drivers, and cut to the size that a manager
+        accepts.
+        """
         description = with_plugins(self.describe(data_path_addr), engine, cluster_volumes)
         return within_bounds(description, self._conditions)

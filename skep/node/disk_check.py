@@ -16,9 +16,9 @@ from skep.linux.files import replace_file
 from skep.node.conditions import Conditions
 
 PERIOD_S = 5.0
-"""Seconds between writes that show that the disk works."""
+"""Seconds between two test writes."""
 HANG_S = 10.0
-"""A write that takes longer is reported."""
+"""Seconds after which an unfinished write is reported."""
 _PROBE = ".writable"
 _BLOCK = bytes(4096)
 _ADVICE = {
@@ -35,7 +35,8 @@ _ADVICE = {
 class DiskCheck:
     """Writes a block to each directory and keeps the condition ``disk`` current.
 
-    The condition ``store-full`` is the text that the manager writes into ``store_full`` while its store lacks space.
+    Also keeps the condition ``store-full``, with the text that the manager writes into the file ``store_full`` while
+    its store lacks space.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class DiskCheck:
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:
-        """Return a sentence about the present problem, or an empty text if writes succeed."""
+        """Write once.  Return a sentence about the problem, or an empty text if the writes succeed."""
         if self._writing is None:
             self._writing = asyncio.get_running_loop().run_in_executor(self._thread, self._write)
         done, _ = await asyncio.wait((self._writing,), timeout=within_s)

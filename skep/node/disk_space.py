@@ -1,15 +1,16 @@
 """Free space of the disks that this node and its containers write to, and the conditions derived from it.
 
 A disk's use is measured by the space left for unprivileged processes (``f_bavail``).  ext4 reserves 5 % of its blocks
-for root, so a write by root succeeds long after containers fail.  Inodes can run out while blocks are left.
+for root, so writes by root still succeed long after writes in containers fail.  Inodes can run out while blocks are
+left.
 
-* The condition ``disk-space`` names a disk from ``WARN_PERCENT`` on.
-* The condition ``disk-pressure`` names a disk of the node itself from the setting ``disk-pressure`` on, and managers
-  assign no further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere are
-  never named, because other tasks do not need them.
+* The condition ``disk-space`` names each disk that is used to ``WARN_PERCENT`` or more.
+* The condition ``disk-pressure`` names each disk with the node's own files that is used to the percentage in the
+  setting ``disk-pressure`` or more.  Managers then assign no further tasks to the node (``scheduler.filters``).  Disks
+  that only have bind mounts or other volumes are never named, because other tasks do not need them.
 
-Each is cleared ``HYSTERESIS`` percent below its mark, so that a disk at the mark does not change the cluster's state
-with each file that is created or removed.
+Each condition is cleared ``HYSTERESIS`` percent below its mark.  Otherwise a disk near the mark would change the
+cluster's state with each file that is created or removed.
 """
 
 import os
@@ -33,19 +34,24 @@ from skep.node.conditions import Conditions
 log = structlog.get_logger()
 
 WARN_PERCENT = 85
-"""The node also starts to remove unused images here (``image-gc-high``), as kubelet does."""
+"""Use of a disk in percent at which the node warns.
+
+By default, it also starts to remove unused images then (``image-gc-high``), as kubelet does.
+"""
 HYSTERESIS = 2
 STEP_PERCENT = 2
-"""A condition shows another percentage only if it differs by this much, because each is a write of the node's
-description."""
+"""A condition shows a new percentage only if it differs by this much, because each change is written to the cluster's
+store.
+"""
 PERIOD_S = 15.0
-"""Seconds between measurements, in which a fast disk is filled by some gigabytes."""
+"""Seconds between two measurements.  A fast disk may receive some gigabytes in this time."""
 SILENT_S = 5.0
-"""Time after which an unresponsive disk is left out, such as a network file system without its server."""
+"""Seconds after which a disk that does not respond is left out, for example a network file system without its server.
+"""
 SOURCES_MAX = 200
-"""Mounts of containers that are measured, each in a thread of its own."""
+"""Limit for the container mounts that are measured.  Each is measured in a separate thread."""
 _NAMED_MAX = 3
-"""Directories that one sentence names."""
+"""Limit for the directories that one sentence names."""
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,27 +61,29 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """A directory on it."""
     device: int
     free_bytes: int
-    """Free bytes for unprivileged processes."""
+    """Bytes that unprivileged processes can still write."""
     used_percent: float
-    """Used share of the bytes for unprivileged processes, as ``df`` shows it."""
+    """Used percentage of the space for unprivileged processes, as in ``df``."""
     inodes_percent: float
-    """Used share of inodes, or 0 on file systems that create inodes on demand."""
+    """Used percentage of inodes, or 0 on file systems that create inodes on demand."""
     is_own: bool = False
     """Whether the node's own files are on it."""
     purpose: str = ""
-    """Purpose of the node's own files on it (``data``, ``images``).  Empty if it has none."""
+    """Which of the node's own files are on it (``data``, ``images``), or empty."""
     mount_point: str = ""
-    """Mount point of a disk with files of containers.  Empty if its paths belong to a stack, because every user sees
-    conditions."""
+    """Mount point of a disk with containers' files.
+
+    Empty if the path belongs to a stack, because every user can read conditions.
+    """
 
     @property
     def name(self) -> str:
-        """Name without a path of the machine: its purpose, or else its device number."""
+        """Name that reveals no path of the machine: the purpose, or else the device number."""
         return self.purpose or f"{os.major(self.device)}:{os.minor(self.device)}"
 
     @property
     def percent(self) -> float:
-        """Used share of bytes or inodes, whichever is larger."""
+        """Used percentage of bytes or inodes, whichever is larger."""
         return max(self.used_percent, self.inodes_percent)
 
 
@@ -98,7 +106,8 @@ def space_of(path: str, *, is_own: bool = False) -> Space | None:
 
 
 def mount_point_of(device: int, mounts: str, hidden: Iterable[str]) -> str:
-    """Return where a file system is mounted, or an empty string if only below one of the paths ``hidden``.
+    """Return where the file system of ``device`` is mounted, or an empty string if all its mount points are below
+    ``hidden``.
 
     ``mounts`` is the text of /proc/self/mountinfo.
     """
@@ -125,7 +134,7 @@ def sources_of(containers: Iterable[Container]) -> list[str]:
 
 
 class Marks(msgspec.Struct, frozen=True):
-    """Percentages for the conditions.  From ``full`` on, the node gets no new tasks.  0 disables that."""
+    """Percentages at which conditions are set.  From ``full`` on, the node gets no new tasks, unless ``full`` is 0."""
 
     full: int
     warn: int = WARN_PERCENT
@@ -140,7 +149,7 @@ class _Shown(msgspec.Struct, frozen=True):
 
 
 class Fullness:
-    """Decides on the conditions' texts, and remembers the last ones.  Pure except for that."""
+    """Decides on the texts of the conditions.  Remembers the last texts and is pure otherwise."""
 
     def __init__(self) -> None:
         self._shown: dict[int, _Shown] = {}
@@ -219,8 +228,10 @@ class DiskSpace:
         self._clock = clock
         self._own_calls = BlockingCalls()
         self._calls = BlockingCalls()
-        """Separate, because mounts whose servers are silent must not use up the threads for the node's own
-        directories."""
+        """Separate threads for containers' mounts.
+
+        Mounts without a responding server must not use up the threads for the node's own directories.
+        """
         self._waiting: set[str] = set()
         """Paths whose earlier measurement has not ended."""
         self._own: dict[str, Space | None] = {}
@@ -284,7 +295,10 @@ class DiskSpace:
             found.setdefault(space.device, replace(space, purpose=purpose))
 
     async def _measure_in_thread(self, path: str, *, is_own: bool) -> Space | None:
-        """Call ``space_of`` in a thread, at most one for each path.  Raises: OSError; TimeoutError; Unavailable."""
+        """Call ``space_of`` in a thread, with at most one pending call for each path.
+
+        Raises: OSError; TimeoutError; Unavailable.
+        """
         if path in self._waiting:
             raise Unavailable("an earlier measurement has not ended")
 

@@ -1,7 +1,7 @@
-"""The node's own use of the machine's Docker Engine: its version, its containers, its events.
+"""Requests that the node itself makes to the machine's Docker Engine: for its version, containers, images and events.
 
-All other traffic is passed to it byte for byte (see ``front.splice``).  An engine that does not respond delays a
-request by a few seconds at most, and its part of the response is missing.
+Clients' requests are passed to the engine byte for byte (see ``front.splice``).  If the engine does not respond, a
+request is delayed by a few seconds at most, and the response lacks the engine's part.
 """
 
 from collections.abc import AsyncIterable, Callable, Collection, Mapping
@@ -25,9 +25,9 @@ from skep.errors import NotFound, SkepError
 log = structlog.get_logger()
 
 _TIMEOUT_S = 3.0
-"""Seconds for a response of an engine, which takes milliseconds."""
+"""Time limit in seconds for a response, which normally takes milliseconds."""
 _VERSION_PERIOD_S = 30.0
-"""Seconds between looks at the engine's version, which changes with an upgrade."""
+"""Seconds between two reads of the engine's version, which changes with an upgrade."""
 
 
 class Handler(Protocol):
@@ -117,7 +117,7 @@ class DockerEngine:
             raise response.error()
 
     async def containers(self, request: web.Request) -> list[Any]:
-        """Return its part of ``docker ps``, with the client's parameters."""
+        """Return the engine's containers for ``docker ps``, with the client's parameters."""
         try:
             return list(
                 await self.api.request("GET", request.path, query=dict(request.query), timeout_s=_TIMEOUT_S)

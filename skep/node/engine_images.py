@@ -1,12 +1,14 @@
 """Presents the images of this node and of the machine's Docker Engine as one store.
 
-Both have a store of their own: services run from this node's, plain containers and builds from the engine's.  An image
-of the other store is copied when it is needed.  Which images a build needs is not known before it runs.  It
-gets all images that users have loaded, tagged or pulled here, but not images that the node has fetched for its tasks.
+There are two stores: services use images of this node's store, plain containers and builds use images of the engine's
+store. An image is copied to the other store when it is needed there.  It is not known in advance which images a build
+needs.  So before a build, all images that users have loaded, tagged or pulled here are copied, but no images that the
+node has fetched for its tasks.
 
 A name means the image in the store where it changed last.  ``theirs_is_newer`` compares the engine's image of a name
-with its image at the last check.  A name that has moved in the engine is removed from this node's image at once
-(``reconcile``), so that the old image is no longer found.  The new one is copied when a service needs it.
+with its image at the last check.  If a name now means another image in the engine, this node removes the name from its
+own image at once (``reconcile``), so that the old image is no longer found.  The new image is copied when a service
+needs it.
 """
 
 import asyncio
@@ -32,25 +34,25 @@ from skep.node.docker_engine import DockerEngine
 log = structlog.get_logger()
 
 COPY_S_MAX = 1800.0
-"""Limit for copying an image from one store to the other."""
+"""Time limit in seconds for copying an image from one store to the other."""
 LOOK_AGAIN_S = 30.0
-"""Period of checks without an event of the engine."""
+"""Seconds between checks if the engine sends no event."""
 GIVEN_MAX = 1000
-"""Recorded names of users.  The oldest are dropped first."""
+"""Limit for the recorded names that users have set.  The oldest are dropped first."""
 SETTLE_S = 0.05
-"""Wait after an event, because a build or a load causes several."""
+"""Seconds to wait after an event, because a build or a load causes several."""
 
 Names = Mapping[str, str]
 """Image ids by familiar name with tag."""
 
 
 def theirs_is_newer(name: str, ours: str, theirs: str, seen: Names) -> bool:
-    """Return whether the engine's image of a name counts, and not this node's.
+    """Return whether ``name`` means the engine's image and not this node's image.
 
     Args:
         ours: Id of this node's image, or empty.
         theirs: Id of the engine's image, or empty.
-        seen: The engine's names at the last check.
+        seen: The names in the engine at the last check.
     """
     return bool(theirs) and theirs != ours and (not ours or seen.get(name) != theirs)
 
@@ -60,8 +62,9 @@ def merged(
 ) -> list[dict[str, Any]]:
     """Return one list of both stores' images, newest first.
 
-    An image that both have is one entry with all its names.  A name that both have for different images is this node's,
-    because ``reconcile`` has removed it otherwise.  ``untagged`` are the fields of an image without names.
+    An image that both have is one entry with all its names.  If a name means different images in the two stores, this
+    node's image has it, because otherwise ``reconcile`` would have removed the name here.  ``untagged`` are the fields
+    of an image without names.
     """
     entries = {one["Id"]: dict(one) for one in ours}
     taken = {name for one in ours for name in one.get("RepoTags") or ()}
@@ -83,7 +86,7 @@ class EngineImages:
 
     Args:
         users: Returns every container of this node.
-        file: Keeps the engine's names at the last check.
+        file: File with the names in the engine at the last check.
     """
 
     def __init__(
@@ -96,9 +99,9 @@ class EngineImages:
         self._seen = _read(file)
         self._given_file = file.with_name("given-to-engine.json")
         self._given = _read(self._given_file) or {}
-        """Names of images that users pulled, loaded, imported or tagged through the API, oldest first."""
+        """Names that users pulled, loaded, imported or tagged through the API, oldest first."""
         self._handed: dict[str, tuple[str, str]] = {}
-        """Our id, and the id in the engine, of each name that was copied to the engine."""
+        """For each name that was copied to the engine: the image's id here and in the engine."""
         self._copying = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -122,7 +125,7 @@ class EngineImages:
         while True:
             try:
                 async with self._docker.api.stream("/events", filters={"type": ["image"]}) as events:
-                    self._changed.set()  # earlier changes are in no event
+                    self._changed.set()  # check once, because earlier changes caused no event
                     async for _ in events.objects():
                         backoff.reset()
                         self._changed.set()
@@ -131,7 +134,7 @@ class EngineImages:
             await backoff.sleep(clock)
 
     async def reconcile(self) -> None:
-        """Remove names that have moved in the engine from this node's images.  Raises: SkepError."""
+        """Remove names from this node's images that now mean other images in the engine.  Raises: SkepError."""
         names = await self._their_names()
         if self._seen is not None:
             for name, id in names.items():
@@ -179,7 +182,7 @@ class EngineImages:
         if theirs == ours.id or theirs_is_newer(name, ours.id, theirs, self._seen or {}):
             return
         if theirs and self._handed.get(name) == (ours.id, theirs):
-            return  # an engine that identifies images by their manifest
+            return  # the engine identifies images by their manifest
         log.info("image copied to the docker engine", image=word)
         try:
             async with self._copying, asyncio.timeout(COPY_S_MAX):
@@ -243,13 +246,13 @@ class EngineImages:
 
 
 def _name_of(word: str) -> str:
-    """Return the familiar name with its tag, or an id as it is.  Raises: InvalidArgument."""
+    """Return the familiar name with its tag.  An id is returned unchanged.  Raises: InvalidArgument."""
     named = parse_any(word)
     return named.with_default_tag().familiar if isinstance(named, Reference) else named
 
 
 def _read(file: Path) -> Names | None:
-    """Read the file.  None if the engine was never checked, so that it is unknown which names have moved."""
+    """Read the names in ``file``.  Return None if the engine was never checked, so that there is nothing to compare."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, str])
     except FileNotFoundError:

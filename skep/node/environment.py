@@ -1,4 +1,4 @@
-"""A node's environment at its start: its machine, and objects that it shares with the daemon."""
+"""The environment of a node: facts about its machine, and objects that it shares with the daemon."""
 
 from collections.abc import Mapping
 from random import Random
@@ -13,9 +13,9 @@ from skep.node.supervision.processes import NodeProcesses
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """The environment.
+    """The environment of a node at its start.
 
-    ``versions`` lists the programs that the node starts, ``warnings`` concern the configuration.
+    ``versions`` lists the programs that the node starts, and ``warnings`` are about the configuration.
     """
 
     machine: Machine

@@ -24,23 +24,26 @@ from skep.model.times import SECOND_NS
 log = structlog.get_logger()
 
 KEPT = 1024
-"""Past events that a client can request (Docker keeps 256)."""
+"""Number of past events that are kept for clients (Docker keeps 256)."""
 BEHIND_MAX = 1024
-"""Events that wait for one slow reader."""
+"""Limit for the events that wait for one slow reader."""
 READERS_MAX = 256
-"""Clients that read the events of one node."""
+"""Limit for the clients that read the events of one node."""
 READER = "X-Skep-Reader"
-"""A header of requests that are answered for a container with read-only access."""
+"""Header that marks requests of a container with read-only access."""
 SUBSCRIBE_S = 5.0
-"""Time for a manager or an engine to start its stream, before the client's stream starts without it."""
+"""Seconds to wait for a manager's or engine's stream.  After that, the client's stream starts without it."""
 AGAIN_S_MAX = 15.0
-"""Longest pause between attempts at a source that does not answer."""
+"""Longest pause in seconds between attempts to read a source that does not answer."""
 PROGRESS_S = 10.0
-"""Period of messages with the cursor of a stream without events."""
+"""Seconds between messages with only the cursor, in a stream without events."""
 
 KINDS = ("container", "daemon", "volume", "plugin", "network", "service", "node", "secret", "config")
-"""Filters by id or name.  As in Docker they are compared with id and name of any event: ``service=web`` also matches
-events of the containers ``web.1.<task>``."""
+"""Filters by id or name.
+
+As in Docker, they are compared with the id and name of every event: ``service=web`` also matches events of the
+containers ``web.1.<task>``.
+"""
 
 LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})
 
@@ -48,11 +51,11 @@ FOLLOWED = frozenset({"container", "image", "volume"})
 """Types of events that managers follow.  A manager ends a node's stream at any other type, which it cannot decode."""
 
 Message = Mapping[str, Any]
-"""One event in the form in which it is sent."""
+"""One event in the form in which clients receive it."""
 
 
 class EventLines(Protocol):
-    """A source of other events: the manager, or the machine's Docker Engine (``Client``)."""
+    """Another source of events: the manager, or the machine's Docker Engine (``Client``)."""
 
     def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Yield the lines of a response, each one JSON value.  Raises: SkepError."""
@@ -75,7 +78,7 @@ class Reader:
         self._waiting: asyncio.Queue[Message | None] = asyncio.Queue(BEHIND_MAX)
 
     def offer(self, message: Message | None) -> None:
-        """Queue a message.  None ends the stream, and so does a full queue, because a stream has no gaps."""
+        """Queue a message.  None ends the stream.  A full queue also ends it, because a stream must not have gaps."""
         if self._waiting.full():
             while not self._waiting.empty():
                 self._waiting.get_nowait()
@@ -91,13 +94,13 @@ class NodeEvents:
     """The events of this node: the last ``KEPT``, and the queues of connected clients."""
 
     def __init__(self, clock: Clock, life: str = "") -> None:
-        """Make the events.  ``life`` identifies this process's numbered events.  By default it is unique."""
+        """``life`` identifies the process whose events are numbered.  By default it is a unique text."""
         self.clock = clock
         self._life = life or secrets.token_hex(4)
         self._past: deque[Message] = deque(maxlen=KEPT)
         self._readers: set[Reader] = set()
         self.published = 0
-        """Number of events since the start, which is the number of the last event."""
+        """Number of events since the start.  Events are numbered, so it is also the number of the last event."""
         self._followers = 0
         self._changed = asyncio.Event()
 
@@ -148,13 +151,13 @@ class NodeEvents:
     ) -> None:
         """Send the requested past events, then new ones, until the requested end.
 
-        A stream without an end also ends when a source ends, because its events would be missing.  A source that does
-        not answer is retried, for events since the stream began.
+        A stream without an end time also ends when a source ends, because the source's events would be missing.  A
+        source that does not answer is retried, and asked for all events since the stream began.
 
         Args:
             sources: Sources of further events: the node's manager, the Docker Engine.
-            begin: Sends the head of the response.  By then each source is being read, has failed, or took
-                ``SUBSCRIBE_S``, so that a client with the head does not miss later events.
+            begin: Sends the head of the response.  Called when each source is being read, has failed, or took longer
+                than ``SUBSCRIBE_S``.  A client that has the head therefore misses no later event.
 
         Raises: The errors of ``begin`` and ``send``; ResourceExhausted: too many clients.
         """
@@ -198,11 +201,11 @@ class NodeEvents:
     ) -> AsyncGenerator[Message, None]:
         """Yield this node's own events for managers, each with a cursor from which another stream can continue.
 
-        The first message has only the cursor, and so has one whenever no event occurs for a while.  A message ``gap``
-        replaces missing events.
+        The first message has only a cursor.  Another one follows whenever no event occurs for a while.  A message
+        ``gap`` replaces missing events.
 
         Args:
-            cursor: Start after this event, or if empty with the first kept event, or the first after ``since_ns``.
+            cursor: Start after this event.  If empty, start with the first kept event since ``since_ns``.
 
         Raises: ResourceExhausted: too many clients.
         """
@@ -285,12 +288,12 @@ def without_commands(message: Message) -> Message:
 
 
 def gap_in_place_of(message: Message) -> Message:
-    """Return the message that replaces an event of ``follow`` that is not sent."""
+    """Return the ``gap`` message that ``follow`` sends in place of ``message``."""
     return {**message_of("stream", "gap", "", {}, message["timeNano"]), "Cursor": message["Cursor"]}
 
 
 def fits(message: Message, filters: Filters) -> bool:
-    """Return whether ``filters`` accept this local event."""
+    """Return whether ``filters`` accept an event of this node."""
     type, action, actor = message["Type"], message["Action"], message["Actor"]
     name = actor["Attributes"].get("name", "")
     of_image = (
@@ -341,7 +344,7 @@ async def _past_of(source: EventLines, request: EventRequest) -> list[Message]:
 
 
 class _Source:
-    """A source of a client's stream.  ``was_asked`` is set once it is being read, or has failed."""
+    """A source of a client's stream.  ``was_asked`` is set once the source is being read or has failed."""
 
     def __init__(self, lines: EventLines, request: EventRequest, reader: Reader, clock: Clock) -> None:
         self._lines = lines
@@ -351,7 +354,7 @@ class _Source:
         self.was_asked = asyncio.Event()
 
     async def follow(self) -> None:
-        """Pass its events on until it ends or refuses.  It is retried while it does not answer."""
+        """Pass the source's events on until it ends or refuses.  Retries while it does not answer."""
         backoff = Backoff(0.5, AGAIN_S_MAX)
         query, now_ns = self._request.query, self._clock.now_ns()
         later = {"since": f"{now_ns // SECOND_NS}.{now_ns % SECOND_NS:09}", **query}
@@ -384,7 +387,7 @@ class _Actor(msgspec.Struct):
 
 
 class _Shape(msgspec.Struct):
-    """The fields of other sources' events that are read.  The events are passed on unchanged."""
+    """The fields that are read of other sources' events.  The events themselves are passed on unchanged."""
 
     Type: str
     Action: str

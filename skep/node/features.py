@@ -1,8 +1,8 @@
-"""Detects kernel features of this machine by using them in a network namespace of their own.
+"""Detects kernel features of this machine by using them in a new network namespace.
 
-A missing module, a surrounding container without a capability, or a kernel without nftables does not show in a version
-number.  A missing feature becomes a warning in ``/info`` and an engine label, so that a placement constraint can avoid
-the node (``engine.labels.skep.missing.vxlan!=true``).
+A version number does not tell whether a module is missing, a surrounding container lacks a capability, or the kernel
+has no nftables.  A missing feature becomes a warning in ``/info`` and an engine label, so that a placement constraint
+can avoid the node (``engine.labels.skep.missing.vxlan!=true``).
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 _CGROUP2_MAGIC = 0x63677270
 _COMMAND_TIMEOUT_S = 5.0
-"""Seconds for one command that shows what the machine can do."""
+"""Time limit in seconds for one test command."""
 
 WANTED_CAPABILITIES = {
     0: "CAP_CHOWN",
@@ -57,7 +57,7 @@ table ip skep_probe {
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """The available features.  ``missing`` explains each missing one with the attempt and the kernel's error."""
+    """The available features.  ``missing`` has, for each missing feature, the attempt and the kernel's error."""
 
     missing: Mapping[str, str] = {}
     cgroup_version: int = 2
@@ -71,7 +71,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _IN_NAMESPACE = frozenset({"veth", "bridge", "vxlan", "wireguard", "nftables", "route-localnet"})
-"""Features that are tried by creating objects, which must not happen in the machine's own network namespace."""
+"""Features that are tested by creating objects, which must not be created in the machine's own network namespace."""
 
 _CONSEQUENCES = {
     "veth": "containers get no network of their own",
@@ -83,7 +83,7 @@ _CONSEQUENCES = {
     "overlayfs": "images cannot be shared between containers; put the data dir on ext4 or xfs",
     "seccomp": "containers run without a seccomp profile",
 }
-"""Consequences of a missing feature.  Other features are used on request only."""
+"""Consequences of each missing feature.  Features that are not listed here are used only on request."""
 
 
 def warnings(features: Features) -> tuple[str, ...]:
@@ -113,18 +113,18 @@ def warnings(features: Features) -> tuple[str, ...]:
 
 def labels(features: Features) -> Mapping[str, str]:
     """Return the engine labels for missing features."""
-    # The former name too: services of earlier versions have constraints with it.
+    # The former name stays, because existing services may have constraints with it.
     return {
         f"skep.{word}.{name}": "true" for word in ("missing", "without") for name in sorted(features.missing)
     }
 
 
 def detect(data_dir: Path, nft: str = "nft") -> Features:
-    """Try every feature, which takes about 40 ms.  Runs in a thread of its own, whose namespaces end with it."""
+    """Try every feature, which takes about 40 ms.  Uses a separate thread, because its namespaces end with it."""
     missing: dict[str, str] = {}
 
     def probe() -> None:
-        if refusal := ipv6_refusal():  # a new namespace has IPv6 even if it is turned off on the machine
+        if refusal := ipv6_refusal():  # a new namespace has IPv6 even if IPv6 is turned off on the machine
             missing["ipv6-egress"] = refusal
         refusal = "" if _libc.unshare(_CLONE_NEWNET) == 0 else os.strerror(ctypes.get_errno())
         for name, attempt in _attempts(data_dir, nft).items():
@@ -190,7 +190,7 @@ def _try_wireguard() -> None:
 
 
 def _try_overlay(data_dir: Path) -> None:
-    """Mount an overlay below the data directory, where containers' file systems will be."""
+    """Mount an overlay below the data directory, because containers' file systems will be there."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=data_dir) as scratch:
         for name in ("lower", "upper", "work", "merged"):

@@ -1,4 +1,4 @@
-"""Creates the first node of a new cluster: checks, then its identity, certificate and keys.
+"""Creates the first node of a new cluster.  Checks the settings, then makes identity, certificate and keys.
 
 Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (errors of a failed start).
 """
@@ -30,11 +30,11 @@ from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 
 _FREE_BYTES_MIN = 256 * 1024 * 1024
-"""Free bytes that etcd needs for its first log files, of 64 MiB each."""
+"""Free bytes that etcd needs at least.  Each of its first log files has 64 MiB."""
 _CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 """Source: swarmkit, ca/certificates.go (MinNodeCertExpiration)."""
 _PEER_PORT_TRIES = 20
-"""Ports that are tried for etcd before the command fails."""
+"""Number of ports that are tried for etcd before the command fails."""
 
 _LISTEN_FAILED = "manager stopped: failed to listen on remote API address: listen tcp"
 _REASONS = {
@@ -51,9 +51,9 @@ class NewCluster(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
-    """Make a new cluster's first node.
+    """Make the first node of a new cluster.
 
-    Return it with its certificate and the key (PEM) of the cluster's new authority.
+    Returns the node, its certificate, and the PEM key of the cluster's new authority.
     """
     node_id, cluster_id = NodeId(new_id()), ClusterId(new_id())
     authority = Authority.create()
@@ -68,7 +68,10 @@ def sole_manager(identity: Identity, at: Endpoints) -> LocalNode:
 
 
 def key_pair(authority: Authority, identity: Identity, root_pem: bytes) -> KeyPair:
-    """Make a key and its certificate.  ``root_pem`` is the authority's root exactly as the cluster has it."""
+    """Make a key and its certificate.
+
+    ``root_pem`` is the authority's root certificate, byte for byte as in the cluster.
+    """
     key = new_private_key()
     certificate_pem = authority.issue(key.public_key(), identity)
     return KeyPair(certificate_pem=certificate_pem, key_pem=private_pem(key), root_pem=root_pem)
@@ -87,7 +90,7 @@ def moved(node: LocalNode, to: Endpoints) -> LocalNode:
 
 
 def check_settings(spec: SwarmSpec) -> None:
-    """Refuse settings that the new manager would refuse, with which it could not start.  0 is the default.
+    """Refuse settings with which the new manager could not start.  A value of 0 means the default.
 
     Raises: InvalidArgument, in Docker's words.
     """
@@ -113,7 +116,7 @@ def check_space(data_dir: Path) -> None:
 
 
 def bind_error(addr: str) -> OSError | None:
-    """Return why nothing can listen on ``ip:port``, or None if it is free."""
+    """Return why it is impossible to listen on ``addr`` (``ip:port``), or None if the port is free."""
     host, port = parted(addr)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,12 +160,12 @@ def chosen_peer_addr(
 ) -> str:
     """Choose where a new manager's etcd listens for the other managers.
 
-    It is ``wanted``, else the default port, else the first free one of the ports 10,000 away, where no other manager of
-    this machine listens.  If none is free, it is the first candidate, at which etcd reports the error.
+    Returns ``wanted``, else the default port, else the first free port among those 10,000 away, where no other manager
+    of this machine listens.  If no port is free, returns the first candidate, so that etcd reports the error.
 
     Args:
         wanted: ``:port`` or ``ip:port``, or empty.
-        refusal: Returns why nothing can listen on ``ip:port``, or None.
+        refusal: Returns why it is impossible to listen on ``ip:port``, or None.
     """
     host, digits = parted(listen_addr)
     first = distant_peer_port(int(digits))
@@ -175,7 +178,10 @@ def chosen_peer_addr(
 
 
 def peer_warning(listen_addr: str, wanted: str, peer_addr: str) -> str:
-    """Return a warning about etcd's peer port, or an empty text for the default port or earlier versions' port."""
+    """Return a warning about an unusual peer port of etcd.
+
+    Empty for the default port and the port of earlier versions.
+    """
     port = parted(peer_addr)[1]
     if wanted and peer_addr != _completed(wanted, parted(listen_addr)[0]):
         return (

@@ -17,12 +17,12 @@ from skep.node.local import LocalNode
 
 
 class ImageSharing:
-    """Parts of a node that need its images, a session with a manager, or both.
+    """Tasks of a node that concern its images: serving them to other nodes, and removing unused ones.
 
     Args:
         engine: The node's engine, or None on a node without images.
         configuration: Returns the present configuration, which may be reloaded.
-        sources: Other nodes from which this node gets images.
+        sources: Finds other nodes from which images can be fetched.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""``/info`` and ``/version`` of this node in Docker's complete form.
+"""``/info`` and ``/version`` of this node, with all fields that Docker Engine has.
 
-Fields for Docker features that this node lacks (plugins, build, live restore as an option) have fixed values, because
-clients print them without checking that they exist.
+Fields about features that Skep does not have (for example plugins) have fixed values, because clients print them
+without checking that they exist.
 
 Source: moby 20.10, daemon/info.go; recorded responses of a real engine.
 """
@@ -27,7 +27,7 @@ _INDEX = "https://index.docker.io/v1/"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """The node's properties that stay the same while it runs, except for reloadable parts of the configuration."""
+    """Properties of the node that change only with a reload of its configuration."""
 
     id: str
     machine: Machine
@@ -145,7 +145,7 @@ def _limits(features: Features) -> dict[str, bool]:
 
 
 def _runtime(node: Node, swarm: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the runtime of containers, with the cluster's section where Docker has it."""
+    """Return the fields about container runtimes, and the ``Swarm`` section at its place in Docker's order."""
     features, configuration = node.features, node.configuration
     runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
     nothing = {"ID": "", "Expected": ""}

@@ -1,6 +1,7 @@
-"""Reads the machine's network interfaces, among which ``docker swarm init`` chooses the node's address.
+"""Reads the machine's network interfaces, from which ``docker swarm init`` chooses the node's address.
 
-It uses netlink, because the JSON of ``ip -details`` is invalid on Ubuntu 24.04 once a VXLAN device exists.
+It uses netlink and not the ``ip`` command: on Ubuntu 24.04 the JSON of ``ip -details`` is invalid once a VXLAN device
+exists.
 """
 
 import asyncio
@@ -17,14 +18,19 @@ from skep.api.swarm_requests import Interface, Interfaces
 from skep.errors import Unavailable
 
 _TIMEOUT_S = 5.0
-"""Seconds for a listing of the machine's addresses."""
+"""Time limit in seconds for listing the machine's addresses."""
 _KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
-"""Kinds of links that carry containers.  A veth is not included: a machine that is a container has its own address on
-one."""
+"""Kinds of links that carry containers' networks.
+
+``veth`` is not included, because a machine that is itself a container has its address on a veth.
+"""
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A link as the kernel reports it.  ``flags`` are if_link.h's ``IFF_``.  ``kind`` is empty for a real device."""
+    """A link as the kernel reports it.
+
+    ``flags`` has the ``IFF_`` bits of if.h.  ``kind`` is empty for a physical device.
+    """
 
     index: int
     name: str
@@ -41,7 +47,7 @@ async def read_interfaces() -> Interfaces:
                 async for one in await route.link("dump")
             ]
             addresses = [
-                # The far end of a point-to-point link is ``address``, the own end is ``local``.
+                # On a point-to-point link, ``address`` is the far end and ``local`` is this machine's end.
                 (one["index"], one.get("local") or one.get("address"))
                 async for one in await route.addr("dump", family=socket.AF_UNSPEC)
             ]
@@ -51,9 +57,9 @@ async def read_interfaces() -> Interfaces:
 
 
 def interfaces_of(links: Iterable[Link], addresses: Iterable[tuple[int, str]]) -> Interfaces:
-    """Return the links with their addresses.  Each address comes with the index of its link.
+    """Return the links with their addresses, by name.  Each address is given with the index of its link.
 
-    If a real device has an address, bridges and similar devices are not eligible, as in Docker Engine.
+    If a physical device has an address, bridges and similar devices are left out, as in Docker Engine.
     """
     of_links: dict[int, list[str]] = {}
     for index, address in addresses:

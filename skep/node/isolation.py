@@ -1,4 +1,4 @@
-"""Checks the confinement of containers outside the engine's own settings: runc's version and the AppArmor profile."""
+"""Checks two parts of the containers' isolation that the machine provides: runc's version and the AppArmor profile."""
 
 import asyncio
 import shutil
@@ -10,13 +10,13 @@ from skep.node import requirements
 from skep.node.conditions import Conditions
 
 PROFILE_S = 30.0
-"""Period of checking the AppArmor profile."""
+"""Seconds between checks of the AppArmor profile."""
 
 
 def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
-    """Return warnings for ``docker info`` about ``runc``, a program or its name.  Blocks.
+    """Return warnings for ``docker info`` about ``runc`` (a path or a name).  Blocks.
 
-    A missing AppArmor profile is a condition, because containers do not start without it.
+    Sets a condition if the AppArmor profile is missing, because containers do not start without it.
     """
     conditions.reporter("apparmor")(apparmor.problem())
     program = shutil.which(runc) or ""

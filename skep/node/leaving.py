@@ -1,4 +1,4 @@
-"""Leaves a cluster: Docker's warnings, the removal from the raft group, and from this node of the cluster's data.
+"""Steps to leave a cluster: Docker's warnings, the removal from the raft group, and the removal of the cluster's data.
 
 Source: moby 20.10, daemon/cluster/swarm.go (Leave).
 """
@@ -25,7 +25,7 @@ from skep.wire.client import open_channel
 log = structlog.get_logger()
 
 RESIGN_TIMEOUT_S = 6.0
-"""Longer than the time for which the manager that removes the member waits for that."""
+"""Time limit in seconds.  Longer than the other manager waits while it removes the member."""
 
 _LEAVING = "You are attempting to leave the swarm on a node that is participating as a manager. "
 _LAST_MANAGER = (
@@ -38,7 +38,10 @@ _LEAVING_END = (
 
 
 def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
-    """Return Docker's warning.  ``nodes`` are from ``GET /nodes``, or None if the manager does not respond."""
+    """Return Docker's warning for ``docker swarm leave`` on a manager.
+
+    ``nodes`` are from ``GET /nodes``, or None if the manager does not respond.
+    """
     if nodes is None:
         return f"{_LEAVING}Doing so may lose the consensus of your cluster. {_LEAVING_END}"
     statuses = [node["ManagerStatus"] for node in nodes if "ManagerStatus" in node]
@@ -54,7 +57,7 @@ def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
 
 
 async def objection(manager_api: Client) -> str:
-    """Return Docker's warning, from the node list of this node's manager."""
+    """Ask this node's manager for the nodes, and return Docker's warning (see ``objection_to_leaving``)."""
     try:
         return objection_to_leaving(await manager_api.get("/nodes"))
     except SkepError:
@@ -64,8 +67,8 @@ async def objection(manager_api: Client) -> str:
 async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
     """Ask the other managers (``ip:port``) in turn to remove this manager's etcd member.  Return whether one did.
 
-    They refuse if the remaining members would have no quorum.  A member that leaves without this still counts towards
-    the others' quorum.
+    They refuse if the remaining members would have no quorum.  A member that leaves without being removed still counts
+    for the quorum of the others.
     """
     for manager in managers:
         try:
@@ -81,8 +84,8 @@ async def leave_manager_group(managers: Sequence[str], pair: KeyPair) -> bool:
 def remove_cluster_data(paths: Paths) -> None:
     """Remove everything that belongs to the cluster.
 
-    ``node.json`` is removed first, because without it the rest is an unfinished leave.  That is recognized by the
-    certificates and the manager's directory, so they are removed last.
+    ``node.json`` is removed first: without it, the next start recognizes an unfinished leave.  It does so by the
+    certificates and the manager's directory, so these are removed last.
     """
     paths.node_json.unlink(missing_ok=True)
     for directory in (

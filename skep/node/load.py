@@ -1,13 +1,15 @@
-"""Load of this node: measured, smoothed, and sent with every heartbeat, for the scheduler's choice among equal nodes.
+"""Measures and smooths the load of this node.
+
+It is sent with every heartbeat, and the scheduler uses it to choose among otherwise equal nodes.
 
 The load is the used share of the scarcer of two resources: processors (time that was not idle, including stolen time)
-and memory (without caches, which can be reclaimed).  It is averaged with weights that decrease exponentially
-(``TIME_CONSTANT_S``), so that a short burst of work counts little and half a minute of work counts much.  It is not
-reported before one time constant has passed, because a node process is busy with its own start.
+and memory (without caches, which can be reclaimed).  It is an exponentially weighted average (``TIME_CONSTANT_S``), so
+that a short burst of work counts little and half a minute of work counts much.  Nothing is reported during the first
+time constant, because a node process is busy with its own start.
 
-The node is its whole machine, unless this process runs in the cgroup below which it runs containers.  Then the machine
-is shared with other nodes (a playground) and the node is that cgroup: its processes, relative to all processors and the
-memory that the node offers.
+Normally the whole machine is measured.  If this process runs in the parent cgroup of its containers, the machine is
+shared with other nodes (a playground).  Then this cgroup is measured, relative to all processors and the memory that
+the node offers.
 
 Source: proc(5), /proc/stat and /proc/meminfo; the kernel's cgroup-v1/cpuacct and cgroup-v2 documents.
 """
@@ -28,16 +30,19 @@ from skep.node.machine import Machine
 log = structlog.get_logger()
 
 TIME_CONSTANT_S = 30.0
-"""After a lasting change the average has moved by 63 % of it in this time, and by 95 % in three times as long."""
+"""Seconds after which the average has followed 63 % of a lasting change (95 % after three times as long)."""
 SAMPLE_S = 5.0
-"""Shortest time between two measurements."""
+"""Shortest time in seconds between two measurements."""
 
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7
-"""Positions in the first line of /proc/stat after its name.  The fields after ``steal`` are included in ``user``."""
+"""Positions of fields in the first line of /proc/stat, after the name.
+
+The fields after ``steal`` are already counted in ``user``.
+"""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """The counters at one moment."""
+    """The counters of processors and memory at one moment."""
 
     busy: float
     """Processor time used since some past moment, in any unit."""
@@ -48,13 +53,13 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """The average so far, and the base of the next comparison.  Times are of the caller's monotonic clock."""
+    """The average so far, and the last reading.  Times are monotonic seconds of the caller's clock."""
 
     reading: Reading
     since: float
     at: float
     load: float | None = None
-    """The average, 0 to 1.  None after the first reading, which measures nothing yet."""
+    """The average, 0 to 1.  None after the first reading, because a load needs two."""
 
     def reported(self, now: float) -> float | None:
         """Return the load to report at ``now``, or None before one time constant has passed."""
@@ -69,9 +74,9 @@ def share(before: Reading, now: Reading) -> float:
 
 
 def smoothed(average: float, share: float, elapsed_s: float) -> float:
-    """Return ``average`` after ``share`` was in use for ``elapsed_s``.
+    """Return the new average after ``share`` was in use for ``elapsed_s``.
 
-    Dividing the time does not change the result.
+    Splitting the time into shorter steps does not change the result.
     """
     return average + (share - average) * -math.expm1(-elapsed_s / TIME_CONSTANT_S)
 
@@ -99,13 +104,13 @@ def reading_of_machine(stat: str, meminfo: str) -> Reading:
 
 
 class LoadMeter:
-    """Keeps the average of one node.  It measures only when called, so it costs nothing without a session."""
+    """Keeps the average load of one node.  Measures only when called, so it costs nothing without a session."""
 
     def __init__(self, read: Callable[[float], Reading], clock: Clock) -> None:
-        """Make the meter.
+        """``read`` returns the counters at the given time.
 
-        ``read`` returns the counters at a time of the clock.  While it raises OSError, ValueError or LookupError,
-        ``None`` is reported."""
+        While it raises OSError, ValueError or LookupError, the load is None.
+        """
         self._read = read
         self._clock = clock
         self._measured: Measured | None = None
@@ -127,7 +132,7 @@ class LoadMeter:
 
 
 def reader_of(machine: Machine, cgroups: Cgroups) -> Callable[[float], Reading]:
-    """Return the reader of this node's counters: its cgroup's if this process runs there, else the machine's."""
+    """Return the function that reads this node's counters, from its cgroup or from the machine (see the module)."""
     if cgroups.hold_this_process():
         return lambda now: _reading_of_group(machine, cgroups, now)
     return lambda _: reading_of_machine(Path("/proc/stat").read_text(), Path("/proc/meminfo").read_text())

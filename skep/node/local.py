@@ -26,12 +26,13 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
     """An address of this machine, without a port."""
     data_path_addr: str = ""
     managers: tuple[Peer, ...] = ()
-    """The managers to try after a restart, as they were received last."""
+    """The managers to try after a restart, from the last list that the node received."""
 
     def reach(self, peer: Peer) -> str:
-        """Return the address of a manager as seen from this node: its own manager at the local listen address.
+        """Return the address at which this node reaches a manager.
 
-        Behind address translation, a machine may not reach itself at the address that others use.
+        Its own manager is reached at the local listen address: behind address translation, a machine may not reach
+        itself at the address that others use.
         """
         if peer.node_id != self.node_id or not self.listen_addr:
             return peer.addr

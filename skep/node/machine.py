@@ -1,4 +1,7 @@
-"""Facts about this machine, read once at start, reported to the managers and shown by ``/info`` and ``/version``."""
+"""Facts about this machine, read once at start.
+
+They are reported to the managers and shown by ``/info`` and ``/version``.
+"""
 
 import os
 import platform
@@ -17,10 +20,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     hostname: str
     architecture: str
-    """The kernel's name: x86_64, aarch64."""
+    """Name of the architecture in the kernel, such as x86_64 or aarch64."""
     kernel: str
     os_name: str
-    """``Debian GNU/Linux 12 (bookworm)``."""
+    """For example ``Debian GNU/Linux 12 (bookworm)``."""
     os_version: str
     cpus: int
     memory_bytes: int
@@ -32,7 +35,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def nano_cpus(self) -> int:
-        """Processors in Docker's unit: 10^9 for each."""
+        """Number of processors in Docker's unit, 10^9 per processor."""
         return self.cpus * _SECOND_TO_NANO
 
 

@@ -1,7 +1,7 @@
-"""Reads the parts of a node's description that are in files: devices, networks, ports in use.
+"""Reads those parts of a node's description that come from files: devices, networks, ports in use.
 
-They are read in a thread every few seconds, and a description uses the last result.  Directories of devices and CDI
-descriptions are read only if the modification time of one of them has changed.
+The files are read in a thread every few seconds, and descriptions use the last result.  Directories with devices and
+CDI descriptions are read again only if the modification time of one of them has changed.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from skep.model.used_ports import UsedPort
 log = structlog.get_logger()
 
 READ_EVERY_S = 5.0
-"""Seconds between readings of the files that name a node's resources."""
+"""Seconds between two reads of these files."""
 
 _Times: TypeAlias = tuple[tuple[str, int, int], ...]
 
@@ -70,7 +70,7 @@ class ResourceReader:
         self.present = await asyncio.to_thread(self.read, self.present)
 
     async def prepare(self) -> Callable[[], Coroutine[Any, Any, None]]:
-        """Read once, so that the first description has the result.  Return ``run``."""
+        """Read once, so that the first description has the result.  Returns ``run``."""
         await self.refresh()
         return self.run
 
@@ -86,7 +86,7 @@ class ResourceReader:
         if configuration.executor != "oci":
             devices: tuple[str, ...] = ()
             cdi_devices: tuple[str, ...] = ()
-            self._device_times = self._cdi_times = None  # read again when containers run again
+            self._device_times = self._cdi_times = None  # read again once containers can run again
         else:
             devices = self._devices(before.devices)
             cdi_devices = self._described_devices(configuration.cdi_spec_dirs, before.cdi_devices)
@@ -98,7 +98,10 @@ class ResourceReader:
         )
 
     def _is_whole(self, what: str, failed: Sequence[OSError]) -> bool:
-        """Return whether all of ``what`` was readable.  A node without free descriptors still has its devices."""
+        """Return whether all of ``what`` was readable.
+
+        If not, earlier results stay: a node without free descriptors still has its devices.
+        """
         if failed and what not in self._unread:
             log.warning("machine resources not read", what=what, reason=describe_error(failed[0]))
         (self._unread.add if failed else self._unread.discard)(what)

@@ -72,7 +72,9 @@ class ManagerFiles:
         save_recovery(paths, Recovery())
 
     def write_recovery(self, node: LocalNode) -> None:
-        """Write the files for a manager that continues alone with its data.  An unfinished recovery is continued.
+        """Write the files for a manager that continues its cluster alone, with its data.
+
+        Continues an unfinished recovery.
 
         Raises: Unavailable: etcd's port is in use.
         """
@@ -89,10 +91,10 @@ class ManagerFiles:
             save_recovery(paths, Recovery())
 
     def update(self, node: LocalNode) -> None:
-        """Write the node's present address and the reloadable settings, which a manager reads at its start."""
+        """Write the node's present address and the reloadable settings for the next start of the manager."""
         path = self._paths.manager_config
         if not path.exists():
-            return  # the manager process reports it
+            return  # the manager process reports the damage
         before = bootstrap.load(path)
         self._log_peer_addr(before.listen_addr, before.peer_listen)
         configuration = self._configuration()
@@ -111,7 +113,8 @@ class ManagerFiles:
         check_listening(listen_addr, self._configuration().peer_addr)
 
     def peer_section(self, node: LocalNode) -> dict[str, Any]:
-        """Return ``PeerAddr`` of ``/info`` (this manager's etcd as others reach it), with ``Warnings`` about its port.
+        """Return fields of ``/info``: ``PeerAddr``, where other managers reach this manager's etcd, and ``Warnings``
+        about its port.
 
         Empty if the file is missing or damaged, which the manager process reports.
         """
@@ -132,7 +135,7 @@ class ManagerFiles:
 
 
 def _others(node: LocalNode) -> tuple[str, ...]:
-    """Return the addresses of the other managers, which may accept this node as one."""
+    """Return the addresses of the other managers, any of which may admit this node as a manager."""
     return tuple(peer.addr for peer in node.managers if peer.node_id != node.node_id)
 
 

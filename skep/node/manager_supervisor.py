@@ -1,7 +1,7 @@
 """Runs the manager process of this node while the node has a manager's certificate.
 
-A promoted node writes its manager's files and starts it.  The manager then requests admission from the others.  A
-demoted node stops it and removes its files.  ``node.json`` follows.
+A promoted node writes the manager's files and starts the manager process, which then requests admission from the other
+managers.  A demoted node stops the process and removes its files.  The role in ``node.json`` is updated accordingly.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ class ManagerProcess(Protocol):
     """A supervised process (``supervision.supervisor``)."""
 
     error: str
-    """Why the process will not be restarted, or empty if it will."""
+    """Reason why the process is not restarted, or empty if it is."""
 
     async def run(self) -> None:
-        """Keep it running until cancelled.  Returns when the other managers have removed it."""
+        """Keep the process running until cancelled.  Returns when the other managers have removed this manager."""
 
     def dismiss(self) -> None:
-        """Stop it when ``run`` is cancelled, instead of leaving it to the next node process."""
+        """Let ``run`` stop the process when it is cancelled, instead of leaving it to the next node process."""
 
     def reload(self) -> None:
-        """Have it read its settings again."""
+        """Make the process read its settings again."""
 
 
 class ManagerSupervisor:
@@ -43,7 +43,7 @@ class ManagerSupervisor:
     Args:
         new_process: Makes a manager process, not yet running.
         write_files: Writes the files that a new manager reads at its start.
-        save_role: Called with whether the node is a manager, before a manager starts and after one has ended.
+        save_role: Called with True before a manager starts, and with False after it has ended.
         renew_certificate: Requests another certificate.
     """
 
@@ -70,16 +70,16 @@ class ManagerSupervisor:
 
     @property
     def error(self) -> str:
-        """Why the manager process will not be restarted.  Empty if it will, or if there is none."""
+        """Reason why the manager process is not restarted.  Empty if it is, or if there is none."""
         return self.process.error if self.process is not None else ""
 
     def set_role(self, role: NodeRole) -> None:
-        """Note the role in the node's present certificate."""
+        """Set the role that the node's present certificate has."""
         self._role = role
         self._role_changed.set()
 
     def dismiss(self) -> None:
-        """Have the end of ``run`` stop the manager, because the node leaves its cluster or starts another one."""
+        """Let ``run`` stop the manager when it ends, because the node leaves its cluster or starts another manager."""
         if self.process is not None:
             self.process.dismiss()
 
@@ -105,7 +105,7 @@ class ManagerSupervisor:
         self.state = after(self.state, event)
 
     async def _follow_certificate(self) -> None:
-        """Take over the role of the certificate, or wait for the next certificate if the role is unchanged."""
+        """Change to the role of the certificate.  If the role is unchanged, wait for the next certificate."""
         self._role_changed.clear()
         before = self.state
         self._apply(certified(self._role))
@@ -119,9 +119,11 @@ class ManagerSupervisor:
         self._apply(Event.FILES_WRITTEN)
 
     async def _run_manager(self) -> None:
-        """Run the manager process until the certificate is a worker's, or the other managers have removed it."""
+        """Run the manager process until the certificate has the role worker, or the other managers have removed this
+        manager.
+        """
         if not (self._paths.manager_config.exists() or self._paths.etcd.exists()):
-            # A removed manager's files were discarded, and the node process ended before it wrote the next ones.
+            # The node process ended after it discarded a removed manager's files and before it wrote new ones.
             await asyncio.to_thread(self._replace_files)
         self.process = self._new_process()
         async with asyncio.TaskGroup() as group:
@@ -138,9 +140,9 @@ class ManagerSupervisor:
     async def _start_over(self) -> None:
         """Discard the data of a manager that the others have removed, and request admission as a new one.
 
-        The others refuse it while its demotion is pending, and its certificate then soon has the worker's role.  A
-        manager that was promoted again meanwhile needs another certificate too, because etcd's peers refuse the one it
-        was removed with.
+        If the manager was demoted, the others refuse, and soon a certificate with the role worker arrives.  If it was
+        promoted again, it still needs a new certificate, because etcd's peers refuse the certificate with which it was
+        removed.
         """
         self._renew_certificate()
         with suppress(TimeoutError):
@@ -155,7 +157,8 @@ class ManagerSupervisor:
     async def _demote(self) -> None:
         """Demote this node.
 
-        ``node.json`` comes last: until then a restarted node process finds a manager and demotes it again.
+        ``node.json`` is written last.  If the node process restarts before that, it still finds a manager and demotes
+        it again.
         """
         log.info("node demoted to worker")
         self.process = None
@@ -169,7 +172,7 @@ class ManagerSupervisor:
         self._write_files()
 
     def _remove_files(self) -> None:
-        """Remove all files of the manager.  If the node's own key was locked, it is stored unencrypted again.
+        """Remove all files of the manager.  If autolock had encrypted the node's key, it is stored unencrypted again.
 
         The directory is renamed first, so that after an interruption either all of its files exist or none.
         """

@@ -67,13 +67,16 @@ from skep.security.locking import KeyLock, parsed_unlock_key
 log = structlog.get_logger()
 
 _FOUNDING_TIMEOUT_S = 60.0
-"""Seconds for ``init``, with etcd on a slow disk."""
+"""Time limit in seconds for ``init``.  Long, because etcd may be on a slow disk."""
 _JOIN_TIMEOUT_S = 20.0
-"""Docker's swarmConnectTimeout."""
+"""Time limit in seconds for ``join``, Docker's swarmConnectTimeout."""
 _MARK_POLL_S = 0.2
-"""Seconds between looks for the mark that another process writes."""
+"""Seconds between checks for a file that the manager process writes."""
 _LOOK_S = 2.0
-"""Limit for reading the machine before the first session.  Later descriptions include slower parts."""
+"""Time limit in seconds for reading the machine before the first session.
+
+Later descriptions include parts that took longer.
+"""
 
 
 class Membership:
@@ -81,7 +84,7 @@ class Membership:
 
     Args:
         manager_api: API of this node's manager.
-        show_condition: Called with the reason why ``node.json`` cannot be used, and with an empty text when it can.
+        show_condition: Called with the reason if ``node.json`` cannot be used, and with an empty text once it can.
     """
 
     def __init__(
@@ -104,12 +107,12 @@ class Membership:
         self._state = State.STARTING
         self._runner: NodeRunner | None = None
         self._running: asyncio.Task[None] | None = None
-        """The runner's task, while it is not stopped."""
+        """The task of the runner, until it is stopped."""
         self._locked_node: LocalNode | None = None
         self._read_error = ""
-        """Why ``node.json`` cannot be used."""
+        """Reason why ``node.json`` cannot be used, or empty."""
         self._no_vote_reason = ""
-        """Why the last new manager had no vote in time, or empty if unknown."""
+        """Reason why the last new manager did not get a vote in time, or empty if unknown."""
 
     def _apply(self, event: Event) -> None:
         self._state = after(self._state, event)
@@ -160,7 +163,7 @@ class Membership:
         self._show_condition("")
 
     def _require_outside(self) -> None:
-        """Check that this node is outside any cluster.  Raises: Unavailable: it is a member, or may be one."""
+        """Check that this node is in no cluster.  Raises: Unavailable: it is a member, or may be one."""
         if self.node is not None:
             raise Unavailable(IN_A_SWARM)
         if self._read_error:
@@ -190,10 +193,10 @@ class Membership:
             return node.node_id
 
     async def _recover(self, node: LocalNode, request: InitRequest) -> NodeId:
-        """Have this node's manager continue the cluster alone, from its own data.  Tasks keep running.
+        """Restart this node's manager as the only manager of its cluster, with its own data.  Tasks keep running.
 
         Raises: Unavailable: this node is not a manager, or is locked; the errors of ``founding``; SkepError: the
-        manager does not start, and its data are kept.
+        manager does not start.  Its data is kept.
         """
         if self.is_locked:
             raise Unavailable(LOCKED)
@@ -222,16 +225,18 @@ class Membership:
     async def restore(
         self, pieces: AsyncIterator[bytes], key: bytes, advertise_addr: str, *, is_dry: bool
     ) -> RestorePlan:
-        """Become the manager that made a backup, as the only one.  With ``is_dry``, only read the backup.
+        """Become the manager that made a backup, as the only manager of its cluster.
+
+        With ``is_dry``, only read the backup.
 
         Args:
-            advertise_addr: The address, or empty for the backup's if this machine has it, else for this machine's only
-                address.
+            advertise_addr: The address of the manager.  If empty, the address in the backup if this machine has it,
+                else this machine's only address.
 
         Raises:
             Unavailable: This node is in a swarm already.
             InvalidArgument: The backup, the key or the address is wrong.
-            SkepError: The manager does not start, and nothing of it is kept.
+            SkepError: The manager does not start.  Everything that was restored is removed.
         """
         async with self._control:
             self._require_outside()
@@ -284,9 +289,9 @@ class Membership:
             log.info("swarm joined", node=node.node_id, cluster=node.cluster_id)
 
     async def leave(self, *, force: bool) -> None:
-        """Leave the cluster: stop its tasks, the agent and the manager, and remove its data.
+        """Leave the cluster: stop tasks, agent and manager, and remove the cluster's data.
 
-        Raises: Unavailable: not in a swarm, or a manager without ``force``.
+        Raises: Unavailable: this node is not in a swarm, or is a manager and ``force`` is False.
         """
         async with self._control:
             if self.node is None and not (self._read_error and force):
@@ -305,7 +310,7 @@ class Membership:
             log.info("swarm left")
 
     async def unlock(self, request: UnlockRequest) -> None:
-        """Unlock a node locked by autolock.  Returns when it has a session again, or after 20 s without one.
+        """Unlock a node that autolock has locked.  Returns when it has a session again, or after 20 s.
 
         Raises, with Docker's texts:
             Unavailable: This node is not a manager, or cannot take part again.
@@ -363,7 +368,7 @@ class Membership:
 
     @property
     def is_manager(self) -> bool:
-        """Whether it is a member with the role manager."""
+        """Whether this node is a member with the role manager."""
         return self.node is not None and self.node.is_manager
 
     @property
@@ -431,7 +436,8 @@ class Membership:
             await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
         except BaseException:
             if node.is_manager and self._runner is not None:
-                # A raft member that does not run would count against the next one's quorum.
+                # Remove the raft member: one that does not run would make it harder for the next manager to reach a
+                # quorum.
                 await self._leave_manager_group(self._runner)
             self._apply(Event.ENTER_FAILED)
             await self._end()
@@ -439,7 +445,9 @@ class Membership:
         self._apply(Event.ENTERED)
 
     async def _look(self) -> None:
-        """Read the machine again, because the cluster's networks must avoid networks that have just appeared."""
+        """Read the machine's networks again, because the cluster's networks must avoid those that have just
+        appeared.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_S):
                 await self._dependencies.look()
@@ -452,7 +460,7 @@ class Membership:
             raise Untranslated(str(error)) from error  # Docker Engine responds 500 to a bad token
 
     async def _wait_session(self, timeout_s: float) -> None:
-        """Wait for the first session.  Raises: SkepError: there will be none, or it did not come in time."""
+        """Wait for the first session.  Raises: SkepError: the cluster refuses this node, or the time is up."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._noting_no_vote(self._wait_settled())
@@ -485,13 +493,13 @@ class Membership:
                     noting.cancel()
 
     async def _wait_settled(self) -> None:
-        """Return with the first session, or when there will be none."""
+        """Wait for the first session, or until it is clear that there will be none."""
         assert self._runner is not None, "started before"
         assert self._running is not None, "started before"
         await wait_first(self._runner.wait_settled(), asyncio.wait((self._running,)))
 
     async def _wait_ready(self, node: LocalNode, timeout_s: float) -> None:
-        """Return when the manager shows this node as ready."""
+        """Wait until the manager shows this node as ready."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._noting_no_vote(wait_ready(self._manager_api, node.node_id, self._clock))
@@ -499,7 +507,7 @@ class Membership:
             raise Unavailable(self._error or self._timeout_text()) from error
 
     async def _with_present_address(self, node: LocalNode) -> LocalNode:
-        """Return ``node`` with the configured address, which may have changed while it was off.
+        """Return ``node`` with the configured address, which may have changed while the node was off.
 
         If this machine does not have the address, that is logged and the former address is kept.
         """
@@ -519,7 +527,7 @@ class Membership:
         return present
 
     async def _leave_manager_group(self, runner: NodeRunner) -> None:
-        """Have the other managers remove this one's etcd member, so that it does not count towards their quorum."""
+        """Ask the other managers to remove this manager's etcd member, so that it no longer counts for their quorum."""
         pair = await asyncio.to_thread(keypair.load, self._paths.certificates, self._lock)
         await leave_manager_group(runner.other_managers, pair)
 

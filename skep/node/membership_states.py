@@ -1,11 +1,11 @@
 """Membership of a node in a cluster as a state machine: all states, events and transitions.  Pure.
 
-Three machines share one table, since their states differ:
+Three machines share one table.  No two of them have a state in common:
 
 * *membership*, for the life of the node process: outside, entering (init, join, restore), member, leaving
 * *session*, for each start of agent and manager supervisor: whether there has been a session yet
-* *role*, for the same time: whether a manager process belongs to this node.  The certificate decides it.  ``promoting``
-  and ``demoting`` write files, and are repeated until that succeeds.  Every other state waits for an event.
+* *role*, for the same time: whether this node has a manager process.  The certificate decides that.  ``promoting`` and
+  ``demoting`` write files, and are repeated until that succeeds.  Every other state waits for an event.
 
 ``docs/design/node.md`` draws the table.
 """
@@ -26,14 +26,17 @@ class State(Enum):
     """``node.json`` cannot be read, so it is not known whether the node is a member.  Reading is retried."""
     OUTSIDE = "outside"
     LOCKED = "locked"
-    """A manager whose keys are encrypted (autolock): waits for ``docker swarm unlock``."""
+    """The manager's keys are encrypted (autolock), and the node waits for ``docker swarm unlock``."""
     ENTERING = "entering"
-    """Init, join or restore.  A failure leaves nothing behind, and ``node.json`` is written last."""
+    """Init, join or restore is in progress.  A failure leaves nothing behind, and ``node.json`` is written last."""
     MEMBER = "member"
     RECOVERING = "recovering"
     """``docker swarm init --force-new-cluster``: agent and manager are stopped, tasks keep running."""
     FAILED = "failed"
-    """A member whose agent has ended because the cluster refuses this node.  ``docker swarm leave`` ends this state."""
+    """The node is a member, but its agent has ended because the cluster refuses it.
+
+    ``docker swarm leave`` ends this state.
+    """
     LEAVING = "leaving"
 
     PENDING = "pending"
@@ -45,7 +48,7 @@ class State(Enum):
     PROMOTING = "promoting"
     MANAGER = "manager"
     REMOVED = "removed"
-    """The other managers have removed this one, and the certificate still names it a manager."""
+    """The other managers have removed this manager, but its certificate still has the role manager."""
     DEMOTING = "demoting"
 
 
@@ -125,7 +128,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
 
 
 def after(state: State, event: Event) -> State:
-    """Return the next state.  An event that ``state`` does not have is an error of this program."""
+    """Return the next state.  An event that the table does not have for ``state`` is a bug."""
     following = TRANSITIONS.get((state, event))
     assert following is not None, f"{event.name} in state {state.name}"
     return following

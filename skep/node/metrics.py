@@ -1,6 +1,6 @@
-"""A node's metrics for Prometheus: of the node, its engine, networks and containers, and its manager process.
+"""Prometheus metrics of a node, its engine, networks and containers, and its manager process.
 
-Metrics that Docker Engine has too carry Docker's names.  Source: moby, daemon/metrics.go, daemon/events/metrics.go;
+Metrics that Docker Engine also has are named as in Docker.  Source: moby, daemon/metrics.go, daemon/events/metrics.go;
 swarmkit, node/node.go.
 """
 
@@ -37,11 +37,11 @@ from skep.node.membership import Membership
 log = structlog.get_logger()
 
 KEPT_S = 1.0
-"""Time for which a page answers all requests."""
+"""Seconds for which one page answers all requests."""
 _MANAGER_S = 4.0
-"""Shorter than Prometheus' own limit of ten seconds."""
+"""Time limit in seconds for the manager's metrics.  Shorter than Prometheus' own limit of ten seconds."""
 _NET_S = 2.0
-"""Seconds for the figures of the network process.  Without them, the others are served."""
+"""Time limit in seconds for the metrics of the network process.  If they are late, the page is served without them."""
 _LAG_PERIOD_S = 1.0
 """Seconds between measurements of the loop's delay."""
 
@@ -84,10 +84,10 @@ class NodeMetrics:
                 group.create_task(self._sources.usage.run())
 
     async def text(self) -> bytes:
-        """Return the page.  All requests within a second share one, because any client that reaches the address can
-        send many.
+        """Return the page.
 
-        Sources that do not answer in time are left out, which ``skep_manager_up`` shows for the manager.
+        All requests within a second share a page, because any client that reaches the address can send many requests.
+        Sources that do not answer in time are left out.  For the manager, ``skep_manager_up`` shows that.
         """
         async with self._making:
             if self._clock.monotonic() - self._made_at >= KEPT_S:
@@ -132,7 +132,7 @@ class NodeMetrics:
         ]  # fmt: skip
 
     async def _of_net_process(self) -> list[Family]:
-        """Return the counters of containers' name servers, or nothing if their process does not answer."""
+        """Return the counters of the containers' name servers, or nothing if the network process does not answer."""
         plane = self._sources.data_plane
         if plane is None or plane.naming is None:
             return []
@@ -206,7 +206,7 @@ def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list
 
 
 def member_families(member: LocalNode | None) -> list[Family]:
-    """Return the node's cluster, or nothing outside of a cluster."""
+    """Return the metric that names the node's cluster, or nothing outside of a cluster."""
     if member is None:
         return []
     ids = label_text({"node_id": member.node_id, "swarm_id": member.cluster_id})
@@ -275,7 +275,7 @@ def dns_families(listing: Listing) -> list[Family]:
 
 
 def network_families(repairs: Mapping[str, int], reports: Mapping[NodeId, PathReport]) -> list[Family]:
-    """Return repairs of other programs' changes, and which nodes the probes reach."""
+    """Return how often changes by other programs were repaired, and which nodes the probes reach."""
     reachable = {id: int(not (report.failing and report.is_settled)) for id, report in reports.items()}
     mtus = {id: report.mtu for id, report in reports.items() if report.mtu}
     return [

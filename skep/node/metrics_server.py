@@ -1,7 +1,7 @@
 """``metrics-addr``: serves the node's page for Prometheus and the list of nodes to scrape, by plain HTTP as in Docker.
 
-Every client that reaches the address can read it.  Nothing can be changed there, and secrets and environments are not
-shown.
+Every client that reaches the address can read the page.  It shows no secrets or environments, and nothing can be
+changed there.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ log = structlog.get_logger()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _CONNECTIONS_MAX = 64
-"""Connections in all.  A scraper needs one."""
+"""Limit for all connections.  A scraper needs one."""
 _CONNECTIONS_OF_SOURCE_MAX = 32
-"""Connections of one address."""
+"""Limit for the connections of one address."""
 _AT_ONCE = 4
-"""Pages that are made at the same time."""
+"""Limit for the pages that are produced at the same time."""
 _IDLE_S = 75.0
-"""Seconds for which an idle connection stays open, so that a scraper's every minute needs no new one."""
+"""Seconds for which an idle connection stays open.  Longer than the usual interval of scrapers, a minute."""
 _PRIVATE = (".internal", ".local", ".localhost", ".home.arpa", ".test")
 """Suffixes of names that nobody can register."""
 
@@ -112,7 +112,7 @@ async def _show(metrics: NodeMetrics, request: web.Request) -> web.StreamRespons
 class _Clients:
     """The connections of one listener.
 
-    ``hosts`` are names of this machine that requests may have in ``Host`` although anyone could register them.
+    ``hosts`` are further names of this machine that requests may have in ``Host``.
     """
 
     def __init__(self, hosts: Collection[str]) -> None:
@@ -128,7 +128,7 @@ class _Clients:
         )
 
     def accept(self, server: web.Server, client: Connection) -> None:
-        """Let ``server`` serve a new connection, or close it if all open connections have requests in progress."""
+        """Let ``server`` serve a new connection.  Close it if all open connections have requests in progress."""
         if admit_transport(self._open, client.transport):
             client.give_to(server())
         else:
@@ -150,8 +150,9 @@ class _Clients:
 def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:
     """Return why a request is refused for its ``Host``, or an empty text if it is accepted.
 
-    A web page with a name that resolves to this machine (DNS rebinding) could read the responses, and its browser sends
-    that name.  Names that nobody can register are not a risk, so only other names have to be configured.
+    An attacker's web page could read the responses if its host name resolves to this machine (DNS rebinding).  The
+    browser then sends that name in ``Host``.  Names that nobody can register are not a risk, so only other names must
+    be configured.
 
     Source: RFC 6761, RFC 6762, RFC 8375 (special-use names); ICANN reserved ``.internal`` in 2024.
     """
@@ -170,7 +171,8 @@ def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:
 
 
 def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]]:
-    """Return the targets for ``http_sd_configs``: each node, up or down, so that an alert can distinguish the two.
+    """Return the targets for ``http_sd_configs``: all nodes, including nodes that are down, so that an alert can notice
+    those.
 
     Source: https://prometheus.io/docs/prometheus/latest/http_sd/
     """
@@ -178,9 +180,10 @@ def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]
 
 
 def _address(node: Mapping[str, Any]) -> str:
-    """Return the node's address.
+    """Return the node's address, or an empty text before its first session.
 
-    Empty before its first session, because a bare port would mean the machine that Prometheus runs on."""
+    The caller leaves such nodes out, because a target with only a port would mean the machine that Prometheus runs on.
+    """
     return str((node.get("Status") or {}).get("Addr") or "")
 
 
@@ -203,5 +206,5 @@ def _target(node: Mapping[str, Any], address: str, port: int) -> Mapping[str, An
 
 
 def _plain(key: str) -> str:
-    """Return a label name in Prometheus' form, with ``_`` for every other character."""
+    """Return ``key`` as a Prometheus label name, with ``_`` in place of invalid characters."""
     return "".join(char if char.isascii() and char.isalnum() else "_" for char in key)

@@ -1,7 +1,7 @@
-"""The composition root of a node: makes each of its parts once, in layers, and runs them.
+"""The composition root of a node: creates each of its parts once, in layers, and runs them.
 
 Containers and their networks come first, then the tables of cluster networks, the agent, the membership of a cluster,
-and the Engine API.  Each layer gets the layers below it when it is made.
+and the Engine API.  Each layer receives the layers below it when it is created.
 """
 
 import asyncio
@@ -114,12 +114,10 @@ from skep.security.locking import KeyLock
 log = structlog.get_logger()
 
 _CONTAINERS_FOUND_S_MAX = 15.0
-"""Time after which the API is served even if the containers of earlier processes are not found.  It shows the
-reason."""
+"""Seconds after which the API is served even before the containers of earlier processes are found."""
 
 _REVISION_FILE = "seen.json"
-"""File with the newest assignments that this node has received, in the certificates' directory, with which it is
-removed."""
+"""File with the newest seen revision of assignments, in the directory of the certificates."""
 
 
 class Node:
@@ -140,7 +138,7 @@ class Node:
         self._own_ports = OwnPorts(lambda: self._configuration, self._session)
         self._image_sources = ClusterSources(self._session)
         self._engine_images: EngineImages | None = None
-        # Containers.  The executor ``process`` has none: tasks are plain commands.
+        # Containers.  With the executor ``process`` there are none, because tasks are plain commands.
         self._container_apis = ContainerApis(self._clock, lambda: self._engine)
         self._executor = self._make_executor()
         self._exporter = exporter_to(
@@ -230,11 +228,11 @@ class Node:
                 await asyncio.Event().wait()
 
     async def announce_stop(self) -> None:
-        """Announce a planned stop to the manager, so that it does not replace tasks during the restart."""
+        """Announce a planned stop to the manager, so that it replaces no tasks during the restart."""
         await self._session.announce_stop()
 
     def reload(self, configuration: Configuration) -> None:
-        """Use the parts of ``configuration`` that need no restart."""
+        """Apply those parts of ``configuration`` that need no restart."""
         self._configuration = configuration
         self._environment.processes.net.reload()
         self._membership.reload()
@@ -292,7 +290,7 @@ class Node:
 
     def _make_data_plane(self, endpoints: ClusterEndpoints) -> DataPlane:
         configuration, environment = self._configuration, self._environment
-        # Several connections to the net process, so that ports do not wait for the names of a thousand containers.
+        # Several connections to the net process, so that ports do not wait behind a thousand containers' names.
         net = partial(NetClient, self._paths.net_socket, self._clock, self._random)
         return DataPlane(
             Host(
@@ -316,13 +314,13 @@ class Node:
 
     def _network_tables(self) -> NetworkTables:
         plane, tables = self._data_plane, self._shared_tables
-        # Routes are applied before the names that lead there.
+        # Routes are applied before the names of the endpoints that they lead to.
         users = (plane.overlays, plane.mesh, tables) if plane is not None else (tables,)
         stored = StoredTables(self._paths.kept_tables, self._clock)
         return NetworkTables(stored, users, self._session, self._clock, self._random)
 
     def _run_networks(self, run: Callable[..., None]) -> None:
-        """Keep the networks of the cluster in the state of their tables."""
+        """Keep the cluster networks on this node in the state that their tables describe."""
         plane, tables = self._data_plane, self._tables
         if plane is not None and not tables.tables:
             run(plane.overlays.apply_nothing, "networks of an earlier process")
@@ -351,7 +349,7 @@ class Node:
         )
 
     def _part_labels(self) -> Mapping[str, str]:
-        """Return the labels of the node's parts."""
+        """Return the engine labels that the parts of the node contribute."""
         plane = self._data_plane
         own = {**self._own_ports.labels(), **(plane.tunnels.labels() if plane is not None else {})}
         mesh = plane.mesh.published if plane is not None else frozenset()
@@ -564,7 +562,7 @@ class Node:
         )
 
     def _run_checks(self, run: Callable[..., None]) -> None:
-        """Keep this machine's conditions current, and run the background work around the engine."""
+        """Run the checks that keep this node's conditions current, and the background work of images and volumes."""
         conditions, paths, clock = self._environment.conditions, self._paths, self._clock
         run(partial(reap_orphans, clock), "orphans")
         if self._engine is not None:
@@ -594,7 +592,7 @@ def _registry_policy(configuration: Configuration) -> Policy:
 
 
 def _encryption(features: Features, setting: str) -> Method | Refusal:
-    """Choose how this node encrypts networks.  Log why the kernel's WireGuard is not used if it was allowed."""
+    """Choose how this node encrypts networks.  Log why the kernel's WireGuard is not used although it is allowed."""
     if reasons := reasons_for_fallback(features, setting):
         log.info("encrypted networks use wireguard-go, not the kernel's WireGuard", reason=reasons)
     return choose(features, setting)

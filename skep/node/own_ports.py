@@ -1,4 +1,4 @@
-"""The ports of this machine that its own daemon uses, from its configuration and its membership."""
+"""The ports that this machine's own daemon uses, according to its configuration and its membership."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,7 +20,10 @@ from skep.node.local import LocalNode, read_local_node
 
 
 class OwnPorts:
-    """The present ports of the daemon.  ``configuration`` returns the present configuration, which may be reloaded."""
+    """The ports that the daemon uses now.
+
+    ``configuration`` returns the present configuration, which may be reloaded.
+    """
 
     def __init__(self, configuration: Callable[[], Configuration], session: SessionState) -> None:
         self._configuration = configuration
@@ -29,10 +32,10 @@ class OwnPorts:
     def present(self) -> ReservedPorts:
         """Return the ports that no container of this machine may publish."""
         configuration, node, peer_addr = self._configuration(), None, ""
-        with suppress(SkepError):  # the membership shows why the file cannot be read
+        with suppress(SkepError):  # the membership reports why the file cannot be read
             node = read_local_node(configuration.paths.node_json)
         if node is not None and node.is_manager:
-            # the manager process reports it, or this node is just becoming a manager
+            # the manager process reports the error, or this node is just becoming a manager
             with suppress(SkepError):
                 peer_addr = bootstrap.load(configuration.paths.manager_config).peer_listen
         return own_ports(configuration, node, self._session.data_path_port, peer_addr)
@@ -50,7 +53,7 @@ def own_ports(
 
     Args:
         node: The node as a member, or None outside of a cluster.
-        data_path_port: The cluster's port, or 0 if not known yet.
+        data_path_port: UDP port of the cluster's overlay networks, or 0 if not known yet.
         peer_addr: Address of a manager's etcd for its peers, or empty if not known yet.
     """
     found: dict[UsedPort, str] = {}

@@ -19,19 +19,19 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 def run_part(group: asyncio.TaskGroup, clock: Clock, work: Work, name: str) -> None:
-    """Run a part of the node in ``group``.  It is restarted after every failure, with growing pauses."""
+    """Run a part of the node in ``group``, and restart it after every failure, with growing pauses."""
 
     async def run() -> None:
         with first_alone(SkepError):
             await work()
 
-    # only another node process has another zygote
+    # only a new node process has a new zygote
     repeated = retry(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
     group.create_task(repeated, name=name)
 
 
 async def wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
-    """Wait a limited time until the containers of earlier processes are known, so that lists are complete."""
+    """Wait until ``ready`` has returned, but at most ``seconds``."""
     try:
         await run_unless(ready, clock.sleep(seconds))
     except Preempted:

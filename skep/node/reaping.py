@@ -1,8 +1,8 @@
 """Reaps orphaned processes.
 
-A conmon forks itself away from its parent and is adopted by the nearest subreaper.  Pid 1 of a container or of a
-playground's node often does not reap, so the node process does.  asyncio reaps the node process's own children at once.
-A zombie that is found twice, seconds apart, is therefore an orphan.
+A conmon process detaches from its parent and is adopted by the nearest subreaper.  That would be pid 1, which often
+does not reap if it is in a container or a playground.  So the node process becomes the subreaper.  asyncio reaps the
+node process's own children at once, so a zombie that is found twice, seconds apart, must be an orphan.
 """
 
 import ctypes
@@ -16,11 +16,11 @@ from skep.linux.processes import stat_of
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_EVERY_S = 5.0
-"""Seconds between looks.  A zombie costs one entry in the kernel's table."""
+"""Seconds between checks for zombies.  A zombie only costs an entry in the kernel's process table."""
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends."""
+    """Make this process a subreaper: the parent of all descendants whose own parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Checks before a node starts.  Each refusal is a sentence with advice."""
+"""Checks that this machine can be a node, before the node starts.  Each refusal is a sentence with advice."""
 
 import os
 import re
@@ -16,14 +16,14 @@ from skep.node.features import file_system_type
 
 OVERLAYFS_MAGIC = 0x794C7630
 _TIMEOUT_S = 10.0
-"""Seconds for a program to say its version."""
+"""Time limit in seconds for a program to print its version."""
 _DOCKERS_OWN = ("engine-id", "overlay2", "containerd")
 
 Version = tuple[int, ...]
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that Skep starts, the oldest usable version, and where to get it."""
+    """A program that Skep starts, with the oldest usable version and where to get it."""
 
     name: str
     oldest: Version
@@ -37,7 +37,7 @@ NFT = Tool(name="nft", oldest=(1, 0, 0), remedy="apt-get install nftables", flag
 
 
 class Unfit(FailedPrecondition):
-    """This machine cannot be a node as it is.  ``str`` has one sentence per line."""
+    """This machine cannot be a node as it is.  ``str`` returns one sentence per line."""
 
     def __init__(self, problems: tuple[str, ...]) -> None:
         super().__init__("\n".join(problems))
@@ -54,7 +54,8 @@ def check(
 
     Args:
         find_etcd: Returns etcd's version, or raises FailedPrecondition with advice.
-        find_cgroup_problem: ``cgroup_problem`` on a node that runs containers.
+        find_cgroup_problem: Returns the problem with this machine's cgroups (``cgroup_problem``).  The default is for
+            nodes without containers.
 
     Raises: Unfit: with all problems at once.
     """
@@ -105,7 +106,7 @@ def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
 def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
     """Return why ``program`` is unusable, or an empty text.
 
-    ``output`` is its version's, or None if it cannot be run.
+    ``output`` is its output for ``--version``, or None if it cannot be run.
     """
     if program is None or output is None:
         return (

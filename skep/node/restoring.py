@@ -25,7 +25,7 @@ from skep.security.keypair import KeyPair
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
-    """Data with which a manager continues from a backup.  The file ``snapshot`` is consumed."""
+    """Data with which a manager continues from a backup.  The file ``snapshot`` is moved to the manager's store."""
 
     node: LocalNode
     wrapping_key: bytes
@@ -34,7 +34,9 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def receive(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> Manifest:
-    """Write the snapshot of a backup to the file ``snapshot``, which appears once the backup is known to be complete.
+    """Write the snapshot in a backup to the file ``snapshot``.
+
+    The file appears only once the backup is known to be complete.
 
     Raises: InvalidArgument: not a backup, damaged, or encrypted with another key.
     """
@@ -71,7 +73,7 @@ def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interface
 
 
 def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, KeyPair]:
-    """Return the manager that made the backup, at other addresses, with a new certificate.
+    """Return the manager that made the backup, with the addresses in ``endpoints`` and a new certificate.
 
     Raises: FailedPrecondition: the root in the backup does not match its key.
     """

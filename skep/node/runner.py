@@ -1,6 +1,6 @@
 """Runs a node's part in its cluster: the agent, and the manager process while the node is a manager.
 
-New lists of managers and a new role are kept in ``node.json`` for the next start.
+It saves each new list of managers and each new role in ``node.json`` for the next start.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _OWN_MANAGER_POLL_S = 0.02
-"""Period of checking whether this node's manager serves, until there is a session."""
+"""Seconds between checks whether this node's manager serves, until there is a session."""
 
 _ERROR_POLL_S = 0.2
-"""Period of checking, during the wait for the first session, whether there will be none."""
+"""Seconds between checks, during the wait for the first session, whether the node was refused."""
 
 
 class AgentConnection(Protocol):
@@ -84,7 +84,10 @@ class Processes(Protocol):
         """Return the supervised manager process, not yet running."""
 
     async def keep_spare_manager(self, wanted: bool) -> None:
-        """Keep a manager process forked in advance, so that init and join are fast, or end it if not ``wanted``."""
+        """Keep a manager process that was forked in advance, so that init and join are fast.
+
+        If not ``wanted``, end it.
+        """
 
 
 class ClusterWork(Protocol):
@@ -100,8 +103,8 @@ class ClusterWork(Protocol):
 class Dependencies(msgspec.Struct, frozen=True, kw_only=True):
     """Dependencies of the membership, which the composition root (``node.node``) provides.
 
-    ``configuration`` returns the present configuration, which may be reloaded.  ``look`` reads the machine for its
-    description.
+    ``configuration`` returns the present configuration, which may be reloaded.  ``look`` reads the machine for the
+    node's description.
     """
 
     paths: Paths
@@ -115,9 +118,9 @@ class Dependencies(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeRunner:
-    """A node in its cluster, from one start to the next stop.
+    """Runs agent and manager of one node, from one start to the next stop.
 
-    ``refused`` is called when the cluster refuses this node, so that its agent has ended.
+    ``refused`` is called when the agent has ended because the cluster refuses this node.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class NodeRunner:
 
     @property
     def error(self) -> str:
-        """Why the node does not take part in its cluster as it should, or empty if it does."""
+        """Reason why the node does not take part in its cluster as it should, or empty."""
         return self.removal or self._manager.error or self._error
 
     @property
@@ -155,12 +158,12 @@ class NodeRunner:
 
     @property
     def manager_error(self) -> str:
-        """Why the manager process will not be restarted.  Empty if it will, or without a manager process."""
+        """Reason why the manager process is not restarted.  Empty if it is, or if there is none."""
         return self._manager.error
 
     @property
     def managers(self) -> tuple[Peer, ...]:
-        """The managers as the agent received them last."""
+        """The last list of managers that the agent received."""
         return self._agent.managers
 
     @property
@@ -170,16 +173,16 @@ class NodeRunner:
 
     @property
     def loses_manager(self) -> bool:
-        """Whether the manager of this node was removed by the others, or is being removed here."""
+        """Whether the other managers have removed this node's manager, or this node is removing it."""
         return self._manager.state in (State.REMOVED, State.DEMOTING)
 
     def reload(self) -> None:
-        """Have the manager of this node, if there is one, read its settings again."""
+        """Make the manager of this node, if there is one, read its settings again."""
         if self._manager.process is not None:
             self._manager.process.reload()
 
     def dismiss(self) -> None:
-        """Have the end of ``run`` stop the manager of this node."""
+        """Let ``run`` stop the manager of this node when it ends."""
         self._manager.dismiss()
 
     async def run(self) -> None:
@@ -209,7 +212,7 @@ class NodeRunner:
             raise
 
     async def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]], part: str) -> None:
-        """Run ``work`` until cancelled.  It is restarted after every error except a SkepError, which is raised."""
+        """Run ``work`` until cancelled, and restart it after every error except a SkepError, which is raised."""
 
         async def run() -> None:
             with first_alone(SkepError):
@@ -220,14 +223,14 @@ class NodeRunner:
         )
 
     async def wait_registered(self) -> None:
-        """Return with the first session.  From then on the node is active, even while its manager is unreachable."""
+        """Wait for the first session.  From then on the node is active, even while its manager is unreachable."""
         await wait_first(self._agent.registered.wait(), self._watch_own_manager())
         self.session = after(self.session, Event.SESSION)
         if not self.node.is_manager:
             await self._processes.keep_spare_manager(False)
 
     async def _watch_own_manager(self) -> None:
-        """Have the agent request a session whenever this node's manager starts to serve, until there is a session."""
+        """Make the agent request a session whenever this node's manager starts to serve, until there is a session."""
         known = None
         while True:
             serves = _identity(self._paths.manager_socket) if self.node.is_manager else None
@@ -237,7 +240,7 @@ class NodeRunner:
             await self._clock.sleep(_OWN_MANAGER_POLL_S)
 
     async def wait_settled(self) -> None:
-        """Return with the first session, or when ``error`` has the reason why there will be none."""
+        """Wait for the first session, or until ``error`` has the reason why there will be none."""
         while not self._agent.registered.is_set() and not self.error:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ERROR_POLL_S):
@@ -253,9 +256,9 @@ class NodeRunner:
         self._save(msgspec.structs.replace(self.node, is_manager=is_manager))
 
     def _save(self, node: LocalNode) -> None:
-        """Keep ``node`` for the next start.
+        """Save ``node`` for the next start.
 
-        While the node joins a cluster the file is missing, because it is written last.
+        Does nothing while the node joins a cluster, because the file is written last then.
         """
         self.node = node
         try:
@@ -281,7 +284,7 @@ class NodeRunner:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return inode and change time, which differ for a file that replaces it, or None if the file is missing."""
+    """Return inode and change time, which tell whether the file was replaced, or None if the file is missing."""
     try:
         found = path.stat()
     except OSError:

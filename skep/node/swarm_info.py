@@ -46,7 +46,7 @@ TIMED_OUT = (
     "this node kept nothing of the attempt."
 )
 FROZEN = "replacement of tasks is frozen"
-"""Start of the part of a node's status message in which a manager says why it replaces no tasks."""
+"""First words of the sentence in a node's status message with which a manager explains why it replaces no tasks."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
@@ -57,13 +57,13 @@ NO_LEADER = (
     "Make sure more than half of the managers are online."
 )
 _TIMEOUT_S = 7.0
-"""Limit of requests to this node's manager, which responds after 5 s without quorum."""
+"""Time limit in seconds for requests to this node's manager.  Without quorum, it responds after 5 s."""
 
 
 def why_waiting(mark: Path) -> str:
-    """Return ``Error`` while this node's manager starts, from its file ``mark``: what it waits for.
+    """Return the condition for which this node's starting manager waits, from its file ``mark``, or an empty text.
 
-    Empty if it does not wait.
+    Shown as ``Error`` of ``/info``.
     """
     try:
         own_error = mark.read_text()
@@ -87,7 +87,7 @@ def local_section(
 
     Args:
         status: ``LocalNodeState``.
-        managers: As the agent received them last, or empty for the list in ``node.json``.
+        managers: The last list that the agent received, or empty to use the list in ``node.json``.
     """
     section: dict[str, Any] = {
         "NodeID": "",
@@ -107,8 +107,8 @@ def local_section(
 def _address(node: LocalNode, managers: Sequence[Peer]) -> str:
     """Return the node's advertised address, else its listen address, else the source address towards a manager.
 
-    A worker that joined without an address listens on all of them.  Source: moby 20.10, daemon/cluster/noderunner.go
-    (actualLocalAddr is the source address of a connection to a manager).
+    A worker that joined without an address listens on all addresses, so none can be shown from its settings.  Source:
+    moby 20.10, daemon/cluster/noderunner.go (actualLocalAddr is the source address of a connection to a manager).
     """
     own = host_of(node.advertise_addr) or node.local_addr
     if own not in _UNSPECIFIED:
@@ -118,9 +118,10 @@ def _address(node: LocalNode, managers: Sequence[Peer]) -> str:
 
 
 async def cluster_section(manager_api: Client) -> dict[str, Any]:
-    """Return the fields that a manager adds, with ``Warnings``.
+    """Return the fields that need a manager, with ``Warnings``.
 
-    Without a leader, return only ``Error`` and the number of managers."""
+    Without a leader, return only ``Error`` and the number of managers.
+    """
     try:
         quorum = await manager_api.get("/skep/quorum", timeout_s=_TIMEOUT_S)
         if not quorum["HasLeader"]:
@@ -143,9 +144,10 @@ async def cluster_section(manager_api: Client) -> dict[str, Any]:
 
 
 def lost_quorum(quorum: Mapping[str, Any]) -> str:
-    """Return ``Error`` without a leader: Docker's text, the unresponsive managers, and this manager's own error.
+    """Return the text of ``Error`` without a leader: Docker's text, the managers that do not respond, and this
+    manager's own error.
 
-    ``quorum`` is the response to ``GET /skep/quorum``, with the key names that other versions read.
+    ``quorum`` is the response to ``GET /skep/quorum``.
     """
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["IsReachable"]]
@@ -170,7 +172,7 @@ def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 async def wait_ready(manager_api: Client, node_id: NodeId, clock: Clock) -> None:
-    """Return when the manager of this node shows the node as ready."""
+    """Wait until the manager of this node shows the node as ready."""
     backoff = Backoff(0.01, 0.02)
     while True:
         try:

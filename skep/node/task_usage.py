@@ -1,4 +1,4 @@
-"""Measures the resource use of this node's tasks for autoscaling, only of the tasks that a manager asks about.
+"""Measures the resource use of those tasks of this node that a manager asks about for autoscaling.
 
 It runs independently of heartbeats, which must not wait for the files of a thousand containers.  Processor time is
 averaged over ``WINDOW_S``: a shorter window is noisy, a longer one shows a step of the load late.
@@ -21,21 +21,21 @@ from skep.model.labels import LABEL_TASK_ID
 log = structlog.get_logger()
 
 SAMPLE_S = 5.0
-"""Period of reading."""
+"""Seconds between two readings."""
 WINDOW_S = 10.0
 """Seconds over which usage is averaged."""
 VALID_S = 3 * SAMPLE_S
-"""Age from which a reading is not reported."""
+"""Seconds after which a reading is too old to be reported."""
 TASKS_MAX = 1000
-"""A manager asks about at most this many, because their report must fit into one heartbeat."""
+"""Limit for the number of tasks.  A manager asks about no more, because the report must fit into one heartbeat."""
 _AT_ONCE = 25
-"""Containers that are read before other work of the event loop."""
+"""Number of containers that are read in a row before other work of the event loop."""
 _PAUSE_S = 0.01
-"""Pause between two tasks, so that the node serves requests in between."""
+"""Seconds to pause after each such series, so that the node serves requests in between."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of one container.  ``at`` is the clock's monotonic time."""
+    """Counters of one container.  ``at`` is in monotonic seconds."""
 
     container: ContainerId
     at: float
@@ -44,10 +44,9 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kept(readings: Sequence[Reading], new: Reading) -> tuple[Reading, ...]:
-    """Return ``readings`` with a new one, the oldest first, without readings that the average over the window does
-    not need.
+    """Return ``readings`` and ``new``, the oldest first, without those that the average over the window does not need.
 
-    A new container, or a counter that decreased, starts again.
+    If the container has changed or a counter has decreased, only ``new`` is kept.
     """
     if readings and (readings[-1].container != new.container or readings[-1].cpu_ns > new.cpu_ns):
         return (new,)
@@ -92,7 +91,7 @@ class TaskUsageMeter:
             self._is_wanted.clear()
 
     def present(self) -> Mapping[TaskId, TaskUsage]:
-        """Return the known use of these tasks."""
+        """Return the latest known use of each measured task."""
         now = self._clock.monotonic()
         found = ((id, usage_of(readings, now)) for id, readings in self._readings.items())
         return {id: usage for id, usage in found if usage is not None and id in self._wanted}
@@ -122,7 +121,7 @@ class TaskUsageMeter:
         for id, container in containers:
             try:
                 counters = cpu_and_memory(container, self._cgroups)
-            except (OSError, ValueError) as error:  # the task counts as not measured
+            except (OSError, ValueError) as error:  # the task then counts as not measured
                 log.debug("usage of a task not read", container=container.name, reason=str(error))
                 continue
             if counters is not None:

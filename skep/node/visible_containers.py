@@ -1,4 +1,4 @@
-"""The containers that a user's roles show on this node."""
+"""Looks up containers among those on this node that a user's roles allow to see."""
 
 from skep.api.permissions import sees
 from skep.engine.container import Container
@@ -8,14 +8,14 @@ from skep.model.access import Identity
 
 
 def visible_container(engine: Engine | None, identity: Identity, word: str) -> Container:
-    """Return the container that ``word`` means to ``identity``, which ``docker ps`` shows it.
+    """Return the container that ``word`` means, among those that ``docker ps`` shows to ``identity``.
 
-    A container that the identity may not see is answered as a missing one: otherwise an id could be found letter by
-    letter, as prefixes of ids are words.
+    Any other container is reported as missing.  Otherwise its id could be found letter by letter, because ``word`` may
+    be an id prefix.
 
     Raises:
         NotFound: The identity sees no such container.
-        InvalidArgument: The prefix fits several containers that the identity sees.
+        InvalidArgument: The prefix matches several containers that the identity may see.
     """
     missing = NotFound(f"No such container: {word}")
     if engine is None:

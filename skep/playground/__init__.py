@@ -1,5 +1,5 @@
-"""A cluster on one machine: each node in network, mount and UTS namespaces of its own.
+"""A test cluster on one machine.  Each node has separate network, mount and UTS namespaces.
 
-``playground.py`` has the verbs.  Everything that is created has the playground's name in its own, so ``down`` finds it
-by name alone, even after a crash halfway.
+``playground.py`` has the verbs.  The name of everything that is created contains the playground's name, so ``down``
+finds it all by name, even after a crash.
 """

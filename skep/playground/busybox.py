@@ -16,7 +16,10 @@ GROUP = File(b"root:x:0:\nnogroup:x:65534:\n")
 
 
 async def busybox_archive() -> Archive:
-    """Return an archive of busybox with all its applets.  Raises: FailedPrecondition: it is missing or not static."""
+    """Return an image archive of busybox with all its applets.
+
+    Raises: FailedPrecondition: busybox is missing or not static.
+    """
     busybox = Path(find("busybox"))
     created = datetime.fromtimestamp(int(busybox.stat().st_mtime), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     entries = {

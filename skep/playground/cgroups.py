@@ -1,7 +1,7 @@
 """The cgroups of a playground's nodes, in every hierarchy: v1, hybrid and v2.
 
-cgroups are not namespaced here.  Each node has its own parent cgroup, created before its daemon starts and removed
-bottom-up after its last process has ended.
+The nodes have no cgroup namespaces.  Instead, each node has a parent cgroup.  It is created before the daemon starts,
+and removed bottom-up after the node's last process has ended.
 """
 
 import os
@@ -16,7 +16,7 @@ from skep.playground.commands import wait_until
 ROOT = Path("/sys/fs/cgroup")
 
 _GONE_WITHIN_S = 10
-"""Wait for cgroups, which stay busy for a moment after their last process."""
+"""Seconds to wait for a cgroup, which stays busy for a moment after its last process has ended."""
 
 
 def hierarchies() -> list[Path]:
@@ -43,7 +43,7 @@ def make(playground: str, node: str) -> list[Path]:
 
 
 def members(playground: str, node: str) -> set[int]:
-    """Return every process in the node's cgroups, including its containers'."""
+    """Return every process in the node's cgroups, including the processes of its containers."""
     pids: set[int] = set()
     for hierarchy in hierarchies():
         for directory in directories(hierarchy / names.cgroup(playground, node)):
@@ -53,7 +53,7 @@ def members(playground: str, node: str) -> set[int]:
 
 
 def thaw(playground: str, node: str) -> None:
-    """Thaw the processes of paused containers, which v1 keeps frozen through SIGKILL, unlike v2."""
+    """Thaw the processes of paused containers.  With cgroup v1, frozen processes do not react to SIGKILL."""
     for directory in directories(ROOT / "freezer" / names.cgroup(playground, node)):
         with suppress(OSError):  # it was removed
             (directory / "freezer.state").write_text("THAWED")
@@ -71,10 +71,10 @@ def nodes(playground: str) -> list[str]:
 
 
 async def remove(playground: str, node: str) -> None:
-    """Remove the node's cgroups bottom-up, and the common parent with the last playground.
+    """Remove the node's cgroups bottom-up.  The common parent of all playgrounds is removed with the last one.
 
     A cgroup stays busy for a moment after its last process has ended.
-    Raises: Unavailable: a process is in one for longer than that.
+    Raises: Unavailable: a cgroup stays busy for too long.
     """
     for hierarchy in hierarchies():
         top = hierarchy / names.cgroup(playground, node)
@@ -89,7 +89,7 @@ async def remove(playground: str, node: str) -> None:
         try:
             (hierarchy / names.CGROUP_TOP).rmdir()
         except OSError:
-            continue  # another playground uses it, or it was never created here
+            continue  # another playground uses the common parent, or it was never created here
 
 
 def _is_cgroup(path: Path) -> bool:
@@ -105,7 +105,7 @@ def _pids(path: Path) -> Iterator[int]:
 
 
 def _delegate(directory: Path) -> None:
-    """On v2, allow limits on the children of ``directory`` by every controller that it has itself."""
+    """On v2, enable every controller of ``directory`` for its children too, so that they can have limits."""
     try:
         controllers = (directory / "cgroup.controllers").read_text().split()
     except FileNotFoundError:
@@ -118,7 +118,9 @@ def _delegate(directory: Path) -> None:
 
 
 def _inherit_cpus(hierarchy: Path, leaf: Path) -> None:
-    """On v1, copy the parent's values level by level, because an empty cpuset accepts no process."""
+    """On v1, copy the parent's cpuset values level by level, because a cgroup with an empty cpuset accepts no
+    process.
+    """
     if not (hierarchy / "cpuset.cpus").exists() or (hierarchy / "cgroup.controllers").exists():
         return
     for directory in reversed([leaf, *leaf.parents][: len(leaf.relative_to(hierarchy).parts)]):

@@ -32,7 +32,7 @@ _NAME = click.option("--name", metavar="NAME", help=f"Name of the playground.  [
 
 
 def _verb(command: Command) -> Command:
-    """Options that every verb has."""
+    """Add the options that every verb has."""
     return _DIRECTORY(_NAME(command))
 
 
@@ -41,7 +41,10 @@ def _open(directory: Path, name: str | None) -> Playground:
 
 
 def _finish(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end; an expected failure becomes its sentence and exit code 1."""
+    """Run ``work`` and return its result.
+
+    An expected failure is printed as a sentence and ends the command with exit code 1.
+    """
     try:
         return asyncio.run(work)
     except SkepError as error:
@@ -52,7 +55,7 @@ class _Verbs(click.Group):
     """The verbs, and former names of them."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Find the verb, also by the name that it had in earlier versions."""
+        """Find a verb by its name or by its name in earlier versions."""
         return super().get_command(ctx, {"mend": "reconnect"}.get(cmd_name, cmd_name))
 
 

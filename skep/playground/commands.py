@@ -12,11 +12,14 @@ from skep.linux.commands import communicate
 
 _PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 _POLL_S = 0.02
-"""Interval between checks of a condition in other processes."""
+"""Seconds between two checks of a condition."""
 
 
 def find(command: str) -> str:
-    """Return the path of a command, also in /usr/sbin.  Raises: FailedPrecondition: it is not installed."""
+    """Return the path of a command, which may also be in /usr/sbin.
+
+    Raises: FailedPrecondition: it is not installed.
+    """
     if path := shutil.which(command, path=_PATH):
         return path
     raise FailedPrecondition(
@@ -27,7 +30,7 @@ def find(command: str) -> str:
 async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
     """Run a command and return its standard output.
 
-    Raises: FailedPrecondition: it failed, with its own words; Unavailable: it took longer than ``deadline_s``.
+    Raises: FailedPrecondition: it failed (the message has its output); Unavailable: it took longer than ``deadline_s``.
     """
     process = await asyncio.create_subprocess_exec(
         find(argv[0]),
@@ -35,7 +38,10 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C"},  # their output is parsed here, whatever the user's language
+        env={
+            **os.environ,
+            "LC_ALL": "C",
+        },  # the output is parsed here, so it must not depend on the user's language
     )
     try:
         output, errors = await communicate(process, deadline_s, stdin)
@@ -48,14 +54,14 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
 
 
 async def ip(*words: str, batch: Sequence[str] = ()) -> bytes:
-    """Run ``ip`` with words, or with several lines at once (one process, in order, stops at the first failure)."""
+    """Run ``ip`` with ``words``, or with the lines of ``batch`` in one process, which stops at the first failure."""
     if batch:
         return await run("ip", *words, "-batch", "-", stdin=("\n".join(batch) + "\n").encode())
     return await run("ip", *words)
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within_s: float) -> None:
-    """Poll until ``condition`` holds.  Raises: Unavailable: ``what``, after ``within_s``."""
+    """Poll until ``condition`` returns True.  Raises: Unavailable: the message ``what``, after ``within_s`` seconds."""
     try:
         async with asyncio.timeout(within_s):
             while not await condition():  # noqa: ASYNC110 - what is waited for lies in other processes
@@ -65,7 +71,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within
 
 
 async def together(*steps: Coroutine[Any, Any, object]) -> None:
-    """Run steps concurrently.  The first expected failure cancels the others and is raised alone."""
+    """Run steps concurrently.  The first SkepError cancels the other steps and is raised by itself, without a group."""
     with first_alone(SkepError):
         async with asyncio.TaskGroup() as group:
             for step in steps:

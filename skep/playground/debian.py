@@ -1,4 +1,4 @@
-"""Takes programs for images out of the distribution's packages, with the libraries they need.
+"""Takes programs for images, and the libraries that they need, out of packages of the distribution.
 
 apt downloads and verifies the packages.  Nothing is installed, and no image registry is used.
 """
@@ -14,16 +14,19 @@ from skep.playground.archive import Entry, File
 from skep.playground.commands import run
 
 _DOWNLOAD_WITHIN_S = 300
-"""Deadline of one apt command."""
+"""Time limit in seconds for one apt command."""
 _LIBRARY = re.compile(r"^(?: *\|?Depends: |    )((?:lib|zlib)[a-z0-9.+-]+)$", re.MULTILINE)
-"""A dependency, or (indented further) a package that provides one: ``libssl3t64`` below ``Depends: <libssl3>``."""
+"""Matches a dependency.
+
+Also matches a package that provides one, which is indented further: ``libssl3t64`` below ``Depends: <libssl3>``.
+"""
 _LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")
 
 
 async def unpack_with_libraries(directory: Path, *packages: str) -> None:
     """Unpack ``packages`` and every library package that they depend on into ``directory``.
 
-    Raises: FailedPrecondition, Unavailable: apt cannot fetch them, with its words.
+    Raises: FailedPrecondition, Unavailable: apt cannot fetch them.  The message has apt's output.
     """
     try:
         await _download(await _with_libraries(packages), directory)
@@ -84,13 +87,13 @@ def libraries_named(shown: str) -> set[str]:
 
 async def _download(packages: list[str], directory: Path) -> None:
     """Download packages into the working directory of ``apt-get download``."""
-    # The user _apt may not write into root's directory.  Signatures are still verified.
+    # Download as root, because the user _apt may not write into root's directory.  Signatures are still verified.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages]
     await run("env", "--chdir", str(directory), *command, deadline_s=_DOWNLOAD_WITHIN_S)
 
 
 def _libraries(root: Path) -> Mapping[str, str]:
-    """Return shared libraries below ``root`` by file name, as paths without a leading slash, including links."""
+    """Return the paths of shared libraries below ``root``, without a leading slash, by file name.  Includes links."""
     found: dict[str, str] = {}
     for folder in _LIBRARY_FOLDERS:
         for directory, _, files in os.walk(root / folder):

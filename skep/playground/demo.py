@@ -24,17 +24,17 @@ SERVICE = "web"
 REPLICAS = 3
 WORKERS = 2
 FIRST_PORT, PORTS_TRIED = 8080, 100
-"""The service is published at the first of these ports that is free on the machine."""
+"""The demo's service is published at the first free port of this machine, starting with FIRST_PORT."""
 _CREATE_WITHIN_S = 120
-"""Deadline of a docker command, which waits for the service's tasks."""
+"""Time limit in seconds for a docker command that waits for the service's tasks."""
 _RESPONSE_TIMEOUT_S = 10
-"""Seconds for one response of the demo's service."""
+"""Time limit in seconds for one response of the demo's service."""
 
 
 async def demo(playground: Playground) -> None:
     """Start the demo, or show its state if it runs already.
 
-    Raises: SkepError: the obstacle, as a sentence.
+    Raises: SkepError: the demo cannot be started.
     """
     cluster = playground.described()
     if cluster is None:
@@ -101,7 +101,7 @@ async def _docker(endpoint: str, *words: str) -> None:
 
 
 async def _mesh_port(cluster: Cluster) -> int:
-    """Return the service's port on every node.  Raises: Unavailable: it has none so far."""
+    """Return the port at which the routing mesh publishes the service.  Raises: Unavailable: it has no port yet."""
     async with Client.at(cluster.nodes[0].endpoint) as manager:
         service: dict[str, Any] = await manager.get(f"/services/{SERVICE}")
     for port in service["Endpoint"].get("Ports") or ():
@@ -122,7 +122,7 @@ def free_port(is_free: Callable[[int], bool]) -> int:
 
 
 def _is_free(port: int) -> bool:
-    """Return whether the port is free at 127.0.0.1, where the playground serves it."""
+    """Return whether the port is free at 127.0.0.1, where the playground will serve it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -133,7 +133,7 @@ def _is_free(port: int) -> bool:
 
 
 def _get(address: str) -> str:
-    """Return the service's response to this machine.  Raises: Unavailable."""
+    """Return the service's response to a request at ``address``.  Raises: Unavailable."""
     connection = HTTPConnection(address, timeout=_RESPONSE_TIMEOUT_S)
     try:
         connection.request("GET", "/")

@@ -1,4 +1,4 @@
-"""``DIR/cluster.json``: the parts of a playground, for its own verbs and for measuring tools.
+"""``DIR/cluster.json``: the description of a playground, read by its verbs and by measuring tools.
 
 The verbs run as separate commands, possibly at the same time.  A command that changes the file holds ``DIR/lock``.
 """
@@ -21,11 +21,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     role: Role
     endpoint: str
-    """Engine API of this node, reachable from the machine itself: ``unix:///...``."""
+    """Socket of this node's Engine API (``unix:///...``), which can be reached from the machine."""
     addr: str
-    """Address on the underlay."""
+    """IP address of the node on the playground's network."""
     pids: tuple[int, ...] = ()
-    """The holder process, whose descendants are the node's daemons.  Empty while the node is down."""
+    """Pid of the holder process, the ancestor of the node's daemons.  Empty while the node is down."""
     started: int = 0
     """Start time of the holder in clock ticks since boot (``/proc/PID/stat``), to detect reused pids."""
     netns: str
@@ -33,9 +33,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str
     state_dir: str
     link: tuple[str, str]
-    """Namespace and name of the cable's other end.  Taking it down disconnects the node."""
+    """Namespace and name of the interface at the other end of the node's cable.  Taking it down disconnects the node.
+    """
     unplugged: bool = False
-    """Whether the cable was unplugged with the power.  It is plugged in again with the power."""
+    """Whether ``kill`` has unplugged the cable.  ``start`` plugs it in again."""
     start: tuple[str, ...]
     """Command that starts the node after a kill.  It returns when the API responds."""
     engine: Engine = "skep"
@@ -55,7 +56,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     directory_made: bool = False
     """Whether ``up`` created DIR, so that ``down`` removes it."""
     netns_root_made: bool = False
-    """Whether /run/netns was not a mount before ``up``, so that ``down`` unmounts it when it is empty."""
+    """Whether ``up`` made /run/netns a mount, so that ``down`` unmounts it when it is empty."""
     nodes: tuple[Node, ...] = ()
 
     def node(self, name: str) -> Node:
@@ -67,7 +68,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         raise NotFound(f"The playground {self.name} has no node {name}. Choose one of {names}.")
 
     def with_node(self, node: Node) -> "Cluster":
-        """Return the cluster with ``node`` replacing the one with its name, or appended."""
+        """Return the cluster with ``node`` in place of the node of the same name, or added."""
         if any(other.name == node.name for other in self.nodes):
             nodes = tuple(node if other.name == node.name else other for other in self.nodes)
         else:
@@ -122,7 +123,7 @@ class DescriptionFile:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock.  Hold it only to read and write the file, never across an await."""
+        """Hold the lock within the context.  Use it only to read and write the file, never across an await."""
         descriptor = os.open(self._lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

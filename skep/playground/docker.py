@@ -1,4 +1,4 @@
-"""A docker node: an unmodified Docker Engine instead of `skep daemon`.  The rest of the node is the same."""
+"""A node of the playground that runs an unmodified Docker Engine instead of ``skep daemon``."""
 
 import platform
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Reads a binary's interpreter and shared libraries from the file itself.
 
 Source: the ELF specification (System V ABI, chapters 4 and 5).  Supports 64-bit little-endian files, the format of all
-architectures in ``archive.py`` but one.
+but one of the architectures in ``archive.py``.
 """
 
 import struct
@@ -23,9 +23,9 @@ class _Segment(msgspec.Struct, frozen=True):
 
 
 class Elf(msgspec.Struct, frozen=True):
-    """Requirements of a binary.
+    """The requirements of a binary.
 
-    ``interpreter`` is empty for a static one.  ``needed`` has names like ``libc.so.6``.
+    ``interpreter`` is empty for a static binary.  ``needed`` has library names like ``libc.so.6``.
     """
 
     interpreter: str
@@ -33,7 +33,7 @@ class Elf(msgspec.Struct, frozen=True):
 
 
 def read(content: bytes) -> Elf | None:
-    """Return None unless the file is a 64-bit little-endian ELF file.  Raises: ValueError: it is damaged."""
+    """Parse a binary.  Return None unless it is a 64-bit little-endian ELF file.  Raises: ValueError: it is damaged."""
     if not content.startswith(_MAGIC):
         return None
     try:

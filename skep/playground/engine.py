@@ -4,7 +4,7 @@ from skep.api.client import Client
 from skep.errors import FailedPrecondition, SkepError
 
 _RESPONSE_TIMEOUT_S = 2.0
-"""Seconds for one response of an engine that starts."""
+"""Time limit in seconds for one response of an engine that is starting."""
 
 
 async def is_up(endpoint: str) -> bool:
@@ -27,7 +27,7 @@ async def load(endpoint: str, archive: bytes) -> None:
         Client.at(endpoint) as client,
         client.stream("/images/load", method="POST", body=archive, headers=headers) as response,
     ):
-        # The status is 200 before the archive is read.  Errors come as lines.
+        # The status 200 is sent before the archive is read.  Errors follow as lines of the body.
         async for line in response.objects():
             if message := line.get("error"):
                 raise FailedPrecondition(message)

@@ -18,7 +18,7 @@ Engine = Literal["skep", "docker"]
 DEFAULT = "playground"
 
 SWITCH = "net"
-"""The namespace with the bridges, which routes between the subnets.  No node can have its name."""
+"""Name of the namespace with the bridges, which routes between the subnets.  No node can have this name."""
 
 CGROUP_TOP = "skep-playground"
 UNDERLAY = "192.168.0.0/16"
@@ -27,7 +27,7 @@ _WORD = re.compile(r"[a-z][a-z0-9]{0,15}")
 _FIRST_HOST = 11
 _LAST_HOST = 250
 SUBNETS_MAX = 50
-"""Networks of one playground, which are numbered in its addresses."""
+"""Limit for the subnets of one playground, because the subnet's number is a byte of the addresses."""
 
 
 def check_name(name: str) -> str:
@@ -53,7 +53,7 @@ def node_of_namespace(playground: str, namespace: str) -> str | None:
 def cgroup(playground: str, node: str) -> str:
     """Return a node's cgroup below ``/sys/fs/cgroup[/controller]``.
 
-    The daemon is in its ``agent``, containers are in its ``ctr``.
+    The daemon is in the child ``agent``, and containers are in the child ``ctr``.
     """
     return f"{CGROUP_TOP}/{playground}-{node}"
 
@@ -65,7 +65,7 @@ def node_of_cgroup(playground: str, directory: str) -> str | None:
 
 
 def port(node: str) -> str:
-    """Return the node's interface at the switch, with at most 15 characters, the kernel's limit."""
+    """Return the name of the node's interface at the switch.  It has at most 15 characters, the kernel's limit."""
     return f"v{node}"[:15]
 
 
@@ -93,7 +93,7 @@ def address_of(ip: str) -> Address:
 
 
 def free_address(taken: Iterable[str], subnets: int) -> Address:
-    """Return the next address.  Nodes are spread over the subnets in turn, and no address is assigned twice.
+    """Return an address that is not in ``taken``.  Nodes are spread over the subnets in turn.
 
     Raises: FailedPrecondition: every subnet is full.
     """

@@ -1,4 +1,4 @@
-"""The demo's image: the distribution's nginx, with busybox to look around inside."""
+"""The image of the demo: nginx from the distribution, with busybox for a shell inside."""
 
 import tempfile
 from datetime import UTC, datetime
@@ -59,7 +59,7 @@ async def nginx_archive() -> Archive:
         "Cmd": ["nginx", "-e", "stderr"],
         "Env": [f"PATH={PATH}"],
         "ExposedPorts": {"80/tcp": {}},
-        # Like the official image: SIGTERM would interrupt running requests.
+        # SIGQUIT, as in the official image, because SIGTERM would interrupt running requests.
         "StopSignal": "SIGQUIT",
     }
     return image_archive(

@@ -18,17 +18,19 @@ from skep.playground.description import Node
 HOLDER = Path(__file__).with_name("holder.sh")
 SKEP = Path(sys.executable).with_name("skep")
 _API_WITHIN_S = 60
-"""Deadline of a node's start."""
+"""Time limit in seconds for a node's start."""
 _ENDS_MAX = 3
-"""Ends of the daemon after which it counts as failed.  A daemon that refuses its configuration or its machine ends
-every time."""
+"""Number of ends after which a starting daemon counts as failed.
+
+A daemon that refuses its configuration or its machine ends every time.
+"""
 _CONFIGURATION = """\
 # Configuration of this node alone; the machine's own /etc/skep/skep.toml is not read here.
 # After a change: send SIGHUP to the daemon (its PID: skep playground ps), or kill and start the node.
 # Hosts are served beside the playground's own sockets, once the node was killed and started.
 """
 _TAIL_LINES = 15
-"""Lines of each log that are shown in an error."""
+"""Number of lines of each log that an error shows."""
 
 
 def described(
@@ -39,7 +41,7 @@ def described(
     ip: str,
     engine: names.Engine = "skep",
 ) -> Node:
-    """Return the description of a node that does not exist yet."""
+    """Return the description of a node that will be created."""
     home = directory / name
     socket = docker.SOCKET if engine == "docker" else "skep.sock"
     return Node(
@@ -57,7 +59,7 @@ def described(
 
 
 class Holder:
-    """A node's holder while this command waits for it."""
+    """The holder process of a node that is being started."""
 
     def __init__(self, node: Node, home: Path, process: "subprocess.Popen[bytes]") -> None:
         self.node, self._home, self._process = node, home, process
@@ -123,7 +125,7 @@ def _skep_command(home: Path, node: Node) -> tuple[str, ...]:
 
 
 def further_hosts(configuration: Path, own: Sequence[str]) -> Iterator[str]:
-    """Yield the ``hosts`` in a node's file, which are served in addition to the playground's ``own``.
+    """Yield the ``hosts`` in a node's configuration file that are not among the playground's ``own``.
 
     Ignores errors in the file, which the daemon reports.
     """
@@ -165,7 +167,7 @@ def is_up(node: Node) -> bool:
 
 
 def daemon_pid(node: Node) -> int | None:
-    """Return the daemon that the holder keeps running, which is the first process of its shell, or None."""
+    """Return the pid of the daemon, which is the first child process of the holder's shell, or None."""
     pid = node.pids[0] if is_up(node) else None
     for _ in ("shell", "daemon"):
         try:
@@ -177,7 +179,10 @@ def daemon_pid(node: Node) -> int | None:
 
 
 async def state(playground: str, node: Node) -> str:
-    """Return a word for users: up, cut, half-cut, starting or down.  A paused node also counts as starting."""
+    """Return the node's state for users: up, cut, half-cut, starting or down.
+
+    A paused node also counts as starting.
+    """
     if not is_up(node):
         return "down"
     try:

@@ -18,15 +18,15 @@ from skep.playground.commands import find, run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
 
 _READY_WITHIN_S = 60
-"""Deadline until all nodes are ready."""
+"""Time limit in seconds until all nodes are ready."""
 _PORT = 2377
 _LISTEN = f"0.0.0.0:{_PORT}"
 _NAME_BYTES_MAX = 16
-"""Length of a node's name (see ``names``)."""
+"""Limit in bytes for a playground's name together with a node's name (see ``names``)."""
 API = "API"
-"""Key of the managers' TLS API, where otherwise a published port is."""
+"""Key for the managers' TLS API among published ports."""
 Progress = Callable[[str], None]
-"""Called with one line whenever a step that the user waits for is done."""
+"""Called with a line of text whenever a step is done that the user waits for."""
 
 
 class Playground:
@@ -75,9 +75,9 @@ class Playground:
         """Start the nodes, load busybox into each, and form a swarm.
 
         Args:
-            docker_workers: Number of unmodified Docker Engines, which join as they join any swarm.
-            relays: Serve published ports at 127.0.0.1 of this machine, too.
-            tls: The managers also serve their API by TLS.
+            docker_workers: Number of nodes with an unmodified Docker Engine, which join like any Docker worker.
+            relays: Whether published ports are also served at 127.0.0.1 of this machine.
+            tls: Whether the managers also serve their API by TLS.
 
         Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is created.  After a later failure,
         everything created stays for inspection until ``down``.
@@ -102,9 +102,9 @@ class Playground:
     async def plug_in(
         self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1, *, tls: bool = False
     ) -> Cluster:
-        """Start new machines with busybox that are not in a swarm yet.
+        """Start new nodes that have the busybox image and are not in a swarm yet.
 
-        The role is from the description.  A machine gets it when it joins.
+        Their roles are recorded in the description and take effect when they join.
         Raises: AlreadyExists, InvalidArgument: before anything is created.
         """
         managers = sum(role == "manager" for role, _ in kinds)
@@ -126,7 +126,7 @@ class Playground:
         return self.cluster()
 
     async def down(self) -> bool:
-        """Remove everything of this playground, however far ``up`` got.  Return whether there was anything."""
+        """Remove everything of this playground, however far ``up`` got.  Return whether anything existed."""
         cluster = self.described()
         if cluster is not None and (state := relay.read_state(self._directory)) is not None:
             processes.kill_exactly(state.pid, state.started)
@@ -160,7 +160,7 @@ class Playground:
         return await self._make(new)
 
     async def kill(self, name: str) -> None:
-        """Simulate a power loss: end daemons, monitors and containers at once.
+        """Simulate a power loss: kill the node's daemons, conmon processes and containers at once.
 
         The link is unplugged first, so that peers cannot observe how the processes ended, and stays unplugged while the
         node is off.  Otherwise the kernel, which keeps running, would send their last packets and reset every
@@ -180,7 +180,7 @@ class Playground:
         known = cluster.node(name)
         if node.is_up(known):
             return known
-        # A measuring tool may have killed the node itself, and left processes.
+        # A measuring tool may have killed the node without this verb, and left processes.
         dead = await node.kill(cluster.name, known)
         if dead.unplugged:
             await underlay.set_cable(cluster.name, name, connected=True)
@@ -204,7 +204,7 @@ class Playground:
         await underlay.set_cable(cluster.name, known, connected=True)
 
     async def pause(self, name: str) -> None:
-        """Stop every process of the node, as on a machine that hangs.  Its connections stay open and silent."""
+        """Pause every process of the node, like on a machine that hangs.  Its connections stay open and silent."""
         cluster = self.cluster()
         await processes.pause_all(cluster.name, cluster.node(name).name)
 
@@ -223,7 +223,7 @@ class Playground:
         return await relay.wait_served(self._directory, port)
 
     def relayed_ports(self) -> Mapping[str, str]:
-        """Return by published port (``8080``, ``53/udp``, or ``API``) the URL that serves it on this machine."""
+        """Return the URL that serves each published port on this machine.  Keys are ``8080``, ``53/udp`` or ``API``."""
         cluster, state = self.cluster(), relay.read_state(self._directory)
         if state is None:
             return {}
@@ -233,7 +233,7 @@ class Playground:
         return tcp | {f"{port}/udp": f"udp://127.0.0.1:{local}" for port, local in state.udp.items()}
 
     async def states(self) -> list[tuple[Node, str]]:
-        """Return each node with a word about its state."""
+        """Return each node with its state (see ``node.state``)."""
         cluster = self.cluster()
         words = await asyncio.gather(*(node.state(cluster.name, known) for known in cluster.nodes))
         return list(zip(cluster.nodes, words, strict=True))
@@ -251,7 +251,7 @@ class Playground:
     # --- the steps ----------------------------------------------------------------------------------------------
 
     async def _describe(self, managers: int, subnets: int) -> Cluster:
-        """Refuse settings that cannot work, then record the intent, so that ``down`` finds the name."""
+        """Check the settings, then write the description, so that ``down`` finds the name even if ``up`` fails."""
         if os.geteuid() != 0:
             raise FailedPrecondition("A playground needs namespaces and cgroups. Run the command as root.")
         if managers < 1:
@@ -343,9 +343,9 @@ def _names(cluster: Cluster) -> list[str]:
 
 
 async def _check_directory(directory: Path) -> None:
-    """Refuse a directory that cannot hold the nodes' state.
+    """Check that the directory can hold the nodes' state.
 
-    Raises: InvalidArgument: its name; FailedPrecondition: its file system.
+    Raises: InvalidArgument: its path is unsuitable; FailedPrecondition: its file system is unsuitable.
     """
     if any(character in str(directory) for character in ' :,"\\\n'):
         raise InvalidArgument(

@@ -11,11 +11,11 @@ from skep.playground.commands import wait_until
 from skep.playground.underlay import NETNS_ROOT
 
 _GONE_WITHIN_S = 20
-"""Wait for killed or stopped processes, which an uninterruptible wait may delay."""
+"""Seconds to wait for processes that were killed or stopped.  An uninterruptible wait in the kernel may delay them."""
 
 
 def living_in(namespace: Path) -> set[int]:
-    """Return the processes whose network namespace is the pinned one."""
+    """Return the processes in the network namespace that is pinned at the path ``namespace``."""
     try:
         wanted = f"net:[{namespace.stat().st_ino}]"
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def of_node(playground: str, node: str) -> set[int]:
 async def kill_all(playground: str, node: str) -> None:
     """Send SIGKILL to every process of the node until none is left.
 
-    Repeats it, since a process may start another just before it ends.
+    Repeats this, because a process may start another one just before it ends.
     Raises: Unavailable: a process does not end (in an uninterruptible wait).
     """
 
@@ -87,7 +87,7 @@ def _signal(pids: Iterable[int], number: signal.Signals) -> None:
 
 
 def kill_exactly(pid: int, started: int) -> None:
-    """Send SIGKILL to the process, unless its pid belongs to a later one.  A pidfd prevents races."""
+    """Send SIGKILL to the process, unless its pid now belongs to another process.  A pidfd prevents races."""
     descriptor = open_pidfd(pid, started)
     if descriptor is None:
         return

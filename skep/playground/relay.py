@@ -1,9 +1,9 @@
 """Serves a playground's published ports at 127.0.0.1 of its machine.
 
-The nodes' addresses exist only in the playground's own namespaces.  The machine would send packets for them to another
-machine on its network with such an address.  So one process listens on loopback for each published TCP and UDP port,
-and connects to the nodes from the switch's namespace.  It runs until the playground is removed, and reads the published
-ports from the managers once a second.
+The nodes' addresses exist only in the playground's namespaces.  The machine itself would route packets for them to its
+own network.  So a relay process listens on loopback for each published TCP and UDP port, and connects to the nodes from
+the switch's namespace.  It runs until the playground is removed, and reads the published ports from the managers once a
+second.
 """
 
 import asyncio
@@ -35,13 +35,13 @@ from skep.playground.underlay import NETNS_ROOT
 
 _LOOPBACK = "127.0.0.1"
 _LOOK_S = 1.0
-"""Interval between reads of the published ports."""
+"""Seconds between two reads of the published ports."""
 _ASK_S = 2.0
-"""Deadline of one request to a manager."""
+"""Time limit in seconds for one request to a manager."""
 _READY_WITHIN_S = 20
-"""Seconds in which the relay begins to serve."""
+"""Time limit in seconds until the relay serves."""
 _PORTS_MAX = 256
-"""Published ports that are relayed."""
+"""Limit for the published ports that are relayed."""
 
 PROTOCOLS = ("tcp", "udp")
 """Relayed protocols.  SCTP is only served by the nodes."""
@@ -50,11 +50,11 @@ Port = tuple[int, str]
 """A published port: number and protocol."""
 
 Targets = Mapping[Port, tuple[tuple[str, int], ...]]
-"""Address and port of the nodes that serve it, by published port."""
+"""For each published port, the address and port of each node that serves it."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """``DIR/relay.json``: the process, and its local port for each published TCP and UDP port."""
+    """Content of ``DIR/relay.json``: the relay process, and its local port for each published TCP and UDP port."""
 
     pid: int
     started: int
@@ -117,7 +117,9 @@ def targets(
     services: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]],
 ) -> Targets:
-    """Return the nodes that serve each published port: all of them in the mesh, a task's own in host mode."""
+    """Return the nodes that serve each published port: all nodes in ingress mode, the nodes of its tasks in host
+    mode.
+    """
     alive = {known.name: known.addr for known in cluster.nodes if node.is_up(known)}
     hostnames = {one["ID"]: one["Description"].get("Hostname", "") for one in nodes}
     found: dict[Port, set[tuple[str, int]]] = {}
@@ -141,15 +143,15 @@ def targets(
 
 
 def relay_port(published: Port, backends: tuple[tuple[str, int], ...]) -> RelayPort:
-    """Return the relay of one published port."""
+    """Return the object that relays one published port."""
     number, protocol = published
     return RelayPort(
         protocol=protocol,
         address=_LOOPBACK,
         port=number,
         backends=backends,
-        # docker sends the requests of one command, such as docker exec, on several connections, and containers and
-        # execs are known to their own node only.
+        # All connections of one client use the same node: docker sends the requests of one command, such as docker
+        # exec, on several connections, and only the container's own node knows the container and the exec.
         is_sticky=published == (API_PORT, "tcp"),
     )
 
@@ -172,7 +174,7 @@ class PortRelay:
             try:
                 await self._settle(cluster, await _ask(cluster))
             except SkepError as error:
-                # Keep serving the known ports: without a manager they do not change.
+                # Keep serving the known ports, because without a manager they do not change.
                 print(f"no manager answers: {error}", file=sys.stderr)
             await self._clock.sleep(_LOOK_S)
 
@@ -231,7 +233,7 @@ async def _ask(cluster: Cluster) -> Targets:
 
 
 def _listener(published: Port) -> socket:
-    """Listen at the same port of loopback, or at any free port if that is taken or not permitted."""
+    """Listen on loopback at the same port number, or at any free port if that is taken or not permitted."""
     number, protocol = published
     for port in (number, 0):
         listener = socket(AF_INET, SOCK_STREAM if protocol == "tcp" else SOCK_DGRAM)

@@ -9,13 +9,13 @@ from skep.security.authority import Authority
 from skep.security.keys import new_private_key, private_pem
 
 PORT = 2376
-"""Docker's port for an API by TLS."""
+"""Docker's port for the API over TLS."""
 _LIFETIME: Final = timedelta(days=30)
-"""Validity of the managers' certificates.  A playground lives for days."""
+"""Validity of the managers' certificates.  Short, because a playground exists only for days."""
 
 
 def folder(directory: Path) -> Path:
-    """Return the directory of the authority's certificate, below the playground's."""
+    """Return the directory with the authority's certificate, inside the playground's directory."""
     return directory / "tls"
 
 

@@ -81,7 +81,7 @@ async def set_cable(playground: str, node: str, *, connected: bool) -> None:
 
 
 async def block(playground: str, node: str, way: Way) -> None:
-    """Drop all packets in the direction ``way``.  The other stays open.  Idempotent."""
+    """Drop all packets in the direction ``way``.  The other direction stays open.  Idempotent."""
     port = names.port(node)
     if way == "out":
         netns, device = names.namespace(playground, names.SWITCH), port
@@ -126,15 +126,18 @@ async def is_connected(playground: str, node: str) -> bool:
 
 
 async def remove(playground: str) -> None:
-    """Unpin every namespace of the playground.  Its interfaces disappear with the last process in it."""
+    """Unpin every namespace of the playground.
+
+    A namespace disappears with its interfaces when its last process ends.
+    """
     async with asyncio.TaskGroup() as group:
         for name in namespaces(playground):
             group.create_task(ip("netns", "del", name))
 
 
 def root_is_mounted() -> bool:
-    """Return whether ``ip netns`` was used on this machine already, which makes its directory a mount."""
-    # Not os.path.ismount: it cannot see a directory that is mounted on itself.
+    """Return whether ``ip netns`` was already used on this machine, which has made its directory a mount."""
+    # Not os.path.ismount, which cannot detect a directory that is mounted on itself.
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return any(line.split()[4] == str(NETNS_ROOT) for line in mounts)
 

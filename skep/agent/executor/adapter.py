@@ -35,17 +35,17 @@ from skep.model.times import SECOND_NS
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about the node that the placeholders of its tasks can use."""
+    """Facts about the node for placeholders such as ``{{.Node.Hostname}}``, and the rights that it grants to tasks."""
 
     hostname: str
     os: str = "linux"
     architecture: str = ""
     allowed: frozenset[Right] = ALL_RIGHTS
-    """Rights over itself that the node grants to tasks."""
+    """Rights over the machine that the node grants to tasks."""
 
 
 def container_spec(task: AssignedTask) -> ContainerSpec:
-    """Return the task's container.  Raises: Rejected: it is not a container task."""
+    """Return the task's container spec.  Raises: Rejected: it is not a container task."""
     spec = task.task.spec.container_spec
     if spec is None:
         raise Rejected("this node runs containers only: the task has no container spec")
@@ -74,7 +74,7 @@ def create_request(
     """Return the request for the task's container.
 
     Args:
-        cluster_volumes: Volumes of its mounts of type ``cluster``, in their order.
+        cluster_volumes: Published volumes for the task's mounts of type ``cluster``, in the order of these mounts.
 
     Raises:
         Rejected: The task cannot run on this node.
@@ -131,7 +131,7 @@ def create_request(
 
 
 def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) -> tuple[Mount, ...]:
-    """Return ``mounts`` with cluster volumes as bind mounts.
+    """Return ``mounts`` with each cluster volume replaced by a bind mount.
 
     Raises:
         Rejected: A mount is invalid, or the task has no volume for it.
@@ -176,7 +176,7 @@ def volume_device_rules(
 
 
 def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options of the request for rights over the machine, and for block volumes.
+    """Return the options of the create request for rights over the machine and for access to block volumes.
 
     Raises:
         Rejected: This node does not grant a right.
@@ -267,14 +267,17 @@ def _resource_variables(task: Task) -> Iterator[str]:
 
 
 def _refuse_driver_options(task: Task) -> None:
-    """Refuse options of an attachment (``driver-opt``), which this node's networks do not have.  Raises: Rejected."""
+    """Refuse ``driver-opt`` options of network attachments, because this node's networks support none.
+
+    Raises: Rejected.
+    """
     for network in task.spec.networks:
         for name in network.driver_opts:
             raise Rejected(f"network {network.target}: driver option {name} is not supported by this node")
 
 
 def _network_mode(task: Task) -> str:
-    """Return ``host`` on the node's own network, which must be the task's only one.
+    """Return ``host`` if the task uses the node's own network, which must be its only network.
 
     Source: moby, daemon/cluster/executor/container/container.go (hostConfig: the first network, if it is predefined).
     """
@@ -305,7 +308,8 @@ def _security_options(privileges: Privileges) -> tuple[str, ...]:
     """Return the ``--security-opt`` values of the task's container.
 
     Raises:
-        Rejected: Windows options, and SELinux labels, which this node does not set, in an engine's words.
+        Rejected: The task has Windows options or SELinux labels, which this node does not support.  The message is
+            Docker's.
     """
     if (credential := privileges.credential_spec) is not None:
         for source, value in msgspec.structs.asdict(credential).items():
@@ -341,7 +345,9 @@ def endpoint_configs(task: Task) -> tuple[EndpointConfig, ...]:
 
 
 def own_networks(task: Task, head_of_own: Callable[[Network], NetworkHead]) -> tuple[EndpointConfig, ...]:
-    """Return endpoints on networks of ``task`` that use the machines' devices.  This node assigns their addresses.
+    """Return the endpoints on those networks of ``task`` that use a device of the machine (for example macvlan).
+
+    This node, not a manager, assigns their addresses.
 
     Args:
         head_of_own: Creates such a network here.  Raises: SkepError.

@@ -1,8 +1,8 @@
 """Endpoints of plain containers on cluster networks, requested from the managers and received by assignment.
 
 ``docker run --network`` of an attachable network creates a task without a service (``attachment_service``), assigned to
-this node.  Its controller starts nothing: the task runs while its container has the endpoint, and ends with it.  So if
-a ``detach`` did not reach a manager (none responded, the node process died), the end of the task does.
+this node.  Its controller starts nothing: the task runs while its container has the endpoint.  If a ``detach`` does not
+reach a manager, the manager learns from the end of the task that the endpoint is free.
 
 Source: moby, daemon/cluster/executor/container/attachment.go, daemon/cluster/networks.go (AttachNetwork).
 """
@@ -30,11 +30,17 @@ from skep.wire import swarm_pb2 as pb
 log = structlog.get_logger()
 
 ATTACH_SECONDS_MAX = 15.0
-"""Seconds to wait for a manager, which responds once the task is written, after its store has a leader."""
+"""Seconds to wait for a manager.
+
+It responds after it has written the task, which may have to wait for the election of a leader.
+"""
 DETACH_SECONDS_MAX = 3.0
-"""Seconds by which this may delay a container's end.  The end of its task reports the same to the manager."""
+"""Upper limit in seconds for how long a detach may delay a container's end.
+
+If it fails, the end of the task reports the same to the manager.
+"""
 ENDPOINT_SECONDS_MAX = 20.0
-"""Seconds from the managers' response to the assigned address, as in Docker."""
+"""Seconds to wait for the assigned address after the managers' response, as in Docker."""
 _TIMED_OUT = (
     "attaching to network failed, make sure your network options are correct and check manager logs: "
     "context deadline exceeded"
@@ -45,7 +51,7 @@ Evict = Callable[[ContainerId, NetworkId], Awaitable[None]]
 
 
 class Managers(Protocol):
-    """Requests endpoints (``SessionRequests``)."""
+    """Requests endpoints from the managers (implemented by ``SessionRequests``)."""
 
     async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
         """Request an endpoint.
@@ -97,13 +103,13 @@ class SessionRequests:
 class _Held:
     """An endpoint of this node.
 
-    ``is_claimed`` is set once its container has it, ``released`` when the container no longer has it.
+    ``is_claimed`` is set once the container uses the endpoint, and ``released`` when the container has given it back.
     """
 
     def __init__(self, container_id: ContainerId, endpoint: EndpointConfig | None) -> None:
         self.container_id = container_id
         self.endpoint = endpoint
-        """None for an endpoint of an earlier process, which is in its container's record."""
+        """None if the endpoint is from an earlier process: the container's record then describes it."""
         self.is_claimed = endpoint is None
         self.released = asyncio.Event()
 
@@ -123,7 +129,9 @@ class ClusterAttachments:
             self._held[id] = _Held(container_id, None)
 
     async def take(self, container_id: ContainerId, request: EndpointRequest) -> EndpointConfig:
-        """Return an endpoint with its address.  The first of ``request.aliases`` is the container's name.
+        """Request an endpoint and return it with its address.
+
+        The first of ``request.aliases`` is the container's name.
 
         Raises:
             NotFound: The node is not in a swarm, so the network does not exist.
@@ -169,7 +177,7 @@ class ClusterAttachments:
                 held.released.set()
 
     async def _detach(self, id: TaskId) -> None:
-        """Detach, as a best effort: a manager learns the same from the end of the task."""
+        """Detach.  A failure is only logged, because a manager learns the same from the end of the task."""
         try:
             await self._managers.detach_network(id)
         except SkepError as error:
@@ -202,7 +210,7 @@ class ClusterAttachments:
         return held.container_id if held is not None and held.is_claimed else None
 
     def release(self, id: TaskId) -> None:
-        """Record that the endpoint belongs to the cluster again.  Idempotent."""
+        """Record that the container no longer uses the endpoint.  Idempotent."""
         held = self._held.pop(id, None)
         if held is not None:
             held.released.set()
@@ -233,7 +241,7 @@ class AttachmentController:
         return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Take the endpoint back: its container leaves the network and keeps running."""
+        """Take the endpoint back.  The container leaves the network and keeps running."""
         id = self._task.task.id
         container_id = self._attachments.holder_of(id)
         for attachment in self._task.task.networks_attachments:
@@ -252,7 +260,7 @@ class AttachmentController:
 
 
 def is_attachment(task: AssignedTask) -> bool:
-    """Return whether the task is an endpoint of a plain container instead of a container."""
+    """Return whether the task stands for a plain container's endpoint and runs no container itself."""
     return task.task.spec.network_attachment_spec is not None
 
 

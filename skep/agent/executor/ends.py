@@ -27,7 +27,7 @@ _INTERRUPTIONS = {
 def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
     """Return why ``container`` ended, without its last lines, or None if it was stopped and ended in time.
 
-    ``was_stopped`` tells whether it still ran when it was stopped because its task was no longer wanted.
+    ``was_stopped`` tells whether the node stopped the running container because its task was no longer wanted.
     """
     code = container.exit_code
     if container.interruption is not None:
@@ -49,18 +49,19 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
 
 
 def unhealthy_end(container: Container, health: Health) -> TaskEnd:
-    """Return the end of a container that its health check ended.  The node itself sent the signal, so it is not the
-    cause.
+    """Return the end of a container that was stopped as unhealthy.
+
+    Names the failed check as the cause, not the signal that the node sent.
     """
     config = container.config.healthcheck
-    # Checks continue during the stop, and can no longer run at the end.  The check that made it unhealthy counts.
+    # Checks continue during the stop, and the last ones can no longer run.  The check that made it unhealthy counts.
     later = max(health.failing_streak - retries(config), 0) if config is not None else 0
     failed = [probe for probe in health.log if probe.exit_code]
     last = failed[max(len(failed) - 1 - later, 0)] if failed else None
     return TaskEnd(
         cause=EndCause.UNHEALTHY.value,
         health_output=last.output if last is not None else "",
-        # as the user wrote it, without the shell that runs it
+        # show the command as the user wrote it, without the shell that runs it
         health_command=" ".join(config.test[1:]) if config is not None else "",
         health_failures=min(health.failing_streak, retries(config)) if config is not None else 0,
         health_exit_code=last.exit_code if last is not None and last.exit_code > 0 else None,

@@ -1,12 +1,12 @@
 """The executor interface: an executor runs tasks, with one controller of seven verbs per task.
 
 ``oci`` (containers under runc), ``process`` (plain commands) and ``simulated`` pass one contract suite
-(``tests/contract/test_executor.py``).  A controller is created for a task whose assignment the node has.  Only
-``agent/task.py`` decides the order of the verbs.
+(``tests/contract/test_executor.py``).  The worker creates a controller for each assigned task.  Only ``agent/task.py``
+decides the order of the verbs.
 
 After a restart of the node process, controllers are created again for the same tasks.  Running processes are not
-interrupted, and the verbs find them (*adoption*).  Every verb may therefore be called for work that is already done,
-and then returns at once.
+interrupted, and the verbs find them (*adoption*).  So every verb may be called when its work is already done, and then
+returns at once.
 
 Source: swarmkit, agent/exec/controller.go (the verbs and their order).
 """
@@ -54,7 +54,7 @@ class Controller(Protocol):
     """Runs one task."""
 
     def observed(self) -> Running | None:
-        """Return the known state of the task's process, including its exit code, or None before there is one."""
+        """Return the known state of the task's process with its exit code, or None if no process was created yet."""
 
     async def prepare(self) -> None:
         """Prepare everything for the start: image, file system, network namespace, reserved host ports.
@@ -65,7 +65,7 @@ class Controller(Protocol):
         """
 
     async def start(self) -> Running:
-        """Start the process, and return after it runs (``runc start`` returned), never before.
+        """Start the process.  Returns only once it runs (``runc start`` has returned).
 
         Raises:
             SkepError: The start failed, in the runtime's words.  ``observed`` then has the exit code (127/126 as in
@@ -78,17 +78,20 @@ class Controller(Protocol):
     async def fetch_end(self) -> TaskEnd | None:
         """Return why the process ended, with its last lines.
 
-        Called after its end.  None if the reason is unknown, or if the process was stopped and ended in time.
+        Called after the process has ended.  Returns None if the reason is unknown, or if the process was stopped and
+        ended in time.
         """
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Send the stop signal, and kill after the task's grace period.  Returns when the process has ended.
+        """Send the stop signal, and kill the process after the task's grace period.
+
+        Returns when the process has ended.
 
         The stop waits at most ``drain_s`` for the task's clients to disconnect.
         """
 
     async def terminate(self) -> None:
-        """Kill now.  Returns when the process has ended."""
+        """Kill the process now.  Returns when it has ended."""
 
     async def update(self, task: AssignedTask) -> None:
         """Apply changes of the assignment (limits, last lines to keep) without a restart."""
@@ -120,7 +123,10 @@ class Executor(Protocol):
         """
 
     async def leftovers(self) -> Sequence[TaskId]:
-        """Return the tasks of which this executor still holds something.  The worker removes unknown ones."""
+        """Return the tasks for which this executor still holds resources.
+
+        The worker removes tasks that it does not know.
+        """
 
     async def discard(self, task_id: TaskId) -> None:
         """Free everything held for a task that is no longer assigned, as ``remove`` does."""

@@ -1,7 +1,7 @@
 """Tasks as containers under runc: the default executor of nodes.
 
-``adapter`` translates a task into a create request, and the engine does the rest.  The container of a task is found by
-its label, so no state about tasks is kept here.
+``adapter`` translates a task into a create request, and the engine does the rest.  A label on each container names its
+task, so this module keeps no state about tasks.
 """
 
 import asyncio
@@ -59,10 +59,13 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 DRAIN_POLL_S = 0.05
-"""Seconds between two polls for connections.  The kernel reports the end of a connection only to its owner."""
+"""Seconds between two polls for open connections.
+
+Polling is needed because the kernel reports the end of a connection only to its owner.
+"""
 
 UNHEALTHY = "dockerexec: unhealthy container"
-"""Docker's text in ``docker service ps``."""
+"""Docker's text for an unhealthy task in ``docker service ps``."""
 
 
 class TaskStorage(msgspec.Struct, frozen=True):
@@ -88,10 +91,9 @@ class OciExecutor:
         node: NodeFacts,
         bring: Bring = nothing_beside,
     ) -> None:
-        """
-        Args:
-            attachments: Plain containers' endpoints on the cluster's networks, which are tasks as well.
-            bring: See ``ImagePuller``.
+        """Args: attachments: Plain containers' endpoints on cluster networks.
+
+        Each endpoint is represented by a task. bring: See ``ImagePuller``.
         """
         self.cluster_volumes = storage.cluster_volumes
         self.engine = engine
@@ -111,7 +113,7 @@ class OciExecutor:
             yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """Return a controller.  Raises nothing: ``prepare`` raises errors of the task."""
+        """Return a controller.  Never raises: if the task is invalid, ``prepare`` raises the error."""
         if is_attachment(task):
             return AttachmentController(self.attachments, self.engine.networks.evict, task)
         return OciController(self, task, registry_auth)
@@ -154,7 +156,7 @@ def oci_executor(
     """Return the executor of one node, with its engine.
 
     Args:
-        cgroup_parent: Parent in each cgroup hierarchy.  Two nodes on one machine need two.
+        cgroup_parent: Parent of the containers' cgroups.  Two nodes on one machine need different parents.
         programs: runc and conmon, or None to find them on the PATH.
         cdi_directories: Directories with CDI descriptions of devices.
         allowed: Rights over the node that tasks may have.
@@ -214,7 +216,7 @@ def _device_at(path: Path) -> str:
 
 
 def _users_of(engine: Engine, path: Path) -> Sequence[str]:
-    """Return the containers with a mount of that directory that run, or may be started."""
+    """Return the containers that mount ``path`` and run or may be started."""
     return [
         one.id
         for one in engine.list()
@@ -299,7 +301,7 @@ class OciController:
         seen = adapter.context_of(self._task, self._executor.node)
         spec = templates.expand_container(adapter.container_spec(self._task), seen)
         try:
-            # in a thread, because expanding templates may take a while
+            # in a thread, because expanding templates may block for long
             await asyncio.to_thread(self._executor.payloads.materialize, self._task.task.id, spec, seen)
             secret_env = await asyncio.to_thread(self._executor.payloads.environment, spec, seen)
             # Check again: after a restart since ``prepare``, the machine may number its devices differently.
@@ -358,8 +360,7 @@ class OciController:
             await self._engine.retire(container.id)
 
     async def _stop(self, id: ContainerId) -> None:
-        """Stop the container and wait for its end, however long the kernel keeps its process: its slot is not free
-        before.
+        """Stop the container and wait for its end without a limit, because its slot is not free before that.
 
         Raises:
             NotFound: The container does not exist.

@@ -1,8 +1,8 @@
-"""Secrets and configs on this node: bytes in a ramfs, never on a disk, and their files in containers.
+"""Secrets and configs on this node: their data in a ramfs, never on a disk, and the files made from it for containers.
 
 ``<run>/secrets`` is a ramfs, because a tmpfs may be swapped out.  Its data survives a restart of the node process, but
-not a reboot.  ``known/`` has the data that the manager sent, in files named by the id and, for templates, the template
-driver.  ``files/<container id>/`` has the files that are mounted into that container.
+not a reboot.  ``known/`` has the data that the manager sent.  File names contain the id and, for templates, the
+template driver.  ``files/<container id>/`` has the files that are mounted into that container.
 """
 
 import os
@@ -58,7 +58,7 @@ class Payloads:
                     (directory / _file_name(id, driver)).unlink(missing_ok=True)
 
     def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
-        """Forget all others: a complete assignment names everything."""
+        """Forget all other secrets and configs, because a complete assignment names everything that is still needed."""
         for directory, ids in ((self._secrets, set(secrets)), (self._configs, set(configs))):
             with suppress(FileNotFoundError):
                 for path in directory.iterdir():
@@ -74,7 +74,7 @@ class Payloads:
     def mounts(
         self, key: str, secrets: Iterable[SecretReference], configs: Iterable[ConfigReference]
     ) -> tuple[MountPoint, ...]:
-        """Return the mounts of the files of ``key``'s container.  ``materialize`` writes the files."""
+        """Return the mounts of secret and config files for ``key``'s container.  ``materialize`` writes the files."""
         targets = [_secret_path(reference) for reference in secrets if reference.file is not None]
         targets += [_config_path(reference) for reference in configs if reference.file is not None]
         return tuple(
@@ -90,14 +90,15 @@ class Payloads:
         )
 
     def materialize(self, key: str, container: ContainerSpec, seen: Struct) -> None:
-        """Write the files of ``key``'s container with the requested owners and modes.  Templates are expanded.
+        """Write the secret and config files of ``key``'s container with the requested owners and modes, and expand
+        templates.
 
         Args:
             container: Container with its environment expanded.
             seen: Values of the task for templates.
 
         Raises:
-            SkepError: The manager sent no such secret or config, or a template failed, with SwarmKit's words.
+            SkepError: The manager sent no such secret or config, or a template failed.  The message is SwarmKit's.
             OSError: A file could not be written.
         """
         expanded = _Expanded(self._secrets, self._configs, container, seen)
@@ -120,11 +121,13 @@ class Payloads:
             path.chmod(target.mode & 0o7777)
 
     def environment(self, container: ContainerSpec, seen: Struct) -> tuple[str, ...]:
-        """Return the variables with secrets as ``NAME=value``, for one start.  They are not stored.
+        """Return the environment variables whose values are secrets, as ``NAME=value``, for one start.
+
+        They are not stored.
 
         Raises:
             SkepError: See ``materialize``.
-            InvalidArgument: A secret cannot be a variable's value.
+            InvalidArgument: A secret's data cannot be the value of a variable.
         """
         expanded = _Expanded(self._secrets, self._configs, container, seen)
         return tuple(
@@ -224,7 +227,7 @@ def _keep(directory: Path, payload: SecretFile | ConfigFile) -> None:
 
 
 def _read(directory: Path, kind: str, id: str) -> tuple[bytes, str]:
-    """Return data and template driver of a secret or config.  Raises: NotFound, with SwarmKit's words; OSError."""
+    """Return data and template driver of a secret or config.  Raises: NotFound, with SwarmKit's message; OSError."""
     for driver in _DRIVERS:
         with suppress(FileNotFoundError):
             return (directory / _file_name(id, driver)).read_bytes(), driver

@@ -43,18 +43,22 @@ wait $!
 echo $? >"$directory/.exit"
 mv "$directory/.exit" "$directory/exit"
 """
-"""Working directory, task directory, command.  ``setsid`` runs the command in a separate process group."""
+"""Shell script that runs the command.
+
+Its arguments are the working directory, the task directory and the command.  ``setsid`` starts the command in a
+separate process group.
+"""
 
 
 class _Started(msgspec.Struct, frozen=True):
-    """The command, and the shell that waits for it."""
+    """The process of the command, and the process of the shell that waits for it."""
 
     command: ProcessName
     waiting: ProcessName
 
 
 class ProcessExecutor:
-    """Runs tasks as commands.  ``directory`` has their state."""
+    """Runs tasks as commands.  ``directory`` has a subdirectory with the state of each task."""
 
     name = "process"
 
@@ -68,7 +72,7 @@ class ProcessExecutor:
         yield
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
-        """Return a controller of the command, which needs no credentials."""
+        """Return a controller.  Credentials are ignored, because a command has no image."""
         return ProcessController(self.directory, task)
 
     async def leftovers(self) -> Sequence[TaskId]:

@@ -28,14 +28,15 @@ Bring: TypeAlias = Callable[[str], Awaitable[None]]
 
 
 async def nothing_beside(_word: str) -> None:
-    """Do nothing: this machine has no other image store."""
+    """Do nothing.  The default for ``bring``, on a machine without another image store."""
 
 
 class ImagePuller:
     """Fetches images for tasks.
 
     Args:
-        bring: Called with each image first.  Copies it from another store of this machine if it is newer there.
+        bring: Called with each image name before the registry is contacted.  Copies the image from another store of
+            this machine (such as Docker's) if it is newer there.
     """
 
     def __init__(self, images: ImageStore, clock: Clock, bring: Bring = nothing_beside) -> None:
@@ -49,7 +50,8 @@ class ImagePuller:
         """Return the image to run.  ``uses_helper`` allows the node's own credentials for it.
 
         Raises:
-            Rejected: ``No such image: x: ...``.  The image is not local, and the error has the registry's refusal.
+            Rejected: ``No such image: x: ...``.  The image is not local, and the registry refused it for the reason in
+                the message.
         """
         try:
             await self._bring(reference)
@@ -63,7 +65,9 @@ class ImagePuller:
         return self._local(reference, None)
 
     def _needs_no_registry(self, reference: str, local: Image) -> bool:
-        """Return whether the image is named by content, or its registry failed a moment ago."""
+        """Return whether the local image can be used at once: it is named by digest, or its registry failed a moment
+        ago.
+        """
         if "@sha256:" in reference or local.id.removeprefix("sha256:").startswith(
             reference.removeprefix("sha256:")
         ):

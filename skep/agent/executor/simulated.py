@@ -1,7 +1,7 @@
 """Simulated tasks: for whole clusters on simulated time, and for load without containers.
 
-Clock and random numbers are arguments.  Running processes are in a ``Machine`` that outlives executors, like a real
-machine outlives its node process.
+Clock and random numbers are arguments.  The simulated processes belong to a ``Machine``, which outlives executors as a
+real machine outlives its node process.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ class Machine:
         self._last_pid = 1
 
     def new_process(self, id: TaskId) -> Process:
-        """Create a task's process, which is not started yet."""
+        """Create a task's process without starting it."""
         self._last_pid += 1
         self.processes[id] = Process(self._last_pid)
         return self.processes[id]
@@ -105,7 +105,7 @@ class SimulatedExecutor:
             process.end(137)
 
     async def take(self, seconds: float) -> None:
-        """Spend about ``seconds``."""
+        """Sleep for about ``seconds``."""
         await self.clock.sleep(seconds * self.rng.uniform(0.5, 1.5))
 
 
@@ -150,7 +150,7 @@ class SimulatedController:
         return observed
 
     async def wait(self) -> TaskExit:
-        """Wait until the process has ended.  With ``run_s`` it ends by itself after about that time."""
+        """Wait until the process has ended.  If ``run_s`` is set, the process ends by itself after about that time."""
         process, behavior = self._require(), self._executor.behavior
         if behavior.run_s is None:
             await process.ended.wait()

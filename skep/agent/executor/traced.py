@@ -1,4 +1,4 @@
-"""An executor that records spans: the steps of a node until a task runs, with the calls of runc."""
+"""An executor that records trace spans for the steps until a task runs, including the calls of runc."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -13,7 +13,7 @@ Export = Callable[[Iterable[Span]], None]
 
 
 class TracedExecutor:
-    """Wraps another executor and exports spans.  Not used without tracing, so that it costs nothing then."""
+    """Wraps another executor and exports spans.  Used only with tracing, so that it costs nothing otherwise."""
 
     def __init__(self, inner: Executor, export: Export, now_ns: NowNs) -> None:
         self._inner = inner
@@ -88,7 +88,7 @@ class _TracedController:
 
 
 def spans_of_node(task: Task, begin_ns: int, recorded: Recording, *, has_ended: bool) -> list[Span]:
-    """Return the spans of a verb and its parts, and the node's span over all verbs once the work has ended or failed.
+    """Return the spans of a verb and its parts.  Once the work has ended or failed, a span over all verbs is added.
 
     ``recorded`` has the verb, then its parts.
     """

@@ -1,4 +1,6 @@
-"""Checks that containers resolve names to the addresses in the store, with queries sent in a container's namespace."""
+"""Checks that containers resolve names to the addresses in the store, by sending queries from a container's
+namespace.
+"""
 
 import asyncio
 import os
@@ -31,18 +33,21 @@ log = structlog.get_logger(__name__)
 
 PORT = 53
 RESPONSE_S = 0.5
-"""Seconds for an answer from the same machine."""
+"""Time limit in seconds for an answer from the same machine."""
 UNANSWERED_MAX = 3
-"""Names of one network without a response, after which its other names are skipped."""
+"""Number of names without a response after which the other names of the network are skipped."""
 REPEAT_S = 1.0
-"""Pause before a wrong name is queried again, because its addresses may have just changed."""
+"""Seconds before a wrong name is queried again, because its addresses may have just changed."""
 
 Resolved = Mapping[str, tuple[str, ...]]
-"""The addresses of each name, sorted."""
+"""Sorted addresses by name."""
 
 
 class NameChecks:
-    """Sends queries in this node's containers' namespaces.  ``sandboxes`` returns running containers' sandboxes."""
+    """Sends queries from namespaces of this node's containers.
+
+    ``sandboxes`` returns the sandboxes of running containers.
+    """
 
     def __init__(self, sandboxes: Callable[[], Iterable[Sandbox]], clock: Clock) -> None:
         self._sandboxes = sandboxes
@@ -69,7 +74,7 @@ class NameChecks:
         return None
 
     async def _wrong(self, namespace: Path, network: NetworkNames) -> Resolved:
-        """Return the names that resolve to other addresses than in the store, with the addresses found."""
+        """Return the names whose addresses differ from those in the store, with the addresses that were found."""
         names = [name for name in network.names if _is_name(name)]
         try:
             resolved = await asyncio.to_thread(inside, namespace, partial(_query_all, names, network.network))
@@ -80,7 +85,10 @@ class NameChecks:
 
 
 def finding_of(network: NetworkNames, wrong: Resolved) -> PathFinding:
-    """Return a network's finding.  All of its names count as lost if one is wrong."""
+    """Return the finding for a network, given its ``wrong`` names.
+
+    One wrong name makes the check of the network fail.
+    """
     sent = len(network.names)
     return PathFinding(
         check=PathCheck.NAMES,
@@ -114,7 +122,10 @@ def _is_name(name: str) -> bool:
 
 
 def _query_all(names: Sequence[str], network: str) -> Resolved:
-    """Resolve names through the container's name server, while it responds.  Raises: OSError: no query can be sent."""
+    """Resolve names through the container's name server until it fails to respond.
+
+    Raises: OSError: no query can be sent.
+    """
     resolved: dict[str, tuple[str, ...]] = {}
     unanswered = 0
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -141,7 +152,7 @@ def _query(client: socket.socket, name: str, kind: int) -> tuple[str, ...] | Non
 
 
 def _received(client: socket.socket) -> Iterator[bytes]:
-    """Yield datagrams until the socket's timeout."""
+    """Yield received datagrams until the socket times out."""
     while True:
         try:
             yield client.recv(UDP_BYTES_MAX)

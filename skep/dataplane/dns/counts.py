@@ -1,4 +1,4 @@
-"""Counters of a node's name servers since their process started."""
+"""Counters of a node's name servers since the net process started."""
 
 from collections import Counter
 
@@ -31,20 +31,21 @@ _CODES = {
 class DnsCounts:
     """Number of ``questions`` by type, and of ``responses`` by source and code.
 
-    The source is network, forwarded, or none for a malformed query."""
+    The source of a response is ``network``, ``forwarded``, or ``none`` for a malformed query.
+    """
 
     def __init__(self) -> None:
         self.questions: Counter[str] = Counter()
         self.responses: Counter[tuple[str, str]] = Counter()
         self.upstream_timeouts = 0
         self.upstream_failures = 0
-        """Errors of connections, and error responses of other servers."""
+        """Number of failed connections to other servers and of their error responses."""
 
     def question(self, type: int) -> None:
         """Count a query."""
-        # clients can ask for any number, and the labels must be bounded
+        # count unknown types together: clients can ask for any number, and metrics must not grow without a limit
         self.questions[_TYPES.get(type, "other")] += 1
 
     def response(self, source: str, message: bytes) -> None:
-        """Count the response ``message``."""
+        """Count the response ``message``, which has been sent."""
         self.responses[source, _CODES.get(response_code(message), "other")] += 1

@@ -1,7 +1,7 @@
 """A network's table, indexed by name.
 
-A table is large and changes often, and few of its names are queried.  For each version, only services, containers and
-tasks are therefore indexed by name.  The addresses of a name are computed with its first query.
+A table is large and changes often, but few of its names are queried.  So each version indexes only which services,
+containers and tasks have a name.  The addresses of a name are computed at its first query.
 """
 
 import socket
@@ -18,7 +18,7 @@ from skep.model.ids import ServiceId
 from skep.model.tables import Table, TableEndpoint
 
 _IPV4_BYTES = 4
-"""Bytes of a packed IPv4 address."""
+"""Length in bytes of a packed IPv4 address."""
 _TASKS, _ALL_TASKS = "tasks.", "all.tasks."
 
 
@@ -31,7 +31,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Index:
-    """One version of ``table``.  Names are as in queries, without the network's own name as a suffix.
+    """The names in one version of ``table``.  They are as in queries, without the network's own name as a suffix.
 
     The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
     """
@@ -56,10 +56,10 @@ class Index:
     def find(self, name: str) -> Known | None:
         """Return the addresses of ``name``, or None if the network does not have it.
 
-        A name of several services, or of several containers, has the addresses of all, as with Docker.  Names of
-        services and tasks come before names and aliases of other containers.  Any node that attaches a container
-        chooses these, and with Docker they get a part of the service's connections.  A name without serving tasks is
-        known, and has no address.
+        If several services, or several containers, have the name, their addresses are combined, as in Docker.  A
+        service or task with the name hides other containers with that name or alias.  Otherwise any node that attaches
+        a container could take over part of a service's connections by such a name, as it can in Docker.  A service
+        without serving tasks has its name, but no address.
 
         Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
         """
@@ -98,7 +98,7 @@ class Index:
         """Subnets of the network, without malformed ones."""
         found = []
         for segment in self._table.head.segments:
-            with suppress(ValueError):  # left out
+            with suppress(ValueError):  # a malformed subnet is left out
                 found.append(ip_network(segment.subnet, strict=False))
         return tuple(found)
 

@@ -1,4 +1,4 @@
-"""DNS messages (RFC 1035, EDNS by RFC 6891), as far as a server of few record types needs them.
+"""Decodes and encodes DNS messages (RFC 1035, EDNS by RFC 6891), as far as a server with few record types needs that.
 
 Queries come from containers and are not trusted.  ``parse`` returns a query, an error response or nothing for any
 bytes, and never raises.  The name in a question may not be compressed, which excludes loops.  A response is never
@@ -15,20 +15,26 @@ IN = 1
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
 
 QUERY_BYTES_MAX = 4096
-"""Longer datagrams are refused without parsing.  Over TCP a longer message ends the connection."""
+"""Longest query in bytes.
+
+Longer datagrams are refused without parsing, and over TCP a longer message ends the connection.
+"""
 UDP_BYTES_MIN = 512
-"""Every client accepts so many.  Source: RFC 1035, section 4.2.1."""
+"""Bytes over UDP that every client accepts.  Source: RFC 1035, section 4.2.1."""
 UDP_BYTES_MAX = 4096
-"""Largest answer over UDP.  Source: RFC 6891, section 6.2.5, which recommends 4096."""
+"""Largest answer over UDP in bytes.  Source: RFC 6891, section 6.2.5, which recommends 4096."""
 TCP_BYTES_MAX = 65535
-"""The length before a message over TCP has two bytes.  Source: RFC 1035, section 4.2.2."""
+"""Longest message over TCP in bytes, because its length field has two bytes.  Source: RFC 1035, section 4.2.2."""
 _HEADER = struct.Struct("!HHHHHH")
 _RECORD = struct.Struct("!HHIH")
 _QR, _OPCODE, _TC, _RD, _RA, _CD = 0x8000, 0x7800, 0x0200, 0x0100, 0x0080, 0x0010
 _NAME_BYTES_MAX = 255
-"""Source: RFC 1035, section 2.3.4."""
+"""Longest name in bytes.  Source: RFC 1035, section 2.3.4."""
 _LABEL_BYTES_MAX = 63
-"""Source: RFC 1035, section 2.3.4.  The two highest bits of a length mark a pointer."""
+"""Longest label of a name in bytes.
+
+Source: RFC 1035, section 2.3.4.  The two highest bits of a length mark a pointer.
+"""
 _OPT_BYTES = 11
 """An OPT record without options: the root's name, type, class, time to live and length."""
 _ADDRESS_BYTES = {A: 4, AAAA: 16}

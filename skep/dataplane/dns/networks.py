@@ -1,4 +1,4 @@
-"""The network tables on tmpfs, indexed for names and virtual addresses.
+"""Reads the network tables on tmpfs, and indexes them for names and virtual addresses.
 
 Each version of a table is read once for all containers.
 """
@@ -22,7 +22,7 @@ Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
 class _Version:
-    """One version of a table.  Its index is made with the first query."""
+    """One version of a table.  Its index is built at the first query."""
 
     def __init__(self, table: Table) -> None:
         self.backends = vip_backends(table)
@@ -40,7 +40,7 @@ class Networks:
         self._directory = directory
         self._read: dict[NetworkId, _Version] = {}
         self.unread: set[NetworkId] = set()
-        """Networks whose existing file could not be read the last time.  The previous version stays in use."""
+        """Networks whose file exists but could not be read.  The previous version of the table stays in use."""
 
     def index(self, id: NetworkId) -> Index:
         """Return the names of a network."""
@@ -51,9 +51,11 @@ class Networks:
         return self._of(id).backends
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read these tables again, and the unreadable ones.  Return the services whose backends have changed.
+        """Read the tables of ``ids``, and those that were unreadable, again.
 
-        Networks that were not queried before are not read now either.
+        Return the services whose backends have changed.
+
+        Tables that were never needed are not read.
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
         for id in {*ids, *self.unread}:
@@ -75,7 +77,7 @@ class Networks:
         return tuple(self._read)
 
     def keep(self, ids: Iterable[NetworkId]) -> None:
-        """Drop all tables but these."""
+        """Drop all tables except those of ``ids``."""
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
         self.unread &= wanted

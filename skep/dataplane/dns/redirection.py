@@ -1,7 +1,7 @@
 """The nftables table that redirects a container's queries to the net process's sockets.
 
-The sockets are bound in the container's namespace to ports that were free and not to 53, because the container may run
-a name server of its own.
+The sockets are in the container's namespace.  They use free ports instead of port 53, because the container may run its
+own name server.
 """
 
 from skep.dataplane.netns.nft_table import NftTable
@@ -11,7 +11,10 @@ ADDRESS = "127.0.0.11"
 
 
 def names_table(udp_port: int, tcp_port: int) -> NftTable:
-    """Return the table.  It also blocks loopback addresses from outside, whatever ``route_localnet`` is."""
+    """Return the table.
+
+    It also blocks packets from outside to loopback addresses, which ``route_localnet`` would allow.
+    """
     return NftTable(
         name=f"ip {NAME}",
         chains=(

@@ -1,9 +1,9 @@
 """Resolves a query by the network tables.  Pure.
 
-A name is looked up in the container's networks in their order, first as it is, then with its last labels as a network's
-name: ``web.front`` is ``web`` on ``front``.  The first network that has the name is authoritative for all types, so
-such a name is never forwarded.  There is one exception.  If the name has only addresses of the other IP version, the
-next network that has the name is used.  Source: moby, libnetwork/sandbox.go (ResolveName).
+A name is looked up in the container's networks in their order.  It is first looked up unchanged, then with its last
+labels as the name of a network: ``web.front`` is ``web`` on ``front``.  The first network that has the name decides
+about all record types, and the name is never forwarded.  There is one exception: if the name has only addresses of the
+other IP version there, the next network that has the name is used.  Source: moby, libnetwork/sandbox.go (ResolveName).
 """
 
 import re
@@ -21,16 +21,19 @@ from skep.model.ids import NetworkId, ServiceId
 T = TypeVar("T")
 
 TTL_S = 1
-"""Docker uses 600, with which programs use stale addresses.  A task that stops is kept for the drain time of its
-service (1 s by default), which covers cached responses."""
+"""Time to live of answers in seconds.
+
+With Docker's 600, programs use stale addresses.  A stopping task keeps running for the drain time of its service (1 s
+by default), so cached answers stay correct.
+"""
 _SERVICE_PORT = re.compile(r"_([0-9]{1,5})\._(?:tcp|udp|sctp)\.(.+)")
 _REVERSE_IPV4, _REVERSE_IPV6 = ".in-addr.arpa", ".ip6.arpa"
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The name is in a network.  Without ``answers`` it has no record of the type.
+    """The name is in a network.  Without ``answers``, it has no record of the queried type.
 
-    ``virtual`` are the services whose virtual addresses are in the response, with their networks.
+    ``virtual`` has the services whose virtual addresses are in the response, with their networks.
     """
 
     answers: tuple[Record, ...] = ()
@@ -39,11 +42,14 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """The name could only be in a network, and does not exist."""
+    """The name can only belong to a network of the container, and does not exist there."""
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """The name is in no network.  ``is_single_label`` names are not possible in the public DNS either."""
+    """The name is in no network of the container and may be forwarded.
+
+    ``is_single_label`` names cannot exist in the public DNS.
+    """
 
     is_single_label: bool
 
@@ -52,7 +58,7 @@ Decision: TypeAlias = Found | Missing | Foreign
 
 
 Links: TypeAlias = Mapping[NetworkId, Mapping[str, str]]
-"""One container's additional names for others: by network, from alias to name."""
+"""One container's own aliases for other containers: by network, the name for each alias."""
 
 
 def links_of(links: Sequence[str]) -> Mapping[str, str]:
@@ -69,7 +75,7 @@ def decide(
 ) -> Decision:
     """Decide how to respond to ``query`` of a container on ``networks``, in the container's order.
 
-    ``rng``, in [0, 1), selects which of several addresses comes first.
+    ``rng`` (0 to 1) selects which of several addresses comes first.
     """
     name = query.name
     foreign = Foreign("." not in name and name != "")
@@ -99,14 +105,14 @@ def decide(
 
 
 def _has_other_version_only(type_: int, known: Known) -> bool:
-    """Return whether ``known`` has addresses, but none of the queried IP version."""
+    """Return whether ``known`` has only addresses of the IP version that was not queried."""
     return (type_ == AAAA and bool(known.ipv4) and not known.ipv6) or (
         type_ == A and bool(known.ipv6) and not known.ipv4
     )
 
 
 def _candidates(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str]]:
-    """Yield the networks that may have ``name``, with its local name there."""
+    """Yield each network that may have ``name``, and the name to look up there."""
     for index in networks:
         yield index, name
     end = name.rfind(".")
@@ -148,7 +154,7 @@ def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
 
 
 def _targets(name: str, index: Index, rng: float) -> Found | None:
-    """Return the serving tasks of ``_<port>._<protocol>.<service>``, or None for another kind of name."""
+    """Return the SRV answer for ``_<port>._<protocol>.<service>``, or None for another kind of name."""
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
         return None
@@ -170,7 +176,7 @@ def _targets(name: str, index: Index, rng: float) -> Found | None:
 
 
 def rotated(values: tuple[T, ...], rng: float) -> tuple[T, ...]:
-    """Return ``values``, rotated by the share ``rng`` of their number."""
+    """Return ``values`` rotated, so that the one at the share ``rng`` (0 to 1) comes first."""
     start = int(rng * len(values))
     return values[start:] + values[:start]
 

@@ -1,7 +1,7 @@
 """The name server of one container: a UDP and a TCP socket in its namespace.
 
-A query is answered at once if possible.  A query that has to wait, for rules or for another name server, becomes a
-task.  The number of a container's tasks is limited.
+A query is answered at once if possible.  A query that has to wait for rules or for another name server becomes a task.
+Each container has a limited number of tasks.
 """
 
 import asyncio
@@ -37,20 +37,25 @@ from skep.model.ids import NetworkId, ServiceId
 log = structlog.get_logger()
 
 PENDING_MAX = 256
-"""Pending forwarded queries of one container.  More are refused.  Twice as many may be pending for names in its
-networks, so that a container with too many forwarded queries still resolves services."""
+"""Limit for the pending forwarded queries of one container.  Further ones are refused.
+
+The limit for all pending queries is twice as high, so that a container with too many forwarded queries still resolves
+services.
+"""
 CONNECTIONS_MAX = 64
-"""TCP connections of one container.  More are closed at once."""
+"""Limit for the TCP connections of one container.  Further ones are closed at once."""
 IDLE_S = 10.0
-"""Time after which a TCP connection without a query is closed."""
+"""Seconds without a query after which a TCP connection is closed."""
 SINGLE_LABEL_S = 1.0
-"""Deadline for a forwarded single-label name, which the public DNS cannot have."""
+"""Time limit in seconds for forwarding a single-label name.  Short, because such names are not in the public DNS."""
 _BURST = 32
-"""Datagrams of one container that are read before other work of the event loop."""
+"""Number of datagrams of one container that are read in a row before other work of the event loop."""
 _BACKLOG = 128
 ACCEPT_PAUSE_S = 0.1
-"""Pause after accept failed for lack of descriptors.  The socket stays readable, so a retry at once would be a busy
-loop."""
+"""Seconds to pause after accept failed for lack of descriptors.
+
+The socket stays readable, so an immediate retry would be a busy loop.
+"""
 
 PendingQuery = tuple[str, int, bytes]
 """A pending query: the client's address and port, and the message."""
@@ -81,7 +86,7 @@ class Resolver(Protocol):
         """Decide how to respond to ``query``."""
 
     def is_loaded(self, services: Services) -> bool:
-        """Return whether the rules of these services' virtual addresses are in the container's namespace."""
+        """Return whether the rules for the virtual addresses of ``services`` are in the container's namespace."""
 
     async def load(self, services: Services) -> None:
         """Write the rules of these services.  Raises: SkepError."""
@@ -100,7 +105,7 @@ class Forwarding(msgspec.Struct, frozen=True):
 
 
 def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
-    """Open the sockets in the calling thread's namespace.  A port in use, or 0, is replaced by a free one.
+    """Open the sockets in the calling thread's namespace.  If a port is 0 or in use, a free port is chosen.
 
     Raises: OSError.
     """
@@ -166,7 +171,7 @@ class ContainerServer:
         return pending
 
     def received(self, data: bytes, client: tuple[str, int]) -> None:
-        """Respond to the datagram ``data``, at once or later."""
+        """Respond to the datagram ``data`` from ``client``, at once or later."""
         query = parse(data)
         if query is None:
             return
@@ -191,14 +196,14 @@ class ContainerServer:
             try:
                 data, client = self.sockets.udp.recvfrom(QUERY_BYTES_MAX + 1)
             except OSError:
-                return  # nothing more to read, or an error that another read does not fix
+                return  # nothing more to read, or an error that another read would not fix
             self.received(data, client)
 
     def _send(self, response: bytes, client: tuple[str, int]) -> None:
         try:
             self.sockets.udp.sendto(response, client)
         except OSError:
-            return  # a full buffer, or a forged address; clients repeat their queries
+            return  # the buffer is full, or the address forged; clients repeat their queries
 
     async def _respond_later(
         self, query: Query, data: bytes, decision: Decision, client: tuple[str, int]
@@ -213,7 +218,7 @@ class ContainerServer:
         return response
 
     def _immediate(self, query: Query, decision: Decision, bytes_max: int) -> bytes | None:
-        """Return the response to ``query`` if it needs no waiting, else None."""
+        """Return the response to ``query``, or None if it has to wait."""
         match decision:
             case Found(answers, extra, virtual):
                 if not self._resolver.is_loaded(virtual):
@@ -262,7 +267,7 @@ class ContainerServer:
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(self.sockets.tcp)
                 self._resuming = loop.call_later(ACCEPT_PAUSE_S, self._accept_again)
-            return  # or the client has closed the connection
+            return  # no connection is left, or no descriptor
         if len(self._connections) >= CONNECTIONS_MAX:
             connection.close()
             return

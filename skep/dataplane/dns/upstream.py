@@ -1,11 +1,12 @@
-"""Forwards queries for other names to other name servers, each query over a socket of its own.
+"""Forwards queries for names outside the container's networks to other name servers, each query over a new socket.
 
-A socket of its own has a random port, in addition to the query's random id, and receives only from the connected
-server.  Servers that did not respond lately are tried last.
+A new socket has a random port, in addition to the query's random id, and receives only from the connected server.  This
+makes forged responses unlikely.  Servers that did not respond lately are tried last.
 
-The number of queries in flight is limited for the node.  At the limit, a container with fewer queries in flight
-displaces the oldest query of the container with the most.  A server that does not respond to one container may be slow
-for one zone only.  It counts as unresponsive for that container, and for all once several have found it unresponsive.
+The node has a limit for queries in flight.  At the limit, a query of a container with few queries in flight displaces
+the oldest query of the container with most.  A server that does not respond to one container may be slow for one zone
+only, so it first counts as unresponsive only for that container.  When several containers have found it unresponsive,
+it counts so for all.
 """
 
 import asyncio
@@ -35,21 +36,21 @@ from skep.linux.descriptors import set_aside
 log = structlog.get_logger()
 
 SERVERS_MAX = 3
-"""Source: moby, libnetwork/resolver.go (maxExtDNS)."""
+"""Number of servers that are tried.  Source: moby, libnetwork/resolver.go (maxExtDNS)."""
 IN_FLIGHT_MAX = 1024
-"""Questions to other servers that wait.  Source: moby, libnetwork/resolver.go (maxConcurrent)."""
+"""Limit for queries in flight on this node.  Source: moby, libnetwork/resolver.go (maxConcurrent)."""
 IN_FLIGHT_PER_CONTAINER_MAX = 256
-"""The same for one container, so that a flood of its questions leaves room for others."""
+"""Limit for queries in flight of one container, so that a flood of its queries leaves room for others."""
 ATTEMPT_S = 1.3
-"""Seconds for one server, so that three attempts end before ``DEADLINE_S``."""
+"""Time limit in seconds for one server, so that three attempts end before ``DEADLINE_S``."""
 DEADLINE_S = 4.0
-"""Deadline of all attempts together, because C libraries repeat a query after 5 s."""
+"""Time limit in seconds for all attempts together.  C libraries repeat a query after 5 s."""
 UNRESPONSIVE_S = 10.0
-"""Time for which a server that did not respond is tried last."""
+"""Seconds for which a server that did not respond is tried last."""
 CONTAINERS_MIN = 3
 """Number of containers to which a server did not respond before it counts as unresponsive for the others."""
 _KNOWN_SERVERS_MAX = 1000
-"""Servers whose silence is remembered.  Containers may name any."""
+"""Limit for the servers that are remembered as unresponsive.  Needed because containers may name any server."""
 
 
 class NameServer(msgspec.Struct, frozen=True):
@@ -65,7 +66,7 @@ Open = Callable[[socket.SocketKind, socket.AddressFamily], Awaitable[socket.sock
 
 
 class Forwarded(msgspec.Struct, frozen=True):
-    """A query of ``container`` to be sent to other name servers.  ``data`` is its message."""
+    """A query of ``container`` that is forwarded.  ``data`` is its DNS message."""
 
     container: str
     query: Query
@@ -85,14 +86,14 @@ class Forwarder:
         self._new_id = new_id
         self.counts = DnsCounts()
         self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
-        """The queries in flight by container, the oldest first."""
+        """The deadline of each query in flight, by container, the oldest query first."""
         self._total = 0
         self._unresponsive_until: dict[NameServer, dict[str, float]] = {}
-        """The times by server and by the container to which it did not respond."""
+        """The time until which a server is tried last, by server and by the container to which it did not respond."""
 
     @property
     def in_flight(self) -> int:
-        """Queries of all containers that currently wait for other servers."""
+        """Number of queries, of all containers, that currently wait for other servers."""
         return self._total
 
     def are_unresponsive(self, servers: Sequence[NameServer], container: str) -> bool:
@@ -104,8 +105,8 @@ class Forwarder:
     ) -> bytes | None:
         """Return the first response of ``servers`` that is not an error, in their order.
 
-        None if there was no such response, or the query was displaced.  With too many queries of its container in
-        flight, the response is REFUSED.
+        Returns None if there was no such response, or the query was displaced.  If its container has too many queries
+        in flight, returns the response REFUSED.
         """
         container = one.container
         if not self._has_room(container):
@@ -124,7 +125,8 @@ class Forwarder:
     def _has_room(self, container: str) -> bool:
         """Return whether ``container`` may send one more query.
 
-        If needed, this displaces a query of the container with the most."""
+        If needed, displaces a query of the container with most queries in flight.
+        """
         own = len(self._in_flight.get(container, ()))
         if own >= IN_FLIGHT_PER_CONTAINER_MAX:
             return False
@@ -153,7 +155,7 @@ class Forwarder:
     ) -> bytes | None:
         container = one.container
         ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_unresponsive(server, container))
-        again = ordered if len(ordered) < SERVERS_MAX else []  # a packet may be lost
+        again = ordered if len(ordered) < SERVERS_MAX else []  # try again once, because a packet may be lost
         # Leave time for every attempt, so that each unresponsive server becomes known.
         attempt_s = min(ATTEMPT_S, deadline_s / (1.25 * max(len(ordered), 1)))
         failed: set[NameServer] = set()
@@ -217,7 +219,10 @@ class Forwarder:
         self._unresponsive_until[server] = found | {container: now + UNRESPONSIVE_S}
 
     def _mark_responsive(self, server: NameServer, container: str) -> None:
-        """Note that the server responds, to all containers, or to this one if the server is inside a network."""
+        """Record that the server responds.
+
+        This counts for all containers, or only for ``container`` if the server is inside a network.
+        """
         if not server.is_inside:
             self._unresponsive_until.pop(server, None)
         elif (found := self._unresponsive_until.get(server)) is not None:

@@ -40,15 +40,21 @@ from skep.model.tables import Table
 log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
-"""Seconds between attempts to publish ports, for instance until another program has released one."""
+"""First and longest delay in seconds before publishing ports is tried again, for instance until another program
+releases one.
+"""
 OBSTACLES_S = 15.0
 """Seconds between two searches for firewall rules of other programs that block forwarding."""
 _ADDRESSES_S = 2.0
-"""Period of checking for missing addresses that ports are bound to.  A virtual address takes longer to move to another
-node (3 s with keepalived's defaults)."""
+"""Seconds between checks for missing addresses that ports are bound to.
+
+A virtual address takes longer to move to another node (3 s with keepalived's defaults).
+"""
 _HELD_S = 15.0
-"""Period of comparing with the ports held by the net process.  After a crash, the new process lacks the ports that
-another program took meanwhile."""
+"""Seconds between comparisons with the ports that the net process holds.
+
+After a crash, the new process lacks the ports that another program took meanwhile.
+"""
 _PART = "published ports"
 OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
 _TABLE = re.compile(r"table (\S+ \S+) {")
@@ -57,7 +63,7 @@ _LAST_WORD = re.compile(r"\s*(?:counter packets \d+ bytes \d+ )?(?:drop|reject\b
 
 
 class _Conflict(Exception):
-    """A port cannot be held.  The reason is in Docker's words."""
+    """A port cannot be held.  The message is Docker's."""
 
     def __init__(self, key: PortKey, reason: str) -> None:
         super().__init__(reason)
@@ -69,7 +75,7 @@ class Mesh:
 
     Args:
         home: Reconciler of the node's own namespace.
-        ports: Reserves the published ports, so that no other program takes one.
+        ports: Reserves the published ports, so that no other program takes them.
         relays: File with the ports that the net process relays (``relays.py``).
     """
 
@@ -96,8 +102,10 @@ class Mesh:
         self._table: Table | None = None
         self._held: set[PortKey] = set()
         self._is_held_known = False
-        """Whether ``_held`` matches the net process.  False before the first request, and after a failed request, since
-        the net process may have carried it out."""
+        """Whether ``_held`` is what the net process holds.
+
+        False before the first request, and after a failed request, which the net process may have carried out.
+        """
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
         self._nats_ipv6 = False
@@ -106,9 +114,12 @@ class Mesh:
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
         self._absent: frozenset[str] = frozenset()
-        """Addresses that published ports are bound to and that this node lacks at present."""
+        """Addresses that published ports are bound to, but that this node does not have at present."""
         self.conflicts: Mapping[PortKey, str] = {}
-        """Ports that this node cannot publish, with the reason in Docker's words.  Often another program has one."""
+        """Ports that this node cannot publish, with the reason in Docker's words.
+
+        Usually another program has the port.
+        """
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
@@ -122,7 +133,7 @@ class Mesh:
         await self._follow()
 
     async def apply_nothing(self) -> None:
-        """Remove everything that an earlier process has published: this node has no tables."""
+        """Remove everything that an earlier process has published, because this node has no tables."""
         try:
             await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
@@ -144,7 +155,7 @@ class Mesh:
 
     @property
     def published(self) -> frozenset[tuple[str, int]]:
-        """Protocol and number of the ports that are held here."""
+        """Protocol and number of the ports that this node holds."""
         return frozenset(key[:2] for key in self._held)
 
     def warnings(self) -> tuple[str, ...]:
@@ -161,7 +172,7 @@ class Mesh:
             try:
                 await self._publish(wanted)
             except (SkepError, OSError) as error:
-                self._plan = None  # it is not known which state is in force
+                self._plan = None  # it is unknown which state is in force
                 raise SkepError(f"published ports cannot be updated: {error}") from error
             if self.conflicts:
                 self._again.set()
@@ -195,7 +206,8 @@ class Mesh:
         held: set[PortKey] = set()
         self._absent = frozenset()
         for port in wanted.ports:
-            # Try the sockets that failed before first, so that a retry does not hold the other family meanwhile.
+            # Try first the sockets that failed before, so that a retry does not hold the port of the other family
+            # meanwhile.
             keys = sorted(port.keys, key=lambda one: one not in self.conflicts)
             try:
                 held.update([key for key in keys if await self._hold_socket(key)])
@@ -215,18 +227,21 @@ class Mesh:
         return msgspec.structs.replace(wanted, held=frozenset(held))
 
     async def _hold_socket(self, key: PortKey) -> bool:
-        """Hold one socket.  False if this node lacks its address.  Raises: _Conflict; Unavailable: no answer."""
+        """Let the net process hold the socket ``key``.
+
+        Return False if this node lacks its address.  Raises: _Conflict; Unavailable: no answer.
+        """
         if key in self._held:
             return True
         try:
             await self._ports.reserve(*key)
         except AddressNotHere:
-            if key[2] != "::":  # a missing ``::`` means that the machine has no IPv6
+            if key[2] != "::":  # if ``::`` is missing, the machine has no IPv6
                 self._absent |= {key[2]}
             return False
         except SkepError as error:
-            self._is_held_known = False  # even for a conflict: an answer may have been lost
-            if isinstance(error, Unavailable):  # the other requests would not be answered either
+            self._is_held_known = False  # even after a conflict, because an earlier answer may have been lost
+            if isinstance(error, Unavailable):  # stop, because other requests would not be answered either
                 raise
             raise _Conflict(key, str(error)) from error
         self._held.add(key)
@@ -276,7 +291,9 @@ class Mesh:
             await isolate(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
 
     async def _look_for_addresses(self) -> None:
-        """Publish ports that are bound to an address as soon as this node has it, for instance a virtual one."""
+        """Publish ports that are bound to one address as soon as this node has the address (for instance a virtual
+        one).
+        """
         while True:
             await self._clock.sleep(_ADDRESSES_S)
             if self._absent:
@@ -322,20 +339,22 @@ def _sysctls(plan: Plan) -> Mapping[str, str]:
 
 # --- firewalls of the machine that block forwarding to containers ---------------
 #
-# A packet passes nftables only if every base chain accepts it.  An accept in our table does not override a drop in
-# another program's table, which we must not change.  A firewall that blocks forwarding therefore needs an exception.
-# Docker's iptables rules are an exception by themselves, because they are in the chain that blocks.
+# A packet passes nftables only if every base chain accepts it.  Accepting it in our table does not override a drop in
+# another program's table, and that table must not be changed by us.  A firewall that blocks forwarding therefore needs
+# an exception. Docker's iptables rules need none, because they are in the blocking chain itself.
 
 
 def forwarding_tables(chains: str) -> tuple[str, ...]:
-    """Return other programs' tables with a chain at the forward hook, from ``nft list chains``."""
+    """Return the tables of other programs that have a chain at the forward hook, from the output of ``nft list
+    chains``.
+    """
     return tuple(dict.fromkeys(table for table, body in _tables(chains) if _HOOK.search(body)))
 
 
 def obstacles(tables: Iterable[str], bridges: Iterable[str]) -> tuple[str, ...]:
     """Return a sentence for each of the ``tables`` (each a ``nft list table``) that blocks forwarding to ``bridges``.
 
-    A table that names one of our bridges is assumed to make an exception for it.
+    A table that names one of our bridges is assumed to have an exception for it.
     """
     names = tuple(bridges)
     found = []

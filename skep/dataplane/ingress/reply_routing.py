@@ -16,7 +16,7 @@ from skep.model.ids import ContainerId
 log = structlog.get_logger()
 
 _AT_ONCE_MAX = 16
-"""Namespaces that are changed at the same time, which is the number of threads for it."""
+"""Limit for the namespaces that are changed at the same time, equal to the number of threads for that."""
 _PART = "reply routing"
 
 
@@ -39,7 +39,7 @@ class ReplyRouting:
             await self._apply(reconciler, endpoint)
 
     def remove(self, container_id: ContainerId) -> None:
-        """Remove a container, whose namespace is removed with its rules."""
+        """Forget a container.  Its rules are removed together with its namespace."""
         self._endpoints.pop(container_id, None)
 
     async def apply(self, plan: Plan) -> None:

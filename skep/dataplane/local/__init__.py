@@ -1,1 +1,1 @@
-"""The node's own networks: the predefined ones, the gateway bridge, users' networks, and configurations for others."""
+"""The node's own networks: predefined networks, the gateway bridge, users' networks, and ``--config-only`` networks."""

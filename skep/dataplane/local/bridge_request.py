@@ -1,8 +1,9 @@
 """Builds a user's bridge network from a request.  Pure.
 
-Unimplemented options that would change reachability are refused, so that users do not rely on them.
+Unimplemented options that would change which containers can reach each other are refused, so that users do not rely on
+them.
 
-Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers/bridge/bridge.go (the words).
+Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers/bridge/bridge.go (error texts).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ _NEUTRAL: Mapping[str, frozenset[str]] = {
     f"{_BRIDGE}host_binding_ipv4": frozenset({"", "0.0.0.0"}),
     f"{_BRIDGE}default_bridge": frozenset({"", "false"}),
 }
-"""Options with values that describe the fixed behavior."""
+"""Options that are accepted only with these values, because they describe what Skep does anyway."""
 
 
 def bridge_of(
@@ -51,8 +52,8 @@ def bridge_of(
     Args:
         id: The network's id, from which the IPv6 subnet is derived if the user does not name one.
         taken: Subnets of the machine's routes and of its other networks.
-        pools: Address pools for a subnet that the user does not name.
-        configuration: The network with its settings, or None to use the body's own.
+        pools: Address pools from which a subnet is chosen if the user names none.
+        configuration: The ``--config-only`` network with the settings, or None to use the settings in ``body``.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled.
     """
@@ -134,7 +135,7 @@ def _check_options(options: Mapping[str, str]) -> None:
 def settled_subnets(
     configs: Iterable[SubnetBody], taken: Sequence[Subnet], id6: str, pools: Sequence[Subnets]
 ) -> tuple[SubnetBody, ...]:
-    """Return the network's IPv4 subnet, and its IPv6 subnet if it has IPv6, each with its gateway.
+    """Choose the network's IPv4 subnet, and its IPv6 subnet if it has IPv6, each with its gateway.
 
     Args:
         id6: The network's id if it has IPv6, otherwise empty.
@@ -169,7 +170,7 @@ def _from_pools(taken: Iterable[Subnet], pools: Sequence[Subnets], version: type
 
 
 def _unique_local(id: str) -> IPv6Network:
-    """Return a subnet derived from the random digits of an id, which is the same after a restart."""
+    """Return a subnet derived from the random digits of a network's id, so that it stays the same after a restart."""
     return unique_local(int(id[: UNIQUE_LOCAL_BITS // 4], 16))
 
 
@@ -197,7 +198,7 @@ def _settled(config: SubnetBody, subnet: Subnet) -> SubnetBody:
 
 
 def shown_configs(configs: Iterable[SubnetBody]) -> tuple[SubnetBody, ...]:
-    """Return the subnets to show: the ones that the user requested, or empty to show the chosen ones.
+    """Return the subnets that ``inspect`` shows: those that the user requested, or none to show the chosen ones.
 
     Source: moby 20.10, daemon/network.go, buildIPAMResources.
     """

@@ -49,10 +49,10 @@ class LocalEndpoints:
         self._tables = tables
         self._naming = naming
         self._pools: dict[str, tuple[_Pool, ...]] = {}
-        """Address pools of each network in use, for IPv4, and for IPv6 if it has that."""
+        """Address pools of each network in use: one for IPv4, and one for IPv6 if the network has IPv6."""
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
         self._unwritten: set[str] = set()
-        """Networks whose file could not be written and still has names of removed containers."""
+        """Networks whose table file could not be written, so that it still has names of removed containers."""
 
     @property
     def predefined_ids(self) -> Mapping[str, str]:
@@ -65,7 +65,7 @@ class LocalEndpoints:
     def find(self, word: str) -> LocalNetwork | None:
         """Return this node's network with the id, name or id prefix ``word``, or None.
 
-        A cluster network that is created here is found by its id only.
+        A cluster network that this node has created is found only by its id.
         """
         if is_local(word):
             return find(self._networks.all(), word)
@@ -96,7 +96,7 @@ class LocalEndpoints:
     async def take(
         self, container: SandboxConfig, network: LocalNetwork, request: EndpointRequest
     ) -> EndpointConfig:
-        """Allocate an address of each IP version on ``network``, and serve its names.
+        """Allocate an address of each IP version on ``network``, and serve the container's names there.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
         """
@@ -118,9 +118,10 @@ class LocalEndpoints:
         return config
 
     async def fill(self, container: SandboxConfig, wanted: EndpointConfig) -> EndpointConfig:
-        """Return a task's endpoint, with its address, on a cluster network that this node creates.
+        """Return a task's endpoint with an address, on a cluster network that each node creates itself (macvlan,
+        ipvlan).
 
-        Raises: NotFound: it can no longer be created; the errors of ``take``.
+        Raises: NotFound: the network can no longer be created; the errors of ``take``.
         """
         devices = [name for _, name in socket.if_nameindex()]
         network = await self._networks.for_start(wanted.head.id, devices, self.is_used)
@@ -159,7 +160,7 @@ class LocalEndpoints:
     def _take(
         self, container_id: ContainerId, network: LocalNetwork, request: EndpointRequest
     ) -> tuple[str, ...]:
-        """Allocate an address of each pool, as ``ip/length``.
+        """Allocate an address from each pool, and return them as ``ip/length``.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: nothing was allocated.
         """
@@ -199,7 +200,7 @@ class LocalEndpoints:
         )
 
     async def _publish(self, id: str) -> None:
-        """Write the table of a network and have it reloaded.  Raises: SkepError; OSError."""
+        """Write the table of a network and make the net process reload it.  Raises: SkepError; OSError."""
         path, network = self._tables / id, self.find(id)
         endpoints: Mapping[ContainerId, TableEndpoint] = self._endpoints.get(id, {})
         self._unwritten.add(id)

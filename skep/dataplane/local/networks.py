@@ -40,11 +40,11 @@ log = structlog.get_logger()
 
 _PREDEFINED = {"bridge": "bridge", "host": "host", "none": "null"}
 _CONFIGURATIONS_MAX = 1000
-"""Networks with ``--config-only`` on one node.  All are in one file, which each change writes."""
+"""Limit for ``--config-only`` networks on one node.  All are in one file, which each change writes completely."""
 _BRIDGES_MAX = 1000
-"""Bridge networks on one node, which its kernel keeps in memory."""
+"""Limit for bridge networks on one node, because the kernel keeps them in memory."""
 _LEFT_MAX = 32
-"""Removed networks of clusters that are remembered, for containers that still name them."""
+"""Limit for removed cluster networks that are remembered for containers that still name them."""
 
 
 class GatewayBridge(Protocol):
@@ -79,7 +79,7 @@ class ParentDevices(Protocol):
 
 
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """The content of the file."""
+    """The content of the file with the node's networks."""
 
     created_at: Timestamp
     ids: Mapping[str, str]
@@ -89,14 +89,17 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     configurations: tuple[LocalNetwork, ...] = ()
     bridges: tuple[LocalNetwork, ...] = ()
     left: tuple[LocalNetwork, ...] = ()
-    """Cluster networks whose last containers have left, perhaps while another container was being prepared."""
+    """Cluster networks whose last container has left.
+
+    Remembered, because another container may be being prepared for them.
+    """
 
 
 class LocalNetworks:
     """The node's own networks.
 
     Args:
-        file: File in which they are kept.
+        file: File in which the networks are kept.
         gateway: The gateway bridge, or None if this node does not network containers.
         devices: The parent devices, or None if this node does not network containers.
         pools: Address pools for networks without a subnet named by the user.
@@ -121,13 +124,17 @@ class LocalNetworks:
         self._new_id = new_id
         self._kept: _Kept | None = None
         self._leaving: dict[str, str] = {}
-        """Devices that are being removed.  A network that is created on one meanwhile creates the device again."""
+        """Devices that are being removed.
+
+        If a network on such a device is created meanwhile, it creates the device again.
+        """
         self._removing = asyncio.Lock()
 
     def open(self) -> None:
         """Read the networks that an earlier process kept.  Undecodable content is replaced by new networks.
 
-        The first use calls this too.  Raises: Unavailable: the file cannot be read at present, and is not overwritten.
+        If not called before, the first use of this object calls it.  Raises: Unavailable: the file cannot be read at
+        present, and is not overwritten.
         """
         try:
             self._kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
@@ -165,14 +172,14 @@ class LocalNetworks:
         ]
 
     def configurations(self) -> list[LocalNetwork]:
-        """Return the settings kept for other networks."""
+        """Return the ``--config-only`` networks."""
         return list(self._opened().configurations)
 
     def gateway(self) -> LocalNetwork | None:
         """Return the gateway bridge.
 
-        None if there is none, or if the user removed it and no container has needed it since.  A removed bridge with a
-        container is recorded as present again.
+        Returns None if there is none, or if the user has removed it and no container has needed it since.  If a removed
+        bridge has a container again, this records that the bridge exists.
         """
         kept = self._opened()
         if self._gateway is None or self._gateway.subnet is None:
@@ -233,19 +240,19 @@ class LocalNetworks:
         return [one for one in self._opened().bridges if not one.cluster_id]
 
     def all(self) -> list[LocalNetwork]:
-        """Return ``bridges`` and the cluster networks that are created here for tasks."""
+        """Return ``bridges``, and the cluster networks that this node has created for tasks."""
         return list(self._opened().bridges)
 
     def of_cluster(
         self, cluster_id: str, body: NetworkBody, devices: Collection[str], is_used: Callable[[str], bool]
     ) -> LocalNetwork:
-        """Return the cluster's network on a device of this machine, creating it if needed.
+        """Return the cluster network on a device of this machine.  Creates it if needed.
 
         An unused cluster network on the same device is removed, because its task was never created.
 
         Args:
-            body: Names the configuration with its settings.
-            is_used: Returns whether containers are on the network with an id.
+            body: The request that names the ``--config-only`` network with the settings.
+            is_used: Returns whether the network with the given id has containers.
 
         Raises: NotFound: no such configuration, in Docker's words; InvalidArgument, Forbidden, Unimplemented: the
         settings cannot be applied.
@@ -277,13 +284,14 @@ class LocalNetworks:
     async def for_start(
         self, id: str, devices: Collection[str], is_used: Callable[[str], bool]
     ) -> LocalNetwork:
-        """Return the network with this id for a prepared container that is being attached.
+        """Return the network with this id for a container that is about to start.
 
-        A cluster network whose last container has left since is created again, as by ``of_cluster``.
+        A cluster network whose last container has left since the container was prepared is created again, as by
+        ``of_cluster``.
 
         Raises: NotFound; the errors of ``of_cluster``.
         """
-        async with self._removing:  # do not remove its device under the container
+        async with self._removing:  # so that its device is not removed while the container starts
             kept = self._opened()
             if found := next((one for one in kept.bridges if one.id == id), None):
                 return found
@@ -352,7 +360,7 @@ class LocalNetworks:
         return network
 
     async def remove_bridge(self, id: str) -> None:
-        """Remove a network without containers, and the device that was created for it.  Raises: NotFound."""
+        """Remove a network that has no containers, and the device that was created for it.  Raises: NotFound."""
         parent = parent_of(self._forget(id))
         if parent is None or not parent.made or self._devices is None:
             return
@@ -444,7 +452,9 @@ class LocalNetworks:
 def _requested_subnet(body: NetworkBody) -> IPv4Network | None:
     """Return the requested subnet, or None.
 
-    Raises: InvalidArgument: it is not one large enough IPv4 subnet with its first address as the gateway."""
+    Raises: InvalidArgument: the request must have a single IPv4 subnet that is large enough, with its first address as
+    the gateway.
+    """
     configs = [one for one in (body.ipam.config if body.ipam is not None else ()) if one != SubnetBody()]
     if not configs:
         return None

@@ -2,7 +2,7 @@
 
 A node without a Docker Engine has Docker's three predefined networks, its gateway bridge under Docker's name,
 configurations (``--config-only``) with settings for other networks, and its users' bridge networks for plain
-containers.  With a Docker Engine, bridge networks are the engine's.
+containers.  If the machine has a Docker Engine, bridge networks belong to the engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from skep.model.times import Timestamp
 
 MTU: Final = 1500
 LOCAL_ID_LENGTH: Final = 64
-"""Docker's local objects have ids of this length.  Cluster objects have 25 characters."""
+"""Number of characters of a local network's id, as in Docker.  Ids of cluster objects have 25."""
 GATEWAY: Final = "docker_gwbridge"
-"""Docker's name of the bridge through which containers on overlay networks have egress."""
+"""Docker's name for the gateway bridge."""
 
 
 PARENT_OPTION: Final = "parent"
@@ -32,7 +32,7 @@ PARENT_MODES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Drivers of networks on the machine's own devices, with their modes, the default first."""
 DUMMIES: Final = {"macvlan": "dm", "ipvlan": "di"}
-"""Prefix of dummy devices' names for networks without a parent.  The start of the network's id follows."""
+"""Name prefixes of the dummy devices for networks without a parent device.  The start of the network's id follows."""
 VLAN, DUMMY = "vlan", "dummy"
 
 
@@ -45,21 +45,21 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Timestamp
     configs: tuple[SubnetBody, ...] = ()
     shown: tuple[SubnetBody, ...] = ()
-    """Its subnets as the user named them, without a gateway that was chosen.  Empty to show ``configs``."""
+    """The subnets as the user requested them, without gateways that Skep has chosen.  Empty to show ``configs``."""
     ipam_driver: str = "default"
     ipam_options: Mapping[str, str] | None = None
     is_configuration: bool = False
     config_from: str = ""
-    """Name of the configuration with its settings."""
+    """Name of the ``--config-only`` network with its settings, or empty."""
     is_internal: bool = False
     is_attachable: bool = False
     has_ipv6: bool = False
     options: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
     made: str = ""
-    """Kind of its parent device if the node creates that, otherwise empty."""
+    """Kind of the parent device if the node creates the device, otherwise empty."""
     cluster_id: str = ""
-    """Id of the cluster network that it implements on this node for tasks, or empty for the node's own."""
+    """Id of the cluster network that this network implements on this node, or empty for one of the node's own."""
 
 
 def facts_of(network: LocalNetwork, *, is_used: bool) -> Facts:
@@ -75,7 +75,7 @@ def facts_of(network: LocalNetwork, *, is_used: bool) -> Facts:
 
 
 def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the network in the form of ``/networks``."""
+    """Return the network as ``/networks`` shows it."""
     return {
         "Name": network.name,
         "Id": network.id,
@@ -114,7 +114,7 @@ def subnets_of(network: LocalNetwork) -> list[Subnet]:
 
 
 def is_chosen(network: LocalNetwork, version: int) -> bool:
-    """Return whether the user has named its subnet of an IP version."""
+    """Return whether the user has chosen the network's subnet of this IP version."""
     return any((":" in one.subnet) is (version == 6) for one in network.shown)
 
 
@@ -140,12 +140,17 @@ def parent_of(network: LocalNetwork) -> ParentLink | None:
 
 
 def device_of(network: LocalNetwork) -> str:
-    """Return the name of a network's parent device: as named by the user, else a dummy of its own."""
+    """Return the name of a network's parent device: the one that the user named, else a dummy device for this
+    network.
+    """
     return network.options.get(PARENT_OPTION) or f"{DUMMIES[network.driver]}-{network.id[:12]}"
 
 
 def is_local(id: str) -> bool:
-    """Return whether a network id is one of a node's own.  It has 64 digits, a cluster's id has 25, as in Docker."""
+    """Return whether an id belongs to a node's own network.
+
+    It has 64 digits then.  Ids of cluster networks have 25 characters.
+    """
     return len(id) == LOCAL_ID_LENGTH
 
 

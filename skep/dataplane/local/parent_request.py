@@ -1,6 +1,7 @@
 """Builds a node's network on one of the machine's own devices (macvlan, ipvlan) from a request.  Pure.
 
-Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go, macvlan_network.go, and ipvlan's (the words).
+Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go, macvlan_network.go, and the same of ipvlan (error
+texts).
 """
 
 import re
@@ -31,7 +32,7 @@ from skep.model.times import Timestamp
 
 _VLANS = range(1, 4095)
 _DEVICE_CHARACTERS_MAX = 15
-"""The kernel's limit (IFNAMSIZ)."""
+"""Longest device name in characters, the kernel's limit (IFNAMSIZ)."""
 
 
 def parent_network_of(
@@ -52,9 +53,9 @@ def parent_network_of(
         others: The node's networks.
         devices: Names of the machine's network interfaces.
         made: Kind of each device that the node creates for its networks, by name.
-        routes: Subnets that the machine routes, which an unnamed subnet must not overlap.
-        pools: Address pools for an unnamed subnet.
-        configuration: The network with its settings, or None to use the body's own.
+        routes: Subnets that the machine routes.  A subnet that Skep chooses must not overlap them.
+        pools: Address pools from which a subnet is chosen if the user names none.
+        configuration: The ``--config-only`` network with the settings, or None to use the settings in ``body``.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: the request cannot be fulfilled.
     """
@@ -72,10 +73,10 @@ def parent_network_of(
 def _taken(
     configs: Collection[SubnetBody], others: Collection[LocalNetwork], routes: Iterable[Subnet]
 ) -> list[Subnet]:
-    """Return the subnets that its own subnets must not overlap.
+    """Return the subnets that the new network's subnets must not overlap.
 
-    A subnet named by the user may be the machine's own network, which it usually is, but not another network's.  As in
-    Docker Engine, two networks with different ranges may share a subnet.
+    A subnet that the user names may be the machine's own network, and usually is, but it must not belong to another
+    network here.  As in Docker Engine, two networks may share a subnet if their ranges differ.
     """
     shared = {one.subnet for one in configs if one.ip_range}
     taken = [subnet for one in others for subnet in subnets_of(one) if str(subnet) not in shared]

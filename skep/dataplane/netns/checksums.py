@@ -1,7 +1,8 @@
-"""Reads and sets checksum offload: whether a device leaves checksums to the layer below it.
+"""Reads and sets checksum offload of a device: whether checksums are left to the hardware below it.
 
-A device without offload computes checksums before it passes a packet on, and also splits large TCP segments, because
-the kernel does not leave segmentation alone to a card.  All calls work in the calling thread's network namespace.
+Without offload, the kernel computes the checksum of each packet before it passes the packet on.  It also splits large
+TCP segments then, because it does not offload segmentation without checksums.  All calls work in the calling thread's
+network namespace.
 
 Source: linux, include/uapi/linux/ethtool.h (ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM), net/ethtool/ioctl.c.
 """
@@ -19,7 +20,7 @@ _VALUE = struct.Struct("=II")
 
 
 def offloads(device: str) -> bool:
-    """Return whether ``device`` offloads checksums of the packets it sends.  True if the device was removed."""
+    """Return whether ``device`` offloads the checksums of sent packets.  True if the device was removed."""
     try:
         return bool(_asked(device, _GET, 0))
     except OSError:

@@ -1,4 +1,4 @@
-"""Counts the clients that a container still has, from the kernel's tables of its namespace.
+"""Counts the clients that are still connected to a container, from the kernel's tables of its namespace.
 
 Source: proc(5), /proc/net/tcp; the kernel's include/net/tcp_states.h.
 """
@@ -9,8 +9,11 @@ from pathlib import Path
 
 _LISTEN = "0A"
 _OPEN = frozenset({"01", "03", "04", "08", "09", "0B"})
-"""ESTABLISHED, SYN_RECV, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING: data may still be sent or has to arrive.  In
-FIN_WAIT2 the client has received everything and has only not closed its own side."""
+"""TCP states in which data may still be sent or has yet to arrive.
+
+These are ESTABLISHED, SYN_RECV, FIN_WAIT1, CLOSE_WAIT, LAST_ACK and CLOSING.  Not FIN_WAIT2: there the client has
+received everything, and only has not closed its own side.
+"""
 _LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 """127.0.0.1, ::1 and ::ffff:127.0.0.1, as a little-endian kernel writes them."""
 

@@ -18,12 +18,12 @@ _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
 _DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _RECEIVE_BYTES = 1 << 18
-"""One read.  A kernel's dump comes in pieces of at most 32 KiB."""
+"""Buffer size in bytes for one read.  The kernel sends a listing in pieces of at most 32 KiB."""
 _TIMEOUT_S = 5.0
-"""Seconds for the kernel's next piece."""
+"""Time limit in seconds for the next piece of the kernel's listing."""
 
 SYSCTLS = {
-    # An idle connection is tracked for as long as its ends keep it.
+    # Track idle connections for as long as their ends keep them open.
     "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
     # One end has closed and the other still sends its response.  The kernel's defaults are 120 s and 60 s.
     "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",
@@ -35,11 +35,11 @@ SYSCTLS = {
 
 
 class Refused(OSError):
-    """The kernel refused the request, as opposed to not answering."""
+    """The kernel has answered and refused the request."""
 
 
 def opened(timeout_s: float) -> socket.socket:
-    """Open a socket for the calls below.
+    """Open a socket for ``flows`` and ``delete``.
 
     The caller closes it.  ``timeout_s`` applies to each response.  Raises: OSError.
     """
@@ -49,7 +49,7 @@ def opened(timeout_s: float) -> socket.socket:
 def flows(
     connection: socket.socket, family: int, *, concerns: Callable[[bytes], bool] = lambda entry: True
 ) -> Iterator[Flow]:
-    """Yield all flows of ``family``.  The connection cannot be used for another request until the last one.
+    """Yield all flows of ``family``.  The connection cannot be used for another request until the last flow was read.
 
     ``concerns`` filters entries by their bytes, before they are decoded.  Blocks while the kernel reads the
     entries of all namespaces (9 ms of processor time).  Raises: Refused: this kernel does not list flows; OSError.
@@ -66,9 +66,10 @@ def flows(
 
 
 def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
-    """Delete flows.  A flow that has ended by itself is not an error.
+    """Delete the flows ``found``.  A flow that has already ended is not an error.
 
-    All flows are tried.  Raises: Refused: some flow could not be deleted, for instance an offloaded one; OSError.
+    Tries all flows even if one fails.  Raises: Refused: some flow could not be deleted, for instance an offloaded one;
+    OSError.
     """
     refused = 0
     for number, flow in enumerate(found, start=1):
@@ -84,10 +85,10 @@ def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
 def delete_stale(
     family: int, is_stale: Callable[[Flow], bool], *, concerns: Callable[[bytes], bool] = lambda entry: True
 ) -> int:
-    """Delete stale flows of the calling thread's namespace, so that their next packet gets a new backend.
+    """Delete stale flows of the calling thread's namespace, so that their next packet is sent to a present backend.
 
-    Return their number.  A UDP flow keeps its backend as long as packets arrive, even after the backend was removed.  A
-    TCP connection ends by itself.  Blocks.  Raises: Refused: this kernel does not list flows or keeps one; OSError.
+    Returns their number.  A UDP flow keeps its backend as long as packets arrive, even after the backend was removed.
+    A TCP connection ends by itself.  Blocks.  Raises: Refused: this kernel does not list flows or keeps one; OSError.
     """
     with opened(_TIMEOUT_S) as connection:
         found = [flow for flow in flows(connection, family, concerns=concerns) if is_stale(flow)]

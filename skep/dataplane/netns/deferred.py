@@ -1,7 +1,7 @@
-"""Changes that no caller waits for, done a moment later and several at once.
+"""Makes changes for which no caller waits, a moment later and several at once.
 
-The end of a container does not wait for the kernel to remove its ports and rules.  A deletion there waits until no
-processor uses the deleted object, which takes tens of milliseconds.
+For example, the end of a container does not wait until its ports and rules are removed.  In the kernel, a deletion
+waits until no processor uses the deleted object, which takes tens of milliseconds.
 """
 
 import asyncio
@@ -11,13 +11,13 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 
 PAUSE_SECONDS = 0.2
-"""Pause between changes, in which further changes are collected."""
+"""Seconds between changes, in which further changes are collected."""
 
 Settle = Callable[[], Awaitable[None]]
 
 
 class DeferredChanges:
-    """Pending changes, each key once."""
+    """Pending changes, at most one for each key."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -30,7 +30,10 @@ class DeferredChanges:
         self._wake.set()
 
     async def run(self) -> None:
-        """Make pending changes until cancelled.  A failed change is left to the next comparison of its namespace."""
+        """Make pending changes until cancelled.
+
+        A failed change is not repeated here: the next comparison of the namespace repairs it.
+        """
         while True:
             await self._wake.wait()
             self._wake.clear()

@@ -1,7 +1,7 @@
 """Computes the operations from a namespace's present state to its desired state, in an order that the kernel accepts.
 
-Removals come first, because an address that moves to another device can be on one device only.  A device whose
-fixed properties differ is recreated.  Its addresses, routes and entries are lost with it and added again.
+Removals come first, because an address that moves to another device can be on one device only.  A device is recreated
+if a property differs that cannot be changed.  Its addresses, routes and entries are lost with it and added again.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -51,16 +51,16 @@ class Remove(msgspec.Struct, frozen=True):
 Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
 
 _LINK_ORDER = ("bridge", "vxlan", "veth")
-"""A bridge is created before its ports."""
+"""Order in which links are created: a bridge before its ports."""
 
 
 def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> list[Operation]:
     """Return the operations from ``actual`` to ``wanted``.
 
     With ``is_exclusive``, everything in ``actual`` that is not wanted is removed.  A container's namespace is not
-    exclusive: missing items are added, and items that its processes added stay, except policy rules and their routes,
-    which are always Skep's.  A sysctl that ``actual`` lacks does not exist in this kernel, unless its device is about
-    to be created.  Comparing again after applying the operations returns ``[]``.
+    exclusive: items that its processes have added stay.  Only policy rules and their routes are removed there too,
+    because they always belong to Skep.  If ``actual`` lacks a sysctl, this kernel does not have it, unless its device
+    is about to be created.  Comparing again after applying the operations returns ``[]``.
     """
     renewed = {
         name
@@ -70,7 +70,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     surplus = set(actual.links) - set(wanted.links) if is_exclusive else set()
     gone = renewed | surplus
     kept = {name: link for name, link in actual.links.items() if name not in gone}
-    # A port that is moved to another bridge loses its entries there.
+    # A port that moves to another bridge loses its entries in the old one.
     moved = {
         name
         for name, link in kept.items()
@@ -102,7 +102,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     ]
     operations += [Put(one) for one in sorted(wanted.rules - actual.rules)]
     operations += [Put(one) for one in sorted(wanted.addresses - held_addresses)]
-    # The kernel adds its own routes itself, with an address and when a link is set up.
+    # The kernel adds its own routes by itself, when an address is added or a link is set up.
     made_anew = {one.link for one in wanted.addresses - held_addresses} | {
         name for name in wanted.links if name not in kept or not kept[name].is_up
     }
@@ -126,7 +126,10 @@ def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Rem
 
 
 def _surplus(held: frozenset[Entry], wanted: frozenset[Entry]) -> Iterable[Entry]:
-    """Return the entries to remove, except replaced ones, so that no frame is lost in between."""
+    """Return the entries to remove.
+
+    Entries that a wanted one replaces are left out, so that no frame is lost in between.
+    """
     replaced = {(one.link, one.mac) for one in wanted - held if one.kind is EntryKind.FORWARD}
     return (
         one
@@ -165,7 +168,9 @@ def _differs(wanted: Link, found: Link) -> bool:
 
 
 def _route_order(route: Route) -> tuple[bool, bool, Route]:
-    """Sort routes so that a route's prerequisites come first: local addresses, networks that contain a gateway."""
+    """Return a sort key that puts a route's prerequisites first: local addresses, then networks that contain a
+    gateway.
+    """
     return bool(route.gateway), route.kind is not RouteKind.LOCAL, route
 
 

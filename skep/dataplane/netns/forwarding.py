@@ -12,7 +12,7 @@ add chain ip6 skep_probe post { type nat hook postrouting priority 100; }
 add rule ip6 skep_probe post masquerade
 delete table ip6 skep_probe
 """
-"""One transaction, so that none of it ever takes effect."""
+"""A test in one transaction that creates and removes a table, so that it never takes effect."""
 
 
 def ipv6_refusal() -> str:

@@ -1,8 +1,9 @@
 """Decides when namespaces are compared with their desired state.
 
-The kernel reports changes of links, addresses, routes, neighbors and nftables.  A report makes its namespace due for a
-comparison, at most once a second.  Of nftables, only transactions of other writers count.  In addition, a slow round
-compares one namespace after the other, to find unreported changes (sysctls) and changes whose report was lost.
+The kernel reports changes of links, addresses, routes, neighbors and nftables.  After a report, its namespace is
+compared, at most once a second.  Reports about nftables count only if another program made the change.  In addition, a
+slow round compares one namespace after the other, to find changes that are not reported (sysctls) or whose report was
+lost.
 """
 
 import asyncio
@@ -26,18 +27,20 @@ from skep.dataplane.netns.repair_counts import Repairs
 log = structlog.get_logger()
 
 PAUSE_SECONDS = 1.0
-"""Pause between two comparisons of one namespace, so that many changes are repaired at once."""
+"""Seconds between two comparisons of one namespace, so that many changes are repaired at once."""
 GATHERING_SECONDS = 0.05
-"""Wait after a report, because one change is reported in several messages."""
+"""Seconds to wait after a report, because one change is reported in several messages."""
 RETRY_SECONDS_MAX = 60.0
-"""Longest pause between two attempts at a namespace that cannot be repaired."""
+"""Longest pause in seconds between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
-"""Shortest pause between two namespaces, so that requests come in between."""
+"""Shortest pause in seconds between two namespaces of the slow round, so that requests are served in between."""
 ROUND_SECONDS_MIN = 5.0
-"""Shortest time of a round.  A node with few namespaces spends less than ``SHARE``, and unreported changes are still
-repaired within seconds."""
+"""Shortest duration of a slow round in seconds.
+
+A node with few namespaces then uses less than ``SHARE``, and still repairs unreported changes within seconds.
+"""
 SHARE = 0.02
-"""Share of one core for the slow round: comparisons and repairs."""
+"""Share of one core (0 to 1) that the slow round may use."""
 
 _GROUPS = (
     netlink.GROUP_LINK,
@@ -50,7 +53,7 @@ _GROUPS = (
 )
 _NEIGHBOR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
 _BYTES_MAX = 1 << 16
-"""One read of reports, which the kernel sends in pieces of at most 32 KiB."""
+"""Buffer size in bytes for one read of reports, which the kernel sends in pieces of at most 32 KiB."""
 
 
 def processor_seconds() -> float:
@@ -96,14 +99,14 @@ class Healer:
         self._sockets: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
         self._watched: set[NetnsReconciler] = set()
         self._due: dict[NetnsReconciler, bool] = {}
-        """The namespaces that are due, and whether their comparison includes the listing of nftables."""
+        """The namespaces that are due for a comparison, and whether nftables must be listed for it."""
         self._failing: dict[NetnsReconciler, _Failing] = {}
         self._wake = asyncio.Event()
 
     async def watch(self, reconciler: NetnsReconciler) -> None:
         """Watch the namespace of ``reconciler`` for changes from now on.
 
-        Raises: OSError: only the slow round compares it, until another call succeeds.
+        Raises: OSError: its changes cannot be watched.  Until another call succeeds, only the slow round compares it.
         """
         if reconciler in self._watched:
             return
@@ -117,7 +120,7 @@ class Healer:
 
     async def _open(self, reconciler: NetnsReconciler) -> None:
         groups = list(_GROUPS)
-        if not reconciler.scope.is_container:  # a container's neighbors are its own matter
+        if not reconciler.scope.is_container:  # a container may change its own neighbors
             groups.append(netlink.GROUP_NEIGHBOR)
         path = reconciler.path
         opened = await self._namespaces.run(path, netlink.open_listener, socket.NETLINK_ROUTE, groups)
@@ -214,7 +217,7 @@ class Healer:
             await self._clock.sleep(PAUSE_SECONDS)
 
     async def _wait_due(self) -> None:
-        """Return when a namespace is due, or when a failed one may be retried."""
+        """Wait until a namespace is due, or a failed one may be retried."""
         waiting = [
             self._failing[reconciler].again_at for reconciler in self._due if reconciler in self._failing
         ]
@@ -234,8 +237,9 @@ class Healer:
             for reconciler in tuple(one for one in self._sockets if not self._waits(one)):
                 began, taken = self._clock.monotonic(), self._processor_s()
                 await self._heal(reconciler, is_thorough=True)
-                # A wait for the processor or for a lock of the kernel costs nothing.  On a busy machine, counting it
-                # would delay the next round by minutes.  Other work of this process is counted.
+                # Count processor time, not elapsed time: waiting for a processor or for a lock of the kernel costs
+                # nothing, and on a busy machine it would delay the next round by minutes.  Other work of this process
+                # counts too.
                 spent = min(self._clock.monotonic() - began, self._processor_s() - taken)
                 await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
             await self._clock.sleep(max(round_began + ROUND_SECONDS_MIN - self._clock.monotonic(), 0.0))
@@ -271,7 +275,10 @@ class Healer:
 
 
 def _concerns(reconciler: NetnsReconciler, kind: int, body: memoryview) -> bool:
-    """Return whether a report can mean a deviation.  Neighbors of other devices change all the time."""
+    """Return whether a report may be about something that Skep has set.
+
+    Neighbors of other devices change all the time.
+    """
     if kind in _NEIGHBOR_MESSAGES and reconciler.indices is not None:
         return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in reconciler.indices
     return True

@@ -1,10 +1,10 @@
-"""Adds to a desired state everything that the kernel derives from addresses, so that it is repaired.  Pure.
+"""Adds to a desired state everything that the kernel derives from addresses, so that it is repaired if deleted.  Pure.
 
 With an IPv4 address the kernel adds routes to its network, to the address itself and to the network's broadcast
 address.  With an IPv6 address it adds routes to its network and to the address itself, and on a router one to the
 address of all routers.  An interface with IPv6 gets a link-local address and a multicast route.  A new namespace has
-rules for the local, the main and the default table.  A bridge has an entry for its own hardware address, without which
-it does not accept frames sent to it.  The kernel adds each of them once.
+rules for the local, the main and the default table.  A bridge has an entry for its own hardware address, and accepts no
+frames without it.  The kernel adds each of these only once, so Skep must restore them.
 
 Source: linux, net/ipv4/fib_frontend.c (fib_add_ifaddr), net/ipv4/fib_rules.c (fib_default_rules_init),
 net/ipv6/addrconf.c (addrconf_add_dev, add_addr, addrconf_prefix_route), net/ipv6/fib6_rules.c.
@@ -33,15 +33,15 @@ RULES_4 = frozenset({Rule(4, 0, LOCAL_TABLE), Rule(4, 32766, MAIN_TABLE), Rule(4
 RULES_6 = frozenset({Rule(6, 0, LOCAL_TABLE), Rule(6, 32766, MAIN_TABLE)})
 _MULTICAST = "ff00::/8"
 _BROADCAST_LENGTH_MAX = 30
-"""A network of two addresses has no broadcast address (RFC 3021)."""
+"""Longest IPv4 prefix with a broadcast address.  A network of two addresses has none (RFC 3021)."""
 _ANYCAST_LENGTH_MAX = 126
-"""An IPv6 network of two addresses has no router anycast address (RFC 6164)."""
+"""Longest IPv6 prefix with an anycast address for routers.  A network of two addresses has none (RFC 6164)."""
 
 
 def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
     """Return ``wanted`` with the kernel's own additions.
 
-    ``rules`` are the first rules of a namespace that Skep owns.
+    ``rules`` are the routing rules that a new namespace has, if Skep owns this namespace.
     """
     addresses = wanted.addresses | frozenset(_link_locals(wanted))
     is_router = wanted.sysctls.get("net/ipv6/conf/all/forwarding") == "1"

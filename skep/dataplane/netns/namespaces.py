@@ -1,4 +1,4 @@
-"""Network namespaces without forking: a thread enters one, works there and returns.
+"""Works in network namespaces without forking: a thread enters a namespace, works there and returns.
 
 ``setns`` is per thread, so work inside a namespace runs on threads that do nothing else.  A container's namespace is
 pinned by a bind mount at ``<run>/netns/<id>``.  It lives as long as the pin or a process in it, and survives a restart
@@ -26,21 +26,21 @@ P = ParamSpec("P")
 _PR_SET_NAME = 15
 
 THREADS = 16
-"""Threads wait for the kernel and do not compute: 40 updates take 160 ms on 4 threads, 45 ms on 16."""
+"""Number of threads.  They mostly wait for the kernel: 40 updates take 160 ms with 4 threads and 45 ms with 16."""
 
 
 class Namespaces:
     """The network namespaces of one node, and the threads that work in them.
 
-    ``directory`` is where containers' namespaces are pinned.  ``home`` is the node's own namespace, which a
-    playground's node does not share with the machine.
+    Containers' namespaces are pinned in ``directory``.  ``home`` is the node's own namespace.  In a playground, it is
+    not the machine's namespace.
     """
 
     def __init__(self, directory: Path, home: Path = Path("/proc/self/ns/net")) -> None:
         self._directory = directory
         self.home = home
         self.writer = f"skep-{secrets.token_hex(5)}"
-        """The kernel's name of this object's threads (15 bytes), which nftables reports with a change."""
+        """Name of this object's threads in the kernel (15 bytes).  nftables reports it with each change."""
         self._threads = ThreadPoolExecutor(
             THREADS, thread_name_prefix="netns", initializer=_name_thread, initargs=(self.writer,)
         )
@@ -62,7 +62,7 @@ class Namespaces:
         return path
 
     async def destroy(self, id: str) -> None:
-        """Remove the pin.  The kernel frees the namespace and its devices when no process uses it."""
+        """Remove the pin of a namespace.  The kernel frees the namespace and its devices once no process uses it."""
         await self._on_thread(_destroy, self.path(id))
 
     async def run(self, namespace: Path, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -72,7 +72,7 @@ class Namespaces:
     @asynccontextmanager
     async def netlink(self, namespace: Path) -> AsyncIterator[AsyncIPRoute]:
         """Open rtnetlink of ``namespace`` (links, addresses, routes) for the block."""
-        # pyroute2's own ``netns=`` forks the whole process to open its socket.
+        # Not with ``netns=`` of pyroute2, which forks the whole process to open its socket.
         opened = await self.run(namespace, _netlink_socket)
         async with AsyncIPRoute(use_socket=opened, groups=0) as route:
             yield route
@@ -126,7 +126,10 @@ def unmount_pin(path: Path) -> None:
 
 
 def inside(namespace: Path, call: Callable[[], T]) -> T:
-    """Run ``call`` in ``namespace`` on the calling thread, which nothing else may use meanwhile.  Raises: OSError."""
+    """Run ``call`` in ``namespace`` on the calling thread.
+
+    Only for threads that do nothing else meanwhile.  Raises: OSError.
+    """
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         target = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)

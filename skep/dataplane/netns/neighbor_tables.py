@@ -1,11 +1,12 @@
-"""The kernel's neighbor tables, which all network namespaces of a machine share.
+"""Raises the limits of the kernel's neighbor tables, which all network namespaces of a machine share.
 
-Each container that talks to another occupies an entry.  Linux keeps 1,024 of them, which some forty containers that all
-talk to each other exhaust.  Connections then fail at random.  Entries that Skep adds for overlays are permanent and do
-not count.  The limits are therefore raised at start, never lowered, and the counter of overflows is watched.
+Each container needs an entry for each other one that it talks to.  Linux keeps 1,024 entries, so some forty containers
+that all talk to each other fill the table, and connections then fail at random.  Entries that Skep adds for overlays
+are permanent and do not count.  So the limits are raised at start (never lowered), and the counter of overflows is
+watched.
 
-Limits and counters belong to the first network namespace of the machine.  If this node is in another one, as in a
-playground, they are reached through the namespace of process 1 if that may be entered.
+Limits and counters belong to the first network namespace of the machine.  If this node is in another namespace, as in a
+playground, they are reached through the namespace of process 1, if this process may enter it.
 
 Source: linux, net/core/neighbour.c (neigh_alloc; neigh_sysctl_register: gc_thresh of the first namespace only).
 """
@@ -25,11 +26,11 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 LIMITS = {"gc_thresh3": 65536, "gc_thresh2": 32768, "gc_thresh1": 8192}
-"""The hard limit first, so that the others never exceed it."""
+"""New limits as numbers of entries.  The hard limit comes first, so that the others never exceed it."""
 WATCH_SECONDS = 10.0
-"""Seconds between looks at the kernel's count of overflows."""
+"""Seconds between two reads of the kernel's count of overflows."""
 CALM_SECONDS = 300.0
-"""Time without an overflow after which the condition is cleared."""
+"""Seconds without an overflow after which the condition is cleared."""
 _SPACES = (Path("/proc/thread-self/ns/net"), Path("/proc/1/ns/net"))
 _SETTINGS = Path("/proc/sys/net")
 _COUNTERS = Path("/proc/thread-self/net/stat")
@@ -51,8 +52,8 @@ class NeighborTables:
 
         Args:
             say: Sets the node's condition.  An empty text clears it.
-            raise_limits: Blocking replacement for ``raised``.
-            count: Blocking replacement for ``overflows``.
+            raise_limits: Replaces ``raised``, which blocks.
+            count: Replaces ``overflows``, which blocks.
         """
         self._say = say
         self._clock = clock
@@ -86,7 +87,10 @@ class NeighborTables:
 
 
 def message_of(refusal: str) -> str:
-    """Return the condition's text.  ``refusal`` is why the limits could not be raised, or empty if they were."""
+    """Return the condition's text.
+
+    ``refusal`` is the reason why the limits could not be raised, or empty if they were.
+    """
     why = f", which this node could not raise ({refusal})" if refusal else ""
     return (
         "the kernel's table of neighbors overflows, so connections between containers fail at random: "

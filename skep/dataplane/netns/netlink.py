@@ -1,7 +1,7 @@
 """Encodes and decodes netlink messages and attributes, and runs route netlink requests in bulk.
 
-A network of 500 services has thousands of entries.  A general library takes 0.1 ms for each because it makes an object
-for every attribute.  This module takes 10 us.  Blocking calls work in the calling thread's network namespace.
+A network of 500 services has thousands of entries.  A general library needs 0.1 ms for each, because it creates an
+object for every attribute.  This module needs 10 us.  Blocking calls work in the calling thread's network namespace.
 
 Source: linux, include/uapi/linux/{netlink,rtnetlink,neighbor,if_link}.h, linux/netfilter/nfnetlink.h.
 """
@@ -35,21 +35,24 @@ AF_BRIDGE = 7
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
 NESTED = 0x8000
-"""Flag of an attribute's type: the value consists of attributes."""
+"""Flag in an attribute's type: the value consists of further attributes."""
 
 ERROR, DONE = 2, 3
 """Message types: an error number (0 is an acknowledgement), and the end of a dump."""
 _INTERRUPTED = 0x10
 _DUMP_TRIES = 8
-"""Attempts at a listing that changes while it is read: the kernel marks it as inconsistent."""
+"""Attempts to read a listing.
+
+If it changes while it is read, the kernel marks it as inconsistent, and it is read again.
+"""
 _REPLY_BYTES = 1 << 17
-"""One read.  The kernel's pieces have at most 32 KiB."""
+"""Buffer size in bytes for one read.  The kernel's pieces have at most 32 KiB."""
 _RECEIVE_BYTES = 4 << 20
-"""Bytes of reports that the kernel keeps for a busy process.  Beyond that it drops them, and says so."""
+"""Bytes of reports that the kernel keeps while this process is busy.  It drops further ones, and reports that."""
 _BATCH = 64
-"""Messages sent before their responses are read.  The responses must fit into the socket."""
+"""Number of messages sent before their responses are read.  The responses must fit into the socket's buffer."""
 _DEADLINE_S = 10
-"""Seconds for a response: many devices that are removed at once hold the kernel's lock."""
+"""Time limit in seconds for a response.  Long, because the removal of many devices holds a lock of the kernel."""
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _TYPE_MASK = 0x3FFF
@@ -162,7 +165,7 @@ def _open_for_bulk(protocol: int) -> socket.socket:
 
 
 def _dump(connection: socket.socket, kind: int, body: bytes) -> list[Message] | None:
-    """Return the responses, or None if the table changed during the dump, which may have missed something."""
+    """Return the responses, or None if the table changed during the dump, so that the dump may be incomplete."""
     connection.send(request(kind, DUMP, body))
     found: list[Message] = []
     is_whole = True

@@ -1,10 +1,10 @@
 """Runs nftables commands through libnftables: text in, one transaction, no subprocess.
 
-Several threads may call it at once, each in its network namespace, because a change waits in the kernel and not on the
-processor.  libnftables keeps one list for the whole process without a lock: the names and indexes of interfaces.  It
-empties that list whenever a context is freed.  Commands that may read the list therefore run alone.  These are ``list``
-commands, which print the rules of all programs (except ``list set``), and texts with ``iif`` or ``oif``.  Our own rules
-use ``iifname`` and ``oifname``, which do not read it.
+Several threads may call it at once, each in its network namespace.  This saves time, because changes mostly wait in the
+kernel.  But libnftables has one list of interface names for the whole process, without a lock, and empties it whenever
+a context is freed.  So commands that may read the list run alone.  These are ``list`` commands, which print the rules
+of all programs (except ``list set``), and texts with ``iif`` or ``oif``.  Our own rules use ``iifname`` and
+``oifname``, which do not read it.
 
 Source: nftables 1.0.6, src/iface.c.
 """
@@ -22,11 +22,15 @@ from skep.errors import SkepError
 from skep.linux import descriptors
 
 _DESCRIPTORS_MAX = descriptors.SELECT_MAX - 64
-"""A socket numbered above ``SELECT_MAX`` would crash the process.  Other threads may open some at the same time."""
+"""Highest descriptor number with which libnftables is called.
+
+A socket numbered above ``SELECT_MAX`` would crash the process.  The difference is for descriptors that other threads
+open at the same time.
+"""
 
 
 class NftFailed(SkepError):
-    """The kernel or the parser refused.  The message is libnftables' own."""
+    """The kernel or the parser refused the commands.  The message is from libnftables."""
 
 
 class NftUnavailable(NftFailed):
@@ -46,7 +50,10 @@ _LOOKS_UP_INTERFACES = re.compile(r"\b[io]if\b|\blist (?!set\b)")
 
 
 class SharedLock:
-    """A lock that many threads share, or one has alone.  A waiting ``alone`` has precedence over later ``shared``."""
+    """A lock that either many threads share or one thread holds alone.
+
+    A waiting ``alone`` comes before later ``shared``.
+    """
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -109,7 +116,7 @@ def _run(text: str) -> str:
 def create(tables: Sequence[NftTable], stale: Iterable[str] = ()) -> None:
     """Create tables in the calling thread's namespace, replacing earlier ones, and remove the ``stale`` tables.
 
-    Usually earlier ones do not exist, and the kernel does not have to wait for their removal.  Blocks.  Raises:
+    Tries first without a removal, which is faster, because usually no earlier tables exist.  Blocks.  Raises:
     NftFailed.
     """
     try:
@@ -119,7 +126,7 @@ def create(tables: Sequence[NftTable], stale: Iterable[str] = ()) -> None:
 
 
 def in_any_order(listing: str) -> list[str]:
-    """Return the words of a listing, sorted, because elements and chains are not always listed in one order."""
+    """Return the words of a listing, sorted, because the order of elements and chains in listings varies."""
     return sorted(listing.replace(",", " ").split())
 
 

@@ -1,7 +1,7 @@
 """Finds the nftables tables that another writer has changed, from the kernel's notifications.
 
 nftables reports the changes of each transaction and, last, the name of the thread that made it.  All threads of a
-``Namespaces`` have its name, so Skep's own transactions are recognized.
+``Namespaces`` object have the same name (its ``writer``), so Skep's own transactions are recognized.
 
 Source: linux, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
 """
@@ -16,14 +16,14 @@ from skep.dataplane.netns import netlink
 _SUBSYSTEM_NFTABLES = 10
 _NEW_GENERATION = 15
 _TABLE_ATTRIBUTE = 1
-"""First attribute of every message about a table: the table's name."""
+"""Number of the attribute with the table's name, the first attribute of every message about a table."""
 _GENERATION_PROCESS_NAME = 3
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _BUFFER_BYTES = 1 << 20
-"""Bytes of reports that the kernel keeps for a busy process."""
+"""Bytes of reports that the kernel keeps while this process is busy."""
 _SO_RCVBUFFORCE = 33
 _READS_MAX = 64
-"""Reads in one turn of the loop, so that a flood of changes holds up nothing else."""
+"""Number of reads in a row before other work of the event loop, which a flood of changes must not hold up."""
 
 
 def open_notifications() -> socket.socket:
@@ -38,13 +38,13 @@ def open_notifications() -> socket.socket:
 
 
 class TableWatch:
-    """Watches nftables tables for changes by other writers.  Make it in the event loop.
+    """Watches nftables tables for changes by other writers.  Create it in the event loop.
 
     Args:
         opened: Socket from ``open_notifications``, owned by this object from now on.
         writer: Name of our own threads.
-        on_change: Called with the changed tables (``ip skep``), or with None if notifications were lost, so that any
-            table may have changed.
+        on_change: Called with the changed tables (for example ``ip skep``).  Called with None if notifications were
+            lost, because then any table may have changed.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ForeignChanges:
         self._touched: set[str] = set()
 
     def parse(self, data: bytes) -> frozenset[str]:
-        """Return the tables (``ip skep``) that, as of these messages, another writer has changed."""
+        """Return the tables (for example ``ip skep``) that another writer has changed according to these messages."""
         changed: set[str] = set()
         for type_, body in netlink.messages(data):
             if type_ >> 8 != _SUBSYSTEM_NFTABLES:

@@ -26,9 +26,9 @@ class NftTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def whole(table: NftTable) -> str:
-    """Return one transaction that creates the table, replacing an earlier one.
+    """Return one transaction that creates the table and replaces an earlier one.
 
-    If there is one, the kernel waits until it is freed: 5 to 20 ms.
+    If there is an earlier one, the kernel waits 5 to 20 ms until it is freed.
     """
     return absent(table.name) + fresh(table)
 
@@ -57,7 +57,7 @@ def trial(table: NftTable, elements: Iterable[Element]) -> str:
 def changes(old: NftTable, new: NftTable) -> str:
     """Return commands that change ``old`` into ``new``, or an empty text if they are equal.
 
-    If only elements and additional chains differ, established rules stay, which takes a tenth of the time.
+    If only elements and additional chains differ, the existing rules stay, which takes a tenth of the time.
     """
     if not _extends(old, new):
         return whole(new)
@@ -73,9 +73,9 @@ def changes(old: NftTable, new: NftTable) -> str:
 
 
 def with_spare_chains(old: NftTable, new: NftTable) -> NftTable:
-    """Return ``new`` with unused chains of ``old``, if that avoids writing the whole table.
+    """Return ``new`` with the unused chains of ``old`` added, if that avoids writing the whole table.
 
-    Removing a chain makes the kernel wait 8 ms.
+    To remove a chain, the kernel waits 8 ms.
     """
     names = {name for name, _ in new.chains}
     spare = [(name, hook) for name, hook in old.chains if name not in names and not hook]
@@ -86,9 +86,9 @@ def with_spare_chains(old: NftTable, new: NftTable) -> NftTable:
 
 
 def fits(listing: str, table: NftTable) -> bool:
-    """Return whether a ``listing`` has as many rules and elements as ``table``, so that it was completely written.
+    """Return whether a ``listing`` has as many rules and elements as ``table``, and so was completely written.
 
-    The listing is in nft's own spelling, so its text can only be compared with an earlier listing.
+    The texts cannot be compared, because nft spells rules in its own way.
     """
     rules, elements, is_chain = 0, 0, False
     for line in (one.strip() for one in listing.splitlines()):
@@ -116,7 +116,7 @@ def _chains(table: str, chains: Iterable[tuple[str, str]], rules: Iterable[tuple
 
 
 def _key(name: str, element: str, table: NftTable) -> str:
-    """Return the part of an element that identifies it for deletion: of a map, the key."""
+    """Return the part of an element that identifies it for deletion.  For a map, this is the key."""
     return element.rpartition(" : ")[0] if " : " in dict(table.sets)[name] else element
 
 

@@ -3,7 +3,7 @@
 Such a device is created with its network, and again by the first container that finds it missing, for instance after a
 reboot.  It is removed with the last network that uses it.
 
-Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go (the words).
+Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go (error texts).
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from skep.errors import Unavailable
 from skep.model.tables import ParentLink
 
 _DEADLINE_S = 10.0
-"""Seconds for a listing of devices."""
+"""Time limit in seconds for listing devices."""
 
 
 class ParentDevices:
@@ -31,7 +31,7 @@ class ParentDevices:
         self._namespaces = namespaces
 
     async def make(self, parent: ParentLink) -> None:
-        """Create the device if it is missing, and set it up.  Raises: Unavailable: the kernel refused."""
+        """Create the device if it is missing, and bring it up.  Raises: Unavailable: the kernel refused."""
         async with self._kernel() as route:
             await index_of(route, parent)
 
@@ -79,7 +79,7 @@ async def _make(route: AsyncIPRoute, parent: ParentLink) -> None:
     try:
         await route.link("add", **options)
     except NetlinkError as error:
-        if error.code == errno.EEXIST:  # another container has just had it created
+        if error.code == errno.EEXIST:  # it was just created for another container
             return
         reason = os.strerror(error.code)
         if error.code == errno.EOPNOTSUPP:

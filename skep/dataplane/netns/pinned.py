@@ -1,4 +1,4 @@
-"""The pinned namespaces of overlays and probes: created if missing, removed with their devices."""
+"""Creates the pinned namespaces of overlays and probes if they are missing, and removes them with their devices."""
 
 import os
 
@@ -12,7 +12,10 @@ from skep.dataplane.plan.overlay import OVERLAY_SYSCTLS
 async def make_where_missing(
     pins: Namespaces, name: str, reconciler: NetnsReconciler, healer: Healer
 ) -> None:
-    """Create the reconciler's namespace at ``name`` if it is missing, and reset its known state.  Raises: OSError."""
+    """Create and pin the namespace ``name`` if it is missing, and make ``reconciler`` forget its assumed state.
+
+    Raises: OSError.
+    """
     if not os.path.ismount(pins.path(name)):
         await pins.destroy(name)
         await pins.create(name, OVERLAY_SYSCTLS)
@@ -21,7 +24,7 @@ async def make_where_missing(
 
 
 async def remove(pins: Namespaces, name: str) -> None:
-    """Remove the VXLAN devices and the pin.  Idempotent.  Raises: OSError."""
+    """Remove the VXLAN devices of the namespace, then its pin.  Idempotent.  Raises: OSError."""
     path = pins.path(name)
     if os.path.ismount(path):
         await remove_vxlans(pins, path)

@@ -1,9 +1,9 @@
 """Reads a network namespace's state from the kernel.
 
-The result contains only items that can be Skep's: bridges, VXLAN devices, veths and loopback, their addresses, routes
-made by programs, policy rules of wanted priorities with their routing tables, and permanent entries.  Items that the
-kernel derives (routes of addresses, link-local addresses, rules) are included if they are wanted.  Learned entries are
-left out.
+The result contains only items that Skep can have created: bridges, VXLAN devices, veths and loopback, their addresses,
+routes made by programs, policy rules of wanted priorities with their routing tables, and permanent entries.  Items that
+the kernel derives (routes of addresses, link-local addresses, rules) are included if they are wanted.  Learned entries
+are left out.
 """
 
 import socket
@@ -52,15 +52,15 @@ _UP, _LOOPBACK = 0x1, 0x8
 _NTF_SELF, _NTF_MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
 BY_KERNEL = 2
-"""RTPROT_KERNEL."""
+"""RTPROT_KERNEL, the origin of routes that the kernel itself has added."""
 _BY_ADVERTISEMENT = 9
 _PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL = 6, 10, 15, 16, 22
 _RULE_ATTRIBUTES = frozenset({_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL, 14, 21})
-"""Attributes of the rules that are compared: these, the suppressed prefix length, and the rule's origin."""
+"""Attributes that Skep's rules can have.  14 is the suppressed prefix length and 21 the rule's origin."""
 _ROUTE_TABLE = 15
-"""RTA_TABLE: the complete number.  The header has eight bits of it."""
+"""RTA_TABLE, the complete number of the routing table.  The header has only eight bits of it."""
 _VLAN = 5
-"""NDA_VLAN: set for a bridge entry of one VLAN, which Skep's entries never are."""
+"""NDA_VLAN, which is set if a bridge entry is for one VLAN.  Skep makes no such entries."""
 _DF = 29
 """IFLA_VXLAN_DF."""
 
@@ -133,8 +133,10 @@ def _is_closed(info: dict[int, memoryview]) -> bool:
 
 
 def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
-    """Return the parameters, or None if Skep never makes such a device: it learns, or does not answer for neighbors."""
-    # A device that sends from any IPv6 address, as inside tunnels, is shown without an address.
+    """Return the parameters, or None for a device that Skep never creates, because it learns or does not answer for
+    neighbors.
+    """
+    # The kernel shows no address for a device that sends from any IPv6 address, like those inside tunnels.
     local = (
         inet_ntop(AF_INET, data[4]) if 4 in data else inet_ntop(AF_INET6, data[17]) if 17 in data else "::"
     )
@@ -158,7 +160,7 @@ def _addresses(names: dict[int, str]) -> Iterable[Address]:
 def _routes(
     names: dict[int, str], wanted: frozenset[Route], policies: set[tuple[int, int]]
 ) -> Iterable[Route]:
-    """Yield the routes.  ``policies`` are IP version and number of the policy rules' tables."""
+    """Yield the routes.  ``policies`` has IP version and number of each routing table that policy rules select."""
     for _, body in dump(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
         family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
         if family not in (AF_INET, AF_INET6):
@@ -185,7 +187,9 @@ def _routes(
 
 
 def _rules(wanted: frozenset[Rule]) -> Iterable[Rule]:
-    """Yield the ``wanted`` rules that match all packets, and all rules with the priority of a wanted policy rule."""
+    """Yield those ``wanted`` rules that match all packets, and all rules that have the priority of a wanted policy
+    rule.
+    """
     priorities = {(rule.version, rule.priority) for rule in wanted if rule.is_policy}
     for version, family in ((4, AF_INET), (6, AF_INET6)):
         for _, body in dump(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):

@@ -20,13 +20,16 @@ from skep.dataplane.netns.write import KernelRefused, apply_operations
 log = structlog.get_logger()
 
 _DEPARTING_READS_MAX = 25
-"""Five seconds at the fastest.  The kernel clears namespaces one by one, and slowly if they have many rules."""
+"""Number of reads (at least five seconds) for which a link may still be disappearing.
+
+The kernel frees namespaces one by one, and slowly if they have many rules.
+"""
 
 _PASSES = 2
-"""Passes over the tables of a namespace in one repair."""
+"""Number of passes over the tables of a namespace in one repair."""
 
 Remake = Callable[[str], Awaitable[None]]
-"""Recreates the link of this name, whose other end is in a namespace of another reconciler."""
+"""Recreates the link of this name together with its other end, which is in the namespace of another reconciler."""
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +38,9 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         selects: Links that are compared in addition to the wanted ones, or None.
         is_exclusive: Whether unwanted items are removed.
-        has_own_routes: Whether all routes on these links are Skep's, and the kernel's first rules too.
-        is_container: Whether it is a container's namespace, whose processes may add items of their own.
+        has_own_routes: Whether all routes on these links, and the rules of a new namespace, belong to the desired
+            state.
+        is_container: Whether it is a container's namespace, where the container's processes may add items.
     """
 
     selects: Selection | None = None
@@ -55,9 +59,9 @@ CONTAINER = Scope(is_container=True)
 
 
 class NetnsReconciler:
-    """A namespace, its desired state, and the state that it is assumed to have.
+    """Keeps a namespace in its desired state, and remembers which state it is assumed to have.
 
-    The desired state comes in parts (a network, the gateway, published ports).  ``apply`` changes the namespace from
+    The desired state consists of parts (a network, the gateway, published ports).  ``apply`` changes the namespace from
     the assumed to the desired state, and reads it only if its state is unknown.  ``heal`` always reads it.
     """
 
@@ -70,10 +74,10 @@ class NetnsReconciler:
         scope: Scope,
         remake: Remake | None = None,
     ) -> None:
-        """Make a reconciler.  ``name`` is for the log.
+        """``name`` is for the log.
 
-        ``remake`` recreates links that cannot be created from here: a container's, whose bridges are in other
-        namespaces."""
+        ``remake`` recreates links that this reconciler cannot create, because their bridge is in another namespace.
+        """
         self.name = name
         self.path = path
         self.scope = scope
@@ -94,16 +98,16 @@ class NetnsReconciler:
         """The tables as they were written last."""
         self._listings: dict[str, list[str]] = {}
         self._foreign: set[str] = set()
-        """Tables that another writer has changed since."""
+        """Tables that another writer has changed since they were written."""
         self._stale_tables: set[str] = set()
         """Tables of earlier processes that will be removed."""
         self._refused: dict[str, frozenset[Element]] = {}
-        """Elements that the kernel refuses, by their table.  They are left out while they are wanted."""
+        """Elements that the kernel has refused, by table.  They are left out as long as they are wanted."""
         self._missing: frozenset[object] = frozenset()
         self.needs_recheck = False
-        """Whether the last ``heal`` left something to the next one, which must follow soon."""
+        """Whether the last ``heal`` left something to do, so that another one must follow soon."""
         self.indices: frozenset[int] | None = None
-        """Indices of the links that matter, or None if unknown at present."""
+        """Indices of the links that are compared, or None if unknown at present."""
 
     @property
     def writer(self) -> str:
@@ -116,7 +120,10 @@ class NetnsReconciler:
         self._wanted = None
 
     def remove_part(self, part: str, tables: Collection[str] = ()) -> None:
-        """Remove the desired state of ``part``.  ``tables`` are removed even if an earlier process made them."""
+        """Remove the desired state of ``part``.
+
+        ``tables`` are removed from the namespace even if an earlier process wrote them.
+        """
         self._parts.pop(part, None)
         self._stale_tables.update(tables)
         self._wanted = None
@@ -150,7 +157,7 @@ class NetnsReconciler:
 
         Tables are written before links, so that nothing is unfiltered for a moment.  In a container they are written
         last, because they mark packets for routes.
-        Raises: KernelRefused, NftFailed: something is missing, and the next ``heal`` retries it.
+        Raises: KernelRefused, NftFailed: part of the state could not be applied.  The next ``heal`` retries it.
         """
         async with self._changing:
             wanted = self.wanted
@@ -161,16 +168,16 @@ class NetnsReconciler:
             if assumed is None or not wanted.sysctls.keys() <= assumed.sysctls.keys():
                 assumed = self._without_departing(await self._read_state(wanted))
             self._assumed = None
-            wanted = self._goal  # without the links that departed meanwhile
+            wanted = self._goal  # without the links that have disappeared meanwhile
             await self._carry_out(difference(wanted, assumed, is_exclusive=self.is_exclusive))
             if self.scope.is_container:
                 await self._apply_tables()
-            self._assumed = self._goal  # without the links that departed meanwhile
+            self._assumed = self._goal  # without the links that have disappeared meanwhile
 
     async def heal(self, *, is_thorough: bool = True) -> int:
-        """Compare with the kernel and repair deviations from the state that was applied last.
+        """Compare the namespace with the state that was applied last, and repair deviations.
 
-        Return the number of repairs.  Completing a failed ``apply`` does not count as a repair.  With ``is_thorough``,
+        Returns the number of repairs, in which completing a failed ``apply`` does not count.  With ``is_thorough``,
         nftables are listed and compared.  Otherwise only tables that another writer has changed are written.
         Raises: KernelRefused, NftFailed, OSError.
         """
@@ -180,7 +187,7 @@ class NetnsReconciler:
                 return 0
             repaired = await self._heal_tables(is_thorough=is_thorough)
             found = await self._read_state(wanted)
-            wanted = self._goal or wanted  # without the links that departed meanwhile
+            wanted = self._goal or wanted  # without the links that have disappeared meanwhile
             found = self._without_departing(found)
             operations = self._confirmed(difference(wanted, found, is_exclusive=self.is_exclusive))
             if operations:
@@ -196,7 +203,7 @@ class NetnsReconciler:
         return len(repaired)
 
     async def remake(self, name: str) -> None:
-        """Recreate the link ``name``, whatever has this name now.  Raises: KernelRefused; OSError."""
+        """Remove whatever link has the name ``name``, and create the wanted one.  Raises: KernelRefused; OSError."""
         async with self._changing:
             self._assumed = None
             await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
@@ -211,7 +218,7 @@ class NetnsReconciler:
             await self._carry_out([DeleteLink(name)])
 
     def adopt(self) -> None:
-        """Assume that an earlier process applied the desired state.  ``heal`` compares."""
+        """Assume that an earlier process applied the desired state.  The next ``heal`` checks that."""
         self._goal, self._goal_tables = self.wanted, self._possible_tables()
 
     def assume(self, state: State) -> None:
@@ -222,12 +229,12 @@ class NetnsReconciler:
     def expect_removal(self, link: str) -> None:
         """Expect the link to disappear with its peer's namespace, and do not delete it.
 
-        It is also removed from the desired state.  Otherwise a change of another part would miss it before its own part
-        is set again.
+        The link is also removed from the desired state.  Otherwise a change of another part would report it as missing
+        before its own part is set again.
         """
         if self._goal is not None and link in self._goal.links:
             self._departing[link] = 0
-        # usually the three names share one state, and a large network's takes a while
+        # usually all three are the same object, and the state of a large network takes long to change
         seen: dict[int, State] = {}
 
         def left(state: State) -> State:
@@ -241,18 +248,20 @@ class NetnsReconciler:
         self._assumed = left(self._assumed) if self._assumed is not None else None
 
     def invalidate(self) -> None:
-        """Read the namespace before the next change: it may contain more than this process has put there."""
+        """Make the next change read the namespace first, because it may contain more than this process has put
+        there.
+        """
         self._assumed = None
 
     def reset(self) -> None:
-        """Forget everything known of the namespace: it is a new one."""
+        """Forget everything known about the namespace, because it was created again."""
         self._assumed = None
         self.indices = None
         self._tables.clear()
         self._listings.clear()
 
     def note_foreign(self, tables: Collection[str]) -> bool:
-        """Note that another writer has changed ``tables``.  Return whether any of them is kept here."""
+        """Record that another writer has changed ``tables``.  Return whether this reconciler keeps any of them."""
         ours = self._goal_tables.keys() & set(tables)
         self._foreign |= ours
         return bool(ours)
@@ -263,7 +272,7 @@ class NetnsReconciler:
         state = found.state
         if not self.scope.has_own_routes:
             state = msgspec.structs.replace(state, routes=state.routes & wanted.routes)
-        # Others may use IPv6 on our links in these namespaces.
+        # In these namespaces, others may use IPv6 on our links.
         if not self.scope.has_own_routes or self.scope.is_container:
             held = frozenset(
                 one for one in state.addresses if one in wanted.addresses or not is_link_local(one)
@@ -272,9 +281,9 @@ class NetnsReconciler:
         return state
 
     def _confirmed(self, operations: Sequence[Operation]) -> list[Operation]:
-        """Return ``operations`` without IPv6 routes of the kernel that were not missing before.
+        """Return ``operations`` without IPv6 routes of the kernel that are missing for the first time.
 
-        The kernel adds them a moment after their address (addrconf_dad_work).  A route that is missing twice was
+        The kernel adds them a moment after their address (addrconf_dad_work).  Only a route that is missing twice was
         removed.
         """
         missing = {one: one.item for one in operations if isinstance(one, Put) and _is_made_late(one.item)}
@@ -286,7 +295,7 @@ class NetnsReconciler:
     def _without_departing(self, found: State) -> State:
         """Return ``found`` without links that disappear by themselves.
 
-        A link that stays after many reads is included.
+        A link that still exists after many reads is included again.
         """
         for link in tuple(self._departing):
             if link not in found.links or self._departing[link] >= _DEPARTING_READS_MAX:
@@ -308,7 +317,7 @@ class NetnsReconciler:
         if missing and self._remake is not None:
             for name in missing:
                 await self._remake(name)
-            # Now the links exist and are unconfigured.
+            # The links now exist but are not configured.
             goal = self._goal or State()
             operations = difference(goal, await self._read_state(goal), is_exclusive=self.is_exclusive)
             if any(isinstance(one, AddLink) and one.link.parent is None for one in operations):
@@ -318,7 +327,10 @@ class NetnsReconciler:
     # --- nftables ---------------------------------------------------------------------------------------------
 
     async def _apply_tables(self) -> None:
-        """Apply all changes in one transaction.  If that is refused, write each table in its own."""
+        """Apply all changes of tables in one transaction.
+
+        If it is refused, write each table in a separate transaction.
+        """
         gone = sorted((self._tables.keys() | self._stale_tables) - self._goal_tables.keys())
         changed: list[NftTable] = []
         text = "".join(map(nft_table.absent, gone))
@@ -334,7 +346,7 @@ class NetnsReconciler:
         try:
             if text:
                 await self._run(text)
-        except nft.NftFailed:  # another writer interfered, or an element is refused
+        except nft.NftFailed:  # another writer has interfered, or an element is refused
             for name in gone:
                 await self._run(nft_table.absent(name))
             await self._write_tables(changed)
@@ -352,7 +364,7 @@ class NetnsReconciler:
             for name, table in tuple(self._tables.items()):
                 if name in self._goal_tables and not await self._is_as_written(table):
                     self._foreign.add(name)
-        # Reports that arrive meanwhile belong to the same change: a flush removes all tables at once.
+        # Reports that arrive meanwhile belong to the same change, because a flush removes all tables at once.
         for _ in range(_PASSES):
             lacking = [
                 table
@@ -366,8 +378,8 @@ class NetnsReconciler:
     async def _is_as_written(self, table: NftTable) -> bool:
         """Return whether the kernel lists the table as it did when it was written.
 
-        nft spells rules its own way, so only listings are compared.  The first listing after a write is accepted if it
-        has as many rules and elements as were written.
+        nft spells rules in its own way, so only listings can be compared.  The first listing after a write is accepted
+        if it has as many rules and elements as were written.
         """
         try:
             text = await self._namespaces.run(self.path, nft.run, f"list table {table.name}")
@@ -381,7 +393,7 @@ class NetnsReconciler:
     def _possible_tables(self) -> dict[str, NftTable]:
         """Return the wanted tables without refused elements.
 
-        An element is retried after it was unwanted for a while.
+        A refused element is tried again only after it was not wanted for a while.
         """
         tables = dict(self.wanted_tables)
         self._refused = {
@@ -434,7 +446,7 @@ class NetnsReconciler:
         return table
 
     async def _refused_among(self, table: NftTable, elements: Sequence[Element]) -> AsyncIterator[Element]:
-        """Find refused elements by bisection, because they are few."""
+        """Yield the refused elements, found by bisection, because they are few."""
         try:
             await self._run(nft_table.trial(table, elements))
         except nft.NftFailed:

@@ -26,7 +26,7 @@ class Repairs:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self.comparisons = 0
-        """Comparisons of a namespace with its desired state, repaired or not."""
+        """Number of comparisons of a namespace with its desired state, whether they led to repairs or not."""
 
     @property
     def counts(self) -> Mapping[str, int]:

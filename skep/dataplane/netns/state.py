@@ -12,8 +12,8 @@ from skep.model.tables import ParentLink
 class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a VXLAN device that cannot be changed after its creation.
 
-    ``local`` is the source address of its packets.  If ``is_whole``, its packets are never fragmented on the way
-    (IPv4's DF).  Others are fragmented if they do not fit.
+    ``local`` is the source address of its packets.  If ``is_whole``, routers must not fragment its packets (IPv4's DF).
+    Otherwise packets that do not fit are fragmented.
     """
 
     vni: int
@@ -57,20 +57,23 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EntryKind(IntEnum):
-    """The kernel's neighbor table that contains an entry."""
+    """The kernel table that contains an entry, and what the entry means there."""
 
     FORWARD = 1
     """VXLAN: frames for ``mac`` are sent to the node at ``address``."""
     PORT = 2
     """Bridge: frames for ``mac`` leave by this port.  ``address`` is empty."""
     NEIGHBOR = 3
-    """``address`` (IPv4 or IPv6) has ``mac``: the device's response to a container that asks."""
+    """``address`` (IPv4 or IPv6) has ``mac``.  The device answers a container that asks for the address."""
     OWN = 4
-    """Bridge: frames for ``mac`` are for the bridge itself.  The kernel makes the entry with the bridge's address."""
+    """Bridge: frames for ``mac`` are for the bridge itself.
+
+    The kernel creates the entry when the bridge gets its address.
+    """
 
 
 class Entry(NamedTuple):
-    """A permanent entry.  A tuple, because a large network has thousands."""
+    """A permanent entry.  It is a tuple and not a struct, because a large network has thousands of entries."""
 
     kind: EntryKind
     link: str
@@ -103,8 +106,9 @@ class Route(NamedTuple):
 
     Args:
         is_kernels: Whether the kernel adds it with an address (``kernel_made.py``).
-        source: IPv4's preferred source address, of the kernel's routes only.
-        table: A table of Skep's own is used by a policy rule, and the gateway is on-link.
+        source: The preferred IPv4 source address.  Only routes of the kernel have one.
+        table: The routing table.  A table other than the main one belongs to Skep, is selected by a policy rule, and
+            its gateway is on-link.
     """
 
     link: str
@@ -124,7 +128,7 @@ class Route(NamedTuple):
 class Rule(NamedTuple):
     """A routing rule of one IP version, which selects ``table``.
 
-    With a ``mark`` or a ``protocol`` (IPPROTO_*) it is a policy rule for packets that have these.  Otherwise it matches
+    With a ``mark`` or a ``protocol`` (IPPROTO_*), it is a policy rule for packets that have them.  Otherwise it matches
     all packets.
     """
 
@@ -152,7 +156,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tuple(msgspec.Struct, frozen=True):
-    """One direction of a flow.  Ports are 0 if the protocol has none."""
+    """Addresses and ports of one direction of a flow.  Ports are 0 if the protocol has none."""
 
     protocol: int
     source: str

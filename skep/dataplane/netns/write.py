@@ -1,6 +1,6 @@
 """Executes operations in one network namespace.
 
-Adding an existing item or removing a missing one is not an error, so that two writers of the same do no harm.
+Adding an existing item, or removing a missing one, is not an error, so that two writers of the same item do no harm.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from skep.model.tables import ParentLink
 log = structlog.get_logger()
 
 _DEADLINE_S = 10.0
-"""Limit for all kernel calls for one namespace.  A quiet machine needs a millisecond."""
+"""Time limit in seconds for all kernel calls for one namespace.  They take a millisecond on a quiet machine."""
 _PRESENT = frozenset({errno.EEXIST})
 _ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ESRCH, errno.ENXIO})
 _NDMSG = struct.Struct("=BxxxiHBB")
@@ -46,9 +46,9 @@ _PERMANENT, _STATIC = 0x80, 0x40
 _DESTINATION, _MAC = 1, 2
 _SCOPE_LINK, _SCOPE_HOST = 253, 254
 _BROADCAST_LENGTH = 31
-"""Networks with this prefix length or a longer one have no broadcast address (RFC 3021)."""
+"""Networks with at least this prefix length have no broadcast address (RFC 3021)."""
 _KERNEL_METRIC6 = 256
-"""IP6_RT_PRIO_ADDRCONF."""
+"""Metric of the kernel's own IPv6 routes (IP6_RT_PRIO_ADDRCONF)."""
 
 
 class KernelRefused(Unavailable):
@@ -75,7 +75,7 @@ _MODES: Mapping[str, Mapping[str, int | str]] = {
     "macvlan": {"private": "private", "vepa": "vepa", "bridge": "bridge", "passthru": "passthru"},
     "ipvlan": {"l2": 0, "l3": 1, "l3s": 2},
 }
-"""Modes as pyroute2 expects them."""
+"""Modes of macvlan and ipvlan devices, as pyroute2 expects them."""
 
 
 async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
@@ -156,7 +156,8 @@ class _Changes:
             case Remove(Rule() as rule):
                 await _tolerating(_ABSENT, self._route.rule("del", **_rule_options(rule)))
             case Put(Route() as route):
-                # Another link may have the kernel's route to the same destination (multicast, link-local).
+                # Name the device, because another link may have the kernel's route to the same destination (multicast,
+                # link-local).
                 how = "append" if route.is_kernels and not route.source else "add"
                 call = self._route.route(how, **_route_options(route, await self._require(route.link)))
                 await _tolerating(_PRESENT, call)
@@ -174,8 +175,7 @@ class _Changes:
             options["address"] = link.mac
         match link.kind:
             case "bridge":
-                # Only an MTU that is set afterwards counts as the user's.  Otherwise it follows the ports, and is 1500
-                # without any.
+                # Set the MTU afterwards, or the kernel does not keep it: it follows the ports, and is 1500 without any.
                 options.pop("mtu", None)
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
@@ -183,7 +183,7 @@ class _Changes:
             case _ if link.parent is not None:
                 await self._add_on_parent(link, link.parent, options)
             case _ if link.peer is not None:
-                if not os.path.ismount(link.peer.netns):  # its container is just ending
+                if not os.path.ismount(link.peer.netns):  # the container is just ending
                     log.warning(
                         "namespace of the other end does not exist", link=link.name, namespace=link.peer.netns
                     )
@@ -192,7 +192,7 @@ class _Changes:
                     far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
                     far |= {"address": link.peer.mac} if link.peer.mac else {}
                     far |= {"mtu": link.mtu} if link.mtu else {}
-                    # No error is tolerated: an existing name on either side is another device.
+                    # No error is tolerated, because a device with this name on either side would be another device.
                     await self._route.link("add", peer=far, **options)
             case _:
                 raise KernelRefused(f"cannot create {link.name}: its other end is unknown")
@@ -280,7 +280,7 @@ class _Changes:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[int]:
-    """Open a namespace and yield its descriptor.  Opening one does not block."""
+    """Open a namespace and yield its descriptor.  Opening a namespace does not block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -352,9 +352,9 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
         index = indices.get(entry.link, 0)
         is_of_bridge = entry.kind in (EntryKind.PORT, EntryKind.OWN)
         if not index and (not is_put or is_of_bridge):
-            continue  # removed meanwhile, or a port that its container no longer needs
+            continue  # the link was removed meanwhile, or is a port that its container no longer needs
         kind = netlink.NEWNEIGH if is_put else netlink.DELNEIGH
-        # An entry made by the kernel stays the kernel's, and follows the bridge's address.
+        # An entry that the kernel has created must stay the kernel's, so that it follows the bridge's address.
         how = netlink.EXCL if entry.kind is EntryKind.OWN else netlink.REPLACE
         requests.append((kind, netlink.CREATE | how if is_put else 0, entry_message(entry, index)))
         if is_of_bridge or not is_put:
@@ -369,8 +369,9 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
 def entry_message(entry: Entry, index: int) -> bytes:
     """Return the kernel's form of an entry of the link ``index``.
 
-    A bridge's entry is ``static``.  ``permanent`` would mean the bridge itself, which swallows the frames.  A VXLAN's
-    entry has the flag ``self``, without which the kernel silently ignores it.  So does a bridge's own entry.
+    A bridge entry for a port is ``static``: ``permanent`` would mean the bridge itself, which would swallow the frames.
+    A VXLAN entry, and the entry of the bridge's own address, need the flag ``self``.  Without it, the kernel silently
+    ignores them.
     """
     mac = netlink.attribute(_MAC, bytes.fromhex(entry.mac.replace(":", "")))
     if entry.kind is EntryKind.PORT:

@@ -1,1 +1,3 @@
-"""Pure planners: from network tables and local endpoints to the desired state of a namespace (``netns.state``)."""
+"""Pure functions that plan the desired state of a namespace (``netns.state``) from network tables and local
+endpoints.
+"""

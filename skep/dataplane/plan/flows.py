@@ -1,7 +1,7 @@
 """Finds flows through a published UDP port that lead to a backend that no longer answers.  Pure.
 
-Connection tracking sends a flow's packets where the first one was sent for as long as packets arrive, whatever the
-rules say by then.  A UDP client that keeps sending from one port would never reach the container that replaced its
+As long as packets of a flow arrive, connection tracking sends them where the first one was sent, even if the rules have
+changed.  A UDP client that keeps sending from one port would therefore never reach the container that has replaced its
 server.
 """
 
@@ -17,10 +17,10 @@ from skep.model.service import PublishMode
 
 
 class StalePort(msgspec.Struct, frozen=True):
-    """A published UDP port whose flows to anything but ``backends`` are stale.
+    """A published UDP port.  Its flows are stale if they lead to anything but ``backends``.
 
-    A stale flow leads to a container in one of ``subnets`` that no longer has the port, or to the node itself because
-    it began before the port was published.  ``backends`` is empty if nothing serves the port.
+    A stale flow leads to a container in one of ``subnets`` that no longer has the port.  If it began before the port
+    was published, it leads to the node itself.  ``backends`` is empty if nothing serves the port.
     """
 
     port: int
@@ -42,8 +42,8 @@ class StalePort(msgspec.Struct, frozen=True):
     def is_stale(self, flow: Flow, is_local: Callable[[str], bool]) -> bool:
         """Return whether ``flow``, which has the port's number, uses the port and leads elsewhere.
 
-        A flow that keeps its destination uses the port only if the destination is an address of the node.  Otherwise it
-        passes through the node, as a container's queries of a name server do.
+        A flow whose destination was not translated uses the port only if the destination is an address of the node.
+        Otherwise it only passes through the node, like a container's queries to a name server.
         """
         backend = flow.reply.source
         if (backend, flow.reply.source_port) in self.backends:
@@ -54,7 +54,7 @@ class StalePort(msgspec.Struct, frozen=True):
 
 
 def is_stale(flow: Flow, ports: Iterable[StalePort], is_local: Callable[[str], bool]) -> bool:
-    """Return whether ``flow`` is stale by the first of ``ports`` that it uses.
+    """Return whether ``flow`` is stale, according to the first of ``ports`` that it uses.
 
     ``is_local`` tells whether the node has an address.  A port that was published on all addresses and is now published
     on one is twice in ``ports``, the current one first.
@@ -72,7 +72,7 @@ def stale_host_ports(
     Args:
         address: The container's address on the gateway bridge.
         subnet: The subnet of the gateway bridge.
-        is_published: Whether the container has just got the ports, or has lost them.
+        is_published: True if the container has just got the ports, False if it has lost them.
     """
     return tuple(
         StalePort(

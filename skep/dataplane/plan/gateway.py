@@ -1,10 +1,10 @@
 """The node's nftables rules for containers.  Pure.
 
-In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container.  ``bound_ports`` does so
-for a port published on one address only.  The other rules are fixed.  ``ip6 skep`` has only the rules for egress.
-``bridge skep_gateway`` decides which containers reach each other through the gateway bridge.  Containers without
-another network do, as on Docker's ``bridge``.  Others use it for egress only, because otherwise two networks would be
-connected there.
+In the table ``ip skep``, the map ``host_ports`` leads from a published port of the node to a container.  The map
+``bound_ports`` does the same for ports that are published on one address only.  The other rules are fixed.  ``ip6
+skep`` has only the rules for egress.  ``bridge skep_gateway`` decides which containers reach each other through the
+gateway bridge.  Containers without another network reach each other, as on Docker's ``bridge``.  All others use it only
+for egress, because otherwise it would connect their networks with each other.
 """
 
 from collections.abc import Iterable
@@ -34,9 +34,9 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     """Return the complete IPv4 table with all ``host_ports``.
 
     Packets to a published port are sent to the container, from outside (``pre``) and from the node itself (``out``).
-    Packets from containers leave under the node's address.  A container sees the bridge's address as its client if the
-    client is the node itself, or a container that used the node's address, because the response must come back the same
-    way.  Nothing else is forwarded to containers, from outside or from one to another.
+    Packets from containers leave under the node's address.  If the client is the node itself, or a container that used
+    the node's address, the server sees the bridge's address as its client, so that the response returns the same way.
+    Nothing else is forwarded to containers, from outside or from one to another.
     """
     return NftTable(
         name=TABLE,
@@ -67,7 +67,7 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
 
 
 def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> NftTable:
-    """Return the IPv6 table: egress under the node's address.  Only responses are forwarded to containers."""
+    """Return the IPv6 table for egress under the node's address.  It forwards only responses to containers."""
     return NftTable(
         name=TABLE_IPV6,
         chains=(
@@ -82,7 +82,7 @@ def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> NftTable:
 
 
 def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
-    """Return forward rules that accept ``welcome`` packets to the bridge and drop all others."""
+    """Return forward rules that accept packets to the bridge that match ``welcome``, and drop all others."""
     rules = (f'oifname != "{bridge}" accept', *welcome, "drop")
     return tuple(("forward", rule) for rule in rules)
 
@@ -90,7 +90,8 @@ def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
 def between_table(ports: Iterable[tuple[str, bool]]) -> NftTable:
     """Return the rules between containers.
 
-    ``ports`` are the gateway bridge's ports, each with whether its container may reach other such containers."""
+    ``ports`` has each port of the gateway bridge, and whether its container may reach other such containers.
+    """
     elements = set()
     for port, is_open in ports:
         elements.add(("ports", f'"{port}"'))
@@ -109,7 +110,7 @@ def between_table(ports: Iterable[tuple[str, bool]]) -> NftTable:
 
 
 def _element(port: HostPort) -> tuple[str, str]:
-    """Return the name of the map and the element of a port."""
+    """Return the map and the element for a port."""
     led = f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
     if port.host_ip in ("", "0.0.0.0"):
         return "host_ports", led

@@ -1,18 +1,18 @@
 """One node's part in the routing mesh and its nftables tables, from the ingress network's table.  Pure.
 
 There is one table per address family, ``ip skep_ingress`` and ``ip6 skep_ingress``.  A packet to a local address of the
-node is looked up in ``ports``, or in ``bound`` if a port listens on one address only.  They lead to ``pick_<n>`` for a
-port with n backends, or to ``sticky``, which read the backend from ``backends``.  A change of backends therefore
-changes elements of maps and no rules, which takes a tenth of the time.  Only the first packet of a connection is looked
-up.  The others follow connection tracking, whatever changes.
+node is looked up in ``ports``, or in ``bound`` if a port listens on one address only.  These lead to the chain
+``pick_<n>`` for a port with n backends, or to ``sticky``.  Both chains read the backend from the map ``backends``.  A
+change of backends therefore changes elements of maps and no rules, which takes a tenth of the time.  Only the first
+packet of a connection is looked up.  The others follow connection tracking, whatever changes.
 
-A backend's address and port are in two maps, ``backends`` and ``targets``.  nft 1.0.6 misreads a map whose data are
-both when it lists it, and adds a test for TCP to rules that use it.
+A backend's address and port are in two maps, ``backends`` and ``targets``.  With a single map for both, nft 1.0.6 lists
+the map wrongly and adds a test for TCP to rules that use it.
 
-A port without a backend is refused by ``input``, which its packets reach because no rule sends them elsewhere.
+Packets for a port without a backend are sent nowhere else, so they reach the chain ``input``, which refuses them.
 
-A port is in force only if the node holds its socket (``Plan.held``).  A port that another program has, or that cannot
-be held for another reason, is in no set, so that the program's clients reach the program.
+A port has rules only if the node holds its socket (``Plan.held``).  If another program has the port, it has no rules
+here, so that the program's clients reach the program.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,17 +30,22 @@ from skep.model.tables import Table, TableEndpoint, TablePort, TableService
 
 PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 STICKY_SLOTS = 256
-"""Number of slots.  Clients are assigned to slots by their address, and slots to tasks."""
+"""Number of slots of a sticky port.  A client's address determines its slot, and each slot belongs to a task."""
 BRIDGE = "skep-ingress"
 _TABLE = "skep_ingress"
 _STICKY = "sticky"
 _STICKY_SEED = "0x736b6570"
-"""The same on all nodes, so that a client reaches the same task through each of them."""
+"""Seed of the hash of client addresses.
+
+The same on all nodes, so that a client reaches the same task through each node.
+"""
 
 
 PortKey = tuple[str, int, str]
-"""A socket that holds a port: protocol, number, address.  Empty for every IPv4 address, ``::`` for every IPv6
-address."""
+"""Protocol, number and address of a socket that holds a port.
+
+The address is empty for all IPv4 addresses, and ``::`` for all IPv6 addresses.
+"""
 
 
 class Backend(msgspec.Struct, frozen=True, order=True):
@@ -52,7 +57,7 @@ class Backend(msgspec.Struct, frozen=True, order=True):
 
 
 class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
-    """A published port and its backends, by address family, in the order of task ids."""
+    """A published port, and for each address family its backends in the order of task ids."""
 
     protocol: str
     published: int
@@ -75,7 +80,10 @@ class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IngressNode(msgspec.Struct, frozen=True, order=True):
-    """A node that forwards connections, by its own addresses on the ingress network.  Empty if it has none."""
+    """The addresses of a node that forwards connections, on the ingress network.
+
+    Empty for a family without an address.
+    """
 
     ipv4: str
     ipv6: str = ""
@@ -89,7 +97,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[IngressNode, ...] = ()
     own: IngressNode = IngressNode("")
     held: frozenset[PortKey] = frozenset()
-    """Sockets that the node holds.  Any other port of ``ports`` has no effect."""
+    """Sockets that the node holds.  A port in ``ports`` without such a socket has no effect."""
 
     def in_force(self, *versions: int) -> Iterator[tuple[MeshPort, PortKey]]:
         """Yield each port with each socket of IP ``versions`` that the node holds for it."""
@@ -115,7 +123,7 @@ def is_any(address: str) -> bool:
 
 
 def plan(table: Table, node_id: NodeId) -> Plan:
-    """Return the plan of the node ``node_id``, which holds no port so far.
+    """Return the plan of the node ``node_id``, with no port held yet.
 
     If two services have the same port, which managers prevent, the service with the lower id gets it.
     """
@@ -151,8 +159,8 @@ def addresses_of(addresses: Iterable[str]) -> IngressNode:
 def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
     """Return the backend of each slot, or an empty tuple without backends.
 
-    Each slot is given to the backend that values it most (rendezvous hashing).  A backend that is added or removed
-    moves its own slots only, and all nodes agree.
+    Each slot belongs to the backend with the highest hash value for it (rendezvous hashing).  So all nodes agree, and a
+    backend that is added or removed changes only its own slots.
     """
     if not backends:
         return ()
@@ -165,12 +173,12 @@ def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
 
 @lru_cache(maxsize=4096)
 def _values(task_id: TaskId) -> memoryview:
-    """Return how much a task values each slot."""
+    """Return the hash values of a task for each slot."""
     return memoryview(shake_128(task_id.encode()).digest(4 * STICKY_SLOTS)).cast("I")
 
 
 def _is_possible(port: TablePort) -> bool:
-    """Return whether a port is valid.  One invalid port would prevent all others from being published."""
+    """Return whether a port is valid.  An invalid port must be left out, or no port could be published."""
     numbers = range(1, 65536)
     return port.protocol in PROTOCOLS and port.published in numbers and port.target in numbers
 
@@ -221,8 +229,8 @@ FAMILIES = (IPV4, IPV6)
 def ingress_table(plan: Plan, family: Family) -> NftTable:
     """Return the table of ``family``, with the ports that the node holds.
 
-    A port that user space serves (the PROXY protocol, or IPv6 while the tasks have none) is sent nowhere.  Like any
-    other port it is refused while no task serves it.
+    The table sends no packets of a port that user space serves (for the PROXY protocol, or for IPv6 if the tasks have
+    none).  While no task serves it, it is refused like any other port.
     """
     key = "meta l4proto . th dport"
     held = tuple(plan.in_force(family.version))
@@ -265,7 +273,7 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
         ("refuse", "meta l4proto tcp reject with tcp reset"),
         ("refuse", "reject"),
         *([("raw", 'iifname != "lo" ip daddr 127.0.0.0/8 drop')] if family is IPV4 else []),
-        # The kernel lets no packet of ::1 leave the node, so the net process relays it.
+        # The kernel lets no packet from ::1 leave the node, so the net process relays such connections.
         *([("out", "ip6 daddr ::1 accept")] if family is IPV6 else []),
         *(
             (chain, f"fib daddr type local {rule}")
@@ -276,8 +284,8 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
         ("post", f'oifname "{BRIDGE}" fib saddr type local masquerade'),
         ("input", f"ct state new {bound_key} @bound_refused goto refuse"),
         ("input", f"ct state new {key} @refused goto refuse"),
-        # Packets sent to a task by these rules pass, and the responses.  Nothing else reaches tasks this way, or leaves
-        # them.
+        # Packets that these rules send to a task pass, and so do the responses.  No other packets pass from or to tasks
+        # this way.
         ("forward", f'oifname "{BRIDGE}" ct state established,related accept'),
         ("forward", f'iifname "{BRIDGE}" ct state established,related accept'),
         ("forward", f'oifname "{BRIDGE}" ct status dnat accept'),
@@ -324,7 +332,7 @@ def _dnat(family: Family, number: str) -> str:
 
 
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
-    """Return UDP ports that are new, lost a backend or got their first one, then unpublished ports."""
+    """Return UDP ports that are new, have lost a backend or have got their first one, followed by unpublished ports."""
     before = before if before is not None else Plan()
     earlier = {
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
@@ -335,7 +343,8 @@ def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePo
             continue
         gone.discard(key)
         backends, were = port.backends(version), earlier.get(key)
-        # A program of the node that sends while no backend serves begins a flow to the node, though it is refused.
+        # If a program of the node sends while no backend serves, it creates a flow to the node although the packet is
+        # refused.
         if were is None or not backends >= were or (backends and not were):
             found.append(StalePort(port.published, backends, after.subnets, _destination(key)))
     return (
@@ -345,5 +354,7 @@ def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePo
 
 
 def _destination(key: PortKey) -> str:
-    """Return the only destination of flows to a socket, or an empty text for every address of the node."""
+    """Return the address to which flows to a socket are sent, or an empty text if any address of the node is
+    possible.
+    """
     return "" if is_any(key[2]) else key[2]

@@ -3,9 +3,10 @@
 An overlay network has one bridge on a node, however many subnets it has, and one VXLAN device for each subnet's VXLAN
 id.  The devices of an encrypted network send from the namespace of the WireGuard tunnels
 (``skep.dataplane.wireguard``).  Everything is configured in advance: where frames for an address are sent (``FORWARD``,
-``PORT``), and the answer to a container that asks for an address (``NEIGHBOR``).  Nothing is flooded and nothing is
-learned, and an address in no table is unreachable.  An endpoint is on the device of the subnet that contains its first
-address.  All subnets of a network are on-link for each of its containers, so that frames between them need no router.
+``PORT``), and the answer to a container that asks for an address (``NEIGHBOR``).  Nothing is flooded or learned, so an
+address that is in no table is unreachable.  An endpoint is reached over the device of the subnet that contains its
+first address.  Each container treats all subnets of its network as on-link, so that frames between subnets need no
+router.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,12 +28,12 @@ INGRESS_VXLAN = "skep-vx"
 BRIDGE = "br0"
 VXLAN = "vx"
 OVERHEAD_V4, OVERHEAD_V6 = 50, 70
-"""Bytes that VXLAN adds around a packet: its own header, UDP, IP, and the inner Ethernet header."""
+"""Bytes that VXLAN adds to a packet: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
 IPV6_MTU_MIN = 1280
-"""Source: RFC 8200, section 5."""
+"""Smallest MTU with which IPv6 works.  Source: RFC 8200, section 5."""
 LOOPBACK, LOOPBACK_MTU = "lo", 65536
-"""The kernel's own MTU of the loopback device."""
+"""Name of the loopback device, and its MTU as the kernel sets it."""
 
 OVERLAY_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
@@ -64,7 +65,7 @@ class Underlay(msgspec.Struct, frozen=True):
     """The node's address on the network between the nodes, and the MTU of its device.
 
     Args:
-        mtu: For overlays, the MTU that reaches the other nodes.
+        mtu: The device's MTU.  For overlays, the largest packet that reaches the other nodes.
         offloads: Whether checksums inside VXLAN may be left to the network card, or None to leave the setting
             unchanged.
         netns: The namespace that has the address, or empty for the node's own.
@@ -81,7 +82,7 @@ UNKNOWN_TUNNEL = Underlay("::", tunnel_mtu(USUAL_MTU, is_ipv6=False))
 
 
 def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
-    """Return the MTU of a network's interfaces: as configured, else the underlay's without the overhead.
+    """Return the MTU of a network's interfaces: the configured one, else the underlay's MTU minus the overhead.
 
     A network with IPv6 has at least 1280 (RFC 8200, section 5).  With less, the kernel removes IPv6 addresses.
     """
@@ -103,8 +104,8 @@ def network_state(
 ) -> State:
     """Return the desired state of one network on this node.  ``remote`` are its ``remote_entries``.
 
-    Without a table it consists of the local containers on their bridge.  Without an ``underlay`` no other node is
-    reachable.  For an encrypted network, pass the table and the underlay inside the tunnels.
+    Without a table, it has only the local containers and their bridge.  Without an ``underlay``, no other node is
+    reachable.  For an encrypted network, ``table`` and ``underlay`` are those inside the tunnels.
     """
     bridge, mtu = bridge_of(head), mtu_of(head, underlay)
     devices = _devices(head, underlay, bridge, mtu) if table is not None else {}
@@ -147,7 +148,9 @@ def device_of(head: NetworkHead, segment: Segment) -> str:
 
 
 def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> frozenset[Entry]:
-    """Return the entries by which every endpoint, and every other node's own address, is reached over VXLAN."""
+    """Return the entries through which this node reaches the endpoints on other nodes, and the nodes' own addresses,
+    over VXLAN.
+    """
     if underlay is None:
         return frozenset()
     family = ":" in underlay.address
@@ -167,7 +170,7 @@ def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> 
 
 
 def check_sandbox(sandbox: Sandbox) -> None:
-    """Check that networks can be built from a record.  Raises: ValueError, or any other error, if not."""
+    """Check that networks can be built from a recorded sandbox.  Raises: ValueError, or any other error, if not."""
     for one in sandbox.endpoints:
         endpoint = LocalEndpoint(sandbox.netns, one)
         network_state(
@@ -181,7 +184,7 @@ def check_sandbox(sandbox: Sandbox) -> None:
 def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
     """Return a container's interfaces with their addresses, and its routes.
 
-    ``networks`` are the current heads of its networks, with their MTU.
+    ``networks`` has the current head and MTU of each of its networks.
     """
     links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)}
     addresses = {Address(LOOPBACK, "127.0.0.1/8")}
@@ -222,13 +225,15 @@ def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Li
         name=name,
         kind=parent.kind,
         mtu=head.mtu,
-        mac="" if parent.kind == "ipvlan" else mac,  # ipvlan has its parent's address
+        mac="" if parent.kind == "ipvlan" else mac,  # an ipvlan device has its parent's MAC address
         parent=parent,
     )
 
 
 def _default_routes(name: str, head: NetworkHead) -> set[Route]:
-    """Return the default routes on a parent device: through the gateways, or direct where ipvlan routes itself."""
+    """Return the default routes on a parent device: through the gateways, or without a gateway for ipvlan modes that
+    route.
+    """
     if head.is_internal:
         return set()
     is_router = head.parent is not None and head.parent.mode in ("l3", "l3s")
@@ -240,7 +245,7 @@ def _default_routes(name: str, head: NetworkHead) -> set[Route]:
 
 
 def _ipv6_sysctls(interface: str) -> dict[str, str]:
-    """Return the sysctls of an interface whose IPv6 address needs no duplicate detection and whose routes Skep sets."""
+    """Return the IPv6 sysctls of an interface: no duplicate address detection, and no routes except Skep's."""
     return {
         f"net/ipv6/conf/{interface}/accept_dad": "0",
         f"net/ipv6/conf/{interface}/accept_ra": "0",
@@ -258,7 +263,7 @@ def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
         links={
             name: msgspec.structs.replace(link, is_up=False)
             for name, link in wanted.links.items()
-            if link.parent is None  # these are created from inside the namespace
+            if link.parent is None  # links with a parent are created from inside the namespace
         },
         # The kernel adds these as soon as the interfaces are up.
         addresses=frozenset(one for one in wanted.addresses if one.interface.startswith(("127.", "fe80:"))),
@@ -287,7 +292,11 @@ def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int
 
 
 def _own_addresses(head: NetworkHead, table: Table | None, node_id: NodeId) -> list[str]:
-    """Return the bridge's addresses: the gateways, the same on every node, or the node's own on the ingress network."""
+    """Return the bridge's addresses.
+
+    These are the gateways, which are the same on every node.  On the ingress network, they are the node's own
+    addresses.
+    """
     if not head.is_ingress:
         return [f"{one.gateway}/{subnet_of(one.subnet).prefixlen}" for one in head.segments if one.gateway]
     node = table.nodes.get(node_id) if table is not None else None
@@ -304,7 +313,7 @@ def _sysctls(bridge: str, devices: Iterable[str], *, is_dual: bool) -> dict[str,
     if is_dual:
         for (
             device
-        ) in devices:  # a device answers for neighbors only if IPv6 is enabled; it needs no address for that
+        ) in devices:  # a device answers for neighbors only if IPv6 is enabled, but needs no address for that
             sysctls[f"net/ipv6/conf/{device}/addr_gen_mode"] = "1"
             sysctls[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"
         sysctls[f"net/ipv6/conf/{bridge}/accept_dad"] = "0"
@@ -328,8 +337,8 @@ def _one_device_each(
 ) -> frozenset[Entry]:
     """Return all entries, with one device for each MAC address.
 
-    If the table assigns an address to another node, the remote entry wins, because a container that is about to end may
-    still hold the address here.  Of two containers here the later one wins.
+    If the table assigns an address to another node, the remote entry is used, because a container here may be about to
+    end and still hold the address.  If two containers here have it, the later one is used.
     """
     endpoints = table.endpoints.values() if table is not None else ()
     local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
@@ -346,7 +355,7 @@ def _segment_of(head: NetworkHead, address: str) -> Segment | None:
 
 @lru_cache(maxsize=4096)
 def subnet_of(text: str) -> IPv4Network | IPv6Network:
-    """Return ``ip_network(text)``, cached: a table names few subnets and many addresses."""
+    """Return ``ip_network(text)``.  Cached, because a table names few subnets for many addresses."""
     return ip_network(text)
 
 

@@ -1,7 +1,7 @@
-"""The namespace for a node's probes, with a VXLAN device as overlays have.  Pure.
+"""Plans the namespace for a node's probes, which has a VXLAN device like an overlay.  Pure.
 
-A node's probe address is derived from 24 bits of the hash of its id.  For one node in ten thousand, two of its peers
-have the same address.  Of such peers only the first by id is probed over VXLAN.
+A node's probe address contains 24 bits of the hash of its id.  One node in ten thousand has two peers with the same
+address.  Only the one with the lower id is then probed over VXLAN.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DEVICE = "probe"
 PORT = 4787
-"""UDP and TCP port inside the namespace, where nothing else uses ports."""
+"""UDP and TCP port of probes.  Any port would do, because nothing else uses ports in the namespace."""
 IP_UDP_BYTES = 28
 """Length of the IPv4 and UDP headers."""
 _NETWORK = 10 << 24
 _HOSTS = (1 << 24) - 2
 _LENGTH = 8
-"""Prefix length of the nodes' addresses for probes."""
+"""Prefix length of the network of probe addresses."""
 
 
 def number_of(node: NodeId) -> int:
@@ -47,8 +47,9 @@ def overhead(underlay: str) -> int:
 def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
     """Return the peers that are probed over VXLAN, by probe address.
 
-    Peers with an underlay address of the other family are left out, and all but one of the peers with the same
-    address."""
+    Peers with an underlay address of the other family are left out.  If peers have the same probe address, all but one
+    are left out.
+    """
     own, is_v6 = address_of(targets.node.node_id), ":" in targets.node.data_path
     found: dict[str, PathPeer] = {}
     for peer in sorted(targets.peers, key=lambda one: one.node_id):
@@ -61,7 +62,7 @@ def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
 def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
     """Return the desired state of the namespace.
 
-    ``offloads`` is the device's setting, or None to leave it unchanged.
+    ``offloads`` is the device's setting of checksum offload, or None to leave it unchanged.
     """
     own = address_of(targets.node.node_id)
     entries = set()
@@ -96,7 +97,7 @@ PEERS_MAX = 512
 
 
 def sound(targets: ProbeTargets) -> ProbeTargets:
-    """Return ``targets`` with at most ``PEERS_MAX`` peers, without invalid addresses and the node itself."""
+    """Return ``targets`` with at most ``PEERS_MAX`` peers, without the node itself and without invalid addresses."""
     peers = {peer.node_id: _sound(peer) for peer in targets.peers if peer.node_id != targets.node.node_id}
     return ProbeTargets(node=_sound(targets.node), peers=tuple(peers.values())[:PEERS_MAX])
 
@@ -111,7 +112,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def _sound(peer: PathPeer) -> PathPeer:
-    # The forwarder's port is ten above, WireGuard's next to it.
+    # Earlier versions used the port ten above for a forwarder, and WireGuard's ports follow it.
     has_port = 0 < peer.vxlan_port <= PORT_MAX - 16
     return msgspec.structs.replace(
         peer,

@@ -1,18 +1,18 @@
 """Routes a task's replies back through the node that their client connected to: routes, rules and tables.  Pure.
 
 Packets of the routing mesh reach a container with the client's own address, so its default route would send the replies
-another way.  The source MAC address tells which node forwarded them.  It determines the mark of the connection, the
-mark of the replies, and by a rule the number of a routing table with that node as its only gateway.  Mark and table are
-the node's IPv4 address on the ingress network, so that no numbers have to be assigned or stored.
+another way.  The source MAC address tells which node forwarded them.  It determines the mark of the connection and of
+its replies.  By the mark, a rule selects a routing table with that node as its only gateway.  Mark and table are the
+node's IPv4 address on the ingress network, so that no numbers have to be assigned or stored.
 
 * A client, such as a load balancer before all nodes, may use one source port towards several nodes.  Both connections
   then have the same addresses and ports at a task that both lead to.  Each node's connections are therefore tracked in
-  a zone of their own in the original direction, and in one common zone in the reply direction.  A connection whose
-  replies would look like another's gets another client port on arrival, as with any address translation.  Its address
-  stays.
-* A UDP server that replies from an unbound socket has its source address chosen by the default route, so its reply
-  would match no connection.  UDP is therefore sent to the address of the default route's interface, and conntrack
-  restores the right source.
+  a zone of their own in the original direction, and in one common zone in the reply direction.  If the replies of two
+  connections would look the same, one of them gets another client port on arrival, as in any address translation.  The
+  client's address stays.
+* If a UDP server replies from an unbound socket, the default route determines the source address, so the reply would
+  match no connection.  UDP is therefore sent to the address of the default route's interface, and conntrack restores
+  the right source.
 * Most containers have no IPv6 default route, and without any route no reply can start.  TCP selects the route of its
   replies by the mark of the first packet (``SYSCTLS``), UDP by a rule that sends only UDP to the node's own ingress
   address.  New UDP flows on that route are refused, and new TCP connections find no route.  Both fail at once.
@@ -34,12 +34,12 @@ from skep.dataplane.plan.ingress import IngressNode, Plan
 
 _TABLE = "skep_return"
 _PRIORITY = 1042
-"""Priority of the routing rules that select by mark.  It also identifies these rules as Skep's."""
+"""Priority of the routing rules that select by mark.  Skep also recognizes its rules by this priority."""
 _UDP_PRIORITY = 32999
 """Priority of the rule for IPv6 replies over UDP, after all other routes."""
 _UDP_TABLE = 1042
 _ZONE = "@ll,80,16"
-"""The last two bytes of a packet's source MAC address, which are the last two of its node's IPv4 address."""
+"""The last two bytes of a packet's source MAC address.  They are the last two bytes of the node's IPv4 address."""
 SYSCTLS = {"net/ipv4/tcp_fwmark_accept": "1"}
 """Sysctls of the container's namespace, for both versions of IP."""
 

@@ -2,9 +2,10 @@
 
 A rotation has three steps:
 
-1. When the only pair is ``Limits.period_s`` old, a second pair is made.  It has a device of its own and is published
-   together with the older one.
-2. Traffic with each peer moves to the newer pair when a handshake with it was completed (``plan.wireguard.chosen``).
+1. When the only pair is ``Limits.period_s`` old, a second pair is created.  It has a separate device, and both public
+   keys are published.
+2. Traffic with a peer moves to the newer pair once a handshake with this pair was completed
+   (``plan.wireguard.chosen``).
 3. The older pair is removed ``Limits.overlap_s`` after the last peer has moved (``next_pairs``).  The next rotation
    waits for that, so a device that carries traffic never changes its key.
 
@@ -21,9 +22,9 @@ from skep.dataplane.plan.wireguard import FoundDevice, KeyPair, Peer, Session
 from skep.model.ids import NodeId
 
 ALIVE_S = 300.0
-"""A peer whose latest handshake is older than this is not reached by that key pair.
+"""Seconds since the latest handshake after which a key pair no longer reaches the peer.
 
-With a keepalive every 25 s, a session is renewed every two minutes and not used after three.
+With a keepalive every 25 s, WireGuard renews a session every two minutes, and stops using it after three.
 Source: wireguard.com/papers/wireguard.pdf, section 6.1.
 """
 
@@ -32,13 +33,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Lifetimes of key pairs, in seconds."""
 
     period_s: float = 24 * 3600.0
-    """Age at which a key pair is replaced.  WireGuard itself replaces session keys every two minutes."""
+    """Age at which a key pair is replaced.  (WireGuard itself replaces session keys every two minutes.)"""
     overlap_s: float = 300.0
-    """Time for which the older pair is kept after the last peer has moved, until the peer has sent its last packet to
-    the older key.  A peer checks its handshakes every second, and a lost confirmation is repeated after 25 s."""
+    """Seconds for which the older pair is kept after the last peer has moved.
+
+    The peer may still send packets to the older key for a while: it checks its handshakes every second, and a lost
+    confirmation is repeated after 25 s.
+    """
     bound_s: float = 7 * 24 * 3600.0
-    """Age of the newer pair at which the older pair is removed, whatever peers use.  A peer that refuses the newer key
-    must not prevent rotation forever.  This is also how long managers may be unreachable without a loss of traffic."""
+    """Age of the newer pair at which the older pair is removed even if peers still use it.
+
+    A peer that refuses the newer key must not prevent rotation forever.  Managers may be unreachable for this long
+    without a loss of traffic.
+    """
 
 
 class Handshake(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,14 +59,17 @@ class Handshake(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(IntEnum):
-    """How the peers that have not moved to the newest key pair use the older one."""
+    """How peers that have not moved to the newest key pair use the older pair."""
 
     UNUSED = 0
     """Every peer that was ever reached has moved."""
     SILENT = 1
-    """Some peers have not moved and sent nothing for ``ALIVE_S``.  They may come back with the older key only."""
+    """Some peers have not moved, and have sent nothing for ``ALIVE_S``.
+
+    When they come back, they may know only the older key.
+    """
     ALIVE = 2
-    """Some peers exchange packets with the older pair only."""
+    """Some peers exchange packets only with the older pair."""
 
 
 class Overlap(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,8 +100,8 @@ def noted(
 def handshakes_of(found: Iterable[FoundDevice], pairs: Iterable[KeyPair]) -> Mapping[Session, float]:
     """Return the completed handshakes of all devices, with their stamps.
 
-    A handshake counts for the key that the device has, not for the key that it should have.  A device with an unknown
-    key is left out.
+    A handshake is counted for the key that the device actually has, not for the key that it should have.  A device with
+    an unknown key is left out.
     """
     own = {pair.private: pair.public for pair in pairs}
     return {
@@ -135,7 +145,7 @@ def observed(
 ) -> Overlap:
     """Return the state after another check.
 
-    The time without use restarts with a rotation, and when a peer falls back.
+    The time without use starts again after a rotation, or when a peer returns to the older key.
     """
     newest = pairs[-1].public if pairs else b""
     usage = usage_of_older(pairs, peers, handshakes, now)
@@ -154,7 +164,7 @@ def next_pairs(
     now: float,
     limits: Limits,
 ) -> tuple[KeyPair, ...]:
-    """Return the key pairs from now on, the oldest first: one is added, or the older one is removed, or neither.
+    """Return the key pairs to use from now on, the oldest first.  Adds a pair, removes the older one, or does neither.
 
     A new pair takes the slot that the newest pair does not have.
     """
@@ -162,7 +172,7 @@ def next_pairs(
         return (KeyPair(private=make(), slot=0, made_at=boot_s),)
     newest = pairs[-1]
     age = boot_s - newest.made_at
-    # a negative age: the pair was made in another boot
+    # a negative age means that the pair was created in an earlier boot
     if age < 0 or (len(pairs) == 1 and age >= limits.period_s):
         return (newest, KeyPair(private=make(), slot=1 - newest.slot, made_at=boot_s))
     if len(pairs) > 1 and overlap.newest == newest.public and _is_over(overlap, age, now, limits):
@@ -171,7 +181,7 @@ def next_pairs(
 
 
 def _is_over(overlap: Overlap, age: float, now: float, limits: Limits) -> bool:
-    """Return whether the older of two pairs is removed.  ``age`` is the newer pair's."""
+    """Return whether the older of two pairs must be removed.  ``age`` is the age of the newer pair."""
     match overlap.usage:
         case Usage.UNUSED:
             return overlap.unused_since is not None and now - overlap.unused_since >= limits.overlap_s

@@ -4,17 +4,18 @@ There is one table per family, ``ip skep_virtual`` and ``ip6 skep_virtual``.  A 
 three steps:
 
 * ``guards`` (before NAT) refuses packets without a destination.  These are new flows to a service without backends, and
-  TCP in the middle of a connection that this namespace does not know.  Such a connection is reset, because it would
-  otherwise reach some backend that does not know it either.  ``guards`` also notes in ``datagrams`` which addresses UDP
-  flows use, because finding the flows of a removed backend means reading all of the node's connection tracking (9 ms).
+  TCP packets in the middle of a connection that this namespace does not know.  Such a connection is reset, because
+  otherwise its packets would reach some backend that does not know it either.  ``guards`` also notes in ``datagrams``
+  which addresses UDP flows use, because finding the flows of a removed backend means reading all of the node's
+  connection tracking (9 ms).
 * ``services`` sends the first packet of a flow to ``spread_<n>``, the chain for all services that have exactly ``n``
-  backends.  It draws one of ``n`` numbers.  The spread is therefore exactly even, and a service costs as many elements
-  as it has backends.
-* ``backends`` has the address for the virtual address and the number drawn.  All later packets of the flow follow
-  conntrack, whatever happens to the maps, so connections stay where they are.
+  backends.  The chain draws one of ``n`` numbers, so the spread is exactly even, and a service needs one element for
+  each backend.
+* ``backends`` maps the virtual address and the drawn number to the backend's address.  All later packets of the flow
+  follow connection tracking, so established connections are not affected by changes of the maps.
 
-The sender keeps its own address, so a backend sees its client, and may be the client itself.  Every protocol is
-handled: TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
+The sender's address is not translated, so a backend sees the address of its client.  The client may itself be a
+backend.  Every protocol is handled: TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
 """
 
 from collections import defaultdict
@@ -33,7 +34,7 @@ FAMILIES = ("ip", "ip6")
 DATAGRAMS = "datagrams"
 _MAPS = ("backends", "services", "guards")
 _DATAGRAMS_MAX = 1024
-"""Size of the set, which the kernel allocates from the start: 16 KiB."""
+"""Size of the set ``datagrams``.  The kernel allocates all of it (16 KiB) when the set is created."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
 
 Backends: TypeAlias = tuple[str, ...]
@@ -44,7 +45,7 @@ VipBackends: TypeAlias = Mapping[str, Backends]
 def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
     """Return the backends of each service's virtual addresses, in the order of their tasks' ids.
 
-    The ingress network has none: nodes publish its ports.
+    The ingress network has no virtual addresses, because its ports are published by nodes.
     """
     if table.head.is_ingress:
         return {}
@@ -63,7 +64,7 @@ def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
 
 
 class Written(msgspec.Struct, frozen=True):
-    """One family's table as it was written: its backends, and the numbers of backends that have chains."""
+    """One family's table as it was written: its backends, and the numbers n for which a chain ``spread_<n>`` exists."""
 
     backends: VipBackends
     counts: frozenset[int]
@@ -78,7 +79,7 @@ class Plan(msgspec.Struct, frozen=True):
             kind and need not be parsed by nft.
         after: The tables by family after the changes.
         stale: Addresses whose UDP flows may lead to a removed backend, with their present backends.
-        is_anew: Whether the earlier state was unknown, so that it is also unknown which addresses have flows.
+        is_anew: Whether the earlier state was unknown, so that any address may have flows.
     """
 
     text: str
@@ -89,7 +90,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
-    """Return the changes of a namespace from ``written`` (None if unknown) to ``backends``.
+    """Return the changes that lead from ``written`` (None if unknown) to ``backends`` in a namespace.
 
     A namespace without virtual addresses of a family needs no table for it.
     """
@@ -161,7 +162,7 @@ def vip_table(family: str, backends: VipBackends) -> NftTable:
 
 
 class Elements(NamedTuple):
-    """Elements (key, value) that are added to a map of the ``family``'s table, or removed from it."""
+    """Elements (key, value) to add to or remove from a map in the table of ``family``."""
 
     family: str
     map: str
@@ -172,8 +173,8 @@ class Elements(NamedTuple):
 def elements(family: str, old: VipBackends, new: VipBackends) -> tuple[Elements, ...]:
     """Return the changes from the elements of ``old`` to the elements of ``new``, in the order to apply them.
 
-    It compares addresses and not whole tables, because one service changes among hundreds in each of a hundred
-    namespaces.
+    Compares addresses instead of whole tables, because usually one of hundreds of services changes, in each of a
+    hundred namespaces.
     """
     gone: dict[str, list[tuple[str, str]]] = {name: [] for name in _MAPS}
     added: dict[str, list[tuple[str, str]]] = {name: [] for name in _MAPS}
@@ -206,8 +207,8 @@ def noted(addresses: Iterable[str]) -> str:
 def in_place(before: Backends, backends: Backends) -> Backends:
     """Return ``backends`` in an order that keeps as many as possible at the index that they had ``before``.
 
-    A removed backend leaves a gap, which a new one fills, or else the last one.  A change therefore costs as many
-    elements as backends change, wherever in the order it happens.
+    A removed backend leaves a gap, which a new backend fills, or else the last one.  So the number of changed elements
+    is the number of changed backends, wherever they are in the order.
     """
     stays, coming = set(backends), [one for one in backends if one not in before]
     slots: list[str | None] = [one if one in stays else None for one in before]
@@ -254,7 +255,7 @@ def _draw(family: str, count: int) -> str:
 
 
 def _counts(backends: VipBackends) -> frozenset[int]:
-    """Return the numbers of backends that need a chain."""
+    """Return the numbers n of backends for which a chain ``spread_<n>`` is needed."""
     return frozenset(len(found) for found in backends.values() if found)
 
 

@@ -1,12 +1,12 @@
 """Plans the WireGuard devices and peers between this node and the others.  Pure.
 
 Every node that shares an encrypted network with this one is a peer by each key that it publishes.  Each key has an
-address of its own inside the tunnels (``inner_address``), the only allowed source of packets of that key.  The
-VXLANs of encrypted networks send to these addresses and to nothing else.  ``tunnelled`` replaces the nodes' addresses
-in a network's table by tunnel addresses.
+address inside the tunnels (``inner_address``), which is the only source address that WireGuard accepts from that key.
+The VXLANs of encrypted networks send only to these addresses.  ``tunnelled`` replaces the nodes' addresses in a
+network's table by addresses inside the tunnels.
 
-The devices live in a network namespace of their own without other egress.  A packet of an encrypted network that no
-tunnel takes is therefore dropped there, and none can leave unencrypted.
+The devices are in a separate network namespace without other egress.  If no tunnel takes a packet of an encrypted
+network, it is dropped there, so no packet can leave unencrypted.
 """
 
 from collections import Counter
@@ -26,14 +26,22 @@ from skep.model.wireguard import PublicKey
 from skep.paths import DEFAULT_RUN
 
 INNER_PORT_OFFSET = 12
-"""UDP port of VXLAN inside the tunnels, above the port of unencrypted VXLAN (4801).  It is never seen outside."""
+"""Distance of the VXLAN port inside the tunnels from the port of unencrypted VXLAN (4801 by default).
+
+Packets outside the tunnels never have this port.
+"""
 OVERHEAD_V4, OVERHEAD_V6 = 60, 80
-"""Bytes that WireGuard adds to a packet: its header and tag (32), UDP, IP.  Source: wireguard.com/protocol."""
+"""Bytes that WireGuard adds to a packet: 32 for its header and tag, and the headers of UDP and IP.
+
+Source: wireguard.com/protocol.
+"""
 PADDING = 16
 """WireGuard pads packets to a multiple of this, at most to the MTU of its device."""
 KEEPALIVE_S = 25
-"""Keepalive interval.  Sessions start at once and are kept, so that a key is known to work before traffic moves to
-it."""
+"""Keepalive interval in seconds.
+
+With it, sessions start at once, so that a key is known to work before traffic moves to it.
+"""
 
 _PREFIX = bytes.fromhex("fd736b6570656e63")
 """Unique local (RFC 4193): fd73:6b65:7065:6e63::/64.  It exists inside the tunnels' namespace only."""
@@ -98,28 +106,30 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     peers: Mapping[NodeId, tuple[Peer, ...]] = {}
     sources: frozenset[tuple[str, int]] = frozenset()
     contested: tuple[NodeId, ...] = ()
-    """Nodes that publish a key of another node, or a key with the same inner address.  The key is used for neither
-    node."""
+    """Nodes that publish a key with the same inner address as another node's key.
+
+    Such a key is used for neither node.
+    """
     keyless: tuple[NodeId, ...] = ()
     """Nodes of encrypted networks without a usable key.  No frames are exchanged with them."""
 
 
 Session = tuple[bytes, bytes]
-"""A public key of this node and one of a peer, between which a handshake was completed.
+"""A public key of this node and a public key of a peer, between which a handshake was completed.
 
-Keys and not devices, because a handshake with one key says nothing about the next key of the same device.
+Keys and not devices, because a handshake with one key does not tell whether the next key of the same device works.
 """
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The key of each peer that this node sends to, and the slot of the device for each tunnel address."""
+    """The key of each peer to which this node sends, and the slot of the device for each address inside the tunnels."""
 
     addresses: Mapping[NodeId, str] = {}
     slots: Mapping[str, int] = {}
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Changes to a device that lead to its desired configuration.  ``removed`` is applied before ``put``.
+    """Changes that bring a device to its desired configuration.  ``removed`` is applied before ``put``.
 
     ``private`` is set together with the removal of all peers, so that no peer keeps a handshake of the previous key.
     """
@@ -162,9 +172,9 @@ class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
 def inner_address(public: bytes) -> str:
     """Return the address of a key inside the tunnels: 64 bits of its hash.
 
-    Among 10,000 keys, two have the same address with a probability of 3e-12.  Finding a key with a given address takes
-    2**64 attempts.  Finding one with the address of any of 10,000 keys takes 2**51, which is possible within a day, so
-    ``plan_of`` uses neither of two keys with the same address.
+    The probability that two of 10,000 keys have the same address is 3e-12.  An attacker needs 2**64 attempts to make a
+    key with a given address, but only 2**51 attempts, which is possible within a day, for the address of any of 10,000
+    keys. So ``plan_of`` uses neither of two keys with the same address.
     """
     return str(IPv6Address(_PREFIX + sha256(public).digest()[:8]))
 
@@ -175,9 +185,11 @@ def tunnel_mtu(underlay_mtu: int, *, is_ipv6: bool) -> int:
 
 
 def device_name(run: Path, slot: int) -> str:
-    """Return a device's name: ``skep-wg0``, or a name unique to the run directory unless that is the default.
+    """Return a device's name, for example ``skep-wg0``.
 
-    wireguard-go's socket is named after its device, in a folder that is shared by everything on a machine.
+    If ``run`` is not the default directory, the name is unique to it.
+
+    The name must be unique on the machine, because wireguard-go names its socket after the device.
     """
     if run == DEFAULT_RUN:
         return f"skep-wg{slot}"
@@ -193,7 +205,7 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
     """
     encrypted = [table for table in tables if table.head.is_encrypted]
     nodes = {id: node for table in encrypted for id, node in table.nodes.items() if id != own}
-    # Count addresses and not keys: a key may have been made so that it has the address of another one.
+    # Count addresses and not keys, because an attacker may have made a key with the address of another key.
     claims = Counter(inner for node in nodes.values() for inner in _inner_addresses(node))
     claims.update(inner_address(pair.public) for pair in pairs)
     peers = {
@@ -242,7 +254,7 @@ def own_port(slot: int, vxlan_port: int, port: int = 0) -> int:
 
 
 def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
-    """Choose the key of each peer to send to, and the device: the newest of both that are known to work.
+    """Choose the key of each peer to which to send, and the device for it: the newest ones that are known to work.
 
     Traffic moves to a new key, of this node or of a peer, only after a handshake with it was completed, so that no
     packet waits for a handshake.  Before the first handshake, the newest key and the newest device are used.
@@ -284,10 +296,10 @@ def tunnelled(table: Table, own: NodeId, addresses: Mapping[NodeId, str]) -> Tab
 def changes(found: FoundDevice, wanted: Device, before: Device | None) -> Change:
     """Return the changes from the ``found`` to the ``wanted`` configuration of a device.
 
-    ``before`` is the configuration that this process wanted last, or None.  Peers that stay are never replaced, so
-    their sessions continue.  WireGuard follows a peer whose packets come from another address than its endpoint, so an
-    endpoint is set only if the wanted one has changed.  With another private key all peers are made again, because a
-    device otherwise keeps showing handshakes made with the previous key.
+    ``before`` is the configuration that this process wanted last, or None.  Peers that stay are never replaced, so that
+    their sessions continue.  WireGuard itself changes the endpoint of a peer whose packets come from another address,
+    so an endpoint is set only if the wanted one has changed.  With a new private key, all peers are created again,
+    because otherwise the device would still show handshakes with the previous key.
     """
     if found.private != wanted.private:
         port = wanted.port if found.port != wanted.port else None

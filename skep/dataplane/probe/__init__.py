@@ -1,1 +1,1 @@
-"""Probes between nodes: measures which packets the data path delivers, on the path that containers' packets take."""
+"""Probes between nodes: measures which packets arrive on the path that containers' packets take."""

@@ -1,6 +1,6 @@
 """Probes the data path to each peer through VXLAN, and keeps the measurements.
 
-The order matters: small packets first, then the path MTU if they arrive, then packets with a checksum, of a size that
+The order matters: first small packets, then the path MTU if these arrive, then packets with a checksum, of a size that
 arrives.
 """
 
@@ -40,15 +40,15 @@ from skep.model.paths import PathFinding, PathPeer, ProbeTargets
 log = structlog.get_logger()
 
 SMALL_TRIES = 3
-"""Packets of a periodic probe.  A busy network loses one at times."""
+"""Number of packets in a periodic probe.  More than one, because a busy network loses a packet at times."""
 THOROUGH_TRIES = 10
-"""Packets of a probe that a person asked for, which shows a loss of 10 %."""
+"""Number of packets in a probe that a person has requested.  It shows a loss of 10 %."""
 REQUESTED_S = 25.0
-"""A peer sends requests every ten seconds."""
+"""Seconds within which a peer's requests must arrive here.  A peer sends them every ten seconds."""
 CHECK_BYTES = 1 << 18
-"""Bytes of a TCP transfer that tests whether large segments arrive, which needs many of them."""
+"""Bytes of a TCP transfer that tests whether large segments arrive.  Large enough for many segments."""
 _TRIAL_TRIES = 5
-"""Packets that decide whether checksums by the network card arrive."""
+"""Number of packets that decide whether packets with checksums by the network card arrive."""
 
 
 class DataPath:
@@ -73,12 +73,14 @@ class DataPath:
         self._has_offloads: bool | None = None
         self._verified_by_tcp: set[NodeId] = set()
         self.failure = ""
-        """Why no peer can be probed at present, or empty if probing works."""
+        """Reason why no peer can be probed at present, or empty if probing works."""
         self.measured = Measurements()
         self.offload = Offload()
 
     def own_measurements(self) -> PeerMeasurements:
-        """Return the content of responses: the MTU of this node's device, and the smaller path MTUs."""
+        """Return the measurements that responses carry: the MTU of this node's device, and all path MTUs that are
+        smaller.
+        """
         mtu = self._underlay.mtu if self._underlay is not None else 0
         own = self.measured.own
         return PeerMeasurements(mtu, {number_of(id): found for id, found in own.items() if 0 < found < mtu})
@@ -111,7 +113,7 @@ class DataPath:
     async def _apply(self, targets: ProbeTargets) -> None:
         self._underlay = await self._namespace.apply(targets, offloads=self._has_offloads)
         if self._has_offloads is None:
-            # The device shows an earlier process's result.  A new device leaves checksums to the card.
+            # The device's setting shows the result of an earlier process.  A new device leaves checksums to the card.
             self._has_offloads = await self._namespace.has_offloads()
             self.offload = Offload(is_off=not self._has_offloads)
         address = address_of(targets.node.node_id)
@@ -215,7 +217,7 @@ class DataPath:
     # --- checksums --------------------------------------------------------------------------------------------
 
     async def _checksum_outcome(self, peer: PathPeer, address: str, *, is_thorough: bool) -> Outcome:
-        """Probe with checksums.  Offload is switched off if the network card is at fault."""
+        """Probe with checksums.  If the network card is at fault, switch offload off."""
         if is_thorough:
             self._verified_by_tcp.discard(peer.node_id)
         outcome = await self._probe_with_checksums(peer, address, SMALL_TRIES)
@@ -232,7 +234,7 @@ class DataPath:
             transferred = await self._transfer(peer, address, CHECK_BYTES)
             if transferred.is_lost:
                 return Outcome(sent=outcome.sent, answered=0)
-            if transferred.bytes:  # otherwise the receiver was busy, which is not evidence
+            if transferred.bytes:  # otherwise the receiver was busy, which proves nothing
                 self._verified_by_tcp.add(peer.node_id)
         return outcome
 
@@ -253,7 +255,7 @@ class DataPath:
 
     async def _test_card(self, peer: PathPeer, address: str) -> None:
         async with self._testing:
-            if self.offload.is_off:  # another peer's trial has already found the card broken
+            if self.offload.is_off:  # a trial with another peer has already found the card broken
                 return
             arrived: list[bool] = []
             try:
@@ -261,13 +263,13 @@ class DataPath:
                     await self._set_offloads(by_card)
                     self._verified_by_tcp.discard(peer.node_id)
                     arrived.append((await self._probe_with_checksums(peer, address, _TRIAL_TRIES)).arrived)
-                    if arrived[-1] is by_card:  # a broken card loses exactly the packets left to it
+                    if arrived[-1] is by_card:  # a broken card loses exactly the packets with its checksums
                         break
                 self.offload = after_trials(self.offload, peer.node_id, arrived)
             except (SkepError, OSError) as error:
                 log.warning("checksum offload not tested", reason=str(error))
             finally:
-                with suppress(SkepError, OSError):  # repeated with the next targets
+                with suppress(SkepError, OSError):  # this is repeated with the next targets
                     await self._set_offloads(not self.offload.is_off)
         if self.offload.is_off:
             log.warning("checksum offload switched off: wrong checksums inside vxlan", peer=peer.node_id)

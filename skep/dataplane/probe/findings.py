@@ -1,4 +1,4 @@
-"""Makes findings from the outcomes of probes.  Pure.  Every text names the port."""
+"""Turns the outcomes of probes into findings.  Pure.  Every text names the port to open."""
 
 from collections.abc import Iterable
 
@@ -37,7 +37,8 @@ def overlay_finding(peer: PathPeer, outcome: Outcome, *, is_received: bool) -> P
 def large_finding(peer: PathPeer, mtu: int, device_mtu: int, tried: int) -> PathFinding:
     """Return the finding for large packets.
 
-    ``mtu`` is the path's, or 0 if not even ``MTU_MIN`` arrives.  ``tried`` is the number of packets sent."""
+    ``mtu`` is the path MTU, or 0 if not even ``MTU_MIN`` arrives.  ``tried`` is the number of packets sent.
+    """
     detail = ""
     if not mtu:
         detail = (
@@ -81,7 +82,10 @@ def port_finding(
 def next_report(
     peer: PathPeer, findings: Iterable[PathFinding], mtu: int, before: PathReport | None
 ) -> PathReport:
-    """Return the report of the round after ``before``.  Equal verdicts are counted in ``rounds``."""
+    """Return the report of a new round.
+
+    ``rounds`` counts how often the verdict was the same, starting from ``before``.
+    """
     report = PathReport(peer=peer.node_id, findings=tuple(findings), mtu=mtu)
     if before is not None and _verdict(before) == _verdict(report):
         return replace(report, rounds=before.rounds + 1)

@@ -2,11 +2,11 @@
 
 A router between two nodes may have a smaller MTU than their devices, and often sends no error.  Packets of full size
 are then dropped, and connections hang after their first small packets.  The MTU is therefore found by trying sizes.
-Sizes count whole underlay packets, including the IP header.
+Sizes are those of whole underlay packets, including the IP header.
 
 If packets without a checksum arrive and packets whose checksum is left to the network card do not, there are two
-explanations: the card computes wrong checksums, or something on the path drops packets with a checksum.  Computing
-checksums in the kernel helps only in the first case, so that is tried twice, with the card's checksums in between.
+explanations: the card computes wrong checksums, or something on the path drops packets with a checksum.  Only in the
+first case, computing checksums in the kernel helps.  So that is tried twice, with the card's checksums in between.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,23 +22,26 @@ SIZES_AT_ONCE = 8
 
 
 class Range(msgspec.Struct, frozen=True):
-    """Bounds of a path's MTU.  Packets of size ``arrives`` arrive (0 if none has), packets of ``too_large`` do not."""
+    """Bounds of a path's MTU.
+
+    Packets of size ``arrives`` arrive (0 if none is known), and packets of size ``too_large`` do not.
+    """
 
     arrives: int
     too_large: int
 
 
 def initial_range(device_mtu: int) -> Range:
-    """Return the range before any probe, which only the device's MTU limits."""
+    """Return the range before any probe.  Only the MTU of the device limits it."""
     return Range(0, max(device_mtu, MTU_MIN) + 1)
 
 
 def next_sizes(known: Range) -> tuple[int, ...]:
     """Return the sizes to try next, all at once, smallest first.
 
-    Empty if the MTU is found, or if not even ``MTU_MIN`` arrives.  The two ends come first, because usually the
-    devices' whole MTU arrives.  Then the rest is divided into equal parts, so that each step leaves an eighth of the
-    range.
+    Empty if the MTU is found, or if not even ``MTU_MIN`` arrives.  The two ends of the range come first, because
+    usually packets of the device's full MTU arrive.  Then each step tries equally spaced sizes, which leaves an eighth
+    of the range.
     """
     least = known.arrives or MTU_MIN - 1
     inside = known.too_large - least - 1
@@ -53,8 +56,8 @@ def next_sizes(known: Range) -> tuple[int, ...]:
 def narrowed(known: Range, tried: Collection[int], arrived: Collection[int]) -> Range:
     """Return the range after the ``tried`` sizes, of which ``arrived`` did arrive.
 
-    A lost size is too large only if it is larger than all that arrived.  Otherwise its loss was random.  If not even
-    ``MTU_MIN`` arrived, no larger one is tried.
+    A lost size counts as too large only if it is larger than all sizes that arrived.  Otherwise its loss was random.
+    If not even ``MTU_MIN`` arrived, no larger size is tried.
     """
     arrives = max([known.arrives, *arrived])
     lost = [size for size in tried if size > arrives and size not in arrived]
@@ -64,15 +67,18 @@ def narrowed(known: Range, tried: Collection[int], arrived: Collection[int]) -> 
 
 
 class Measurements(msgspec.Struct, frozen=True):
-    """The ``own`` path MTU to each peer, and each of the ``peers``' reports of its own measurements."""
+    """The path MTU to each peer that this node has measured (``own``), and the measurements that each of the ``peers``
+    has sent.
+    """
 
     own: Mapping[NodeId, int] = {}
     peers: Mapping[NodeId, PeerMeasurements] = msgspec.field(default={}, name="said")
-    """``said`` is its name in the file of measurements."""
+    """The field is called ``said`` in the file of measurements."""
 
 
 def path_mtu(measured: Measurements, nodes: Collection[NodeId], node: NodeId, device_mtu: int) -> int:
-    """Return the largest packet that arrives between any two of ``nodes``, measured by ``node``, which is among them.
+    """Return the size of the largest packet that arrives between any two of ``nodes``, as far as ``node``, one of them,
+    knows.
 
     All nodes of a network compute the same: each has its own measurements, and receives the others' device MTU and
     smaller path MTUs.  Without a measurement, the device's MTU is assumed.
@@ -92,19 +98,21 @@ def path_mtu(measured: Measurements, nodes: Collection[NodeId], node: NodeId, de
 
 
 def recheck_sizes(arrived_before: int, device_mtu: int) -> tuple[int, ...]:
-    """Return the sizes to try after ``arrived_before`` arrived: the same, and larger ones for a changed path."""
+    """Return the sizes to try if ``arrived_before`` arrived the last time: this size, and larger ones in case the path
+    has changed.
+    """
     return (arrived_before, *next_sizes(Range(arrived_before, device_mtu + 1)))
 
 
 TRIALS = (False, True, False)
-"""Whether checksums are left to the card, trial by trial."""
+"""For each trial, whether checksums are left to the card."""
 
 
 class Offload(msgspec.Struct, frozen=True):
     """State of the card's checksum offload.
 
-    ``is_off`` if the card was found broken, which holds until the machine is rebooted.  ``lost_anyway`` are peers that
-    do not receive packets with checksums, whether the card or the kernel computes them.
+    ``is_off`` is True if the card was found broken, and stays True until the machine is rebooted.  ``lost_anyway`` are
+    peers that do not receive packets with checksums, whether the card or the kernel computes them.
     """
 
     is_off: bool = False
@@ -112,14 +120,16 @@ class Offload(msgspec.Struct, frozen=True):
 
 
 def is_suspect(offload: Offload, peer: NodeId, *, bare_arrives: bool, checked_arrives: bool) -> bool:
-    """Return whether to test the card."""
+    """Return whether the card must be tested: packets with checksums are lost, and packets without arrive."""
     return bare_arrives and not checked_arrives and not offload.is_off and peer not in offload.lost_anyway
 
 
 def after_trials(offload: Offload, peer: NodeId, arrived: Sequence[bool]) -> Offload:
-    """Return the state after ``TRIALS``, or after the first of them, from whether their packets ``arrived``.
+    """Return the state after ``TRIALS``, or after the first of them.
 
-    A card that works in its trial was wrongly suspected: the loss was random.
+    ``arrived`` has, for each trial, whether its packets arrived.
+
+    If packets arrived in the trial with the card's checksums, the suspicion was wrong and the earlier loss random.
     """
     if tuple(arrived) == tuple(not by_card for by_card in TRIALS):
         return msgspec.structs.replace(offload, is_off=True)

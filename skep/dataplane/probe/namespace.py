@@ -24,7 +24,7 @@ class ProbeNamespace:
     """A pinned namespace with a VXLAN device, and the rules in the node's own namespace that accept peers' packets.
 
     Args:
-        pins: Folder where it is pinned.
+        pins: Folder where the namespace is pinned.
         home: Reconciler of the node's own namespace.
         bridges: The containers' bridges, from which no probes are accepted.
     """

@@ -1,8 +1,8 @@
 """Encodes probe requests and responses inside the probes' VXLAN as UDP datagrams.  Pure.
 
-A request is as long as the packet size under test.  A response is never longer than the shortest request, so that a
-forged sender address cannot be used to flood a node.  A response carries its sender's own measurements: the MTU of its
-device, and the nodes that only smaller packets reach.
+A request has the packet size that is tested.  A response is never longer than the shortest request, so that forged
+sender addresses cannot be used to flood a node.  A response carries the measurements of its sender: the MTU of its
+device, and the peers that only smaller packets reach.
 
 Layout, big-endian::
 
@@ -17,23 +17,23 @@ import msgspec
 
 REQUEST, RESPONSE = 1, 2
 REQUEST_BYTES_MIN = 256
-"""Size of the smallest request, which is as long as the longest response."""
+"""Size in bytes of the smallest request.  It equals the size of the longest response."""
 PAIRS_MAX = 32
-"""Path MTUs in one response."""
+"""Limit for the path MTUs in one response."""
 
 _MAGIC, _VERSION = b"skpp", 1
 _HEADER = struct.Struct("!4sBBHQ")
 _MTU = struct.Struct("!H")
 _PAIR = struct.Struct("!IH")
 _MTU_MAX = (1 << 16) - 1
-"""The field has 16 bits."""
+"""Largest MTU that fits into the field of 16 bits."""
 
 
 class PeerMeasurements(msgspec.Struct, frozen=True):
     """A node's report of its own measurements.
 
-    ``mtu`` is its device's on the underlay.  ``lower`` has the path MTU to each peer to which it is smaller, by the
-    peer's probe address as a number.
+    ``mtu`` is the MTU of its device on the underlay.  ``lower`` has each path MTU that is smaller, by the peer's probe
+    address as a number.
     """
 
     mtu: int = 0
@@ -57,8 +57,8 @@ def decode_request(datagram: bytes) -> int | None:
 def encode_response(nonce: int, measurements: PeerMeasurements) -> bytes:
     """Return the response to the request ``nonce``.
 
-    With more than ``PAIRS_MAX`` smaller path MTUs, the smallest of the rest is reported as the device's MTU.  Packets
-    of that size arrive in any case.
+    If there are more than ``PAIRS_MAX`` smaller path MTUs, the smallest of the remaining ones is sent as the device's
+    MTU.  This is safe, because packets of that size arrive at all of these peers.
     """
     pairs = sorted(measurements.lower.items(), key=lambda pair: (pair[1], pair[0]))
     kept, left_out = pairs[:PAIRS_MAX], pairs[PAIRS_MAX:]

@@ -1,6 +1,7 @@
-"""Probes ports on the underlay (a manager's, a docker node's gossip) and tunnels of encrypted networks.
+"""Probes ports on the underlay (managers' ports, the gossip port of Docker nodes) and the tunnels of encrypted
+networks.
 
-Sockets are opened in the node's own namespace, or in the tunnels'.  Each try has a deadline.
+Sockets are opened in the node's own namespace, or in the namespace of the tunnels.  Each attempt has a time limit.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from skep.model.reserved_ports import WIREGUARD_OFFSET
 
 TRIES = 2
 TRY_S = 2.0
-"""Seconds for one attempt, in which a lost SYN is sent again once."""
+"""Time limit in seconds for one attempt.  Long enough for a lost SYN to be sent again once."""
 _PAUSE_S = 0.2
 """Seconds between attempts."""
 _TLS_HANDSHAKE, _TLS_ALERT = 22, 21
@@ -54,7 +55,7 @@ class PortProbe:
     async def tunnel(self, namespace: Path, address: str) -> Outcome:
         """Send an ICMPv6 echo request to the peer's ``address`` in the tunnels.
 
-        ``namespace`` is this node's tunnels.
+        ``namespace`` is the namespace of this node's tunnels.
         """
         return await self._retry(partial(self._echo, namespace, address))
 
@@ -119,7 +120,7 @@ class PortProbe:
 
 
 def client_hello() -> bytes:
-    """Return the first bytes of a TLS client.  It verifies no certificate, because no data follows."""
+    """Return the first message of a TLS client.  Certificates need not be verified, because no data follows."""
     outgoing = ssl.MemoryBIO()
     connection = _context().wrap_bio(ssl.MemoryBIO(), outgoing)
     try:
@@ -155,7 +156,9 @@ class TunnelAddresses(Protocol):
 
 
 class PortChecks:
-    """The port probes of one peer: a manager's ports, a docker node's gossip, the tunnel of encrypted networks."""
+    """Probes the ports of a peer: a manager's ports, the gossip port of a Docker node, the tunnel of encrypted
+    networks.
+    """
 
     def __init__(self, port_probe: PortProbe, tunnels: TunnelAddresses) -> None:
         self._port_probe = port_probe
@@ -169,7 +172,7 @@ class PortChecks:
             outcome = await self._port_probe.tls_hello(address, port)
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
         if peer.etcd:
-            # No hello, because etcd would log it.  Its log line for a mere connection is filtered out
+            # No TLS hello, because etcd would log it.  etcd's log line for a mere connection is filtered out
             # (``store.etcd.output``).
             address, port = host_and_port(peer.etcd)
             outcome = await self._port_probe.connect(address, port)

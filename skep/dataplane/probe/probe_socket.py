@@ -1,8 +1,8 @@
 """Sends and receives probes inside the probes' VXLAN, over sockets in their namespace.
 
 Responses have no checksum (UDP over IPv4 allows that), so that the responding node's network card cannot influence
-whether they arrive.  Requests have one only if checksums are tested.  No packet is fragmented, and the kernel's path
-MTU is ignored, so only the device's MTU limits the size.
+whether they arrive.  Requests have a checksum only if checksums are tested.  No packet is fragmented, and the kernel's
+path MTU is ignored, so only the device's MTU limits the size.
 """
 
 import asyncio
@@ -24,21 +24,26 @@ from skep.dataplane.probe.packets import (
 )
 
 PAUSE_S = 0.1
-"""Pause between two requests of a series, because losses come in bursts."""
+"""Seconds between two requests of a series, because losses come in bursts."""
 WAIT_S = 1.0
-"""Wait for the last response: several times the longest round trip on earth."""
+"""Seconds to wait for the last response, several times the longest round trip on earth."""
 
 _SO_NO_CHECK = 11
 _IP_MTU_DISCOVER, _PROBE = 10, 3
 _DATAGRAM_BYTES_MAX = 1 << 16
-"""No datagram is longer."""
+"""Buffer size in bytes.  No datagram is longer."""
 _DATAGRAMS_PER_TURN = 64
 _RESPONSE_BURST, _RESPONSES_PER_S = 200, 100
-"""Limits for each peer.  The search for a path MTU sends 27 requests within a second."""
+"""Limits for the responses to each peer: a burst of so many, then so many a second.
+
+The search for a path MTU sends 27 requests within a second.
+"""
 
 
 class Sockets:
-    """Sockets: ``requesting`` at a free UDP port, ``responding`` and ``listening`` at UDP and TCP ``PORT``."""
+    """Three sockets: ``requesting`` at a free UDP port, ``responding`` at UDP ``PORT``, and ``listening`` at TCP
+    ``PORT``.
+    """
 
     def __init__(self, address: str) -> None:
         """Open the sockets in the calling thread's namespace, which has ``address``.  Raises: OSError."""
@@ -66,7 +71,7 @@ class Sockets:
 
 
 class _PendingRequest:
-    """A request without a response so far."""
+    """A request that has no response yet."""
 
     def __init__(self, series: "_Series", target: str, sent_at: float) -> None:
         self.series = series
@@ -95,7 +100,7 @@ class ProbeSocket:
 
     Args:
         measurements: Returns the content of responses.
-        nonces: Returns 64 random bits for each request, which the response has to repeat.
+        nonces: Returns 64 random bits for each request.  The response must repeat them.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class ProbeSocket:
         for _ in range(_DATAGRAMS_PER_TURN):
             try:
                 datagram, (sender, _) = source.recvfrom(_DATAGRAM_BYTES_MAX)
-            except OSError:  # nothing to read, or a request was refused
+            except OSError:  # nothing to read, or the kernel reports that a request was refused
                 return
             found = decode_response(datagram)
             if found is None:

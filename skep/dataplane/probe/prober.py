@@ -30,15 +30,19 @@ from skep.model.paths import PathPeer, PathReport, ProbeTargets
 PERIOD_S = 10.0
 """Seconds between probes of a path that works."""
 RECHECK_S = 4.0
-"""Period after a verdict that may be due to random loss."""
+"""Seconds between probes after a verdict that may be due to random loss."""
 URGENT_S = 2.0
-"""Period while no manager answers.  Only probes then tell which peers have failed, and each node chooses its backends
-by them."""
+"""Seconds between probes while no manager answers.
+
+Then only probes tell which peers have failed, and each node chooses its backends by them.
+"""
 PEERS_AT_FULL_RATE = 64
 
 
 def pause_s(peers: int, random: float, *, is_settled: bool, is_urgent: bool = False) -> float:
-    """Return the seconds until the next round with one of this many ``peers``, spread by a quarter to each side.
+    """Return the seconds until a peer is probed again, if there are ``peers`` of them.
+
+    Spread at random by a quarter to each side.
 
     ``random`` is from 0 to 1.
     """
@@ -49,13 +53,13 @@ def pause_s(peers: int, random: float, *, is_settled: bool, is_urgent: bool = Fa
 log = structlog.get_logger()
 
 DIAGNOSTICS_S = 15.0
-"""Seconds for probes that a person waits for."""
+"""Time limit in seconds for probes that a person waits for."""
 AT_ONCE = 16
-"""Peers that are probed at the same time."""
+"""Limit for the peers that are probed at the same time."""
 _TEMPORARY_S = 2 * DIAGNOSTICS_S
-"""Seconds for which peers are probed that only a person's request named."""
+"""Seconds for which peers are probed that only a person's request has named."""
 _RETRY_S_MAX = 5.0
-"""Longest pause after an error of the probe namespace."""
+"""Longest pause in seconds after an error of the probe namespace."""
 
 
 class SavedState(msgspec.Struct, frozen=True):
@@ -127,7 +131,7 @@ class PathProber:
         self._changed = asyncio.Event()
         self._is_urgent = False
         self._urgency = asyncio.Event()
-        """Set when probes become urgent, and then replaced by another event."""
+        """Set when probes become urgent, and then replaced by a new event."""
         self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
         self._temporary: dict[NodeId, tuple[PathPeer, float]] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -140,7 +144,7 @@ class PathProber:
     # --- used by the agent -----------------------------------------------------------------------------------
 
     def set_targets(self, targets: ProbeTargets | None) -> None:
-        """Probe these targets from now on, new ones at once.  None means no peers, and removes the namespace."""
+        """Probe these targets from now on, new ones at once.  With None, stop probing and remove the namespace."""
         self._targets, self._has_targets = sound(targets) if targets is not None else None, True
         self._changed.set()
 
@@ -150,9 +154,11 @@ class PathProber:
         return dict(self._reports)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
-        """Wait for a verdict that changed or settled, or another MTU.  Return the latest report of each such peer.
+        """Wait until a verdict has changed or settled or an MTU has changed.
 
-        For one caller.  A slow caller misses only reports that were replaced meanwhile.
+        Return the latest report of each such peer.
+
+        For one caller at a time.  A slow caller misses only reports that newer ones have replaced.
         """
         await self._has_changed_reports.wait()
         self._has_changed_reports.clear()
@@ -164,8 +170,8 @@ class PathProber:
     ) -> tuple[PathReport, ...]:
         """Probe these peers now.  Meanwhile they get responses as if they were targets.
 
-        Peers that took longer than ``DIAGNOSTICS_S`` are left out.  With ``throughput``, that is measured afterwards,
-        one peer after the other, each with at most 32 MiB and 1 s.
+        Peers that took longer than ``DIAGNOSTICS_S`` are left out.  With ``throughput``, the throughput to one peer
+        after the other is measured then, with at most 32 MiB and 1 s for each.
         """
         if self._targets is None:
             return ()
@@ -193,7 +199,7 @@ class PathProber:
         return tuple(found[id] for id in chosen if id in found)
 
     def warnings(self) -> tuple[str, ...]:
-        """Return active workarounds that cost performance, for ``docker info``."""
+        """Return warnings for ``docker info`` about active workarounds that cost performance."""
         if not self._data_path.offload.is_off:
             return ()
         return (
@@ -329,7 +335,7 @@ class PathProber:
     # --- overlays -----------------------------------------------------------------------------------------
 
     def _notify_overlays(self) -> None:
-        """Have the overlays updated if measurements have changed."""
+        """Request an update of the overlays if measurements have changed."""
         if (self._data_path.measured, self._data_path.offload) != self._acted_on:
             self._is_measured.set()
 

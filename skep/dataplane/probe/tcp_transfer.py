@@ -1,7 +1,7 @@
 """TCP transfers inside the probes' VXLAN, to test whether bulk data arrives, and how much of it in a second.
 
 TCP passes large segments to the device, as containers' connections do, which finds network cards with faulty
-segmentation or checksums.  The receiver sends the number of bytes it received when the sender has ended.
+segmentation or checksums.  When the sender has finished, the receiver sends the number of bytes that it has received.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ import msgspec
 from skep.aio.clock import Clock
 
 BYTES_MAX = 32 << 20
-"""Bytes of one measurement, which end it early on a fast network."""
+"""Limit in bytes for one measurement.  A fast network reaches it before ``SECONDS_MAX``."""
 CONNECTIONS_MAX = 32
-"""Measurements that one node answers at a time."""
+"""Limit for the measurements that one node answers at a time."""
 DEADLINE_S = 3.0
-"""Limit for connecting and for the receiver's count, in addition to the time of sending."""
+"""Time limit in seconds for connecting and for the receiver's count, in addition to the time of sending."""
 SECONDS_MAX = 1.0
-"""Seconds of one measurement."""
+"""Limit in seconds for the sending in one measurement."""
 _CHUNK = bytes(1 << 16)
 _COUNT = struct.Struct("!Q")
 _TCP_IP_BYTES = 40
@@ -30,8 +30,8 @@ _TCP_IP_BYTES = 40
 class Transfer(msgspec.Struct, frozen=True):
     """The ``bytes`` that the receiver has confirmed, in ``seconds``.  0 if the data was lost or the connection refused.
 
-    ``is_lost`` if no confirmation arrived in time.  A refused connection is not evidence of a faulty path, because the
-    receiver may be busy or restarting.
+    ``is_lost`` is True if no confirmation arrived in time.  A refused connection is not evidence of a faulty path,
+    because the receiver may be busy or restarting.
     """
 
     bytes: int = 0
@@ -45,7 +45,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class Sink(asyncio.Protocol):
-    """The receiver's end of a peer's connection, whose bytes are counted and discarded."""
+    """The receiving end of a peer's connection.  Counts and discards the bytes."""
 
     def __init__(self, is_peer: Callable[[str], bool], connections: set["Sink"]) -> None:
         self._is_peer = is_peer
@@ -68,7 +68,7 @@ class Sink(asyncio.Protocol):
         self._deadline = asyncio.get_running_loop().call_later(deadline_s, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Count ``data``.  Abort above the limit of a transfer."""
+        """Count ``data``.  Aborts the connection above the limit of a transfer."""
         self._count += len(data)
         if self._count > BYTES_MAX and self._transport is not None:
             self._transport.abort()

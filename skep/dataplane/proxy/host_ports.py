@@ -1,7 +1,7 @@
-"""Relays IPv6 traffic of the node's ports to containers, whose addresses on the gateway bridge are IPv4.
+"""Relays IPv6 traffic of the node's ports to containers, because these have only IPv4 addresses on the gateway bridge.
 
-As with docker-proxy, the container sees the node's address on the bridge as its client's.  The relays use the sockets
-that hold the ports (``ports.Reservations``), so that a port is either served or free.
+As with docker-proxy, the container sees the node's address on the bridge as the address of its client.  The relays use
+the sockets that hold the ports (``ports.Reservations``), so that a port is either served or free.
 """
 
 import asyncio
@@ -31,7 +31,10 @@ class HostRelays:
         self._clock = clock
         self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
         self._changes = asyncio.Lock()
-        """Held while a relay is opened.  A relay opened twice, or after its end, would keep its port forever."""
+        """Held while a relay is opened.
+
+        If a relay were opened twice, or after its end, its port would never be freed.
+        """
 
     async def serve(self, held: Callable[[], Iterable[tuple[Reservation, socket.socket]]]) -> None:
         """Relay reservations that have a target, unless they are relayed already."""

@@ -1,7 +1,7 @@
 """Relays the published ports that the kernel cannot forward to tasks (``relays.py``), in the net process.
 
-The wanted relays are in a file.  A change of it applies to new connections, and open ones continue.  A relay serves on
-the socket that holds its port (``ports.Reservations``).  A port that is not held is not relayed.
+The wanted relays are in a file.  A change of the file applies to new connections, and open connections continue.  A
+relay serves on the socket that holds its port (``ports.Reservations``).  A port that is not held is not relayed.
 """
 
 import asyncio
@@ -27,7 +27,9 @@ from skep.linux.filewatch import FileWatch
 log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 0.05, 30.0
-"""Seconds between attempts to listen at a port, for instance until another program has released it."""
+"""First and longest delay in seconds between attempts to listen at a port, for instance until another program releases
+it.
+"""
 
 _ANY_IPV4 = "0.0.0.0"
 _Key = tuple[str, str, int]
@@ -37,7 +39,8 @@ class Relays:
     """All relays of one node.
 
     Args:
-        plan: The file.  A missing file means no relays.  Its folder contains no other file.
+        plan: The file with the wanted relays.  A missing file means no relays.  Its folder must not contain other
+            files.
         held: Returns the sockets of the mesh's ports, which the caller still owns.
         in_namespace: Calls a function in the node's own network namespace, where sockets that it opens stay.
     """
@@ -62,7 +65,7 @@ class Relays:
         """Whether the plan could not be read the last time."""
 
     async def run(self) -> None:
-        """Serve until cancelled, which ends open connections."""
+        """Serve until cancelled.  Open connections then end."""
         self._plan.parent.mkdir(parents=True, exist_ok=True)
         backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=self._rng)
         try:
@@ -91,7 +94,7 @@ class Relays:
                 backoff.reset()
                 await watch.wait_changed()
                 continue
-            with suppress(TimeoutError):  # retry: by then the port may be free, and the plan readable
+            with suppress(TimeoutError):  # retry, because by then the port may be free and the plan readable
                 async with asyncio.timeout(backoff.next_delay_s()):
                     await watch.wait_changed()
 

@@ -17,8 +17,8 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
     """One port on one address.
 
     Args:
-        backends: Addresses and ports.  With ``is_sticky``, one per slot, and a client's address always has the same
-            slot.
+        backends: Address and port of each backend.  With ``is_sticky``, of the backend of each slot.  A client's
+            address determines its slot.
         proxy_protocol: Version of the header that each connection starts with, or 0 for none.
     """
 
@@ -62,9 +62,10 @@ def sticky_slot(client: str) -> int:
 
 
 def backend_order(port: RelayPort, client: str, rng: Callable[[], float]) -> tuple[tuple[str, int], ...]:
-    """Return all serving tasks once: the client's first, then the others to try if that one cannot be reached.
+    """Return all backends in the order to try: first the client's backend, then the others in case it cannot be
+    reached.
 
-    ``rng`` returns numbers from 0 to 1, less than 1.
+    ``rng`` returns numbers from 0 to 1, excluding 1.
     """
     if not port.backends:
         return ()

@@ -16,18 +16,18 @@ from skep.linux.descriptors import Listener, set_aside
 log = structlog.get_logger()
 
 CONNECTIONS_MAX = 1024
-"""Connections of one port.  Later ones are refused."""
+"""Limit for the connections of one port.  Further ones are refused."""
 HALF_CLOSED_S = 3600.0
-"""Time for which the open direction of a half-closed connection may be idle."""
+"""Seconds for which the open direction of a half-closed connection may be idle."""
 _CONNECT_S = 3.0
-"""Seconds to connect to a container of this machine or of the next."""
+"""Time limit in seconds for connecting to a container of this or another machine."""
 _ATTEMPTS_MAX = 3
-"""Backends that one connection tries.  More would make a client wait that has given up."""
+"""Number of backends that are tried for one connection.  With more, the client would stop waiting before."""
 _BUFFER_BYTES = 64 * 1024
-"""Bytes in each direction that wait for the other side."""
+"""Limit in bytes for the data that waits for the other side, in each direction."""
 _BACKLOG = 512
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
-"""Detects vanished peers.  An idle peer keeps its connection."""
+"""Keepalive settings that detect vanished peers.  The connection of an idle peer stays open."""
 
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 _VERSION_2_PROXY = 0x21
@@ -52,8 +52,8 @@ class TcpRelay:
 
     async def open(self, listener: socket.socket) -> None:
         """Accept connections from ``listener``, which is bound.  Another descriptor of the socket may hold the port."""
-        # Connections outlive the listener for a minute.  With the option, the next server still gets the port at once.
-        # No other socket gets the port anyway while this one listens.
+        # Connections stay in the kernel for a minute after the listener.  With this option, the next server still gets
+        # the port at once.  Another socket cannot get the port while this one listens, even with the option.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._server = await asyncio.start_server(
             self._relay, sock=Listener.of(listener), limit=_BUFFER_BYTES, backlog=_BACKLOG
@@ -66,8 +66,8 @@ class TcpRelay:
     def close(self, *, ends_connections: bool = False) -> None:
         """Stop accepting connections.
 
-        With ``ends_connections``, open connections end too, because this process ends.  The next process may have the
-        socket and continues to listen on it.  Otherwise the socket only holds the port from now on.
+        With ``ends_connections``, because this process ends, open connections end too.  The socket keeps listening,
+        because the next process may have it.  Otherwise the socket stops listening and only holds the port.
         """
         if self._server is not None:
             if not ends_connections:

@@ -13,18 +13,20 @@ from skep.dataplane.proxy.relays import RelayPort, backend_order
 from skep.linux.descriptors import set_aside
 
 SESSIONS_MAX = 1024
-"""Sessions of one port.  A further one replaces the session that was idle longest."""
+"""Limit for the sessions of one port.  A further one replaces the session that was idle longest."""
 IDLE_S = 90.0
-"""Idle time after which a session may end.  Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go
-(UDPConnTrackTimeout)."""
+"""Seconds of idle time after which a session may end.
+
+Source: moby, libnetwork/cmd/proxy/udp_proxy_linux.go (UDPConnTrackTimeout).
+"""
 _DATAGRAM_BYTES_MAX = 65535
 """No datagram is longer."""
 _AT_ONCE_MAX = 64
-"""Datagrams read before other work of the event loop."""
+"""Number of datagrams read in a row before other work of the event loop."""
 _CONTROL_BYTES = socket.CMSG_SPACE(20)
 
 _Client = tuple[Any, bytes]
-"""The client's socket address, and the destination address of its datagrams (as the kernel reports it)."""
+"""The client's socket address, and the destination address of its datagrams as reported by the kernel."""
 
 
 class _Session(msgspec.Struct):

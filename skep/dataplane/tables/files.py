@@ -29,11 +29,11 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 WRITE_PAUSE_S = 1.0
-"""Pause between two writes to disk, so that a busy network does not keep the disk busy."""
+"""Seconds between two writes to disk, so that a busy network does not keep the disk busy."""
 
 
 Refresh = Callable[[Iterable[NetworkId]], Awaitable[None]]
-"""Has the net process reload these tables.  Raises: SkepError."""
+"""Makes the net process reload these tables.  Raises: SkepError."""
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ class Kept(msgspec.Struct, frozen=True):
 class SharedTables:
     """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``.
 
-    ``refresh`` has the net process reload and apply the tables of these networks.  None if there is no net process.
+    ``refresh`` makes the net process reload and apply tables.  It is None without a net process.
     """
 
     def __init__(self, directory: Path, refresh: Refresh | None = None) -> None:
@@ -67,7 +67,7 @@ class SharedTables:
         """Write changed tables and remove deleted ones.  The first call also removes leftovers of an earlier process.
 
         Returns when the net process has applied the files as written by this call.
-        Raises: OSError: some were not written, and the net process has applied the others; SkepError.
+        Raises: OSError: some files were not written, and the net process has applied the others; SkepError.
         """
         failure: OSError | None = None
         try:
@@ -92,7 +92,7 @@ class SharedTables:
                     (self._directory / id).unlink(missing_ok=True)
                 else:
                     replace_file(self._directory / id, msgspec.msgpack.encode(table), is_durable=False)
-            except OSError as error:  # there may be space for the others
+            except OSError as error:  # there may be enough space for the others
                 failure = error
         if failure is not None:
             raise failure
@@ -111,7 +111,7 @@ class StoredTables:
         self._flushing = asyncio.Lock()
         self._writing = threading.Lock()
         self._has_ended = False
-        """Set at the end, because a late thread must not overwrite the last write."""
+        """Set when ``run`` ends, because a late thread must not overwrite the last write."""
         self.has_unread = False
         """Whether the last ``load`` left out a file that may be readable later."""
 
@@ -147,9 +147,9 @@ class StoredTables:
                 self._has_ended = True
 
     async def flush(self) -> None:
-        """Write all scheduled tables now.  Returns when no other write is in progress either.
+        """Write all scheduled tables now.  Returns once no write is in progress.
 
-        Raises: OSError: some tables were not written, and stay scheduled.
+        Raises: OSError: some tables were not written.  They stay scheduled.
         """
         async with self._flushing:
             self._is_dirty.clear()
@@ -159,7 +159,7 @@ class StoredTables:
             try:
                 await asyncio.to_thread(self._write_unless_ended, batch)
             except BaseException:
-                self._dirty = {**batch, **self._dirty}  # the thread may or may not have written them
+                self._dirty = {**batch, **self._dirty}  # it is unknown whether the thread has written them
                 raise
 
     def _write_unless_ended(self, batch: Mapping[NetworkId, Kept | None]) -> None:

@@ -29,9 +29,9 @@ log = structlog.get_logger(__name__)
 FIRST_RETRY_S = 0.1
 """Seconds before the first new attempt to apply a table."""
 LONGEST_RETRY_S = 10.0
-"""Longest pause.  A container waits for the network that failed."""
+"""Longest pause in seconds.  Short, because a container may wait for the network."""
 REREAD_S = 10.0
-"""Seconds for which a table that cannot be read is read again."""
+"""Seconds for which reading an unreadable table is retried."""
 
 NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
 
@@ -61,7 +61,7 @@ class ClusterIdentity(Protocol):
         """The node's id.  Empty if the node is in no cluster, or the id is not known yet."""
 
     async def wait_joined(self) -> None:
-        """Return when ``node_id`` is known."""
+        """Wait until ``node_id`` is known."""
 
 
 class NetworkTables:
@@ -90,7 +90,7 @@ class NetworkTables:
 
     @property
     def tables(self) -> Mapping[NetworkId, Table]:
-        """The tables as the managers sent them last.  Listeners may not have applied the latest changes yet."""
+        """The tables that managers have sent last.  Listeners may not have applied the latest changes yet."""
         return self._tables
 
     @property
@@ -99,9 +99,10 @@ class NetworkTables:
         return self._applied
 
     async def restore(self, shared: SharedTables) -> None:
-        """Load the tables that an earlier process had applied.  Unreadable files are retried for some seconds.
+        """Load the tables that an earlier process had applied.
 
-        Without its table, a network would be removed from the node.
+        Retries unreadable files for some seconds, because a network whose table is missing would be removed from the
+        node.
         """
         backoff = Backoff(FIRST_RETRY_S, rng=self._rng)
         until = self._clock.monotonic() + REREAD_S
@@ -172,7 +173,7 @@ class NetworkTables:
             group.create_task(self._distribute(), name="table listeners")
 
     async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
-        """Return ``applied`` as soon as it differs from ``known``.  For one caller at a time."""
+        """Wait until ``applied`` differs from ``known``, and return it.  For one caller at a time."""
         while self._applied == known:
             self._applied_changed.clear()
             await self._applied_changed.wait()
@@ -261,7 +262,7 @@ class _Subscriber:
         self.changed: frozenset[NetworkId] = frozenset()
         """Networks changed since the last call."""
         self.pending: frozenset[NetworkId] = frozenset()
-        """Networks of the present call, or of a failed one."""
+        """Networks of the call in progress, or of the last failed call."""
         self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=rng)
         self.retry_at = 0.0
 

@@ -1,12 +1,12 @@
 """Excludes unreachable peers from the tables while the node has no session with a manager.
 
-A manager removes a failed node from the tables within seconds.  Without a manager the node stays there, and its share
-of connections fails.  Nodes probe each other continuously.  The endpoints of a peer that does not respond are therefore
-excluded from this node's tables meanwhile: from published ports, virtual addresses and names.
+A manager removes a failed node from the tables within seconds.  Without a manager, the failed node would stay in the
+tables, and its share of connections would fail.  But nodes probe each other continuously.  So this node excludes the
+endpoints of a peer that does not respond from its own tables: from published ports, virtual addresses and names.
 
 * A service whose endpoints are all unreachable keeps them: some may still respond.
 * If no peer responds at all, this node's own link is down, and nothing is excluded.
-* A peer is included again with its first response, or when there is a session with a manager.
+* A peer is included again after its first response, or when there is a session with a manager.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,13 +24,16 @@ from skep.model.tables import Table, TableEndpoint
 log = structlog.get_logger()
 
 URGENT_SECONDS = 2.0
-"""Time without a manager's response before peers are probed more often.  A settled verdict takes two rounds."""
+"""Seconds without a manager's response before peers are probed more often.  A settled verdict needs two rounds."""
 LOST_SECONDS = 5.0
-"""Time without a manager's response before probes are used.  A change of managers takes less."""
+"""Seconds without a manager's response before peers are excluded.  A change of managers takes less."""
 FRESH_SECONDS = 6.0
-"""Age of a session at which probes are no longer used.  Its manager first has to detect failed nodes itself."""
+"""Age of a session in seconds at which peers are included again.
+
+Its manager first has to detect failed nodes itself.
+"""
 LOOK_SECONDS = 1.0
-"""Seconds between looks at the reports of probes."""
+"""Seconds between two checks of the probes' reports."""
 
 
 class Session(Protocol):
@@ -44,10 +47,10 @@ class Session(Protocol):
         """Return the seconds since a manager's last response."""
 
     async def wait_session(self) -> None:
-        """Return when the node has a session."""
+        """Wait until the node has a session."""
 
     async def wait_no_session(self) -> None:
-        """Return when the node has no session."""
+        """Wait until the node has no session."""
 
 
 class Peers(Protocol):
@@ -127,7 +130,7 @@ def _is_excluded(
 
 
 async def watch(session: Session, peers: Peers, exclude: Callable[[Unreachable], None], clock: Clock) -> None:
-    """Exclude unreachable peers whenever there is no manager, until cancelled."""
+    """Exclude unreachable peers whenever no manager responds, until cancelled."""
     while True:
         await session.wait_no_session()
         try:

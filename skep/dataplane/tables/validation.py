@@ -33,10 +33,15 @@ from skep.model.wireguard import KEYS_MAX
 T = TypeVar("T")
 
 _PORT_MAX = (1 << 16) - 1 - 16
-"""Highest data path port.  Earlier versions used the port ten above it, and WireGuard's ports follow that."""
+"""Highest allowed data path port.
+
+Earlier versions also used the port ten above it, and WireGuard's ports follow that.
+"""
 
 _NO_CONTAINERS = frozenset({0, 127, *range(224, 256)})
-"""First bytes of IPv4 addresses that no container has: this network, loopback, multicast, reserved."""
+"""First bytes of IPv4 addresses that no container can have: this network, loopback, multicast and reserved
+addresses.
+"""
 
 OnInvalid = Callable[[str], object]
 """Called with the reason for each entry that is left out."""
@@ -61,7 +66,7 @@ def valid_table(table: Table, on_invalid: OnInvalid) -> Table:
 def _valid_change(change: TableChange, on_invalid: OnInvalid) -> TableChange:
     """Return ``change`` without invalid entries.
 
-    Each is removed, because it replaces an entry that may have been valid.
+    An invalid entry becomes a removal, because it replaces an earlier entry that must no longer be used.
     """
     nodes = tuple(_valid(change.nodes, _node, on_invalid))
     endpoints = tuple(_valid(change.endpoints, _endpoint, on_invalid))
@@ -123,7 +128,7 @@ def _node(node: TableNode) -> TableNode:
 
 def _endpoint(endpoint: TableEndpoint) -> TableEndpoint:
     addresses = _addresses(endpoint.addresses)
-    # There are many, and nearly all are normalized already.
+    # There are many addresses, and nearly all are already normalized.
     return endpoint if addresses == endpoint.addresses else replace(endpoint, addresses=addresses)
 
 

@@ -1,9 +1,9 @@
-"""Virtual addresses that a container uses without having resolved their names.
+"""Loads virtual addresses that a container uses without having resolved their names.
 
-Programs get them from the API, as a proxy configured through it does, from a cache, or from another container.  The
-first packet to each address of the container's networks is therefore logged to this process (nfnetlink_log), at most
-once in half a minute.  If it is a virtual address, its service is loaded and the packet's connection tracking entry is
-deleted, so that the next attempt (for TCP after a second) reaches a backend.
+A program may get such an address from the API (like a proxy that is configured through it), from a cache, or from
+another container.  So the kernel logs the first packet to each address of the container's networks to this process
+(nfnetlink_log), at most once in half a minute.  If the address is virtual, its service is loaded and the packet's
+connection tracking entry is deleted, so that the next attempt (with TCP, after a second) reaches a backend.
 """
 
 import socket
@@ -22,19 +22,19 @@ NAME = "skep_asked"
 FAMILIES = ("ip", "ip6")
 _GROUP = 11
 _BYTES = 40
-"""Bytes of a packet up to its destination address."""
+"""Number of bytes that the kernel copies of a packet: up to the end of its destination address."""
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"
 _LOGGED_MAX = 512
-"""The kernel allocates their buffer at once: 8 KiB."""
+"""Size of the set of logged addresses.  The kernel allocates its 8 KiB at once."""
 _SUBSYSTEM_LOG = 4
 _PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
 _COMMAND, _MODE, _AT_ONCE = 1, 2, 5
 _BIND, _COPY_PACKET = 1, 2
 _PAYLOAD = 9
 _TIMEOUT_S = 2.0
-"""Seconds for the kernel's response."""
+"""Time limit in seconds for the kernel's response."""
 _READS_MAX = 64
-"""Reads in one turn of the loop, so that a flood of first packets holds up nothing else."""
+"""Number of reads in a row before other work of the event loop, which a flood of first packets must not hold up."""
 
 
 def on_demand_tables(subnets: Iterable[IPv4Network | IPv6Network]) -> tuple[NftTable, ...]:
@@ -58,9 +58,10 @@ def on_demand_tables(subnets: Iterable[IPv4Network | IPv6Network]) -> tuple[NftT
 
 
 def open_on_demand(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.socket | None:
-    """Open a socket with logged packets to ``subnets``, in the calling thread's namespace.
+    """Open a socket that receives logged packets to ``subnets``, in the calling thread's namespace.
 
-    Return None if this kernel does not log them."""
+    Returns None if this kernel cannot log packets.
+    """
     try:
         packets = open_packets()
     except OSError as error:
@@ -95,7 +96,7 @@ def read(opened: socket.socket) -> frozenset[str]:
     for _ in range(_READS_MAX):
         try:
             data = opened.recv(1 << 16)
-        except OSError:  # nothing more to read, or some were lost, and the next packet is logged again
+        except OSError:  # nothing more to read, or packets were lost, and the next one is logged again
             break
         found |= destinations(data)
     return frozenset(found)

@@ -1,8 +1,8 @@
-"""Sends packets to a virtual address that are queued for the resolution of a neighbor that does not exist.
+"""Releases packets to a virtual address that wait in the kernel for a MAC address.
 
-A packet sent before the rules of the address existed waits three seconds for the neighbor's MAC address and then fails.
-TCP does not retransmit while it waits.  The neighbor entry therefore gets an unused MAC address, and the next attempt
-reaches a backend.
+If a packet is sent before the rules of the address exist, the kernel asks for the MAC address of the virtual address,
+which nobody has.  The packet waits three seconds and then fails, and TCP does not retransmit while it waits.  So the
+neighbor entry is given an unused MAC address, and the next attempt reaches a backend.
 """
 
 import socket
@@ -17,11 +17,11 @@ _INCOMPLETE, _STALE = 0x01, 0x04
 _HEADER = struct.Struct("=BBHiHBB")
 _UNUSED_MAC = bytes.fromhex("02ffffffffff")
 _TIMEOUT_S = 2.0
-"""Seconds for the kernel's response."""
+"""Time limit in seconds for the kernel's response."""
 
 
 def flush_pending(addresses: Collection[str]) -> None:
-    """Send the packets queued for ``addresses``, in the calling thread's namespace.  Blocks.  Raises: OSError."""
+    """Release the packets queued for ``addresses``, in the calling thread's namespace.  Blocks.  Raises: OSError."""
     for family in sorted({socket.AF_INET6 if is_ipv6(one) else socket.AF_INET for one in addresses}):
         packed = {
             socket.inet_pton(family, one) for one in addresses if is_ipv6(one) == (family == socket.AF_INET6)
@@ -33,7 +33,7 @@ def flush_pending(addresses: Collection[str]) -> None:
                     body += netlink.attribute(_DESTINATION, address)
                     body += netlink.attribute(_LINK_ADDRESS, _UNUSED_MAC)
                     connection.send(netlink.request(netlink.NEWNEIGH, netlink.ACK | netlink.REPLACE, body))
-                    connection.recv(1 << 12)  # ignore an error: the neighbor may have been removed
+                    connection.recv(1 << 12)  # ignore an error, because the neighbor may have been removed
 
 
 def _pending(connection: socket.socket, family: int) -> Iterator[tuple[int, bytes]]:

@@ -1,7 +1,7 @@
 """Keeps the virtual addresses in one container's namespace up to date with the network tables.
 
-A service is loaded when the container first resolves its name, and stays for the life of the container, because a
-program may keep the address for as long.  Changes that arrive during a write are written together afterwards.
+A service is loaded when the container first resolves its name, and stays loaded for the life of the container, because
+a program may keep using the address.  Changes that arrive during a write are written together afterwards.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ Write = Callable[[Plan], Awaitable[None]]
 class VirtualAddresses:
     """The virtual addresses of one container.
 
-    ``loaded`` are the services that an earlier process had loaded.  The namespace has tables for them, perhaps old
-    ones.
+    ``loaded`` has the services that an earlier process had loaded.  The namespace has tables for them, which may be
+    outdated.
     """
 
     def __init__(self, backends_of: BackendsOf, write: Write, loaded: Services = frozenset()) -> None:
@@ -63,24 +63,24 @@ class VirtualAddresses:
         await self.apply()
 
     def mark_changed(self, services: Services) -> bool:
-        """Note that the backends of ``services`` have changed.
+        """Record that the backends of ``services`` have changed.
 
-        Return whether ``apply`` has work to do or is running.
+        Returns whether ``apply`` has work to do or is running.
         """
         if services & self._loaded:
             self._is_outdated = True
         return self._is_outdated or self._writing.locked()
 
     def mark_unknown(self) -> None:
-        """Note that another program may have changed the rules.
+        """Record that another program may have changed the rules.
 
-        The next ``apply`` writes all of them, if there are any.
+        The next ``apply`` writes all rules again.
         """
         if self._loaded:
             self._is_unknown = self._is_outdated = True
 
     async def apply(self) -> None:
-        """Return when the namespace is up to date.  Raises: SkepError, OSError."""
+        """Write the changes, and return once the namespace is up to date.  Raises: SkepError, OSError."""
         async with self._writing:
             while self._is_outdated:
                 services = self._loaded
@@ -97,7 +97,7 @@ class VirtualAddresses:
                     self._is_outdated = self._is_unknown = True
                     if written is None or not isinstance(error, nft.NftFailed):
                         raise
-                    continue  # the namespace differs from the assumed state: write all of it
+                    continue  # the namespace differs from the assumed state, so write everything again
                 self._written = planned.after
                 self._usable = services
 
@@ -124,7 +124,7 @@ def write_plan(planned: Plan, elements: ElementSocket) -> None:
 def delete_stale_flows(backends: VipBackends) -> frozenset[str]:
     """Delete UDP flows to these addresses whose backend was removed.  Return the addresses that have UDP flows.
 
-    Flows of all protocols that began before the rules of the address, and so have no backend, are deleted too.
+    Also deletes flows of any protocol that began before the address had rules, and so have no backend.
 
     Works in the calling thread's namespace.  Blocks.  Raises: OSError: some flows may be stale.
     """

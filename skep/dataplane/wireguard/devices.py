@@ -1,8 +1,8 @@
 """Creates, reads and configures WireGuard devices as planned by ``plan/wireguard.py``.
 
 Devices are created in the node's own namespace, where their UDP sockets stay, and moved to the tunnels' namespace,
-where packets enter and leave them.  Kernel devices are configured over generic netlink (``kernel.py``), wireguard-go's
-over its Unix socket.
+where packets enter and leave them.  Kernel devices are configured over generic netlink (``kernel.py``), and devices of
+wireguard-go over its Unix socket.
 
 Sources: wireguard.com/xplatform (the protocol of the socket); wireguard.com/netns (the two namespaces).
 """
@@ -25,18 +25,19 @@ from skep.errors import Unavailable
 SOCKETS = Path("/var/run/wireguard")
 """Folder of wireguard-go's sockets, compiled into it."""
 _REPLY_S_MAX = 5.0
-"""Seconds for wireguard-go's response."""
+"""Time limit in seconds for a response of wireguard-go."""
 _REPLY_BYTES_MAX = 1 << 24
-"""Longest response, which lists thousands of peers."""
+"""Longest response in bytes, enough to list thousands of peers."""
 
 
 class Devices(Protocol):
     """The WireGuard devices of one node, by name."""
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
-        """Create the device in ``namespace`` or move it there.
+        """Create the device in ``namespace``, or move it there.
 
-        Return its index there, or 0 if it does not exist yet.  Raises: Unavailable."""
+        Returns its index there, or 0 if it does not exist yet.  Raises: Unavailable.
+        """
 
     async def read_device(self, name: str, namespace: Path) -> FoundDevice:
         """Return the device's configuration.  Raises: Unavailable."""
@@ -70,7 +71,7 @@ class KernelDevices:
             raise Unavailable(f"the device {name} cannot be read: {error}") from error
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        """Send as many messages as the peers need.
+        """Change the configuration, with as many messages as the peers need.
 
         A new private key and the removal of all peers are in one message.
         """
@@ -92,8 +93,8 @@ class UserSpaceDevices:
         async def move(home: AsyncIPRoute, target: int) -> None:
             """Move the device if its process has created it already.
 
-            It is moved while it is down.  wireguard-go notices by itself, within a second, when it is up in another
-            namespace.
+            The device is down while it is moved.  wireguard-go notices within a second when the device is up again in
+            the other namespace.
             """
             for index in await home.link_lookup(ifname=name):
                 await home.link("set", index=index, mtu=mtu)
@@ -109,7 +110,7 @@ class UserSpaceDevices:
         return parsed_device(await self._request(name, "get=1\n\n"))
 
     async def write(self, name: str, namespace: Path, change: Change) -> None:
-        """Send one message, which wireguard-go executes line by line."""
+        """Change the configuration with one message, which wireguard-go executes line by line."""
         await self._request(name, socket_message(change))
 
     async def _request(self, name: str, request: str) -> str:

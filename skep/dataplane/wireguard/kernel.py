@@ -26,7 +26,7 @@ _IP_FAMILY, _IP_ADDRESS, _IP_LENGTH = 1, 2, 3
 """WGALLOWEDIP_A_FAMILY, _IPADDR and _CIDR_MASK."""
 _HEADER = struct.Struct("=BBxx")
 _PEERS_AT_ONCE = 100
-"""Peers in one message.  An attribute has at most 64 KiB."""
+"""Limit for the peers in one message, because an attribute has at most 64 KiB."""
 
 
 def read_device(name: str) -> FoundDevice:
@@ -94,7 +94,10 @@ def _decoded_peer(found: dict[int, bytes], before: FoundPeer) -> FoundPeer:
 
 
 def _decoded_address(allowed: dict[int, bytes]) -> str:
-    """Return a single IPv6 address as plans have it, or any other address with its length, which no plan has."""
+    """Return a single IPv6 address without prefix length, as plans have it.
+
+    Any other address, which no plan has, keeps its length.
+    """
     address, length = ip_address(allowed[_IP_ADDRESS]), allowed[_IP_LENGTH][0]
     return str(address) if (address.version, length) == (6, 128) else f"{address}/{length}"
 

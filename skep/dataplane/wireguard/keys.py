@@ -1,6 +1,6 @@
-"""The node's own WireGuard key pairs: made here, kept in one file on tmpfs, never sent anywhere.
+"""Creates the node's own WireGuard key pairs and keeps them in one file on tmpfs.  Private keys never leave the node.
 
-Two key pairs exist while the key rotates, each with a WireGuard device (``slot`` 0 or 1) and a UDP port of its own
+During a rotation there are two key pairs, each with its own WireGuard device (``slot`` 0 or 1) and UDP port
 (``plan/rotation.py``).  Peers that have only the older key keep using it until they receive the newer one.
 """
 

@@ -1,4 +1,7 @@
-"""Chooses the WireGuard of this node: the configured one, else the first that works, else none.  Never plain text."""
+"""Chooses the WireGuard implementation of this node: the configured one, else the first that works.
+
+If none works, the node refuses encrypted networks.  It never sends their packets unencrypted.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -16,7 +19,7 @@ _NEEDS = {
     Method.KERNEL: ("wireguard", "vxlan", "ipv6"),
     Method.USER_SPACE: ("wireguard-go", "tun", "vxlan", "ipv6"),
 }
-"""Features of the machine that a method needs.  Addresses inside the tunnels are IPv6."""
+"""Features of the machine that each method needs.  ``ipv6``, because addresses inside the tunnels are IPv6."""
 
 
 class Features(Protocol):
@@ -28,7 +31,7 @@ class Features(Protocol):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """This node does not encrypt.  ``reason`` becomes part of the error of a task that needs encryption."""
+    """This node cannot encrypt.  ``reason`` becomes part of the error of a task that needs encryption."""
 
     reason: str
 
@@ -44,13 +47,13 @@ def choose(features: Features, setting: str = "auto") -> Method | Refusal:
 
 
 def reasons_for_fallback(features: Features, setting: str = "auto") -> str:
-    """Return why ``choose`` did not take the first method.  Empty if it did, or if it took none."""
+    """Return why ``choose`` fell back to a later method.  Empty if it chose the first method, or none."""
     method, order = choose(features, setting), _ORDER[setting]
     return _reasons_against(features, order[: order.index(method)]) if isinstance(method, Method) else ""
 
 
 def _reasons_against(features: Features, methods: Iterable[Method]) -> str:
-    """Return the needs of ``methods`` that the machine lacks, with the kernel's errors."""
+    """Return which features that ``methods`` need are missing on this machine, with the kernel's errors."""
     lacking = {name: None for method in methods for name in _lacking(features, method)}
     return "; ".join(f"{name}: {features.missing[name]}" for name in lacking)
 

@@ -16,10 +16,13 @@ from skep.paths import Paths
 
 PROGRAM = "wireguard-go"
 VERSION = "wireguard-go"
-"""Replaces the version of Skep in the pid file, so that another version of Skep keeps the same process."""
+"""Version in the pid file, in place of Skep's version.  So the process keeps running when Skep is upgraded."""
 _NICENESS = -10
-"""The kernel forwards packets without waiting for a processor.  Busy containers must not slow tunnels in user space
-down."""
+"""Niceness of wireguard-go.
+
+WireGuard in the kernel never waits for a processor, and busy containers must not slow down tunnels in user space
+either.
+"""
 
 
 def process_name(slot: int) -> str:
@@ -41,6 +44,6 @@ def enter(slot: int, arguments: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    # Without the variable it advises to use the kernel's WireGuard, which this machine was found not to have.
+    # Without this variable, it would print the advice to use the kernel's WireGuard, which this machine does not have.
     environment = {**os.environ, "LOG_LEVEL": "error", "WG_PROCESS_FOREGROUND": "1"}
     os.execvpe(PROGRAM, [PROGRAM, "--foreground", device_name(run, slot)], environment)

@@ -1,8 +1,10 @@
-"""The WireGuard tunnels of one node: keeps devices, addresses and routes as the encrypted networks' tables need them.
+"""The WireGuard tunnels of one node.
 
-The devices are in a network namespace of their own (``<run>/tunnels``), which has no other device and no other egress.
-Packets that VXLANs of encrypted networks send there pass a tunnel or are dropped.  Nothing leaves unencrypted, whatever
-is missing: the device, its process, a key, a route.
+Keeps their devices, addresses and routes as the tables of encrypted networks require.
+
+The devices are in a separate network namespace (``<run>/tunnels``) without other devices and other egress.  VXLANs of
+encrypted networks send their packets there.  Each packet passes a tunnel or is dropped, so nothing leaves unencrypted
+even if a device, its process, a key or a route is missing.
 """
 
 import asyncio
@@ -72,11 +74,11 @@ log = structlog.get_logger()
 
 NAMESPACE = "wireguard"
 PERIOD_S = 1.0
-"""Period of checking the devices for completed handshakes and for removed devices."""
+"""Seconds between checks for completed handshakes and removed devices."""
 HURRY_S = 0.1
-"""Period while a device does not exist yet."""
+"""Seconds between checks while a device does not exist yet."""
 HEAL_S = 5.0
-"""Period of comparing the namespace with its desired state."""
+"""Seconds between comparisons of the namespace with its desired state."""
 SYSCTLS = {
     "net/ipv4/ip_forward": "0",
     "net/ipv6/conf/all/disable_ipv6": "0",
@@ -86,7 +88,7 @@ SYSCTLS = {
     "net/ipv6/conf/default/accept_ra": "0",
     "net/ipv6/conf/default/addr_gen_mode": "1",
 }
-"""Sysctls of the tunnels' namespace.  Addresses inside are IPv6, whatever the node itself has."""
+"""Sysctls of the tunnels' namespace.  Addresses inside are IPv6, even if the node itself has only IPv4."""
 _KINDS = {Method.KERNEL: "wireguard", Method.USER_SPACE: "tun"}
 
 
@@ -104,9 +106,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """How this node encrypts.
 
     Args:
-        method: The WireGuard implementation, or why the node does not encrypt.
+        method: The WireGuard implementation, or the reason why the node does not encrypt.
         since_boot: Returns the seconds since boot, the same for all processes of a boot.
-        process: Makes the supervisor of wireguard-go for a slot.
+        process: Creates the supervisor of wireguard-go for a slot.
         port: UDP port of slot 0, or 0 for the port after VXLAN's.
     """
 
@@ -150,16 +152,19 @@ class Tunnels:
         self._opening = asyncio.Lock()
         """Held while the namespace is created or removed."""
         self._users = 0
-        """Number of ``kept_open`` blocks."""
+        """Number of open ``kept_open`` blocks."""
         self._changed = asyncio.Event()
         self._node = NodeId("")
         self._vxlan_port = DEFAULT_DATA_PATH_PORT
-        """The cluster's port, as far as it is known."""
+        """The data path port of the cluster, or the default until it is known."""
         self._tables: tuple[Table, ...] | None = None
         self._underlay = Underlay("")
         self._pairs: tuple[KeyPair, ...] = ()
         self._unread = ""
-        """Why an earlier process's keys cannot be read at present.  Until they can, no key is used and none is made."""
+        """Reason why the keys of an earlier process cannot be read at present.
+
+        Until then, no key is used or created.
+        """
         self._are_saved = True
         self._plan = Plan()
         self._handshakes: Mapping[Session, Handshake] | None = None
@@ -184,10 +189,11 @@ class Tunnels:
     # --- for the node's description ---------------------------------------------------------------------------
 
     def labels(self) -> Mapping[str, str]:
-        """Return the engine labels with the encryption method and this node's public keys.  Empty if it does not
-        encrypt.
+        """Return the engine labels with the encryption method and this node's public keys.
 
-        Raises: Unavailable: its keys cannot be read, and the keys that peers know are not known either.
+        Empty if it does not encrypt.
+
+        Raises: Unavailable: the keys cannot be read, so it is unknown which keys the peers have.
         """
         method = self._options.method
         if isinstance(method, Refusal):
@@ -200,7 +206,7 @@ class Tunnels:
         except Unavailable:
             if self._tables is None:
                 raise
-            # Keep publishing the keys that peers have.  Without any, peers would end tunnels that work.
+            # Keep publishing the keys that peers have.  If none were published, peers would end working tunnels.
             own = (table.nodes[self._node] for table in self._tables if self._node in table.nodes)
             published = next((node.wireguard_keys for node in own), ())
         return {ENCRYPTION_LABEL: method.value, PUBLIC_KEYS_LABEL: public_keys_label(published)}
@@ -214,7 +220,7 @@ class Tunnels:
         return ""
 
     async def apply(self, node: NodeId, tables: Iterable[Table], underlay: Underlay) -> None:
-        """Carry the encrypted networks of ``tables`` from now on.
+        """Provide tunnels for the encrypted networks in ``tables`` from now on.
 
         ``underlay`` is this node's device.  When this returns, VXLANs of encrypted networks can be created.
         Raises: OSError; Unavailable: see ``require_keys``.
@@ -235,7 +241,8 @@ class Tunnels:
     def require_keys(self) -> None:
         """Check that the keys are readable.
 
-        Raises: Unavailable: they are not, so that the peers are unknown and the present configuration has to stay."""
+        Raises: Unavailable: they are not.  The plan is then unknown, and the present configuration must stay.
+        """
         if self._unread:
             raise Unavailable(self._unread)
 
@@ -314,7 +321,7 @@ class Tunnels:
             self._note(str(error))
 
     async def _refuse(self) -> None:
-        """Keep the node's condition up to date while this node does not encrypt."""
+        """Keep the node's condition up to date on a node that does not encrypt."""
         assert isinstance(self._options.method, Refusal), "as its caller found"
         while True:
             await self._changed.wait()
@@ -330,7 +337,7 @@ class Tunnels:
             return
         await self._open()
         await self._place()
-        # Allow the sources before packets can arrive from them.
+        # Accept the sources before packets can arrive from them.
         await self._settle()
         await self._configure()
         before = self._choice
@@ -385,7 +392,7 @@ class Tunnels:
         try:
             keys.save(self._keys_path, pairs)
             self._are_saved = True
-        except OSError as error:  # until they are saved, the next node process would make others
+        except OSError as error:  # retried, because otherwise the next node process would create new keys
             if self._are_saved:
                 log_error(error, "wireguard keys not saved, retrying")
             self._are_saved = False
@@ -418,7 +425,9 @@ class Tunnels:
             self._say("")
 
     async def _found_handshakes(self) -> Mapping[Session, Handshake]:
-        """Return handshakes of the devices of an earlier node process, so that traffic continues on them."""
+        """Return the handshakes of devices that an earlier node process has configured, so that traffic continues on
+        them.
+        """
         found, pairs = [], self._own_keys()
         for pair in pairs:
             try:
@@ -462,7 +471,10 @@ class Tunnels:
             self._healed_at = self._clock.monotonic()
 
     async def _reroute(self, before: Choice) -> None:
-        """Move routes from one device to another without a gap, which a removal and an addition would have."""
+        """Move routes from one device to another.
+
+        They are replaced in place, so that packets always have a route.
+        """
         moved = {
             address: self._placed[slot]
             for address, slot in self._choice.slots.items()
@@ -505,7 +517,7 @@ class Tunnels:
 
     async def _configure(self) -> None:
         found = []
-        # A snapshot: the plan may change to fewer devices while one of them is read.
+        # Use a snapshot, because the plan may change to fewer devices while one of them is read.
         planned = [(slot, wanted) for slot, wanted in self._plan.devices.items() if slot in self._placed]
         for slot, wanted in planned:
             name = device_name(self._run_directory, slot)
@@ -519,7 +531,7 @@ class Tunnels:
         self._handshakes = noted(self._handshakes or {}, handshakes, self._clock.monotonic())
 
     def _note(self, error: str) -> None:
-        """Log a repeated error once."""
+        """Log ``error``, but only once if it is repeated."""
         if error and error != self._last_error:
             log.warning("encrypted networks not carried, retrying", reason=error)
         self._last_error = error

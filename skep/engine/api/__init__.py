@@ -1,1 +1,1 @@
-"""Docker's routes for containers, images, volumes and processes in containers; one module per resource."""
+"""Docker's routes for containers, images, volumes and processes in containers, with one module per resource."""

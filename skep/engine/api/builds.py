@@ -34,14 +34,14 @@ from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.container import Ulimit
 
 _REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": "", "cgroupparent": ""}
-"""Options that are not supported, and the neutral value of each."""
+"""Options that are not supported, with the neutral value that clients send if the user does not set them."""
 _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
 _TOO_MANY_SOURCES = f"[Warning] {{}} cache sources are not used: a build has at most {SOURCES_MAX}\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
 """Maximum number of registries in one request's credentials."""
 _KEPT_CHARACTERS_MAX = 1 << 20
-"""Characters of a quiet build's output that are kept in memory."""
+"""Number of characters of a quiet build's output that are kept in memory."""
 _SILENT_S = 300.0
 """Seconds without data after which a client that uploads its build context loses its build slot."""
 
@@ -51,13 +51,13 @@ _table = Table[Builder]()
 
 
 def build_routes(builder: Builder) -> list[web.RouteDef]:
-    """``/build`` and ``/build/prune``."""
+    """Return the routes ``/build`` and ``/build/prune``."""
     return _table.bound(builder)
 
 
 @_table.post("/build")
 async def build_image(builder: Builder, request: web.Request) -> web.StreamResponse:
-    """``docker build``."""
+    """Handle ``docker build``."""
     is_quiet = flag(request, "q")
     template = _template(request, builder)
 
@@ -70,7 +70,7 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
         say = kept.add if is_quiet else report
         progress = _ClassicProgress(say)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
-        # Before anything is unpacked: a waiting request has a connection, but neither a process nor files.
+        # Wait before anything is unpacked, so that a waiting request has a connection, but neither a process nor files.
         async with builder.slots.hold(), builder.images.workspace("context") as directory:
             name = request.query.get("dockerfile") or context.DEFAULT_NAME
             if remote := request.query.get("remote", ""):
@@ -105,7 +105,7 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
 
 @_table.post("/build/prune")
 async def prune_build_cache(builder: Builder, request: web.Request) -> web.StreamResponse:
-    """``docker builder prune``: the directories of ``RUN --mount=type=cache``.
+    """Handle ``docker builder prune``: the directories of ``RUN --mount=type=cache``.
 
     Results of steps are images, which ``docker image prune`` removes.  With a filter, no directory is removed, because
     they have no labels and no time of last use.  ``docker system prune --filter`` also sends its filters here.

@@ -27,11 +27,11 @@ from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.times import timestamp
 
 _TEXT_BYTES_MAX = 1 << 20
-"""Size of all Dockerfile instructions of one request."""
+"""Limit in bytes for all Dockerfile instructions of one request."""
 
 
 def commit_routes(engine: Engine, clock: Clock) -> Routes:
-    """``POST /commit``."""
+    """Return the route ``POST /commit``."""
     table = Routes()
 
     @table.post("/commit")
@@ -56,7 +56,7 @@ def commit_routes(engine: Engine, clock: Clock) -> Routes:
 
 
 async def import_image(images: ImageStore, clock: Clock, request: web.Request) -> web.StreamResponse:
-    """``POST /images/create`` with ``fromSrc``: the body is the archive."""
+    """Handle ``POST /images/create`` with ``fromSrc``: the body is the archive."""
     query = request.query
     source = query.get("fromSrc", "")
     if source != "-":

@@ -25,7 +25,7 @@ FILTERS = (
 _STATES = frozenset({*(state.value for state in ContainerState), "restarting", "dead"})
 _HEALTH = frozenset({"none", "starting", "healthy", "unhealthy"})
 _REPETITIONS_MAX = 3
-"""Repetitions in a pattern.  More could keep Python's matcher busy for a long time."""
+"""Limit for the repetitions in a pattern.  More could keep Python's matcher busy for a long time."""
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +53,7 @@ def ancestors(words: Sequence[str], image_id: Callable[[str], str]) -> frozenset
 
 
 def image_id_among(containers: Sequence[Container]) -> Callable[[str], str]:
-    """Return ``image_id`` for users who do not see the node's images.
+    """Return the function ``image_id`` for users who may not see the node's images.
 
     Only images of ``containers`` are known: by id, prefix of an id, or the name with which a container was created.
     """
@@ -143,7 +143,7 @@ def _exit_codes(filters: Filters) -> frozenset[int] | None:
 
 
 def _between(containers: Sequence[Container], filters: Filters) -> Sequence[Container]:
-    """Return the containers older than ``before`` and newer than ``since``.  ``containers``: newest first."""
+    """Return the containers older than ``before`` and newer than ``since``.  ``containers`` has the newest first."""
     start, end = 0, len(containers)
     if filters["before"]:
         start = _position(containers, filters["before"][-1]) + 1

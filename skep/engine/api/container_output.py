@@ -38,7 +38,7 @@ from skep.model.times import ZERO_TIME, timestamp
 
 _NAMES_ITS_FORM = _WEBSOCKET_CHOOSES = ApiVersion("1.42")
 _STATS_PERIOD_S = 1.0
-"""Interval between samples, Docker's."""
+"""Seconds between two samples, as in Docker."""
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -52,13 +52,13 @@ _table = Table[Served]()
 
 
 def output_routes(engine: Engine, clock: Clock) -> list[web.RouteDef]:
-    """``/containers/{id}/logs``, ``.../attach``, ``.../stats``."""
+    """Return the routes ``/containers/{id}/logs``, ``.../attach``, ``.../stats``."""
     return _table.bound(Served(engine, clock))
 
 
 @_table.get("/containers/{id}/logs")
 async def show_logs(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker logs``."""
+    """Handle ``docker logs``."""
     filter = _log_filter(request, follow=flag(request, "follow"))
     container = served.engine.get(request.match_info["id"])
     frames = OutputFrames(request, tty=container.config.tty, content_type=_content_type(request, container))
@@ -70,7 +70,7 @@ async def show_logs(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/attach")
 async def attach(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker attach``, and the streams of ``docker run``.
+    """Handle ``docker attach``, and the streams of ``docker run``.
 
     Source: moby, daemon/attach.go (ContainerAttach).
     """
@@ -96,7 +96,7 @@ async def attach_by_websocket(served: Served, request: web.Request) -> web.Strea
 
 
 class _Wanted(NamedTuple):
-    """Options of a client that attaches.  ``keys`` detach it."""
+    """Options of a client that attaches.  ``keys`` are its detach keys."""
 
     streams: frozenset[Stream]
     takes_input: bool
@@ -145,7 +145,7 @@ async def _attach(
 
 @_table.get("/containers/{id}/stats")
 async def show_stats(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker stats``: one sample, or one per second."""
+    """Handle ``docker stats``: one sample, or one per second."""
     container = served.engine.get(request.match_info["id"])
     streams = flag(request, "stream") if "stream" in request.query else True
     if not streams and (flag(request, "one-shot") or not container.is_running):
@@ -210,7 +210,7 @@ def _line(entry: LogEntry, request: web.Request, container: Container) -> bytes:
 
 
 def _fixed_timestamp(moment_ns: int) -> str:
-    """Format a time with all nine decimals, so that lines are aligned."""
+    """Format a time with nine decimals, so that lines are aligned."""
     return f"{timestamp(moment_ns - moment_ns % 1_000_000_000)[:-1]}.{moment_ns % 1_000_000_000:09d}Z"
 
 

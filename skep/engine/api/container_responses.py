@@ -1,6 +1,6 @@
 """Containers as the Engine API shows them: ``docker inspect`` and the lines of ``docker ps``.
 
-Values that the node does not have are shown with Docker's neutral values.
+Fields that Skep does not have are shown with Docker's neutral values.
 Source: moby 20.10, api/types/types.go (ContainerJSON), api/types/container/host_config.go, container/view.go.
 """
 
@@ -259,7 +259,10 @@ def _state(container: Container) -> dict[str, Any]:
 
 
 def config_of(container: Container) -> dict[str, Any]:
-    """Return ``Config``: the options that do not depend on the machine.  Images committed from it have them, too."""
+    """Return ``Config``, the options that do not depend on the machine.
+
+    Images that are committed from the container also have them.
+    """
     config = container.config
     attached = container.plain.attached if container.plain is not None else ()
     response: dict[str, Any] = {
@@ -295,7 +298,7 @@ def config_of(container: Container) -> dict[str, Any]:
 
 
 def _chosen_mac(plain: PlainOptions) -> str:
-    """Return the address of ``--mac-address``, which is on the first of its networks."""
+    """Return the address of ``--mac-address``, which applies to the first network of the container."""
     return plain.networks[0].mac_address if plain.networks else plain.mac_address
 
 
@@ -428,7 +431,10 @@ def _command(container: Container) -> str:
 
 
 def _shown_image(container: Container, images: ImageStore) -> str:
-    """Return the name it was created from, or the image's id if the name refers to another image by now."""
+    """Return the image name with which the container was created.
+
+    If that means another image by now, return the image's id.
+    """
     image = images.lookup(container.image)
     return container.image if image is not None and image.id == container.image_id else container.image_id
 

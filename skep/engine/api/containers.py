@@ -63,11 +63,14 @@ from skep.model.secret_env import SECRET_ENV_LABEL
 log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
-"""Lines of a list that are rendered before other requests run."""
+"""Number of list entries that are rendered in a row before other requests run."""
 _WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
 _WITH_CONDITION = ApiVersion("1.30")
 _EMPTY_OBJECT_BYTES_MAX = 7
-"""Clients send ``{}`` or ``null`` with a start.  A JSON object with a field is longer (moby's number)."""
+"""Longest body of a start in bytes that counts as empty, as in moby.
+
+Clients send ``{}`` or ``null``.  An object with a field is longer.
+"""
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
@@ -86,14 +89,14 @@ _table = Table[Served]()
 
 
 def container_routes(engine: Engine, clock: Clock | None = None) -> Iterable[web.AbstractRouteDef]:
-    """``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
+    """Return the routes ``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
     own = _table.bound(Served(engine, clock))
     return (*own, *exec_routes(engine.execs), *output_routes(engine, clock), *file_routes(engine))
 
 
 def create_routes(engine: Engine) -> Routes:
-    """``POST /containers/create``."""
+    """Return the route ``POST /containers/create``."""
     table = Routes()
 
     @table.post("/containers/create")
@@ -118,11 +121,11 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
 
 @_table.get("/containers/json")
 async def list_containers(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker ps``: one line per container.  ``limit`` n selects the n newest, running or not."""
+    """Handle ``docker ps``: one line per container.  ``limit`` n selects the n newest, running or not."""
     filters, containers = Filters.of(request), served.engine.list()
     image_id: Callable[[str], str] = partial(_image_id, served.engine.images)
     if not sees(identity_of(request), ""):
-        # As if there were no others: filters refer to containers and images, and the limit counts containers.
+        # Drop containers that the user may not see first, because filters and the limit must not depend on them.
         containers = [one for one in containers if sees(identity_of(request), one.stack)]
         image_id = image_id_among(containers)
     selection = Selection(
@@ -140,7 +143,7 @@ async def list_containers(served: Served, request: web.Request) -> web.StreamRes
             container_responses.summary(container, served.engine.images, now_ns, selection.network_ids) | size
         )
         if number % _LINES_AT_ONCE == 0:
-            await asyncio.sleep(0)  # lets other requests run
+            await asyncio.sleep(0)  # let other requests run
     return json_list_response(lines)
 
 
@@ -151,7 +154,7 @@ def _image_id(images: LocalImages, word: str) -> str:
 
 @_table.get("/containers/{id}/json")
 async def inspect_container(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker inspect``."""
+    """Handle ``docker inspect``."""
     container = served.engine.get(request.match_info["id"])
     exec_ids = [exec.id for exec in served.engine.execs.of(container.id)]
     response = container_responses.inspected(
@@ -171,14 +174,14 @@ async def _sizes(served: Served, container: Container) -> dict[str, int]:
 
 @_table.get("/containers/{id}/top")
 async def show_processes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker top``."""
+    """Handle ``docker top``."""
     top = await served.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
     return json_response({"Processes": top.processes, "Titles": top.titles})
 
 
 @_table.get("/containers/{id}/changes")
 async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker diff``.  Responds with null if the container changed nothing."""
+    """Handle ``docker diff``.  Responds with null if the container changed nothing."""
     with served.engine.action_times.timed("changes"):
         changes = await walk_tree(served.engine.changes, request.match_info["id"])
     return json_response([{"Path": path, "Kind": kind} for kind, path in changes] or None)
@@ -186,7 +189,7 @@ async def show_changes(served: Served, request: web.Request) -> web.StreamRespon
 
 @_table.post("/containers/{id}/wait")
 async def wait(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker wait``: the exit code, once the condition holds."""
+    """Handle ``docker wait``: the exit code, once the condition holds."""
     condition = _condition(request)
     container = served.engine.get(request.match_info["id"])
     async with JsonLines(request) as lines:  # send the header before the container has ended
@@ -203,7 +206,7 @@ async def wait(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/kill")
 async def kill(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker kill``."""
+    """Handle ``docker kill``."""
     word = request.match_info["id"]
     try:
         await served.engine.kill(word, request.query.get("signal") or "SIGKILL")
@@ -214,7 +217,7 @@ async def kill(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/stop")
 async def stop(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker stop``.  Responds with 304 if it does not run."""
+    """Handle ``docker stop``.  Responds with 304 if it does not run."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_active:
@@ -229,7 +232,7 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/start")
 async def start(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker start``.  Responds with 304 if it runs already, or its policy will start it."""
+    """Handle ``docker start``.  Responds with 304 if it runs already, or its policy will start it."""
     _check_start(request)
     container = served.engine.get(request.match_info["id"])
     if container.is_active:
@@ -241,7 +244,7 @@ async def start(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/restart")
 async def restart(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker restart``: stop and start.  A container that does not run is only started."""
+    """Handle ``docker restart``: stop and start.  A container that does not run is only started."""
     word = request.match_info["id"]
     container = served.engine.get(word)
     _require_startable(container)
@@ -269,7 +272,7 @@ def _check_start(request: web.Request) -> None:
 
 
 def _require_startable(container: Container) -> None:
-    """Raise Unimplemented for a container whose secrets only its task has: it would run without them."""
+    """Raise Unimplemented for a task's container with secrets, because without its task it would run without them."""
     if container.plain is None and SECRET_ENV_LABEL in container.labels:
         raise Unimplemented(
             f"The container of a task with {SECRET_ENV_LABEL} is started by its task only, which has the secrets: "
@@ -279,7 +282,7 @@ def _require_startable(container: Container) -> None:
 
 @_table.post("/containers/{id}/pause")
 async def pause(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker pause``."""
+    """Handle ``docker pause``."""
     container = served.engine.get(request.match_info["id"])
     if container.state is ContainerState.PAUSED:
         raise NotRunning(f"Container {container.id} is already paused")
@@ -289,7 +292,7 @@ async def pause(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/unpause")
 async def unpause(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker unpause``."""
+    """Handle ``docker unpause``."""
     container = served.engine.get(request.match_info["id"])
     if container.state is not ContainerState.PAUSED:
         raise Untranslated(f"Container {container.id} is not paused")
@@ -307,7 +310,7 @@ async def resize(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/update")
 async def update(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker update``: limits and restart policy.  Omitted fields stay unchanged."""
+    """Handle ``docker update``: limits and restart policy.  Omitted fields stay unchanged."""
     body = read_update(await read_body(request), api_version(request))
     check_cpus(body.nano_cpus, processors())
     before = served.engine.get(request.match_info["id"])
@@ -317,7 +320,7 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/prune")
 async def prune(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker container prune``: remove containers that do not run, except a task's that is about to start.
+    """Handle ``docker container prune``: remove containers that do not run, except a task's that is about to start.
 
     A failed removal does not prevent others.  Source: moby, daemon/prune.go (ContainersPrune).
     """
@@ -344,12 +347,12 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.delete("/containers/{id}")
 async def remove(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rm``."""
+    """Handle ``docker rm``."""
     word = request.match_info["id"]
     container = served.engine.get(word)
     if flag(
         request, "link"
-    ):  # a link has the path of two containers; only the container itself is named here
+    ):  # links have paths of two containers, but only the container itself can be named
         raise Conflicting("Conflict, cannot remove the default link name of the container")
     try:
         await served.engine.remove(
@@ -362,7 +365,7 @@ async def remove(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/rename")
 async def rename(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rename``, only for plain containers."""
+    """Handle ``docker rename``, only for plain containers."""
     container = served.engine.get(request.match_info["id"])
     if container.plain is None:
         raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
@@ -386,7 +389,10 @@ def _limit(request: web.Request) -> int:
 
 
 def _grace(request: web.Request) -> float | None:
-    """Return the grace period in seconds.  None means the container's own, negative that it is never killed."""
+    """Return the grace period in seconds.
+
+    None means the container's own period.  With a negative one, it is never killed.
+    """
     if not request.query.get("t"):
         return None
     try:

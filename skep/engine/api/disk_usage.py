@@ -27,7 +27,7 @@ _TYPES_SINCE = ApiVersion("1.42")
 
 
 def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Routes:
-    """Return the route ``GET /system/df``.  It counts at each request, without a cache.
+    """Return the route ``GET /system/df``.  It measures at each request, without a cache.
 
     The build cache is the data that ``docker builder prune`` would remove.  Results of steps are images, and count
     there.

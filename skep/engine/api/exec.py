@@ -26,7 +26,7 @@ _WITH_CONSOLE_SIZE = ApiVersion("1.42")
 
 
 def exec_routes(execs: Execs) -> list[web.RouteDef]:
-    """``/containers/{id}/exec`` and ``/exec/...``."""
+    """Return the routes ``/containers/{id}/exec`` and ``/exec/...``."""
     return _table.bound(execs)
 
 
@@ -60,7 +60,7 @@ async def start_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
         try:
             await _run(execs, client, exec, options)
         except SkepError as error:
-            # Too late for an HTTP status.  Docker also sends the error as output.
+            # It is too late for an HTTP status.  Docker also sends the error as output.
             await client.send(OutputStream.STDOUT, f"{error}\r\n".encode())
     return Hijacked()
 
@@ -90,7 +90,7 @@ async def inspect_exec(execs: Execs, request: web.Request) -> web.StreamResponse
 
 @_table.post("/exec/{id}/resize")
 async def resize_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
-    """Set the size of its terminal to ``h`` rows and ``w`` columns."""
+    """Set the size of an exec's terminal to ``h`` rows and ``w`` columns."""
     execs.resize(request.match_info["id"], integer(request, "h"), integer(request, "w"))
     return web.Response()
 

@@ -20,7 +20,7 @@ _table = Table[Engine]()
 
 
 def file_routes(engine: Engine) -> Iterable[web.AbstractRouteDef]:
-    """``/containers/{id}/archive`` and ``/containers/{id}/export``."""
+    """Return the routes ``/containers/{id}/archive`` and ``/containers/{id}/export``."""
     return _table.bound(engine)
 
 
@@ -34,7 +34,7 @@ async def show_path(engine: Engine, request: web.Request) -> web.StreamResponse:
 
 @_table.get("/containers/{id}/archive")
 async def copy_out(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """``docker cp CONTAINER:PATH``: respond with an archive of the path."""
+    """Handle ``docker cp CONTAINER:PATH``: respond with an archive of the path."""
     word, path = _place(request)
     async with engine.files.read(word, path) as (status, pieces):
         return await _send_archive(request, pieces, _header(status))
@@ -42,7 +42,7 @@ async def copy_out(engine: Engine, request: web.Request) -> web.StreamResponse:
 
 @_table.put("/containers/{id}/archive")
 async def copy_in(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """``docker cp ... CONTAINER:PATH``: unpack the body at the path."""
+    """Handle ``docker cp ... CONTAINER:PATH``: unpack the body at the path."""
     word, path = _place(request)
     target = ArchiveTarget(
         path=path, keeps_kinds=flag(request, "noOverwriteDirNonDir"), as_user=flag(request, "copyUIDGID")
@@ -57,7 +57,7 @@ async def copy_in(engine: Engine, request: web.Request) -> web.StreamResponse:
 
 @_table.get("/containers/{id}/export")
 async def export(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """``docker export``: respond with an archive of the whole file system, without volumes."""
+    """Handle ``docker export``: respond with an archive of the whole file system, without volumes."""
     async with engine.files.export(request.match_info["id"]) as pieces:
         return await _send_archive(request, pieces, {})
 
@@ -87,7 +87,7 @@ def _header(status: PathStatus) -> dict[str, str]:
 async def _send_archive(
     request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Send an archive.  An incomplete one is sent without an end, so that its reader notices."""
+    """Send an archive.  An incomplete archive is sent without an end, so that its reader notices."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-tar", **headers})
     await response.prepare(request)
     async for piece in pieces:

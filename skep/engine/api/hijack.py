@@ -1,8 +1,8 @@
 """HTTP connection hijacking: ``attach`` and ``exec start`` send raw bytes in both directions.
 
-The client sends ``Upgrade: tcp`` and gets 101 (old clients do not, and get a 200 that never ends).  From then on each
-direction closes separately: the end of the client's input is a half-close, after which output continues.  aiohttp
-cannot half-close, so the transport gets another protocol.
+The client sends ``Upgrade: tcp`` and gets the status 101.  (Old clients do not send it, and get a 200 without an end.)
+From then on each direction closes separately: the end of the client's input is a half-close, after which output
+continues.  aiohttp cannot half-close, so its transport is given another protocol.
 
 docker-py reads the head through a buffer and the output from the socket below it, so it loses output that it receives
 together with the head.  On a Unix socket the kernel reports the bytes that the client has not read yet (SIOCOUTQ), so
@@ -30,15 +30,18 @@ MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 
 _NAMES_ITS_FORM = ApiVersion("1.42")
 _BUFFER_BYTES = 64 << 10
-"""Input of a client that is buffered before it is read."""
+"""Limit in bytes for input of a client that is buffered."""
 DRAIN_S = 60.0
-"""A client that reads nothing for this long is considered disconnected."""
+"""Seconds after which a client that reads nothing counts as disconnected."""
 _HEAD_UNREAD_S = 5.0
-"""Wait for the client to read the head.  After that the output is sent anyway: not every client loses it."""
+"""Seconds to wait until the client has read the head.
+
+After that, the output is sent anyway, because not every client loses it.
+"""
 
 
 class Duplex:
-    """The raw connection.  Input ends, and output is framed, or unframed with a terminal."""
+    """The raw connection.  Output is marked with its stream, except with a terminal."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, tty: bool) -> None:
         self._reader = reader
@@ -73,7 +76,7 @@ class Duplex:
 
 
 def _unread_bytes(descriptor: int) -> int:
-    """Return the bytes that the other end of a Unix connection has not read, in the kernel's count of memory."""
+    """Return how many bytes the other end of a Unix connection has not read, as the kernel counts memory."""
     (count,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))
     return int(count)
 
@@ -82,7 +85,7 @@ def _unread_bytes(descriptor: int) -> int:
 async def hijack(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
     """Respond to ``request`` with a raw connection, which is closed with the block.
 
-    Read the request's body before.  Afterwards the handler returns ``Hijacked()``.
+    The caller must have read the request's body.  Afterwards, the handler returns ``Hijacked()``.
     """
     handler = request.protocol
     transport = request.transport
@@ -139,7 +142,7 @@ async def upgrade(
 
 
 class _Reporting(asyncio.Protocol):
-    """Passes everything on to ``protocol``, and the end also to aiohttp, which counts connections."""
+    """Passes everything on to ``protocol``.  Passes the end also to aiohttp, because aiohttp counts connections."""
 
     def __init__(self, protocol: asyncio.Protocol, handler: RequestHandler) -> None:
         self._protocol = protocol
@@ -186,7 +189,7 @@ class _Raw(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        return self._stays_open  # a client without input half-closes at once, and reads the output
+        return self._stays_open  # a client without input half-closes at once, and still reads the output
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -21,7 +21,7 @@ _WITHOUT_CONTAINER_CONFIG = ApiVersion("1.45")
 def summary(
     listed: Listed, version: ApiVersion, *, shared_bytes: int = -1, containers: int = -1
 ) -> Mapping[str, Any]:
-    """Return one line of ``docker images``.  -1 means not computed."""
+    """Return one entry of the list for ``docker images``.  The value -1 means that it was not computed."""
     image = listed.image
     tags = [reference.familiar for reference in listed.references if reference.tag]
     digests = [reference.familiar for reference in listed.references if reference.digest]
@@ -47,7 +47,7 @@ def summary(
 
 
 def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping[str, Any]:
-    """Return ``docker image inspect``."""
+    """Return the response to ``docker image inspect``."""
     config = image.config
     response: dict[str, Any] = {
         "Id": image.id,
@@ -82,7 +82,9 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
 
 
 def history(image: Image, images: LocalImages) -> Sequence[Mapping[str, Any]]:
-    """Return ``docker history``: the steps, latest first, with the images of this node that they created."""
+    """Return the response to ``docker history``: the steps, latest first, with the image on this node that each
+    created.
+    """
     sizes = [images.layer_store.all()[chain_id].size_bytes for chain_id in image.chain]
     steps: list[dict[str, Any]] = [
         {

@@ -43,7 +43,7 @@ from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
 _WITHOUT_FILTER = ApiVersion("1.41")
-"""Before this version a parameter of its own could hold a pattern of names."""
+"""API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -60,13 +60,13 @@ _table = Table[Served]()
 def image_routes(
     images: ImageStore, users: Users, *, clock: Clock | None = None
 ) -> Iterable[web.AbstractRouteDef]:
-    """``/images/...``, ``/distribution/...`` and ``/auth``."""
+    """Return the routes ``/images/...``, ``/distribution/...`` and ``/auth``."""
     return _table.bound(Served(images, users, clock or SystemClock()))
 
 
 @_table.get("/images/json")
 async def list_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker images``."""
+    """Handle ``docker images``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
     filter = _filter(served.images, filters, served.clock)
@@ -82,7 +82,7 @@ async def list_images(served: Served, request: web.Request) -> web.StreamRespons
 
 @_table.post("/images/create")
 async def create_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker pull`` and ``docker import``, with their progress."""
+    """Handle ``docker pull`` and ``docker import``, with their progress."""
     if "fromImage" not in request.query:
         return await import_image(served.images, served.clock, request)
     reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
@@ -97,7 +97,7 @@ async def create_image(served: Served, request: web.Request) -> web.StreamRespon
 
 @_table.post("/images/load")
 async def load_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker load``, with its progress."""
+    """Handle ``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
     async def load(report: Report) -> None:
@@ -116,19 +116,19 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
 
 @_table.get("/images/get")
 async def save_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker save`` of several images, as one archive."""
+    """Handle ``docker save`` of several images, as one archive."""
     return await _send_images(served, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
 async def save_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker save`` of one image."""
+    """Handle ``docker save`` of one image."""
     return await _send_images(served, request, [request.match_info["name"]])
 
 
 async def _send_images(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
     async with aclosing(served.images.save(names)) as pieces:
-        first = await anext(pieces, b"")  # an unknown image can still be reported as a status
+        first = await anext(pieces, b"")  # first, because an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
         await send_piece(request, response, first)
@@ -139,7 +139,7 @@ async def _send_images(served: Served, request: web.Request, names: list[str]) -
 
 @_table.post("/images/prune")
 async def prune_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker image prune``."""
+    """Handle ``docker image prune``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
     removed, freed_bytes = await served.images.prune(
@@ -151,7 +151,7 @@ async def prune_images(served: Served, request: web.Request) -> web.StreamRespon
 
 @_table.get("/images/{name:.+}/json")
 async def inspect_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker image inspect``."""
+    """Handle ``docker image inspect``."""
     name = request.match_info["name"]
     try:
         image = served.images.get(name)
@@ -162,7 +162,7 @@ async def inspect_image(served: Served, request: web.Request) -> web.StreamRespo
 
 @_table.get("/images/{name:.+}/history")
 async def image_history(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker history``."""
+    """Handle ``docker history``."""
     return json_list_response(
         image_responses.history(served.images.get(request.match_info["name"]), served.images)
     )
@@ -170,7 +170,7 @@ async def image_history(served: Served, request: web.Request) -> web.StreamRespo
 
 @_table.post("/images/{name:.+}/tag")
 async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker tag``."""
+    """Handle ``docker tag``."""
     served.images.get(request.match_info["name"])
     try:
         reference = parse_reference(request.query.get("repo", ""))
@@ -186,7 +186,7 @@ async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/images/{name:.+}/push")
 async def push_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker push``, with its progress.  Without a tag it pushes all tags."""
+    """Handle ``docker push``, with its progress.  Without a tag it pushes all tags."""
     reference = parse_reference(request.match_info["name"])
     tag = request.query.get("tag", "")
     reference = reference.repository.with_tag(tag) if tag else reference
@@ -201,7 +201,7 @@ async def push_image(served: Served, request: web.Request) -> web.StreamResponse
 
 
 class _WantedPlatform(msgspec.Struct, frozen=True):
-    """``platform`` of a push.  This node has only one of an image's platforms."""
+    """The parameter ``platform`` of a push.  This node has an image for one platform only."""
 
     os: str = ""
     architecture: str = ""
@@ -209,7 +209,7 @@ class _WantedPlatform(msgspec.Struct, frozen=True):
 
 
 def _require_platform(images: ImageStore, reference: Reference, text: str) -> None:
-    """Raise InvalidArgument for an invalid platform, NotFound if the image is here for another platform."""
+    """Raise InvalidArgument for an invalid platform, and NotFound if this node has the image for another platform."""
     wanted = decode_body(text.encode(), _WantedPlatform)
     image = images.get(str(reference.with_default_tag()))
     platform = Platform(wanted.os, wanted.architecture, wanted.variant)
@@ -218,7 +218,7 @@ def _require_platform(images: ImageStore, reference: Reference, text: str) -> No
 
 @_table.get("/images/search")
 async def search_images(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker search``."""
+    """Handle ``docker search``."""
     filters = Filters.of(request)
     filters.refuse_unknown("is-automated", "is-official", "stars")
     wanted = SearchFilter(
@@ -257,7 +257,7 @@ def _stars(text: str) -> int:
 
 @_table.post("/auth")
 async def check_credentials(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker login``: try the credentials at the registry.  This node does not keep them."""
+    """Handle ``docker login``: try the credentials at the registry.  This node does not keep them."""
     body = await read_body(request)
     wanted = decode_body(body, _Login)
     credentials = decode_body(body, Credentials)
@@ -270,7 +270,7 @@ class _Login(msgspec.Struct, frozen=True):
 
 
 def _domain(address: str) -> str:
-    """Return the registry of a login.  Source: moby 20.10, registry/service.go (Auth)."""
+    """Return the registry that the address of a login means.  Source: moby 20.10, registry/service.go (Auth)."""
     url = address if "://" in address else f"https://{address or DEFAULT_DOMAIN}"
     try:
         parts = urlsplit(url)
@@ -284,7 +284,7 @@ def _domain(address: str) -> str:
 
 @_table.delete("/images/{name:.+}")
 async def remove_image(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rmi``."""
+    """Handle ``docker rmi``."""
     name = request.match_info["name"]
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")
@@ -358,7 +358,7 @@ def _replaced(filter: ImageFilter, **fields: Any) -> ImageFilter:
 
 
 def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
-    """Return by image the size of the layers that it shares with other images."""
+    """Return, for each image, the size of the layers that it shares with other images."""
     counts: dict[str, int] = {}
     for image in images.images():
         for chain_id in image.chain:

@@ -64,7 +64,7 @@ def network_settings(container: Container, ids: Mapping[str, str]) -> dict[str, 
         ]
     settings |= {"SandboxID": container.id, "SandboxKey": sandbox.netns, "Ports": bound}
     if not sandbox.address or (sandbox.endpoints and not _is_on_bridge(container)):
-        return settings  # Docker sets these only for its own bridge
+        return settings  # Docker sets the following fields only for its own bridge
     return settings | {
         "Gateway": sandbox.gateway,
         "IPAddress": sandbox.address,
@@ -160,7 +160,10 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
 def _requested(
     container: Container, endpoint: Endpoint, v4: Interface | None, v6: Interface | None
 ) -> dict[str, str] | None:
-    """Return the addresses that the user chose, or on the cluster's networks those from the managers, as in Docker."""
+    """Return the addresses that the user chose.
+
+    On cluster networks, return those from the managers, as Docker does.
+    """
     if container.plain is not None and endpoint.config.head.is_of_node:
         names = (endpoint.network_id, endpoint.network_name)
         for one in container.plain.networks:
@@ -182,6 +185,9 @@ def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
 
 
 def _endpoint_id(container: Container, network_id: str, port: str) -> str:
-    """Return an id like Docker's, which differs for each start because the port does."""
+    """Return an endpoint id in Docker's form.
+
+    It differs for each start, because it is derived from the bridge port's name.
+    """
     text = f"{container.id} {network_id} {port}"
     return hashlib.sha256(text.encode()).hexdigest()

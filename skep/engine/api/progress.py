@@ -13,19 +13,20 @@ from skep.engine.images.progress import Message, Report, failure
 from skep.errors import SkepError, Unavailable
 
 _PENDING_MAX = 1000
-"""Queued messages without text."""
+"""Limit for queued messages without text."""
 _TEXT_BYTES_MAX = 16 << 20
-"""Queued text, which a build can write faster than its client reads."""
+"""Limit in bytes for queued text, which a build may write faster than its client reads."""
 _MESSAGE_BYTES = 256
-"""Overhead of a message in addition to its text."""
+"""Estimated bytes that a message occupies in addition to its text."""
 _CLIPPED = Message(stream="\n[output clipped: it comes faster than the client takes it]\n")
 
 
 class Pending:
     """Messages for a client that may be slower than the work.
 
-    Keeps only the latest figure of a layer's transfer, and drops other messages beyond the limit (there are a handful
-    per layer).  Text, such as the output of a build's commands, has a larger limit, and dropped text leaves a note.
+    Of a layer's transfer, only the latest message is kept.  Beyond the limit, other messages are dropped (there are
+    only a few per layer).  Text, such as the output of a build's commands, has a larger limit, and dropped text leaves
+    a note.
     """
 
     def __init__(self) -> None:
@@ -106,7 +107,7 @@ async def _outcome(work: Callable[[Report], Awaitable[object]], pending: Pending
         await work(pending.report)
     except SkepError as error:
         return error
-    except ConnectionError:  # the client's connection
+    except ConnectionError:  # the client has disconnected
         raise
     except OSError as error:  # a file's error: after the first message the status cannot change
         log_error(error, "work with images failed")

@@ -8,9 +8,9 @@ from skep.model.times import unix_ns
 
 
 def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, now_ns: int) -> bool:
-    """Return whether an unused object matches.
+    """Return whether ``filters`` allow to remove an unused object.
 
-    ``until`` is the latest time of its creation.
+    The filter ``until`` is the latest creation time.
     """
     return all(unix_ns(created_at) < parse_time(moment, now_ns) for moment in filters["until"]) and (
         has_prunable_labels(labels, filters)

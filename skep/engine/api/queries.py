@@ -5,7 +5,7 @@ from aiohttp import web
 from skep.errors import InvalidArgument
 
 _DIGITS_MAX = 18
-"""Digits of a number that always fits 64 bits."""
+"""Number of digits with which a number always fits into 64 bits."""
 
 
 def integer(request: web.Request, name: str, default: int | None = None) -> int:

@@ -41,7 +41,7 @@ async def join(
 ) -> End:
     """Pass bytes until the process's output ends, the client disconnects, or presses ``keys``.
 
-    The end of the client's input is passed on and ends nothing else.
+    When the client's input ends, that is passed on, and the output continues.
     """
     async with asyncio.TaskGroup() as group:
         output = group.create_task(_pass_output(process, client, streams), name="output")
@@ -50,7 +50,7 @@ async def join(
         )
         await asyncio.wait((output, inbound), return_when=asyncio.FIRST_COMPLETED)
         if inbound.done() and not inbound.result():
-            await asyncio.wait((output,))  # only the input has ended
+            await asyncio.wait((output,))  # only the input has ended, so wait for the output
         end = End.GONE
         if output.done():
             end = End.OUTPUT if output.result() else End.GONE
@@ -85,7 +85,7 @@ async def _pass_input(client: Client, process: Attachment, keys: DetachKeys | No
                 return True
         process.close_input()
     except ConnectionError:
-        pass  # one side has disconnected; the output notices and ends the session
+        pass  # one side has disconnected, which the output notices and then ends the session
     return False
 
 

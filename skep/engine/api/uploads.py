@@ -1,4 +1,4 @@
-"""Request and response bodies that are read and sent piece by piece."""
+"""Reads request bodies and sends response bodies piece by piece."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,9 @@ from skep.errors import Unavailable
 _PIECE_BYTES = 1 << 18
 """Bytes that are read at a time."""
 _REST_BYTES_MAX = 64 << 20
-"""Bytes of a refused upload that are still read, so that its sender gets the response instead of a broken pipe."""
+"""Limit in bytes for the rest of a refused upload that is still read, so that its sender gets the response and not a
+broken pipe.
+"""
 _REST_DEADLINE_S = 10.0
 """Seconds for which the rest of a refused upload is still read."""
 TAKEN_S = 300.0
@@ -21,7 +23,7 @@ async def pieces_of(request: web.Request, *, silent_s: float | None = None) -> A
     """Yield the body as it arrives.
 
     Args:
-        silent_s: Longest time between two pieces, or None for no limit.
+        silent_s: Longest time in seconds between two pieces, or None for no limit.
 
     Raises: Unavailable: nothing arrived for that long.
     """
@@ -54,7 +56,7 @@ async def send_piece(request: web.Request, response: web.StreamResponse, piece: 
     try:
         async with asyncio.timeout(TAKEN_S):
             await response.write(piece)
-    except TimeoutError as error:  # its source stays on the disk, or mounted, meanwhile
+    except TimeoutError as error:  # otherwise the source would stay on the disk, or mounted
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError("the client does not read the archive") from error

@@ -54,13 +54,13 @@ _table = Table[Served]()
 
 
 def volume_routes(volumes: Volumes, containers: Listing) -> list[web.RouteDef]:
-    """``/volumes``: list, inspect, create, remove, prune."""
+    """Return the routes ``/volumes``: list, inspect, create, remove, prune."""
     return _table.bound(Served(volumes, containers))
 
 
 @_table.post("/volumes/create")
 async def create_volume(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume create``.  An existing volume stays unchanged."""
+    """Handle ``docker volume create``.  An existing volume stays unchanged."""
     body = await read_json(request, VolumeRequest)
     name = body.name or served.volumes.new_name()
     check_volume(body, name)
@@ -71,7 +71,7 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
 
 @_table.post("/volumes/prune")
 async def prune_volumes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume prune``: without ``all``, only anonymous volumes (since API 1.42).
+    """Handle ``docker volume prune``: without ``all``, only anonymous volumes (since API 1.42).
 
     As in Docker, volumes with options stay, because their data is not on this node.
     """
@@ -104,7 +104,7 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
 
 @_table.get("/volumes")
 async def list_volumes(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume ls``."""
+    """Handle ``docker volume ls``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
     used = users_by_volume(served.containers())
@@ -154,25 +154,25 @@ def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
 
 @_table.get("/volumes/{name}")
 async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume inspect``."""
+    """Handle ``docker volume inspect``."""
     return json_response(await _inspect(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")
 async def remove_volume(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker volume rm``."""
+    """Handle ``docker volume rm``."""
     name, is_forced = request.match_info["name"], flag(request, "force")
     if not served.volumes.has(name):
         if is_forced:
             return web.Response(status=204)
         driver = (await _find_in_plugin(served.volumes, name))["Driver"]
-        await served.volumes.create(name, driver)  # then it is removed like one created here
+        await served.volumes.create(name, driver)  # then it is removed like a volume that was created here
     await served.volumes.remove(name, served.containers, force=is_forced)
     return web.Response(status=204)
 
 
 async def _inspect(volumes: Volumes, name: str) -> dict[str, Any]:
-    """Return ``docker volume inspect``, for a plug-in volume with the plug-in's description.
+    """Return the response to ``docker volume inspect``.  For a plug-in volume, it includes the plug-in's description.
 
     Raises: NotFound; Unavailable: the plug-in does not respond.
     """

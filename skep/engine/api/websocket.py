@@ -1,6 +1,7 @@
 """``attach`` by WebSocket, for clients that cannot hijack a connection: browsers, web terminals, docker-py.
 
-Output is not framed by stream.  It comes in binary messages, and in text messages before API 1.28, whatever its bytes.
+Output is not marked with its stream.  It is sent in binary messages, and before API 1.28 in text messages even if it is
+not text.
 
 Source: moby, api/server/router/container/container_routes.go (wsContainersAttach).
 """
@@ -18,9 +19,12 @@ from skep.errors import InvalidArgument, PermissionDenied
 
 _BINARY = ApiVersion("1.28")
 _MESSAGE_BYTES_MAX = 1 << 20
-"""Size of one message of a client, which is in memory until its last byte has arrived.  A keystroke needs one byte."""
+"""Limit in bytes for one message of a client, because it is in memory until its last byte has arrived.
+
+A keystroke needs one byte.
+"""
 _CLOSE_S = 1.0
-"""Wait for the closing handshake.  A client that does not read it is disconnected."""
+"""Seconds to wait for the closing handshake.  A client that does not answer is disconnected."""
 
 
 class WebSocketDuplex:
@@ -49,7 +53,10 @@ class WebSocketDuplex:
 
 
 _CLIENT_OF_A_SOCKET = "localhost"
-"""Only a web server at port 80 or 443 of the browser's own machine has pages of this origin."""
+"""Host name of the origin that clients of a Unix socket send.
+
+In a browser, only pages from port 80 or 443 of the user's own machine have this origin.
+"""
 
 
 def check_handshake(request: web.Request) -> None:
@@ -57,8 +64,9 @@ def check_handshake(request: web.Request) -> None:
 
     Raises:
         InvalidArgument: It does not.
-        PermissionDenied: A page of another host sends it.  A browser sends its certificate with a page's request, and
-            unlike other requests a WebSocket does not need the server's permission.
+        PermissionDenied: A page of another host sends it.  A browser would send the user's certificate with it, and for
+            a WebSocket, unlike for other requests, browsers do not ask the server whether pages of other hosts are
+            allowed.
     """
     if not web.WebSocketResponse().can_prepare(request).ok:
         raise InvalidArgument(

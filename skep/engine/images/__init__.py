@@ -1,4 +1,4 @@
-"""Images of this node: references, configurations, layers; pulled, built, loaded, pushed, saved and removed.
+"""Stores the images of this node: their references, configurations and layers.
 
 ``store`` is the entry point: ``ImageStore`` resolves, loads, pulls, saves, tags and removes images.  Its parts are
 ``reference`` (names), ``digest`` (content addresses), ``image`` (configuration and state of an image), ``layers``

@@ -33,7 +33,7 @@ from skep.errors import InvalidArgument, NotFound
 T = TypeVar("T")
 
 _CHUNK_BYTES = 1 << 20
-"""Bytes that are copied at a time."""
+"""Number of bytes that are copied at a time."""
 
 _OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -44,7 +44,10 @@ _TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """One image of an archive: an entry of ``manifest.json``.  Layers are bottom first, by path in the archive."""
+    """One image of an archive: an entry of ``manifest.json``.
+
+    ``layers`` has the layers' paths in the archive, bottom first.
+    """
 
     __go_name__ = "tarexport.manifestItem"
 
@@ -70,7 +73,7 @@ class Unpackaged(msgspec.Struct, frozen=True, kw_only=True):
 async def load(images: LocalImages, archive: AsyncIterable[bytes], report: Report) -> Sequence[Image]:
     """Load every image of ``archive``, and send Docker's messages to ``report``.
 
-    If an image is broken, the images before it are kept, as in Docker, and the broken one is discarded.
+    If an image is broken, it is discarded, and the images before it are kept, as in Docker.
 
     Raises:
         InvalidArgument: it is not an image archive, or its content does not match its manifest.
@@ -129,7 +132,7 @@ async def _load_layer(
     file = _inside(directory, path)
     size = file.stat().st_size
     report(transfer(short(diff_id), "Loading layer", 0, size))
-    # A hard link, since two images of one archive may share the file.
+    # A hard link, because two images of one archive may share the file.
     own = directory / f"layer-{number}-{hex_of(chain_id)}"
     await asyncio.to_thread(os.link, file, own)
     try:
@@ -260,7 +263,7 @@ def _decoded(content: bytes, type_: type[T], name: str) -> T:
 
 
 async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
-    """Yield an archive of the images with the names ``words``.  A repository's name stands for all its tags.
+    """Yield the pieces of an archive with the images that ``words`` name.  The name of a repository means all its tags.
 
     Raises:
         NotFound: ``reference does not exist`` or no such image, before the first piece.
@@ -353,7 +356,9 @@ def _index_entries(manifest: bytes, names: Sequence[Reference]) -> Iterator[Mapp
 
 
 def _meant(images: LocalImages, word: str) -> Sequence[tuple[Image, Reference | None]]:
-    """Return the images for an argument of ``docker save``, each with the tag to keep."""
+    """Return the images that an argument of ``docker save`` names, each with the tag to write into the archive, if
+    any.
+    """
     try:
         named = parse_reference(word)
     except InvalidArgument:

@@ -1,4 +1,4 @@
-"""Running pulls: the blobs that they download, and the references that they pull."""
+"""Tracks running pulls: the blobs that they download, and the references that they pull."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from skep.engine.images.reference import Reference
 
 
 class Arriving:
-    """Configurations and layers of running pulls, by the registry's digests."""
+    """Configurations and layers that running pulls download, by their digests in the registry."""
 
     def __init__(self) -> None:
         self._references: dict[str, list[Reference]] = {}
@@ -18,11 +18,11 @@ class Arriving:
         return digest in self._downloaded
 
     def add(self, digest: str) -> None:
-        """Note that the download of a blob has started."""
+        """Record that the download of a blob has started."""
         self._downloaded.add(digest)
 
     def discard(self, digest: str) -> None:
-        """Note that a blob is stored, or that its download has failed."""
+        """Record that a blob is stored, or that its download has failed."""
         self._downloaded.discard(digest)
 
     def references(self, digest: str) -> Sequence[Reference]:
@@ -31,7 +31,7 @@ class Arriving:
 
     @contextmanager
     def expecting(self, digests: Iterable[str], references: Sequence[Reference]) -> Iterator[None]:
-        """Assign blobs to ``references`` while a pull runs, before the image exists."""
+        """Record within the context that a pull of ``references`` needs these blobs."""
         expected = tuple(digests)
         for digest in expected:
             self._references.setdefault(digest, []).extend(references)

@@ -18,10 +18,13 @@ from skep.model.times import Timestamp
 class Catalog(msgspec.Struct, frozen=True):
     """Data of images beyond their configurations.
 
-    ``references``: Image ids by reference.  ``tagged_at``, ``parents``: By image id.  ``retired``: Removed images whose
-    layers containers still use.  They are not shown.  ``fetched``: Images from a registry or another node that no user
-    has loaded or tagged.  ``steps``: Intermediate images of builds by BuildKit's protocol that are not the result of
-    any build.
+    Args:
+        references: Image ids by reference.
+        tagged_at: Time of the last tag by a user, by image id.
+        parents: Parent image, by image id.
+        retired: Removed images whose layers are still used by containers.  They are not shown.
+        fetched: Images from a registry or another node that no user has loaded or tagged.
+        steps: Intermediate images of builds by BuildKit's protocol that are not the result of any build.
     """
 
     references: Mapping[str, Digest] = {}
@@ -33,7 +36,9 @@ class Catalog(msgspec.Struct, frozen=True):
 
 
 def read_catalog(file: Path) -> Catalog:
-    """Read the catalog of an earlier process.  A damaged file is moved aside, and the images then have no names.
+    """Read the catalog of an earlier process.
+
+    If the file is damaged, it is moved aside, and all images lose their names.
 
     Raises: OSError: it cannot be read now.
     """
@@ -60,7 +65,7 @@ def with_image(
 ) -> Catalog:
     """Return the catalog with the image ``id``, which may be in it already.
 
-    Empty ``parent`` or ``tagged_at`` stays as it was.
+    If ``parent`` or ``tagged_at`` is empty, the earlier value stays.
     """
     return msgspec.structs.replace(
         catalog,

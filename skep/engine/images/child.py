@@ -1,6 +1,6 @@
-"""Configuration of an image made by a commit, an import, or a build step.
+"""Builds the configuration of an image that a commit, an import or a build step makes.  Pure.
 
-Pure.  The bytes are those that Docker would write, as far as it has the fields.
+The bytes are the same as Docker would write, except for fields that Docker does not have.
 
 Source: moby 20.10, image/image.go (NewChildImage), daemon/images/image_commit.go.
 """
@@ -15,13 +15,13 @@ import msgspec
 from skep.errors import InvalidArgument
 
 EMPTY_LAYER = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
-"""Digest of a tar without members.  Docker adds no such layer to an image.
+"""Digest of a tar without members.  As in Docker, such a layer is not added to an image.
 
 Source: moby, layer/empty.go (DigestSHA256EmptyTar).
 """
 
 INLINE_CACHE = "moby.buildkit.cache.v0"
-"""Field of a configuration with the steps of the image's build.
+"""Name of the field in a configuration that has the steps of the image's build.
 
 Source: buildkit, exporter/containerimage/exptypes, cache/remotecache/import.go (image.Cache).
 """
@@ -32,7 +32,9 @@ _KEPT = ("architecture", "os", "variant", "os.version", "os.features")
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Change that made the image from its parent: an entry of ``docker history``.
 
-    ``diff_id``: Layer of the change.  Empty, or ``EMPTY_LAYER``, without one.  ``created``: A Timestamp.
+    Args:
+        diff_id: Digest of the layer with the change.  Empty, or ``EMPTY_LAYER``, if there is no layer.
+        created: A Timestamp.
     """
 
     created: str
@@ -92,11 +94,11 @@ def history_length(content: bytes) -> int:
 
 
 def not_newer(content: bytes, created: str, inherited: int) -> bytes:
-    """Return a configuration without times after ``created``.
+    """Return a configuration in which no time is later than ``created``.
 
     Args:
         created: A Timestamp in UTC.
-        inherited: Number of history entries at the start that keep their times.
+        inherited: Number of entries at the start of the history that keep their times.
 
     Raises:
         InvalidArgument: ``content`` is not a configuration.

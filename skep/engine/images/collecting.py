@@ -1,9 +1,9 @@
 """Garbage collection of images when their disk fills.
 
-Above the high mark, fetched images that nothing needs are removed until the disk is down to the low mark, the least
-recently used first.  An image is kept if a container has it, if the present or previous spec of a service names it (a
-rollback needs it), or if it was used a moment ago.  Images that were built, loaded or tagged here belong to their user
-and are kept, since they cannot be fetched again.
+If the disk is fuller than the high mark, fetched images that nothing needs are removed, least recently used first,
+until the disk is down to the low mark.  An image is needed if a container has it, or if the present or previous spec of
+a service names it (for a rollback).  Images that were used a moment ago are kept.  Images that users have built, loaded
+or tagged here are kept too, because they cannot be fetched again.
 
 ``to_collect`` decides.  ``ImageCollector`` measures the disk, asks the managers, and removes images.
 
@@ -31,15 +31,15 @@ from skep.errors import SkepError
 log = structlog.get_logger(__name__)
 
 AGE_S_MIN = 600.0
-"""Seconds that a fetched or used image is kept, since its container may not have started yet."""
+"""Seconds for which a fetched or used image is kept, because its container may not have started yet."""
 PERIOD_S = 60.0
 """Seconds between collections of unused images."""
 LONGEST_S = 300.0
-"""Longest pause between two attempts while the managers cannot be reached."""
+"""Longest pause in seconds between two attempts while no manager can be reached."""
 
 
 class Marks(msgspec.Struct, frozen=True):
-    """Disk usage marks in percent.  ``high``: 0 disables the removal."""
+    """Marks of disk usage in percent.  If ``high`` is 0, no images are removed."""
 
     high: int = 85
     low: int = 80
@@ -55,8 +55,11 @@ class Disk(msgspec.Struct, frozen=True):
 class Candidate(msgspec.Struct, frozen=True):
     """Properties of an image that decide on its removal.
 
-    ``used_at_s``: Unix time.  ``layers``: Chain ids.  ``is_needed``: By a container or a service.  ``is_fetched``: It
-    came from a registry or another node, and has not been tagged since.
+    Args:
+        used_at_s: Unix time of the last use.
+        layers: Chain ids of its layers.
+        is_needed: Whether a container or a service needs it.
+        is_fetched: Whether it came from a registry or another node, and no user has tagged it since.
     """
 
     id: Digest
@@ -76,7 +79,7 @@ def to_collect(
 ) -> Sequence[Digest]:
     """Return the ids of the images to remove, in order.
 
-    A layer's space is freed when the last image with it is removed.
+    The space of a layer is freed only when the last image that has the layer is removed.
     """
     if not is_full(disk, marks):
         return ()
@@ -106,8 +109,8 @@ class ImageCollector:
     """Keeps the disk of the images between its marks.
 
     Args:
-        needed: Returns those of the given names by which services of the cluster may need an image.  Raises: SkepError:
-            it is not known at present, so nothing is removed.
+        needed: Returns which of the given names services of the cluster may need.  Raises: SkepError: that is not known
+            at present, so nothing is removed.
         marks: Returns the present marks.
     """
 
@@ -175,7 +178,7 @@ class ImageCollector:
         return removed
 
     def _used_at(self, images: Sequence[Image], in_use: Collection[str]) -> Mapping[str, float]:
-        """Return the time of each image's last known use, or else of its arrival.
+        """Return the time when each image was last used as far as known, or else when it arrived.
 
         The time is kept as the modification time of the configuration's file.
         """

@@ -1,12 +1,12 @@
-"""Confinement of the workers that read archives and trees: the rights that they drop before the first byte.
+"""Confines the workers that read archives and trees.  They drop their rights before they read the first byte.
 
 A worker keeps the capabilities to set owners, modes, devices and file capabilities, in its own root directory and in
 namespaces without network, foreign mounts or queues.  A filter refuses system calls that expose more of the kernel, or
 another process.  They fail with EPERM.  Rights that the machine does not allow to drop are kept: the chroot confines
 the worker, and the rest protects against an exploited archive parser.
 
-``trusted.overlay.opaque`` is the only thing that needs more rights.  A helper process sets and reads it, and receives
-nothing but descriptors.
+Only the attribute ``trusted.overlay.opaque`` needs more rights.  A helper process sets and reads it, and receives only
+descriptors of directories.
 """
 
 import array  # noqa: F401  # socket.send_fds imports it when it is called, and then it is too late
@@ -22,10 +22,10 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 _SECCOMP_MODE_FILTER = 2
 _NEW_NAMESPACES: Final = 0x00020000 | 0x08000000 | 0x40000000
-"""CLONE_NEWNS, -IPC and -NET."""
+"""CLONE_NEWNS, CLONE_NEWIPC and CLONE_NEWNET."""
 
 _DESCRIPTORS_MAX = 256
-"""Descriptors that are closed in the worker: more than the process has open when it forks."""
+"""Number of descriptors that are closed in the worker.  More than the process has open when it forks."""
 _OPAQUE = b"trusted.overlay.opaque"
 _ELSEWHERE = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
 _SET, _GET = b"x", b"?"
@@ -118,7 +118,7 @@ _REFUSED: Final = {
 }
 """Numbers of system calls that writing files does not need, by machine."""
 _MOUNT_CALLS: Final = (428, 429, 430, 431, 432, 433, 442)
-"""open_tree to fspick, and mount_setattr.  Their numbers are the same on every machine."""
+"""Numbers of the system calls from open_tree to fspick, and of mount_setattr.  They are the same on every machine."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -153,7 +153,7 @@ class Helper:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                # The pipe of the worker's response must close with the worker.
+                # Close the pipe of the worker's response here, so that it closes when the worker ends.
                 os.closerange(0, theirs.fileno())
                 os.closerange(theirs.fileno() + 1, _DESCRIPTORS_MAX)
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Registry credentials from helper programs, ``docker-credential-NAME``, as the node's configuration names them.
+"""Gets registry credentials from helper programs (``docker-credential-NAME``) that the node's configuration names.
 
-Tokens of large registries expire within hours, so a token from the creation of a service is of no use to a task that is
-placed later.  A program on the node provides a fresh one when an image is pulled.  Its output is kept in memory for
-some seconds, so many tasks that start together run it once.
+Tokens of large registries expire within hours, so the token that a service was created with does not help a task that
+is placed later.  A program on the node provides a fresh token whenever an image is pulled.  Its output is kept in
+memory for some seconds, so many tasks that start together run it once.
 
 Source: docker/docker-credential-helpers, README (Development), client/client.go, credentials/error.go; docker/cli,
 cli/config/credentials/native_store.go.
@@ -24,17 +24,17 @@ from skep.engine.images.registry import Credentials
 log = structlog.get_logger()
 
 _DEADLINE_S = 30.0
-"""Seconds for a credential helper, which may ask a cloud's service."""
+"""Time limit in seconds for a credential helper, which may call a cloud service."""
 _END_S = 5.0
-"""Seconds for a helper to end after SIGTERM, before it is killed."""
+"""Seconds to wait for the end of a helper's output after it was killed."""
 _OUTPUT_BYTES_MAX = 1 << 20
-"""Longest answer of a helper.  A token has some kilobytes."""
+"""Longest answer of a helper in bytes.  A token has some kilobytes."""
 _KEPT_S = 30.0
-"""Seconds for which an answer is used again, so that the layers of one image ask once."""
+"""Seconds for which an answer is used again, so that several pulls run the helper once."""
 _KEPT_MAX = 256
-"""Answers that are kept."""
+"""Limit for the answers that are kept."""
 _PROBLEM_LENGTH_MAX = 300
-"""Characters of a helper's error that are shown."""
+"""Number of characters of a helper's error that are shown."""
 _NONE_STORED = "credentials not found in native keychain"
 _TOKEN_USER = "<token>"
 """User name that marks the secret as an identity token."""
@@ -43,9 +43,11 @@ _INDEX = "https://index.docker.io/v1/"
 
 
 class Provided(msgspec.Struct, frozen=True):
-    """Result of a helper.  ``problem``: Reason for missing credentials.
+    """Result of a helper.
 
-    ``is_kept``: Whether it comes from an earlier call.
+    Args:
+        problem: Reason for missing credentials, or empty.
+        is_kept: Whether it comes from an earlier call.
     """
 
     credentials: Credentials
@@ -69,8 +71,8 @@ class CredentialHelpers:
     async def provide(self, helper: str, domain: str, *, fresh: bool = False) -> Provided:
         """Return the credentials of ``docker-credential-<helper>`` for the registry ``domain``.
 
-        ``fresh``: Whether the registry refused the kept ones.  If a helper fails, the result has its problem and no
-        credentials.
+        ``fresh`` runs the helper again, because the registry has refused the kept credentials.  If a helper fails, the
+        result has the problem and no credentials.
         """
         key = helper, domain
         lock = self._locks.get(key)
@@ -79,7 +81,7 @@ class CredentialHelpers:
         asked_at = self._clock.monotonic()
         async with lock:
             found_at, found = self._kept.get(key, (0.0, None))
-            # If several pulls were refused at once, the first one fetches for all.
+            # If several pulls were refused at once, the first one gets new credentials for all.
             is_recent = self._clock.monotonic() - found_at < _KEPT_S and (not fresh or found_at > asked_at)
             if found is not None and is_recent:
                 return msgspec.structs.replace(found, is_kept=True)

@@ -13,7 +13,7 @@ Digest = NewType("Digest", str)
 _FORMAT = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[a-zA-Z0-9=_-]+", re.ASCII)
 _LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}
 _SHORT_LENGTH = 12
-"""Characters of the ids that docker shows."""
+"""Number of characters of the ids that docker shows."""
 
 
 def parse_digest(text: str) -> Digest:
@@ -61,7 +61,7 @@ def short(digest: str) -> str:
 
 
 def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
-    """Return an id for each layer that identifies it together with all layers below, bottom first.
+    """Return the chain id of each layer, bottom first.  It identifies the layer together with all layers below it.
 
     Source: OCI image-spec, config.md (Layer ChainID).
     """
@@ -73,7 +73,7 @@ def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
 
 @lru_cache(
     maxsize=16_384
-)  # some 5 MB; the store needs the chains of all images whenever a layer may be removed
+)  # cached (some 5 MB), because the store needs the chains of all images whenever a layer may be removed
 def chain_id_above(below: str | None, diff_id: str) -> Digest:
     """Return the id of the layer ``diff_id`` on top of the chain ``below``.  None for the lowest layer."""
     return Digest(diff_id) if below is None else digest_of(f"{below} {diff_id}".encode())

@@ -1,4 +1,4 @@
-"""Endpoints of registries, and the rules for reaching them.
+"""Determines the endpoints of registries and how they may be reached.
 
 Source: moby 20.10, registry/{config,service_v2}.go.
 """
@@ -24,9 +24,11 @@ _DOCKER_IO_HOST = "registry-1.docker.io"
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Rules for reaching registries.
 
-    ``insecure``: Hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked, and that may
-    be reached without TLS.  Loopback addresses always are.  ``mirrors``: Base URLs tried before Docker Hub.
-    ``helpers``: Names of the credential helper ``docker-credential-NAME``, by registry.
+    Args:
+        insecure: Hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked, and that may
+            be reached without TLS.  Loopback addresses always are.
+        mirrors: Base URLs tried before Docker Hub.
+        helpers: Names of the credential helper ``docker-credential-NAME``, by registry.
     """
 
     insecure: frozenset[str] = frozenset()
@@ -71,7 +73,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_loopback(domain: str) -> bool:
-    """Return whether ``domain`` (``host[:port]``) is this machine."""
+    """Return whether ``domain`` (``host[:port]``) is a loopback address of this machine."""
     host = urlsplit(f"//{domain}").hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -82,8 +84,9 @@ def is_loopback(domain: str) -> bool:
 class Endpoint(msgspec.Struct, frozen=True):
     """Base URL of a registry.
 
-    ``mirror``: Whether it is a mirror, which must not get the user's credentials.  ``policy``: Further hosts that may
-    be reached without TLS.
+    Args:
+        mirror: Whether it is a mirror, which must not get the user's credentials.
+        policy: Further hosts that may be reached without TLS.
     """
 
     url: str
@@ -95,7 +98,7 @@ class Endpoint(msgspec.Struct, frozen=True):
         """Return whether credentials may be sent to the token server ``realm`` without verified TLS.
 
         Both the registry and the token server must be insecure.  Anyone on the network can forge the challenge of an
-        insecure registry, which must not be able to name another host as insecure.
+        insecure registry.  A forged challenge must not make this node send credentials to any other host without TLS.
         """
         if self.verify:
             return False
@@ -105,7 +108,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 @asynccontextmanager
 async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
-    """Provide connections to ``endpoint`` and the hosts that it refers to, by its TLS rules."""
+    """Open a session for ``endpoint`` and the hosts to which it refers, with the endpoint's TLS rules."""
     context = client_context()
     if not endpoint.verify:
         context.check_hostname = False
@@ -121,7 +124,7 @@ async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession
 def client_context() -> ssl.SSLContext:
     """Return the TLS context that verifies the certificates of registries."""
     context = ssl.create_default_context()
-    # Python 3.13 also requires extensions that Go does not, so certificates of private registries often lack them.
+    # Python 3.13 also requires certificate extensions that Go does not require, so private registries often lack them.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 

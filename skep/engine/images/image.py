@@ -1,6 +1,6 @@
 """An image: its configuration, and its state on this node.
 
-The configuration is the JSON document whose SHA-256 is Docker's image id.  Its bytes are kept as they came, and these
+The configuration is the JSON document whose SHA-256 is Docker's image id.  Its bytes are kept unchanged, and these
 structs read the fields that the node needs.  Unknown fields are ignored here and stay in the bytes.
 
 Source: OCI image-spec, config.md; moby, image/image.go.
@@ -29,7 +29,7 @@ Source: moby, layer/layer.go (maxLayerDepth).
 class ContainerDefaults(ApiObject):
     """Default options of the image's containers (``config`` of the configuration).  A request may override them.
 
-    The fields up to ``image`` are only shown.  They come from the container that the image was made from.
+    The fields up to ``image`` are only shown.  They are from the container from which the image was made.
     """
 
     hostname: str = ""
@@ -79,7 +79,7 @@ _ALWAYS_WRITTEN: Mapping[str, Any] = {
 
 
 def as_docker_writes(defaults: ContainerDefaults | None) -> Mapping[str, Any]:
-    """Return options of containers as Docker writes them."""
+    """Return default options of containers in the form in which Docker writes them into a configuration."""
     return {**_ALWAYS_WRITTEN, **msgspec.to_builtins(defaults or ContainerDefaults())}
 
 
@@ -135,12 +135,12 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     id: Digest
     config: ImageConfig
     references: tuple[Reference, ...] = ()
-    """Tags and digests that name it, sorted."""
+    """References with a tag or digest that name the image, sorted."""
     size_bytes: int = 0
-    """Unpacked size of all its layers."""
+    """Unpacked size of all layers together."""
     parent: str = ""
     tagged_at: Timestamp = ZERO_TIME
-    """Time when a user last tagged it here."""
+    """Time when a user last tagged the image on this node."""
     is_step: bool = False
     """Whether it is an intermediate image of a build by BuildKit's protocol, and not the result of any build."""
 
@@ -161,12 +161,12 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def chain(self) -> Sequence[Digest]:
-        """Ids of the layers, each with all layers below it, bottom first."""
+        """Chain ids of the layers, bottom first."""
         return chain_ids(self.config.diff_ids)
 
     @property
     def created(self) -> str:
-        """Time of its build, from its configuration."""
+        """Time when the image was built, from its configuration."""
         return self.config.created or ZERO_TIME
 
 

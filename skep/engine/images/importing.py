@@ -17,7 +17,10 @@ from skep.model.times import Timestamp
 
 
 class ImportRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Request of ``docker import``, without the archive.  ``config``: Options of the image's containers."""
+    """Request of ``docker import``, without the archive.
+
+    ``config`` has default options for containers of the image.
+    """
 
     reference: Reference | None
     comment: str

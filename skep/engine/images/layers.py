@@ -1,8 +1,8 @@
 """Layers as directories for overlayfs: one per chain id, shared by all images with this layer.
 
-``layers/<chain>/`` holds ``diff`` (the files, with whiteouts in overlay form), ``content`` (the layer's tar,
-compressed, so that an image leaves this node with the bytes it came with) and ``layer.json``.  A layer is written in
-``tmp`` and renamed once it is synced to the disk, so a layer that exists is complete.
+``layers/<chain>/`` has ``diff`` (the files, with whiteouts in overlay form), ``content`` (the layer's compressed tar,
+kept so that a push sends the same bytes that a pull received) and ``layer.json``.  A layer is written in ``tmp`` and
+renamed once it is synced to the disk, so a layer that exists is complete.
 """
 
 import asyncio
@@ -34,22 +34,27 @@ log = structlog.get_logger()
 NO_BLOB = Digest("")
 _COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _UNPACKERS_MAX = 3
-"""Number of workers.  Decompression uses one core in each."""
+"""Number of workers that unpack at the same time.  Each uses one core to decompress."""
 _PATIENCE_S = 60.0
-"""Seconds after which a slow layer leaves its slot to others."""
+"""Seconds after which a slow layer gives its slot to another layer, and continues."""
 _SLOW_UNPACKERS_MAX = 6
-"""Number of additional workers, which replace workers with slots held for longer than the patience."""
+"""Limit for slow layers that continue without a slot, in addition to ``_UNPACKERS_MAX``."""
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
-    """Layer on this node.  ``size_bytes``: Size of its files.  ``plain_bytes``: Size of its tar."""
+    """Layer on this node.
+
+    Args:
+        size_bytes: Size of its files.
+        plain_bytes: Size of its tar.
+    """
 
     chain_id: Digest
     diff_id: Digest
     size_bytes: int
     plain_bytes: int
     blob: Digest = NO_BLOB
-    """Digest of ``content`` in a registry.  Empty for a local layer that was not pushed yet."""
+    """Digest of ``content``, by which registries name it.  Empty for a layer from this node that was not pushed yet."""
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +69,10 @@ class Layers:
     """All layers below one directory."""
 
     def __init__(self, root: Path, scratch: Path, limits: Limits) -> None:
-        """``scratch``: Directory on the same file system.  Its owner empties it at each start."""
+        """``scratch`` is a directory on the same file system for unfinished work.
+
+        The caller empties it at each start.
+        """
         self._root = root
         self._scratch = scratch
         self._limits = limits
@@ -75,14 +83,14 @@ class Layers:
     def open(self) -> None:
         """Read the existing layers.  Blocks; call it in a thread.
 
-        Raises: OSError: some cannot be read now; the others were.
+        Raises: OSError: some layers cannot be read now.  The others were read.
         """
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         unread: OSError | None = None
         for directory in sorted(self._root.iterdir()):
             try:
                 layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
-            except Exception as error:  # whatever the error is, it concerns one layer
+            except Exception as error:  # any error affects only one layer
                 log_error(error, "layer not read", directory=str(directory))
                 if isinstance(error, OSError) and not is_no_file(error):
                     unread = error
@@ -131,7 +139,7 @@ class Layers:
             present = self._layers.get(chain_id)
             if present is not None:
                 return present
-            # Not in a thread: a cancelled caller would leave the directory behind.
+            # Not in a thread, because a cancelled caller would leave the directory behind.
             workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
             try:
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
@@ -152,7 +160,7 @@ class Layers:
     ) -> Layer:
         """Make a layer from an overlay's upper directory, on top of the layer ``below``.
 
-        The same changes on top of the same layer are one layer, even if ``changes`` was modified or moved meanwhile.
+        The same changes on top of the same layer always result in the same layer.
 
         Args:
             below: Chain id of the layer below.  None if there is none.
@@ -166,7 +174,7 @@ class Layers:
             ResourceExhausted: it is larger than the limits allow.
             UnpackFailed: a file system call failed.
         """
-        # Not in a thread: a cancelled caller would leave the directory behind.
+        # Not in a thread, because a cancelled caller would leave the directory behind.
         workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
         try:
             content = workspace / "content"
@@ -195,9 +203,9 @@ class Layers:
     async def add_archive(self, archive: AsyncIterable[bytes], *, pin: Callable[[Digest], None]) -> Layer:
         """Make a bottom layer from a tar, compressed or not, whose digest is not known.
 
-        ``pin``: As for ``add_changes``.  Raises: as ``add``.
+        For ``pin`` see ``add_changes``.  Raises: as ``add``.
         """
-        # Not in a thread: a cancelled caller would leave the directory behind.
+        # Not in a thread, because a cancelled caller would leave the directory behind.
         workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
         try:
             files = workspace / "diff"
@@ -216,7 +224,7 @@ class Layers:
             await asyncio.shield(discard_tree(workspace))
 
     async def _publish(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
-        """Publish the layer of a workspace that holds its files and its content."""
+        """Make a finished layer visible.  ``workspace`` has its files and its content."""
         layer = Layer(
             chain_id=chain_id,
             diff_id=found.digest,
@@ -235,8 +243,10 @@ class Layers:
         assert unpacked.digest == diff_id, "the unpacked tar is the packed one"
 
     async def blob(self, chain_id: str) -> Blob:
-        """Return the layer's blob for a registry: as it came from one, or else compressed with gzip, which every engine
-        unpacks.
+        """Return the layer's blob for a registry.
+
+        It has the bytes that came from a registry.  Without them, it is compressed with gzip, which every engine can
+        unpack.
 
         The compressed tar replaces ``content``, so that the next push finds the same bytes.
 
@@ -266,7 +276,7 @@ class Layers:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             is_cancelled.set()
-            # It ends soon.  Nothing else may write to the layer as long as the lock is held.
+            # Wait for the thread, which ends soon.  Nothing else may write to the layer until then.
             await asyncio.wait([work])
             raise
 
@@ -338,14 +348,14 @@ def _as_gzip(
 ) -> Digest:
     """Compress ``content`` with gzip, and record its digest in ``layer.json``.  Raises: UnpackFailed.
 
-    If the process dies in between, the layer's digest is computed again.
+    If the process dies halfway, the layer's digest is computed again.
     """
     workspace = Path(tempfile.mkdtemp(prefix="blob-", dir=scratch))
     try:
         if not _is_gzip(content):
             made = workspace / "content"
             with content.open("rb") as source, made.open("wb") as target:
-                # No name and no time in the header: the same layer results in the same bytes on every node.
+                # No name and no time in the header, so that the same layer results in the same bytes on every node.
                 with gzip.GzipFile("", "wb", 6, target, mtime=0) as compressed:
                     for piece in plain_chunks(source):
                         compressed.write(piece)
@@ -382,13 +392,12 @@ def _publish(workspace: Path, final: Path, layer: Layer) -> None:
     (workspace / "layer.json").write_bytes(msgspec.json.encode(layer))
     directory = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # One call instead of an fsync per file.  Python has no wrapper for it.  An earlier write error, the only
-        # failure that matters, must not be lost.
+        # syncfs(2), for which Python has no wrapper, instead of an fsync per file.  It reports earlier write errors.
         if ctypes.CDLL(None, use_errno=True).syncfs(directory) != 0:
             raise UnpackFailed(f"{workspace}: {os.strerror(ctypes.get_errno()).lower()}")
     finally:
         os.close(directory)
-    if final.exists():  # an existing layer could not be read; a container may use it until this process ends
+    if final.exists():  # the existing layer could not be read, but a container may still use it
         final.rename(workspace.with_name(f"{workspace.name}-replaced"))
     workspace.rename(final)
     sync_directory(final.parent)

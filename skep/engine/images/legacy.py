@@ -1,4 +1,4 @@
-"""Image archives from before Docker 1.10: a directory per layer, linked by ``parent``, without digests.
+"""Reads image archives from before Docker 1.10, which have a directory per layer, linked by ``parent``, and no digests.
 
 The layers' digests are computed, and the old configuration is converted to today's form, byte for byte as Docker does
 it, so that the image gets the same id as in Docker.
@@ -21,7 +21,7 @@ Find = Callable[[Path, str], Path]
 """Returns the regular file at a path within a directory.  Raises: InvalidArgument."""
 
 DOCUMENT_BYTES_MAX = 8 << 20
-"""Longest JSON document of an archive, which is read into memory."""
+"""Longest JSON document of an archive in bytes.  Limited, because it is read into memory."""
 _GONE = ("id", "parent", "Size", "parent_id", "layer_id", "throwaway")
 
 

@@ -1,4 +1,4 @@
-"""The images that ``docker images`` shows and ``docker image prune`` removes.  Pure.
+"""Selects the images that ``docker images`` shows and ``docker image prune`` removes.  Pure.
 
 Source: moby 20.10, daemon/images/images.go, daemon/images/image_prune.go.
 """
@@ -16,8 +16,12 @@ from skep.model.times import ZERO_TIME, unix_ns
 class ImageFilter(msgspec.Struct, frozen=True, kw_only=True):
     """Filters of a request.
 
-    ``dangling``: None for both kinds.  ``labels``, ``without_labels``: ``name`` or ``name=value``.  An image matches if
-    it has all of ``labels``, and not all of ``without_labels``.
+    Args:
+        dangling: Whether to select images without a tag (True) or with a tag (False).  None selects both.
+        labels: ``name`` or ``name=value``.  An image matches if it has all of ``labels``, and not all of
+            ``without_labels``.
+        without_labels: ``name`` or ``name=value``.  An image matches if it has all of ``labels``, and not all of
+            ``without_labels``.
     """
 
     all: bool = False
@@ -74,9 +78,9 @@ def _is_step(image: Image, parents: Container[str]) -> bool:
 
 
 def prunable(filter: ImageFilter) -> Callable[[Image], bool]:
-    """Return the predicate of images that ``docker image prune`` may remove if they are not in use.
+    """Return a function that tells whether ``docker image prune`` may remove an image if it is not in use.
 
-    ``dangling``: False for any image.  Otherwise only those without a tag.
+    If the filter ``dangling`` is False, it may remove any image, and otherwise only images without a tag.
     """
     return lambda image: _matches(image, filter) and not (filter.dangling is not False and image.tags)
 

@@ -66,7 +66,9 @@ InUse = Callable[[], Collection[str]]
 class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Event of an image (``docker events``): pull, load, save, tag, untag, delete.
 
-    ``id``: Id of the image.  For a pull, its reference.  ``attributes``: Has ``name`` and the image's labels.
+    Args:
+        id: Id of the image.  For a pull, its reference.
+        attributes: Has ``name`` and the image's labels.
     """
 
     action: str
@@ -76,7 +78,7 @@ class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Damage(msgspec.Struct, frozen=True):
-    """Damage of an image, which cannot be run.  ``config``: None if it is damaged, so the layers are not known."""
+    """Damage of an image.  ``config`` is None if the configuration is damaged, so that the layers are unknown."""
 
     reason: str
     config: ImageConfig | None
@@ -102,7 +104,7 @@ class LocalImages:
         self.builds = root / "builds"
         """Data that builds keep for later builds."""
         self.contexts = self.builds / "contexts"
-        """Directories received from clients of builds.  Only the process that received them can use them."""
+        """Build contexts from clients.  Only the process that received them can use them."""
         self._root = root
         self._clock = clock or SystemClock()
         self._on_event = on_event
@@ -110,7 +112,7 @@ class LocalImages:
         self._catalog = Catalog()
         self._knows_catalog = False
         self._is_written = True
-        """Whether the file has the catalog.  After a failed write its contents are not known."""
+        """Whether the file has the current catalog.  After a failed write, its content is unknown."""
         self._configs: dict[str, ImageConfig] = {}
         self._damaged: dict[str, Damage] = {}
         self._images: dict[str, Image] = {}
@@ -119,7 +121,7 @@ class LocalImages:
         self.arriving = Arriving()
         self._writing = asyncio.Lock()
         self.error = ""
-        """Reason for images that may exist but could not be read.  Empty if all were read."""
+        """Reason why images that may exist could not be read.  Empty if all were read."""
         self.layer_store = Layers(root / "layers", self.scratch, self.limits)
 
     async def open(self) -> None:
@@ -160,7 +162,7 @@ class LocalImages:
         if not isinstance(named, Reference):
             return self._images.get(named)
         if named.digest:
-            named = named.with_digest(named.digest)  # a digest decides, and a tag next to it is ignored
+            named = named.with_digest(named.digest)  # the digest decides, and a tag beside it is ignored
         found = self._by_reference.get(named.with_default_tag())
         return found or self._by_prefix(word)
 
@@ -181,7 +183,7 @@ class LocalImages:
             return None
 
     def damaged(self, word: str) -> Image | None:
-        """Return the damaged image with this name, with only id and references.  Raises: InvalidArgument."""
+        """Return the damaged image with this name.  It has only id and references.  Raises: InvalidArgument."""
         named = parse_any(word)
         reference = named.with_default_tag() if isinstance(named, Reference) else None
         digits = word.removeprefix("sha256:")
@@ -208,7 +210,7 @@ class LocalImages:
         return self._root / "configs" / hex_of(image.id)
 
     def is_fetched(self, image: Image) -> bool:
-        """Return whether it came from a registry or another node, and no user has loaded or tagged it here since."""
+        """Return whether the image came from a registry or node, and no user has loaded or tagged it here since."""
         return image.id in self._catalog.fetched
 
     def document(self, digest: str, name: str = "") -> bytes | None:
@@ -239,7 +241,7 @@ class LocalImages:
         return [content for _, content in sorted(found, reverse=True)]
 
     def children(self, image_id: str) -> Sequence[Image]:
-        """Return the images that were made from this one."""
+        """Return the images that were made from the image ``image_id``."""
         return tuple(image for image in self.images() if image.parent == image_id)
 
     # --- changing --------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class LocalImages:
         return self._images[id]
 
     def _touch(self, id: Digest) -> None:
-        """Reset the image's age for garbage collection, since it was fetched or loaded again."""
+        """Reset the image's age for garbage collection, because it was fetched or loaded again."""
         now_s = self._clock.now_ns() / 1e9
         with suppress(OSError):
             os.utime(self._root / "configs" / hex_of(id), (now_s, now_s))
@@ -416,7 +418,7 @@ class LocalImages:
         self._report(self._problem())
 
     def _problem(self) -> str:
-        """Return the problem of the images and its fix.  Empty without one."""
+        """Return a sentence about the problem with the images and its fix, or an empty text."""
         if self.error or not self._damaged:
             return self.error
         id, damage = min(self._damaged.items())
@@ -465,7 +467,7 @@ class LocalImages:
             config = _read_config(file, id)
             if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
                 raise InvalidArgument("a layer is missing")
-        except Exception as error:  # whatever the error is, it concerns one image
+        except Exception as error:  # any error affects only one image
             if isinstance(error, OSError) and not is_no_file(error):
                 log_error(error, "image not read yet", image=id)
                 return error
@@ -514,7 +516,7 @@ class LocalImages:
         return found[0] if len(found) == 1 else None
 
     async def _put(self, catalog: Catalog) -> None:
-        """Write the catalog, then use it.  Requires ``_writing``.  Raises: Unavailable: it could not be read."""
+        """Write the catalog, then use it.  Requires ``_writing``.  Raises: Unavailable: it was not read yet."""
         self._require_catalog()
         self._is_written = False
         await self._replace(self._root / "catalog.json", msgspec.json.encode(catalog))
@@ -523,7 +525,7 @@ class LocalImages:
         self._index()
 
     async def _replace(self, file: Path, content: bytes) -> None:
-        """Replace a file.  Requires ``_writing``, which a cancelled caller holds until the file is written."""
+        """Replace a file.  Requires ``_writing``.  A cancelled caller holds that lock until the file is written."""
         await run_to_end(asyncio.to_thread(replace_file, file, content))
 
     def _require_catalog(self) -> None:
@@ -562,7 +564,7 @@ class LocalImages:
             try:
                 await self._forget(id)
                 gone.add(id)
-            except OSError as error:  # it stays retired; otherwise it would become an image again
+            except OSError as error:  # it stays retired, because otherwise it would become an image again
                 log_error(error, "removed image not deleted yet", image=id)
         if gone:
             await self._put(msgspec.structs.replace(self._catalog, retired=self._catalog.retired - gone))
@@ -570,7 +572,7 @@ class LocalImages:
     async def _forget(self, id: str) -> None:
         """Delete a configuration.  Requires ``_writing``.  Raises: OSError."""
         (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
-        self._configs.pop(id, None)  # before the first await: a concurrent pull writes its file again
+        self._configs.pop(id, None)  # before the first await, because a concurrent pull writes its file again
         self._damaged.pop(id, None)
         self._index()
         self._report(self._problem())

@@ -1,4 +1,4 @@
-"""Manifests and indexes: the registry's documents that list the parts of an image.
+"""Decodes manifests and indexes, a registry's documents that list the parts of an image.
 
 Source: OCI image-spec, manifest.md, image-index.md; moby, distribution/{registry,pull_v2}.go.
 """
@@ -14,7 +14,7 @@ from skep.errors import InvalidArgument
 
 _PLUGIN = "application/vnd.docker.plugin.v1+json"
 _UNSPECIFIC = frozenset({"", "application/json", "application/octet-stream", "text/html"})
-"""Types that old registries sent for configurations and layers."""
+"""Unspecific media types that old registries sent for configurations and layers."""
 _CONFIG_TYPES = _UNSPECIFIC | {
     "application/vnd.docker.container.image.v1+json",
     "application/vnd.oci.image.config.v1+json",
@@ -55,7 +55,7 @@ def decoded(document: Document) -> Manifest:
 
 
 def require_image(manifest: Manifest) -> None:
-    """Refuse manifests of plugins, charts and other things than images.
+    """Refuse manifests that do not describe an image, such as those of plugins and charts.
 
     Raises: InvalidArgument: with Docker's texts.
 

@@ -1,10 +1,11 @@
 """Worker that writes a directory tree as a tar: a separate process in a chroot.
 
-The tree belongs to a container, which may be running.  Its names, links and devices are hostile, and change meanwhile.
-Inside the chroot, links cannot lead out of the tree.  On a mount without devices, a file that is replaced by a device
-is not read.  ``confinement`` describes the other rights that the process drops.
+The tree belongs to a container, which may be running.  So names, links and devices in it cannot be trusted, and may
+change meanwhile.  Because of the chroot, links cannot lead out of the tree.  The tree is mounted without devices, so if
+a file is replaced by a device, the device cannot be read.  ``confinement`` describes the other rights that the process
+drops.
 
-The module is run on its own: its argument is a JSON object of settings.  The tar is written to a file or stdout, and a
+The module is run directly.  Its argument is a JSON object of settings.  The tar is written to a file or stdout, and a
 JSON object with the results to stderr.
 
 Source: moby, pkg/archive/archive.go (FileInfoHeader, addTarFile), changes.go (ExportChanges).
@@ -31,7 +32,7 @@ from skep.linux import confined_root
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
 _MEMORY_BYTES_MAX = 2 << 30
-"""Address space of the worker that packs, which reads what users wrote."""
+"""Limit in bytes for the worker's address space, because it reads data that users have written."""
 _PR_SET_PDEATHSIG = 1
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
@@ -54,10 +55,15 @@ class Refused(Exception):
 class Settings:
     """Settings of one run.
 
-    ``root``: The tree.  ``content``: File for the tar, zstd-compressed.  ``is_changes``: Whether the tree is the upper
-    directory of an overlay, so that the tar is a layer with whiteouts for removed entries.  ``without``: Paths below
-    the root to leave out.  ``removes``: Whether to remove these paths from the tree.  ``bytes_max``: Largest size of
-    the tar. ``entries_max``: Largest number of its members.
+    Args:
+        root: The tree.
+        content: File for the tar, zstd-compressed.
+        is_changes: Whether the tree is the upper directory of an overlay, so that the tar is a layer with whiteouts for
+            removed entries.
+        without: Paths below the root to leave out.
+        removes: Whether to remove these paths from the tree.
+        bytes_max: Largest size of the tar.
+        entries_max: Largest number of its members.
     """
 
     root: str
@@ -79,7 +85,7 @@ class Output:
         self.bytes_written = 0
 
     def require(self, size: int) -> None:
-        """Check space for ``size`` more bytes.  Raises: LimitExceeded: they are too many."""
+        """Check that ``size`` more bytes are within the limit.  Raises: LimitExceeded."""
         if self.bytes_written + size > self._bytes_max:
             raise LimitExceeded(f"holds more than {self._bytes_max} bytes")
 
@@ -197,7 +203,7 @@ class Packer:
             self._write_header(_whiteout(_joined(path, _OPAQUE), member.mtime))
 
     def _file(self, directory: int, name: str, path: str, status: os.stat_result) -> None:
-        """Write an entry that is not a directory."""
+        """Write one entry of a directory that is not itself a directory."""
         mode = status.st_mode
         if self._mark_of is not None:
             if stat.S_ISCHR(mode) and status.st_rdev == 0:
@@ -224,7 +230,7 @@ class Packer:
             member = self._member(path, status, tarfile.CHRTYPE if stat.S_ISCHR(mode) else tarfile.BLKTYPE)
             member.devmajor, member.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
         else:
-            return  # a socket cannot be represented in a tar, and is useless without its process
+            return  # a tar cannot contain a socket, and a socket is useless without its process
         if not self._is_link(member, status):
             self.size_bytes += status.st_size
         self._write_header(member)

@@ -1,4 +1,4 @@
-"""Platforms of images and machines, and the choice of the best entry of an index.
+"""Compares platforms of images and machines, and chooses the best entry of an index.
 
 Source: containerd/platforms, {database,compare,platforms}.go; moby, distribution/pull_v2_unix.go (filterManifests).
 """
@@ -34,9 +34,9 @@ _AMD64_LEVELS = (
     {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
     {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
 )
-"""CPU flags of each level from v2 on, with the kernel's names.  Source: x86-64 psABI; go-archvariant."""
+"""CPU flags (by the kernel's names) that each x86-64 level from v2 on adds.  Source: x86-64 psABI; go-archvariant."""
 _OFFERED_MAX = 16
-"""Platforms that an error lists."""
+"""Limit for the platforms that an error lists."""
 
 
 class Platform(msgspec.Struct, frozen=True):
@@ -93,7 +93,7 @@ def normalized(platform: Platform) -> Platform:
 
 
 def compatible(wanted: Platform) -> Sequence[Platform]:
-    """Return the normalized platforms that run where ``wanted`` does, the best first.
+    """Return the normalized platforms whose programs run on a machine with the platform ``wanted``, the best first.
 
     Source: compare.go (platformVector).
     """
@@ -114,7 +114,7 @@ def compatible(wanted: Platform) -> Sequence[Platform]:
 
 
 def parse_platform(text: str) -> Platform:
-    """Parse a client's platform.  Empty for this machine's.  Raises: InvalidArgument."""
+    """Parse a client's platform.  An empty text means this machine's platform.  Raises: InvalidArgument."""
     if not text:
         return this_platform()
     parts = text.lower().split("/")
@@ -175,7 +175,7 @@ def _platform_of(descriptor: Descriptor) -> Platform | None:
 
 
 def _offered(manifests: Sequence[Descriptor]) -> str:
-    """Return the platforms of an index for an error message, up to a bound."""
+    """Return the platforms of an index for an error message, at most ``_OFFERED_MAX``."""
     names = dict.fromkeys(
         "/".join(str(word) for word in words)
         for found in (descriptor.platform or {} for descriptor in manifests)

@@ -1,4 +1,4 @@
-"""Progress of a pull or load: Docker's stream of JSON messages.
+"""Messages about the progress of a pull or load, in Docker's stream of JSON messages.
 
 Source: moby 20.10, pkg/jsonmessage/jsonmessage.go, pkg/streamformatter/streamformatter.go.
 """
@@ -10,7 +10,7 @@ import msgspec
 
 
 class ProgressDetail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Bytes of a transfer.  ``total``: 0 if unknown."""
+    """Progress of a transfer in bytes.  ``total`` is 0 if unknown."""
 
     current: int = 0
     total: int = 0
@@ -24,7 +24,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
-    """One line of the stream.  ``id``: The layer that ``status`` is about."""
+    """One line of the stream.  ``id`` is the layer that ``status`` describes."""
 
     stream: str = ""
     status: str = ""
@@ -37,7 +37,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ren
 
 
 Report = Callable[[Message], None]
-"""Receives a message without waiting.  Implementations bound the pending messages."""
+"""Receives a message without waiting.  Implementations limit the number of pending messages."""
 
 
 def quiet(_: Message) -> None:
@@ -45,7 +45,7 @@ def quiet(_: Message) -> None:
 
 
 def transfer(id: str, status: str, current: int, total: int) -> Message:
-    """Return the message of a layer's transfer.  ``status``: Downloading, Extracting or Loading layer."""
+    """Return a message about a layer's transfer.  ``status`` is Downloading, Extracting or Loading layer."""
     return Message(
         id=id,
         status=status,
@@ -60,7 +60,10 @@ def step(id: str, status: str) -> Message:
 
 
 def failure(message: str, code: int = 0) -> Message:
-    """Return the last line of a failed stream.  ``code``: Exit code of the failed command.  0 without one."""
+    """Return the last line of a failed stream.
+
+    ``code`` is the exit code of the failed command, or 0 without a command.
+    """
     return Message(error_detail=ErrorDetail(code=code, message=message), error=message)
 
 

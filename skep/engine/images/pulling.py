@@ -48,9 +48,9 @@ K = TypeVar("K")
 
 _ATTEMPTS = 5
 _BACKOFF_S = 0.5
-"""Seconds before the first new attempt at a layer."""
+"""Seconds before a failed download of a layer is first repeated."""
 _CONFIG_BYTES_MAX = 8 << 20
-"""Longest configuration of an image, which is read into memory."""
+"""Longest configuration of an image in bytes.  Limited, because it is read into memory."""
 _MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
 """Bytes between two progress messages.  Source: moby, pkg/progress (512 KiB)."""
@@ -60,7 +60,7 @@ class Repository(Protocol):
     """Source of an image: a registry's repository, or the nodes that have it (``spreading.Spread``)."""
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """Return the manifest or index for ``target``, a tag or a digest.  One for a digest is verified.
+        """Return the manifest or index for ``target``, a tag or a digest.  If it is a digest, the document is verified.
 
         Raises: NotFound, PermissionDenied, InvalidArgument, RegistryError.
         """
@@ -68,16 +68,17 @@ class Repository(Protocol):
     def blob(
         self, digest: str, start: int = 0
     ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
-        """Stream a blob's bytes from ``start`` on: yields the actual start offset, and the pieces, which are not
-        verified.
+        """Stream a blob from the offset ``start`` on.
+
+        Yields the offset at which the stream really starts, and its pieces, which are not verified.
 
         Raises: NotFound, PermissionDenied, RegistryError.
         """
 
     def mistrust(self, digest: str) -> bool:
-        """Reject the last blob sent for ``digest``, since it does not match.
+        """Report that the last blob received for ``digest`` does not match.
 
-        Return whether another source may have it.
+        Returns whether another source may have the right one.
         """
 
 
@@ -128,7 +129,8 @@ async def pull_from(
 ) -> Image:
     """Pull the image ``reference`` from ``repository``.  Raises: as ``ImageStore.pull``.
 
-    An image for a single platform is accepted whatever ``platform`` is, with a warning.
+    If the registry has the image for a single platform only, the image is accepted even if ``platform`` differs, with a
+    warning.
 
     Source: moby, daemon/images/image_pull.go (PullImage).
     """
@@ -152,7 +154,7 @@ async def pull_from(
     if wanted is not None and not is_index:
         try:
             require_platform(image, reference.familiar, wanted)
-        except NotFound as error:  # only a warning, as in Docker: the registry has no other image
+        except NotFound as error:  # only a warning, as in Docker, because the registry has no other image
             report(Message(status=f"WARNING: {error}"))
     return image
 
@@ -198,7 +200,7 @@ async def fetch_layer(
     diff_id: str,
     report: Report = quiet,
 ) -> None:
-    """Fetch one layer into the store, unless it is there.  The caller pins its chain, and bounds the time.
+    """Fetch one layer into the store, unless it is there.  The caller must pin its chain, and set a time limit.
 
     Raises: InvalidArgument: it is not the layer ``diff_id``; UnpackFailed; as ``Repository.blob``.
     """
@@ -229,7 +231,7 @@ async def _inspect(repository: Repository, reference: Reference, bytes_max: int)
 
 
 async def inspect_here(images: LocalImages, reference: Reference) -> Mapping[str, Any] | None:
-    """Return the description of an image on this node, from its registry's documents.  None without them."""
+    """Return the description of an image on this node, made from its registry's documents, if it has any."""
     image = images.resolve(str(reference))
     digests = {one.digest for one in image.digests if one.name == reference.name} if image is not None else ()
     if image is None or not digests:
@@ -269,7 +271,7 @@ async def _whole(pieces: AsyncIterator[bytes], bytes_max: int) -> bytes:
 _Locks: TypeAlias = WeakValueDictionary[tuple[LocalImages, K], asyncio.Lock]
 
 _pulls: _Locks[Reference] = WeakValueDictionary()
-"""One lock for each reference that is being pulled.  It lives as long as it is held or awaited."""
+"""One lock for each reference that is being pulled.  It exists while it is held or awaited."""
 _layers: _Locks[Digest] = WeakValueDictionary()
 """One lock for each layer that is being downloaded, by chain id."""
 
@@ -347,7 +349,7 @@ async def _pull_blobs(
 def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:
     """Refuse an image before its first byte if its declared sizes do not fit.  Raises: UnpackFailed.
 
-    Unpacked, missing layers take at least the same space again.
+    The check assumes that a layer that has to be fetched needs at least the same space again when it is unpacked.
     """
     missing = [
         max(descriptor.size, 0)
@@ -392,7 +394,7 @@ async def _pull_layers(
                 images.arriving.discard(descriptor.digest)
 
     chain = chain_ids(config.diff_ids)
-    with first_alone(SkepError):  # later errors follow from the first, or are the same
+    with first_alone(SkepError):  # later errors are consequences of the first, or the same
         async with asyncio.TaskGroup() as group:
             for number, (descriptor, chain_id, diff_id) in enumerate(
                 zip(manifest.layers, chain, config.diff_ids, strict=True)
@@ -437,7 +439,7 @@ async def _download(
 ) -> Path:
     """Download a blob to a file and verify it.
 
-    A mismatch after a resumed download is downloaded again from the start, as in Docker.
+    If the bytes of a resumed download do not match, the blob is downloaded again from the start, as in Docker.
 
     Raises: InvalidArgument: the bytes do not match the digest; UnpackFailed: there is no space for them.
     """
@@ -472,7 +474,7 @@ async def _transfer(
     """Append the missing bytes."""
     id = short(descriptor.digest)
     present = file.seek(0, os.SEEK_END)
-    if present == descriptor.size > 0:  # the transfer broke after the last byte, where no range starts
+    if present == descriptor.size > 0:  # the transfer broke after the last byte, and no range can start there
         return
     async with repository.blob(descriptor.digest, start=present) as (start, pieces):
         images.arriving.add(descriptor.digest)
@@ -493,7 +495,7 @@ async def _transfer(
 
 
 def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
-    """Reserve ``size`` bytes of the file system for ``file``, which other downloads then cannot use.
+    """Reserve ``size`` bytes on the file system for ``file``, so that other downloads cannot use them.
 
     Raises: InvalidArgument: the size is negative; UnpackFailed: there is no space.
     """

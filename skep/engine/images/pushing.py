@@ -1,8 +1,8 @@
 """``docker push``: sends images to a registry.
 
-A layer is sent once, however many tags have it, and not at all if the registry has it already.  A pulled image is
-pushed with its original manifest, so its digest stays the same.  For other images a manifest of schema 2 is made as in
-Docker.  The manifest is sent last, after everything that it names, so an interrupted push leaves no tag.
+Each layer is sent once, even if many tags have it.  It is not sent at all if the registry already has it.  A pulled
+image is pushed with its original manifest, so its digest stays the same.  For other images, a manifest of schema 2 is
+created, as in Docker.  The manifest is sent last, after everything that it names, so an interrupted push leaves no tag.
 
 Source: moby 20.10, distribution/{push,push_v2}.go, distribution/xfer/upload.go.
 """
@@ -40,9 +40,9 @@ from skep.engine.images.uploads import Refused, Upload, check, has_blob, require
 from skep.errors import InvalidArgument, NotFound, SkepError
 
 _UPLOADS_MAX = 5
-"""Docker's max-concurrent-uploads."""
+"""Limit for concurrent uploads, Docker's max-concurrent-uploads."""
 _MOUNTS_MAX = 3
-"""Repositories from which a push tries to mount a layer."""
+"""Limit for the repositories from which a push tries to mount a layer."""
 _REPORT_BYTES = 512 << 10
 """Bytes between two progress messages.  Source: moby, pkg/progress (512 KiB)."""
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -141,7 +141,7 @@ class _Push:
         self._report = report
         self._slots = asyncio.Semaphore(_UPLOADS_MAX)
         self._pushed: dict[str, Blob] = {}
-        """Layers that the registry has, by digest of their plain tars."""
+        """Layers that the registry already has, by the digest of the plain tar."""
 
     async def tag(self, tag: Reference, image: Image) -> Digest:
         """Send the missing blobs of ``image``, then its manifest under ``tag``.  Return the manifest's digest."""
@@ -209,7 +209,7 @@ async def put_blob(
 ) -> str:
     """Send a blob unless the repository has it.  Return the text for the progress.
 
-    Of two simultaneous uploads of one blob, the second finds the first one's.
+    If two callers upload the same blob at the same time, the second waits for the first and then finds the blob.
 
     Args:
         name: Name of the repository, without a tag.
@@ -247,14 +247,14 @@ async def put_manifest(repository: Repository, tag: Reference, manifest: Documen
 
 
 _blobs: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-"""One lock for each blob and repository in a push.  It lives as long as it is held or awaited."""
+"""One lock for each blob and repository in a push.  It exists while it is held or awaited."""
 
 
 def mount_sources(images: Sequence[Image], target: Reference, chain_id: str) -> Sequence[str]:
     """Return paths of other repositories of the same registry that have the layer.
 
-    These are the repositories of images with the layer.  An image has a digest in a repository if it was pulled from
-    there or pushed to it.
+    These are the repositories with images that have the layer.  An image was pulled from a repository or pushed to it
+    if it has a reference with a digest there.
     """
     paths = {
         one.path
@@ -289,7 +289,7 @@ def _manifest_for(images: LocalImages, image: Image, config: bytes, blobs: Seque
         "config": _descriptor(_CONFIG_TYPES[kind], len(config), digest_of(config)),
         "layers": layers,
     }
-    # Indented by three as in Docker, so that an image pushed by both has one digest.
+    # Indented by three spaces, as in Docker, so that both engines push an image with the same digest.
     return Document(msgspec.json.format(msgspec.json.encode(document), indent=3), kind)
 
 

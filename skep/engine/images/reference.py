@@ -1,4 +1,4 @@
-"""Image references: ``busybox``, ``registry:5000/team/app:1.2@sha256:...``, parsed as in Docker.
+"""Parses image references (``busybox``, ``registry:5000/team/app:1.2@sha256:...``) as Docker does.
 
 A reference as a user types it is *familiar* (``busybox``).  Internally it is *normalized*
 (``docker.io/library/busybox``).  Grammar, rules and error texts follow Docker's library.  A property test checks that a
@@ -21,7 +21,7 @@ DEFAULT_TAG = "latest"
 _LEGACY_DEFAULT_DOMAIN = "index.docker.io"
 _OFFICIAL_PREFIX = "library/"
 _NAME_LENGTH_MAX = 255
-"""Source: distribution, reference/reference.go (NameTotalLengthMax)."""
+"""Longest name in characters.  Source: distribution, reference/reference.go (NameTotalLengthMax)."""
 
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"  # Docker's `[-]*` would backtrack exponentially here
 _DOMAIN_COMPONENT = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
@@ -73,7 +73,7 @@ class Reference(msgspec.Struct, frozen=True, order=True):
 
     @property
     def is_name_only(self) -> bool:
-        """Whether it has neither tag nor digest, and so stands for all tags of a repository."""
+        """Whether it has neither tag nor digest, and so means all tags of a repository."""
         return not self.tag and not self.digest
 
     def __str__(self) -> str:
@@ -90,7 +90,10 @@ class Reference(msgspec.Struct, frozen=True, order=True):
         return msgspec.structs.replace(self, tag=tag)
 
     def with_digest(self, digest: str) -> "Reference":
-        """Return the repository at ``digest``, without a tag.  Raises: InvalidArgument: it is not a digest."""
+        """Return the reference to ``digest`` in the same repository, without a tag.
+
+        Raises: InvalidArgument: it is not a digest.
+        """
         return Reference(self.domain, self.path, digest=parse_digest(digest))
 
     @property

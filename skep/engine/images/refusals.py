@@ -1,4 +1,4 @@
-"""Error responses of a registry, read within bounds.
+"""Reads error responses of a registry, up to a size limit.
 
 Source: OCI distribution-spec (Error codes); RFC 9110, 10.2.3 (Retry-After).
 """
@@ -15,13 +15,13 @@ from skep.errors import InvalidArgument
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """Errors of decoding a response that is not JSON of the expected form, or nested too deeply."""
 _ERROR_BYTES_MAX = 64 << 10
-"""Bytes of a registry's error that are read."""
+"""Limit in bytes for reading a registry's error."""
 _RETRY_AFTER_S_MAX = 60.0
-"""Longest pause that a registry may ask for: beyond that the pull fails, and says why."""
+"""Longest pause in seconds that a registry may request.  If it requests more, the pull fails with that reason."""
 
 
 def status_text(status: int) -> str:
-    """Return a status with HTTP's phrase."""
+    """Return an HTTP status with its standard phrase."""
     return f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
 
 
@@ -51,7 +51,7 @@ async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
     """
     try:
         content = await read_bounded(response, _ERROR_BYTES_MAX)
-    except InvalidArgument:  # too long for an error document: the page of a proxy
+    except InvalidArgument:  # too long for an error document, so probably the page of a proxy
         content = b""
     code, message = _first_error(content, response.status)
     if 'error="insufficient_scope"' in response.headers.get("WWW-Authenticate", ""):
@@ -70,7 +70,7 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
 
 
 def retry_after(response: aiohttp.ClientResponse) -> float:
-    """Return the seconds of ``Retry-After``.  Bounded, since the registry is not trusted.
+    """Return the seconds of ``Retry-After``.  Limited, because the registry is not trusted.
 
     A date is relative to the response's own date, since the registry's clock may differ.
     """

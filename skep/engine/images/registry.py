@@ -48,17 +48,17 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS_WITH_BODY = frozenset({307, 308})
 """Redirects that keep method and content.  After the others, Go would send a GET."""
 _REDIRECTS_MAX = 10
-"""Same limit as in Go."""
+"""Limit for the redirects of one request, as in Go."""
 _TOKEN_BYTES_MAX = 1 << 20  # of a token server's response
 _TAG_PAGES_MAX = 1000
-"""Pages of a list of tags.  A registry that always names a next page would never end."""
+"""Limit for the pages of a list of tags, because a registry could name a next page forever."""
 BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 """A blob may take any time as long as bytes keep coming."""
 SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
 """Timeout of requests with a small response."""
 
 Content = Callable[[], AsyncIterator[bytes]]
-"""Returns the content of a request in pieces.  It is called for each attempt."""
+"""Returns the content of a request in pieces.  Called for each attempt."""
 
 
 class RegistryError(SkepError):
@@ -70,7 +70,7 @@ class RegistryError(SkepError):
 
 
 class NoCredentials(SkepError):
-    """The registry requires a name and a password, and there are none.  ``cause``: Docker's words for this alone."""
+    """The registry requires a name and a password, but none are known.  ``cause`` has Docker's words for this alone."""
 
     def __init__(self, request: str) -> None:
         self.cause = "no basic auth credentials"
@@ -82,7 +82,7 @@ class LoginFailed(SkepError):
 
 
 class Absent(NotFound):
-    """The registry has no such image.  ``cause``: Its message alone."""
+    """The registry has no such image.  ``cause`` has only the registry's message."""
 
     def __init__(self, message: str, cause: str) -> None:
         super().__init__(message)
@@ -101,7 +101,7 @@ class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace(
     identity_token: str = ""
     registry_token: str = ""
     server_address: str = ""
-    """Address of their registry.  Empty if the client sent them with the image's name."""
+    """Address of the registry that they are for.  Empty if the client sent them with the image's name."""
 
     def for_registry(self, domain: str) -> "Credentials":
         """Return these credentials if they may be sent to the registry ``domain``, else none."""
@@ -124,8 +124,9 @@ class _Tags(msgspec.Struct, frozen=True):
 class Document(msgspec.Struct, frozen=True):
     """Manifest or index as the registry sent it.
 
-    ``is_of_registry``: False if a node of the cluster made it for an image without a registry's manifest.  ``is_own``:
-    Whether the image did not even come from the registry of the requested name: it was built, loaded or tagged there.
+    Args:
+        is_of_registry: False if a node made it for an image without a registry's manifest.
+        is_own: Whether the image was built, loaded or tagged on that node, and came from no registry of its name.
     """
 
     content: bytes
@@ -135,7 +136,7 @@ class Document(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> Digest:
-        """Digest of its bytes, the registry's address for it."""
+        """Digest of its bytes, by which the registry addresses it."""
         return digest_of(self.content)
 
 
@@ -172,10 +173,7 @@ class Connection:
         """Token from the registry's token server that replaces the password.  Empty without one."""
 
     async def ping(self) -> None:
-        """Check that a registry responds, and log in if it requires that.
-
-        Raises: RegistryError; PermissionDenied: it refuses the credentials.
-        """
+        """Check that a registry responds, and log in if needed.  Raises: RegistryError; PermissionDenied."""
         try:
             async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
                 if response.status not in (200, 401, 404, 429):
@@ -466,7 +464,7 @@ class Repository(Connection):
             yield _offset(response, start), _pieces(response)
 
     def mistrust(self, _digest: str) -> bool:
-        """Return False: there is no other source for a blob that does not match its digest."""
+        """Return False, because a registry is the only source of its blobs."""
         return False
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:

@@ -1,6 +1,6 @@
-"""Decisions of ``docker rmi``.
+"""Decides what ``docker rmi`` removes.
 
-Images, containers and the request determine the removal, or the refusal in Docker's words.  Running containers
+The images, the containers and the request determine the removal, or the refusal in Docker's words.  Running containers
 and children always prevent a removal.  Stopped containers and further names only do so without force.
 
 Source: moby 20.10, daemon/images/image_delete.go.
@@ -21,7 +21,7 @@ class Conflict(AlreadyExists):
 
 
 class ImageUser(msgspec.Struct, frozen=True):
-    """Container that was made from an image."""
+    """A container that was created from an image."""
 
     container_id: str
     image_id: str
@@ -33,7 +33,7 @@ Users = Callable[[], Collection[ImageUser]]
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """Names and image to remove.  ``image_id``: Empty to remove only names."""
+    """Names and image to remove.  If ``image_id`` is empty, only names are removed."""
 
     untagged: tuple[Reference, ...] = ()
     image_id: str = ""
@@ -44,7 +44,8 @@ def removal(
 ) -> Removal:
     """Return what ``docker rmi word`` removes, where ``word`` names ``image``.
 
-    A name that is not the last is only untagged.  Removing the last name also removes the image, if it is not needed.
+    If the image has other names, only the name is removed.  With its last name, the image is removed too, if it is not
+    needed.
 
     Raises:
         Conflict: the image is needed.
@@ -96,7 +97,7 @@ def ancestors_to_prune(
 def _conflict(
     image: Image, force: bool, using: Sequence[ImageUser], children: Sequence[Image], *, by_name: bool
 ) -> Conflict | None:
-    """Return the reason why the image must stay.  ``by_name``: Whether to ignore its other names."""
+    """Return the reason why the image must stay, or None.  ``by_name`` ignores the image's other names."""
     if children:
         return _cannot_be_forced(image, "image has dependent child images")
     running = next((user for user in using if user.is_running), None)

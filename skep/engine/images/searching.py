@@ -24,9 +24,9 @@ from skep.errors import InvalidArgument, SkepError
 
 LIMIT_DEFAULT = 25
 _LIMIT_MAX = 100
-"""Source: moby, registry/search.go."""
+"""Highest number of results.  Source: moby, registry/search.go."""
 _RESPONSE_BYTES_MAX = 4 << 20
-"""Longest response to a search, which is read into memory."""
+"""Longest response to a search in bytes.  Limited, because it is read into memory."""
 _INDEX = "https://index.docker.io"
 
 
@@ -45,7 +45,7 @@ class _Response(msgspec.Struct, frozen=True):
 
 
 class SearchFilter(msgspec.Struct, frozen=True):
-    """Filters of a search.  None matches both."""
+    """Filters of a search.  A filter that is None matches everything."""
 
     is_official: bool | None = None
     is_automated: bool | None = None

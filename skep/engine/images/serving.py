@@ -1,8 +1,8 @@
-"""Images that this node serves to other nodes: manifests, configurations and layers, as from a registry.
+"""Serves this node's images to other nodes like a registry: manifests, configurations and layers.
 
-A layer is sent with its original bytes, so that the digests in its registry's manifest hold.  An image that came from
-no registry gets a manifest here.  A node sends few layers at once, and few copies of one layer within some minutes: the
-nodes that received it send it further.
+A layer is sent with its original bytes, so that it matches the digest in its registry's manifest.  For an image that
+came from no registry, a manifest is created here.  A node sends only few layers at once, and only few copies of one
+layer within some minutes, because the nodes that have received the layer then send it on.
 
 ``upload_decision`` is the rule.  ``ServedImages`` reads the files.
 """
@@ -30,29 +30,35 @@ _CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 _LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
 COPIES_MAX = 3
-"""Copies of one layer within ``COPIES_S``.  More are sent only to a node that found it nowhere else."""
+"""Limit for the copies of one layer within ``COPIES_S``.
+
+More are sent only to a node that found the layer nowhere else.
+"""
 COPIES_S = 600.0
 """Seconds without another copy after which earlier ones no longer count."""
 COPIES_KEPT_MAX = 4096
-"""Number of layers whose copies are counted."""
+"""Limit for the number of layers whose copies are counted."""
 UPLOADS_MAX = 6
-"""Number of simultaneous uploads."""
+"""Limit for simultaneous uploads."""
 UPLOADS_OF_LAYER_MAX = 3
-"""Number of simultaneous uploads of one layer."""
+"""Limit for simultaneous uploads of one layer."""
 UPLOADS_OF_NODE_MAX = 3
-"""Number of simultaneous uploads to one node: as many as a node fetches at once, and half of all."""
+"""Limit for simultaneous uploads to one node.  It equals the number of layers that a node fetches at once."""
 PIECE_BYTES = 512 << 10
 """Bytes of one message to another node."""
 STALLED_S = 60.0
 """Seconds after which a node that receives nothing of a blob loses its slot."""
 BYTES_PER_S_MIN = 32 << 10
-"""Slowest rate, after a first minute, at which a node keeps its slot: half of what a node expects of senders."""
+"""Slowest rate at which a receiving node keeps its slot, checked after a first minute.
+
+Half the rate that receivers demand of senders.
+"""
 ARRIVING_AFTER_S = 0.5
 """Seconds after which another node asks again for a layer that is still arriving here."""
 
 
 class Upload(Enum):
-    """Response to a node's request for a blob."""
+    """The decision about a node's request for a blob."""
 
     SENT = "sent"
     BUSY = "busy"
@@ -61,10 +67,13 @@ class Upload(Enum):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Present and past uploads.
+    """Numbers of present and recent uploads.
 
-    ``uploads``: All uploads.  ``of_layer``: Uploads of this blob.  ``of_node``: Uploads to this node.  ``copies``:
-    Copies of this blob within ``COPIES_S``.
+    Args:
+        uploads: All uploads.
+        of_layer: Uploads of this blob.
+        of_node: Uploads to this node.
+        copies: Copies of this blob within ``COPIES_S``.
     """
 
     uploads: int = 0
@@ -74,7 +83,7 @@ class Load(msgspec.Struct, frozen=True):
 
 
 def upload_decision(load: Load, *, is_present: bool, is_arriving: bool, last_resort: bool) -> Upload:
-    """Decide whether to send a blob.  ``last_resort``: Whether the requesting node found it on no other node."""
+    """Decide whether to send a blob.  ``last_resort`` tells that the requesting node found it on no other node."""
     if not is_present:
         return Upload.ARRIVING if is_arriving else Upload.ABSENT
     if load.uploads >= UPLOADS_MAX or load.of_layer >= UPLOADS_OF_LAYER_MAX:
@@ -100,7 +109,7 @@ class Copies:
         return count if self._clock.monotonic() - at < COPIES_S else 0
 
     def add(self, digest: str, change: int = 1) -> None:
-        """Count a copy.  ``change``: -1 for a copy that broke off."""
+        """Count a copy.  ``change`` is -1 to undo this for a copy that broke off."""
         count = self.of(digest) + change
         self._sent.pop(digest, None)
         self._sent[digest] = max(count, 0), self._clock.monotonic()
@@ -138,7 +147,7 @@ class ServedImages:
         return self._copies.of(digest)
 
     async def manifest(self, target: str) -> Document:
-        """Return the manifest or index for ``target``: a reference, a manifest's digest or an image's id.
+        """Return the manifest or index for ``target``, which is a reference, a manifest's digest or an image's id.
 
         Raises: NotFound: it is not on this node; InvalidArgument: it is none of these.
         """
@@ -162,7 +171,9 @@ class ServedImages:
         )
 
     async def names_of(self, target: str) -> frozenset[str]:
-        """Return the names by which services may refer to the images of ``manifest(target)``.  Empty without one.
+        """Return the names by which services may refer to the images for which ``manifest(target)`` is sent.
+
+        May be empty.
 
         Raises:
             InvalidArgument: ``target`` is neither a reference nor a digest.
@@ -291,7 +302,7 @@ class ServedImages:
     async def _digest(self, chain_id: Digest, path: Path) -> Digest:
         """Return the digest of a layer's file, read once for all requests.
 
-        Reading continues after a request has ended, since a large file takes longer than a request.
+        Reading continues after a request has ended, because a large file may take longer than a request.
         """
         reading = self._reading.get(chain_id)
         if reading is None:

@@ -1,8 +1,9 @@
-"""Fair scheduling of unpacking: a slot is granted to the image with the fewest slots, and no layer keeps one for long.
+"""Schedules the unpacking of layers fairly.
+
+A free slot goes to the image with fewest slots, and no layer keeps a slot for long.
 
 A layer may take half an hour, because of its size or by malice.  A layer that has held its slot for longer than
-``patience_s`` continues without it, together with a few others.  So it takes many such images, and not three, to block
-the others.
+``patience_s`` continues without it, together with a few others.  So three such images cannot block all others.
 """
 
 import asyncio
@@ -12,9 +13,11 @@ from contextlib import asynccontextmanager
 
 
 class UnpackSlots:
-    """Slots for unpacking.  ``slots``: Number of workers.
+    """Slots for unpacking.
 
-    ``slow_max``: Number of additional workers that took too long.
+    Args:
+        slots: Number of workers.
+        slow_max: Limit for slow layers that continue without a slot.
     """
 
     def __init__(self, slots: int, *, patience_s: float, slow_max: int) -> None:

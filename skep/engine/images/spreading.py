@@ -1,10 +1,10 @@
 """Fetches an image from the nodes of the cluster if no registry provides it.
 
-A name is resolved by managers only, since any node could call any image ``nginx``.  A digest is accepted from any node,
-since content is verified.  Nodes are tried in the order in which they responded, the nearest first.  A busy node is
-skipped, and one that sent wrong content is not used again.  When many nodes fetch an image at once, they get each layer
-from each other as soon as one of them has it (``serving`` bounds the uploads of a node).  While some nodes have it and
-are busy, or are about to have it, the fetch waits with growing, jittered pauses.
+Only managers resolve names, because any node could call any image ``nginx``.  A digest is accepted from any node,
+because the content is verified.  Nodes are tried in the order in which they responded, the nearest first.  A busy node
+is skipped, and a node that has sent wrong content is not used again.  When many nodes fetch an image at once, they get
+each layer from each other as soon as one of them has it (``serving`` limits the uploads of a node).  While some nodes
+have it and are busy, or are about to have it, the fetch waits with growing, jittered pauses.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ from skep.errors import NotFound, ResourceExhausted, RetryLater, SkepError, Unav
 log = structlog.get_logger(__name__)
 
 RESPONSE_S = 20.0
-"""Seconds for a manifest, and for the start of a blob, including the connection."""
+"""Time limit in seconds for a manifest, and for the start of a blob, including the connection."""
 GRACE_S = 0.05
 """Seconds after the first manifest in which further responses still determine the order of nodes."""
 PIECE_S = 30.0
-"""Seconds between two pieces of a blob."""
+"""Longest time in seconds between two pieces of a blob."""
 BYTES_PER_S_MIN = 64 << 10
-"""Slowest rate of a node, after a first half minute.  Slower transfers are abandoned."""
+"""Slowest accepted rate of a node, checked after a first half minute.  Slower transfers are abandoned."""
 WAIT_S_MAX = 600.0
 """Seconds to wait for a blob that a node has, or is about to have, while none sends it."""
 FAILURES_MAX = 2
@@ -43,13 +43,13 @@ ROUNDS_WITHOUT_MAX = 3
 DISTRUST_S = 3600.0
 """Seconds for which a node that sent wrong bytes is not asked."""
 DISTRUSTED_MAX = 256
-"""Nodes that are remembered."""
+"""Limit for the number of distrusted nodes that are remembered."""
 PAUSE_S, PAUSE_S_MAX = 0.1, 2.0
-"""Seconds between two attempts to find a node with a layer."""
+"""First and longest pause in seconds between two attempts to find a node with a layer."""
 
 
 class Source(Protocol):
-    """Node that may have the image.  ``name``: Its id."""
+    """A node that may have the image.  ``name`` is its node id."""
 
     @property
     def name(self) -> str: ...
@@ -58,10 +58,10 @@ class Source(Protocol):
     def is_manager(self) -> bool: ...
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
-        """Return a manifest, not verified.  See ``ServedImages.manifest``.  Raises: SkepError."""
+        """Return a manifest, which is not verified.  See ``ServedImages.manifest``.  Raises: SkepError."""
 
     def blob(self, digest: str, *, last_resort: bool) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Stream the pieces of a blob, not verified.
+        """Stream the pieces of a blob, which are not verified.
 
         Raises:
             NotFound: the node does not have it.
@@ -86,7 +86,7 @@ class Neighbours(Protocol):
 
 
 class Outcome(Enum):
-    """Response of a node to the request for a blob."""
+    """A node's response to the request for a blob."""
 
     SENT = "sent"
     BUSY = "busy"
@@ -105,7 +105,7 @@ class Step(Enum):
 
 
 def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
-    """Decide on the next step after a round.
+    """Decide what to do after a round of requests.
 
     ``empty_rounds``: Consecutive earlier rounds in which no node had the blob, or was about to have it.
     """
@@ -117,10 +117,11 @@ def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
 
 
 class SourceRecord(msgspec.Struct, frozen=True):
-    """Earlier requests to a source.
+    """Experience with a source from earlier requests.
 
-    ``response_s``: Seconds that it took to respond, or None before its first response.  ``failures``: Consecutive
-    failures.
+    Args:
+        response_s: Seconds that it took to respond, or None before its first response.
+        failures: Consecutive failures.
     """
 
     response_s: float | None = None
@@ -140,7 +141,7 @@ def in_order(sources: Sequence[Source], records: dict[str, SourceRecord]) -> Seq
 class NodeFetcher:
     """Fetches images from other nodes, and remembers distrusted nodes.
 
-    ``rng``: Returns random numbers from 0 to 1.
+    ``rng`` returns random numbers from 0 to 1.
     """
 
     def __init__(
@@ -153,9 +154,9 @@ class NodeFetcher:
 
     @asynccontextmanager
     async def repository(self, reference: Reference, *, only_own: bool = False) -> AsyncIterator["Spread"]:
-        """Provide the nodes that may have ``reference`` as a repository.
+        """Provide the nodes that may have ``reference`` as if they were one repository.
 
-        ``only_own``: See ``Spread``.  Raises: Unavailable: this node is not in a cluster, or reaches no manager.
+        For ``only_own`` see ``Spread``.  Raises: Unavailable: this node is not in a cluster, or reaches no manager.
         """
         async with self._neighbours.sources(reference) as find:
             yield Spread(reference, find, self._clock, self._rng, self._distrusted, only_own=only_own)
@@ -165,9 +166,9 @@ class Spread:
     """One image on many nodes.  Implements ``pulling.Repository``.
 
     Args:
-        distrusted: Times at which nodes sent wrong content, by node.  Shared by all fetches of this node.
-        only_own: Whether the registry denies the image to the caller, so that only images without a registry are
-            accepted.
+        distrusted: Time when a node sent wrong content, by node.  Shared by all fetches of this node.
+        only_own: Whether the registry denies the image to the caller, so that only images that came from no registry
+            are accepted.
     """
 
     def __init__(
@@ -241,7 +242,7 @@ class Spread:
         except NotFound:
             self._responded(source, started)
             return None
-        except (SkepError, OSError) as error:  # whatever the error is, it concerns one node
+        except (SkepError, OSError) as error:  # any error affects only one node
             self._failed(source, error)
             return None
         self._responded(source, started)
@@ -290,7 +291,7 @@ class Spread:
             last_resort = step is Step.INSIST
             empty_rounds = 0 if {Outcome.BUSY, Outcome.ARRIVING} & set(outcomes) else empty_rounds + 1
             if self._clock.monotonic() - began > WAIT_S_MAX:
-                # Not a RegistryError: the download would retry and wait as long again.
+                # Not a RegistryError, because the download would then retry and wait as long again.
                 raise Unavailable(f"no node of the cluster sends {digest}: every node that has it is busy")
             await pauses.sleep(self._clock)
 

@@ -1,4 +1,4 @@
-"""Image store of this node, as executor and Engine API use it.
+"""The image store of this node, with the operations that executor and Engine API use.
 
 ``LocalImages`` holds the images.  Here they are loaded, pulled, saved, pushed and removed.
 """
@@ -147,7 +147,7 @@ class ImageStore(LocalImages):
             if self._nodes is None or self.resolve(str(reference)) is not None:
                 raise
             try:
-                # Another node must not provide an image that the registry denies to this caller.
+                # An image that the registry denies to this caller must not come from another node.
                 is_denied = isinstance(error, Denied | PermissionDenied | NoCredentials)
                 return await pulling.pull_from_nodes(
                     self, self._nodes, reference, report, platform=platform, only_own=is_denied
@@ -161,8 +161,9 @@ class ImageStore(LocalImages):
     ) -> Mapping[str, Any]:
         """Return a registry's description of a name, as ``pulling.inspect`` does.
 
-        While the registry cannot be reached, return its documents of the image on this node.  A service is then
-        pinned to that digest, so that all its nodes run the same image, which they fetch from each other.
+        If the registry cannot be reached, return the description from the registry's documents that came with the image
+        on this node.  A service is then pinned to that digest, so that all its nodes run the same image, which they
+        fetch from each other.
         """
         try:
             return await self._with_credentials(
@@ -247,7 +248,7 @@ class ImageStore(LocalImages):
     async def remove(self, word: str, *, force: bool = False, prune: bool = True, users: Users) -> Removed:
         """Untag or delete an image (``docker rmi``).
 
-        ``prune``: Whether to remove parents that are no longer needed.
+        ``prune`` also removes parents that are no longer needed.
 
         Raises: NotFound; Conflict: the image is needed.
         """

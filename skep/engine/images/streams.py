@@ -1,6 +1,6 @@
-"""Decompression of streams: gzip, bzip2, xz, zstd or plain.
+"""Decompresses streams: gzip, bzip2, xz, zstd or plain.
 
-The unpacking worker imports this module, so it imports little itself.
+The unpacking worker imports this module, so this module imports little itself.
 
 Source: moby, pkg/archive/archive.go (DecompressStream).
 """
@@ -14,9 +14,12 @@ from typing import BinaryIO, Protocol
 _CHUNK_BYTES = 1 << 20
 """Bytes that are read at a time."""
 _XZ_MEMORY_BYTES_MAX = 256 << 20
-"""Memory that a compressed stream may ask for.  ``xz -9`` needs 65 MiB."""
+"""Limit in bytes for the memory that a compressed stream may require.  ``xz -9`` needs 65 MiB."""
 _ZSTD_WINDOW_BYTES_MAX = 128 << 20
-"""Window that a compressed stream may ask for.  Source: zstd, which refuses larger ones by default."""
+"""Limit in bytes for the window that a compressed stream may require.
+
+Source: zstd, which refuses larger ones by default.
+"""
 
 
 class Malformed(Exception):
@@ -70,7 +73,7 @@ def _decompressed(source: BinaryIO, head: bytes, new: Callable[[], Decompressor]
         while True:
             if decompressor.eof:
                 data = decompressor.unused_data or source.read(_CHUNK_BYTES)
-                if not data.strip(b"\0"):  # the end, or padding after the last member
+                if not data.strip(b"\0"):  # the stream has ended, or only padding follows
                     return
                 decompressor = new()
             has_ended = False
@@ -88,7 +91,7 @@ def _decompressed(source: BinaryIO, head: bytes, new: Callable[[], Decompressor]
 
 
 class _Gzip:
-    """zlib with the interface of bz2 and lzma: ``needs_input`` in place of a tail to feed again."""
+    """zlib with the interface of bz2 and lzma, which has ``needs_input``."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=31)
@@ -113,7 +116,7 @@ def _zstd_chunks(source: BinaryIO, head: bytes) -> Iterator[bytes]:
     import zstandard  # imported here, since it would cost every other layer 10 ms
 
     class Rejoined:
-        """The source with the inspected bytes put back."""
+        """The source stream with the bytes put back that were read to detect the format."""
 
         def __init__(self) -> None:
             self._head = head

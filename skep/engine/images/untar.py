@@ -1,12 +1,12 @@
 """Worker that unpacks a tar stream: a separate process, chrooted into the directory that it fills.
 
-Archives are hostile input, so they are unpacked in a chroot.  An absolute name, ``..``, a symbolic link to ``/etc`` or
-a hard link can reach no further than the layer itself, however they are combined, and no check can race.  Docker
-confines them in the same way, so an archive that Docker accepts is accepted here.  ``confinement`` describes the other
-rights that the process drops.
+Archives cannot be trusted, so they are unpacked in a chroot.  There, absolute names, ``..``, symbolic links to ``/etc``
+and hard links lead only into the layer itself, in any combination, and no check is needed that could race.  Docker
+works in the same way, so an archive that Docker accepts is accepted here.  ``confinement`` describes the other rights
+that the process drops.
 
-Nothing is imported after the chroot.  Otherwise the archive could provide modules of its own.  The module is run on its
-own: its argument is a JSON object of settings, the stream is on stdin, and a JSON object of results is printed.
+Nothing is imported after the chroot, because the archive could provide its own modules.  The module is run directly.
+Its argument is a JSON object of settings, the stream is on stdin, and a JSON object of results is printed.
 
 Source: moby, pkg/archive/archive.go (Unpack, createTarFile), archive_linux.go (whiteouts in overlay form).
 """
@@ -33,12 +33,12 @@ from skep.linux.trees import remove_tree, walk
 _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
 _SPACE_CHECK_BYTES = 64 << 20
-"""Bytes written between two looks at the disk's free space."""
+"""Number of bytes written between two checks of the disk's free space."""
 _MEMORY_BYTES_MAX = 2 << 30
-"""Address space of the worker that unpacks, which reads what strangers wrote."""
+"""Limit in bytes for the worker's address space, because it reads data from strangers."""
 _PR_SET_PDEATHSIG = 1
 _HEADER_BYTES_MAX = 1 << 20
-"""Size of a long name or a PAX header, as in Go."""
+"""Limit in bytes for a long name or a PAX header, as in Go."""
 _LONG_HEADERS = frozenset(
     {
         tarfile.XHDTYPE,
@@ -54,7 +54,10 @@ _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _XATTR_RECORD = "SCHILY.xattr."
 _OVERLAY_XATTRS = "trusted.overlay."
-"""Attributes of overlayfs itself.  An archive must not forge them: a redirect shows another layer's directory."""
+"""Name prefix of overlayfs's own attributes.
+
+An archive must not contain them, because a forged redirect would show a directory of another layer.
+"""
 
 
 class Duplicate(Malformed):
@@ -69,11 +72,14 @@ class LimitExceeded(Exception):
 class Settings:
     """Settings of one run.
 
-    ``root``: Directory to fill.  ``is_layer``: Whether whiteouts, devices and owners count.  Otherwise only plain files
-    do. ``has_whiteouts``: Whether names that start with ``.wh.`` are whiteouts.  In contexts of builds they are plain
-    names, and the later of two members with one name counts.  ``bytes_max``: Largest size of both the plain tar and the
-    written files.  ``spare_bytes``: Bytes to keep free on the file system.  ``copy_to``: File for the plain tar,
-    zstd-compressed.  Empty for none.
+    Args:
+        root: Directory to fill.
+        is_layer: Whether whiteouts, devices and owners count.  Otherwise only plain files do.
+        has_whiteouts: Whether names that start with ``.wh.`` are whiteouts.  In contexts of builds they are plain
+            names, and the later of two members with one name counts.
+        bytes_max: Largest size of both the plain tar and the written files.
+        spare_bytes: Bytes to keep free on the file system.
+        copy_to: File for the plain tar, zstd-compressed.  Empty for none.
     """
 
     root: str
@@ -86,9 +92,9 @@ class Settings:
 
 
 class PlainStream:
-    """The plain tar: decompresses, counts, hashes and copies it while it is read.
+    """The plain tar as a stream that is decompressed, counted, hashed and copied while it is read.
 
-    It is read forward.  ``tarfile`` has a reader for such streams (mode ``r|``), but it copies the rest of its buffer
+    It is only read forward.  ``tarfile`` itself can read such streams (mode ``r|``), but copies the rest of its buffer
     for each header and file.
     """
 
@@ -154,7 +160,10 @@ _Subsequent = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
 
 
 class Header(tarfile.TarInfo):
-    """Header that is valid or an error.  The standard reader takes an invalid one for the archive's end."""
+    """A header that raises an error if it is invalid.
+
+    The standard reader would take an invalid header for the archive's end.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
@@ -170,7 +179,7 @@ class Header(tarfile.TarInfo):
             raise Malformed("archive/tar: invalid tar header" if is_invalid else "unexpected EOF") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-        """Limit a header's length, since the standard reader reads it into memory, however large."""
+        """Check a header's length, because the standard reader reads a header of any length into memory."""
         if self.type in _LONG_HEADERS and self.size > _HEADER_BYTES_MAX:
             raise Malformed("archive/tar: header field too long")
         found: tarfile.TarInfo | None = super()._proc_member(archive)  # type: ignore[misc]
@@ -211,7 +220,7 @@ class Unpacker:
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise Malformed(f"archive/tar: invalid tar header ({error})") from error
         for path, member in reversed(self._directories):
-            _set_times(path, member)  # last, since writing into a directory changes its time
+            _set_times(path, member)  # last, because writing into a directory changes its time
 
     def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         if "\0" in member.name or "\0" in member.linkname:
@@ -235,7 +244,10 @@ class Unpacker:
         self._create(archive, member, path)
 
     def _whiteout(self, path: str, member: tarfile.TarInfo) -> bool:
-        """Convert a whiteout to overlayfs's form: ``.wh.x`` removes "x", ``.wh..wh..opq`` hides everything below."""
+        """Convert a whiteout to overlayfs's form.
+
+        ``.wh.x`` removes "x", and ``.wh..wh..opq`` hides everything in the directory that lower layers have.
+        """
         directory, name = os.path.split(path)
         if name == _OPAQUE:
             self._helper.mark_opaque(directory)
@@ -303,7 +315,7 @@ class Unpacker:
             os.close(target)
 
     def _account(self, size: int) -> None:
-        """Count bytes before they are written.  A sparse member is small in the tar and large here."""
+        """Count bytes before they are written, because a sparse member is small in the tar and large on the disk."""
         self._written_bytes += size
         if self._written_bytes > self._settings.bytes_max:
             raise LimitExceeded(f"unpacks to more than {self._settings.bytes_max} bytes")
@@ -319,8 +331,8 @@ def _next_member(
 ) -> tarfile.TarInfo | None:
     """Return the member after ``last``, or None after the last one.
 
-    An archive may end with the content of its last file, like that of ``docker build -f -``, which is never closed.
-    Go's reader requires neither the padding nor the end marker.
+    An archive may end with the content of its last file, as that of ``docker build -f -`` does: Go's reader requires
+    neither the padding nor the end marker.
     """
     try:
         return archive.next()
@@ -376,8 +388,8 @@ def _set_times(path: str, member: tarfile.TarInfo) -> None:
 def _time_ns(record: str | None) -> int | None:
     """Return the nanoseconds of a PAX record, or None without one.
 
-    Values that are not decimal numbers, or not times of the kernel, become the epoch, as in Docker.  PAX has no numbers
-    with an exponent.  With a large one, a short text would become a number of a million digits.
+    Values that are not decimal numbers, or not times of the kernel, become the epoch, as in Docker.  Numbers with an
+    exponent are invalid in PAX.  With a large exponent, a short text would become a number of a million digits.
     """
     if record is None:
         return None
@@ -420,7 +432,7 @@ def _confine(root: str) -> Helper:
 
 
 def _in_words(error: OSError) -> str:
-    """Return a failed call as Go would print it, if it is known which one failed."""
+    """Return the error of a failed call as Go would print it, if it is known which call failed."""
     reason = (error.strerror or str(error)).lower()
     if error.filename2:
         return f"link {os.fsdecode(error.filename)} {os.fsdecode(error.filename2)}: {reason}"

@@ -1,7 +1,7 @@
-"""Uploads of blobs to a registry: mounted from another repository, or sent, and resumed after a break.
+"""Uploads blobs to a registry.  A blob is mounted from another repository if possible.  Broken uploads are resumed.
 
 The registry's responses name the URL of an upload (``Location``), which may be at another host.  The user's credentials
-are not sent to that host.  An upload that is not completed is cancelled, so that the registry keeps nothing of it.
+are not sent to that host.  An upload that is not completed is cancelled, so that the registry deletes its data.
 
 Source: OCI distribution-spec (Pushing blobs); moby 20.10, distribution/push_v2.go; distribution 2.8,
 registry/client/blob_writer.go.
@@ -32,15 +32,18 @@ log = structlog.get_logger()
 
 _ATTEMPTS = 5
 _PIECE_BYTES = 1 << 20
-"""Bytes that are sent at a time."""
+"""Number of bytes that are sent at a time."""
 _PROGRESS_S = 60.0
-"""Longest time in which a registry accepts no byte, or does not respond to the last one."""
+"""Longest time in seconds in which a registry accepts no byte, or does not respond after the last one."""
 _CANCEL_S = 5.0
-"""Seconds for the request that ends a failed upload.  The registry forgets it by itself, too."""
+"""Time limit in seconds for cancelling a failed upload.
+
+Short, because registries also delete old uploads themselves.
+"""
 _SENDING = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
 """A blob may take any time as long as bytes keep flowing.  ``_PROGRESS_S`` is the longest pause."""
 _COMMITTING = aiohttp.ClientTimeout(total=300.0, sock_connect=10.0)
-"""Before it responds, a registry computes a large blob's digest, or moves the blob."""
+"""Timeouts of the last request.  Long, because the registry then computes a large blob's digest or moves the blob."""
 
 
 class Refused(SkepError):
@@ -48,7 +51,7 @@ class Refused(SkepError):
 
 
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
-    """Content to send: a file, or bytes.  ``mounts``: Repositories of the registry that may also have it."""
+    """Content to send, a file or bytes.  ``mounts`` has other repositories of the registry that may have it."""
 
     digest: Digest
     size: int
@@ -153,7 +156,10 @@ class _Session:
         return False
 
     async def _position(self) -> int:
-        """Return how much of the blob the registry has.  If it has lost the upload, return 0 to start a new one."""
+        """Return how many bytes of the blob the registry has.
+
+        If it has lost the upload, return 0 to start a new one.
+        """
         assert self._place is not None, "the upload was started"
         async with self._repository.request("GET", self._place, timeout=SHORT_TIMEOUT) as response:
             last = response.headers.get("Range", "").partition("-")[2]
@@ -198,7 +204,8 @@ class _Session:
         """Complete the upload under the blob's digest.  Raises: InvalidArgument: the registry computed another one."""
         assert self._place is not None, "it was started"
         text = str(self._place)
-        # Append the digest and keep the rest: a signature in it may cover characters that we would encode differently.
+        # Append the digest and keep the rest unchanged, because a signature in it may cover characters that we would
+        # encode differently.
         place = URL(
             f"{text}{'&' if '?' in text else '?'}digest={quote(self._upload.digest, safe='')}", encoded=True
         )

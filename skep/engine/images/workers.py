@@ -1,6 +1,6 @@
 """Runs confined processes that unpack archives and pack changes, within the limits of this node.
 
-They run ``untar`` and ``pack``.  A worker that is not done in time, or whose caller is cancelled, is killed.
+The processes run ``untar`` and ``pack``.  If a worker is not done in time, or its caller is cancelled, it is killed.
 """
 
 import asyncio
@@ -25,9 +25,12 @@ log = structlog.get_logger()
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of the data that this node accepts from registries and clients.
 
-    ``layer_bytes_max``: Unpacked size of one layer.  ``archive_bytes_max``: Unpacked size of an uploaded archive.
-    ``spare_bytes``: Bytes to keep free on the file system.  ``spare_share``: Share to keep free instead on a small file
-    system.  ``unpack_s``: Longest time for one layer, in seconds.
+    Args:
+        layer_bytes_max: Limit for the unpacked size of one layer.
+        archive_bytes_max: Limit for the unpacked size of an uploaded archive.
+        spare_bytes: Bytes to keep free on the file system.
+        spare_share: Share (0 to 1) to keep free on a small file system, where it is less than ``spare_bytes``.
+        unpack_s: Longest time for one layer, in seconds.
     """
 
     layer_bytes_max: int = 64 << 30
@@ -74,8 +77,8 @@ async def unpack(
 
     Args:
         source: Descriptor of an open file, or the tar's pieces as they arrive.  Compressed or not.
-        is_layer: Whether owners, devices and whiteouts count.  Otherwise files are plain, and owned and readable by us
-            only.
+        is_layer: Whether owners, devices and whiteouts have an effect.  Otherwise only plain files are written, which
+            only this user can read.
         has_whiteouts: Whether names of a layer that start with ``.wh.`` mark removed files.
         copy_to: File for the plain tar, compressed.
 
@@ -181,9 +184,10 @@ async def _response(worker: asyncio.subprocess.Process, pipe: asyncio.StreamRead
 
 
 def _result(response: bytes, of: str, prefix: str = "") -> Unpacked:
-    """Return the result in a worker's line of JSON, or raise its error.
+    """Return the result in a worker's line of JSON, or raise the error that it reports.
 
-    ``of``: Subject of the error about a limit.  ``prefix``: Start of the other errors' texts, as in Docker.
+    ``of`` is the subject of an error about a limit.  ``prefix`` is the start of the texts of other errors, as in
+    Docker.
     """
     try:
         result = msgspec.json.decode(response, type=dict[str, str | int])

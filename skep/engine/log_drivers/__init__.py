@@ -1,6 +1,6 @@
 """Log drivers: options, message formats, and the process that sends messages.
 
-Whatever the driver, conmon writes a container's output to files on this node (``engine.logs``).  ``docker logs`` reads
-them, and for a driver that sends elsewhere they are also the buffer.  An unreachable remote therefore never blocks a
-container.
+With every driver, conmon writes a container's output to files on this node (``engine.logs``).  ``docker logs`` reads
+these files.  If the driver sends the output to a remote, they are also its buffer, so an unreachable remote never
+blocks a container.
 """

@@ -30,9 +30,9 @@ _CHECKS: Mapping[str, Check] = MappingProxyType(
 
 
 def sending_drivers() -> Mapping[str, Check]:
-    """Return the drivers that send elsewhere, each with the check of its options.
+    """Return the drivers that send output to a remote, each with the function that checks its options.
 
-    A machine without a journal does not have journald, so that services with this driver are placed on other nodes.
+    On a machine without a journal, journald is left out, so that services with this driver are placed on other nodes.
     """
     if journald.SOCKET.exists():
         return _CHECKS

@@ -1,4 +1,5 @@
-"""A log driver's data about its container, and the attributes and tag that a user's options derive from it.
+"""Collects a container's data for its log driver, and derives the attributes and the tag that the user's options
+define.
 
 Source: moby, daemon/logger/loginfo.go, daemon/logger/loggerutils/log_tag.go, daemon/logger/templates/templates.go.
 """
@@ -19,9 +20,9 @@ from skep.linux.commands import communicate
 
 DEFAULT_TAG = "{{.ID}}"
 _REGEX_DEADLINE_S = 10.0
-"""Deadline of the evaluation of a user's expression."""
+"""Time limit in seconds for evaluating a user's regular expression."""
 _COUNT_MAX = 1024
-"""Largest number for ``pad`` and ``truncate``, which limits the length of a tag."""
+"""Largest number for ``pad`` and ``truncate`` in a tag's template, so that tags stay short."""
 _MATCH = """
 import json, re, sys
 pattern, names = json.load(sys.stdin)
@@ -94,7 +95,7 @@ async def with_attributes(config: ContainerConfig, labels: Mapping[str, str]) ->
 def with_tag(container: Container, hostname: str) -> Container:
     """Return ``container`` with its tag.
 
-    Lines in files only have a tag if the user sets one.  Raises: InvalidArgument.
+    Lines in files have a tag only if the user sets one.  Raises: InvalidArgument.
     """
     log = container.config.log
     if not log.options.get("tag"):
@@ -179,7 +180,10 @@ def _names(options: Mapping[str, str], option: str) -> list[str]:
 
 
 def _tag_budget() -> Budget:
-    """Return the limits of a tag, which is in every log line although a container's command may have 2 MiB."""
+    """Return the limits for a tag.
+
+    They are tight, because the tag is in every log line and may quote a command of 2 MiB.
+    """
     return Budget(tokens=2_000, steps=2_000, produced=256 << 10, output=64 << 10)
 
 

@@ -32,9 +32,9 @@ _KNOWN = frozenset(
 _PORT = 24224
 """Default port of Fluentd's forward protocol."""
 _RETRIES_MAX = (1 << 32) - 1
-"""The largest unsigned 32-bit number."""
+"""Largest value of ``fluentd-max-retries``, the largest unsigned 32-bit number."""
 _RECONNECT_NS_MIN, _RECONNECT_NS_MAX = 100_000_000, 10 * SECOND_NS
-"""Source: moby, daemon/logger/fluentd (100 ms to 10 s)."""
+"""Smallest and largest reconnect interval (100 ms and 10 s).  Source: moby, daemon/logger/fluentd."""
 
 
 def check(options: Options) -> None:
@@ -84,7 +84,7 @@ class Fluentd:
             await self._wait_acknowledged(self._connection)
 
     async def flush(self) -> None:
-        """Do nothing: each message was acknowledged, if that was requested."""
+        """Do nothing, because each message was already acknowledged, if that was requested."""
 
     async def close(self) -> None:
         if self._connection is not None:

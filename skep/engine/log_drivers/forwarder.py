@@ -1,8 +1,9 @@
 """Sends the output of one container from its files to its log driver's remote.
 
 One task reads and the other sends, with a bounded buffer between them.  An unreachable remote is retried with growing
-pauses.  Meanwhile the files are the buffer, or with ``mode=non-blocking`` the buffer itself, which then drops the
-latest messages.  Losses are counted, and reported once at their start and once when the remote is reachable again.
+pauses.  Meanwhile, messages wait in the log files.  With ``mode=non-blocking``, they wait only in the buffer, which
+drops new messages when it is full.  Losses are counted, and reported once at their start and once when the remote is
+reachable again.
 """
 
 import asyncio
@@ -25,22 +26,22 @@ Report = Callable[[str, str, int], None]
 """Called with an event, the reason, and a number of lines."""
 
 BUFFER_BYTES = 1 << 20
-"""Messages that are read ahead of the remote.  Further ones stay in the files."""
+"""Limit in bytes for messages that were read but not sent.  Further ones stay in the files."""
 SAVE_S = 1.0
-"""Interval between writes of the position.  After a crash, this much output may be sent twice."""
+"""Seconds between two writes of the position.  After a crash, the output of this time may be sent twice."""
 _LOOK_S = 1.0
-"""Interval between counts of unread files, which rotation may remove."""
+"""Seconds between two counts of the unread files, because rotation may remove them."""
 _MESSAGE_BYTES = 100
-"""Overhead of a message in addition to its line."""
+"""Estimated bytes that a message occupies in addition to its line."""
 _RETRY_S, _RETRY_S_MAX = 0.1, 30.0
-"""First and longest pause before a remote is tried again."""
+"""First and longest pause in seconds before a remote is tried again."""
 
 
 class _Chunk(NamedTuple):
     messages: Sequence[Message]
     size: int
     position: Position | None
-    """Everything before this position had been read when these messages were."""
+    """The position in the log after these messages."""
 
 
 class _Buffer:
@@ -61,7 +62,7 @@ class _Buffer:
             messages, size = self._fitting(messages)
             if (
                 not messages and self._chunks
-            ):  # only the position: a chunk for each read would be without bound
+            ):  # keep only the position, because a chunk for each read would be without a limit
                 last = self._chunks[-1]
                 self._chunks[-1] = last._replace(position=position or last.position)
                 return
@@ -130,7 +131,7 @@ class Forwarder:
         return self
 
     def end(self) -> None:
-        """Mark the container as ended: nothing more is written."""
+        """Record that the container has ended, so that nothing more is written to its files."""
         self._ended.set()
 
     def hold(self) -> None:
@@ -140,7 +141,7 @@ class Forwarder:
 
     @property
     def lost(self) -> int:
-        """Lines that were not sent and never will be."""
+        """Number of lines that were lost: not sent, and never will be."""
         return self._spool.lost + self._buffer.dropped + self._refused
 
     async def run(self) -> None:
@@ -172,7 +173,9 @@ class Forwarder:
 
     async def _read(self) -> None:
         while True:
-            has_ended = self._ended.is_set()  # first: everything written before the end is read below
+            has_ended = (
+                self._ended.is_set()
+            )  # first, so that everything that was written before the end is read below
             messages = await self._retry(self._spool.read)
             if damage := self._spool.take_damage():
                 self._report("damaged part of a log not sent", damage, 0)
@@ -212,7 +215,7 @@ class Forwarder:
             self._say_first_loss()
 
     async def _deliver(self, messages: Sequence[Message]) -> None:
-        """Return when the remote has accepted ``messages``.  Sends them again until then."""
+        """Send ``messages`` until the remote has accepted them."""
         backoff = Backoff(_RETRY_S, _RETRY_S_MAX)
         left = 0
         while True:
@@ -263,7 +266,7 @@ class Forwarder:
             return
         with suppress(
             OSError
-        ):  # the container was removed, or the disk is full: then lines may be sent twice
+        ):  # the container was removed, or the disk is full, and then lines may be sent twice
             self._spool.save(position)
 
 

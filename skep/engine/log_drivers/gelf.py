@@ -27,13 +27,13 @@ _KNOWN = frozenset(
 )
 _TYPES = ("gzip", "zlib", "none")
 _CHUNK_BYTES = 1420
-"""Size of a datagram, go-gelf's."""
+"""Size of a datagram in bytes, as in go-gelf."""
 _HEAD_BYTES = 12
-"""Size of a chunk's header."""
+"""Size of a chunk's header in bytes."""
 _CHUNKS_MAX = 128
-"""Chunks of one message, GELF's limit."""
+"""Limit for the chunks of one message, set by GELF."""
 _LEVEL_DEFAULT = 1
-"""go-gelf's default, flate.BestSpeed."""
+"""Default compression level, as in go-gelf (flate.BestSpeed)."""
 
 
 def check(options: Options) -> None:
@@ -91,14 +91,14 @@ class Gelf:
             await self._connection.send(part)
 
     async def flush(self) -> None:
-        """Do nothing: a GELF server does not acknowledge messages."""
+        """Do nothing, because a GELF server does not acknowledge messages."""
 
     async def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     def parts(self, message: Message) -> Iterator[bytes]:
-        """Encode ``message`` as datagrams, or as a part of the stream.  Raises: Undeliverable."""
+        """Encode ``message`` as datagrams for UDP, or as a part of the stream for TCP.  Raises: Undeliverable."""
         whole = msgspec.json.encode(
             {
                 "version": "1.1",

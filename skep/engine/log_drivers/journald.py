@@ -1,4 +1,4 @@
-"""The log driver journald: the journal's native protocol, a datagram of fields for each line.
+"""The log driver journald: sends a datagram of fields for each line, in the journal's native protocol.
 
 Source: moby, daemon/logger/journald/journald.go; systemd, docs/JOURNAL_NATIVE_PROTOCOL.md.
 """
@@ -71,7 +71,7 @@ class Journald:
         await self._connection.send(self.datagram(message))
 
     async def flush(self) -> None:
-        """Do nothing: the journal owns a datagram once the socket has accepted it."""
+        """Do nothing, because the journal has a datagram once the socket has accepted it."""
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -94,7 +94,7 @@ class Journald:
             }
             if not message.partial.last:
                 fields["CONTAINER_PARTIAL_MESSAGE"] = "true"
-        # Fields of a user's labels come second, and never replace the node's own fields.
+        # Fields from a user's labels come last, and never replace the node's own fields.
         further = {name: value for name, value in self._attributes.items() if name not in _OWN}
         every = (fields | further).items()
         parts = [_field(name, value.encode(errors="surrogateescape")) for name, value in every]
@@ -102,7 +102,9 @@ class Journald:
 
 
 def field_name(name: str) -> str:
-    """Convert a label or variable to a field name: capitals, digits and underscores, without a leading underscore."""
+    """Convert the name of a label or variable to a field name: capitals, digits and underscores, without a leading
+    underscore.
+    """
     found = "".join(
         char if "0" <= char <= "9" or "A" <= char <= "Z" else "_"
         for char in "".join(char.upper() if "a" <= char <= "z" else char for char in name)

@@ -8,7 +8,10 @@ from skep.engine.container import LogEntry, Stream
 
 
 class Partial(NamedTuple):
-    """A piece of a line.  ``id`` is the line's, ``ordinal`` counts from 1."""
+    """Identifies a piece of a line.
+
+    All pieces of the line have the same ``id``, and ``ordinal`` counts them from 1.
+    """
 
     id: str
     ordinal: int
@@ -66,7 +69,7 @@ class Sink(Protocol):
     """
 
     confirms_each: bool
-    """Whether a message does not need to be sent again after an error once ``send`` has returned."""
+    """Whether a message is delivered once ``send`` has returned, so that it is not sent again after a later error."""
 
     async def open(self) -> None:
         """Connect."""
@@ -75,7 +78,7 @@ class Sink(Protocol):
         """Send a message, or queue it for ``flush``.  Raises: Undeliverable; OSError."""
 
     async def flush(self) -> None:
-        """Return when the remote has accepted everything, if its protocol reports that.  Raises: OSError."""
+        """Wait until the remote has accepted everything, if the protocol reports that.  Raises: OSError."""
 
     async def close(self) -> None:
         """Disconnect.  Does not raise."""

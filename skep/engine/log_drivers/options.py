@@ -1,7 +1,7 @@
 """Validates log drivers and their options when a container is created.  Pure.
 
-Docker refuses unknown options at the creation and invalid values at the start.  Here both are refused at the creation,
-with Docker's words.
+Docker refuses unknown options when a container is created, and invalid values when it starts.  Here, both are refused
+at the creation, with Docker's messages.
 
 Source: moby 20.10, daemon/logger/factory.go (ValidateLogOpts), daemon/logger/*/ (ValidateLogOpt), daemon/logs.go
 (mergeAndVerifyLogConfig).
@@ -27,9 +27,12 @@ EVERYWHERE = frozenset(
 )
 """Options of every driver."""
 LOCAL_BYTES_MAX, LOCAL_FILES_MAX = 20 << 20, 5
-"""Limits of the driver local, and of the local cache of other drivers' output."""
+"""Size and number of log files of the driver local, and of the local cache that other drivers use."""
 BUFFER_BYTES, BUFFER_BYTES_MAX = 1 << 20, 64 << 20
-"""Buffer for ``mode=non-blocking``: default, and maximum, because one process has all containers' buffers."""
+"""Default and largest size in bytes of the buffer for ``mode=non-blocking``.
+
+Limited, because one process has the buffers of all containers.
+"""
 
 Options = Mapping[str, str]
 Check = Callable[[Options], None]
@@ -41,7 +44,7 @@ def log_config(driver: Driver, checks: Mapping[str, Check]) -> LogConfig:
     """Return how a container is logged.
 
     Args:
-        checks: The drivers that send elsewhere on this node, each with the check of its options.
+        checks: The drivers of this node that send output to a remote, each with the function that checks its options.
 
     Raises: InvalidArgument: the driver does not exist here, or an option is invalid.
     """
@@ -70,7 +73,10 @@ def log_config(driver: Driver, checks: Mapping[str, Check]) -> LogConfig:
 
 
 def with_defaults(given: Driver, default: Driver) -> Driver:
-    """Return ``given`` with the node's default options, if it has the same driver, and the default cache options."""
+    """Return ``given`` with the node's default options added.
+
+    Options of a driver are added only if the driver is the same.
+    """
     if not given.name:
         given = Driver(name=default.name, options=given.options)
     added = {
@@ -164,7 +170,10 @@ def _json_file(options: Options) -> LogConfig:
 
 
 def _local(name: str, options: Options, files: Options, *, is_readable: bool = True) -> LogConfig:
-    """Return the files of the driver local with the options ``files``, which are another driver's cache options."""
+    """Return a log configuration with the files of the driver local.
+
+    ``files`` has the options for these files, which may come from another driver's cache options.
+    """
     max_files = integer(files, "max-file", LOCAL_FILES_MAX)
     if max_files < 0:
         raise InvalidArgument("max-file must not be negative")

@@ -8,7 +8,7 @@ from skep.engine.log_drivers.facts import LogFacts
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Send a container's output.  ``current`` is its newest file."""
+    """Send a container's output.  ``current`` is its newest log file."""
 
     id: str
     current: str
@@ -17,7 +17,7 @@ class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     facts: LogFacts
     has_ended: bool
     is_restricted: bool = False
-    """Whether a user below administrator chose the log driver (see ``transport.Guard``)."""
+    """Whether a user below administrator chose the log driver, so that ``transport.Guard`` limits its connections."""
 
 
 class Peers(msgspec.Struct, frozen=True, tag=True):

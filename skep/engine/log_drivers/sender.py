@@ -1,7 +1,7 @@
 """The process that sends containers' output to their log drivers' remotes.
 
-The node process (``engine.log_forwarding``) starts it while a container needs it.  It reads orders from its standard
-input and ends with it.  The position in each log is on disk, so the next process continues there.
+The node process (``engine.log_forwarding``) runs it while a container needs it.  It reads orders from its standard
+input, and ends when the input ends.  The position in each log is on disk, so the next process continues there.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ from skep.engine.log_drivers.transport import Guard
 from skep.linux.filewatch import FileWatch
 
 LINE_BYTES_MAX = 4 << 20
-"""Size of an order, which contains a container's labels and variables."""
+"""Limit in bytes for an order, which contains a container's labels and variables."""
 _HELD_S = 60.0
-"""Time to send the rest of a removed container's output."""
+"""Seconds for sending the rest of a removed container's output."""
 _END_S = 5.0
-"""Time to send the rest when this process ends."""
+"""Seconds for sending the rest when this process ends."""
 
 
 class Sender:
@@ -38,7 +38,7 @@ class Sender:
         self._forwarders: dict[str, Forwarder] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._later: dict[str, Forward] = {}
-        """Containers that were started again while the output of their last run is still being sent."""
+        """Orders for containers that were started again while the output of their last run is still being sent."""
         self._held: set[asyncio.Task[None]] = set()
         self._peers: frozenset[str] = frozenset()
         self._clock = SystemClock()
@@ -65,7 +65,7 @@ class Sender:
                 self._peers = frozenset(addresses)
 
     async def end(self) -> None:
-        """Send removed containers' output for a moment, and stop the rest."""
+        """Send the output of removed containers for up to ``_END_S``, then stop everything."""
         for task in [task for task in self._tasks.values() if task not in self._held]:
             task.cancel()
         if self._held:

@@ -32,7 +32,7 @@ _KNOWN = frozenset(
 _PATH = "/services/collector/event/1.0"
 _FORMATS = ("inline", "json", "raw")
 _LEVEL_DEFAULT = 6
-"""Level for -1, zlib's default."""
+"""Compression level that -1 means, zlib's default."""
 
 
 def check(options: Options) -> None:

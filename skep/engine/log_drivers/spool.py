@@ -12,7 +12,7 @@ from skep.engine.log_files import Assembler, Files, Position, generations, ident
 from skep.linux.files import is_no_file, replace_file
 
 POSITION = "sent"
-"""File next to the output with the position up to which it was sent."""
+"""File beside the log files with the position up to which the output was sent."""
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -29,13 +29,13 @@ class Spool:
         self._assembler = Assembler()
         self._pieces = Pieces()
         self._waiting: dict[bytes, int] = {}
-        """Number of lines in complete files that were not read yet, by the start of the file."""
+        """Number of lines in each complete file that was not read yet.  Files are identified by their start."""
         self.lost = 0
-        """Known number of lines in files that were rotated away before they were read."""
+        """Number of lines, as far as known, in files that were rotated away before they were read."""
 
     @property
     def position(self) -> Position | None:
-        """Position after the last read line.  None within a line, or before the first."""
+        """Position after the last read line.  None if a line was read in part, or nothing was read."""
         position = self._files.position
         return position if self._assembler.is_between_lines and position.first else None
 
@@ -56,17 +56,17 @@ class Spool:
         return found
 
     def take_damage(self) -> str:
-        """Return and clear the error of a file that could only be read in part.  Empty without an error."""
+        """Return and clear the error of a file that could be read only in part, or an empty text."""
         damage, self._files.damage = self._files.damage, ""
         return damage
 
     def finish(self) -> Sequence[Message]:
-        """Return pending partial lines as pieces without a last one, for a container that has ended."""
+        """Return the unfinished lines of a container that has ended, as pieces of lines whose last piece is missing."""
         entries = [entry._replace(data=entry.data[:-1]) for entry in self._assembler.finish()]
         return list(self._pieces.messages(entries))
 
     def look(self) -> None:
-        """Count the lines of unread files, because they may be rotated away first."""
+        """Count the lines of files that were not read yet, because rotation may remove the files before."""
         for path in self._files.newer() if self._files.is_open else ():
             if path != self._current and (first := identity(path)) not in self._waiting:
                 self._waiting[first] = lines_in(path)
@@ -74,7 +74,7 @@ class Spool:
     def hold(self) -> None:
         """Keep the files open until they were read, because they are about to be removed."""
         if not self._files.is_open:
-            with suppress(OSError):  # then it is read from the oldest file on
+            with suppress(OSError):  # otherwise it is read from the oldest file on
                 self.open()
         self._files.hold()
 

@@ -69,7 +69,7 @@ class Syslog:
         self._connection: Connection | None = None
 
     async def open(self) -> None:
-        """Connect to the server, or without an address to the first existing socket of the machine."""
+        """Connect to the server.  Without an address, connect to the first existing syslog socket of the machine."""
         last = OSError(errno.ENOENT, "there is no socket of a syslog server")
         for endpoint in self._endpoints:
             try:
@@ -86,7 +86,7 @@ class Syslog:
         await self._connection.send(self.framed(message))
 
     async def flush(self) -> None:
-        """Do nothing: a syslog server does not acknowledge messages."""
+        """Do nothing, because a syslog server does not acknowledge messages."""
 
     async def close(self) -> None:
         if self._connection is not None:

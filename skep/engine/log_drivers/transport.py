@@ -1,4 +1,4 @@
-"""Connections to the remotes of log drivers."""
+"""Opens connections to the remotes of log drivers."""
 
 import asyncio
 import errno
@@ -20,15 +20,18 @@ from skep.errors import InvalidArgument
 from skep.linux.route_lookup import route_to
 
 CONNECT_S = 10.0
-"""Deadline of one attempt to connect."""
+"""Time limit in seconds for one attempt to connect."""
 SEND_S = 30.0
-"""Deadline of one send.  After it the connection is given up, because the remote reads nothing."""
+"""Time limit in seconds for one send.  After that, the connection is closed, because the remote reads nothing."""
 FILE_BYTES_MAX = 1 << 20
-"""Size of a file with certificates or a key."""
+"""Limit in bytes for a file with certificates or a key."""
 
 
 class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Files of a TLS connection.  Empty for the system's authorities, and no client certificate."""
+    """Files of a TLS connection.
+
+    If they are empty, the system's authorities are trusted, and there is no client certificate.
+    """
 
     ca: str = ""
     is_ca_alone: bool = False
@@ -37,13 +40,13 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
     key: str = ""
     verifies: bool = True
     name: str = ""
-    """Name expected in the server's certificate.  Empty for the host's."""
+    """Name that the server's certificate must have.  Empty to expect the name of the host."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Address of a remote.
 
-    ``network`` is udp, tcp or tls, or unix or unixgram with a path instead of host and port.
+    ``network`` is udp, tcp or tls.  With unix or unixgram, there is a path instead of host and port.
     """
 
     network: str
@@ -56,9 +59,9 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 class Guard:
     """Checks the addresses to which a container's log may be sent, after names are resolved.
 
-    A log driver sends from the machine's network, where loopback, a cloud's metadata service (link-local) and the other
-    nodes trust everyone who can connect.  Users below administrator control what a log driver sends, so their logs
-    cannot reach any of these.
+    A log driver sends from the machine's network.  There, services on loopback, a cloud's metadata service (link-local)
+    and the other nodes trust every client that can connect.  Users below administrator control the content that a log
+    driver sends, so their logs must not reach any of these.
     """
 
     def __init__(self, peers: Callable[[], Collection[str]] = tuple, *, is_restricted: bool = True) -> None:
@@ -94,13 +97,13 @@ class Guard:
 _WHO = "only an administrator may choose for logs"
 
 ANYWHERE = Guard(is_restricted=False)
-"""Guard for administrators' containers."""
+"""Guard for containers whose log driver an administrator chose."""
 
 
 _OF_CONTAINERS = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
-"""Container interfaces in the machine's own namespace, of Skep and of a Docker Engine next to it.
+"""Names of container interfaces in the machine's own namespace, of Skep and of a Docker Engine.
 
-Unpublished ports of containers are open there.
+Through these interfaces, even unpublished ports of containers can be reached.
 """
 
 
@@ -196,7 +199,7 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
 def _content(path: str) -> Iterator[str | None]:
     """Yield a path from which OpenSSL reads a copy of the file at ``path``, or None without a path.
 
-    OpenSSL opens files itself: it would block on a pipe without a writer, or read a device endlessly.
+    A copy, because OpenSSL opens files itself, and would block on a pipe without a writer or read a device endlessly.
 
     Raises: OSError: the file does not exist, is not regular or is too large.
     """
@@ -247,7 +250,7 @@ class _Datagrams:
         try:
             try:
                 self._socket.send(data)
-            except BlockingIOError:  # a local receiver that does not read
+            except BlockingIOError:  # the local receiver does not read
                 async with asyncio.timeout(SEND_S):
                     await asyncio.get_running_loop().sock_sendall(self._socket, data)
         except OSError as error:
@@ -287,7 +290,7 @@ class _Stream:
 
     def close(self) -> None:
         self._writer.close()
-        # The last data is sent before the connection closes, which a hanging remote would delay forever.
+        # Abort, because closing would first send the last data, which a hanging remote delays forever.
         asyncio.get_running_loop().call_later(SEND_S, self._writer.transport.abort)
 
     @contextmanager

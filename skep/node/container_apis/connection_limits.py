@@ -8,20 +8,20 @@ import msgspec
 from skep.model.ids import ContainerId
 
 EACH_MAX = 32
-"""Connections of one container."""
+"""Limit for the connections of one container."""
 ALL_MAX = 512
-"""Connections of all containers of this node."""
+"""Limit for the connections of all containers of this node together."""
 
 
 class Decision(Enum):
-    """The treatment of a new connection if no other is closed for it."""
+    """The decision about a new connection if no other connection is closed for it."""
 
     SERVE = "serve"
     WAIT = "wait"
 
 
 class Evict(msgspec.Struct, frozen=True):
-    """Serve the new connection, and close one of this container, which has the most."""
+    """Serve the new connection, and close one connection of container ``id``, which has most connections."""
 
     container: ContainerId
 
@@ -31,8 +31,8 @@ def decide(
 ) -> Decision | Evict:
     """Decide on a new connection of ``id``.
 
-    At the limit, the container with the most connections loses one to a container with at least two fewer.  Every
-    container thus gets an equal share, whatever the others do.
+    At the total limit, the container with most connections loses one, if the new connection's container has at least
+    two fewer.  So every container gets an equal share, whatever the others do.
 
     ``counts`` is the number of connections of each container.
     """

@@ -1,8 +1,8 @@
 """Handles one connection of a container to its API socket.
 
-With full access it is relayed to the node's front unchanged.  Otherwise it carries one exchange.  The request is
-checked, only its head is sent on, over a connection of its own, and later data from the container reaches no server.  A
-second request therefore cannot hide behind the first.
+A container with full access is connected to the node's front, and nothing is changed.  For any other container, a
+connection carries a single exchange: the request is checked, and only its head is sent on, over a separate connection
+to the front.  Later data from the container reaches no server, so a second request cannot hide behind the first.
 """
 
 import asyncio
@@ -30,16 +30,15 @@ from skep.node.front.splice import relay
 log = structlog.get_logger()
 
 HEAD_S = 30.0
-"""Limit for the head of a request to arrive."""
+"""Seconds for the head of a request to arrive."""
 DOCUMENT_S = 60.0
-"""Limit for a document to be answered, and for the container to read it."""
+"""Seconds for a JSON document to be answered and read by the container."""
 DOCUMENT_BYTES_MAX = 64 << 20
-"""Longest document that is rewritten, and for that read into memory."""
+"""Longest document in bytes from which secrets are removed.  Limited, because it is read into memory."""
 _DOCUMENTS_MAX, _OWN_DOCUMENTS_MAX = 16, 2
-"""Documents that are read and redacted at the same time, of all containers and of one.  Each may be long and take
-long."""
+"""Limits for the documents that are redacted at the same time, for all containers and for one container."""
 _HANG_UP_POLL_S = 1.0
-"""Seconds between looks whether the client has hung up, while the engine is asked."""
+"""Seconds between checks whether the client has hung up while it waits for a response."""
 _DROPPED = (b"keep-alive", b"upgrade", b"http2-settings", b"expect", b"accept-encoding", b"te", b"trailer")
 
 Dispatch = Callable[[socket.socket, Identity], None]
@@ -57,7 +56,7 @@ class Exchanges:
         self._clock = clock
         self._documents = asyncio.Semaphore(_DOCUMENTS_MAX)
         self._own_documents: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
-        """Limits of containers that currently wait for a document."""
+        """Semaphore of each container that currently waits for a document."""
 
     async def carry_out(self, connected: socket.socket, id: ContainerId, access: ApiAccess) -> None:
         """Serve a connection of a container until its end, and close it."""
@@ -94,7 +93,7 @@ class Exchanges:
             raise InvalidArgument("requests with a body need full access to the API")
         if passing is Passing.REDACTED:
             own = self._own_documents.setdefault(id, asyncio.Semaphore(_OWN_DOCUMENTS_MAX))
-            async with own:  # held until the container has read the document, which stays in memory
+            async with own:  # held until the container has read the document, which is in memory
                 await self._pass_document(client, request, viewer)
         else:
             await self._pass(client, request, viewer, access)
@@ -102,7 +101,7 @@ class Exchanges:
     async def _pass(
         self, client: Connection, request: Request, identity: Identity, access: ApiAccess
     ) -> None:
-        """Send the response on as it arrives, until either end closes."""
+        """Pass the response on as it arrives, until either end closes."""
         server = await self._front(identity)
         marks = ((READER.encode(), b"1"),) if access is ApiAccess.READ else ()
         try:
@@ -119,10 +118,10 @@ class Exchanges:
         client.close()
 
     async def _pass_document(self, client: Connection, request: Request, identity: Identity) -> None:
-        """Send a document without its secrets.  Raises: SkepError, Gone."""
+        """Fetch a JSON document, remove its secrets and send it.  Raises: SkepError, Gone."""
         try:
             async with asyncio.timeout(DOCUMENT_S), self._documents:
-                # A response to HTTP/1.0 has no chunks, and ends with its connection.
+                # HTTP/1.0, so that the response has no chunks and ends with its connection.
                 head, document = await self._fetch(request, identity)
                 if document and head.split(b" ", 2)[1].startswith(b"2"):
                     document = await result_in_slices(redacted(document), self._clock)
@@ -136,7 +135,7 @@ class Exchanges:
             client.abort()
 
     async def _fetch(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
-        """Return head and body of the response.  Raises: Unavailable: it is too long."""
+        """Return head and body of the front's response.  Raises: Unavailable: it is too long."""
         server = await self._front(identity)
         try:
             await server.send(_head(request, b"HTTP/1.0"))
@@ -153,7 +152,10 @@ class Exchanges:
             server.abort()
 
     async def _end_with(self, client: Connection, server: Connection) -> None:
-        """End the exchange when the client disconnects.  Its data is dropped, and it may half-close."""
+        """End the exchange when the client disconnects.
+
+        Its data is dropped.  A half-close does not count as disconnecting.
+        """
         while await client.read():
             pass
         while not _has_hung_up(client):
@@ -171,7 +173,7 @@ class Exchanges:
 
 
 def _has_hung_up(client: Connection) -> bool:
-    """Return whether the other end no longer reads either."""
+    """Return whether the other end, which no longer sends, no longer reads either."""
     if client.is_lost:
         return True
     looking = select.poll()
@@ -180,14 +182,16 @@ def _has_hung_up(client: Connection) -> bool:
 
 
 def _head(request: Request, version: bytes, *marks: tuple[bytes, bytes]) -> bytes:
-    """Return the request's head with ``marks``, for a connection of its own, and with the path that was checked."""
+    """Return the request's head to send on: with the path that was checked, the headers ``marks``, and one exchange per
+    connection.
+    """
     line = b"%s %s %s" % (request.method.encode(), request.target.encode(), version)
     head = type(request.head)(line, request.head.headers)
     return head.with_headers((b"Connection", b"close"), *marks, without=_DROPPED)
 
 
 def _with_length(head: bytes, length: int) -> bytes:
-    """Return the head of a response whose body's length has changed."""
+    """Return the head of a response with another ``length`` of the body."""
     first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     dropped = (b"content-length", b"transfer-encoding", b"connection", b"keep-alive")
     kept = [line for line in lines if line.partition(b":")[0].strip().lower() not in dropped]

@@ -1,7 +1,7 @@
 """Identifies the container behind a connection to the node's own API socket.
 
-A container can reach that socket without a mount of it, through a directory or a volume that contains it.  The kernel
-reports the process that connected, and the process's control group names its container.
+A container can reach that socket even if it does not mount the socket itself, through a directory or volume that
+contains it.  The kernel reports the process that connected, and the process's control group names its container.
 """
 
 import os
@@ -18,26 +18,30 @@ from pathlib import Path
 from skep.model.ids import ContainerId
 
 _SO_PEERPIDFD = 77
-"""Linux 6.5.  Without it, a pid could have been reused since the process connected."""
+"""Socket option of Linux 6.5.  On older kernels, the reported pid could have been reused since the process connected.
+"""
 _CREDENTIALS = struct.Struct("3i")
 _GROUP = re.compile(r"(/ctr)?/([0-9a-f]{64})(?=/|$)", re.MULTILINE)
 
 
 class Peer(Enum):
-    """The other end of a connection that is not a container of this node."""
+    """The other end of a connection, if it is not a container of this node."""
 
     MACHINE = "machine"
-    """A process of the machine, or of a surrounding one."""
+    """A process of this machine, or of the host if this machine is a container."""
     GONE = "gone"
-    """A process that has ended, so that it cannot be identified.  Its connection may now belong to another process."""
+    """The process has ended and cannot be identified.  Another process may now hold its connection."""
 
 
 def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -> ContainerId | Peer:
-    """Return who connected.  ``is_known`` tells whether a container is, or may be, this node's."""
+    """Return which container or process connected.
+
+    ``is_known`` tells whether a container belongs, or may belong, to this node.
+    """
     pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
         0
     ]
-    # A surrounding pid namespace shows as 0 and has no containers of ours.
+    # A process of the surrounding pid namespace has pid 0 here.  It is not in one of our containers.
     if pid in (0, os.getpid()):
         return Peer.MACHINE
     try:
@@ -45,7 +49,7 @@ def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -
             found: ContainerId | Peer = Peer.MACHINE
         else:
             found = container_in(Path(f"/proc/{pid}/cgroup").read_text(), is_known) or Peer.MACHINE
-    except OSError:  # it has ended, or may not be inspected
+    except OSError:  # the process has ended, or must not be inspected
         return Peer.GONE
     return Peer.GONE if _has_ended(connected) else found
 
@@ -69,7 +73,7 @@ def _own_mounts() -> str:
 
 
 def _has_ended(connected: socket.socket) -> bool:
-    """Return whether the process that connected has ended, which is unknown before Linux 6.5."""
+    """Return whether the process that connected has ended.  Before Linux 6.5 this is unknown, and False is returned."""
     try:
         descriptor = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Decides which requests a container may make on its own socket of the Engine API, by ``api.permissions``."""
+"""Decides by ``api.permissions`` which requests a container may make on its socket of the Engine API."""
 
 from enum import Enum
 from urllib.parse import unquote
@@ -10,7 +10,7 @@ from skep.model.rights import API_LABEL, ApiAccess
 
 
 class Passing(Enum):
-    """How a response reaches the container."""
+    """How a response is passed to the container."""
 
     AS_IT_IS = "as it is"
     REDACTED = "redacted"
@@ -28,7 +28,7 @@ def check(access: ApiAccess, method: str, target: str) -> Passing:
         raise _refusal(access, f"the path {path} is not a path that it serves")
     rule = rule_for(method, path)
     if rule.container is ApiAccess.READ or rule.container is access:
-        # A machine with a join token can become a manager, so tokens are shown with full access only.
+        # Join tokens are shown only with full access, because a machine with a token can become a manager.
         is_redacted = rule.is_document and (access is ApiAccess.READ or path == "/swarm")
         return Passing.REDACTED if is_redacted else Passing.AS_IT_IS
     raise _refusal(access, f"{method} {path} can reveal other users' secrets")
@@ -43,7 +43,7 @@ def _refusal(access: ApiAccess, why: str) -> PermissionDenied:
 
 
 def _is_plain(path: str) -> bool:
-    """Return whether servers behind cannot interpret it as another path."""
+    """Return whether no server can interpret ``path`` as another path."""
     words = unquote(path).split("/")
     is_clean = plain_path(path) == path and "%2f" not in path.lower()
     return path.startswith("/") and not {".", ".."} & set(words) and is_clean

@@ -1,6 +1,6 @@
 """Removes values that may be secrets from JSON documents, for containers with read-only access.
 
-Names stay, so that a dashboard still shows which variables exist.
+Names of variables and options stay, so that a dashboard still shows which ones exist.
 """
 
 import re
@@ -13,7 +13,7 @@ from skep.aio.time_slices import SlicedWork
 from skep.errors import Unavailable
 
 _OUTPUT = re.compile(r"(last health check: |, last line |, last: ).*", re.DOTALL)
-"""Output of a container or its health check, after the words of a reason (``manager.reasons``)."""
+"""Matches the part of a task's error that quotes output of a container or health check (``manager.reasons``)."""
 _USER = re.compile(r"//[^/]*@")
 
 
@@ -28,7 +28,7 @@ def redacted(document: bytes) -> SlicedWork[bytes]:
         found: list[bytes] = []
         for part in msgspec.json.decode(document, type=list[msgspec.Raw]):
             found.append(_encoded(part))
-            yield  # lists of services and tasks can be long
+            yield  # pause, because lists of services and tasks can be long
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unavailable("the response cannot be shown to this container: it is not JSON") from error
     return b"[" + b",".join(found) + b"]\n"
@@ -57,12 +57,12 @@ def _names(value: Any) -> Any:
 
 
 def _emptied(value: Any) -> Any:
-    """Return the same names with empty values, which may be tokens and passwords."""
+    """Return the same names with empty values.  Values may be tokens and passwords."""
     return dict.fromkeys(value, "") if isinstance(value, dict) else None
 
 
 def _of_driver(value: Any) -> Any:
-    """Clean ``Options`` of a driver.  A driver that is only a name has none."""
+    """Remove the values of a driver's ``Options``.  A driver that is given only by name has no options."""
     if not isinstance(value, dict):
         return value
     secret = {key: _emptied(value[key]) for key in ("Options", "Config") if key in value}
@@ -70,19 +70,19 @@ def _of_driver(value: Any) -> Any:
 
 
 def _empty(value: Any) -> Any:
-    """Clean a config's data.  A container's ``GraphDriver.Data`` has directories."""
+    """Remove a config's data.  ``GraphDriver.Data`` of a container stays, because it only has directories."""
     return _clean(value) if isinstance(value, dict) else ""
 
 
 def _of_health(value: Any) -> Any:
-    """Clean the state of a health check: its command's output is a log."""
+    """Remove the output of health checks, which counts as log output."""
     if not isinstance(value, dict) or not isinstance(value.get("Log"), list):
         return _clean(value)
     return {**_clean(value), "Log": [{**_clean(one), "Output": ""} for one in value["Log"]]}
 
 
 def _of_end(value: Any) -> Any:
-    """Clean the end of a task: its last lines are its log."""
+    """Remove the last lines from the end of a task, which are log output."""
     return (
         {**_clean(value), "Lines": [], "HealthOutput": "", "HealthCommand": ""}
         if isinstance(value, dict)
@@ -91,12 +91,12 @@ def _of_end(value: Any) -> Any:
 
 
 def _of_error(value: Any) -> Any:
-    """Clean the reason why a task failed, which may end with output of the task or its health check."""
+    """Remove the output of the task or its health check with which the reason of a failure may end."""
     return _OUTPUT.sub(r"\1", value) if isinstance(value, str) else _clean(value)
 
 
 def _of_authorities(value: Any) -> Any:
-    """Clean external certificate authorities, whose options have credentials."""
+    """Remove the options of external certificate authorities, which may have credentials."""
     return [_of_driver(one) for one in value] if isinstance(value, list) else None
 
 

@@ -1,5 +1,4 @@
-"""Serves the Engine API to containers, on their own sockets and on the node's if a container's process connects
-there."""
+"""Serves the Engine API to containers, on their own sockets, and on the node's socket if a container connects to it."""
 
 import asyncio
 import socket
@@ -26,9 +25,12 @@ from skep.node.container_apis.peers import Peer, peer_of
 log = structlog.get_logger()
 
 _BURST, _PER_S = 100.0, 50.0
-"""Rate of one container's connections.  With limited access each carries one request."""
+"""Limit for the rate of one container's connections: a burst of so many, then so many each second.
+
+With limited access, each connection carries one request.
+"""
 _RATE_PAUSE_S = 0.02
-"""Seconds between looks whether the next request is allowed."""
+"""Seconds between checks whether the next request is allowed."""
 
 
 class _Listener(NamedTuple):
@@ -39,7 +41,7 @@ class _Listener(NamedTuple):
 class ContainerApis:
     """The API sockets of this node's containers (``engine.api_sockets.ApiServer``).
 
-    ``engine`` returns the containers' engine, once it is made.
+    ``engine`` returns the containers' engine.  A function, because the engine is created later.
     """
 
     def __init__(self, clock: Clock, engine: Callable[[], Engine | None]) -> None:
@@ -48,10 +50,10 @@ class ContainerApis:
         self._lock = threading.Lock()
         self._wanted: dict[ContainerId, _Listener] = {}
         self._wake: Callable[[], None] | None = None
-        """Has ``run`` check ``_wanted``, or None while it does not run."""
+        """Makes ``run`` check ``_wanted``.  None while ``run`` is not active."""
         self._serving: dict[ContainerId, tuple[_Listener, asyncio.Task[None]]] = {}
         self._connections: dict[asyncio.Task[None], ContainerId] = {}
-        """The container of each connection, the oldest connection first."""
+        """Container of each connection, in the order in which the connections were made."""
         self._start: Callable[[socket.socket, ContainerId, ApiAccess], None] | None = None
         self._has_room = asyncio.Event()
 
@@ -72,7 +74,7 @@ class ContainerApis:
             if listener is not None:
                 self._wanted[id] = listener
             if before is not None and self._wake is None:
-                before.socket.close()  # no thread serves it
+                before.socket.close()  # no thread serves it yet
             if self._wake is not None and (before is not None or listener is not None):
                 self._wake()
 
@@ -99,14 +101,15 @@ class ContainerApis:
                     self._reconcile(group)
         finally:
             self._start = None
-            self._serving.clear()  # the sockets stay for the next run
+            self._serving.clear()  # the sockets stay open for the next run
             with self._lock:
                 self._wake = None
 
     def divert(self, connected: socket.socket, own: ContainerId | None = None) -> bool:
-        """Serve a new connection to the node's own socket if a container's process made it.  Return whether one did.
+        """Take over a new connection, unless a process of the machine made it.  Return whether it was taken over.
 
-        ``own`` is the container whose socket it is, and whose processes the caller serves.
+        ``own`` is the container that the connected socket belongs to, or None for the node's socket.  Connections from
+        ``own`` itself are left to the caller.
         """
         match peer_of(connected, self.may_be_ours):
             case Peer.MACHINE:
@@ -124,7 +127,10 @@ class ContainerApis:
         return True
 
     def may_be_ours(self, id: ContainerId) -> bool:
-        """Return whether a container may be this node's.  After a restart each one may be, until all are found."""
+        """Return whether a container may belong to this node.
+
+        True for all, until the containers are found after a restart.
+        """
         engine = self._engine()
         return engine is not None and engine.may_have(id)
 
@@ -179,7 +185,9 @@ class ContainerApis:
         return Counter(self._connections.values())
 
     def _make_room(self, id: ContainerId) -> None:
-        """Close the oldest connection of the container that must free a place, if there is one."""
+        """Make room for a connection of ``id``, if needed, by closing the oldest one of the container with most
+        connections.
+        """
         match decide(id, self._counts()):
             case Decision():
                 return

@@ -11,8 +11,10 @@ from skep.configuration.configuration import Configuration
 from skep.node.front.users import ApiTls
 
 Ping = Callable[[str, str | None], bytes | None]
-"""Returns the complete response to a ``/_ping`` by its method and version, after which the connection stays open.  None
-leaves the response to the application."""
+"""Returns the complete response to a ``/_ping`` with the given method and API version.
+
+The connection stays open after it.  None leaves the response to the application.
+"""
 
 
 def no_ping(_method: str, _version: str | None) -> None:
@@ -22,7 +24,8 @@ def no_ping(_method: str, _version: str | None) -> None:
 class Application(msgspec.Struct, frozen=True):
     """The node's own application.
 
-    ``server`` closes the connection after each response, since the next request may be for another process."""
+    ``server`` closes the connection after each response, because the next request may be for another process.
+    """
 
     server: web.Server
     ping: Ping = no_ping
@@ -43,7 +46,7 @@ async def serving(app: web.Application, ping: Ping) -> AsyncIterator[Application
 async def close_after_response(_request: web.Request, response: web.StreamResponse) -> None:
     """Close the connection, because the next request may be for the manager or the engine.
 
-    Clients then open another one.
+    Clients open another connection.
     """
     if response.status != 101:
         response.force_close()

@@ -18,15 +18,15 @@ from skep.errors import Unavailable
 from skep.model.access import Identity
 
 _CONNECT_WAIT_S = 5.0
-"""Seconds for which a connection waits for a manager that starts."""
+"""Seconds for which a connection waits for a starting manager."""
 _WAITING_MAX = 256
-"""Connections that wait."""
+"""Limit for the connections that wait for a manager."""
 _QUEUED_MAX = 256
-"""Packets that may queue for a manager process that does not read."""
+"""Limit for the packets that queue while a manager process does not read."""
 _FIRST_RETRY_S = 0.02
 """Seconds before the manager is tried again for the first time."""
 _RETRY_S_MAX = 0.5
-"""Longest pause between two attempts."""
+"""Longest pause in seconds between two attempts."""
 _NO_MANAGER = (
     "This node is not a swarm manager. Manager is being prepared or has trouble connecting to the cluster."
 )
@@ -50,8 +50,8 @@ class Returned(msgspec.Struct, frozen=True):
     """A connection that the manager process no longer serves.
 
     Args:
-        data: The part of its next request that was read.
-        refusal: Why its present request gets no response, or empty without a present request.
+        data: The part of its next request that the manager process has already read.
+        refusal: Why the request in progress gets no response, or empty if no request is in progress.
     """
 
     connection: Passed
@@ -62,11 +62,11 @@ class Returned(msgspec.Struct, frozen=True):
 class Handover:
     """The connections that the manager process currently serves.
 
-    While there is no manager process (it restarts), up to 256 connections wait for it, each for up to 5 s.
+    While the manager process restarts, up to 256 connections wait for it, each for up to 5 s.
 
     Args:
         path: Socket of the manager process.
-        why_waiting: Returns what a manager process that does not serve yet waits for, or an empty text if unknown.
+        why_waiting: Returns what a starting manager process waits for, or an empty text if unknown.
     """
 
     def __init__(
@@ -83,13 +83,15 @@ class Handover:
         self.returned: asyncio.Queue[Returned] = asyncio.Queue()
         """Connections that the owner must take and serve."""
         self._managers: list[_Manager] = []
-        """The manager processes, the newest last.  One that stops may still have connections when the next one
-        serves."""
+        """The manager processes, the newest last.
+
+        A process that stops may still serve connections while the next one already accepts new ones.
+        """
         self._waiting = 0
 
     @property
     def local_count(self) -> int:
-        """Connections of clients on this machine that were passed and have not come back."""
+        """Number of connections of clients on this machine that the manager processes have."""
         return sum(manager.local_count for manager in self._managers)
 
     @property
@@ -99,7 +101,7 @@ class Handover:
         return manager is not None and manager.has_room
 
     async def wait_manager(self) -> None:
-        """Return when connections can be passed to a manager process.  Raises: Unavailable: none for 5 s."""
+        """Wait until connections can be passed to a manager process.  Raises: Unavailable: there was none for 5 s."""
         if self._manager() is not None:
             return
         if self._waiting >= _WAITING_MAX:
@@ -116,7 +118,7 @@ class Handover:
             self._waiting -= 1
 
     def pass_on(self, connection: Passed, data: bytes) -> None:
-        """Pass ``connection``, owned by this object from now on, with the start of a request.
+        """Pass ``connection`` with the start of a request to the manager process.  This object owns it from now on.
 
         Raises: Unavailable: the manager process accepts none, and ``connection`` is closed.
         """
@@ -169,7 +171,7 @@ class _Manager:
         self._on_end = on_end
         self._free: list[int] = []
         self._never_used = 0
-        """Slots from here on were never used."""
+        """The lowest slot that was never used."""
         self.passed: dict[int, Passed] = {}
         """The connections by slot."""
         self.local_count = 0
@@ -250,7 +252,7 @@ class _Manager:
         return held
 
     def _settle(self) -> None:
-        """Take back the connections of an ended manager process, except those in the middle of a response."""
+        """Take back the connections of an ended manager process.  Those in the middle of a response are closed."""
         self._on_end(self)
         for slot, held in self.passed.items():
             match self._states[slot]:

@@ -1,4 +1,4 @@
-"""Decides which process answers a request, by an ordered table.  The first matching rule decides."""
+"""Decides by an ordered table which process answers a request.  The first matching rule applies."""
 
 import re
 from collections.abc import Callable
@@ -35,13 +35,13 @@ class Ownership(Protocol):
         """Whether requests for other objects are passed on to a Docker Engine of this machine."""
 
     def owns_container(self, word: str) -> bool:
-        """Return whether an id, id prefix or name means a container that this node made."""
+        """Return whether an id, id prefix or name means a container of this node's own engine."""
 
     def owns_image(self, reference: str) -> bool:
         """Return whether this node has that image."""
 
     def owns_exec(self, id: str) -> bool:
-        """Return whether this node made that exec."""
+        """Return whether the exec belongs to this node's own engine."""
 
     def container_of(self, identity: Identity, word: str) -> TaskContainer:
         """Return the container that ``word`` means to a user.  Raises: NotFound, InvalidArgument."""
@@ -51,7 +51,7 @@ class Ownership(Protocol):
 
     @property
     def has_volumes(self) -> bool:
-        """Whether this node has volumes of its own, including services' volumes."""
+        """Whether this node stores volumes itself, at least those of services."""
 
 
 class LocalObjects:
@@ -101,7 +101,10 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 class _Rule(msgspec.Struct, frozen=True):
-    """``decide`` returns the destination of requests whose path matches.  It gets the pattern's group ``name``."""
+    """One row of the table.
+
+    ``decide`` returns the destination of a matching request, given the pattern's group ``name``.
+    """
 
     pattern: re.Pattern[str]
     decide: Callable[[_Request, str], Destination]
@@ -115,8 +118,8 @@ def route(method: str, target: str, ownership: Ownership, identity: Identity | N
     """
     found = _route(method, target, ownership)
     if found is Destination.ENGINE and identity is not None and not sees(identity, ""):
-        # Users of single stacks get the answer of a node without an engine.  A refusal of the engine's objects would
-        # tell them which objects are the node's.
+        # Users with rights on single stacks get the answer of a node without an engine.  If the engine's objects were
+        # refused differently, the answer would reveal which objects belong to the node.
         return Destination.HERE
     return found
 
@@ -142,7 +145,9 @@ def _here(_request: _Request, _name: str) -> Destination:
 
 
 def _others(request: _Request, _name: str = "") -> Destination:
-    """Return the destination of other objects: the engine, or without one this node, which refuses the request."""
+    """Return the destination for objects that this node does not have: the engine, or this node to refuse the
+    request.
+    """
     return Destination.ENGINE if request.ownership.has_docker_engine else Destination.HERE
 
 
@@ -173,14 +178,14 @@ def _rule(pattern: str, decide: Callable[[_Request, str], Destination]) -> _Rule
 _RULES = (
     # the node's description of itself
     _rule(r"/(?:_ping|version|info|events)", _here),
-    # the node's own membership works without a manager; everything else about the swarm is the manager's
+    # the node's own membership works without a manager; everything else about the swarm belongs to the manager
     _rule(r"/swarm/(?:init|join|leave|unlock)", _here),
     # networks: the cluster's, the engine's and the node's own in one list
     _rule(r"/networks(?:/.*)?", _here),
     # Skep's own paths
     _rule(r"/skep/restore", _here),
     _rule(r"/metrics", _here),
-    # containers: the node's own, tasks' and plain ones; the others are the engine's
+    # containers: this node's (of tasks, and plain ones); all others belong to the engine
     _rule(r"/containers/(?:json|create)", _here),  # both query the engine as well
     _rule(r"/containers/prune", _others),
     _rule(r"/containers/(?P<name>[^/]+)(?:/.*)?", _owner_of_container),

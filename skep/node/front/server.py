@@ -42,44 +42,53 @@ log = structlog.get_logger()
 
 _BACKLOG = 1024
 _CONNECTIONS_MAX = 4096
-"""Connections on Unix sockets, including connections that the manager process or the engine serves, or that wait for
-routing.  Further ones are closed."""
+"""Limit for connections on Unix sockets.  Further ones are closed.
+
+Includes connections that wait for routing, and those served by the manager process or the engine.
+"""
 _TCP_CONNECTIONS_MAX = 2048
-"""TCP connections, whichever process serves them.  Counted separately, so that they never fill root's socket."""
+"""Limit for TCP connections, whichever process serves them.
+
+Counted separately from Unix sockets, so that TCP clients cannot lock out root.
+"""
 _TCP_PER_SOURCE_MAX = 512
-"""Connections of one address, behind which there may be many clients."""
+"""Limit for the TCP connections of one source address.  Generous, because many clients may share an address."""
 STRANGERS_MAX = 256
-"""Connections that have not shown a certificate."""
+"""Limit for connections whose client has shown neither a certificate nor a token."""
 STRANGERS_PER_SOURCE_MAX = 32
-"""TCP connections without an identity: of clients without a certificate, until the head of their request has a
-token.  More than a few are open only while several clients behind one address connect at the same moment."""
+"""The same limit for one source address.
+
+More than a few are open only while several clients behind one address connect at the same moment.
+"""
 STRANGER_S = 10.0
-"""Limit for such a head to start, and to arrive.  Clients send it as soon as they are connected."""
+"""Seconds for the head with the token to start, and then to arrive.  Clients send it at once."""
 _REQUEST_TIMEOUT_S = 60.0
-"""Limit for a head to arrive."""
+"""Seconds for the head of a request to arrive."""
 _IDLE_S = 300.0
-"""Idle time before a request on a TCP connection.  Docker waits forever."""
+"""Seconds that a TCP connection may be idle before a request.  Docker waits forever."""
 _ACCEPTED_AT_ONCE = 64
-"""Connections accepted before other work of the event loop."""
+"""Number of connections accepted in a row before other work of the event loop."""
 _FIRST_BYTES = 64 * 1024
-"""Bytes that decide where a connection belongs."""
+"""Limit in bytes for the first read of a connection."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
-"""Detects TCP clients that vanish without closing.  The values are Docker's, which are Go's defaults."""
+"""Keepalive settings that detect TCP clients that vanish without closing.  Docker uses the same values (Go's defaults).
+"""
 
 
 class Membership(Protocol):
     """The part of this node's membership in a swarm that the front needs."""
 
     def manager_refusal(self) -> str | None:
-        """Return why no manager of this node answers, in Docker's words, or None if one does or soon will."""
+        """Return Docker's message if this node has no manager, or None if it has one or soon will."""
 
 
 class _Properties(msgspec.Struct, frozen=True, kw_only=True):
     """Properties of a connection.
 
     Args:
-        is_remote: Whether its idle times are limited.
-        is_relayed: Whether the connection cannot be passed to another process, and its identity is not known yet.
+        is_remote: Whether the client is on another machine.  Idle times of remote clients are limited.
+        is_relayed: Whether this process identifies each request and relays the data (TCP hosts), because the connection
+            cannot be passed to another process.
         is_stranger: Whether its client has no certificate and has not sent a token yet.
         identity: The client, or None for the permissions of a Unix socket.
     """
@@ -98,7 +107,7 @@ class DockerSocket(msgspec.Struct, frozen=True):
     """Socket of the machine's Docker Engine.
 
     Args:
-        path: The socket, or None if there is no engine.
+        path: The socket, or None without an engine.
         before_build: Copies the images that a build may use to the engine.
     """
 
@@ -112,7 +121,7 @@ class Front:
     Args:
         here: The application with the node's own routes.
         users: Identities of the clients of TCP hosts.
-        divert: Takes over a new connection to a Unix socket that is not root's.  Returns whether it did.
+        divert: Takes over a new connection to a Unix socket if a container made it.  Returns whether it did.
     """
 
     def __init__(
@@ -136,7 +145,7 @@ class Front:
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
-        """Connections of Unix socket clients that have sent nothing but pings so far."""
+        """Connections on Unix sockets that have sent nothing but pings so far."""
         self._unix_tasks: set[asyncio.Task[None]] = set()
         """Tasks that serve clients of Unix sockets."""
         self._tcp_tasks: set[asyncio.Task[None]] = set()
@@ -150,7 +159,7 @@ class Front:
         """The task group while the front listens."""
 
     def serve(self, connected: socket.socket, identity: Identity) -> None:
-        """Serve a connection of this process as a TCP client's connection with this ``identity``."""
+        """Serve one end of a socket pair like the connection of a TCP client with this ``identity``."""
         if self._group is None:
             connected.close()
             return
@@ -252,9 +261,9 @@ class Front:
             asyncio.get_running_loop().add_reader(listener, self._accept_local, group, listener)
 
     def _read_first(self, group: asyncio.TaskGroup, connected: socket.socket) -> None:
-        """Handle the first bytes of a local client.  The usual request needs no task and no transport.
+        """Handle the first bytes of a local client without a task or a transport, if possible.
 
-        Most clients, including each docker command, start with a ping.  The next request is then read here again.
+        Most clients, including each docker command, start with a ping.  After the ping, this handles the next request.
         """
         try:
             data = connected.recv(_FIRST_BYTES)
@@ -263,7 +272,8 @@ class Front:
         except OSError:
             data = b""
         if (response := self._ping(data)) is not None:
-            # Otherwise closed below: the client has disconnected, or sent many pings without reading.
+            # Otherwise the connection is closed below: the client has disconnected, or has sent many pings without
+            # reading.
             with suppress(OSError):
                 if connected.send(response) == len(response):
                     return
@@ -282,7 +292,7 @@ class Front:
             self._start(group, self._go_on(Returned(local, data)), is_remote=False)
 
     def _ping(self, data: bytes) -> bytes | None:
-        """Return the response to ``data`` if that is a ping as clients usually send it."""
+        """Return the response to ``data`` if that is a usual ping, or None."""
         ping = plain_ping(data)
         return self._here.ping(*ping) if ping is not None else None
 
@@ -325,9 +335,9 @@ class Front:
             await self._serve(client, _Properties(is_remote=passed.is_remote, identity=passed.identity))
 
     async def _serve(self, client: Connection, properties: "_Properties") -> None:
-        """Have the next request of ``client`` answered.
+        """Read the next request of ``client`` and pass it to the process that answers it.
 
-        After that the connection belongs to another process or is closed.
+        After that, the connection belongs to another process or is closed.
         """
         try:
             raw = client.head() or await _head(client, properties)
@@ -355,7 +365,7 @@ class Front:
     def _identify(
         self, client: Connection, properties: "_Properties", raw: bytes
     ) -> "tuple[_Properties, bytes]":
-        """Return the client, and its request in the form to pass on.
+        """Return the properties with the client's identity, and the request's head in the form to pass on.
 
         Raises: Unauthenticated, Unavailable, Malformed.
         """
@@ -364,7 +374,7 @@ class Front:
             request = parse_request(raw)
             given = request.head.all(b"authorization")
             credential = bearer(given[0] if len(given) == 1 else b"")
-            # The next request may be another user's: a proxy has one connection for all.
+            # The next request may come from another user, because a proxy may use one connection for all.
             close = () if request.upgrades else ((b"Connection", b"close"),)
             raw = request.head.with_headers(*close, without=(b"authorization", b"keep-alive"))
         identity = self._users.identify(credential)
@@ -398,7 +408,7 @@ class Front:
                     await self._relay(client, raw, properties)
                 elif not client.is_lost:
                     self._handover.pass_on(properties.passed(client.duplicate()), raw + client.take())
-                    client.abort()  # closes one of this process's two descriptors
+                    client.abort()  # closes only one of this process's two descriptors
             case Destination.ENGINE if self._docker.path is not None:
                 if identity is not None and not identity.is_admin:
                     raise PermissionDenied(
@@ -412,7 +422,7 @@ class Front:
                 self._hand_to_application(client, raw)
 
     async def _relay(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
-        """Pass one end of a new connection to the manager process, and relay ``client`` to the other."""
+        """Pass one end of a socket pair to the manager process, and relay between ``client`` and the other end."""
         ours, theirs = socket.socketpair()
         try:
             self._handover.pass_on(properties.passed(theirs), raw + client.take())
@@ -429,7 +439,7 @@ class Front:
 
 
 def _probe_when_idle(client: Connection) -> None:
-    """Have the kernel close the connection of a client that no longer responds."""
+    """Turn on keepalive, so that the kernel closes the connection of a client that no longer responds."""
     connected: socket.socket = client.transport.get_extra_info("socket")
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
@@ -437,7 +447,10 @@ def _probe_when_idle(client: Connection) -> None:
 
 
 async def _head(client: Connection, properties: _Properties) -> bytes:
-    """Return the next head, or nothing if it takes too long or the client has closed.  Raises: Malformed, Gone."""
+    """Return the head of the next request, or nothing if it takes too long or the client has closed.
+
+    Raises: Malformed, Gone.
+    """
     idle_s, request_s = _IDLE_S if properties.is_remote else None, _REQUEST_TIMEOUT_S
     if properties.is_stranger:
         idle_s = request_s = STRANGER_S
@@ -451,7 +464,7 @@ async def _head(client: Connection, properties: _Properties) -> bytes:
 
 
 def refusal(error: SkepError) -> bytes:
-    """Return a complete response with the reason, after which the connection is closed."""
+    """Return a complete HTTP response for ``error``, which announces that the connection is closed."""
     status = 431 if isinstance(error, Malformed) and "too large" in str(error) else status_of(error)
     body = msgspec.json.encode({"message": str(error)}) + b"\n"
     reason = web.Response(status=status).reason

@@ -1,8 +1,9 @@
 """Connects a client to another process, byte for byte: to the machine's Docker Engine, or to the manager process.
 
 An ordinary request to the engine is sent on with ``Connection: close``.  The connection then carries exactly one
-exchange, the end of a body need not be found, and the client's next request is routed again.  A request with
-``Upgrade`` is sent unchanged.  Half-closes are passed on, because one ends the standard input of ``docker run -i``.
+exchange.  So the end of a body need not be found, and the client's next request, on a new connection, is routed again.
+A request with ``Upgrade`` is sent unchanged.  Half-closes are passed on, because the end of the standard input of
+``docker run -i`` is sent as a half-close.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from skep.api.framing import Request
 from skep.errors import Unavailable
 
 _CONNECT_TIMEOUT_S = 10.0
-"""Seconds to connect to the server behind."""
+"""Time limit in seconds for connecting to the other process."""
 
 
 async def splice(client: Connection, request: Request, engine_socket: Path) -> None:
@@ -36,9 +37,9 @@ async def splice(client: Connection, request: Request, engine_socket: Path) -> N
 
 
 async def relay(client: Connection, server: Connection, head: bytes, *, is_one_exchange: bool) -> None:
-    """Send ``head`` and copy both directions until they end.  Closes both connections.
+    """Send ``head`` to ``server``, and copy both directions until they end.  Closes both connections.
 
-    With ``is_one_exchange``, it ends with the response.  Further data of the client is dropped.
+    With ``is_one_exchange``, the relay ends with the response, and further data of the client is dropped.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -62,7 +63,7 @@ async def relay(client: Connection, server: Connection, head: bytes, *, is_one_e
 
 
 async def _watch(client: Connection, up: asyncio.Task[None]) -> None:
-    """Watch the client after all of its data is passed on.  Raises: Gone: it broke the connection, or has vanished."""
+    """Watch the client after all of its data was passed on.  Raises: Gone: it has disconnected or vanished."""
     await asyncio.wait([up])
     await client.wait_lost()
     raise Gone("closed by the other end")
@@ -80,7 +81,7 @@ async def _upwards(head: bytes, client: Connection, server: Connection) -> None:
 
 
 async def _copy(source: Connection, sink: Connection) -> None:
-    """Copy until ``source`` ends, then end ``sink``'s direction.  Raises: Gone: ``sink`` is closed."""
+    """Copy until ``source`` ends, then half-close ``sink``.  Raises: Gone: ``sink`` is closed."""
     while data := await source.read():
         await sink.send(data)
     sink.end()

@@ -1,8 +1,9 @@
-"""Redirects docker's commands about a task's container to the manager, for users who are not administrators.
+"""Redirects docker commands about a task's container to the manager if the user is not an administrator.
 
-``docker exec``, ``attach``, ``cp`` and ``kill`` name a container.  A user's rights over it follow from its service,
-which the manager knows.  The request is therefore changed into one of ``skep exec``.  The manager checks the role and
-the service's spec, records the request in the history, and forwards it to the task's node, which checks it again.
+``docker exec``, ``attach``, ``cp`` and ``kill`` name a container.  The user's rights over this container follow from
+its service, which only the manager knows.  So the request is changed into the request that ``skep exec`` would make.
+The manager checks the user's role and the service's spec, records the request in the history, and forwards it to the
+task's node, which checks it again.
 """
 
 import re
@@ -27,7 +28,7 @@ _TASK = re.compile(r"[0-9a-z]+")
 
 
 class TaskContainer(msgspec.Struct, frozen=True):
-    """A container of this node that a user sees."""
+    """A container of this node that a user may see."""
 
     task: str = ""
     """The id of its task, or empty if it is a plain container."""
@@ -38,7 +39,7 @@ _Find = Callable[[Identity, str], TaskContainer]
 
 
 class TaskContainers(Protocol):
-    """The containers on this node, as a user sees them."""
+    """The containers on this node that a user may see."""
 
     @property
     def has_docker_engine(self) -> bool:
@@ -52,23 +53,24 @@ class TaskContainers(Protocol):
 
 
 def as_task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
-    """Return the target of this request at the manager, or an empty string if this node answers it.
+    """Return the path and query to request from the manager, or an empty string if this node answers the request.
 
     Args:
         target: Path and query as sent.
 
     Raises:
-        PermissionDenied: Only the cluster starts, stops and removes the container.  Raised only for operators of its
+        PermissionDenied: Only the cluster may start, stop or remove this container.  Raised only for operators of its
             stack.
         NotFound: The user sees no such container, or no such exec.
-        InvalidArgument: The prefix of an id fits several containers that the user sees.
+        InvalidArgument: The id prefix matches several containers that the user may see.
     """
     if identity.is_admin:
         return ""
     try:
         return _task_request(identity, method, target, containers)
     except NotFound:
-        # The container may be the engine's, which is for administrators: the refusal of that says so.
+        # The container may belong to the Docker Engine, which only administrators may use.  The engine's refusal says
+        # so.
         if containers.has_docker_engine and sees(identity, ""):
             return ""
         raise

@@ -28,18 +28,19 @@ from skep.security.authority import USER_UNIT
 log = structlog.get_logger()
 
 SILENT_S = 10.0
-"""Time for which the last users from the manager process are valid.  It sends them every 2 s."""
+"""Seconds for which the last list of users stays valid.  The manager process sends it every 2 s."""
 _CHECK_S = 1.0
-"""Seconds between looks at the users' certificates that were revoked."""
+"""Seconds between checks for users who have lost their rights."""
 _NAME_MAX = 128
-"""Characters of a name in a client's certificate that are shown."""
+"""Number of characters shown of a name in a client's certificate."""
 _USERS = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, USER_UNIT)]
 
 
 class ApiTls:
     """TLS for TCP hosts.  Clients prove their identity by certificate, or later by a token.
 
-    An authority cannot be removed from an ``SSLContext``, so each handshake is handed over to the present context.
+    An authority cannot be removed from an ``SSLContext``.  So a fixed context accepts connections and hands each
+    handshake over to the present context.
     """
 
     def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
@@ -64,7 +65,7 @@ class ApiTls:
 
 
 class Users:
-    """The users as received last, and their connections.
+    """The users in the last list from the manager process, and their open connections.
 
     ``tls`` is None if no host is served by TCP.
     """
@@ -78,16 +79,16 @@ class Users:
         self.tls = tls
         self._root: x509.Certificate | None = None
         self._trusted_pem = ""
-        """The users' authority that handshakes trust."""
+        """Root certificate of the users' authority, as TLS handshakes now trust it."""
         self._trust_backoff = Backoff(1.0, 60.0, rng=rng)
         self._trust_again_at = float("-inf")
         self._by_key: dict[str, tuple[Credentials, int]] = {}
-        """The user and its expiry (Unix nanoseconds) by serial number or token digest."""
+        """Each user, with the expiry in Unix nanoseconds, by certificate serial number or token digest."""
         self._received_at = float("-inf")
         self._open: dict[asyncio.Transport, tuple[Credential, Identity]] = {}
 
     async def run(self) -> None:
-        """Follow the manager process, and close connections of users who have lost their rights."""
+        """Read the users from the manager process, and close connections of users who have lost their rights."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow(), name="users followed")
             while True:
@@ -97,7 +98,10 @@ class Users:
     # --- the identity of a client -----------------------------------------------------------------------------
 
     def proved_by(self, transport: asyncio.Transport) -> Credential | None:
-        """Return the client's proof by certificate, or None without a certificate.  Raises: Unauthenticated."""
+        """Return the credential in the client's certificate, or None without a certificate.
+
+        Raises: Unauthenticated.
+        """
         connection = transport.get_extra_info("ssl_object")
         if connection is None:
             return Credential(Origin.MACHINE, "")  # only tests have a host without TLS
@@ -142,7 +146,7 @@ class Users:
         return Identity(name=user.name, origin=credential.origin, bindings=user.bindings, serial=serial)
 
     def remember(self, transport: asyncio.Transport, credential: Credential, identity: Identity) -> None:
-        """Close the connection when ``credential`` no longer stands for ``identity``."""
+        """Remember the connection, and close it once ``credential`` no longer proves ``identity``."""
         if credential.origin is not Origin.MACHINE:
             self._open = {one: of for one, of in self._open.items() if not one.is_closing()}
             self._open[transport] = (credential, identity)
@@ -175,7 +179,7 @@ class Users:
 
     def _take(self, table: AccessTable) -> None:
         if not table.is_current:
-            return  # such a manager does not see removals
+            return  # the manager no longer sees removals of users
         self._received_at = self._clock.monotonic()
         self._by_key = {
             key: (user, end_ns)
@@ -187,7 +191,10 @@ class Users:
         self._end_revoked()
 
     def _trust(self, root_pem: str) -> None:
-        """Have handshakes trust the authority if they do not yet.  A damaged TLS file is retried later."""
+        """Trust the users' authority from the next handshake on, if it has changed.
+
+        Retries later if a TLS file is damaged.
+        """
         if (
             self.tls is None
             or root_pem == self._trusted_pem
@@ -207,7 +214,7 @@ class Users:
 
 
 def bearer(authorization: bytes) -> Credential:
-    """Return the token in a header.  Raises: Unauthenticated: it has none."""
+    """Return the token in an ``Authorization`` header.  Raises: Unauthenticated: it has none."""
     scheme, _, token = authorization.strip().partition(b" ")
     token = token.strip()
     if scheme.lower() != b"bearer" or not 0 < len(token) <= TOKEN_BYTES_MAX:

@@ -1,4 +1,4 @@
-"""The cluster's networks: on a manager from its manager process, on a worker from its own tasks."""
+"""Looks up cluster networks: on a manager by asking its manager process, on a worker in its own tasks."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -24,7 +24,7 @@ from skep.node.cluster_reads import ClusterReads
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
 _MANAGER_WAIT_S = 5.0
-"""Seconds for which a request waits for this node's manager, which starts."""
+"""Seconds for which a request waits while this node's manager starts."""
 _FORWARDED_HEADERS = ("Content-Type", "X-Skep-Stale")
 FROM_A_WORKER = (
     "Cannot create a multi-host network from a worker node. Please create the network from a manager node."
@@ -61,7 +61,7 @@ class Tables(Protocol):
 
     @property
     def tables(self) -> Mapping[NetworkId, Table]:
-        """The tables that were received last, by network."""
+        """The last received table of each network."""
 
 
 class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +83,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
         """Return the networks that match ``filters``.
 
-        A worker without access returns only networks that its own tasks use.
+        A worker that the cluster does not allow to read returns only the networks of its own tasks.
         """
         if not self.member.is_manager:
             with suppress(SkepError):  # not allowed, or no manager responds: list the networks of this node
@@ -108,7 +108,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     async def may_have(self, word: str) -> bool:
-        """Return whether ``word`` may mean a cluster network.  A worker does not know all of them."""
+        """Return whether ``word`` may mean a cluster network.  A worker does not know all cluster networks."""
         if not self.member.is_manager:
             return self.member.is_in_swarm
         response = await self.request_manager("GET", f"/networks/{quote(word, safe='')}", b"", {})
@@ -136,7 +136,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
             raise response.error()
         found: dict[str, Any] = msgspec.json.decode(response.body)
         if PREDEFINED_LABEL in (found["Labels"] or ()) and request.query.get("scope") != SWARM:
-            return None  # it represents a network that each node has
+            return None  # this entry stands for a network that each node has itself
         return found
 
     def _from_tasks(self, word: str, *, is_verbose: bool) -> dict[str, Any] | None:
@@ -157,7 +157,10 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     async def request_manager(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str]
     ) -> Response:
-        """Return the manager's response, after waiting for a manager that restarts.  Raises: Unavailable."""
+        """Send a request to this node's manager and return the response.
+
+        Waits for a manager that restarts.  Raises: Unavailable.
+        """
         if (refusal := self.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
         for attempts_left in (1, 0) if method == "GET" else (0,):
@@ -171,7 +174,9 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def forwarded_headers(request: web.Request) -> dict[str, str]:
-    """Return the headers for a manager's copy of ``request``: the identity, and forwarded ones."""
+    """Return the headers with which ``request`` is sent to a manager: the client's identity, and the client's headers
+    that a manager reads.
+    """
     headers = {name: request.headers[name] for name in _FORWARDED_HEADERS if name in request.headers}
     return {IDENTITY_HEADER: packed(identity_of(request)).decode(), **headers}
 
@@ -188,7 +193,7 @@ def _facts(network: Network) -> Facts:
 
 
 def _peers(table: Table) -> list[dict[str, str]]:
-    """Return ``Peers`` of ``docker network inspect``.  A table only has the ids of nodes."""
+    """Return ``Peers`` of ``docker network inspect``.  Nodes are shown by id, because a table has no names."""
     return [{"Name": node.id, "IP": node.underlay} for _, node in sorted(table.nodes.items())]
 
 

@@ -1,6 +1,6 @@
-"""``/volumes`` of a manager's node: its own volumes, followed by the cluster's.
+"""``/volumes`` on a manager: the node's own volumes, followed by cluster volumes.
 
-A name means a volume of the node first.  Docker cannot distinguish the two either.
+If both have a volume of a name, the name means the node's volume.  Docker cannot distinguish the two either.
 
 Source: moby, daemon/server/router/volume/volume_routes.go.
 """
@@ -74,7 +74,11 @@ class _Both:
         return self._ours_or_theirs(ours)
 
     def remove(self, ours: Handler) -> Handler:
-        """Remove from both with ``force``, as in Docker, because the node does not tell whether it had the volume."""
+        """Handle the removal of a volume.
+
+        With ``force``, remove it from the node and from the cluster, as Docker does, because the node does not tell
+        whether it had the volume.
+        """
         either = self._ours_or_theirs(ours)
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -140,7 +144,10 @@ class _Asked(msgspec.Struct):
 
 
 async def _is_for_cluster(request: web.Request) -> bool:
-    """Return whether a request creates a cluster volume.  The node's own handler refuses undecodable requests."""
+    """Return whether a request creates a cluster volume.
+
+    False for an undecodable request, which the node's own handler refuses.
+    """
     try:
         asked = msgspec.json.decode(await read_body(request) or b"{}", type=_Asked).ClusterVolumeSpec
     except (ValueError, RecursionError):

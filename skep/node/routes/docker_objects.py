@@ -1,7 +1,7 @@
-"""Presents images and volumes of this node and of the machine's Docker Engine in one list, with common removal.
+"""Presents images and volumes of this node and of the machine's Docker Engine together, and removes them from both.
 
 Requests about an image that this node does not have are passed to the engine (``front.routing``).  This module handles
-the rest.  This node has the volumes of services, and the engine has all others.
+the rest.  Volumes of services are on this node, and all other volumes are in the engine.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ def with_objects_of(
 
 
 class _MergedObjects:
-    """Handlers that query both."""
+    """Handlers that query both this node and the engine."""
 
     def __init__(self, docker: DockerEngine, images: EngineImages, volumes: Volumes) -> None:
         self._docker = docker
@@ -85,7 +85,7 @@ class _MergedObjects:
         return handle
 
     def note_names(self, ours: Handler) -> Handler:
-        """Record the names that a pull, load, import or tag changes, and the name in the request."""
+        """Handle a pull, load, import or tag, and record the names that it sets."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             before, query = self._images.names(), request.query
@@ -110,7 +110,10 @@ class _MergedObjects:
         return handle
 
     def remove_image(self, ours: Handler) -> Handler:
-        """Remove the image from the engine first: if a plain container uses it, it stays in both."""
+        """Handle the removal of an image.
+
+        It is removed from the engine first: if a plain container uses it there, it stays in both.
+        """
 
         async def handle(request: web.Request) -> web.StreamResponse:
             theirs = await self._pass_on(request)
@@ -162,7 +165,7 @@ class _MergedObjects:
         return handle
 
     def of_volume(self, ours: Handler) -> Handler:
-        """Pass the request to the engine if it has a volume of that name."""
+        """Handle a request about a volume: pass it to the engine if the engine has a volume of that name."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             name = request.match_info["name"]

@@ -29,7 +29,7 @@ def networks_in_use(
 
 
 def meant_by(word: str, networks: Mapping[str, Network]) -> Network | None:
-    """Return the network with the full id ``word``, else the name, else a unique id prefix.  ``networks`` is by id."""
+    """Return the network whose full id, name or unique id prefix is ``word``, in this order.  ``networks`` is by id."""
     by_name = {network.spec.name: network for network in networks.values()}
     if (exact := networks.get(word) or by_name.get(word)) is not None:
         return exact
@@ -59,7 +59,7 @@ def on_overlay(
 def on_gateway(
     gateway: LocalNetwork, users: Iterable[str], containers: Collection[Container]
 ) -> dict[str, Any]:
-    """Return the entries for the gateway bridge, under Docker's names for its endpoints."""
+    """Return the entries of ``Containers`` for the gateway bridge, with the endpoint names that Docker uses."""
     wanted = set(users)
     return {
         one.id: _entry(
@@ -73,7 +73,7 @@ def on_gateway(
 
 
 def on_bridge(network_id: str, containers: Collection[Container]) -> dict[str, Any]:
-    """Return the entries for any network of plain containers."""
+    """Return the entries of ``Containers`` for a bridge network of plain containers."""
     return {
         one.id: _entry(one.name, endpoint_id(one.id, network_id), connected.config.addresses)
         for one in containers
@@ -84,7 +84,7 @@ def on_bridge(network_id: str, containers: Collection[Container]) -> dict[str, A
 
 
 def on_builtin(network: LocalNetwork, containers: Collection[Container]) -> dict[str, Any]:
-    """Return the entries for ``bridge``, ``host`` and ``none``."""
+    """Return the entries of ``Containers`` for the networks ``bridge``, ``host`` and ``none``."""
     found: dict[str, Any] = {}
     for one in containers:
         plain, sandbox = one.plain, one.sandbox

@@ -57,8 +57,10 @@ from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 log = structlog.get_logger()
 
 _NAMES_ARE_UNIQUE = ApiVersion("1.44")
-"""From this version on ``CheckDuplicate`` is implied.  Before, a cluster network may have the name of a node's
-network."""
+"""From this API version on, ``CheckDuplicate`` is implied.
+
+With earlier versions, a cluster network may have the same name as a node's network.
+"""
 
 
 class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +75,7 @@ class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def network_routes(sources: NetworkSources) -> Routes:
-    """Return the routes: list, inspect, create, remove, connect, disconnect, prune."""
+    """Return the routes to list, inspect, create, remove, connect, disconnect and prune networks."""
     node = _NodeNetworks(sources)
     table = Routes()
     table.get("/networks")(node.list_all)
@@ -191,7 +193,7 @@ class _NodeNetworks:
         return await self._remove_own(own)
 
     async def prune(self, request: web.Request) -> web.StreamResponse:
-        """Remove unused bridge networks.  The gateway bridge is used by every container."""
+        """Remove unused bridge networks.  The gateway bridge always counts as used."""
         filters = Filters.of(request)
         filters.refuse_unknown(*PRUNE_FILTERS)
         now_ns = self._cluster.clock.now_ns()
@@ -265,7 +267,7 @@ class _NodeNetworks:
             return
         try:
             found = await self._cluster.find(request, word)
-        except SkepError:  # no manager answers, and the node's own networks do not depend on one
+        except SkepError:  # no manager answers, and the node's own networks do not need one
             return
         if found is not None and found["Name"] == word and found["Id"] != own.id:
             raise InvalidArgument(f"2 matches found based on name: network {word} is ambiguous")
@@ -282,7 +284,10 @@ class _NodeNetworks:
             return []
 
     async def _forward_to_engine(self, request: web.Request, body: bytes = b"") -> Response:
-        """Forward a request to the engine.  Raises: NotFound: without an engine, the network does not exist."""
+        """Forward a request to the Docker Engine.
+
+        Raises: NotFound: there is no engine, so the network does not exist.
+        """
         if self._sources.docker is None:
             raise NotFound(f"network {request.match_info.get('name', '')} not found")
         return await self._sources.docker.send(
@@ -300,9 +305,9 @@ class _NodeNetworks:
             raise AlreadyExists(f"network with name {name} already exists")
 
     async def _is_own_container(self, word: str) -> bool:
-        """Return whether it is a plain container of this node's engine, and not the Docker Engine's.
+        """Return whether ``word`` means a plain container of this node's engine, and not of the Docker Engine.
 
-        Raises: NotFound: no such container; FailedPrecondition: it is a task's.
+        Raises: NotFound: no such container; FailedPrecondition: it belongs to a task.
         """
         engine, docker = self._sources.engine, self._sources.docker
         if docker is not None and (engine is None or not engine.has(word)):

@@ -1,11 +1,11 @@
 """``docker create`` and ``docker run`` on a node whose machine has a Docker Engine.
 
-Plain containers belong to the Docker Engine, from images that may be this node's.  The engine is not part of the
-cluster, so a container on a network that only the cluster has belongs to Skep.
+Plain containers run in the Docker Engine, even if their images are in this node's store.  The exception is a container
+on a network that only the cluster has: it runs in Skep, because the engine is not part of the cluster.
 
-``docker pull`` and ``docker load`` fill this node's own store, because services run from there.  For ``docker run`` to
-find the same images, an image that the engine lacks, or has an older version of, is copied to it when a container is
-created from it (``node.engine_images``).
+``docker pull`` and ``docker load`` fill this node's own store, because services run from there.  ``docker run`` finds
+the same images: when a container is created, its image is copied to the engine if the engine lacks it or has an older
+version (``node.engine_images``).
 """
 
 from collections.abc import Awaitable, Callable
@@ -44,7 +44,7 @@ def plain_container_routes(
 ) -> Routes:
     """Return ``POST /containers/create`` for a machine with a Docker Engine.
 
-    ``engine`` is this node's own, or None.
+    ``engine`` is this node's own engine, or None.
     """
     table = Routes()
 
@@ -68,7 +68,7 @@ def plain_container_routes(
         )
 
     async def _is_of_cluster(network: str) -> bool:
-        """Return whether only the cluster has the network."""
+        """Return whether the cluster has the network and the Docker Engine does not."""
         if network in _OF_EVERY_NODE or network.startswith("container:") or not await in_cluster(network):
             return False
         try:
@@ -84,7 +84,10 @@ _OF_EVERY_NODE = frozenset({"", "default", "bridge", "host", "none"})
 
 
 def _request_of(body: bytes) -> _Request:
-    """Decode a request.  An undecodable one is empty, and the Docker Engine then refuses it."""
+    """Decode a create request.
+
+    For an undecodable request, return an empty one, so that the Docker Engine refuses it.
+    """
     try:
         return msgspec.json.decode(body, type=_Request)
     except (ValueError, RecursionError):

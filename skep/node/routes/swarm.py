@@ -51,7 +51,7 @@ async def unlock(membership: Membership, request: web.Request) -> web.StreamResp
 
 @_table.post("/skep/restore")
 async def restore(membership: Membership, request: web.Request) -> web.StreamResponse:
-    """Restore the backup in the body on this node, which is in no swarm.  This route is Skep's, not Docker's."""
+    """Restore the backup in the request's body on this node, which must be in no swarm.  Docker has no such route."""
     try:
         key = base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True)
     except ValueError as error:

@@ -79,7 +79,7 @@ class NodeSystem:
 
     @property
     def builds_images(self) -> bool:
-        """Whether this node builds images itself.  A Docker Engine on the machine does it instead."""
+        """Whether this node builds images itself.  If the machine has a Docker Engine, the engine builds them."""
         return self._engine is not None and self._docker is None
 
     @property
@@ -106,7 +106,7 @@ class NodeSystem:
     async def info(self, identity: Identity) -> Mapping[str, Any]:
         """Return ``/info`` of this node, its membership, and the Docker Engine if there is one.
 
-        The counts are of the containers that ``identity`` sees, and of their images.
+        The counts include only containers that ``identity`` may see, and their images.
         """
         swarm = await self._membership.info()
         counts = await self._counts(identity)
@@ -152,7 +152,10 @@ class NodeSystem:
         await self._events.stream(request, sources, begin, send)
 
     def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Return the lines of a response of this node's manager, or without one, of its session's manager."""
+        """Return the lines of a manager's response.
+
+        The manager is this node's own, or else the one that its session is with.
+        """
         return (self.reads.own if self._membership.is_manager else self.reads).lines(path, query)
 
     async def read_cluster(self, request: web.Request) -> web.StreamResponse:
@@ -198,7 +201,7 @@ def system_routes(system: NodeSystem) -> list[web.RouteDef]:
 @_table.head("/_ping")
 @_table.get("/_ping")
 async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """Respond that the node is alive.  The headers have the API version."""
+    """Handle ``/_ping``.  The headers of the response have the API version."""
     headers, body = _ping(system, request.method)
     return web.Response(text=body, headers=headers)
 
@@ -262,18 +265,24 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
 @_table.get("/nodes/{id}")
 @_table.get("/skep/history")
 async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamResponse:
-    """Read from a manager, on workers only.  A node with a manager passes these requests on to it."""
+    """Answer a worker's client with a manager's response.
+
+    A node with a manager passes such requests on to its manager.
+    """
     return await system.read_cluster(request)
 
 
 _NO_CONTAINERS = "this node runs services as plain processes, not containers"
 _NO_PLUGINS = "engine plugins are not supported; volume plugins are processes with a socket of their own"
 _NEEDS_CONTAINERS = ("auth", "build", "commit", "grpc", "plugins", "session", "system", "volumes")
-"""First words of the paths that a node without containers does not serve at all."""
+"""First parts of the paths that a node without containers does not serve."""
 
 
 def unsupported_routes(*, has_containers: bool) -> Routes:
-    """Return paths of Docker's API that this node does not serve, with the reason.  Any other path is not found."""
+    """Return routes for paths of Docker's API that this node does not serve.
+
+    They answer with the reason instead of 404.
+    """
     table = Routes()
 
     def refuse(method: str, path: str, reason: str) -> None:

@@ -24,11 +24,11 @@ _REMOVED = (
 
 
 class NodeProcesses:
-    """Makes the supervisors of one node.
+    """Creates the supervisors of one node's processes.
 
     Args:
         rng: Returns numbers from 0 to 1.
-        hand_over: Moves the store's leadership away from the member with this socket.
+        hand_over: Moves the store's leadership from the etcd member with this socket to another member.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class NodeProcesses:
         return self._new("manager", policy=policy)
 
     async def keep_spare_manager(self, wanted: bool) -> None:
-        """Have the zygote fork a manager process in advance, or end it if not ``wanted``."""
+        """Let the zygote fork a manager process in advance, or end it if not ``wanted``."""
         try:
             await self._zygote.keep_spare("manager", wanted=wanted)
         except Unavailable as error:
             log.warning("no spare manager process", reason=str(error))
 
     def stop_with_node(self) -> None:
-        """Stop every process when its supervisor is cancelled, because the node stops as planned."""
+        """Stop each process when its supervisor is cancelled, from now on, because the node stops as planned."""
         self._is_stopping = True

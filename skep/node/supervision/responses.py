@@ -1,4 +1,7 @@
-"""Detects a manager process that does not respond at its socket.  It loses its leadership, and is killed later."""
+"""Detects a manager process that does not respond at its socket.
+
+Such a manager first loses its leadership, and is killed later.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,10 +18,13 @@ from skep.paths import Paths
 log = structlog.get_logger(__name__)
 
 POLL_S = 1.0
-"""Period of requests, and the deadline of each."""
+"""Seconds between requests, and the time limit of each."""
 REQUESTS_MAX = 10
-"""Requests on one connection.  A process that accepts no connections, because it has no file descriptor left, still
-responds on an old one."""
+"""Limit for the requests on one connection.
+
+A process without free file descriptors accepts no connections but still responds on an old one, so a new connection
+must be tried from time to time.
+"""
 _REQUEST = b"HEAD /_skep/lag HTTP/1.1\r\nHost: manager\r\n\r\n"
 
 Responds = Callable[[], Awaitable[bool | None]]
@@ -28,7 +34,10 @@ HandOver = Callable[[], Awaitable[object]]
 async def wait_manager_hung(
     paths: Paths, hand_over: Callable[[Path], Awaitable[object]], clock: Clock
 ) -> str:
-    """Return why to kill this node's manager process.  ``hand_over`` is called with the socket of its member."""
+    """Watch this node's manager process, and return why it must be killed.
+
+    ``hand_over`` is called with the socket of its etcd member.
+    """
     probe = ManagerProbe(paths.manager_socket)
     try:
         return await wait_hung(probe.responds, partial(hand_over, paths.etcd_socket), clock)
@@ -37,12 +46,12 @@ async def wait_manager_hung(
 
 
 async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> str:
-    """Send requests until cancelled.  Return the reason once there has been no response for too long.
+    """Send requests until cancelled.  Return the reason to kill the process once it has not responded for too long.
 
     Args:
-        responds: Returns whether there was a response in time, or None if nothing listens yet, which counts as a
+        responds: Returns whether there was a response in time.  None if nothing listens yet, which counts as a
             response.
-        hand_over: Makes another manager the leader if this one's member leads.
+        hand_over: Makes another manager the leader if this manager is the leader.
     """
     detector = HangDetector(2 * POLL_S, clock.monotonic())
     attempt: asyncio.Task[None] | None = None
@@ -72,15 +81,15 @@ async def _hand_over(hand_over: HandOver) -> None:
 class ManagerProbe:
     """Sends requests to the HTTP server at ``socket``.
 
-    A connection is used for ``REQUESTS_MAX`` requests or until a failure.  A new connection for each request would take
-    a tenth of an idle manager's time.
+    A connection is used for ``REQUESTS_MAX`` requests or until a failure.  A new connection for each request would cost
+    a tenth of an idle manager's processor time.
     """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._requests = 0
-        """Requests on the open connection."""
+        """Number of requests on the open connection so far."""
 
     async def responds(self) -> bool | None:
         """Return whether the server responds, or None if nothing listens there."""
@@ -89,7 +98,9 @@ class ManagerProbe:
                 try:
                     await self._ask()
                 except (EOFError, ConnectionError):
-                    await self._ask()  # the server that had the connection has ended, or closed it
+                    await (
+                        self._ask()
+                    )  # once more: the server of the old connection may have ended or closed it
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         except (TimeoutError, OSError, EOFError):

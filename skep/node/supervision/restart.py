@@ -14,7 +14,7 @@ _GROWTH = 3.0
 _DELAY_S_MAX = 10.0
 """Longest pause between two starts."""
 _STEPS_MAX = 10
-"""Growths of the pause.  The longest is reached before."""
+"""Limit for the exponent of the growing pause.  ``_DELAY_S_MAX`` is reached before."""
 
 
 class StartAgain(msgspec.Struct, frozen=True):
@@ -24,20 +24,21 @@ class StartAgain(msgspec.Struct, frozen=True):
 
 
 class GiveUp(msgspec.Struct, frozen=True):
-    """Do not restart it.  ``crashes`` is the number of ends within ``CRASH_WINDOW_S``."""
+    """Do not restart the process.  ``crashes`` is how often it ended within ``CRASH_WINDOW_S``."""
 
     crashes: int
 
 
 def recent(ends: Sequence[float], now: float) -> tuple[float, ...]:
-    """Return the ``ends`` (monotonic seconds) that still count at ``now``."""
+    """Return those of ``ends`` (monotonic seconds) that are within ``CRASH_WINDOW_S`` before ``now``."""
     return tuple(end for end in ends if now - end < CRASH_WINDOW_S)
 
 
 def after_end(ends: Sequence[float], now: float, rng: float, *, gives_up: bool) -> StartAgain | GiveUp:
     """Decide whether to restart after the last of ``ends``.
 
-    The pause grows with every end within the last minute.  With ``gives_up``, the fifth end is the last.
+    The pause grows with every end within the last minute.  With ``gives_up``, the process is not restarted after the
+    fifth.
 
     Args:
         rng: A number from 0 to 1, which spreads the pause over half to all of its length.

@@ -25,9 +25,9 @@ log = structlog.get_logger()
 STOP_GRACE_S = 15.0
 """Seconds for a process to end after SIGTERM, before it is killed."""
 _LASTING_S = 15.0
-"""A process that has run for this long lacks no resource."""
+"""Seconds after which a running process evidently lacks no resource."""
 _RETRY_SECONDS_MAX = 5.0
-"""Longest pause between attempts to supervise a process that may be running, for instance without a free descriptor."""
+"""Longest pause in seconds after a failure of the supervisor itself, for instance without a free descriptor."""
 
 
 class Forks(Protocol):
@@ -44,15 +44,16 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How one kind of process is treated.
 
     Args:
-        version: A running process of this version is adopted, others are replaced.
+        version: A running process of this version is adopted.  A process of another version is replaced.
         outlives_node: Whether it continues when the node stops as planned.
-        hands_over: Whether its successor takes over from it (net).  Otherwise it is stopped first (manager).
+        hands_over: Whether a running process is replaced by a successor that takes over from it (net).  Otherwise it is
+            stopped first (manager).
         gives_up: Whether five ends within a minute are final.  Otherwise it is restarted without limit.
         final: Exit codes after which it is not restarted, with the reason of each.
-        futile: Exit code after which it is not restarted, for the reason that it has written.
-        starved: Exit code after which it is restarted without limit, because the machine lacked a resource.
-        show_condition: Called with the reason while it is ``starved``, and with an empty text once it runs.
-        wait_hung: Watches the running process, and returns why to kill it.
+        futile: Exit code after which it is not restarted.  The process has written the reason into a file.
+        starved: Exit code of a process that lacked a resource of the machine.  It is restarted without limit.
+        show_condition: Called with the reason while the process is ``starved``, and with an empty text once it runs.
+        wait_hung: Watches the running process, and returns the reason once it must be killed.
     """
 
     version: str = __version__
@@ -72,8 +73,9 @@ _DEFAULT = Policy()
 class Supervisor:
     """One detached process.  ``run`` keeps it alive.
 
-    It outlives ``run``, and the next node process adopts it, unless ``dismiss`` was called or the node stops as
-    planned.  An exception in the node process does not stop a manager.
+    The process outlives ``run``, and the next node process adopts it.  So an exception in the node process does not
+    stop a manager.  Only after ``dismiss``, or if the node stops as planned, ``run`` stops the process when it is
+    cancelled.
 
     Args:
         rng: Returns numbers from 0 to 1.
@@ -103,10 +105,12 @@ class Supervisor:
         self._last_end = ""
         self.process: ProcessIdentity | None = None
         self.error = ""
-        """A sentence for ``/info`` when the process will not be restarted."""
+        """A sentence for ``/info`` if the process is not restarted, or empty."""
 
     async def run(self) -> None:
-        """Run until cancelled.  Returns only after a ``final`` exit code.  After giving up it waits to be cancelled.
+        """Keep the process running until cancelled.
+
+        Returns only after a ``final`` exit code.  After giving up, waits to be cancelled.
 
         Raises: ZygoteGone: the node process must be restarted.
         """
@@ -131,7 +135,7 @@ class Supervisor:
                 await self._stop()
 
     async def _wait_restart(self, code: int | None) -> None:
-        """Return when to restart the process after its end with ``code``.  Never returns if it is given up."""
+        """Wait until the process must be restarted after its end with ``code``.  Never returns if it is given up."""
         if code is not None and code == self._policy.futile:
             self.error = self._last_end
             log.error("process given up", name=self._name, last=self._last_end)
@@ -161,7 +165,7 @@ class Supervisor:
                 await self._clock.sleep(again.after_s)
 
     def dismiss(self) -> None:
-        """Stop the process when ``run`` is cancelled."""
+        """Let ``run`` stop the process when it is cancelled."""
         self._is_dismissed = True
 
     async def _stop(self) -> None:
@@ -173,12 +177,12 @@ class Supervisor:
             self.process = None
 
     def reload(self) -> None:
-        """Send SIGHUP to the process.  One that is just starting reads its settings anyway."""
+        """Send SIGHUP to the process.  A process that is just starting reads its settings anyway."""
         if self.process is not None:
             _send(self.process, signal.SIGHUP)
 
     async def _live_once(self) -> int | None:
-        """Adopt or start the process.  Return when it has ended, with its exit code if that is known."""
+        """Adopt or start the process and wait for its end.  Return its exit code if that is known."""
         running = read_pid_file(self._paths.pid_file(self._name))
         if running is not None and running.version == self._policy.version:
             log.info("process adopted", name=self._name, pid=running.pid)
@@ -197,7 +201,7 @@ class Supervisor:
         return code
 
     async def _watch_to_end(self, process: ProcessIdentity) -> str:
-        """Return when the process has ended, with the reason if it was killed from here."""
+        """Wait until the process has ended.  Return the reason if it was killed from here, else an empty text."""
         async with asyncio.TaskGroup() as group:
             lasting = group.create_task(self._clear_condition_later(), name=f"start of {self._name}")
             try:
@@ -235,7 +239,10 @@ class Supervisor:
         return text
 
     async def _start(self) -> tuple[ProcessIdentity | None, int | None]:
-        """Start the process.  Return None if it could not be started or has ended already, with the exit code."""
+        """Start the process.
+
+        Return its identity, or None and the exit code if it could not be started or has already ended.
+        """
         try:
             pid = await self._zygote.fork(self._name, (str(self._paths.data), str(self._paths.run)))
         except ZygoteGone:
@@ -253,7 +260,7 @@ class Supervisor:
 
 
 async def wait_end(process: ProcessIdentity) -> None:
-    """Return when ``process`` has ended.  It need not be a child of this process."""
+    """Wait until ``process`` has ended.  It need not be a child of this process."""
     descriptor = open_pidfd(process)
     if descriptor is None:
         return

@@ -1,12 +1,13 @@
-"""A process that has done the imports and nothing else, from which node, manager and net are forked.
+"""The zygote: a process that has imported all modules and done nothing else, from which node, manager and net are
+forked.
 
-Forks share the memory pages of the interpreter and all libraries: three processes use 56 MB instead of 141.  Forking
-requires a process with one thread and no event loop.  The process that systemd starts therefore becomes the zygote
+Forked processes share the memory pages of the interpreter and all libraries: three processes use 56 MB instead of 141.
+A process that forks must have a single thread and no event loop.  So the process that systemd starts becomes the zygote
 (``host``), forks the node process, and passes signals on to it.  The node process requests further forks over a socket.
-Those processes have sessions of their own and outlive both.
+Those processes are in new sessions and outlive zygote and node process.
 
-A node process that crashes is forked again.  Without an interpreter's start and the imports, which take seconds on a
-busy machine, it is back before its managers count it as down.  If the zygote ends, its node process ends with it.
+A node process that crashes is forked again.  Starting an interpreter with all imports would take seconds on a busy
+machine.  A fork is back before the managers count the node as down.  If the zygote ends, its node process ends with it.
 
 Each request has a number and one response with the same number: ``Fork`` -> pid, ``Reap`` -> exit status of that child.
 
@@ -41,22 +42,29 @@ from skep.linux.detached import set_title
 log = structlog.get_logger()
 
 Entry = Callable[[Sequence[str]], None]
-"""The function of a forked process, which blocks until its work is done.  An exception ends it with exit code 1."""
+"""The function that a forked process runs.
+
+It blocks until its work is done.  An exception ends the process with exit code 1.
+"""
 
 Preparation = Callable[[], None]
-"""Work that can be done before the arguments are known."""
+"""Work of a spare process that can be done before its arguments are known."""
 
 _MESSAGE_BYTES_MAX = 64 * 1024
-"""Longest message between the zygote and its parent."""
+"""Longest message in bytes between zygote and node process."""
 _RESPONSE_TIMEOUT_S = 10.0
-"""Seconds for a fork, which takes milliseconds."""
+"""Time limit in seconds for a fork, which normally takes milliseconds."""
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 LASTED_S = 3.0
-"""A node process that ended sooner is not forked again.  The zygote's supervisor then restarts everything."""
+"""A node process that ends within this many seconds is not forked again.
+
+The zygote ends too, and its supervisor (systemd) restarts everything.
+"""
 _PAUSE_S = 0.2
-"""Pause before another fork, while commands of the last node process (a call of runc) end."""
+"""Seconds before a crashed node process is forked again, so that commands that it has started (such as runc) end first.
+"""
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
@@ -67,7 +75,7 @@ class Fork(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reap(msgspec.Struct, frozen=True, tag=True):
-    """Wait for a process that has ended."""
+    """Collect the exit status of a process that has ended."""
 
     pid: int
 
@@ -86,7 +94,7 @@ class Notify(msgspec.Struct, frozen=True, tag=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A request with its number, by which the response to an abandoned request is recognized."""
+    """A request with its number.  By the number, a late response to an abandoned request is recognized."""
 
     number: int
     request: Fork | Reap | KeepSpare | Notify
@@ -100,7 +108,7 @@ class Response(msgspec.Struct, frozen=True):
 
 
 class ZygoteGone(Unavailable):
-    """No process can be started: only a new node process has a new zygote."""
+    """No process can be started.  The node process must be restarted to get a new zygote."""
 
     def __init__(self) -> None:
         super().__init__("the process that starts others has ended: restart skep")
@@ -164,7 +172,7 @@ class Zygote:
 def host(
     entries: Mapping[str, Entry], preparations: Mapping[str, Preparation], node: Callable[[Zygote], int]
 ) -> int:
-    """Become the zygote and run ``node`` in a child, again after crashes.  Return the exit code of the last one.
+    """Become the zygote and run ``node`` in a child, again after crashes.  Return the exit code of the last child.
 
     Call it early: with a single thread and no event loop.  Passes SIGTERM, SIGINT and SIGHUP to the node process.
     ``preparations`` belong to the entries that can have a spare process.
@@ -228,7 +236,7 @@ def _run_node(node: Callable[[Zygote], int], children: "Children", relay: _Relay
 
 
 def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: int) -> NoReturn:
-    """Run ``node`` in this process, which ends with it and with the zygote."""
+    """Run ``node`` in this forked process.  The process ends when ``node`` returns or the zygote ends."""
     status = os.EX_SOFTWARE
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -313,7 +321,7 @@ class Children:
         self._spares: dict[str, _Spare] = {}
 
     def fork(self, name: str, arguments: Sequence[str]) -> int:
-        """Start a process that runs ``name``, its spare or a new one, and return the pid."""
+        """Start a process that runs ``name`` and return its pid.  Uses the spare process if there is one."""
         spare = self._spares.pop(name, None)
         if spare is not None and spare.take(arguments):
             return spare.pid
@@ -324,7 +332,7 @@ class Children:
         return pid
 
     def forget(self) -> None:
-        """In a node process, close the pipes, so that spare processes see the end of the zygote."""
+        """Close the pipes to spare processes in a node process, so that they notice the end of the zygote."""
         for spare in self._spares.values():
             os.close(spare.pipe)
         self._spares.clear()
@@ -385,9 +393,7 @@ def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:
     try:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(
-                number, signal.SIG_DFL
-            )  # SIGHUP stays ignored until there is something that reads again
+            signal.signal(number, signal.SIG_DFL)  # SIGHUP stays ignored until a handler is installed
         if kept is not None:
             os.dup2(kept, _KEPT)
         os.closerange(_KEPT if kept is None else _KEPT + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -421,7 +427,7 @@ def notify(state: str) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """End a forked process: flush, and run no exit handlers of its parent."""
+    """End a forked process.  Flushes its output, but runs none of the exit handlers inherited from its parent."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
