@@ -33,6 +33,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Change that made the image from its parent: an entry of ``docker history``.
 
     ``diff_id``: Layer of the change.  Empty, or ``EMPTY_LAYER``, without one.  ``created``: A Timestamp.
+    ``has_entry``: Whether the history shows it.
     """
 
     created: str
@@ -40,6 +41,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str = ""
     author: str = ""
     comment: str = ""
+    has_entry: bool = True
 
 
 def child_config(
@@ -73,7 +75,7 @@ def child_config(
             "type": "layers",
             "diff_ids": [*(rootfs.get("diff_ids") or ()), *([step.diff_id] if has_layer else ())],
         },
-        "history": [*history, _entry(step, has_layer=has_layer)],
+        "history": [*history, *([_entry(step, has_layer=has_layer)] if step.has_entry else ())],
     }
     if step.author:
         document["author"] = step.author
