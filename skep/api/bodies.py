@@ -3,6 +3,7 @@
 It differs from msgspec's own decoding in the points that clients rely on or can observe:
 
 * ``null`` means *missing*, unknown fields are ignored, and field names match without regard to case;
+* a list of words may be one string, where Go's type is ``strslice.StrSlice``;
 * bytes after the first value of a body are ignored;
 * errors read as Go's: ``json: cannot unmarshal string into Go struct field ServiceSpec.Name of type string``, and a
   syntax error anywhere takes precedence over a type error before it;
@@ -45,6 +46,10 @@ _INTEGER_BITS = {
     "fs.FileMode": 32,
 }
 _UNSIGNED = frozenset({"uint64", "uint32", "fs.FileMode"})
+
+
+_ONE_OR_SEVERAL = "strslice.StrSlice"
+"""Go type of a list that may also be one string (``model.encoding.Words``)."""
 
 
 class _Fraction(str):
@@ -165,6 +170,8 @@ class _Walk:
             case inspect.VarTupleType() | inspect.ListType() | inspect.FrozenSetType():
                 if isinstance(value, list):
                     return self._items(value, core.item_type)
+                if type(value) is str and _go_type(shape) == _ONE_OR_SEVERAL:
+                    return [value]
             case inspect.BytesType():
                 if isinstance(value, str) and not isinstance(value, _Fraction):
                     return self._binary(value)

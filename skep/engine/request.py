@@ -18,7 +18,7 @@ from skep.engine.container import MountPoint
 from skep.engine.machine import MachineOptions
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.container import HealthConfig, Mount, Ulimit
-from skep.model.encoding import ApiObject, GoInt
+from skep.model.encoding import ApiObject, GoInt, Words
 from skep.model.sandbox import EndpointConfig, PublishedPort
 from skep.model.times import Nanoseconds
 
@@ -65,8 +65,8 @@ class HostConfig(MachineOptions):
     publish_all_ports: bool = False
     restart_policy: RestartOptions = RestartOptions()
     auto_remove: bool = False
-    cap_add: tuple[str, ...] = ()
-    cap_drop: tuple[str, ...] = ()
+    cap_add: Words = ()
+    cap_drop: Words = ()
     dns: tuple[str, ...] = msgspec.field(name="Dns", default=())
     dns_options: tuple[str, ...] = msgspec.field(name="DnsOptions", default=())
     dns_search: tuple[str, ...] = msgspec.field(name="DnsSearch", default=())
@@ -138,8 +138,8 @@ class CreateRequest(ApiObject):
     open_stdin: bool = False
     stdin_once: bool = False
     env: tuple[str, ...] = ()
-    cmd: tuple[str, ...] = ()
-    entrypoint: tuple[str, ...] | None = None
+    cmd: Words = ()
+    entrypoint: Words | None = None
     healthcheck: HealthConfig | None = None
     image: str = ""
     volumes: Mapping[str, Any] = {}

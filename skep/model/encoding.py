@@ -18,6 +18,8 @@ Uint64 = Annotated[int, msgspec.Meta(ge=0, extra={"go": "uint64"})]
 Uint32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "uint32"})]
 GoInt = Annotated[int, msgspec.Meta(extra={"go": "int"})]
 Float32 = Annotated[float, msgspec.Meta(extra={"go": "float32"})]
+Words = Annotated[tuple[str, ...], msgspec.Meta(extra={"go": "strslice.StrSlice"})]
+"""A list of strings, for which clients may also write one string."""
 FileMode = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "fs.FileMode"})]
 """Integers with a range.  ``go`` is the type's name in Go, for the error about a value outside the range (see
 ``api.bodies``).

@@ -506,6 +506,65 @@ async def test_a_source_may_pause_if_it_is_fast_on_average(one: Node, two: Node)
     assert again.image_id == built.image_id
 
 
+class HeldArtifact(SlowArtifact):
+    """A cache that sends its large layer when a test opens the gate."""
+
+    def __init__(self) -> None:
+        super().__init__(self._held)
+        self.asked, self.gate = asyncio.Event(), asyncio.Event()
+        self.downloads = 0
+
+    async def _held(self, content: bytes) -> AsyncIterator[bytes]:
+        if len(content) > 1 << 20:
+            self.downloads += 1
+            self.asked.set()
+            await self.gate.wait()
+        yield content
+
+
+async def two_builds_of_one_layer(
+    one: Node, two: Node, pace: Pace
+) -> tuple[HeldArtifact, asyncio.Task[BuildResult], asyncio.Task[BuildResult]]:
+    """A build whose cache does not send yet, and another one that waits for the same layer."""
+    for node in (one, two):
+        (node.context / "first").write_bytes(LARGE)
+    artifact = HeldArtifact()
+    await export_steps(one.images, (await one.build()).records, artifact, media_type=OCI_MANIFEST)
+    patient = await read_source(two.images, artifact, "latest", Pace(silent_s=100))
+    waiting = await read_source(two.images, artifact, "latest", pace)
+    assert patient is not None
+    assert waiting is not None
+    first = asyncio.create_task(two.build(also=(patient,)))
+    await artifact.asked.wait()
+    return artifact, first, asyncio.create_task(two.build(also=(waiting,)))
+
+
+async def test_a_wait_for_the_download_of_another_build_is_not_a_slow_source(one: Node, two: Node) -> None:
+    silent_s = 0.5
+    async with asyncio.timeout(60):
+        artifact, *builds = await two_builds_of_one_layer(one, two, Pace(silent_s=silent_s))
+        done, _ = await asyncio.wait(builds, timeout=3 * silent_s)
+        assert not done, "the second build still waits, for longer than its source may be silent"
+        artifact.gate.set()
+        first, second = await asyncio.gather(*builds)
+    assert first.image_id == second.image_id
+    assert artifact.downloads == 1
+    assert two.warnings == []
+
+
+async def test_a_wait_for_the_download_of_another_build_has_an_end(one: Node, two: Node) -> None:
+    async with asyncio.timeout(60):
+        pace = Pace(silent_s=0.5, bytes_per_s=8 << 20)
+        artifact, first, second = await two_builds_of_one_layer(one, two, pace)
+        assert two.text(await second, "second") == "second"
+        (warning,) = two.warnings
+        assert warning.startswith("cache source a lie is not used: layer ")
+        assert warning.endswith(" is fetched by another build or pull, which has not ended in 1 seconds")
+        artifact.gate.set()
+        await first
+    assert two.warnings == [warning]
+
+
 async def test_an_export_survives_a_failure_of_the_registry(one: Node, two: Node) -> None:
     """As a push: the first question for each blob fails."""
     failed: set[str] = set()

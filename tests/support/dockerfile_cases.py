@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Case:
     """Files that the image must not have."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Expected fields of ``docker image inspect``, by path: ``Config.Cmd``."""
+    history: tuple[str, ...] = ()
+    """Expected entries of ``docker history`` after those of the base image, oldest first."""
     fails: str = ""
     """Expected text of the error.  Empty if the build succeeds."""
     shows: tuple[str, ...] = ()
@@ -52,6 +54,8 @@ class Built:
     members: Mapping[str, tarfile.TarInfo]
     texts: Mapping[str, str]
     config: Mapping[str, Any]
+    history: Sequence[str] = ()
+    """Entries of ``docker history``, oldest first."""
 
     def field(self, path: str) -> object:
         """Return a field of the image's inspection."""
@@ -108,6 +112,12 @@ class Host:
         found: list[dict[str, Any]] = json.loads(out)
         return found[0] if found else {}
 
+    async def history(self, image: str) -> Sequence[str]:
+        """Return the entries of ``docker history`` of an image, oldest first."""
+        words = ("history", "--no-trunc", "--format", "{{json .CreatedBy}}", image)
+        _, out, _ = await self.run(self.cli, *words)
+        return [json.loads(line) for line in reversed(out.splitlines())]
+
     async def carry_out(self, case: Case, context: Path, image: str) -> Built:
         """Build a case, and inspect its result."""
         context.mkdir()
@@ -118,10 +128,11 @@ class Host:
         options = tuple(one.replace("CONTEXT", str(context)) for one in case.options)
         members: dict[str, tarfile.TarInfo] = {}
         texts: dict[str, str] = {}
-        code, output, config = 0, "", {}
-        if case.config or not (case.gives or case.owned or case.lacks):
+        code, output, config, history = 0, "", {}, list[str]()
+        if case.config or case.history or not (case.gives or case.owned or case.lacks):
             code, output = await self.build(context, "-t", image, *options)
             config = dict(await self.inspect(image)) if not code else {}
+            history = list(await self.history(image)) if case.history and not code else []
         if not code and (case.gives or case.owned or case.lacks):
             code, more = await self.build(context, *options, output=f"type=tar,dest={context}/result.tar")
             output += more
@@ -131,7 +142,7 @@ class Host:
                         members[member.name.strip("/")] = member
                         if member.isfile() and (file := archive.extractfile(member)):
                             texts[member.name] = file.read().decode(errors="replace")
-        return Built(code, output, members, texts, config)
+        return Built(code, output, members, texts, config, history)
 
 
 def differences(case: Case, built: Built, *, of_skep: bool) -> list[str]:
@@ -156,6 +167,8 @@ def differences(case: Case, built: Built, *, of_skep: bool) -> list[str]:
     for path, value in case.config.items():
         if built.field(path) != value:
             found.append(f"{path}: {built.field(path)!r}, not {value!r}")
+    if case.history and tuple(built.history[-len(case.history) :]) != case.history:
+        found.append(f"history: {built.history}, not {case.history}")
     found += [
         f"the output has no {text!r}: {built.output[-1500:]}"
         for text in case.shows

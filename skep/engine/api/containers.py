@@ -36,7 +36,7 @@ from skep.engine.api.container_listing import Selection, ancestors, image_id_amo
 from skep.engine.api.container_output import output_routes
 from skep.engine.api.exec import exec_routes
 from skep.engine.api.files import file_routes
-from skep.engine.api.pruning import is_prunable
+from skep.engine.api.pruning import is_prunable, until_of
 from skep.engine.api.queries import integer
 from skep.engine.capacity import processors
 from skep.engine.container import (
@@ -326,13 +326,13 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
     """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
-    now_ns = served.clock.now_ns()
+    until_ns = until_of(filters, served.clock.now_ns())
     freed_bytes, removed = 0, []
     for container in served.engine.list():
         if (
             not container.is_active
             and (container.was_started or container.plain is not None)
-            and is_prunable(container.created_at, container.labels, filters, now_ns)
+            and is_prunable(container.created_at, container.labels, filters, until_ns)
         ):
             size = (await _sizes(served, container)).get("SizeRw", 0)
             try:

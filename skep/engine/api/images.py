@@ -25,10 +25,10 @@ from skep.api.server import (
     read_body,
 )
 from skep.api.tables import Table
-from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
 from skep.engine.api.commits import import_image
 from skep.engine.api.progress import respond_with_progress
+from skep.engine.api.pruning import until_of
 from skep.engine.api.uploads import drain, pieces_of, send_piece
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
@@ -322,7 +322,7 @@ def _filter(images: ImageStore, filters: Filters, clock: Clock) -> ImageFilter:
         without_labels=filters["label!"],
         before=_only(images, filters["before"]),
         since=_only(images, filters["since"]),
-        until_ns=_until(filters, clock),
+        until_ns=until_of(filters, clock.now_ns()),
         patterns=filters["reference"],
     )
 
@@ -341,16 +341,6 @@ def _dangling(filters: Filters) -> bool | None:
 
 def _only(images: ImageStore, words: tuple[str, ...]) -> Image | None:
     return images.get(words[-1]) if words else None
-
-
-def _until(filters: Filters, clock: Clock) -> int | None:
-    match filters["until"]:
-        case ():
-            return None
-        case (moment,):
-            return parse_time(moment, clock.now_ns())
-        case _:
-            raise InvalidArgument("more than one until filter specified")
 
 
 def _replaced(filter: ImageFilter, **fields: Any) -> ImageFilter:

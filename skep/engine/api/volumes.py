@@ -107,6 +107,7 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
     """Handle ``docker volume ls``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
+    is_dangling = _is_true(filters, "dangling") if filters["dangling"] else None
     used = users_by_volume(served.containers())
     known = []
     for name in served.volumes.names():
@@ -115,7 +116,7 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
     others, warnings = await _of_plugins(served.volumes)
     names = {one["Name"] for one in known}
     listed = known + [one for one in others if one["Name"] not in names]
-    found = [one for one in listed if _is_wanted(one, filters, used)]
+    found = [one for one in listed if _is_wanted(one, filters, used, is_dangling=is_dangling)]
     return json_response({"Volumes": found, "Warnings": warnings or None})
 
 
@@ -251,12 +252,18 @@ def _is_true(filters: Filters, name: str) -> bool:
     return given == {True}
 
 
-def _is_wanted(volume: Mapping[str, Any], filters: Filters, used: Mapping[str, Sequence[str]]) -> bool:
+def _is_wanted(
+    volume: Mapping[str, Any],
+    filters: Filters,
+    used: Mapping[str, Sequence[str]],
+    *,
+    is_dangling: bool | None,
+) -> bool:
+    """``is_dangling``: Whether unused or used volumes are wanted.  None for both."""
     name = volume["Name"]
-    is_dangling = "true" if name not in used else "false"
     return (
         (not filters["name"] or any(part in name for part in filters["name"]))
         and filters.matches("driver", str(volume["Driver"]))
         and filters.matches_labels("label", volume["Labels"] or {})
-        and (not filters["dangling"] or filters["dangling"][0].replace("1", "true") == is_dangling)
+        and is_dangling in (None, name not in used)
     )

@@ -2,7 +2,8 @@
 
 Every text that a build shows, logs or stores passes ``redacted``.  A password may have any character.  With a slash,
 ``?``, ``#`` or ``@`` in it, the end of the address's host is not certain.  Such an address is masked up to its last
-``@``, because a hidden host does less harm than a shown part of a password.
+``@``, because a hidden host does less harm than a shown part of a password.  The ``@`` of an image's digest does not
+count, since no host has the digest's form.
 
 Source: buildkit, util/urlutil/redact.go (RedactCredentials).
 """
@@ -23,6 +24,8 @@ _WORD = re.compile(r"(?:\\.|\S)*", re.DOTALL)
 _CLOSING_QUOTES = {quote: re.compile(rf"\n|{quote}(?=[\s,;:|&)\]}}>]|$)") for quote in "\"'`"}
 _AUTHORITY = re.compile(r"[^/?#]*")
 _HOST = re.compile(r"(?:\[[^\[\]@]*\]|[^:@]*)(?::\d{1,5})?")
+_DIGEST = re.compile(r"@sha256:[0-9a-f]{64}(?![\w.-])")
+"""Digest of an image reference (``app:1@sha256:...``).  Its hexadecimal digits are too many for a port."""
 _CLOSING = "\"'`,;.)]}>"
 """Characters that may follow an address without a path."""
 _HINT = "write / ? # and @ in a user or password as %2F %3F %23 and %40"
@@ -61,7 +64,8 @@ def redacted_address(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     if not separator:
         # Without a scheme, a colon before the @ tells a password from the user of git@host:path.
-        size = rest_size if (rest_size := address.rfind("@") + 1) > address.find(":") + 1 > 0 else 0
+        last = _last_at(address, 0, len(address)) + 1
+        size = last if last > address.find(":") + 1 > 0 else 0
         is_user = "@" in address.partition(":")[0]
         return address if is_user else _masked(address[:size]) + address[size:]
     size = _userinfo_size(rest)
@@ -141,13 +145,21 @@ class _Ends:
     def last_at(self, begin: int, end: int) -> int:
         """Return the position of the last ``@`` of an address, or -1."""
         if self._last_at[0] != end:
-            self._last_at = end, self._text.rfind("@", begin, end)
+            self._last_at = end, _last_at(self._text, begin, end)
         return self._last_at[1] if self._last_at[1] >= begin else -1
 
 
 def _userinfo_size(rest: str) -> int:
     """Return the length of user, password and ``@`` at the start of an address without its scheme."""
-    return 0 if _is_host(rest) else rest.rfind("@") + 1
+    return 0 if _is_host(rest) else _last_at(rest, 0, len(rest)) + 1
+
+
+def _last_at(text: str, begin: int, end: int) -> int:
+    """Return the position of the last ``@`` in a part of a text that does not start a digest, or -1."""
+    at = text.rfind("@", begin, end)
+    while at >= 0 and _DIGEST.match(text, at, end):
+        at = text.rfind("@", begin, at)
+    return at
 
 
 def _is_host(rest: str) -> bool:

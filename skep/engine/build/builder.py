@@ -17,13 +17,14 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.aio.slots import Slots
-from skep.engine.build import copies, runs, targets
+from skep.engine.build import copies, history, runs, targets
 from skep.engine.build.addresses import redacted, shown_errors
 from skep.engine.build.bases import Bases
 from skep.engine.build.cache import CacheMounts, StepCache
 from skep.engine.build.config import (
     Arguments,
     StageArguments,
+    adapted,
     begun,
     changed,
     command_of_step,
@@ -278,7 +279,7 @@ class Build:
         index = self._stages.index(name, before=self._stage) if not name.isdigit() else None
         is_stage = index is not None and targets.context_name(name) not in self._request.images
         made = await self._stage_or_image(step, name, is_base=True)
-        defaults = made.config.defaults if made is not None else ContainerDefaults()
+        defaults = made.config.defaults if made is not None else self._options_of_scratch()
         inherited, self._results.inherited = (
             None,
             child.history_length(made.content) if made is not None else 0,
@@ -297,11 +298,15 @@ class Build:
         for trigger in triggers:
             await self._carry_out(step, trigger_of(trigger))
 
+    def _options_of_scratch(self) -> ContainerDefaults:
+        """Return the options of a stage without a base image.  BuildKit sets the working directory."""
+        return ContainerDefaults(working_dir="/" if self._request.is_buildkit else "")
+
     async def _begin_with_directory(self, step: Step, name: str) -> None:
         """Start a stage on a named context that is a directory: an image with these files only."""
         self._arguments.begin_stage()
         self._results.inherited = 0
-        self._results.position = Position(state=begun(ContainerDefaults()), image=None)
+        self._results.position = Position(state=begun(self._options_of_scratch()), image=None)
         text = f"COPY --from={name} / /"
         await self._copy(step, Copy(text=text, keyword="COPY", sources=("/",), destination="/", origin=name))
 
@@ -370,11 +375,13 @@ class Build:
 
     async def _change(self, step: Step, instruction: Instruction) -> None:
         """Carry out an instruction that changes the configuration.  WORKDIR also creates its directory."""
-        state, comment = changed(self._results.state, instruction)
+        before = self._results.state
+        state, comment = changed(before, instruction)
+        state = adapted(state, before, instruction, is_buildkit=self._request.is_buildkit)
         is_workdir = isinstance(instruction, Workdir)
         words = (f"#(nop) {comment}",) if is_workdir else ("#(nop) ", comment)
         container = options_of(msgspec.structs.replace(state.config, cmd=(*state.shell, *words)))
-        line = comment if self._request.is_buildkit else ""
+        line = history.line_of_change(instruction, comment) if self._request.is_buildkit else None
         change = self._results.change(state, container, line, adds_layer=None if is_workdir else False)
         if await self._results.take_cached(step, change):
             return
@@ -435,7 +442,7 @@ class Build:
         config = msgspec.structs.replace(
             state.config, cmd=(*state.shell, f"#(nop) {copies.shown_copy(copy, digest)}")
         )
-        line = f"{copy.text} # buildkit" if self._request.is_buildkit else ""
+        line = history.line_of_copy(copy) if self._request.is_buildkit else None
         more = copies.key_of_options(copy)
         return self._results.change(state, options_of(config), line, *more, adds_layer=True)
 
@@ -467,6 +474,8 @@ class Build:
         shown = command_of_step(command, self._arguments, visible)
         container = options_of(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
         variables = variables_of(state, visible)
+        words = (*state.shell, *command) if script else command
+        line = history.line_of_run(words, self._arguments.stage.declared, variables)
         expand = partial(substituted, variables=variables, escape=self._stages.escape, budget=self._budget)
         mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
         async with AsyncExitStack() as stack:
@@ -480,8 +489,12 @@ class Build:
                 partial(self._tree_of, step),
             )
             extras = (*run.mounts, run.network, script, *await sources.find(mounts))
-            line = f"RUN {' '.join(shown)} # buildkit" if self._request.is_buildkit else ""
-            change = self._results.change(state, container, line, *(extras if any(extras) else ()))
+            change = self._results.change(
+                state,
+                container,
+                line if self._request.is_buildkit else None,
+                *(extras if any(extras) else ()),
+            )
             if await self._results.take_cached(step, change):
                 return
             env = {**visible, **self._arguments.proxies}

@@ -278,7 +278,7 @@ def changed(state: StageState, instruction: Instruction) -> tuple[StageState, st
             config = msgspec.structs.replace(config, stop_signal=signal)
         case Expose(ports=ports):
             comment = f"EXPOSE {' '.join(ports)}"
-            found: dict[str, object] = {port: {} for text in ports for port in _ports(text)}
+            found: dict[str, object] = {port: {} for text in ports for port in ports_of(text)}
             config = msgspec.structs.replace(config, exposed_ports={**(config.exposed_ports or {}), **found})
         case Volume(paths=paths):
             if not all(paths):
@@ -293,7 +293,7 @@ def changed(state: StageState, instruction: Instruction) -> tuple[StageState, st
             comment = f"SHELL [{' '.join(words)}]"
             config = msgspec.structs.replace(config, shell=words)
         case Healthcheck(health=health):
-            comment = f"HEALTHCHECK {_shown(health)}"
+            comment = f"HEALTHCHECK {shown_health(health)}"
             config = msgspec.structs.replace(config, healthcheck=health)
         case Cmd() | Entrypoint():
             return _with_command(state, instruction)
@@ -313,6 +313,31 @@ def _with_command(state: StageState, instruction: Cmd | Entrypoint) -> tuple[Sta
         return msgspec.structs.replace(state, config=config, has_cmd=has_cmd), comment
     config = msgspec.structs.replace(config, entrypoint=words, cmd=config.cmd if state.has_cmd else None)
     return msgspec.structs.replace(state, config=config), comment
+
+
+def adapted(
+    after: StageState, before: StageState, instruction: Instruction, *, is_buildkit: bool
+) -> StageState:
+    """Return the state after an instruction, with what only one of the two builders sets.
+
+    BuildKit marks every CMD.  The classic builder takes options that a HEALTHCHECK lacks from the one before it.
+
+    Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (dispatchCmd); moby 20.10, daemon/commit.go (merge).
+    """
+    config, old = after.config, before.config.healthcheck
+    if is_buildkit and isinstance(instruction, Cmd):
+        config = msgspec.structs.replace(config, args_escaped=True)
+    elif not is_buildkit and isinstance(instruction, Healthcheck) and old is not None:
+        own = instruction.health
+        health = msgspec.structs.replace(
+            own,
+            interval=own.interval or old.interval,
+            timeout=own.timeout or old.timeout,
+            start_period=own.start_period or old.start_period,
+            retries=own.retries or old.retries,
+        )
+        config = msgspec.structs.replace(config, healthcheck=health)
+    return msgspec.structs.replace(after, config=config)
 
 
 def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerDefaults:
@@ -367,7 +392,7 @@ def _with_variables(env: Sequence[str], pairs: Iterable[tuple[str, str]]) -> tup
     return tuple(values.values())
 
 
-def _ports(text: str) -> Iterable[str]:
+def ports_of(text: str) -> Iterable[str]:
     """Return the container ports of ``80``, ``80-90/udp`` or ``127.0.0.1:80:90``."""
     inside = text.rpartition(":")[2]
     found = _PORTS.fullmatch(inside)
@@ -383,13 +408,17 @@ def _ports(text: str) -> Iterable[str]:
     return (f"{port}/{protocol}" for port in range(first, last + 1))
 
 
-def _shown(health: HealthConfig) -> str:
-    """Format the health check as Go's ``%q`` does."""
+def shown_health(health: HealthConfig, *, has_start_interval: bool = False) -> str:
+    """Format the health check as Go's ``%q`` does.
+
+    ``has_start_interval``: Whether Docker's type has the field, which 20.10 lacks.
+    """
     test = " ".join(map(quoted, health.test))
-    times = " ".join(
-        quoted(_go_duration(ns)) for ns in (health.interval, health.timeout, health.start_period)
-    )
-    return f"&{{[{test}] {times} {_quoted_rune(health.retries)}}}"
+    times = [health.interval, health.timeout, health.start_period]
+    if has_start_interval:
+        times.append(health.start_interval)
+    shown = " ".join(quoted(_go_duration(ns)) for ns in times)
+    return f"&{{[{test}] {shown} {_quoted_rune(health.retries)}}}"
 
 
 def _quoted_rune(number: int) -> str:

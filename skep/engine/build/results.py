@@ -45,8 +45,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     container: dict[str, Any]
     """Configuration of the step's container, as in the history and in Docker's classic cache."""
     key: StepKey
-    line: str = ""
-    """Entry of the history.  Empty for the container's command."""
+    line: str | None = None
+    """Entry of the history.  None for the container's command.  Empty for no entry."""
     adds_layer: bool | None = None
     """See ``WantedStep``."""
 
@@ -111,7 +111,7 @@ class Results:
         self,
         state: StageState,
         container: dict[str, Any],
-        line: str,
+        line: str | None,
         *more: str,
         adds_layer: bool | None = None,
     ) -> Change:
@@ -210,15 +210,16 @@ class Results:
         step = child.Step(
             created=created,
             diff_id=diff_id,
-            created_by=redacted(line or " ".join(change.container.get("Cmd") or ())),
+            created_by=redacted(line if line is not None else " ".join(change.container.get("Cmd") or ())),
             author=change.state.author,
-            comment=BUILDKIT if line else "",
+            comment=BUILDKIT if line is not None else "",
+            has_entry=line != "",
         )
         content = child.child_config(
             parent.content if parent is not None else None,
             step,
             options_of(change.state.config),
-            more={} if line else {"container_config": _shown(change.container)},
+            more={} if line is not None else {"container_config": _shown(change.container)},
             platform={"architecture": here.architecture, "os": here.os},
         )
         if len(content) > _CONFIG_BYTES_MAX:

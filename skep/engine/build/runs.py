@@ -357,6 +357,8 @@ class MountSources:
         if value is None:
             if mount.required:
                 raise NotFound(f"secret {id}: not found")
+            if mount.env is not None:  # BuildKit sets the variable, without a value
+                variables[mount.env or id] = ""
             return []
         if mount.env is not None:
             variables[mount.env or id] = value.decode("utf-8", "surrogateescape")
@@ -373,14 +375,14 @@ class MountSources:
         socket = None
         if self._inputs.provider is not None:
             socket = await self._stack.enter_async_context(self._inputs.provider.ssh(id))
-        if socket is None:
-            if mount.required:
-                raise NotFound(f"ssh agent {id}: not found")
-            return []
+        if socket is None and mount.required:
+            raise NotFound(f"ssh agent {id}: not found")
         target = os.path.join("/", mount.target or f"run/buildkit/ssh_agent.{self._agents}")
         if not self._agents:
             variables["SSH_AUTH_SOCK"] = target
         self._agents += 1
+        if socket is None:  # BuildKit sets the variable nevertheless
+            return []
         os.chown(socket, mount.uid or 0, mount.gid or 0)
         os.chmod(socket, 0o600 if mount.mode is None else mount.mode)
         return [Mount(type="bind", source=str(socket), target=target, bind_options=BindOptions())]

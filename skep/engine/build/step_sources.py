@@ -65,6 +65,9 @@ class RegistryPlace:
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """Slowest download of a layer that a build waits for.
 
+    If another build or pull fetches the layer already, the download starts when that one has ended.  The build waits
+    as long as the layer would take at this rate.
+
     A source that sends a byte now and then would keep the build, the layer's lock and the reserved disk for hours.
     """
 
@@ -100,28 +103,56 @@ class FetchedSteps:
         """See ``StepSource``.  Raises: Unavailable: the layer arrives too slowly."""
         if self._images.layer_store.get(chain_id) is not None:
             return
-        descriptor, start_s = (
-            Descriptor(digest=found.blob, size=found.size),
-            asyncio.get_running_loop().time(),
-        )
-
-        def note(message: Message) -> None:
-            if message.status == "Download complete":  # unpacking has limits of its own
-                deadline.reschedule(None)
-            elif message.status == "Downloading" and message.progress_detail is not None:
-                until_s = start_s + self._pace.seconds_for(message.progress_detail.current)
-                deadline.reschedule(max(until_s, deadline.when() or 0.0))
-
-        async def fetch(repository: pulling.Repository) -> None:
-            await pulling.fetch_layer(self._images, repository, descriptor, chain_id, found.diff_id, note)
-
+        descriptor = Descriptor(digest=found.blob, size=found.size)
+        arrival = _Arrival(self._pace, found)
         try:
-            async with asyncio.timeout(self._pace.silent_s) as deadline:
-                await self._place.at(fetch)
+            async with asyncio.timeout(self._pace.silent_s) as arrival.deadline:
+                await self._place.at(
+                    lambda repository: pulling.fetch_layer(
+                        self._images, repository, descriptor, chain_id, found.diff_id, arrival.note
+                    )
+                )
         except TimeoutError as error:
-            raise Unavailable(
-                f"layer {short(found.blob)} arrives at less than {self._pace.bytes_per_s} bytes per second"
-            ) from error
+            raise Unavailable(arrival.reason) from error
+
+
+class _Arrival:
+    """Deadline of one layer, moved by the progress of its download."""
+
+    def __init__(self, pace: Pace, found: FoundStep) -> None:
+        self._pace = pace
+        self._found = found
+        self._loop = asyncio.get_running_loop()
+        self._start_s = self._loop.time()
+        self._is_waiting = False
+        self.deadline = asyncio.timeout(None)
+
+    def note(self, message: Message) -> None:
+        """Move the deadline.  A ``Report``."""
+        match message.status:
+            case "Waiting":
+                self._is_waiting = True
+                self.deadline.reschedule(self._loop.time() + self._pace.seconds_for(self._found.size))
+            case "Pulling fs layer":
+                self._is_waiting = False
+                self._start_s = self._loop.time()
+                self.deadline.reschedule(self._start_s + self._pace.silent_s)
+            case "Downloading" if message.progress_detail is not None:
+                until_s = self._start_s + self._pace.seconds_for(message.progress_detail.current)
+                self.deadline.reschedule(max(until_s, self.deadline.when() or 0.0))
+            case "Download complete":  # unpacking has limits of its own
+                self.deadline.reschedule(None)
+
+    @property
+    def reason(self) -> str:
+        """Why the layer did not arrive in time."""
+        layer = f"layer {short(self._found.blob)}"
+        if self._is_waiting:
+            seconds = self._pace.seconds_for(self._found.size)
+            return (
+                f"{layer} is fetched by another build or pull, which has not ended in {seconds:.0f} seconds"
+            )
+        return f"{layer} arrives at less than {self._pace.bytes_per_s} bytes per second"
 
 
 class _LocalSteps:

@@ -35,6 +35,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         diff_id: Digest of the layer with the change.  Empty, or ``EMPTY_LAYER``, if there is no layer.
         created: A Timestamp.
+        has_entry: Whether the history shows it.
     """
 
     created: str
@@ -42,6 +43,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str = ""
     author: str = ""
     comment: str = ""
+    has_entry: bool = True
 
 
 def child_config(
@@ -75,7 +77,7 @@ def child_config(
             "type": "layers",
             "diff_ids": [*(rootfs.get("diff_ids") or ()), *([step.diff_id] if has_layer else ())],
         },
-        "history": [*history, _entry(step, has_layer=has_layer)],
+        "history": [*history, *([_entry(step, has_layer=has_layer)] if step.has_entry else ())],
     }
     if step.author:
         document["author"] = step.author

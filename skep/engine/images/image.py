@@ -46,6 +46,8 @@ class ContainerDefaults(ApiObject):
     env: tuple[str, ...] | None = None
     entrypoint: tuple[str, ...] | None = None
     cmd: tuple[str, ...] | None = None
+    args_escaped: bool = False
+    """Set by BuildKit for every CMD, without effect on Linux."""
     volumes: Mapping[str, Any] | None = None
     working_dir: str = ""
     labels: Mapping[str, str] | None = None

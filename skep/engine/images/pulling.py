@@ -202,11 +202,16 @@ async def fetch_layer(
 ) -> None:
     """Fetch one layer into the store, unless it is there.  The caller must pin its chain, and set a time limit.
 
+    While another pull or build fetches the layer, its state is "Waiting".  "Pulling fs layer" follows.
+
     Raises: InvalidArgument: it is not the layer ``diff_id``; UnpackFailed; as ``Repository.blob``.
     """
+    id = short(descriptor.digest)
+    report(step(id, "Waiting"))
     async with _lock(_layers, (images, chain_id)), images.workspace("layer") as directory:
         if images.layer_store.get(chain_id) is not None:
             return
+        report(step(id, "Pulling fs layer"))
         try:
             path = await _download(repository, images, descriptor, directory / "layer", report)
             await _unpack(images, path, descriptor, chain_id, diff_id, report)

@@ -35,7 +35,7 @@ from skep.api.server import Filters, Routes, api_version, json_response, read_bo
 from skep.api.versions import ApiVersion
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
-from skep.engine.api.pruning import is_prunable
+from skep.engine.api.pruning import is_prunable, until_of
 from skep.engine.create import endpoint_request
 from skep.engine.engine import Engine
 from skep.engine.events import NamedNetwork
@@ -196,7 +196,7 @@ class _NodeNetworks:
         """Remove unused bridge networks.  The gateway bridge always counts as used."""
         filters = Filters.of(request)
         filters.refuse_unknown(*PRUNE_FILTERS)
-        now_ns = self._cluster.clock.now_ns()
+        until_ns = until_of(filters, self._cluster.clock.now_ns())
         removed: list[str] = []
         managers = [self._cluster.forward_to_manager] if self._cluster.member.is_manager else []
         for forward in (*managers, *([self._forward_to_engine] if self._sources.docker is not None else [])):
@@ -205,7 +205,7 @@ class _NodeNetworks:
                 raise response.error()
             removed += msgspec.json.decode(response.body).get("NetworksDeleted") or []
         for network in self._local.bridges() if self._sources.docker is None else ():
-            is_selected = is_prunable(network.created_at, network.labels, filters, now_ns)
+            is_selected = is_prunable(network.created_at, network.labels, filters, until_ns)
             if is_selected and not self._users_of(network):
                 await self._remove_own(network)
                 removed.append(network.name)

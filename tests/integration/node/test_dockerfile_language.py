@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import dockerfile_oddities as oddities
 from tests.support import dockerfile_steps as steps
 from tests.support import dockerfile_table as table
 from tests.support.build_lab import BuildLab, build_lab
@@ -76,10 +77,14 @@ async def check(host: Host, cases: Sequence[Case], directory: Path) -> None:
         "TRIGGERS",
         "CONTEXTS",
         "TIMES",
+        "WRITING",
+        "VALUES",
+        "STEPS",
+        "REFUSALS",
     ],
 )
 async def test_dockerfiles_give_what_the_reference_says(host: Host, group: str, tmp_path: Path) -> None:
-    cases = getattr(table, group, None) or getattr(steps, group)
+    cases = next(getattr(module, group) for module in (table, steps, oddities) if hasattr(module, group))
     await check(host, cases, tmp_path)
 
 
@@ -110,6 +115,13 @@ async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: Buil
     assert code == 0, output
     assert "cache source" not in output
     assert lab.images.get("first:1").id == lab.images.get("next:1").id
+
+
+@pytest.mark.usefixtures("only_here")
+async def test_a_step_without_changes_has_no_layer(host: Host, lab: BuildLab) -> None:
+    code, output = await host.build(lab.context("FROM busybox:1\nRUN true\n"), "-t", "made:1")
+    assert code == 0, output
+    assert lab.images.get("made:1").chain == lab.images.get("busybox:1").chain
 
 
 @pytest.mark.usefixtures("only_here")

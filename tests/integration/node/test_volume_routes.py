@@ -41,6 +41,9 @@ async def api(volumes: Volumes) -> AsyncIterator[Api]:
         ("", ["free", "used"]),
         ('?filters={"name":["us"]}', ["used"]),
         ('?filters={"dangling":["true"]}', ["free"]),
+        ('?filters={"dangling":{"1":true}}', ["free"]),
+        ('?filters={"dangling":["false"]}', ["used"]),
+        ('?filters={"dangling":["0"]}', ["used"]),
         ('?filters={"driver":["other"]}', []),
         ('?filters={"label":["x"]}', []),
     ],
@@ -48,6 +51,12 @@ async def api(volumes: Volumes) -> AsyncIterator[Api]:
 async def test_volumes_are_listed(api: Api, query: str, names: list[str]) -> None:
     response = await (await api.get(f"/v1.41/volumes{query}")).json()
     assert [volume["Name"] for volume in response["Volumes"]] == names
+
+
+async def test_a_filter_that_is_neither_true_nor_false_is_refused(api: Api) -> None:
+    response = await api.get('/v1.41/volumes?filters={"dangling":["x"]}')
+    assert response.status == 400
+    assert await response.json() == {"message": "invalid filter 'dangling=[x]'"}
 
 
 async def test_a_volume_is_inspected(api: Api, volumes: Volumes) -> None:

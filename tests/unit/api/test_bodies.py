@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.api.bodies import decode_body
+from skep.engine.request import CreateRequest, HostConfig
 from skep.errors import InvalidArgument
 from skep.model.encoding import to_json
 from skep.model.network import Network
@@ -38,6 +39,23 @@ def test_null_in_a_list_or_map_is_the_zero_value():
 
 def test_names_match_without_regard_to_case():
     assert decode_body(b'{"nAmE": "web"}', ServiceSpec).name == "web"
+
+
+@pytest.mark.parametrize(
+    ("body", "cmd", "entrypoint"),
+    [
+        (b'{"Cmd": "echo a b", "Entrypoint": ""}', ("echo a b",), ("",)),
+        (b'{"Cmd": ["a", "b"], "Entrypoint": null}', ("a", "b"), None),
+        (b'{"cmd": [], "entrypoint": "x"}', (), ("x",)),
+    ],
+)
+def test_a_command_may_be_one_string(body, cmd, entrypoint):
+    """As Docker Engine 20.10 and 28.5 read it."""
+    request = decode_body(body, CreateRequest)
+    assert (request.cmd, request.entrypoint) == (cmd, entrypoint)
+    assert decode_body(b'{"CapAdd": "NET_ADMIN"}', HostConfig).cap_add == ("NET_ADMIN",)
+    with pytest.raises(InvalidArgument, match=r"cannot unmarshal string .* of type \[\]string"):
+        decode_body(b'{"Env": "A=1"}', CreateRequest)
 
 
 def test_unknown_fields_are_ignored():

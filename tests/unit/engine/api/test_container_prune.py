@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from sim.time import VirtualClock, VirtualLoop
 from skep.engine.api import containers
 from skep.engine.container import Container, ContainerState
+from skep.errors import InvalidArgument
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
 from tests.support.stub_engine import StubEngine, a_container, disk_full
@@ -88,3 +89,13 @@ def test_what_is_removed_or_started_meanwhile_keeps_no_other(
         assert [one.name for one in stubs.engine.list()] == (["c2"] if is_started else [])
 
     pruning(tmp_path, body)
+
+
+def test_a_wrong_time_is_refused_though_there_is_nothing_to_remove(tmp_path: Path) -> None:
+    """As Docker Engine 28.5.  It would go unnoticed until the first container ends."""
+    loop = VirtualLoop()
+    served = containers.Served(StubEngine(VirtualClock(loop), tmp_path).engine, VirtualClock(loop))
+    request = make_mocked_request("POST", '/containers/prune?filters={"until":["x"]}')
+    with pytest.raises(InvalidArgument):
+        loop.run_until_complete(containers.prune(served, request))
+    loop.close()

@@ -1,9 +1,11 @@
-"""The label filters of the ``prune`` commands."""
+"""The filters of the ``prune`` commands."""
 
 import pytest
 
 from skep.api.filters import Filters
-from skep.engine.api.pruning import has_prunable_labels
+from skep.engine.api.pruning import has_prunable_labels, is_prunable, until_of
+from skep.errors import InvalidArgument
+from skep.model.times import timestamp
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,15 @@ def test_an_object_is_kept_by_all_the_labels_together(
     filters: dict[str, tuple[str, ...]], labels: dict[str, str], is_prunable: bool
 ) -> None:
     assert has_prunable_labels(labels, Filters(filters)) is is_prunable
+
+
+def test_a_wrong_time_is_refused_before_anything_is_looked_at() -> None:
+    for moments in (("x",), ("1", "2")):
+        with pytest.raises(InvalidArgument):
+            until_of(Filters({"until": moments}), 0)
+    until_ns = until_of(Filters({"until": ("100",)}), 0)
+    assert [is_prunable(timestamp(ns), {}, Filters({}), until_ns) for ns in (99 * 10**9, 100 * 10**9)] == [
+        True,
+        False,
+    ]
+    assert until_of(Filters({}), 0) is None

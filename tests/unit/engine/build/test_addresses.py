@@ -17,6 +17,7 @@ from skep.engine.build.addresses import (
 from skep.errors import InvalidArgument, NotFound
 
 X = "xxxxx:xxxxx@"
+D = f"@sha256:{'0123456789abcdef' * 4}"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,14 @@ X = "xxxxx:xxxxx@"
         ("https://registry:443/@scope/pkg", "https://registry:443/@scope/pkg"),
         ('"https://h:80","a@b" https://h. me@x', '"https://xxxxx:xxxxx@b" https://h. me@x'),
         ("https://h:$PORT/ me@x git@h:o/r.git", "https://h:$PORT/ me@x git@h:o/r.git"),
+        # Digests of images, and passwords that look like a part of one.
+        (f"docker-image://app:1{D} docker-image://h:5000/a:1.2{D}",) * 2,
+        (
+            f'["docker-image://app:1{D}", "docker-image://u:p@h/a{D}"]',
+            f'["docker-image://app:1{D}", "docker-image://{X}h/a{D}"]',
+        ),
+        (f"https://u:p{D}@h/x https://u:p{D}.h/x", f"https://{X}h/x https://{X}{D[1:]}.h/x"),
+        ("https://u:p@sha256:1234/x", f"https://{X}sha256:1234/x"),
         ("", ""),
     ],
 )
@@ -70,6 +79,14 @@ def test_how_addresses_are_shown(text: str, shown: str) -> None:
         ("github.com/o/r", "github.com/o/r"),
         ("h:80/x", "h:80/x"),
         ("https://h:80/a@b", "https://h:80/a@b"),
+        (f"h:5000/app{D}",) * 2,
+        (f"h:5000{D}",) * 2,
+        (f"app:1{D}",) * 2,
+        (f"h:5000/app:1{D},other:2,app{D}",) * 2,
+        (f"u:p@h/app:1{D}", f"{X}h/app:1{D}"),
+        (f"app:1{D},u:p@h/app", f"{X}h/app"),
+        (f"u:p{D}x@h/app", f"{X}h/app"),
+        (f"u:p{D[:-1]}", f"{X}{D[1:-1]}"),
     ],
 )
 def test_how_a_text_that_is_an_address_is_shown(address: str, shown: str) -> None:
@@ -135,7 +152,21 @@ def test_any_text_can_be_shown(one: str, two: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a://b:c,", "a", '"a://b ', "\"a://b,'", "a://u:p@h,", "://", "a:", "\\ ", '"://"', "@://:"]
+    "text",
+    [
+        "a://b:c,",
+        "a",
+        '"a://b ',
+        "\"a://b,'",
+        "a://u:p@h,",
+        "://",
+        "a:",
+        D,
+        f"a://b:c{D}",
+        "\\ ",
+        '"://"',
+        "@://:",
+    ],
 )
 def test_a_long_line_costs_time_in_proportion(text: str) -> None:
     """A Dockerfile may be hostile.  Work in the square of the length would take minutes."""

@@ -5,6 +5,7 @@ import pytest
 from skep.engine.build.config import (
     Arguments,
     StageState,
+    adapted,
     apply_changes,
     begun,
     changed,
@@ -16,6 +17,8 @@ from skep.engine.build.dockerfile import parse
 from skep.engine.build.instructions import instruction_of
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import InvalidArgument
+from skep.model.container import HealthConfig
+from skep.model.times import SECOND_NS
 
 
 def after(*lines: str, base: ContainerDefaults | None = None) -> tuple[StageState, str]:
@@ -54,6 +57,20 @@ def after(*lines: str, base: ContainerDefaults | None = None) -> tuple[StageStat
 )
 def test_the_history_has_the_builders_words(line: str, comment: str) -> None:
     assert after(line)[1] == comment
+
+
+def test_the_classic_builder_takes_options_of_the_health_check_before() -> None:
+    """As Docker Engine 20.10.  BuildKit starts with defaults."""
+    lines = parse("HEALTHCHECK --interval=5s --retries=2 CMD x\nHEALTHCHECK --timeout=1m CMD y").lines
+    first, second = (instruction_of(line) for line in lines)
+    before, _ = changed(begun(ContainerDefaults()), first)
+    after, _ = changed(before, second)
+    inherited = HealthConfig(
+        test=("CMD-SHELL", "y"), interval=5 * SECOND_NS, timeout=60 * SECOND_NS, retries=2
+    )
+    assert adapted(after, before, second, is_buildkit=False).config.healthcheck == inherited
+    own = HealthConfig(test=("CMD-SHELL", "y"), timeout=60 * SECOND_NS)
+    assert adapted(after, before, second, is_buildkit=True).config.healthcheck == own
 
 
 def test_variables_are_replaced_in_their_place() -> None:

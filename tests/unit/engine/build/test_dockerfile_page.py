@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from tests.support import dockerfile_oddities as oddities
 from tests.support import dockerfile_steps as steps
 from tests.support import dockerfile_table as table
 from tests.support.dockerfile_cases import Case
@@ -13,7 +14,7 @@ PAGE = Path(__file__).parents[4] / "docs" / "conformance" / "dockerfile.md"
 def cases() -> list[str]:
     """All cases as the page names them."""
     found = []
-    for module in (table, steps):
+    for module in (table, steps, oddities):
         for group, members in vars(module).items():
             if isinstance(members, tuple) and members and isinstance(members[0], Case):
                 found += [f"{group}: {case.name}" for case in members]
