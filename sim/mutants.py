@@ -40,8 +40,8 @@ from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import SlotKey
-from skep.manager.orchestrator.reaper import loop as reaper_loop
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
+from skep.manager.orchestrator.reaper import state as reaper_state
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
@@ -396,7 +396,7 @@ def _passes_over_silently() -> list[Patch]:
 
 
 def _keeps_spec_versions() -> list[Patch]:
-    return [Patch(reaper_loop, "unused_versions", lambda *_: [])]
+    return [Patch(reaper_state, "unused_versions", lambda *_: [])]
 
 
 def _accepts_all() -> list[Patch]:
@@ -420,7 +420,7 @@ def _decides_all_for_a_node() -> list[Patch]:
 
 
 def _deletes_unreported_tasks() -> list[Patch]:
-    return [Patch(reaper_loop, "unreported", lambda *_: {})]
+    return [Patch(reaper_state, "unreported", lambda *_: {})]
 
 
 def _shares_the_lock() -> list[Patch]:

@@ -68,10 +68,14 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
                 pending = {task.id for task in view.find(Task) if is_pending(task)}
                 claiming = {one.task.id for claims in loop._preemptor._claims.values() for one in claims}
                 yield from _differences("scheduler", {"claiming": claiming}, {"claiming": claiming & pending})
-                yield from _differences("scheduler", {"waiting": set(loop._groups.of)}, {"waiting": pending})
+                yield from _differences(
+                    "scheduler", {"waiting": set(loop._groups.of)}, {"waiting": pending}
+                )
             case Orchestrator():
                 known = {one.id for one in view.find(Service) if one.spec.mode.name.startswith("global")}
-                yield from _differences("orchestrator", {"global": loop._global}, {"global": known})
+                yield from _differences(
+                    "orchestrator", {"global": loop._global}, {"global": known}
+                )
                 yield from _stamps(loop, view)
 
 
@@ -197,11 +201,10 @@ def leftovers(
     if logs._subscriptions or logs._relaying:
         yield f"has {len(logs._subscriptions)} readers of logs, and relays {len(logs._relaying)}"
     for loop in loops:
-        name, queue, failures = (
-            type(loop).__name__,
-            getattr(loop, "_queue", None),
-            getattr(loop, "_failures", None),
-        )
+        name, state = type(loop).__name__, getattr(loop, "state", None)
+        queue, failures = getattr(state, "queue", None), getattr(state, "failures", None)
+        if queue is None:
+            queue, failures = getattr(loop, "_queue", None), getattr(loop, "_failures", None)
         if isinstance(queue, WorkQueue) and queue._is_due:
             yield f"{name} still has queued: {sorted(queue._is_due)}"
         if isinstance(failures, Failures) and failures._failures:

@@ -13,10 +13,10 @@ from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
 from skep.manager.heartbeats import configured_grace_s
 from skep.manager.informer import CatchUp, batches_of, run_exact_informer
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     Cause,
     Change,
-    Recheck,
     ReplaceTask,
     RetireTask,
     Step,
