@@ -17,7 +17,8 @@ from skep.manager.quotas import replicas_within_quota
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import Schedules
 from skep.manager.task_usages import no_usages
-from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, skip_confirmation
+from skep.manager.volumes.driver_calls import Confirm, FindDriver, no_drivers, skip_confirmation
+from skep.manager.volumes.loop import ClusterVolumes
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
 

@@ -23,7 +23,7 @@ from skep.manager.orchestrator.reaper.removals import Orphan, write
 from skep.manager.orchestrator.reaper.state import NO_LIMIT, cluster_limit
 from skep.manager.recovery import doubt_volumes
 from skep.manager.revocation import revoke
-from skep.manager.volumes.loop import _forget
+from skep.manager.volumes.records import forget
 from skep.model.ids import ClusterId, NodeId, ServiceId, SessionId, VolumeId
 from skep.model.network import Network
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSession, NodeSpec, Reachability
@@ -187,7 +187,7 @@ def test_a_volume_of_which_it_cannot_be_read_whether_it_was_made_is_not_forgotte
         pending_delete=True,
     )
     store = loaded(volume, damaged=(("volume", "v1", "info"),))
-    asyncio.run(store.update(_forget, VolumeId("v1")))
+    asyncio.run(store.update(forget, VolumeId("v1")))
     assert store.view().lookup(Volume, "v1") is not None
 
 
