@@ -36,7 +36,7 @@ from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import decision_inputs, held_places, jobs, observed_times, restart, update
-from skep.manager.orchestrator import loop as orchestrator_loop
+from skep.manager.orchestrator import state as orchestrator_state
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import SlotKey
@@ -238,7 +238,7 @@ def _crowding_out() -> list[Patch]:
         held = sorted((task for task in tasks if task.is_active), key=age)
         return frozenset(task.id for task in held[1:])
 
-    return [Patch(orchestrator_loop, "overcommitted", all_but_the_oldest)]
+    return [Patch(orchestrator_state, "overcommitted", all_but_the_oldest)]
 
 
 def _one_too_many() -> list[Patch]:
@@ -411,12 +411,12 @@ def _accepts_all() -> list[Patch]:
 
 def _decides_all_for_a_node() -> list[Patch]:
     def all_slots(
-        self: orchestrator_loop.Orchestrator, node: Node
+        self: orchestrator_state.OrchestratorState, node: Node
     ) -> Iterator[tuple[ServiceId, SlotKey | None]]:
-        for service in self._term.view().find(Service):
+        for service in self._view().find(Service):
             yield service.id, None
 
-    return [Patch(orchestrator_loop.Orchestrator, "_slots_of_node", all_slots)]
+    return [Patch(orchestrator_state.OrchestratorState, "_slots_of_node", all_slots)]
 
 
 def _deletes_unreported_tasks() -> list[Patch]:

@@ -74,13 +74,13 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
             case Orchestrator():
                 known = {one.id for one in view.find(Service) if one.spec.mode.name.startswith("global")}
                 yield from _differences(
-                    "orchestrator", {"global": loop._global}, {"global": known}
+                    "orchestrator", {"global": loop.state.global_services}, {"global": known}
                 )
                 yield from _stamps(loop, view)
 
 
 def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
-    seen = loop._seen
+    seen = loop.state.seen
     for name, stamps in (
         ("created", seen._created),
         ("ran", seen._running),

@@ -69,15 +69,15 @@ def a_place_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
 def a_service_forgotten(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Orchestrator)
     assert isinstance(loop, Orchestrator)
-    loop._global.add(ServiceId("gone"))
-    return lambda: loop._global.discard(ServiceId("gone"))
+    loop.state.global_services.add(ServiceId("gone"))
+    return lambda: loop.state.global_services.discard(ServiceId("gone"))
 
 
 def a_stamp_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Orchestrator)
     assert isinstance(loop, Orchestrator)
-    loop._seen._created[TaskId("gone")] = 1.0
-    return lambda: loop._seen._created.pop(TaskId("gone"))
+    loop.state.seen._created[TaskId("gone")] = 1.0
+    return lambda: loop.state.seen._created.pop(TaskId("gone"))
 
 
 @pytest.mark.parametrize(
