@@ -58,9 +58,9 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
         match loop:
             case Allocator():
                 yield from _differences(
-                    "allocator", _allocated(loop._allocations), _allocated(Allocations.of(view))
+                    "allocator", _allocated(loop.state.allocations), _allocated(Allocations.of(view))
                 )
-                yield from _differences("allocator", _held(loop._allocations), _holding(view))
+                yield from _differences("allocator", _held(loop.state.allocations), _holding(view))
             case Scheduler():
                 yield from _differences(
                     "scheduler", _placed(loop._accounting), _placed(_accounted(view, loop))

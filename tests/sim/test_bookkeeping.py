@@ -54,8 +54,8 @@ def an_address_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Allocator)
     assert isinstance(loop, Allocator)
     network = next(one for one in cluster.view.find(Network) if one.spec.ingress)
-    loop._allocations.allocate("gone", network)
-    return lambda: loop._allocations.addresses.release("gone")
+    loop.state.allocations.allocate("gone", network)
+    return lambda: loop.state.allocations.addresses.release("gone")
 
 
 def a_place_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
