@@ -63,13 +63,13 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
                 yield from _differences("allocator", _held(loop.state.allocations), _holding(view))
             case Scheduler():
                 yield from _differences(
-                    "scheduler", _placed(loop._accounting), _placed(_accounted(view, loop))
+                    "scheduler", _placed(loop.state.accounting), _placed(_accounted(view, loop))
                 )
                 pending = {task.id for task in view.find(Task) if is_pending(task)}
-                claiming = {one.task.id for claims in loop._preemptor._claims.values() for one in claims}
+                claiming = {one.task.id for claims in loop.state.preemptor._claims.values() for one in claims}
                 yield from _differences("scheduler", {"claiming": claiming}, {"claiming": claiming & pending})
                 yield from _differences(
-                    "scheduler", {"waiting": set(loop._groups.of)}, {"waiting": pending}
+                    "scheduler", {"waiting": set(loop.state.groups.of)}, {"waiting": pending}
                 )
             case Orchestrator():
                 known = {one.id for one in view.find(Service) if one.spec.mode.name.startswith("global")}
@@ -134,10 +134,10 @@ def _accounted(view: View, loop: Scheduler) -> Accounting:
     for task in view.find(Task):
         if holds_resources(task):
             fresh.reserve(task.id, task.node_id, usage_in(view, task))
-    for claims in loop._preemptor._claims.values():
+    for claims in loop.state.preemptor._claims.values():
         for one in claims:
             node_id, id = one.candidate.node_id, claim_id(one.task)
-            fresh.reserve(id, node_id, loop._accounting.held(node_id)[id])
+            fresh.reserve(id, node_id, loop.state.accounting.held(node_id)[id])
     return fresh
 
 
@@ -203,8 +203,6 @@ def leftovers(
     for loop in loops:
         name, state = type(loop).__name__, getattr(loop, "state", None)
         queue, failures = getattr(state, "queue", None), getattr(state, "failures", None)
-        if queue is None:
-            queue, failures = getattr(loop, "_queue", None), getattr(loop, "_failures", None)
         if isinstance(queue, WorkQueue) and queue._is_due:
             yield f"{name} still has queued: {sorted(queue._is_due)}"
         if isinstance(failures, Failures) and failures._failures:

@@ -136,15 +136,13 @@ async def test_a_look_at_every_job_would_be_noticed(monkeypatch: pytest.MonkeyPa
 
 async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong twin: a scheduler that begins anew after every batch."""
-    real = Scheduler._flush
+    real = Scheduler._schedule
 
-    async def careful(self: Any) -> None:
-        await real(self)
-        term: LoopStore = self._term
-        self._on_snapshot(term.view())
-        for _ in self._loading:
+    async def careful(self: Scheduler, due: list[str]) -> None:
+        await real(self, due)
+        for _ in self.state.start(self._term.view()):
             pass
 
-    monkeypatch.setattr(Scheduler, "_flush", careful)
+    monkeypatch.setattr(Scheduler, "_schedule", careful)
     small, large = await calls_for_a_change(10), await calls_for_a_change(100)
     assert large > 1.2 * small

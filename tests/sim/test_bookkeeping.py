@@ -62,8 +62,8 @@ def a_place_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Scheduler)
     assert isinstance(loop, Scheduler)
     task = cluster.wanted("web")[0]
-    loop._accounting.remove(task.id)
-    return lambda: loop._accounting.add(task, ())
+    loop.state.accounting.remove(task.id)
+    return lambda: loop.state.accounting.add(task, ())
 
 
 def a_service_forgotten(cluster: SimulatedCluster) -> Callable[[], object]:
