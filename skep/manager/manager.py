@@ -153,7 +153,7 @@ class Manager:
             incarnation=self._incarnation,
             reports=reports,
         )
-        self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
+        self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery.state, clock)
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to, clock)
         self._usages = TaskUsages(store, config.node_id, self._dispatcher.usages, self._channel_to)
         self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)
