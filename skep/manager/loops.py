@@ -5,7 +5,8 @@ from typing import Protocol
 
 from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
-from skep.manager.autoscaling.loop import Autoscaler, AutoscalingCounts, Collect, Quota
+from skep.manager.autoscaling.loop import Autoscaler, Collect
+from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.control.quotas import check_quota
 from skep.manager.gossip.rotation import KeyRotation

@@ -28,7 +28,7 @@ from skep.csi.drivers import Drivers
 from skep.errors import Unavailable
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
-from skep.manager.autoscaling.loop import AutoscalingCounts
+from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.backup import Backups
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.external import ExternalAuthorities
