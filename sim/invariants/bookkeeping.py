@@ -195,7 +195,7 @@ def leftovers(
     if dispatcher._stops._delayed:
         yield f"delays the stop of {sorted(dispatcher._stops._delayed)}"
     live = {session.id for session in sessions.all()}
-    for session_id, kept in dispatcher._repeats._delayed.items():
+    for session_id, kept in dispatcher._node_reports.repeats._delayed.items():
         if session_id not in live or kept.reports:
             yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
     if logs._subscriptions or logs._relaying:
