@@ -58,7 +58,7 @@ Deciding: TypeAlias = Generator[bool, None, T]
 
 
 class SchedulerState:
-    """What the scheduler knows of the store, and what is due."""
+    """Accounting of the nodes, and pending tasks in groups."""
 
     def __init__(self, term: LoopStore, clock: Clock, random: Random) -> None:
         self._term = term
