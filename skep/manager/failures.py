@@ -64,11 +64,17 @@ class Failures:
         self,
         clock: Clock,
         random: Random,
-        first_s: float = FIRST_DELAY_S,
-        longest_s: float = LONGEST_DELAY_S,
+        first_s: float | None = None,
+        longest_s: float | None = None,
     ) -> None:
-        self._first_s = first_s
-        self._longest_s = longest_s
+        """Create an empty record.
+
+        Args:
+            first_s: Delay after the first failure, or None for ``FIRST_DELAY_S``.
+            longest_s: Longest delay, or None for ``LONGEST_DELAY_S``.
+        """
+        self._first_s = first_s or FIRST_DELAY_S
+        self._longest_s = longest_s or LONGEST_DELAY_S
         self._clock = clock
         self._random = random
         self._failures: dict[str, Failure] = {}
