@@ -49,6 +49,8 @@ class Allocator:
 
     async def _step(self, what: str, keys: list[str], decide: Callable[[str], Decision[Change]]) -> None:
         """Decide one thing about ``keys``, and write the changes."""
+        if not keys:
+            return
         changes: list[tuple[str, Change]] = await self._driver.decide(keys, decide, what)
         await self._driver.write(what, partial(apply, now=timestamp(self._clock.now_ns())), changes)
         await run_in_slices(self.state.resync(change for _, change in changes), self._clock)

@@ -222,13 +222,13 @@ class OrchestratorState:
         is_decided = False
         try:
             steps = yield from self._steps(id)
-            yield from (step for step in steps if isinstance(step, Recheck))
             changes = [step for step in steps if not isinstance(step, Recheck)]
             admitted, retry_at = self._refusals.admitted(id, changes)
             is_decided = True
         finally:
             if not is_decided:
                 self._due.add_all(id)
+        yield from (step for step in steps if isinstance(step, Recheck))
         if retry_at is not None:
             yield Recheck(retry_at)
         yield from admitted

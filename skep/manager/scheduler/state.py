@@ -51,10 +51,10 @@ T = TypeVar("T")
 Firsts: TypeAlias = dict[Requirements, list[Task]]
 """Single tasks of services without any other task, by requirements.  They are assigned together."""
 
-
 IF_DUE, WRITTEN = False, True
-"""A decision pauses: if the time slice is over, or in any case after a write of the decisions so far."""
+"""Pauses of a decision: if the time slice is over, or in any case after a write of the decisions so far."""
 Deciding: TypeAlias = Generator[bool, None, T]
+"""A decision that pauses, and returns its result."""
 
 
 class SchedulerState:
@@ -98,15 +98,15 @@ class SchedulerState:
             self.preemptor.set_cluster(swarm)
         for volume in self._view().find(Volume):
             self.accounting.update_volume(volume.id, volume)
-        for services in batches_of(self._term.view, Service):  # before tasks are queued
+        for services in batches_of(self._view, Service):  # before tasks are queued
             for service in services:
                 self._priorities.set(service)
             yield
-        for nodes in batches_of(self._term.view, Node):
+        for nodes in batches_of(self._view, Node):
             for node in nodes:  # before tasks need it
                 self._returning.volumes.set_node(node)
             yield
-        for tasks in batches_of(self._term.view, Task):
+        for tasks in batches_of(self._view, Task):
             self._enter_tasks(tasks)
             yield
         for node_id in self._view().ids(Node):
