@@ -29,7 +29,7 @@ from skep.manager.membership.loop import Managers
 from skep.manager.peer_reports import PeerReports
 from skep.manager.store_space import StoreSpace
 from skep.manager.task_usages import TaskUsages
-from skep.manager.volumes.loop import FindDriver, no_drivers
+from skep.manager.volumes.driver_calls import FindDriver, no_drivers
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.task import Task

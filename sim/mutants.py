@@ -45,12 +45,12 @@ from skep.manager.orchestrator import (
     restart,
     update,
 )
-from skep.manager.orchestrator import loop as orchestrator_loop
+from skep.manager.orchestrator import state as orchestrator_state
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import SlotKey
-from skep.manager.orchestrator.reaper import loop as reaper_loop
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
+from skep.manager.orchestrator.reaper import state as reaper_state
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
@@ -248,7 +248,7 @@ def _crowding_out() -> list[Patch]:
         held = sorted((task for task in tasks if task.is_active), key=age)
         return frozenset(task.id for task in held[1:])
 
-    return [Patch(orchestrator_loop, "overcommitted", all_but_the_oldest)]
+    return [Patch(orchestrator_state, "overcommitted", all_but_the_oldest)]
 
 
 def _one_too_many() -> list[Patch]:
@@ -406,7 +406,7 @@ def _passes_over_silently() -> list[Patch]:
 
 
 def _keeps_spec_versions() -> list[Patch]:
-    return [Patch(reaper_loop, "unused_versions", lambda *_: [])]
+    return [Patch(reaper_state, "unused_versions", lambda *_: [])]
 
 
 def _accepts_all() -> list[Patch]:
@@ -421,16 +421,16 @@ def _accepts_all() -> list[Patch]:
 
 def _decides_all_for_a_node() -> list[Patch]:
     def all_slots(
-        self: orchestrator_loop.Orchestrator, node: Node
+        self: orchestrator_state.OrchestratorState, node: Node
     ) -> Iterator[tuple[ServiceId, SlotKey | None]]:
-        for service in self._term.view().find(Service):
+        for service in self._view().find(Service):
             yield service.id, None
 
-    return [Patch(orchestrator_loop.Orchestrator, "_slots_of_node", all_slots)]
+    return [Patch(orchestrator_state.OrchestratorState, "_slots_of_node", all_slots)]
 
 
 def _deletes_unreported_tasks() -> list[Patch]:
-    return [Patch(reaper_loop, "unreported", lambda *_: {})]
+    return [Patch(reaper_state, "unreported", lambda *_: {})]
 
 
 def _shares_the_lock() -> list[Patch]:
@@ -461,7 +461,7 @@ def _removes_required_jobs() -> list[Patch]:
 
 
 def _keeps_tasks_of_gone_nodes() -> list[Patch]:
-    return [Patch(reaper_loop, "is_of_gone_slot", lambda task, node: False)]
+    return [Patch(reaper_state, "is_of_gone_slot", lambda task, node: False)]
 
 
 def _decides_due_times_again() -> list[Patch]:
@@ -477,7 +477,7 @@ def _refuses_forever() -> list[Patch]:
 
 
 def _keeps_all_history() -> list[Patch]:
-    return [Patch(reaper_loop, "surplus_history", lambda *_: [])]
+    return [Patch(reaper_state, "surplus_history", lambda *_: [])]
 
 
 # -- store only --------------------------------------------------------------------------------------------------------

@@ -58,25 +58,29 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
         match loop:
             case Allocator():
                 yield from _differences(
-                    "allocator", _allocated(loop._allocations), _allocated(Allocations.of(view))
+                    "allocator", _allocated(loop.state.allocations), _allocated(Allocations.of(view))
                 )
-                yield from _differences("allocator", _held(loop._allocations), _holding(view))
+                yield from _differences("allocator", _held(loop.state.allocations), _holding(view))
             case Scheduler():
                 yield from _differences(
-                    "scheduler", _placed(loop._accounting), _placed(_accounted(view, loop))
+                    "scheduler", _placed(loop.state.accounting), _placed(_accounted(view, loop))
                 )
                 pending = {task.id for task in view.find(Task) if is_pending(task)}
-                claiming = {one.task.id for claims in loop._preemptor._claims.values() for one in claims}
+                claiming = {one.task.id for claims in loop.state.preemptor._claims.values() for one in claims}
                 yield from _differences("scheduler", {"claiming": claiming}, {"claiming": claiming & pending})
-                yield from _differences("scheduler", {"waiting": set(loop._groups.of)}, {"waiting": pending})
+                yield from _differences(
+                    "scheduler", {"waiting": set(loop.state.groups.of)}, {"waiting": pending}
+                )
             case Orchestrator():
                 known = {one.id for one in view.find(Service) if one.spec.mode.name.startswith("global")}
-                yield from _differences("orchestrator", {"global": loop._global}, {"global": known})
+                yield from _differences(
+                    "orchestrator", {"global": loop.state.global_services}, {"global": known}
+                )
                 yield from _stamps(loop, view)
 
 
 def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
-    seen = loop._seen
+    seen = loop.state.seen
     for name, stamps in (
         ("created", seen._created),
         ("ran", seen._running),
@@ -130,10 +134,10 @@ def _accounted(view: View, loop: Scheduler) -> Accounting:
     for task in view.find(Task):
         if holds_resources(task):
             fresh.reserve(task.id, task.node_id, usage_in(view, task))
-    for claims in loop._preemptor._claims.values():
+    for claims in loop.state.preemptor._claims.values():
         for one in claims:
             node_id, id = one.candidate.node_id, claim_id(one.task)
-            fresh.reserve(id, node_id, loop._accounting.held(node_id)[id])
+            fresh.reserve(id, node_id, loop.state.accounting.held(node_id)[id])
     return fresh
 
 
@@ -191,17 +195,14 @@ def leftovers(
     if dispatcher._stops._delayed:
         yield f"delays the stop of {sorted(dispatcher._stops._delayed)}"
     live = {session.id for session in sessions.all()}
-    for session_id, kept in dispatcher._repeats._delayed.items():
+    for session_id, kept in dispatcher._node_reports.repeats._delayed.items():
         if session_id not in live or kept.reports:
             yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
     if logs._subscriptions or logs._relaying:
         yield f"has {len(logs._subscriptions)} readers of logs, and relays {len(logs._relaying)}"
     for loop in loops:
-        name, queue, failures = (
-            type(loop).__name__,
-            getattr(loop, "_queue", None),
-            getattr(loop, "_failures", None),
-        )
+        name, state = type(loop).__name__, getattr(loop, "state", None)
+        queue, failures = getattr(state, "queue", None), getattr(state, "failures", None)
         if isinstance(queue, WorkQueue) and queue._is_due:
             yield f"{name} still has queued: {sorted(queue._is_due)}"
         if isinstance(failures, Failures) and failures._failures:

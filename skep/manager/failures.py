@@ -42,6 +42,10 @@ class BadObject(SkepError):
     """An unexpected exception in the transaction of one object."""
 
 
+class Reported(SkepError):
+    """Failure that the decision has shown already: its key backs off, and nothing is logged."""
+
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """The last error of one object."""
 
@@ -57,7 +61,21 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 class Failures:
     """The failing objects of one loop, with their backoff."""
 
-    def __init__(self, clock: Clock, random: Random) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        random: Random,
+        first_s: float | None = None,
+        longest_s: float | None = None,
+    ) -> None:
+        """Create an empty record.
+
+        Args:
+            first_s: Delay after the first failure, or None for ``FIRST_DELAY_S``.
+            longest_s: Longest delay, or None for ``LONGEST_DELAY_S``.
+        """
+        self._first_s = first_s or FIRST_DELAY_S
+        self._longest_s = longest_s or LONGEST_DELAY_S
         self._clock = clock
         self._random = random
         self._failures: dict[str, Failure] = {}
@@ -74,8 +92,8 @@ class Failures:
     def record(self, key: str, error: Exception) -> None:
         """Record that the decision about ``key`` raised ``error``."""
         before = self._failures.get(key)
-        self._failures[key] = failure = self._after(before, error, LONGEST_DELAY_S)
-        if before is None or before.error != failure.error:
+        self._failures[key] = failure = self._after(before, error, self._longest_s)
+        if not isinstance(error, Reported) and (before is None or before.error != failure.error):
             log.error("decision failed", object=key, error=failure.error, exc_info=error)
 
     def of(self, key: str) -> Failure | None:
@@ -110,7 +128,7 @@ class Failures:
         failure = self._after(
             before,
             error,
-            UNAVAILABLE_S_MAX if is_unavailable else LONGEST_DELAY_S,
+            UNAVAILABLE_S_MAX if is_unavailable else self._longest_s,
             is_unavailable=is_unavailable,
         )
         if not is_unavailable and (before is None or before.error != failure.error):
@@ -148,7 +166,7 @@ class Failures:
         self, before: Failure | None, error: Exception, longest_s: float, *, is_unavailable: bool = False
     ) -> Failure:
         failures = before.failures + 1 if before else 1
-        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), longest_s)
+        delay_s = min(self._first_s * 2 ** min(failures - 1, 10), longest_s)
         return Failure(
             error=f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS_MAX],
             failures=failures,

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
-from skep.manager.autoscaling.loop import Autoscaler, AutoscalingCounts, Collect, Quota
+from skep.manager.autoscaling.loop import Autoscaler, Collect
+from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.control.quotas import check_quota
 from skep.manager.gossip.rotation import KeyRotation
@@ -17,7 +18,8 @@ from skep.manager.quotas import replicas_within_quota
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import Schedules
 from skep.manager.task_usages import no_usages
-from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, skip_confirmation
+from skep.manager.volumes.driver_calls import Confirm, FindDriver, no_drivers, skip_confirmation
+from skep.manager.volumes.loop import ClusterVolumes
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
 

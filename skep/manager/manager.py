@@ -28,7 +28,7 @@ from skep.csi.drivers import Drivers
 from skep.errors import Unavailable
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
-from skep.manager.autoscaling.loop import AutoscalingCounts
+from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.backup import Backups
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.external import ExternalAuthorities
@@ -153,7 +153,7 @@ class Manager:
             incarnation=self._incarnation,
             reports=reports,
         )
-        self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
+        self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery.state, clock)
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to, clock)
         self._usages = TaskUsages(store, config.node_id, self._dispatcher.usages, self._channel_to)
         self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)

@@ -13,7 +13,7 @@ from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, label_text
 from skep.api.process_metrics import process_families
 from skep.errors import SkepError
-from skep.manager.autoscaling.loop import AutoscalingCounts
+from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.informer import batches_of
 from skep.manager.job_runs import has_last_failed
 from skep.manager.orchestrator.slots import DoneSlots

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.bootstrap import Recovery, load_recovery, save_recovery
-from skep.manager.volumes.loop import INFO_PART, PUBLISH_PART
+from skep.manager.volumes.records import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
 from skep.model.ids import NodeId, VolumeId
 from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability

@@ -8,9 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.orchestrator import loop as orchestrator
+from skep.manager.orchestrator import state as orchestrator
 from skep.manager.orchestrator.convergence import deciding_all
-from skep.manager.orchestrator.loop import THROTTLE_S_MAX, Orchestrator, throttle_s
+from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.orchestrator.state import THROTTLE_S_MAX, throttle_s
 from skep.model.ids import new_id
 from skep.model.service import Service
 from skep.model.task import Task, TaskState

@@ -147,7 +147,7 @@ async def test_a_published_port_has_every_node_know_the_ingress_network(
 async def test_what_a_node_has_in_force_is_acknowledged(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     listening = Listening()
-    known = cluster.discovery.acknowledgements
+    known = cluster.discovery.state.acknowledgements
     async with a_node_with_tables(cluster, pair, tmp_path, listening) as (node_id, network_tables):
         web = a_service("web")
         first = placed(web, node_id, NET1)
@@ -262,7 +262,7 @@ async def test_a_large_table_comes_in_pieces_and_counts_when_it_is_whole(
 
 async def test_a_node_cannot_acknowledge_a_revision_it_was_not_sent(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
-    known = cluster.discovery.acknowledgements
+    known = cluster.discovery.state.acknowledgements
     web = a_service("web")
     await put(cluster, NET1, NET2, web, placed(web, pair.identity.node_id, NET1))
     async with (
@@ -315,6 +315,8 @@ async def test_tables_end_with_the_session(cluster: Cluster, tmp_path: Path) -> 
 async def test_a_node_goes_on_with_a_manager_without_tables(cluster: Cluster, tmp_path: Path) -> None:
     class OlderDiscovery:
         """Serves nothing; the rig answers UNIMPLEMENTED for it."""
+
+        state = None
 
         def services(self) -> tuple[()]:
             return ()

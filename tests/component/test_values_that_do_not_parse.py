@@ -86,8 +86,8 @@ async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
     discovery = Discovery(store, NodeId("m1"), lambda *_: pytest.fail("not called"), CLOCK)
     async with running(discovery):
         await put(store, placed("bad", BAD), placed("good", GOOD))
-        await until(lambda: "good" in discovery._tables.tables[NETWORK.id].endpoints)
-    assert "bad" not in discovery._tables.tables[NETWORK.id].endpoints
+        await until(lambda: "good" in discovery.state.tables.tables[NETWORK.id].endpoints)
+    assert "bad" not in discovery.state.tables.tables[NETWORK.id].endpoints
 
 
 async def test_a_commit_without_a_presentable_event_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ Counted in function calls, which do not depend on the machine; ``bench/loops.py`
 
 import cProfile
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -14,13 +13,13 @@ from skep.aio.clock import SystemClock
 from skep.manager.control.jobs import run_job
 from skep.manager.control.services import create_service
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.schedules.loop import Schedules
+from skep.manager.schedules.state import SchedulesState
 from skep.model.ids import new_id
 from skep.model.schedules import CRON
 from skep.model.service import ReplicatedJob, ReplicatedService, Resources, Service, ServiceMode
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.store.interface import Commit, LoopStore, Object, Transaction
+from skep.store.interface import Commit, Object, Transaction
 from skep.store.level import SCHEDULES
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -124,28 +123,26 @@ async def test_a_run_costs_the_same_among_ten_times_as_many_scheduled_jobs() -> 
 
 async def test_a_look_at_every_job_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong twin: a loop that looks at all jobs after each commit."""
-    real = Schedules._on_commit
+    real = SchedulesState.on_commit
 
-    def careful(self: Schedules, commit: Commit) -> None:
+    def careful(self: SchedulesState, commit: Commit) -> None:
         real(self, commit)
-        self._on_snapshot(self._term.view())
+        next(self.start(self._view()))
 
-    monkeypatch.setattr(Schedules, "_on_commit", careful)
+    monkeypatch.setattr(SchedulesState, "on_commit", careful)
     few, many = await calls_for_a_run(10), await calls_for_a_run(100)
     assert many > 1.2 * few
 
 
 async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong twin: a scheduler that begins anew after every batch."""
-    real = Scheduler._flush
+    real = Scheduler._schedule
 
-    async def careful(self: Any) -> None:
-        await real(self)
-        term: LoopStore = self._term
-        self._on_snapshot(term.view())
-        for _ in self._loading:
+    async def careful(self: Scheduler, due: list[str]) -> None:
+        await real(self, due)
+        for _ in self.state.start(self._term.view()):
             pass
 
-    monkeypatch.setattr(Scheduler, "_flush", careful)
+    monkeypatch.setattr(Scheduler, "_schedule", careful)
     small, large = await calls_for_a_change(10), await calls_for_a_change(100)
     assert large > 1.2 * small

@@ -19,10 +19,11 @@ from skep.manager.dispatcher.assignments import everything
 from skep.manager.orchestrator import global_services, replicated
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
-from skep.manager.orchestrator.reaper.loop import NO_LIMIT, Orphan, _cluster_limit, _write
+from skep.manager.orchestrator.reaper.removals import Orphan, write
+from skep.manager.orchestrator.reaper.state import NO_LIMIT, cluster_limit
 from skep.manager.recovery import doubt_volumes
 from skep.manager.revocation import revoke
-from skep.manager.volumes.loop import _forget
+from skep.manager.volumes.records import forget
 from skep.model.ids import ClusterId, NodeId, ServiceId, SessionId, VolumeId
 from skep.model.network import Network
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSession, NodeSpec, Reachability
@@ -133,7 +134,7 @@ def test_what_ended_for_good_is_not_started_again_when_its_end_cannot_be_read() 
 def test_a_task_whose_end_cannot_be_read_is_not_called_orphaned() -> None:
     store = loaded(a_task("t1", node="gone", state=TaskState.COMPLETE), damaged=(("task", "t1", "status"),))
     task = store.view().get(Task, "t1")
-    asyncio.run(store.update(_write, Orphan(task), NOW))
+    asyncio.run(store.update(write, Orphan(task), NOW))
     assert list(store.view().damaged(Task)) == ["t1"]
 
 
@@ -186,7 +187,7 @@ def test_a_volume_of_which_it_cannot_be_read_whether_it_was_made_is_not_forgotte
         pending_delete=True,
     )
     store = loaded(volume, damaged=(("volume", "v1", "info"),))
-    asyncio.run(store.update(_forget, VolumeId("v1")))
+    asyncio.run(store.update(forget, VolumeId("v1")))
     assert store.view().lookup(Volume, "v1") is not None
 
 
@@ -260,7 +261,7 @@ def test_history_stays_and_nodes_with_tasks_stay_when_their_settings_cannot_be_r
         a_task("t1", node="n1", service=web),
         damaged=(("swarm", "s1", ""), ("service", "web", "")),
     )
-    assert _cluster_limit(store.view()) == NO_LIMIT
+    assert cluster_limit(store.view()) == NO_LIMIT
     assert KeptNodes(store.view()).reason(a_node("n1"), 0.0)
 
 

@@ -18,7 +18,8 @@ from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.job_runs import COMPLETED, FAILED, RUNNING, STOPPED, past_starts
-from skep.manager.schedules.loop import RESTORED, SCHEDULES_ID, Restored, Schedules, note_incarnation
+from skep.manager.schedules.loop import Schedules
+from skep.manager.schedules.state import RESTORED, SCHEDULES_ID, Restored, note_incarnation
 from skep.model.ids import new_id
 from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND

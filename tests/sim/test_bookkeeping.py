@@ -54,30 +54,30 @@ def an_address_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Allocator)
     assert isinstance(loop, Allocator)
     network = next(one for one in cluster.view.find(Network) if one.spec.ingress)
-    loop._allocations.allocate("gone", network)
-    return lambda: loop._allocations.addresses.release("gone")
+    loop.state.allocations.allocate("gone", network)
+    return lambda: loop.state.allocations.addresses.release("gone")
 
 
 def a_place_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Scheduler)
     assert isinstance(loop, Scheduler)
     task = cluster.wanted("web")[0]
-    loop._accounting.remove(task.id)
-    return lambda: loop._accounting.add(task, ())
+    loop.state.accounting.remove(task.id)
+    return lambda: loop.state.accounting.add(task, ())
 
 
 def a_service_forgotten(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Orchestrator)
     assert isinstance(loop, Orchestrator)
-    loop._global.add(ServiceId("gone"))
-    return lambda: loop._global.discard(ServiceId("gone"))
+    loop.state.global_services.add(ServiceId("gone"))
+    return lambda: loop.state.global_services.discard(ServiceId("gone"))
 
 
 def a_stamp_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Orchestrator)
     assert isinstance(loop, Orchestrator)
-    loop._seen._created[TaskId("gone")] = 1.0
-    return lambda: loop._seen._created.pop(TaskId("gone"))
+    loop.state.seen._created[TaskId("gone")] = 1.0
+    return lambda: loop.state.seen._created.pop(TaskId("gone"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from skep.manager.dispatcher.assignments import SentState, difference, everythin
 from skep.manager.dispatcher.statuses import record_unpublished
 from skep.manager.recovery import doubt_volumes
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.volumes.loop import ClusterVolumes, skip_confirmation
+from skep.manager.volumes.driver_calls import skip_confirmation
+from skep.manager.volumes.loop import ClusterVolumes
 from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, SessionId, TaskId, VolumeId

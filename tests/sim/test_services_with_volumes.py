@@ -21,7 +21,8 @@ from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.volumes.loop import ClusterVolumes, skip_confirmation
+from skep.manager.volumes.driver_calls import skip_confirmation
+from skep.manager.volumes.loop import ClusterVolumes
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import ClusterId, NodeId, ServiceId
 from skep.model.labels import FORGET_NODES

@@ -154,7 +154,7 @@ class Cluster:
                 self.store,
                 MANAGER_ID,
                 lambda node, session: self.dispatcher.session(node, session),
-                self.discovery,
+                self.discovery.state,
                 clock,
             )
             self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel, clock)

@@ -97,21 +97,6 @@ def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
             assert_never(change)
 
 
-def key_of(change: Change) -> str:
-    """Return the key of the work queue that is retried if the change was not written."""
-    match change:
-        case AllocateSubnets(network) | Claim(network):
-            return network_key(network.id)
-        case AttachNode(node_id):
-            return node_key(node_id)
-        case AllocateEndpoint(service):
-            return service.id
-        case Release(task) | Explain(task):
-            return task.service_id
-        case _:
-            assert_never(change)
-
-
 NETWORK = "network/"
 NODE = "node/"
 

@@ -1,76 +1,29 @@
-"""Scales services with autoscaling labels by the usage of their tasks (``decision``).  Leader only.
-
-A leader only remembers its own observations: since when tasks run, and its recommendations.  A new leader starts
-without them, so it changes nothing before it has observed the tasks for a while, and removes no task for a whole
-window.
-"""
+"""Scales services with autoscaling labels by the usage of their tasks (``decision``).  Leader only."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
-import msgspec
 import structlog
-from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
 from skep.manager.autoscaling.decision import (
     PERIOD_S,
-    SETTLE_S,
-    Decision,
-    History,
-    blocked,
-    decide,
-    readings_of,
 )
+from skep.manager.autoscaling.state import AutoscalerState, AutoscalingCounts, Quota, Scaling, write_replicas
 from skep.manager.failures import isolated
 from skep.manager.informer import run_informer
-from skep.model.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
-from skep.model.ids import ServiceId, TaskId
-from skep.model.service import Autoscaled, Service, ServiceSpec
-from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Transaction, Updated, View
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import TaskId
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.store.interface import LoopStore, NotLeader, Transaction
 
 log = structlog.get_logger(__name__)
 
+
 Collect = Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]]
 """Returns the known usage of tasks, from all managers, within seconds."""
-WithinQuota = Callable[[View, Service, int], tuple[int, str]]
-"""Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
-CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
-"""Raises PermissionDenied if the spec exceeds the quota."""
-
-
-class Quota(msgspec.Struct, frozen=True):
-    """Limits for the services of a stack (``manager.quotas``)."""
-
-    within: WithinQuota
-    check: CheckQuota
-
-
-class AutoscalingCounts:
-    """Counts for Prometheus, over all terms of this manager."""
-
-    def __init__(self) -> None:
-        self.changes = {"up": 0, "down": 0}
-        self.services = 0
-        """Autoscaled services that this manager decides about.  0 on managers other than the leader."""
-        self.unknown = 0
-        """Tasks of these services that were not measured at the last decision."""
-
-
-class Scaling(msgspec.Struct, frozen=True, kw_only=True):
-    """A change to write."""
-
-    service_id: ServiceId
-    present: int
-    """The number of replicas at the decision."""
-    scaling: Autoscaling
-    """The autoscaling settings at the decision."""
-    replicas: int
-    reason: str
-    now_ns: int
 
 
 class Autoscaler:
@@ -84,10 +37,7 @@ class Autoscaler:
         self._collect = collect
         self._quota = quota
         self._counts = counts
-        self._services: dict[ServiceId, History | None] = {}
-        """History of each autoscaled service, or None before its first decision."""
-        self._running_since: dict[TaskId, float] = {}
-        """When this leader first saw tasks of these services running, on its monotonic clock."""
+        self.state = AutoscalerState(term.view, clock, quota, counts)
 
     async def run(self) -> None:
         """Scale until cancelled."""
@@ -95,114 +45,31 @@ class Autoscaler:
             await run_informer(
                 self._term,
                 (Service, Task),
-                on_snapshot=self._on_snapshot,
-                on_commit=self._on_commit,
+                on_snapshot=self.state.start,
+                on_commit=self.state.on_commit,
                 work=self._work,
             )
         finally:
             self._counts.services = self._counts.unknown = 0
 
-    # -- observations ---------------------------------------------------------------------------------------------
-
-    def _on_snapshot(self, view: View) -> None:
-        # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
-        self._services.clear()
-        self._running_since.clear()
-        for service in view.find(Service):
-            self._note_service(service)
-
-    def _on_commit(self, commit: Commit) -> None:
-        for event in commit.events:
-            match event:
-                case Created(Service() as service) | Updated(_, Service() as service):
-                    self._note_service(service)
-                case Deleted(Service() as service):
-                    self._services.pop(service.id, None)
-                case Created(Task() as task) | Updated(_, Task() as task):
-                    self._note_task(task)
-                case Deleted(Task() as task):
-                    self._running_since.pop(task.id, None)
-
-    def _note_service(self, service: Service) -> None:
-        if service.removed_at is not None or autoscaling_of(service.spec.labels) is None:
-            self._services.pop(service.id, None)
-        elif service.id not in self._services:
-            self._services[service.id] = None
-            with isolated("autoscaling", service.id):
-                for task in self._term.view().find(Task, service_id=service.id):
-                    self._note_task(task)
-
-    def _note_task(self, task: Task) -> None:
-        if task.service_id not in self._services or task.status.state is not TaskState.RUNNING:
-            self._running_since.pop(task.id, None)
-        else:
-            self._running_since.setdefault(task.id, self._clock.monotonic())
-
-    # -- decisions ------------------------------------------------------------------------------------------------
-
     async def _work(self) -> None:
         while True:
             await self._clock.sleep(PERIOD_S)
-            self._counts.services = len(self._services)
+            self._counts.services = len(self.state.services)
             self._counts.unknown = 0
-            if self._services:
+            if self.state.services:
                 await self._scale_due()
 
     async def _scale_due(self) -> None:
         usages, now, slices = await self._collect(), self._clock.monotonic(), TimeSlices(self._clock)
         due: list[Scaling] = []
-        for id in sorted(self._services):
+        for id in sorted(self.state.services):
             with isolated("autoscaling", id):
-                if (scaling := self._scaling(id, usages, now)) is not None:
+                if (scaling := self.state.decide(id, usages, now)) is not None:
                     due.append(scaling)
             await slices.yield_if_due()
         if due:
             await self._write(due)
-
-    def _scaling(self, id: ServiceId, usages: Mapping[TaskId, TaskUsage], now: float) -> Scaling | None:
-        """Return the due change of a service, or None."""
-        view = self._term.view()
-        service = view.lookup(Service, id)
-        scaling = autoscaling_of(service.spec.labels) if service is not None else None
-        if service is None or scaling is None or id not in self._services:
-            return None
-        decision = self._decide(view, service, scaling, usages, now)
-        if decision.replicas is None:
-            return None
-        return Scaling(
-            service_id=id,
-            present=service.spec.replicas,
-            scaling=scaling,
-            replicas=decision.replicas,
-            reason=decision.reason,
-            now_ns=self._clock.now_ns(),
-        )
-
-    def _decide(
-        self,
-        view: View,
-        service: Service,
-        scaling: Autoscaling,
-        usages: Mapping[TaskId, TaskUsage],
-        now: float,
-    ) -> Decision:
-        present, history = service.spec.replicas, self._services[service.id]
-        if history is None or history.expected != present:  # set by a user, so it stays for a window
-            history = self._services[service.id] = History(present, now)
-
-        def has_settled(id: TaskId) -> bool:
-            return now - self._running_since.get(id, now) >= SETTLE_S
-
-        tasks = view.find(Task, service_id=service.id)
-        readings = readings_of(service, scaling, tasks, usages, has_settled)
-        self._counts.unknown += readings.unknown
-        decision = decide(service, scaling, readings, history, now)
-        if decision.replicas is None or decision.replicas < present:
-            return decision
-        within, why = self._quota.within(view, service, decision.replicas)
-        return replace(
-            decision, replicas=within if within != present else None, reason=why or decision.reason
-        )
 
     async def _write(self, due: list[Scaling]) -> None:
         def scale(tx: Transaction, one: Scaling) -> bool:
@@ -214,44 +81,11 @@ class Autoscaler:
             if isinstance(result, SkepError):
                 log.warning("service not scaled, will retry", service=one.service_id, reason=str(result))
             elif result:
-                self._note_change(one)
-
-    def _note_change(self, one: Scaling) -> None:
-        history = self._services.get(one.service_id)
-        if history is not None:
-            history.expected = one.replicas
-        self._counts.changes["up" if one.replicas > one.present else "down"] += 1
-        log.info(
-            "service scaled",
-            service=one.service_id,
-            before=one.present,
-            after=one.replicas,
-            reason=one.reason,
-        )
-
-
-def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bool:
-    """Set the number of replicas, as ``docker service scale`` does.
-
-    Returns False if a user has changed the service meanwhile.  A rollback does not restore the number, so the previous
-    spec gets it too.
-
-    Raises:
-        PermissionDenied: The stack's quota does not allow the number at present.
-    """
-    service = tx.rely_on(Service, one.service_id)
-    if (
-        service is None
-        or service.removed_at is not None
-        or service.spec.replicas != one.present
-        or autoscaling_of(service.spec.labels) != one.scaling
-        or blocked(service)
-    ):
-        return False
-    spec, previous = with_replicas(service.spec, one.replicas), service.previous_spec
-    check_quota(tx, spec, service)
-    if previous is not None and autoscaling_of(previous.labels) is not None:
-        previous = with_replicas(previous, one.replicas)
-    done = Autoscaled(before=one.present, after=one.replicas, reason=one.reason, at=timestamp(one.now_ns))
-    tx.put(replace(service, spec=spec, previous_spec=previous, autoscaled=done))
-    return True
+                self.state.note_change(one)
+                log.info(
+                    "service scaled",
+                    service=one.service_id,
+                    before=one.present,
+                    after=one.replicas,
+                    reason=one.reason,
+                )

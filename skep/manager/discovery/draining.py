@@ -76,8 +76,8 @@ class Draining:
     async def _wait_applied_by_all(self, network_id: NetworkId, revision: int) -> None:
         """Wait until every node on the network has applied this table, whichever manager has its session."""
         await self._discovery.wait_handled()
-        sessions_at = self._discovery.sessions_changed_at
-        managers = frozenset(self._discovery.managers_on(network_id))
+        sessions_at = self._discovery.state.sessions_changed_at
+        managers = frozenset(self._discovery.state.managers_on(network_id))
         while managers:
             async with asyncio.TaskGroup() as group:
                 for manager in sorted(managers):
@@ -87,8 +87,8 @@ class Draining:
                     self._catch_up()
                 )  # another manager may have noticed before this one that a node has left
             await self._discovery.wait_handled()
-            managers = self._discovery.managers_of_moved(network_id, sessions_at)
-            sessions_at = self._discovery.sessions_changed_at
+            managers = self._discovery.state.managers_of_moved(network_id, sessions_at)
+            sessions_at = self._discovery.state.sessions_changed_at
 
     async def _catch_up(self) -> None:
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
@@ -103,13 +103,13 @@ class Draining:
     ) -> None:
         """Wait until the nodes with sessions at ``manager`` have applied this table or have left."""
         if manager == self._own:
-            await self._discovery.acknowledgements.wait_applied(network_id, revision)
+            await self._discovery.state.acknowledgements.wait_applied(network_id, revision)
             return
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
         while not await self._has_applied(manager, network_id, revision, sessions_at):
             await backoff.sleep(self._clock)
             await self._discovery.wait_handled()
-            if manager not in self._discovery.managers_on(network_id):
+            if manager not in self._discovery.state.managers_on(network_id):
                 return  # the caller then waits for the managers that have its nodes now
 
     async def _has_applied(
@@ -127,7 +127,7 @@ class Draining:
         acknowledged = self._acknowledged.setdefault(key, _Acknowledged())
         async with acknowledged.one_at_a_time:
             if acknowledged.applied < revision or acknowledged.sessions_at < sessions_at:
-                asked_at = self._discovery.sessions_changed_at
+                asked_at = self._discovery.state.sessions_changed_at
                 request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
                 try:
                     reply = await self._channel(manager).call(
@@ -141,7 +141,7 @@ class Draining:
     async def _await_tables(
         self, request: skep.AwaitTablesRequest, caller: Caller
     ) -> skep.AwaitTablesResponse:
-        acknowledgements = self._discovery.acknowledgements
+        acknowledgements = self._discovery.state.acknowledgements
         network_id = NetworkId(request.network_id)
         are_counted = False
 

@@ -10,11 +10,10 @@ from hashlib import sha256
 from random import Random
 
 import structlog
-from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.hang_detection import RunningTime
-from skep.errors import SkepError, Unavailable
+from skep.errors import Unavailable
 from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.balancing import Balancing
 from skep.manager.dispatcher.changed_labels import ChangedLabels
@@ -31,18 +30,16 @@ from skep.manager.dispatcher.liveness import (
 )
 from skep.manager.dispatcher.loads import Loads, load_from_heartbeat
 from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
+from skep.manager.dispatcher.node_reports import NodeReports
 from skep.manager.dispatcher.registration import (
     NotRegistered,
     Registration,
     RegistrationRate,
     SessionInvalid,
     SilentNode,
-    describe_node,
     take_session,
 )
-from skep.manager.dispatcher.repeated_reports import RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
-from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.dispatcher.usages import Usages
 from skep.manager.failures import isolated
@@ -53,13 +50,11 @@ from skep.manager.volume_index import VolumeIndex
 from skep.model.autoscaling import TaskUsage
 from skep.model.data_planes import is_docker_node
 from skep.model.gossip import GossipKey, decoded_keys
-from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId, VolumeId
-from skep.model.labels import last_lines
+from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
 from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskStatus
-from skep.model.task_end import LAST_LINES_MAX
+from skep.model.task import Task
 from skep.model.times import SECOND_NS
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
@@ -69,7 +64,6 @@ from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.convert.node import description_from_pb
-from skep.wire.convert.task import end_from_pb, status_from_pb
 from skep.wire.convert.usages import usages_from_pb
 from skep.wire.convert.values import duration_to_pb
 from skep.wire.service import Handler, both_stream, server_stream, unary
@@ -134,12 +128,11 @@ class Dispatcher:
             movable=self._movable,
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
-        self._repeats = RepeatedReports(store, self._sessions.live, clock)
+        self._node_reports = NodeReports(store, self._sessions, clock)
         self._usages = Usages(store, self._sessions, clock)
         self._suspension_left_s = SUSPENDED_S_MAX
         self._admission = Admission(clock, random)
         self._rate = RegistrationRate()
-        self._description_rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = RunningTime(seen_at=clock.monotonic())
         self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
@@ -162,10 +155,7 @@ class Dispatcher:
             both_stream(methods.HEARTBEATS, self._heartbeats),
             *self._assignments.services(),
             *self._usages.services(),
-            unary(methods.UPDATE_TASK_STATUS, self._update_task_status),
-            unary(methods.REPORT_STATUSES, self._report_statuses),
-            unary(methods.UPDATE_VOLUME_STATUS, self._update_volume_status),
-            unary(methods.DESCRIBE, self._describe),
+            *self._node_reports.services(),
         )
 
     def session(self, node_id: NodeId, session_id: str) -> LiveSession:
@@ -210,7 +200,7 @@ class Dispatcher:
             group.create_task(self._loads.run(), name="write loads")
             group.create_task(self._stops.run(), name="stops")
             group.create_task(self._labels.run(), name="changed labels")
-            group.create_task(self._repeats.run(), name="repeated reports")
+            group.create_task(self._node_reports.run(), name="repeated reports")
             group.create_task(self._usages.run(), name="usage of tasks")
 
     # -- what changed in the store ------------------------------------------------------------------------------
@@ -517,69 +507,6 @@ class Dispatcher:
         grace_s = grace_after_absence(self._period_s, configured_s=self._configured_grace_s)
         error = Unavailable("this manager has more than its share of nodes")
         self._sessions.redirect(node_id, error, now=self._time.seconds, grace_s=grace_s)
-
-    # -- reports of nodes -----------------------------------------------------------------------------------------
-
-    async def _update_task_status(
-        self, request: pb.UpdateTaskStatusRequest, caller: Caller
-    ) -> pb.UpdateTaskStatusResponse:
-        return await self._report_statuses(skep.ReportedStatuses(request=request), caller)
-
-    async def _report_statuses(
-        self, reported: skep.ReportedStatuses, caller: Caller
-    ) -> pb.UpdateTaskStatusResponse:
-        """Write statuses, then respond: a node sends unacknowledged reports again.
-
-        Too frequent repetitions of a state are written later (``RepeatedReports``).
-        """
-        request = reported.request
-        session = self._sessions.require(caller.node_id, request.session_id)
-        reports = {
-            update.task_id: Report(
-                node_id=session.node_id,
-                session_id=session.id,
-                task_id=TaskId(update.task_id),
-                status=bounded(_status_of(reported, update), self._last_lines_max()),
-            )
-            for update in request.updates
-        }
-        for result in await self._store.update_each(record_status, self._repeats.due(reports.values())):
-            if isinstance(result, SkepError):
-                raise result
-        return pb.UpdateTaskStatusResponse()
-
-    async def _update_volume_status(
-        self, request: pb.UpdateVolumeStatusRequest, caller: Caller
-    ) -> pb.UpdateVolumeStatusResponse:
-        """Write the node's report about volumes, then respond."""
-        session = self._sessions.require(caller.node_id, request.session_id)
-        ids = [VolumeId(update.id) for update in request.updates if update.unpublished]
-        reports = [(session.node_id, session.id, id) for id in sorted(set(ids))]
-        for result in await self._store.update_each(record_unpublished, reports):
-            if isinstance(result, SkepError):
-                raise result
-        return pb.UpdateVolumeStatusResponse()
-
-    def _last_lines_max(self) -> int:
-        swarm = _swarm_of(self._store.view())
-        return last_lines(swarm.spec.labels) if swarm is not None else LAST_LINES_MAX
-
-    async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:
-        """Write the changed certificate, trusted roots or resources of a node."""
-        session = self._sessions.require(caller.node_id, request.session_id)
-        self._description_rate.note(session.node_id, self._clock.monotonic())
-        description = description_from_pb(request.description)
-        await self._store.update(describe_node, session.node_id, session.id, description)
-        return skep.DescribeResponse()
-
-
-def _status_of(
-    reported: skep.ReportedStatuses, update: pb.UpdateTaskStatusRequest.TaskStatusUpdate
-) -> TaskStatus:
-    status = status_from_pb(update.status)
-    if not status.state.is_terminal or update.task_id not in reported.ends:
-        return status
-    return replace(status, end=end_from_pb(reported.ends[update.task_id]))
 
 
 def _is_down(node: Node) -> bool:

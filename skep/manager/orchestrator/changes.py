@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.dependents import requiring, restart_dependents
 from skep.manager.job_runs import settled
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.quotas import claim_service
@@ -133,12 +134,6 @@ class SettleRun(msgspec.Struct, frozen=True):
     service: Service
     is_over: bool = False
     is_late: bool = False
-
-
-class Recheck(msgspec.Struct, frozen=True):
-    """Decide again at ``at``, in seconds on the leader's monotonic clock.  Until then, nothing has to be done."""
-
-    at: float
 
 
 ROLLED_BACK = "update rolled back"

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.job_runs import COMPLETED, of_present_run
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import (
     FillSlot,
-    Recheck,
     RemoveService,
     ReplaceTask,
     RetireTask,

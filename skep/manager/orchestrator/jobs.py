@@ -30,9 +30,9 @@ from skep.manager.job_runs import (
     result,
     starts_until_ns,
 )
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     FillSlot,
-    Recheck,
     RemoveService,
     ReplaceTask,
     RetireTask,

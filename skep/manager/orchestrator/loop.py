@@ -1,500 +1,85 @@
-"""The orchestrator's loop: watches services, tasks and nodes, and applies ``convergence.next_steps``."""
+"""The orchestrator's loop: decides due services (``state``) and writes their changes."""
 
-import asyncio
-from collections.abc import Iterator, Sequence, Set
 from random import Random
 
 import structlog
-from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.time_slices import TimeSlices, result_in_slices, run_in_slices
-from skep.errors import SkepError, Unavailable
-from skep.manager.failures import Failures, write_each
-from skep.manager.heartbeats import configured_grace_s
-from skep.manager.informer import CatchUp, batches_of, run_exact_informer
-from skep.manager.orchestrator.changes import (
-    Cause,
-    Change,
-    Recheck,
-    ReplaceTask,
-    RetireTask,
-    Step,
-    apply,
-    decided_for,
-    fallback_for,
-)
-from skep.manager.orchestrator.convergence import deciding_all, deciding_some
-from skep.manager.orchestrator.decision_inputs import Situation
-from skep.manager.orchestrator.disruption_mode import DisruptionMode
-from skep.manager.orchestrator.due_slots import DueSlots, SlotKey, slot_key
-from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
-from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
-from skep.manager.orchestrator.refusals import Refusals
-from skep.manager.orchestrator.replicated import retire_all
-from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
-from skep.manager.orchestrator.unwritten_changes import UnwrittenChanges
-from skep.manager.work_queue import WorkQueue
-from skep.model.dependencies import DEPENDS_ON, dependencies_of
-from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
-from skep.model.labels import JOB_TTL, priority_of
+from skep.aio.time_slices import run_in_slices
+from skep.errors import SkepError
+from skep.manager.failures import write_each
+from skep.manager.loop_driver import LoopDriver
+from skep.manager.orchestrator.changes import Change, apply
+from skep.manager.orchestrator.decision_errors import clear_error, has_error, set_error
+from skep.manager.orchestrator.state import OrchestratorState
+from skep.model.ids import IdSource, ServiceId
 from skep.model.node import Node
-from skep.model.service import Service, UpdateState, UpdateStatus
-from skep.model.slot_volumes import has_other_properties
+from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.times import timestamp
 from skep.model.volume import Volume
-from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import (
-    SpecVersion,
-    as_run,
-    has_unreadable_run,
-    has_unreadable_spec,
-    has_unreadable_status,
-    spec_of,
-    with_readable_specs,
-)
+from skep.store.interface import LoopStore, Transaction
 
 log = structlog.get_logger()
 
+KINDS = (Service, Task, Node, Swarm, Volume)
 BATCH = 100
 """Services decided before their changes are committed together."""
 WRITES = 500
 """Changes written together, of all services.  As many as the store has in flight, so more would only wait longer."""
-THROTTLE_S_PER_TASK = 25e-6
-"""Three times the cost of one task in a decision."""
-THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
-"""Throttling below the minimum is skipped, and above the maximum it is cut."""
-FAILED = "orchestration failed"
-"""First words of a service's message when its decision raised an error."""
-UPDATE_SEPARATOR = "; the update: "
-"""Separates such an error from the message of the service's update."""
 
 
 class Orchestrator:
     """Keeps every service at its desired tasks: replicated and global services, jobs, restarts, rolling updates."""
 
-    def __init__(
-        self,
-        term: LoopStore,
-        clock: Clock,
-        new_id: IdSource,
-        random: Random,
-    ) -> None:
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._new_id = new_id
-        self._random = random
-        self._queue: WorkQueue[ServiceId] = WorkQueue(clock, self._priority_of)
-        self._due = DueSlots()
-        self._failures = Failures(clock, random)
-        self._refusals = Refusals(self._failures, clock)
-        self._unwritten = UnwrittenChanges()
-        self._disruption = DisruptionMode(term, clock, self._requeue_all)
-        self._seen = ObservedTimes(clock.monotonic())
-        self._loading: Iterator[None] = iter(())
-        self._global: set[ServiceId] = set()
-        self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
-        self._sound_nodes: dict[NodeId, bool] = {}
-        self._throttled_until: dict[ServiceId, float] = {}
-        """When the throttling of each large service ends."""
+        self.state = OrchestratorState(term, clock, random)
+        self._driver = LoopDriver(term, clock, self.state, KINDS, BATCH)
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Node, Swarm, Volume)
-        await run_exact_informer(
-            self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._run_tasks
+        await self._driver.run(
+            self._converge, self.state.disruption.run, self._queue_left_over, has_rest=self._has_rest
         )
 
-    def _on_snapshot(self, snapshot: View) -> None:
-        self._seen = ObservedTimes(self._clock.monotonic())
-        self._due.clear()
-        self._unwritten.clear()
-        self._overcommitted.clear()
-        self._sound_nodes.clear()
-        self._disruption.start(snapshot)
-        services = snapshot.find(Service)
-        self._global = {service.id for service in services if _is_global(service)}
-        self._queue.add(service.id for service in services)
-        self._loading = self._load({service.id for service in services})
+    def _has_rest(self) -> bool:
+        return bool(self.state.unwritten)
 
-    def _load(self, known: set[ServiceId]) -> Iterator[None]:
-        """Queue the services of tasks whose service no longer exists."""
-        left_over: set[ServiceId] = set()
-        for tasks in batches_of(self._term.view, Task):
-            left_over.update({task.service_id for task in tasks} - known)
-            yield
-        self._queue.add(sorted(left_over - {ServiceId("")}))
+    async def _queue_left_over(self) -> None:
+        await run_in_slices(self.state.queue_left_over(), self._clock)
 
-    def _on_commit(self, commit: Commit) -> None:
-        self._seen.record(commit, self._clock.monotonic())
-        self._disruption.note(commit)  # first: a disruption must be known before the decisions it would cause
-        for service_id, slot in self._affected(commit):
-            if slot is None:
-                self._due.add_all(service_id)
-            else:
-                self._due.add(service_id, slot)
-            self._queue.add((service_id,))
-
-    def _affected(self, commit: Commit) -> Iterator[tuple[ServiceId, SlotKey | None]]:
-        """Yield the services and slots whose decision may change with ``commit``.  None means all slots."""
-        for event in commit.events:
-            match event:
-                case Updated(Service() as old_service, Service() as new_service):
-                    yield from self._no_longer_required(old_service, new_service)
-            match event:
-                case Created(Service() as service) | Updated(_, Service() as service):
-                    if _is_global(service):
-                        self._global.add(service.id)
-                    yield service.id, None
-                case Deleted(Service() as service):
-                    self._global.discard(service.id)
-                    self._throttled_until.pop(service.id, None)
-                    self._failures.clear(service.id)
-                    self._refusals.forget(service.id)
-                    yield service.id, None
-                case Created(Task() as task) | Deleted(Task() as task):
-                    if task.service_id:
-                        yield task.service_id, self._slot_of_event(task)
-                case Updated(Task() as old, Task() as new):
-                    if new.service_id and (
-                        _is_relevant(old, new)
-                        or self._is_on_unusable_node(old, new)
-                        or self._holds_place_of_update(old, new)
-                    ):
-                        yield new.service_id, self._slot_of_event(new)
-                case Created(Node() as node):
-                    self._sound_nodes.pop(node.id, None)
-                    yield from ((id, node.id) for id in sorted(self._global))
-                case Deleted(Node() as node):
-                    self._overcommitted.pop(node.id, None)
-                    yield from self._slots_of_node(node)
-                case Updated(Volume() as was, Volume() as volume) if is_drained(was) != is_drained(volume):
-                    yield from self._slots_with(volume.id)
-                case Updated(Node() as before, Node() as after):
-                    if before.spec != after.spec or has_other_properties(before, after):
-                        self._overcommitted.pop(after.id, None)
-                        yield from self._slots_of_node(after)
-                    elif _affects_tasks(before, after):
-                        yield from self._slots_of_node(after)
-
-    def _no_longer_required(self, old: Service, new: Service) -> Iterator[tuple[ServiceId, None]]:
-        """Yield services that only ``old`` depended on: a job with a time to live may have been kept for it."""
-        before = dependencies_of(old.spec.labels) if DEPENDS_ON in old.spec.labels else ()
-        after = dependencies_of(new.spec.labels) if new.removed_at is None else ()
-        for name in sorted(
-            {one.service for one in before} - {one.service for one in after if one.is_required}
-        ):
-            yield from ((service.id, None) for service in self._term.view().find(Service, name=name))
-
-    def _slot_of_event(self, task: Task) -> SlotKey | None:
-        """Return the slot that an event of the task makes due, or None for all slots of its service.
-
-        A replicated job counts its runs, and the end of the last task starts a job's time to live.
-        """
-        service = (
-            self._term.view().lookup(Service, task.service_id) if task.job_iteration is not None else None
-        )
-        if service is not None and (service.spec.mode.global_job is None or JOB_TTL in service.spec.labels):
-            return None
-        return slot_key(task) or None
-
-    def _slots_with(self, id: VolumeId) -> Iterator[tuple[ServiceId, SlotKey]]:
-        """Yield the slots with a task that uses a cluster volume."""
-        for task in self._term.view().find(Task):
-            if task.service_id and any(one.id == id for one in task.volumes):
-                yield task.service_id, slot_key(task)
-
-    def _holds_place_of_update(self, old: Task, new: Task) -> bool:
-        """Whether an outdated task was assigned: its update may retire it for new tasks that were refused its node."""
-        if old.node_id or not new.node_id:
-            return False
-        service = self._term.view().lookup(Service, new.service_id)
-        return service is not None and new.spec_version != service.spec_version
-
-    def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
-        """Whether the task was just assigned to a node that it must leave: the node changed at the same moment."""
-        if old.node_id == new.node_id:
-            return False
-        node = self._term.view().lookup(Node, new.node_id)
-        return node is None or is_unusable(node) or violates_constraints(new, node)
-
-    def _slots_of_node(self, node: Node) -> Iterator[tuple[ServiceId, SlotKey]]:
-        """Yield the slots of a changed or deleted node: its tasks' slots, and a slot of each global service."""
-        self._sound_nodes.pop(node.id, None)
-        yield from ((id, node.id) for id in sorted(self._global))
-        for task in self._term.view().find(Task, node_id=node.id):
-            if task.service_id:
-                yield task.service_id, slot_key(task)
-
-    def _priority_of(self, id: ServiceId) -> int:
-        service = self._term.view().lookup(Service, id)
-        return priority_of(service.spec.labels) if service is not None else 0
-
-    def _requeue_all(self) -> None:
-        """Make all slots due, at the end of a freeze, which began with more than half of the nodes down."""
-        self._due.clear()
-        self._queue.add(service.id for service in self._term.view().find(Service))
-
-    async def _run_tasks(self, catch_up: CatchUp) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._disruption.run(), name="disruption mode")
-            group.create_task(run_in_slices(self._loading, self._clock), name="tasks without a service")
-            await self._work(catch_up)
-
-    async def _work(self, catch_up: CatchUp) -> None:
-        while True:
-            due = self._queue.take_due(BATCH) if self._unwritten else await self._queue.take(BATCH)
-            slices = TimeSlices(self._clock)
-            for service_id in due:
-                service = self._term.view().lookup(Service, service_id)
-                if not self._unwritten.defers(service_id, service) and not self._is_throttled(service_id):
-                    self._unwritten.add(service_id, service, await self._decide(service_id, catch_up))
-                    await slices.yield_if_due()
-            changes, due_again = self._unwritten.take(WRITES)
-            self._queue.add(due_again)
-            await self._commit([(id, change) for id, change in changes if not self._is_held(id, change)])
-
-    def _is_held(self, service_id: ServiceId, change: Change) -> bool:
-        """Whether a disruption may have begun since ``change`` was decided.  It is decided again afterwards."""
-        if not isinstance(change, ReplaceTask | RetireTask) or change.cause is not Cause.NODE_IS_LOST:
-            return False
-        if self._disruption.is_frozen:
-            return True  # its end queues all services
-        if self._disruption.replaces_from <= self._clock.monotonic():
-            return False
-        self._queue.add_at(service_id, self._disruption.replaces_from)
-        return True
-
-    def _is_throttled(self, service_id: ServiceId) -> bool:
-        """Whether a large service was decided completely a moment ago.  If so, it is queued for later."""
-        until = self._throttled_until.get(service_id)
-        if until is None or self._due.is_partial(service_id):
-            return False
-        if until > self._clock.monotonic():
-            self._queue.add_at(service_id, until)
-            return True
-        del self._throttled_until[service_id]
-        return False
-
-    async def _decide(self, service_id: ServiceId, catch_up: CatchUp) -> list[Change]:
-        """Return the changes for one service.
-
-        If the decision raises an error, the error is written to the service and the decision is retried.
-        """
-        changes: list[Change] = []
-        with self._failures.caught(service_id):
-            for step in await self._steps(service_id, catch_up):
-                if isinstance(step, Recheck):
-                    self._queue.add_at(service_id, step.at)
-                else:
-                    changes.append(step)
-            changes, retry_at = self._refusals.admitted(service_id, changes)
-            if retry_at is not None:
-                self._queue.add_at(service_id, retry_at)
-        failure = self._failures.of(service_id)
-        if failure is not None:
-            self._due.add_all(service_id)
-            self._queue.add_at(service_id, failure.retry_at)
-            changes = []
-        error = failure.error if failure is not None else self._refusals.error(service_id)
-        with self._failures.caught(f"error of {service_id}"):
-            await self._write_error(service_id, error)
-        return changes
+    async def _converge(self, ids: list[ServiceId]) -> None:
+        due = [id for id in ids if not self.state.must_wait(id)]
+        await self._driver.decide(due, self.state.decide)
+        for id in due:
+            with self.state.failures.caught(f"error of {id}"):
+                await self._write_error(id, self.state.error_of(id))
+        await self._write(self.state.next_writes(WRITES))
 
     async def _write_error(self, service_id: ServiceId, error: str | None) -> None:
         """Write to the service why its decision or write failed, or clear that message."""
         service = self._term.view().lookup(Service, service_id)
-        if error is not None and service is not None and not _has_error(service, error):
-            await self._term.update(_set_error, service_id, error)
-        elif error is None and _has_error(service):
-            await self._term.update(_clear_error, service_id)
+        if error is not None and service is not None and not has_error(service, error):
+            await self._term.update(set_error, service_id, error)
+        elif error is None and has_error(service):
+            await self._term.update(clear_error, service_id)
 
-    async def _steps(self, service_id: ServiceId, catch_up: CatchUp) -> Sequence[Change | Recheck]:
-        """Decide about one service.  Returns nothing if the inputs changed meanwhile."""
-        # An event in the view that is not recorded yet would count as observed at the start of the term, long ago.
-        await catch_up()
-        view = self._term.view()
-        service = view.lookup(Service, service_id)
-        if service is None:
-            is_unreadable = service_id in view.unreadable(Service)
-            return () if is_unreadable else retire_all(view.find(Task, service_id=service_id))
-        if has_unreadable_run(view, service_id):
-            return ()  # all its tasks would be stopped as tasks of another run
-        some = self._due.begin(service)
-        run = as_run(view, service)
-        situation = self._situation(view, run, some[1] if some is not None else None)
-        steps: Sequence[Step] | None
-        if some is not None:
-            work = deciding_some(situation, some[1], some[0])
-            steps, settled = await result_in_slices(work, self._clock, resumed=catch_up), None
-        else:
-            self._throttle(service_id, len(situation.tasks))
-            all_slots = deciding_all(situation)
-            steps, settled = await result_in_slices(all_slots, self._clock, resumed=catch_up)
-        # Each change checks for tasks that changed meanwhile.  A freeze or a new spec would affect all of them.
-        is_same = (
-            self._term.view().lookup(Service, service_id) is service
-            and situation.is_frozen == self._disruption.is_frozen
-            and situation.replaces_from == self._disruption.replaces_from
-        )
-        if not is_same:
-            self._throttled_until.pop(service_id, None)
-        if not is_same or steps is None:
-            self._due.add_all(service_id)
-            self._queue.add((service_id,))
-            return ()
-        if some is None:
-            self._due.end(service, None if view.unreadable(SpecVersion) else settled)
-        elif steps:
-            self._due.put_back(service_id, some[1])
-        return [decided_for(run, step) for step in steps]
-
-    def _throttle(self, service_id: ServiceId, tasks: int) -> None:
-        """Set the earliest time at which the whole service is decided again."""
-        if (rest := throttle_s(tasks)) > 0:
-            self._throttled_until[service_id] = self._clock.monotonic() + rest
-
-    def _situation(self, view: View, run: Service, due: Set[SlotKey] | None) -> Situation:
-        """Return the situation of a service, limited to the ``due`` slots unless that is None."""
-        if due is None:
-            tasks = view.find(Task, service_id=run.id)
-        else:
-            tasks = [task for key in due for task in view.find(Task, slot=f"{run.id}/{key}")]
-        nodes = sorted(key for key in due or () if isinstance(key, str))
-        return Situation(
-            service=run,
-            tasks=with_readable_specs(view, run, tuple(tasks)),
-            # A view is valid until the next pause, and the decision pauses.
-            nodes=lambda: self._nodes(nodes if due is not None else None),
-            node=lambda node_id: self._term.view().lookup(Node, node_id),
-            overcommitted=self._overcommitted_on,
-            spec_of=lambda task: spec_of(self._term.view(), task),
-            is_unknown=lambda task: has_unreadable_spec(self._term.view(), task),
-            has_unknown_status=lambda task: has_unreadable_status(self._term.view(), task),
-            is_drained=lambda volume: is_drained(self._term.view().lookup(Volume, VolumeId(volume))),
-            volume=lambda volume_id: self._term.view().lookup(Volume, volume_id),
-            seen=self._seen,
-            now=self._clock.monotonic(),
-            now_ns=self._clock.now_ns(),
-            is_frozen=self._disruption.is_frozen,
-            replaces_from=self._disruption.replaces_from,
-            silence_s=configured_grace_s(view),
-            sound_nodes=self._sound_nodes,
-        )
-
-    def _nodes(self, ids: Sequence[str] | None) -> tuple[Node, ...]:
-        """Return the existing nodes with these ids, or all nodes if ``ids`` is None."""
-        view = self._term.view()
-        if ids is None:
-            return tuple(view.find(Node))
-        return tuple(node for id in ids if (node := view.lookup(Node, id)) is not None)
-
-    def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
-        """Return the tasks that exceed the node's resources, cached until the node changes.
-
-        The scheduler never assigns more than the node has, so new tasks cannot change the result.
-        """
-        if node_id not in self._overcommitted:
-            view = self._term.view()
-            node = view.lookup(Node, node_id)
-            tasks = view.find(Task, node_id=node_id)
-            self._overcommitted[node_id] = overcommitted(node, tasks) if node else frozenset()
-        return self._overcommitted[node_id]
-
-    async def _commit(self, changes: list[tuple[ServiceId, Change]]) -> None:
+    async def _write(self, changes: list[tuple[ServiceId, Change]]) -> None:
         """Write each change in its own transaction, in as few raft entries as possible."""
-        if not changes:
-            return
         now = timestamp(self._clock.now_ns())
 
         def write(tx: Transaction, change: Change) -> None:
             apply(tx, change, self._new_id, now)
 
-        results = await write_each(self._term, write, [change for _, change in changes])
-        others: list[tuple[ServiceId, Change]] = []
-        for (id, change), result in zip(changes, results, strict=True):
-            retry_at = self._refusals.note(id, change, result)
-            if retry_at is not None:
-                self._queue.add_at(id, retry_at)
-            if isinstance(result, SkepError) and not isinstance(result, Unavailable):
-                other = fallback_for(change, result)
-                others += [(id, other)] if other is not None else []
-        failed = [result for result in results if isinstance(result, SkepError)]
-        if failed:
-            log.warning("write failed, will retry", what="changes", count=len(failed), reason=str(failed[0]))
-        await self._commit(others)
-
-
-def throttle_s(tasks: int) -> float:
-    """Return the minimum seconds until a service with so many tasks is decided again.
-
-    A decision about thousands of tasks takes tens of milliseconds.  One decision handles everything that their nodes
-    report meanwhile.
-    """
-    delay_s = tasks * THROTTLE_S_PER_TASK
-    return min(delay_s, THROTTLE_S_MAX) if delay_s >= THROTTLE_S_MIN else 0.0
-
-
-def _affects_tasks(before: Node, after: Node) -> bool:
-    """Whether a change of a node's status can change a decision about its tasks."""
-    is_same = before.status.addr == after.status.addr and is_unknown(before) == is_unknown(after)
-    return not is_same or is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after)
-
-
-def _is_global(service: Service) -> bool:
-    return service.spec.mode.name in ("global", "global-job")
-
-
-def _is_relevant(old: Task, new: Task) -> bool:
-    """Whether a change of a task can change a decision.  The agent's steps between ASSIGNED and RUNNING cannot.
-
-    Exceptions are a task that is refused an address or a node (its update may retire the tasks that hold it), a task
-    that no longer waits for another service (its progress deadline starts), a preempted task, and a task that is
-    prepared while its predecessor runs (the decision waits until it is ready).
-    """
-    if old.desired_state != new.desired_state or (_is_refused(new) and not _is_refused(old)):
-        return True
-    if (is_waiting(old) and not is_waiting(new)) or old.preemption != new.preemption:
-        return True
-    prepares = new.desired_state is TaskState.READY
-    first_state = TaskState.READY if prepares else TaskState.RUNNING
-    return old.status.state != new.status.state and new.status.state >= first_state
-
-
-def _is_refused(task: Task) -> bool:
-    return task.status.state < TaskState.ASSIGNED and bool(task.status.err) and not is_waiting(task)
-
-
-def _has_error(service: Service | None, error: str = "") -> bool:
-    """Whether the service shows ``error``, or by default any error of an earlier decision."""
-    status = service.update_status if service is not None else None
-    return status is not None and status.message.startswith(f"{FAILED}: {error}")
-
-
-def _own_message(status: UpdateStatus) -> str:
-    """Return the message of the update itself, such as a pause, whose cause is stored nowhere else."""
-    if not status.message.startswith(FAILED):
-        return status.message
-    return status.message.rpartition(UPDATE_SEPARATOR)[2] if UPDATE_SEPARATOR in status.message else ""
-
-
-def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
-    """Write the error of a decision to the service, before the update's own message."""
-    service = tx.lookup(Service, service_id)
-    if service is not None:
-        status = service.update_status or UpdateStatus()
-        own = _own_message(status)
-        message = f"{FAILED}: {error}" + (f"{UPDATE_SEPARATOR}{own}" if own else "")
-        tx.put(replace(service, update_status=replace(status, message=message)))
-
-
-def _clear_error(tx: Transaction, service_id: ServiceId) -> None:
-    """Clear the error and keep the update's own message."""
-    service = tx.lookup(Service, service_id)
-    if service is not None and service.update_status is not None and _has_error(service):
-        status = service.update_status
-        own = _own_message(status) or ("update in progress" if status.state is UpdateState.UPDATING else "")
-        status = replace(status, message=own)
-        tx.put(replace(service, update_status=status if status.state is not None else None))
+        while changes:
+            results = await write_each(self._term, write, [change for _, change in changes])
+            failed = [result for result in results if isinstance(result, SkepError)]
+            if failed:
+                log.warning(
+                    "write failed, will retry", what="changes", count=len(failed), reason=str(failed[0])
+                )
+            changes = self.state.on_results(changes, results)

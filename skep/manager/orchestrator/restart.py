@@ -28,9 +28,9 @@ from math import inf
 
 from msgspec.structs import replace
 
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     FillSlot,
-    Recheck,
     ReplaceTask,
     RetireTask,
     StartTask,

@@ -51,11 +51,11 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, collect_in_slices
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     ROLLED_BACK,
     Cause,
     FillSlot,
-    Recheck,
     ReplaceTask,
     RetireTask,
     RollBack,

@@ -59,7 +59,7 @@ Send = Callable[[skep.ProbeOrder], Awaitable[None]]
 
 
 class Networks(Protocol):
-    """The networks of nodes (``discovery.loop.Discovery``)."""
+    """The networks of nodes (``discovery.state.DiscoveryState``)."""
 
     def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]:
         """Return the networks that carry the node's tasks or published ports."""

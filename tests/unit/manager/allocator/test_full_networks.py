@@ -58,4 +58,4 @@ async def test_a_service_that_waits_for_a_full_network_keeps_no_addresses_of_ano
             await store.update(lambda tx, changed=changed: tx.put(changed))
             await until(lambda number=number: attempts > before + number)
         running.cancel()
-    assert allocator._allocations.addresses.usage(NET).used == 0
+    assert allocator.state.allocations.addresses.usage(NET).used == 0

@@ -161,7 +161,7 @@ async def test_a_task_keeps_the_addresses_that_are_stored_though_it_counts_as_ne
     async with allocating(store) as allocator:
         await a_task_of(store, a_spec("next", NET), "next", status=TaskStatus(state=NEW))
         await wait_for(store, lambda: bool(store.view().get(Task, "next").status.err))
-        assert allocator._allocations.addresses.release("db") == {NET.id}
+        assert allocator.state.allocations.addresses.release("db") == {NET.id}
 
 
 async def test_unread_addresses_of_services_and_nodes_are_replaced_before_others_get_any() -> None:

@@ -13,10 +13,11 @@ from msgspec.structs import replace
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
-from skep.manager.allocator import loop as allocator_module
+from skep.manager.allocator import state as allocator_module
 from skep.manager.allocator.addresses import _Pool
 from skep.manager.allocator.changes import Release
 from skep.manager.allocator.loop import Allocator
+from skep.manager.allocator.state import AllocatorState
 from skep.manager.allocator.subnets import allocated
 from skep.model import routes
 from skep.model.ids import new_id
@@ -95,7 +96,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return call
 
     monkeypatch.setattr(_Pool, "first_free", counted("searches", _Pool.first_free))
-    monkeypatch.setattr(Allocator, "_release", counted("tasks", Allocator._release))
+    monkeypatch.setattr(AllocatorState, "release", counted("tasks", AllocatorState.release))
     monkeypatch.setattr(allocator_module, "allocated", counted("networks", allocated))
     return counts
 
@@ -207,9 +208,9 @@ async def test_a_task_waits_for_a_network_until_it_is_there_and_is_told_when_it_
 async def test_the_tasks_of_one_service_are_released_with_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     looked, most = 0, 0
-    real = Allocator._release
+    real = AllocatorState.release
 
-    def counted(self: Allocator, *args: Any) -> Any:
+    def counted(self: AllocatorState, *args: Any) -> Any:
         nonlocal looked, most
         looked += 1
         most = max(most, looked)
@@ -221,7 +222,7 @@ async def test_the_tasks_of_one_service_are_released_with_pauses(monkeypatch: py
             await asyncio.sleep(0)
             looked = 0
 
-    monkeypatch.setattr(Allocator, "_release", counted)
+    monkeypatch.setattr(AllocatorState, "release", counted)
     watching = asyncio.create_task(watch())
     async with allocating(an_overlay("net1"), *new_tasks("a", 200)) as store:
         assert len(released(store)) == 200

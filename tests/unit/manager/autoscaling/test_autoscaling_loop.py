@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.api.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
-from skep.manager.autoscaling.loop import Scaling, write_replicas
+from skep.manager.autoscaling.state import Scaling, write_replicas
 from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import rollback_service, update_service
 from skep.manager.quotas import replicas_within_quota

@@ -145,7 +145,7 @@ async def test_a_node_without_a_stream_goes_on_with_the_tables_it_has(rig: Rig, 
         case "it is removed":
             await rig.store.update(lambda tx: tx.delete(Node, N2))
         case _:
-            rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
+            rig.discovery.state.acknowledgements.applied(N2, NET.id, rig.revision)
     await ended(waiting)
 
 
@@ -238,7 +238,7 @@ async def test_a_node_that_was_taken_for_down_meanwhile_is_waited_for_again(
     rig.store.heal()
     assert await is_held(waiting, rig)
     rig.links[SECOND].reply = rig.has_applied
-    rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
+    rig.discovery.state.acknowledgements.applied(N2, NET.id, rig.revision)
     await ended(waiting)
 
 
@@ -247,7 +247,7 @@ async def test_a_change_of_something_else_does_not_delay_a_stop(rig: Rig, manage
     task = await rig.place_users(manager)
     stopped_at = rig.revision
     await rig.discovery.wait_handled()
-    rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
+    rig.discovery.state.acknowledgements.applied(N2, NET.id, rig.revision)
     rig.links[SECOND].reply = rig.has_applied
     await rig.other.update(lambda tx: tx.put(Config(id=ConfigId("c1"), spec=ConfigSpec(name="motd"))))
     async with asyncio.timeout(10):
@@ -294,7 +294,7 @@ async def test_a_manager_whose_replica_is_behind_does_not_say_that_it_has_no_suc
     assert (await rig.draining._await_tables(request, caller)).applied == 0
     rig.store.heal()
     assert (await rig.draining._await_tables(request, caller)).applied == 0
-    rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
+    rig.discovery.state.acknowledgements.applied(N2, NET.id, rig.revision)
     assert (await rig.draining._await_tables(request, caller)).applied >= request.revision
 
 

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.job_runs import COMPLETED, FAILED, is_going, outcome, retried
-from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, SettleRun
+from skep.manager.loop_driver import Recheck
+from skep.manager.orchestrator.changes import FillSlot, RemoveService, SettleRun
 from skep.manager.schedules.due import decided
 from skep.model.ids import NodeId
 from skep.model.labels import JOB_TTL

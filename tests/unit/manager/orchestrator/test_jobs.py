@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.job_runs import COMPLETED, FAILED
-from skep.manager.orchestrator.changes import Cause, FillSlot, Recheck, RemoveService, RetireTask, SettleRun
+from skep.manager.loop_driver import Recheck
+from skep.manager.orchestrator.changes import Cause, FillSlot, RemoveService, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import attempts_kept, surplus_history
 from skep.manager.orchestrator.slots import age
 from skep.model.ids import NodeId

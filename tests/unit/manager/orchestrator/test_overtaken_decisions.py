@@ -16,7 +16,7 @@ from skep.manager.orchestrator.changes import (
     RetireTask,
     cause_to_leave,
 )
-from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.orchestrator.state import OrchestratorState
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
@@ -145,17 +145,17 @@ def test_a_task_whose_status_has_become_unreadable_is_not_taken_for_one_that_doe
 def test_no_task_of_a_lost_node_is_replaced_while_a_disruption_may_begin_but_afterwards() -> None:
     loop = VirtualLoop()
     clock = VirtualClock(loop)
-    orchestrator = Orchestrator(MemoryStore(clock), clock, lambda: "t1", Random(1))
+    orchestrator = OrchestratorState(MemoryStore(clock), clock, Random(1))
     task, service = a_task(node="n1"), a_service()
     lost = ReplaceTask(task, FillSlot(service, 1), Cause.NODE_IS_LOST)
     drained = ReplaceTask(task, FillSlot(service, 1), Cause.NODE_IS_UNFIT)
-    assert not orchestrator._is_held(service.id, lost)
-    orchestrator._disruption.replaces_from = clock.monotonic() + 7.0
-    assert not orchestrator._is_held(service.id, drained)
-    assert orchestrator._is_held(service.id, lost)
-    assert loop.run_until_complete(orchestrator._queue.take(10)) == [service.id]
-    assert clock.monotonic() >= orchestrator._disruption.replaces_from
-    assert not orchestrator._is_held(service.id, lost)
+    assert not orchestrator.is_held(service.id, lost)
+    orchestrator.disruption.replaces_from = clock.monotonic() + 7.0
+    assert not orchestrator.is_held(service.id, drained)
+    assert orchestrator.is_held(service.id, lost)
+    assert loop.run_until_complete(orchestrator.queue.take(10)) == [service.id]
+    assert clock.monotonic() >= orchestrator.disruption.replaces_from
+    assert not orchestrator.is_held(service.id, lost)
     loop.close()
 
 

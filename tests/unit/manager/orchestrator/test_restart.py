@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, apply
+from skep.manager.loop_driver import Recheck
+from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, apply
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.ids import NodeId, new_id
 from skep.model.node import Availability, Node, NodeState

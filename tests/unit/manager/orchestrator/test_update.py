@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import Recheck, RetireTask, SetUpdateStatus, apply
+from skep.manager.loop_driver import Recheck
+from skep.manager.orchestrator.changes import RetireTask, SetUpdateStatus, apply
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import TaskId
 from skep.model.node import Availability, Node

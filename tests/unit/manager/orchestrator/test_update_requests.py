@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.updates import PAUSED_BY_USER, abort_update, pause_update, resume_update
-from skep.manager.orchestrator.changes import Recheck
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.meta import Version

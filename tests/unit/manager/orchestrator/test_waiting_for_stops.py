@@ -7,7 +7,8 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.orchestrator.changes import Recheck, StartTask
+from skep.manager.loop_driver import Recheck
+from skep.manager.orchestrator.changes import StartTask
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.ids import ClusterId, NodeId, TaskId
 from skep.model.node import Availability, NodeState

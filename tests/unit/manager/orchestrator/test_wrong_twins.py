@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
+from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator import convergence, replicated, restart, slots, update
 from skep.manager.orchestrator.changes import (
     Change,
     FillSlot,
-    Recheck,
     ReplaceTask,
     RetireTask,
     RollBack,

@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.scheduler import loop
+from skep.manager.scheduler.state import BATCH
 from skep.model.labels import PREEMPTION, PRIORITY
 from skep.model.node import Availability, Node
 from skep.model.service import Resources, Service
@@ -88,7 +88,7 @@ async def test_where_room_is_short_tasks_of_higher_priority_get_it() -> None:
 
 async def test_a_large_service_of_higher_priority_is_placed_whole_before_others_get_anything() -> None:
     low, high = of_priority(-1, "low"), of_priority(1, "high")
-    slots = range(1, loop.BATCH + 51)
+    slots = range(1, BATCH + 51)
     singles = [of_priority(0, f"s{number}") for number in range(60)]
     store = await a_store(low, high, *singles, memory=len(slots), preemption=False)
     tasks = [*waiting(low, 1), *(task for one in singles for task in waiting(one, 1)), *waiting(high, *slots)]

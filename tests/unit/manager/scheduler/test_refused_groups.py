@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
 from skep.manager.failures import Failures
-from skep.manager.scheduler import filters, group_queue, loop, placement, spread
+from skep.manager.scheduler import filters, group_queue, loop, placement, spread, state
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.decision_writer import TOGETHER, write_decisions
 from skep.manager.scheduler.groups import Groups
@@ -112,7 +112,7 @@ async def test_refused_groups_of_higher_priority_hold_up_no_others(monkeypatch: 
         decided.extend(task.service_id for task in tasks)
         return real(tasks, *args, **options)
 
-    monkeypatch.setattr(loop, "placing", placing)
+    monkeypatch.setattr(state, "placing", placing)
     async with scheduling(store):
         await wait_for(store, lambda: "" not in texts(store))
         decided.clear()
@@ -203,7 +203,7 @@ async def test_a_group_that_is_removed_while_it_is_decided_leaves_nothing(
         await wait_for(store, lambda: bool(store.view().get(Task, "other-0000").node_id))
         await asyncio.sleep(0)
         running.cancel()
-    assert scheduler._texts._why == {}
+    assert scheduler.state.texts._why == {}
 
 
 async def test_however_often_a_group_is_decided_the_last_task_gets_its_text(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
+from skep.manager.scheduler.state import SchedulerState
 from skep.model.container import ContainerSpec, Mount
 from skep.model.labels import VOLUME_AFFINITY
 from skep.model.node import Availability, EngineDescription, Node, NodeState
@@ -189,13 +189,13 @@ async def test_a_node_that_reports_other_volumes_has_only_tasks_of_their_slots_d
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked: set[str] = set()
-    real = Scheduler._without_waiting
+    real = SchedulerState.decide
 
-    def recorded(self: Scheduler, groups: Sequence[str], slices: Any) -> Any:
-        looked.update(groups)
-        return real(self, groups, slices)
+    def recorded(self: SchedulerState, due: Sequence[str]) -> Any:
+        looked.update(due)
+        return real(self, due)
 
-    monkeypatch.setattr(Scheduler, "_without_waiting", recorded)
+    monkeypatch.setattr(SchedulerState, "decide", recorded)
     service = a_stateful_service("required")
     refused = a_service("refused", constraints=("node.labels.x==1",))
     away = reporting("away", "data=web.1@1 data=other.1@1")

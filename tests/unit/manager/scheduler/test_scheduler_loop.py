@@ -18,6 +18,7 @@ from skep.manager.scheduler import dependencies, filters, placement, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.decision_writer import Decision, DecisionWriter
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.scheduler.state import SchedulerState
 from skep.model.container import Mount
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import NodeId, VolumeId, new_id
@@ -303,13 +304,13 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
 
 async def test_a_volume_has_those_groups_decided_again_that_mount_it(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: set[str] = set()
-    real = Scheduler._without_waiting
+    real = SchedulerState.decide
 
-    def recorded(self: Scheduler, groups: Sequence[str], slices: Any) -> Any:
-        looked.update(groups)
-        return real(self, groups, slices)
+    def recorded(self: SchedulerState, due: Sequence[str]) -> Any:
+        looked.update(due)
+        return real(self, due)
 
-    monkeypatch.setattr(Scheduler, "_without_waiting", recorded)
+    monkeypatch.setattr(SchedulerState, "decide", recorded)
     plain = waiting(1, constraints=("node.labels.x==1",), name="plain")
     store = await a_store(*plain, *(with_volume(task) for task in waiting(2)))
 

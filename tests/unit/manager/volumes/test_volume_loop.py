@@ -12,7 +12,9 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.control.nodes import remove_node
 from skep.manager.control.volumes import remove_volume
-from skep.manager.volumes.loop import SETTLED_S, ClusterVolumes, ControllerDriver
+from skep.manager.volumes.driver_calls import ControllerDriver
+from skep.manager.volumes.loop import ClusterVolumes
+from skep.manager.volumes.state import SETTLED_S, VolumesState
 from skep.manager.volumes.steps import REMOVED_S
 from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
 from skep.model.meta import Driver
@@ -142,13 +144,13 @@ def test_a_change_of_a_node_concerns_the_volumes_on_it_and_no_others(
     simulated: Callable[[Body], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
-    original = ClusterVolumes._advance
+    original = VolumesState.needed_on
 
-    async def advance(self: ClusterVolumes, id: VolumeId) -> bool:
+    def needed_on(self: VolumesState, id: VolumeId) -> frozenset[NodeId]:
         looked.append(id)
-        return await original(self, id)
+        return original(self, id)
 
-    monkeypatch.setattr(ClusterVolumes, "_advance", advance)
+    monkeypatch.setattr(VolumesState, "needed_on", needed_on)
 
     async def body(rig: Rig) -> None:
         n1, n2 = a_node("n1"), a_node("n2")

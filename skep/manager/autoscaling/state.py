@@ -1,0 +1,195 @@
+"""State of autoscaling: the autoscaled services with their history, and the due change of one.
+
+A leader only remembers its own observations: since when tasks run, and its recommendations.  A new leader starts
+without them, so it changes nothing before it has observed the tasks for a while, and removes no task for a whole
+window.
+"""
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.manager.autoscaling.decision import (
+    SETTLE_S,
+    Decision,
+    History,
+    blocked,
+    decide,
+    readings_of,
+)
+from skep.manager.failures import isolated
+from skep.model.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
+from skep.model.ids import ServiceId, TaskId
+from skep.model.service import Autoscaled, Service, ServiceSpec
+from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
+from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
+
+WithinQuota = Callable[[View, Service, int], tuple[int, str]]
+"""Returns the most tasks, up to a number, that the quota of a service's stack allows, and why it allows no others."""
+CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
+"""Raises PermissionDenied if the spec exceeds the quota."""
+
+
+class Quota(msgspec.Struct, frozen=True):
+    """Limits for the services of a stack (``manager.quotas``)."""
+
+    within: WithinQuota
+    check: CheckQuota
+
+
+class AutoscalingCounts:
+    """Counts for Prometheus, over all terms of this manager."""
+
+    def __init__(self) -> None:
+        self.changes = {"up": 0, "down": 0}
+        self.services = 0
+        """Autoscaled services that this manager decides about.  0 on managers other than the leader."""
+        self.unknown = 0
+        """Tasks of these services that were not measured at the last decision."""
+
+
+class Scaling(msgspec.Struct, frozen=True, kw_only=True):
+    """A change to write."""
+
+    service_id: ServiceId
+    present: int
+    """The number of replicas at the decision."""
+    scaling: Autoscaling
+    """The autoscaling settings at the decision."""
+    replicas: int
+    reason: str
+    now_ns: int
+
+
+class AutoscalerState:
+    """Autoscaled services, and what this leader has observed of them."""
+
+    def __init__(
+        self, view: Callable[[], View], clock: Clock, quota: Quota, counts: AutoscalingCounts
+    ) -> None:
+        self._view = view
+        self._clock = clock
+        self._quota = quota
+        self._counts = counts
+        self.services: dict[ServiceId, History | None] = {}
+        """History of each autoscaled service, or None before its first decision."""
+        self._running_since: dict[TaskId, float] = {}
+        """When this leader first saw tasks of these services running, on its monotonic clock."""
+
+    def start(self, view: View) -> None:
+        """Start over from a snapshot."""
+        # A watch that lagged restarts, as a term does: it is unknown whether earlier observations still hold.
+        self.services.clear()
+        self._running_since.clear()
+        for service in view.find(Service):
+            self._note_service(service)
+
+    def on_commit(self, commit: Commit) -> None:
+        """Record which services are autoscaled, and since when their tasks run."""
+        for event in commit.events:
+            match event:
+                case Created(Service() as service) | Updated(_, Service() as service):
+                    self._note_service(service)
+                case Deleted(Service() as service):
+                    self.services.pop(service.id, None)
+                case Created(Task() as task) | Updated(_, Task() as task):
+                    self._note_task(task)
+                case Deleted(Task() as task):
+                    self._running_since.pop(task.id, None)
+
+    def _note_service(self, service: Service) -> None:
+        if service.removed_at is not None or autoscaling_of(service.spec.labels) is None:
+            self.services.pop(service.id, None)
+        elif service.id not in self.services:
+            self.services[service.id] = None
+            with isolated("autoscaling", service.id):
+                for task in self._view().find(Task, service_id=service.id):
+                    self._note_task(task)
+
+    def _note_task(self, task: Task) -> None:
+        if task.service_id not in self.services or task.status.state is not TaskState.RUNNING:
+            self._running_since.pop(task.id, None)
+        else:
+            self._running_since.setdefault(task.id, self._clock.monotonic())
+
+    def decide(self, id: ServiceId, usages: Mapping[TaskId, TaskUsage], now: float) -> Scaling | None:
+        """Return the due change of a service, or None."""
+        view = self._view()
+        service = view.lookup(Service, id)
+        scaling = autoscaling_of(service.spec.labels) if service is not None else None
+        if service is None or scaling is None or id not in self.services:
+            return None
+        decision = self._decide(view, service, scaling, usages, now)
+        if decision.replicas is None:
+            return None
+        return Scaling(
+            service_id=id,
+            present=service.spec.replicas,
+            scaling=scaling,
+            replicas=decision.replicas,
+            reason=decision.reason,
+            now_ns=self._clock.now_ns(),
+        )
+
+    def _decide(
+        self,
+        view: View,
+        service: Service,
+        scaling: Autoscaling,
+        usages: Mapping[TaskId, TaskUsage],
+        now: float,
+    ) -> Decision:
+        present, history = service.spec.replicas, self.services[service.id]
+        if history is None or history.expected != present:  # set by a user, so it stays for a window
+            history = self.services[service.id] = History(present, now)
+
+        def has_settled(id: TaskId) -> bool:
+            return now - self._running_since.get(id, now) >= SETTLE_S
+
+        tasks = view.find(Task, service_id=service.id)
+        readings = readings_of(service, scaling, tasks, usages, has_settled)
+        self._counts.unknown += readings.unknown
+        decision = decide(service, scaling, readings, history, now)
+        if decision.replicas is None or decision.replicas < present:
+            return decision
+        within, why = self._quota.within(view, service, decision.replicas)
+        return replace(
+            decision, replicas=within if within != present else None, reason=why or decision.reason
+        )
+
+    def note_change(self, one: Scaling) -> None:
+        """Record that a change was written."""
+        history = self.services.get(one.service_id)
+        if history is not None:
+            history.expected = one.replicas
+        self._counts.changes["up" if one.replicas > one.present else "down"] += 1
+
+
+def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bool:
+    """Set the number of replicas, as ``docker service scale`` does.
+
+    Returns False if a user has changed the service meanwhile.  A rollback does not restore the number, so the previous
+    spec gets it too.
+
+    Raises:
+        PermissionDenied: The stack's quota does not allow the number at present.
+    """
+    service = tx.rely_on(Service, one.service_id)
+    if (
+        service is None
+        or service.removed_at is not None
+        or service.spec.replicas != one.present
+        or autoscaling_of(service.spec.labels) != one.scaling
+        or blocked(service)
+    ):
+        return False
+    spec, previous = with_replicas(service.spec, one.replicas), service.previous_spec
+    check_quota(tx, spec, service)
+    if previous is not None and autoscaling_of(previous.labels) is not None:
+        previous = with_replicas(previous, one.replicas)
+    done = Autoscaled(before=one.present, after=one.replicas, reason=one.reason, at=timestamp(one.now_ns))
+    tx.put(replace(service, spec=spec, previous_spec=previous, autoscaled=done))
+    return True
