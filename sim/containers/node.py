@@ -346,11 +346,15 @@ class NodeProcess:
         self.is_alive = False
         self.crashed.set()
 
-    async def run(self, ready: asyncio.Event) -> None:
+    @property
+    def accepts_requests(self) -> bool:
+        """Whether users' requests reach containers: once their records are read, even before they are adopted."""
+        return self.is_alive and not self.engine.may_have(ContainerId("unknown"))
+
+    async def run(self) -> None:
         """Run the engine and the restart policies until cancelled, or until the process crashes."""
         with suppress(Crash):
             async with self.engine.running():
-                ready.set()
                 await self.engine.run_restart_policies()
 
 

@@ -80,7 +80,6 @@ class Run:
         self.violations: list[str] = []
         self.trace: list[str] = []
         self.node: NodeProcess | None = None
-        self.ready = asyncio.Event()
         self._own: set[asyncio.Task[Any]] = set()
         """Tasks that do not belong to a node process."""
         self._ids: list[ContainerId] = []
@@ -152,8 +151,8 @@ class Run:
         while True:
             node = NodeProcess(self.world, self.faults, self.clock, self.random)
             self.faults.on_crash = node.crash
-            self.node, self.ready = node, asyncio.Event()
-            running = asyncio.create_task(node.run(self.ready))
+            self.node = node
+            running = asyncio.create_task(node.run())
             crashed = self._adopt_task(asyncio.create_task(node.crashed.wait()))
             await asyncio.wait([running, crashed], return_when=asyncio.FIRST_COMPLETED)
             if not node.is_alive:
@@ -189,7 +188,7 @@ class Run:
     async def _use(self, number: int) -> None:
         for _ in range(self.steps):
             await self.clock.sleep(self.random.choice(PAUSES_S) * self.random.random())
-            while not self.ready.is_set() or self.node is None or not self.node.is_alive:
+            while self.node is None or not self.node.accepts_requests:
                 await self.clock.sleep(0.05)
             node = self.node
             if len(self._ids) < CONTAINERS:

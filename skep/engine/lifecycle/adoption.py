@@ -78,6 +78,8 @@ class Adoption:
         self._report = report
         self.has_found = False
         """Whether all records have been read."""
+        self.has_networks = asyncio.Event()
+        """Set once the networks of earlier processes are restored.  Restoring frees those that it does not know."""
 
     async def restore(self, clock: Clock) -> None:
         """Read the records and adopt their containers.  Errors are retried."""
@@ -105,8 +107,9 @@ class Adoption:
             if one.sandbox is not None and self._keeps(one, one.sandbox)
         ]
         await self._persist(partial(self._network.restore, live), "networks not restored", clock)
+        self.has_networks.set()
         connected = {config.id for config, _ in live}
-        for container in self._store.list():
+        for container in found.known:  # those that were created meanwhile have nothing to adopt
             has_network = container.id in connected or container.mode is NetworkMode.HOST
             await isolate(
                 self._adopt(container.id, has_network=has_network),

@@ -20,7 +20,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.race import run_to_end
+from skep.aio.race import is_set_within, run_to_end
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container
@@ -38,6 +38,7 @@ from skep.engine.state import ContainerStore
 from skep.engine.volumes import Volumes
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import NetworkMode
 
 log = structlog.get_logger()
 
@@ -47,6 +48,9 @@ SWEEP_SECONDS = 20.0
 """Interval between searches for network resources of removed containers."""
 _RETRY_SECONDS_MAX = 30.0
 """Longest pause between two attempts."""
+RESTORED_S_MAX = 60.0
+"""Seconds that a start waits for the networks of this node.  Restoring takes longer only if a command hangs or is
+retried, and then the reason is a condition of the node."""
 KILLED_S_MAX = 60.0
 """Seconds from SIGKILL until the container's end must be recorded.  Docker allows 12 s.  Skep frees the networks first,
 which may take long on an overloaded machine."""
@@ -91,6 +95,7 @@ class LifecycleDriver:
         self.adoption = Adoption(self, self._effects, runtime, network, store, report_restore)
         self._actions = {
             **self._effects.actions,
+            Effect.AWAIT_NETWORKS: self._await_networks,
             Effect.AWAIT_RELEASE: self._await_release,
             Effect.TAKE_START_SLOT: self._take_start_slot,
             Effect.WATCH: self._watch,
@@ -363,6 +368,12 @@ class LifecycleDriver:
         return self._store.require(container.id)
 
     # --- effects of the driver itself ---------------------------------------------------------------------------
+
+    async def _await_networks(self, container: Container, _: Program) -> None:
+        if container.mode is NetworkMode.HOST:  # it has no namespace that could be freed
+            return
+        if not await is_set_within(self.adoption.has_networks, RESTORED_S_MAX):
+            raise Unavailable("the networks of this node's earlier containers are not restored yet")
 
     async def _await_release(self, container: Container, _: Program) -> None:
         if (watch := self._watches.get(container.id)) is not None:

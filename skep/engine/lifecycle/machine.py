@@ -74,6 +74,7 @@ class Effect(Enum):
     """A step that changes or awaits something outside the record.  Repeating it does no harm."""
 
     MAKE_DIRECTORIES = "make directories"
+    AWAIT_NETWORKS = "await the node's networks"
     FIND_SHARED = "find shared namespaces"
     ATTACH_NETWORKS = "attach networks"
     WRITE_BUNDLE = "write bundle"
@@ -121,7 +122,13 @@ BEST_EFFORT = frozenset(
 
 INTERRUPTIBLE = frozenset(
     {
-        *(Effect.AWAIT_RELEASE, Effect.MOUNT_VOLUMES, Effect.TAKE_START_SLOT, Effect.END_PROCESS),
+        *(
+            Effect.AWAIT_NETWORKS,
+            Effect.AWAIT_RELEASE,
+            Effect.MOUNT_VOLUMES,
+            Effect.TAKE_START_SLOT,
+            Effect.END_PROCESS,
+        ),
         *(Effect.UNMOUNT_VOLUMES, Effect.REMOVE_DIRECTORIES),
     }
 )
@@ -427,11 +434,12 @@ _UNDO = (E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES, E.FORGET_RECORD)
 _DISCARD = (E.FORGET_EXECS, E.ENSURE_DELETED, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
 
 TABLE = (
-    # Creation.  A task's container gets its networks now, a plain one at its start, which may be much later.
+    # Creation.  A task's container gets its networks now, a plain one at its start, which may be much later.  Either
+    # waits until the networks of earlier processes are restored, because that frees namespaces that it does not know.
     on(
         CREATED,
         Create,
-        (E.MAKE_DIRECTORIES, E.ATTACH_NETWORKS, E.WRITE_BUNDLE),
+        (E.AWAIT_NETWORKS, E.MAKE_DIRECTORIES, E.ATTACH_NETWORKS, E.WRITE_BUNDLE),
         when=_is_task,
         fails=CreateFailed,
     ),
@@ -459,7 +467,7 @@ TABLE = (
     on(
         AT_REST,
         Start,
-        (E.AWAIT_RELEASE, *_BEFORE_START, *_ATTACH, *_START),
+        (E.AWAIT_RELEASE, E.AWAIT_NETWORKS, *_BEFORE_START, *_ATTACH, *_START),
         record=_resumed,
         fails=StartFailed,
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
@@ -17,7 +18,9 @@ from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import RuntimeFailed, StartError
 from skep.engine.container import (
     Container,
+    ContainerConfig,
     ContainerState,
+    NewContainer,
     NotRunning,
     PlainOptions,
     RestartPolicy,
@@ -26,7 +29,7 @@ from skep.engine.container import (
 from skep.engine.runtime import Runtime
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
-from skep.model.sandbox import Sandbox, SandboxConfig
+from skep.model.sandbox import NetworkMode, Sandbox, SandboxConfig
 from skep.model.times import ZERO_TIME
 from tests.support.stub_engine import (
     ID,
@@ -263,12 +266,23 @@ class SlowRestore:
         self.stubs = stubs
         self.restored = asyncio.Event()
         self.deleted: list[ContainerId] = []
-        patch.setattr(stubs.engine._network, "restore", lambda _: self.restored.wait())
+        self.namespaces: set[ContainerId] = set()
+        patch.setattr(stubs.engine._network, "attach", self.attach)
+        patch.setattr(stubs.engine._network, "restore", self.restore)
         patch.setattr(stubs.runtime, "has", lambda _: True)
         patch.setattr(stubs.runtime, "delete", self.delete)
 
     async def delete(self, container: Container) -> None:
         self.deleted.append(container.id)
+
+    async def attach(self, config: SandboxConfig) -> Sandbox:
+        self.namespaces.add(config.id)
+        return Sandbox(netns="/nonexistent")
+
+    async def restore(self, live: object) -> None:
+        """Free all namespaces, as the data plane does with those that are not among the ``live`` ones."""
+        await self.restored.wait()
+        self.namespaces.clear()
 
     async def run(self) -> None:
         async with self.stubs.engine.running():
@@ -303,6 +317,59 @@ def with_slow_restore(
 ENDED = a_container(state=ContainerState.EXITED, process=None, is_at_rest=True)
 
 
+def test_a_start_keeps_its_namespace_while_networks_of_earlier_processes_are_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        starting = asyncio.create_task(slow.stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        slow.restored.set()
+        assert (await starting).is_running
+        assert slow.namespaces == {ID}
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_start_says_that_networks_are_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(slow: SlowRestore) -> None:
+        with pytest.raises(Unavailable, match="are not restored yet"):
+            await slow.stubs.engine.start(ID)
+        assert not slow.stubs.engine.get(ID).is_running
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_container_on_the_host_network_starts_without_waiting_for_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        assert (await slow.stubs.engine.start(ID)).is_running
+
+    host = replace(ENDED, plain=PlainOptions(mode=NetworkMode.HOST))
+    with_slow_restore(body, tmp_path, monkeypatch, host)
+
+
+def test_a_container_that_is_created_before_the_adoption_is_not_taken_for_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        monkeypatch.setattr(slow.stubs.bundles, "make", lambda _: None, raising=False)
+        new = NewContainer(
+            name="new",
+            image="i",
+            image_id="i",
+            layers=(),
+            config=ContainerConfig(path="sh"),
+            plain=PlainOptions(),
+        )
+        created = await slow.stubs.engine.add(new)
+        slow.restored.set()
+        await asyncio.sleep(1)
+        assert created.id not in slow.deleted
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
 def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,8 +396,10 @@ def test_a_run_that_began_before_the_adoption_is_watched_once(
         adopted: list[ContainerId] = []
         stubs = slow.stubs
         monkeypatch.setattr(stubs.bundles.apis, "adopt", lambda one, _: adopted.append(one.id))
-        await stubs.engine.start(ID)
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
         slow.restored.set()
+        await starting
         await asyncio.sleep(1)
         with capture_logs() as lines:
             await stubs.end(7)
