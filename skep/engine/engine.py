@@ -144,7 +144,7 @@ class Engine:
         )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.carry_out = self._lifecycle.carry_out
-        self.networks = NetworkChanges(self._store, self.bundles, network, self._lifecycle, self.events)
+        self.networks = NetworkChanges(self._store, self._lifecycle)
         self.files = Files(self._store.get, self._lifecycle.mount_root, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
@@ -500,8 +500,7 @@ class Engine:
 
         Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
         """
-        work = partial(updates.update, self._store, self._runtime, self.events, id, change)
-        return await self._lifecycle.operate(id, work)
+        return await self._lifecycle.update(id, life_events.Update(change))
 
     @continuing
     async def rename(self, id: ContainerId, name: str) -> None:

@@ -11,7 +11,7 @@ not affect other containers.
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -91,7 +91,7 @@ class LifecycleDriver:
         self._effects = Effects(runtime, network, volumes, store, clock)
         self.waiting = self._effects.waiting
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
-        self.health = HealthMonitor(store, self.execs, self.events, clock)
+        self.health = HealthMonitor(store, self.execs, clock, report=self.run)
         self.adoption = Adoption(self, self._effects, runtime, network, store, report_restore)
         self._actions = {
             **self._effects.actions,
@@ -120,14 +120,6 @@ class LifecycleDriver:
                 self._runtime.close()
 
     # --- operations ---------------------------------------------------------------------------------------------
-
-    async def operate(self, id: ContainerId, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return the result of ``work``, the only operation on the container meanwhile.
-
-        Once it has begun, it runs to its end even if the caller is cancelled.
-        """
-        async with self.locks.operation(id):
-            return await run_to_end(work())
 
     def note(self, id: ContainerId, event: Event) -> Container:
         """Apply an event without effects.  Does not wait for operations.  Raises: NotFound; OSError; a refusal."""
@@ -164,6 +156,25 @@ class LifecycleDriver:
         """Free the resources that only a running container needs, of a container that never ran.  Raises: NotFound."""
         async with self.locks.operation(id):
             await self.run(id, life_events.Retire())
+
+    async def update(self, id: ContainerId, event: life_events.Update) -> Container:
+        """Change limits and the restart policy without a restart.
+
+        Raises: NotFound; BeingRemoved; as ``event.change``; InvalidArgument: this node does not have the processors or
+        memory nodes; RuntimeFailed.
+        """
+        async with self.locks.operation(id):
+            return await self.run(id, event)
+
+    async def change_networks(
+        self, id: ContainerId, event: life_events.Connect | life_events.Disconnect | life_events.Rename
+    ) -> Container:
+        """Change the networks of a container or its name on them.
+
+        The end of its run waits meanwhile.  Raises: NotFound; OSError; SkepError, in Docker's words.
+        """
+        async with self.locks.operation(id), self.locks.networks(id):
+            return await self.run(id, event)
 
     async def pause(self, container: Container) -> None:
         """Freeze the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
@@ -260,7 +271,9 @@ class LifecycleDriver:
 
         try:
             await self._volumes.mount(user, container.config.mounts)
-            await self.operate(id, borrow)
+            async with self.locks.operation(id):
+                # a cancelled thread would mount after the return
+                await run_to_end(borrow())
             yield borrowed[0]
         finally:
             await run_to_end(give_back())
@@ -343,6 +356,7 @@ class LifecycleDriver:
     def _apply(self, program: Program, event: Event) -> None:
         """Step the machine: write the record, and put the effects that follow in front of the others."""
         step = machine.step(self._store.require(program.id), event)
+        program.event = event
         try:
             program.last = self._write(step)
         except OSError:
