@@ -433,6 +433,7 @@ class Engine:
         if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
+            self._restarts.note_stop(container.id)
             container = await self._lifecycle.end_restarting(container)
         if container.is_running:
             await self._lifecycle.signal(container, number)
@@ -457,13 +458,16 @@ class Engine:
 
     async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
         config = self.get(id).config
+        self._restarts.note_stop(id)
         number = signal_number(signal_name or config.stop_signal or "SIGTERM")
         grace_s = config.stop_grace_ns / 1e9 if grace_s is None else grace_s
         return await self._lifecycle.stop(id, number, grace_s)
 
     def note_stopped(self, word: str) -> Container:
         """Record that its user has stopped a plain container: no policy restarts it.  Raises: NotFound."""
-        return self._lifecycle.note(self.get(word).id, life_events.UserStops())
+        id = self.get(word).id
+        self._restarts.note_stop(id)
+        return self._lifecycle.note(id, life_events.UserStops())
 
     async def pause(self, word: str) -> None:
         """Freeze the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""

@@ -20,7 +20,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.race import is_set_within, run_to_end
+from skep.aio.race import run_to_end
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container
@@ -38,7 +38,6 @@ from skep.engine.state import ContainerStore
 from skep.engine.volumes import Volumes
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
-from skep.model.sandbox import NetworkMode
 
 log = structlog.get_logger()
 
@@ -48,9 +47,6 @@ SWEEP_SECONDS = 20.0
 """Interval between searches for network resources of removed containers."""
 _RETRY_SECONDS_MAX = 30.0
 """Longest pause between two attempts."""
-RESTORED_S_MAX = 60.0
-"""Seconds that a start waits for the networks of this node.  Restoring takes longer only if a command hangs or is
-retried, and then the reason is a condition of the node."""
 KILLED_S_MAX = 60.0
 """Seconds from SIGKILL until the container's end must be recorded.  Docker allows 12 s.  Skep frees the networks first,
 which may take long on an overloaded machine."""
@@ -109,8 +105,7 @@ class LifecycleDriver:
         """Adopt the containers of earlier processes, then watch all containers until the block ends."""
         async with self._background.running():
             await self.adoption.restore(self._clock)
-            unmounting = retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
-            self.spawn(unmounting, name="unused-volumes")
+            self.spawn(self._unmount_unused(), name="unused-volumes")
             self.spawn(self._store.run(self._clock), name="records")
             self.spawn(self._keep_sweeping(), name="network-sweep")
             self.spawn(self._keep_unmounting(), name="unfinished-volumes")
@@ -142,6 +137,7 @@ class LifecycleDriver:
         Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: a forced removal interrupted the start.
         """
         async with self.locks.operation(id):
+            await self.adoption.adopt_first(id)
             return await self.run(id, life_events.Start(secret_env=tuple(secret_env)))
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:
@@ -150,6 +146,7 @@ class LifecycleDriver:
         Raises: NotFound; BeingRemoved; SkepError, OSError: it cannot be started.
         """
         async with self.locks.operation(id):
+            await self.adoption.adopt_first(id)
             await self.run(id, life_events.Start(by_policy=True, ignore_stop=ignore_stop))
 
     async def retire(self, id: ContainerId) -> None:
@@ -384,10 +381,7 @@ class LifecycleDriver:
     # --- effects of the driver itself ---------------------------------------------------------------------------
 
     async def _await_networks(self, container: Container, _: Program) -> None:
-        if container.mode is NetworkMode.HOST:  # it has no namespace that could be freed
-            return
-        if not await is_set_within(self.adoption.has_networks, RESTORED_S_MAX):
-            raise Unavailable("the networks of this node's earlier containers are not restored yet")
+        await self.adoption.await_networks(container)
 
     async def _await_release(self, container: Container, _: Program) -> None:
         if (watch := self._watches.get(container.id)) is not None:
@@ -448,6 +442,11 @@ class LifecycleDriver:
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
             await isolate(self.sweep(), "leftover network resources not removed yet")
+
+    async def _unmount_unused(self) -> None:
+        """Unmount volumes without a container.  A run whose adoption is still being retried uses its own."""
+        await self.adoption.is_complete.wait()
+        await retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
 
     async def _keep_unmounting(self) -> None:
         """Retry unmounts, apart from the other sweeps, so that a silent device or plug-in holds up nothing else."""

@@ -310,7 +310,7 @@ TABLE = (
     on(ANY, Probed),  # of an earlier run
     on(REMOVING, Update, refusal=conditions.update_refused),
     on(KEPT, Update, (E.APPLY_LIMITS,)),
-    on(KEPT, Updated, (E.PUBLISH_UPDATE,), record=changes.updated),
+    on(KEPT, Updated, (E.PUBLISH_UPDATE,), record=changes.updated, saving=Saving.FIRST),
     on(REMOVING, Connect, refusal=conditions.networks_kept),
     on(KEPT, Connect, when=conditions.cannot_connect, refusal=conditions.networks_refused),
     on(LIVE, Connect, (E.AWAIT_NETWORKS, E.CHANGE_NETWORKS)),

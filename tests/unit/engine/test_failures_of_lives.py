@@ -27,6 +27,7 @@ from skep.engine.container import (
     WaitCondition,
 )
 from skep.engine.runtime import Runtime
+from skep.engine.volumes import Volumes
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import NetworkMode, Sandbox, SandboxConfig
@@ -330,6 +331,46 @@ def test_a_start_keeps_its_namespace_while_networks_of_earlier_processes_are_res
     with_slow_restore(body, tmp_path, monkeypatch, ENDED)
 
 
+def test_the_volumes_of_a_run_that_is_adopted_later_stay_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await asyncio.sleep(30)
+        assert stubs.engine.get(ID).is_running
+        assert unmounted == [True], "once, when its volumes have their user"
+
+    answers: list[Exception] = [OSError(12, "Cannot allocate memory") for _ in range(3)]
+    unmounted: list[bool] = []
+
+    def adopt(*_: object) -> None:
+        if answers:
+            raise answers.pop()
+
+    async def unmount(_: Volumes) -> None:
+        unmounted.append(not answers)
+
+    monkeypatch.setattr(Volumes, "adopt", adopt)
+    monkeypatch.setattr(Volumes, "unmount_unused", unmount)
+    on_virtual_time(body, tmp_path, a_container())
+
+
+@pytest.mark.parametrize("is_stopped_again", [True, False])
+def test_a_user_who_stops_a_container_before_policies_apply_is_obeyed(
+    tmp_path: Path, *, is_stopped_again: bool
+) -> None:
+    """With each process, ``always`` starts what was stopped before that process began."""
+
+    async def body(stubs: StubEngine) -> None:
+        if is_stopped_again:
+            await stubs.engine.stop(ID)
+        async with restart_policies(stubs):
+            await asyncio.sleep(120)
+            assert stubs.engine.get(ID).is_running is not is_stopped_again
+
+    plain = PlainOptions(restart=RestartPolicy(name="always"), is_stopped=True)
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.EXITED, process=None, plain=plain))
+
+
 def test_a_start_says_that_networks_are_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(slow: SlowRestore) -> None:
         with pytest.raises(Unavailable, match="are not restored yet"):
@@ -380,11 +421,12 @@ def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
         await asyncio.sleep(1)
         slow.restored.set()
         await asyncio.sleep(1)
+        before = list(slow.deleted)  # the adoption comes first
         gate.set()
         assert (await starting).is_running
         await asyncio.sleep(1)
         assert stubs.engine.get(ID).is_running
-        assert not slow.deleted
+        assert slow.deleted == before
 
     with_slow_restore(body, tmp_path, monkeypatch, ENDED)
 
