@@ -163,9 +163,7 @@ class SimulatedRuntime(Part):
             return ()
 
         self._world.unfreed.add(("limit", container.id))
-        found = await self._call("update", update)
-        self._world.unfreed.discard(("limit", container.id))
-        return found
+        return await self._call("update", update)
 
     def expect_exec(self) -> None:
         """Do nothing, because nothing is prepared."""

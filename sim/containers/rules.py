@@ -13,6 +13,8 @@ from skep.model.times import SECOND_NS, unix_ns
 
 PROBED_S_MAX = 120.0
 """Seconds between two probes at most: interval, deadline, and the wait for a killed probe."""
+WRITTEN_S_MAX = 10.0
+"""Seconds until a record that could not be written is written."""
 STARTING = frozenset({"start", "restart"})
 STOPPING = frozenset({"stop", "kill"})
 CHANGES = frozenset({"rename", "update", "connect", "disconnect"})
@@ -114,14 +116,23 @@ def unprobed(containers: Sequence[Container], now_ns: int) -> Iterator[str]:
             yield f"{one.id[:4]} is not probed"
 
 
-def unchanged(containers: Sequence[Container], requests: Sequence[Request]) -> Iterator[str]:
-    """Yield containers that are not as their user's last change wants them."""
+def unchanged(
+    containers: Sequence[Container], requests: Sequence[Request], crashes_s: Sequence[float]
+) -> Iterator[str]:
+    """Yield containers that are not as their user's last change wants them.
+
+    A record that could not be written is written later, so a crash at once after the change may lose it.
+    """
+
+    def is_certain(last: Request, others: Sequence[Request]) -> bool:
+        has_crashed = any(last.ended_s <= at <= last.ended_s + WRITTEN_S_MAX for at in crashes_s)
+        return _is_alone(last, others) and last.outcome == "done" and not has_crashed
+
     for one in containers:
         own = sorted((r for r in requests if r.id == one.id and r.kind in CHANGES), key=lambda r: r.issued_s)
         for kind, present in (("rename", one.name), ("update", one.config.pids)):
             changes = [request for request in own if request.kind == kind]
-            is_certain = changes and _is_alone(changes[-1], changes) and changes[-1].outcome == "done"
-            if is_certain and changes[-1].wanted != present:
+            if changes and is_certain(changes[-1], changes) and changes[-1].wanted != present:
                 yield f"{one.id[:4]} is not as its last {kind} wants it"
         if one.plain is None:
             continue
@@ -131,8 +142,7 @@ def unchanged(containers: Sequence[Container], requests: Sequence[Request]) -> I
         changes = [request for request in own if request.kind in ("connect", "disconnect")]
         for network in {request.wanted for request in changes}:
             last = [request for request in changes if request.wanted == network][-1]
-            is_certain = _is_alone(last, changes) and last.outcome == "done"
-            if is_certain and (network in present_networks) != (last.kind == "connect"):
+            if is_certain(last, changes) and (network in present_networks) != (last.kind == "connect"):
                 yield f"{one.id[:4]} is not on its networks as its last {last.kind} wants it"
 
 

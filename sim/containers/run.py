@@ -139,7 +139,7 @@ class Run:
         await self._calm()
         self.violations += leftovers(self.world, engine.list())
         self.violations += unprobed(engine.list(), self.clock.now_ns())
-        self.violations += unchanged(engine.list(), self.requests)
+        self.violations += unchanged(engine.list(), self.requests, self.crashes_s)
         for name in {str(one.wanted) for one in self.requests if one.kind == "rename"}:
             if engine.has(name) and engine.get(name).name != name:
                 self.violations.append(f"the name {name} is taken by a container with another")
@@ -286,8 +286,6 @@ class Run:
             and self.world.environments[id] != secret
         ):
             self.violations.append(f"{id[:4]} runs with other secrets than its user gave it")
-        if kind == "update" and not isinstance(outcome, Container):  # its user knows that it may be lost
-            self.world.unfreed.add(("limit", id))
         if isinstance(outcome, NotFound) and id in self._ids:
             self._ids.remove(id)
         request.outcome = "refused" if isinstance(outcome, Exception) else (outcome and "done") or "unknown"

@@ -187,6 +187,8 @@ class World:
         if container.id not in self.directories:
             raise FileNotFoundError(2, "No such file or directory")
         self.records[container.id] = container
+        if self.limits.get(container.id) == container.config.pids:
+            self.unfreed.discard(("limit", container.id))
 
     def discard(self, id: ContainerId) -> None:
         self.roots.discard(id)
