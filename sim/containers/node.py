@@ -25,7 +25,7 @@ from skep.engine.images.store import ImageStore
 from skep.engine.networking import Networking
 from skep.engine.runtime import Ended, Runtime, Started, StartedExec
 from skep.engine.volumes import MountFailed, Volumes
-from skep.errors import AlreadyExists, FailedPrecondition, SkepError
+from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import ContainerId, NetworkId
 from skep.model.sandbox import (
     Endpoint,
@@ -297,6 +297,7 @@ class SimulatedNetwork(Part):
     async def attach(self, config: SandboxConfig) -> Sandbox:
         port = config.ports[0].published_port if config.ports else 0
         held = frozenset(self._world.namespaces)
+        self._node.attached.add(config.id)
 
         def attach() -> Sandbox:
             try:
@@ -341,14 +342,17 @@ class SimulatedNetwork(Part):
         before = dict(self._held(config.id))
 
         def change() -> None:
-            if config.id not in self._world.namespaces:
-                self._world.violations.append(f"{name} of {config.id[:4]}, which has no namespace")
+            if (
+                config.id not in self._world.namespaces
+            ):  # an earlier process has freed it at the end of the run
+                raise Unavailable("its namespace does not exist")
             self._world.networks[config.id] = held
 
         try:
             await self._call(name, change)
         except SkepError:
-            self._world.networks[config.id] = before
+            if config.id in self._world.namespaces:
+                self._world.networks[config.id] = before
             raise
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
@@ -477,6 +481,8 @@ class NodeProcess:
         self.faults = faults
         self.is_alive = True
         self.crashed = asyncio.Event()
+        self.attached: set[ContainerId] = set()
+        """Containers that this process has attached to networks."""
         bundles = SimulatedBundles(self)
         self.engine = Engine(
             runtime=cast("Runtime", SimulatedRuntime(self, bundles)),

@@ -243,7 +243,7 @@ class Run:
     def _check_undone(self, node: NodeProcess) -> None:
         """Check that a failed creation has left no namespace.  The sweep would find it later."""
         known = {one.id for one in node.engine.list()} | {id for _, id in self.world.unfreed}
-        for id in sorted(self.world.namespaces - known):
+        for id in sorted((self.world.namespaces & node.attached) - known):
             self.violations.append(f"a namespace of {id[:4]} is left by its creation")
 
     async def _request(self, node: NodeProcess, kind: str, id: ContainerId) -> None:

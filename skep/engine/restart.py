@@ -151,6 +151,8 @@ class RestartMonitor:
     def reset(self, id: ContainerId) -> None:
         """Reset the delay and end a waiting restart, because its user starts the container or it is removed."""
         self._delays_s.pop(id, None)
+        if self._stopped is not None:
+            self._stopped.discard(id)
         if (waiting := self._resets.get(id)) is not None:
             waiting.set()
 

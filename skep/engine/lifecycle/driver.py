@@ -20,7 +20,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.race import run_to_end
+from skep.aio.race import afterwards, run_to_end, thread_to_end
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container
@@ -255,9 +255,9 @@ class LifecycleDriver:
         container, user = self._store.require(id), f"files of {id}: {secrets.token_hex(8)}"
         borrowed: list[RootFiles] = []
 
-        async def borrow() -> None:
+        def borrow() -> None:
             try:
-                borrowed.append(await asyncio.to_thread(self._bundles.borrow, self._store.require(id)))
+                borrowed.append(self._bundles.borrow(self._store.require(id)))
             except OSError as error:
                 raise Unavailable(f"cannot mount container {id}: {describe_error(error)}") from error
 
@@ -266,14 +266,11 @@ class LifecycleDriver:
                 await self._free(asyncio.to_thread(self._bundles.give_back, id), id)
             await self._free(self._volumes.unmount(user), id)
 
-        try:
+        async with afterwards(give_back):
             await self._volumes.mount(user, container.config.mounts)
             async with self.locks.operation(id):
-                # a cancelled thread would mount after the return
-                await run_to_end(borrow())
+                await thread_to_end(borrow)
             yield borrowed[0]
-        finally:
-            await run_to_end(give_back())
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that do not exist, have ended or never ran.  Return the containers' ids.

@@ -371,6 +371,27 @@ def test_a_user_who_stops_a_container_before_policies_apply_is_obeyed(
     on_virtual_time(body, tmp_path, a_container(state=ContainerState.EXITED, process=None, plain=plain))
 
 
+def test_a_restart_by_its_user_that_fails_before_policies_apply_is_no_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        attach = stubs.engine._network.attach
+
+        async def refuse_once(_: SandboxConfig) -> Sandbox:
+            monkeypatch.setattr(stubs.engine._network, "attach", attach)
+            raise Unavailable("no address")
+
+        monkeypatch.setattr(stubs.engine._network, "attach", refuse_once)
+        with pytest.raises(Unavailable):
+            await stubs.engine.stop_and_start(ID)
+        async with restart_policies(stubs):
+            await asyncio.sleep(120)
+            assert stubs.engine.get(ID).is_running
+
+    plain = PlainOptions(restart=RestartPolicy(name="always"))
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.EXITED, process=None, plain=plain))
+
+
 def test_a_start_says_that_networks_are_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(slow: SlowRestore) -> None:
         with pytest.raises(Unavailable, match="are not restored yet"):
