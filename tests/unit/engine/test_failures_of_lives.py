@@ -596,34 +596,3 @@ def test_a_container_that_cannot_be_looked_at_is_adopted_later(
         state=ContainerState.CREATED, started_at=ZERO_TIME, sandbox=Sandbox(netns="/nonexistent")
     )
     on_virtual_time(body, tmp_path, started)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
-) -> None:
-    async def body(stubs: StubEngine) -> None:
-        attach, gate = stubs.engine._network.attach, asyncio.Event()
-
-        async def wait(config: SandboxConfig) -> Sandbox:
-            monkeypatch.setattr(stubs.engine._network, "attach", attach)
-            await gate.wait()
-            if fails:
-                raise Unavailable("no address")
-            return await attach(config)
-
-        monkeypatch.setattr(stubs.engine._network, "attach", wait)
-        async with restart_policies(stubs):
-            await asyncio.sleep(1)  # the policy's start is in progress
-            starting = asyncio.create_task(stubs.engine.start(ID))
-            await asyncio.sleep(1)
-            gate.set()
-            started = await starting
-        assert started.plain is not None
-        assert (started.is_running, started.plain.restarts) == (True, 0)
-
-    policy = RestartPolicy(name="on-failure", attempts_max=1)
-    ended = a_container(
-        state=ContainerState.EXITED, process=None, exit_code=1, plain=PlainOptions(restart=policy)
-    )
-    on_virtual_time(body, tmp_path, ended)
