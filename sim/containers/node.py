@@ -9,26 +9,39 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
+from msgspec.structs import replace
+
 from sim.containers.faults import Crash, Faults
-from sim.containers.world import World
+from sim.containers.world import ExecProcess, World
 from skep.aio.clock import Clock
+from skep.engine.attachment import Attachment
 from skep.engine.background import Background
 from skep.engine.bundle import Found
 from skep.engine.conmon import RuntimeFailed, StartError
-from skep.engine.container import Container, ContainerState, MountPoint, ProcessName
+from skep.engine.container import Container, ContainerState, ExecConfig, MountPoint, ProcessName
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.events import Events
 from skep.engine.images.store import ImageStore
 from skep.engine.networking import Networking
-from skep.engine.runtime import Ended, Runtime, Started
+from skep.engine.runtime import Ended, Runtime, Started, StartedExec
 from skep.engine.volumes import MountFailed, Volumes
-from skep.errors import AlreadyExists, SkepError
-from skep.model.ids import ContainerId
-from skep.model.sandbox import PublishedPort, Sandbox, SandboxConfig
+from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
+from skep.model.ids import ContainerId, NetworkId
+from skep.model.sandbox import (
+    Endpoint,
+    EndpointConfig,
+    EndpointRequest,
+    NetworkMode,
+    PublishedPort,
+    Sandbox,
+    SandboxConfig,
+)
+from skep.model.tables import NetworkHead
 
 T = TypeVar("T")
 
 STARTS_MAX = 1
+BRIDGE = NetworkMode.BRIDGE.value
 WARNINGS = ("limit discarded",)
 """Warnings of each preparation."""
 
@@ -59,7 +72,7 @@ class SimulatedRuntime(Part):
     async def create(self, container: Container) -> Started:
         def create() -> Started:
             try:
-                process = self._world.create(container.id)
+                process = self._world.create(container.id, container.config.pids)
             except RuntimeError as error:
                 raise StartError(str(error)) from error
             return Started(process.name, process.name)
@@ -144,13 +157,60 @@ class SimulatedRuntime(Part):
         await self._call(name, freeze)
 
     async def update(self, container: Container) -> Sequence[str]:
-        return await self._call("update", lambda: ())
+        def update() -> tuple[str, ...]:
+            if container.id in self._world.processes:
+                self._world.limits[container.id] = container.config.pids
+            return ()
+
+        self._world.unfreed.add(("limit", container.id))
+        return await self._call("update", update)
+
+    def expect_exec(self) -> None:
+        """Do nothing, because nothing is prepared."""
+
+    async def exec(
+        self, container: Container, exec_id: str, path: Path, *, terminal: bool, stdin: bool
+    ) -> StartedExec:
+        def begin() -> StartedExec:
+            try:
+                process = self._world.exec(container.id, exec_id)
+            except RuntimeError as error:
+                raise StartError(str(error), "exec") from error
+            return StartedExec(process.pid, None, cast("Attachment", SimulatedStreams(process)))
+
+        return await self._call("exec", begin)
+
+    def kill_exec(self, container: Container, pid: int) -> None:
+        self._now("kill exec", lambda: self._world.kill_exec(pid))
+
+    async def end_exec(self, container: Container, path: Path) -> None:
+        if self._node.is_alive and (process := self._world.execs.get(path.name)) is not None:
+            process.end(137)
+
+    async def wait_exec(self, container: Container, path: Path, monitor: ProcessName | None) -> int:
+        process = self._world.execs[path.name]
+        await process.ended.wait()
+        self._now("wait exec", lambda: None)
+        return process.exit_code or 0
 
     def reopen_log(self, id: ContainerId) -> None:
         """Do nothing, because nothing is logged."""
 
     def close(self) -> None:
         """Do nothing, because the stub holds no resources."""
+
+
+class SimulatedStreams:
+    """Stub of ``Attachment``: streams without output, until the process ends."""
+
+    def __init__(self, process: ExecProcess) -> None:
+        self._process = process
+
+    async def read(self) -> None:
+        await self._process.ended.wait()
+
+    def close(self) -> None:
+        """Do nothing, because nothing is held."""
 
 
 class SimulatedBundles(Part):
@@ -175,8 +235,22 @@ class SimulatedBundles(Part):
         self._now("save", lambda: self._world.save(container))
 
     def prepare(self, container: Container, shared: object) -> tuple[str, ...]:
-        self._now("prepare", lambda: self._world.roots.add(container.id))
+        def prepare() -> None:
+            self._world.roots.add(container.id)
+            self._world.prepared[container.id] = container.config.env
+
+        self._now("prepare", prepare)
         return WARNINGS
+
+    def prepare_exec(self, container: Container, exec_id: str, exec: ExecConfig) -> Path:
+        self._now("prepare exec", lambda: None)
+        return self.exec_path(container.id, exec_id)
+
+    def exec_path(self, id: ContainerId, exec_id: str) -> Path:
+        return self.bundle(id) / exec_id
+
+    def refresh_name_files(self, before: Container, after: Container) -> None:
+        self._now("name files", lambda: None)
 
     def parts(self, container: Container) -> tuple[()]:
         return ()
@@ -209,6 +283,11 @@ class SimulatedBundles(Part):
 class SimulatedNetwork(Part):
     """Stub of the data plane.  A container has at most one host port, which its record names."""
 
+    def __init__(self, node: "NodeProcess") -> None:
+        super().__init__(node)
+        self._renaming: set[ContainerId] = set()
+        """Containers whose last rename has failed."""
+
     host_gateway = ""
     predefined_ids: Mapping[str, str] = {}
 
@@ -217,21 +296,86 @@ class SimulatedNetwork(Part):
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
         port = config.ports[0].published_port if config.ports else 0
+        held = frozenset(self._world.namespaces)
+        self._node.attached.add(config.id)
 
         def attach() -> Sandbox:
             try:
-                self._world.attach(config.id, port)
+                self._world.attach(config.id, port, _networks_of(config), config.name)
             except RuntimeError as error:
                 raise AlreadyExists(str(error)) from error
-            return Sandbox(netns=config.id)
+            return Sandbox(
+                netns=config.id, endpoints=tuple(_endpoint(one.network) for one in config.networks)
+            )
 
-        return await self._call("attach", attach)
+        try:
+            return await self._call("attach", attach)
+        except SkepError:  # as in the data plane, a failure leaves nothing
+            if config.id not in held:
+                self._world.detach(config.id)
+            raise
+
+    async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
+        if any(one.network_id == request.network for one in sandbox.endpoints):
+            raise FailedPrecondition("it is there")
+        await self._change("connect", config, {**self._held(config.id), request.network: config.name})
+        return replace(sandbox, endpoints=(*sandbox.endpoints, _endpoint(request.network)))
+
+    async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
+        left = {one: name for one, name in self._held(config.id).items() if one != network_id}
+        await self._change("disconnect", config, left)
+        kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
+        return replace(sandbox, endpoints=kept)
+
+    async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
+        held = {one: name for one, name in self._held(config.id).items() if one != BRIDGE}
+        if config.mode is NetworkMode.BRIDGE:
+            held[BRIDGE] = config.name
+        await self._change("bridge", config, held)
+        return sandbox
+
+    def _held(self, id: ContainerId) -> Mapping[str, str]:
+        return self._world.networks.get(id, {})
+
+    async def _change(self, name: str, config: SandboxConfig, held: dict[str, str]) -> None:
+        """Change the networks of a namespace.  As in the data plane, a failure leaves them as they were."""
+        before = dict(self._held(config.id))
+
+        def change() -> None:
+            if (
+                config.id not in self._world.namespaces
+            ):  # an earlier process has freed it at the end of the run
+                raise Unavailable("its namespace does not exist")
+            self._world.networks[config.id] = held
+
+        try:
+            await self._call(name, change)
+        except SkepError:
+            if config.id in self._world.namespaces:
+                self._world.networks[config.id] = before
+            raise
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
+        self._world.unfreed.add(("namespace", container_id))
         await self._call("detach", lambda: self._world.detach(container_id))
+        self._world.unfreed.discard(("namespace", container_id))
 
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
-        await self._call("rename", lambda: None)
+        """Register a name.  One that failed twice, there and back, may be either."""
+        id = config.id
+
+        def rename() -> None:
+            self._world.networks[id] = dict.fromkeys(self._held(id), config.name)
+
+        try:
+            await self._call("rename", rename if sandbox is not None else lambda: None)
+        except SkepError:
+            if id in self._renaming:
+                self._world.unfreed.add(("name", id))
+            self._renaming.add(id)
+            raise
+        self._renaming.discard(id)
+        self._world.unfreed.discard(("name", id))
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         kept = {config.id for config, _ in live}
@@ -239,6 +383,8 @@ class SimulatedNetwork(Part):
         def free() -> None:
             for id in sorted(self._world.namespaces - kept):
                 self._world.detach(id)
+            for config, _ in live:
+                self._world.networks[config.id] = dict.fromkeys(_networks_of(config), config.name)
 
         await self._call("restore", free)
 
@@ -250,6 +396,16 @@ class SimulatedNetwork(Part):
 
     async def sweep(self) -> None:
         """Do nothing, because every port has its container's namespace."""
+
+
+def _networks_of(config: SandboxConfig) -> Sequence[str]:
+    bridge = (BRIDGE,) if config.mode is NetworkMode.BRIDGE else ()
+    return (*bridge, *(one.network for one in config.networks))
+
+
+def _endpoint(network: str) -> Endpoint:
+    head = NetworkHead(id=NetworkId(network), name=network)
+    return Endpoint(config=EndpointConfig(head=head, addresses=()), interface="", port="", mac_address="")
 
 
 class SimulatedVolumes(Part):
@@ -325,6 +481,8 @@ class NodeProcess:
         self.faults = faults
         self.is_alive = True
         self.crashed = asyncio.Event()
+        self.attached: set[ContainerId] = set()
+        """Containers that this process has attached to networks."""
         bundles = SimulatedBundles(self)
         self.engine = Engine(
             runtime=cast("Runtime", SimulatedRuntime(self, bundles)),
@@ -346,11 +504,15 @@ class NodeProcess:
         self.is_alive = False
         self.crashed.set()
 
-    async def run(self, ready: asyncio.Event) -> None:
+    @property
+    def accepts_requests(self) -> bool:
+        """Whether users' requests reach containers: once their records are read, even before they are adopted."""
+        return self.is_alive and not self.engine.may_have(ContainerId("unknown"))
+
+    async def run(self) -> None:
         """Run the engine and the restart policies until cancelled, or until the process crashes."""
         with suppress(Crash):
             async with self.engine.running():
-                ready.set()
                 await self.engine.run_restart_policies()
 
 

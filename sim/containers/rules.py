@@ -4,13 +4,20 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from sim.containers.node import WARNINGS, is_up
+from sim.containers.node import BRIDGE, WARNINGS, is_up
 from sim.containers.world import World
 from skep.engine.container import Container, ContainerState
 from skep.model.ids import ContainerId
+from skep.model.sandbox import NetworkMode
+from skep.model.times import SECOND_NS, unix_ns
 
+PROBED_S_MAX = 120.0
+"""Seconds between two probes at most: interval, deadline, and the wait for a killed probe."""
+WRITTEN_S_MAX = 10.0
+"""Seconds until a record that could not be written is written."""
 STARTING = frozenset({"start", "restart"})
 STOPPING = frozenset({"stop", "kill"})
+CHANGES = frozenset({"rename", "update", "connect", "disconnect"})
 DECISIVE = STARTING | STOPPING | {"remove"}
 """Requests that decide whether a container runs."""
 
@@ -24,6 +31,8 @@ class Request(msgspec.Struct):
     starts_before: int = 0
     """Runs of the container so far."""
     ended_s: float = float("inf")
+    wanted: str | int = ""
+    """The name, network or limit that it asks for."""
     outcome: str = "unknown"
     """``done``, ``refused``, or ``unknown`` after a crash or a disconnect."""
 
@@ -68,6 +77,9 @@ def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
             yield f"{id[:4]} is recorded as {by_id[id].state.value} and has no process"
         elif process.is_frozen != (by_id[id].state is ContainerState.PAUSED):
             yield f"{id[:4]} is recorded as {by_id[id].state.value} and is not"
+        if world.limits[id] != by_id[id].config.pids and ("limit", id) not in world.unfreed:
+            yield f"{id[:4]} has another limit than its record"
+        yield from _networks(world, by_id[id])
         for what, found in (
             ("namespace", world.namespaces),
             ("root", world.roots),
@@ -75,6 +87,63 @@ def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
         ):
             if id not in found:
                 yield f"{id[:4]} runs without its {what}"
+
+
+def _networks(world: World, container: Container) -> Iterator[str]:
+    """Yield how a running plain container's networks differ from its record."""
+    if container.plain is None or container.sandbox is None:
+        return
+    id, plain, found = container.id, container.plain, world.networks.get(container.id, {})
+    requested = {one.network for one in plain.networks}
+    if {one.network_id for one in container.sandbox.endpoints} != requested:
+        yield f"the record of {id[:4]} has other networks for this run than for the next"
+    if found.keys() != requested | ({BRIDGE} if plain.mode is NetworkMode.BRIDGE else set()):
+        yield f"{id[:4]} is on other networks than its record"
+    if set(found.values()) - {container.name} and ("name", id) not in world.unfreed:
+        yield f"{id[:4]} has another name on its networks than in its record"
+
+
+def unprobed(containers: Sequence[Container], now_ns: int) -> Iterator[str]:
+    """Yield running containers whose health is not that of probes of this run."""
+    for one in containers:
+        if one.config.healthcheck is None or one.state is not ContainerState.RUNNING or one.health is None:
+            continue
+        started_ns, log = unix_ns(one.started_at), one.health.log
+        if any(unix_ns(probe.start) < started_ns for probe in log):
+            yield f"{one.id[:4]} has the health of an earlier run"
+        last_ns = unix_ns(log[-1].start) if log else started_ns
+        if now_ns - last_ns > PROBED_S_MAX * SECOND_NS:
+            yield f"{one.id[:4]} is not probed"
+
+
+def unchanged(
+    containers: Sequence[Container], requests: Sequence[Request], crashes_s: Sequence[float]
+) -> Iterator[str]:
+    """Yield containers that are not as their user's last change wants them.
+
+    A record that could not be written is written later, so a crash at once after the change may lose it.
+    """
+
+    def is_certain(last: Request, others: Sequence[Request]) -> bool:
+        has_crashed = any(last.ended_s <= at <= last.ended_s + WRITTEN_S_MAX for at in crashes_s)
+        return _is_alone(last, others) and last.outcome == "done" and not has_crashed
+
+    for one in containers:
+        own = sorted((r for r in requests if r.id == one.id and r.kind in CHANGES), key=lambda r: r.issued_s)
+        for kind, present in (("rename", one.name), ("update", one.config.pids)):
+            changes = [request for request in own if request.kind == kind]
+            if changes and is_certain(changes[-1], changes) and changes[-1].wanted != present:
+                yield f"{one.id[:4]} is not as its last {kind} wants it"
+        if one.plain is None:
+            continue
+        present_networks = {request.network for request in one.plain.networks}
+        if one.plain.mode is NetworkMode.BRIDGE:
+            present_networks.add(BRIDGE)
+        changes = [request for request in own if request.kind in ("connect", "disconnect")]
+        for network in {request.wanted for request in changes}:
+            last = [request for request in changes if request.wanted == network][-1]
+            if is_certain(last, changes) and (network in present_networks) != (last.kind == "connect"):
+                yield f"{one.id[:4]} is not on its networks as its last {last.kind} wants it"
 
 
 def unwanted(

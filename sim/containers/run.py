@@ -9,26 +9,32 @@ import traceback
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from random import Random
 from typing import Any
 
+from msgspec.structs import replace
+
 from sim.containers.faults import Crash, Faults
 from sim.containers.node import NodeProcess, port_of
-from sim.containers.rules import Request, leftovers, unwanted
+from sim.containers.rules import Request, leftovers, unchanged, unprobed, unwanted
 from sim.containers.world import World
 from sim.run import RunResult
 from sim.time import VirtualClock, VirtualLoop
 from skep.engine.container import (
     Container,
     ContainerConfig,
+    ExecConfig,
     NewContainer,
     PlainOptions,
     RestartPolicy,
 )
 from skep.engine.restart import LONGEST_DELAY_S
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError
+from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
-from skep.model.sandbox import NetworkMode
+from skep.model.sandbox import EndpointRequest, NetworkMode
+from skep.model.times import SECOND_NS
 
 CLIENTS = 3
 STEPS = 8
@@ -48,10 +54,15 @@ delay of a restart.
 UNLOCKED_S = 10
 """Seconds within which an operation without faults ends."""
 TURNS_MAX = 100_000
+CHECK = HealthConfig(
+    test=("CMD", "x"), interval=10 * SECOND_NS, timeout=5 * SECOND_NS, start_interval=SECOND_NS, retries=2
+)
+NETWORKS = ("front", "back", "bridge")
 POLICIES = ("no", "always", "unless-stopped", "on-failure")
 KINDS = (
     *("start", "start", "start", "stop", "stop", "kill", "restart"),
     *("pause", "pause", "unpause", "remove", "force", "rename", "update", "retire"),
+    *("exec", "exec", "connect", "connect", "disconnect", "rename", "update"),
 )
 
 
@@ -83,7 +94,6 @@ class Run:
         self.violations: list[str] = []
         self.trace: list[str] = []
         self.node: NodeProcess | None = None
-        self.ready = asyncio.Event()
         self._own: set[asyncio.Task[Any]] = set()
         """Tasks that do not belong to a node process."""
         self._ids: list[ContainerId] = []
@@ -131,6 +141,16 @@ class Run:
                 self.violations.append(f"{id[:4]} is not restarted by its policy")
         await self._calm()
         self.violations += leftovers(self.world, engine.list())
+        self.violations += unprobed(engine.list(), self.clock.now_ns())
+        self.violations += unchanged(engine.list(), self.requests, self.crashes_s)
+        for name in {str(one.wanted) for one in self.requests if one.kind == "rename"}:
+            if engine.has(name) and engine.get(name).name != name:
+                self.violations.append(f"the name {name} is taken by a container with another")
+        for exec in (exec for one in engine.list() for exec in engine.execs.of(one.id)):
+            if (process := self.world.execs.get(exec.id)) is None or process.exit_code is not None:
+                self.violations.append(
+                    f"an exec of {exec.container_id[:4]} has ended, and it counts as running"
+                )
         self.violations += unwanted(self.world, engine.list(), self.requests, self.crashes_s)
         for id in self._ids:
             for _ in range(UNLOCKED_S):  # its policy may start it at this moment
@@ -155,8 +175,8 @@ class Run:
         while True:
             node = NodeProcess(self.world, self.faults, self.clock, self.random)
             self.faults.on_crash = node.crash
-            self.node, self.ready = node, asyncio.Event()
-            running = asyncio.create_task(node.run(self.ready))
+            self.node = node
+            running = asyncio.create_task(node.run())
             crashed = self._adopt_task(asyncio.create_task(node.crashed.wait()))
             await asyncio.wait([running, crashed], return_when=asyncio.FIRST_COMPLETED)
             if not node.is_alive:
@@ -192,7 +212,7 @@ class Run:
     async def _use(self, number: int) -> None:
         for _ in range(self.steps):
             await self.clock.sleep(self.random.choice(PAUSES_S) * self.random.random())
-            while not self.ready.is_set() or self.node is None or not self.node.is_alive:
+            while self.node is None or not self.node.accepts_requests:
                 await self.clock.sleep(0.05)
             node = self.node
             if len(self._ids) < CONTAINERS:
@@ -206,25 +226,39 @@ class Run:
         restart = RestartPolicy(name=policy, attempts_max=2 if policy == "on-failure" else 0)
         plain = PlainOptions(mode=NetworkMode.BRIDGE, restart=restart)
         is_task = self.random.random() < 0.35
-        config = ContainerConfig(path="x", ports=port_of(self.random.choice((0, 80, 81))))
+        check = CHECK if self.random.random() < 0.4 else None
+        config = ContainerConfig(path="x", ports=port_of(self.random.choice((0, 80, 81))), healthcheck=check)
         name = f"c{number}-{self.random.getrandbits(32):x}"
         new = NewContainer(
             name=name, image="i", image_id="i", layers=(), config=config, plain=None if is_task else plain
         )
         created = await self._ask(node, f"create {name}", node.engine.add(new))
+        if isinstance(created, Exception) and node.is_alive:
+            self._check_undone(node)
         if isinstance(created, Container):
             if node.is_alive and created.id not in self.world.roots:
                 self.violations.append(f"{created.id[:4]} was created without its root")
+            if node.is_alive and is_task and created.id not in self.world.namespaces:
+                self.violations.append(f"{created.id[:4]} was created without its namespace")
             self._ids.append(created.id)
             self.world.behaviors[created.id] = self.random.choice((0.0, 0.3, 1.0))
+
+    def _check_undone(self, node: NodeProcess) -> None:
+        """Check that a failed creation has left no namespace.  The sweep would find it later."""
+        known = {one.id for one in node.engine.list()} | {id for _, id in self.world.unfreed}
+        for id in sorted((self.world.namespaces & node.attached) - known):
+            self.violations.append(f"a namespace of {id[:4]} is left by its creation")
 
     async def _request(self, node: NodeProcess, kind: str, id: ContainerId) -> None:
         engine = node.engine
         shown = "remove" if kind == "force" else kind
         request = Request(shown, id, self.loop.time(), self.world.starts[id])
+        request.wanted = self._wanted(kind)
         self.requests.append(request)
+        secret = ("A=b",) if len(self.requests) % 2 else ()
+        network = str(request.wanted)
         works: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
-            "start": lambda: engine.start(id, secret_env=("A=b",) if len(self.requests) % 2 else ()),
+            "start": lambda: engine.start(id, secret_env=secret),
             "stop": lambda: engine.stop(id, self.random.choice((0.0, 1.0, 10.0))),
             "kill": lambda: self._kill(node, id),
             "restart": lambda: engine.stop_and_start(id, 1.0),
@@ -233,8 +267,11 @@ class Run:
             "remove": lambda: engine.remove(id),
             "force": lambda: engine.remove(id, force=True),
             "retire": lambda: engine.retire(id),
-            "rename": lambda: engine.rename(id, f"r{self.random.getrandbits(32):x}"),
-            "update": lambda: engine.update(id, lambda one: one),
+            "rename": lambda: engine.rename(id, str(request.wanted)),
+            "update": lambda: engine.update(id, partial(_with_limit, request.wanted)),
+            "exec": lambda: self._exec(node, id),
+            "connect": lambda: engine.networks.connect(id, EndpointRequest(network=network)),
+            "disconnect": lambda: engine.networks.disconnect(id, network),
         }
         runs = self._is_up(id)
         outcome = await self._ask(node, f"{kind} {id[:4]}", works[kind]())
@@ -243,6 +280,15 @@ class Run:
         is_told = kind == "start" and isinstance(outcome, Container)
         if is_told and not runs and self.world.starts[id] == request.starts_before:
             self.violations.append(f"{id[:4]} was not started, and its user was told that it was")
+        began = is_told and self.world.starts[id] == request.starts_before + 1 and self._is_alone(request)
+        if (
+            began
+            and not runs
+            and isinstance(outcome, Container)
+            and outcome.plain is None
+            and self.world.environments[id] != secret
+        ):
+            self.violations.append(f"{id[:4]} runs with other secrets than its user gave it")
         if isinstance(outcome, NotFound) and id in self._ids:
             self._ids.remove(id)
         request.outcome = "refused" if isinstance(outcome, Exception) else (outcome and "done") or "unknown"
@@ -250,6 +296,24 @@ class Run:
             request.ended_s = self.loop.time()
         if shown == "remove" and request.outcome == "done" and id in self._ids:
             self._ids.remove(id)
+
+    def _wanted(self, kind: str) -> str | int:
+        """Return the name, network or limit that a request asks for."""
+        match kind:
+            case "rename":
+                return f"r{self.random.getrandbits(32):x}"
+            case "update":
+                return self.random.randrange(1, 1000)
+            case "connect" | "disconnect":
+                return self.random.choice(NETWORKS)
+        return ""
+
+    async def _exec(self, node: NodeProcess, id: ContainerId) -> None:
+        execs = node.engine.execs
+        exec_id = execs.create(id, ExecConfig(command=("true",)))
+        (await execs.start(exec_id)).close()
+        if self.random.random() < 0.5:
+            await execs.wait(exec_id)
 
     def _is_alone(self, request: Request) -> bool:
         """Return whether no other request of its container was in progress at the same time."""
@@ -304,6 +368,10 @@ class Run:
         result = "unknown" if outcome is None else outcome if isinstance(outcome, Exception) else "done"
         self._note(f"{text}: {result}")
         return outcome
+
+
+def _with_limit(limit: str | int, container: Container) -> Container:
+    return replace(container, config=replace(container.config, pids=int(limit)))
 
 
 def failing(seeds: Sequence[int]) -> list[RunResult]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from random import Random
 
 from sim.time import VirtualLoop
@@ -9,7 +10,9 @@ from skep.engine.container import Container, ContainerState, ProcessName
 from skep.model.ids import ContainerId
 
 LIVES_S = (0.5, 3.0, 12.0, 40.0)
-"""Durations in seconds of runs that end by themselves."""
+"""Lengths of runs that end by themselves."""
+EXECS_S = (0.01, 0.5, 2.0, 90.0)
+"""Lengths of execs that end by themselves.  The longest ones exceed the deadline of a probe."""
 TERM_S = 3.0
 """Longest time in seconds from SIGTERM to the end of a process that handles it."""
 
@@ -26,6 +29,21 @@ class Process:
         self.ended = asyncio.Event()
 
 
+class ExecProcess:
+    """An additional process of a container."""
+
+    def __init__(self, id: ContainerId, pid: int) -> None:
+        self.container = id
+        self.pid = pid
+        self.exit_code: int | None = None
+        self.ended = asyncio.Event()
+
+    def end(self, code: int) -> None:
+        if self.exit_code is None:
+            self.exit_code = code
+            self.ended.set()
+
+
 class World:
     """One machine.  ``violations``: rules that a call has broken."""
 
@@ -37,7 +55,16 @@ class World:
         """Containers that runc knows.  A container whose process has ended stays until it is deleted."""
         self.exits: dict[ProcessName, int] = {}
         self.cgroups: set[ContainerId] = set()
+        self.execs: dict[str, ExecProcess] = {}
         self.namespaces: set[ContainerId] = set()
+        self.networks: dict[ContainerId, dict[str, str]] = {}
+        """The name under which a namespace is on each network."""
+        self.limits: dict[ContainerId, int] = {}
+        """The pids limit of each control group."""
+        self.prepared: dict[ContainerId, tuple[str, ...]] = {}
+        """The environment in each bundle."""
+        self.environments: dict[ContainerId, tuple[str, ...]] = {}
+        """The environment of each run."""
         self.ports: dict[int, ContainerId] = {}
         self.roots: set[ContainerId] = set()
         self.volumes: set[ContainerId] = set()
@@ -57,8 +84,10 @@ class World:
 
     # --- processes ----------------------------------------------------------------------------------------------
 
-    def create(self, id: ContainerId) -> Process:
+    def create(self, id: ContainerId, limit: int) -> Process:
         self._require_kept(id, "created")
+        self.limits[id] = limit
+        self.unfreed.discard(("limit", id))
         if id in self.processes:
             raise RuntimeError(f"container with id {id[:4]} already exists")
         if id not in self.namespaces or id not in self.roots:
@@ -72,6 +101,7 @@ class World:
         self._require_kept(id, "started")
         process = self.processes[id]
         process.is_started = True
+        self.environments[id] = self.prepared.get(id, ())
         self.starts[id] += 1
         if self._random.random() < self.behaviors[id]:
             length = self._random.choice(LIVES_S) * self._random.random()
@@ -91,6 +121,8 @@ class World:
         elif process.exit_code is None:
             process.exit_code = self.exits[process.name] = code
             process.ended.set()
+            for id in [id for id, one in self.processes.items() if one is process]:
+                self.end_execs(id)
 
     def _kill(self, process: Process) -> None:
         process.is_frozen = False
@@ -105,25 +137,50 @@ class World:
             self.end(process, process.pending)
 
     def delete(self, id: ContainerId) -> None:
-        process = self.processes.pop(id, None)
+        process = self.processes.get(id)
         if process is not None:
             self._kill(process)
+            del self.processes[id]
+        self.end_execs(id)
         self.cgroups.discard(id)
+
+    # --- execs --------------------------------------------------------------------------------------------------
+
+    def exec(self, id: ContainerId, exec_id: str) -> ExecProcess:
+        process = self.processes.get(id)
+        if process is None or process.exit_code is not None or not process.is_started or process.is_frozen:
+            raise RuntimeError("no running process")
+        self._pids += 1
+        one = self.execs[exec_id] = ExecProcess(id, self._pids)
+        self._loop.call_later(self._random.choice(EXECS_S), one.end, self._random.choice((0, 0, 1)))
+        return one
+
+    def kill_exec(self, pid: int) -> None:
+        for one in self.execs.values():
+            if one.pid == pid:
+                one.end(137)
+
+    def end_execs(self, id: ContainerId) -> None:
+        for one in self.execs.values():
+            if one.container == id:
+                one.end(137)
 
     # --- networks -----------------------------------------------------------------------------------------------
 
-    def attach(self, id: ContainerId, port: int) -> None:
+    def attach(self, id: ContainerId, port: int, networks: Collection[str], name: str) -> None:
         self._require_kept(id, "attached to networks")
         self.attempts[id] += 1
         owner = self.ports.get(port)
         if owner not in (None, id):
             raise RuntimeError(f"port {port} is taken by {str(owner)[:4]}")
         self.namespaces.add(id)
+        self.networks[id] = dict.fromkeys(networks, name)
         if port:
             self.ports[port] = id
 
     def detach(self, id: ContainerId) -> None:
         self.namespaces.discard(id)
+        self.networks.pop(id, None)
         self.ports = {port: owner for port, owner in self.ports.items() if owner != id}
 
     # --- disk ---------------------------------------------------------------------------------------------------
@@ -132,6 +189,8 @@ class World:
         if container.id not in self.directories:
             raise FileNotFoundError(2, "No such file or directory")
         self.records[container.id] = container
+        if self.limits.get(container.id) == container.config.pids:
+            self.unfreed.discard(("limit", container.id))
 
     def discard(self, id: ContainerId) -> None:
         self.roots.discard(id)

@@ -1,7 +1,8 @@
 """Runs two coroutines until the first ends, or a coroutine to its end despite cancellation."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -76,3 +77,46 @@ async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+@asynccontextmanager
+async def afterwards(clean: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Await ``clean()`` at the end of the block.
+
+    It continues if the caller is cancelled once more meanwhile: half of a cleanup would leave something behind.
+    """
+    try:
+        yield
+    finally:
+        await asyncio.shield(clean())
+
+
+@asynccontextmanager
+async def unless_done(undo: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Await ``undo()`` if the block fails or is cancelled.  It continues as with ``afterwards``."""
+    try:
+        yield
+    except BaseException:
+        await asyncio.shield(undo())
+        raise
+
+
+async def thread_to_end(act: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
+    """Return the result of ``act`` in a thread, which has ended when this returns or is cancelled.
+
+    ``stop`` lets it end soon after a cancellation.  Otherwise it would use what its caller frees.
+    """
+    running = asyncio.gather(asyncio.to_thread(act), return_exceptions=True)
+    is_cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait((running,))
+        except asyncio.CancelledError:
+            is_cancelled = True
+            stop()
+    (result,) = running.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+    if isinstance(result, BaseException):
+        raise result
+    return result

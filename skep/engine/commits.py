@@ -5,12 +5,13 @@ Source: moby 20.10, daemon/commit.go (CreateImageFromContainer, merge), daemon/i
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from skep import __version__
-from skep.aio.race import run_to_end
+from skep.aio.race import afterwards, run_to_end
 from skep.engine.build.config import apply_changes
 from skep.engine.bundle import OUTSIDE_OF_IMAGES
 from skep.engine.container import BeingRemoved, Container, ContainerState
@@ -94,15 +95,17 @@ async def _keep_paused(engine: Engine, container: Container, *, pauses: bool) ->
     if not pauses or container.state is not ContainerState.RUNNING:
         yield
         return
-    # Run to the end.  Otherwise, if the client disconnects at this moment, the container would stay frozen forever.
-    try:
-        with suppress(SkepError):  # the container has ended meanwhile
+    # Otherwise a client that disconnects at this moment would leave the container frozen forever.
+    async with afterwards(partial(_unpause, engine, container.id)):
+        with suppress(SkepError):  # it has ended meanwhile
             await run_to_end(engine.pause(container.id))
         yield
-    finally:
-        with suppress(SkepError):
-            if engine.get(container.id).state is ContainerState.PAUSED:
-                await run_to_end(engine.unpause(container.id))
+
+
+async def _unpause(engine: Engine, id: str) -> None:
+    with suppress(SkepError):
+        if engine.get(id).state is ContainerState.PAUSED:
+            await engine.unpause(id)
 
 
 def merged(config: ContainerDefaults, other: ContainerDefaults) -> ContainerDefaults:

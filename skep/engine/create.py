@@ -15,6 +15,7 @@ from skep.api.gosyntax import BOOLEANS, parse_port
 from skep.engine import apparmor, health, machine
 from skep.engine.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.images.image import ContainerDefaults
+from skep.engine.lifecycle.network_rules import NO_ADDRESS, NO_ALIASES
 from skep.engine.limits import nano_cpus_of
 from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.machine import MachineOptions
@@ -43,10 +44,6 @@ RESERVED_LABELS = "com.docker.swarm."
 MEMORY_BYTES_MIN = 6 << 20
 """The smallest memory limit in bytes.  A process cannot start with less.  Source: moby, linuxMinMemory."""
 NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
-
-NO_ALIASES = "network-scoped alias is supported only for containers in user defined networks"
-
-NO_ADDRESS = "user specified IP address is supported on user defined networks only"
 
 _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(-[0-9A-Fa-f]{2}){5}")

@@ -144,7 +144,7 @@ class Engine:
         )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.carry_out = self._lifecycle.carry_out
-        self.networks = NetworkChanges(self._store, self.bundles, network, self._lifecycle, self.events)
+        self.networks = NetworkChanges(self._store, self._lifecycle)
         self.files = Files(self._store.get, self._lifecycle.mount_root, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
@@ -433,6 +433,7 @@ class Engine:
         if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
+            self._restarts.note_stop(container.id)
             container = await self._lifecycle.end_restarting(container)
         if container.is_running:
             await self._lifecycle.signal(container, number)
@@ -457,13 +458,16 @@ class Engine:
 
     async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
         config = self.get(id).config
+        self._restarts.note_stop(id)
         number = signal_number(signal_name or config.stop_signal or "SIGTERM")
         grace_s = config.stop_grace_ns / 1e9 if grace_s is None else grace_s
         return await self._lifecycle.stop(id, number, grace_s)
 
     def note_stopped(self, word: str) -> Container:
         """Record that its user has stopped a plain container: no policy restarts it.  Raises: NotFound."""
-        return self._lifecycle.note(self.get(word).id, life_events.UserStops())
+        id = self.get(word).id
+        self._restarts.note_stop(id)
+        return self._lifecycle.note(id, life_events.UserStops())
 
     async def pause(self, word: str) -> None:
         """Freeze the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
@@ -500,8 +504,7 @@ class Engine:
 
         Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
         """
-        work = partial(updates.update, self._store, self._runtime, self.events, id, change)
-        return await self._lifecycle.operate(id, work)
+        return await self._lifecycle.update(id, life_events.Update(change))
 
     @continuing
     async def rename(self, id: ContainerId, name: str) -> None:

@@ -20,8 +20,9 @@ from skep.aio.trees import discard_tree
 from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
 from skep.engine.conmon import StartError, resize_terminal
-from skep.engine.container import Container, ContainerState, Exec, ExecConfig, NotRunning, ProcessName
+from skep.engine.container import Container, Exec, ExecConfig, NotRunning, ProcessName
 from skep.engine.events import Events
+from skep.engine.lifecycle import life_events, machine
 from skep.engine.runtime import Runtime, StartedExec
 from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -306,11 +307,8 @@ class Execs:
         self._events.publish("exec_die", container, execID=exec_id, exitCode=str(exit_code))
 
     def _running_container(self, word: str) -> Container:
-        container = self._container(word)
-        if container.state is ContainerState.PAUSED:
-            raise NotRunning(f"Container {word} is paused, unpause the container before exec")
-        container.require_running()
-        return container
+        """Return the container of an exec.  Raises: NotFound; NotRunning."""
+        return machine.step(self._container(word), life_events.Exec(word)).container
 
     def _make_room(self, container_id: ContainerId) -> None:
         execs = [one for one in self._execs.values() if one.container_id == container_id]

@@ -9,12 +9,14 @@ import json
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
+from skep.aio.race import afterwards
 from skep.api.errors import Untranslated
 from skep.engine import files_worker
 from skep.engine.bundle import RootFiles
@@ -173,15 +175,17 @@ class Files:
             cwd="/",
             env={"LANG": "C.UTF-8"},
         )
-        try:
+        async with afterwards(partial(_end, process)):
             yield _Worker(process, path, whose)
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                with suppress(TimeoutError):  # the worker may hang in a file system that does not respond
-                    async with asyncio.timeout(_END_DEADLINE_S):
-                        await asyncio.shield(process.wait())
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.kill()
+        with suppress(TimeoutError):  # it may hang in a file system that does not respond
+            async with asyncio.timeout(_END_DEADLINE_S):
+                await process.wait()
 
 
 class _Worker:

@@ -8,7 +8,7 @@ Source: moby, daemon/health.go.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from msgspec.structs import replace
@@ -18,8 +18,8 @@ from skep.aio.failures import describe_error, log_error
 from skep.aio.race import Preempted, run_unless
 from skep.engine.attachment import Attachment
 from skep.engine.container import Container, ContainerState, ExecConfig, Health, HealthStatus, Probe
-from skep.engine.events import Events
 from skep.engine.execs import KILLED_S, Execs
+from skep.engine.lifecycle.life_events import Probed
 from skep.engine.processes import is_alive
 from skep.engine.state import ContainerStore
 from skep.errors import NotFound, SkepError, Unavailable
@@ -135,11 +135,19 @@ class HealthMonitor:
     A probe is an exec with a time limit.  A slow probe is killed before the next one begins, so probes never pile up.
     """
 
-    def __init__(self, store: ContainerStore, execs: Execs, events: Events, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: ContainerStore,
+        execs: Execs,
+        clock: Clock,
+        *,
+        report: Callable[[ContainerId, Probed], Awaitable[object]],
+    ) -> None:
+        """``report`` applies the result of a probe to the record."""
         self._store = store
         self._execs = execs
-        self._events = events
         self._clock = clock
+        self._report = report
         self._left: dict[ContainerId, str] = {}
         """Probes that were killed but have not ended yet.  The container's next probe waits for them."""
         self.count = self.failures = 0
@@ -193,9 +201,7 @@ class HealthMonitor:
             if not self._store.get(id).is_running:
                 return  # the container has ended meanwhile, so the result means nothing
             health = after_probe(config, before, probe, began_s)
-            container = self._store.observe(id, health=health)
-            if health.status is not before.status:
-                self._events.publish(f"health_status: {health.status.value}", container)
+            await self._report(id, Probed(container.process, health))
 
     async def _probe(self, container: Container, config: HealthConfig) -> Probe:
         start = timestamp(self._clock.now_ns())

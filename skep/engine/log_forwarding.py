@@ -8,11 +8,13 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import msgspec
 import structlog
 
 from skep.aio.groups import errors_as_they_are
+from skep.aio.race import afterwards
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, ContainerEvent
 from skep.engine.events import Events
@@ -91,7 +93,7 @@ class LogForwarding:
         self._changed.set()
         try:
             async with asyncio.timeout(HOLD_DEADLINE_S):
-                await asyncio.shield(held)
+                await asyncio.shield(held)  # other removals wait for it as well
         except TimeoutError:
             log.warning("logs of a removed container may be lost", container=container.id)
         finally:
@@ -197,10 +199,8 @@ async def _run_sender() -> AsyncIterator[asyncio.subprocess.Process]:
         cwd="/",
         env={"LANG": "C.UTF-8"},
     )
-    try:
+    async with afterwards(partial(_end, process)):
         yield process
-    finally:
-        await asyncio.shield(_end(process))
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -115,7 +115,9 @@ class RestartMonitor:
         self._rng = rng
         self._delays_s: dict[ContainerId, float] = {}
         self._pending: set[ContainerId] = set()
-        """Containers that ``run`` is restarting or removing at the moment."""
+        """Containers that a task of ``run`` is restarting or removing."""
+        self._stopped: set[ContainerId] | None = set()
+        """Containers that their users have stopped since this process began.  None once the first decision is made."""
         self._resets: dict[ContainerId, asyncio.Event] = {}
         """For each waiting restart, the event that ends its delay."""
 
@@ -124,11 +126,13 @@ class RestartMonitor:
         self._pending.clear()  # the tasks of an earlier run have ended
         async with asyncio.TaskGroup() as group:
             for container in self._containers.plain_containers():
-                if not container.is_running and container.plain is not None:
+                has_ended = not container.is_running and container.id not in (self._stopped or ())
+                if has_ended and container.plain is not None:
                     first = after_node_restart(
                         container.plain, container.exit_code, was_started=container.was_started
                     )
                     self._schedule(group, container.id, first)
+            self._stopped = None
             while True:
                 try:
                     with self._containers.events.subscribed() as subscription:
@@ -141,9 +145,16 @@ class RestartMonitor:
                     log.warning("container exit events missed", reason=str(error))
                     await self._clock.sleep(FIRST_DELAY_S)
 
+    def note_stop(self, id: ContainerId) -> None:
+        """Note that its user stops a container: the policy ``always`` does not start it with this process."""
+        if self._stopped is not None:
+            self._stopped.add(id)
+
     def reset(self, id: ContainerId) -> None:
         """Reset the delay and end a waiting restart, because its user starts the container or it is removed."""
         self._delays_s.pop(id, None)
+        if self._stopped is not None:
+            self._stopped.discard(id)
         if (waiting := self._resets.get(id)) is not None:
             waiting.set()
 

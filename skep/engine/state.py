@@ -1,8 +1,7 @@
 """Keeps the records of a node's containers, in memory for reading and on disk for the next process."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -104,9 +103,16 @@ class ContainerStore:
         self._ids_by_name[container.name] = container.id
 
     def put(self, container: Container) -> None:
-        """Replace a record on disk and in memory, and wake waiters.  Raises: OSError: nothing has changed."""
+        """Replace a record on disk and in memory, and wake waiters.
+
+        A renamed container keeps its old name as well, until ``release_name``.
+        Raises: OSError, AlreadyExists: the name is taken: nothing has changed.
+        """
+        if self._ids_by_name.get(container.name) != container.id:
+            self.check_free(container.name)
         self._bundles.save(container)
         self._containers[container.id] = container
+        self._ids_by_name[container.name] = container.id
         self._pending.discard(container.id)
         self._notify(container.id)
 
@@ -169,25 +175,12 @@ class ContainerStore:
             container = msgspec.structs.replace(container, name=f"{container.name}-{container.id[:12]}")
         self.add(container)
 
-    @contextmanager
-    def renamed(self, id: ContainerId, name: str) -> Iterator[Container]:
-        """Rename a container on disk and in memory.  If the block raises, restore the old name.
-
-        No other container can take either name until the block ends.
-        Raises: NotFound; AlreadyExists: the name is taken; OSError.
-        """
-        before = self.require(id).name
-        self.check_free(name)
-        container, unused = self.change(id, name=name), name
-        self._ids_by_name[name] = id
-        try:
-            yield container
-            unused = before
-        except BaseException:
-            self.observe(id, name=before)
-            raise
-        finally:
-            del self._ids_by_name[unused]
+    def release_name(self, id: ContainerId) -> None:
+        """Release the other name of a container that has been renamed, or could not be."""
+        present = self._containers.get(id)
+        for name in [name for name, owner in self._ids_by_name.items() if owner == id]:
+            if present is None or name != present.name:
+                del self._ids_by_name[name]
 
     def check_free(self, name: str) -> None:
         """Raise AlreadyExists, in Docker's words, if a container has ``name``."""

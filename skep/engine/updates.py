@@ -1,4 +1,4 @@
-"""``docker update``: computes the changed configuration and applies it without a restart."""
+"""``docker update``: computes the changed configuration, which the life of a container applies without a restart."""
 
 from collections.abc import Callable
 from typing import Final, TypeAlias
@@ -6,14 +6,10 @@ from typing import Final, TypeAlias
 from msgspec.structs import replace
 
 from skep.engine import create, machine
-from skep.engine.container import Conflicting, Container, ContainerConfig, ContainerState, PlainOptions
-from skep.engine.events import Events
+from skep.engine.container import Conflicting, Container, ContainerConfig, PlainOptions
 from skep.engine.limits import nano_cpus_of, swap_bytes
 from skep.engine.request import UpdateRequest
-from skep.engine.runtime import Runtime
-from skep.engine.state import ContainerStore
 from skep.errors import Unimplemented
-from skep.model.ids import ContainerId
 
 Change: TypeAlias = Callable[[Container], Container]
 """Returns a container after an update.  Only limits and the restart policy may differ."""
@@ -105,29 +101,3 @@ def _plain(request: UpdateRequest, container: Container) -> PlainOptions | None:
             "The container of a task is restarted by its service: use docker service update --restart-condition."
         )
     return None
-
-
-async def update(
-    store: ContainerStore, runtime: Runtime, events: Events, id: ContainerId, change: Change
-) -> Container:
-    """Apply ``change`` to a container.  The caller holds its lock.
-
-    Raises: NotFound; BeingRemoved; as ``change``; InvalidArgument: this node does not have the processors or memory
-    nodes; RuntimeFailed.
-    """
-    refusal = f'Cannot update container {id}: container is marked for removal and cannot be "update"'
-    before = store.require_kept(id, refusal)
-    after = change(before)
-    if after == before:
-        return before
-    found = await runtime.update(after) if after.config != before.config else ()
-    present = store.require(id)  # read again, because its user may have stopped it meanwhile
-    plain = present.plain
-    if plain is not None and after.plain is not None:
-        plain = replace(plain, restart=after.plain.restart)
-    warnings = tuple(dict.fromkeys((*present.warnings, *found)))
-    # If a policy is set after the container has ended, it applies only from the next end on.
-    is_at_rest = present.is_at_rest or (present.state is ContainerState.EXITED and not present.is_restarting)
-    container = store.observe(id, config=after.config, plain=plain, warnings=warnings, is_at_rest=is_at_rest)
-    events.publish("update", container)
-    return container

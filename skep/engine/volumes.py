@@ -7,12 +7,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from skep.aio.failures import describe_error, isolate, log_error
+from skep.aio.race import afterwards, unless_done
 from skep.aio.trees import discard_tree
 from skep.engine.background import Background
 from skep.engine.bind_sources import BindSources
@@ -176,6 +178,7 @@ class Volumes(VolumeStore):
         is gone.
         """
         removal = self._remove(name, containers, force=force)
+        # Continues without its caller: a plug-in that has begun to remove a volume does not stop.
         await self.background.carry_out(removal, name=f"remove-volume-{name[:12]}")
 
     async def _remove(self, name: str, containers: Listing, *, force: bool) -> None:
@@ -235,20 +238,20 @@ class Volumes(VolumeStore):
             if needed
             else f"part {parts[0].subpath} of volume {parts[0].volume}"
         )
+        undo = partial(self._unmount_isolated, user, parts)
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with unless_done(undo), asyncio.timeout(self._deadline_s):
                 for point in needed:
                     what = f"volume '{point.source}'"
                     await self._mount(user, point)
                 for part in parts:
                     await self._bind(part)
-        except BaseException as error:
-            await asyncio.shield(isolate(self.unmount(user, parts), "volumes not unmounted", user=user))
-            if isinstance(error, TimeoutError):
-                raise MountFailed(
-                    f"error while mounting {what}: it takes longer than {self._deadline_s:g} s"
-                ) from error
-            raise
+        except TimeoutError as error:
+            text = f"error while mounting {what}: it takes longer than {self._deadline_s:g} s"
+            raise MountFailed(text) from error
+
+    async def _unmount_isolated(self, user: str, parts: Iterable[Part] = ()) -> None:
+        await isolate(self.unmount(user, parts), "volumes not unmounted", user=user)
 
     async def _mount(self, user: str, point: MountPoint) -> None:
         async with self._lock(point.name):
@@ -504,10 +507,8 @@ class Volumes(VolumeStore):
             await self.mount(user, [point])
         except MountFailed as error:
             raise MountFailed(f"failed to populate volume: {error}") from error
-        try:
+        async with afterwards(partial(self._unmount_isolated, user)):
             await copy_up(root, point.destination, self.path(point.name), is_mounted=True)
-        finally:
-            await asyncio.shield(isolate(self.unmount(user), "volume not unmounted", volume=point.name))
 
     async def remove_anonymous(self, points: Iterable[MountPoint], containers: Listing) -> None:
         """Remove the volumes that were created for one container only, unless another container uses them.

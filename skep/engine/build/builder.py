@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.aio.race import afterwards
 from skep.aio.slots import Slots
 from skep.engine.build import copies, history, runs, targets
 from skep.engine.build.addresses import redacted, shown_errors
@@ -144,10 +145,8 @@ class Builder(Builds):
         async with AsyncExitStack() as stack:
             workspace = await stack.enter_async_context(self.images.workspace("build"))
             build = Build(self, request, stages, Inputs(context, provider, known), progress, workspace, stack)
-            try:
+            async with afterwards(self.steps.save):
                 return await build.run(parsed.warnings)
-            finally:
-                await asyncio.shield(self.steps.save())
 
 
 class Build:

@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,6 +22,7 @@ import msgspec
 import structlog
 
 from skep.aio.failures import log_error
+from skep.aio.race import unless_done
 from skep.aio.trees import discard_tree, walk_tree
 from skep.engine.images.digest import Digest, is_digest
 from skep.engine.images.image import Image
@@ -181,16 +183,13 @@ class CacheMounts:
             self._take(part, stack)
             directory = self._root / part
             directory.mkdir(mode=0o755, parents=True)
-            try:
+            async with unless_done(partial(discard_tree, directory)):
                 if fill is not None:
                     await fill(directory)
                 if key.has_owner:
                     os.chown(directory, key.uid or 0, key.gid or 0)
                     os.chmod(directory, 0o755 if key.mode is None else key.mode)
                 directory.rename(self._root / name)
-            except BaseException:
-                await asyncio.shield(discard_tree(directory))
-                raise
 
     def _release(self, name: str) -> None:
         self._used[name] -= 1

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.aio.race import afterwards
 from skep.engine.build import copies
 from skep.engine.build.cache import CacheKey, CacheMounts
 from skep.engine.build.dockerfile import heredoc_of, quoted
@@ -98,11 +99,9 @@ class Containers:
     ) -> AsyncIterator[Container]:
         """Provide a container for one command.  It is killed and removed at the end of the block."""
         name = f"build-{secrets.token_hex(6)}"
-        try:
+        async with afterwards(partial(self._discard, name)):
             wanted = _create_request(image, request, prepared)
             yield await self._engine.create(wanted, name=name, image=image, is_step=True)
-        finally:
-            await asyncio.shield(self._discard(name))
 
     async def run(
         self, container: Container, prepared: Prepared, output: Output, *, is_buildkit: bool = False

@@ -4,12 +4,14 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from skep.aio.failures import describe_error
+from skep.aio.race import afterwards, thread_to_end
 from skep.engine import overlay
 from skep.engine.build.config import StageState
 from skep.engine.build.trees import CopyLimits, Work
@@ -105,28 +107,18 @@ async def in_thread(work: Work, act: Callable[[], T]) -> T:
 
     Raises: Any error of ``act``; UnpackFailed: a call on a file failed.
     """
-    running = asyncio.gather(asyncio.to_thread(act), return_exceptions=True)
     try:
-        (result,) = await asyncio.shield(running)
-    except asyncio.CancelledError:
-        work.stop()
-        await asyncio.wait([running])
-        raise
-    if isinstance(result, OSError):
-        raise UnpackFailed(f"failed to copy files: {_words(result)}") from result
-    if isinstance(result, BaseException):
-        raise result
-    return result
+        return await thread_to_end(act, work.stop)
+    except OSError as error:
+        raise UnpackFailed(f"failed to copy files: {_words(error)}") from error
 
 
 @asynccontextmanager
 async def mounted_image(changes: Changes, work: Work) -> AsyncIterator[Path]:
     """Mount the overlay like ``Changes.mounted``, while an async block runs."""
-    try:
+    async with afterwards(partial(asyncio.to_thread, changes.unmount)):
         await in_thread(work, changes.mount)
         yield changes.root
-    finally:
-        await asyncio.shield(asyncio.to_thread(changes.unmount))
 
 
 def _words(error: OSError) -> str:

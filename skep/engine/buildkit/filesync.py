@@ -10,11 +10,12 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from skep.aio.race import run_to_end
+from skep.aio.race import thread_to_end
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import sessions
 from skep.engine.buildkit.sessions import Messages, Session, header_values
@@ -114,7 +115,7 @@ class _Transfer:
         await self._list(listing)
         if listing.bytes > self._room:
             raise ResourceExhausted(f"no space left on device for a build context of {listing.bytes} bytes")
-        needed = await run_to_end(asyncio.to_thread(write_tree, self._root, listing.entries, kept))
+        needed = await thread_to_end(partial(write_tree, self._root, listing.entries, kept))
         contents = Contents(self._root, listing.entries, needed, min(self._limits.bytes, self._room))
         try:
             await self._fetch(contents, deque(needed))
@@ -144,7 +145,7 @@ class _Transfer:
                 await self._messages.send(pb.Packet(type=pb.Packet.REQ, id=number))
             batch = await self._batch()
             # Run to the end, since the descriptors that it writes to are closed afterwards.
-            await run_to_end(asyncio.to_thread(_write_batch, contents, batch))
+            await thread_to_end(partial(_write_batch, contents, batch))
             self._bytes += sum(len(packet.data) for packet in batch)
             self._progress(self._bytes)
 

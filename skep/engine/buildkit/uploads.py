@@ -62,6 +62,7 @@ class Uploads:
         meeting = self._meeting(id)
         try:
             missing = InvalidArgument(f"the context of build {id} was not uploaded")
+            # The deadline ends the wait, not the upload, which may come for a repeated request.
             pieces = await _within(asyncio.shield(meeting.pieces), missing)
             meeting.is_taken.set()
             yield pieces

@@ -12,12 +12,14 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.race import unless_done
 from skep.engine.images.reference import DEFAULT_DOMAIN
 from skep.engine.images.registry import Credentials
 
@@ -111,19 +113,14 @@ async def _run_helper(helper: str, server: str) -> Provided:
         )
     except OSError as error:
         return _failed(name, (error.strerror or str(error)).lower())
-    has_ended = False
     try:
-        async with asyncio.timeout(_DEADLINE_S):
+        async with unless_done(partial(_end, process)), asyncio.timeout(_DEADLINE_S):
             output = await _output(process, server)
             status = await process.wait()
-        has_ended = True
     except TimeoutError:
         return _failed(name, f"no response within {_DEADLINE_S:g} s")
     except _TooLong:
         return _failed(name, f"its output is longer than {_OUTPUT_BYTES_MAX} bytes")
-    finally:
-        if not has_ended:
-            await asyncio.shield(_end(process))
     text = output.decode(errors="replace").strip()
     if status != 0:
         if text == _NONE_STORED:

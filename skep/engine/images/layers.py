@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -21,6 +22,7 @@ import msgspec
 import structlog
 
 from skep.aio.failures import describe_error, log_error
+from skep.aio.race import afterwards, thread_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images.digest import Digest, chain_id_above, hex_of
 from skep.engine.images.slots import UnpackSlots
@@ -141,11 +143,9 @@ class Layers:
                 return present
             # Not in a thread, because a cancelled caller would leave the directory behind.
             workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
-            try:
+            async with afterwards(partial(discard_tree, workspace)):
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
                 await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
-            finally:
-                await asyncio.shield(discard_tree(workspace))
             self._layers[chain_id] = layer
             return layer
 
@@ -176,29 +176,28 @@ class Layers:
         """
         # Not in a thread, because a cancelled caller would leave the directory behind.
         workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
-        try:
-            content = workspace / "content"
-            async with self._slots.of(str(changes)):
-                packed = await pack_changes(
-                    changes, content, limits=self._limits, without=without, removes=take
-                )
-            chain_id = chain_id_above(below, packed.digest)
-            pin(chain_id)
-            async with self._lock(chain_id):
-                present = self._layers.get(chain_id)
-                if present is not None:
-                    return present
-                files = workspace / "diff"
-                if take:
-                    changes.rename(files)
-                else:
-                    files.mkdir(mode=0o755)
-                    await self._copy(content, files, packed.digest)
-                return await self._publish(workspace, chain_id, packed)
-        except OSError as error:
-            raise UnpackFailed(describe_error(error)) from error
-        finally:
-            await asyncio.shield(discard_tree(workspace))
+        async with afterwards(partial(discard_tree, workspace)):
+            try:
+                content = workspace / "content"
+                async with self._slots.of(str(changes)):
+                    packed = await pack_changes(
+                        changes, content, limits=self._limits, without=without, removes=take
+                    )
+                chain_id = chain_id_above(below, packed.digest)
+                pin(chain_id)
+                async with self._lock(chain_id):
+                    present = self._layers.get(chain_id)
+                    if present is not None:
+                        return present
+                    files = workspace / "diff"
+                    if take:
+                        changes.rename(files)
+                    else:
+                        files.mkdir(mode=0o755)
+                        await self._copy(content, files, packed.digest)
+                    return await self._publish(workspace, chain_id, packed)
+            except OSError as error:
+                raise UnpackFailed(describe_error(error)) from error
 
     async def add_archive(self, archive: AsyncIterable[bytes], *, pin: Callable[[Digest], None]) -> Layer:
         """Make a bottom layer from a tar, compressed or not, whose digest is not known.
@@ -207,21 +206,20 @@ class Layers:
         """
         # Not in a thread, because a cancelled caller would leave the directory behind.
         workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
-        try:
-            files = workspace / "diff"
-            files.mkdir(mode=0o755)
-            async with self._slots.of(str(workspace)):
-                unpacked = await unpack(
-                    archive, files, limits=self._limits, is_layer=True, copy_to=workspace / "content"
-                )
-            pin(unpacked.digest)
-            async with self._lock(unpacked.digest):
-                present = self._layers.get(unpacked.digest)
-                return present or await self._publish(workspace, unpacked.digest, unpacked)
-        except OSError as error:
-            raise UnpackFailed(describe_error(error)) from error
-        finally:
-            await asyncio.shield(discard_tree(workspace))
+        async with afterwards(partial(discard_tree, workspace)):
+            try:
+                files = workspace / "diff"
+                files.mkdir(mode=0o755)
+                async with self._slots.of(str(workspace)):
+                    unpacked = await unpack(
+                        archive, files, limits=self._limits, is_layer=True, copy_to=workspace / "content"
+                    )
+                pin(unpacked.digest)
+                async with self._lock(unpacked.digest):
+                    present = self._layers.get(unpacked.digest)
+                    return present or await self._publish(workspace, unpacked.digest, unpacked)
+            except OSError as error:
+                raise UnpackFailed(describe_error(error)) from error
 
     async def _publish(self, workspace: Path, chain_id: Digest, found: Unpacked) -> Layer:
         """Make a finished layer visible.  ``workspace`` has its files and its content."""
@@ -269,16 +267,9 @@ class Layers:
     async def _compress(self, path: Path, layer: Layer) -> Digest:
         room_bytes = self._limits.room_on(self._scratch)
         is_cancelled = threading.Event()
-        work = asyncio.get_running_loop().run_in_executor(
-            None, _as_gzip, path, layer, self._scratch, room_bytes, is_cancelled
-        )
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            is_cancelled.set()
-            # Wait for the thread, which ends soon.  Nothing else may write to the layer until then.
-            await asyncio.wait([work])
-            raise
+        # Nothing else may write to the layer as long as the lock is held.
+        work = partial(_as_gzip, path, layer, self._scratch, room_bytes, is_cancelled)
+        return await thread_to_end(work, is_cancelled.set)
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
         """Remove unused layers from the store at once.  The caller deletes the returned directories.

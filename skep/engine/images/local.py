@@ -33,6 +33,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -40,7 +41,7 @@ import structlog
 
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import describe_error, log_error, retry
-from skep.aio.race import run_to_end
+from skep.aio.race import afterwards, thread_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images.arriving import Arriving
 from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_references, without
@@ -334,12 +335,12 @@ class LocalImages:
     async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
         """Keep layers, present or future, from being deleted while the block runs."""
         self._pinned.update(chain)
-        try:
-            yield
-        finally:
-            self._pinned.subtract(chain)
-            self._pinned += Counter()  # removes layers without pins
-            await asyncio.shield(self._collect())
+        async with afterwards(self._collect):
+            try:
+                yield
+            finally:
+                self._pinned.subtract(chain)
+                self._pinned += Counter()  # removes layers without pins
 
     @asynccontextmanager
     async def layer_of_changes(
@@ -381,10 +382,8 @@ class LocalImages:
         self._require_catalog()
         # Not in a thread: a cancelled caller would leave the directory behind.
         path = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.scratch))
-        try:
+        async with afterwards(partial(discard_tree, path)):
             yield path
-        finally:
-            await asyncio.shield(discard_tree(path))
 
     def announce(self, action: str, id: str, name: str) -> None:
         """Publish an event of an image."""
@@ -525,8 +524,8 @@ class LocalImages:
         self._index()
 
     async def _replace(self, file: Path, content: bytes) -> None:
-        """Replace a file.  Requires ``_writing``.  A cancelled caller holds that lock until the file is written."""
-        await run_to_end(asyncio.to_thread(replace_file, file, content))
+        """Replace a file.  Requires ``_writing``, which a cancelled caller holds until the file is written."""
+        await thread_to_end(partial(replace_file, file, content))
 
     def _require_catalog(self) -> None:
         """Raise Unavailable while the catalog is not read.  Writing it would lose the contents of its file."""
@@ -545,6 +544,7 @@ class LocalImages:
             if damage is not None:
                 self._damaged[id] = damage
             elif is_new:
+                # Half of it would leave files of an image that this process no longer knows.
                 with suppress(OSError):  # the next start finds it, without a name
                     await asyncio.shield(self._forget(id))
             raise

@@ -19,6 +19,7 @@ import structlog
 from yarl import URL
 
 from skep.aio.backoff import Backoff
+from skep.aio.race import unless_done
 from skep.engine.images.digest import Digest
 from skep.engine.images.refusals import refusal_of, retry_after
 from skep.engine.images.registry import (
@@ -91,7 +92,7 @@ async def send(
     """
     backoff = Backoff(0.5)
     session = _Session(repository, upload, report)
-    try:
+    async with unless_done(session.cancel):
         for attempt in range(_ATTEMPTS):
             try:
                 return await session.advance(tries_mounts=attempt == 0)
@@ -102,9 +103,6 @@ async def send(
             waiting(delay_s)
             await asyncio.sleep(delay_s)
         raise AssertionError("the last attempt returns or raises")
-    except BaseException:
-        await asyncio.shield(session.cancel())
-        raise
 
 
 class _Session:

@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
+from skep.aio.race import afterwards
 from skep.engine.images import pack, untar
 from skep.engine.images.digest import Digest
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
@@ -155,15 +157,18 @@ async def _run_worker(
         cwd="/",
         env={"LANG": "C.UTF-8"},
     )
-    try:
-        async with asyncio.timeout(limits.unpack_s):
-            yield worker
-    except TimeoutError as error:
-        raise ResourceExhausted(f"an archive took longer than {limits.unpack_s:.0f} s") from error
-    finally:
-        if worker.returncode is None:
-            worker.kill()
-            await asyncio.shield(worker.wait())
+    async with afterwards(partial(_end, worker)):
+        try:
+            async with asyncio.timeout(limits.unpack_s):
+                yield worker
+        except TimeoutError as error:
+            raise ResourceExhausted(f"an archive took longer than {limits.unpack_s:.0f} s") from error
+
+
+async def _end(worker: asyncio.subprocess.Process) -> None:
+    if worker.returncode is None:
+        worker.kill()
+        await worker.wait()
 
 
 async def _feed(worker: asyncio.subprocess.Process, pieces: AsyncIterable[bytes]) -> None:

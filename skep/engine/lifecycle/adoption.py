@@ -10,14 +10,16 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, retry
+from skep.aio.race import is_set_within
 from skep.engine.container import Container
 from skep.engine.container_locks import ContainerLocks
 from skep.engine.lifecycle.effects import Effects
 from skep.engine.lifecycle.life_events import Event
-from skep.engine.lifecycle.machine import State
+from skep.engine.lifecycle.machine import AT_REST, State
 from skep.engine.networking import Networking, sandbox_config
 from skep.engine.runtime import Runtime
 from skep.engine.state import ContainerStore
+from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import NetworkMode, Sandbox
 
@@ -27,6 +29,9 @@ T = TypeVar("T")
 
 _READ_TRIES_MAX = 5
 """Attempts to read a container's record: the machine may be short of memory or descriptors for a moment."""
+RESTORED_S_MAX = 60.0
+"""Seconds that a start waits for the networks of this node.  Restoring takes longer only if a command hangs or is
+retried, and then the reason is a condition of the node."""
 
 
 class Lives(Protocol):
@@ -78,6 +83,14 @@ class Adoption:
         self._report = report
         self.has_found = False
         """Whether all records have been read."""
+        self._awaited: set[ContainerId] = set()
+        """Containers of earlier processes that are not adopted yet."""
+        self._connected: frozenset[ContainerId] = frozenset()
+        """Containers whose networks were restored."""
+        self._has_networks = asyncio.Event()
+        self.is_complete = asyncio.Event()
+        """Set once all containers are adopted, so their volumes have users."""
+        """Set once the networks of earlier processes are restored.  Restoring frees those that it does not know."""
 
     async def restore(self, clock: Clock) -> None:
         """Read the records and adopt their containers.  Errors are retried."""
@@ -91,6 +104,7 @@ class Adoption:
             found = await self._persist(load, "records of containers not read", clock)
         for container in found.known:
             self._store.restore(container)
+            self._awaited.add(container.id)
         for id in found.unreadable:  # its addresses are unknown, and may be assigned to others now
             log.error("container ended: record not readable", container=id)
             await isolate(self._runtime.delete_unknown(id), "resource not freed", container=id)
@@ -105,15 +119,45 @@ class Adoption:
             if one.sandbox is not None and self._keeps(one, one.sandbox)
         ]
         await self._persist(partial(self._network.restore, live), "networks not restored", clock)
-        connected = {config.id for config, _ in live}
-        for container in self._store.list():
-            has_network = container.id in connected or container.mode is NetworkMode.HOST
+        self._connected = frozenset(config.id for config, _ in live)
+        self._has_networks.set()
+        for container in found.known:  # those that were created meanwhile have nothing to adopt
             await isolate(
-                self._adopt(container.id, has_network=has_network),
+                self._adopt(container.id),
                 "container not adopted",
-                on_error=partial(self._adopt_later, container.id, has_network),
+                on_error=partial(self._adopt_later, container.id),
                 container=container.id,
             )
+        if not self._awaited:
+            self.is_complete.set()
+
+    def _settle(self, id: ContainerId) -> None:
+        self._awaited.discard(id)
+        if not self._awaited:
+            self.is_complete.set()
+
+    async def adopt_first(self, id: ContainerId) -> None:
+        """Adopt a container that does not run, unless that is done.  The caller holds its lock.
+
+        A start needs it, because it would take the leftovers of an earlier process for its own.
+        Raises: Unavailable: it cannot be seen now; OSError.
+        """
+        container = self._store.lookup(id)
+        if id in self._awaited and container is not None and container.state in AT_REST:
+            await self._lives.run(id, await self._look(container))
+            self._settle(id)
+
+    async def await_networks(self, container: Container) -> None:
+        """Wait until the networks of earlier processes are restored.  Raises: Unavailable: that takes too long."""
+        if container.mode is NetworkMode.HOST:  # it has no namespace that could be freed
+            return
+        if not await is_set_within(self._has_networks, RESTORED_S_MAX):
+            raise Unavailable("the networks of this node's earlier containers are not restored yet")
+
+    async def _look(self, container: Container) -> Event:
+        await self.await_networks(container)
+        has_network = container.id in self._connected or container.mode is NetworkMode.HOST
+        return await self._effects.look(container, has_network=has_network)
 
     def _keeps(self, container: Container, sandbox: Sandbox) -> bool:
         """Return whether a container keeps its sandbox, because it runs or may still be started."""
@@ -126,7 +170,7 @@ class Adoption:
             )
         )
 
-    async def _adopt(self, id: ContainerId, *, has_network: bool) -> None:
+    async def _adopt(self, id: ContainerId) -> None:
         """Continue where the previous process stopped.
 
         Users may send requests already, so the record is read again, and an ended container is locked.  A running one
@@ -134,29 +178,29 @@ class Adoption:
         """
         container = self._store.lookup(id)
         if container is None or self._lives.is_watched(id):
-            return  # removed, or started by this process
-        if container.state is State.REMOVING:
-            event = await self._effects.look(container, has_network=has_network)
+            self._settle(id)  # removed, or started by this process
+        elif container.state is State.REMOVING:
+            event = await self._look(container)
+            self._settle(id)
             self._spawn(partial(self._remove, id, event), id, "remove")
         elif container.is_running:
-            await self._lives.run(id, await self._effects.look(container, has_network=has_network))
+            await self._lives.run(id, await self._look(container))
+            self._settle(id)
         elif self._lives.locks.is_held(id):  # a start, for example, whose volumes may take minutes
-            self._spawn(partial(self._adopt_ended, id, has_network=has_network), id, "adopt")
+            self._spawn(partial(self._adopt_ended, id), id, "adopt")
         else:
-            await self._adopt_ended(id, has_network=has_network)
+            await self._adopt_ended(id)
 
-    def _adopt_later(self, id: ContainerId, has_network: bool, error: Exception) -> None:
+    def _adopt_later(self, id: ContainerId, error: Exception) -> None:
         """Retry a failed adoption in the background: nothing else would notice a run of the container."""
         self._lives.show(id, error)
-        self._spawn(partial(self._adopt, id, has_network=has_network), id, "adopt")
+        self._spawn(partial(self._adopt, id), id, "adopt")
 
-    async def _adopt_ended(self, id: ContainerId, *, has_network: bool) -> None:
+    async def _adopt_ended(self, id: ContainerId) -> None:
         """Continue with a container that does not run, unless its user was faster."""
         async with self._lives.locks.operation(id):
-            container = self._store.lookup(id)
-            if container is None or container.is_running or container.state is State.REMOVING:
-                return
-            await self._lives.run(id, await self._effects.look(container, has_network=has_network))
+            await self.adopt_first(id)
+            self._settle(id)  # removed or started meanwhile
 
     async def _remove(self, id: ContainerId, event: Event) -> None:
         """Continue a removal.  Raises: Unavailable: a part of the container is left."""
@@ -172,7 +216,8 @@ class Adoption:
         else:
             if self._store.lookup(id) is None:  # else an earlier attempt has failed later
                 self._store.restore(container)
-            await self._adopt(id, has_network=False)
+            self._awaited.add(id)
+            await self._adopt(id)
 
     async def _discard_unknown(self, id: ContainerId) -> None:
         """End and remove a container whose record cannot be decoded.  Its task is replaced as after a failure."""

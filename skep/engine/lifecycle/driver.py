@@ -11,7 +11,7 @@ not affect other containers.
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.race import run_to_end
+from skep.aio.race import afterwards, run_to_end, thread_to_end
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container
@@ -87,10 +87,11 @@ class LifecycleDriver:
         self._effects = Effects(runtime, network, volumes, store, clock)
         self.waiting = self._effects.waiting
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
-        self.health = HealthMonitor(store, self.execs, self.events, clock)
+        self.health = HealthMonitor(store, self.execs, clock, report=self.run)
         self.adoption = Adoption(self, self._effects, runtime, network, store, report_restore)
         self._actions = {
             **self._effects.actions,
+            Effect.AWAIT_NETWORKS: self._await_networks,
             Effect.AWAIT_RELEASE: self._await_release,
             Effect.TAKE_START_SLOT: self._take_start_slot,
             Effect.WATCH: self._watch,
@@ -104,8 +105,7 @@ class LifecycleDriver:
         """Adopt the containers of earlier processes, then watch all containers until the block ends."""
         async with self._background.running():
             await self.adoption.restore(self._clock)
-            unmounting = retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
-            self.spawn(unmounting, name="unused-volumes")
+            self.spawn(self._unmount_unused(), name="unused-volumes")
             self.spawn(self._store.run(self._clock), name="records")
             self.spawn(self._keep_sweeping(), name="network-sweep")
             self.spawn(self._keep_unmounting(), name="unfinished-volumes")
@@ -115,14 +115,6 @@ class LifecycleDriver:
                 self._runtime.close()
 
     # --- operations ---------------------------------------------------------------------------------------------
-
-    async def operate(self, id: ContainerId, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return the result of ``work``, the only operation on the container meanwhile.
-
-        Once it has begun, it runs to its end even if the caller is cancelled.
-        """
-        async with self.locks.operation(id):
-            return await run_to_end(work())
 
     def note(self, id: ContainerId, event: Event) -> Container:
         """Apply an event without effects.  Does not wait for operations.  Raises: NotFound; OSError; a refusal."""
@@ -145,6 +137,7 @@ class LifecycleDriver:
         Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: a forced removal interrupted the start.
         """
         async with self.locks.operation(id):
+            await self.adoption.adopt_first(id)
             return await self.run(id, life_events.Start(secret_env=tuple(secret_env)))
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:
@@ -153,12 +146,32 @@ class LifecycleDriver:
         Raises: NotFound; BeingRemoved; SkepError, OSError: it cannot be started.
         """
         async with self.locks.operation(id):
+            await self.adoption.adopt_first(id)
             await self.run(id, life_events.Start(by_policy=True, ignore_stop=ignore_stop))
 
     async def retire(self, id: ContainerId) -> None:
         """Free the resources that only a running container needs, of a container that never ran.  Raises: NotFound."""
         async with self.locks.operation(id):
             await self.run(id, life_events.Retire())
+
+    async def update(self, id: ContainerId, event: life_events.Update) -> Container:
+        """Change limits and the restart policy without a restart.
+
+        Raises: NotFound; BeingRemoved; as ``event.change``; InvalidArgument: this node does not have the processors or
+        memory nodes; RuntimeFailed.
+        """
+        async with self.locks.operation(id):
+            return await self.run(id, event)
+
+    async def change_networks(
+        self, id: ContainerId, event: life_events.Connect | life_events.Disconnect | life_events.Rename
+    ) -> Container:
+        """Change the networks of a container or its name on them.
+
+        The end of its run waits meanwhile.  Raises: NotFound; OSError; SkepError, in Docker's words.
+        """
+        async with self.locks.operation(id), self.locks.networks(id):
+            return await self.run(id, event)
 
     async def pause(self, container: Container) -> None:
         """Freeze the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
@@ -242,9 +255,9 @@ class LifecycleDriver:
         container, user = self._store.require(id), f"files of {id}: {secrets.token_hex(8)}"
         borrowed: list[RootFiles] = []
 
-        async def borrow() -> None:
+        def borrow() -> None:
             try:
-                borrowed.append(await asyncio.to_thread(self._bundles.borrow, self._store.require(id)))
+                borrowed.append(self._bundles.borrow(self._store.require(id)))
             except OSError as error:
                 raise Unavailable(f"cannot mount container {id}: {describe_error(error)}") from error
 
@@ -253,12 +266,11 @@ class LifecycleDriver:
                 await self._free(asyncio.to_thread(self._bundles.give_back, id), id)
             await self._free(self._volumes.unmount(user), id)
 
-        try:
+        async with afterwards(give_back):
             await self._volumes.mount(user, container.config.mounts)
-            await self.operate(id, borrow)
+            async with self.locks.operation(id):
+                await thread_to_end(borrow)
             yield borrowed[0]
-        finally:
-            await run_to_end(give_back())
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that do not exist, have ended or never ran.  Return the containers' ids.
@@ -338,6 +350,7 @@ class LifecycleDriver:
     def _apply(self, program: Program, event: Event) -> None:
         """Step the machine: write the record, and put the effects that follow in front of the others."""
         step = machine.step(self._store.require(program.id), event)
+        program.event = event
         try:
             program.last = self._write(step)
         except OSError:
@@ -363,6 +376,9 @@ class LifecycleDriver:
         return self._store.require(container.id)
 
     # --- effects of the driver itself ---------------------------------------------------------------------------
+
+    async def _await_networks(self, container: Container, _: Program) -> None:
+        await self.adoption.await_networks(container)
 
     async def _await_release(self, container: Container, _: Program) -> None:
         if (watch := self._watches.get(container.id)) is not None:
@@ -423,6 +439,11 @@ class LifecycleDriver:
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
             await isolate(self.sweep(), "leftover network resources not removed yet")
+
+    async def _unmount_unused(self) -> None:
+        """Unmount volumes without a container.  A run whose adoption is still being retried uses its own."""
+        await self.adoption.is_complete.wait()
+        await retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
 
     async def _keep_unmounting(self) -> None:
         """Retry unmounts, apart from the other sweeps, so that a silent device or plug-in holds up nothing else."""

@@ -22,15 +22,16 @@ from skep.engine.background import Background
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning
 from skep.engine.container_locks import ForcedRemovals
-from skep.engine.lifecycle import life_events
+from skep.engine.events import NamedNetwork
+from skep.engine.lifecycle import life_events, network_rules
 from skep.engine.lifecycle.life_events import Event
 from skep.engine.lifecycle.machine import INTERRUPTIBLE, Effect
-from skep.engine.networking import Networking, publish_networks, sandbox_config
+from skep.engine.networking import Networking, endpoint_network, publish_networks, sandbox_config
 from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
 from skep.engine.state import ContainerStore
 from skep.engine.volumes import Volumes
-from skep.errors import SkepError
+from skep.errors import FailedPrecondition, SkepError
 from skep.model.times import Timestamp, timestamp
 from skep.tracing import within
 
@@ -44,9 +45,10 @@ class Program:
     def __init__(self, container: Container, cause: Event, held: AsyncExitStack) -> None:
         """Take the container and the first event.  ``held`` are the resources to release at its end."""
         self.id = container.id
-        self.last = container
-        """The record as the last event has left it."""
-        self.cause = cause
+        self.before = self.last = container
+        """The record before the first event, and as the last one has left it."""
+        self.cause = self.event = cause
+        """The first event, and the last one."""
         self.held = held
         self.todo = deque[Effect | Event]()
         """The next effects and events."""
@@ -77,6 +79,7 @@ class Program:
             exit_code=error.exit_code if isinstance(error, StartError) else 128,
             is_cancelled=isinstance(error, asyncio.CancelledError),
             by_policy=self.by_policy,
+            old_name=self.before.name,
         )
 
 
@@ -117,6 +120,16 @@ class Effects:
             Effect.SEE_FROZEN: self._see_frozen,
             Effect.PUBLISH_PAUSE: self._publish_pause,
             Effect.PUBLISH_UNPAUSE: self._publish_unpause,
+            Effect.PUBLISH_HEALTH: self._publish_health,
+            Effect.APPLY_LIMITS: self._apply_limits,
+            Effect.PUBLISH_UPDATE: self._publish_update,
+            Effect.CHANGE_NETWORKS: self._change_networks,
+            Effect.WRITE_NAME_FILES: self._write_name_files,
+            Effect.PUBLISH_NETWORKS: self._publish_change,
+            Effect.RENAME_ON_NETWORKS: self._rename_on_networks,
+            Effect.RENAME_BACK: self._rename_back,
+            Effect.RELEASE_NAME: self._release_name,
+            Effect.PUBLISH_RENAME: self._publish_rename,
             Effect.DELETE_PROCESS: self._delete_process,
             Effect.ENSURE_DELETED: self._delete_process,
             Effect.DETACH_NETWORKS: self._detach_networks,
@@ -206,6 +219,59 @@ class Effects:
             return None
         return life_events.Frozen(container.process) if is_frozen else life_events.Thawed(container.process)
 
+    # --- changing -----------------------------------------------------------------------------------------------
+
+    async def _apply_limits(self, container: Container, program: Program) -> Event | None:
+        """Apply a change to the processes.  Reports nothing if it changes nothing."""
+        assert isinstance(program.event, life_events.Update)
+        after = program.event.change(container)
+        if after == container:
+            return None
+        warnings = await self._runtime.update(after) if after.config != container.config else ()
+        restart = None if after.plain is None else after.plain.restart
+        return life_events.Updated(after.config, restart, tuple(warnings))
+
+    async def _change_networks(self, container: Container, program: Program) -> Event:
+        """Connect a run to a network, or disconnect it from one.  Its end waits for the lock of its networks."""
+        event, before = program.event, container.sandbox
+        assert isinstance(event, life_events.Connect | life_events.Disconnect)
+        assert before is not None, "a running container has one"
+        plain, config = network_rules.options_after(container, event), sandbox_config(container)
+        if network_rules.is_builtin(event):
+            config = sandbox_config(replace(container, plain=plain))
+            sandbox = await self._network.change_bridge(config, before)
+            network = NamedNetwork(self._network.predefined_ids.get("bridge", ""), "bridge", "bridge")
+        elif isinstance(event, life_events.Connect):
+            sandbox = await self._network.connect(config, before, event.request)
+            network = endpoint_network(sandbox.endpoints[-1])
+        else:
+            left = network_rules.endpoint(container, event)
+            assert left is not None, "the condition of its rule"
+            sandbox = await self._network.disconnect(config, before, left.network_id)
+            network = endpoint_network(left)
+        return life_events.NetworksChanged(
+            sandbox=sandbox,
+            mode=plain.mode,
+            networks=plain.networks,
+            mac_address=plain.mac_address,
+            action="connect" if isinstance(event, life_events.Connect) else "disconnect",
+            network=network,
+        )
+
+    async def _write_name_files(self, container: Container, program: Program) -> None:
+        await asyncio.to_thread(self._bundles.refresh_name_files, program.before, container)
+
+    async def _rename_on_networks(self, container: Container, _: Program) -> None:
+        sandbox = container.sandbox if container.is_running else None
+        await self._network.rename(sandbox_config(container), sandbox)
+
+    async def _rename_back(self, container: Container, program: Program) -> None:
+        if not isinstance(program.error, FailedPrecondition):  # otherwise the networks kept the old name
+            await self._rename_on_networks(container, program)
+
+    async def _release_name(self, container: Container, _: Program) -> None:
+        self._store.release_name(container.id)
+
     # --- freeing ------------------------------------------------------------------------------------------------
 
     async def _delete_process(self, container: Container, _: Program) -> None:
@@ -242,6 +308,20 @@ class Effects:
 
     async def _publish_unpause(self, container: Container, _: Program) -> None:
         self._events.publish("unpause", container)
+
+    async def _publish_health(self, container: Container, _: Program) -> None:
+        assert container.health is not None, "it was probed"
+        self._events.publish(f"health_status: {container.health.status.value}", container)
+
+    async def _publish_update(self, container: Container, _: Program) -> None:
+        self._events.publish("update", container)
+
+    async def _publish_change(self, container: Container, program: Program) -> None:
+        assert isinstance(program.event, life_events.NetworksChanged)
+        self._events.publish_network(program.event.action, program.event.network, container.id)
+
+    async def _publish_rename(self, container: Container, program: Program) -> None:
+        self._events.publish("rename", container, oldName=f"/{program.before.name}")
 
     async def _publish_exit(self, container: Container, _: Program) -> None:
         if container.oom_killed:

@@ -1,9 +1,12 @@
 """Events in the life of a container: requests, reports of effects, and failures."""
 
+from collections.abc import Callable
+
 import msgspec
 
-from skep.engine.container import Health, Interruption, ProcessName
-from skep.model.sandbox import Sandbox
+from skep.engine.container import Container, ContainerConfig, Health, Interruption, ProcessName, RestartPolicy
+from skep.engine.events import NamedNetwork
+from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
 from skep.model.times import Timestamp
 
 
@@ -53,6 +56,39 @@ class Unpause(Event, frozen=True):
     """Thaw the run of ``process``."""
 
     process: ProcessName | None
+
+
+class Exec(Event, frozen=True):
+    """Run an additional process.  ``word`` is the user's name for the container."""
+
+    word: str
+
+
+class Update(Event, frozen=True):
+    """Change limits and the restart policy, as ``change`` returns them.  It raises what it refuses."""
+
+    change: Callable[[Container], Container]
+
+
+class Connect(Event, frozen=True):
+    """Connect a plain container to another network, now or at its start."""
+
+    request: EndpointRequest
+
+
+class Disconnect(Event, frozen=True):
+    """Disconnect a plain container from a network."""
+
+    network: str
+    """The user's word for it."""
+    network_id: str = ""
+    """Its id if known."""
+
+
+class Rename(Event, frozen=True):
+    """Rename a plain container, also on its networks."""
+
+    name: str
 
 
 class Retire(Event, frozen=True):
@@ -132,6 +168,34 @@ class Thawed(Event, frozen=True):
     process: ProcessName | None
 
 
+class Probed(Event, frozen=True):
+    """The run of ``process`` was probed and has this health."""
+
+    process: ProcessName | None
+    health: Health
+
+
+class Updated(Event, frozen=True):
+    """Limits apply to the processes."""
+
+    config: ContainerConfig
+    restart: RestartPolicy | None
+    """Restart policy, or None for a task's container."""
+    warnings: tuple[str, ...]
+
+
+class NetworksChanged(Event, frozen=True, kw_only=True):
+    """A run was connected to a network or disconnected from it."""
+
+    sandbox: Sandbox
+    mode: NetworkMode
+    networks: tuple[EndpointRequest, ...]
+    mac_address: str
+    action: str
+    """Docker's event: connect or disconnect."""
+    network: NamedNetwork
+
+
 class RunEnded(Event, frozen=True, kw_only=True):
     """The first process has ended."""
 
@@ -178,6 +242,8 @@ class Failure(Event, frozen=True):
     is_cancelled: bool = False
     """Whether the caller has left during an interruptible effect."""
     by_policy: bool = False
+    old_name: str = ""
+    """The name to which a failed rename returns."""
 
 
 class CreateFailed(Failure, frozen=True):
@@ -190,6 +256,10 @@ class StartFailed(Failure, frozen=True):
 
 class StartUndone(Failure, frozen=True):
     """A failed start has been cleaned up."""
+
+
+class RenameFailed(Failure, frozen=True):
+    """The networks have refused the new name."""
 
 
 class PauseFailed(Failure, frozen=True):

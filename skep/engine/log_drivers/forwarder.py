@@ -169,6 +169,7 @@ class Forwarder:
             self._say_lost()
             self._watch.close()
             self._spool.close()
+            # A second cancellation would cut off the messages that the sink still holds.
             await asyncio.shield(self._sink.close())
 
     async def _read(self) -> None:

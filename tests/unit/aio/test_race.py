@@ -2,10 +2,14 @@
 
 import asyncio
 import gc
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import pytest
 
-from skep.aio.race import run_to_end
+from skep.aio.race import afterwards, run_to_end, thread_to_end, unless_done
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -56,3 +60,62 @@ async def test_a_deadline_of_the_caller_is_met_once_the_work_has_ended() -> None
         async with asyncio.timeout(0.03), asyncio.timeout(0.01):
             await run_to_end(work())
     assert is_over
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("cleaning", [afterwards, unless_done])
+async def test_a_cleanup_continues_if_its_caller_is_cancelled_once_more(
+    cleaning: Callable[[Callable[[], Awaitable[object]]], AbstractAsyncContextManager[None]], *, fails: bool
+) -> None:
+    go_on, is_over = asyncio.Event(), asyncio.Event()
+
+    async def clean() -> None:
+        await go_on.wait()
+        is_over.set()
+
+    async def work() -> None:
+        async with cleaning(clean):
+            if fails:
+                raise OSError
+            await asyncio.Event().wait()
+
+    caller = asyncio.create_task(work())
+    for _ in range(2):
+        await asyncio.wait([caller], timeout=0.01)
+        caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    go_on.set()
+    await asyncio.wait_for(is_over.wait(), 5)
+
+
+async def test_only_a_block_that_is_not_completed_is_undone() -> None:
+    done: list[str] = []
+
+    async def note(text: str) -> None:
+        done.append(text)
+
+    async with unless_done(partial(note, "undone")), afterwards(partial(note, "cleaned")):
+        pass
+    assert done == ["cleaned"]
+
+
+async def test_a_thread_has_ended_when_its_cancelled_caller_returns() -> None:
+    stopped, ended = threading.Event(), threading.Event()
+
+    def act() -> None:
+        stopped.wait(10)
+        ended.set()
+
+    caller = asyncio.create_task(thread_to_end(act, stopped.set))
+    await asyncio.wait([caller], timeout=0.01)
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    assert ended.is_set()
+
+
+async def test_a_thread_returns_its_result_or_raises_its_error() -> None:
+    assert await thread_to_end(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        await thread_to_end(lambda: 1 // 0)

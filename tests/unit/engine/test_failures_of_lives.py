@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
@@ -17,16 +18,19 @@ from skep.engine.cgroups import Cgroups
 from skep.engine.conmon import RuntimeFailed, StartError
 from skep.engine.container import (
     Container,
+    ContainerConfig,
     ContainerState,
+    NewContainer,
     NotRunning,
     PlainOptions,
     RestartPolicy,
     WaitCondition,
 )
 from skep.engine.runtime import Runtime
+from skep.engine.volumes import Volumes
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
-from skep.model.sandbox import Sandbox, SandboxConfig
+from skep.model.sandbox import NetworkMode, Sandbox, SandboxConfig
 from skep.model.times import ZERO_TIME
 from tests.support.stub_engine import (
     ID,
@@ -263,12 +267,23 @@ class SlowRestore:
         self.stubs = stubs
         self.restored = asyncio.Event()
         self.deleted: list[ContainerId] = []
-        patch.setattr(stubs.engine._network, "restore", lambda _: self.restored.wait())
+        self.namespaces: set[ContainerId] = set()
+        patch.setattr(stubs.engine._network, "attach", self.attach)
+        patch.setattr(stubs.engine._network, "restore", self.restore)
         patch.setattr(stubs.runtime, "has", lambda _: True)
         patch.setattr(stubs.runtime, "delete", self.delete)
 
     async def delete(self, container: Container) -> None:
         self.deleted.append(container.id)
+
+    async def attach(self, config: SandboxConfig) -> Sandbox:
+        self.namespaces.add(config.id)
+        return Sandbox(netns="/nonexistent")
+
+    async def restore(self, live: object) -> None:
+        """Free all namespaces, as the data plane does with those that are not among the ``live`` ones."""
+        await self.restored.wait()
+        self.namespaces.clear()
 
     async def run(self) -> None:
         async with self.stubs.engine.running():
@@ -303,6 +318,113 @@ def with_slow_restore(
 ENDED = a_container(state=ContainerState.EXITED, process=None, is_at_rest=True)
 
 
+def test_a_start_keeps_its_namespace_while_networks_of_earlier_processes_are_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        starting = asyncio.create_task(slow.stubs.engine.start(ID))
+        await asyncio.sleep(1)
+        slow.restored.set()
+        assert (await starting).is_running
+        assert slow.namespaces == {ID}
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_the_volumes_of_a_run_that_is_adopted_later_stay_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await asyncio.sleep(30)
+        assert stubs.engine.get(ID).is_running
+        assert unmounted == [True], "once, when its volumes have their user"
+
+    answers: list[Exception] = [OSError(12, "Cannot allocate memory") for _ in range(3)]
+    unmounted: list[bool] = []
+
+    def adopt(*_: object) -> None:
+        if answers:
+            raise answers.pop()
+
+    async def unmount(_: Volumes) -> None:
+        unmounted.append(not answers)
+
+    monkeypatch.setattr(Volumes, "adopt", adopt)
+    monkeypatch.setattr(Volumes, "unmount_unused", unmount)
+    on_virtual_time(body, tmp_path, a_container())
+
+
+@pytest.mark.parametrize("is_stopped_again", [True, False])
+def test_a_user_who_stops_a_container_before_policies_apply_is_obeyed(
+    tmp_path: Path, *, is_stopped_again: bool
+) -> None:
+    """With each process, ``always`` starts what was stopped before that process began."""
+
+    async def body(stubs: StubEngine) -> None:
+        if is_stopped_again:
+            await stubs.engine.stop(ID)
+        async with restart_policies(stubs):
+            await asyncio.sleep(120)
+            assert stubs.engine.get(ID).is_running is not is_stopped_again
+
+    plain = PlainOptions(restart=RestartPolicy(name="always"), is_stopped=True)
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.EXITED, process=None, plain=plain))
+
+
+def test_a_start_by_its_user_before_policies_apply_ends_the_stop_before_it(tmp_path: Path) -> None:
+    """A restart by its user is both, and its start may fail."""
+
+    async def body(stubs: StubEngine) -> None:
+        stubs.engine._restarts.note_stop(ID)
+        stubs.engine._restarts.reset(ID)
+        async with restart_policies(stubs):
+            await asyncio.sleep(120)
+            assert stubs.engine.get(ID).is_running
+
+    plain = PlainOptions(restart=RestartPolicy(name="always"))
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.EXITED, process=None, plain=plain))
+
+
+def test_a_start_says_that_networks_are_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(slow: SlowRestore) -> None:
+        with pytest.raises(Unavailable, match="are not restored yet"):
+            await slow.stubs.engine.start(ID)
+        assert not slow.stubs.engine.get(ID).is_running
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
+def test_a_container_on_the_host_network_starts_without_waiting_for_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        assert (await slow.stubs.engine.start(ID)).is_running
+
+    host = replace(ENDED, plain=PlainOptions(mode=NetworkMode.HOST))
+    with_slow_restore(body, tmp_path, monkeypatch, host)
+
+
+def test_a_container_that_is_created_before_the_adoption_is_not_taken_for_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(slow: SlowRestore) -> None:
+        monkeypatch.setattr(slow.stubs.bundles, "make", lambda _: None, raising=False)
+        new = NewContainer(
+            name="new",
+            image="i",
+            image_id="i",
+            layers=(),
+            config=ContainerConfig(path="sh"),
+            plain=PlainOptions(),
+        )
+        created = await slow.stubs.engine.add(new)
+        slow.restored.set()
+        await asyncio.sleep(1)
+        assert created.id not in slow.deleted
+
+    with_slow_restore(body, tmp_path, monkeypatch, ENDED)
+
+
 def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,11 +435,12 @@ def test_a_start_before_the_adoption_is_not_taken_for_leftovers(
         await asyncio.sleep(1)
         slow.restored.set()
         await asyncio.sleep(1)
+        before = list(slow.deleted)  # the adoption comes first
         gate.set()
         assert (await starting).is_running
         await asyncio.sleep(1)
         assert stubs.engine.get(ID).is_running
-        assert not slow.deleted
+        assert slow.deleted == before
 
     with_slow_restore(body, tmp_path, monkeypatch, ENDED)
 
@@ -329,8 +452,10 @@ def test_a_run_that_began_before_the_adoption_is_watched_once(
         adopted: list[ContainerId] = []
         stubs = slow.stubs
         monkeypatch.setattr(stubs.bundles.apis, "adopt", lambda one, _: adopted.append(one.id))
-        await stubs.engine.start(ID)
+        starting = asyncio.create_task(stubs.engine.start(ID))
+        await asyncio.sleep(1)
         slow.restored.set()
+        await starting
         await asyncio.sleep(1)
         with capture_logs() as lines:
             await stubs.end(7)
@@ -471,34 +596,3 @@ def test_a_container_that_cannot_be_looked_at_is_adopted_later(
         state=ContainerState.CREATED, started_at=ZERO_TIME, sandbox=Sandbox(netns="/nonexistent")
     )
     on_virtual_time(body, tmp_path, started)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
-) -> None:
-    async def body(stubs: StubEngine) -> None:
-        attach, gate = stubs.engine._network.attach, asyncio.Event()
-
-        async def wait(config: SandboxConfig) -> Sandbox:
-            monkeypatch.setattr(stubs.engine._network, "attach", attach)
-            await gate.wait()
-            if fails:
-                raise Unavailable("no address")
-            return await attach(config)
-
-        monkeypatch.setattr(stubs.engine._network, "attach", wait)
-        async with restart_policies(stubs):
-            await asyncio.sleep(1)  # the policy's start is in progress
-            starting = asyncio.create_task(stubs.engine.start(ID))
-            await asyncio.sleep(1)
-            gate.set()
-            started = await starting
-        assert started.plain is not None
-        assert (started.is_running, started.plain.restarts) == (True, 0)
-
-    policy = RestartPolicy(name="on-failure", attempts_max=1)
-    ended = a_container(
-        state=ContainerState.EXITED, process=None, exit_code=1, plain=PlainOptions(restart=policy)
-    )
-    on_virtual_time(body, tmp_path, ended)

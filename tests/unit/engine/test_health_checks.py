@@ -17,6 +17,8 @@ from skep.engine.container import Container, ContainerConfig, ContainerState, Ex
 from skep.engine.events import Events
 from skep.engine.execs import STARTS_MAX, Execs
 from skep.engine.health import HealthMonitor
+from skep.engine.lifecycle import machine
+from skep.engine.lifecycle.life_events import Probed
 from skep.engine.runtime import Runtime, StartedExec
 from skep.engine.state import ContainerStore
 from skep.errors import NotFound
@@ -84,7 +86,7 @@ class Rig:
             container=self.registry.get,
             spawn=asyncio.create_task,
         )
-        self.checks = HealthMonitor(self.registry, self.execs, events, clock)
+        self.checks = HealthMonitor(self.registry, self.execs, clock, report=self.report)
         self.registry.add(
             Container(
                 id=ID,
@@ -97,6 +99,9 @@ class Rig:
                 health=health.initial(check),
             )
         )
+
+    async def report(self, id: ContainerId, event: Probed) -> None:
+        self.registry.note(machine.step(self.registry.require(id), event).container)
 
     def remove(self) -> None:
         """All at one moment, as a busy node process sees it."""

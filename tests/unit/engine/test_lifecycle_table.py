@@ -14,6 +14,7 @@ from skep.engine.lifecycle.driver import LifecycleDriver
 from skep.engine.lifecycle.effects import Effects
 from skep.engine.lifecycle.life_events import Event, Failure
 from skep.engine.lifecycle.machine import BEST_EFFORT, INTERRUPTIBLE, TABLE, Effect, Rule, Saving, State
+from skep.model.sandbox import EndpointRequest
 from tests.support.stub_engine import StubEngine, a_container, a_process, on_virtual_time
 
 PAGE = Path(__file__).parents[3] / "docs" / "design" / "runtime.md"
@@ -75,11 +76,16 @@ def event_of(kind: type[Event]) -> Event:
         "monitor": a_process(),
         "number": 9,
         "at": "2026-01-01T00:00:00Z",
-        "health": None,
         "reason": "no",
         "exit_code": 1,
         "sandbox": None,
         "warnings": (),
+        "word": "c",
+        "change": lambda one: one,
+        "request": EndpointRequest(network="front"),
+        "network": "front",
+        "name": "other",
+        "health": Health(),
     }
     return kind(**{name: fields[name] for name in kind.__struct_fields__ if name in fields})
 
@@ -87,7 +93,14 @@ def event_of(kind: type[Event]) -> Event:
 REQUESTS = (
     *(life_events.UserStarts, life_events.UserStops, life_events.Start, life_events.Pause),
     *(life_events.Unpause, life_events.Retire, life_events.Remove, life_events.Adopted),
+    *(life_events.Exec, life_events.Update, life_events.Rename, life_events.Signal, life_events.Probed),
 )
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("change", [life_events.Connect, life_events.Disconnect])
+def test_a_change_of_networks_has_a_rule_in_every_state(state: ContainerState, change: type[Event]) -> None:
+    machine.rule_for(a_container(state=state), event_of(change))
 
 
 @pytest.mark.parametrize("state", State)
@@ -136,8 +149,20 @@ def test_what_is_made_is_on_disk_before_the_next_effect() -> None:
     assert all(rule.saving is Saving.FIRST for rule in TABLE if rule.event in reported)
 
 
+def test_what_reaches_the_networks_waits_until_those_of_earlier_processes_are_restored() -> None:
+    """Those of an adoption follow the restoring."""
+    for rule in TABLE:
+        reaching = {Effect.ATTACH_NETWORKS, Effect.CHANGE_NETWORKS, Effect.RENAME_ON_NETWORKS} & set(
+            rule.effects
+        )
+        if reaching and rule.event is not life_events.Adopted:
+            (first,) = reaching
+            assert Effect.AWAIT_NETWORKS in rule.effects[: rule.effects.index(first)]
+
+
 def test_nothing_that_is_being_removed_starts() -> None:
     starting = {Effect.CREATE_PROCESS, Effect.START_COMMAND, Effect.ATTACH_NETWORKS}
+    starting |= {Effect.APPLY_LIMITS, Effect.CHANGE_NETWORKS, Effect.RENAME_ON_NETWORKS}
     for rule in TABLE:
         if State.REMOVING in rule.states:
             assert not starting & set(rule.effects)
@@ -147,7 +172,7 @@ def test_nothing_that_is_being_removed_starts() -> None:
 def test_what_frees_a_resource_never_stops_at_a_failure() -> None:
     for rule in TABLE:
         if issubclass(rule.event, Failure) and rule.event is not life_events.CreateFailed:
-            quiet = {Effect.REFUSE_CLIENTS, Effect.FORGET_SECRETS, Effect.SEE_FROZEN}
+            quiet = {Effect.REFUSE_CLIENTS, Effect.FORGET_SECRETS, Effect.SEE_FROZEN, Effect.RELEASE_NAME}
             assert set(rule.effects) <= BEST_EFFORT | quiet
 
 

@@ -297,7 +297,6 @@ async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, tries = Rig(tmp_path, monkeypatch), 0
-    (container,) = await first.containers(1)
 
     async def refuse(*_: object) -> None:
         nonlocal tries
@@ -305,8 +304,10 @@ async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(
         raise OSError("busy")
 
     monkeypatch.setattr(first.engine.bundles, "discard", refuse)
-    with pytest.raises(Unavailable):
-        await first.engine.remove(container.id)
+    async with first.engine.running():
+        (container,) = await first.containers(1)
+        with pytest.raises(Unavailable):
+            await first.engine.remove(container.id)
     second = Rig(tmp_path, monkeypatch)
     monkeypatch.setattr(second.engine.bundles, "discard", refuse)
     async with second.engine.running():
@@ -320,7 +321,6 @@ async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Rig(tmp_path, monkeypatch)
-    (container,) = await rig.containers(1)
     rig.gates["start"].clear()
     lifecycle = rig.engine._lifecycle
 
@@ -332,6 +332,7 @@ async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
             await asyncio.wait([starting])
 
     async with asyncio.timeout(10), rig.engine.running():
+        (container,) = await rig.containers(1)
         starting = asyncio.create_task(rig.engine.start(container.id))
         await until(lambda: rig.waiting["start"])
         lifecycle.spawn(ends_after(starting), name="the last one")

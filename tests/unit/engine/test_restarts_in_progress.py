@@ -1,0 +1,42 @@
+"""A start by the restart policy that meets one by its user."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from skep.engine.container import ContainerState, PlainOptions, RestartPolicy
+from skep.errors import Unavailable
+from skep.model.sandbox import Sandbox, SandboxConfig
+from tests.support.stub_engine import ID, StubEngine, a_container, on_virtual_time, restart_policies
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        attach, gate = stubs.engine._network.attach, asyncio.Event()
+
+        async def wait(config: SandboxConfig) -> Sandbox:
+            monkeypatch.setattr(stubs.engine._network, "attach", attach)
+            await gate.wait()
+            if fails:
+                raise Unavailable("no address")
+            return await attach(config)
+
+        monkeypatch.setattr(stubs.engine._network, "attach", wait)
+        async with restart_policies(stubs):
+            await asyncio.sleep(1)  # the policy's start is in progress
+            starting = asyncio.create_task(stubs.engine.start(ID))
+            await asyncio.sleep(1)
+            gate.set()
+            started = await starting
+        assert started.plain is not None
+        assert (started.is_running, started.plain.restarts) == (True, 0)
+
+    policy = RestartPolicy(name="on-failure", attempts_max=1)
+    ended = a_container(
+        state=ContainerState.EXITED, process=None, exit_code=1, plain=PlainOptions(restart=policy)
+    )
+    on_virtual_time(body, tmp_path, ended)
