@@ -40,7 +40,7 @@ from bench.scenarios import (
     wait_for,
 )
 from bench.skep_lab import SkepLab
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.support.plugins import plugin
 
 Lab = DockerLab | SkepLab

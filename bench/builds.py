@@ -37,7 +37,7 @@ from bench.figures import Figure, Sides, ratio, run_parts, side_by_side
 from bench.scenarios import Metrics, clear, start
 from bench.skep_lab import SkepLab
 from skep.engine.images.reference import parse_reference
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.support.images_rig import APP, ImageCluster, an_image, give
 from tests.support.playground_rig import CLIS
 from tests.support.registry_rig import registry_program

@@ -33,7 +33,7 @@ from bench.rollouts import ORDERS, REPLICAS, TIMES, rolling_update
 from bench.run import commit, keep
 from bench.scenarios import WORKLOAD
 from skep.errors import SkepError
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 
 SETTLE_S = 4.0
 """Seconds to wait after new machines have started, so that the start of the daemons is not part of ``init``."""
@@ -126,7 +126,11 @@ class Round:
         self._remove(service)
 
     def _lose_worker(
-        self, which: int, what: str, lose: Callable[[Node], None], give_back: Callable[[Node], None]
+        self,
+        which: int,
+        what: str,
+        lose: Callable[[PlaygroundNode], None],
+        give_back: Callable[[PlaygroundNode], None],
     ) -> None:
         """Lose a worker, and measure the time until the service's tasks run on the other worker."""
         victim, via = self.lab.workers[which], engine(self.lab.nodes[0], RESPONSE_S)
@@ -240,8 +244,8 @@ class Round:
 class _Writes:
     """Clients of all surviving managers, which retry a write until one of them succeeds."""
 
-    def __init__(self, survivors: list[Node], spec: Callable[[str], dict[str, Any]]) -> None:
-        self._accepted: list[tuple[float, Node, str]] = []
+    def __init__(self, survivors: list[PlaygroundNode], spec: Callable[[str], dict[str, Any]]) -> None:
+        self._accepted: list[tuple[float, PlaygroundNode, str]] = []
         self._seen, self._over = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=self._try, args=(node, spec), daemon=True) for node in survivors
@@ -249,7 +253,7 @@ class _Writes:
         for thread in self._threads:
             thread.start()
 
-    def first(self, timeout_s: float) -> tuple[float, Node, str]:
+    def first(self, timeout_s: float) -> tuple[float, PlaygroundNode, str]:
         """Return the time (monotonic), the manager that was used, and the service's id.  Raises: TimeoutError."""
         if not self._seen.wait(timeout_s):
             raise TimeoutError(f"no write was accepted within {timeout_s:g} s")
@@ -260,7 +264,7 @@ class _Writes:
         for thread in self._threads:
             thread.join(2 * RESPONSE_S)
 
-    def _try(self, node: Node, spec: Callable[[str], dict[str, Any]]) -> None:
+    def _try(self, node: PlaygroundNode, spec: Callable[[str], dict[str, Any]]) -> None:
         attempt = 0
         while not self._over.is_set() and not self._seen.is_set():
             attempt += 1

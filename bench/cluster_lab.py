@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from bench.engine import Engine, EngineError
 from bench.machine import daemons, memory_mib
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 from skep.playground.playground import Playground
 
 MANAGERS, WORKERS = 3, 2
@@ -50,15 +50,15 @@ class ClusterLab:
     # -- the swarm -------------------------------------------------------------------------------------------------
 
     @property
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[PlaygroundNode, ...]:
         return self._playground.cluster().nodes
 
     @property
-    def managers(self) -> list[Node]:
+    def managers(self) -> list[PlaygroundNode]:
         return [node for node in self.nodes if node.role == "manager"]
 
     @property
-    def workers(self) -> list[Node]:
+    def workers(self) -> list[PlaygroundNode]:
         return [node for node in self.nodes if node.role == "worker"]
 
     def init(self) -> None:
@@ -66,7 +66,7 @@ class ClusterLab:
         requested = {"ListenAddr": f"0.0.0.0:{PORT}", "AdvertiseAddr": first.addr}
         engine(first).post("/swarm/init", requested)
 
-    def join(self, node: Node) -> None:
+    def join(self, node: PlaygroundNode) -> None:
         first = self.nodes[0]
         token = engine(first).get("/swarm")["JoinTokens"][node.role.capitalize()]
         requested = {
@@ -89,7 +89,7 @@ class ClusterLab:
         """Return node ids by machine name."""
         return {node.name: engine(node).get("/info")["Swarm"]["NodeID"] for node in self.nodes}
 
-    def ready(self, through: Node) -> int:
+    def ready(self, through: PlaygroundNode) -> int:
         """Return the number of ready nodes.  Managers must also be reachable."""
         known = engine(through).get("/nodes")
         return sum(
@@ -98,7 +98,7 @@ class ClusterLab:
             for one in known
         )
 
-    def leader(self) -> Node:
+    def leader(self) -> PlaygroundNode:
         """Return the leader.  Raises: LookupError: there is no leader."""
         by_id = {id: name for name, id in self.ids().items()}
         for one in engine(self.nodes[0]).get("/nodes"):
@@ -108,14 +108,14 @@ class ClusterLab:
 
     # -- faults and their end --------------------------------------------------------------------------------------
 
-    def kill(self, node: Node) -> None:
+    def kill(self, node: PlaygroundNode) -> None:
         """Kill all processes of a machine at once with SIGKILL."""
         asyncio.run(self._playground.kill(node.name))
 
-    def start(self, node: Node) -> None:
+    def start(self, node: PlaygroundNode) -> None:
         asyncio.run(self._playground.start(node.name))
 
-    def cable(self, node: Node, *, connected: bool) -> None:
+    def cable(self, node: PlaygroundNode, *, connected: bool) -> None:
         asyncio.run(self._playground.mend(node.name) if connected else self._playground.cut(node.name))
 
     # -- costs -----------------------------------------------------------------------------------------------------
@@ -124,11 +124,11 @@ class ClusterLab:
         response: dict[str, Any] = engine(self.nodes[0]).get("/version")
         return f"{self.system} {response['Version']}"
 
-    def memory_mib(self, node: Node) -> float:
+    def memory_mib(self, node: PlaygroundNode) -> float:
         """Return the memory (PSS) of the machine's daemons in MiB."""
         return memory_mib(Path(node.netns), list(node.pids))["daemons"]
 
-    def processor_s(self, node: Node) -> float:
+    def processor_s(self, node: PlaygroundNode) -> float:
         """Return the processor time of the machine's daemons until now, including children that have ended."""
         ticks = 0
         for pid in daemons(Path(node.netns), list(node.pids)):
@@ -138,7 +138,7 @@ class ClusterLab:
         return ticks / _TICKS_PER_S
 
 
-def engine(node: Node, timeout_s: float = 60.0) -> Engine:
+def engine(node: PlaygroundNode, timeout_s: float = 60.0) -> Engine:
     """Open a separate connection to the machine's API."""
     return Engine(Path(node.endpoint.removeprefix("unix://")), timeout_s)
 

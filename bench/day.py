@@ -32,7 +32,7 @@ from bench.run import RESULTS, commit
 from bench.soak_cluster import ClusterSoak
 from bench.soak_users import Log
 from skep import __version__
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 from skep.playground.playground import Playground
 from tests.support.versions import ROOT, Versions, package_of
 
@@ -320,7 +320,7 @@ class Day(ClusterSoak):
         managers = [one for one in self._there() if one.role == "manager"]
         return skep(self._random.choice(managers), *words, within_s=within_s)
 
-    def _open(self) -> Sequence[Node]:
+    def _open(self) -> Sequence[PlaygroundNode]:
         return [one for one in self._there() if one.name not in self._new]
 
     def _published(self) -> list[soak_networks.Service]:

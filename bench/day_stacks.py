@@ -22,8 +22,8 @@ import msgspec
 from bench import soak_networks
 from bench.engine import Engine
 from bench.soak_users import DEADLINE_S, Users
-from skep.model.labels import VOLUME_AFFINITY, VolumeAffinity
-from skep.playground.description import Node
+from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity
+from skep.playground.description import PlaygroundNode
 
 STACKS = 10
 REPLICAS = (2, 3, 4)
@@ -39,7 +39,7 @@ FAILED_MAX = 50
 SKEP = str(Path(sys.executable).with_name("skep"))
 
 
-def skep(node: Node, *words: str, within_s: float = COMMAND_S) -> str:
+def skep(node: PlaygroundNode, *words: str, within_s: float = COMMAND_S) -> str:
     """Run ``skep`` as an operator of ``node``, and return its output.  Raises: AssertionError: it failed."""
     command = (SKEP, "--host", node.endpoint, *words)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=within_s)
@@ -221,7 +221,9 @@ class Customers:
     event.
     """
 
-    def __init__(self, nodes: Callable[[], Sequence[Node]], services: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self, nodes: Callable[[], Sequence[PlaygroundNode]], services: Callable[[], Sequence[Any]]
+    ) -> None:
         """``nodes`` returns the available nodes.
 
         ``services`` returns the services to request (``soak_networks.Service``).
@@ -284,7 +286,7 @@ class Customers:
             self.note(before, self._now, wrong)
 
 
-def _wrong(asking: Node, at: Node, service: Any) -> str:
+def _wrong(asking: PlaygroundNode, at: PlaygroundNode, service: Any) -> str:
     """Return why a request from one machine to another was not served, or an empty string.
 
     During a rotation of a secret its page may have either value.

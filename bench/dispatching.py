@@ -30,21 +30,21 @@ import structlog
 from bench.crowd import crowd
 from bench.machine import noise, resident_mib
 from bench.run import commit, result_name, write_result
-from skep.aio import gc_settings
 from skep.aio.clock import SystemClock
+from skep.aio.event_loop import gc_settings
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.model.container import ContainerSpec, FileTarget, SecretReference
-from skep.model.ids import ClusterId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.node import Node, NodeRole
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec, TaskSpec
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId, NodeId, SecretId, ServiceId, TaskId, new_id
+from skep.model.values.times import SECOND_NS
 from skep.security import keypair
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import ServerTls
@@ -215,7 +215,7 @@ def _put(tx: Transaction, object: Object) -> None:
 
 def _pair(authority: Authority, cluster: ClusterId, id: NodeId, role: NodeRole) -> KeyPair:
     key = new_private_key()
-    identity = Identity(node_id=id, cluster_id=cluster, role=role)
+    identity = NodeIdentity(node_id=id, cluster_id=cluster, role=role)
     return KeyPair(
         certificate_pem=authority.sign(signing_request(key), identity),
         key_pem=private_pem(key),

@@ -16,10 +16,10 @@ from bench.machine import processor_s
 from bench.overlay_pair import ENCRYPTED, PLAIN, OverlayPair, overlay_pair
 from bench.stream import gigabits, round_trip_us
 from skep.dataplane.wireguard.methods import choose
-from skep.model.wireguard import Method
-from skep.node.features import detect
+from skep.model.networks.wireguard import EncryptionMethod
+from skep.node.host.features import detect
 
-RATIO_MIN = {Method.KERNEL: 0.3, Method.USER_SPACE: 0.02}
+RATIO_MIN = {EncryptionMethod.KERNEL: 0.3, EncryptionMethod.USER_SPACE: 0.02}
 """Smallest ratio of encrypted to plain throughput that the project promises.
 
 wireguard-go of Debian 12 encrypts each packet separately, while plain VXLAN here carries 64 KiB at once.
@@ -45,7 +45,7 @@ def figures(pairs: int) -> list[Figure]:
 
 async def _measure(pairs: int) -> list[Figure]:
     method = choose(detect(Path(tempfile.gettempdir()) / "skep-features"))
-    if not isinstance(method, Method):
+    if not isinstance(method, EncryptionMethod):
         raise SystemExit(method.reason)
     with tempfile.TemporaryDirectory() as directory, overlay_pair(Path(directory), method) as pair:
         pair.add_plain()
@@ -53,7 +53,7 @@ async def _measure(pairs: int) -> list[Figure]:
             return await _compare(pair, method, pairs)
 
 
-async def _compare(pair: OverlayPair, method: Method, pairs: int) -> list[Figure]:
+async def _compare(pair: OverlayPair, method: EncryptionMethod, pairs: int) -> list[Figure]:
     async def one(number: int) -> dict[str, Turn]:
         order = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
         found: dict[str, list[Turn]] = {kind: [] for kind in order}
@@ -66,7 +66,7 @@ async def _compare(pair: OverlayPair, method: Method, pairs: int) -> list[Figure
     def sides(which: int) -> dict[str, list[float]]:
         return {kind: [value[kind][which] for value in values] for kind in ("plain", "encrypted")}
 
-    name = "the kernel's WireGuard" if method is Method.KERNEL else "wireguard-go"
+    name = "the kernel's WireGuard" if method is EncryptionMethod.KERNEL else "wireguard-go"
     return [
         ratio(
             10,

@@ -1,7 +1,7 @@
 """A small Engine API client for measurements: standard library, one kept connection, nothing specific to a system.
 
-It is not `skep.api.client`, because it is synchronous, and its own cost, which is in every result, must be small and
-the same for each measured commit.
+It is not `skep.api.client.client`, because it is synchronous, and its own cost, which is in every result, must be small
+and the same for each measured commit.
 """
 
 import http.client

@@ -18,12 +18,12 @@ import msgspec
 
 from bench.run import commit, measure_alone
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import configure_gc
+from skep.aio.event_loop.gc_settings import configure_gc
 from skep.manager.journal.chunks import ENTRIES_MAX, with_changes, with_requests
-from skep.manager.journal.reading import LIMIT_MAX, Query, page
-from skep.model.history import By, Entry, HistoryPage, Kind
-from skep.model.labels import HISTORY_DEFAULT
-from skep.model.times import SECOND_NS, timestamp
+from skep.manager.journal.reading import LIMIT_MAX, HistoryQuery, page
+from skep.model.history import By, EntryType, HistoryPage, JournalEntry
+from skep.model.options.labels import HISTORY_DEFAULT
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import JournalChunk
 from skep.store.memory import MemoryStore
@@ -58,12 +58,12 @@ async def _measure() -> Result:
     newest, every, pages, processor = [], [], 0, 0.0
     for _ in range(REPEATED):
         began = time.perf_counter()
-        await _page(store, Query(since_ns=BEGIN_NS, until_ns=BEGIN_NS + HOUR_S * SECOND_NS))
+        await _page(store, HistoryQuery(since_ns=BEGIN_NS, until_ns=BEGIN_NS + HOUR_S * SECOND_NS))
         newest.append((time.perf_counter() - began) * 1e3)
         began, spent = time.perf_counter(), time.process_time()
         pages, cursor = 0, ""
         while not pages or cursor:
-            query = Query(since_ns=BEGIN_NS, limit=LIMIT_MAX, is_ascending=True, cursor=cursor)
+            query = HistoryQuery(since_ns=BEGIN_NS, limit=LIMIT_MAX, is_ascending=True, cursor=cursor)
             cursor = (await _page(store, query)).next
             pages += 1
         every.append((time.perf_counter() - began) * 1e3)
@@ -73,20 +73,20 @@ async def _measure() -> Result:
     )
 
 
-async def _page(store: MemoryStore, query: Query) -> HistoryPage:
+async def _page(store: MemoryStore, query: HistoryQuery) -> HistoryPage:
     found = await page(store.view(), query)
     assert msgspec.json.encode(found)
     return found
 
 
-async def _fill(store: MemoryStore, entries: Sequence[Entry]) -> None:
+async def _fill(store: MemoryStore, entries: Sequence[JournalEntry]) -> None:
     """Write ``entries`` in chunks."""
 
     def write(tx: Transaction, first: int) -> None:
         part = entries[first : first + ENTRIES_MAX]
         chunks = (
             with_changes(None, part, part[-1].revision, ())
-            if part[0].kind is Kind.CHANGE
+            if part[0].kind is EntryType.CHANGE
             else with_requests(None, part, "m1")
         )
         for one in chunks:
@@ -102,8 +102,8 @@ def _at(number: int, of: int) -> int:
     return BEGIN_NS + number * HOUR_S * SECOND_NS // of
 
 
-def _change(number: int, of: int) -> Entry:
-    return Entry(
+def _change(number: int, of: int) -> JournalEntry:
+    return JournalEntry(
         id=f"c{number}",
         time=timestamp(_at(number, of)),
         revision=number + 1,
@@ -120,11 +120,11 @@ def _change(number: int, of: int) -> Entry:
     )
 
 
-def _request(number: int, of: int) -> Entry:
-    return Entry(
+def _request(number: int, of: int) -> JournalEntry:
+    return JournalEntry(
         id=f"r{number}",
         time=timestamp(_at(number, of)),
-        kind=Kind.REQUEST,
+        kind=EntryType.REQUEST,
         type="service",
         action="update",
         name=f"shop_web{number % 40}",

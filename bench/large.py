@@ -30,14 +30,14 @@ from bench.machine import noise
 from bench.run import commit, result_name, write_result
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import configure_gc
-from skep.manager.loops import loops
+from skep.aio.event_loop.gc_settings import configure_gc
+from skep.manager.control_loops.loops import loops
 from skep.manager.manager import serving
 from skep.manager.routes import ManagerApi, application
-from skep.model.ids import NodeId, ServiceId, TaskId, new_id
 from skep.model.node import Node, NodeState
 from skep.model.service import ReplicatedService, Service, ServiceMode, UpdateConfig
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId, ServiceId, TaskId, new_id
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 

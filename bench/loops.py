@@ -30,10 +30,9 @@ from bench.machine import noise
 from bench.run import commit, result_name, write_result
 from bench.scheduling import proposal_of, reference_ns
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import configure_gc
-from skep.manager.loops import loops
+from skep.aio.event_loop.gc_settings import configure_gc
+from skep.manager.control_loops.loops import loops
 from skep.model.container import ContainerSpec
-from skep.model.ids import NodeId, ServiceId, TaskId, new_id
 from skep.model.node import Node, NodeDescription, NodeSpec, NodeState, NodeStatus
 from skep.model.service import (
     ReplicatedService,
@@ -45,6 +44,7 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId, ServiceId, TaskId, new_id
 from skep.store.interface import Term, Transaction, Updated
 from skep.store.memory import MemoryStore
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.engine import Engine, EngineError
-from skep.api.swarm_requests import Endpoints, Founding
+from skep.api.formats.swarm_requests import Endpoints, Founding
 from skep.bootstrap import Bootstrap, ManagerConfig, encode
 from skep.linux.files import replace_file
-from skep.model.ids import new_id
 from skep.model.node import Availability
 from skep.model.swarm import SwarmSpec
-from skep.node.founding import found
+from skep.model.values.ids import new_id
+from skep.node.cluster.founding import found
 from skep.paths import Paths
 from skep.security import keypair
 

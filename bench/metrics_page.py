@@ -23,17 +23,17 @@ import msgspec
 
 from bench.run import commit, measure_alone
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import configure_gc
+from skep.aio.event_loop.gc_settings import configure_gc
 from skep.configuration.configuration import Configuration
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, ContainerState
-from skep.engine.stats import CPUStats, CPUUsage, MemoryStats, NetworkStats, PidsStats, Stats
-from skep.engine.usage import Usage, Used
-from skep.model.ids import ContainerId
-from skep.model.times import Timestamp
-from skep.node import metrics as node_metrics
-from skep.node.metrics import NodeMetrics, Sources
-from skep.node.metrics_server import serving_metrics
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState
+from skep.engine.metrics.stats import CPUStats, CPUUsage, MemoryStats, NetworkStats, PidsStats, Stats
+from skep.engine.metrics.usage import UsagePage, Used
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import Timestamp
+from skep.node.telemetry import metrics as node_metrics
+from skep.node.telemetry.metrics import NodeMetrics, Sources
+from skep.node.telemetry.metrics_server import serving_metrics
 
 CONTAINERS = 1000
 REQUESTS = 15
@@ -48,7 +48,7 @@ class Result(msgspec.Struct, kw_only=True):
     processor_ms: float
 
 
-class _Known(Usage):
+class _Known(UsagePage):
     """Usage of containers with known numbers."""
 
     def _read(self, containers: Iterable[Container]) -> list[Used]:
@@ -94,7 +94,7 @@ async def _request_s(port: int) -> tuple[float, int]:
     return time.perf_counter() - began, len(content)
 
 
-def _sources(usage: Usage) -> Sources:
+def _sources(usage: UsagePage) -> Sources:
     nothing = cast("Any", None)
     return Sources(
         node=nothing, events=nothing, conditions=nothing, session=nothing, load=nothing,

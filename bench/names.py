@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.figures import Figure, at_quantile, run_alone, run_undisturbed
 from bench.machine import processor_s
 from skep.linux.detached import read_pid_file
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
 from skep.paths import Paths
 from tests.support.names_lab import NamesLab, Resolver, forks
 from tests.support.tables import a_network, a_served
@@ -31,7 +31,7 @@ LIMIT_MEMORY_MIB = 0.2
 NAMES = ("s1", "s2.front", "tasks.s3", "4.s4", "s5", "all.tasks.s6", "s7.1.t1", "s8")
 
 
-def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> Table:
+def a_table(services: int = SERVICES, tasks: int = 4, moved: int = 0) -> NetworkTable:
     """Return the table of a network with that many services.
 
     ``moved`` moves the tasks of the first to other addresses.

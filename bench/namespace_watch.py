@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.names_load import question
-from skep.dataplane.netns import netlink
-from skep.dataplane.netns.namespaces import inside
-from skep.dataplane.netns.nft_changes import ForeignChanges, open_notifications
+from skep.dataplane.netns.kernel import netlink
+from skep.dataplane.netns.kernel.namespaces import inside
+from skep.dataplane.netns.kernel.nft_changes import ForeignChanges, open_notifications
 from skep.dataplane.plan.vip import FAMILIES, NAME
 
 _NICENESS = -15

@@ -26,14 +26,14 @@ from msgspec.structs import replace
 from bench.loops import a_service, wait_settled
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import configure_gc
-from skep.manager.loops import loops
-from skep.model.ids import NodeId, ServiceId, TaskId, new_id
-from skep.model.labels import ON_DISCONNECT
+from skep.aio.event_loop.gc_settings import configure_gc
+from skep.manager.control_loops.loops import loops
 from skep.model.node import Node, NodeDescription, NodeState, NodeStatus
+from skep.model.options.labels import ON_DISCONNECT
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GlobalService, Resources, Service, ServiceMode
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId, ServiceId, TaskId, new_id
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 

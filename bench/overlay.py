@@ -22,9 +22,9 @@ from bench.machine import resident_mib
 from bench.packets import packet_us
 from bench.stream import gigabits
 from skep.dataplane.dataplane import DataPlane
-from skep.model.ids import NetworkId, TaskId
-from skep.model.sandbox import Sandbox
-from skep.model.tables import NetworkHead, Segment, TableEndpoint
+from skep.model.networks.sandbox import Sandbox
+from skep.model.networks.tables import NetworkHead, Segment, TableEndpoint
+from skep.model.values.ids import NetworkId, TaskId
 from tests.support.overlay_lab import LabNode, OverlayLab, place, shell
 
 SECONDS = 1.0

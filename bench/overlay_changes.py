@@ -31,7 +31,7 @@ from bench.overlay_tasks import (
     specification,
     wait_running,
 )
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 
 WORKERS, CROWD = 9, 99
 """Number of workers, and of additional containers on the first worker.  Each node also has one container."""
@@ -222,7 +222,7 @@ def _death(cluster: Cluster) -> tuple[float, float]:
     return frames, max(leads, 0.0)
 
 
-def _overlay(node: Node, network: str) -> Path:
+def _overlay(node: PlaygroundNode, network: str) -> Path:
     """Return the network's namespace on a playground's node, through the node's own mounts."""
     return Path(f"/proc/{node.pids[0]}/root/run/skep/overlays/{network}")
 

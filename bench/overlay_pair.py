@@ -14,17 +14,17 @@ from pathlib import Path
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.netns.diff import AddLink
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Link, Vxlan
 from skep.dataplane.netns.write import apply_operations
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.wireguard import INNER_PORT_OFFSET, device_name
-from skep.dataplane.wireguard.tunnels import Options, Tunnels
+from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
 from skep.errors import Unavailable
-from skep.model.ids import NetworkId, NodeId
-from skep.model.tables import NetworkHead, Segment, Table, TableNode
-from skep.model.wireguard import Method, published_keys
+from skep.model.networks.tables import NetworkHead, NetworkTable, Segment, TableNode
+from skep.model.networks.wireguard import EncryptionMethod, published_keys
+from skep.model.values.ids import NetworkId, NodeId
 from skep.paths import Paths
 
 VNI = 4097
@@ -63,7 +63,7 @@ class WireGuardGo:
 class Side:
     """One node: namespaces ``node``, ``overlay`` and ``container``, its underlay and its container's addresses."""
 
-    def __init__(self, prefix: str, number: int, directory: Path, method: Method) -> None:
+    def __init__(self, prefix: str, number: int, directory: Path, method: EncryptionMethod) -> None:
         self.id = NodeId(f"node{number}")
         self.node = f"{prefix}-n{number}"
         self.overlay = f"{prefix}-o{number}"
@@ -79,9 +79,9 @@ class Side:
         options = Options(
             method=method,
             since_boot=clock.since_boot,
-            process=(lambda _: self.wireguard_go) if method is Method.USER_SPACE else None,
+            process=(lambda _: self.wireguard_go) if method is EncryptionMethod.USER_SPACE else None,
         )
-        self.tunnels = Tunnels(self.paths, self.namespaces, options, Repairs(), clock)
+        self.tunnels = WireGuardTunnels(self.paths, self.namespaces, options, Repairs(), clock)
 
     @property
     def container_namespace(self) -> Path:
@@ -102,7 +102,7 @@ class OverlayPair:
     @asynccontextmanager
     async def encrypting(self) -> AsyncIterator[None]:
         """Create tunnels between both nodes, and VXLAN devices that send through them."""
-        table = Table(
+        table = NetworkTable(
             head=NetworkHead(
                 id=NetworkId("pair"),
                 name="pair",
@@ -199,7 +199,9 @@ async def _nothing() -> None:
 
 
 @contextmanager
-def overlay_pair(directory: Path, method: Method = Method.USER_SPACE) -> Iterator[OverlayPair]:
+def overlay_pair(
+    directory: Path, method: EncryptionMethod = EncryptionMethod.USER_SPACE
+) -> Iterator[OverlayPair]:
     """Create two nodes without devices for their overlay.  Everything is removed at the end."""
     prefix = f"skx{secrets.token_hex(2)}"
     sides = [Side(prefix, number, directory, method) for number in (1, 2)]

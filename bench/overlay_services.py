@@ -15,7 +15,7 @@ from bench.docker_lab import DockerLab
 from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.scenarios import SCENARIOS, clear, is_bare, on_overlay, running, service, wait_for
 from bench.skep_lab import SkepLab
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 
 RATIO_MAX, BESIDE_MAX = 0.4, 1.2
 """Promised ratios: to Docker's time, and to a start with few services."""

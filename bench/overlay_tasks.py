@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from bench.cluster_lab import ClusterLab, engine, until
 from bench.scenarios import WORKLOAD
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 
 _RUNNING_S = 180.0
 
@@ -15,7 +15,7 @@ class Placed(NamedTuple):
     """A running task.  ``started`` is when its node saw it run, as the API shows."""
 
     id: str
-    node: Node
+    node: PlaygroundNode
     address: str
     netns: Path
     container: str

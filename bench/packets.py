@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.netns.kernel.namespaces import inside
 
 PACKETS = 4000
 _FIRST = 200

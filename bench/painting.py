@@ -33,7 +33,7 @@ from bench.manager_lab import ManagerLab, one_manager
 from bench.run import commit, measure_alone
 from bench.thousands import fill
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from tests.support.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
 from tests.support.dashboard_rig import skep_ui
 

@@ -20,7 +20,7 @@ from bench.engine import Engine
 from bench.run import commit, result_name, write_result
 from bench.scenarios import clear, service
 from bench.skep_lab import SkepLab
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 
 _PER_ROUND = 10
 Values = dict[str, dict[str, list[float]]]

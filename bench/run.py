@@ -25,7 +25,7 @@ from bench.machine import is_kept, noise
 from bench.report import document
 from bench.scenarios import FRESH, SCENARIOS, clear
 from bench.skep_lab import SkepLab
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 
 T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"

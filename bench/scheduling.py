@@ -29,11 +29,9 @@ import msgspec
 
 from bench.machine import noise
 from bench.run import commit, result_name, write_result
-from skep.aio import gc_settings
 from skep.aio.clock import SystemClock
+from skep.aio.event_loop import gc_settings
 from skep.manager.scheduler.loop import Scheduler
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, new_id
-from skep.model.meta import Driver, Version
 from skep.model.network import Network
 from skep.model.node import (
     EngineDescription,
@@ -54,11 +52,13 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId, new_id
+from skep.model.values.meta import Driver, Version
 from skep.store.interface import Object, Updated
 from skep.store.kinds import SpecVersion, spec_version_id
 from skep.store.memory import MemoryStore
-from skep.store.proposal import Proposal
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Proposal
+from skep.store.transactions.transaction import LocalTransaction
 
 Kind = Literal["plain", "plugin", "constraints", "services"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from hpack import Encoder
 
 from bench.machine import resident_mib
-from skep.aio import gc_settings
+from skep.aio.event_loop import gc_settings
 from skep.model.node import NodeDescription
 from skep.model.task import TaskState, TaskStatus
 from skep.rpc import frames

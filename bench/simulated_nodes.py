@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from bench.simulated_agents import STATUS, Agent, Crowd, obey
 from skep.agent.certificates import fetch_root
-from skep.model.data_planes import NODE_LABEL
+from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, NodeDescription
 from skep.model.service import Platform, Resources
 from skep.model.task import TaskState, TaskStatus
@@ -23,7 +23,7 @@ from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel, open_channel
+from skep.wire.client import ManagerChannel, open_channel
 
 JOINING_AT_ONCE, OVER_ONE_CONNECTION = 3, 100
 """Limits for joining: connections at a time, and nodes over one connection.
@@ -66,7 +66,7 @@ async def join(count: int, address: str, token: str) -> Sequence[KeyPair]:
     return pairs
 
 
-async def _join(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
+async def _join(channel: ManagerChannel, root_pem: bytes, token: str) -> KeyPair:
     key = new_private_key()
     request = pb.IssueNodeCertificateRequest(csr=signing_request(key), token=token)
     reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=RESPONSE_S)

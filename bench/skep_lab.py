@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from bench.engine import Engine
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 
 
 class SkepLab:
@@ -57,9 +57,9 @@ class SkepLab:
         self.image = description["image"]
 
     @property
-    def described(self) -> Node:
+    def described(self) -> PlaygroundNode:
         """Return the playground's description of the node."""
-        return msgspec.convert(self.node, Node)
+        return msgspec.convert(self.node, PlaygroundNode)
 
     @property
     def netns(self) -> Path:

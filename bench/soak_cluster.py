@@ -32,7 +32,7 @@ from bench.soak_users import DEADLINE_S, Log, Users, counted
 from skep.errors import Unavailable
 from skep.node.supervision.restart import CRASH_WINDOW_S
 from skep.playground.commands import wait_until
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 from skep.playground.engine import is_up
 from skep.playground.playground import Playground
 
@@ -51,7 +51,7 @@ LATE_S = 10.0
 class Away(msgspec.Struct):
     """A machine that is temporarily down or unreachable."""
 
-    node: Node
+    node: PlaygroundNode
     rounds_left: int
     bring_back: Callable[[str], Coroutine[Any, Any, object]]
 
@@ -161,7 +161,7 @@ class ClusterSoak:
             return self._take_away(node)
         return self._kill_a_process(self._random.choice(self._there()))
 
-    def _one_that_may_go(self) -> Node | None:
+    def _one_that_may_go(self) -> PlaygroundNode | None:
         managers = sum(away.node.role == "manager" for away in self._away.values())
         free = {
             "manager": MANAGERS_AWAY_MAX - managers,
@@ -170,7 +170,7 @@ class ClusterSoak:
         able = [node for node in self._there() if free[node.role] > 0]
         return self._random.choice(able) if able else None
 
-    def _take_away(self, node: Node) -> str:
+    def _take_away(self, node: PlaygroundNode) -> str:
         ways = {
             "power off": (self._playground.kill, self._playground.start),
             "cable out": (self._playground.cut, self._playground.mend),
@@ -203,7 +203,7 @@ class ClusterSoak:
             up = partial(is_up, away.node.endpoint)
             asyncio.run(wait_until(up, f"{name} serves its API", DEADLINE_S))
 
-    def _kill_a_process(self, node: Node) -> str:
+    def _kill_a_process(self, node: PlaygroundNode) -> str:
         now = time.monotonic()
         kills = [at for at in self._kills.get(node.name, []) if now - at < CRASH_WINDOW_S]
         candidates = list(soak_daemons.VICTIMS)
@@ -222,7 +222,7 @@ class ClusterSoak:
 
     # -- the cluster -----------------------------------------------------------------------------------------------
 
-    def _there(self) -> list[Node]:
+    def _there(self) -> list[PlaygroundNode]:
         return [node for name, node in self._nodes.items() if name not in self._away]
 
     def _a_manager(self, within_s: float = RESPONSE_S) -> Engine:

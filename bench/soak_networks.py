@@ -25,9 +25,9 @@ from dnslib import QTYPE, DNSRecord
 
 from bench.engine import Engine, EngineError
 from skep.dataplane.netns import read
-from skep.dataplane.netns.namespaces import inside
-from skep.dataplane.netns.state import State
-from skep.playground.description import Node
+from skep.dataplane.netns.kernel.namespaces import inside
+from skep.dataplane.netns.state import NamespaceState
+from skep.playground.description import PlaygroundNode
 
 NETWORKS: dict[str, dict[str, str]] = {"plain": {}, "other": {}, "secret": {"encrypted": ""}}
 """Overlays by name, with their options."""
@@ -90,7 +90,7 @@ def secret_id(engine: Engine) -> str:
     return str(engine.get(f"/secrets/{SECRET}")["ID"])
 
 
-def members(nodes: Iterable[tuple[Node, Engine]]) -> list[Member]:
+def members(nodes: Iterable[tuple[PlaygroundNode, Engine]]) -> list[Member]:
     """Return all running containers of services.  Raises: EngineError, or OSError if one has just ended."""
     found = []
     for node, engine in nodes:
@@ -102,7 +102,7 @@ def members(nodes: Iterable[tuple[Node, Engine]]) -> list[Member]:
     return found
 
 
-def faults(nodes: list[tuple[Node, Engine]], services: Mapping[str, Service]) -> str:
+def faults(nodes: list[tuple[PlaygroundNode, Engine]], services: Mapping[str, Service]) -> str:
     """Return the first violation, or an empty string.  Raises: EngineError, OSError."""
     present = members(nodes)
     twice = [
@@ -127,7 +127,7 @@ def faults(nodes: list[tuple[Node, Engine]], services: Mapping[str, Service]) ->
 
 
 def _refused(
-    nodes: list[tuple[Node, Engine]], present: list[Member], services: Mapping[str, Service]
+    nodes: list[tuple[PlaygroundNode, Engine]], present: list[Member], services: Mapping[str, Service]
 ) -> list[str]:
     running = {one.service for one in present}
     asked: list[tuple[Path, str, Callable[[], str]]] = []  # namespace, its owner, and the check
@@ -208,7 +208,7 @@ def within(space: Path, work: Callable[[], T]) -> T:
 
 
 def _addresses() -> tuple[str, ...]:
-    held = read.read_namespace(lambda _: True, State()).state.addresses
+    held = read.read_namespace(lambda _: True, NamespaceState()).state.addresses
     return tuple(
         sorted(
             address for one in held if (address := one.interface.partition("/")[0]).startswith(OWN_SUBNETS)
@@ -222,7 +222,7 @@ programs.
 """
 
 
-def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[str]:
+def _left_over(nodes: list[tuple[PlaygroundNode, Engine]], present: list[Member]) -> list[str]:
     """Return namespaces without a container.  Those of the probes and of networks are in other directories."""
     found = []
     for node, engine in nodes:
@@ -240,7 +240,7 @@ def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[
     return found
 
 
-def _drops(nodes: list[tuple[Node, Engine]], present: list[Member]) -> Counter[str]:
+def _drops(nodes: list[tuple[PlaygroundNode, Engine]], present: list[Member]) -> Counter[str]:
     """Return the counters of drops, by name."""
     found: Counter[str] = Counter()
     for name in ("arp_cache", "ndisc_cache"):

@@ -20,7 +20,7 @@ from bench.figures import Figure, ratio, run_alone
 from bench.machine import noise
 from bench.skep_lab import SkepLab
 from skep.cli.passthrough import find_docker
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 
 SERVICES = 200
 LINES = 10_000

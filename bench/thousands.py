@@ -34,7 +34,7 @@ from bench.manager_lab import ManagerLab, one_manager, processor_s, resident_mib
 from bench.probing import Probe, lag_ms, percentile
 from bench.run import commit, result_name, write_result
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 HEARTBEAT_S = 5
 LARGE, REPLICAS = 1000, 300

@@ -29,7 +29,7 @@ from bench.holds import name_of
 from bench.run import commit, measure_alone
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import configure_gc
+from skep.aio.event_loop.gc_settings import configure_gc
 from skep.manager.manager import serving
 from skep.manager.quorum import Quorum
 from skep.manager.routes import ManagerApi, application

@@ -18,10 +18,10 @@ from msgspec.structs import replace
 from sim.links import Machine
 from skep.errors import Unavailable
 from skep.manager.ca.updater import trusted_roots
-from skep.model.ids import NodeId
-from skep.model.meta import TLSInfo
 from skep.model.node import Node
 from skep.model.swarm import Swarm
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import TLSInfo
 from skep.security.authority import Authority
 from skep.security.identity import ROOT_NAME
 from skep.security.trust import tls_info

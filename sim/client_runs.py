@@ -21,19 +21,19 @@ from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.random_specs import BROKEN
 from sim.trace import COMMAND
-from skep.cli.rotation import Kind, _Rotation
-from skep.cli.upgrade import Means, _Upgrade
-from skep.cli.upgrade_plan import Member
+from skep.cli.apps.rotation import FileKind, _Rotation
+from skep.cli.maintain.upgrade import Means, _Upgrade
+from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.tasks import is_up_to_date
-from skep.model.autoscaling import AUTOSCALE
-from skep.model.data_planes import NODE_LABEL
-from skep.model.ids import NodeId
 from skep.model.network import Network
-from skep.model.schedules import CRON
+from skep.model.networks.data_planes import NODE_LABEL
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.schedules import CRON
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import config_names, existing_of
 from skep.stack.deploying import CreatedObjects
@@ -144,7 +144,7 @@ class Commands:
 
         return self._begin(name, run)
 
-    def rotate(self, name: str, kind: Kind, root: str, data: bytes | None) -> ApiClient:
+    def rotate(self, name: str, kind: FileKind, root: str, data: bytes | None) -> ApiClient:
         """Begin ``skep secret rotate``."""
 
         async def run(client: ApiClient) -> None:
@@ -230,17 +230,17 @@ class SimulatedMeans(Means, frozen=True, kw_only=True):
     cluster: SimulatedCluster
     broken: frozenset[str] = frozenset()
 
-    async def check(self, node: Member) -> None:
+    async def check(self, node: UpgradableNode) -> None:
         """See ``Means``."""
 
-    async def upgrade(self, node: Member) -> None:
+    async def upgrade(self, node: UpgradableNode) -> None:
         """See ``Means``."""
         await asyncio.sleep(self.cluster.random.uniform(0.1, 3.0))
         show_version(
             self.cluster, node.id, f"{self.version}-broken" if node.id in self.broken else self.version
         )
 
-    async def roll_back(self, node: Member) -> None:
+    async def roll_back(self, node: UpgradableNode) -> None:
         """See ``Means``."""
         await asyncio.sleep(self.cluster.random.uniform(0.1, 3.0))
         show_version(self.cluster, node.id, node.version)

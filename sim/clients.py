@@ -15,16 +15,16 @@ from aiohttp.test_utils import make_mocked_request
 
 from sim.cluster import SimulatedCluster
 from sim.manager import SimulatedManager
+from skep.api.access.identity import identify
+from skep.api.client.requests import Filters, Requests, parameters_of
 from skep.api.errors import error_of
-from skep.api.identity import identify
-from skep.api.requests import Filters, Requests, parameters_of
 from skep.errors import Unavailable
 from skep.manager.ca.external import ExternalAuthorities
-from skep.manager.events import ClusterEvents
 from skep.manager.routes import ManagerApi, application
 from skep.manager.routes.access import MANAGER
-from skep.model.access import ALL, Identity, Origin
-from skep.model.name_generator import names_from
+from skep.manager.telemetry.events import ClusterEvents
+from skep.model.permissions.access import ALL, Identity, Origin
+from skep.model.values.name_generator import names_from
 from skep.store.interface import Store
 
 ADMIN = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)

@@ -40,9 +40,8 @@ from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace
 from sim.versions import UnknownFieldsAreKept
 from skep.agent.executor.simulated import Behavior
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.errors import Unavailable
-from skep.model.ids import NodeId, ServiceId, base36
 from skep.model.node import (
     Availability,
     CSIInfo,
@@ -55,9 +54,10 @@ from skep.model.node import (
 )
 from skep.model.service import Resources, Service, ServiceSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
-from skep.security.identity import Identity
-from skep.store.etcd.cipher import Cipher
+from skep.model.values.ids import NodeId, ServiceId, base36
+from skep.model.values.times import timestamp
+from skep.security.identity import NodeIdentity
+from skep.store.etcd.encryption.cipher import Cipher
 from skep.store.etcd.initialize import cluster_in, initialize_on
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.interface import Transaction, View
@@ -272,7 +272,7 @@ class SimulatedCluster:
         """Add a machine that can be a worker; its node process is not started."""
         self.add_machine(id)
         node = self.nodes[id] = SimulatedNode(
-            Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
+            NodeIdentity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
             NodeDescription(
                 hostname=id,
                 resources=self._capacity,
@@ -280,7 +280,7 @@ class SimulatedCluster:
                 csi_info=(CSIInfo(plugin_name=DRIVER, node_id=id),) if self.storage is not None else (),
             ),
             self.network,
-            tuple(Peer(manager, address_of(manager)) for manager in self.managers),
+            tuple(KnownManager(manager, address_of(manager)) for manager in self.managers),
             clock=self.clocks[id],
             random=self.random,
             behavior=self._behavior,
@@ -420,7 +420,9 @@ class SimulatedCluster:
             if not {peer.node_id for peer in node.managers}.intersection(self.managers):
                 self.trace.add(f"operator: {id} is given the managers")
                 self.kill_node(id, keeps_containers=True)
-                node.set_managers(tuple(Peer(manager, address_of(manager)) for manager in self.managers))
+                node.set_managers(
+                    tuple(KnownManager(manager, address_of(manager)) for manager in self.managers)
+                )
                 self.start_node(id)
 
     def kill_container(self, task: Task, exit_code: int = 137) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, decoded_ring
+from skep.store.etcd.encryption.cipher import Cipher, decoded_ring
 from skep.store.etcd.requests import by_revision, change_of, etcd_key
 from skep.store.interface import Event, View
 from skep.store.leadership import LeaderRecord

@@ -17,14 +17,14 @@ from sim.invariants.placement import completed_on, is_unplaceable, may_have_task
 from sim.invariants.serving import config_of
 from sim.node import image_of
 from sim.random_specs import HOPELESS
-from skep.manager.job_runs import is_over, nodes_of
-from skep.model.ids import NodeId
-from skep.model.labels import PROGRESS_DEADLINE
+from skep.manager.services.job_runs import is_over, nodes_of
 from skep.model.node import Node
-from skep.model.schedules import CRON
+from skep.model.options.labels import PROGRESS_DEADLINE
+from skep.model.options.schedules import CRON
 from skep.model.service import UNDER_WAY, Service, UpdateState
 from skep.model.task import Task, TaskState
-from skep.model.times import ZERO_TIME, unix_ns
+from skep.model.values.ids import NodeId
+from skep.model.values.times import ZERO_TIME, unix_ns
 from skep.store.interface import View
 
 Slot: TypeAlias = list[Task]

@@ -9,17 +9,17 @@ from sim.certificates import Certificates
 from sim.network import Network
 from skep.agent.renewal import ChooseManager
 from skep.model.logs import LogLine, LogQuery
-from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
-from skep.security.identity import Identity
-from skep.wire.client import Channel
+from skep.model.values.meta import TLSInfo
+from skep.security.identity import NodeIdentity
+from skep.wire.client import ManagerChannel
 
 
 class SimulatedCredentials:
     """Credentials that never expire.  Implements ``agent.agent.Credentials``."""
 
     def __init__(
-        self, identity: Identity, network: Network, certificates: Certificates, renew: Callable[[], None]
+        self, identity: NodeIdentity, network: Network, certificates: Certificates, renew: Callable[[], None]
     ) -> None:
         """``renew``: called when a manager requests a renewal."""
         self._renew = renew
@@ -34,11 +34,11 @@ class SimulatedCredentials:
         held = self._certificates.held.get(self.identity.node_id)
         return held.tls_info if held is not None else TLSInfo()
 
-    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: not reachable."""
-        # A ``MemoryChannel`` has the methods of a ``Channel``.
+        # A ``MemoryChannel`` has the methods of a ``ManagerChannel``.
         return cast(
-            "AbstractAsyncContextManager[Channel]",
+            "AbstractAsyncContextManager[ManagerChannel]",
             self._network.connect(address, self.identity, timeout_s=timeout_s),
         )
 

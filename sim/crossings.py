@@ -14,20 +14,18 @@ from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.storage import DRIVER, SimulatedStorage
 from sim.trial import check_planned
-from skep.api.permissions import STACK_LABEL
+from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.jobs import retry_job
 from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
 from skep.manager.control.volumes import create_volume
 from skep.model.container import ContainerSpec, Mount
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import FORGET_NODES, JOB_TTL, VOLUME_AFFINITY
-from skep.model.meta import Driver
 from skep.model.node import Availability, Node
+from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.labels import FORGET_NODES, JOB_TTL, VOLUME_AFFINITY
+from skep.model.options.schedules import CRON, CRON_DEADLINE
 from skep.model.quota import QuotaSpec
-from skep.model.schedules import CRON, CRON_DEADLINE
 from skep.model.service import (
     GlobalJob,
     GlobalService,
@@ -44,7 +42,9 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.model.volume import AccessMode, TypeMount, VolumeSpec
 from skep.store.interface import Transaction
 

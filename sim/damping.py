@@ -10,13 +10,13 @@ from sim.invariants.damping import surplus_violations
 from sim.invariants.liveness import lease_violations
 from sim.node import image_of
 from sim.random_specs import HOPELESS
-from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
-from skep.model.autoscaling import AUTOSCALE
-from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
 from skep.model.node import Node
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.labels import OnDisconnect, disconnect_policy
 from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId
 
 Lost = Counter[ServiceId]
 """Number of running tasks that a fault ended, by service."""

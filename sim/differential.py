@@ -31,7 +31,7 @@ from skep.model.service import (
     UpdateFailureAction,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Updated, View
 
 NAME = "web"

@@ -12,8 +12,8 @@ from sim.committed import Change
 from sim.etcd.member import Member
 from sim.faults import hang_manager
 from sim.links import Port
-from skep.model.ids import NodeId
 from skep.model.node import Node
+from skep.model.values.ids import NodeId
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.interface import View
 from skep.store.space import QUOTA_BYTES

@@ -10,7 +10,7 @@ import msgspec
 
 from sim.time import VirtualClock
 from skep.errors import SkepError
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.node.supervision.responses import wait_hung
 from skep.store.interface import LoopStore, Object, Store, Transaction, View, Watch
 

@@ -20,15 +20,13 @@ from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.run import RunResult
 from skep.agent.executor.simulated import Behavior
-from skep.agent.session import DESCRIPTION_CHECK_S
+from skep.agent.session.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError
 from skep.manager.control.networks import remove_network
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NetworkId, NodeId, ServiceId
-from skep.model.labels import VOLUME_AFFINITY
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import Availability, Node
+from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.service import (
     EndpointSpec,
     NetworkAttachmentConfig,
@@ -41,7 +39,9 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import NetworkId, NodeId, ServiceId
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction, Updated, View
 
 STEPS = 12

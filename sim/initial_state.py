@@ -7,8 +7,7 @@ from msgspec.structs import replace
 
 from sim.certificates import found
 from skep.manager.control.networks import first_networks
-from skep.model.data_planes import SKEP
-from skep.model.ids import ClusterId, NodeId
+from skep.model.networks.data_planes import SKEP
 from skep.model.node import (
     Availability,
     ManagerStatus,
@@ -22,7 +21,8 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
-from skep.model.times import ZERO_TIME
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL
 

@@ -13,33 +13,33 @@ from sim.versions import write_newer_fields
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
+from skep.manager.control_loops.loops import Loop, loops
 from skep.manager.discovery.loop import Discovery
-from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.eviction.loop import Evictions
 from skep.manager.journal.loop import Journal
-from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
-from skep.manager.loops import Loop, loops
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.consensus import Consensus
-from skep.manager.membership.loop import Managers
+from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.peer_reports import PeerReports
-from skep.manager.store_space import StoreSpace
-from skep.manager.task_usages import TaskUsages
+from skep.manager.storage.keys import StoreKeys, WrappingKeys
+from skep.manager.storage.store_space import StoreSpace
+from skep.manager.telemetry.task_usages import TaskUsages
 from skep.manager.volumes.driver_calls import FindDriver, no_drivers
-from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.task import Task
-from skep.security.identity import Identity
-from skep.store.etcd.client import Client
-from skep.store.etcd.member import Member
+from skep.model.values.ids import ClusterId, IdSource, NodeId
+from skep.security.identity import NodeIdentity
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.process.member import EtcdMember
 from skep.store.etcd.store import EtcdStore, store_on
 from skep.store.interface import LoopStore, NotLeader, Object, Store, Term, Transaction, View, Watch
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 
 R = TypeVar("R")
 Item = TypeVar("Item")
@@ -53,7 +53,7 @@ class SimulatedManager:
         self,
         id: NodeId,
         addr: str,
-        client: Client,
+        client: EtcdClient,
         wrapping_key: bytes,
         network: Network,
         *,
@@ -105,7 +105,7 @@ class SimulatedManager:
         backoff = Backoff(0.1, 1.0, rng=self._random.random)
         while True:
             try:
-                members = RaftMembers(self._client, cast("Member", NoProcess()))
+                members = RaftMembers(self._client, cast("EtcdMember", NoProcess()))
                 await members.count()
                 async with store_on(
                     *(self._client, self._id, self._wrapping_key, self._clock),
@@ -170,11 +170,11 @@ class SimulatedManager:
                 group.create_task(self._journal.run(), name=f"{self._id} journal")
             group.create_task(self._stand(store, link, usages, space, presence), name=f"{self._id} election")
 
-    def _connect(self, addr: str, *, bounds: object = None) -> AbstractAsyncContextManager[Channel]:
+    def _connect(self, addr: str, *, bounds: object = None) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to another manager.  Simulated connections have no bounds."""
-        identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
-        # A ``MemoryChannel`` has the methods of a ``Channel``.
-        return cast("AbstractAsyncContextManager[Channel]", self._network.connect(addr, identity))
+        identity = NodeIdentity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
+        # A ``MemoryChannel`` has the methods of a ``ManagerChannel``.
+        return cast("AbstractAsyncContextManager[ManagerChannel]", self._network.connect(addr, identity))
 
     async def _stand(
         self,
@@ -199,8 +199,8 @@ class SimulatedManager:
         self, term: Term, incarnation: int, link: ManagerLink, usages: TaskUsages, space: StoreSpace
     ) -> None:
         state = FailingTerm(_Counted(term, self), self._poisoned, self._visit)
-        adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
-        managers = Managers(term, self._id, self.members, link, self._clock, self._random)
+        adoption = SessionAdoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
+        managers = ManagerReconciler(term, self._id, self.members, link, self._clock, self._random)
         control = loops(
             state,
             self._clock,

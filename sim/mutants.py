@@ -23,58 +23,54 @@ from sim.crossings import CROSSINGS
 from sim.etcd.client import SimulatedClient
 from sim.seeds import Simulate, results
 from sim.store_only import run as store_only
-from skep.agent import revisions, worker
-from skep.agent.reports import Reports
-from skep.agent.worker import Worker
+from skep.agent.session import revisions
+from skep.agent.session.reports import Reports
+from skep.agent.tasks import worker
+from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
-from skep.api.permissions import STACK_LABEL
-from skep.cli import maintenance, upgrade, upgrade_plan
+from skep.api.access.permissions import STACK_LABEL
+from skep.cli.maintain import maintenance, upgrade, upgrade_plan
 from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.control import quotas, services, tasks
-from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
-from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.orchestrator import (
-    changes,
-    decision_inputs,
-    held_places,
-    jobs,
-    observed_times,
-    restart,
-    update,
-)
+from skep.manager.dispatcher import statuses
+from skep.manager.dispatcher.node_sessions import adoption
+from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
+from skep.manager.orchestrator import changes, decision_inputs, jobs, observed_times, update
 from skep.manager.orchestrator import state as orchestrator_state
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import SlotKey
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.reaper import state as reaper_state
+from skep.manager.orchestrator.replacement import held_places, restart
 from skep.manager.orchestrator.slots import Slot, age
-from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
-from skep.manager.scheduler import dry_run, filters, requirements, spread
-from skep.manager.scheduler.accounting import Account
+from skep.manager.scheduler.explaining import dry_run
 from skep.manager.scheduler.group_queue import GroupQueue
+from skep.manager.scheduler.nodes import filters, requirements, spread
+from skep.manager.scheduler.nodes.accounting import Account
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
+from skep.manager.services.quotas import quota_of
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
-from skep.model.labels import DisconnectPolicy
 from skep.model.network import Network
 from skep.model.node import Node
+from skep.model.options.labels import DisconnectPolicy
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
-from skep.store import transaction
+from skep.model.values.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
 from skep.store.interface import Event, Transaction
 from skep.store.leadership import LeaderRecord
-from skep.store.proposal import Committed, Compare, Exists, Footprint, NothingSince
 from skep.store.state import State
-from skep.store.transaction import ProposalBuilder
-from skep.store.updates import Updater
+from skep.store.transactions import transaction
+from skep.store.transactions.proposal import Committed, Compare, Exists, Footprint, NothingSince
+from skep.store.transactions.transaction import ProposalBuilder
+from skep.store.transactions.updates import Updater
 
 SEEDS = 200
 CROSSING_SEEDS = 3
@@ -295,7 +291,7 @@ def _again_and_again() -> list[Patch]:
 
 
 def _adopts_whatever_is_there() -> list[Patch]:
-    def careless(tx: Transaction, orphan: adoption.Orphan, own: NodeId, new_id: IdSource) -> bool:
+    def careless(tx: Transaction, orphan: adoption.OrphanedNode, own: NodeId, new_id: IdSource) -> bool:
         node = tx.lookup(Node, orphan.node_id)
         if node is None:
             return False
@@ -435,8 +431,8 @@ def _deletes_unreported_tasks() -> list[Patch]:
 
 def _shares_the_lock() -> list[Patch]:
     def taken(
-        holders: Sequence[maintenance.Holder], holder: maintenance.Holder, *_: object
-    ) -> list[maintenance.Holder]:
+        holders: Sequence[maintenance.LockHolder], holder: maintenance.LockHolder, *_: object
+    ) -> list[maintenance.LockHolder]:
         return [*(one for one in holders if not maintenance.is_same(one, holder)), holder]
 
     return [Patch(maintenance, "taken", taken)]
@@ -445,7 +441,7 @@ def _shares_the_lock() -> list[Patch]:
 def _leaves_workers_out() -> list[Patch]:
     real = upgrade_plan.plan
 
-    def plan(*args: Any, **options: Any) -> upgrade_plan.Plan:
+    def plan(*args: Any, **options: Any) -> upgrade_plan.UpgradePlan:
         found = real(*args, **options)
         return replace(found, steps=() if len(found.done) else found.steps, refusals=())
 

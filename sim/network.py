@@ -16,13 +16,13 @@ from google.protobuf.message import Message
 
 from sim.links import Links, Machine
 from skep.errors import SkepError, Unavailable, Unimplemented
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.wire.access import Caller
 from skep.wire.client import CONNECT_SECONDS_MAX
-from skep.wire.methods import Method, Unary
+from skep.wire.methods import Method, UnaryMethod
 from skep.wire.service import Handler, run_handler
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ class Network:
 
     @asynccontextmanager
     async def connect(
-        self, address: str, identity: Identity, *, timeout_s: float = CONNECT_SECONDS_MAX
+        self, address: str, identity: NodeIdentity, *, timeout_s: float = CONNECT_SECONDS_MAX
     ) -> "AsyncIterator[MemoryChannel]":
         """Connect to ``address``.  Raises: Unavailable: refused, not trusted, or no handshake in time."""
         source, target = identity.node_id, address.partition(":")[0]
@@ -235,7 +235,7 @@ class MemoryChannel:
     """The client side of a connection, with the methods of ``wire.client.Channel``."""
 
     def __init__(
-        self, address: str, listener: Listener, identity: Identity, up: Direction, down: Direction
+        self, address: str, listener: Listener, identity: NodeIdentity, up: Direction, down: Direction
     ) -> None:
         self.address = address
         self.peer = NodeId("")
@@ -247,7 +247,7 @@ class MemoryChannel:
         self._streams = 0
         self._is_lost = False
 
-    async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = 5.0) -> A:
+    async def call(self, method: UnaryMethod[Q, A], request: Q, *, timeout_s: float = 5.0) -> A:
         """Send a request and return the response.  Raises: Unavailable: no response in time, or the error in the
         response.
         """

@@ -17,30 +17,30 @@ from sim.network import Network
 from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent
-from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
-from skep.agent.executor.simulated import Behavior, Machine, SimulatedController, SimulatedExecutor
-from skep.agent.last_seen import LastSeen
-from skep.agent.managers import ManagerList, Peer
-from skep.agent.reports import Reports
-from skep.agent.revisions import SeenRevision
-from skep.agent.session import NodeServices
-from skep.agent.session_state import SessionState
-from skep.agent.task_files import RememberedTask, TaskFiles
-from skep.agent.worker import Worker
+from skep.agent.executor.simulated import Behavior, SimulatedController, SimulatedExecutor, SimulatedMachine
+from skep.agent.session.last_seen import LastSeen
+from skep.agent.session.managers import KnownManager, ManagerList
+from skep.agent.session.reports import Reports
+from skep.agent.session.revisions import SeenRevision
+from skep.agent.session.session import NodeServices
+from skep.agent.session.session_state import SessionState
+from skep.agent.tasks.cluster_volumes import ClusterVolumes
+from skep.agent.tasks.task_files import RememberedTask, TaskFiles
+from skep.agent.tasks.worker import Worker
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.model.autoscaling import TaskUsage
-from skep.model.conditions import DISK_PRESSURE_LABEL
-from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.node import NodeDescription
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
+from skep.model.options.autoscaling import TaskUsage
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
 from skep.model.task import AssignedTask, Task
 from skep.model.task_end import EndCause, TaskEnd
-from skep.node.task_usage import Reading, kept, usage_of
-from skep.security.identity import Identity
+from skep.model.values.ids import ContainerId, NodeId, TaskId
+from skep.node.telemetry.task_usage import UsageReading, kept, usage_of
+from skep.security.identity import NodeIdentity
 
 
 class SimulatedNode:
@@ -48,10 +48,10 @@ class SimulatedNode:
 
     def __init__(
         self,
-        identity: Identity,
+        identity: NodeIdentity,
         description: NodeDescription,
         network: Network,
-        managers: tuple[Peer, ...],
+        managers: tuple[KnownManager, ...],
         *,
         clock: VirtualClock,
         random: Random,
@@ -117,11 +117,11 @@ class SimulatedNode:
         return sorted({*remembered, *self.machine.processes})
 
     @property
-    def managers(self) -> tuple[Peer, ...]:
+    def managers(self) -> tuple[KnownManager, ...]:
         """Return the managers in the node's list."""
         return self._list.peers if self._list is not None else self._managers
 
-    def set_managers(self, managers: tuple[Peer, ...]) -> None:
+    def set_managers(self, managers: tuple[KnownManager, ...]) -> None:
         """Change the setting ``managers`` for the next start."""
         self._managers = managers
 
@@ -210,7 +210,7 @@ class SimulatedUsages:
         self._node = node
         self._clock = clock
         self._wanted: Sequence[TaskId] = ()
-        self._readings: dict[TaskId, tuple[Reading, ...]] = {}
+        self._readings: dict[TaskId, tuple[UsageReading, ...]] = {}
 
     def measure(self, task_ids: Sequence[TaskId]) -> None:
         """Measure these tasks from now on, and no others."""
@@ -228,13 +228,13 @@ class SimulatedUsages:
         found = ((id, usage_of(readings[id], now)) for id in readings)
         return {id: usage for id, usage in found if usage is not None}
 
-    def _reading(self, task: Task, now: float) -> Reading | None:
+    def _reading(self, task: Task, now: float) -> UsageReading | None:
         used = self._node.nano_cpus(task)
         if used is None:
             return None
         last = self._readings.get(task.id, ())
         counted = last[-1].cpu_ns + round(used * (now - last[-1].at)) if last else 0
-        return Reading(container=ContainerId(task.id), at=now, cpu_ns=counted, memory_bytes=0)
+        return UsageReading(container=ContainerId(task.id), at=now, cpu_ns=counted, memory_bytes=0)
 
 
 class ContainerWatcher(Protocol):
@@ -249,7 +249,7 @@ class ContainerWatcher(Protocol):
         """Called when a container has ended, for whatever reason."""
 
 
-class WatchedMachine(Machine):
+class WatchedMachine(SimulatedMachine):
     """A machine that reports the events of its processes to the watchers."""
 
     def __init__(self, node: SimulatedNode) -> None:

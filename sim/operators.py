@@ -22,8 +22,8 @@ from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavail
 from skep.manager.ca.rotation import ROTATE
 from skep.manager.control.nodes import remove_node
 from skep.manager.membership.service import announce_manager
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
+from skep.model.values.ids import NodeId
 from skep.store.etcd.errors import NoMember
 from skep.store.etcd.peers import peer_url
 from skep.store.interface import Transaction, Updated, View

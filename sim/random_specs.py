@@ -9,12 +9,11 @@ from random import Random
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.permissions import STACK_LABEL
-from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
+from skep.api.access.permissions import STACK_LABEL
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
-from skep.model.dependencies import DEPENDS_ON, Condition
-from skep.model.ids import SecretId
-from skep.model.labels import (
+from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
+from skep.model.options.dependencies import DEPENDS_ON, DependencyCondition
+from skep.model.options.labels import (
     JOB_TTL,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
@@ -23,7 +22,7 @@ from skep.model.labels import (
     VOLUME_AFFINITY,
     VolumeAffinity,
 )
-from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_MAX_ATTEMPTS
+from skep.model.options.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_MAX_ATTEMPTS
 from skep.model.service import (
     EndpointSpec,
     GlobalJob,
@@ -47,7 +46,8 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateOrder,
 )
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import SecretId
+from skep.model.values.times import SECOND_NS
 
 BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
 """Images whose preparation fails, whose containers fail soon, and whose preparation does not end."""
@@ -265,7 +265,9 @@ def _a_dependency(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
     later = all[all.index(spec.name) + 1 :] if spec.name in all else ()
     if not (names := [name for name in later if name in known.services]):
         return spec
-    condition = random.choice((Condition.STARTED, Condition.HEALTHY, Condition.COMPLETED))
+    condition = random.choice(
+        (DependencyCondition.STARTED, DependencyCondition.HEALTHY, DependencyCondition.COMPLETED)
+    )
     return with_labels(spec, {DEPENDS_ON: f"{random.choice(names)}={condition.value}"})
 
 

@@ -13,10 +13,10 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from skep.model.ids import NodeId, ServiceId
 from skep.model.node import NodeSpec
 from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
+from skep.model.values.ids import NodeId, ServiceId
 
 BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501
 """UNKNOWN: errors of SwarmKit that have no code, such as invalid constraints and updates out of sequence."""

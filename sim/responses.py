@@ -28,11 +28,11 @@ from sim.reference import (
     automatic_rollback,
     respond,
 )
-from skep.model.labels import JOB_TTL
 from skep.model.network import Network
 from skep.model.node import Node, NodeRole
+from skep.model.options.labels import JOB_TTL
+from skep.model.options.schedules import CRON
 from skep.model.quota import StackQuota
-from skep.model.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.model.volume import Volume, VolumeSharing

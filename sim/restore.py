@@ -11,14 +11,14 @@ from sim.etcd.client import SimulatedClient
 from sim.initial_state import address_of
 from sim.invariants.observer import Observer
 from sim.manager import NoProcess
-from skep.manager.recovery import show_survivor
-from skep.model.ids import NodeId, TaskId
+from skep.manager.storage.recovery import show_survivor
 from skep.model.task import Task
-from skep.model.times import SECOND_NS
-from skep.store.etcd.client import Client
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.initialize import raise_incarnation_on
-from skep.store.etcd.member import Member
 from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.process.member import EtcdMember
 from skep.store.etcd.store import store_on
 from skep.store.interface import Created, View
 
@@ -51,12 +51,12 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
     cluster.start_manager(survivor)
 
 
-async def _finish(cluster: SimulatedCluster, client: Client, survivor: NodeId) -> None:
+async def _finish(cluster: SimulatedCluster, client: EtcdClient, survivor: NodeId) -> None:
     """Finish the recovery before the manager serves, as ``manager.recovery.finish_recovery`` does.
 
     Otherwise a node that it has registered would be shown as unknown.
     """
-    members = RaftMembers(client, cast("Member", NoProcess()))
+    members = RaftMembers(client, cast("EtcdMember", NoProcess()))
     await members.count()
     async with store_on(
         *(client, survivor, WRAPPING_KEY, cluster.clocks[survivor]),

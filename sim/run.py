@@ -34,12 +34,12 @@ from sim.targeted_faults import (
 from sim.trial import try_an_update
 from sim.users import Users
 from skep.agent.executor.simulated import Behavior
-from skep.manager.failures import LONGEST_DELAY_S
-from skep.model.ids import NodeId
-from skep.model.labels import allows_preemption
+from skep.manager.control_loops.failures import LONGEST_DELAY_S
+from skep.model.options.labels import allows_preemption
 from skep.model.service import Resources, Service
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.model.volume import Volume
 from skep.store.space import COMPACT_AT, QUOTA_BYTES
 from skep.store.state import State

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, NotFound
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import VolumeId
 from skep.model.task import Task
+from skep.model.values.ids import VolumeId
 from skep.model.volume import Volume, VolumeInfo, VolumeScope
 
 DRIVER = "disks"

@@ -8,12 +8,12 @@ from sim.cluster import SimulatedCluster
 from sim.damping import is_steady, pass_time
 from sim.random_specs import BROKEN
 from sim.users import Users
-from skep.model.ids import NodeId
-from skep.model.labels import FORGET_NODES, OnDisconnect, disconnect_policy
 from skep.model.node import Node
+from skep.model.options.labels import FORGET_NODES, OnDisconnect, disconnect_policy
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction, View
 
 CUT_OFF_S = 15.0

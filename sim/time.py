@@ -15,7 +15,7 @@ from itertools import count
 from math import inf
 from typing import Any, TypeVar
 
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from sim.damping import is_steady, pass_time
 from sim.invariants.dependencies import missing_dependencies
 from sim.invariants.placement import homes_of
 from sim.users import Users, forced
-from skep.manager.routes.placement import accounting_of
-from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
-from skep.model.ids import ServiceId
+from skep.manager.routes.extensions.placement import accounting_of
+from skep.manager.scheduler.explaining.dry_run import DryRun, PlannedPlacement
 from skep.model.service import Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId
 from skep.store.interface import View
 
 PLACED_S = 25.0

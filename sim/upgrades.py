@@ -24,20 +24,20 @@ from sim.invariants.acknowledgements import Acknowledgements
 from sim.reference import SetNode, Update
 from sim.responses import ResponseCheck
 from sim.trace import COMMAND
-from skep.api.service_form import settled
-from skep.cli import maintenance
+from skep.api.formats.service_form import settled
 from skep.cli.endpoint import HostOptions
-from skep.cli.upgrade import _abort, _Upgrade
-from skep.cli.upgrade_plan import Member
+from skep.cli.maintain import maintenance
+from skep.cli.maintain.upgrade import _abort, _Upgrade
+from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.nodes import NodeUpdateBody, node_spec
 from skep.manager.control.services import with_network_ids
-from skep.model.data_planes import NODE_LABEL
-from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import MAINTENANCE
+from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import Node, NodeRole, NodeState
+from skep.model.options.labels import MAINTENANCE
 from skep.model.service import ServiceSpec
 from skep.model.swarm import Swarm
+from skep.model.values.ids import NodeId, ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
 
 WITHIN_S = 20.0
@@ -209,15 +209,17 @@ class _CheckedMeans(SimulatedMeans, frozen=True, kw_only=True):
     installing: set[str]
     note: Callable[[Iterable[str]], None]
 
-    async def upgrade(self, node: Member) -> None:
+    async def upgrade(self, node: UpgradableNode) -> None:
         """See ``Means``."""
         await self._alone(node, super().upgrade)
 
-    async def roll_back(self, node: Member) -> None:
+    async def roll_back(self, node: UpgradableNode) -> None:
         """See ``Means``."""
         await self._alone(node, super().roll_back)
 
-    async def _alone(self, node: Member, install: Callable[[Member], Awaitable[None]]) -> None:
+    async def _alone(
+        self, node: UpgradableNode, install: Callable[[UpgradableNode], Awaitable[None]]
+    ) -> None:
         if others := self.installing - {node.id}:
             self.note([f"{node.id} is upgraded while {sorted(others)} is"])
         if node.id not in self.cluster.nodes:

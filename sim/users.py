@@ -48,14 +48,13 @@ from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
-from skep.manager.quotas import quota_of
-from skep.model.ids import NodeId, ServiceId, VolumeId
-from skep.model.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY
-from skep.model.meta import Driver
+from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
+from skep.model.options.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY
+from skep.model.options.schedules import CRON, CRON_SUSPEND
+from skep.model.permissions.user import User, UserSpec
 from skep.model.quota import QuotaSpec
-from skep.model.schedules import CRON, CRON_SUSPEND
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import (
     GlobalService,
@@ -65,8 +64,9 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.swarm import Swarm
-from skep.model.times import moment, timestamp
-from skep.model.user import User, UserSpec
+from skep.model.values.ids import NodeId, ServiceId, VolumeId
+from skep.model.values.meta import Driver
+from skep.model.values.times import moment, timestamp
 from skep.model.volume import AccessMode, TypeMount, Volume, VolumeScope, VolumeSharing, VolumeSpec
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import Transaction

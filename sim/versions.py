@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from sim.committed import Change
-from skep.model.ids import NodeId
-from skep.store.etcd.cipher import Cipher
+from skep.model.values.ids import NodeId
+from skep.store.etcd.encryption.cipher import Cipher
 from skep.store.etcd.requests import etcd_key
 from skep.store.interface import View
 

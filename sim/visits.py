@@ -5,8 +5,8 @@ time.
 from sim.cluster import SimulatedCluster
 from sim.run import RunResult
 from skep.model.container import ContainerSpec
-from skep.model.ids import NodeId
 from skep.model.service import GlobalService, ReplicatedService, ServiceMode, ServiceSpec, TaskSpec
+from skep.model.values.ids import NodeId
 
 FEW, MANY = 8, 32
 LOOKED_S = 10.0

@@ -10,11 +10,11 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
-from skep.model.addresses import host_of, joined, next_port, parted
-from skep.model.ids import ClusterId, NodeId
+from skep.model.networks.addresses import host_of, joined, next_port, parted
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
-from skep.model.unknown import leniently
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.unknown import leniently
 from skep.paths import Paths
 
 REMOVED = 3

@@ -21,16 +21,16 @@ import msgspec
 import structlog
 
 from skep import logs
-from skep.agent.last_resort import LastResort
-from skep.aio.child_watcher import watch_children_by_pidfd
+from skep.agent.tasks.last_resort import LastResort
 from skep.aio.clock import SystemClock
+from skep.aio.event_loop.child_watcher import watch_children_by_pidfd
 from skep.aio.failures import log_error
 from skep.aio.groups import first_alone
 from skep.aio.trees import discard_tree_now
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
-from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
-from skep.dataplane import process as net_process
+from skep.configuration.sources import Arguments, LoadedConfiguration, load, parse_arguments
+from skep.dataplane.net_process import process as net_process
 from skep.dataplane.wireguard import process as wireguard_go
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.options import log_config
@@ -38,22 +38,22 @@ from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.linux.detached import detached, held_lock, read_pid_file, set_title
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
-from skep.model.meta import Driver
-from skep.node import requirements
-from skep.node.conditions import Conditions
-from skep.node.environment import Environment
-from skep.node.features import Features, detect
-from skep.node.isolation import check_isolation
-from skep.node.machine import this_machine
+from skep.model.values.meta import Driver
+from skep.node.host import requirements
+from skep.node.host.conditions import Conditions
+from skep.node.host.environment import NodeEnvironment
+from skep.node.host.features import Features, detect
+from skep.node.host.isolation import check_isolation
+from skep.node.host.machine import this_machine
+from skep.node.host.reaping import adopt_orphans
 from skep.node.node import Node
-from skep.node.reaping import adopt_orphans
 from skep.node.supervision import zygote
 from skep.node.supervision.processes import NodeProcesses
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
 from skep.security.locking import KeyLock
-from skep.store.etcd.binary import find_binary
+from skep.store.etcd.process.binary import find_binary
 
 log = structlog.get_logger()
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     return zygote.host(entries, {"manager": _prepare_manager}, partial(_node, arguments, loaded))
 
 
-def _node(arguments: Arguments, loaded: Loaded, parent: Zygote) -> int:
+def _node(arguments: Arguments, loaded: LoadedConfiguration, parent: Zygote) -> int:
     """Run the node process.  ``loaded`` is the configuration at the zygote's start."""
     set_title("skep-node")
     with suppress(ConfigurationError):  # not starting would not help
@@ -145,7 +145,7 @@ def _paths(arguments: Sequence[str]) -> Paths:
 class Daemon:
     """One node process, from its checks to its end."""
 
-    def __init__(self, arguments: Arguments, loaded: Loaded, parent: Zygote) -> None:
+    def __init__(self, arguments: Arguments, loaded: LoadedConfiguration, parent: Zygote) -> None:
         self._arguments = arguments
         self._configuration = loaded.configuration
         self._warnings = loaded.warnings
@@ -183,7 +183,7 @@ class Daemon:
             features = await asyncio.to_thread(self._features)
             node = Node(
                 self._configuration,
-                Environment(
+                NodeEnvironment(
                     machine=this_machine(),
                     features=features,
                     versions=versions,
@@ -292,7 +292,7 @@ async def end_forwarder(paths: Paths) -> None:
 
 async def _hand_over(socket: Path) -> None:
     # Rarely needed, and the node process imports nothing of the store otherwise.
-    from skep.store.etcd.handover import hand_over
+    from skep.store.etcd.process.handover import hand_over
 
     await hand_over(socket)
 

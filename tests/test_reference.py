@@ -13,7 +13,7 @@ from docs.reference.label_table import LABELS
 from skep.aio.clock import SystemClock
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import Arguments, combine
-from skep.manager.events import messages_of
+from skep.manager.telemetry.events import messages_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret

@@ -13,17 +13,16 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.time import VirtualLoop
-from skep.api.requests import Filters, Requests
+from skep.api.client.requests import Filters, Requests
 from skep.cli.endpoint import HostOptions
-from skep.cli.events import line_of
+from skep.cli.maintain.upgrade import Means, carry_out, show_plan
 from skep.cli.output import Screen
 from skep.cli.running import errors_shown
-from skep.cli.stack_screens import Progress, compared, lines_of, warn
-from skep.cli.up import Machine, Wanted, make_cluster
-from skep.cli.upgrade import Means, carry_out, show_plan
-from skep.manager.events import messages_of
+from skep.cli.see.events import line_of
+from skep.cli.stack.stack_screens import ProgressPrinter, compared, lines_of, warn
+from skep.cli.start.up import DesiredCluster, TargetMachine, make_cluster
+from skep.manager.telemetry.events import messages_of
 from skep.model.container import ContainerSpec
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node, NodeDescription, NodeState, NodeStatus
 from skep.model.service import (
     ReplicatedService,
@@ -35,13 +34,14 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import SECOND_NS
 from skep.stack.cluster_state import existing_of
-from skep.stack.conversion import stack_of
-from skep.stack.document import parse
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import parse
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack
-from skep.stack.reading import Report
 from skep.stack.recording import carry_out as deploy
 from skep.store.interface import Created, Event, Updated, View
 from tests.support.upgraded_clusters import Installing, UpgradedCluster
@@ -81,7 +81,7 @@ def _printed(work: Callable[[], Awaitable[Any]]) -> list[str]:
 
 def shop(version: int, replicas: int) -> Stack:
     """The stack as a file makes it."""
-    report = Report()
+    report = ProblemReport()
     text = _SHOP.format(version=version, replicas=replicas)
     made = stack_of(parse(text, "compose.yaml"), "shop", {}, report)
     report.raise_problems()
@@ -171,7 +171,7 @@ class _ShopCluster(Requests):
 async def _deploy(cluster: Requests, stack: Stack) -> None:
     plan = plan_of(stack, await existing_of(cluster, stack.name), images={}, prune=False)
     click.echo("\n".join(lines_of(plan)), err=True)
-    await deploy(cluster, stack, plan, Progress().show, 600.0, warn)
+    await deploy(cluster, stack, plan, ProgressPrinter().show, 600.0, warn)
 
 
 def compared_revisions() -> list[str]:
@@ -220,7 +220,7 @@ class _MadeUpNode(Requests):
         return None
 
 
-class _MadeUpMachine(Machine, frozen=True):
+class _MadeUpMachine(TargetMachine, frozen=True):
     """A machine that is reached without ssh."""
 
     node: _MadeUpNode
@@ -235,11 +235,11 @@ class _MadeUpMachine(Machine, frozen=True):
         yield self.node
 
 
-def _machines(**of_the_last: Any) -> Iterator[Machine]:
+def _machines(**of_the_last: Any) -> Iterator[TargetMachine]:
     for name in ("m1", "w1", "w2"):
         word = f"root@{name}"
         more = of_the_last if name == "w2" else {}
-        yield _MadeUpMachine(word, Machine.of(word).destination, _MadeUpNode(name), **more)
+        yield _MadeUpMachine(word, TargetMachine.of(word).destination, _MadeUpNode(name), **more)
 
 
 def made(**of_the_last: Any) -> list[str]:
@@ -248,7 +248,9 @@ def made(**of_the_last: Any) -> list[str]:
         package = Path(folder) / "skep_0.2.0_amd64.deb"
         package.touch()
         return _printed(
-            lambda: make_cluster(list(_machines(**of_the_last)), Wanted(package=package), is_dry=False)
+            lambda: make_cluster(
+                list(_machines(**of_the_last)), DesiredCluster(package=package), is_dry=False
+            )
         )
 
 

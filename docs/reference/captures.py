@@ -14,20 +14,28 @@ from docs.reference.captured_runs import (
     upgrade_planned,
     upgraded,
 )
-from skep.cli.doctor import shown as paths_shown
-from skep.cli.explain import about_service, about_task
-from skep.cli.history import lines_of as history_lines
+from skep.cli.cluster.recover import StoredCluster, plan
+from skep.cli.maintain.doctor import shown as paths_shown
+from skep.cli.maintain.version import versions
 from skep.cli.output import Screen
-from skep.cli.recover import Kept, plan
-from skep.cli.runs import shown
-from skep.cli.stack_screens import planned, revisions
-from skep.cli.status import Cluster, Status, lines_of, node_rows, service_rows
-from skep.cli.version import versions
+from skep.cli.see.explain import about_service, about_task
+from skep.cli.see.history import lines_of as history_lines
+from skep.cli.see.runs import shown
+from skep.cli.see.status import ClusterStatus, StatusScreen, lines_of, node_rows, service_rows
+from skep.cli.stack.stack_screens import planned, revisions
 from skep.errors import Unavailable
-from skep.model.labels import STACK_CHANGES, STACK_STATE
+from skep.model.options.labels import STACK_CHANGES, STACK_STATE
 from skep.model.service import ServiceSpec, UpdateConfig, UpdateOrder
-from skep.stack.planning import Action, Change, Difference, NodeRefusal, NodeShare, Placement, Plan
-from skep.stack.revisions import Revision, state_after
+from skep.stack.planning import (
+    Difference,
+    NodeShare,
+    PlacementRefusal,
+    PlanAction,
+    PlannedChange,
+    PredictedPlacement,
+    StackPlan,
+)
+from skep.stack.revisions import StackRevision, state_after
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
@@ -109,7 +117,7 @@ def _service(name: str, running: int, wanted: int, **more: Any) -> dict[str, Any
     return {"ID": name, "Spec": {"Name": name, "Mode": {}}, "ServiceStatus": status, **more}
 
 
-def _status() -> Status:
+def _status() -> StatusScreen:
     manager = {"ManagerStatus": {"Reachability": "reachable"}}
     leader = {"ManagerStatus": {"Reachability": "reachable", "Leader": True}}
     nodes = [
@@ -131,7 +139,7 @@ def _status() -> Status:
         "stuck": {"Summary": _REFUSED, "Reason": _REFUSED, "IsHealthy": False, "Problem": {"Weight": 1}},
     }
     running = ["m1", "m1", "m2", "m2", "m2", "m3", "m3"]
-    cluster = Cluster(
+    cluster = ClusterStatus(
         leader="m2",
         nodes=tuple(node_rows(nodes, running)),
         services=tuple(service_rows(services, explained, NOW)),
@@ -142,7 +150,7 @@ def _status() -> Status:
         ("containers", "2 running, 4 images"),
         ("store", "1 % in use, file 12 MiB"),
     )
-    return Status(health="degraded", node=about, cluster=cluster)
+    return StatusScreen(health="degraded", node=about, cluster=cluster)
 
 
 def _entry(clock: str, message: str, severity: str = "info", **more: Any) -> dict[str, Any]:
@@ -205,7 +213,7 @@ def _run() -> dict[str, Any]:
 
 _INFO = {"Name": "m1", "Swarm": {"NodeID": "m1"}}
 _COUNTS = {"services": 4, "tasks": 12, "nodes": 4, "networks": 3, "secrets": 2, "configs": 1}
-_KEPT = Kept(revision=48213, counts=_COUNTS)
+_KEPT = StoredCluster(revision=48213, counts=_COUNTS)
 _QUORUM = {
     "Managers": [
         {"ID": "m1", "Hostname": "m1", "Addr": "192.0.2.11:2377", "IsReachable": True},
@@ -226,12 +234,12 @@ _QUORUM = {
     ]
 }
 
-_PLAN = Plan(
+_PLAN = StackPlan(
     stack="shop",
     changes=(
-        Change(action=Action.CREATE, kind="config", name="shop_site-4cb2984f1f"),
-        Change(
-            action=Action.UPDATE,
+        PlannedChange(action=PlanAction.CREATE, kind="config", name="shop_site-4cb2984f1f"),
+        PlannedChange(
+            action=PlanAction.UPDATE,
             kind="service",
             name="shop_web",
             spec=ServiceSpec(update_config=UpdateConfig(parallelism=2, order=UpdateOrder.START_FIRST)),
@@ -240,17 +248,19 @@ _PLAN = Plan(
                 Difference("Mode.Replicated.Replicas", "2", "3"),
             ),
         ),
-        Change(action=Action.CREATE, kind="service", name="shop_search"),
-        Change(action=Action.REMOVE, kind="service", name="shop_old"),
+        PlannedChange(action=PlanAction.CREATE, kind="service", name="shop_search"),
+        PlannedChange(action=PlanAction.REMOVE, kind="service", name="shop_old"),
     ),
     placements={
-        "shop_web": Placement(name="shop_web", desired=3, nodes=(NodeShare("m1", 2), NodeShare("m3", 1))),
-        "shop_search": Placement(
+        "shop_web": PredictedPlacement(
+            name="shop_web", desired=3, nodes=(NodeShare("m1", 2), NodeShare("m3", 1))
+        ),
+        "shop_search": PredictedPlacement(
             name="shop_search",
             desired=1,
             error="no suitable node (insufficient resources on 2 nodes)",
             verdicts=tuple(
-                NodeRefusal(
+                PlacementRefusal(
                     name, ("insufficient resources: 64000 MiB of memory requested, 24106 not reserved",)
                 )
                 for name in ("m1", "m3")
@@ -260,12 +270,12 @@ _PLAN = Plan(
 )
 
 
-def _revision(number: int, at: str, changes: str, state: str) -> Revision:
+def _revision(number: int, at: str, changes: str, state: str) -> StackRevision:
     labels = {STACK_CHANGES: changes, STACK_STATE: state}
-    return Revision(number=number, id="", version=1, created_at=at, labels=labels, data="", of="shop")
+    return StackRevision(number=number, id="", version=1, created_at=at, labels=labels, data="", of="shop")
 
 
-def _revisions() -> list[Revision]:
+def _revisions() -> list[StackRevision]:
     failure = Unavailable(deployed(fails=True)[-1].removeprefix("Error: "))
     return [
         _revision(1, "2026-01-30T09:00:00Z", "5 created", "deployed"),

@@ -25,11 +25,11 @@ from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML
-from skep.manager import events as manager_events
-from skep.manager import node_events as from_nodes
-from skep.model import field_rights, value_rights
-from skep.model.field_rights import Field
-from skep.model.value_rights import Reach
+from skep.manager.telemetry import events as manager_events
+from skep.manager.telemetry import node_events as from_nodes
+from skep.model.permissions import field_rights, value_rights
+from skep.model.permissions.field_rights import Field
+from skep.model.permissions.value_rights import Reach
 from skep.node import events as node_events
 from skep.rpc.errors import STATUS_OF
 
@@ -388,21 +388,27 @@ class Limit(NamedTuple):
 LIMITS: Mapping[str, Sequence[Limit]] = {
     "Objects of the cluster": (
         Limit("replicas of a service", "skep.model.service:REPLICAS_MAX", "refused"),
-        Limit("published ports of a service", "skep.model.publishing:PORTS_MAX", "refused"),
-        Limit("labels `skep.publish.*` of a service", "skep.model.publishing:LABELS_MAX", "refused"),
+        Limit("published ports of a service", "skep.model.networks.publishing:PORTS_MAX", "refused"),
+        Limit("labels `skep.publish.*` of a service", "skep.model.networks.publishing:LABELS_MAX", "refused"),
         Limit("an object, encoded", "skep.store.interface:KindSchema.max_bytes", "refused", "bytes"),
         Limit("a secret", "skep.manager.control.files:SECRET_BYTES_MAX", "refused", "bytes"),
         Limit("a config", "skep.manager.control.files:CONFIG_BYTES_MAX", "refused", "bytes"),
-        Limit("services restarted with updates of one", "skep.manager.dependents:RESTARTED_MAX", "refused"),
-        Limit("their specs together", "skep.manager.dependents:RESTARTED_BYTES_MAX", "refused", "bytes"),
-        Limit("subnets of a network", "skep.manager.control.network_specs:SUBNETS_MAX", "refused"),
         Limit(
-            "plain containers of a node on cluster networks",
-            "skep.manager.attachment_service:ATTACHMENTS_MAX",
+            "services restarted with updates of one",
+            "skep.manager.services.dependents:RESTARTED_MAX",
             "refused",
         ),
-        Limit("a delay in a label", "skep.model.labels:DELAY_S_MAX", "refused", "s"),
-        Limit("grace period of nodes", "skep.model.labels:GRACE_S_MAX", "refused", "s"),
+        Limit(
+            "their specs together", "skep.manager.services.dependents:RESTARTED_BYTES_MAX", "refused", "bytes"
+        ),
+        Limit("subnets of a network", "skep.manager.control.validation.network_specs:SUBNETS_MAX", "refused"),
+        Limit(
+            "plain containers of a node on cluster networks",
+            "skep.manager.nodes.attachment_service:ATTACHMENTS_MAX",
+            "refused",
+        ),
+        Limit("a delay in a label", "skep.model.options.labels:DELAY_S_MAX", "refused", "s"),
+        Limit("grace period of nodes", "skep.model.options.labels:GRACE_S_MAX", "refused", "s"),
         Limit(
             "quota of a manager's store, smallest",
             "skep.configuration.values:STORE_QUOTA_MIN",
@@ -428,12 +434,16 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit(
             "what a node reports of itself",
-            "skep.model.description_size:DESCRIPTION_BYTES_MAX",
+            "skep.model.node_reports.description_size:DESCRIPTION_BYTES_MAX",
             "cut, and a condition of the node says what",
             "bytes",
         ),
-        Limit("past events kept", "skep.manager.events:KEPT", "forgotten, the oldest first"),
-        Limit("events that a client may be behind", "skep.manager.events:BEHIND_MAX", "its stream ends"),
+        Limit("past events kept", "skep.manager.telemetry.events:KEPT", "forgotten, the oldest first"),
+        Limit(
+            "events that a client may be behind",
+            "skep.manager.telemetry.events:BEHIND_MAX",
+            "its stream ends",
+        ),
         Limit(
             "the history, compressed",
             "skep.manager.journal.chunks:BYTES_MAX",
@@ -449,8 +459,8 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit("values of an earlier state that are read", "skep.store.etcd.past:KEYS_MAX", "refused"),
     ),
     "Requests to the API": (
-        Limit("body that is read as a whole", "skep.api.server:MAX_BODY_BYTES", "refused", "bytes"),
-        Limit("head of a request", "skep.api.framing:HEAD_BYTES_MAX", "431", "bytes"),
+        Limit("body that is read as a whole", "skep.api.http.server:MAX_BODY_BYTES", "refused", "bytes"),
+        Limit("head of a request", "skep.api.http.framing:HEAD_BYTES_MAX", "431", "bytes"),
         Limit(
             "connections by TCP of clients without an identity",
             "skep.node.front.server:STRANGERS_MAX",
@@ -466,28 +476,44 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
     "Containers": (
         Limit(
             "execs of a container, ended ones included",
-            "skep.engine.execs:EXECS_MAX",
+            "skep.engine.containers.execs:EXECS_MAX",
             "the oldest ended one is forgotten, or refused if all run",
         ),
-        Limit("execs that start at one moment", "skep.engine.execs:STARTS_MAX", "wait"),
-        Limit("results of health checks kept", "skep.engine.health:LOG_MAX", "forgotten, the oldest first"),
-        Limit("output kept of a health check", "skep.engine.health:OUTPUT_BYTES_MAX", "cut", "bytes"),
+        Limit("execs that start at one moment", "skep.engine.containers.execs:STARTS_MAX", "wait"),
+        Limit(
+            "results of health checks kept",
+            "skep.engine.containers.health:LOG_MAX",
+            "forgotten, the oldest first",
+        ),
+        Limit(
+            "output kept of a health check", "skep.engine.containers.health:OUTPUT_BYTES_MAX", "cut", "bytes"
+        ),
         Limit("bridge networks of a node", "skep.dataplane.local.networks:_BRIDGES_MAX", "refused"),
     ),
     "Images": (
         Limit("layers of an image", "skep.engine.images.image:LAYERS_MAX", "refused"),
-        Limit("a layer, unpacked", "skep.engine.images.layers:Limits.layer_bytes_max", "refused", "bytes"),
         Limit(
-            "an uploaded archive, unpacked",
-            "skep.engine.images.layers:Limits.archive_bytes_max",
+            "a layer, unpacked",
+            "skep.engine.images.archives.workers:ImageLimits.layer_bytes_max",
             "refused",
             "bytes",
         ),
-        Limit("entries of a layer", "skep.engine.images.layers:Limits.entries_max", "refused"),
-        Limit("time for unpacking a layer", "skep.engine.images.layers:Limits.unpack_s", "refused", "s"),
+        Limit(
+            "an uploaded archive, unpacked",
+            "skep.engine.images.archives.workers:ImageLimits.archive_bytes_max",
+            "refused",
+            "bytes",
+        ),
+        Limit("entries of a layer", "skep.engine.images.archives.workers:ImageLimits.entries_max", "refused"),
+        Limit(
+            "time for unpacking a layer",
+            "skep.engine.images.archives.workers:ImageLimits.unpack_s",
+            "refused",
+            "s",
+        ),
         Limit(
             "space that stays free on the disk (of a small one 5 %)",
-            "skep.engine.images.layers:Limits.spare_bytes",
+            "skep.engine.images.archives.workers:ImageLimits.spare_bytes",
             "refused",
             "bytes",
         ),
@@ -513,7 +539,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit(
             "announced absence of a node",
-            "skep.manager.dispatcher.liveness:AWAY_GRACE_S",
+            "skep.manager.dispatcher.node_sessions.liveness:AWAY_GRACE_S",
             "the node is down",
             "s",
         ),
@@ -578,7 +604,7 @@ def in_time(seconds: float) -> str:
 
 
 class ClusterEvent(NamedTuple):
-    """``derived``: functions of ``skep.manager.events`` whose attributes it has."""
+    """``derived``: functions of ``skep.manager.telemetry.events`` whose attributes it has."""
 
     types: tuple[str, ...]
     actions: tuple[str, ...]
@@ -776,7 +802,7 @@ def _quoted(words: Iterable[str]) -> str:
 
 
 def cluster_attributes() -> dict[str, set[str]]:
-    """Attributes by the function of ``skep.manager.events`` that gives them."""
+    """Attributes by the function of ``skep.manager.telemetry.events`` that gives them."""
     found: dict[str, set[str]] = {}
     for function in ast.walk(ast.parse(inspect.getsource(manager_events))):
         if isinstance(function, ast.FunctionDef):
@@ -797,7 +823,7 @@ def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def cluster_actions() -> set[str]:
-    """Actions of all messages that ``skep.manager.events`` makes."""
+    """Actions of all messages that ``skep.manager.telemetry.events`` makes."""
     found = set(manager_events.TASK_ACTIONS.values())
     for call in ast.walk(ast.parse(inspect.getsource(manager_events))):
         match call:
@@ -845,7 +871,7 @@ def _actions(call: ast.Call, calls: Sequence[ast.Call]) -> Iterator[str]:
 def image_actions() -> set[str]:
     """Actions of every ``announce(action, ...)`` of the images."""
     found = set()
-    for path in (ROOT / "skep" / "engine" / "images").glob("*.py"):
+    for path in (ROOT / "skep" / "engine" / "images").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             match call:
                 case ast.Call(

@@ -4,9 +4,9 @@ from enum import Enum
 
 import msgspec
 
-from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.labels import (
+from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
+from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.labels import (
     ALLOW_CREDENTIAL_HELPERS,
     ALLOW_MACHINE_LOGS,
     DRAIN,
@@ -36,8 +36,7 @@ from skep.model.labels import (
     VOLUME_AFFINITY,
     WORKER_READS,
 )
-from skep.model.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
-from skep.model.schedules import (
+from skep.model.options.schedules import (
     CRON,
     CRON_CONCURRENCY,
     CRON_DEADLINE,
@@ -47,8 +46,9 @@ from skep.model.schedules import (
     MAX_ATTEMPTS_DEFAULT,
     MAX_ATTEMPTS_MAX,
 )
-from skep.model.secret_env import SECRET_ENV_LABEL
-from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
+from skep.model.options.secret_env import SECRET_ENV_LABEL
+from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
+from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
 
 
 class LabelTarget(Enum):

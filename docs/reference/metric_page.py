@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
-from skep.api import process_metrics
-from skep.engine import action_times, usage
-from skep.manager import metrics as manager_metrics
-from skep.manager.etcd_metrics import ETCD
-from skep.node import metrics as node_metrics
+from skep.api.telemetry import process_metrics
+from skep.engine.metrics import action_times, usage
+from skep.manager.telemetry import metrics as manager_metrics
+from skep.manager.telemetry.etcd_metrics import ETCD
+from skep.node.telemetry import metrics as node_metrics
 
 _NOTICE = "<!-- Written by `make reference`; edit the code, or docs/reference/metric_page.py. -->"
 _HEAD = """

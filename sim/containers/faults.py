@@ -7,7 +7,7 @@ from random import Random
 from typing import TypeVar
 
 from skep.aio.clock import Clock
-from skep.engine.conmon import RuntimeFailed
+from skep.engine.runtime.conmon import RuntimeFailed
 from skep.errors import Unavailable
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from sim.containers.run import simulate
 from sim.mutants import Mutant, Patch, Verdict, judge
 from skep.engine.lifecycle import machine
-from skep.engine.lifecycle.machine import TABLE, Effect, Rule
+from skep.engine.lifecycle.machine import TABLE, Effect, LifeRule
 
 SEEDS = 300
 SILENT = frozenset(
@@ -38,7 +38,7 @@ def mutants() -> Iterator[Mutant]:
     for number, rule in enumerate(TABLE):
         name = described(rule)
         if rule.effects or rule.record or rule.to or rule.then or rule.refusal:
-            nothing = Rule(states=rule.states, event=rule.event, when=rule.when)
+            nothing = LifeRule(states=rule.states, event=rule.event, when=rule.when)
             yield _mutant(f"{name}: nothing", number, nothing)
         if rule.effects and (rule.record or rule.to):
             yield _mutant(f"{name}: without its record", number, replace(rule, record=None, to=None))
@@ -48,18 +48,18 @@ def mutants() -> Iterator[Mutant]:
                 yield _mutant(f"{name}: without {effect.value}", number, replace(rule, effects=left))
 
 
-def described(rule: Rule) -> str:
+def described(rule: LifeRule) -> str:
     """Return event, states and condition of a rule."""
     states = "any state" if rule.states == machine.ANY else " or ".join(one.value for one in rule.states)
     condition = f", {rule.when.__doc__}" if rule.when is not None else ""
     return f"{rule.event.__name__} in {states}{condition}"
 
 
-def _mutant(name: str, number: int, broken: Rule) -> Mutant:
+def _mutant(name: str, number: int, broken: LifeRule) -> Mutant:
     return Mutant(name, name, partial(_patches, number, broken), simulate, SEEDS)
 
 
-def _patches(number: int, broken: Rule) -> list[Patch]:
+def _patches(number: int, broken: LifeRule) -> list[Patch]:
     table = [broken if index == number else rule for index, rule in enumerate(TABLE)]
     by_event = {rule.event: tuple(one for one in table if one.event is rule.event) for rule in table}
     return [Patch(machine, "_BY_EVENT", by_event)]

@@ -14,20 +14,19 @@ from msgspec.structs import replace
 from sim.containers.faults import Crash, Faults
 from sim.containers.world import ExecProcess, World
 from skep.aio.clock import Clock
-from skep.engine.attachment import Attachment
-from skep.engine.background import Background
-from skep.engine.bundle import Found
-from skep.engine.conmon import RuntimeFailed, StartError
-from skep.engine.container import Container, ContainerState, ExecConfig, MountPoint, ProcessName
+from skep.engine.containers.attachment import Attachment
+from skep.engine.containers.container import Container, ContainerState, ExecConfig, MountPoint, ProcessName
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.events import Events
 from skep.engine.images.store import ImageStore
-from skep.engine.networking import Networking
-from skep.engine.runtime import Ended, Runtime, Started, StartedExec
-from skep.engine.volumes import MountFailed, Volumes
+from skep.engine.lifecycle.background import Background
+from skep.engine.networks.networking import Networking
+from skep.engine.runtime.bundle import FoundContainers
+from skep.engine.runtime.conmon import RuntimeFailed, StartError
+from skep.engine.runtime.runtime import CreatedProcess, Ended, Runtime, StartedExec
+from skep.engine.volumes.volumes import MountFailed, Volumes
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
-from skep.model.ids import ContainerId, NetworkId
-from skep.model.sandbox import (
+from skep.model.networks.sandbox import (
     Endpoint,
     EndpointConfig,
     EndpointRequest,
@@ -36,7 +35,8 @@ from skep.model.sandbox import (
     Sandbox,
     SandboxConfig,
 )
-from skep.model.tables import NetworkHead
+from skep.model.networks.tables import NetworkHead
+from skep.model.values.ids import ContainerId, NetworkId
 
 T = TypeVar("T")
 
@@ -69,13 +69,13 @@ class SimulatedRuntime(Part):
         self._creating = 0
         self.cgroups = SimpleNamespace()
 
-    async def create(self, container: Container) -> Started:
-        def create() -> Started:
+    async def create(self, container: Container) -> CreatedProcess:
+        def create() -> CreatedProcess:
             try:
                 process = self._world.create(container.id, container.config.pids)
             except RuntimeError as error:
                 raise StartError(str(error)) from error
-            return Started(process.name, process.name)
+            return CreatedProcess(process.name, process.name)
 
         self._creating += 1
         if self._creating > STARTS_MAX:
@@ -220,10 +220,10 @@ class SimulatedBundles(Part):
         super().__init__(node)
         self.apis = SimpleNamespace(adopt=lambda *_: None)
 
-    def load(self) -> Found:
+    def load(self) -> FoundContainers:
         world = self._world
         unknown = sorted(world.directories - world.records.keys())
-        return Found(known=list(world.records.values()), unknown=unknown)
+        return FoundContainers(known=list(world.records.values()), unknown=unknown)
 
     def read(self, id: ContainerId) -> Container | None:
         return self._world.records.get(id)

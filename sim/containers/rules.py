@@ -6,10 +6,10 @@ import msgspec
 
 from sim.containers.node import BRIDGE, WARNINGS, is_up
 from sim.containers.world import World
-from skep.engine.container import Container, ContainerState
-from skep.model.ids import ContainerId
-from skep.model.sandbox import NetworkMode
-from skep.model.times import SECOND_NS, unix_ns
+from skep.engine.containers.container import Container, ContainerState
+from skep.model.networks.sandbox import NetworkMode
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import SECOND_NS, unix_ns
 
 PROBED_S_MAX = 120.0
 """Seconds between two probes at most: interval, deadline, and the wait for a killed probe."""

@@ -21,7 +21,7 @@ from sim.containers.rules import Request, leftovers, unchanged, unprobed, unwant
 from sim.containers.world import World
 from sim.run import RunResult
 from sim.time import VirtualClock, VirtualLoop
-from skep.engine.container import (
+from skep.engine.containers.container import (
     Container,
     ContainerConfig,
     ExecConfig,
@@ -29,12 +29,12 @@ from skep.engine.container import (
     PlainOptions,
     RestartPolicy,
 )
-from skep.engine.restart import LONGEST_DELAY_S
+from skep.engine.lifecycle.restart import LONGEST_DELAY_S
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError
 from skep.model.container import HealthConfig
-from skep.model.ids import ContainerId
-from skep.model.sandbox import EndpointRequest, NetworkMode
-from skep.model.times import SECOND_NS
+from skep.model.networks.sandbox import EndpointRequest, NetworkMode
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import SECOND_NS
 
 CLIENTS = 3
 STEPS = 8

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from random import Random
 
 from sim.time import VirtualLoop
-from skep.engine.container import Container, ContainerState, ProcessName
-from skep.model.ids import ContainerId
+from skep.engine.containers.container import Container, ContainerState, ProcessName
+from skep.model.values.ids import ContainerId
 
 LIVES_S = (0.5, 3.0, 12.0, 40.0)
 """Lengths of runs that end by themselves."""

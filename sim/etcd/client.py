@@ -12,14 +12,14 @@ import msgspec
 from sim.etcd.member import Member
 from sim.etcd.raft import Raft
 from sim.links import Links
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, Client, WatchStream, nested
+from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, EtcdClient, WatchStream, nested
 from skep.store.etcd.errors import Busy, Uncertain, error_of
 from skep.store.etcd.membership import name_in
 from skep.store.etcd.peers import peer_url
 from skep.store.etcd.requests import etcd_key
-from skep.store.updates import NO_LEADER
+from skep.store.transactions.updates import NO_LEADER
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ FRAGMENTED = 0.05
 """Probability that a response with several events has two fragments. etcd splits a response that exceeds a message."""
 
 
-class SimulatedClient(Client):
+class SimulatedClient(EtcdClient):
     """The client of one manager, connected to its own member."""
 
     def __init__(self, raft: Raft, member: Member, links: Links, random: Random) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 
 if TYPE_CHECKING:

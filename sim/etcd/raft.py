@@ -19,7 +19,7 @@ from sim.etcd.kv import KeyValues
 from sim.etcd.member import Entry, Leadership, Member, resolve
 from sim.etcd.space import Space
 from sim.links import Links, Port
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain, error_of
 

@@ -3,7 +3,7 @@
 Source: etcd 3.5, server/storage/quota.go: puts in nested transactions are not checked against the quota.
 """
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.space import QUOTA_BYTES
 
 

@@ -13,10 +13,10 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.committed import Change
-from skep.model.autoscaling import AUTOSCALE
-from skep.model.ids import ServiceId
-from skep.model.labels import JOB_TTL
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.labels import JOB_TTL
 from skep.model.service import Service, ServiceSpec
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from sim.committed import Change
 from sim.invariants.tasks import has_placement, reservations
-from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId
 from skep.store.interface import Created, Updated, View
 
 KNOWN_S = 3.0

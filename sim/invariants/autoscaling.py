@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from sim.committed import Change
-from skep.model.autoscaling import autoscaling_of
-from skep.model.ids import ServiceId
+from skep.model.options.autoscaling import autoscaling_of
 from skep.model.service import PAUSED, UNDER_WAY, Service
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Deleted, Updated, View
 
 

@@ -11,19 +11,19 @@ from typing import Any
 from sim.invariants.allocations import PORT, holdings
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.loop import Allocator
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.failures import Failures
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.orchestrator.loop import Orchestrator
-from skep.manager.scheduler.accounting import Accounting, holds_resources, usage_in
 from skep.manager.scheduler.decision_writer import is_pending
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.scheduler.preemptor import claim_id
-from skep.manager.work_queue import WorkQueue
-from skep.model.ids import NodeId
+from skep.manager.scheduler.nodes.accounting import Accounting, holds_resources, usage_in
+from skep.manager.scheduler.preemption.preemptor import claim_id
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import View
 

@@ -7,10 +7,10 @@ from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
 from skep.manager.orchestrator.update import step_seconds_max
-from skep.model.ids import ServiceId
-from skep.model.labels import PROGRESS_DEADLINE
+from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import Service, ServiceSpec, UpdateStatus
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOPPED = (ROLLED_BACK, "update paused", "rollback paused")

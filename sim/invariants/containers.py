@@ -9,13 +9,13 @@ import msgspec
 from sim.committed import Change
 from sim.invariants.placement import port_violations
 from sim.invariants.tasks import may_start_first
-from skep.manager.orchestrator.restart import stop_seconds_max
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
+from skep.manager.orchestrator.replacement.restart import stop_seconds_max
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
 TOLERANCE = 0.99

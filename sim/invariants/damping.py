@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from sim.committed import Change
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Created, Deleted, Updated, View
 
 KNOWN_S = 5.0

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from math import inf
 
 from sim.committed import Change
-from skep.model.dependencies import Condition, Dependency, dependencies_of
-from skep.model.ids import ServiceId, TaskId
-from skep.model.labels import JOB_TTL
+from skep.model.options.dependencies import Dependency, DependencyCondition, dependencies_of
+from skep.model.options.labels import JOB_TTL
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId, TaskId
 from skep.store.interface import Updated, View
 
 UNNOTICED_S = 45.0
@@ -76,12 +76,12 @@ class DependenciesComeFirst:
             has_completed = any(
                 task.status.state is TaskState.COMPLETE for task in view.find(Task, service_id=service.id)
             )
-            if one.condition is Condition.COMPLETED and not has_completed:
+            if one.condition is DependencyCondition.COMPLETED and not has_completed:
                 yield f"{one.service} has not completed"
-            elif has_completed and one.condition is not Condition.HEALTHY:
+            elif has_completed and one.condition is not DependencyCondition.HEALTHY:
                 yield from self._missing(dependencies_of(service.spec.labels), view, now)
             elif not self._serves(service.id, now) and not (
-                one.condition is Condition.STARTED and _is_starting(service, view)
+                one.condition is DependencyCondition.STARTED and _is_starting(service, view)
             ):
                 yield f"{one.service} does not run"
 
@@ -97,8 +97,8 @@ def missing_dependencies(service: Service, view: View) -> Iterator[str]:
             yield one.service
             continue
         tasks = view.find(Task, service_id=found[0].id)
-        is_met = one.condition is not Condition.HEALTHY and _has_completed(found[0], view)
-        if one.condition is not Condition.COMPLETED:
+        is_met = one.condition is not DependencyCondition.HEALTHY and _has_completed(found[0], view)
+        if one.condition is not DependencyCondition.COMPLETED:
             is_met = is_met or any(task.status.state is TaskState.RUNNING for task in tasks)
         if not is_met:
             yield one.service

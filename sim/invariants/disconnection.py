@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from sim.committed import Change
 from sim.invariants.placement import constraints_of, meets
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import OnDisconnect, disconnect_policy
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import OnDisconnect, disconnect_policy
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.store.interface import Created, Updated, View
 
 TOLERANCE = 0.99

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from math import inf
 
 from sim.committed import Change
-from skep.model.conditions import DISK_PRESSURE_LABEL
-from skep.model.ids import NodeId
 from skep.model.node import Node
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import Service
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task
+from skep.model.values.ids import NodeId
 from skep.store.interface import Created, Deleted, Updated, View
 
 KNOWN_S = 10.0

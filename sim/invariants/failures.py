@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from sim.committed import Change
-from skep.model.ids import ServiceId
 from skep.model.service import RestartCondition, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
 
 _BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)

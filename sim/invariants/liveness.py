@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 
 from sim.committed import Change
 from skep.manager.control import tasks
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from skep.store.interface import Updated, View
 
 CALM_S = 15.0

@@ -6,11 +6,11 @@ from functools import partial
 
 from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
 from skep.manager.orchestrator.reaper.unreported import unreported
-from skep.model.ids import ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.ids import ServiceId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import Payload, SpecVersion

@@ -40,8 +40,8 @@ from sim.invariants.writers import (
 )
 from sim.links import Isolation, Uptime
 from sim.trace import Trace
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Created, View
 
 Rule = Callable[[Change, View], Iterable[str]]

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 
 from sim.committed import Change
 from skep.model.container import Mount
-from skep.model.ids import NodeId
-from skep.model.labels import VolumeAffinity, volume_affinity
-from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import VolumeAffinity, volume_affinity
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import PublishMode, Service, ServiceSpec, UpdateOrder
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
 from skep.model.volume import PublishState, Volume, VolumeScope, VolumeSharing
 from skep.store.interface import Updated, View
 

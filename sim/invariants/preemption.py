@@ -7,13 +7,13 @@ from sim.committed import Change
 from sim.invariants.dependencies import missing_dependencies
 from sim.invariants.placement import homes_of, host_ports, may_have_tasks
 from sim.invariants.tasks import reservations
-from skep.manager.scheduler.preemption import AT_ONCE
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.labels import allows_preemption, priority_of
+from skep.manager.scheduler.preemption.preemption import AT_ONCE
 from skep.model.node import Node, NodeState
+from skep.model.options.labels import allows_preemption, priority_of
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Created, Updated, View
 
 KNOWN_S = 5.0

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from sim.invariants.objects import unbounded_objects
-from skep.model.ids import NodeId, TaskId
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.store.interface import View
 from skep.store.state import State, differences
 

@@ -7,11 +7,11 @@ from math import inf
 import msgspec
 
 from sim.committed import Change
-from skep.model.ids import NodeId
-from skep.model.meta import Version
 from skep.model.service import RestartCondition, RestartPolicy, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
 SLACK_S = 5.0

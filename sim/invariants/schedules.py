@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.committed import Change
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.schedules import CRON, CRON_DEADLINE, CRON_MAX_ATTEMPTS, CRON_SUSPEND, same_schedule
+from skep.model.options.schedules import CRON, CRON_DEADLINE, CRON_MAX_ATTEMPTS, CRON_SUSPEND, same_schedule
 from skep.model.service import JobStart, JobStatus, RestartPolicy, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.store.interface import Created, Deleted, Updated, View
 from skep.store.kinds import spec_of
 

@@ -7,11 +7,11 @@ from sim.committed import Change
 from sim.invariants.placement import constraints_of, meets
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS
 from skep.manager.orchestrator.update import step_seconds_max
-from skep.model.ids import ServiceId, TaskId
-from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateConfig
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.meta import Version
 from skep.store.interface import Created, Deleted, Updated, View
 
 

@@ -8,14 +8,14 @@ from sim.committed import Change
 from sim.invariants.disks import has_full_disk
 from sim.invariants.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
-from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
-from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import VolumeAffinity, volume_affinity
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Updated, View
-from skep.store.updates import DEADLINE_S
+from skep.store.transactions.updates import DEADLINE_S
 
 
 def tasks_move_forward(change: Change, view: View) -> Iterable[str]:

@@ -5,11 +5,11 @@ from math import inf
 
 from sim.committed import Change
 from sim.invariants.placement import could_take
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import VolumeAffinity, volume_affinity
 from skep.model.node import Node
+from skep.model.options.labels import VolumeAffinity, volume_affinity
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Deleted, Updated, View
 

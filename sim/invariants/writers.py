@@ -3,9 +3,9 @@
 from collections.abc import Container, Iterable
 
 from sim.committed import Change
-from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Updated, View
 from skep.store.keys import HEAD, parsed_object_key

@@ -5,7 +5,7 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 if TYPE_CHECKING:
     from sim.store_only.run import StoreRun

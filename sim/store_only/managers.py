@@ -12,7 +12,7 @@ from sim.etcd.client import SimulatedClient
 from sim.time import VirtualClock
 from skep.aio.backoff import Backoff
 from skep.errors import Unavailable
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.etcd.store import EtcdStore, store_on
 from skep.store.interface import Created, Deleted, NotLeader, Term, Transaction, Updated, View, WatchLagged
 from skep.store.kinds import Payload

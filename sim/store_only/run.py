@@ -31,11 +31,11 @@ from sim.store_only.managers import WANT, WRAPPING_KEY, Manager
 from sim.store_only.registers import Registers, compare, delete, swap, swap_each
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import NotFound, Unavailable
-from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
 from skep.model.task import Task
-from skep.store.etcd.cipher import Cipher
+from skep.model.values.ids import NetworkId, NodeId, TaskId
+from skep.store.etcd.encryption.cipher import Cipher
 from skep.store.etcd.initialize import cluster_in, initialize_on
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import (

@@ -16,24 +16,24 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from skep.agent.managers import ManagerList, Peer, response_timeout
 from skep.agent.renewal import ChooseManager
-from skep.agent.session import NodeServices, Session
-from skep.agent.session_state import SessionState
+from skep.agent.session.managers import KnownManager, ManagerList, response_timeout
+from skep.agent.session.session import ManagerSession, NodeServices
+from skep.agent.session.session_state import SessionState
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error
 from skep.aio.race import wait_first
 from skep.errors import PermissionDenied, RetryLater, SkepError
-from skep.model.ids import NodeId
-from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
-from skep.model.node_removal import removal_in
-from skep.model.revisions import Revision
+from skep.model.node_reports.node_removal import removal_in
+from skep.model.node_reports.revisions import Revision
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import TLSInfo
 from skep.rpc.errors import NOT_TRUSTED
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from skep.wire.convert.node import role_from_pb
 
 log = structlog.get_logger(__name__)
@@ -75,21 +75,21 @@ class Attempt(Enum):
     """No connection was made, and there are other managers to try."""
 
 
-class Credentials(Protocol):
+class NodeCredentials(Protocol):
     """The node's identity and key pair (``agent.renewal.KeyPairCredentials``)."""
 
     changed: asyncio.Event
     """Set with every change.  The session sends the change to the manager and clears the event."""
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> NodeIdentity:
         """Node, cluster and role of the certificate."""
 
     @property
     def tls_info(self) -> TLSInfo:
         """Trusted roots, and the issuer of the certificate."""
 
-    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
 
     def take_roots(self, root_pem: bytes) -> None:
@@ -111,7 +111,7 @@ class Agent:
     def __init__(
         self,
         *,
-        credentials: Credentials,
+        credentials: NodeCredentials,
         managers: ManagerList,
         describe: Callable[[], NodeDescription],
         services: NodeServices,
@@ -131,9 +131,9 @@ class Agent:
         self._random = random
         self._credentials = credentials
         self._session_state = session_state
-        self._peer: Peer | None = None
+        self._peer: KnownManager | None = None
         """The peer of the last attempt at a session, or of the session while ``registered`` is set."""
-        self._channel: Channel | None = None
+        self._channel: ManagerChannel | None = None
         """The connection of the last attempt or session."""
         self._distrust = ""
         """Reason why this node does not trust the manager of the last attempt, or an empty string."""
@@ -154,14 +154,14 @@ class Agent:
         """Request another certificate from the managers as soon as one is reached."""
         self._credentials.want_renewal()
 
-    def _manager_to_renew_with(self) -> Peer | None:
+    def _manager_to_renew_with(self) -> KnownManager | None:
         """Return the session's manager, which is known to respond, or without a session the next manager to try."""
         has_session = self.registered.is_set() and self._peer is not None
         peer = self._peer if has_session else self._managers.choose(self.node_id, self._random)
-        return Peer(peer.node_id, self._managers.address_of(peer)) if peer is not None else None
+        return KnownManager(peer.node_id, self._managers.address_of(peer)) if peer is not None else None
 
     @property
-    def managers(self) -> tuple[Peer, ...]:
+    def managers(self) -> tuple[KnownManager, ...]:
         """The managers as the last session listed them."""
         return self._managers.peers
 
@@ -256,14 +256,14 @@ class Agent:
             log.error("this node was removed from its cluster", at=removal.at, reason=removal.summary)
             self._session_state.removal = removal
 
-    async def _hold_session(self, channel: Channel, peer: Peer) -> None:
+    async def _hold_session(self, channel: ManagerChannel, peer: KnownManager) -> None:
         """Hold a session until it breaks.  If the manager postpones it, try again later on the same connection.
 
         Raises:
             SkepError: The reason why the session ended.
         """
         for postponed in count(1):
-            session = Session(
+            session = ManagerSession(
                 channel,
                 self,
                 self._services,
@@ -295,7 +295,7 @@ class Agent:
             assert self._channel is not None, "a session has a channel"
             self._session_state.begin(self._channel)
             self.registered.set()
-        peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
+        peers = [KnownManager(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})
         self._session_state.data_path_port = message.node.VXLANUDPPort
         self._credentials.take_roots(message.RootCA)
@@ -303,7 +303,7 @@ class Agent:
             self._credentials.want_renewal()
         self._credentials.take_role(role_from_pb(message.node.role))
 
-    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[ManagerChannel]:
         """Open one more connection to a manager with this node's certificate.  Raises: Unavailable."""
         return self._credentials.connect(address, timeout_s=timeout_s)
 

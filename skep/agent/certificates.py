@@ -19,7 +19,7 @@ from skep.security.tokens import check_root, parse_token
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel, open_channel
+from skep.wire.client import ManagerChannel, open_channel
 from skep.wire.convert.node import availability_to_pb
 
 ISSUE_SECONDS_MAX = 20.0
@@ -122,7 +122,7 @@ async def _request(
     return pair
 
 
-async def _wait_issued(channel: Channel, node_id: str, csr: bytes, clock: Clock) -> bytes:
+async def _wait_issued(channel: ManagerChannel, node_id: str, csr: bytes, clock: Clock) -> bytes:
     backoff = Backoff()
     while True:
         try:

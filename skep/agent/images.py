@@ -12,18 +12,18 @@ from typing import TypeAlias, TypeVar
 
 import structlog
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
-from skep.engine.images import serving
 from skep.engine.images.reference import Reference
-from skep.engine.images.registry import Document
-from skep.engine.images.serving import ServedImages
-from skep.engine.images.spreading import FindSources, Source
+from skep.engine.images.registry.registry import Document
+from skep.engine.images.sharing import serving
+from skep.engine.images.sharing.serving import ServedImages
+from skep.engine.images.sharing.spreading import FindSources, ImageSource
 from skep.errors import NotFound, PermissionDenied, Unavailable
-from skep.model.ids import NodeId
+from skep.model.networks.reserved_ports import IMAGES_PORT
 from skep.model.node import NodeRole
-from skep.model.reserved_ports import IMAGES_PORT
+from skep.model.values.ids import NodeId
 from skep.rpc.client import Bounds
 from skep.security.identity import ROLE_NAMES
 from skep.security.keypair import KeyPair
@@ -31,7 +31,7 @@ from skep.security.tls import ServerTls, client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel, open_channel
+from skep.wire.client import ManagerChannel, open_channel
 from skep.wire.server import serve
 from skep.wire.service import Handler, server_stream, unary
 
@@ -208,7 +208,7 @@ class ClusterSources:
         known: dict[tuple[str, str], NodeSource] = {}
         async with AsyncExitStack() as stack:
 
-            async def find() -> Sequence[Source]:
+            async def find() -> Sequence[ImageSource]:
                 response = await self._session.channel.call(methods.FIND_IMAGE, request)
                 found = [(one.node_id, one.addr, one.manager) for one in response.sources]
                 for id, addr, is_manager in found:
@@ -250,7 +250,7 @@ class NodeSource:
         self._addr = addr
         self._pair = pair
         self._stack = stack
-        self._channel: Channel | None = None
+        self._channel: ManagerChannel | None = None
         self._connecting = asyncio.Lock()
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
@@ -283,7 +283,7 @@ class NodeSource:
 
             yield pieces()
 
-    async def _connect(self) -> Channel:
+    async def _connect(self) -> ManagerChannel:
         """Return the connection.  A broken connection is opened again.  Raises: Unavailable."""
         async with self._connecting:
             if self._channel is None:

@@ -18,21 +18,21 @@ from typing import Protocol
 import structlog
 
 from skep.agent.certificates import renew, renew_expired
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.errors import SkepError, Unavailable
-from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
-from skep.model.times import moment
+from skep.model.values.meta import TLSInfo
+from skep.model.values.times import moment
 from skep.security import keypair
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.security.trust import tls_info_of
-from skep.wire.client import Channel, open_channel
+from skep.wire.client import ManagerChannel, open_channel
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +61,7 @@ def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> d
 class ChooseManager(Protocol):
     """Returns the manager to renew with, or None if none is known."""
 
-    def __call__(self) -> Peer | None: ...
+    def __call__(self) -> KnownManager | None: ...
 
 
 class KeyPairCredentials:
@@ -96,7 +96,7 @@ class KeyPairCredentials:
         """Set with every change.  Cleared by the session, which sends the change to the manager."""
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> NodeIdentity:
         """Node, cluster and role of the certificate."""
         return self.pair.identity
 
@@ -105,7 +105,7 @@ class KeyPairCredentials:
         """Trusted roots, and the issuer of the certificate."""
         return tls_info_of(self.pair)
 
-    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to the manager at ``address``.  Raises: Unavailable: it is not reachable, or not trusted."""
         return open_channel(address, client_context(self.pair), MANAGER_NAME, timeout_s=timeout_s)
 
@@ -190,7 +190,7 @@ class KeyPairCredentials:
         )
         return self._role in (None, self.pair.identity.role)
 
-    async def _request_pair(self, peer: Peer | None) -> KeyPair:
+    async def _request_pair(self, peer: KnownManager | None) -> KeyPair:
         """Request a new key pair from a manager.  Raises: SkepError."""
         if peer is None:
             raise Unavailable("no manager is known")

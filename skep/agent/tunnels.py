@@ -13,13 +13,13 @@ from typing import Protocol
 import structlog
 
 from skep.aio.failures import describe_error, log_error
-from skep.api.connection import Connection
-from skep.api.tunnelling import join_container
+from skep.api.http.connection import Connection
+from skep.api.http.tunnelling import join_container
 from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import Call, Channel
-from skep.wire.shared import Connect, SharedConnections
+from skep.wire.client import ManagerChannel, StreamCall
+from skep.wire.shared import ConnectToManager, SharedConnections
 from skep.wire.tunnel import Tunnel
 
 log = structlog.get_logger(__name__)
@@ -51,7 +51,7 @@ class ContainerAccess(Protocol):
 class TunnelHost:
     """The tunnels of this node.  ``run`` is active while the node is in a cluster."""
 
-    def __init__(self, access: ContainerAccess, connect: Connect) -> None:
+    def __init__(self, access: ContainerAccess, connect: ConnectToManager) -> None:
         self._access = access
         self._connect = connect
         self._group: asyncio.TaskGroup | None = None
@@ -70,7 +70,7 @@ class TunnelHost:
             finally:
                 self._group = None
 
-    async def receive_orders(self, channel: Channel, session_id: str) -> None:
+    async def receive_orders(self, channel: ManagerChannel, session_id: str) -> None:
         """Receive orders of the session's manager until its stream ends.  Raises: SkepError: the reason."""
         async with channel.stream(methods.TUNNEL_ORDERS) as call:
             await call.send(skep.TunnelUpdate(session_id=session_id))
@@ -82,7 +82,7 @@ class TunnelHost:
         raise Unavailable(f"{channel.address} ended the tunnel orders")
 
     def _carry_out(
-        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
+        self, order: skep.TunnelOrder, address: str, orders: StreamCall[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
         """Start to open a tunnel.
 
@@ -98,7 +98,7 @@ class TunnelHost:
         self._group.create_task(self._open(order, address, orders), name=f"tunnel {order.id}")
 
     async def _open(
-        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
+        self, order: skep.TunnelOrder, address: str, orders: StreamCall[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
         assert self._connections is not None, "run creates the connections"
         try:
@@ -123,7 +123,7 @@ class TunnelHost:
 
 
 async def _refuse(
-    orders: Call[skep.TunnelUpdate, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
+    orders: StreamCall[skep.TunnelUpdate, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
 ) -> None:
     """Report to the manager that a tunnel could not be opened.  An open tunnel reports its own end."""
     with suppress(SkepError):

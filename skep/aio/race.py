@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Preempted(Exception):
+class LostRace(Exception):
     """The preempting coroutine returned first, and the work has been cancelled."""
 
 
@@ -24,7 +24,7 @@ async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, An
         working.cancel()
         other.cancel()
     if working.cancelled():
-        raise Preempted
+        raise LostRace
     result, error = working.result()
     if error is not None:
         raise error
@@ -35,7 +35,7 @@ async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any
     """Run both until one has returned.  The other one is cancelled and awaited."""
     try:
         await run_unless(one, other)
-    except Preempted:
+    except LostRace:
         return
 
 

@@ -31,8 +31,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from skep.errors import InvalidArgument
-from skep.model.encoding import ApiObject
-from skep.model.unknown import leniently
+from skep.model.values.encoding import ApiObject
+from skep.model.values.unknown import leniently
 
 MAGIC = b"SKEP-BACKUP-1\n"
 PIECE_BYTES = 256 * 1024
@@ -60,7 +60,7 @@ TORN = "the backup is damaged or incomplete"
 WRONG_KEY = "the backup cannot be decrypted: the passphrase or key file is wrong, or the file is damaged"
 
 
-class Header(ApiObject):
+class BackupHeader(ApiObject):
     """Parameters from which a file's key is derived."""
 
     kdf: Literal["scrypt", "hkdf"]
@@ -71,11 +71,11 @@ class Header(ApiObject):
 class BackupRequest(ApiObject):
     """Body of ``POST /skep/backup``.  ``key``: derived by the caller from its passphrase and the header."""
 
-    header: Header
+    header: BackupHeader
     key: bytes
 
 
-class Manifest(ApiObject):
+class BackupManifest(ApiObject):
     """The cluster and time of a backup, with keys that are never shown."""
 
     cluster_id: str
@@ -106,12 +106,14 @@ class RestorePlan(ApiObject):
     is_done: bool
 
 
-def new_header(kdf: Literal["scrypt", "hkdf"]) -> Header:
+def new_header(kdf: Literal["scrypt", "hkdf"]) -> BackupHeader:
     """Return the header of a new file."""
-    return Header(kdf=kdf, salt=secrets.token_bytes(_SALT_BYTES), prefix=secrets.token_bytes(_PREFIX_BYTES))
+    return BackupHeader(
+        kdf=kdf, salt=secrets.token_bytes(_SALT_BYTES), prefix=secrets.token_bytes(_PREFIX_BYTES)
+    )
 
 
-def key_of(secret: bytes, header: Header) -> bytes:
+def key_of(secret: bytes, header: BackupHeader) -> bytes:
     """Derive a file's key from its passphrase or the content of its key file.  A passphrase takes half a second.
 
     Raises: InvalidArgument: the key file is too short.
@@ -125,12 +127,12 @@ def key_of(secret: bytes, header: Header) -> bytes:
     return HKDF(hashes.SHA256(), _KEY_BYTES, header.salt, b"skep backup").derive(secret)
 
 
-def opening(header: Header) -> bytes:
+def opening(header: BackupHeader) -> bytes:
     """Return the first two lines of a file."""
     return MAGIC + msgspec.json.encode(header) + b"\n"
 
 
-def parsed_opening(content: bytes) -> tuple[Header, int] | None:
+def parsed_opening(content: bytes) -> tuple[BackupHeader, int] | None:
     """Return the header and the offset of the first piece, or None if more of the file is needed.
 
     Raises: InvalidArgument: the file is not a backup.
@@ -143,7 +145,7 @@ def parsed_opening(content: bytes) -> tuple[Header, int] | None:
             raise InvalidArgument(NOT_A_BACKUP)
         return None
     try:
-        header = leniently(content[len(MAGIC) : end], Header)
+        header = leniently(content[len(MAGIC) : end], BackupHeader)
     except msgspec.DecodeError as error:
         raise InvalidArgument(NOT_A_BACKUP) from error
     if len(header.prefix) != _PREFIX_BYTES or len(header.salt) != _SALT_BYTES:
@@ -154,7 +156,7 @@ def parsed_opening(content: bytes) -> tuple[Header, int] | None:
 class Sealer:
     """Writes the pieces of one file, in order."""
 
-    def __init__(self, header: Header, key: bytes) -> None:
+    def __init__(self, header: BackupHeader, key: bytes) -> None:
         """Raises: InvalidArgument: the key or the prefix has the wrong length."""
         if len(key) != _KEY_BYTES or len(header.prefix) != _PREFIX_BYTES:
             raise InvalidArgument("the key of a backup has 32 bytes and its prefix 7")
@@ -164,7 +166,7 @@ class Sealer:
         self._number = 0
         self._waiting = b""
 
-    def manifest(self, manifest: Manifest) -> bytes:
+    def manifest(self, manifest: BackupManifest) -> bytes:
         """Return the file's first bytes: the header, and any full pieces of the manifest."""
         encoded = msgspec.json.encode(manifest)
         return self._about + self.add(len(encoded).to_bytes(4, "big") + encoded)
@@ -196,13 +198,13 @@ class Opener:
         """``key``: the file's key, from ``key_of`` and ``parsed_opening``."""
         self._key = key
         self._cipher: AESGCM | None = None
-        self._header: Header | None = None
+        self._header: BackupHeader | None = None
         self._about = b""
         self._waiting = b""
         self._content = b""
         self._number = 0
         self._is_ended = False
-        self.manifest: Manifest | None = None
+        self.manifest: BackupManifest | None = None
 
     def feed(self, content: bytes) -> bytes:
         """Add a part of the file, and return the part of the snapshot that can be decrypted now.
@@ -219,7 +221,7 @@ class Opener:
         readable, self._content = self._content, b""
         return readable
 
-    def check_whole(self) -> Manifest:
+    def check_whole(self) -> BackupManifest:
         """Return the manifest after the end of the file.  Raises: InvalidArgument: a part of the file is missing."""
         if self._header is None and not MAGIC.startswith(self._waiting[: len(MAGIC)] or b"?"):
             raise InvalidArgument(NOT_A_BACKUP)
@@ -271,12 +273,12 @@ class Opener:
         if len(self._content) < end:
             return False
         try:
-            self.manifest = leniently(self._content[4:end], Manifest)
+            self.manifest = leniently(self._content[4:end], BackupManifest)
         except msgspec.DecodeError as error:
             raise InvalidArgument(f"the backup is of another version of skep: {error}") from error
         self._content = self._content[end:]
         return True
 
 
-def _nonce(header: Header, number: int, *, is_last: bool) -> bytes:
+def _nonce(header: BackupHeader, number: int, *, is_last: bool) -> bytes:
     return header.prefix + number.to_bytes(4, "big") + (b"\x01" if is_last else b"\x00")

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from skep.api.raw import RawClient
-from skep.api.requests import PlainRequests
+from skep.api.client.raw import RawClient
+from skep.api.client.requests import PlainRequests
 from skep.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from skep.api.client import Client
+    from skep.api.client.client import ApiClient
 
 DEFAULT_HOST = "unix:///run/skep/skep.sock"
 _DEFAULT_CONTEXT = "default"
@@ -55,18 +55,18 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
         return context
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+class ApiEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A node's API, and the flags with which the docker command connects to the same node."""
 
     host: str = DEFAULT_HOST
     tls: TlsFiles | None = None
     docker_flags: tuple[str, ...] = ()
 
-    def client(self) -> "Client":
+    def client(self) -> "ApiClient":
         """Return a client of the API.  Raises: InvalidArgument: ``host`` or the certificates are invalid."""
-        from skep.api.client import Client
+        from skep.api.client.client import ApiClient
 
-        return Client.at(self.host, tls=self._tls_context())
+        return ApiClient.at(self.host, tls=self._tls_context())
 
     def raw_client(self) -> RawClient:
         """Return a client for connections that become streams.  Raises: InvalidArgument: invalid certificates."""
@@ -91,7 +91,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
     environment: Mapping[str, str] = {}
     home: Path = Path("/nonexistent")
 
-    def endpoint(self) -> Endpoint:
+    def endpoint(self) -> ApiEndpoint:
         """Return the endpoint.
 
         Raises: InvalidArgument: both host and context were given, or the context is missing or damaged.
@@ -102,20 +102,20 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.context:
             return self._of_context(self.context)
         if host := self.host or env.get("SKEP_HOST") or env.get("DOCKER_HOST"):
-            return Endpoint(host=host, tls=self._tls_of_environment(), docker_flags=("--host", host))
+            return ApiEndpoint(host=host, tls=self._tls_of_environment(), docker_flags=("--host", host))
         return self._of_context(env.get("DOCKER_CONTEXT") or self._current_context())
 
-    def client(self) -> "Client":
-        """Return the endpoint's client.  Raises: errors of ``endpoint`` and ``Endpoint.client``."""
+    def client(self) -> "ApiClient":
+        """Return the endpoint's client.  Raises: errors of ``endpoint`` and ``ApiEndpoint.client``."""
         return self.endpoint().client()
 
     def raw_client(self) -> RawClient:
-        """Return the endpoint's raw client.  Raises: errors of ``endpoint`` and ``Endpoint.raw_client``."""
+        """Return the endpoint's raw client.  Raises: errors of ``endpoint`` and ``ApiEndpoint.raw_client``."""
         return self.endpoint().raw_client()
 
     def requests(self) -> PlainRequests:
         """Return the endpoint's client for whole responses.  Raises: errors of ``endpoint`` and
-        ``Endpoint.requests``.
+        ``ApiEndpoint.requests``.
         """
         return self.endpoint().requests()
 
@@ -137,9 +137,9 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
         written = _json(self.docker_folder / "config.json")
         return str(written.get("currentContext") or _DEFAULT_CONTEXT) if written else _DEFAULT_CONTEXT
 
-    def _of_context(self, name: str) -> Endpoint:
+    def _of_context(self, name: str) -> ApiEndpoint:
         if name == _DEFAULT_CONTEXT:
-            return Endpoint(docker_flags=("--host", DEFAULT_HOST))
+            return ApiEndpoint(docker_flags=("--host", DEFAULT_HOST))
         contexts = self.docker_folder / "contexts"
         id = hashlib.sha256(name.encode()).hexdigest()
         path = contexts / "meta" / id / "meta.json"
@@ -154,7 +154,7 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(f'context "{name}" has no docker endpoint ({path})') from error
         tls = TlsFiles.within(contexts / "tls" / id / "docker", skips_verification=skips)
-        return Endpoint(host=str(host), tls=tls, docker_flags=("--context", name))
+        return ApiEndpoint(host=str(host), tls=tls, docker_flags=("--context", name))
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from skep.errors import InvalidArgument
-from skep.model.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 

@@ -27,55 +27,67 @@ class Command(NamedTuple):
 GROUPS = {
     "Start": {
         "playground": Command("skep.playground.cli:playground", "Run a test cluster on this machine."),
-        "up": Command("skep.cli.up:up", "Turn machines into a cluster over SSH."),
+        "up": Command("skep.cli.start.up:up", "Turn machines into a cluster over SSH."),
         "daemon": Command("skep.configuration.command:daemon", "Run this machine's node."),
-        "context": Command("skep.cli.context:context", "Manage contexts, shared with docker."),
-        "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),
+        "context": Command("skep.cli.start.context:context", "Manage contexts, shared with docker."),
+        "completion": Command(
+            "skep.cli.start.completion:completion", "Print the completion script of a shell."
+        ),
     },
     "See": {
-        "status": Command("skep.cli.status:status", "Show the state of the cluster."),
+        "status": Command("skep.cli.see.status:status", "Show the state of the cluster."),
         "top": Command("skep.top.command:top", "Show the cluster live in full screen."),
-        "ui": Command("skep.cli.ui:ui", "Open the dashboard in a browser."),
-        "explain": Command("skep.cli.explain:explain", "Explain why an object is not in its desired state."),
-        "events": Command("skep.cli.events:events", "Show cluster events as they happen."),
-        "history": Command("skep.cli.history:history", "Show what happened in the cluster, and why."),
-        "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
-        "logs": Command("skep.cli.logs:logs", "Show the logs of a service or task on any node."),
+        "ui": Command("skep.cli.see.ui:ui", "Open the dashboard in a browser."),
+        "explain": Command(
+            "skep.cli.see.explain:explain", "Explain why an object is not in its desired state."
+        ),
+        "events": Command("skep.cli.see.events:events", "Show cluster events as they happen."),
+        "history": Command("skep.cli.see.history:history", "Show what happened in the cluster, and why."),
+        "runs": Command("skep.cli.see.runs:runs", "List ended tasks with exit codes and last lines."),
+        "logs": Command("skep.cli.see.logs:logs", "Show the logs of a service or task on any node."),
         "stats": Command(
-            "skep.cli.through_docker:stats", "Show resource usage of tasks' containers on any node."
+            "skep.cli.apps.through_docker:stats", "Show resource usage of tasks' containers on any node."
         ),
     },
     "Apps": {
-        "stack": Command("skep.cli.stack:stack", "Deploy and manage Compose stacks."),
-        "service": Command("skep.cli.service:service", "Manage services."),
-        "job": Command("skep.cli.job:job", "Manage jobs and their schedules."),
-        "update": Command("skep.cli.update:update", "Pause, resume or abort service updates."),
-        "task": Command("skep.cli.through_docker:task", "Manage tasks."),
-        "secret": Command("skep.cli.rotation:secret", "Manage secrets."),
-        "config": Command("skep.cli.rotation:config", "Manage configs."),
-        "run": Command("skep.cli.run:run", "Run a one-off command with a service's settings."),
-        "exec": Command("skep.cli.exec:exec_command", "Run a command in a task's container on any node."),
-        "attach": Command("skep.cli.through_docker:attach", "Attach to a task's container on any node."),
-        "cp": Command("skep.cli.through_docker:cp", "Copy files to or from a task's container on any node."),
-        "port-forward": Command(
-            "skep.cli.port_forward:port_forward", "Forward local ports to a task's container."
+        "stack": Command("skep.cli.stack.stack:stack", "Deploy and manage Compose stacks."),
+        "service": Command("skep.cli.apps.service:service", "Manage services."),
+        "job": Command("skep.cli.apps.job:job", "Manage jobs and their schedules."),
+        "update": Command("skep.cli.apps.update:update", "Pause, resume or abort service updates."),
+        "task": Command("skep.cli.apps.through_docker:task", "Manage tasks."),
+        "secret": Command("skep.cli.apps.rotation:secret", "Manage secrets."),
+        "config": Command("skep.cli.apps.rotation:config", "Manage configs."),
+        "run": Command("skep.cli.apps.run:run", "Run a one-off command with a service's settings."),
+        "exec": Command(
+            "skep.cli.apps.exec:exec_command", "Run a command in a task's container on any node."
         ),
-        "import": Command("skep.cli.imports:imports", "Convert other formats to stack files."),
+        "attach": Command("skep.cli.apps.through_docker:attach", "Attach to a task's container on any node."),
+        "cp": Command(
+            "skep.cli.apps.through_docker:cp", "Copy files to or from a task's container on any node."
+        ),
+        "port-forward": Command(
+            "skep.cli.apps.port_forward:port_forward", "Forward local ports to a task's container."
+        ),
+        "import": Command("skep.cli.apps.imports:imports", "Convert other formats to stack files."),
     },
     "Cluster": {
-        "node": Command("skep.cli.node:node", "Manage nodes."),
-        "cluster": Command("skep.cli.cluster:cluster", "Manage cluster settings and recovery."),
-        "network": Command("skep.cli.network:network", "Manage networks."),
-        "volume": Command("skep.cli.volume:volume", "Manage volumes."),
-        "user": Command("skep.cli.user:user", "Manage users of the API."),
+        "node": Command("skep.cli.cluster.node:node", "Manage nodes."),
+        "cluster": Command("skep.cli.cluster.cluster:cluster", "Manage cluster settings and recovery."),
+        "network": Command("skep.cli.cluster.network:network", "Manage networks."),
+        "volume": Command("skep.cli.cluster.volume:volume", "Manage volumes."),
+        "user": Command("skep.cli.cluster.user:user", "Manage users of the API."),
     },
     "Maintain": {
-        "upgrade": Command("skep.cli.upgrade:upgrade", "Upgrade all nodes one after the other."),
-        "backup": Command("skep.cli.backup:backup", "Back up the cluster to an encrypted file."),
-        "restore": Command("skep.cli.backup:restore", "Restore a cluster from a backup onto this node."),
-        "doctor": Command("skep.cli.doctor:doctor", "Diagnose the cluster."),
-        "reboot-lock": Command("skep.cli.reboot_lock:reboot_lock", "Manage the cluster-wide reboot lock."),
-        "version": Command("skep.cli.version:version", "Show version information."),
+        "upgrade": Command("skep.cli.maintain.upgrade:upgrade", "Upgrade all nodes one after the other."),
+        "backup": Command("skep.cli.maintain.backup:backup", "Back up the cluster to an encrypted file."),
+        "restore": Command(
+            "skep.cli.maintain.backup:restore", "Restore a cluster from a backup onto this node."
+        ),
+        "doctor": Command("skep.cli.maintain.doctor:doctor", "Diagnose the cluster."),
+        "reboot-lock": Command(
+            "skep.cli.maintain.reboot_lock:reboot_lock", "Manage the cluster-wide reboot lock."
+        ),
+        "version": Command("skep.cli.maintain.version:version", "Show version information."),
     },
 }
 """Command groups in the order of the help. ``location`` is ``module:attribute``."""

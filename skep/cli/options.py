@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from skep.model.times import SECOND_NS, duration_ns
+from skep.model.values.times import SECOND_NS, duration_ns
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -137,7 +137,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int = 0
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True):
+class OutputOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The output options of one call."""
 
     form: str = "text"
@@ -277,7 +277,7 @@ def printable_lines(text: str) -> str:
 
 
 def shows(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the output options to a command. It gets an ``Output``."""
+    """Add the output options to a command. It gets an ``OutputOptions``."""
     watch = click.option(
         "-w", "--watch", "watches", is_flag=True, help="Refresh every two seconds until Ctrl+C."
     )
@@ -285,7 +285,7 @@ def shows(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shows_as_it_happens(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the output options to a command that follows a stream until Ctrl+C. It gets an ``Output``."""
+    """Add the output options to a command that follows a stream until Ctrl+C. It gets an ``OutputOptions``."""
     return _with_forms(command)
 
 
@@ -293,7 +293,7 @@ def _with_forms(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, form: str, template: str, watches: bool = False, **options: Any) -> Any:
         if template and form not in ("text", "wide"):
             raise click.UsageError("--format and -o cannot be used together")
-        return command(*args, output=Output(form=form, template=template, watches=watches), **options)
+        return command(*args, output=OutputOptions(form=form, template=template, watches=watches), **options)
 
     for option in (
         click.option(

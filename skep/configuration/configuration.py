@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import SkepError
-from skep.model.addresses import joined
-from skep.model.rights import ALL_RIGHTS, Right
+from skep.model.networks.addresses import joined
+from skep.model.permissions.rights import ALL_RIGHTS, Right
 from skep.model.service import GenericResource
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths

@@ -13,7 +13,7 @@ from skep.configuration import values
 from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost
 from skep.configuration.settings import SETTINGS
 from skep.configuration.values import LOG_DRIVERS
-from skep.model.addresses import is_public, joined
+from skep.model.networks.addresses import is_public, joined
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
 DEFAULT_TOML = Path("/etc/skep/skep.toml")
@@ -22,7 +22,7 @@ DEFAULT_DAEMON_JSON = Path("/etc/docker/daemon.json")
 _THE_ENGINES_OWN = frozenset({"hosts", "data_dir", "metrics_addr"})
 
 
-class Loaded(msgspec.Struct, frozen=True):
+class LoadedConfiguration(msgspec.Struct, frozen=True):
     """A configuration, and one sentence for each warning to its author."""
 
     configuration: Configuration
@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
 
 
-def load(arguments: Arguments) -> Loaded:
+def load(arguments: Arguments) -> LoadedConfiguration:
     """Load the configuration from flags, TOML and ``daemon.json``.
 
     Raises: ConfigurationError: with a sentence for each bad value.
@@ -80,7 +80,7 @@ def load(arguments: Arguments) -> Loaded:
     return _resolved(combine(arguments, toml, docker))
 
 
-def _resolved(loaded: Loaded) -> Loaded:
+def _resolved(loaded: LoadedConfiguration) -> LoadedConfiguration:
     """Return ``loaded`` with the real paths of its two directories.
 
     runc refuses a root file system below a symbolic link, and ``/var/run`` is a link on every distribution.
@@ -96,7 +96,7 @@ def _resolved(loaded: Loaded) -> Loaded:
     return msgspec.structs.replace(loaded, configuration=configuration)
 
 
-def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, Any]) -> Loaded:
+def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, Any]) -> LoadedConfiguration:
     """Combine the sources: flags, then TOML, then ``daemon.json``, then defaults.
 
     With an engine socket, ``daemon.json`` belongs to that engine, so its hosts, data directory and metrics address are
@@ -144,7 +144,7 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
             f"set log-driver to one of {', '.join(LOG_DRIVERS)} to be without this warning"
         )
         configuration = msgspec.structs.replace(configuration, log_driver="json-file", log_opts={})
-    return Loaded(configuration, tuple(warnings))
+    return LoadedConfiguration(configuration, tuple(warnings))
 
 
 def _unused_hosts(configuration: Configuration, toml: Mapping[str, Any]) -> tuple[str, ...]:

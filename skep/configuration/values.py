@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from skep.configuration.configuration import AddressPool, Host, TcpHost, UnixHost
 from skep.errors import InvalidArgument
-from skep.model.addresses import joined
-from skep.model.rights import Right, allowed_rights
+from skep.model.networks.addresses import joined
+from skep.model.permissions.rights import Right, allowed_rights
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import SOCKET_PATH_BYTES_MAX
 

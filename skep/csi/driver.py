@@ -72,7 +72,7 @@ class Abilities(msgspec.Struct, frozen=True):
     publishes: bool = False
 
 
-class Driver:
+class CsiDriver:
     """A driver that listens on a socket of this machine.  Every call raises a ``SkepError`` with the driver's words."""
 
     def __init__(self, name: str, socket: Path) -> None:

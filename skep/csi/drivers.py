@@ -17,7 +17,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.csi import csi_pb2 as pb
-from skep.csi.driver import LOOK_S, Driver, call, is_name
+from skep.csi.driver import LOOK_S, CsiDriver, call, is_name
 from skep.errors import NotFound, SkepError
 
 log = structlog.get_logger(__name__)
@@ -37,14 +37,14 @@ class Drivers:
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder = folder
         self._clock = clock
-        self._known: dict[_Identity, Driver] = {}
+        self._known: dict[_Identity, CsiDriver] = {}
         self._silent: dict[_Identity, tuple[Backoff, float]] = {}
         """Sockets whose driver returned no valid name, with the time of the next attempt."""
         self._holders: dict[str, _Identity] = {}
         """The socket that owns each name."""
         self._lock = asyncio.Lock()
 
-    async def get(self, name: str) -> Driver:
+    async def get(self, name: str) -> CsiDriver:
         """Return a driver by name.  Raises: NotFound."""
         driver = self._named(await self._sockets()).get(name)
         if (
@@ -55,7 +55,7 @@ class Drivers:
             raise NotFound(f'driver "{name}" not found: no socket in {self._folder} belongs to it')
         return driver
 
-    async def all(self) -> Mapping[str, Driver]:
+    async def all(self) -> Mapping[str, CsiDriver]:
         """Return the drivers with a socket and a known name, by name."""
         async with self._lock:
             sockets = await self._sockets()
@@ -70,7 +70,7 @@ class Drivers:
     async def _sockets(self) -> Sequence[_Identity]:
         return await asyncio.to_thread(lambda: list(_sockets(self._folder))[:SOCKETS_MAX])
 
-    def _named(self, sockets: Iterable[_Identity]) -> Mapping[str, Driver]:
+    def _named(self, sockets: Iterable[_Identity]) -> Mapping[str, CsiDriver]:
         def rank(socket: _Identity) -> tuple[bool, bool, int, str]:
             name = self._known[socket].name
             return not _is_called(socket, name), socket != self._holders.get(name), socket[2], socket[0]
@@ -107,7 +107,7 @@ class Drivers:
             log.warning("CSI driver name does not match its folder", socket=socket[0], name=name)
         else:
             self._silent.pop(socket, None)
-            self._known[socket] = Driver(name, path)
+            self._known[socket] = CsiDriver(name, path)
 
     def _ask_again(self, socket: _Identity) -> None:
         backoff = self._silent.get(socket, (Backoff(1.0, 30.0), 0.0))[0]

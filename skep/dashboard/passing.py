@@ -15,9 +15,9 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
+from skep.api.client.raw import Exchange, RawClient
 from skep.api.errors import NotModified, status_of
-from skep.api.framing import path_of, plain_path, raw_path_of
-from skep.api.raw import Exchange, RawClient
+from skep.api.http.framing import path_of, plain_path, raw_path_of
 from skep.dashboard.pages import RELAY_HEADER, SECURITY_HEADERS
 from skep.dashboard.terminal import join_terminal
 from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SkepError, Unavailable

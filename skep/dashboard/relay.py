@@ -17,7 +17,7 @@ from typing import Final
 
 from aiohttp import web
 
-from skep.api.raw import RawClient
+from skep.api.client.raw import RawClient
 from skep.dashboard.pages import SECURITY_HEADERS
 from skep.dashboard.passing import (
     SESSION,

@@ -22,14 +22,14 @@ import structlog
 from aiohttp import web
 from cryptography import x509
 
-from skep.aio.admission import Admission, Newcomers, admit_transport, peer_source
 from skep.aio.clock import Clock
-from skep.aio.handshakes import Handshakes
-from skep.api.connection import Connection
+from skep.aio.connections.admission import Admission, Newcomers, admit_transport, peer_source
+from skep.aio.connections.handshakes import Handshakes
+from skep.api.access.permissions import may, rule_for
+from skep.api.client.raw import RawClient
 from skep.api.errors import status_of
-from skep.api.permissions import may, rule_for
-from skep.api.raw import RawClient
-from skep.api.tls import server_context
+from skep.api.http.connection import Connection
+from skep.api.http.tls import server_context
 from skep.dashboard.pages import SECURITY_HEADERS, page_response, pages
 from skep.dashboard.passing import (
     SESSION,
@@ -41,7 +41,7 @@ from skep.dashboard.passing import (
     respond_or_refuse,
     target_of,
 )
-from skep.dashboard.sessions import ATTEMPTS, Attempts, Names, Session, Sessions
+from skep.dashboard.sessions import ATTEMPTS, Attempts, BrowserSession, BrowserSessions, CertificateNames
 from skep.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -52,8 +52,8 @@ from skep.errors import (
     Unauthenticated,
     Unavailable,
 )
-from skep.model.access import TOKEN_BYTES_MAX, Credential, Identity
-from skep.model.addresses import is_public
+from skep.model.networks.addresses import is_public
+from skep.model.permissions.access import TOKEN_BYTES_MAX, Credential, Identity
 
 log = structlog.get_logger()
 
@@ -85,7 +85,7 @@ _LOGIN_HEADERS = {
 _AGAIN = "log in again"
 
 
-class Users(Protocol):
+class TokenUsers(Protocol):
     """Identifies users by their tokens."""
 
     def identify(self, credential: Credential) -> Identity:
@@ -104,7 +104,7 @@ class Tls(msgspec.Struct, frozen=True):
     """TLS settings.  ``names`` are the names in the certificate."""
 
     context: ssl.SSLContext
-    names: Names
+    names: CertificateNames
 
     @classmethod
     def of(cls, certificate: Path, key: Path) -> "Tls":
@@ -118,13 +118,13 @@ class Tls(msgspec.Struct, frozen=True):
         return cls(context, names)
 
 
-def _names_in(certificate: x509.Certificate) -> Names:
+def _names_in(certificate: x509.Certificate) -> CertificateNames:
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return Names(frozenset(), frozenset())
+        return CertificateNames(frozenset(), frozenset())
     dns = frozenset(name.lower() for name in found.get_values_for_type(x509.DNSName))
-    return Names(dns, frozenset(map(str, found.get_values_for_type(x509.IPAddress))))
+    return CertificateNames(dns, frozenset(map(str, found.get_values_for_type(x509.IPAddress))))
 
 
 class DashboardServer:
@@ -138,7 +138,7 @@ class DashboardServer:
     def __init__(
         self,
         tls: Tls,
-        users: Users,
+        users: TokenUsers,
         serve: Callable[[socket.socket, Identity], None],
         *,
         allows_public: bool,
@@ -150,7 +150,7 @@ class DashboardServer:
         self._serve = serve
         self._allows_public = allows_public
         self._clock = clock
-        self._sessions = Sessions(new_secret)
+        self._sessions = BrowserSessions(new_secret)
         self._attempts = Attempts()
         self._open = Admission("dashboard", CONNECTIONS_MAX, OF_SOURCE_MAX)
         """Connections of browsers that are logged in."""
@@ -161,7 +161,7 @@ class DashboardServer:
             lambda one: one.abort(),
         )
         self._first = FirstRequests()
-        self._streams: dict[Session, set[asyncio.Transport]] = {}
+        self._streams: dict[BrowserSession, set[asyncio.Transport]] = {}
         """Connections with an active request of a session."""
         self._has_refused_public = False
         self._server = web.Server(
@@ -313,7 +313,7 @@ class DashboardServer:
                 del self._streams[session]
 
     async def _pass_on(
-        self, request: web.BaseRequest, target: str, session: Session, identity: Identity
+        self, request: web.BaseRequest, target: str, session: BrowserSession, identity: Identity
     ) -> web.StreamResponse:
         path = target.partition("?")[0]
         if request.method == "GET" and path == SESSION:
@@ -348,12 +348,12 @@ class DashboardServer:
             await self._clock.sleep(_EXPIRED_CHECK_S)
             self._end_streams(self._sessions.end_expired(self._clock.monotonic()))
 
-    def _end(self, sessions: Sequence[Session]) -> None:
+    def _end(self, sessions: Sequence[BrowserSession]) -> None:
         for session in sessions:
             self._sessions.end(session)
         self._end_streams(sessions)
 
-    def _end_streams(self, sessions: Sequence[Session], but: asyncio.Transport | None = None) -> None:
+    def _end_streams(self, sessions: Sequence[BrowserSession], but: asyncio.Transport | None = None) -> None:
         for session in sessions:
             for transport in self._streams.pop(session, set()) - {but}:
                 transport.abort()

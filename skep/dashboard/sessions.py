@@ -9,8 +9,8 @@ import msgspec
 
 from skep.aio.token_bucket import TokenBucket
 from skep.dashboard.passing import Passing, same
-from skep.model.access import Credential
-from skep.model.addresses import plain_address
+from skep.model.networks.addresses import plain_address
+from skep.model.permissions.access import Credential
 
 LIFE_S: Final = 12 * 3600.0
 """Seconds until a session ends: a working day."""
@@ -22,7 +22,7 @@ _SOURCES_MAX: Final = 4096
 """Maximum number of addresses whose login attempts are counted."""
 
 
-class Session(msgspec.Struct, frozen=True, eq=False):
+class BrowserSession(msgspec.Struct, frozen=True, eq=False):
     """The session of one browser.
 
     ``key`` is the first path segment of all its pages, and the path of its cookie.  Browsers send a cookie to every
@@ -38,15 +38,15 @@ class Session(msgspec.Struct, frozen=True, eq=False):
     passing: Passing = msgspec.field(default_factory=Passing)
 
 
-class Sessions:
+class BrowserSessions:
     """The sessions of one listener.  ``new_secret`` returns another unguessable word with each call."""
 
     def __init__(self, new_secret: Callable[[], str]) -> None:
         self._new_secret = new_secret
-        self._by_key: dict[str, Session] = {}
+        self._by_key: dict[str, BrowserSession] = {}
         """Sessions by key, the oldest first."""
 
-    def open(self, credential: Credential, now: float) -> tuple[Session, tuple[Session, ...]]:
+    def open(self, credential: Credential, now: float) -> tuple[BrowserSession, tuple[BrowserSession, ...]]:
         """Open a session.  Returns it, and the sessions that end because of it."""
         ended = self.end_expired(now)
         own = [one for one in self._by_key.values() if one.credential == credential]
@@ -54,11 +54,11 @@ class Sessions:
         for one in surplus:
             self.end(one)
         key, cookie, name = self._new_secret(), self._new_secret(), self._new_secret()
-        session = Session(key, f"__Secure-skep-{name[:8]}", cookie, credential, now + LIFE_S)
+        session = BrowserSession(key, f"__Secure-skep-{name[:8]}", cookie, credential, now + LIFE_S)
         self._by_key[key] = session
         return session, ended + surplus
 
-    def find(self, key: str, cookie_of: Callable[[str], str], now: float) -> Session | None:
+    def find(self, key: str, cookie_of: Callable[[str], str], now: float) -> BrowserSession | None:
         """Return the session of a path, if the browser has its cookie.  ``cookie_of`` returns a cookie's value, or
         empty.
         """
@@ -71,11 +71,11 @@ class Sessions:
             return None
         return session
 
-    def end(self, session: Session) -> None:
+    def end(self, session: BrowserSession) -> None:
         """End a session.  Its cookie is no longer valid."""
         self._by_key.pop(session.key, None)
 
-    def end_expired(self, now: float) -> tuple[Session, ...]:
+    def end_expired(self, now: float) -> tuple[BrowserSession, ...]:
         """End the sessions that have expired, and return them."""
         ended = tuple(one for one in self._by_key.values() if one.ends_at <= now)
         for one in ended:
@@ -98,7 +98,7 @@ class Attempts:
         return bucket.take(now)
 
 
-class Names(msgspec.Struct, frozen=True):
+class CertificateNames(msgspec.Struct, frozen=True):
     """Names in the server's certificate, in lower case, including wildcards like ``*.example.com``, and addresses."""
 
     dns: frozenset[str]

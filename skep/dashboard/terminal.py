@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from skep.aio.groups import first_alone
-from skep.api.raw import Exchange, RawClient, json
+from skep.api.client.raw import Exchange, RawClient, json
 from skep.errors import InvalidArgument, SkepError, Unavailable
 
 _MESSAGE_BYTES_MAX: Final = 64 * 1024
@@ -39,7 +39,7 @@ class _Control(msgspec.Struct, frozen=True):
     resize: _Size
 
 
-class Command(msgspec.Struct, frozen=True, kw_only=True):
+class TerminalCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A command and its task."""
 
     task: str
@@ -48,14 +48,14 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     size: _Size
 
 
-def command_of(request: web.BaseRequest) -> Command:
+def command_of(request: web.BaseRequest) -> TerminalCommand:
     """Return the command that a request names.  Raises: InvalidArgument."""
     query = request.query
     words = tuple(query.getall("command", [])) or ("/bin/sh",)
     if not query.get("task") or "/" in query["task"] or len(words) > _WORDS_MAX:
         raise InvalidArgument("a terminal needs a task, and a command of at most 64 words")
     size = _checked(_number(query.get("rows", "24")), _number(query.get("columns", "80")))
-    return Command(task=query["task"], words=words, user=query.get("user", ""), size=size)
+    return TerminalCommand(task=query["task"], words=words, user=query.get("user", ""), size=size)
 
 
 def _number(word: str) -> int:
@@ -91,7 +91,7 @@ async def join_terminal(request: web.BaseRequest, client: RawClient) -> web.WebS
     return page
 
 
-async def _run(page: web.WebSocketResponse, client: RawClient, command: Command) -> int:
+async def _run(page: web.WebSocketResponse, client: RawClient, command: TerminalCommand) -> int:
     """Run the command and return its exit code.  Raises: SkepError."""
     target = await client.get(f"/skep/tasks/{quote(command.task, safe='')}/target")
     task = f"/skep/tasks/{target['TaskID']}"

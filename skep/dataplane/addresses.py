@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from skep.model.addresses import Address
+from skep.model.networks.addresses import Address
 
 Network = TypeVar("Network", IPv4Network, IPv6Network)
 

@@ -14,16 +14,16 @@ from skep.aio.failures import describe_error, isolate, log_error
 from skep.dataplane.endpoint_allocation import EndpointAllocation
 from skep.dataplane.gateway import Gateway
 from skep.dataplane.ingress.reply_routing import ReplyRouting
-from skep.dataplane.name_registration import NameRegistration
-from skep.dataplane.netns.conntrack import SYSCTLS as TRACKING_SYSCTLS
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.net_process.name_registration import NameRegistration
+from skep.dataplane.netns.kernel.conntrack import SYSCTLS as TRACKING_SYSCTLS
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.overlays import Overlays
 from skep.dataplane.plan.overlay import check_sandbox
 from skep.dataplane.plan.reply_routing import SYSCTLS as REPLY_SYSCTLS
 from skep.dataplane.plan.reply_routing import IngressEndpoint
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import ContainerId
-from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
+from skep.model.networks.sandbox import EndpointConfig, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
+from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 

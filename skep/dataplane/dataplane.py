@@ -12,7 +12,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import errors_as_they_are
-from skep.api.networks import NetworkBody
+from skep.api.formats.networks import NetworkBody
 from skep.dataplane.addresses import Subnets, pools_or_default
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.endpoint_allocation import ClusterEndpoints, EndpointAllocation
@@ -22,10 +22,10 @@ from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import head_of
-from skep.dataplane.name_registration import NameRegistration
+from skep.dataplane.net_process.name_registration import NameRegistration
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.parents import ParentDevices
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
@@ -35,11 +35,11 @@ from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.namespace import ProbeNamespace
 from skep.dataplane.probe.port_probe import PortChecks, PortProbe
 from skep.dataplane.probe.prober import PathProber
-from skep.dataplane.wireguard.tunnels import Options, Tunnels
-from skep.model.ids import new_container_id
+from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
 from skep.model.network import ConfigReference
-from skep.model.reserved_ports import ReservedPorts
-from skep.model.tables import NetworkHead
+from skep.model.networks.reserved_ports import ReservedPorts
+from skep.model.networks.tables import NetworkHead
+from skep.model.values.ids import new_container_id
 from skep.paths import Paths
 
 
@@ -97,7 +97,7 @@ class DataPlane:
         self._deferred = DeferredChanges(clock)
         home = node_reconciler(namespaces, self.repairs)
         show_encryption = partial(host.show_condition, "encrypted-networks")
-        self.tunnels = Tunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
+        self.tunnels = WireGuardTunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
         data_path = _data_path(host, home, self._healer)
         self.overlays = Overlays(
             namespaces=namespaces,

@@ -8,8 +8,8 @@ import msgspec
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import is_local
 from skep.errors import FailedPrecondition, Unimplemented
-from skep.model.ids import ContainerId, TaskId
-from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
+from skep.model.networks.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
+from skep.model.values.ids import ContainerId, TaskId
 
 
 class ClusterEndpoints(Protocol):

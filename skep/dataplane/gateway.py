@@ -37,10 +37,10 @@ from skep.dataplane.addresses import (
 )
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.diff import DeleteLink
-from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_refusal
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.forwarding import forward_ipv6, ipv6_refusal
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
-from skep.dataplane.netns.state import Address, Link, Peer, State
+from skep.dataplane.netns.state import Address, Link, NamespaceState, VethPeer
 from skep.dataplane.netns.write import apply_operations
 from skep.dataplane.plan.flows import stale_host_ports
 from skep.dataplane.plan.gateway import HostPort, between_table, gateway_table, gateway_table_ipv6
@@ -50,9 +50,9 @@ from skep.dataplane.ports import PortReservations
 from skep.dataplane.stale_flows import delete_flows
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import is_no_file, replace_file
-from skep.model.ids import ContainerId
-from skep.model.sandbox import PublishedPort, Sandbox
+from skep.model.networks.sandbox import PublishedPort, Sandbox
 from skep.model.service import PublishMode
+from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 
@@ -483,7 +483,7 @@ class Gateway:
 
 def gateway_state(
     bridge: str, subnet: IPv4Network, sandboxes: Iterable[Sandbox], subnet6: IPv6Network | None = None
-) -> State:
+) -> NamespaceState:
     """Return the desired state of the gateway network in the node's own namespace.
 
     ``subnet6`` is None while IPv6 is unused.
@@ -494,7 +494,7 @@ def gateway_state(
     links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
     for one in sandboxes:
         if one.port:
-            peer = Peer(netns=one.netns, interface=one.interface, mac=one.mac_address)
+            peer = VethPeer(netns=one.netns, interface=one.interface, mac=one.mac_address)
             links[one.port] = Link(name=one.port, kind="veth", mtu=USUAL_MTU, master=bridge, peer=peer)
     addresses, sysctls6 = {Address(bridge, f"{subnet[1]}/{subnet.prefixlen}")}, {}
     if subnet6 is not None:
@@ -506,7 +506,7 @@ def gateway_state(
             f"net/ipv6/conf/{bridge}/addr_gen_mode": "0",
             f"net/ipv6/conf/{bridge}/disable_ipv6": "0",
         }
-    return State(
+    return NamespaceState(
         links=links,
         addresses=frozenset(addresses),
         sysctls={

@@ -18,13 +18,13 @@ import structlog
 from skep.aio.failures import isolate
 from skep.dataplane.addresses import mac_for
 from skep.dataplane.gateway import BRIDGE, new_port_name
-from skep.dataplane.netns import pinned
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import pinned
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler, Scope
 from skep.dataplane.netns.repair_counts import Repairs
-from skep.dataplane.netns.state import Entry, Link, State
+from skep.dataplane.netns.state import Link, NamespaceState, NeighborEntry
 from skep.dataplane.netns.write import KernelRefused
 from skep.dataplane.plan.overlay import (
     INGRESS_BRIDGE,
@@ -38,12 +38,12 @@ from skep.dataplane.plan.overlay import (
     remote_entries,
 )
 from skep.dataplane.plan.packet_filter import owner, spoofing_filter, vxlan_filter
-from skep.dataplane.underlays import Measurements, Underlays, find
-from skep.dataplane.wireguard.tunnels import Tunnels
+from skep.dataplane.underlays import UnderlayMeasurements, Underlays, find
+from skep.dataplane.wireguard.tunnels import WireGuardTunnels
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
-from skep.model.ids import ContainerId, NetworkId, NodeId
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
-from skep.model.tables import NetworkHead, Table
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox
+from skep.model.networks.tables import NetworkHead, NetworkTable
+from skep.model.values.ids import ContainerId, NetworkId, NodeId
 
 log = structlog.get_logger()
 
@@ -86,8 +86,8 @@ class Overlays:
         home: NetnsReconciler,
         healer: Healer,
         deferred: DeferredChanges,
-        tunnels: Tunnels,
-        measurements: Measurements,
+        tunnels: WireGuardTunnels,
+        measurements: UnderlayMeasurements,
     ) -> None:
         self._namespaces = namespaces
         self._pins = pins
@@ -98,7 +98,7 @@ class Overlays:
         self._tunnels = tunnels
         self._node_id = NodeId("")
         """This node's id in the cluster that has sent the tables."""
-        self._tables: Mapping[NetworkId, Table] = {}
+        self._tables: Mapping[NetworkId, NetworkTable] = {}
         self._knows_tables = False
         self._is_cleared = False
         self._restored = asyncio.Event()
@@ -109,12 +109,14 @@ class Overlays:
         self._containers: dict[ContainerId, tuple[NetnsReconciler, Sandbox]] = {}
         self._underlays = Underlays(measurements)
         self._locks: dict[NetworkId, asyncio.Lock] = {}
-        self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
+        self._remote: dict[
+            NetworkId, tuple[NetworkTable, NodeId, Underlay | None, frozenset[NeighborEntry]]
+        ] = {}
 
     # --- tables -----------------------------------------------------------------------------------------------
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         """Apply the tables of this node's networks.
 
@@ -150,7 +152,7 @@ class Overlays:
                 if refused:
                     raise refused[0]
 
-    async def _apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    async def _apply(self, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]) -> None:
         is_first = not self._is_cleared
         self._tables, self._knows_tables = dict(tables), True
         if is_first:
@@ -203,7 +205,7 @@ class Overlays:
         """Apply the filter of VXLAN packets.  It must exist before any VXLAN device receives packets."""
         if self._tables:
             table = vxlan_filter(self._tables, self._node_id, (BRIDGE,))
-            self._home.set_part(_FILTER_PART, State(), table)
+            self._home.set_part(_FILTER_PART, NamespaceState(), table)
         else:
             self._home.remove_part(_FILTER_PART)
         await self._home.apply()
@@ -401,7 +403,7 @@ class Overlays:
             async with self._tunnels.kept_open() if is_tunnelled else nullcontext():
                 await reconciler.apply()
 
-    def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
+    def _carried(self, id: NetworkId) -> tuple[NetworkTable | None, Underlay | None]:
         """Return a network's table and the underlay of its VXLANs.
 
         For an encrypted network, both are those inside the tunnels.
@@ -412,7 +414,7 @@ class Overlays:
             return self._tunnels.table(table), self._tunnels.inside(underlay)
         return table, underlay
 
-    def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
+    def _remote_entries(self, table: NetworkTable, underlay: Underlay | None) -> frozenset[NeighborEntry]:
         """Return the table's entries.
 
         Cached, because a large network's table is long and many containers start on it.

@@ -19,12 +19,12 @@ import msgspec
 
 from skep.aio.failures import log_error
 from skep.aio.trees import discard_tree_now
-from skep.dataplane.protocol import Reservation
+from skep.dataplane.net_process.protocol import Reservation
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkepError, Unavailable
 from skep.linux.descriptors import set_aside
 from skep.linux.files import is_no_file, replace_file
-from skep.model.addresses import joined
-from skep.model.reserved_ports import ReservedPorts
+from skep.model.networks.addresses import joined
+from skep.model.networks.reserved_ports import ReservedPorts
 
 
 class PortReservations(Protocol):

@@ -7,9 +7,9 @@ from ipaddress import ip_address
 
 import structlog
 
-from skep.dataplane.netns import conntrack
+from skep.dataplane.netns.kernel import conntrack
 from skep.dataplane.plan.flows import StalePort, is_stale
-from skep.linux.route_lookup import route_to
+from skep.linux.network.route_lookup import route_to
 
 log = structlog.get_logger()
 
@@ -29,7 +29,7 @@ def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
             # Most entries do not contain the bytes of a port, which can be tested without decoding them.
             concerns=lambda entry: any(port in entry for port in ports),
         )
-    except conntrack.Refused as error:
+    except conntrack.ConntrackRefused as error:
         log.warning("flows to published ports not moved", error=str(error))
 
 

@@ -6,17 +6,17 @@ from collections.abc import Collection, Iterable, Mapping
 from socket import inet_ntop
 from typing import Protocol
 
-from skep.dataplane.netns.netlink import GETADDR, GETLINK, attributes, dump
+from skep.dataplane.netns.kernel.netlink import GETADDR, GETLINK, attributes, dump
 from skep.dataplane.plan.overlay import Underlay, plain_address
-from skep.model.ids import NodeId
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NodeId
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _MTU, _ADDRESS, _LOCAL = 4, 1, 2
 
 
-class Measurements(Protocol):
+class UnderlayMeasurements(Protocol):
     """Measurements of the underlay between nodes (``probe.data_path.DataPath``)."""
 
     def underlay_between(self, node: NodeId, nodes: Collection[NodeId], underlay: Underlay) -> Underlay:
@@ -28,16 +28,16 @@ class Measurements(Protocol):
 class Underlays:
     """The underlays that a node's VXLANs send from.  ``found`` is the result of ``find`` for the node's addresses."""
 
-    def __init__(self, measurements: Measurements) -> None:
+    def __init__(self, measurements: UnderlayMeasurements) -> None:
         self.found: Mapping[str, Underlay] = {}
         self._measurements = measurements
 
-    def addresses(self, own: NodeId, tables: Iterable[Table]) -> frozenset[str]:
+    def addresses(self, own: NodeId, tables: Iterable[NetworkTable]) -> frozenset[str]:
         """Return the addresses that the tables list for node ``own``."""
         nodes = (table.nodes.get(own) for table in tables)
         return frozenset(node.underlay for node in nodes if node is not None and node.underlay)
 
-    def of(self, own: NodeId, table: Table | None) -> Underlay | None:
+    def of(self, own: NodeId, table: NetworkTable | None) -> Underlay | None:
         """Return the underlay of one network, with the MTU that reaches all of its nodes.
 
         None if node ``own`` has no address in the network.
@@ -47,7 +47,7 @@ class Underlays:
             return None
         return self._between(own, table.nodes, node.underlay)
 
-    def of_tunnels(self, own: NodeId, tables: Iterable[Table]) -> Underlay:
+    def of_tunnels(self, own: NodeId, tables: Iterable[NetworkTable]) -> Underlay:
         """Return the underlay that the tunnels of all encrypted networks use."""
         nodes = (table.nodes.get(own) for table in tables if table.head.is_encrypted)
         address = next((node.underlay for node in nodes if node is not None), "")

@@ -18,15 +18,15 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 import structlog
 
-from skep.engine.container import Container, MountPoint, ProcessName
-from skep.engine.processes import open_pidfd
+from skep.engine.containers.container import Container, MountPoint, ProcessName
+from skep.engine.runtime.processes import open_pidfd
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.linux.descriptors import set_aside
 from skep.linux.processes import borrowed
 from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.container import Mount
-from skep.model.ids import ContainerId
-from skep.model.rights import API_LABEL, ApiAccess, api_access
+from skep.model.permissions.rights import API_LABEL, ApiAccess, api_access
+from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 

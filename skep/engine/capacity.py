@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from skep.engine import apparmor, capabilities, cdi, seccomp
-from skep.engine.cgroups import Cgroups
+from skep.engine.confinement import apparmor, capabilities, cdi, seccomp
+from skep.engine.confinement.cgroups import Cgroups
 
 _CPUS = Path("/sys/devices/system/cpu")
 _UID_MAP = Path("/proc/self/uid_map")

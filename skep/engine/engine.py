@@ -34,14 +34,12 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.aio.race import run_to_end
-from skep.engine import create, image_mounts, logs, sharing, top, updates
-from skep.engine.action_times import ActionTimes, timed
-from skep.engine.attachment import Attachment, attach
-from skep.engine.conmon import resize_terminal
-from skep.engine.container import (
+from skep.engine.containers import create, image_mounts, sharing, updates
+from skep.engine.containers.attachment import Attachment, attach
+from skep.engine.containers.container import (
     Container,
     ContainerState,
-    Counts,
+    EngineCounts,
     LogEntry,
     LogFilter,
     MountPoint,
@@ -50,31 +48,35 @@ from skep.engine.container import (
     Top,
     WaitCondition,
 )
-from skep.engine.files import Files
+from skep.engine.containers.request import CreateRequest, TaskOptions
+from skep.engine.containers.signals import signal_number
+from skep.engine.containers.state import ContainerStore
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import life_events
 from skep.engine.lifecycle.driver import LifecycleDriver
+from skep.engine.lifecycle.restart import RestartMonitor
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import with_attributes, with_tag
-from skep.engine.log_forwarding import LogForwarding
-from skep.engine.network_changes import NetworkChanges
-from skep.engine.networking import Networking
-from skep.engine.request import CreateRequest, TaskOptions
-from skep.engine.restart import RestartMonitor
-from skep.engine.runtime import Runtime
-from skep.engine.signals import signal_number
-from skep.engine.state import ContainerStore
-from skep.engine.stats import Stats, sample
-from skep.engine.volumes import Volumes
+from skep.engine.logs import logs
+from skep.engine.logs.log_forwarding import LogForwarding
+from skep.engine.metrics import top
+from skep.engine.metrics.action_times import ActionTimes, timed
+from skep.engine.metrics.stats import Stats, sample
+from skep.engine.networks.network_changes import NetworkChanges
+from skep.engine.networks.networking import Networking
+from skep.engine.runtime.conmon import resize_terminal
+from skep.engine.runtime.runtime import Runtime
+from skep.engine.volumes.files import ContainerFiles
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import Mount
-from skep.model.ids import ContainerId, new_container_id
-from skep.model.meta import Driver
-from skep.model.name_generator import NameSource, names_from
-from skep.model.sandbox import Sandbox
-from skep.model.times import timestamp
+from skep.model.networks.sandbox import Sandbox
+from skep.model.values.ids import ContainerId, new_container_id
+from skep.model.values.meta import Driver
+from skep.model.values.name_generator import NameSource, names_from
+from skep.model.values.times import timestamp
 
 log = structlog.get_logger()
 
@@ -145,7 +147,7 @@ class Engine:
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.carry_out = self._lifecycle.carry_out
         self.networks = NetworkChanges(self._store, self._lifecycle)
-        self.files = Files(self._store.get, self._lifecycle.mount_root, self.events, images)
+        self.files = ContainerFiles(self._store.get, self._lifecycle.mount_root, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self.log_forwarding = LogForwarding(self.bundles, config.hostname, self.events, self.list)
@@ -206,11 +208,11 @@ class Engine:
         except InvalidArgument:
             return True
 
-    def counts(self) -> Counts:
+    def counts(self) -> EngineCounts:
         """Return the number of containers by state, of images, and of health probes."""
         probes = self._lifecycle.health
         return replace(
-            Counts.of(self.list()),
+            EngineCounts.of(self.list()),
             images=len(self.images.images()),
             health_checks=probes.count,
             failed_health_checks=probes.failures,

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from skep.aio.clock import Clock
-from skep.engine.container import Container, ContainerEvent
+from skep.engine.containers.container import Container, ContainerEvent
 from skep.errors import ResourceExhausted
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 
 RECENT_MAX = 256
 """Events that are kept for ``--since``, as many as in Docker."""
@@ -30,7 +30,7 @@ class NamedNetwork(NamedTuple):
     driver: str
 
 
-class Subscription:
+class EventSubscription:
     """The events since a client subscribed.  Only one reader may iterate over it."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Events:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._recent: deque[ContainerEvent] = deque(maxlen=RECENT_MAX)
-        self._subscriptions: set[Subscription] = set()
+        self._subscriptions: set[EventSubscription] = set()
 
     def publish(self, action: str, container: Container, **attributes: str) -> None:
         """Send an event of ``container``, with Docker's attributes, to all subscribers."""
@@ -131,11 +131,11 @@ class Events:
         return [event for event in self._recent if event.time_ns >= since_ns]
 
     @contextmanager
-    def subscribed(self) -> Iterator[Subscription]:
+    def subscribed(self) -> Iterator[EventSubscription]:
         """Subscribe for the block.  Raises: ResourceExhausted: too many subscribers."""
         if len(self._subscriptions) >= SUBSCRIBERS_MAX:
             raise ResourceExhausted(f"{SUBSCRIBERS_MAX} clients already follow the events of this node")
-        subscription = Subscription()
+        subscription = EventSubscription()
         self._subscriptions.add(subscription)
         try:
             yield subscription

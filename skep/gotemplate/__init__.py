@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from skep.gotemplate.execute import execute
 from skep.gotemplate.functions import CallError, Function
 from skep.gotemplate.parse import TemplateError, parse
-from skep.gotemplate.text import Budget, Text
+from skep.gotemplate.text import BoundedText, TemplateBudget
 from skep.gotemplate.values import Struct, Value, quoted, to_bytes, to_text
 
 __all__ = [
-    "Budget",
+    "BoundedText",
     "CallError",
     "Function",
     "Struct",
+    "TemplateBudget",
     "TemplateError",
-    "Text",
     "Value",
     "expand",
     "quoted",
@@ -30,7 +30,11 @@ __all__ = [
 
 
 def expand(
-    text: str, data: Struct, functions: Mapping[str, Function] | None = None, *, budget: Budget | None = None
+    text: str,
+    data: Struct,
+    functions: Mapping[str, Function] | None = None,
+    *,
+    budget: TemplateBudget | None = None,
 ) -> str:
     """Return ``text`` with its actions replaced by their output.
 
@@ -44,5 +48,5 @@ def expand(
     """
     if "{{" not in text:
         return text
-    extra, budget = functions or {}, budget or Budget()
+    extra, budget = functions or {}, budget or TemplateBudget()
     return execute(parse(text, extra, budget), data, extra, budget)

@@ -10,7 +10,7 @@ from typing import NoReturn, TypeAlias
 from skep.gotemplate import tree
 from skep.gotemplate.functions import BUILTINS, LOGICAL, CallError, Function, shown
 from skep.gotemplate.parse import TemplateError
-from skep.gotemplate.text import Budget, Text, TooMuchText
+from skep.gotemplate.text import BoundedText, TemplateBudget, TooMuchText
 from skep.gotemplate.tree import NAME
 from skep.gotemplate.values import Struct, Value, is_true, printed, to_bytes, type_name
 
@@ -35,7 +35,9 @@ class _Jumped(Exception):
         self.word = word
 
 
-def execute(template: tree.Template, data: Struct, functions: Mapping[str, Function], budget: Budget) -> str:
+def execute(
+    template: tree.Template, data: Struct, functions: Mapping[str, Function], budget: TemplateBudget
+) -> str:
     """Render ``template`` with ``data`` as ``.`` and reduce ``budget``.  Raises: TemplateError."""
     run = _Execution(template, functions, budget)
     run.template(NAME, data)
@@ -45,7 +47,9 @@ def execute(template: tree.Template, data: Struct, functions: Mapping[str, Funct
 class _Execution:
     """One execution.  Methods that take a node and ``dot`` are named after the kind of node."""
 
-    def __init__(self, template: tree.Template, functions: Mapping[str, Function], budget: Budget) -> None:
+    def __init__(
+        self, template: tree.Template, functions: Mapping[str, Function], budget: TemplateBudget
+    ) -> None:
         self._template = template
         self._functions = {**BUILTINS, **functions}
         self._budget = budget
@@ -62,7 +66,7 @@ class _Execution:
 
     # -- errors and limits -----------------------------------------------------------------------------------
 
-    def _at(self, node: tree.Operand | tree.Command | tree.Statement) -> None:
+    def _at(self, node: tree.Operand | tree.CommandNode | tree.Statement) -> None:
         """Attribute errors to ``node`` from here on."""
         self._node, self._position = node, node.position
 
@@ -129,9 +133,9 @@ class _Execution:
     def _statement(self, statement: tree.Statement, dot: Value) -> None:
         self._step()
         match statement:
-            case tree.Text():
+            case tree.TextNode():
                 self._write(statement.text)
-            case tree.Action():
+            case tree.PrintNode():
                 self._at(statement)
                 value = self._pipeline(statement.pipeline, dot)
                 if not statement.pipeline.variables:
@@ -221,13 +225,13 @@ class _Execution:
                 self._variables.append((name, value))
         return value
 
-    def _command(self, command: tree.Command, dot: Value, final: _Final) -> Value:
+    def _command(self, command: tree.CommandNode, dot: Value, final: _Final) -> Value:
         self._step()
         first, *arguments = command.operands
         match first:
-            case tree.Call():
+            case tree.FunctionCall():
                 return self._call(first, arguments, dot, final, command)
-            case tree.Field() | tree.Variable() | tree.Chain():
+            case tree.FieldNode() | tree.Variable() | tree.Chain():
                 has_arguments = bool(arguments) or not isinstance(final, _Nothing)
                 return self._operand(first, dot, has_arguments=has_arguments)
         self._at(first)
@@ -247,7 +251,7 @@ class _Execution:
                 return None
             case tree.Dot():
                 return dot
-            case tree.Field():
+            case tree.FieldNode():
                 return self._fields(dot, operand.names, has_arguments=has_arguments)
             case tree.Variable():
                 value = next(value for name, value in reversed(self._variables) if name == operand.name)
@@ -260,7 +264,7 @@ class _Execution:
             case tree.Pipeline():
                 with self._deeper():
                     return self._pipeline(operand, dot)
-            case tree.Call():
+            case tree.FunctionCall():
                 return self._call(operand, [], dot, _NOTHING, operand)
 
     def _fields(self, value: Value, names: Sequence[str], *, has_arguments: bool = False) -> Value:
@@ -291,11 +295,11 @@ class _Execution:
 
     def _call(
         self,
-        call: tree.Call,
+        call: tree.FunctionCall,
         operands: Sequence[tree.Operand],
         dot: Value,
         final: _Final,
-        whole: tree.Command | tree.Call,
+        whole: tree.CommandNode | tree.FunctionCall,
     ) -> Value:
         """Call a function.  Its own errors show ``whole``."""
         self._at(call)
@@ -327,7 +331,7 @@ class _Execution:
     def _called(self, function: Function, arguments: Sequence[Value]) -> Value:
         self._count(arguments)
         if function.writes:
-            out = Text(self._budget)
+            out = BoundedText(self._budget)
             function.call(out, *arguments)
             return str(out)
         result = function.call(*arguments)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from skep.gotemplate.text import Budget, Text
+from skep.gotemplate.text import BoundedText, TemplateBudget
 from skep.gotemplate.values import (
     Value,
     printed,
@@ -49,7 +49,7 @@ class _Arguments:
         return self._values[self._next :]
 
 
-def sprintf(out: Text, format: str, values: Sequence[Value]) -> None:
+def sprintf(out: BoundedText, format: str, values: Sequence[Value]) -> None:
     """Write ``values`` according to ``format``.  Mismatches are shown like in Go (``%!d(string=x)``)."""
     arguments = _Arguments(values)
     position = 0
@@ -67,7 +67,7 @@ def sprintf(out: Text, format: str, values: Sequence[Value]) -> None:
         out.write(")")
 
 
-def _one(match: "re.Match[str]", arguments: _Arguments, budget: Budget) -> str:
+def _one(match: "re.Match[str]", arguments: _Arguments, budget: TemplateBudget) -> str:
     verb = match["verb"]
     if verb is None:
         return "%!(NOVERB)"
@@ -103,7 +103,7 @@ def _number(text: str | None, arguments: _Arguments, word: str) -> tuple[int | N
     return number, ""
 
 
-def _formatted(format: _Format, value: Value, budget: Budget) -> str:
+def _formatted(format: _Format, value: Value, budget: TemplateBudget) -> str:
     """Format one value with one verb."""
     match format.verb:
         case "T":
@@ -127,7 +127,7 @@ def _formatted(format: _Format, value: Value, budget: Budget) -> str:
     return f"%!{format.verb}({type_name(value)}={printed(value, budget)})"
 
 
-def _shown(format: _Format, value: Value, budget: Budget) -> str:
+def _shown(format: _Format, value: Value, budget: TemplateBudget) -> str:
     if isinstance(value, str) and "#" in format.flags:
         return _padded(format, _quoted(value, budget))
     if isinstance(value, str):
@@ -139,13 +139,13 @@ def _shown(format: _Format, value: Value, budget: Budget) -> str:
     return _padded(format, printed(value, budget))
 
 
-def _quoted(text: str, budget: Budget) -> str:
-    out = Text(budget)
+def _quoted(text: str, budget: TemplateBudget) -> str:
+    out = BoundedText(budget)
     write_quoted(out, text)
     return str(out)
 
 
-def _string(format: _Format, value: str, budget: Budget) -> str | None:
+def _string(format: _Format, value: str, budget: TemplateBudget) -> str | None:
     if format.digits is not None and format.verb in "sq":
         value = value[: format.digits]
     match format.verb:

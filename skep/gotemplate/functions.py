@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote_plus
 
 from skep.gotemplate.format import sprintf
-from skep.gotemplate.text import Budget, Text, TooMuchText
+from skep.gotemplate.text import BoundedText, TemplateBudget, TooMuchText
 from skep.gotemplate.values import Struct, Value, printed, to_bytes, to_text, type_name, write_value
 
 _SHOWN_MAX = 1_000
@@ -35,7 +35,7 @@ class Function(NamedTuple):
     texts: int = 0
     """Number of leading arguments that have to be strings."""
     writes: bool = False
-    """Whether it writes its result to a ``Text``, its first argument, and returns nothing."""
+    """Whether it writes its result to a ``BoundedText``, its first argument, and returns nothing."""
 
 
 def _kind(value: Value) -> str:
@@ -138,12 +138,12 @@ def _call(function: Value, *_: Value) -> Value:
 def shown(value: Value) -> str:
     """Return a value for an error, cut if it is long."""
     try:
-        return printed(value, Budget(produced=_SHOWN_MAX))
+        return printed(value, TemplateBudget(produced=_SHOWN_MAX))
     except TooMuchText:
         return f"a {type_name(value)}"
 
 
-def print_all(out: Text, *values: Value) -> None:
+def print_all(out: BoundedText, *values: Value) -> None:
     """Write values like ``fmt.Sprint``: with spaces between neighbors that are both not strings."""
     for number, value in enumerate(values):
         if number and not isinstance(value, str) and not isinstance(values[number - 1], str):
@@ -151,14 +151,14 @@ def print_all(out: Text, *values: Value) -> None:
         write_value(out, value)
 
 
-def _print_line(out: Text, *values: Value) -> None:
+def _print_line(out: BoundedText, *values: Value) -> None:
     for number, value in enumerate(values):
         out.write(" " if number else "")
         write_value(out, value)
     out.write("\n")
 
 
-def _print_format(out: Text, format: str, *values: Value) -> None:
+def _print_format(out: BoundedText, format: str, *values: Value) -> None:
     sprintf(out, format, values)
 
 
@@ -177,8 +177,8 @@ _JS = {
 def _escaping(escape: Callable[[str], str]) -> Callable[..., None]:
     """Return a ``print`` function whose text is escaped."""
 
-    def write(out: Text, *values: Value) -> None:
-        plain = Text(out.budget)
+    def write(out: BoundedText, *values: Value) -> None:
+        plain = BoundedText(out.budget)
         print_all(plain, *values)
         out.write_escaped(str(plain), escape)
 
@@ -193,7 +193,7 @@ def _js_escaped(char: str) -> str:
     return char if char.isprintable() or 0xDC80 <= ord(char) <= 0xDCFF else f"\\u{ord(char):04X}"
 
 
-def _join(out: Text, separator: str, *values: str) -> None:
+def _join(out: BoundedText, separator: str, *values: str) -> None:
     """Join strings, as SwarmKit's only own function does (template/template.go)."""
     for number, value in enumerate(values):
         out.write(separator if number else "")

@@ -10,7 +10,7 @@ from skep.errors import InvalidArgument
 from skep.gotemplate import tree
 from skep.gotemplate.functions import BUILTINS
 from skep.gotemplate.lex import Kind, Token, lex
-from skep.gotemplate.text import Budget
+from skep.gotemplate.text import TemplateBudget
 from skep.gotemplate.tree import NAME
 from skep.gotemplate.values import quoted, to_bytes, to_text
 
@@ -28,7 +28,7 @@ class TemplateError(InvalidArgument):
     """A text is not a valid template, or its execution failed.  The message is Go's."""
 
 
-def parse(text: str, functions: Collection[str], budget: Budget) -> tree.Template:
+def parse(text: str, functions: Collection[str], budget: TemplateBudget) -> tree.Template:
     """Parse ``text`` and reduce ``budget``.  ``functions`` are names in addition to Go's.  Raises: TemplateError."""
     tokens = lex(text, budget.tokens)
     budget.tokens -= len(tokens)
@@ -98,7 +98,7 @@ class _Parser:
             match token.kind:
                 case "text":
                     self._take()
-                    found.append(tree.Text(token.position, token.text))
+                    found.append(tree.TextNode(token.position, token.text))
                 case "left":
                     word = self._word_after(token)
                     if word in ("else", "end"):
@@ -142,7 +142,7 @@ class _Parser:
                     self._take()
                     return self._jump(token)
         pipeline = self._pipeline("command", "right")
-        return tree.Action(token.position, pipeline)
+        return tree.PrintNode(token.position, pipeline)
 
     def _branch(self, token: Token) -> tree.Branch:
         self._nested()
@@ -223,7 +223,7 @@ class _Parser:
         self._depth -= 1
         # An empty definition does not replace a non-empty one, as in Go.
         if name not in self._bodies or any(
-            not isinstance(one, tree.Text) or one.text.strip() for one in body
+            not isinstance(one, tree.TextNode) or one.text.strip() for one in body
         ):
             self._bodies[name] = body
 
@@ -239,7 +239,7 @@ class _Parser:
     def _pipeline(self, context: str, end: Kind) -> tree.Pipeline:
         position = self._skip_space().position
         variables, assigns = self._declarations(context)
-        commands: list[tree.Command] = []
+        commands: list[tree.CommandNode] = []
         while True:
             token = self._skip_space()
             if token.kind == end:
@@ -286,7 +286,7 @@ class _Parser:
             if self._skip_space().kind not in ("variable", "right", ")"):
                 raise self._fail("range can only initialize variables")
 
-    def _command(self) -> tree.Command:
+    def _command(self) -> tree.CommandNode:
         """Parse one command and consume the ``|`` after it."""
         position = self._skip_space().position
         operands: list[tree.Operand] = []
@@ -308,7 +308,7 @@ class _Parser:
             break
         if not operands:
             raise self._fail("empty command")
-        return tree.Command(position, tuple(operands))
+        return tree.CommandNode(position, tuple(operands))
 
     def _operand(self) -> tree.Operand | None:
         """Parse a term and its fields.  Return None without a term."""
@@ -320,11 +320,11 @@ class _Parser:
         while self._peek().kind == "field":
             names.append(self._take().text[1:])
         match term:
-            case tree.Field():
-                return tree.Field(position, (*term.names, *names))
+            case tree.FieldNode():
+                return tree.FieldNode(position, (*term.names, *names))
             case tree.Variable():
                 return tree.Variable(position, term.name, (*term.names, *names))
-            case tree.Pipeline() | tree.Call():
+            case tree.Pipeline() | tree.FunctionCall():
                 return tree.Chain(position, term, tuple(names))
         raise self._fail(f"unexpected . after term {quoted(str(term))}")
 
@@ -336,7 +336,7 @@ class _Parser:
                 self._take()
                 if token.text not in BUILTINS and token.text not in self._functions:
                     raise self._fail(f"function {quoted(token.text)} not defined")
-                return tree.Call(position, token.text)
+                return tree.FunctionCall(position, token.text)
             case "dot":
                 self._take()
                 return tree.Dot(position)
@@ -349,7 +349,7 @@ class _Parser:
                 return tree.Variable(position, token.text)
             case "field":
                 self._take()
-                return tree.Field(position, (token.text[1:],))
+                return tree.FieldNode(position, (token.text[1:],))
             case "bool":
                 self._take()
                 return tree.Constant(position, token.text == "true", token.text)

@@ -17,7 +17,7 @@ class TooMuchText(Exception):
 
 
 @dataclass
-class Budget:
+class TemplateBudget:
     """Resources that templates may still use."""
 
     tokens: int = 50_000
@@ -36,10 +36,10 @@ class Budget:
             raise TooMuchText
 
 
-class Text:
+class BoundedText:
     """A text under construction.  Each piece is counted before it is kept."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: TemplateBudget) -> None:
         self.budget = budget
         self._buffer = io.StringIO()
 

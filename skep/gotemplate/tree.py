@@ -46,7 +46,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Field:
+class FieldNode:
     """``.Task.Slot``: fields of the current value."""
 
     position: int
@@ -69,7 +69,7 @@ class Variable:
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """A function by its name.  The rest of its command are its arguments."""
 
     position: int
@@ -84,7 +84,7 @@ class Chain:
     """Fields of the result of a parenthesized pipeline, or of a function without arguments."""
 
     position: int
-    first: "Pipeline | Call"
+    first: "Pipeline | FunctionCall"
     names: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Command:
+class CommandNode:
     """Operands: a value, or a function and its arguments."""
 
     position: int
@@ -114,7 +114,7 @@ class Pipeline:
     position: int
     variables: tuple[str, ...]
     assigns: bool
-    commands: tuple[Command, ...]
+    commands: tuple[CommandNode, ...]
 
     def __str__(self) -> str:
         sign = "=" if self.assigns else ":="
@@ -122,11 +122,11 @@ class Pipeline:
         return head + " | ".join(str(command) for command in self.commands)
 
 
-Operand: TypeAlias = Constant | Nil | Dot | Field | Variable | Call | Chain | Pipeline
+Operand: TypeAlias = Constant | Nil | Dot | FieldNode | Variable | FunctionCall | Chain | Pipeline
 
 
 @dataclass(frozen=True)
-class Text:
+class TextNode:
     """Text that is copied unchanged."""
 
     position: int
@@ -134,7 +134,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Action:
+class PrintNode:
     """Prints its pipeline's result, unless the pipeline sets variables."""
 
     position: int
@@ -175,7 +175,7 @@ class Jump:
     word: str
 
 
-Statement: TypeAlias = Text | Action | Branch | Include | Jump
+Statement: TypeAlias = TextNode | PrintNode | Branch | Include | Jump
 Body: TypeAlias = tuple[Statement, ...]
 
 

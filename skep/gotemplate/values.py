@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from skep.gotemplate.text import Budget, Text
+from skep.gotemplate.text import BoundedText, TemplateBudget
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ def is_true(value: Value) -> bool:
     return isinstance(value, Struct) or bool(value)
 
 
-def printed(value: Value, budget: Budget) -> str:
+def printed(value: Value, budget: TemplateBudget) -> str:
     """Return the output of ``fmt.Print`` (``%v``).  Raises: TooMuchText."""
     if isinstance(value, str):
         return value
-    out = Text(budget)
+    out = BoundedText(budget)
     write_value(out, value)
     return str(out)
 
 
-def write_value(out: Text, value: Value) -> None:
+def write_value(out: BoundedText, value: Value) -> None:
     """Write the output of ``fmt.Print`` (``%v``).  Raises: TooMuchText."""
     match value:
         case None:
@@ -123,7 +123,7 @@ def escaped(text: str) -> str:
     return "".join(map(_escaped, text))
 
 
-def write_quoted(out: Text, text: str) -> None:
+def write_quoted(out: BoundedText, text: str) -> None:
     """Write ``quoted(text)``.  Raises: TooMuchText."""
     out.write('"')
     out.write_escaped(text, escaped)

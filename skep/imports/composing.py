@@ -1,4 +1,4 @@
-"""A service's spec as the keys of a Compose file: the inverse of ``skep.stack.services``."""
+"""A service's spec as the keys of a Compose file: the inverse of ``skep.stack.compose.services``."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,6 @@ import msgspec
 
 from skep.imports.document import escaped
 from skep.model.container import ContainerSpec, DNSConfig, HealthConfig, Mount, Privileges, Ulimit
-from skep.model.meta import Driver
 from skep.model.service import (
     EndpointSpec,
     NetworkAttachmentConfig,
@@ -21,11 +20,12 @@ from skep.model.service import (
     ServiceSpec,
     UpdateConfig,
 )
-from skep.model.times import SECOND_NS
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 
-class Names(msgspec.Struct, frozen=True, kw_only=True):
+class ObjectKeys(msgspec.Struct, frozen=True, kw_only=True):
     """Keys of the cluster's objects in a stack file, by their names in the cluster."""
 
     services: Mapping[str, str]
@@ -35,7 +35,7 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     volumes: Mapping[str, str]
 
 
-def service_entry(spec: ServiceSpec, names: Names) -> dict[str, Any]:
+def service_entry(spec: ServiceSpec, names: ObjectKeys) -> dict[str, Any]:
     """Return the service's entry below ``services``.  Networks in ``spec`` are targeted by name."""
     container = spec.task_template.container_spec or ContainerSpec()
     health = container.healthcheck
@@ -143,7 +143,7 @@ def names_volume(mount: Mount) -> bool:
     )
 
 
-def _mount(mount: Mount, names: Names) -> dict[str, Any]:
+def _mount(mount: Mount, names: ObjectKeys) -> dict[str, Any]:
     source = names.volumes.get(mount.source, mount.source) if names_volume(mount) else mount.source
     options: dict[str, Any] = {}
     if mount.bind_options is not None:
@@ -231,7 +231,7 @@ def _reference(name: str, file: Any, keys: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _networks(spec: ServiceSpec, names: Names) -> dict[str, Any]:
+def _networks(spec: ServiceSpec, names: ObjectKeys) -> dict[str, Any]:
     attached = spec.task_template.networks or spec.networks
     if len(attached) == 1 and attached[0].target in NODES_NETWORKS:
         return {"network_mode": attached[0].target}

@@ -100,7 +100,7 @@ _OTHER_VALUES: Final = (
 _LONG: Final = frozenset({*_LISTS, *_VALUES, *_SWITCHES, *_WITHOUT_EFFECT, *_OTHER_VALUES})
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class ConvertedRun(msgspec.Struct, frozen=True, kw_only=True):
     """A converted command: the keys of its service, the container's name, and notes (key and text)."""
 
     entry: dict[str, Any]
@@ -108,7 +108,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[tuple[str, str], ...]
 
 
-def service_of(words: Sequence[str]) -> Run:
+def service_of(words: Sequence[str]) -> ConvertedRun:
     """Convert the words after ``docker run``.  Raises: InvalidArgument: unknown option, or no image."""
     entry: dict[str, Any] = {}
     notes: list[tuple[str, str]] = []
@@ -132,7 +132,7 @@ def service_of(words: Sequence[str]) -> Run:
         entry["command"] = command
     entry |= _others(given)
     name = given.get("name", [""])[-1]
-    return Run(entry=entry, name=name, notes=tuple(notes))
+    return ConvertedRun(entry=entry, name=name, notes=tuple(notes))
 
 
 def _options(rest: list[str]) -> Iterator[tuple[str, str]]:

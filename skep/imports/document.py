@@ -8,12 +8,12 @@ import msgspec
 import yaml
 
 from skep.model.task_end import printable
-from skep.stack.conversion import stack_of
-from skep.stack.document import Problem, parse
-from skep.stack.interpolation import interpolated
-from skep.stack.merging import canonical
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import FileProblem, parse
+from skep.stack.compose.interpolation import interpolated
+from skep.stack.compose.merging import canonical
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.project import Stack
-from skep.stack.reading import Report
 
 FILE: Final = "imported"
 _ROUNDS_MAX: Final = 50
@@ -54,9 +54,9 @@ def escaped(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def read_back(document: dict[str, Any]) -> tuple[Stack, Report]:
+def read_back(document: dict[str, Any]) -> tuple[Stack, ProblemReport]:
     """Return the stack that ``skep stack`` makes of the document, without the contents of files."""
-    report = Report()
+    report = ProblemReport()
     node = canonical(interpolated(parse(rendered(document), FILE), {}, lambda text: None))
     return stack_of(node, str(document.get("name", "")), {}, report), report
 
@@ -78,7 +78,7 @@ def accepted(document: dict[str, Any]) -> Imported:
     return Imported(document=document, notes=(*notes, *remaining, *warnings))
 
 
-def _remove(document: dict[str, Any], problem: Problem) -> bool:
+def _remove(document: dict[str, Any], problem: FileProblem) -> bool:
     """Remove the key that a problem names, if a service can do without it."""
     keys = problem.path.split(".")
     if len(keys) < 3 or keys[2] in ("image", "build", "depends_on", "networks"):

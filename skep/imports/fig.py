@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.imports.document import Imported, Note, accepted
-from skep.stack.document import Node, Place, Problem, Problems, parse
+from skep.stack.compose.document import FilePosition, FileProblem, FileProblems, YamlNode, parse
 from skep.stack.project import NODES_NETWORKS
 
 _MACHINE_PATH: Final = re.compile(r"[./~]")
@@ -37,30 +37,32 @@ def imported(text: str, file: str, stack: str) -> Imported:
     return replace(result, notes=(*notes, *result.notes))
 
 
-def _services(document: Node, file: str) -> Mapping[str, Node]:
+def _services(document: YamlNode, file: str) -> Mapping[str, YamlNode]:
     entries = document.entries
     if not entries:
-        raise Problems([Problem(Place(file, 1, 1), "", "there are no services in this file")])
+        raise FileProblems([FileProblem(FilePosition(file, 1, 1), "", "there are no services in this file")])
     if "services" in entries or "version" in entries:
         key = "version" if "version" in entries else "services"
         place = document.keys.get(key, document.place)
         text = "this file is not of version 1: skep stack deploy takes it as it is"
-        raise Problems([Problem(place, key, text)])
+        raise FileProblems([FileProblem(place, key, text)])
     for name, node in entries.items():
         if node.entries is None or not ({"image", "build", "extends"} & node.entries.keys()):
             place = document.keys.get(name, node.place)
-            raise Problems([Problem(place, name, "a service of version 1 has an image, build or extends")])
+            raise FileProblems(
+                [FileProblem(place, name, "a service of version 1 has an image, build or extends")]
+            )
     return entries
 
 
-def _plain(node: Node) -> dict[str, Any]:
+def _plain(node: YamlNode) -> dict[str, Any]:
     """Return the tree with scalars as written in the file: ``1.10`` stays ``1.10``."""
     found = _as_written(node)
     assert isinstance(found, dict)
     return found
 
 
-def _as_written(node: Node) -> Any:
+def _as_written(node: YamlNode) -> Any:
     if (entries := node.entries) is not None:
         return {key: _as_written(one) for key, one in entries.items()}
     if (items := node.items) is not None:

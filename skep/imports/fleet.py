@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.imports.docker_run import Run, service_of
+from skep.imports.docker_run import ConvertedRun, service_of
 from skep.imports.document import Imported, Note, accepted, escaped
 from skep.imports.units import Unit, unit_of
 
@@ -143,7 +143,7 @@ class _Conversion:
         self._note_rest()
         return {key: self._filled_in(key, one) for key, one in entry.items() if one not in ({}, [])}
 
-    def _run(self) -> Run:
+    def _run(self) -> ConvertedRun:
         commands = self._unit.all("Service", "ExecStart")
         if len(commands) != 1:
             raise InvalidArgument(

@@ -8,11 +8,11 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.imports.composing import Names, names_volume, service_entry
+from skep.imports.composing import ObjectKeys, names_volume, service_entry
 from skep.imports.document import Imported, Note, read_back
 from skep.model.container import ContainerSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
-from skep.model.unknown import NOTHING, Unknown, UnknownOfItems, divided
+from skep.model.values.unknown import NOTHING, Unknown, UnknownOfItems, divided
 from skep.stack.planning import differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
@@ -107,10 +107,10 @@ def _named(spec: ServiceSpec, names_of: Mapping[str, str]) -> ServiceSpec:
     return replace(spec, networks=(), task_template=replace(template, networks=attached))
 
 
-def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapping[str, Any]]) -> Names:
+def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapping[str, Any]]) -> ObjectKeys:
     containers = [spec.task_template.container_spec or ContainerSpec() for spec in specs]
     attached = {one.target for spec in specs for one in spec.task_template.networks}
-    return Names(
+    return ObjectKeys(
         services=_keys((spec.name for spec in specs), stack),
         networks=_keys((one for one in sorted(attached) if one not in NODES_NETWORKS), stack),
         secrets=_keys(sorted({one.secret_name for each in containers for one in each.secrets}), stack),
@@ -137,7 +137,7 @@ def _keys(names: Iterable[str], stack: str) -> dict[str, str]:
 def _sections(
     document: dict[str, Any],
     specs: Sequence[ServiceSpec],
-    names: Names,
+    names: ObjectKeys,
     stack: str,
     networks: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[Note]:
@@ -197,7 +197,7 @@ def _network(found: Mapping[str, Any], name: str, usual: str) -> dict[str, Any] 
     return {key: one for key, one in made.items() if one or one is False} or None
 
 
-def _volumes(specs: Sequence[ServiceSpec], names: Names, stack: str) -> Iterator[tuple[str, Any]]:
+def _volumes(specs: Sequence[ServiceSpec], names: ObjectKeys, stack: str) -> Iterator[tuple[str, Any]]:
     for spec in specs:
         for mount in (spec.task_template.container_spec or ContainerSpec()).mounts:
             if not names_volume(mount):

@@ -11,13 +11,13 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.errors import InvalidArgument
 from skep.imports.document import Imported, Note, escaped
 from skep.imports.inspected import imported, spec_in
-from skep.model.labels import STACK_REVISION
+from skep.model.options.labels import STACK_REVISION
 from skep.model.service import ServiceSpec
-from skep.model.unknown import Unknown
+from skep.model.values.unknown import Unknown
 from skep.stack.project import NAMESPACE
 
 _RESPONSE_TIMEOUT_S: Final = 30.0
@@ -43,7 +43,7 @@ _VOLUMES: Final = [
 ]
 
 
-class Objects(msgspec.Struct, frozen=True, kw_only=True):
+class SwarmObjects(msgspec.Struct, frozen=True, kw_only=True):
     """The objects of a swarm, as its API shows them."""
 
     services: Sequence[Mapping[str, Any]] = ()
@@ -53,14 +53,14 @@ class Objects(msgspec.Struct, frozen=True, kw_only=True):
     nodes: Sequence[Mapping[str, Any]] = ()
 
 
-class Move(msgspec.Struct, frozen=True, kw_only=True):
+class SwarmExport(msgspec.Struct, frozen=True, kw_only=True):
     """``files``: contents by path.  ``stacks``: by name, in the order to deploy them."""
 
     files: Mapping[str, bytes]
     stacks: Mapping[str, Imported]
 
 
-async def objects_of(client: Client) -> Objects:
+async def objects_of(client: ApiClient) -> SwarmObjects:
     """Read all objects of the swarm of ``client``.  Raises: SkepError: it is not a manager, or does not respond."""
     found = [
         await client.get(f"/{kind}", timeout_s=_RESPONSE_TIMEOUT_S)
@@ -68,10 +68,10 @@ async def objects_of(client: Client) -> Objects:
     ]
     if not all(isinstance(one, list) for one in found):
         raise InvalidArgument("this is not the API of a swarm's manager")
-    return Objects(**dict(zip(Objects.__struct_fields__, found, strict=True)))
+    return SwarmObjects(**dict(zip(SwarmObjects.__struct_fields__, found, strict=True)))
 
 
-def move_of(objects: Objects) -> Move:
+def move_of(objects: SwarmObjects) -> SwarmExport:
     """Return stack files, the contents of configs, and a page with the steps."""
     objects = replace(objects, configs=[one for one in objects.configs if not _is_revision(one)])
     networks = {str(one["Id"]): one for one in objects.networks if one.get("Scope") == "swarm"}
@@ -92,7 +92,7 @@ def move_of(objects: Objects) -> Move:
         files[f"{name}.yaml"] = made[name].text.encode()
     files |= {f"configs/{name}": content for name, content in contents.items()}
     files["MOVING.md"] = _page(objects, made, rest, contents.keys()).encode()
-    return Move(files=files, stacks=made)
+    return SwarmExport(files=files, stacks=made)
 
 
 def _is_revision(config: Mapping[str, Any]) -> bool:
@@ -140,14 +140,14 @@ def _with_configs(one: Imported, contents: Mapping[str, bytes], labels: Mapping[
     return replace(one, document=one.document | ({"configs": configs} if configs else {}))
 
 
-def _page(objects: Objects, stacks: Mapping[str, Imported], rest: str, in_files: Collection[str]) -> str:
+def _page(objects: SwarmObjects, stacks: Mapping[str, Imported], rest: str, in_files: Collection[str]) -> str:
     return (
         "\n".join(line for section in _sections(objects, stacks, rest, in_files) for line in section) + "\n"
     )
 
 
 def _sections(
-    objects: Objects, stacks: Mapping[str, Imported], rest: str, in_files: Collection[str]
+    objects: SwarmObjects, stacks: Mapping[str, Imported], rest: str, in_files: Collection[str]
 ) -> Iterator[list[str]]:
     yield _START
     yield _block(_node_commands(objects.nodes))
@@ -273,6 +273,6 @@ def _address_options(ipam: Mapping[str, Any]) -> Iterator[str]:
         yield from ("--ipam-opt", f"{key}={value}")
 
 
-def notes_of(move: Move) -> list[tuple[str, Note]]:
+def notes_of(move: SwarmExport) -> list[tuple[str, Note]]:
     """Return the notes of all stacks, each with the stack's name."""
     return [(name, note) for name, one in move.stacks.items() for note in one.notes]

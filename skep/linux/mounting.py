@@ -80,7 +80,7 @@ def main() -> int:
                 bind_directory(source, Path(target), refused)
             case {"unmount": str() as target}:
                 syscalls.unmount(Path(target), syscalls.MNT_DETACH)
-    except MountFailed as error:
+    except KernelMountFailed as error:
         sys.stderr.write(str(error))
     except OSError as error:
         sys.stderr.write(_words(error.errno or 0))
@@ -89,7 +89,7 @@ def main() -> int:
     return 1
 
 
-class MountFailed(Exception):
+class KernelMountFailed(Exception):
     """A mount failed.  The message has the source and the reason in Docker's words."""
 
 
@@ -123,7 +123,7 @@ def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] =
     """
     kind, device = options.get("type", ""), options.get("device", "")
     if not device:
-        raise MountFailed("missing device in volume options")
+        raise KernelMountFailed("missing device in volume options")
     given = options.get("o", "")
     if kind in ("nfs", "cifs"):
         device, given = resolved(kind, device, given)
@@ -137,7 +137,7 @@ def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] =
         shown = f", flags: {flags & ~_PROPAGATION:#x}" if flags & ~_PROPAGATION else ""
         shown += f", data: {data}" if data else ""
         text = f"failed to mount local volume: mount {device}:{target}{shown}: {_words(error.errno or 0)}"
-        raise MountFailed(_without_password(text, given)) from error
+        raise KernelMountFailed(_without_password(text, given)) from error
 
 
 def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
@@ -155,7 +155,7 @@ def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
         if is_inside or (
             is_around and (flags & syscalls.MS_REC or os.fstat(descriptor).st_dev == os.stat(one).st_dev)
         ):
-            raise MountFailed(
+            raise KernelMountFailed(
                 f"failed to mount local volume: {device} has sockets of this node: mount it as a bind, not as a volume"
             )
     return f"/proc/self/fd/{descriptor}"
@@ -235,7 +235,7 @@ def _address_of(host: str) -> str:
         found = sorted(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM), key=lambda one: one[0])
     except OSError as error:
         text = f"error resolving passed in network volume address: lookup {host}: no such host"
-        raise MountFailed(text) from error
+        raise KernelMountFailed(text) from error
     return str(found[0][4][0])
 
 
@@ -252,7 +252,7 @@ def bind_part(root: str, part: str, target: Path) -> None:
         else:
             path = os.path.join(root, part)
             text = f"cannot access path {path}: lstat {path}: {_words(error.errno or 0)}"
-        raise MountFailed(text) from error
+        raise KernelMountFailed(text) from error
     try:
         bind_opened(descriptor, target)
     finally:
@@ -303,7 +303,7 @@ def bind_directory(source: str, target: Path, refused: list[str]) -> None:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused))
         if real in _NO_VOLUMES or is_refused:
-            raise MountFailed(f"{source} cannot be a volume: it is {real}")
+            raise KernelMountFailed(f"{source} cannot be a volume: it is {real}")
         syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
     finally:
         os.close(descriptor)

@@ -42,7 +42,7 @@ class NotRemoved(OSError):
         super().__init__(error.errno, f"{name!r} cannot be removed: {error.strerror}", str(path))
 
 
-class Stopped(Exception):
+class RemovalStopped(Exception):
     """The caller has stopped the removal."""
 
 
@@ -138,7 +138,7 @@ class _Removal:
                 level = levels[-1]
                 entry = next(level.entries, None)
                 if self._stop.is_set():
-                    raise Stopped
+                    raise RemovalStopped
                 if entry is None:
                     self._leave(levels)
                 elif not (len(levels) == 1 and entry.name == self._keep):

@@ -1,9 +1,9 @@
 """Finds the cluster object, and the nodes and managers that have not applied its root CA yet."""
 
 from skep.errors import FailedPrecondition, Unavailable
-from skep.model.data_planes import data_path_port
+from skep.model.networks.data_planes import data_path_port
+from skep.model.networks.reserved_ports import ReservedPorts, of_cluster
 from skep.model.node import Node, NodeState
-from skep.model.reserved_ports import ReservedPorts, of_cluster
 from skep.model.swarm import Swarm
 from skep.security.trust import root_digest
 from skep.store.interface import View

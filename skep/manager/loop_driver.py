@@ -15,9 +15,9 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, run_in_slices
 from skep.errors import SkepError
-from skep.manager.failures import Failures, write_each
-from skep.manager.informer import CatchUp, run_exact_informer
-from skep.manager.work_queue import WorkQueue
+from skep.manager.control_loops.failures import Failures, write_each
+from skep.manager.control_loops.informer import CatchUp, run_exact_informer
+from skep.manager.control_loops.work_queue import WorkQueue
 from skep.store.interface import Commit, LoopStore, Object, Transaction, View
 
 K = TypeVar("K", bound=str)

@@ -16,20 +16,17 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.event_loop.loop_lag import LoopLag
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
-from skep.aio.loop_lag import LoopLag
-from skep.api.exposition import Family
-from skep.api.handover_server import HOOKS, PassedConnections, begin_response
-from skep.api.otlp import exporter_to
-from skep.api.server import runner
+from skep.api.http.handover_server import HOOKS, PassedConnections, begin_response
+from skep.api.http.server import runner
+from skep.api.telemetry.exposition import MetricFamily
+from skep.api.telemetry.otlp import exporter_to
 from skep.bootstrap import ManagerConfig
 from skep.csi.drivers import Drivers
 from skep.errors import Unavailable
-from skep.manager.attachment_service import AttachmentService
-from skep.manager.autolock import Autolock
 from skep.manager.autoscaling.state import AutoscalingCounts
-from skep.manager.backup import Backups
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.ca.peer_files import PeerFiles
@@ -41,49 +38,52 @@ from skep.manager.ca.updater import (
     disconnect_revoked,
     warn_of_expiry,
 )
+from skep.manager.control_loops.loops import loops
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
-from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.dispatcher.sessions import LiveSession
-from skep.manager.etcd_metrics import etcd_families
-from skep.manager.events import ClusterEvents
+from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.manager.eviction.loop import Evictions, end_connections
 from skep.manager.eviction.steps import is_evicting_manager
-from skep.manager.gossip.relay import Relay
-from skep.manager.image_directory import ImageDirectory
-from skep.manager.incarnation import Incarnation
+from skep.manager.gossip.relay import GossipRelay
 from skep.manager.journal.loop import Journal
 from skep.manager.journal.past import PastStates
-from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import LogBroker
-from skep.manager.loops import loops
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.consensus import Consensus
-from skep.manager.membership.loop import Managers
+from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
 from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.membership.service import MembersService
-from skep.manager.metrics import ClusterMetrics, StartTimes, autoscaling_families
-from skep.manager.node_events import AllEvents
+from skep.manager.nodes.attachment_service import AttachmentService
+from skep.manager.nodes.image_directory import ImageDirectory
+from skep.manager.nodes.tunnels import NodeTunnels
+from skep.manager.nodes.worker_reads import WorkerReads
 from skep.manager.peer_reports import PeerReports
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
-from skep.manager.store_space import StoreSpace
-from skep.manager.task_usages import TaskUsages
-from skep.manager.traces import TaskSpans, request_spans
-from skep.manager.tunnels import Tunnels
+from skep.manager.storage.autolock import Autolock
+from skep.manager.storage.backup import Backups
+from skep.manager.storage.incarnation import Incarnation
+from skep.manager.storage.keys import StoreKeys, WrappingKeys
+from skep.manager.storage.store_space import StoreSpace
+from skep.manager.telemetry.etcd_metrics import etcd_families
+from skep.manager.telemetry.events import ClusterEvents
+from skep.manager.telemetry.metrics import ClusterMetrics, StartTimes, autoscaling_families
+from skep.manager.telemetry.node_events import AllEvents
+from skep.manager.telemetry.task_usages import TaskUsages
+from skep.manager.telemetry.traces import TaskSpans, request_spans
 from skep.manager.view.cluster import ClusterRows
 from skep.manager.view.loop import ClusterView
-from skep.manager.worker_reads import WorkerReads
-from skep.model.addresses import parted
-from skep.model.ids import IdSource, NodeId
-from skep.model.name_generator import names_from
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.networks.addresses import parted
+from skep.model.values.ids import IdSource, NodeId
+from skep.model.values.name_generator import names_from
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.rpc.client import Bounds
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
@@ -91,7 +91,7 @@ from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import NotLeader, Term
-from skep.wire.client import BOUNDS, Channel, open_channel
+from skep.wire.client import BOUNDS, ManagerChannel, open_channel
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler
 
@@ -156,7 +156,7 @@ class Manager:
         self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery.state, clock)
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to, clock)
         self._usages = TaskUsages(store, config.node_id, self._dispatcher.usages, self._channel_to)
-        self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)
+        self._tunnels = NodeTunnels(store, config.node_id, self._session, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
         self._image_directory = ImageDirectory(store, config.cluster_id, clock, random)
@@ -244,7 +244,7 @@ class Manager:
             own_error=self._member.error,
         )
 
-    def _counted(self) -> list[Family]:
+    def _counted(self) -> list[MetricFamily]:
         """Return the metric families of autoscaling and, if traces are exported, of the export."""
         traces = self._exporter.families() if self._exporter is not None else []
         return [*autoscaling_families(self._autoscaling), *traces]
@@ -288,7 +288,7 @@ class Manager:
             ("events", events.run()),
             ("journal", self._journal.run()),
             ("times of starts", self._starts.run()),
-            ("gossip relay", Relay(store, host, clock, random).run()),
+            ("gossip relay", GossipRelay(store, host, clock, random).run()),
             ("peer addresses", _retrying(addresses, "peer addresses", clock, random)),
             ("manager status", self._status.run()),
             ("certificates", self._certificate_updater(lock, bound).run()),
@@ -322,10 +322,12 @@ class Manager:
     def _session(self, node_id: NodeId, session_id: str) -> LiveSession:
         return self._dispatcher.session(node_id, session_id)
 
-    def _channel_to(self, manager: NodeId) -> Channel:
+    def _channel_to(self, manager: NodeId) -> ManagerChannel:
         return self._link.channel(manager)
 
-    def _connected(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
+    def _connected(
+        self, addr: str, *, bounds: Bounds = BOUNDS
+    ) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to another manager with this manager's certificate."""
         return open_channel(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
 
@@ -346,7 +348,7 @@ class Manager:
         """Run the control loops for one term.  Returns early if a write showed that the term is over."""
         try:
             async with asyncio.TaskGroup() as group:
-                managers = Managers(
+                managers = ManagerReconciler(
                     term, self._config.node_id, self._member.consensus, self._link, self._clock, self._random
                 )
                 group.create_task(managers.run(), name="managers")
@@ -360,7 +362,7 @@ class Manager:
                     self._random,
                 )
                 group.create_task(evictions.run(), name="evictions")
-                adoption = Adoption(
+                adoption = SessionAdoption(
                     term, self._config.node_id, self._link.silent, self._clock, self._new_id, self._random
                 )
                 group.create_task(adoption.run(), name="adoption")

@@ -14,8 +14,8 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import SkepError
-from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
+from skep.model.values.ids import NodeId
 from skep.store.interface import Store, Term, Transaction
 from skep.store.level import LEVEL
 

@@ -18,7 +18,7 @@ from collections.abc import Set
 
 import msgspec
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 REPORT_VALID_S = 2.0
 """Seconds for which another manager's report is valid."""

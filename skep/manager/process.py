@@ -18,10 +18,10 @@ import msgspec
 import structlog
 
 from skep import logs
-from skep.aio import gc_settings
 from skep.aio.backoff import Backoff
-from skep.aio.child_watcher import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
+from skep.aio.event_loop import gc_settings
+from skep.aio.event_loop.child_watcher import watch_children_by_pidfd
 from skep.aio.failures import describe_error
 from skep.aio.groups import errors_as_they_are
 from skep.aio.trees import remove_tree
@@ -31,20 +31,25 @@ from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.own_expiry import self_renewed, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
-from skep.manager.founding import found_cluster
-from skep.manager.incarnation import Superseded, check_incarnations, poll_other_managers, read_incarnations
-from skep.manager.keys import founding_wrapping_key, save_wrapping_keys
 from skep.manager.manager import ConsensusMember, Manager
 from skep.manager.membership.joining import JoiningManager, JoinRefused
 from skep.manager.membership.peer_addresses import PeerAddresses
 from skep.manager.membership.peer_ports import unreachable_peers
 from skep.manager.membership.peer_search import PeerSearch
-from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.manager.routes import compile_routes
-from skep.manager.watchdog import watching
-from skep.model.addresses import parted
-from skep.model.ids import new_id
-from skep.model.times import timestamp
+from skep.manager.storage.founding import found_cluster
+from skep.manager.storage.incarnation import (
+    Superseded,
+    check_incarnations,
+    poll_other_managers,
+    read_incarnations,
+)
+from skep.manager.storage.keys import founding_wrapping_key, save_wrapping_keys
+from skep.manager.storage.recovery import finish_recovery, raise_if_restored, restore_if_wanted
+from skep.manager.telemetry.watchdog import watching
+from skep.model.networks.addresses import parted
+from skep.model.values.ids import new_id
+from skep.model.values.times import timestamp
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.authority import Authority
@@ -53,16 +58,16 @@ from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
 from skep.security.tls import ServerTls, client_context, unverified_context
-from skep.store.etcd.binary import find_binary
-from skep.store.etcd.client import Client
-from skep.store.etcd.damage import Damaged
-from skep.store.etcd.deadlines import end_peer_connections
-from skep.store.etcd.flags import MemberSettings, PeerFiles
-from skep.store.etcd.handover import hand_over
-from skep.store.etcd.initialize import Unfinished, initialize
-from skep.store.etcd.member import Member, MemberRemoved
+from skep.store.etcd.client import EtcdClient
+from skep.store.etcd.initialize import InitUnfinished, initialize
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.peers import load_peers, save_peers
+from skep.store.etcd.process.binary import find_binary
+from skep.store.etcd.process.damage import Damaged
+from skep.store.etcd.process.deadlines import end_peer_connections
+from skep.store.etcd.process.flags import MemberSettings, PeerFiles
+from skep.store.etcd.process.handover import hand_over
+from skep.store.etcd.process.member import EtcdMember, MemberRemoved
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.wire.server import Bound, serve
 
@@ -189,7 +194,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
     )
     async with AsyncExitStack() as stack:
         backoff = Backoff(longest_s=30.0, rng=random.random)
-        member = Member(settings, binary, clock, backoff, partial(_write_mark, paths.store_full))
+        member = EtcdMember(settings, binary, clock, backoff, partial(_write_mark, paths.store_full))
         if paths.joining_mark.exists():
             waiting = joining.vote(load_peers(paths.etcd), partial(_write_delay, paths.joining_mark))
         else:
@@ -203,7 +208,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
         await _start_member(member, stack, poll, waiting)
         paths.joining_mark.unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
-        client = await stack.enter_async_context(Client(paths.etcd_socket))
+        client = await stack.enter_async_context(EtcdClient(paths.etcd_socket))
         members = RaftMembers(client, member)
         await members.count()
         store = await _open(config, paths, pair, clock, random, stack, members, is_empty=is_empty)
@@ -224,7 +229,7 @@ async def _serve(config: ManagerConfig, clock: Clock) -> None:
 
 
 async def _start_member(
-    member: Member, stack: AsyncExitStack, *meanwhile: Coroutine[Any, Any, object]
+    member: EtcdMember, stack: AsyncExitStack, *meanwhile: Coroutine[Any, Any, object]
 ) -> None:
     """Start etcd and wait until it serves.  ``meanwhile`` runs until then."""
     async with errors_as_they_are(), asyncio.TaskGroup() as group:
@@ -367,7 +372,7 @@ async def _open(
     )
     try:
         store = await stack.enter_async_context(opening())
-    except Unfinished:
+    except InitUnfinished:
         await _initialize_store(config, paths, pair, clock, wrapping_key)
         store = await stack.enter_async_context(opening())
     # The root key is now only in the store, encrypted.

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import msgspec
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import NodeId
 from skep.model.node import Node
-from skep.model.times import Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 from skep.store.interface import View
 
 

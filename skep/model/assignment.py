@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from skep.model.ids import ConfigId, SecretId, TaskId
-from skep.model.meta import Driver
 from skep.model.task import AssignedTask
+from skep.model.values.ids import ConfigId, SecretId, TaskId
+from skep.model.values.meta import Driver
 from skep.model.volume import VolumeAssignment
 
 

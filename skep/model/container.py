@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from skep.model.encoding import ApiObject, FileMode, GoInt, always
-from skep.model.ids import ConfigId, SecretId
-from skep.model.meta import Driver
-from skep.model.times import SECOND_NS, Nanoseconds
+from skep.model.values.encoding import ApiObject, FileMode, GoInt, always
+from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS, Nanoseconds
 
 DEFAULT_STOP_GRACE_NS = 10 * SECOND_NS
 """Default grace period, as in Docker."""

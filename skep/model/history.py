@@ -1,7 +1,7 @@
 """The cluster's history: clients' requests to the API, and events with their reasons.
 
-``GET /skep/history`` shows entries (``Entry``), and managers keep them (``manager/journal``).  No entry has the body of
-a request, the data of a secret or the value of a variable.
+``GET /skep/history`` shows entries (``JournalEntry``), and managers keep them (``manager/journal``).  No entry has the
+body of a request, the data of a secret or the value of a variable.
 """
 
 import re
@@ -10,9 +10,9 @@ from enum import Enum
 
 from msgspec.structs import replace
 
-from skep.model.encoding import ApiObject, always
 from skep.model.service import Service, ServiceSpec
-from skep.model.times import Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.times import Timestamp
 
 STACK_LABEL = "com.docker.stack.namespace"
 MESSAGE_CHARACTERS_MAX = 500
@@ -26,7 +26,7 @@ each.
 MASK = "***"
 
 
-class Kind(Enum):
+class EntryType(Enum):
     """``REQUEST`` is the audit log.  ``CHANGE`` is the result of a request, or an action of the managers themselves."""
 
     REQUEST = "request"
@@ -63,7 +63,7 @@ class By(ApiObject):
         return f"{self.user} ({how})" if self.user and how else self.user or how or "not known"
 
 
-class Entry(ApiObject):
+class JournalEntry(ApiObject):
     """One event.  It keeps the names that its objects had at that time."""
 
     id: str = always("")
@@ -72,7 +72,7 @@ class Entry(ApiObject):
     """Time by the clock of the manager that recorded it."""
     revision: int = always(0)
     """Revision of the store at that time, or 0 if the request wrote nothing."""
-    kind: Kind = always(Kind.CHANGE)
+    kind: EntryType = always(EntryType.CHANGE)
     type: str = always("")
     """Type of the object: ``service``, ``task``, ``node``, ``secret``, or ``journal`` for the history itself."""
     action: str = always("")
@@ -105,14 +105,14 @@ class HistoryPage(ApiObject):
         oldest_state: Earliest time for which ``GET /skep/state`` can respond, or empty if unknown.
     """
 
-    entries: tuple[Entry, ...] = always(())
+    entries: tuple[JournalEntry, ...] = always(())
     next: str = always("")
     oldest: Timestamp = always(Timestamp(""))
     oldest_state: Timestamp = always(Timestamp(""))
     total: int = always(0)
 
 
-def bounded(entry: Entry) -> Entry:
+def bounded(entry: JournalEntry) -> JournalEntry:
     """Return ``entry`` with its texts cut to their limits."""
     names = [getattr(entry, name) for name in _NAMES]
     if (

@@ -5,7 +5,7 @@ from enum import Enum
 
 import msgspec
 
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 
 
 class LogStream(Enum):

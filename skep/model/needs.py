@@ -16,10 +16,10 @@ from typing import Final, TypeAlias
 import msgspec
 
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
-from skep.model.ids import ServiceId, VolumeId
+from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import GenericResource, Placement, PublishMode, Resources, ServiceSpec, TaskSpec
-from skep.model.slot_volumes import local_volumes
 from skep.model.task import Task, VolumeAttachment
+from skep.model.values.ids import ServiceId, VolumeId
 from skep.model.volume import GROUP_PREFIX, Volume, VolumeScope, VolumeSharing
 
 HostPort: TypeAlias = tuple[str, int]
@@ -61,7 +61,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the volumes whose data stays on the task's node.  They may contain placeholders."""
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Holdings(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The resources that a task holds.  All tasks of one version of a service hold the same, except for ``generic`` and
     ``volumes``.
     """
@@ -125,10 +125,10 @@ def images_of(template: TaskSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, (container.image, *mounted))))
 
 
-def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
+def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Holdings:
     """Return the holdings of ``task``.  ``ports``: the host ports of the spec from which it was created."""
     reservations = reservations_of(task.spec)
-    return Usage(
+    return Holdings(
         service_id=task.service_id,
         nano_cpus=reservations.nano_cpus,
         memory_bytes=reservations.memory_bytes,
@@ -139,7 +139,7 @@ def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
     )
 
 
-def may_block(held: Usage, needs: Needs, volume: Callable[[VolumeId], Volume | None]) -> bool:
+def may_block(held: Holdings, needs: Needs, volume: Callable[[VolumeId], Volume | None]) -> bool:
     """Return whether a task that holds ``held`` may be the reason why no node takes a task with ``needs``."""
     kinds = {kind_and_amount(one)[0] for one in held.generic}
     return bool(

@@ -5,10 +5,10 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_interface
 from typing import ClassVar, Final
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver, Version
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 MTU_OPTION: Final = "com.docker.network.driver.mtu"
 OVERLAP_LABEL: Final = "skep.allow-overlap"

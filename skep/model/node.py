@@ -5,13 +5,13 @@ from enum import Enum
 
 from msgspec.structs import replace
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import NodeId, SessionId
-from skep.model.meta import TLSInfo, Version
-from skep.model.paths import PathCheck
+from skep.model.networks.paths import PathCheck
 from skep.model.service import Platform, Resources
 from skep.model.task import NetworkAttachment
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.meta import TLSInfo, Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 RESPONSE_SECONDS_MAX = 5.0
 """Seconds that a node with a single manager waits for that manager's response."""
@@ -136,7 +136,7 @@ class ManagerStatus(ApiObject):
     peer_addr: str = ""
 
 
-class NodeSession(ApiObject):
+class SessionOwner(ApiObject):
     """The manager that owns the node's session.  A manager takes it by compare-and-swap, and every write of the session
     is conditional on it.
     """
@@ -232,7 +232,7 @@ class Node(ApiObject):
     load: float | None = None
     """Measured utilization, 0 to 1, rounded as placement needs it, or None if not reported.  Not in Docker's API."""
     manager_status: ManagerStatus | None = None
-    session: NodeSession | None = None
+    session: SessionOwner | None = None
     certificate: NodeCertificate | None = None
     attachments: tuple[NetworkAttachment, ...] = ()
     peer_roots: str = ""

@@ -1,9 +1,9 @@
 """Quotas: limits for all objects of a stack together."""
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import QuotaId
-from skep.model.meta import Version
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import QuotaId
+from skep.model.values.meta import Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 
 class QuotaSpec(ApiObject):

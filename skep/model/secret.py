@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import ConfigId, SecretId
-from skep.model.meta import Driver, Version
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 
 class SecretSpec(ApiObject):

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 
 from skep.model.container import ContainerSpec
-from skep.model.encoding import ApiObject, Float32, Uint32, Uint64, always
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.meta import Driver, Version
-from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+from skep.model.values.encoding import ApiObject, Float32, Uint32, Uint64, always
+from skep.model.values.ids import NetworkId, ServiceId
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 

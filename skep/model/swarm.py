@@ -5,10 +5,10 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from skep.model.encoding import ApiObject, GoInt, Uint32, Uint64, always
-from skep.model.ids import ClusterId, NodeId
-from skep.model.meta import Driver, TLSInfo, Version
-from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+from skep.model.values.encoding import ApiObject, GoInt, Uint32, Uint64, always
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.meta import Driver, TLSInfo, Version
+from skep.model.values.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 DEFAULT_POOL: Final = ("10.0.0.0/8",)
 DEFAULT_SUBNET_SIZE: Final = 24
@@ -31,7 +31,7 @@ class OrchestrationConfig(ApiObject):
 
 
 class RaftConfig(ApiObject):
-    """Kept for clients that read it; etcd's timers are set in ``store/etcd/flags.py``."""
+    """Kept for clients that read it; etcd's timers are set in ``store/etcd/process/flags.py``."""
 
     snapshot_interval: Uint64 = 0
     keep_old_snapshots: Uint64 | None = None

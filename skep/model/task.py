@@ -5,13 +5,13 @@ from enum import Enum
 
 import msgspec
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.meta import Version
 from skep.model.network import Network
 from skep.model.service import EndpointVirtualIP, GenericResource, PortConfig, TaskSpec
 from skep.model.task_end import INTERRUPTIONS, TaskEnd
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 
 class TaskState(Enum):

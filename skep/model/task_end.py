@@ -10,8 +10,8 @@ from enum import Enum
 
 from msgspec.structs import replace
 
-from skep.model.encoding import ApiObject, always, to_json
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always, to_json
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 LAST_LINES_MAX = 20
 """Last lines of output that are kept of a task's end."""

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import msgspec
 
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import NodeId, VolumeId
-from skep.model.meta import Driver, Version
 from skep.model.node import Topology
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId, VolumeId
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 NOT_PUBLISHED = "it is not published on this node"
 """Part of the error of a task that waited for a volume in vain.  The manager adds the reason, unknown to the node."""

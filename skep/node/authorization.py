@@ -10,14 +10,22 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
-from skep.api.authorization import stack_label_of
-from skep.api.identity import IDENTITY_HEADER, identity_of, packed
-from skep.api.networks import NetworkBody
-from skep.api.permissions import STACK_LABEL, Facts, Known, NewObject, Rule, Scope, sees
-from skep.api.server import read_json
+from skep.api.access.authorization import stack_label_of
+from skep.api.access.identity import IDENTITY_HEADER, identity_of, packed
+from skep.api.access.permissions import (
+    STACK_LABEL,
+    KnownObject,
+    NewObject,
+    PermissionRule,
+    PermissionScope,
+    RequestFacts,
+    sees,
+)
+from skep.api.formats.networks import NetworkBody
+from skep.api.http.server import read_json
 from skep.engine.engine import Engine
 from skep.errors import NotFound, PermissionDenied
-from skep.model.access import Identity
+from skep.model.permissions.access import Identity
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.visible_containers import visible_container
 
@@ -29,21 +37,21 @@ class NodeObjects:
         self._engine = engine
         self._cluster = cluster
 
-    async def facts(self, request: web.Request, rule: Rule) -> Facts:
+    async def facts(self, request: web.Request, rule: PermissionRule) -> RequestFacts:
         """Return the facts that this node knows about the object of a request (see ``Objects``)."""
-        if rule.scope is Scope.NEW:
+        if rule.scope is PermissionScope.NEW:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
                 raise PermissionDenied("only administrators may create networks of one node")
             # The manager that receives the request checks it.  But this node first compares the word with its own
             # networks' names, and a user must not be able to try names of other stacks there.
-            return Facts(new=(NewObject(name=body.name, stack=body.labels.get(STACK_LABEL, "")),))
+            return RequestFacts(new=(NewObject(name=body.name, stack=body.labels.get(STACK_LABEL, "")),))
         key = "id" if "id" in request.match_info else "name"
         word = request.match_info[key]
         match rule.kind:
             case "container":
                 container = visible_container(self._engine, identity_of(request), word)
-                known = Known(id=container.id, stack=container.stack)
+                known = KnownObject(id=container.id, stack=container.stack)
             case "volume":
                 known = self._volume(identity_of(request), word)
             case "network":
@@ -51,7 +59,7 @@ class NodeObjects:
             case kind:
                 raise PermissionDenied(f"only administrators may access a {kind} through a worker")
         request.match_info[key] = known.id
-        return Facts(known=known)
+        return RequestFacts(known=known)
 
     def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
         """Return the stack of an object (see ``Objects``)."""
@@ -62,15 +70,15 @@ class NodeObjects:
         except NotFound:  # it was removed meanwhile
             return ""
 
-    def _volume(self, identity: Identity, word: str) -> Known:
+    def _volume(self, identity: Identity, word: str) -> KnownObject:
         """Return the facts about a volume.  Raises: NotFound: ``identity`` may see no volume of that name."""
         labels = self._engine.volumes.labels(word) if self._engine is not None else None
         stack = labels.get(STACK_LABEL, "") if labels is not None else ""
         if labels is None or not sees(identity, stack):
             raise NotFound(f"get {word}: no such volume")
-        return Known(id=word, stack=stack)
+        return KnownObject(id=word, stack=stack)
 
-    async def _network(self, request: web.Request, word: str) -> Known:
+    async def _network(self, request: web.Request, word: str) -> KnownObject:
         """Ask the manager for a network.
 
         Raises: the manager's error.  It is NotFound for one of the node's own networks.
@@ -81,4 +89,4 @@ class NodeObjects:
         if response.status >= 300:
             raise response.error()
         found = msgspec.json.decode(response.body)
-        return Known(id=found["Id"], stack=stack_label_of(found))
+        return KnownObject(id=found["Id"], stack=stack_label_of(found))

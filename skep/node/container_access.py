@@ -19,15 +19,15 @@ import structlog
 from aiohttp import web
 
 from skep.agent.tunnels import TunnelHost
-from skep.api.connection import Connection
-from skep.api.container_requests import FORWARDED, ExecRequest, forwarded, why_not
-from skep.api.filters import Filters
-from skep.api.framing import parse_request, path_of
-from skep.api.server import application, read_json, runner
-from skep.api.timestamps import period_of
-from skep.dataplane.netns.namespaces import inside
+from skep.api.formats.container_requests import FORWARDED, ExecRequest, forwarded, why_not
+from skep.api.formats.filters import Filters
+from skep.api.formats.timestamps import period_of
+from skep.api.http.connection import Connection
+from skep.api.http.framing import parse_request, path_of
+from skep.api.http.server import application, read_json, runner
+from skep.dataplane.netns.kernel.namespaces import inside
 from skep.engine.api.containers import container_routes
-from skep.engine.container import Container
+from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
 from skep.errors import (
     FailedPrecondition,
@@ -37,11 +37,11 @@ from skep.errors import (
     Unavailable,
     reason_of,
 )
-from skep.model.labels import LABEL_TASK_ID
-from skep.model.times import SECOND_NS
+from skep.model.options.labels import LABEL_TASK_ID
+from skep.model.values.times import SECOND_NS
 from skep.node.events import NodeEvents, gap_in_place_of
 from skep.wire import skep_pb2 as skep
-from skep.wire.shared import Connect
+from skep.wire.shared import ConnectToManager
 
 log = structlog.get_logger(__name__)
 
@@ -212,7 +212,7 @@ def parse_age(text: str) -> int:
     return int(text) * SECOND_NS
 
 
-def tunnel_host(engine: Engine | None, events: NodeEvents, connect: Connect) -> TunnelHost | None:
+def tunnel_host(engine: Engine | None, events: NodeEvents, connect: ConnectToManager) -> TunnelHost | None:
     """Return the tunnels of a node, or None for a node without containers."""
     return TunnelHost(TaskContainers(engine, events), connect) if engine is not None else None
 

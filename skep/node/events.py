@@ -15,11 +15,11 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.filters import Filters
+from skep.api.formats.filters import Filters
 from skep.engine.events import Events
 from skep.engine.images.local import ImageEvent
 from skep.errors import ResourceExhausted, SkepError, Unavailable
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 log = structlog.get_logger()
 
@@ -71,7 +71,7 @@ class EventRequest(msgspec.Struct, frozen=True):
     """The query as it was written, for the manager."""
 
 
-class Reader:
+class EventReader:
     """One client's queue of events."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class NodeEvents:
         self.clock = clock
         self._life = life or secrets.token_hex(4)
         self._past: deque[Message] = deque(maxlen=KEPT)
-        self._readers: set[Reader] = set()
+        self._readers: set[EventReader] = set()
         self.published = 0
         """Number of events since the start.  Events are numbered, so it is also the number of the last event."""
         self._followers = 0
@@ -132,10 +132,10 @@ class NodeEvents:
                 self.publish(event.type, event.action, event.container_id, event.attributes, event.time_ns)
 
     @contextmanager
-    def _reading(self) -> Iterator[Reader]:
+    def _reading(self) -> Iterator[EventReader]:
         if len(self._readers) >= READERS_MAX:
             raise ResourceExhausted(f"{READERS_MAX} clients read the events of this node already")
-        reader = Reader()
+        reader = EventReader()
         self._readers.add(reader)
         try:
             yield reader
@@ -257,7 +257,7 @@ class NodeEvents:
         mark = message_of("stream", action, "", {}, self.clock.now_ns())
         return {**mark, "Cursor": self._cursor(position)}
 
-    async def _end_at(self, until_ns: int, reader: Reader) -> None:
+    async def _end_at(self, until_ns: int, reader: EventReader) -> None:
         await self.clock.sleep((until_ns - self.clock.now_ns()) / SECOND_NS)
         reader.offer(None)
 
@@ -346,7 +346,7 @@ async def _past_of(source: EventLines, request: EventRequest) -> list[Message]:
 class _Source:
     """A source of a client's stream.  ``was_asked`` is set once the source is being read or has failed."""
 
-    def __init__(self, lines: EventLines, request: EventRequest, reader: Reader, clock: Clock) -> None:
+    def __init__(self, lines: EventLines, request: EventRequest, reader: EventReader, clock: Clock) -> None:
         self._lines = lines
         self._request = request
         self._reader = reader

@@ -5,15 +5,15 @@ from functools import partial
 
 from skep.agent.images import ClusterSources, ImagePort, needed_images
 from skep.agent.renewal import KeyPairCredentials
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
 from skep.engine.api.containers import image_users
 from skep.engine.engine import Engine
 from skep.engine.images.collecting import ImageCollector, Marks
-from skep.engine.images.serving import ServedImages
-from skep.model.addresses import host_of
-from skep.node.local import LocalNode
+from skep.engine.images.sharing.serving import ServedImages
+from skep.model.networks.addresses import host_of
+from skep.node.cluster.local import LocalNode
 
 
 class ImageSharing:

@@ -14,19 +14,19 @@ import msgspec
 from skep import __version__
 from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
-from skep.engine import apparmor
-from skep.engine.container import Counts
+from skep.engine.confinement import apparmor
+from skep.engine.containers.container import EngineCounts
 from skep.engine.log_drivers.drivers import log_drivers
-from skep.model.times import Timestamp
-from skep.model.wireguard import ENCRYPTION_LABEL, Method
-from skep.node.features import Features
-from skep.node.machine import Machine
+from skep.model.networks.wireguard import ENCRYPTION_LABEL, EncryptionMethod
+from skep.model.values.times import Timestamp
+from skep.node.host.features import Features
+from skep.node.host.machine import Machine
 
 API_VERSION_MIN = "1.24"
 _INDEX = "https://index.docker.io/v1/"
 
 
-class Node(msgspec.Struct, frozen=True, kw_only=True):
+class NodeProperties(msgspec.Struct, frozen=True, kw_only=True):
     """Properties of the node that change only with a reload of its configuration."""
 
     id: str
@@ -39,7 +39,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """``Version`` and ``ApiVersion`` of the machine's Docker Engine.  Empty without one."""
 
 
-def version(node: Node, api_version: str) -> dict[str, Any]:
+def version(node: NodeProperties, api_version: str) -> dict[str, Any]:
     """Return the response to ``GET /version``."""
     machine = node.machine
     ours = {
@@ -74,7 +74,12 @@ def version(node: Node, api_version: str) -> dict[str, Any]:
 
 
 def info(
-    node: Node, *, counts: Counts, swarm: Mapping[str, Any], warnings: Sequence[str], now: Timestamp
+    node: NodeProperties,
+    *,
+    counts: EngineCounts,
+    swarm: Mapping[str, Any],
+    warnings: Sequence[str],
+    now: Timestamp,
 ) -> dict[str, Any]:
     """Return the response to ``GET /info``."""
     machine, features, configuration = node.machine, node.features, node.configuration
@@ -144,7 +149,7 @@ def _limits(features: Features) -> dict[str, bool]:
     }
 
 
-def _runtime(node: Node, swarm: Mapping[str, Any]) -> dict[str, Any]:
+def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields about container runtimes, and the ``Swarm`` section at its place in Docker's order."""
     features, configuration = node.features, node.configuration
     runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
@@ -188,5 +193,5 @@ def registry_config(configuration: Configuration) -> dict[str, Any]:
 def _labels(configuration: Configuration, features: Features) -> Mapping[str, str]:
     """Return the user's labels and the label with this node's encryption method."""
     method = choose(features, configuration.encryption)
-    own = {ENCRYPTION_LABEL: method.value} if isinstance(method, Method) else {}
+    own = {ENCRYPTION_LABEL: method.value} if isinstance(method, EncryptionMethod) else {}
     return {**configuration.labels, **own}

@@ -21,94 +21,94 @@ from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.pulling import nothing_beside
 from skep.agent.executor.traced import TracedExecutor
 from skep.agent.images import ClusterSources
-from skep.agent.last_seen import LastSeenFile
-from skep.agent.managers import ManagerList, Peer
-from skep.agent.probe_stream import NodeProbes
 from skep.agent.renewal import KeyPairCredentials
-from skep.agent.reports import Reports
-from skep.agent.revisions import SeenRevision
-from skep.agent.session import NodeServices
-from skep.agent.session_state import SessionState
-from skep.agent.task_files import TaskFiles
-from skep.agent.task_logs import NoLogs, TaskLogs
-from skep.agent.worker import Worker
+from skep.agent.session.last_seen import LastSeenFile
+from skep.agent.session.managers import KnownManager, ManagerList
+from skep.agent.session.probe_stream import NodeProbes
+from skep.agent.session.reports import Reports
+from skep.agent.session.revisions import SeenRevision
+from skep.agent.session.session import NodeServices
+from skep.agent.session.session_state import SessionState
+from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.task_logs import NoLogs, TaskLogs
+from skep.agent.tasks.worker import Worker
+from skep.aio.event_loop.gc_settings import freeze
 from skep.aio.failures import isolate
-from skep.aio.gc_settings import freeze
-from skep.api.client import Client
-from skep.api.otlp import exporter_to
-from skep.api.server import application
+from skep.api.client.client import ApiClient
+from skep.api.http.server import application
+from skep.api.telemetry.otlp import exporter_to
 from skep.configuration.configuration import Configuration, UnixHost
-from skep.dataplane.client import MESH, NetClient
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.local.networks import LocalNetworks
-from skep.dataplane.name_registration import NameRegistration
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.neighbor_tables import NeighborTables
+from skep.dataplane.net_process.client import MESH, NetClient
+from skep.dataplane.net_process.name_registration import NameRegistration
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.dataplane.netns.kernel.neighbor_tables import NeighborTables
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.dataplane.wireguard.methods import Refusal, choose, reasons_for_fallback
+from skep.dataplane.wireguard.methods import EncryptionRefusal, choose, reasons_for_fallback
 from skep.dataplane.wireguard.tunnels import Options
-from skep.engine import apparmor
 from skep.engine.api.containers import image_users
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import find_programs
-from skep.engine.cgroups import Cgroups
+from skep.engine.confinement import apparmor
+from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.engine import EngineConfig
-from skep.engine.images.endpoints import Policy
+from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.removal import ImageUser
-from skep.engine.images.spreading import NodeFetcher
+from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
-from skep.engine.usage import Usage
+from skep.engine.metrics.usage import UsagePage
 from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
-from skep.model.conditions import NEIGHBORS
-from skep.model.ids import NodeId, new_container_id, new_id
-from skep.model.meta import Driver
+from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node import NodeRole
-from skep.model.wireguard import Method
+from skep.model.node_reports.conditions import NEIGHBORS
+from skep.model.values.ids import NodeId, new_container_id, new_id
+from skep.model.values.meta import Driver
 from skep.node import info
 from skep.node.authorization import NodeObjects
-from skep.node.cluster_reads import ClusterReads
-from skep.node.cluster_work import NodeWork
+from skep.node.cluster.cluster_reads import ClusterReads
+from skep.node.cluster.cluster_work import NodeWork
+from skep.node.cluster.local import LocalNode
+from skep.node.cluster.manager_files import ManagerFiles
+from skep.node.cluster.membership import Membership
+from skep.node.cluster.runner import Dependencies
+from skep.node.cluster.swarm_info import why_waiting
 from skep.node.container_access import tunnel_host
 from skep.node.container_apis.server import ContainerApis
-from skep.node.description import NodeDescriber, has_overlays, port_labels, volume_labels
-from skep.node.disk_check import DiskCheck
-from skep.node.disk_space import DiskSpace
-from skep.node.docker_engine import docker_engine_at
-from skep.node.engine_images import EngineImages
-from skep.node.environment import Environment
+from skep.node.docker.docker_engine import docker_engine_at
+from skep.node.docker.engine_images import EngineImages
 from skep.node.events import NodeEvents
-from skep.node.features import Features
 from skep.node.front.application import Application, close_after_response, serving, tls_of
 from skep.node.front.browsers import serving_dashboard
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
 from skep.node.front.server import DockerSocket, Front
-from skep.node.front.users import Users
+from skep.node.front.users import KnownUsers
+from skep.node.host.description import NodeDescriber, has_overlays, port_labels, volume_labels
+from skep.node.host.disk_check import DiskCheck
+from skep.node.host.disk_space import DiskSpace
+from skep.node.host.environment import NodeEnvironment
+from skep.node.host.features import Features
+from skep.node.host.isolation import keep_profile
+from skep.node.host.machine_resources import ResourceReader
+from skep.node.host.own_ports import OwnPorts
+from skep.node.host.reaping import reap_orphans
 from skep.node.image_sharing import ImageSharing
-from skep.node.isolation import keep_profile
-from skep.node.load import LoadMeter, reader_of
-from skep.node.local import LocalNode
-from skep.node.machine_resources import ResourceReader
-from skep.node.manager_files import ManagerFiles
-from skep.node.membership import Membership
-from skep.node.metrics import NodeMetrics, Sources
-from skep.node.metrics_server import metrics_routes, serving_metrics
-from skep.node.own_ports import OwnPorts
 from skep.node.part_runner import run_after, run_part, wait_briefly
-from skep.node.reaping import reap_orphans
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.objects import object_routes
 from skep.node.routes.swarm import swarm_routes
 from skep.node.routes.system import NodeSystem, engine_id, ping_response, system_routes, unsupported_routes
-from skep.node.runner import Dependencies
-from skep.node.swarm_info import why_waiting
-from skep.node.task_usage import TaskUsageMeter
+from skep.node.telemetry.load import LoadMeter, reader_of
+from skep.node.telemetry.metrics import NodeMetrics, Sources
+from skep.node.telemetry.metrics_server import metrics_routes, serving_metrics
+from skep.node.telemetry.task_usage import TaskUsageMeter
 from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
@@ -123,13 +123,13 @@ _REVISION_FILE = "seen.json"
 class Node:
     """One node.  ``run`` runs it."""
 
-    def __init__(self, configuration: Configuration, environment: Environment) -> None:
+    def __init__(self, configuration: Configuration, environment: NodeEnvironment) -> None:
         self._configuration = configuration
         self._environment = environment
         self._paths = configuration.paths
         self._clock = environment.clock
         self._random = environment.random.random
-        self._manager_api = Client.local(self._paths.manager_socket, "the manager of this node")
+        self._manager_api = ApiClient.local(self._paths.manager_socket, "the manager of this node")
         self._docker = docker_engine_at(configuration.engine_socket)
         self._events = NodeEvents(self._clock)
         self._session = SessionState(
@@ -199,7 +199,7 @@ class Node:
             if self._paths.node_json.exists():
                 await self._tables.restore(self._shared_tables)
             app = await self._application()
-            users = Users(self._manager_api, self._clock, self._random, tls_of(self._configuration))
+            users = KnownUsers(self._manager_api, self._clock, self._random, tls_of(self._configuration))
             if users.tls is not None or self._configuration.dashboard is not None:
                 run(users.run, "users of the API")
             front = self._front(
@@ -368,7 +368,7 @@ class Node:
     def _new_agent(
         self,
         node: LocalNode,
-        save_managers: Callable[[tuple[Peer, ...]], None],
+        save_managers: Callable[[tuple[KnownManager, ...]], None],
         set_role: Callable[[NodeRole], None],
     ) -> Agent:
         """Return an agent for ``node``, not yet running (``runner.NewAgent``)."""
@@ -411,11 +411,11 @@ class Node:
             session_state=self._session,
         )
 
-    def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
+    def _known_managers(self, node: LocalNode) -> tuple[KnownManager, ...]:
         """Return the managers from the last list that they sent, and the configured ones."""
         sent = {peer.addr for peer in node.managers}
         configured = (addr for addr in self._configuration.managers if addr not in sent)
-        return (*node.managers, *(Peer(NodeId(""), addr) for addr in configured))
+        return (*node.managers, *(KnownManager(NodeId(""), addr) for addr in configured))
 
     # --- the cluster ------------------------------------------------------------------------------------------
 
@@ -450,7 +450,7 @@ class Node:
 
     def _node_system(self) -> NodeSystem:
         configuration, environment = self._configuration, self._environment
-        node = info.Node(
+        node = info.NodeProperties(
             id=engine_id(configuration.data_dir),
             machine=environment.machine,
             features=environment.features,
@@ -482,7 +482,7 @@ class Node:
                 session=self._session,
                 load=self._load.load,
                 data_plane=self._data_plane,
-                usage=Usage(engine.list, cgroups, self._clock) if engine is not None else None,
+                usage=UsagePage(engine.list, cgroups, self._clock) if engine is not None else None,
                 reads=self._system.reads,
                 membership=self._membership,
                 exporter=self._exporter,
@@ -548,7 +548,7 @@ class Node:
         app.on_response_prepare.append(close_after_response)
         return app
 
-    def _front(self, here: Application, users: Users) -> Front:
+    def _front(self, here: Application, users: KnownUsers) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
         given = self._engine_images.hand_over_given if self._engine_images is not None else None
         return Front(
@@ -582,16 +582,16 @@ class Node:
             run(partial(self._engine_images.follow, clock, self._random), "images of the docker engine")
 
 
-def _registry_policy(configuration: Configuration) -> Policy:
+def _registry_policy(configuration: Configuration) -> RegistryPolicy:
     """Return the registries reached without TLS, the mirrors, and the credential helpers."""
-    return Policy(
+    return RegistryPolicy(
         insecure=frozenset(configuration.insecure_registries),
         mirrors=configuration.registry_mirrors,
         helpers=configuration.credential_helpers,
     )
 
 
-def _encryption(features: Features, setting: str) -> Method | Refusal:
+def _encryption(features: Features, setting: str) -> EncryptionMethod | EncryptionRefusal:
     """Choose how this node encrypts networks.  Log why the kernel's WireGuard is not used although it is allowed."""
     if reasons := reasons_for_fallback(features, setting):
         log.info("encrypted networks use wireguard-go, not the kernel's WireGuard", reason=reasons)

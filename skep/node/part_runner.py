@@ -9,7 +9,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
-from skep.aio.race import Preempted, run_unless
+from skep.aio.race import LostRace, run_unless
 from skep.errors import SkepError
 from skep.node.supervision.zygote import ZygoteGone
 
@@ -34,7 +34,7 @@ async def wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: 
     """Wait until ``ready`` has returned, but at most ``seconds``."""
     try:
         await run_unless(ready, clock.sleep(seconds))
-    except Preempted:
+    except LostRace:
         log.warning("some containers not found yet", after_s=seconds)
 
 

@@ -1,10 +1,10 @@
 """Looks up containers among those on this node that a user's roles allow to see."""
 
-from skep.api.permissions import sees
-from skep.engine.container import Container
+from skep.api.access.permissions import sees
+from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound
-from skep.model.access import Identity
+from skep.model.permissions.access import Identity
 
 
 def visible_container(engine: Engine | None, identity: Identity, word: str) -> Container:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from skep.cli.output import Output, Screen, Shown, shows, table
+from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.errors import SkepError
 from skep.playground import names
 from skep.playground.commands import find
@@ -160,7 +160,7 @@ def down(directory: Path, name: str | None) -> None:
 @playground.command()
 @_verb
 @shows
-def ps(directory: Path, name: str | None, output: Output) -> None:
+def ps(directory: Path, name: str | None, output: OutputOptions) -> None:
     """List the playground's nodes and published ports.
 
     \b

@@ -12,12 +12,13 @@ from typing import Any
 
 import click
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.cli.passthrough import find_docker
 from skep.errors import FailedPrecondition, Unavailable, reason_of
 from skep.linux.commands import communicate
-from skep.playground import nginx, node
-from skep.playground.description import Cluster
+from skep.playground import node
+from skep.playground.description import PlaygroundDescription
+from skep.playground.images import nginx
 from skep.playground.playground import Playground
 
 SERVICE = "web"
@@ -46,7 +47,7 @@ async def demo(playground: Playground) -> None:
     await _show(cluster, playground)
 
 
-async def _build(playground: Playground) -> Cluster:
+async def _build(playground: Playground) -> PlaygroundDescription:
     click.secho("1. Start a cluster of one manager and two workers", bold=True)
     cluster = await playground.up(managers=1, workers=WORKERS)
     click.secho("2. Build an nginx image from the distribution's packages", bold=True)
@@ -62,7 +63,7 @@ async def _build(playground: Playground) -> Cluster:
     return cluster
 
 
-async def _show(cluster: Cluster, playground: Playground) -> None:
+async def _show(cluster: PlaygroundDescription, playground: Playground) -> None:
     """Check that the service responds, and print the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
@@ -100,9 +101,9 @@ async def _docker(endpoint: str, *words: str) -> None:
         raise FailedPrecondition(f"docker {' '.join(words)} failed with exit code {process.returncode}")
 
 
-async def _mesh_port(cluster: Cluster) -> int:
+async def _mesh_port(cluster: PlaygroundDescription) -> int:
     """Return the port at which the routing mesh publishes the service.  Raises: Unavailable: it has no port yet."""
-    async with Client.at(cluster.nodes[0].endpoint) as manager:
+    async with ApiClient.at(cluster.nodes[0].endpoint) as manager:
         service: dict[str, Any] = await manager.get(f"/services/{SERVICE}")
     for port in service["Endpoint"].get("Ports") or ():
         if port["PublishMode"] == "ingress":

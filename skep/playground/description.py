@@ -15,7 +15,7 @@ from skep.errors import FailedPrecondition, NotFound
 from skep.playground.names import Engine, Role
 
 
-class Node(msgspec.Struct, frozen=True, kw_only=True):
+class PlaygroundNode(msgspec.Struct, frozen=True, kw_only=True):
     """One machine of the playground."""
 
     name: str
@@ -43,7 +43,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """The node's software: Skep's daemon, or an unmodified Docker Engine."""
 
 
-class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+class PlaygroundDescription(msgspec.Struct, frozen=True, kw_only=True):
     """The content of the file."""
 
     system: str = "skep"
@@ -57,9 +57,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """Whether ``up`` created DIR, so that ``down`` removes it."""
     netns_root_made: bool = False
     """Whether ``up`` made /run/netns a mount, so that ``down`` unmounts it when it is empty."""
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[PlaygroundNode, ...] = ()
 
-    def node(self, name: str) -> Node:
+    def node(self, name: str) -> PlaygroundNode:
         """Return a node.  Raises: NotFound."""
         for node in self.nodes:
             if node.name == name:
@@ -67,7 +67,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         names = " ".join(node.name for node in self.nodes) or "none"
         raise NotFound(f"The playground {self.name} has no node {name}. Choose one of {names}.")
 
-    def with_node(self, node: Node) -> "Cluster":
+    def with_node(self, node: PlaygroundNode) -> "PlaygroundDescription":
         """Return the cluster with ``node`` in place of the node of the same name, or added."""
         if any(other.name == node.name for other in self.nodes):
             nodes = tuple(node if other.name == node.name else other for other in self.nodes)
@@ -84,10 +84,10 @@ class DescriptionFile:
         self.path = directory / "cluster.json"
         self._lock = directory / "lock"
 
-    def read(self) -> Cluster | None:
+    def read(self) -> PlaygroundDescription | None:
         """Return the description, or None without a playground.  Raises: FailedPrecondition: the file is damaged."""
         try:
-            return msgspec.json.decode(self.path.read_bytes(), type=Cluster)
+            return msgspec.json.decode(self.path.read_bytes(), type=PlaygroundDescription)
         except FileNotFoundError:
             return None
         except msgspec.DecodeError as error:
@@ -95,7 +95,7 @@ class DescriptionFile:
                 f"{self.path} is damaged ({error}). Remove it, then run skep playground down with --name."
             ) from error
 
-    def require(self) -> Cluster:
+    def require(self) -> PlaygroundDescription:
         """Return the description.  Raises: NotFound."""
         if (cluster := self.read()) is None:
             raise NotFound(
@@ -103,13 +103,13 @@ class DescriptionFile:
             )
         return cluster
 
-    def write(self, cluster: Cluster) -> None:
+    def write(self, cluster: PlaygroundDescription) -> None:
         """Replace the file atomically.  Call it inside ``locked``."""
         temporary = self.path.with_suffix(".json.new")
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
         temporary.replace(self.path)
 
-    def put(self, node: Node) -> Cluster:
+    def put(self, node: PlaygroundNode) -> PlaygroundDescription:
         """Add or replace one node.  Takes the lock."""
         with self.locked():
             cluster = self.require().with_node(node)

@@ -4,7 +4,7 @@ import platform
 from pathlib import Path
 
 from skep.playground.commands import find
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 
 SOCKET = "docker.sock"
 CONFIGURATION = "daemon.json"
@@ -15,7 +15,7 @@ NO_IPVS = (
 _MODULES = Path("/lib/modules")
 
 
-def command(home: Path, node: Node) -> tuple[str, ...]:
+def command(home: Path, node: PlaygroundNode) -> tuple[str, ...]:
     """Return the engine's command line.  Its sockets are in the node's own /run, its data below ``home``.
 
     Raises: FailedPrecondition: dockerd is not installed.

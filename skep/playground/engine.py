@@ -1,6 +1,6 @@
 """Requests of the playground to its nodes' Engine API."""
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.errors import FailedPrecondition, SkepError
 
 _RESPONSE_TIMEOUT_S = 2.0
@@ -10,7 +10,7 @@ _RESPONSE_TIMEOUT_S = 2.0
 async def is_up(endpoint: str) -> bool:
     """Return whether the node at ``endpoint`` responds."""
     try:
-        async with Client.at(endpoint) as client:
+        async with ApiClient.at(endpoint) as client:
             await client.get("/version", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError:
         return False
@@ -24,7 +24,7 @@ async def load(endpoint: str, archive: bytes) -> None:
     """
     headers = {"Content-Type": "application/x-tar"}
     async with (
-        Client.at(endpoint) as client,
+        ApiClient.at(endpoint) as client,
         client.stream("/images/load", method="POST", body=archive, headers=headers) as response,
     ):
         # The status 200 is sent before the archive is read.  Errors follow as lines of the body.

@@ -69,7 +69,7 @@ def port(node: str) -> str:
     return f"v{node}"[:15]
 
 
-class Address(msgspec.Struct, frozen=True, kw_only=True):
+class UnderlayAddress(msgspec.Struct, frozen=True, kw_only=True):
     """A node's address on the underlay."""
 
     subnet: int
@@ -86,20 +86,20 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
         return f"192.168.{100 + self.subnet}.1"
 
 
-def address_of(ip: str) -> Address:
-    """Parse an address that ``Address.ip`` returned."""
+def address_of(ip: str) -> UnderlayAddress:
+    """Parse an address that ``UnderlayAddress.ip`` returned."""
     _, _, subnet, host = ip.split(".")
-    return Address(subnet=int(subnet) - 100, host=int(host))
+    return UnderlayAddress(subnet=int(subnet) - 100, host=int(host))
 
 
-def free_address(taken: Iterable[str], subnets: int) -> Address:
+def free_address(taken: Iterable[str], subnets: int) -> UnderlayAddress:
     """Return an address that is not in ``taken``.  Nodes are spread over the subnets in turn.
 
     Raises: FailedPrecondition: every subnet is full.
     """
     used = set(taken)
     for index in range(subnets * (_LAST_HOST - _FIRST_HOST + 1)):
-        address = Address(subnet=index % subnets, host=_FIRST_HOST + index // subnets)
+        address = UnderlayAddress(subnet=index % subnets, host=_FIRST_HOST + index // subnets)
         if address.ip not in used:
             return address
     raise FailedPrecondition("The playground's networks are full. Use more --subnets.")

@@ -13,7 +13,7 @@ from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
 from skep.playground import cgroups, docker, engine, names, processes, tls, underlay
 from skep.playground.commands import find, wait_until
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 
 HOLDER = Path(__file__).with_name("holder.sh")
 SKEP = Path(sys.executable).with_name("skep")
@@ -40,11 +40,11 @@ def described(
     role: names.Role,
     ip: str,
     engine: names.Engine = "skep",
-) -> Node:
+) -> PlaygroundNode:
     """Return the description of a node that will be created."""
     home = directory / name
     socket = docker.SOCKET if engine == "docker" else "skep.sock"
-    return Node(
+    return PlaygroundNode(
         name=name,
         role=role,
         addr=ip,
@@ -61,7 +61,7 @@ def described(
 class Holder:
     """The holder process of a node that is being started."""
 
-    def __init__(self, node: Node, home: Path, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, node: PlaygroundNode, home: Path, process: "subprocess.Popen[bytes]") -> None:
         self.node, self._home, self._process = node, home, process
 
     async def wait_for_api(self) -> None:
@@ -79,7 +79,7 @@ class Holder:
         return await engine.is_up(self.node.endpoint)
 
 
-def switch_on(directory: Path, playground: str, node: Node) -> Holder:
+def switch_on(directory: Path, playground: str, node: PlaygroundNode) -> Holder:
     """Start the node's holder, which starts its daemon.  The network namespace must exist.
 
     Raises: Unavailable: it ended at once.
@@ -109,7 +109,7 @@ def switch_on(directory: Path, playground: str, node: Node) -> Holder:
     return Holder(msgspec.structs.replace(node, pids=(process.pid,), started=started), home, process)
 
 
-def _skep_command(home: Path, node: Node) -> tuple[str, ...]:
+def _skep_command(home: Path, node: PlaygroundNode) -> tuple[str, ...]:
     configuration = home / "skep.toml"
     if not configuration.exists():
         has_tls = (home / "server.pem").exists()
@@ -138,7 +138,7 @@ def further_hosts(configuration: Path, own: Sequence[str]) -> Iterator[str]:
             yield host
 
 
-async def kill(playground: str, node: Node) -> Node:
+async def kill(playground: str, node: PlaygroundNode) -> PlaygroundNode:
     """Simulate a power loss: kill every process of the node at once, so that none can announce its end."""
     for pid in node.pids:
         processes.kill_exactly(pid, node.started)
@@ -161,12 +161,12 @@ async def remove_files(home: Path) -> None:
     await wait_until(is_removed, f"{home} can be removed", within_s=20)
 
 
-def is_up(node: Node) -> bool:
+def is_up(node: PlaygroundNode) -> bool:
     """Return whether the process that holds the node's namespaces runs.  The daemon may still be starting."""
     return any(start_ticks_of(pid) == node.started for pid in node.pids)
 
 
-def daemon_pid(node: Node) -> int | None:
+def daemon_pid(node: PlaygroundNode) -> int | None:
     """Return the pid of the daemon, which is the first child process of the holder's shell, or None."""
     pid = node.pids[0] if is_up(node) else None
     for _ in ("shell", "daemon"):
@@ -178,7 +178,7 @@ def daemon_pid(node: Node) -> int | None:
     return pid
 
 
-async def state(playground: str, node: Node) -> str:
+async def state(playground: str, node: PlaygroundNode) -> str:
     """Return the node's state for users: up, cut, half-cut, starting or down.
 
     A paused node also counts as starting.

@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.trees import discard_tree
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from skep.paths import SOCKET_PATH_BYTES_MAX
 from skep.playground import cgroups, docker, engine, names, node, processes, relay, underlay
 from skep.playground import tls as certificates
-from skep.playground.busybox import busybox_archive
 from skep.playground.commands import find, run, together, wait_until
-from skep.playground.description import Cluster, DescriptionFile, Node
+from skep.playground.description import DescriptionFile, PlaygroundDescription, PlaygroundNode
+from skep.playground.images.busybox import busybox_archive
 
 _READY_WITHIN_S = 60
 """Time limit in seconds until all nodes are ready."""
@@ -48,7 +48,7 @@ class Playground:
     def _busybox(self) -> Path:
         return self.images / "busybox.tar"
 
-    def cluster(self) -> Cluster:
+    def cluster(self) -> PlaygroundDescription:
         """Return the described cluster.  Raises: NotFound: it does not exist, or has another name."""
         cluster = self._file.require()
         if self._wanted_name not in (None, cluster.name):
@@ -58,7 +58,7 @@ class Playground:
             )
         return cluster
 
-    def described(self) -> Cluster | None:
+    def described(self) -> PlaygroundDescription | None:
         """Return the described cluster, or None.  Raises: NotFound: it has another name."""
         return None if self._file.read() is None else self.cluster()
 
@@ -71,7 +71,7 @@ class Playground:
         subnets: int = 1,
         relays: bool = True,
         tls: bool = False,
-    ) -> Cluster:
+    ) -> PlaygroundDescription:
         """Start the nodes, load busybox into each, and form a swarm.
 
         Args:
@@ -101,7 +101,7 @@ class Playground:
 
     async def plug_in(
         self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1, *, tls: bool = False
-    ) -> Cluster:
+    ) -> PlaygroundDescription:
         """Start new nodes that have the busybox image and are not in a swarm yet.
 
         Their roles are recorded in the description and take effect when they join.
@@ -148,7 +148,9 @@ class Playground:
             self._directory.rmdir()
         return True
 
-    async def add(self, role: names.Role, name: str | None = None, kind: names.Engine = "skep") -> Node:
+    async def add(
+        self, role: names.Role, name: str | None = None, kind: names.Engine = "skep"
+    ) -> PlaygroundNode:
         """Start a new machine on the playground's network, with busybox, outside any swarm."""
         with self._file.locked():
             cluster = self.cluster()
@@ -174,7 +176,7 @@ class Playground:
         await underlay.set_cable(cluster.name, name, connected=False)
         self._file.put(await node.kill(cluster.name, known))
 
-    async def start(self, name: str) -> Node:
+    async def start(self, name: str) -> PlaygroundNode:
         """Start a killed node again with its old disk.  Does nothing if it is up."""
         cluster = self.cluster()
         known = cluster.node(name)
@@ -232,7 +234,7 @@ class Playground:
             tcp[API] = api.replace("http:", "tcp:")
         return tcp | {f"{port}/udp": f"udp://127.0.0.1:{local}" for port, local in state.udp.items()}
 
-    async def states(self) -> list[tuple[Node, str]]:
+    async def states(self) -> list[tuple[PlaygroundNode, str]]:
         """Return each node with its state (see ``node.state``)."""
         cluster = self.cluster()
         words = await asyncio.gather(*(node.state(cluster.name, known) for known in cluster.nodes))
@@ -250,7 +252,7 @@ class Playground:
 
     # --- the steps ----------------------------------------------------------------------------------------------
 
-    async def _describe(self, managers: int, subnets: int) -> Cluster:
+    async def _describe(self, managers: int, subnets: int) -> PlaygroundDescription:
         """Check the settings, then write the description, so that ``down`` finds the name even if ``up`` fails."""
         if os.geteuid() != 0:
             raise FailedPrecondition("A playground needs namespaces and cgroups. Run the command as root.")
@@ -268,7 +270,7 @@ class Playground:
             raise AlreadyExists(f"A playground called {name} is running. Choose another --name.")
         made = not self._directory.exists()
         self._directory.mkdir(parents=True, exist_ok=True)
-        cluster = Cluster(
+        cluster = PlaygroundDescription(
             name=name,
             subnets=subnets,
             directory_made=made,
@@ -278,11 +280,13 @@ class Playground:
             self._file.write(cluster)
         return cluster
 
-    def _next(self, cluster: Cluster, name: str, role: names.Role, kind: names.Engine = "skep") -> Node:
+    def _next(
+        self, cluster: PlaygroundDescription, name: str, role: names.Role, kind: names.Engine = "skep"
+    ) -> PlaygroundNode:
         address = names.free_address((known.addr for known in cluster.nodes), cluster.subnets)
         return node.described(self._directory, cluster.name, name, role, address.ip, kind)
 
-    async def _make(self, new: Node) -> Node:
+    async def _make(self, new: PlaygroundNode) -> PlaygroundNode:
         """Create a node: attach its cable, start its daemon and load its image."""
         cluster = self.cluster()
         await underlay.attach(cluster.name, new.name, names.address_of(new.addr))
@@ -291,17 +295,17 @@ class Playground:
         self._progress(f"{new.name} is up ({new.addr})")
         return started
 
-    async def _switch_on(self, cluster: Cluster, off: Node) -> Node:
+    async def _switch_on(self, cluster: PlaygroundDescription, off: PlaygroundNode) -> PlaygroundNode:
         """Start the node, record it, and wait for its API."""
         holder = node.switch_on(self._directory, cluster.name, off)
         self._file.put(holder.node)
         await holder.wait_for_api()
         return holder.node
 
-    async def _form_swarm(self, cluster: Cluster) -> None:
+    async def _form_swarm(self, cluster: PlaygroundDescription) -> None:
         """Initialize the swarm on the first manager, join all others at once, and wait until all are ready."""
         first, *others = cluster.nodes
-        async with Client.at(first.endpoint) as manager:
+        async with ApiClient.at(first.endpoint) as manager:
             await manager.post("/swarm/init", {"ListenAddr": _LISTEN, "AdvertiseAddr": first.addr})
             self._progress(f"{first.name} created a swarm")
             tokens = (await manager.get("/swarm"))["JoinTokens"]
@@ -315,7 +319,7 @@ class Playground:
             await wait_until(all_ready, "every node is ready", _READY_WITHIN_S)
         self._progress(f"all {len(cluster.nodes)} nodes are ready" if others else f"{first.name} is ready")
 
-    async def _destroy(self, playground: str, name: str, cluster: Cluster | None) -> None:
+    async def _destroy(self, playground: str, name: str, cluster: PlaygroundDescription | None) -> None:
         """End the node's processes, then remove their leftovers."""
         if cluster is not None and name in _names(cluster):
             known = cluster.node(name)
@@ -327,18 +331,18 @@ class Playground:
             await node.remove_files(self._directory / name)
 
 
-async def _join(node: Node, manager: Node, token: str) -> None:
+async def _join(node: PlaygroundNode, manager: PlaygroundNode, token: str) -> None:
     request = {
         "ListenAddr": _LISTEN,
         "AdvertiseAddr": node.addr,
         "RemoteAddrs": [f"{manager.addr}:{_PORT}"],
         "JoinToken": token,
     }
-    async with Client.at(node.endpoint) as client:
+    async with ApiClient.at(node.endpoint) as client:
         await client.post("/swarm/join", request)
 
 
-def _names(cluster: Cluster) -> list[str]:
+def _names(cluster: PlaygroundDescription) -> list[str]:
     return [known.name for known in cluster.nodes]
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from skep.aio.clock import Clock, SystemClock
-from skep.api.client import Client
-from skep.dataplane.netns.namespaces import inside
+from skep.api.client.client import ApiClient
+from skep.dataplane.netns.kernel.namespaces import inside
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
@@ -29,7 +29,7 @@ from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
 from skep.playground import names, node
 from skep.playground.commands import wait_until
-from skep.playground.description import Cluster, DescriptionFile
+from skep.playground.description import DescriptionFile, PlaygroundDescription
 from skep.playground.tls import PORT as API_PORT
 from skep.playground.underlay import NETNS_ROOT
 
@@ -53,7 +53,7 @@ Targets = Mapping[Port, tuple[tuple[str, int], ...]]
 """For each published port, the address and port of each node that serves it."""
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True):
+class RelayState(msgspec.Struct, frozen=True, kw_only=True):
     """Content of ``DIR/relay.json``: the relay process, and its local port for each published TCP and UDP port."""
 
     pid: int
@@ -63,14 +63,14 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def state_file(directory: Path) -> Path:
-    """Return the file with the relay's ``State`` as JSON."""
+    """Return the file with the relay's ``RelayState`` as JSON."""
     return directory / "relay.json"
 
 
-def read_state(directory: Path) -> State | None:
+def read_state(directory: Path) -> RelayState | None:
     """Return the relay's state, or None without a relay or with an unreadable state."""
     try:
-        return msgspec.json.decode(state_file(directory).read_bytes(), type=State)
+        return msgspec.json.decode(state_file(directory).read_bytes(), type=RelayState)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
@@ -112,7 +112,7 @@ async def wait_served(directory: Path, port: int) -> int:
 
 
 def targets(
-    cluster: Cluster,
+    cluster: PlaygroundDescription,
     nodes: Sequence[Mapping[str, Any]],
     services: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]],
@@ -178,7 +178,7 @@ class PortRelay:
                 print(f"no manager answers: {error}", file=sys.stderr)
             await self._clock.sleep(_LOOK_S)
 
-    async def _settle(self, cluster: Cluster, wanted: Targets) -> None:
+    async def _settle(self, cluster: PlaygroundDescription, wanted: Targets) -> None:
         switch = NETNS_ROOT / names.namespace(cluster.name, names.SWITCH)
         before = dict(self._ports)
         for published in self._relays.keys() - wanted.keys():
@@ -208,20 +208,20 @@ class PortRelay:
             {number: local for (number, used), local in self._ports.items() if used == protocol}
             for protocol in PROTOCOLS
         )
-        state = State(pid=pid, started=start_ticks_of(pid) or 0, ports=tcp, udp=udp)
+        state = RelayState(pid=pid, started=start_ticks_of(pid) or 0, ports=tcp, udp=udp)
         temporary = state_file(self._directory).with_suffix(".json.new")
         temporary.write_bytes(msgspec.json.encode(state))
         temporary.replace(state_file(self._directory))
 
 
-async def _ask(cluster: Cluster) -> Targets:
+async def _ask(cluster: PlaygroundDescription) -> Targets:
     """Return the published ports.  Raises: Unavailable: no manager responds."""
     error_before: SkepError = Unavailable("there is none")
     for known in cluster.nodes:
         if known.role != "manager" or not node.is_up(known):
             continue
         try:
-            async with Client.at(known.endpoint) as client:
+            async with ApiClient.at(known.endpoint) as client:
                 nodes, services, tasks = [
                     await client.get(path, timeout_s=_ASK_S, headers={"X-Skep-Stale": "1"})
                     for path in ("/nodes", "/services", "/tasks")

@@ -4,7 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-from skep.playground.description import Cluster, Node
+from skep.playground.description import PlaygroundDescription, PlaygroundNode
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, private_pem
 
@@ -34,7 +34,7 @@ def configuration(home: Path, authority: Path) -> str:
     )
 
 
-def write(directory: Path, cluster: Cluster) -> None:
+def write(directory: Path, cluster: PlaygroundDescription) -> None:
     """Create the authority, and a key pair in each manager's directory.  The authority's key is discarded.  Blocks."""
     authority = Authority.create(name="API of the playground")
     folder(directory).mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write(directory: Path, cluster: Cluster) -> None:
             _write_pair(directory / node.name, node, authority)
 
 
-def _write_pair(home: Path, node: Node, authority: Authority) -> None:
+def _write_pair(home: Path, node: PlaygroundNode, authority: Authority) -> None:
     home.mkdir(parents=True, exist_ok=True)
     key = new_private_key()
     addresses = ("localhost", "127.0.0.1", node.addr)

@@ -38,7 +38,7 @@ async def make_switch(playground: str, subnets: int) -> None:
     await ip("netns", "add", switch)
     lines = ["link set lo up"]
     for subnet in range(subnets):
-        gateway = names.Address(subnet=subnet, host=1).ip
+        gateway = names.UnderlayAddress(subnet=subnet, host=1).ip
         lines += [
             f"link add br{subnet} type bridge",
             f"addr add {gateway}/24 dev br{subnet}",
@@ -48,7 +48,7 @@ async def make_switch(playground: str, subnets: int) -> None:
     await _forward(switch)
 
 
-async def attach(playground: str, node: str, address: names.Address) -> None:
+async def attach(playground: str, node: str, address: names.UnderlayAddress) -> None:
     """Create the node's namespace, with a cable (``eth0``) to its subnet's bridge."""
     switch, own = names.namespace(playground, names.SWITCH), names.namespace(playground, node)
     port = names.port(node)

@@ -15,9 +15,9 @@ import msgspec
 
 from skep.rpc import frames, headers
 from skep.rpc.coalescing import CoalescingTransport
-from skep.rpc.core import MESSAGE_HEAD, Connection, Stream, framed
+from skep.rpc.core import MESSAGE_HEAD, Http2Connection, SendStream, framed
 from skep.rpc.frames import Code, Frame, Violation
-from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, parse_pushback, status_of
+from skep.rpc.status import PUSHBACK, CallFailed, Lost, StatusCode, decode_message, parse_pushback, status_of
 
 RESPONSES_WHILE_PAUSED_MAX = 1000
 """Largest number of acknowledgements of pings and settings that are queued for a server that does not read."""
@@ -45,7 +45,7 @@ class Bounds(msgspec.Struct, frozen=True):
         return frames.PREFACE + greeting + frames.window_update(0, self.connection_window - frames.WINDOW)
 
 
-class ClientStream(Stream):
+class ClientStream(SendStream):
     """One call with messages in both directions.  It supports one reader."""
 
     __slots__ = (
@@ -152,7 +152,7 @@ class ClientStream(Stream):
         self._taker = taker
 
     async def drain(self) -> None:
-        """Call ``Stream.drain``.  Raises: CallFailed if the peer sent a status, else Lost."""
+        """Call ``SendStream.drain``.  Raises: CallFailed if the peer sent a status, else Lost."""
         try:
             await super().drain()
         except Lost:
@@ -248,7 +248,7 @@ class ClientStream(Stream):
             self._spent_bytes = 0
 
 
-class ClientConnection(Connection[ClientStream]):
+class ClientConnection(Http2Connection[ClientStream]):
     """One connection and its calls."""
 
     __slots__ = ("_coalesces", "_next_id", "_responses_owed", "_spent_bytes", "bounds")
@@ -343,13 +343,13 @@ class ClientConnection(Connection[ClientStream]):
     # -- frames -----------------------------------------------------------------------------------------------------
 
     def known(self, stream_id: int) -> ClientStream | None:
-        """Implement ``Connection.known``."""
+        """Implement ``Http2Connection.known``."""
         if not stream_id % 2 or stream_id >= self._next_id:
             raise Violation("a stream that was never opened")
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
-        """Implement ``Connection.take_data``."""
+        """Implement ``Http2Connection.take_data``."""
         # The connection's window is returned at once, so that a slow reader blocks only its own stream.
         self._spent_bytes += len(frame.payload)
         if self._spent_bytes >= self.bounds.connection_window // 2:
@@ -362,7 +362,7 @@ class ClientConnection(Connection[ClientStream]):
                 stream.end(Lost("the response ended without a status"))
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
-        """Implement ``Connection.take_block``."""
+        """Implement ``Http2Connection.take_block``."""
         received = headers.response_headers(block)
         if stream := self.known(stream_id):
             stream.take_headers(received, is_last=is_last)
@@ -380,7 +380,7 @@ class ClientConnection(Connection[ClientStream]):
         self._lose(Lost(f"not HTTP/2 as agreed: {fault}"))
 
     def hold_response(self) -> None:
-        """Implement ``Connection.hold_response``."""
+        """Implement ``Http2Connection.hold_response``."""
         # Unlike a server, a client continues to read while its peer does not.  Otherwise both could wait forever.
         self._responses_owed += 1
         if self._responses_owed > RESPONSES_WHILE_PAUSED_MAX:
@@ -399,6 +399,6 @@ def _check_status(trailers: Mapping[str, str]) -> None:
     if number is None:
         raise Lost("the response ended without a status")
     status = status_of(number)
-    if status is not Status.OK:
+    if status is not StatusCode.OK:
         message = decode_message(trailers.get("grpc-message", ""))
         raise CallFailed(status, message, parse_pushback(trailers.get(PUSHBACK)))

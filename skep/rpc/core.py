@@ -27,12 +27,12 @@ def framed(message: bytes) -> bytes:
     return MESSAGE_HEAD.pack(0, len(message)) + message
 
 
-class Stream:
+class SendStream:
     """The sending half of one call, with the bytes that wait until the peer opens its windows."""
 
     __slots__ = ("_connection", "ends_after_unsent", "id", "unsent", "window_out")
 
-    def __init__(self, connection: "Connection[Any]", id: int) -> None:
+    def __init__(self, connection: "Http2Connection[Any]", id: int) -> None:
         self.id = id
         self.window_out = connection.window_of_streams
         """Bytes that the peer accepts on this stream.  A settings change can make it negative."""
@@ -69,10 +69,10 @@ class Stream:
         self.unsent = _NOTHING
 
 
-S = TypeVar("S", bound=Stream)
+S = TypeVar("S", bound=SendStream)
 
 
-class Connection(asyncio.Protocol, Generic[S]):
+class Http2Connection(asyncio.Protocol, Generic[S]):
     """Parses incoming frames for its streams, and sends frames."""
 
     __slots__ = (
@@ -158,7 +158,7 @@ class Connection(asyncio.Protocol, Generic[S]):
         if data and self.is_open and self._transport is not None:
             self._transport.write(data)
 
-    def sendable(self, stream: Stream) -> bytes:
+    def sendable(self, stream: SendStream) -> bytes:
         """Return the frames that ``stream`` may send now."""
         ready = []
         while stream.unsent and not self.is_paused:

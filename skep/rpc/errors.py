@@ -9,27 +9,27 @@ from google.protobuf.message import DecodeError
 
 from skep import errors
 from skep.errors import SkepError
-from skep.rpc.status import CallFailed, Status
+from skep.rpc.status import CallFailed, StatusCode
 
-STATUS_OF: tuple[tuple[type[SkepError], Status], ...] = (
-    (errors.InvalidArgument, Status.INVALID_ARGUMENT),
-    (errors.FailedPrecondition, Status.FAILED_PRECONDITION),
-    (errors.Unauthenticated, Status.UNAUTHENTICATED),
-    (errors.PermissionDenied, Status.PERMISSION_DENIED),
-    (errors.NotFound, Status.NOT_FOUND),
-    (errors.AlreadyExists, Status.ALREADY_EXISTS),
-    (errors.OutOfSequence, Status.UNKNOWN),
-    (errors.Unavailable, Status.UNAVAILABLE),
-    (errors.ResourceExhausted, Status.RESOURCE_EXHAUSTED),
-    (errors.Unimplemented, Status.UNIMPLEMENTED),
+STATUS_OF: tuple[tuple[type[SkepError], StatusCode], ...] = (
+    (errors.InvalidArgument, StatusCode.INVALID_ARGUMENT),
+    (errors.FailedPrecondition, StatusCode.FAILED_PRECONDITION),
+    (errors.Unauthenticated, StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDenied, StatusCode.PERMISSION_DENIED),
+    (errors.NotFound, StatusCode.NOT_FOUND),
+    (errors.AlreadyExists, StatusCode.ALREADY_EXISTS),
+    (errors.OutOfSequence, StatusCode.UNKNOWN),
+    (errors.Unavailable, StatusCode.UNAVAILABLE),
+    (errors.ResourceExhausted, StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Unimplemented, StatusCode.UNIMPLEMENTED),
 )
 """The first match counts.  An error that is not listed is a bug, and the peer gets INTERNAL without details."""
 
-_ERROR_OF: dict[Status, type[SkepError]] = {
-    **{status: error for error, status in STATUS_OF if status is not Status.UNKNOWN},
-    Status.DEADLINE_EXCEEDED: errors.Unavailable,
-    Status.ABORTED: errors.Unavailable,
-    Status.CANCELLED: errors.Unavailable,
+_ERROR_OF: dict[StatusCode, type[SkepError]] = {
+    **{status: error for error, status in STATUS_OF if status is not StatusCode.UNKNOWN},
+    StatusCode.DEADLINE_EXCEEDED: errors.Unavailable,
+    StatusCode.ABORTED: errors.Unavailable,
+    StatusCode.CANCELLED: errors.Unavailable,
 }
 
 LOST_PEER = (OSError, asyncio.IncompleteReadError)
@@ -48,12 +48,12 @@ def to_status(error: SkepError) -> CallFailed:
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
             return CallFailed(status, str(error)[:_MESSAGE_CHARACTERS_MAX], after_s)
-    return CallFailed(Status.UNKNOWN, str(error)[:_MESSAGE_CHARACTERS_MAX])
+    return CallFailed(StatusCode.UNKNOWN, str(error)[:_MESSAGE_CHARACTERS_MAX])
 
 
 def from_status(error: CallFailed) -> SkepError:
     """Return the error for a peer's status."""
-    if error.status is Status.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
+    if error.status is StatusCode.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
         return errors.RetryLater(error.message or "come again later", error.retry_after_s)
     kind = _ERROR_OF.get(error.status, SkepError)
     return kind(error.message or f"the peer responded with {error.status.name}")

@@ -27,7 +27,7 @@ REMEMBERED_BYTES_MAX = 1024
 """Longer blocks are not cached, which limits the memory that peers can fill."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class CallHeaders(msgspec.Struct, frozen=True):
     """The headers of a call that a gRPC server uses.  An absent header is empty."""
 
     method: str
@@ -41,7 +41,7 @@ class Request(msgspec.Struct, frozen=True):
     """Session headers of a BuildKit client: lower-case names with their values."""
 
 
-class Table:
+class HeaderTable:
     """The dynamic table of a decoder, latest entry first.  Immutable, and compared by identity."""
 
     __slots__ = ("entries", "size", "size_max")
@@ -55,16 +55,16 @@ class Table:
 
 _SESSION = b"x-docker-expose-session-"
 
-EMPTY = Table((), 0, 4096)
+EMPTY = HeaderTable((), 0, 4096)
 """The table of a new connection."""
 
 
-def decoded(table: Table, block: bytes) -> tuple[Request, Table]:
+def decoded(table: HeaderTable, block: bytes) -> tuple[CallHeaders, HeaderTable]:
     """Decode the request of a header block.  Return it with the resulting table.  Raises: Violation."""
     return (_remembered if len(block) <= REMEMBERED_BYTES_MAX else _decoded)(table, block)
 
 
-def _decoded(table: Table, block: bytes) -> tuple[Request, Table]:
+def _decoded(table: HeaderTable, block: bytes) -> tuple[CallHeaders, HeaderTable]:
     decoder = Decoder(max_header_list_size=HEADER_LIST_BYTES_MAX)
     inner = decoder.header_table
     inner.dynamic_entries = deque(table.entries)
@@ -83,11 +83,11 @@ def _decoded(table: Table, block: bytes) -> tuple[Request, Table]:
     method, path, content_type, timeout, build = (
         headers.get(name, b"").decode("ascii", "replace") for name in names
     )
-    request = Request(method, path, content_type, timeout, build, session)
+    request = CallHeaders(method, path, content_type, timeout, build, session)
     entries = tuple(inner.dynamic_entries)
     if entries == table.entries and inner._maxsize == table.size_max:
         return request, table
-    return request, Table(entries, inner._current_size, inner._maxsize)
+    return request, HeaderTable(entries, inner._current_size, inner._maxsize)
 
 
 _remembered = lru_cache(REMEMBERED)(_decoded)

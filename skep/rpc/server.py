@@ -14,15 +14,15 @@ from google.protobuf.message import Message
 
 from skep.rpc import frames, headers
 from skep.rpc.coalescing import CoalescingTransport
-from skep.rpc.core import MESSAGE_HEAD, Connection, Stream, framed
+from skep.rpc.core import MESSAGE_HEAD, Http2Connection, SendStream, framed
 from skep.rpc.frames import Code, Frame, Violation
-from skep.rpc.headers import Request
+from skep.rpc.headers import CallHeaders
 from skep.rpc.status import CallFailed
 
 log = structlog.get_logger(__name__)
 
 
-class ServerStream(Stream):
+class ServerStream(SendStream):
     """The server end of a call.
 
     One task reads requests and writes responses.  The connection adds received data.
@@ -45,7 +45,7 @@ class ServerStream(Stream):
         "task",
     )  # fmt: skip
 
-    def __init__(self, connection: "ServerConnection", id: int, request: Request) -> None:
+    def __init__(self, connection: "ServerConnection", id: int, request: CallHeaders) -> None:
         super().__init__(connection, id)
         self.request = request
         self.task: asyncio.Task[None] | None = None
@@ -243,7 +243,7 @@ class ServerStream(Stream):
             self._reader.set_result(None)
 
 
-class Limits(msgspec.Struct, frozen=True):
+class PeerLimits(msgspec.Struct, frozen=True):
     """Limits of a peer: number of streams, and window sizes in bytes."""
 
     streams: int
@@ -264,14 +264,14 @@ class Limits(msgspec.Struct, frozen=True):
         return greeting + frames.window_update(0, more) if more else greeting
 
 
-class ServerConnection(Connection[ServerStream]):
+class ServerConnection(Http2Connection[ServerStream]):
     """One connection.  Its owner calls ``begin`` once the transport is connected."""
 
     __slots__ = (
         "_handle", "_has_greeted", "_has_sent_block", "_last_stream_id", "_pending_update", "_table", "_window_in",
         "held", "limits",
     )  # fmt: skip
-    limits: Limits
+    limits: PeerLimits
 
     def __init__(self, handle: Callable[[ServerStream], Coroutine[None, None, None]]) -> None:
         """
@@ -288,7 +288,7 @@ class ServerConnection(Connection[ServerStream]):
         self._pending_update = 0
         self._has_sent_block = False
 
-    def begin(self, transport: asyncio.Transport, limits: Limits) -> None:
+    def begin(self, transport: asyncio.Transport, limits: PeerLimits) -> None:
         """Send the settings."""
         self._transport = CoalescingTransport(transport)
         self.limits = limits
@@ -392,13 +392,13 @@ class ServerConnection(Connection[ServerStream]):
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def known(self, stream_id: int) -> ServerStream | None:
-        """Implement ``Connection.known``."""
+        """Implement ``Http2Connection.known``."""
         if not stream_id % 2 or stream_id > self._last_stream_id:
             raise Violation("a stream that was never opened")
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
-        """Implement ``Connection.take_data``."""
+        """Implement ``Http2Connection.take_data``."""
         stream, size = self.known(frame.stream_id), len(frame.payload)
         data = frames.content(frame)
         self._window_in -= size

@@ -4,7 +4,7 @@ from enum import IntEnum
 from urllib.parse import quote, unquote
 
 
-class Status(IntEnum):
+class StatusCode(IntEnum):
     """gRPC's status codes."""
 
     OK = 0
@@ -26,7 +26,7 @@ class Status(IntEnum):
     UNAUTHENTICATED = 16
 
 
-_BY_NUMBER = {str(status.value): status for status in Status}
+_BY_NUMBER = {str(status.value): status for status in StatusCode}
 
 
 class CallFailed(Exception):
@@ -35,7 +35,7 @@ class CallFailed(Exception):
     ``retry_after_s``: Seconds after which the call may be retried, or None if the server sent no delay.
     """
 
-    def __init__(self, status: Status, message: str = "", retry_after_s: float | None = None) -> None:
+    def __init__(self, status: StatusCode, message: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -46,9 +46,9 @@ class Lost(ConnectionError):
     """The connection or the call ended without a status."""
 
 
-def status_of(number: str) -> Status:
+def status_of(number: str) -> StatusCode:
     """Return the status with this number, or UNKNOWN for an undefined one, as gRPC's specification requires."""
-    return _BY_NUMBER.get(number, Status.UNKNOWN)
+    return _BY_NUMBER.get(number, StatusCode.UNKNOWN)
 
 
 PUSHBACK = "grpc-retry-pushback-ms"

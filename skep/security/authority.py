@@ -21,8 +21,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skep.aio.clock import Clock, SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.node import NodeRole
-from skep.model.times import SECOND_NS, moment
-from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
+from skep.model.values.times import SECOND_NS, moment
+from skep.security.identity import ROLE_NAMES, ROOT_NAME, NodeIdentity
 from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
 ROOT_LIFETIME = timedelta(days=20 * 365)
@@ -132,7 +132,7 @@ class Authority:
     def sign(
         self,
         csr_pem: bytes,
-        identity: Identity,
+        identity: NodeIdentity,
         lifetime: timedelta = NODE_LIFETIME,
         *,
         not_before_s: int = 0,
@@ -146,7 +146,7 @@ class Authority:
     def issue(
         self,
         public_key: PublicKey,
-        identity: Identity,
+        identity: NodeIdentity,
         lifetime: timedelta = NODE_LIFETIME,
         *,
         not_before_s: int = 0,
@@ -277,7 +277,7 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def names_of(identity: Identity) -> tuple[str, ...]:
+def names_of(identity: NodeIdentity) -> tuple[str, ...]:
     """Return the DNS names in a node's certificate: its role's, its own, and a manager's as a server of the CA."""
     names = (ROLE_NAMES[identity.role], str(identity.node_id))
     return (*names, ROOT_NAME) if identity.role is NodeRole.MANAGER else names

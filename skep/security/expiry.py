@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from msgspec.structs import replace
 
 from skep.errors import PermissionDenied
-from skep.security.identity import Identity, identity_of
+from skep.security.identity import NodeIdentity, identity_of
 from skep.security.keypair import KeyPair
 from skep.security.keys import load_private_key
 
@@ -40,7 +40,7 @@ def proven_identity(
     root_pem: bytes,
     now: datetime,
     window: timedelta,
-) -> Identity:
+) -> NodeIdentity:
     """Return the identity of the owner of an expired certificate.
 
     Args:

@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skep.errors import InvalidArgument, Unavailable
 from skep.model.swarm import CAConfig, Swarm
 from skep.security.authority import BACKDATE, NODE_LIFETIME_MIN, Authority, PublicKey, names_of, pem
-from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
+from skep.security.identity import ROLE_NAMES, ROOT_NAME, NodeIdentity
 from skep.security.keys import load_private_key
 
 CROSS_SIGN_PROFILE = "CA"
@@ -107,7 +107,7 @@ def signing_urls(swarm: Swarm) -> tuple[str, ...]:
     return urls_of(swarm.spec.ca_config, wanted, present)
 
 
-def node_request(csr_pem: bytes, identity: Identity) -> bytes:
+def node_request(csr_pem: bytes, identity: NodeIdentity) -> bytes:
     """Return the body that requests a node's certificate."""
     name = {"OU": ROLE_NAMES[identity.role], "O": identity.cluster_id}
     return msgspec.json.encode(
@@ -177,7 +177,7 @@ def certificate_in(body: bytes) -> x509.Certificate:
 def checked_node_certificate(
     certificate: x509.Certificate,
     key: PublicKey,
-    identity: Identity,
+    identity: NodeIdentity,
     root: x509.Certificate,
     now: datetime,
     *,
@@ -202,7 +202,7 @@ def checked_node_certificate(
 def _refusal(
     certificate: x509.Certificate,
     key: PublicKey,
-    identity: Identity,
+    identity: NodeIdentity,
     root: x509.Certificate,
     now: datetime,
     not_before_s: int,
@@ -231,7 +231,7 @@ def _refusal(
     return ""
 
 
-def _naming_refusal(certificate: x509.Certificate, identity: Identity) -> str:
+def _naming_refusal(certificate: x509.Certificate, identity: NodeIdentity) -> str:
     names = (
         certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         if _has(certificate, x509.SubjectAlternativeName)

@@ -8,8 +8,8 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from skep.errors import Unauthenticated
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
 
 ROOT_NAME = "swarm-ca"
 """Common name of the root, and a manager's server name for nodes without a certificate."""
@@ -20,7 +20,7 @@ ROLE_NAMES = {NodeRole.WORKER: "swarm-worker", NodeRole.MANAGER: "swarm-manager"
 _ROLES = {name: role for role, name in ROLE_NAMES.items()}
 
 
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
+class NodeIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A node of a cluster in a role, from its certificate's subject (CN, O, OU).
 
     Source: swarmkit, ca/certificates.go (the subject), design/tls.md.
@@ -35,7 +35,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Serial number of the certificate in hexadecimal digits.  Empty if unknown."""
 
 
-def identity_of(certificate: x509.Certificate) -> Identity:
+def identity_of(certificate: x509.Certificate) -> NodeIdentity:
     """Return the identity in a certificate's subject.  Raises: Unauthenticated: it is not a node's certificate."""
     subject = {attribute.oid: str(attribute.value) for attribute in certificate.subject}
     return _identity(
@@ -45,7 +45,7 @@ def identity_of(certificate: x509.Certificate) -> Identity:
     )
 
 
-def peer_identity(certificate: Mapping[str, Any]) -> Identity:
+def peer_identity(certificate: Mapping[str, Any]) -> NodeIdentity:
     """Return the identity in a verified certificate, which is a result of ``SSLSocket.getpeercert()``.
 
     Raises: Unauthenticated.
@@ -58,8 +58,8 @@ def peer_identity(certificate: Mapping[str, Any]) -> Identity:
     )
 
 
-def _identity(common_name: str, organization: str, unit: str) -> Identity:
+def _identity(common_name: str, organization: str, unit: str) -> NodeIdentity:
     role = _ROLES.get(unit)
     if role is None or not common_name or not organization:
         raise Unauthenticated("the certificate does not name a node of a cluster")
-    return Identity(node_id=NodeId(common_name), cluster_id=ClusterId(organization), role=role)
+    return NodeIdentity(node_id=NodeId(common_name), cluster_id=ClusterId(organization), role=role)

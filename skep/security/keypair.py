@@ -14,7 +14,7 @@ from cryptography import x509
 
 from skep.errors import FailedPrecondition, NotFound
 from skep.linux.files import NEW_SUFFIX, replace_file, sync_directory, write_new
-from skep.security.identity import Identity, identity_of
+from skep.security.identity import NodeIdentity, identity_of
 from skep.security.keys import load_private_key
 from skep.security.locking import KeyLock
 
@@ -48,7 +48,7 @@ class KeyPair:
         return tuple(x509.load_pem_x509_certificates(self.certificate_pem))
 
     @cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> NodeIdentity:
         """The node's identity."""
         return identity_of(self.certificate)
 

@@ -34,7 +34,7 @@ class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
         return "NextRoot(...)"
 
 
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+class PreparedRoots(msgspec.Struct, frozen=True, kw_only=True):
     """Results of external authorities for a change of the roots.  The change is a transaction, which cannot wait."""
 
     reachable: frozenset[bytes] = frozenset()
@@ -43,7 +43,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """The next root, signed by the external authority of the current one."""
 
 
-class Needs(msgspec.Struct, frozen=True, kw_only=True):
+class AuthorityRequests(msgspec.Struct, frozen=True, kw_only=True):
     """Requests to external authorities that a change of the roots depends on."""
 
     reachable: tuple[bytes, ...] = ()
@@ -84,7 +84,7 @@ def requested_roots(
     is_forced: bool,
     now: datetime,
     create: Callable[[], Authority],
-    prepared: Prepared = Prepared(),  # noqa: B008 -- immutable
+    prepared: PreparedRoots = PreparedRoots(),  # noqa: B008 -- immutable
 ) -> Roots:
     """Return ``roots`` after the user requests ``config``, unchanged if nothing changes.
 
@@ -124,7 +124,7 @@ def requested_roots(
     return _towards(roots, wanted, prepared)
 
 
-def needed(roots: Roots, config: CAConfig, *, is_forced: bool) -> Needs:
+def needed(roots: Roots, config: CAConfig, *, is_forced: bool) -> AuthorityRequests:
     """Return the requests to external authorities that ``requested_roots`` depends on."""
     wanted = normalized_root(config.signing_ca_cert)
     reachable = []
@@ -138,7 +138,7 @@ def needed(roots: Roots, config: CAConfig, *, is_forced: bool) -> Needs:
     leads_away = bool(config.signing_ca_key and wanted and is_new) or (
         is_forced and not config.signing_ca_cert
     )
-    return Needs(reachable=tuple(reachable), cross_sign=leads_away and not roots.key_pem)
+    return AuthorityRequests(reachable=tuple(reachable), cross_sign=leads_away and not roots.key_pem)
 
 
 def normalized_root(text: str) -> bytes:
@@ -173,14 +173,14 @@ def _brings_key(roots: Roots, config: CAConfig) -> bool:
     return bool(config.signing_ca_key) and normalized_root(config.signing_ca_cert) == roots.root_pem
 
 
-def _require_external(prepared: Prepared, root_pem: bytes, which: str) -> None:
+def _require_external(prepared: PreparedRoots, root_pem: bytes, which: str) -> None:
     if root_pem not in prepared.reachable:
         raise InvalidArgument(
             f"there must be at least one valid, reachable external CA corresponding to the {which} CA certificate"
         )
 
 
-def _new_root(roots: Roots, prepared: Prepared, create: Callable[[], Authority]) -> _Wanted:
+def _new_root(roots: Roots, prepared: PreparedRoots, create: Callable[[], Authority]) -> _Wanted:
     if not roots.key_pem and prepared.next is not None:
         root = Authority.load(prepared.next.key_pem, prepared.next.root_pem)
     else:
@@ -188,7 +188,7 @@ def _new_root(roots: Roots, prepared: Prepared, create: Callable[[], Authority])
     return _Wanted(certificate=root.certificate, key_pem=root.key_pem)
 
 
-def _towards(roots: Roots, wanted: _Wanted, prepared: Prepared) -> Roots:
+def _towards(roots: Roots, wanted: _Wanted, prepared: PreparedRoots) -> Roots:
     """Cross-sign the new root with the current one, never with the target of an unfinished rotation."""
     if roots.key_pem:
         cross_signed = Authority.load(roots.key_pem, roots.root_pem).cross_sign(wanted.certificate)
@@ -202,7 +202,7 @@ def _towards(roots: Roots, wanted: _Wanted, prepared: Prepared) -> Roots:
     )
 
 
-def _cross_signed_before(roots: Roots, wanted: _Wanted, prepared: Prepared) -> bytes:
+def _cross_signed_before(roots: Roots, wanted: _Wanted, prepared: PreparedRoots) -> bytes:
     ready = prepared.next
     if ready is not None and ready.root_pem == wanted.root_pem:
         signed = x509.load_pem_x509_certificate(ready.cross_signed_pem)

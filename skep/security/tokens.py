@@ -15,15 +15,15 @@ import re
 import msgspec
 
 from skep.errors import FailedPrecondition, InvalidArgument
-from skep.model.ids import base36, new_id
 from skep.model.node import NodeRole
 from skep.model.swarm import JoinTokens
+from skep.model.values.ids import base36, new_id
 
 _PATTERN = re.compile(r"SWMTKN-1-([0-9a-z]{50})-([0-9a-z]{25})")
 _FIPS_PATTERN = re.compile(r"SWMTKN-2-[01]-([0-9a-z]{50})-([0-9a-z]{25})")
 
 
-class Token(msgspec.Struct, frozen=True, kw_only=True):
+class JoinToken(msgspec.Struct, frozen=True, kw_only=True):
     """A parsed join token.  ``root_sha256`` is the digest of the root bundle's PEM bytes."""
 
     root_sha256: bytes
@@ -41,16 +41,16 @@ def new_join_tokens(root_pem: bytes) -> JoinTokens:
     return JoinTokens(worker=join_token(root_pem, new_id()), manager=join_token(root_pem, new_id()))
 
 
-def parse_token(text: str) -> Token:
+def parse_token(text: str) -> JoinToken:
     """Parse a token.  Raises: InvalidArgument: it is invalid (Docker's text)."""
     match = _PATTERN.fullmatch(text) or _FIPS_PATTERN.fullmatch(text)
     number = int(match[1], 36) if match else 1 << 256
     if match is None or number >> 256:
         raise InvalidArgument("invalid join token")
-    return Token(root_sha256=number.to_bytes(32, "big"), secret=match[2])
+    return JoinToken(root_sha256=number.to_bytes(32, "big"), secret=match[2])
 
 
-def check_root(token: Token, root_pem: bytes) -> None:
+def check_root(token: JoinToken, root_pem: bytes) -> None:
     """Raise FailedPrecondition unless ``root_pem`` is the root of the token.
 
     The cause is another cluster, or a man in the middle.

@@ -7,7 +7,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from skep.errors import FailedPrecondition
-from skep.model.meta import TLSInfo
+from skep.model.values.meta import TLSInfo
 from skep.security.keypair import KeyPair
 
 

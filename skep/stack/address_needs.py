@@ -9,13 +9,13 @@ from ipaddress import ip_interface
 from typing import Any, Final
 
 from skep.model.service import ServiceSpec
-from skep.stack.document import Problem
+from skep.stack.compose.document import FileProblem
 from skep.stack.project import Stack, StackNetwork
 
 _DNS_ROUND_ROBIN: Final = "dnsrr"
 
 
-def shortages(stack: Stack, existing: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+def shortages(stack: Stack, existing: Sequence[Mapping[str, Any]]) -> Iterator[FileProblem]:
     """Yield a warning for each network with fewer IPv4 addresses than the stack's tasks and services need at once.
 
     Args:
@@ -36,7 +36,7 @@ def shortages(stack: Stack, existing: Sequence[Mapping[str, Any]]) -> Iterator[P
                 f"each task and each service. {short} {'task' if short == 1 else 'tasks'} will wait. Choose a larger "
                 "subnet or fewer replicas."
             )
-            yield Problem(network.place, f"networks.{network.name}", text)
+            yield FileProblem(network.place, f"networks.{network.name}", text)
 
 
 def _size(network: StackNetwork, found: Mapping[str, Any] | None) -> int | None:

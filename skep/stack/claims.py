@@ -5,10 +5,10 @@ The managers refuse requests of a deploy that was replaced (``manager/control/de
 
 from collections.abc import Mapping
 
-from skep.api.requests import Requests
+from skep.api.client.requests import Requests
 from skep.errors import FailedPrecondition, NotFound
-from skep.model.access import REVISION_HEADER
-from skep.model.labels import REPLACED, STACK_STATE
+from skep.model.options.labels import REPLACED, STACK_STATE
+from skep.model.permissions.access import REVISION_HEADER
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S, known_revisions
 from skep.stack.project import Stack
 
@@ -17,7 +17,7 @@ class Replaced(FailedPrecondition):
     """A newer deploy of the stack with other content has replaced this deploy."""
 
 
-class Claim:
+class DeployClaim:
     """One deploy's claim on its stack, held by the revision that records the deploy."""
 
     def __init__(self, client: Requests, asked: Stack, id: str) -> None:

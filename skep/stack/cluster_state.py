@@ -8,17 +8,17 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
+from skep.api.client.requests import Requests
 from skep.api.errors import Untranslated
-from skep.api.requests import Requests
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, SkepError
-from skep.model.encoding import to_json
-from skep.model.labels import STACK_REVISION
+from skep.model.options.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
-from skep.model.unknown import leniently
-from skep.stack.document import Place, Problem, Problems
-from skep.stack.planning import Action, Change, Existing, Placement, Plan, freeing
+from skep.model.values.encoding import to_json
+from skep.model.values.unknown import leniently
+from skep.stack.compose.document import FilePosition, FileProblem, FileProblems
+from skep.stack.planning import Existing, PlanAction, PlannedChange, PredictedPlacement, StackPlan, freeing
 from skep.stack.project import NAMESPACE, Stack, StackFile
-from skep.stack.revisions import Revision, revisions_of
+from skep.stack.revisions import StackRevision, revisions_of
 
 RESPONSE_TIMEOUT_S: Final = 30.0
 """Timeout in seconds for one list of objects."""
@@ -64,15 +64,17 @@ def services_of(objects: Iterable[Any]) -> tuple[Service, ...]:
     return tuple(leniently(msgspec.json.encode(one), Service) for one in objects)
 
 
-async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], None]) -> Plan:
+async def with_placements(client: Requests, plan: StackPlan, warn: Callable[[str], None]) -> StackPlan:
     """Return the plan with the placement that the cluster predicts, or unchanged if the cluster cannot predict it."""
-    changes = [one for one in plan.of("service", Action.CREATE, Action.UPDATE) if one.spec is not None]
+    changes = [
+        one for one in plan.of("service", PlanAction.CREATE, PlanAction.UPDATE) if one.spec is not None
+    ]
     if not changes:
         return plan
     body = msgspec.Raw(to_json([one.spec for one in changes]))
     try:
         found = await client.post("/skep/services/placement", body, timeout_s=RESPONSE_TIMEOUT_S)
-        placements = msgspec.convert(found, tuple[Placement, ...])
+        placements = msgspec.convert(found, tuple[PredictedPlacement, ...])
     except NotFound:  # an earlier version
         return plan
     except (SkepError, msgspec.ValidationError) as error:
@@ -134,7 +136,7 @@ def _image_of(spec: ServiceSpec) -> str:
     return container.image if container is not None else ""
 
 
-async def known_revisions(client: Requests, stack: str) -> list[Revision]:
+async def known_revisions(client: Requests, stack: str) -> list[StackRevision]:
     """Return the revisions of a stack, the oldest first."""
     label = {"label": [f"{NAMESPACE}={stack}", STACK_REVISION]}
     return revisions_of(stack, await client.get("/configs", filters=label, timeout_s=RESPONSE_TIMEOUT_S))
@@ -166,7 +168,7 @@ def registry_auth(login: str | None) -> dict[str, str]:
     return {"X-Registry-Auth": login} if login else {}
 
 
-async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None]) -> None:
+async def check(client: Requests, stack: Stack, plan: StackPlan, warn: Callable[[str], None]) -> None:
     """Let the managers check the whole plan without writing anything.
 
     Raises:
@@ -196,25 +198,25 @@ async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str]
     places |= {("network", one.name): (one.place, f"networks.{name}") for name, one in stack.networks.items()}
     places |= {("secret", one.name): (one.place, f"secrets.{name}") for name, one in stack.secrets.items()}
     places |= {("config", one.name): (one.place, f"configs.{name}") for name, one in stack.configs.items()}
-    problems: list[Problem] = []
+    problems: list[FileProblem] = []
     for one in found:
-        place, path = places.get((one["Kind"], one["Name"]), (Place(stack.name, 1, 1), one["Name"]))
+        place, path = places.get((one["Kind"], one["Name"]), (FilePosition(stack.name, 1, 1), one["Name"]))
         text = one["Error"]
         if one["Kind"] == "service" and text.endswith("already exists"):
             text = f"service {one['Name']} exists outside of the stack {stack.name}. Remove or rename it."
-        problems.append(Problem(place, path, text))
+        problems.append(FileProblem(place, path, text))
     if problems:
-        raise Problems(problems)
+        raise FileProblems(problems)
 
 
-def _check_body(stack: Stack, plan: Plan) -> dict[str, Any]:
-    created = {(one.kind, one.name) for one in plan.changes if one.action is Action.CREATE}
+def _check_body(stack: Stack, plan: StackPlan) -> dict[str, Any]:
+    created = {(one.kind, one.name) for one in plan.changes if one.action is PlanAction.CREATE}
     return {
         "Networks": [one.body for one in stack.networks.values() if ("network", one.name) in created],
         "Secrets": [_sized(one) for one in stack.secrets.values() if ("secret", one.name) in created],
         "Configs": [_sized(one) for one in stack.configs.values() if ("config", one.name) in created],
         "Removed": [one.id for one in freeing(plan)],
-        "Services": [_changed(one) for one in plan.of("service", Action.CREATE, Action.UPDATE)],
+        "Services": [_changed(one) for one in plan.of("service", PlanAction.CREATE, PlanAction.UPDATE)],
     }
 
 
@@ -224,6 +226,6 @@ def _sized(file: StackFile) -> dict[str, Any]:
     return body | {"DataBytes": len(file.content or b"")}
 
 
-def _changed(change: Change) -> dict[str, Any]:
+def _changed(change: PlannedChange) -> dict[str, Any]:
     made: dict[str, Any] = {"Spec": msgspec.Raw(to_json(change.spec))}
     return made | ({"ID": change.id, "Version": change.version} if change.id else {})

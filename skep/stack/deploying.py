@@ -10,8 +10,8 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.requests import Requests
-from skep.api.updates import ATTEMPTS, is_race, update
+from skep.api.client.requests import Requests
+from skep.api.client.updates import ATTEMPTS, is_race, update
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -22,13 +22,13 @@ from skep.errors import (
     Unavailable,
     reason_of,
 )
-from skep.model.autoscaling import with_present_number
-from skep.model.encoding import to_json
-from skep.model.schedules import CRON
+from skep.model.options.autoscaling import with_present_number
+from skep.model.options.schedules import CRON
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
-from skep.model.unknown import leniently
-from skep.stack.claims import Claim
+from skep.model.values.encoding import to_json
+from skep.model.values.unknown import leniently
+from skep.stack.claims import DeployClaim
 from skep.stack.cluster_state import (
     AT_ONCE,
     NO_LOGINS,
@@ -39,11 +39,11 @@ from skep.stack.cluster_state import (
     registry_auth,
     services_of,
 )
-from skep.stack.document import Problem, Problems
+from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.planning import (
-    Action,
-    Change,
-    Plan,
+    PlanAction,
+    PlannedChange,
+    StackPlan,
     differences,
     freeing,
     is_still,
@@ -84,7 +84,7 @@ class CreatedObjects(msgspec.Struct):
     """Kind, name and id of each created network, secret and config."""
     revision: str = ""
     """Id of the config that records the deploy."""
-    claim: Claim | None = None
+    claim: DeployClaim | None = None
     """The deploy's claim on the stack, or None without a revision."""
     known: frozenset[str] = frozenset()
     """Ids of the revisions that existed before the deploy."""
@@ -97,7 +97,7 @@ class Deployment:
         self,
         client: Requests,
         stack: Stack,
-        plan: Plan,
+        plan: StackPlan,
         show: Show,
         logins: Mapping[str, str] = NO_LOGINS,
         created: CreatedObjects | None = None,
@@ -148,7 +148,9 @@ class Deployment:
             async with asyncio.timeout(wait_s):
                 await self._change_services()
                 if wait_s is not None:
-                    await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
+                    await self._wait(
+                        self._plan.of("service", PlanAction.CREATE, PlanAction.UPDATE, PlanAction.KEEP)
+                    )
         except TimeoutError:
             assert wait_s is not None
             raise Unavailable(unfinished(await self.find_unfinished(), wait_s)) from None
@@ -163,7 +165,7 @@ class Deployment:
             for one in first:
                 await self._remove(one)
             await self._services()
-            for one in self._plan.of("service", Action.REMOVE):
+            for one in self._plan.of("service", PlanAction.REMOVE):
                 if one not in first:
                     await self._remove(one)
         except SkepError as error:
@@ -177,7 +179,7 @@ class Deployment:
         wanted = [
             one.name
             for one in self._plan.changes
-            if one.kind == "service" and one.action is not Action.REMOVE
+            if one.kind == "service" and one.action is not PlanAction.REMOVE
         ]
         return {
             name: progress[name].text if name in progress else "not created"
@@ -208,7 +210,7 @@ class Deployment:
 
         Source: docker/cli, cli/command/stack/deploy_composefile.go (createSecrets, createConfigs).
         """
-        problems: list[Problem] = []
+        problems: list[FileProblem] = []
 
         async def write(kind: str, file: StackFile) -> None:
             path, is_changed = f"{kind}s", (kind, file.name) in changed
@@ -234,8 +236,8 @@ class Deployment:
                 if is_changed:
                     self._show(file.name, f"{kind} updated")
 
-        changed = {(one.kind, one.name) for one in self._plan.changes if one.action is Action.UPDATE}
-        kept = {one.name for one in self._plan.of("secret", Action.KEEP)}
+        changed = {(one.kind, one.name) for one in self._plan.changes if one.action is PlanAction.UPDATE}
+        kept = {one.name for one in self._plan.of("secret", PlanAction.KEEP)}
         await all_of(
             write(kind, one)
             for kind, files in (("secret", self._stack.secrets), ("config", self._stack.configs))
@@ -244,10 +246,10 @@ class Deployment:
             or (kind == "secret" and one.name in kept and one.content is not None and not one.is_versioned)
         )
         if problems:
-            raise Problems(problems)
+            raise FileProblems(problems)
 
     def _bodies(self, kind: str) -> dict[str, Mapping[str, Any]]:
-        wanted = {one.name for one in self._plan.of(kind, Action.CREATE)}
+        wanted = {one.name for one in self._plan.of(kind, PlanAction.CREATE)}
         if kind == "network":
             return {one.name: one.body for one in self._stack.networks.values() if one.name in wanted}
         files = self._stack.secrets if kind == "secret" else self._stack.configs
@@ -270,7 +272,7 @@ class Deployment:
         """Read the ids of the secrets and configs that the services refer to."""
         containers = [
             one.spec.task_template.container_spec
-            for one in self._plan.of("service", Action.CREATE, Action.UPDATE)
+            for one in self._plan.of("service", PlanAction.CREATE, PlanAction.UPDATE)
             if one.spec is not None
         ]
         needed = {
@@ -287,18 +289,18 @@ class Deployment:
                 self._ids[kind, one["Spec"]["Name"]] = one["ID"]
 
     async def _services(self) -> None:
-        found = {one.name: one for one in self._plan.of("service", Action.CREATE, Action.UPDATE)}
+        found = {one.name: one for one in self._plan.of("service", PlanAction.CREATE, PlanAction.UPDATE)}
         chosen = {name: one for name, one in self._stack.services.items() if one.spec.name in found}
         changes = {name: found[one.spec.name] for name, one in chosen.items()}
         # Services change in the order of their dependencies, but without a wait in between, because the cluster itself
-        # delays their tasks (``model/dependencies.py``). The order matters because an updated service must not take the
-        # earlier run of a job that will run again for the new one.
+        # delays their tasks (``model/options/dependencies.py``). The order matters because an updated service must not
+        # take the earlier run of a job that will run again for the new one.
         for wave in waves(chosen):
             left = [changes[name] for name in wave]
             for at in range(0, len(left), _TOGETHER):
                 await self._services_changed(left[at : at + _TOGETHER])
 
-    async def _services_changed(self, changes: Sequence[Change]) -> None:
+    async def _services_changed(self, changes: Sequence[PlannedChange]) -> None:
         """Change services in one request.  Services that failed get a request of their own, and so do all on an older
         cluster.
         """
@@ -311,7 +313,7 @@ class Deployment:
         except SkepError:
             results, done = [{}] * len(changes), [False] * len(changes)
         for change, is_done, result in zip(changes, done, results, strict=True):
-            if is_done and change.action is Action.CREATE:
+            if is_done and change.action is PlanAction.CREATE:
                 self._note_created(change, result)
             elif is_done:
                 self._show(change.name, "updated")
@@ -321,32 +323,32 @@ class Deployment:
             self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
         )
 
-    def _note_created(self, change: Change, response: Mapping[str, Any]) -> None:
+    def _note_created(self, change: PlannedChange, response: Mapping[str, Any]) -> None:
         assert change.spec is not None
         if response.get("ID"):
             self._created.services.append(Service(id=response["ID"], spec=change.spec))
         self._show(change.name, "created")
 
-    def _wanted(self, change: Change) -> dict[str, Any]:
+    def _wanted(self, change: PlannedChange) -> dict[str, Any]:
         assert change.spec is not None
         made: dict[str, Any] = {"Spec": msgspec.Raw(to_json(self._with_ids(change.spec)))}
         made["RegistryAuth"] = self._login(change)
         return made | ({"ID": change.id, "Version": change.version} if change.id else {})
 
-    def _headers(self, change: Change | None = None) -> dict[str, str]:
+    def _headers(self, change: PlannedChange | None = None) -> dict[str, str]:
         """Return the headers of a request for several services, or for the service of ``change`` only."""
         made = registry_auth(self._login(change)) if change is not None else {}
         return made | dict(self._created.claim.headers) if self._created.claim is not None else made
 
-    def _login(self, change: Change) -> str:
+    def _login(self, change: PlannedChange) -> str:
         assert change.spec is not None
         return self._logins.get(change.spec.labels.get(IMAGE, ""), "")
 
-    async def _service_changed(self, change: Change) -> None:
+    async def _service_changed(self, change: PlannedChange) -> None:
         async with self._limit:
             await (
                 self._create_service(change)
-                if change.action is Action.CREATE
+                if change.action is PlanAction.CREATE
                 else self._update_service(change)
             )
 
@@ -370,7 +372,7 @@ class Deployment:
             raise NotFound(f"{kind} {name} was removed meanwhile. Deploy again.")
         return self._ids[kind, name]
 
-    async def _create_service(self, change: Change) -> None:
+    async def _create_service(self, change: PlannedChange) -> None:
         assert change.spec is not None
         body = msgspec.Raw(to_json(self._with_ids(change.spec)))
         try:
@@ -382,7 +384,7 @@ class Deployment:
             return
         self._note_created(change, found or {})
 
-    async def _update_service(self, change: Change) -> None:
+    async def _update_service(self, change: PlannedChange) -> None:
         wanted = change.spec
         assert wanted is not None
         networks = await self._client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
@@ -411,13 +413,13 @@ class Deployment:
         )
         self._show(change.name, "updated")
 
-    async def _remove(self, change: Change) -> None:
+    async def _remove(self, change: PlannedChange) -> None:
         if await remove_unchanged(self._client, change, self._headers()):
             self._show(change.name, "removed")
 
     # --- waiting
 
-    async def _wait(self, changes: Sequence[Change]) -> None:
+    async def _wait(self, changes: Sequence[PlannedChange]) -> None:
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
             if self._created.claim is not None:
                 await self._created.claim.follow()
@@ -454,7 +456,7 @@ class Deployment:
         return named or "all services run with their new spec"
 
 
-def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
+def _now_wanted(change: PlannedChange, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
     """Return the spec to write, because others may have changed the service since the plan was made."""
     if change.before is not None:
         return merged(change.before, wanted, present)
@@ -464,7 +466,7 @@ def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> Se
 
 
 async def remove_unchanged(
-    client: Requests, change: Change, headers: Mapping[str, str] | None = None
+    client: Requests, change: PlannedChange, headers: Mapping[str, str] | None = None
 ) -> bool:
     """Remove a service if its spec is still ``change.before``.
 

@@ -7,17 +7,17 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.service_form import settled, with_defaults
+from skep.api.formats.service_form import settled, with_defaults
 from skep.errors import SkepError
-from skep.model.autoscaling import with_number_kept, with_present_number
 from skep.model.container import ConfigReference, SecretReference
-from skep.model.encoding import to_json
-from skep.model.ids import ConfigId, SecretId
-from skep.model.labels import STACK_REVISION
 from skep.model.needs import needs_of
+from skep.model.options.autoscaling import with_number_kept, with_present_number
+from skep.model.options.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
-from skep.model.unknown import leniently
-from skep.stack.document import Problem, Problems
+from skep.model.values.encoding import to_json
+from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.unknown import leniently
+from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
 
 _UNSET: Final = object()
@@ -34,7 +34,7 @@ class Existing(msgspec.Struct, frozen=True, kw_only=True):
     configs: tuple[Mapping[str, Any], ...] = ()
 
 
-class Action(Enum):
+class PlanAction(Enum):
     """The action on an object.  The value is the sign that a printed plan shows for it."""
 
     CREATE = "+"
@@ -60,10 +60,10 @@ class Difference(msgspec.Struct, frozen=True):
         return self.path.startswith(("TaskTemplate.", "EndpointSpec."))
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
+class PlannedChange(msgspec.Struct, frozen=True, kw_only=True):
     """One object of a plan.  ``kind``: service, network, secret or config."""
 
-    action: Action
+    action: PlanAction
     kind: str
     name: str
     differences: tuple[Difference, ...] = ()
@@ -79,7 +79,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def restarts(self) -> bool:
         """Return whether the change replaces all tasks."""
-        return self.action is Action.UPDATE and any(one.restarts for one in self.differences)
+        return self.action is PlanAction.UPDATE and any(one.restarts for one in self.differences)
 
 
 class NodeShare(msgspec.Struct, frozen=True, rename="pascal"):
@@ -89,7 +89,7 @@ class NodeShare(msgspec.Struct, frozen=True, rename="pascal"):
     tasks: int
 
 
-class NodeRefusal(msgspec.Struct, frozen=True, rename="pascal"):
+class PlacementRefusal(msgspec.Struct, frozen=True, rename="pascal"):
     """Reason why a node accepts no further task."""
 
     hostname: str
@@ -103,27 +103,27 @@ class Preempted(msgspec.Struct, frozen=True, rename="pascal"):
     tasks: int
 
 
-class Placement(msgspec.Struct, frozen=True, rename="pascal"):
+class PredictedPlacement(msgspec.Struct, frozen=True, rename="pascal"):
     """The scheduler's prediction of a service's placement.  ``error`` is set if not all tasks fit."""
 
     name: str
     desired: int
     nodes: tuple[NodeShare, ...] = ()
     error: str = ""
-    verdicts: tuple[NodeRefusal, ...] = ()
+    verdicts: tuple[PlacementRefusal, ...] = ()
     preempted: tuple[Preempted, ...] = ()
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class StackPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The changes of all objects of a stack, in the order in which they are created, with removals last."""
 
     stack: str
-    changes: tuple[Change, ...]
+    changes: tuple[PlannedChange, ...]
     is_new: bool = False
     """Whether the cluster has no service of the stack."""
     former: frozenset[str] = frozenset()
     """Names of secrets and configs that the stack's services used when the plan was made."""
-    placements: Mapping[str, Placement] = {}
+    placements: Mapping[str, PredictedPlacement] = {}
     """Predicted placements of created and updated services, by name.  Empty without a prediction."""
     images: Mapping[str, str] = {}
     """Image names with their registries' digests, by image name."""
@@ -134,11 +134,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Ids of the services that ``prune`` may remove, or None for all."""
 
     @property
-    def effective(self) -> tuple[Change, ...]:
+    def effective(self) -> tuple[PlannedChange, ...]:
         """Return the changes, without objects that stay as they are."""
-        return tuple(one for one in self.changes if one.action is not Action.KEEP)
+        return tuple(one for one in self.changes if one.action is not PlanAction.KEEP)
 
-    def of(self, kind: str, *actions: Action) -> tuple[Change, ...]:
+    def of(self, kind: str, *actions: PlanAction) -> tuple[PlannedChange, ...]:
         """Return the changes of objects of one kind with one of these actions."""
         return tuple(one for one in self.changes if one.kind == kind and one.action in actions)
 
@@ -151,7 +151,7 @@ def plan_of(
     prune: bool,
     only: Collection[str] = (),
     removable: Collection[str] | None = None,
-) -> Plan:
+) -> StackPlan:
     """Return the plan for a deploy.
 
     Args:
@@ -164,7 +164,7 @@ def plan_of(
         Problems: an external object does not exist, or the cluster has a different object with the same name.
     """
     chosen = {name: one for name, one in stack.services.items() if not only or name in only}
-    problems: list[Problem] = []
+    problems: list[FileProblem] = []
     changes = [
         *_networks(stack, chosen.values(), existing, problems),
         *_files("secret", stack.secrets.values(), existing.secrets, problems),
@@ -174,7 +174,7 @@ def plan_of(
     current = {service.spec.name: with_network_names(service, names) for service in existing.services}
     changes += [_service(one, current.get(one.spec.name), images, problems) for one in chosen.values()]
     if problems:
-        raise Problems(problems)
+        raise FileProblems(problems)
     if prune and not only:
         wanted = {one.spec.name for one in stack.services.values()}
         gone = sorted(current.keys() - wanted)
@@ -187,7 +187,7 @@ def plan_of(
         for kind in ("secret", "config")
         for name in _names_in(spec, kind)
     )
-    return Plan(
+    return StackPlan(
         stack=stack.name,
         changes=tuple(changes),
         is_new=not existing.services,
@@ -199,20 +199,22 @@ def plan_of(
     )
 
 
-def planned_again(stack: Stack, plan: Plan, existing: Existing) -> Plan:
+def planned_again(stack: Stack, plan: StackPlan, existing: Existing) -> StackPlan:
     """Return a new plan of the same deploy for the present objects of the cluster.  Raises: Problems."""
     return plan_of(
         stack, existing, images=plan.images, prune=plan.prune, only=plan.only, removable=plan.removable
     )
 
 
-def freeing(plan: Plan) -> tuple[Change, ...]:
+def freeing(plan: StackPlan) -> tuple[PlannedChange, ...]:
     """Return the removals that must come first because they free a published port for another service."""
     wanted = {
-        port for one in plan.of("service", Action.CREATE, Action.UPDATE) for port in _published(one.spec)
+        port
+        for one in plan.of("service", PlanAction.CREATE, PlanAction.UPDATE)
+        for port in _published(one.spec)
     }
     return tuple(
-        one for one in plan.of("service", Action.REMOVE) if not wanted.isdisjoint(_published(one.before))
+        one for one in plan.of("service", PlanAction.REMOVE) if not wanted.isdisjoint(_published(one.before))
     )
 
 
@@ -222,10 +224,10 @@ def _published(spec: ServiceSpec | None) -> set[tuple[str, int]]:
     return {(port.protocol, port.published_port) for port in ports if port.published_port}
 
 
-def removal_of(service: Service) -> Change:
+def removal_of(service: Service) -> PlannedChange:
     """Return the removal of ``service``, whose spec has names of networks instead of ids."""
-    return Change(
-        action=Action.REMOVE,
+    return PlannedChange(
+        action=PlanAction.REMOVE,
         kind="service",
         name=service.spec.name,
         id=service.id,
@@ -242,8 +244,8 @@ def with_network_names(service: Service, names: Mapping[str, str]) -> Service:
 
 
 def _networks(
-    stack: Stack, services: Iterable[StackService], existing: Existing, problems: list[Problem]
-) -> Iterator[Change]:
+    stack: Stack, services: Iterable[StackService], existing: Existing, problems: list[FileProblem]
+) -> Iterator[PlannedChange]:
     used = {one.target for service in services for one in service.spec.task_template.networks}
     for network in sorted(stack.networks.values(), key=lambda one: one.name):
         if network.name not in used:
@@ -253,14 +255,14 @@ def _networks(
         if network.is_external:
             _check_external(network, found, problems)
         elif swarm is None:
-            yield Change(action=Action.CREATE, kind="network", name=network.name)
+            yield PlannedChange(action=PlanAction.CREATE, kind="network", name=network.name)
         else:
             _check_same(network, swarm, problems)
-            yield Change(action=Action.KEEP, kind="network", name=network.name)
+            yield PlannedChange(action=PlanAction.KEEP, kind="network", name=network.name)
 
 
 def _check_external(
-    network: StackNetwork, found: Sequence[Mapping[str, Any]], problems: list[Problem]
+    network: StackNetwork, found: Sequence[Mapping[str, Any]], problems: list[FileProblem]
 ) -> None:
     if network.name in NODES_NETWORKS:
         return
@@ -270,16 +272,16 @@ def _check_external(
             f'network "{network.name}" is declared as external, but could not be found. '
             "You need to create a swarm-scoped network before the stack is deployed"
         )
-        problems.append(Problem(network.place, path, text))
+        problems.append(FileProblem(network.place, path, text))
     elif all(one.get("Scope") != "swarm" for one in found):
         text = (
             f'network "{network.name}" is declared as external, but it is not in the right scope: '
             f'"{found[0].get("Scope", "")}" instead of "swarm"'
         )
-        problems.append(Problem(network.place, path, text))
+        problems.append(FileProblem(network.place, path, text))
 
 
-def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[Problem]) -> None:
+def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[FileProblem]) -> None:
     """Report how an existing network differs from the files, because networks cannot be changed."""
     body = network.body
     wanted: dict[str, Any] = {
@@ -308,22 +310,22 @@ def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[
             f"the network exists and cannot be changed ({'; '.join(differing)}): "
             "remove it first, or give it another name"
         )
-        problems.append(Problem(network.place, f"networks.{network.name}", text))
+        problems.append(FileProblem(network.place, f"networks.{network.name}", text))
 
 
 def _files(
-    kind: str, files: Iterable[StackFile], existing: Sequence[Mapping[str, Any]], problems: list[Problem]
-) -> Iterator[Change]:
+    kind: str, files: Iterable[StackFile], existing: Sequence[Mapping[str, Any]], problems: list[FileProblem]
+) -> Iterator[PlannedChange]:
     found = {one["Spec"]["Name"]: one for one in existing}
     for file in sorted(files, key=lambda one: one.name):
         if file.is_external:
             if file.name not in found:
                 text = f"external {kind} {file.name} does not exist: create it first"
-                problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
+                problems.append(FileProblem(file.place, f"{kind}s.{file.name}", text))
             continue
         now = found.get(file.name)
         if now is None:
-            yield Change(action=Action.CREATE, kind=kind, name=file.name)
+            yield PlannedChange(action=PlanAction.CREATE, kind=kind, name=file.name)
             continue
         if kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
             problems.append(other_content(kind, file))
@@ -333,19 +335,19 @@ def _files(
         if file.is_versioned and not is_ours:
             # Its name contains the hash of this stack's content, but nothing has compared the content itself.
             text = f"the {kind} {file.name} exists and belongs to another stack or none: remove it, then deploy again"
-            problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
+            problems.append(FileProblem(file.place, f"{kind}s.{file.name}", text))
         differing = tuple(_label_differences(labels, file.labels)) if is_ours else ()
-        action = Action.UPDATE if differing else Action.KEEP
-        yield Change(action=action, kind=kind, name=file.name, differences=differing)
+        action = PlanAction.UPDATE if differing else PlanAction.KEEP
+        yield PlannedChange(action=action, kind=kind, name=file.name, differences=differing)
 
 
-def other_content(kind: str, file: StackFile) -> Problem:
+def other_content(kind: str, file: StackFile) -> FileProblem:
     """Return the error about an existing secret or config with the same name and other content."""
     text = (
         f"the {kind} exists with other content, which cannot be changed: leave out its name, "
         "and each content has a name of its own"
     )
-    return Problem(file.place, f"{kind}s.{file.name}", text)
+    return FileProblem(file.place, f"{kind}s.{file.name}", text)
 
 
 def _label_differences(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Difference]:
@@ -355,22 +357,22 @@ def _label_differences(before: Mapping[str, str], after: Mapping[str, str]) -> I
 
 
 def _service(
-    one: StackService, current: Service | None, images: Mapping[str, str], problems: list[Problem]
-) -> Change:
+    one: StackService, current: Service | None, images: Mapping[str, str], problems: list[FileProblem]
+) -> PlannedChange:
     wanted = one.spec
     try:
         wanted = settled(_with_image(wanted, current, images))
     except SkepError as error:
-        problems.append(Problem(one.place, f"services.{wanted.name}", str(error)))
-        return Change(action=Action.KEEP, kind="service", name=wanted.name)
+        problems.append(FileProblem(one.place, f"services.{wanted.name}", str(error)))
+        return PlannedChange(action=PlanAction.KEEP, kind="service", name=wanted.name)
     if current is None:
         wanted = with_number_kept(wanted, None)
-        return Change(action=Action.CREATE, kind="service", name=wanted.name, spec=wanted)
+        return PlannedChange(action=PlanAction.CREATE, kind="service", name=wanted.name, spec=wanted)
     template = replace(wanted.task_template, force_update=current.spec.task_template.force_update)
     wanted = with_present_number(replace(wanted, task_template=template), current.spec)
     found = tuple(differences(current.spec, wanted))
-    action = Action.UPDATE if found else Action.KEEP
-    return Change(
+    action = PlanAction.UPDATE if found else PlanAction.KEEP
+    return PlannedChange(
         action=action,
         kind="service",
         name=wanted.name,

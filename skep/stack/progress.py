@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.node_refusals import is_no_node
+from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.service import RestartCondition, Service, UpdateState
 from skep.model.task import Task, TaskState
 
@@ -55,7 +55,7 @@ _NOT_STARTED: Final = "starting container failed"
 _COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
 
 
-class Problem(msgspec.Struct, frozen=True, rename="pascal"):
+class ServiceProblem(msgspec.Struct, frozen=True, rename="pascal"):
     """The worst problem among a service's tasks (``GET /skep/services/{id}/explain``)."""
 
     kind: str = ""
@@ -80,7 +80,7 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     """Whether its tasks have ended as intended, so that none can fail again."""
     is_updating: bool = False
     """Whether an update is under way.  Its settings then decide what follows a failure."""
-    problem: Problem = Problem()
+    problem: ServiceProblem = ServiceProblem()
     """The worst problem that the tasks show."""
 
     @property
@@ -95,7 +95,7 @@ class Explanation(msgspec.Struct, frozen=True, rename="pascal"):
     """
 
     reason: str = ""
-    problem: Problem | None = None
+    problem: ServiceProblem | None = None
 
 
 def explanation_of(response: Any) -> Explanation:
@@ -146,7 +146,7 @@ def explained(
     return replace(progress, cause=f"{why}: {cause}" if cause else why, is_stuck=True)
 
 
-def why_hopeless(problem: Problem, failures_max: int, unplaced_s: float) -> str:
+def why_hopeless(problem: ServiceProblem, failures_max: int, unplaced_s: float) -> str:
     """Return why waiting for a service with ``problem`` cannot help, or an empty string if it can."""
     if not failures_max:
         return ""
@@ -265,7 +265,7 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     return ServiceProgress(text, _cause(current), problem=_problem(current))
 
 
-def _problem(tasks: Sequence[Task]) -> Problem:
+def _problem(tasks: Sequence[Task]) -> ServiceProblem:
     """Return the problem of the slot with most consecutive failures, as far as ended tasks are kept."""
     rows: dict[Hashable, list[Task]] = {}
     for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z")):
@@ -281,14 +281,14 @@ def _problem(tasks: Sequence[Task]) -> Problem:
         is_unplaced = any(
             task.status.state is TaskState.PENDING and is_no_node(task.status.err) for task in tasks
         )
-        return Problem(kind="no-node") if is_unplaced else Problem()
+        return ServiceProblem(kind="no-node") if is_unplaced else ServiceProblem()
     last = longest[-1]
     kind = "exit"
     if last.status.state is TaskState.REJECTED:
         kind = "rejected"
     elif last.status.err.startswith(_NOT_STARTED):
         kind = "start-failed"
-    return Problem(kind=kind, failures=len(longest), task_id=last.id)
+    return ServiceProblem(kind=kind, failures=len(longest), task_id=last.id)
 
 
 def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:

@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import msgspec
 
-from skep.model.dependencies import Dependency
+from skep.model.options.dependencies import Dependency
 from skep.model.service import ServiceSpec
-from skep.stack.document import Place
+from skep.stack.compose.document import FilePosition
 
 NAMESPACE: Final = "com.docker.stack.namespace"
 """Docker's label with the stack's name.  Every object of a stack has it."""
@@ -19,7 +19,7 @@ NODES_NETWORKS: Final = ("host", "none", "bridge")
 """Docker's label with a service's image as written in the file."""
 
 
-class Build(msgspec.Struct, frozen=True, kw_only=True):
+class BuildSpec(msgspec.Struct, frozen=True, kw_only=True):
     """An image build: the arguments of ``docker build``, and its context (a directory or a URL)."""
 
     context: str
@@ -29,11 +29,11 @@ class Build(msgspec.Struct, frozen=True, kw_only=True):
 class StackService(msgspec.Struct, frozen=True, kw_only=True):
     """One service.  Networks, secrets and configs in ``spec`` are named, without ids."""
 
-    place: Place
+    place: FilePosition
     spec: ServiceSpec
     depends_on: tuple[Dependency, ...] = ()
     """Dependencies, by the names in the files."""
-    build: Build | None = None
+    build: BuildSpec | None = None
     binds: tuple[str, ...] = ()
     """Host paths that the service mounts."""
 
@@ -41,7 +41,7 @@ class StackService(msgspec.Struct, frozen=True, kw_only=True):
 class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
     """A network.  ``body``: the body of ``POST /networks/create``."""
 
-    place: Place
+    place: FilePosition
     name: str
     is_external: bool = False
     body: Mapping[str, Any] = {}
@@ -52,7 +52,7 @@ class StackFile(msgspec.Struct, frozen=True, kw_only=True):
     content.
     """
 
-    place: Place
+    place: FilePosition
     name: str
     is_external: bool = False
     content: bytes | None = None

@@ -8,8 +8,8 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
-from skep.api.requests import LimitedRequests, Requests
-from skep.api.updates import update
+from skep.api.client.requests import LimitedRequests, Requests
+from skep.api.client.updates import update
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -18,10 +18,10 @@ from skep.errors import (
     SkepError,
     Unavailable,
 )
-from skep.model.access import Binding, Role
-from skep.model.encoding import to_json
-from skep.model.labels import DEPLOYING, REPLACED, STACK_STATE
-from skep.stack.claims import Claim, Replaced
+from skep.model.options.labels import DEPLOYING, REPLACED, STACK_STATE
+from skep.model.permissions.access import Binding, Role
+from skep.model.values.encoding import to_json
+from skep.stack.claims import DeployClaim, Replaced
 from skep.stack.cluster_state import (
     NO_LOGINS,
     RESPONSE_TIMEOUT_S,
@@ -31,7 +31,7 @@ from skep.stack.cluster_state import (
     known_revisions,
 )
 from skep.stack.deploying import CreatedObjects, Deployment, Show
-from skep.stack.planning import Action, Plan, plan_of, planned_again
+from skep.stack.planning import PlanAction, StackPlan, plan_of, planned_again
 from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import Stack
 from skep.stack.removing import unmake
@@ -39,7 +39,7 @@ from skep.stack.revisions import (
     DEPLOYED,
     UNDOING,
     UNDOINGS,
-    Revision,
+    StackRevision,
     asked_for,
     body_of,
     kept_of,
@@ -59,7 +59,7 @@ one.
 async def carry_out(
     client: Requests,
     stack: Stack,
-    plan: Plan,
+    plan: StackPlan,
     show: Show,
     wait_s: float | None,
     warn: Callable[[str], None],
@@ -100,7 +100,7 @@ async def carry_out(
         after = newest if plan.only else None
         created.revision = await _record(client, whole, plan, warn, after=after)
     if created.revision:
-        created.claim = Claim(client, asked, created.revision)
+        created.claim = DeployClaim(client, asked, created.revision)
     try:
         await _check_no_undo(client, stack.name)
         if created.revision:
@@ -116,7 +116,7 @@ async def carry_out(
         await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
 
 
-async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
+async def _forget_surplus(client: Requests, name: str) -> Sequence[StackRevision]:
     """Remove surplus revisions of a stack, and return the others."""
     present = await known_revisions(client, name)
     kept = kept_of(present)
@@ -126,7 +126,7 @@ async def _forget_surplus(client: Requests, name: str) -> Sequence[Revision]:
     return kept
 
 
-def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | None:
+def _whole(stack: Stack, plan: StackPlan, revisions: Sequence[StackRevision]) -> Stack | None:
     """Return the whole stack to record as a revision, or None for some services of a stack without a revision.
 
     The other services are recorded as they were last deployed.  Revisions of failed or interrupted deploys are not
@@ -148,7 +148,7 @@ def _whole(stack: Stack, plan: Plan, revisions: Sequence[Revision]) -> Stack | N
     return with_part(deployed.stack() if deployed else Stack(name=stack.name), stack, plan.only)
 
 
-def _check_after(last: Revision, number: int) -> None:
+def _check_after(last: StackRevision, number: int) -> None:
     """Check that the newest revision, ``last``, has this number and is not being deployed.
 
     Raises: FailedPrecondition.
@@ -160,7 +160,7 @@ def _check_after(last: Revision, number: int) -> None:
         )
 
 
-async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -> Plan:
+async def _planned_now(client: Requests, stack: Stack, plan: StackPlan, show: Show) -> StackPlan:
     """Return the plan for the stack's present objects, which no other deploy can change from now on."""
     existing = await existing_of(client, stack.name, config_names(stack))
     found = planned_again(stack, plan, existing)
@@ -185,7 +185,7 @@ async def _end(
 
 
 async def _record(
-    client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None], *, after: int | None = None
+    client: Requests, stack: Stack, plan: StackPlan, warn: Callable[[str], None], *, after: int | None = None
 ) -> str:
     """Record a new revision and return its id, or an empty string if it is too large or refused by a quota.
 
@@ -231,14 +231,14 @@ async def _check_no_undo(client: Requests, stack: str) -> None:
             raise Unavailable(_undoing(one))
 
 
-def _undoing(revision: Revision) -> str:
+def _undoing(revision: StackRevision) -> str:
     return (
         f"revision {revision.number} of {revision.of} failed, and its new objects are being removed. Rerun the command "
         f"later. If the removal was interrupted, run docker config rm {revision.config}."
     )
 
 
-async def _complete(client: Requests, last: Revision, warn: Callable[[str], None]) -> None:
+async def _complete(client: Requests, last: StackRevision, warn: Callable[[str], None]) -> None:
     """Mark the last revision as deployed after a deploy that changed nothing.
 
     The last deploy had the same desired state, and may have ended before it recorded its result.
@@ -275,7 +275,7 @@ async def _set_state(
     return found
 
 
-async def _forget(client: Requests, revision: Revision) -> None:
+async def _forget(client: Requests, revision: StackRevision) -> None:
     try:
         await client.delete(f"/configs/{revision.id}", timeout_s=RESPONSE_TIMEOUT_S)
     except SkepError:  # another deploy has removed the revision, or the next deploy will do so
@@ -290,7 +290,7 @@ class Return(msgspec.Struct, frozen=True):
 
     client: Requests
     stack: Stack
-    plan: Plan
+    plan: StackPlan
     left: frozenset[str] = frozenset()
     """Services that the revision does not contain, but that the rollback may not remove."""
     beyond: tuple[str, ...] = ()
@@ -299,7 +299,7 @@ class Return(msgspec.Struct, frozen=True):
 
 async def return_plan(
     client: Requests,
-    revision: Revision,
+    revision: StackRevision,
     *,
     removable: Collection[str] | None = None,
     is_admin: bool = False,
@@ -333,10 +333,10 @@ async def return_plan(
     return Return(client if is_admin else limited, stack, plan, left, beyond)
 
 
-async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
+async def _refusals(client: Requests, plan: StackPlan) -> tuple[str, ...]:
     """Return the parts of the plan that the managers would refuse to ``client``, without changing anything."""
     found: list[str] = []
-    for one in plan.of("service", Action.CREATE, Action.UPDATE):
+    for one in plan.of("service", PlanAction.CREATE, PlanAction.UPDATE):
         body = msgspec.Raw(to_json([one.spec]))
         try:
             await client.post("/skep/services/placement", body, timeout_s=RESPONSE_TIMEOUT_S)
@@ -349,7 +349,7 @@ async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
 
 async def undo(
     client: Requests,
-    failed: Plan,
+    failed: StackPlan,
     show: Show,
     wait_s: float,
     warn: Callable[[str], None],
@@ -369,7 +369,7 @@ async def undo(
     revisions = await known_revisions(client, name)
     if created.revision and revisions and revisions[-1].id != created.revision:
         return f"nothing was undone, because revision {revisions[-1].number} of {name} has replaced it"
-    new_services = {one.name for one in failed.of("service", Action.CREATE)}
+    new_services = {one.name for one in failed.of("service", PlanAction.CREATE)}
     if failed.is_new:
         text = await _unmade(client, name, created, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
@@ -389,7 +389,7 @@ def _unsure(names: Collection[str]) -> str:
     return f", except for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
 
 
-def refused(revision: Revision, beyond: Collection[str]) -> str:
+def refused(revision: StackRevision, beyond: Collection[str]) -> str:
     """Return the error of a rollback for which the rights of the revision's writer do not suffice."""
     name, number = revision.of, revision.number
     return (

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from skep.api.requests import Requests
-from skep.api.waiting import persistently
+from skep.api.client.requests import Requests
+from skep.api.client.waiting import persistently
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
 from skep.stack.deploying import CreatedObjects, Show, all_of, remove_unchanged

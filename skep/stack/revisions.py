@@ -17,10 +17,10 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.model.access import Binding, Role, parse_binding
-from skep.model.labels import DEPLOYING, STACK_CHANGES, STACK_REVISION, STACK_STATE
-from skep.model.unknown import leniently
-from skep.stack.planning import Plan
+from skep.model.options.labels import DEPLOYING, STACK_CHANGES, STACK_REVISION, STACK_STATE
+from skep.model.permissions.access import Binding, Role, parse_binding
+from skep.model.values.unknown import leniently
+from skep.stack.planning import StackPlan
 from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
 
 KEPT: Final = 10
@@ -47,7 +47,7 @@ _NAME_MAX: Final = 40
 """Longest stack name, in characters, within a config's name, which may have 64."""
 
 
-class Revision(msgspec.Struct, frozen=True, kw_only=True):
+class StackRevision(msgspec.Struct, frozen=True, kw_only=True):
     """A revision of a stack.  ``id`` and ``version`` belong to its config."""
 
     number: int
@@ -124,9 +124,9 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
             return False
 
 
-def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revision]:
+def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[StackRevision]:
     """Return the revisions of a stack, oldest first."""
-    made: list[Revision] = []
+    made: list[StackRevision] = []
     for one in configs:
         labels = one["Spec"].get("Labels") or {}
         number = labels.get(STACK_REVISION, "")
@@ -135,7 +135,7 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
         if one["Spec"]["Name"] != _name(stack, int(number)):
             continue  # Revisions are ordered by their names, because labels can be changed and names cannot.
         made.append(
-            Revision(
+            StackRevision(
                 of=stack,
                 written_by=str(one.get("WrittenBy") or ""),
                 number=int(number),
@@ -172,7 +172,7 @@ def with_part(base: Stack, stack: Stack, only: Collection[str]) -> Stack:
     )
 
 
-def asked_for(stack: Stack, plan: Plan) -> Stack:
+def asked_for(stack: Stack, plan: StackPlan) -> Stack:
     """Return the desired state of a deploy of ``stack``, with digests of images, and with secrets and configs by name
     only.
     """
@@ -185,7 +185,7 @@ def asked_for(stack: Stack, plan: Plan) -> Stack:
     )
 
 
-def body_of(stack: Stack, plan: Plan, number: int) -> dict[str, Any]:
+def body_of(stack: Stack, plan: StackPlan, number: int) -> dict[str, Any]:
     """Return the body of ``POST /configs/create`` for a revision.  Raises: InvalidArgument: it is too large."""
     data = gzip.compress(msgspec.json.encode(asked_for(stack, plan)), mtime=0)
     if len(data) > _BYTES_MAX:
@@ -224,7 +224,7 @@ def _by_name(file: StackFile) -> StackFile:
     return StackFile(place=file.place, name=file.name, is_external=True)
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: StackPlan) -> str:
     """Return a summary of the plan's changes, such as ``1 created, 2 updated``."""
     words = {"+": "created", "~": "updated", "-": "removed"}
     counts = [
@@ -245,11 +245,11 @@ def state_after(error: BaseException | None) -> str:
     return f"failed: {text[:_CAUSE_MAX]}"
 
 
-def kept_of(revisions: Sequence[Revision]) -> Sequence[Revision]:
+def kept_of(revisions: Sequence[StackRevision]) -> Sequence[StackRevision]:
     """Return the revisions to keep: the newest ones within the limits of number and size, and the newest deployed one,
     which an undo needs.
     """
-    made: list[Revision] = []
+    made: list[StackRevision] = []
     size = 0
     for one in reversed(revisions):
         size += len(one.data)
@@ -262,7 +262,7 @@ def kept_of(revisions: Sequence[Revision]) -> Sequence[Revision]:
     return made[::-1]
 
 
-def names_of(revisions: Iterable[Revision]) -> set[str]:
+def names_of(revisions: Iterable[StackRevision]) -> set[str]:
     """Return the names of the secrets and configs that the revisions need.  Unreadable revisions are skipped."""
     made: set[str] = set()
     for one in revisions:
@@ -274,7 +274,7 @@ def names_of(revisions: Iterable[Revision]) -> set[str]:
     return made
 
 
-def before(stack: str, revisions: Sequence[Revision], number: int | None) -> Revision:
+def before(stack: str, revisions: Sequence[StackRevision], number: int | None) -> StackRevision:
     """Return the revision to roll back to: ``number``, or the newest deployed revision before the last.
 
     Raises: InvalidArgument.
@@ -292,8 +292,8 @@ def before(stack: str, revisions: Sequence[Revision], number: int | None) -> Rev
 
 
 def pair_of(
-    stack: str, revisions: Sequence[Revision], first: int | None, second: int | None
-) -> tuple[Revision, Revision]:
+    stack: str, revisions: Sequence[StackRevision], first: int | None, second: int | None
+) -> tuple[StackRevision, StackRevision]:
     """Return the revisions to compare: by default the last two, or with one number that revision and the last.
 
     Raises: InvalidArgument.
@@ -308,7 +308,7 @@ def pair_of(
     return older, newer
 
 
-def newest_deployed(stack: str, revisions: Sequence[Revision]) -> Revision:
+def newest_deployed(stack: str, revisions: Sequence[StackRevision]) -> StackRevision:
     """Return the newest deployed revision, to which an undo returns.  Raises: InvalidArgument: no revision was
     deployed.
     """

@@ -8,12 +8,12 @@ from typing import Final
 
 import msgspec
 
-from skep.api.requests import Requests
-from skep.api.waiting import persistently
+from skep.api.client.requests import Requests
+from skep.api.client.waiting import persistently
 from skep.errors import SkepError, Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.unknown import leniently
+from skep.model.values.unknown import leniently
 from skep.stack.progress import (
     STEADY_S,
     UNPLACED,

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from skep.model.unknown import NOTHING, Unknown, divided, joined
+from skep.model.values.unknown import NOTHING, Unknown, divided, joined
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD
 from skep.store.schema import head_fields

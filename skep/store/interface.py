@@ -17,8 +17,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 import msgspec
 
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.model.ids import NodeId
-from skep.store.space import Space
+from skep.model.values.ids import NodeId
+from skep.store.space import MemberSpace
 
 Object: TypeAlias = msgspec.Struct
 """An instance of one of the kinds in ``store.schema``."""
@@ -259,7 +259,7 @@ class Store(LoopStore, Protocol):
         Returns when the new key is in use.  No object changes.  Raises Unavailable.
         """
 
-    async def space(self) -> Space | None:
+    async def space(self) -> MemberSpace | None:
         """Return a recent size and the quota of this manager's own copy, or None without a limit.
 
         Raises Unavailable.

@@ -3,15 +3,15 @@
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.dependencies import WAITS_FOR
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import ServiceId
-from skep.model.labels import DISCONNECT_LABELS, disconnect_labels
-from skep.model.meta import Version
 from skep.model.node import IssuedSerial
+from skep.model.options.dependencies import WAITS_FOR
+from skep.model.options.labels import DISCONNECT_LABELS, disconnect_labels
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
-from skep.model.times import Timestamp
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import ServiceId
+from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp
 from skep.store.interface import View
 
 ROOT_KEY_ID = "root-ca"

@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from skep.errors import SkepError
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 log = structlog.get_logger()
 

@@ -17,16 +17,24 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.interface import HistoryGone, NotLeader, Term, View
 from skep.store.keys import LEADER
 from skep.store.leadership import LeaderRecord, TermState, leader_named
-from skep.store.proposal import Committed, Conflict, Exists, NothingSince, Outcome, Proposal, Unchanged
 from skep.store.replica import Replica
-from skep.store.space import Space
+from skep.store.space import MemberSpace
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange
-from skep.store.updates import NO_LEADER, Updater, within_deadline
+from skep.store.transactions.proposal import (
+    Committed,
+    Exists,
+    NothingSince,
+    Outcome,
+    Proposal,
+    Unchanged,
+    WriteConflict,
+)
+from skep.store.transactions.updates import NO_LEADER, Updater, within_deadline
 
 HISTORY = 1000
 """Number of kept revisions above which revisions that every store has applied are dropped."""
@@ -90,7 +98,7 @@ class MemoryCluster:
         if fence is not None and self._revision_of(LEADER) != fence:
             raise NotLeader("another manager leads")
         if not all(map(self._holds, proposal.compares)):
-            return Conflict(self.revision)
+            return WriteConflict(self.revision)
         self.revision += 1
         self._publish([*((key, None) for key in proposal.deletes), *proposal.puts])
         return Committed(self.revision)
@@ -259,7 +267,7 @@ class MemoryStore(Updater):
     async def rotate_data_key(self) -> None:
         """Do nothing, because nothing is encrypted here."""
 
-    async def space(self) -> Space | None:
+    async def space(self) -> MemberSpace | None:
         return None
 
     async def compact(self, kept_revisions: int) -> bool:

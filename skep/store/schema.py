@@ -15,20 +15,20 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, PortTaken, SkepError
-from skep.model.addresses import is_subnet
-from skep.model.data_planes import claimed_underlay, is_overlay
 from skep.model.history import stack_of
 from skep.model.needs import references_of
 from skep.model.network import Network, subnet_of
+from skep.model.networks.addresses import is_subnet
+from skep.model.networks.data_planes import claimed_underlay, is_overlay
+from skep.model.networks.overlays import vxlan_ids
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
-from skep.model.overlays import vxlan_ids
+from skep.model.permissions.user import User
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import ZERO_TIME
-from skep.model.user import User
+from skep.model.values.times import ZERO_TIME
 from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD, name_claim, port_claim, subnet_claim, vxlan_claim

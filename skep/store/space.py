@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 QUOTA_BYTES = 4 * 1024**3
 """Default of ``store-quota`` in bytes."""
@@ -33,7 +33,7 @@ reload everything.
 """
 
 
-class Space(msgspec.Struct, frozen=True, kw_only=True):
+class MemberSpace(msgspec.Struct, frozen=True, kw_only=True):
     """The size of one member's file, in bytes.  While etcd's NOSPACE alarm is set (``has_alarm``), plain writes are
     refused.
     """
@@ -90,7 +90,7 @@ class Disarm(msgspec.Struct, frozen=True):
 Step: TypeAlias = Compact | Defragment | HandOver | Disarm
 
 
-def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool = True) -> Step | None:
+def next_step(own: NodeId, members: Mapping[NodeId, MemberSpace], *, can_compact: bool = True) -> Step | None:
     """Return the next step, or None.
 
     Args:
@@ -112,7 +112,7 @@ def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool
     return None
 
 
-def refusal(space: Space, *, creates: bool) -> str:
+def refusal(space: MemberSpace, *, creates: bool) -> str:
     """Return the error for a refused write of a user, or an empty string.  ``creates``: whether it adds an object."""
     if space.share < (REFUSE_AT if creates else REFUSE_ALL_AT):
         return ""
@@ -122,7 +122,7 @@ def refusal(space: Space, *, creates: bool) -> str:
     )
 
 
-def warning(space: Space) -> str:
+def warning(space: MemberSpace) -> str:
     """Return the warning for users before writes are refused, or an empty string."""
     if space.has_alarm:
         return f"the cluster's store has reached its quota and is being compacted: {space.summary}"

@@ -15,15 +15,15 @@ import structlog
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument, NotFound, Unavailable
-from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.meta import Version
 from skep.store import keys
 from skep.store.interface import Created, Deleted, Event, Updated, nothing
 from skep.store.kinds import SpecVersion, filled, present_spec, spec_version_id, spec_version_of
 from skep.store.level import LOWEST
 from skep.store.schema import SCHEMAS
-from skep.store.tables import KeyChange, Table
+from skep.store.tables import KeyChange, ObjectTable
 
 log = structlog.get_logger()
 
@@ -51,7 +51,7 @@ class State:
         self.revision = 0
         self.level = LOWEST
         self.level_revision = 0
-        self.tables = [Table(schema) for schema in SCHEMAS]
+        self.tables = [ObjectTable(schema) for schema in SCHEMAS]
         self.table_by_name: Final = {table.schema.name: table for table in self.tables}
         self.table_by_type: Final = {table.schema.type: table for table in self.tables}
         self.table_by_type[Task].fill_in = partial(
@@ -218,7 +218,7 @@ class State:
                     yield event
 
 
-def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Task:
+def _filled(versions: ObjectTable, services: Mapping[str, Service], task: Task) -> Task:
     """Return ``task`` with the spec of its spec version, if that is stored."""
     if task.spec_version is None:
         return task
@@ -261,7 +261,7 @@ def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, prese
             del lists[key]
 
 
-def resolved(view: Any, table: Table, word: str, among: Callable[[Any], bool] | None = None) -> Any:
+def resolved(view: Any, table: ObjectTable, word: str, among: Callable[[Any], bool] | None = None) -> Any:
     """Return the object that ``word`` names: by id, name, or unique prefix of an id.
 
     Args:

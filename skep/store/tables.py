@@ -1,7 +1,7 @@
 """The merged objects of one kind in memory, with their indexes.
 
-An object is stored under several keys with one writer each.  ``Table`` merges them, and keeps the revision of the last
-write of each key, which transactions compare.
+An object is stored under several keys with one writer each.  ``ObjectTable`` merges them, and keeps the revision of the
+last write of each key, which transactions compare.
 """
 
 from bisect import bisect_left, insort
@@ -13,7 +13,7 @@ import structlog
 
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.service import Service
-from skep.model.unknown import NOTHING, Unknown
+from skep.model.values.unknown import NOTHING, Unknown
 from skep.store.codec import codecs_of, head_decoder, values_of
 from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
 from skep.store.keys import HEAD
@@ -43,7 +43,7 @@ class KeyChange(msgspec.Struct, frozen=True, gc=False):
     damage: str = ""
 
 
-class Table:
+class ObjectTable:
     """All objects of one kind.  ``objects`` are by id, ``ids`` are sorted, and ``indexes`` hold sorted ids by index
     name and value.
 
@@ -291,7 +291,7 @@ class Table:
             self._move(id, old, new)
         return Updated(old, new)
 
-    def keep_unreadable(self, before: "Table") -> None:
+    def keep_unreadable(self, before: "ObjectTable") -> None:
         """Keep the last readable values from ``before``, an earlier state of the table, for values that are unreadable
         now.
         """

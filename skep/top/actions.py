@@ -5,13 +5,13 @@ from typing import Any
 
 import msgspec
 
-from skep.api.client import Client
-from skep.api.updates import update
+from skep.api.client.client import ApiClient
+from skep.api.client.updates import update
 from skep.cli.formatting import counted
-from skep.cli.stack_screens import line_of
+from skep.cli.stack.stack_screens import line_of
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.service import ServiceSpec
-from skep.model.unknown import leniently
+from skep.model.values.unknown import leniently
 from skep.stack.planning import differences
 from skep.top.snapshot import Snapshot, mode_of, tasks_of
 
@@ -40,7 +40,7 @@ class Action(msgspec.Struct, frozen=True):
     query: Mapping[str, str] = {}
 
 
-async def perform(client: Client, action: Action) -> None:
+async def perform(client: ApiClient, action: Action) -> None:
     """Change the object in its current state.  Raises: SkepError."""
     await update(
         client, f"{action.kind}s", action.id, action.change, timeout_s=_RESPONSE_TIMEOUT_S, query=action.query

@@ -14,17 +14,17 @@ from textual.containers import Horizontal
 from textual.widgets import ContentSwitcher, Footer, Input, Static
 
 from skep.cli.output import shortened
-from skep.cli.status import ServiceRow
+from skep.cli.see.status import ServiceLine
 from skep.errors import SkepError
 from skep.model.task_end import printable
 from skep.top.actions import Action, image_of, replicas_of, roll_back, scale, set_availability, update_image
 from skep.top.describe import HELP, about_node, tasks_listed
 from skep.top.dialogs import Ask, Confirm, Show
-from skep.top.logs import LogLine
-from skep.top.rows import COLUMNS, KnownRow, Row, View, chosen, log_row, rows_of, task_rows
-from skep.top.snapshot import Health, Link, Snapshot, headline, states_of, summary
+from skep.top.logs import ShownLine
+from skep.top.rows import COLUMNS, KnownRow, ScreenRow, ScreenView, chosen, log_row, rows_of, task_rows
+from skep.top.snapshot import ClusterHealth, LinkStatus, Snapshot, headline, states_of, summary
 from skep.top.table import RowTable
-from skep.top.watching import Cluster
+from skep.top.watching import WatchedCluster
 
 _SHORT = 16
 """If the screen has fewer lines, it leaves out empty lines and shows the headline on one line."""
@@ -32,13 +32,13 @@ _TABS_WITH_COUNTS = 64
 """Number of columns from which on the tabs have space for their counts."""
 _WRAPPING = 12
 """Columns that stay empty at the end of a wrapped line: the length of a long word."""
-_COLORS = {Health.HEALTHY: "text-success", Health.CONVERGING: "text-warning"}
+_COLORS = {ClusterHealth.HEALTHY: "text-success", ClusterHealth.CONVERGING: "text-warning"}
 """Theme variables of the headline.  Other states are errors."""
-_WHEN_EMPTY: Mapping[View, str] = {
-    View.SERVICES: "No services.  Create one: skep service create --name web --publish 8080:80 nginx",
-    View.TASKS: "No tasks.  Services start them: skep service create --name web --publish 8080:80 nginx",
-    View.NODES: "No nodes.  Create a cluster: skep swarm init",
-    View.EVENTS: "No events since skep top started.  Earlier ones: skep history",
+_WHEN_EMPTY: Mapping[ScreenView, str] = {
+    ScreenView.SERVICES: "No services.  Create one: skep service create --name web --publish 8080:80 nginx",
+    ScreenView.TASKS: "No tasks.  Services start them: skep service create --name web --publish 8080:80 nginx",
+    ScreenView.NODES: "No nodes.  Create a cluster: skep swarm init",
+    ScreenView.EVENTS: "No events since skep top started.  Earlier ones: skep history",
 }
 LOG_LINES_MAX = 2000
 """Log lines that the view keeps."""
@@ -47,15 +47,15 @@ _LOGS_S = 0.2
 _LOG_BATCH, _LOG_REST_S = 500, 0.02
 """Number of log lines after which reading pauses, and the pause in seconds."""
 _DARK, _LIGHT = "textual-dark", "textual-light"
-_ONLY_IN: Mapping[str, tuple[View, ...]] = {
-    "scale": (View.SERVICES, View.TASKS),
-    "image": (View.SERVICES, View.TASKS),
-    "roll_back": (View.SERVICES, View.TASKS),
-    "drain": (View.NODES,),
-    "activate": (View.NODES,),
-    "logs": (View.SERVICES, View.TASKS),
-    "ended": (View.TASKS,),
-    "order": (View.SERVICES, View.TASKS, View.NODES),
+_ONLY_IN: Mapping[str, tuple[ScreenView, ...]] = {
+    "scale": (ScreenView.SERVICES, ScreenView.TASKS),
+    "image": (ScreenView.SERVICES, ScreenView.TASKS),
+    "roll_back": (ScreenView.SERVICES, ScreenView.TASKS),
+    "drain": (ScreenView.NODES,),
+    "activate": (ScreenView.NODES,),
+    "logs": (ScreenView.SERVICES, ScreenView.TASKS),
+    "ended": (ScreenView.TASKS,),
+    "order": (ScreenView.SERVICES, ScreenView.TASKS, ScreenView.NODES),
 }
 """Keys that only work in some views."""
 
@@ -85,7 +85,7 @@ class TopApp(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(str(number), f"view('{view.name}')", view.value, show=False)
-            for number, view in enumerate(View, start=1)
+            for number, view in enumerate(ScreenView, start=1)
         ),
         Binding("tab", "next_view(1)", "Next view", show=False, priority=True),
         Binding("shift+tab", "next_view(-1)", "Previous view", show=False, priority=True),
@@ -106,19 +106,19 @@ class TopApp(App[None]):
         Binding("ctrl+c", "quit", "Quit", show=False, priority=True),
     ]
 
-    def __init__(self, cluster: Cluster, *, is_light: bool = False):
+    def __init__(self, cluster: WatchedCluster, *, is_light: bool = False):
         super().__init__()
         self._cluster = cluster
         self._snapshot = Snapshot()
-        self._view = View.SERVICES
+        self._view = ScreenView.SERVICES
         self._is_stale = False
-        self._rows: dict[View, list[Row]] = {}
+        self._rows: dict[ScreenView, list[ScreenRow]] = {}
         """Rows of the current snapshot, as far as they were needed."""
         self._task_rows: dict[str, KnownRow] = {}
         self._needle = ""
         self._with_ended = False
         self._by_name = False
-        self._lines: deque[Row] = deque(maxlen=LOG_LINES_MAX)
+        self._lines: deque[ScreenRow] = deque(maxlen=LOG_LINES_MAX)
         self._log_name = ""
         self.theme = _LIGHT if is_light else _DARK
 
@@ -129,9 +129,9 @@ class TopApp(App[None]):
         yield Static("", id="health", markup=False)
         yield Static("", id="summary", markup=False)
         yield Static("", id="tabs", markup=False)
-        with ContentSwitcher(initial=View.SERVICES.name):
-            for view in View:
-                is_log = view is View.LOGS
+        with ContentSwitcher(initial=ScreenView.SERVICES.name):
+            for view in ScreenView:
+                is_log = view is ScreenView.LOGS
                 yield RowTable(COLUMNS[view], empty="", follows_end=is_log, id=view.name)
         yield Input(
             placeholder="Words that rows must contain.  enter: keep   esc: clear", id="filter", compact=True
@@ -179,7 +179,7 @@ class TopApp(App[None]):
         self._paint_table()
 
     def _paint_table(self) -> None:
-        if self._view is View.LOGS:
+        if self._view is ScreenView.LOGS:
             self._paint_log()
             return
         table = self.table
@@ -187,13 +187,13 @@ class TopApp(App[None]):
         if self._view not in self._rows:
             self._rows[self._view] = (
                 task_rows(self._snapshot, self._task_rows, with_ended=self._with_ended)
-                if self._view is View.TASKS
+                if self._view is ScreenView.TASKS
                 else rows_of(self._view, self._snapshot, time.time())
             )
         table.show(chosen(self._rows[self._view], self._needle, by_name=self._by_name))
 
     def _paint_log(self) -> None:
-        if self._view is View.LOGS:
+        if self._view is ScreenView.LOGS:
             table = self.table
             table.say_when_empty(
                 "No lines yet."
@@ -211,19 +211,19 @@ class TopApp(App[None]):
 
     def _tabs(self) -> Text:
         counts = {
-            View.SERVICES: len(self._snapshot.services),
-            View.TASKS: sum(task.is_active for task in self._snapshot.tasks.values()),
-            View.NODES: len(self._snapshot.nodes),
+            ScreenView.SERVICES: len(self._snapshot.services),
+            ScreenView.TASKS: sum(task.is_active for task in self._snapshot.tasks.values()),
+            ScreenView.NODES: len(self._snapshot.nodes),
         }
         text = Text()
         has_counts = self.size.width >= _TABS_WITH_COUNTS
-        for number, view in enumerate(View, start=1):
+        for number, view in enumerate(ScreenView, start=1):
             count = f" {counts[view]}" if counts.get(view) and has_counts else ""
             style = "reverse bold" if view is self._view else ""
             label = f" {number} {view.value}{count} "
             text.append(label, style=style)
             text.apply_meta({"@click": f"app.view('{view.name}')"}, len(text) - len(label), len(text))
-        if self._view is View.LOGS and self._log_name:
+        if self._view is ScreenView.LOGS and self._log_name:
             text.append(f"  of {printable(self._log_name)}")
         elif self._needle:
             text.append(f"  filter {printable(self._needle)!r}")
@@ -235,7 +235,7 @@ class TopApp(App[None]):
 
     def action_view(self, name: str) -> None:
         """Switch to another table."""
-        self._view = View[name]
+        self._view = ScreenView[name]
         self.screen_stack[0].query_one(ContentSwitcher).current = name
         self.table.focus()
         self.refresh_bindings()
@@ -246,7 +246,7 @@ class TopApp(App[None]):
         if len(self.screen_stack) > 1:
             self.screen.focus_next() if by > 0 else self.screen.focus_previous()
             return
-        views = list(View)
+        views = list(ScreenView)
         self.action_view(views[(views.index(self._view) + by) % len(views)].name)
 
     def action_filter(self) -> None:
@@ -279,7 +279,7 @@ class TopApp(App[None]):
     def action_ended(self) -> None:
         """Show or hide ended tasks."""
         self._with_ended = not self._with_ended
-        self._rows.pop(View.TASKS, None)
+        self._rows.pop(ScreenView.TASKS, None)
         self.paint()
 
     def action_order(self) -> None:
@@ -299,14 +299,14 @@ class TopApp(App[None]):
     def on_row_table_chosen(self) -> None:
         """Explain the state of the object under the cursor."""
         snapshot, key = self._snapshot, self.table.key
-        if self._view is View.NODES and (node := snapshot.nodes.get(key)):
+        if self._view is ScreenView.NODES and (node := snapshot.nodes.get(key)):
             lines = about_node(snapshot, node)
 
             async def known() -> list[str]:
                 return lines
 
             self.push_screen(Show(snapshot.node_name(key), known))
-        elif self._view is View.SERVICES and key in snapshot.services:
+        elif self._view is ScreenView.SERVICES and key in snapshot.services:
             name = snapshot.service_name(key)
 
             async def service() -> list[str]:
@@ -316,10 +316,10 @@ class TopApp(App[None]):
                 ]
 
             self.push_screen(Show(name, service))
-        elif self._view is View.TASKS and (task := snapshot.tasks.get(key)):
+        elif self._view is ScreenView.TASKS and (task := snapshot.tasks.get(key)):
             name = snapshot.task_name(task)
             self.push_screen(Show(name, lambda: self._cluster.details("task", key, name)))
-        elif self._view in (View.EVENTS, View.LOGS) and (row := self._row(key)):
+        elif self._view in (ScreenView.EVENTS, ScreenView.LOGS) and (row := self._row(key)):
 
             async def cells() -> list[str]:
                 titles = (column.title for column in COLUMNS[self._view])
@@ -327,14 +327,14 @@ class TopApp(App[None]):
 
             self.push_screen(Show(self._view.value[:-1], cells))
 
-    def _row(self, key: str) -> Row | None:
-        rows = self._lines if self._view is View.LOGS else self._rows.get(self._view, [])
+    def _row(self, key: str) -> ScreenRow | None:
+        rows = self._lines if self._view is ScreenView.LOGS else self._rows.get(self._view, [])
         return next((row for row in rows if row.key == key), None)
 
     def _service(self) -> Mapping[str, Any] | None:
         """Return the service under the cursor, or the service of the task there."""
         key = self.table.key
-        if self._view is View.TASKS and (task := self._snapshot.tasks.get(key)):
+        if self._view is ScreenView.TASKS and (task := self._snapshot.tasks.get(key)):
             key = task.service_id
         return self._snapshot.services.get(key)
 
@@ -382,11 +382,11 @@ class TopApp(App[None]):
         """Fit the lines at the top to the new width."""
         self.call_after_refresh(self.paint)
 
-    def _health(self, services: Sequence[ServiceRow]) -> Text:
+    def _health(self, services: Sequence[ServiceLine]) -> Text:
         """Return the headline: the health in its color, and the reason."""
         snapshot, connection = self._snapshot, self._snapshot.connection
         colors = self.theme_variables
-        if connection.link is Link.LOST:
+        if connection.link is LinkStatus.LOST:
             seen = " The screen shows the last known state." if snapshot.is_loaded else ""
             words = f"{connection.reason}.{seen} Next attempt in {connection.retry_s:.0f} s."
             return Text.assemble(("Not connected", f"bold {colors['text-error']}"), "  ", printable(words))
@@ -400,7 +400,8 @@ class TopApp(App[None]):
         """Return how many characters the reason of the headline may have, less some that wrapping leaves empty."""
         lines = 1 if self.size.height < _SHORT else 2
         return max(
-            lines * (self.size.width - 2) - (lines - 1) * _WRAPPING - len(Health.CONVERGING.value) - 2, 10
+            lines * (self.size.width - 2) - (lines - 1) * _WRAPPING - len(ClusterHealth.CONVERGING.value) - 2,
+            10,
         )
 
     @work(group="action", exclusive=True)
@@ -434,15 +435,15 @@ class TopApp(App[None]):
     def action_logs(self) -> None:
         """Follow the logs of the service or task under the cursor."""
         key, snapshot = self.table.key, self._snapshot
-        if self._view is View.SERVICES and key in snapshot.services:
+        if self._view is ScreenView.SERVICES and key in snapshot.services:
             kind, self._log_name = "service", snapshot.service_name(key)
-        elif self._view is View.TASKS and (task := snapshot.tasks.get(key)):
+        elif self._view is ScreenView.TASKS and (task := snapshot.tasks.get(key)):
             kind, self._log_name = "task", snapshot.task_name(task)
         else:
             return
         self._lines.clear()
         self.run_worker(self._follow_log(kind, key), group="log", exclusive=True)
-        self.action_view(View.LOGS.name)
+        self.action_view(ScreenView.LOGS.name)
 
     async def _follow_log(self, kind: str, id: str) -> None:
         number = 0
@@ -455,7 +456,7 @@ class TopApp(App[None]):
                         _LOG_REST_S
                     )  # a flood of lines waits on its node and does not delay the keys
         except (SkepError, OSError) as error:
-            self._lines.append(log_row(self._snapshot, number + 1, LogLine(str(error))))
+            self._lines.append(log_row(self._snapshot, number + 1, ShownLine(str(error))))
 
 
 async def _help() -> list[str]:
@@ -464,11 +465,15 @@ async def _help() -> list[str]:
 
 def _link(snapshot: Snapshot) -> Text:
     link = snapshot.connection.link
-    text = {Link.CONNECTING: "connecting ", Link.LIVE: "live ", Link.LOST: "NOT CONNECTED "}[link]
-    return Text(text, style="" if link is Link.LIVE else "bold")
+    text = {
+        LinkStatus.CONNECTING: "connecting ",
+        LinkStatus.LIVE: "live ",
+        LinkStatus.LOST: "NOT CONNECTED ",
+    }[link]
+    return Text(text, style="" if link is LinkStatus.LIVE else "bold")
 
 
-def _summary(snapshot: Snapshot, services: Sequence[ServiceRow], width: int) -> Text:
+def _summary(snapshot: Snapshot, services: Sequence[ServiceLine], width: int) -> Text:
     """Return the counts, as many as fit into a line of ``width``."""
     parts = summary(snapshot, services) if snapshot.is_loaded else ()
     line = Text()

@@ -5,7 +5,7 @@ from typing import Any
 
 from skep.cli.formatting import aligned, counted
 from skep.model.node import plain_message
-from skep.top.snapshot import Reserved, Snapshot, cpus_of, memory_of, share_of, sum_of, tasks_of
+from skep.top.snapshot import ReservedResources, Snapshot, cpus_of, memory_of, share_of, sum_of, tasks_of
 
 _LISTED_MAX = 100
 """Largest number of tasks that the panel lists."""
@@ -56,7 +56,7 @@ def about_node(snapshot: Snapshot, node: Mapping[str, Any]) -> list[str]:
     description, status, spec = node["Description"], node["Status"], node["Spec"]
     platform = description.get("Platform") or {}
     tasks = [task for task in tasks_of(snapshot, node=node["ID"]) if task.is_active]
-    reserved = share_of(sum_of(tasks), Reserved(cpus_of(node), memory_of(node)))
+    reserved = share_of(sum_of(tasks), ReservedResources(cpus_of(node), memory_of(node)))
     words = plain_message(str(status.get("Message") or ""), str(node.get("SilentSince") or ""))
     message = f": {words}" if words else ""
     rows = [

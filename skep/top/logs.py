@@ -6,11 +6,11 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.client import Client, Stream
-from skep.api.responses import OutputStream
+from skep.api.client.client import ApiClient, ResponseStream
+from skep.api.http.responses import OutputStream
 from skep.errors import InvalidArgument, Unavailable
 from skep.model.task_end import SEQUENCE
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.times import SECOND_NS, unix_ns
 
 _TAIL = 200
 """Number of earlier lines that are shown first."""
@@ -21,7 +21,7 @@ _RECONNECT_S_MAX = 10.0
 _TASK = "com.docker.swarm.task.id="
 
 
-class LogLine(msgspec.Struct, frozen=True):
+class ShownLine(msgspec.Struct, frozen=True):
     """A log line.  ``task`` is the task's id, or empty for a line of Skep about the stream.  ``text`` is untrusted."""
 
     text: str
@@ -31,8 +31,8 @@ class LogLine(msgspec.Struct, frozen=True):
 
 
 async def follow_logs(
-    client: Client, kind: str, id: str, clock: Clock, rng: Callable[[], float]
-) -> AsyncGenerator[LogLine, None]:
+    client: ApiClient, kind: str, id: str, clock: Clock, rng: Callable[[], float]
+) -> AsyncGenerator[ShownLine, None]:
     """Yield the last lines, then new lines.  A lost connection is reported and resumed.
 
     Raises:
@@ -58,18 +58,20 @@ async def follow_logs(
         except Unavailable as error:
             reason = str(error)
         delay_s = backoff.next_delay_s()
-        yield LogLine(f"{reason}. Reconnecting in {delay_s:.1f} s.")
+        yield ShownLine(f"{reason}. Reconnecting in {delay_s:.1f} s.")
         await clock.sleep(delay_s)
 
 
-async def _has_terminal(client: Client, kind: str, id: str) -> bool:
+async def _has_terminal(client: ApiClient, kind: str, id: str) -> bool:
     """Return whether the output is one stream without frames."""
     found = await client.get(f"/{kind}s/{id}")
     template = found["Spec"]["TaskTemplate"] if kind == "service" else found["Spec"]
     return bool((template.get("ContainerSpec") or {}).get("TTY"))
 
 
-async def _outputs(stream: Stream, is_terminal: bool) -> AsyncGenerator[tuple[bytes, OutputStream], None]:
+async def _outputs(
+    stream: ResponseStream, is_terminal: bool
+) -> AsyncGenerator[tuple[bytes, OutputStream], None]:
     if not is_terminal:
         async for output, data in stream.frames():
             yield data, output
@@ -82,17 +84,17 @@ async def _outputs(stream: Stream, is_terminal: bool) -> AsyncGenerator[tuple[by
             yield b"\n".join(lines), OutputStream.STDOUT
 
 
-def line_of(text: str, output: OutputStream) -> LogLine:
+def line_of(text: str, output: OutputStream) -> ShownLine:
     """Parse a line with its time and details, as requested by ``docker service logs``."""
     if output is OutputStream.SYSTEM:
-        return LogLine(text[:_LINE_CHARACTERS_MAX], is_error=True)
+        return ShownLine(text[:_LINE_CHARACTERS_MAX], is_error=True)
     text = SEQUENCE.sub("", text)
     stamp, _, rest = text.partition(" ")
     details, blank, message = rest.partition(" ")
     if not blank or _TASK not in details:
-        return LogLine(text[:_LINE_CHARACTERS_MAX], is_error=output is OutputStream.STDERR)
+        return ShownLine(text[:_LINE_CHARACTERS_MAX], is_error=output is OutputStream.STDERR)
     task = details.partition(_TASK)[2].partition(",")[0]
-    return LogLine(message[:_LINE_CHARACTERS_MAX], task, stamp, output is OutputStream.STDERR)
+    return ShownLine(message[:_LINE_CHARACTERS_MAX], task, stamp, output is OutputStream.STDERR)
 
 
 def _after(stamp: str) -> str:

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.status import ServiceRow
+from skep.cli.see.status import ServiceLine
 from skep.errors import InvalidArgument
 from skep.model.node import plain_message
-from skep.model.times import SECOND_NS, timestamp, unix_ns
+from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 from skep.top.actions import image_of
-from skep.top.logs import LogLine
+from skep.top.logs import ShownLine
 from skep.top.snapshot import (
     ENDED,
-    Health,
-    Reserved,
+    ClusterHealth,
+    ReservedResources,
+    ShownTask,
     Snapshot,
-    Task,
     cpus_of,
     health_of,
     is_updating,
@@ -58,7 +58,7 @@ class Column(msgspec.Struct, frozen=True):
     is_age: bool = False
 
 
-class Row(msgspec.Struct, frozen=True):
+class ScreenRow(msgspec.Struct, frozen=True):
     """A row.  ``order`` is its sort key, which starts with its urgency."""
 
     key: str
@@ -70,13 +70,13 @@ class Row(msgspec.Struct, frozen=True):
 class KnownRow(NamedTuple):
     """The cached row of a task, with its inputs."""
 
-    task: Task
+    task: ShownTask
     service: str
     node: str
-    row: Row
+    row: ScreenRow
 
 
-class View(Enum):
+class ScreenView(Enum):
     """A view of the screen.  The value is its title."""
 
     SERVICES = "Services"
@@ -86,8 +86,8 @@ class View(Enum):
     LOGS = "Logs"
 
 
-COLUMNS: Mapping[View, tuple[Column, ...]] = {
-    View.SERVICES: (
+COLUMNS: Mapping[ScreenView, tuple[Column, ...]] = {
+    ScreenView.SERVICES: (
         Column("SERVICE", 32, is_toned=True),
         Column("TASKS", 11, is_toned=True),
         Column("UPDATE", 24, rank=2),
@@ -97,7 +97,7 @@ COLUMNS: Mapping[View, tuple[Column, ...]] = {
         Column("MODE", 10, rank=5),
         Column("REASON", is_flexible=True, is_toned=True),
     ),
-    View.TASKS: (
+    ScreenView.TASKS: (
         Column("TASK", 34, is_toned=True),
         Column("STATE", 10, is_toned=True),
         Column("AGE", 8, rank=2, is_age=True),
@@ -105,7 +105,7 @@ COLUMNS: Mapping[View, tuple[Column, ...]] = {
         Column("IMAGE", 30, rank=3),
         Column("REASON", is_flexible=True, is_toned=True),
     ),
-    View.NODES: (
+    ScreenView.NODES: (
         Column("NODE", 28, is_toned=True),
         Column("STATE", 14, is_toned=True),
         Column("ROLE", 8, rank=2),
@@ -116,14 +116,14 @@ COLUMNS: Mapping[View, tuple[Column, ...]] = {
         Column("VERSION", 12, rank=4),
         Column("REASON", is_flexible=True, is_toned=True),
     ),
-    View.EVENTS: (
+    ScreenView.EVENTS: (
         Column("AGE", 8, is_age=True),
         Column("TYPE", 9, rank=2),
         Column("ACTION", 10, is_toned=True),
         Column("NAME", 34),
         Column("DETAILS", is_flexible=True),
     ),
-    View.LOGS: (
+    ScreenView.LOGS: (
         Column("TIME", 12, rank=2),
         Column("TASK", 24, rank=1),
         Column("MESSAGE", is_flexible=True, is_toned=True),
@@ -131,37 +131,37 @@ COLUMNS: Mapping[View, tuple[Column, ...]] = {
 }
 
 
-def rows_of(view: View, snapshot: Snapshot, now: float, *, with_ended: bool = False) -> list[Row]:
+def rows_of(view: ScreenView, snapshot: Snapshot, now: float, *, with_ended: bool = False) -> list[ScreenRow]:
     """Return all rows of any view but the logs, unordered.  ``now`` is Unix time in seconds."""
     match view:
-        case View.SERVICES:
+        case ScreenView.SERVICES:
             tasks = _active_by(lambda task: task.service_id, snapshot)
             return [_service(snapshot, state, tasks[state.id]) for state in states_of(snapshot, now)]
-        case View.TASKS:
+        case ScreenView.TASKS:
             return task_rows(snapshot, {}, with_ended=with_ended)
-        case View.NODES:
+        case ScreenView.NODES:
             tasks = _active_by(lambda task: task.node_id, snapshot)
             return [_node(snapshot, node, tasks[node["ID"]]) for node in snapshot.nodes.values()]
-        case View.EVENTS:
+        case ScreenView.EVENTS:
             return [_event(snapshot, place, event) for place, event in enumerate(snapshot.events)]
     return []
 
 
-def _active_by(key: Callable[[Task], str], snapshot: Snapshot) -> Mapping[str, list[Task]]:
-    found: defaultdict[str, list[Task]] = defaultdict(list)
+def _active_by(key: Callable[[ShownTask], str], snapshot: Snapshot) -> Mapping[str, list[ShownTask]]:
+    found: defaultdict[str, list[ShownTask]] = defaultdict(list)
     for task in snapshot.tasks.values():
         if task.is_active:
             found[key(task)].append(task)
     return found
 
 
-def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: bool = False) -> list[Row]:
+def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: bool = False) -> list[ScreenRow]:
     """Return the rows of tasks.  Rows of unchanged tasks come from ``known``, which is updated."""
     services = {id: snapshot.service_name(id) for id in snapshot.services}
     nodes = {id: snapshot.node_name(id) for id in snapshot.nodes}
     for gone in known.keys() - snapshot.tasks.keys():
         del known[gone]
-    rows: list[Row] = []
+    rows: list[ScreenRow] = []
     for id, task in snapshot.tasks.items():
         service, node = services.get(task.service_id, ""), nodes.get(task.node_id, "")
         found = known.get(id)
@@ -172,22 +172,24 @@ def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: boo
     return rows
 
 
-def chosen(rows: Iterable[Row], needle: str, *, by_name: bool = False) -> list[Row]:
+def chosen(rows: Iterable[ScreenRow], needle: str, *, by_name: bool = False) -> list[ScreenRow]:
     """Return the rows with all words of ``needle``, ignoring case, the most urgent first or by name."""
     words = needle.casefold().split()
     found = [row for row in rows if _has(row, words)] if words else list(rows)
-    by: Callable[[Row], tuple[Any, ...]] = (lambda row: row.order[1:]) if by_name else (lambda row: row.order)
+    by: Callable[[ScreenRow], tuple[Any, ...]] = (
+        (lambda row: row.order[1:]) if by_name else (lambda row: row.order)
+    )
     return sorted(found, key=by)
 
 
-def _has(row: Row, words: Sequence[str]) -> bool:
+def _has(row: ScreenRow, words: Sequence[str]) -> bool:
     text = "\n".join(row.cells).casefold()
     return all(word in text for word in words)
 
 
-def _service(snapshot: Snapshot, state: ServiceRow, tasks: Sequence[Task]) -> Row:
+def _service(snapshot: Snapshot, state: ServiceLine, tasks: Sequence[ShownTask]) -> ScreenRow:
     service, health = snapshot.services[state.id], health_of(state)
-    tone = {Health.DEGRADED: Tone.BAD, Health.CONVERGING: Tone.WARNING}.get(health, Tone.GOOD)
+    tone = {ClusterHealth.DEGRADED: Tone.BAD, ClusterHealth.CONVERGING: Tone.WARNING}.get(health, Tone.GOOD)
     cells = (
         state.name,
         state.tasks,
@@ -198,13 +200,13 @@ def _service(snapshot: Snapshot, state: ServiceRow, tasks: Sequence[Task]) -> Ro
         mode_of(service),
         state.reason or (state.update if is_updating(state) else ""),
     )
-    return Row(state.id, cells, tone, (_URGENCY[tone], state.name, state.id))
+    return ScreenRow(state.id, cells, tone, (_URGENCY[tone], state.name, state.id))
 
 
 _URGENCY = {Tone.BAD: 0, Tone.WARNING: 1, Tone.PLAIN: 2, Tone.GOOD: 2, Tone.MUTED: 3}
 
 
-def _reserved(tasks: Sequence[Task]) -> str:
+def _reserved(tasks: Sequence[ShownTask]) -> str:
     """Return ``1.5 CPUs, 512 MiB``, or an empty text if nothing is reserved."""
     found = sum_of(tasks)
     cpus = f"{round(found.cpus, 2):g} CPU{'' if found.cpus == 1 else 's'}" if found.cpus else ""
@@ -225,7 +227,7 @@ def _ports(service: Mapping[str, Any]) -> str:
     )
 
 
-def _task(snapshot: Snapshot, task: Task) -> Row:
+def _task(snapshot: Snapshot, task: ShownTask) -> ScreenRow:
     state, status = task.status.state, task.status
     if state in ("failed", "rejected", "orphaned"):
         tone = Tone.BAD
@@ -241,10 +243,10 @@ def _task(snapshot: Snapshot, task: Task) -> Row:
     name = snapshot.task_name(task)
     node = snapshot.node_name(task.node_id) if task.node_id else ""
     order = (_URGENCY[tone], snapshot.service_name(task.service_id), task.slot, node, task.id)
-    return Row(task.id, (name, state, status.timestamp, node, task.image, why), tone, order)
+    return ScreenRow(task.id, (name, state, status.timestamp, node, task.image, why), tone, order)
 
 
-def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: Sequence[Task]) -> Row:
+def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: Sequence[ShownTask]) -> ScreenRow:
     state, availability = str(node["Status"]["State"]), str(node["Spec"].get("Availability") or "")
     message = plain_message(str(node["Status"].get("Message") or ""), str(node.get("SilentSince") or ""))
     manager = node.get("ManagerStatus") or {}
@@ -261,19 +263,19 @@ def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: Sequence[Task]) ->
         role,
         str(len(tasks)),
         f"{load:.0%}" if isinstance(load, int | float) and state == "ready" else "-",
-        share_of(sum_of(tasks), Reserved(cpus_of(node), memory_of(node))),
+        share_of(sum_of(tasks), ReservedResources(cpus_of(node), memory_of(node))),
         str(node["Status"].get("Addr") or ""),
         str((node["Description"].get("Engine") or {}).get("EngineVersion") or ""),
         message,
     )
-    return Row(node["ID"], cells, tone, (_URGENCY[tone], name, node["ID"]))
+    return ScreenRow(node["ID"], cells, tone, (_URGENCY[tone], name, node["ID"]))
 
 
 _BAD_ACTIONS = frozenset({"reject", "lost", "suspend", "expire"})
 _SHOWN_ELSEWHERE = ("name", "com.docker.swarm.")
 
 
-def _event(snapshot: Snapshot, place: int, event: Mapping[str, Any]) -> Row:
+def _event(snapshot: Snapshot, place: int, event: Mapping[str, Any]) -> ScreenRow:
     actor = event.get("Actor") or {}
     attributes, action = actor.get("Attributes") or {}, str(event.get("Action") or "")
     id, type = str(actor.get("ID") or ""), str(event.get("Type") or "")
@@ -289,17 +291,17 @@ def _event(snapshot: Snapshot, place: int, event: Mapping[str, Any]) -> Row:
     is_failure = action == "die" and str(attributes.get("exitCode", "0")) != "0"
     tone = Tone.BAD if is_failure or action in _BAD_ACTIONS else Tone.PLAIN
     stamp = timestamp(int(event.get("timeNano") or 0)) if event.get("timeNano") else ""
-    return Row(f"{place}", (stamp, type, action, name, what), tone, (0, -place))
+    return ScreenRow(f"{place}", (stamp, type, action, name, what), tone, (0, -place))
 
 
-def log_row(snapshot: Snapshot, number: int, line: LogLine) -> Row:
+def log_row(snapshot: Snapshot, number: int, line: ShownLine) -> ScreenRow:
     """Return a line of a log with its time and task."""
     task = snapshot.tasks.get(line.task)
     name = snapshot.task_name(task) if task is not None else line.task[:12]
     if not line.task:
-        return Row(str(number), ("", "", line.text), Tone.WARNING, (0, number))
+        return ScreenRow(str(number), ("", "", line.text), Tone.WARNING, (0, number))
     clock = line.stamp.partition("T")[2][:12]
-    return Row(str(number), (clock, name, line.text), Tone.PLAIN, (0, number))
+    return ScreenRow(str(number), (clock, name, line.text), Tone.PLAIN, (0, number))
 
 
 def laid_out(columns: Sequence[Column], naturals: Sequence[int], width: int, gap: int = 2) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from skep.cli.formatting import counted
-from skep.cli.status import NodeRow, ServiceRow, is_service_healthy, node_rows, service_rows
-from skep.model.encoding import go_name
+from skep.cli.see.status import NodeLine, ServiceLine, is_service_healthy, node_rows, service_rows
+from skep.model.values.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 _WANTED = frozenset({"running", "ready", "complete"})
@@ -22,7 +22,7 @@ _NAMED_MAX = 3
 _NANO = 1e9
 
 
-class Link(Enum):
+class LinkStatus(Enum):
     """State of the connection to the node."""
 
     CONNECTING = "connecting"
@@ -33,7 +33,7 @@ class Link(Enum):
 class Connection(msgspec.Struct, frozen=True):
     """The state of the connection.  ``reason``: why it was lost.  ``retry_s``: seconds until the next attempt."""
 
-    link: Link = Link.CONNECTING
+    link: LinkStatus = LinkStatus.CONNECTING
     reason: str = ""
     retry_s: float = 0.0
 
@@ -68,14 +68,14 @@ class _TaskSpec(msgspec.Struct, frozen=True, rename=go_name):
     resources: _Resources | None = None
 
 
-class Reserved(NamedTuple):
+class ReservedResources(NamedTuple):
     """CPUs, and bytes of memory."""
 
     cpus: float = 0.0
     memory: int = 0
 
 
-class Task(msgspec.Struct, frozen=True, rename=go_name):
+class ShownTask(msgspec.Struct, frozen=True, rename=go_name):
     """The shown fields of a task.  Ten thousand complete tasks would use a hundred times the memory."""
 
     id: str
@@ -93,11 +93,11 @@ class Task(msgspec.Struct, frozen=True, rename=go_name):
         return container.image.partition("@")[0] if container is not None else ""
 
     @property
-    def reserved(self) -> "Reserved":
+    def reserved(self) -> "ReservedResources":
         """The CPUs and memory that the scheduler keeps free for the task on its node."""
         resources = self.spec.resources
         amounts = (resources.reservations if resources is not None else None) or _Amounts()
-        return Reserved(amounts.nano_cpus / _NANO, amounts.memory_bytes)
+        return ReservedResources(amounts.nano_cpus / _NANO, amounts.memory_bytes)
 
     @property
     def is_settled(self) -> bool:
@@ -127,7 +127,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     nodes: Mapping[str, Mapping[str, Any]] = _NO_NODES
     services: Mapping[str, Mapping[str, Any]] = _NO_NODES
-    tasks: Mapping[str, Task] = {}
+    tasks: Mapping[str, ShownTask] = {}
     explained: Mapping[str, Mapping[str, Any]] = _NO_NODES
     events: tuple[Mapping[str, Any], ...] = ()
     without_leader: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         node = self.nodes.get(id)
         return str(node["Description"].get("Hostname") or id) if node is not None else id
 
-    def task_name(self, task: Task) -> str:
+    def task_name(self, task: ShownTask) -> str:
         """Return a name like ``web.3``, ``web.m1`` for a global service, or ``web.<id>`` before that has a node."""
         where = task.slot or (self.node_name(task.node_id) if task.node_id else task.id)
         return f"{self.service_name(task.service_id)}.{where}"
@@ -186,7 +186,7 @@ def mode_of(service: Mapping[str, Any]) -> str:
     return next((word for key, word in words.items() if mode.get(key) is not None), "replicated")
 
 
-def tasks_of(snapshot: Snapshot, *, service: str = "", node: str = "") -> list[Task]:
+def tasks_of(snapshot: Snapshot, *, service: str = "", node: str = "") -> list[ShownTask]:
     """Return the tasks of a service or node by name, active ones first."""
     found = (
         task
@@ -196,11 +196,11 @@ def tasks_of(snapshot: Snapshot, *, service: str = "", node: str = "") -> list[T
     return sorted(found, key=lambda task: (task.status.state in ENDED, *_order(snapshot, task)))
 
 
-def _order(snapshot: Snapshot, task: Task) -> tuple[str, int, str, str]:
+def _order(snapshot: Snapshot, task: ShownTask) -> tuple[str, int, str, str]:
     return snapshot.service_name(task.service_id), task.slot, task.node_id, task.id
 
 
-class Health(Enum):
+class ClusterHealth(Enum):
     """Health of the cluster, as the headline names it."""
 
     HEALTHY = "Healthy"
@@ -209,34 +209,34 @@ class Health(Enum):
     LEADERLESS = "No leader"
 
 
-def states_of(snapshot: Snapshot, now: float) -> list[ServiceRow]:
+def states_of(snapshot: Snapshot, now: float) -> list[ServiceLine]:
     """Return the services by name, with the verdict of ``skep status``.  ``now`` is Unix time in seconds."""
     return list(service_rows(snapshot.services.values(), snapshot.explained, now))
 
 
-def is_updating(row: ServiceRow) -> bool:
+def is_updating(row: ServiceLine) -> bool:
     """Return whether an update or a rollback replaces tasks now."""
     return row.update.startswith(("updating", "rollback started"))
 
 
-def health_of(row: ServiceRow) -> Health:
+def health_of(row: ServiceLine) -> ClusterHealth:
     """Return the health of a service.  It is degraded if a task failed, no node suits it, or its update is paused."""
     if row.is_healthy:
-        return Health.CONVERGING if is_updating(row) else Health.HEALTHY
-    return Health.CONVERGING if row.weight >= _WAITING else Health.DEGRADED
+        return ClusterHealth.CONVERGING if is_updating(row) else ClusterHealth.HEALTHY
+    return ClusterHealth.CONVERGING if row.weight >= _WAITING else ClusterHealth.DEGRADED
 
 
-def headline(snapshot: Snapshot, services: Iterable[ServiceRow]) -> tuple[Health, str]:
+def headline(snapshot: Snapshot, services: Iterable[ServiceLine]) -> tuple[ClusterHealth, str]:
     """Return the health of the cluster and its reasons, the worst first.  Only the first sentence has details."""
     if snapshot.without_leader:
-        return Health.LEADERLESS, " ".join(f"{line}." for line in snapshot.without_leader[:2])
+        return ClusterHealth.LEADERLESS, " ".join(f"{line}." for line in snapshot.without_leader[:2])
     nodes = node_rows(snapshot.nodes.values())
-    found = {health: [row for row in services if health_of(row) is health] for health in Health}
+    found = {health: [row for row in services if health_of(row) is health] for health in ClusterHealth}
     down = [row for row in nodes if row.state != "ready"]
     unreachable = [row for row in nodes if row.state == "ready" and not row.is_healthy]
-    degraded, converging = found[Health.DEGRADED], found[Health.CONVERGING]
+    degraded, converging = found[ClusterHealth.DEGRADED], found[ClusterHealth.CONVERGING]
     warned = [row for row in nodes if row.is_healthy and row.reason]
-    groups: list[tuple[Sequence[NodeRow] | Sequence[ServiceRow], str, str]] = [
+    groups: list[tuple[Sequence[NodeLine] | Sequence[ServiceLine], str, str]] = [
         (down, "node", "down" if all(row.state == "down" for row in down) else "not ready"),
         (unreachable, "manager", "unreachable"),
         (degraded, "service", "degraded"),
@@ -248,16 +248,18 @@ def headline(snapshot: Snapshot, services: Iterable[ServiceRow]) -> tuple[Health
         if rows:
             sentences.append(_about(rows, noun, state, has_reason=not sentences))
     health = (
-        Health.DEGRADED
+        ClusterHealth.DEGRADED
         if down or unreachable or degraded
-        else Health.CONVERGING
+        else ClusterHealth.CONVERGING
         if converging
-        else Health.HEALTHY
+        else ClusterHealth.HEALTHY
     )
     return health, " ".join(sentences) or "All nodes and services are in their desired state."
 
 
-def _about(rows: Sequence[NodeRow] | Sequence[ServiceRow], noun: str, state: str, *, has_reason: bool) -> str:
+def _about(
+    rows: Sequence[NodeLine] | Sequence[ServiceLine], noun: str, state: str, *, has_reason: bool
+) -> str:
     """Return a sentence that names the objects, with the reason if there is only one."""
     if len(rows) == 1:
         reason = f": {rows[0].reason}" if rows[0].reason and has_reason else ""
@@ -267,7 +269,7 @@ def _about(rows: Sequence[NodeRow] | Sequence[ServiceRow], noun: str, state: str
     return f"{counted(len(rows), noun)} are {state} ({', '.join(names)}{more})."
 
 
-def summary(snapshot: Snapshot, services: Sequence[ServiceRow]) -> list[tuple[str, str]]:
+def summary(snapshot: Snapshot, services: Sequence[ServiceLine]) -> list[tuple[str, str]]:
     """Return the counts below the headline, the most important first, as pairs of a noun and its counts."""
     ready = sum(node["Status"]["State"] == "ready" for node in snapshot.nodes.values())
     healthy = sum(row.is_healthy for row in services)
@@ -275,7 +277,7 @@ def summary(snapshot: Snapshot, services: Sequence[ServiceRow]) -> list[tuple[st
     shown = [f"{tasks[kind]} {kind}" for kind in ("running", "starting", "pending") if tasks[kind]]
     usable = {id: node for id, node in snapshot.nodes.items() if node["Status"]["State"] == "ready"}
     reserved = sum_of(task for task in snapshot.tasks.values() if task.node_id in usable)
-    total = Reserved(sum(map(cpus_of, usable.values())), sum(map(memory_of, usable.values())))
+    total = ReservedResources(sum(map(cpus_of, usable.values())), sum(map(memory_of, usable.values())))
     return [
         ("Nodes", f"{ready}/{len(snapshot.nodes)} ready"),
         ("Services", f"{healthy}/{len(services)} healthy" if services else "none"),
@@ -294,13 +296,13 @@ def memory_of(node: Mapping[str, Any]) -> int:
     return int((node["Description"].get("Resources") or {}).get("MemoryBytes") or 0)
 
 
-def sum_of(tasks: Iterable[Task]) -> Reserved:
+def sum_of(tasks: Iterable[ShownTask]) -> ReservedResources:
     """Return what the active ones of ``tasks`` reserve together."""
     found = [task.reserved for task in tasks if task.is_active]
-    return Reserved(sum(one.cpus for one in found), sum(one.memory for one in found))
+    return ReservedResources(sum(one.cpus for one in found), sum(one.memory for one in found))
 
 
-def share_of(part: Reserved, whole: Reserved) -> str:
+def share_of(part: ReservedResources, whole: ReservedResources) -> str:
     """Return ``1.5/4 CPUs, 0.8/7.8 GiB``."""
     return f"{_number(part.cpus)}/{_number(whole.cpus)} CPUs, {_gib(part.memory)}/{_gib(whole.memory)} GiB"
 
@@ -313,7 +315,7 @@ def _gib(size: int) -> str:
     return f"{round(size / (1 << 30), 1):g}"
 
 
-def _kind(task: Task) -> str:
+def _kind(task: ShownTask) -> str:
     state = task.status.state
     if state in ENDED:
         return "ended"

@@ -19,7 +19,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from skep.model.task_end import printable
-from skep.top.rows import Column, Row, Tone, age_of, laid_out
+from skep.top.rows import Column, ScreenRow, Tone, age_of, laid_out
 
 _GAP = 2
 
@@ -62,7 +62,7 @@ class RowTable(ScrollView, can_focus=True):
         self._columns = columns
         self._empty = empty
         self._follows_end = follows_end
-        self._rows: Sequence[Row] = ()
+        self._rows: Sequence[ScreenRow] = ()
         self._naturals = [len(column.title) for column in columns]
         self._cursor = 0
 
@@ -71,7 +71,7 @@ class RowTable(ScrollView, can_focus=True):
         """Key of the row under the cursor, or empty without rows."""
         return self._rows[self._cursor].key if self._rows else ""
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[ScreenRow]) -> None:
         """Replace the rows by ``rows``."""
         was_at_end = self._cursor >= len(self._rows) - 1
         key, place = self.key, self._cursor

@@ -15,13 +15,13 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.client import Client
-from skep.cli.explain import about_service, about_task
-from skep.cli.quorum import STALE, no_leader, quorum_of
+from skep.api.client.client import ApiClient
+from skep.cli.see.explain import about_service, about_task
+from skep.cli.see.quorum import STALE, no_leader, quorum_of
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable, reason_of
 from skep.top.actions import Action, perform
-from skep.top.logs import LogLine, follow_logs
-from skep.top.snapshot import Connection, Link, Snapshot, Task, Touched, touched_by, unexplained
+from skep.top.logs import ShownLine, follow_logs
+from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot, Touched, touched_by, unexplained
 
 _RESPONSE_TIMEOUT_S = 20.0
 """Seconds to wait for a response."""
@@ -49,7 +49,7 @@ _RECONNECT_S_MAX = 10.0
 Publish = Callable[[Snapshot], None]
 
 
-class Cluster(Protocol):
+class WatchedCluster(Protocol):
     """The cluster as the application uses it."""
 
     @property
@@ -65,14 +65,14 @@ class Cluster(Protocol):
     async def perform(self, action: Action) -> None:
         """Perform an action.  Raises: SkepError."""
 
-    def logs(self, kind: str, id: str) -> AsyncGenerator[LogLine, None]:
+    def logs(self, kind: str, id: str) -> AsyncGenerator[ShownLine, None]:
         """Yield the last lines, then new lines.  Raises: SkepError: refused."""
 
 
 class LiveCluster:
     """A cluster behind ``client``."""
 
-    def __init__(self, client: Client, name: str, clock: Clock, rng: Callable[[], float]) -> None:
+    def __init__(self, client: ApiClient, name: str, clock: Clock, rng: Callable[[], float]) -> None:
         self._client = client
         self._name = name
         self._clock = clock
@@ -91,7 +91,7 @@ class LiveCluster:
                 await _Connected(self._client, self._clock, state, backoff).run()
             except* (SkepError, OSError, msgspec.DecodeError) as errors:
                 delay_s = backoff.next_delay_s()
-                state.connected(Connection(Link.LOST, reason_of(_first(errors)), delay_s))
+                state.connected(Connection(LinkStatus.LOST, reason_of(_first(errors)), delay_s))
             await self._clock.sleep(delay_s)
 
     async def details(self, kind: str, id: str, name: str) -> list[str]:
@@ -103,7 +103,7 @@ class LiveCluster:
     async def perform(self, action: Action) -> None:
         await perform(self._client, action)
 
-    def logs(self, kind: str, id: str) -> AsyncGenerator[LogLine, None]:
+    def logs(self, kind: str, id: str) -> AsyncGenerator[ShownLine, None]:
         return follow_logs(self._client, kind, id, self._clock, self._rng)
 
 
@@ -121,7 +121,7 @@ class _State:
         self._publish = publish
         self.nodes: dict[str, Mapping[str, Any]] = {}
         self.services: dict[str, Mapping[str, Any]] = {}
-        self.tasks: dict[str, Task] = {}
+        self.tasks: dict[str, ShownTask] = {}
         self.explained: dict[str, Mapping[str, Any]] = {}
         self.events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.without_leader: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ class _State:
 class _Connected:
     """One connection to the event stream, and the concurrent reads."""
 
-    def __init__(self, client: Client, clock: Clock, state: _State, backoff: Backoff) -> None:
+    def __init__(self, client: ApiClient, clock: Clock, state: _State, backoff: Backoff) -> None:
         self._client = client
         self._clock = clock
         self._state = state
@@ -190,7 +190,7 @@ class _Connected:
         await self._list_tasks()
         await self._explain_services()
         self._backoff.reset()
-        state.connected(Connection(Link.LIVE), is_loaded=True)
+        state.connected(Connection(LinkStatus.LIVE), is_loaded=True)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._read_touched())
             group.create_task(self._look())
@@ -306,15 +306,15 @@ class _Connected:
         return await self._client.get(path, headers=self._headers, timeout_s=_RESPONSE_TIMEOUT_S, **query)
 
 
-def tasks_in(body: bytes) -> dict[str, Task]:
+def tasks_in(body: bytes) -> dict[str, ShownTask]:
     """Return the tasks of a list.  Unreadable ones are skipped."""
-    found: dict[str, Task] = {}
+    found: dict[str, ShownTask] = {}
     for raw in msgspec.json.decode(body, type=list[msgspec.Raw]):
         with suppress(msgspec.ValidationError):
-            task = msgspec.json.decode(raw, type=Task)
+            task = msgspec.json.decode(raw, type=ShownTask)
             found[task.id] = task
     return found
 
 
-def _task(response: Any) -> Task:
-    return msgspec.convert(response, Task)
+def _task(response: Any) -> ShownTask:
+    return msgspec.convert(response, ShownTask)

@@ -6,16 +6,16 @@ from typing import TypeAlias
 import msgspec
 
 from skep.errors import PermissionDenied
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.security.identity import Identity
-from skep.wire.methods import Access
+from skep.model.values.ids import ClusterId, NodeId
+from skep.security.identity import NodeIdentity
+from skep.wire.methods import MethodAccess
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """The other end of a connection."""
 
-    identity: Identity | None
+    identity: NodeIdentity | None
     """The identity in its verified certificate, or None without a certificate."""
     address: str
     """IP address from which the caller connects."""
@@ -36,27 +36,30 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         return self.identity.node_id
 
 
-CertificateCheck: TypeAlias = Callable[[Identity, Access], None]
+CertificateCheck: TypeAlias = Callable[[NodeIdentity, MethodAccess], None]
 """Checks the caller of each call.  Raises if its certificate is valid but must not be accepted, because it was revoked
 or its node removed.
 """
 
 
-def accept_all(_identity: Identity, _access: Access) -> None:
+def accept_all(_identity: NodeIdentity, _access: MethodAccess) -> None:
     """Accept every valid certificate.  For tests and tools."""
 
 
 def authorize(
-    caller: Caller, access: Access, cluster_id: ClusterId, check_certificate: CertificateCheck = accept_all
+    caller: Caller,
+    access: MethodAccess,
+    cluster_id: ClusterId,
+    check_certificate: CertificateCheck = accept_all,
 ) -> None:
     """Raise PermissionDenied if ``caller`` may not make a call of this ``access`` in this cluster, or Unavailable."""
     identity = caller.identity
     match access:
-        case Access.OPEN:
+        case MethodAccess.OPEN:
             return
-        case Access.NODE:
+        case MethodAccess.NODE:
             allowed = identity is not None and identity.cluster_id == cluster_id
-        case Access.MANAGER | Access.MANAGER_OR_UNKNOWN:
+        case MethodAccess.MANAGER | MethodAccess.MANAGER_OR_UNKNOWN:
             allowed = (
                 identity is not None
                 and identity.cluster_id == cluster_id

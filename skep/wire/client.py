@@ -11,15 +11,15 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from skep.aio.tls import connect
+from skep.aio.connections.tls import connect
 from skep.errors import InvalidArgument, Unauthenticated, Unavailable, reason_of
-from skep.model.addresses import parted
-from skep.model.ids import NodeId
+from skep.model.networks.addresses import parted
+from skep.model.values.ids import NodeId
 from skep.rpc.client import Bounds, ClientConnection, ClientStream
 from skep.rpc.errors import peer_errors
 from skep.rpc.headers import request_block
 from skep.security.identity import peer_identity
-from skep.wire.methods import Method, Unary
+from skep.wire.methods import Method, UnaryMethod
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -33,7 +33,7 @@ BOUNDS = Bounds(stream_window=4 * 1024 * 1024, connection_window=64 * 1024 * 102
 """Large windows, because a manager sends a node all its tasks, secrets and configs at once."""
 
 
-class Call(Generic[Q, A]):
+class StreamCall(Generic[Q, A]):
     """An open streaming call.  It reaches the server with its first message, as in gRPC."""
 
     def __init__(self, connection: ClientConnection, block: bytes, reply: type[A], address: str) -> None:
@@ -72,7 +72,7 @@ class Call(Generic[Q, A]):
             self._stream = None
 
 
-class Channel:
+class ManagerChannel:
     """A connection to a manager, opened by ``open_channel``.  ``peer`` is the node in its certificate, empty if
     unknown.
     """
@@ -88,7 +88,7 @@ class Channel:
         """Whether no further call can be made on it."""
         return self._connection.is_lost
 
-    async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = CALL_SECONDS_MAX) -> A:
+    async def call(self, method: UnaryMethod[Q, A], request: Q, *, timeout_s: float = CALL_SECONDS_MAX) -> A:
         """Make a call.  Raises Unavailable without a response in time, otherwise the error of the manager's status."""
         with peer_errors(self.address):
             async with asyncio.timeout(timeout_s):
@@ -97,9 +97,9 @@ class Channel:
                     return method.reply.FromString(await stream.only_message())
 
     @asynccontextmanager
-    async def stream(self, method: Method[Q, A]) -> AsyncIterator[Call[Q, A]]:
+    async def stream(self, method: Method[Q, A]) -> AsyncIterator[StreamCall[Q, A]]:
         """Open a streaming call.  Leaving the context abandons it if it has not ended."""
-        call: Call[Q, A] = Call(self._connection, self._block(method), method.reply, self.address)
+        call: StreamCall[Q, A] = StreamCall(self._connection, self._block(method), method.reply, self.address)
         with closing(call):
             yield call
 
@@ -115,7 +115,7 @@ async def open_channel(
     *,
     timeout_s: float = CONNECT_SECONDS_MAX,
     bounds: Bounds = BOUNDS,
-) -> AsyncIterator[Channel]:
+) -> AsyncIterator[ManagerChannel]:
     """Open a connection to the manager at ``address`` (``ip:port``), whose certificate must be for ``name``.
 
     Args:
@@ -130,7 +130,7 @@ async def open_channel(
         async with asyncio.timeout(timeout_s):
             connection = await _connect(host, port, tls, name, bounds)
     try:
-        yield Channel(address, connection, name, _peer_of(connection))
+        yield ManagerChannel(address, connection, name, _peer_of(connection))
     finally:
         connection.close()
 

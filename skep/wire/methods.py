@@ -25,7 +25,7 @@ MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """Maximum bytes of a message with collected statuses or log lines.  SwarmKit's limit for every message."""
 
 
-class Access(Enum):
+class MethodAccess(Enum):
     """The callers that may make a call, determined by the certificate of the connection."""
 
     OPEN = auto()
@@ -47,20 +47,20 @@ class _Method(Generic[Q, A]):
     path: str
     request: type[Q]
     reply: type[A]
-    access: Access = Access.NODE
+    access: MethodAccess = MethodAccess.NODE
     request_bytes_max: int = REQUEST_BYTES_MAX
     """Maximum request size.  A manager refuses a larger request as soon as it has read the announced length."""
 
 
-class Unary(_Method[Q, A]):
+class UnaryMethod(_Method[Q, A]):
     """A call with one request and one reply."""
 
 
-class ServerStream(_Method[Q, A]):
+class ServerStreaming(_Method[Q, A]):
     """A call with one request and any number of replies."""
 
 
-class ClientStream(_Method[Q, A]):
+class ClientStreaming(_Method[Q, A]):
     """A call with any number of requests and one reply."""
 
 
@@ -68,107 +68,114 @@ class BothStream(_Method[Q, A]):
     """A call with any number of requests and replies, independent of each other."""
 
 
-Method: TypeAlias = Unary[Q, A] | ServerStream[Q, A] | ClientStream[Q, A] | BothStream[Q, A]
+Method: TypeAlias = UnaryMethod[Q, A] | ServerStreaming[Q, A] | ClientStreaming[Q, A] | BothStream[Q, A]
 
 _SWARM = "/docker.swarmkit.v1."
 
-GET_ROOT_CA_CERTIFICATE = Unary(
+GET_ROOT_CA_CERTIFICATE = UnaryMethod(
     f"{_SWARM}CA/GetRootCACertificate",
     swarm.GetRootCACertificateRequest,
     swarm.GetRootCACertificateResponse,
-    Access.OPEN,
+    MethodAccess.OPEN,
 )
-GET_UNLOCK_KEY = Unary(
-    f"{_SWARM}CA/GetUnlockKey", swarm.GetUnlockKeyRequest, swarm.GetUnlockKeyResponse, Access.MANAGER
+GET_UNLOCK_KEY = UnaryMethod(
+    f"{_SWARM}CA/GetUnlockKey", swarm.GetUnlockKeyRequest, swarm.GetUnlockKeyResponse, MethodAccess.MANAGER
 )
-ISSUE_NODE_CERTIFICATE = Unary(
+ISSUE_NODE_CERTIFICATE = UnaryMethod(
     f"{_SWARM}NodeCA/IssueNodeCertificate",
     swarm.IssueNodeCertificateRequest,
     swarm.IssueNodeCertificateResponse,
-    Access.OPEN,
+    MethodAccess.OPEN,
 )
-NODE_CERTIFICATE_STATUS = Unary(
+NODE_CERTIFICATE_STATUS = UnaryMethod(
     f"{_SWARM}NodeCA/NodeCertificateStatus",
     swarm.NodeCertificateStatusRequest,
     swarm.NodeCertificateStatusResponse,
-    Access.OPEN,
+    MethodAccess.OPEN,
 )
-SESSION = ServerStream(
+SESSION = ServerStreaming(
     f"{_SWARM}Dispatcher/Session",
     swarm.SessionRequest,
     swarm.SessionMessage,
     request_bytes_max=DESCRIPTION_BYTES_MAX,
 )
-HEARTBEAT = Unary(f"{_SWARM}Dispatcher/Heartbeat", swarm.HeartbeatRequest, swarm.HeartbeatResponse)
-ASSIGNMENTS = ServerStream(
+HEARTBEAT = UnaryMethod(f"{_SWARM}Dispatcher/Heartbeat", swarm.HeartbeatRequest, swarm.HeartbeatResponse)
+ASSIGNMENTS = ServerStreaming(
     f"{_SWARM}Dispatcher/Assignments", swarm.AssignmentsRequest, swarm.AssignmentsMessage
 )
-UPDATE_TASK_STATUS = Unary(
+UPDATE_TASK_STATUS = UnaryMethod(
     f"{_SWARM}Dispatcher/UpdateTaskStatus",
     swarm.UpdateTaskStatusRequest,
     swarm.UpdateTaskStatusResponse,
     request_bytes_max=MESSAGE_BYTES_MAX,
 )
-UPDATE_VOLUME_STATUS = Unary(
+UPDATE_VOLUME_STATUS = UnaryMethod(
     f"{_SWARM}Dispatcher/UpdateVolumeStatus",
     swarm.UpdateVolumeStatusRequest,
     swarm.UpdateVolumeStatusResponse,
     request_bytes_max=DESCRIPTION_BYTES_MAX,
 )
-LISTEN_SUBSCRIPTIONS = ServerStream(
+LISTEN_SUBSCRIPTIONS = ServerStreaming(
     f"{_SWARM}LogBroker/ListenSubscriptions", swarm.ListenSubscriptionsRequest, swarm.SubscriptionMessage
 )
-PUBLISH_LOGS = ClientStream(
+PUBLISH_LOGS = ClientStreaming(
     f"{_SWARM}LogBroker/PublishLogs",
     swarm.PublishLogsMessage,
     swarm.PublishLogsResponse,
     request_bytes_max=MESSAGE_BYTES_MAX,
 )
-ATTACH_NETWORK = Unary(
+ATTACH_NETWORK = UnaryMethod(
     f"{_SWARM}ResourceAllocator/AttachNetwork", swarm.AttachNetworkRequest, swarm.AttachNetworkResponse
 )
-DETACH_NETWORK = Unary(
+DETACH_NETWORK = UnaryMethod(
     f"{_SWARM}ResourceAllocator/DetachNetwork", swarm.DetachNetworkRequest, swarm.DetachNetworkResponse
 )
 HEARTBEATS = BothStream("/skep.v1.NodeLink/Heartbeats", skep.Heartbeat, skep.HeartbeatPeriod)
-REVISED_ASSIGNMENTS = ServerStream(
+REVISED_ASSIGNMENTS = ServerStreaming(
     "/skep.v1.NodeLink/Assignments", swarm.AssignmentsRequest, skep.RevisedAssignments
 )
-SKEP_ISSUE_NODE_CERTIFICATE = Unary(
+SKEP_ISSUE_NODE_CERTIFICATE = UnaryMethod(
     "/skep.v1.NodeCA/IssueNodeCertificate",
     swarm.IssueNodeCertificateRequest,
     swarm.IssueNodeCertificateResponse,
-    Access.OPEN,
+    MethodAccess.OPEN,
 )
-ADD_MEMBER = Unary(
-    "/skep.v1.Managers/AddMember", skep.AddMemberRequest, skep.AddMemberResponse, Access.MANAGER
+ADD_MEMBER = UnaryMethod(
+    "/skep.v1.Managers/AddMember", skep.AddMemberRequest, skep.AddMemberResponse, MethodAccess.MANAGER
 )
-RESIGN = Unary("/skep.v1.Managers/Resign", skep.ResignRequest, skep.ResignResponse, Access.MANAGER)
-STORE_SPACE = Unary(
-    "/skep.v1.Managers/StoreSpace", skep.StoreSpaceRequest, skep.StoreSpaceResponse, Access.MANAGER
+RESIGN = UnaryMethod(
+    "/skep.v1.Managers/Resign", skep.ResignRequest, skep.ResignResponse, MethodAccess.MANAGER
 )
-ANNOUNCE = Unary("/skep.v1.Managers/Announce", skep.AnnounceRequest, skep.AnnounceResponse, Access.MANAGER)
-PROMOTE_MEMBER = Unary(
+STORE_SPACE = UnaryMethod(
+    "/skep.v1.Managers/StoreSpace", skep.StoreSpaceRequest, skep.StoreSpaceResponse, MethodAccess.MANAGER
+)
+ANNOUNCE = UnaryMethod(
+    "/skep.v1.Managers/Announce", skep.AnnounceRequest, skep.AnnounceResponse, MethodAccess.MANAGER
+)
+PROMOTE_MEMBER = UnaryMethod(
     "/skep.v1.Managers/PromoteMember",
     skep.PromoteMemberRequest,
     skep.PromoteMemberResponse,
-    Access.MANAGER,
+    MethodAccess.MANAGER,
 )
-KEEP_WRAPPING_KEY = Unary(
+KEEP_WRAPPING_KEY = UnaryMethod(
     "/skep.v1.Managers/KeepWrappingKey",
     skep.KeepWrappingKeyRequest,
     skep.KeepWrappingKeyResponse,
-    Access.MANAGER,
+    MethodAccess.MANAGER,
 )
-PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER_OR_UNKNOWN)
-AWAIT_TABLES = Unary(
-    "/skep.v1.ManagerLink/AwaitTables", skep.AwaitTablesRequest, skep.AwaitTablesResponse, Access.MANAGER
+PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, MethodAccess.MANAGER_OR_UNKNOWN)
+AWAIT_TABLES = UnaryMethod(
+    "/skep.v1.ManagerLink/AwaitTables",
+    skep.AwaitTablesRequest,
+    skep.AwaitTablesResponse,
+    MethodAccess.MANAGER,
 )
-RELAY_LOGS = ServerStream(
+RELAY_LOGS = ServerStreaming(
     "/skep.v1.ManagerLink/RelayLogs",
     skep.LogRelay,
     skep.RelayedLogs,
-    Access.MANAGER,
+    MethodAccess.MANAGER,
     request_bytes_max=MESSAGE_BYTES_MAX,
 )
 NETWORKS = BothStream(
@@ -181,40 +188,45 @@ PATHS = BothStream(
     "/skep.v1.NodeLink/Paths", skep.ProbeUpdate, skep.ProbeOrder, request_bytes_max=DESCRIPTION_BYTES_MAX
 )
 RELAY_DIAGNOSTICS = BothStream(
-    "/skep.v1.ManagerLink/RelayExaminations", skep.DiagnosticsRelay, skep.RelayedDiagnostics, Access.MANAGER
+    "/skep.v1.ManagerLink/RelayExaminations",
+    skep.DiagnosticsRelay,
+    skep.RelayedDiagnostics,
+    MethodAccess.MANAGER,
 )
-COLLECT_USAGES = ServerStream(
-    "/skep.v1.ManagerLink/CollectUsages", skep.CollectUsagesRequest, skep.TaskUsages, Access.MANAGER
+COLLECT_USAGES = ServerStreaming(
+    "/skep.v1.ManagerLink/CollectUsages", skep.CollectUsagesRequest, skep.TaskUsages, MethodAccess.MANAGER
 )
-SIGN_EXTERNALLY = Unary(
+SIGN_EXTERNALLY = UnaryMethod(
     "/skep.v1.ManagerLink/SignExternally",
     skep.SignExternallyRequest,
     skep.SignExternallyResponse,
-    Access.MANAGER,
+    MethodAccess.MANAGER,
 )
-REPORT_STATUSES = Unary(
+REPORT_STATUSES = UnaryMethod(
     "/skep.v1.NodeLink/ReportStatuses",
     skep.ReportedStatuses,
     swarm.UpdateTaskStatusResponse,
     request_bytes_max=MESSAGE_BYTES_MAX,
 )
-DESCRIBE = Unary(
+DESCRIBE = UnaryMethod(
     "/skep.v1.NodeLink/Describe",
     skep.DescribeRequest,
     skep.DescribeResponse,
     request_bytes_max=DESCRIPTION_BYTES_MAX,
 )
-RENEW_EXPIRED = Unary(
-    "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
+RENEW_EXPIRED = UnaryMethod(
+    "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, MethodAccess.OPEN
 )
-READ = ServerStream("/skep.v1.ClusterReads/Read", skep.ReadRequest, skep.ReadPiece)
-FIND_IMAGE = Unary("/skep.v1.ImageDirectory/FindImage", skep.FindImageRequest, skep.FindImageResponse)
-CHECK_NODE = Unary("/skep.v1.ImageDirectory/CheckNode", skep.CheckNodeRequest, skep.CheckNodeResponse)
-NEEDED_IMAGES = Unary(
+READ = ServerStreaming("/skep.v1.ClusterReads/Read", skep.ReadRequest, skep.ReadPiece)
+FIND_IMAGE = UnaryMethod("/skep.v1.ImageDirectory/FindImage", skep.FindImageRequest, skep.FindImageResponse)
+CHECK_NODE = UnaryMethod("/skep.v1.ImageDirectory/CheckNode", skep.CheckNodeRequest, skep.CheckNodeResponse)
+NEEDED_IMAGES = UnaryMethod(
     "/skep.v1.ImageDirectory/NeededImages", skep.NeededImagesRequest, skep.NeededImagesResponse
 )
-IMAGE_MANIFEST = Unary("/skep.v1.Images/Manifest", skep.ImageManifestRequest, skep.ImageManifestResponse)
-IMAGE_BLOB = ServerStream("/skep.v1.Images/Blob", skep.ImageBlobRequest, skep.ImageBlobPiece)
+IMAGE_MANIFEST = UnaryMethod(
+    "/skep.v1.Images/Manifest", skep.ImageManifestRequest, skep.ImageManifestResponse
+)
+IMAGE_BLOB = ServerStreaming("/skep.v1.Images/Blob", skep.ImageBlobRequest, skep.ImageBlobPiece)
 TUNNEL_ORDERS = BothStream("/skep.v1.NodeLink/TunnelOrders", skep.TunnelUpdate, skep.TunnelOrder)
 TUNNEL = BothStream(
     "/skep.v1.NodeLink/Tunnel",
@@ -226,6 +238,6 @@ RELAY_TUNNEL = BothStream(
     "/skep.v1.ManagerLink/RelayTunnel",
     skep.TunnelPiece,
     skep.TunnelPiece,
-    Access.MANAGER,
+    MethodAccess.MANAGER,
     request_bytes_max=TUNNEL_PIECE_BYTES_MAX,
 )

@@ -22,21 +22,21 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 from msgspec.structs import replace
 
-from skep.aio.admission import Newcomers, source_of
+from skep.aio.connections.admission import Newcomers, source_of
+from skep.aio.connections.handshakes import Handshakes
 from skep.aio.groups import errors_as_they_are
-from skep.aio.handshakes import Handshakes
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
-from skep.model.ids import ClusterId, NodeId
+from skep.model.values.ids import ClusterId, NodeId
 from skep.rpc import frames
 from skep.rpc.errors import LOST_PEER, to_status
 from skep.rpc.frames import Code, Violation
-from skep.rpc.server import Limits, ServerConnection, ServerStream
-from skep.rpc.status import CallFailed, Status
+from skep.rpc.server import PeerLimits, ServerConnection, ServerStream
+from skep.rpc.status import CallFailed, StatusCode
 from skep.security.authority import issued_s
-from skep.security.identity import Identity, peer_identity
+from skep.security.identity import NodeIdentity, peer_identity
 from skep.wire.access import Caller, CertificateCheck, accept_all, authorize
 from skep.wire.service import Handler, run_handler
-from skep.wire.service import Stream as HandledStream
+from skep.wire.service import HandlerStream as HandledStream
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ lower than the rate at which nodes can register again.
 
 NODE_CONNECTIONS_MAX = 32
 """Maximum simultaneous connections of one node.  A node needs two, the second one only briefly."""
-NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
+NODE_LIMITS = PeerLimits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
 """Limits of a node's connection.
 
 The windows of all streams and the largest message together are smaller than the connection's window.  Therefore unread
@@ -69,7 +69,7 @@ ANONYMOUS_SECONDS_MAX = 60.0
 """Maximum seconds of an anonymous connection."""
 ANONYMOUS_SILENT_SECONDS_MAX = 5.0
 """Maximum seconds until the first call of an anonymous connection."""
-ANONYMOUS_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
+ANONYMOUS_LIMITS = PeerLimits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -101,7 +101,7 @@ class Bound:
         """Bytes of received requests that have no response yet."""
         return sum(connection.held for connection in self._server.connections)
 
-    def disconnect_all(self, first: Callable[[Identity], bool]) -> None:
+    def disconnect_all(self, first: Callable[[NodeIdentity], bool]) -> None:
         """End every connection and every handshake, so that peers which reconnect are checked by the current rules.
 
         Anonymous connections, and connections whose certificate matches ``first``, are ended at once.  The others
@@ -117,7 +117,7 @@ class Bound:
         for connection, after_s in zip(later, closing_times(len(later)), strict=True):
             loop.call_later(after_s, connection.close)
 
-    def disconnect(self, matches: Callable[[Identity], bool]) -> None:
+    def disconnect(self, matches: Callable[[NodeIdentity], bool]) -> None:
         """End the connections of callers whose certificate matches."""
         for connection in tuple(self._server.connections):
             if connection.identity is not None and matches(connection.identity):
@@ -204,7 +204,7 @@ class _Server:
     def new_protocol(self) -> "_Connection":
         return _Connection(self)
 
-    def refusal(self, identity: Identity | None) -> str:
+    def refusal(self, identity: NodeIdentity | None) -> str:
         """Return why a connection is refused, or an empty string."""
         if identity is None:
             return ""
@@ -246,7 +246,7 @@ class _Server:
             except CallFailed as error:
                 await stream.send_status(error)
             except TimeoutError:
-                await stream.send_status(CallFailed(Status.DEADLINE_EXCEEDED, "the call took too long"))
+                await stream.send_status(CallFailed(StatusCode.DEADLINE_EXCEEDED, "the call took too long"))
             else:
                 await stream.send_status()
 
@@ -300,7 +300,7 @@ class _Connection(ServerConnection):
         self._time_limits: tuple[asyncio.TimerHandle, ...] = ()
 
     @property
-    def identity(self) -> Identity | None:
+    def identity(self) -> NodeIdentity | None:
         """The node at the other end, or None for an anonymous or refused connection."""
         return self.caller.identity if self.caller is not None else None
 
@@ -377,7 +377,7 @@ class _Connection(ServerConnection):
         return self._server.handle(stream, self.caller)
 
 
-def _identity_of(transport: asyncio.Transport) -> Identity | None:
+def _identity_of(transport: asyncio.Transport) -> NodeIdentity | None:
     """Return the node at the other end of a connection, or None without a certificate, which OpenSSL has verified."""
     certificate = transport.get_extra_info("peercert")
     if not certificate:

@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError, Message
 
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
 from skep.rpc.errors import LOST_PEER, to_status
-from skep.rpc.status import CallFailed, Status
+from skep.rpc.status import CallFailed, StatusCode
 from skep.wire.access import Caller
-from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
+from skep.wire.methods import BothStream, ClientStreaming, Method, ServerStreaming, UnaryMethod
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +34,7 @@ MESSAGE_SECONDS_MAX = 60.0
 """Seconds within which a message must be complete once its length has arrived."""
 
 
-class Stream(Protocol):
+class HandlerStream(Protocol):
     """The call for a handler, with framed requests and responses."""
 
     async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
@@ -56,13 +56,13 @@ class Handler(msgspec.Struct, frozen=True):
     """A method with the function that serves it."""
 
     method: Method[Any, Any]
-    serve: Callable[[Stream, Caller], Awaitable[None]]
+    serve: Callable[[HandlerStream, Caller], Awaitable[None]]
 
 
-def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
+def unary(method: UnaryMethod[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
     """Handle a method with one request and one response, which together may take ``UNARY_SECONDS_MAX``."""
 
-    async def serve(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: HandlerStream, caller: Caller) -> None:
         async with asyncio.timeout(UNARY_SECONDS_MAX):
             request = await _only_request(stream, method, caller)
             reply = await function(request, caller)
@@ -72,7 +72,7 @@ def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) ->
 
 
 def server_stream(
-    method: ServerStream[Q, A],
+    method: ServerStreaming[Q, A],
     function: Callable[[Q, Caller], AsyncIterator[A]],
     *,
     taken_s: float | None = None,
@@ -82,18 +82,18 @@ def server_stream(
     The call ends if the caller needs more than ``taken_s`` to receive one item.  None means no limit.
     """
 
-    async def serve(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: HandlerStream, caller: Caller) -> None:
         await _send_all(stream, function(await _only_request(stream, method, caller), caller), taken_s)
 
     return Handler(method, serve)
 
 
 def client_stream(
-    method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
+    method: ClientStreaming[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
     """Handle a method with one response, which may be sent before the last request arrives."""
 
-    async def serve(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: HandlerStream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
             reply = await function(requests, caller)
         await stream.send_message(reply)
@@ -106,7 +106,7 @@ def both_stream(
 ) -> Handler:
     """Handle a method with requests and responses, where ``function`` yields responses while it reads requests."""
 
-    async def serve(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: HandlerStream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method, caller)) as requests:
             await _send_all(stream, function(requests, caller))
 
@@ -122,7 +122,7 @@ def duplex(
     ``function`` gets the requests and a function that sends a response.  The stream ends when it returns.
     """
 
-    async def serve(stream: Stream, caller: Caller) -> None:
+    async def serve(stream: HandlerStream, caller: Caller) -> None:
         await stream.send_initial_metadata()
         async with aclosing(_requests(stream, method, caller)) as requests:
             await function(requests, stream.send_message, caller)
@@ -130,7 +130,7 @@ def duplex(
     return Handler(method, serve)
 
 
-async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
+async def run_handler(handler: Handler, stream: HandlerStream, caller: Caller) -> None:
     """Serve one call.  Every error becomes a status.  Raises CallFailed."""
     try:
         await handler.serve(stream, caller)
@@ -139,15 +139,15 @@ async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
     except CallFailed:
         raise
     except TimeoutError as error:
-        raise CallFailed(Status.DEADLINE_EXCEEDED, "the call took too long") from error
+        raise CallFailed(StatusCode.DEADLINE_EXCEEDED, "the call took too long") from error
     except LOST_PEER as error:
-        raise CallFailed(Status.UNAVAILABLE, "the peer closed the stream") from error
+        raise CallFailed(StatusCode.UNAVAILABLE, "the peer closed the stream") from error
     except Exception as error:
         log.exception("call failed", method=handler.method.path, peer=caller.address)
-        raise CallFailed(Status.INTERNAL, "internal error") from error
+        raise CallFailed(StatusCode.INTERNAL, "internal error") from error
 
 
-async def _send_all(stream: Stream, replies: AsyncIterator[A], taken_s: float | None = None) -> None:
+async def _send_all(stream: HandlerStream, replies: AsyncIterator[A], taken_s: float | None = None) -> None:
     # Send the headers first, because a peer that waits for them would otherwise wait for the first reply.
     await stream.send_initial_metadata()
     try:
@@ -161,20 +161,20 @@ async def _send_all(stream: Stream, replies: AsyncIterator[A], taken_s: float | 
             await close()
 
 
-async def _only_request(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q:
+async def _only_request(stream: HandlerStream, method: Method[Q, Any], caller: Caller) -> Q:
     request = await _receive(stream, method, caller)
     if request is None:
         raise InvalidArgument("the request is missing")
     return request
 
 
-async def _requests(stream: Stream, method: Method[Q, Any], caller: Caller) -> AsyncGenerator[Q, None]:
+async def _requests(stream: HandlerStream, method: Method[Q, Any], caller: Caller) -> AsyncGenerator[Q, None]:
     while (request := await _receive(stream, method, caller)) is not None:
         yield request
         del request  # likewise
 
 
-async def _receive(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q | None:
+async def _receive(stream: HandlerStream, method: Method[Q, Any], caller: Caller) -> Q | None:
     """Return the next request, or None after the last.
 
     The length arrives first, so no peer can make a manager buffer more than the limit.

@@ -11,16 +11,16 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import Protocol
 
 from skep.errors import SkepError
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 
 KEPT_S = 60.0
 """Seconds for which a connection without streams is kept."""
 
 
-class Connect(Protocol):
+class ConnectToManager(Protocol):
     """Connects with this node's certificate."""
 
-    def __call__(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+    def __call__(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to the manager at ``address``.  Raises Unavailable if it is not reachable or not trusted."""
 
 
@@ -29,7 +29,7 @@ class SharedConnections:
 
     def __init__(
         self,
-        connect: Callable[[str], AbstractAsyncContextManager[Channel]],
+        connect: Callable[[str], AbstractAsyncContextManager[ManagerChannel]],
         group: asyncio.TaskGroup,
         *,
         streams_max: int,
@@ -41,7 +41,7 @@ class SharedConnections:
         self._open: dict[str, list[_Shared]] = {}
 
     @asynccontextmanager
-    async def channel(self, address: str) -> AsyncIterator[Channel]:
+    async def channel(self, address: str) -> AsyncIterator[ManagerChannel]:
         """Return a connection for one more stream.  Raises Unavailable if not reachable or not trusted."""
         open = self._open.setdefault(address, [])
         shared = next((one for one in open if one.users < self._streams_max and not one.is_lost), None)
@@ -84,7 +84,7 @@ class _Shared:
     """A connection with the number of its streams."""
 
     def __init__(self) -> None:
-        self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self.channel: asyncio.Future[ManagerChannel] = asyncio.get_running_loop().create_future()
         self.users = 0
         self._is_over = False
         self._changed = asyncio.Event()

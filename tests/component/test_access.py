@@ -15,8 +15,8 @@ from skep.errors import (
     Unavailable,
     Unimplemented,
 )
-from skep.model.ids import new_id
 from skep.model.node import NodeRole
+from skep.model.values.ids import new_id
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
@@ -71,7 +71,9 @@ async def test_a_workers_certificate_does_not_pass_for_a_managers():
 
 async def test_an_unknown_method_is_unimplemented(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
-    method = methods.Unary("/docker.swarmkit.v1.Dispatcher/Tasks", pb.HeartbeatRequest, pb.HeartbeatResponse)
+    method = methods.UnaryMethod(
+        "/docker.swarmkit.v1.Dispatcher/Tasks", pb.HeartbeatRequest, pb.HeartbeatResponse
+    )
     async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
         with pytest.raises(Unimplemented):
             await channel.call(method, pb.HeartbeatRequest())
@@ -79,7 +81,7 @@ async def test_an_unknown_method_is_unimplemented(cluster, tmp_path):
 
 async def test_an_engine_with_the_manager_token_is_refused_with_the_reason(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
-    method = methods.Unary(
+    method = methods.UnaryMethod(
         "/docker.swarmkit.v1.RaftMembership/Join", pb.HeartbeatRequest, pb.HeartbeatResponse
     )
     async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
@@ -145,7 +147,7 @@ def test_any_bytes_as_a_message_get_an_answer(noise):
         async with cluster.serving():
             pair = cluster.pair(new_id())
             raw = Raw(noise)
-            method = methods.Unary(methods.UPDATE_TASK_STATUS.path, Raw, pb.UpdateTaskStatusResponse)
+            method = methods.UnaryMethod(methods.UPDATE_TASK_STATUS.path, Raw, pb.UpdateTaskStatusResponse)
             async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
                 with pytest.raises((InvalidArgument, NotFound)):
                     await channel.call(method, raw)

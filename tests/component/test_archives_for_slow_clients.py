@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.api.server import application
-from skep.engine.api import uploads
+from skep.api.http.server import application
 from skep.engine.api.images import image_routes
+from skep.engine.api.streams import uploads
 from skep.engine.images.store import ImageStore
 from tests.support.images_rig import APP, an_image, give
 from tests.support.wire_rig import until

@@ -14,13 +14,13 @@ from skep.errors import (
     PermissionDenied,
 )
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, Mount, SecretReference
-from skep.model.ids import ConfigId, SecretId
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.times import timestamp
+from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.build.cache import CacheMounts
+from skep.engine.build.cache.cache import CacheMounts
+from skep.engine.build.dockerfile.mounts import RunMount, parse_mount
 from skep.engine.build.inputs import Inputs
-from skep.engine.build.mounts import RunMount, parse_mount
 from skep.engine.build.runs import MountSources
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound

@@ -11,21 +11,21 @@ import pytest
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.server import application
-from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Progress, Provider, Step
+from skep.api.http.server import application
+from skep.engine.build.interface import BuildRequest, BuildResult, BuildStep, OpenContext, Progress, Provider
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit import sessions as sessions_module
 from skep.engine.buildkit.caches import Caches
-from skep.engine.buildkit.contexts import Contexts
-from skep.engine.buildkit.control import Control
+from skep.engine.buildkit.contexts import ContextStore
+from skep.engine.buildkit.protocol import sessions as sessions_module
+from skep.engine.buildkit.protocol.control import Control
+from skep.engine.buildkit.protocol.sessions import SESSIONS_MAX, BuildSessions
 from skep.engine.buildkit.routes import BuildKit, buildkit_routes
-from skep.engine.buildkit.sessions import SESSIONS_MAX, Sessions
 from skep.engine.buildkit.solver import Solver
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
+from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Limits
-from skep.rpc.status import CallFailed, Status
+from skep.rpc.status import CallFailed, StatusCode
 from tests.support.archives import a_file as archived
 from tests.support.archives import a_tar, an_entry
 from tests.support.buildkit_client import (
@@ -67,7 +67,7 @@ class ReadingBuilds:
         provider: Provider | None = None,
     ) -> BuildResult:
         self.requests.append(request)
-        step = Step(number=1, total=1, text="COPY . /")
+        step = BuildStep(number=1, total=1, text="COPY . /")
         progress.started(step)
         if "sleep" in request.dockerfile:
             self.sleeps.set()
@@ -81,7 +81,7 @@ class ReadingBuilds:
             for path in root.rglob("*")
             if path.is_file()
         }
-        progress.output(step, Stream.STDOUT, b"read\n")
+        progress.output(step, StandardStream.STDOUT, b"read\n")
         progress.finished(step, IMAGE)
         return BuildResult(image_id=IMAGE)
 
@@ -106,8 +106,8 @@ class Rig:
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    builds, sessions, limits = ReadingBuilds(), Sessions(), Limits(archive_bytes_max=12_000)
-    contexts = Contexts(tmp_path / "contexts", limits)
+    builds, sessions, limits = ReadingBuilds(), BuildSessions(), ImageLimits(archive_bytes_max=12_000)
+    contexts = ContextStore(tmp_path / "contexts", limits)
     images = ImageStore(tmp_path / "images")
     await images.open()
     solver = Solver(builds, builds.archive, sessions, contexts, Caches(images), SystemClock())
@@ -317,7 +317,7 @@ async def test_a_client_that_asks_in_two_calls_gets_what_it_returns(rig: Rig) ->
 
 async def test_a_client_that_fails_between_its_calls_fails_the_build(rig: Rig) -> None:
     outer = pb.SolveRequest(ref="r", session="s")
-    failed = pb.ReturnRequest(error=pb.RpcStatus(code=Status.INVALID_ARGUMENT, message="not like this"))
+    failed = pb.ReturnRequest(error=pb.RpcStatus(code=StatusCode.INVALID_ARGUMENT, message="not like this"))
     async with session(rig.socket, "s", FileServer()), control(rig.socket) as calls:
         solving = asyncio.create_task(calls.solve(outer))
         await calls.call("/moby.buildkit.v1.frontend.LLBBridge/Return", failed, pb.ReturnResponse, build="r")
@@ -330,7 +330,7 @@ async def test_after_the_end_of_its_job_a_client_builds_nothing(rig: Rig) -> Non
     refused, sleeping = pb.SolveRequest(ref="r", session="s"), pb.SolveRequest(ref="r2", session="s")
     refused.exporters.add(type="nosuch")
     inner = pb.BridgeSolveRequest(frontend="dockerfile.v0")
-    failed = pb.ReturnRequest(error=pb.RpcStatus(code=Status.INVALID_ARGUMENT, message="not like this"))
+    failed = pb.ReturnRequest(error=pb.RpcStatus(code=StatusCode.INVALID_ARGUMENT, message="not like this"))
     dockerfile = [a_file("Dockerfile", "FROM scratch\nRUN sleep\n")]
     async with session(rig.socket, "s", FileServer(dockerfile, NOTHING)), control(rig.socket) as calls:
         with pytest.raises(CallFailed, match="nosuch"):
@@ -476,7 +476,7 @@ async def test_an_unknown_method_and_a_build_that_is_not_there_have_their_status
     async with control(rig.socket) as calls:
         with pytest.raises(CallFailed) as unknown:
             await calls.call("/moby.buildkit.v1.Control/Other", pb.InfoRequest(), pb.InfoResponse)
-        assert unknown.value.status is Status.UNIMPLEMENTED
+        assert unknown.value.status is StatusCode.UNIMPLEMENTED
         with pytest.raises(CallFailed, match="no such job x") as missing:
             await calls.status("x")
-        assert missing.value.status is Status.NOT_FOUND
+        assert missing.value.status is StatusCode.NOT_FOUND

@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from skep.errors import Unavailable
-from skep.model.ids import new_id
 from skep.model.node import Node, NodeRole
+from skep.model.values.ids import new_id
 from skep.security.keypair import KeyPair
 from skep.security.tls import ServerTls, client_context
 from skep.wire import methods

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from skep.engine.images.child import EMPTY_LAYER, Step, child_config
+from skep.engine.images.archives.workers import ImageLimits, UnpackFailed
+from skep.engine.images.child import EMPTY_LAYER, HistoryStep, child_config
 from skep.engine.images.digest import chain_ids
 from skep.engine.images.image import Image
 from skep.engine.images.layers import Layer
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Limits, UnpackFailed
-from skep.engine.overlay import mount_layers
+from skep.engine.runtime.overlay import mount_layers
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 from skep.linux.syscalls import unmount_if_mounted
 
@@ -63,7 +63,7 @@ async def an_image(images: ImageStore, changes: Path, parent: Image | None = Non
 
 async def added(images: ImageStore, layer: Layer, parent: Image | None, *names: str) -> Image:
     content = images.config_file(parent).read_bytes() if parent is not None else None
-    step = Step(created=_NOW, diff_id=layer.diff_id, created_by="a test")
+    step = HistoryStep(created=_NOW, diff_id=layer.diff_id, created_by="a test")
     made = child_config(content, step, {"Cmd": ["sh"]}, platform={"os": "linux", "architecture": "amd64"})
     return await images.add(made, [parse_reference(name) for name in names])
 
@@ -219,15 +219,15 @@ async def test_a_file_that_the_user_named_like_a_whiteout_is_refused_by_name(
 @pytest.mark.parametrize(
     ("limits", "error"),
     [
-        (Limits(layer_bytes_max=1 << 20), ResourceExhausted),
-        (Limits(entries_max=2), ResourceExhausted),
-        (Limits(unpack_s=0.001), ResourceExhausted),
-        (Limits(spare_bytes=1 << 60, spare_share=1e9), UnpackFailed),
+        (ImageLimits(layer_bytes_max=1 << 20), ResourceExhausted),
+        (ImageLimits(entries_max=2), ResourceExhausted),
+        (ImageLimits(unpack_s=0.001), ResourceExhausted),
+        (ImageLimits(spare_bytes=1 << 60, spare_share=1e9), UnpackFailed),
     ],
     ids=["bytes", "entries", "time", "space"],
 )
 async def test_a_tree_beyond_a_limit_is_refused_and_leaves_nothing(
-    tmp_path: Path, limits: Limits, error: type[SkepError]
+    tmp_path: Path, limits: ImageLimits, error: type[SkepError]
 ) -> None:
     images = ImageStore(tmp_path / "images", limits=limits)
     await images.open()

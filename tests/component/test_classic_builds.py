@@ -15,10 +15,10 @@ from aiohttp import web
 
 from skep.aio.clock import SystemClock
 from skep.aio.slots import Slots
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
-from skep.engine.build.remotes import repository_address
+from skep.engine.build.files.remotes import repository_address
 from skep.engine.images.store import ImageStore
 from tests.support.archives import a_file, a_tar
 from tests.support.wire_rig import until

@@ -13,8 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.server import runner
-from skep.manager.routes import application, view
+from skep.api.http.server import runner
+from skep.manager.routes import application
+from skep.manager.routes.extensions import view
 from skep.manager.view.cluster import ClusterRows
 from skep.manager.view.loop import VIEWERS_MAX, ClusterView
 from skep.model.task import Task, TaskState, TaskStatus

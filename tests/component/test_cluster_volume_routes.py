@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId
 from skep.model.secret import Secret
 from skep.model.task import TaskState, VolumeAttachment
+from skep.model.values.ids import NodeId
 from skep.model.volume import PublishState, PublishStatus, Volume
 from skep.store.interface import Transaction
 from skep.store.level import CLUSTER_VOLUMES, LOWEST

@@ -13,14 +13,14 @@ import pytest
 from msgspec import to_builtins
 
 from skep.errors import InvalidArgument
-from skep.stack.conversion import stack_of
-from skep.stack.document import Node, Place, mapping, scalar
-from skep.stack.loading import Choices, Files, load
-from skep.stack.merging import canonical
-from skep.stack.reading import Report
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import FilePosition, YamlNode, mapping, scalar
+from skep.stack.compose.loading import FileReader, LoadOptions, load
+from skep.stack.compose.merging import canonical
+from skep.stack.compose.reading import ProblemReport
 from tests.support.plugins import plugin
 
-PLACE = Place("f", 1, 1)
+PLACE = FilePosition("f", 1, 1)
 
 
 @cache
@@ -38,12 +38,12 @@ def schema() -> dict[str, Any]:
     raise AssertionError("the program has no schema in it")
 
 
-def node(value: Any) -> Node:
+def node(value: Any) -> YamlNode:
     if isinstance(value, dict):
         return mapping({key: node(one) for key, one in value.items()}, PLACE)
     if isinstance(value, list):
-        return Node(tuple(map(node, value)), PLACE)
-    return Node(None, PLACE) if value is None else scalar(value, PLACE)
+        return YamlNode(tuple(map(node, value)), PLACE)
+    return YamlNode(None, PLACE) if value is None else scalar(value, PLACE)
 
 
 class Sampler:
@@ -88,7 +88,7 @@ def test_no_key_of_the_schema_is_unknown(section: str) -> None:
     unknown: list[str] = []
     for form in forms:
         text = {"services": {"w": {"image": "w"}}} | {section: {"one": form}}
-        report = Report()
+        report = ProblemReport()
         stack_of(canonical(node(text)), "s", {}, report)
         if any("unknown key" in one.text for one in report.problems):
             unknown.append(paths_of(form))
@@ -97,7 +97,7 @@ def test_no_key_of_the_schema_is_unknown(section: str) -> None:
 
 def test_no_section_of_the_schema_is_unknown() -> None:
     for section in schema()["properties"]:
-        report = Report()
+        report = ProblemReport()
         stack_of(canonical(node({"services": {"w": {"image": "w"}}, section: {}})), "s", {}, report)
         assert not any("unknown key" in one.text for one in report.problems), section
 
@@ -136,7 +136,7 @@ for _section in ("secrets", "configs"):
     for _source in ("file", "content", "environment", "driver", "external"):
         NEW_SUFFIX[f"{_section}.{_source}"] = {}
 JOINED = {"env_file", "label_file", "extends", "profiles"}
-"""Keys that are read when files are joined (``skep/stack/loading.py``)."""
+"""Keys that are read when files are joined (``skep/stack/compose/loading.py``)."""
 AS_IT_IS = {
     "services.links[]": "services on one network reach each other by name",
     "services.pull_policy": "a registry is asked at each deploy, and nodes get what it named",
@@ -194,9 +194,9 @@ def beside(path: str, key: str) -> dict[str, Any]:
     return NEW_SUFFIX.get(f"{path}.{key}", NEW_SUFFIX.get(path, {}))
 
 
-def stack_from(section: str, document: dict[str, Any]) -> tuple[str, Report]:
+def stack_from(section: str, document: dict[str, Any]) -> tuple[str, ProblemReport]:
     """All that a stack asks for, without places; and what is said of the document."""
-    report = Report()
+    report = ProblemReport()
     made = stack_of(canonical(node(document)), "s", {(section, "one"): b"x"}, report)
     return repr(to_builtins(made, enc_hook=bytes.hex)), report
 
@@ -267,9 +267,9 @@ def test_a_value_of_a_wrong_type_is_a_problem_of_the_file_and_no_other_error(
     file = tmp_path / "compose.yaml"
     for document in documents_with(value):
         file.write_text(json.dumps(document))
-        report = Report()
+        report = ProblemReport()
         try:
-            loaded = load([file, file], Choices(environment={}, profiles=("*",)), Files(), report)
+            loaded = load([file, file], LoadOptions(environment={}, profiles=("*",)), FileReader(), report)
             stack_of(loaded.document, "s", loaded.contents, report)
         except InvalidArgument:  # Problems are, too
             continue

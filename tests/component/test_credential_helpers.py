@@ -14,11 +14,11 @@ from aiohttp import web
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import SystemClock
-from skep.engine.images import credentials
-from skep.engine.images.credentials import CredentialHelpers
-from skep.engine.images.endpoints import Policy
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import DOCKER_MANIFEST, Credentials
+from skep.engine.images.registry import credentials
+from skep.engine.images.registry.credentials import CredentialHelpers
+from skep.engine.images.registry.endpoints import RegistryPolicy
+from skep.engine.images.registry.registry import DOCKER_MANIFEST, RegistryCredentials
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, SkepError
 from tests.support.archives import sha256
@@ -61,7 +61,7 @@ def helpers() -> CredentialHelpers:
 
 async def test_a_helper_is_asked_by_its_protocol(helper: Helper, helpers: CredentialHelpers):
     helper.gives("user", "secret")
-    assert (await helpers.provide("test", "r:5000")).credentials == Credentials(
+    assert (await helpers.provide("test", "r:5000")).credentials == RegistryCredentials(
         username="user", password="secret"
     )
     await helpers.provide("test", "docker.io")
@@ -70,7 +70,7 @@ async def test_a_helper_is_asked_by_its_protocol(helper: Helper, helpers: Creden
 
 async def test_a_token_is_no_password(helper: Helper, helpers: CredentialHelpers):
     helper.gives("<token>", "t1")
-    assert (await helpers.provide("test", "r:5000")).credentials == Credentials(identity_token="t1")
+    assert (await helpers.provide("test", "r:5000")).credentials == RegistryCredentials(identity_token="t1")
 
 
 async def test_many_at_once_ask_once_and_refused_ones_ask_again(helper: Helper, helpers: CredentialHelpers):
@@ -107,7 +107,7 @@ async def test_a_helper_that_fails_gives_nothing_but_its_problem(
         monkeypatch.setattr(credentials, "_DEADLINE_S", 0.5)
     helper.does(f"echo $$ > {helper.calls}.pid", *lines)
     provided = await helpers.provide("test", "r:5000")
-    assert (provided.credentials, provided.problem) == (Credentials(), problem)
+    assert (provided.credentials, provided.problem) == (RegistryCredentials(), problem)
     session = Path(f"{helper.calls}.pid").read_text().strip()
     deadline = time.monotonic() + 60
     while _of_session(session):
@@ -153,7 +153,7 @@ async def guarded() -> AsyncIterator[Registry]:
 
 
 async def a_store(tmp_path: Path, registry: Registry) -> ImageStore:
-    store = ImageStore(tmp_path / "images", policy=Policy(helpers={registry.address: "test"}))
+    store = ImageStore(tmp_path / "images", policy=RegistryPolicy(helpers={registry.address: "test"}))
     await store.open()
     return store
 

@@ -18,9 +18,9 @@ from skep.csi import csi_pb2 as pb
 from skep.csi.driver import call, discrepancy
 from skep.csi.drivers import Drivers
 from skep.errors import NotFound, SkepError, Unavailable
-from skep.model.ids import VolumeId
-from skep.model.meta import Driver
 from skep.model.node import Topology
+from skep.model.values.ids import VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import (
     AccessMode,
     CapacityRange,

@@ -7,13 +7,13 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.network_tables import merged
-from skep.manager.discovery.network_tables import NetworkTables
-from skep.model.ids import NetworkId, NodeId
+from skep.manager.discovery.network_tables import TableBuilder
 from skep.model.network import Network
-from skep.model.publishing import PublishOptions
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import NetworkTable, TablePort, TableSet
 from skep.model.service import Endpoint, EndpointSpec, EndpointVirtualIP, PortConfig, Service
-from skep.model.tables import Table, TablePort, TableSet
 from skep.model.task import NetworkAttachment
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
@@ -48,11 +48,13 @@ class Manager:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.tables = NetworkTables()
+        self.tables = TableBuilder()
         for _ in self.tables.begin(store.view()):
             pass
 
-    def reported(self, tables: Mapping[NetworkId, Table], since: int | None) -> Mapping[NetworkId, Table]:
+    def reported(
+        self, tables: Mapping[NetworkId, NetworkTable], since: int | None
+    ) -> Mapping[NetworkId, NetworkTable]:
         """A node's tables after the next set, as it goes over the wire."""
         assert self.tables.networks_of(NodeId("n2")) == [INGRESS.id], "every node answers for published ports"
         book, revision = self.tables.tables[INGRESS.id], self.tables.revision
@@ -66,7 +68,7 @@ class Manager:
         return merged(tables, changed)[0]
 
 
-def shown(tables: Mapping[NetworkId, Table]) -> tuple[object, ...]:
+def shown(tables: Mapping[NetworkId, NetworkTable]) -> tuple[object, ...]:
     table = tables[INGRESS.id]
     return tuple((one.name, one.virtual_ips, one.ports) for one in table.services.values())
 

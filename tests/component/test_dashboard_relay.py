@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from skep.api.raw import RawClient
+from skep.api.client.raw import RawClient
 from skep.dashboard import passing
 from skep.dashboard import relay as relay_module
 from skep.dashboard.passing import is_allowed

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -17,16 +17,16 @@ from skep.errors import Unavailable
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.model.ids import NetworkId, NodeId, new_id
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.model.networks.tables import NetworkTable
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.model.service import Service
-from skep.model.tables import Table
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId, NodeId, new_id
+from skep.model.values.times import Timestamp
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
-from skep.wire.client import Channel, open_channel
+from skep.wire.client import ManagerChannel, open_channel
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
 from tests.support.tables import a_member
@@ -52,7 +52,7 @@ class Consumer:
         self.serving: set[str] = set()
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         await self.gate.wait()
         self.serving = {
@@ -77,7 +77,7 @@ class Joined:
 
 
 @asynccontextmanager
-async def joined(pair: KeyPair, directory: Path, manager: Peer) -> AsyncIterator[Joined]:
+async def joined(pair: KeyPair, directory: Path, manager: KnownManager) -> AsyncIterator[Joined]:
     clock, worker, consumer = SystemClock(), FakeWorker(), Consumer()
     network_tables = NetworkTables(
         StoredTables(None, clock), (consumer,), a_member(), clock, Random(1).random
@@ -94,10 +94,10 @@ async def joined(pair: KeyPair, directory: Path, manager: Peer) -> AsyncIterator
 
 @asynccontextmanager
 async def two_nodes(
-    cluster: Cluster, directory: Path, other: Peer | None = None
+    cluster: Cluster, directory: Path, other: KnownManager | None = None
 ) -> AsyncIterator[tuple[Joined, Joined]]:
     """``n1`` with the cluster's manager, ``n2`` with it or with ``other``."""
-    own = Peer(MANAGER_ID, cluster.address)
+    own = KnownManager(MANAGER_ID, cluster.address)
     await put(cluster, NET, Node(id=NodeId("n1")), Node(id=NodeId("n2")))
     async with (
         joined(cluster.pair("n1"), directory / "n1", own) as first,
@@ -212,7 +212,7 @@ async def a_second_manager(cluster: Cluster) -> AsyncIterator[str]:
     """Another manager on the same store; gives its address."""
     clock = SystemClock()
 
-    def unreachable(manager: NodeId) -> Channel:
+    def unreachable(manager: NodeId) -> ManagerChannel:
         raise Unavailable(f"manager {manager} cannot be reached")
 
     dispatcher: Dispatcher
@@ -239,9 +239,9 @@ async def a_second_manager(cluster: Cluster) -> AsyncIterator[str]:
 
 
 async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_path: Path) -> None:
-    channels: dict[NodeId, Channel] = {}
+    channels: dict[NodeId, ManagerChannel] = {}
 
-    def channel(manager: NodeId) -> Channel:
+    def channel(manager: NodeId) -> ManagerChannel:
         if manager not in channels:
             raise Unavailable(f"manager {manager} cannot be reached")
         return channels[manager]
@@ -251,7 +251,7 @@ async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_
     async with (
         a_second_manager(cluster) as address,
         open_channel(address, own, MANAGER_NAME) as link,
-        two_nodes(cluster, tmp_path, Peer(SECOND, address)) as (first, second),
+        two_nodes(cluster, tmp_path, KnownManager(SECOND, address)) as (first, second),
     ):
         task = await a_used_task(cluster, first, second, LONG)
         second.consumer.gate.clear()

@@ -13,19 +13,19 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from skep.manager.attachment_service import CONTAINER_ID_CHARACTERS_MAX
 from skep.manager.control.networks import remove_network
+from skep.manager.control_loops.loops import loops
 from skep.manager.gossip.keys import ROTATION_S, rotated
-from skep.manager.gossip.relay import Relay
+from skep.manager.gossip.relay import GossipRelay
 from skep.manager.gossip.rotation import step
-from skep.manager.loops import loops
-from skep.model.data_planes import DOCKER, SKEP
-from skep.model.gossip import GossipKeys, decoded_keys
-from skep.model.ids import new_id
+from skep.manager.nodes.attachment_service import CONTAINER_ID_CHARACTERS_MAX
 from skep.model.network import Network
+from skep.model.networks.data_planes import DOCKER, SKEP
+from skep.model.networks.gossip import GossipKeys, decoded_keys
 from skep.model.node import Node, NodeCertificate, NodeState
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.store.interface import Transaction
@@ -33,7 +33,7 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Call, Channel, open_channel
+from skep.wire.client import ManagerChannel, StreamCall, open_channel
 from skep.wire.convert.node import description_to_pb
 from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
@@ -50,7 +50,9 @@ async def cluster() -> AsyncIterator[Cluster]:
 @asynccontextmanager
 async def an_engines_session(
     cluster: Cluster, pair: KeyPair
-) -> AsyncIterator[tuple[Channel, Call[pb.SessionRequest, pb.SessionMessage], pb.SessionMessage]]:
+) -> AsyncIterator[
+    tuple[ManagerChannel, StreamCall[pb.SessionRequest, pb.SessionMessage], pb.SessionMessage]
+]:
     """Joined and registered as a Docker Engine: the channel, the stream of session messages, the first one."""
     node = cluster.node(pair.identity.node_id)
     joined = replace(node.certificate or NodeCertificate(), plane=DOCKER)
@@ -76,13 +78,13 @@ def rotate(tx: Transaction) -> GossipKeys:
     return keys
 
 
-async def attach(channel: Channel, network: str, container: str = "c1", address: str = "") -> str:
+async def attach(channel: ManagerChannel, network: str, container: str = "c1", address: str = "") -> str:
     config = pb.NetworkAttachmentConfig(target=network, addresses=[address] if address else [])
     request = pb.AttachNetworkRequest(config=config, container_id=container)
     return (await channel.call(methods.ATTACH_NETWORK, request, timeout_s=5)).attachment_id
 
 
-async def detach(channel: Channel, id: str) -> None:
+async def detach(channel: ManagerChannel, id: str) -> None:
     await channel.call(methods.DETACH_NETWORK, pb.DetachNetworkRequest(attachment_id=id), timeout_s=5)
 
 
@@ -276,7 +278,7 @@ async def an_echo(host: str, port: int) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def a_relay(store: MemoryStore, port: int) -> AsyncIterator[None]:
-    relay = Relay(store, "127.0.0.1", SystemClock(), Random(1), port)
+    relay = GossipRelay(store, "127.0.0.1", SystemClock(), Random(1), port)
     running = asyncio.create_task(relay.run())
     try:
         yield

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, ResourceExhausted
-from skep.manager import node_events
-from skep.manager.events import ClusterEvents, Message
-from skep.manager.node_events import AllEvents, Position, Wanted
-from skep.model.ids import NodeId
+from skep.manager.telemetry import node_events
+from skep.manager.telemetry.events import ClusterEvents, EventMessage
+from skep.manager.telemetry.node_events import AllEvents, StreamPosition, WantedEvents
 from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.values.ids import NodeId
 from skep.node import events as events_of_node
 from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents
@@ -38,16 +38,16 @@ class Stream:
         after = wanted.get("after")
         position = cluster.events.revision_after(after.cluster) if after is not None else None
         source = partial(cluster.events.subscribe_after, position, wanted.get("until_ns"), lambda _: True)
-        self.running = asyncio.create_task(self.all.stream(Wanted(**wanted), source, self._send))
+        self.running = asyncio.create_task(self.all.stream(WantedEvents(**wanted), source, self._send))
 
-    async def _send(self, message: Mapping[str, Any] | Message) -> None:
+    async def _send(self, message: Mapping[str, Any] | EventMessage) -> None:
         self.got.append(msgspec.json.decode(msgspec.json.encode(message)))
         if not self.reads_on:
             await asyncio.Event().wait()
 
     @property
-    def cursor(self) -> Position:
-        return Position.of(self.got[-1]["Cursor"])
+    def cursor(self) -> StreamPosition:
+        return StreamPosition.of(self.got[-1]["Cursor"])
 
     def of(self, type: str) -> list[str]:
         return [one["Action"] for one in self.got if one["Type"] == type]
@@ -78,7 +78,7 @@ async def cluster() -> AsyncIterator[Any]:
 async def a_node(cluster: Any, directory: Any, pair: Any, events: NodeEvents) -> AsyncIterator[NodeId]:
     """Its agent, as long as the block runs."""
     access = TaskContainers(cast("Any", OneContainer()), events)
-    peers = [Peer(MANAGER_ID, cluster.address)]
+    peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, directory, FakeWorker(), Random(1), containers=access) as agent:
         await until(lambda: agent.node_id in cluster.tunnels._streams)
         await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.READY)
@@ -133,7 +133,7 @@ async def test_another_stream_goes_on_after_any_event_with_what_came_in_between(
     publish(events, "destroy")
     for at, expected in ((0, ["start", "die", "destroy"]), (2, ["destroy"])):
         cursor = [one for one in first.got if one["Type"] == "container"][at]["Cursor"]
-        second = Stream(cluster, after=Position.of(cursor))
+        second = Stream(cluster, after=StreamPosition.of(cursor))
         await second.reads(len(expected))
         assert second.of("container") == expected
         assert "gap" not in second.of("stream")
@@ -254,10 +254,10 @@ async def test_an_event_too_long_for_a_manager_is_a_gap_and_the_node_goes_on(clu
 
 async def test_a_cursor_loses_the_nodes_that_were_removed(cluster, node, events):
     gone = {f"gone{number}": "a.1" for number in range(node_events.NODES_MAX)}
-    stream = Stream(cluster, after=Position(cluster.events.cursor(), gone))
+    stream = Stream(cluster, after=StreamPosition(cluster.events.cursor(), gone))
     publish(events, "start")
     await stream.reads(1)
-    assert set(Position.of(stream.got[-1]["Cursor"]).nodes) == {node[:12]}
+    assert set(StreamPosition.of(stream.got[-1]["Cursor"]).nodes) == {node[:12]}
     await stream.stop()
 
 
@@ -280,17 +280,17 @@ async def test_nodes_beyond_the_bound_that_join_later_are_named(cluster, node, m
 async def test_streams_and_nodes_have_bounds(cluster, node, monkeypatch):
     every = cast("AllEvents", cluster.all_events)
     with pytest.raises(InvalidArgument, match="node nowhere not found"):
-        every.check(Wanted(names=["nowhere"]))
+        every.check(WantedEvents(names=["nowhere"]))
     streams = [Stream(cluster) for _ in range(node_events.STREAMS_MAX)]
     await until(lambda: all(stream.got for stream in streams))
     with pytest.raises(ResourceExhausted, match="clients already read node events"):
-        every.check(Wanted())
+        every.check(WantedEvents())
     for stream in streams:
         await stream.stop()
-    every.check(Wanted())
+    every.check(WantedEvents())
     monkeypatch.setattr(node_events, "NODES_MAX", 0)
     with pytest.raises(FailedPrecondition, match="events of at most"):
-        every.check(Wanted())
+        every.check(WantedEvents())
 
 
 async def test_a_client_that_takes_nothing_loses_its_place(cluster, node, events, monkeypatch):
@@ -302,7 +302,7 @@ async def test_a_client_that_takes_nothing_loses_its_place(cluster, node, events
     publish(events, "start")
     with pytest.raises(ConnectionResetError, match="took no event"):
         await stream.running
-    cast("AllEvents", cluster.all_events).check(Wanted())
+    cast("AllEvents", cluster.all_events).check(WantedEvents())
 
 
 async def test_nodes_that_cannot_be_read_are_named(cluster, node):
@@ -335,11 +335,11 @@ async def test_a_tunnel_without_a_container_leads_to_the_events_only(events):
 )
 def test_what_is_no_cursor_is_refused(text):
     with pytest.raises(InvalidArgument, match="invalid cursor"):
-        Position.of(text)
+        StreamPosition.of(text)
 
 
 def test_a_cursor_is_read_as_it_was_written():
-    position = Position("1-2", {"n2": "b.4", "n1": "a.3"})
+    position = StreamPosition("1-2", {"n2": "b.4", "n1": "a.3"})
     assert str(position) == "1-2~n1.a.3~n2.b.4"
-    assert Position.of(str(position)) == position
-    assert Position.of("1-2") == Position("1-2", {})
+    assert StreamPosition.of(str(position)) == position
+    assert StreamPosition.of("1-2") == StreamPosition("1-2", {})

@@ -17,9 +17,8 @@ from skep.manager.ca.rotation import finish as finish_rotation
 from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import OF_A_MANAGER, Eviction, begin, eviction_of
-from skep.manager.keys import StoreKeys, WrappingKeys, save_wrapping_keys
-from skep.manager.routes.evictions import EvictionBody, shown
-from skep.model.ids import ClusterId, NodeId, new_id
+from skep.manager.routes.extensions.evictions import EvictionBody, shown
+from skep.manager.storage.keys import StoreKeys, WrappingKeys, save_wrapping_keys
 from skep.model.node import (
     ManagerStatus,
     Node,
@@ -30,7 +29,8 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import EncryptionConfig, Swarm, SwarmSpec
-from skep.model.times import Timestamp
+from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.model.values.times import Timestamp
 from skep.paths import Paths
 from skep.security.authority import Authority
 from skep.security.locking import KeyLock

@@ -12,14 +12,14 @@ from msgspec.structs import replace
 from skep.agent.certificates import renew, renew_expired
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.control.nodes import remove_node
-from skep.model.ids import new_id
 from skep.model.node import Node, NodeRole
 from skep.model.swarm import RENEW_WINDOW_LABEL
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import new_id
+from skep.model.values.times import SECOND_NS
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.expiry import proof_of
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import joining_context
@@ -52,7 +52,7 @@ async def cluster():
 
 
 def expired(
-    cluster: Cluster, identity: Identity, *, days_ago: float, authority: Authority | None = None
+    cluster: Cluster, identity: NodeIdentity, *, days_ago: float, authority: Authority | None = None
 ) -> KeyPair:
     """A key pair of ``identity`` whose certificate lived for a day and expired ``days_ago``."""
     issuer = authority or cluster.authority
@@ -116,7 +116,7 @@ async def test_a_removed_node_does_not_come_back(cluster, tmp_path):
 
 async def test_the_role_is_what_the_cluster_says_not_the_old_certificate(cluster, tmp_path):
     worker = await a_worker(cluster, tmp_path)
-    claimed = Identity(node_id=worker.identity.node_id, cluster_id=cluster.id, role=NodeRole.MANAGER)
+    claimed = NodeIdentity(node_id=worker.identity.node_id, cluster_id=cluster.id, role=NodeRole.MANAGER)
     pair = expired(cluster, claimed, days_ago=10)
     assert (await renew_expired(cluster.address, pair)).identity.role is NodeRole.WORKER
 
@@ -148,7 +148,7 @@ async def test_a_certificate_of_another_root_is_refused(cluster, tmp_path):
 
 
 async def test_a_node_of_another_cluster_under_the_same_root_is_refused(cluster, tmp_path):
-    identity = Identity(node_id=new_id(), cluster_id="another", role=NodeRole.WORKER)
+    identity = NodeIdentity(node_id=new_id(), cluster_id="another", role=NodeRole.WORKER)
     with pytest.raises(PermissionDenied, match="not part of this swarm"):
         await renew_expired(cluster.address, expired(cluster, identity, days_ago=10))
     assert len(cluster.view.find(Node)) == 1

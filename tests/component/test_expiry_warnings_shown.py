@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.manager.ca.admission import stamp
-from skep.manager.events import ClusterEvents
 from skep.manager.manager import serving
 from skep.manager.routes import application
-from skep.model.ids import NodeId
+from skep.manager.telemetry.events import ClusterEvents
 from skep.model.node import Node, NodeCertificate, NodeDescription
-from skep.node.swarm_info import cluster_section
+from skep.model.values.ids import NodeId
+from skep.node.cluster.swarm_info import cluster_section
 from skep.security import keypair
 from tests.conformance.manager import a_manager_api
 from tests.support.wire_rig import CLOCK, MANAGER_ID, Cluster, put
@@ -35,7 +35,7 @@ async def cluster():
 async def test_docker_info_warns_of_a_node_that_has_not_renewed(cluster, tmp_path: Path):
     await put(cluster, LATE)
     socket = tmp_path / "manager.sock"
-    manager_api = Client.local(socket, "the manager")
+    manager_api = ApiClient.local(socket, "the manager")
     async with (
         a_manager_api(store=cluster.store) as api,
         serving(application(api), socket, tmp_path / "handover.sock"),

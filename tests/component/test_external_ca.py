@@ -19,13 +19,13 @@ from skep.manager.ca import external
 from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.ca.signing import CertificateSigner
 from skep.manager.control.swarm import Rotations, roots_of, update_swarm
-from skep.manager.revocation import is_revoked, revoke
-from skep.model.ids import NodeId, new_id
+from skep.manager.nodes.revocation import is_revoked, revoke
 from skep.model.node import NodeRole
 from skep.model.swarm import CAConfig, ExternalCA
+from skep.model.values.ids import NodeId, new_id
 from skep.security.authority import Authority
 from skep.security.external import check_external_authorities
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keys import new_private_key, signing_request
 from skep.store.interface import Store
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
@@ -343,7 +343,7 @@ async def test_the_leader_alone_calls_the_authority(cluster):
         return CertificateSigner(store, own, authorities, lambda _: Link(), CLOCK)  # type: ignore[arg-type,return-value]
 
     leading, following = signer(MANAGER_ID, cluster.store), signer(NodeId("other"), cluster.store)
-    identity = Identity(node_id=NodeId("n1"), cluster_id=cluster.id, role=NodeRole.WORKER)
+    identity = NodeIdentity(node_id=NodeId("n1"), cluster_id=cluster.id, role=NodeRole.WORKER)
     async with ExternalAuthority(cluster.authority).serving() as authority:
         await update(cluster, named(authority))
         signed = await following.sign(signing_request(new_private_key()), identity)

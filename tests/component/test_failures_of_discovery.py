@@ -13,20 +13,20 @@ import pytest
 from msgspec.structs import replace
 
 from skep.configuration.configuration import Configuration
-from skep.engine import stats
-from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerState, ExecConfig, ProcessName
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, ContainerState, ExecConfig, ProcessName
+from skep.engine.containers.execs import Execs
 from skep.engine.events import Events
-from skep.engine.execs import Execs
-from skep.engine.runtime import Runtime, StartedExec
-from skep.engine.volume_plugins import VolumePlugins
-from skep.engine.volumes import Volumes
+from skep.engine.metrics import stats
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.runtime import Runtime, StartedExec
+from skep.engine.volumes.volume_plugins import VolumePlugins
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import ContainerId
-from skep.node import machine_resources
-from skep.node.machine_resources import MachineResources, ResourceReader
+from skep.model.values.ids import ContainerId
+from skep.node.host import machine_resources
+from skep.node.host.machine_resources import MachineResources, ResourceReader
 from tests.support.file_faults import Faults, walk
 from tests.support.oci_rig import QuickClock
 from tests.support.volume_plugin import TestPlugin

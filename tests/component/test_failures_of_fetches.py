@@ -15,13 +15,13 @@ import pytest
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
-from skep.engine.images import pulling
 from skep.engine.images.progress import quiet
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.spreading import NodeFetcher
+from skep.engine.images.registry import pulling
+from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from tests.support.archives import a_docker_archive, a_file, a_tar

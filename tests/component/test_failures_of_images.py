@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.images.child import Step, child_config
+from skep.engine.images.archives.importing import ImportRequest, import_tree
+from skep.engine.images.child import HistoryStep, child_config
 from skep.engine.images.image import ContainerDefaults
-from skep.engine.images.importing import ImportRequest, import_tree
 from skep.engine.images.platforms import this_platform
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
-from skep.model.times import Timestamp
+from skep.model.values.times import Timestamp
 from tests.support.archives import a_file, a_tar
 from tests.support.file_faults import Faults, walk
 from tests.support.oci_rig import QuickClock
@@ -45,7 +45,7 @@ async def committed(store: ImageStore, changes: Path) -> None:
     parent = store.get(BASE)
     async with store.layer_of_changes(changes, parent) as layer:
         config = store.config_file(parent).read_bytes()
-        content = child_config(config, Step(created=NOW, diff_id=layer.diff_id), {})
+        content = child_config(config, HistoryStep(created=NOW, diff_id=layer.diff_id), {})
         await store.add(content, [parse_reference(COMMITTED)], parent=parent.id, is_tagged=True)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.build.remotes import is_git, is_remote
-from skep.engine.build.repositories import Address, address_of
+from skep.engine.build.files.remotes import is_git, is_remote
+from skep.engine.build.files.repositories import RepositoryAddress, address_of
 from skep.errors import InvalidArgument, SkepError
 from tests.support.build_rig import BuildRig, a_tar
 
@@ -276,13 +276,16 @@ def test_which_sources_are_fetched(source: str, remote: bool, git: bool) -> None
 @pytest.mark.parametrize(
     ("source", "address"),
     [
-        ("https://h/r.git", Address(remote="https://h/r.git")),
-        ("https://h/r.git#v1", Address(remote="https://h/r.git", ref="v1")),
-        ("https://h/r.git#v1:a/../docs", Address(remote="https://h/r.git", ref="v1", subdir="docs")),
-        ("git@h:o/r.git#:docs", Address(remote="git@h:o/r.git", subdir="docs")),
+        ("https://h/r.git", RepositoryAddress(remote="https://h/r.git")),
+        ("https://h/r.git#v1", RepositoryAddress(remote="https://h/r.git", ref="v1")),
+        (
+            "https://h/r.git#v1:a/../docs",
+            RepositoryAddress(remote="https://h/r.git", ref="v1", subdir="docs"),
+        ),
+        ("git@h:o/r.git#:docs", RepositoryAddress(remote="git@h:o/r.git", subdir="docs")),
         (
             "https://h/r.git?tag=v1&subdir=d&checksum=ab&keep-git-dir=1&submodules=0",
-            Address(
+            RepositoryAddress(
                 remote="https://h/r.git",
                 ref="refs/tags/v1",
                 subdir="d",
@@ -291,10 +294,10 @@ def test_which_sources_are_fetched(source: str, remote: bool, git: bool) -> None
                 submodules=False,
             ),
         ),
-        ("https://h/r.git?branch=b", Address(remote="https://h/r.git", ref="refs/heads/b")),
+        ("https://h/r.git?branch=b", RepositoryAddress(remote="https://h/r.git", ref="refs/heads/b")),
     ],
 )
-def test_the_address_of_a_repository(source: str, address: Address) -> None:
+def test_the_address_of_a_repository(source: str, address: RepositoryAddress) -> None:
     assert address_of(source) == address
 
 
@@ -409,6 +412,6 @@ async def test_a_repository_or_a_part_of_it_that_is_not_there_fails_the_build(
 async def test_without_the_program_a_repository_is_refused_by_name(
     rig: BuildRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skep.engine.build.git.shutil.which", lambda _: None)
+    monkeypatch.setattr("skep.engine.build.files.git.shutil.which", lambda _: None)
     with pytest.raises(SkepError, match="needs the program git on this node"):
         await rig.build("FROM scratch\nADD git://127.0.0.1:1/r /r\n")

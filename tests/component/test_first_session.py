@@ -4,11 +4,11 @@ import asyncio
 from random import Random
 
 from skep.agent.agent import LONGEST_RETRY_S, Agent
-from skep.agent.managers import ManagerList, Peer
 from skep.agent.renewal import KeyPairCredentials
-from skep.agent.revisions import SeenRevision
-from skep.agent.session import NodeServices
-from skep.agent.session_state import SessionState
+from skep.agent.session.managers import KnownManager, ManagerList
+from skep.agent.session.revisions import SeenRevision
+from skep.agent.session.session import NodeServices
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
 
@@ -32,7 +32,7 @@ async def test_a_new_manager_list_ends_the_backoff_of_an_agent(tmp_path):
     clock, worker = StandingClock(), FakeWorker()
     agent = Agent(
         credentials=KeyPairCredentials(tmp_path, clock, Random(1)),
-        managers=ManagerList([Peer(MANAGER_ID, cluster.address)]),
+        managers=ManagerList([KnownManager(MANAGER_ID, cluster.address)]),
         describe=describe,
         services=NodeServices(
             sink=worker,

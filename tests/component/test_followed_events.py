@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
-from skep.api.requests import filters_of
-from skep.cli.events import Stream, follow, line_of, stream_of, whole_line_of
+from skep.api.client.client import ApiClient
+from skep.api.client.requests import filters_of
+from skep.cli.see.events import EventStream, follow, line_of, stream_of, whole_line_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 Reply = Callable[[str], tuple[int, bytes]]
@@ -32,7 +32,7 @@ def event(number: int) -> bytes:
 
 
 @asynccontextmanager
-async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[Client]:
+async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[ApiClient]:
     """Answers each request for events with what ``reply`` gives for its cursor, and closes the connection."""
     asked: list[Mapping[str, str]] = []
 
@@ -54,15 +54,17 @@ async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[Client]:
     path = directory / "s"
     await web.UnixSite(runner, str(path)).start()
     try:
-        async with Client.local(path, "the manager") as client:
+        async with ApiClient.local(path, "the manager") as client:
             yield client
     finally:
         await runner.cleanup()
 
 
-async def read(client: Client, most: int, after: str = "") -> list[Any]:
+async def read(client: ApiClient, most: int, after: str = "") -> list[Any]:
     found = []
-    async with aclosing(follow(client, {"type": ["task"]}, Stream(after=after), SystemClock())) as stream:
+    async with aclosing(
+        follow(client, {"type": ["task"]}, EventStream(after=after), SystemClock())
+    ) as stream:
         async for one in stream:
             found.append(one["Actor"]["ID"])
             if len(found) == most:
@@ -90,7 +92,7 @@ async def test_a_stream_that_breaks_goes_on_after_its_last_event(tmp_path):
 
 
 async def test_a_stream_with_an_end_ends_there(tmp_path):
-    ended = Stream(since="1.000000000", until_ns=5 * 10**9)
+    ended = EventStream(since="1.000000000", until_ns=5 * 10**9)
     async with a_manager(tmp_path, lambda after: (200, event(1) + event(2))) as client:
         found = [one["Actor"]["ID"] async for one in follow(client, {}, ended, SystemClock())]
     assert found == ["t1", "t2"]
@@ -102,7 +104,9 @@ def test_times_are_those_of_the_history() -> None:
     now = datetime(2026, 1, 31, 12, tzinfo=UTC)
     options = {"after": "", "since": "30s", "until": "now", "nodes": "all"}
     at = int(now.timestamp())
-    assert stream_of(options, now) == Stream(since=f"{at - 30}.000000000", until_ns=at * 10**9, nodes="all")
+    assert stream_of(options, now) == EventStream(
+        since=f"{at - 30}.000000000", until_ns=at * 10**9, nodes="all"
+    )
     with pytest.raises(InvalidArgument, match="--since now is after --until 30s"):
         stream_of(options | {"since": "now", "until": "30s"}, now)
     with pytest.raises(InvalidArgument, match="--since and --after cannot be used together"):

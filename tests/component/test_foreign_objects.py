@@ -17,16 +17,16 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.identity import identify
-from skep.api.permissions import STACK_LABEL, Scope, rule_for
-from skep.api.server import runner
+from skep.api.access.identity import identify
+from skep.api.access.permissions import STACK_LABEL, PermissionScope, rule_for
+from skep.api.http.server import runner
 from skep.manager.routes import _TABLES, application
 from skep.manager.routes.access import Tunnelling
-from skep.model.access import Identity, Origin, Role, parse_binding
-from skep.model.ids import ConfigId, NetworkId, SecretId, VolumeId
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.permissions.access import Identity, Origin, Role, parse_binding
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
+from skep.model.values.ids import ConfigId, NetworkId, SecretId, VolumeId
 from skep.store.interface import Store
 from tests.component.test_users_on_a_manager import NoTunnels, running
 from tests.conformance.manager import a_manager_api
@@ -254,7 +254,7 @@ _QUERIES = {
     "/tasks/{id}/logs": "?stdout=1",
     "/networks/{id}": "?verbose=true",
 }
-_WITHOUT_OBJECTS = frozenset((Scope.ANY, Scope.CLUSTER))
+_WITHOUT_OBJECTS = frozenset((PermissionScope.ANY, PermissionScope.CLUSTER))
 
 
 def requests() -> Iterator[tuple[str, Any]]:
@@ -267,10 +267,10 @@ def requests() -> Iterator[tuple[str, Any]]:
             if rule.role is Role.ADMIN or rule.scope in _WITHOUT_OBJECTS:
                 continue
             version = "/v1.44"
-            if rule.scope is Scope.LIST:
+            if rule.scope is PermissionScope.LIST:
                 for query in lists(path):
                     yield f"{route.method} {version}{query}", None
-            elif rule.scope is Scope.NEW:
+            elif rule.scope is PermissionScope.NEW:
                 for body in new_objects(path):
                     yield f"{route.method} {version}{path}", body
             else:

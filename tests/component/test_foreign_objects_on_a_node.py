@@ -19,21 +19,21 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.framing import with_target
-from skep.api.identity import identify
-from skep.api.permissions import STACK_LABEL
-from skep.api.server import application, runner
+from skep.api.access.identity import identify
+from skep.api.access.permissions import STACK_LABEL
+from skep.api.http.framing import with_target
+from skep.api.http.server import application, runner
 from skep.engine.api.commits import commit_routes
 from skep.engine.api.containers import container_routes
 from skep.engine.api.images import image_routes
 from skep.engine.api.volumes import volume_routes
-from skep.engine.container import ExecConfig
+from skep.engine.containers.container import ExecConfig
 from skep.engine.engine import Engine
 from skep.errors import SkepError
-from skep.model.access import Identity, Origin, parse_binding
-from skep.model.labels import LABEL_TASK_ID
+from skep.model.options.labels import LABEL_TASK_ID
+from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.node.authorization import NodeObjects
-from skep.node.docker_engine import DockerEngine, with_containers_of
+from skep.node.docker.docker_engine import DockerEngine, with_containers_of
 from skep.node.front.routing import Destination, LocalObjects, route
 from skep.node.front.server import refusal
 from skep.node.front.task_requests import as_task_request

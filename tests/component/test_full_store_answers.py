@@ -7,10 +7,10 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.manager.routes import application
-from skep.model.encoding import to_json
-from skep.model.ids import ConfigId
 from skep.model.secret import Config, ConfigSpec
-from skep.store.space import Space
+from skep.model.values.encoding import to_json
+from skep.model.values.ids import ConfigId
+from skep.store.space import MemberSpace
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_service, a_service_spec
 
@@ -23,8 +23,8 @@ class Api:
         self.store = store
 
     def fill(self, share: float, *, has_alarm: bool = False) -> None:
-        async def space() -> Space:
-            return Space(size=QUOTA, in_use=int(share * QUOTA), quota=QUOTA, has_alarm=has_alarm)
+        async def space() -> MemberSpace:
+            return MemberSpace(size=QUOTA, in_use=int(share * QUOTA), quota=QUOTA, has_alarm=has_alarm)
 
         self.store.space = space
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.build import git as git_module
-from skep.engine.build.remotes import Download, KnownAnswers
-from skep.engine.build.repositories import Repository, address_of
-from skep.engine.images.workers import Limits
+from skep.engine.build.files import git as git_module
+from skep.engine.build.files.remotes import Download, KnownAnswers
+from skep.engine.build.files.repositories import GitRepository, address_of
+from skep.engine.images.archives.workers import ImageLimits
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -70,10 +70,10 @@ class Secrets:
 
 
 def repository_at(
-    url: str, directory: Path, limits: Limits | None = None, provider: Secrets | None = None
-) -> Repository:
+    url: str, directory: Path, limits: ImageLimits | None = None, provider: Secrets | None = None
+) -> GitRepository:
     directory.mkdir()
-    return Repository(address_of(url), directory, limits or Limits(), provider)
+    return GitRepository(address_of(url), directory, limits or ImageLimits(), provider)
 
 
 def made(directory: Path, files: int, size: int) -> Path:
@@ -102,14 +102,19 @@ def files_of(root: Path) -> Answer:
 @pytest.mark.parametrize(
     ("files", "size", "limits", "error"),
     [
-        (10, 1 << 20, Limits(archive_bytes_max=4 << 20), "/r.git has more than 4194304 bytes"),
-        (1, 8 << 20, Limits(archive_bytes_max=1 << 20), "/r.git has more than 1048576 bytes"),
-        (200, 1, Limits(entries_max=150), "/r.git has more than 150 files"),
-        (1, 1, Limits(spare_bytes=1 << 60, spare_share=1.0), "no space is left on this node for .*/r.git"),
+        (10, 1 << 20, ImageLimits(archive_bytes_max=4 << 20), "/r.git has more than 4194304 bytes"),
+        (1, 8 << 20, ImageLimits(archive_bytes_max=1 << 20), "/r.git has more than 1048576 bytes"),
+        (200, 1, ImageLimits(entries_max=150), "/r.git has more than 150 files"),
+        (
+            1,
+            1,
+            ImageLimits(spare_bytes=1 << 60, spare_share=1.0),
+            "no space is left on this node for .*/r.git",
+        ),
     ],
 )
 async def test_a_small_repository_with_large_files_is_refused(
-    servers: tuple[Server, Server], tmp_path: Path, files: int, size: int, limits: Limits, error: str
+    servers: tuple[Server, Server], tmp_path: Path, files: int, size: int, limits: ImageLimits, error: str
 ) -> None:
     server = servers[0]
     server.answer = files_of(await asyncio.to_thread(made, tmp_path, files, size))
@@ -132,7 +137,7 @@ async def test_a_command_is_ended_while_it_writes_too_much(
     """A command that would not end before its deadline."""
     replace_git(monkeypatch, tmp_path / "bin", "head -c 3000000 /dev/zero > big\nsleep 600\n")
     monkeypatch.setattr(git_module, "_WATCH_S", 0.05)
-    repository = repository_at("http://h/r.git", tmp_path / "tree", Limits(archive_bytes_max=2 << 20))
+    repository = repository_at("http://h/r.git", tmp_path / "tree", ImageLimits(archive_bytes_max=2 << 20))
     async with asyncio.timeout(60):
         with pytest.raises(ResourceExhausted, match="has more than 2097152 bytes"):
             await repository.fetch()
@@ -157,7 +162,7 @@ async def test_git_has_limits_of_memory_and_file_size(
 ) -> None:
     replace_git(monkeypatch, tmp_path / "bin", "cat /proc/self/limits >&2\nexit 1\n")
     monkeypatch.setattr(git_module, "_SHOWN_BYTES", 10_000)
-    repository = repository_at("http://h/r.git", tmp_path / "tree", Limits(archive_bytes_max=1 << 20))
+    repository = repository_at("http://h/r.git", tmp_path / "tree", ImageLimits(archive_bytes_max=1 << 20))
     with pytest.raises(Unavailable) as failure:
         await repository.fetch()
     found = {line[:26].strip(): line[26:].split()[:2] for line in str(failure.value).splitlines()}

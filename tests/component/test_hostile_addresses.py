@@ -10,9 +10,9 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.model.data_planes import DATA_PATH_LABEL, NODE_LABEL
-from skep.model.ids import NodeId
-from skep.model.tables import NetworkHead, Table, TableNode, TableSet, whole
+from skep.model.networks.data_planes import DATA_PATH_LABEL, NODE_LABEL
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableNode, TableSet, whole
+from skep.model.values.ids import NodeId
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -72,7 +72,7 @@ async def test_a_table_of_an_older_manager_is_taken_without_what_cannot_be_acted
     )
     good = TableNode(id=OTHER, underlay="192.168.0.9")
     bad = TableNode(id=NodeId("bad"), underlay="fe80::1%x")
-    table = Table(head=NetworkHead(id=NET1.id, name="net1"), nodes={good.id: good, bad.id: bad})
+    table = NetworkTable(head=NetworkHead(id=NET1.id, name="net1"), nodes={good.id: good, bad.id: bad})
     running = asyncio.create_task(network_tables.run())
     try:
         network_tables.update(TableSet(revision=1, is_complete=True, changes=(whole(table),)), 1)

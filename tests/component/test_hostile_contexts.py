@@ -10,11 +10,11 @@ import pytest
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
+from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Limits
 from tests.support.archives import a_file, a_tar
 
 pytestmark = pytest.mark.needs("root")
@@ -28,7 +28,9 @@ LIMIT = 8 << 20
 @pytest.fixture
 async def node(tmp_path: Path) -> AsyncIterator[ImageStore]:
     """The routes of builds at a socket beside the images of a node that takes 8 MiB; no engine runs steps."""
-    images = ImageStore(tmp_path / "images", limits=Limits(archive_bytes_max=LIMIT, layer_bytes_max=LIMIT))
+    images = ImageStore(
+        tmp_path / "images", limits=ImageLimits(archive_bytes_max=LIMIT, layer_bytes_max=LIMIT)
+    )
     await images.open()
     engine: Any = SimpleNamespace(images=images)
     builder = Builder(engine, tmp_path / "builds", SystemClock())

@@ -13,7 +13,7 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 
-from skep.aio.handshakes import HANDSHAKES_MAX
+from skep.aio.connections.handshakes import HANDSHAKES_MAX
 from skep.errors import NotFound, ResourceExhausted
 from skep.rpc import frames
 from skep.rpc.server import ServerConnection
@@ -231,7 +231,7 @@ async def test_a_message_of_a_gibibyte_is_refused_when_its_length_is_said(cluste
     context = client_context(pair) if has_certificate else joining_context(pair.root_pem)
     method = methods.UPDATE_TASK_STATUS if has_certificate else methods.ISSUE_NODE_CERTIFICATE
     before = resident_bytes()
-    endless = methods.ClientStream(method.path, method.request, method.reply)
+    endless = methods.ClientStreaming(method.path, method.request, method.reply)
     async with (
         open_channel(cluster.address, context, "swarm-manager") as channel,
         channel.stream(endless) as stream,

@@ -15,17 +15,17 @@ from aiohttp import web
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
-from skep.api.server import application
-from skep.api.versions import NEWEST
+from skep.api.client.client import ApiClient
+from skep.api.http.server import application
+from skep.api.http.versions import NEWEST
 from skep.engine.api.images import image_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import NotFound, SkepError
-from skep.node.docker_engine import DockerEngine
-from skep.node.engine_images import EngineImages
+from skep.node.docker.docker_engine import DockerEngine
+from skep.node.docker.engine_images import EngineImages
 from skep.node.routes.docker_objects import with_objects_of
 from tests.support.archives import a_config, a_docker_archive, a_file, a_tar, sha256
 
@@ -49,9 +49,9 @@ class Machine:
         self.our_volumes, self.their_volumes = Volumes(directory / "v1"), Volumes(directory / "v2")
         self.our_users: list[ImageUser] = []
         self.their_users: list[ImageUser] = []
-        self.docker = DockerEngine(Client.local(directory / "theirs.sock", "the engine"))
+        self.docker = DockerEngine(ApiClient.local(directory / "theirs.sock", "the engine"))
         self.beside = self.new_beside()
-        self.api = Client.local(directory / "ours.sock", "this node")
+        self.api = ApiClient.local(directory / "ours.sock", "this node")
         self.puller = ImagePuller(self.ours, CLOCK, self.bring)
 
     def new_beside(self) -> EngineImages:
@@ -231,7 +231,7 @@ async def test_a_build_of_the_engine_finds_what_users_have_brought_here(machine:
 async def test_an_engine_that_does_not_respond_fails_no_build_here(machine: Machine) -> None:
     await machine.load(machine.ours, "loaded:1", "loaded")
     await machine.beside.note_given(["loaded:1"])
-    gone = DockerEngine(Client.local(machine.directory / "nosuch.sock", "the engine"))
+    gone = DockerEngine(ApiClient.local(machine.directory / "nosuch.sock", "the engine"))
     async with gone.api:
         beside = EngineImages(gone, machine.ours, list, machine.directory / "engine.json")
         await beside.hand_over_given()

@@ -11,21 +11,21 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from skep.engine.images import serving
 from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.digest import Digest
 from skep.engine.images.layers import NO_BLOB
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import DOCKER_MANIFEST, Document, RegistryError
-from skep.engine.images.serving import COPIES_MAX, UPLOADS_OF_NODE_MAX
+from skep.engine.images.registry.registry import DOCKER_MANIFEST, Document, RegistryError
+from skep.engine.images.sharing import serving
+from skep.engine.images.sharing.serving import COPIES_MAX, UPLOADS_OF_NODE_MAX
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
-from skep.model.ids import new_id
 from skep.model.node import NodeRole
+from skep.model.values.ids import new_id
 from skep.rpc.client import ClientStream
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import Channel, open_channel
+from skep.wire.client import ManagerChannel, open_channel
 from tests.support.archives import sha256
 from tests.support.bent_registry import Registry, Respond
 from tests.support.images_rig import APP, CLOCK, ImageCluster, ImageNode, MadeImage, an_image, give
@@ -88,14 +88,14 @@ async def test_what_no_node_has_is_the_registrys_error(cluster: ImageCluster) ->
         await worker.images.pull("localhost:1/nothing:1")
 
 
-async def _ask_for(channel: Channel, digest: str) -> None:
+async def _ask_for(channel: ManagerChannel, digest: str) -> None:
     """The begin of a blob."""
     async with channel.stream(methods.IMAGE_BLOB) as call:
         await call.send(skep.ImageBlobRequest(digest=digest), end=True)
         await call.receive()
 
 
-async def _refused(channel: Channel, made: MadeImage) -> None:
+async def _refused(channel: ManagerChannel, made: MadeImage) -> None:
     with pytest.raises(PermissionDenied):
         await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=APP))
     with pytest.raises(PermissionDenied):

@@ -9,9 +9,9 @@ from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
-from skep.model.data_planes import DOCKER, SKEP
-from skep.model.ids import NodeId
+from skep.model.networks.data_planes import DOCKER, SKEP
 from skep.model.node import Availability, Node, NodeRole
+from skep.model.values.ids import NodeId
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, signing_request
 from skep.security.tls import client_context, joining_context

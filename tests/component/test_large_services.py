@@ -12,9 +12,9 @@ from skep.manager.orchestrator import state as orchestrator
 from skep.manager.orchestrator.convergence import deciding_all
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.state import THROTTLE_S_MAX, throttle_s
-from skep.model.ids import new_id
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import new_id
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task

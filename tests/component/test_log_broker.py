@@ -15,7 +15,7 @@ from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.times import timestamp
+from skep.model.values.times import timestamp
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from tests.support.builders import a_service, a_task

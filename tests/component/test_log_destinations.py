@@ -10,16 +10,16 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.drivers import SINKS
 from skep.engine.log_drivers.facts import LogFacts
-from skep.engine.log_drivers.message import Message, Sink
-from skep.engine.log_drivers.transport import ANYWHERE, Endpoint, Guard, connect
+from skep.engine.log_drivers.message import LogMessage, LogSink
+from skep.engine.log_drivers.transport import ANYWHERE, Guard, RemoteAddress, connect
 
 FACTS = LogFacts(
     id="1" * 64, name="web", image_id="sha256:2", image="web", command="sh", created="", hostname="node1"
 )
-LINE = Message(line=b"hello", stream=Stream.STDOUT, timestamp_ns=1)
+LINE = LogMessage(line=b"hello", stream=StandardStream.STDOUT, timestamp_ns=1)
 OPTIONS = {
     "syslog tcp": ("syslog", "syslog-address", "tcp://{}"),
     "syslog tls": ("syslog", "syslog-address", "tcp+tls://{}"),
@@ -33,13 +33,13 @@ OPTIONS = {
 }
 
 
-def a_sink(kind: str, address: str, guard: Guard) -> Sink:
+def a_sink(kind: str, address: str, guard: Guard) -> LogSink:
     driver, option, form = OPTIONS[kind]
     options = {option: form.format(address), "splunk-token": "secret"}
     return SINKS[driver](options, FACTS, guard)
 
 
-async def sent(sink: Sink) -> None:
+async def sent(sink: LogSink) -> None:
     """Raises: OSError."""
     try:
         await sink.open()
@@ -152,9 +152,9 @@ def test_other_addresses_are_anyones(address: str) -> None:
 async def test_sockets_of_the_machine_are_an_administrators(tmp_path: Path, network: str) -> None:
     path = str(tmp_path / "socket")
     with pytest.raises(PermissionError, match="only an administrator"):
-        await connect(Endpoint(network=network, path=path), Guard())
+        await connect(RemoteAddress(network=network, path=path), Guard())
     with pytest.raises(FileNotFoundError):
-        await connect(Endpoint(network=network, path=path), ANYWHERE)
+        await connect(RemoteAddress(network=network, path=path), ANYWHERE)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])

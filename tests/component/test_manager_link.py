@@ -9,18 +9,18 @@ from random import Random
 import msgspec
 import pytest
 
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied
-from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
-from skep.model.ids import NodeId, new_id
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.model.values.ids import NodeId, new_id
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.memory import MemoryStore
 from skep.wire import methods
@@ -179,11 +179,13 @@ async def test_the_session_of_a_manager_that_went_is_adopted_under_another_id(
     pair = await a_worker(cluster, tmp_path)
     node_id = pair.identity.node_id
     async with Manager(cluster, 1).serving() as one:
-        adoption = Adoption(one.store, one.id, one.link.silent, SystemClock(), new_id, Random(1))
+        adoption = SessionAdoption(one.store, one.id, one.link.silent, SystemClock(), new_id, Random(1))
         adopting = asyncio.create_task(adoption.run())
         try:
             async with Manager(cluster, 2).serving() as two:
-                async with an_agent_of([Peer(two.id, two.address)], pair, tmp_path, FakeWorker(), Random(1)):
+                async with an_agent_of(
+                    [KnownManager(two.id, two.address)], pair, tmp_path, FakeWorker(), Random(1)
+                ):
                     session = cluster.node(node_id).session
                     assert session is not None
                     assert session.manager_id == two.id
@@ -209,7 +211,9 @@ async def a_node_of_two(
     worker = FakeWorker()
     async with Manager(cluster, 1).serving() as one, Manager(cluster, 2).serving() as two:
         await until(lambda: one.is_linked(two))
-        async with an_agent_of([Peer(two.id, two.address)], pair, directory, worker, Random(1)) as agent:
+        async with an_agent_of(
+            [KnownManager(two.id, two.address)], pair, directory, worker, Random(1)
+        ) as agent:
             await until(lambda: agent.node_id in two.logs._listeners)
             yield one, two, agent.node_id, worker
 
@@ -248,7 +252,9 @@ async def test_what_did_not_answer_is_named(cluster: Cluster, tmp_path: Path) ->
     async with Manager(cluster, 1).serving() as one:
         async with Manager(cluster, 2).serving() as two:
             await until(lambda: one.is_linked(two))
-            async with an_agent_of([Peer(two.id, two.address)], pair, tmp_path, FakeWorker(), Random(1)):
+            async with an_agent_of(
+                [KnownManager(two.id, two.address)], pair, tmp_path, FakeWorker(), Random(1)
+            ):
                 service, task = service_task(node_id)
                 await put(cluster, service, task)
             await until(lambda: node_id not in two.logs._listeners)
@@ -295,10 +301,10 @@ async def test_a_follower_goes_on_with_a_node_that_comes_back_to_another_manager
         await until(lambda: all(one.is_linked(other) for other in (two, three)))
         query = LogQuery(services=(service.id,), follow=True)
         async with aclosing(one.logs.subscribe(query)) as lines:  # type: ignore[type-var]
-            async with an_agent_of([Peer(two.id, two.address)], pair, tmp_path, output, Random(1)):
+            async with an_agent_of([KnownManager(two.id, two.address)], pair, tmp_path, output, Random(1)):
                 assert (await asyncio.wait_for(anext(lines), 10)).data == b"10\n"
             for stamp_ns, manager in ((20, three), (30, two), (40, one), (50, two)):
-                peers = [Peer(manager.id, manager.address)]
+                peers = [KnownManager(manager.id, manager.address)]
                 async with an_agent_of(peers, pair, tmp_path, output, Random(1)):
                     output.say(task.id, stamp_ns)
                     assert (await asyncio.wait_for(anext(lines), 10)).data == b"%d\n" % stamp_ns

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from skep.bootstrap import FUTILE, REMOVED, ManagerConfig, encode
-from skep.model.ids import new_id
 from skep.model.node import NodeRole
+from skep.model.values.ids import new_id
 from skep.paths import Paths
 from skep.security import keypair
 from tests.support.wire_rig import Cluster

@@ -9,12 +9,12 @@ import pytest
 from sim.initial_state import CLUSTER
 from skep.aio.clock import SystemClock
 from skep.errors import ResourceExhausted, RetryLater
-from skep.manager.dispatcher import admission
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.model.ids import NodeId, new_id
+from skep.manager.dispatcher.node_sessions import admission
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.model.node import Node, NodeRole, NodeState
-from skep.security.identity import Identity
+from skep.model.values.ids import NodeId, new_id
+from skep.security.identity import NodeIdentity
 from skep.security.tls import client_context
 from skep.store.memory import MemoryStore
 from skep.wire import methods
@@ -91,7 +91,7 @@ async def test_five_thousand_at_once_do_not_hold_the_loop_and_are_all_in():
             held_s = max(held_s, time.thread_time() - before)
 
     async def come(id: NodeId) -> None:
-        identity = Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER)
+        identity = NodeIdentity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER)
         caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
         while True:
             try:

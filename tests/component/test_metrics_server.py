@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 
 from skep.configuration.configuration import Configuration
-from skep.node import metrics_server
-from skep.node.metrics_server import serving_metrics
+from skep.node.telemetry import metrics_server
+from skep.node.telemetry.metrics_server import serving_metrics
 from tests.support.log_receivers import free_port
 
 

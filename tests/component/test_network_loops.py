@@ -6,19 +6,19 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.manager.control.networks import add_subnets, create_network, remove_network
 from skep.manager.control.services import create_service, remove_service
-from skep.model.ids import NodeId, new_id
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import EngineDescription, EnginePlugin
 from skep.model.service import NetworkAttachmentConfig, ReplicatedService, Service, ServiceMode
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NodeId, new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.interface import Store
 from skep.store.memory import MemoryStore
-from skep.store.proposal import Proposal
+from skep.store.transactions.proposal import Proposal
 from tests.support.builders import a_node, a_service_spec
 from tests.support.control_loops import leading
 from tests.support.store_rigs import memory_rig

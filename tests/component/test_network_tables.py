@@ -11,17 +11,17 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.table_stream import SET_BYTES_MAX
+from skep.agent.session.table_stream import SET_BYTES_MAX
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables, TableListener
 from skep.errors import FailedPrecondition, NotFound, Unavailable
-from skep.model.ids import NetworkId, NodeId
 from skep.model.network import Network
+from skep.model.networks.tables import NetworkTable, TableSet, whole
 from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
-from skep.model.tables import Table, TableSet, whole
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NetworkId, NodeId
 from skep.security.keypair import KeyPair
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -47,12 +47,12 @@ class Listening:
 
     def __init__(self) -> None:
         self.reported: list[frozenset[NetworkId]] = []
-        self.tables: Mapping[NetworkId, Table] = {}
+        self.tables: Mapping[NetworkId, NetworkTable] = {}
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         await self.may_go_on.wait()
         self.reported.append(changed)
@@ -92,11 +92,11 @@ def other_node(id: str = "other", address: str = "192.168.0.9") -> Node:
     return replace(node, status=NodeStatus(state=NodeState.READY, addr=address))
 
 
-def from_store(cluster: Cluster, network: Network) -> Table:
+def from_store(cluster: Cluster, network: Network) -> NetworkTable:
     return replace(table_of(cluster.view, network), revision=0)
 
 
-def shown(network_tables: NetworkTables) -> dict[str, Table]:
+def shown(network_tables: NetworkTables) -> dict[str, NetworkTable]:
     return {id: replace(table, revision=0) for id, table in network_tables.tables.items()}
 
 
@@ -192,7 +192,8 @@ async def test_a_node_finds_its_tables_again_without_a_manager(cluster: Cluster,
     await asyncio.wait([running])
     assert listening.reported == [frozenset(before)]
     found = {
-        p.name: msgspec.msgpack.decode(p.read_bytes(), type=Table) for p in (tmp_path / "again").iterdir()
+        p.name: msgspec.msgpack.decode(p.read_bytes(), type=NetworkTable)
+        for p in (tmp_path / "again").iterdir()
     }
     assert found == before
     # And what is none of its any more goes with the first word of a manager.
@@ -364,4 +365,4 @@ async def test_many_nodes_get_the_same_tables(cluster: Cluster, tmp_path: Path) 
             group.create_task(hears(pair, number))
 
 
-EMPTY = Table(head=None)  # type: ignore[arg-type]
+EMPTY = NetworkTable(head=None)  # type: ignore[arg-type]

@@ -12,12 +12,12 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.discovery.loop import Discovery
-from skep.manager.dispatcher.sessions import LiveSession
-from skep.model.ids import ClusterId, NodeId, ServiceId, SessionId, TaskId
-from skep.model.node import Node, NodeRole, NodeSession, NodeStatus
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
+from skep.model.node import Node, NodeRole, NodeStatus, SessionOwner
 from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task
-from skep.security.identity import Identity
+from skep.model.values.ids import ClusterId, NodeId, ServiceId, SessionId, TaskId
+from skep.security.identity import NodeIdentity
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
@@ -60,7 +60,7 @@ class Peer:
 
 
 def caller(id: NodeId) -> Caller:
-    identity = Identity(node_id=id, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
+    identity = NodeIdentity(node_id=id, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
     return Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
 
 
@@ -71,7 +71,7 @@ async def store() -> MemoryStore:
 
     def node(tx: Transaction, number: int) -> Node:
         up = replace(a_node(f"n{number:02}").status, addr=f"192.168.0.{number}")
-        session = NodeSession(manager_id=NodeId("m"), session_id=SessionId("s"))
+        session = SessionOwner(manager_id=NodeId("m"), session_id=SessionId("s"))
         return tx.put(replace(a_node(f"n{number:02}"), status=up, session=session))
 
     def service(tx: Transaction, number: int) -> Service:

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skep.dataplane.container_network import ContainerNetwork
-from skep.engine.conmon import StartError
-from skep.engine.container import Container
+from skep.engine.containers.container import Container
+from skep.engine.runtime.conmon import StartError
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import ContainerId
-from skep.model.sandbox import PublishedPort
+from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
+from skep.model.values.ids import ContainerId
 from tests.support.container_networks import PORT, Lab, NetPorts, nothing
 from tests.support.oci_rig import Machine
 from tests.support.stub_engine import disk_full

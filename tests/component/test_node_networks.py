@@ -11,16 +11,23 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.local.networks import LocalNetworks
-from skep.engine.container import Container, ContainerConfig, ContainerState
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
-from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
 from skep.model.network import Network
-from skep.model.sandbox import Sandbox
+from skep.model.networks.sandbox import Sandbox
+from skep.model.networks.tables import (
+    NetworkHead,
+    NetworkTable,
+    TableEndpoint,
+    TableNode,
+    TablePort,
+    TableService,
+)
 from skep.model.service import Endpoint as ServiceEndpoint
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig
-from skep.model.tables import NetworkHead, Table, TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState
-from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
+from skep.model.values.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
+from skep.node.cluster.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.support.network_rigs import Rig, a_rig
 
@@ -107,7 +114,7 @@ async def test_a_worker_lists_an_overlay_only_while_a_task_of_its_own_uses_it(ri
     plain = TableEndpoint(task_id=TaskId("t2"), node_id=NodeId("n3"), name="box", addresses=("10.0.9.4",))
     port = TablePort(protocol="tcp", published=8080, target=80)
     service = TableService(id=ServiceId("web"), name="web", virtual_ips=("10.0.9.2",), ports=(port,))
-    rig.work.tables[overlay.id] = Table(
+    rig.work.tables[overlay.id] = NetworkTable(
         head=NetworkHead(id=overlay.id, name="net1"),
         nodes={NodeId("n2"): TableNode(id=NodeId("n2"), underlay="10.77.0.2")},
         endpoints={one.task_id: one for one in (endpoint, plain)},

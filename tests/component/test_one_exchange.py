@@ -6,9 +6,9 @@ from contextlib import suppress
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.connection import Connection
+from skep.api.http.connection import Connection
 from skep.errors import NotFound
-from skep.model.labels import LABEL_TASK_ID
+from skep.model.options.labels import LABEL_TASK_ID
 from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents
 from skep.wire import skep_pb2 as skep

@@ -7,12 +7,12 @@ import pytest
 
 from skep.errors import InvalidArgument, NotFound, PermissionDenied
 from skep.model.container import ContainerSpec, FileTarget, SecretReference
-from skep.model.ids import SecretId, TaskId, new_id
 from skep.model.logs import LogQuery
 from skep.model.node import Node
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import NetworkAttachmentSpec, TaskSpec
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import SecretId, TaskId, new_id
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.store.kinds import Payload
@@ -94,10 +94,10 @@ async def attempt(cluster: Cluster, pair: KeyPair, name: str, session_id: str) -
     request = method.request(session_id=session_id)
     try:
         async with open_channel(cluster.address, client_context(pair), "swarm-manager") as channel:
-            if isinstance(method, methods.Unary):
+            if isinstance(method, methods.UnaryMethod):
                 return await channel.call(method, request)
             async with channel.stream(method) as call:
-                await call.send(request, end=isinstance(method, methods.ServerStream))
+                await call.send(request, end=isinstance(method, methods.ServerStreaming))
                 return await call.receive()
     except (InvalidArgument, NotFound) as error:
         return error

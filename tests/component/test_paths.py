@@ -15,12 +15,12 @@ from skep.errors import InvalidArgument, RetryLater, SkepError, Unavailable
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.probes.streams import REPORTS_MAX
-from skep.model.ids import NodeId
+from skep.model.networks.paths import DiagnosticsResult, PathCheck
 from skep.model.node import FailingPath, Node, NodeRole, NodeState, NodeStatus
-from skep.model.paths import DiagnosticsResult, PathCheck
+from skep.model.values.ids import NodeId
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from tests.support.builders import a_docker_node
 from tests.support.path_rig import ScriptedProbes, a_finding, a_report
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
@@ -221,7 +221,7 @@ async def test_another_manager_asks_over_the_link(cluster: Cluster, tmp_path: Pa
         nodes[0][1].answers = (a_report(nodes[1][0].node_id, a_finding(fails=True)),)
         asked: list[NodeId] = []
 
-        def link(manager: NodeId) -> Channel:
+        def link(manager: NodeId) -> ManagerChannel:
             asked.append(manager)
             return channel
 
@@ -297,7 +297,7 @@ async def test_a_stream_without_a_session_or_with_too_much_to_say_ends(
             await _say(channel, skep.ProbeUpdate(session_id=session_id), skep.ProbeUpdate(reports=too_many))
 
 
-async def _say(channel: Channel, *changed: skep.ProbeUpdate) -> None:
+async def _say(channel: ManagerChannel, *changed: skep.ProbeUpdate) -> None:
     """Send all messages, and receive until the stream ends."""
     async with channel.stream(methods.PATHS) as call:
         for one in changed:

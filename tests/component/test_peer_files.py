@@ -14,10 +14,10 @@ from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles, place_revoked
 from skep.manager.ca.rotation import Renewal, request_renewal
 from skep.manager.control.nodes import remove_node
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
-from skep.manager.revocation import revoke_others
-from skep.model.ids import NodeId, new_id
+from skep.manager.nodes.revocation import revoke_others
 from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeRole, Reachability
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId, new_id
+from skep.model.values.times import timestamp
 from skep.security import keypair
 from skep.security.tls import client_context
 from skep.security.trust import root_digest

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from skep.engine.images.endpoints import Policy
 from skep.engine.images.reference import parse_reference
+from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.security.authority import Authority
@@ -67,7 +67,7 @@ async def servers() -> AsyncIterator[Servers]:
         yield Servers(stack)
 
 
-async def pulled(tmp_path: Path, image: str, auth: str, policy: Policy | None = None) -> None:
+async def pulled(tmp_path: Path, image: str, auth: str, policy: RegistryPolicy | None = None) -> None:
     """Ask a registry for an image as often as a pull does; that fails, as the registry has none."""
     store = ImageStore(tmp_path / "images", policy=policy)
     await store.open()
@@ -122,13 +122,13 @@ async def test_an_insecure_registry_does_not_make_its_token_server_insecure(
     tmp_path, servers, monkeypatch, scheme, auth
 ):
     """Anyone on the way to it can write its challenge."""
-    monkeypatch.setattr("skep.engine.images.endpoints.is_loopback", lambda _: False)
+    monkeypatch.setattr("skep.engine.images.registry.endpoints.is_loopback", lambda _: False)
     corp = await servers.add()
     evil = await servers.add(untrusted_tls(tmp_path) if scheme == "https" else None)
     corp.challenge = f'Bearer realm="{scheme}://localhost:{evil.port}/token"'
     image = f"127.0.0.1:{corp.port}/x"
-    await pulled(tmp_path, image, auth, Policy(insecure=frozenset({"127.0.0.1"})))
+    await pulled(tmp_path, image, auth, RegistryPolicy(insecure=frozenset({"127.0.0.1"})))
     assert corp.requests
     assert (evil.requests, evil.passwords) == (0, [])
-    await pulled(tmp_path, image, auth, Policy(insecure=frozenset({"127.0.0.1", "localhost"})))
+    await pulled(tmp_path, image, auth, RegistryPolicy(insecure=frozenset({"127.0.0.1", "localhost"})))
     assert evil.passwords, "the administrator has named it"

@@ -10,10 +10,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from skep.engine.images.endpoints import Endpoint, Policy
-from skep.engine.images.progress import Message
+from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import DOCKER_LIST, DOCKER_MANIFEST, RegistryError
+from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy
+from skep.engine.images.registry.registry import DOCKER_LIST, DOCKER_MANIFEST, RegistryError
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound
 from tests.support.archives import sha256
@@ -49,12 +49,14 @@ async def images(
 ) -> ImageStore:
     """With ``hub`` in the place of Docker Hub, and ``mirror`` before it."""
 
-    def endpoints(_policy: Policy, _domain: str, *, to_push: bool = False) -> Sequence[Endpoint]:
-        own = Endpoint(f"http://{hub.address}")
-        return (own,) if to_push else (Endpoint(f"http://{mirror.address}", mirror=True), own)
+    def endpoints(
+        _policy: RegistryPolicy, _domain: str, *, to_push: bool = False
+    ) -> Sequence[RegistryEndpoint]:
+        own = RegistryEndpoint(f"http://{hub.address}")
+        return (own,) if to_push else (RegistryEndpoint(f"http://{mirror.address}", mirror=True), own)
 
-    monkeypatch.setattr(Policy, "endpoints", endpoints)
-    monkeypatch.setattr("skep.engine.images.pulling._BACKOFF_S", 0.001)
+    monkeypatch.setattr(RegistryPolicy, "endpoints", endpoints)
+    monkeypatch.setattr("skep.engine.images.registry.pulling._BACKOFF_S", 0.001)
     store = ImageStore(tmp_path / "images")
     await store.open()
     return store
@@ -113,7 +115,7 @@ async def test_what_a_mirror_does_not_give_comes_from_docker_hub(
     images: ImageStore, mirror: Registry, hub: Registry, case: str
 ):
     mirror.bend = FAILURES[case]
-    reported: list[Message] = []
+    reported: list[ProgressMessage] = []
     image = await images.pull("app:1", report=reported.append)
     assert image.id == sha256(CONFIG)
     assert [tag.familiar for tag in image.tags] == ["app:1"]

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.agent.agent import Agent
 from skep.manager.ca.rotation import Renewal, request_renewal
 from skep.model.node import Node, NodeRole
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair

@@ -18,11 +18,11 @@ from aiohttp import ClientSession, UnixConnector
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.loops import loops
+from skep.manager.control_loops.loops import loops
 from skep.manager.manager import serving
 from skep.manager.routes import ManagerApi, application
-from skep.model.ids import NodeId, ServiceId, TaskId, new_id
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId, TaskId, new_id
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay

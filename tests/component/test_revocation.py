@@ -9,22 +9,22 @@ import pytest
 from skep.agent.certificates import renew
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.control.nodes import remove_node
-from skep.manager.dispatcher.registration import Registration, take_session
-from skep.manager.revocation import revoke
-from skep.model.ids import NodeId, SessionId, new_id
+from skep.manager.dispatcher.node_sessions.registration import Registration, take_session
+from skep.manager.nodes.revocation import revoke
 from skep.model.node import Node, NodeCertificate, NodeDescription, NodeRole, NodeSpec
+from skep.model.values.ids import NodeId, SessionId, new_id
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.store.kinds import Revocation
 from skep.wire import server
 from skep.wire.client import open_channel
-from skep.wire.methods import Access
+from skep.wire.methods import MethodAccess
 from tests.support.wire_calls import GUARDED, call
 from tests.support.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
 
 NOW_NS = CLOCK.now_ns()
-FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is not Access.NODE)
-FOR_NODES = sorted(name for name, method in GUARDED.items() if method.access is Access.NODE)
+FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is not MethodAccess.NODE)
+FOR_NODES = sorted(name for name, method in GUARDED.items() if method.access is MethodAccess.NODE)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine.container import Exec, ExecConfig
-from skep.model.labels import LABEL_TASK_ID
+from skep.engine.containers.container import Exec, ExecConfig
+from skep.model.options.labels import LABEL_TASK_ID
 from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents
 from skep.wire import skep_pb2 as skep

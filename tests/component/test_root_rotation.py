@@ -13,12 +13,12 @@ from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.cluster import etcds_behind
 from skep.manager.control.swarm import Rotations, rotate_root, update_swarm
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
-from skep.model.ids import NodeId, new_id
-from skep.model.meta import TLSInfo
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus, Reachability
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId, new_id
+from skep.model.values.meta import TLSInfo
+from skep.model.values.times import timestamp
 from skep.security.tls import client_context
 from skep.security.trust import is_issued_by, root_digest, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload

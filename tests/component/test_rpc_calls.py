@@ -13,7 +13,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Server
 
 from skep.rpc.status import CallFailed, Lost
-from skep.store.etcd.client import BOUNDS, Client
+from skep.store.etcd.client import BOUNDS, EtcdClient
 from tests.support.etcd_rig import Relay
 
 MEGABYTE = bytes(range(256)) * 4096
@@ -104,26 +104,26 @@ async def peer(socket: Path) -> AsyncIterator[Peer]:
 
 
 @pytest.fixture
-async def calls(socket: Path) -> AsyncIterator[Client]:
-    calls = Client(socket)
+async def calls(socket: Path) -> AsyncIterator[EtcdClient]:
+    calls = EtcdClient(socket)
     yield calls
     calls.close()
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_000, 16_384, 70_000, 1_500_000, 20 * 1024 * 1024])
-async def test_a_message_of_any_size_goes_and_comes_back(peer: Peer, calls: Client, size: int) -> None:
+async def test_a_message_of_any_size_goes_and_comes_back(peer: Peer, calls: EtcdClient, size: int) -> None:
     message = (MEGABYTE * (size // len(MEGABYTE) + 1))[:size]
     for _ in range(2):
         assert await calls.unary("/t/echo", message, TIMEOUT_S) == message
 
 
-async def test_many_calls_share_the_connection_and_its_window(peer: Peer, calls: Client) -> None:
+async def test_many_calls_share_the_connection_and_its_window(peer: Peer, calls: EtcdClient) -> None:
     messages = [bytes([number]) * 1_000_000 for number in range(20)]
     responses = await asyncio.gather(*(calls.unary("/t/echo", message, TIMEOUT_S) for message in messages))
     assert responses == messages
 
 
-async def test_a_refusal_says_why(peer: Peer, calls: Client) -> None:
+async def test_a_refusal_says_why(peer: Peer, calls: EtcdClient) -> None:
     for _ in range(2):
         with pytest.raises(CallFailed, match="etcdserver: no leader, 100 % übel"):
             await calls.unary("/t/fail", b"", TIMEOUT_S)
@@ -131,7 +131,7 @@ async def test_a_refusal_says_why(peer: Peer, calls: Client) -> None:
         await calls.unary("/t/unheard-of", b"", TIMEOUT_S)
 
 
-async def test_a_call_that_is_given_up_ends_at_the_peer_too(peer: Peer, calls: Client) -> None:
+async def test_a_call_that_is_given_up_ends_at_the_peer_too(peer: Peer, calls: EtcdClient) -> None:
     with pytest.raises(TimeoutError):
         await calls.unary("/t/hang", b"", 0.05)
     await asyncio.wait_for(peer.cancelled.wait(), TIMEOUT_S)
@@ -146,7 +146,7 @@ async def test_a_call_that_is_given_up_ends_at_the_peer_too(peer: Peer, calls: C
 async def test_without_a_server_a_call_fails_and_a_later_one_finds_it(
     peer: Peer, socket: Path, tmp_path: Path
 ) -> None:
-    calls = Client(tmp_path / "relay")
+    calls = EtcdClient(tmp_path / "relay")
     with pytest.raises(OSError, match="No such file"):
         await calls.unary("/t/echo", b"", TIMEOUT_S)
     relay = Relay(socket)
@@ -160,7 +160,7 @@ async def test_without_a_server_a_call_fails_and_a_later_one_finds_it(
     calls.close()
 
 
-async def test_calls_under_way_are_lost_with_the_connection(socket: Path, calls: Client) -> None:
+async def test_calls_under_way_are_lost_with_the_connection(socket: Path, calls: EtcdClient) -> None:
     async with serving(Peer(), socket):
         call = asyncio.create_task(calls.unary("/t/hang", b"", TIMEOUT_S))
         async with calls.stream("/t/talk", b"hello", timeout_s=TIMEOUT_S) as stream:
@@ -174,14 +174,16 @@ async def test_calls_under_way_are_lost_with_the_connection(socket: Path, calls:
             await call
 
 
-async def test_a_stream_brings_all_messages_and_then_its_end(peer: Peer, calls: Client) -> None:
+async def test_a_stream_brings_all_messages_and_then_its_end(peer: Peer, calls: EtcdClient) -> None:
     async with calls.stream("/t/pour", b"40", timeout_s=TIMEOUT_S, is_last=True) as stream:
         for number in range(40):
             assert await stream.receive() == bytes([number]) + MEGABYTE
         assert await stream.receive() is None
 
 
-async def test_a_peer_is_not_ahead_of_its_reader_by_more_than_the_window(peer: Peer, calls: Client) -> None:
+async def test_a_peer_is_not_ahead_of_its_reader_by_more_than_the_window(
+    peer: Peer, calls: EtcdClient
+) -> None:
     async with calls.stream("/t/pour", b"100", timeout_s=TIMEOUT_S, is_last=True) as stream:
         assert await stream.receive() is not None
         before = -1
@@ -195,7 +197,7 @@ async def test_a_peer_is_not_ahead_of_its_reader_by_more_than_the_window(peer: P
             assert await stream.receive() is not None
 
 
-async def test_both_talk_on_one_stream(peer: Peer, calls: Client) -> None:
+async def test_both_talk_on_one_stream(peer: Peer, calls: EtcdClient) -> None:
     async with calls.stream("/t/talk", b"one", timeout_s=TIMEOUT_S) as stream:
         assert await stream.receive() == b"ONE"
         stream.send(b"two")
@@ -204,7 +206,7 @@ async def test_both_talk_on_one_stream(peer: Peer, calls: Client) -> None:
         assert await stream.receive() == b"THREE"
 
 
-async def test_a_message_consumer_gets_messages_while_the_reader_waits(peer: Peer, calls: Client) -> None:
+async def test_a_message_consumer_gets_messages_while_the_reader_waits(peer: Peer, calls: EtcdClient) -> None:
     """In order, and what it leaves is the reader's."""
     taken: list[bytes] = []
 
@@ -229,7 +231,9 @@ async def test_a_message_consumer_gets_messages_while_the_reader_waits(peer: Pee
         assert taken[2:] + rest == [b"FOUR", b"NOT THAT"]
 
 
-async def test_an_error_of_the_message_consumer_is_raised_in_the_reader(peer: Peer, calls: Client) -> None:
+async def test_an_error_of_the_message_consumer_is_raised_in_the_reader(
+    peer: Peer, calls: EtcdClient
+) -> None:
     def fail(message: bytes) -> bool:
         raise LookupError(message)
 
@@ -242,7 +246,9 @@ async def test_an_error_of_the_message_consumer_is_raised_in_the_reader(peer: Pe
     assert await calls.unary("/t/echo", b"still there", TIMEOUT_S) == b"still there"
 
 
-async def test_a_call_that_was_begun_is_on_its_way_before_it_is_awaited(peer: Peer, calls: Client) -> None:
+async def test_a_call_that_was_begun_is_on_its_way_before_it_is_awaited(
+    peer: Peer, calls: EtcdClient
+) -> None:
     assert calls.begin("/t/echo", b"nobody is there yet", TIMEOUT_S) is None
     assert await calls.unary("/t/echo", b"now", TIMEOUT_S) == b"now"
     call, late = calls.begin("/t/echo", b"one", TIMEOUT_S), calls.begin("/t/hang", b"", 0.05)
@@ -255,7 +261,7 @@ async def test_a_call_that_was_begun_is_on_its_way_before_it_is_awaited(peer: Pe
     await asyncio.wait_for(peer.cancelled.wait(), TIMEOUT_S)
 
 
-async def test_metadata_and_deadline_reach_the_peer(peer: Peer, calls: Client) -> None:
+async def test_metadata_and_deadline_reach_the_peer(peer: Peer, calls: EtcdClient) -> None:
     async with calls.stream(
         "/t/echo", b"", timeout_s=TIMEOUT_S, metadata=(("hasleader", "true"),), is_last=True
     ) as stream:
@@ -263,7 +269,7 @@ async def test_metadata_and_deadline_reach_the_peer(peer: Peer, calls: Client) -
     assert peer.metadata["hasleader"] == "true"
 
 
-async def test_what_is_no_http2_is_a_lost_call(socket: Path, calls: Client) -> None:
+async def test_what_is_no_http2_is_a_lost_call(socket: Path, calls: EtcdClient) -> None:
     async def talk_nonsense(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 

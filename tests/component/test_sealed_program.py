@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.sealed_program import SealedProgram
+from skep.engine.runtime.sealed_program import SealedProgram
 
 
 @pytest.fixture

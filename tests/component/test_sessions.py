@@ -9,15 +9,15 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
 from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
-from skep.manager.dispatcher.liveness import AWAY_GRACE_S
-from skep.model.ids import NodeId
+from skep.manager.dispatcher.node_sessions.liveness import AWAY_GRACE_S
 from skep.model.node import Node, NodeState
+from skep.model.values.ids import NodeId
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
@@ -26,7 +26,7 @@ from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from tests.support.wire_rig import (
     MANAGER_ID,
     Cluster,
@@ -62,9 +62,9 @@ async def test_a_node_that_registers_is_ready_and_described(cluster, tmp_path):
 async def test_a_node_takes_no_session_from_a_manager_that_is_not_in_its_list(cluster, tmp_path):
     """As from one that was removed, and whose certificate is still valid."""
     pair = await a_worker(cluster, tmp_path)
-    away = Peer(NodeId("m2"), "127.0.0.1:1")
+    away = KnownManager(NodeId("m2"), "127.0.0.1:1")
     worker = FakeWorker()
-    managers = [away, Peer(NodeId("m3"), cluster.address)]
+    managers = [away, KnownManager(NodeId("m3"), cluster.address)]
     with capture_logs() as logs:
         # It registers in the end: none of the list responds, so all managers may have been replaced.
         async with an_agent_of(managers, pair, tmp_path, worker, Random(1)):
@@ -108,7 +108,7 @@ async def test_a_process_that_leaves_a_manager_gets_no_more_time_than_any(cluste
     assert session.deadline - session.last_seen < 1
 
 
-def killed(channel: Channel) -> None:
+def killed(channel: ManagerChannel) -> None:
     """Close the connection as the kernel does for a process that was killed: nothing more is sent on it."""
     channel._connection.abort()
 
@@ -219,7 +219,7 @@ async def test_a_manager_without_a_quorum_takes_no_session_and_gives_up_those_it
 
 
 async def test_a_node_that_does_not_come_back_to_a_restarted_manager_is_down(tmp_path, monkeypatch):
-    monkeypatch.setattr("skep.manager.dispatcher.liveness.RECOVERY_GRACE_S", 0.5)
+    monkeypatch.setattr("skep.manager.dispatcher.node_sessions.liveness.RECOVERY_GRACE_S", 0.5)
     cluster = Cluster(heartbeat_s=0.1)
     async with AsyncExitStack() as agents, cluster.serving():
         pair = await a_worker(cluster, tmp_path)

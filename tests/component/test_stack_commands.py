@@ -16,10 +16,10 @@ from skep.model.service import Service
 from skep.stack import waiting
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import config_names, existing_of, known_revisions
-from skep.stack.conversion import stack_of
-from skep.stack.document import parse
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import parse
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.planning import plan_of
-from skep.stack.reading import Report
 from skep.stack.recording import carry_out
 from skep.stack.revisions import KEPT
 from skep.store.level import SCHEDULES
@@ -119,7 +119,9 @@ async def test_ten_revisions_are_kept_and_the_configs_that_only_older_ones_name_
     text += "configs: {c: {content: v%d}}\nsecrets: {s: {file: f}}"
 
     def stack(number: int) -> Any:
-        return stack_of(parse(text % number, "f"), "shop", {("secrets", "s"): b"%d" % number}, Report())
+        return stack_of(
+            parse(text % number, "f"), "shop", {("secrets", "s"): b"%d" % number}, ProblemReport()
+        )
 
     numbers = range(1, KEPT + 4)
     async with cluster.requests() as client:
@@ -147,7 +149,7 @@ async def test_a_job_with_a_schedule_is_deployed_at_once(cluster: Cluster) -> No
 
 
 async def test_deploys_beside_each_other_have_revisions_of_their_own(cluster: Cluster) -> None:
-    made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, Report())
+    made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, ProblemReport())
     async with cluster.requests() as one, cluster.requests() as other:
         plan = plan_of(made, await existing_of(one, "shop", config_names(made)), images={}, prune=False)
         both = (carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail) for client in (one, other))
@@ -165,7 +167,7 @@ async def beside_each_other(
         existing = await existing_of(client, "shop")
 
         async def deployed(text: str) -> None:
-            made = stack_of(parse(text, "f"), "shop", {}, Report())
+            made = stack_of(parse(text, "f"), "shop", {}, ProblemReport())
             plan = plan_of(made, existing, images={}, prune=False)
             async with cluster.requests() as own:
                 await carry_out(own, made, plan, lambda *_: None, wait_s, pytest.fail)
@@ -424,7 +426,7 @@ async def test_a_part_that_failed_at_first_is_recorded_when_it_is_deployed(clust
 
 async def test_of_two_first_deploys_of_parts_one_is_refused(cluster: Cluster) -> None:
     """Both have read that there is no revision.  The second one's record would lack the first one's services."""
-    made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, Report())
+    made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, ProblemReport())
     async with cluster.requests() as one, cluster.requests() as other:
         existing = await existing_of(one, "shop")
         plans = [plan_of(made, existing, images={}, prune=False, only=[name]) for name in ("web", "db")]

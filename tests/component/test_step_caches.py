@@ -16,10 +16,10 @@ from aiohttp import web
 
 from skep.aio.clock import SystemClock
 from skep.engine.build.builder import Builder
+from skep.engine.build.cache.step_exports import export_steps
+from skep.engine.build.cache.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, StepTable, is_time
+from skep.engine.build.cache.step_sources import SOURCES_MAX, HistorySteps, Pace, history_sources, read_source
 from skep.engine.build.interface import BuildRequest, BuildResult, StepSource, WantedStep
-from skep.engine.build.step_exports import export_steps
-from skep.engine.build.step_records import CACHE_CONFIG_TYPE, CONFIG_BYTES_MAX, StepTable, is_time
-from skep.engine.build.step_sources import SOURCES_MAX, HistorySteps, Pace, history_sources, read_source
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.options import CacheEntry
@@ -28,9 +28,9 @@ from skep.engine.images.child import EMPTY_LAYER, INLINE_CACHE
 from skep.engine.images.digest import digest_of
 from skep.engine.images.image import parse_config
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import OCI_MANIFEST
+from skep.engine.images.registry.registry import OCI_MANIFEST
+from skep.engine.images.registry.uploads import BlobUpload
 from skep.engine.images.store import ImageStore
-from skep.engine.images.uploads import Upload
 from skep.errors import InvalidArgument, NotFound, SkepError
 from tests.support.bent_registry import Registry
 from tests.support.cache_artifact import Artifact
@@ -342,7 +342,7 @@ async def test_records_that_lie_change_nothing(
 )
 async def test_records_that_cannot_be_read_are_refused(one: Node, content: bytes) -> None:
     artifact = Artifact()
-    await artifact.put(Upload(digest=digest_of(content), size=len(content), content=content))
+    await artifact.put(BlobUpload(digest=digest_of(content), size=len(content), content=content))
     config = {"mediaType": CACHE_CONFIG_TYPE, "digest": digest_of(content), "size": len(content)}
     manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": []}
     artifact.manifest_bytes = json.dumps(manifest).encode()

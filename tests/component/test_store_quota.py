@@ -10,23 +10,23 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import ResourceExhausted, Unavailable
-from skep.manager import store_space
-from skep.manager.store_space import StoreSpace
-from skep.model.ids import ConfigId, NodeId
+from skep.manager.storage import store_space
+from skep.manager.storage.store_space import StoreSpace
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import Service
+from skep.model.values.ids import ConfigId, NodeId
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.etcd.errors import OutOfSpace
 from skep.store.etcd.initialize import initialize
-from skep.store.etcd.member import Member
 from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.process.member import EtcdMember
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import Transaction
-from skep.store.space import REFUSE_AT, Space, refusal
-from skep.store.transaction import LocalTransaction
-from skep.wire.client import Channel
+from skep.store.space import REFUSE_AT, MemberSpace, refusal
+from skep.store.transactions.transaction import LocalTransaction
+from skep.wire.client import ManagerChannel
 from tests.support.builders import a_service
 from tests.support.etcd_rig import a_member, member_settings
 from tests.support.store_rigs import found
@@ -39,7 +39,7 @@ LARGE = b"x" * 1_000_000
 
 
 class Rig:
-    def __init__(self, store: EtcdStore, client: Client, member: Member) -> None:
+    def __init__(self, store: EtcdStore, client: EtcdClient, member: EtcdMember) -> None:
         self.store = store
         self.client = client
         self.member = member
@@ -55,7 +55,7 @@ class Rig:
             await self.raw_put(number % 4)
 
 
-async def wait_until(rig: Rig, is_so: Callable[[Space], bool]) -> None:
+async def wait_until(rig: Rig, is_so: Callable[[MemberSpace], bool]) -> None:
     async with asyncio.timeout(30):
         while not is_so(await rig.store.space()):  # noqa: ASYNC110 (there is no event)
             await asyncio.sleep(0.1)
@@ -70,7 +70,7 @@ async def a_full_store(root: Path) -> AsyncIterator[Rig]:
         await initialize(settings.socket, key, clock, found)
         opening = open_store(settings.socket, OWN, key, clock, quota_bytes=QUOTA)
         store = await stack.enter_async_context(opening)
-        client = await stack.enter_async_context(Client(settings.socket))
+        client = await stack.enter_async_context(EtcdClient(settings.socket))
         yield Rig(store, client, member)
 
 
@@ -81,7 +81,7 @@ async def kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]
     monkeypatch.setattr(store_space, "SETTLE_S", 0.3)
     monkeypatch.setattr(store_space, "COMPACT_AGAIN_S", 0.5)
 
-    def nobody(_: NodeId) -> Channel:
+    def nobody(_: NodeId) -> ManagerChannel:
         raise Unavailable("there is no other manager")
 
     keeper = StoreSpace(rig.store, OWN, RaftMembers(rig.client, rig.member), nobody, SystemClock())

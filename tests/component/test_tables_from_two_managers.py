@@ -11,18 +11,18 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
 from skep.errors import Unavailable
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.model.ids import NodeId, new_id
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.model.networks.tables import TableSet
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
-from skep.model.tables import TableSet
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NodeId, new_id
 from skep.security.tls import ServerTls
 from skep.store.memory import MemoryStore
 from skep.wire.server import serve
@@ -105,7 +105,7 @@ async def test_tables_continue_at_another_manager(cluster: Cluster, tmp_path: Pa
 
     with capture_logs() as logs:
         async with another_manager(cluster) as (second, address), asyncio.TaskGroup() as group:
-            managers = [Peer(MANAGER_ID, cluster.address), Peer(SECOND, address)]
+            managers = [KnownManager(MANAGER_ID, cluster.address), KnownManager(SECOND, address)]
             dispatchers = {MANAGER_ID: cluster.dispatcher, SECOND: second}
             pair = cluster.pair("n1")
             async with an_agent_of(managers, pair, tmp_path, FakeWorker(), Random(1), tables=network_tables):

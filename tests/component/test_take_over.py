@@ -11,9 +11,9 @@ from random import Random
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.loops import loops
-from skep.model.ids import NodeId, ServiceId, TaskId, new_id
+from skep.manager.control_loops.loops import loops
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.ids import NodeId, ServiceId, TaskId, new_id
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay

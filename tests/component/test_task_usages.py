@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.task_usages import TaskUsages
-from skep.model.autoscaling import TaskUsage
-from skep.model.ids import NodeId
+from skep.manager.telemetry.task_usages import TaskUsages
+from skep.model.options.autoscaling import TaskUsage
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from tests.support.builders import a_service, a_service_spec, a_task

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from skep.engine import top
+from skep.engine.metrics import top
 from skep.errors import InvalidArgument
 
 

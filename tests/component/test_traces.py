@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api import otlp
-from skep.api.exposition import render
-from skep.api.otlp import WAITING_MAX, TraceExporter
+from skep.api.telemetry import otlp
+from skep.api.telemetry.exposition import render
+from skep.api.telemetry.otlp import WAITING_MAX, TraceExporter
 from skep.tracing import Span
 from tests.support.otlp_receiver import Receiver
 

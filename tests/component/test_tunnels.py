@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.managers import Peer
-from skep.api import connection, tunnelling
-from skep.api.connection import Connection
-from skep.api.tunnelling import join_client
+from skep.agent.session.managers import KnownManager
+from skep.api.http import connection, tunnelling
+from skep.api.http.connection import Connection
+from skep.api.http.tunnelling import join_client
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
-from skep.manager.tunnels import OF_NODE_MAX
-from skep.model.ids import NodeId
+from skep.manager.nodes.tunnels import OF_NODE_MAX
 from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId
 from skep.security.tls import client_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -67,7 +67,7 @@ async def containers(cluster, tmp_path):
     """Those of the node of ``task``."""
     containers = Containers()
     pair = await a_worker(cluster, tmp_path)
-    peers = [Peer(MANAGER_ID, cluster.address)]
+    peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, tmp_path, FakeWorker(), Random(1), containers=containers) as agent:
         containers.task = a_running_task(agent.node_id)
         await until(lambda: agent.node_id in cluster.tunnels._streams)
@@ -183,7 +183,7 @@ async def hold(cluster, task) -> None:
 async def test_a_node_of_an_earlier_version_is_named(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     async with an_agent_of(
-        [Peer(MANAGER_ID, cluster.address)], pair, tmp_path, FakeWorker(), Random(1)
+        [KnownManager(MANAGER_ID, cluster.address)], pair, tmp_path, FakeWorker(), Random(1)
     ) as agent:
         await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.READY)
         with pytest.raises(Unavailable, match=r"node worker cannot be reached.*has no tunnels.*upgrade it"):

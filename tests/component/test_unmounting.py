@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from skep.engine.image_mounts import unmount_all
+from skep.engine.containers.image_mounts import unmount_all
 from skep.linux.mounting import is_target
 from skep.linux.syscalls import MS_BIND, mount, unmount_if_mounted
 

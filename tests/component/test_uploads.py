@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.buildkit import routes, uploads
 from skep.engine.buildkit.uploads import UPLOADS_MAX, Uploads
 from skep.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unavailable

@@ -14,25 +14,25 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.identity import identify
-from skep.api.permissions import STACK_LABEL
-from skep.api.server import application as api_application
-from skep.api.server import runner
+from skep.api.access.identity import identify
+from skep.api.access.permissions import STACK_LABEL
+from skep.api.http.server import application as api_application
+from skep.api.http.server import runner
 from skep.errors import Unavailable
 from skep.manager.journal.loop import Journal
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi, Tunnelling
-from skep.manager.routes.authorization import ClusterObjects
-from skep.model.access import Identity, Origin, parse_binding
+from skep.manager.routes.guard.authorization import ClusterObjects
 from skep.model.container import ContainerSpec, Mount
-from skep.model.history import Entry
-from skep.model.ids import NetworkId, NodeId, ServiceId
+from skep.model.history import JournalEntry
 from skep.model.network import IPAMOptions, Network, NetworkSpec
+from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId, NodeId, ServiceId
+from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -62,9 +62,9 @@ class NoTunnels:
 class Recording(Journal):
     def __init__(self, api: ManagerApi) -> None:
         super().__init__(api.store, NodeId("m1"), SystemClock(), Random(1))
-        self.entries: list[Entry] = []
+        self.entries: list[JournalEntry] = []
 
-    def record(self, entry: Entry) -> None:
+    def record(self, entry: JournalEntry) -> None:
         self.entries.append(entry)
 
 

@@ -10,16 +10,16 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager import events
+from skep.manager.control_loops.loops import loops
 from skep.manager.discovery import network_tables
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.events import ClusterEvents
-from skep.manager.loops import loops
-from skep.model.ids import NodeId, new_id
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.manager.telemetry import events
+from skep.manager.telemetry.events import ClusterEvents
 from skep.model.node import Node
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.ids import NodeId, new_id
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay

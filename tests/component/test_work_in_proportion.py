@@ -14,11 +14,11 @@ from skep.manager.control.jobs import run_job
 from skep.manager.control.services import create_service
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.state import SchedulesState
-from skep.model.ids import new_id
-from skep.model.schedules import CRON
+from skep.model.options.schedules import CRON
 from skep.model.service import ReplicatedJob, ReplicatedService, Resources, Service, ServiceMode
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.times import timestamp
 from skep.store.interface import Commit, Object, Transaction
 from skep.store.level import SCHEDULES
 from skep.store.memory import MemoryStore

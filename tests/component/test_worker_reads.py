@@ -11,18 +11,18 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
-from skep.api.framing import is_readable
+from skep.api.client.client import ApiClient
+from skep.api.http.framing import is_readable
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, Unimplemented
-from skep.manager import worker_reads
+from skep.manager.nodes import worker_reads
+from skep.manager.nodes.worker_reads import WorkerReads
 from skep.manager.routes.access import OF_WORKER
-from skep.manager.worker_reads import WorkerReads
-from skep.model.ids import NodeId
 from skep.model.node import NodeRole
-from skep.node.cluster_reads import ClusterReads
-from skep.security.identity import Identity
+from skep.model.values.ids import NodeId
+from skep.node.cluster.cluster_reads import ClusterReads
+from skep.security.identity import NodeIdentity
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from tests.support.wire_rig import Cluster, a_session, a_worker, until
@@ -81,7 +81,7 @@ async def reads(cluster: ReadableCluster, tmp_path: Path) -> AsyncIterator[Clust
     state = SessionState(SystemClock())
     async with a_session(cluster, await a_worker(cluster, tmp_path)) as (channel, _):
         state.begin(channel)
-        yield ClusterReads(state, Client.local(tmp_path / "none", "its own"))
+        yield ClusterReads(state, ApiClient.local(tmp_path / "none", "its own"))
 
 
 async def test_nothing_is_shown_unless_the_cluster_allows_it(cluster, reads):
@@ -141,7 +141,7 @@ async def test_events_come_one_by_one_until_it_is_not_allowed_any_more(cluster, 
 async def test_what_happens_after_the_permission_ended_is_not_sent(cluster):
     await cluster.allow("true")
     cluster.may_answer.clear()
-    identity = Identity(node_id=NodeId("w1"), cluster_id=cluster.swarm.id, role=NodeRole.WORKER)
+    identity = NodeIdentity(node_id=NodeId("w1"), cluster_id=cluster.swarm.id, role=NodeRole.WORKER)
     caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
     pieces = cluster.reads._serve_read(skep.ReadRequest(target="/events"), caller)
     async with aclosing(pieces):
@@ -176,4 +176,4 @@ async def test_an_earlier_manager_has_no_such_call(tmp_path):
         async with a_session(cluster, await a_worker(cluster, tmp_path)) as (channel, _):
             state.begin(channel)
             with pytest.raises(Unimplemented):
-                await ClusterReads(state, Client.local(tmp_path / "none", "its own")).body("/services")
+                await ClusterReads(state, ApiClient.local(tmp_path / "none", "its own")).body("/services")

@@ -13,12 +13,9 @@ from aiohttp import web
 from skep.aio.clock import SystemClock
 from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.control.swarm import found_swarm
-from skep.manager.events import ClusterEvents
 from skep.manager.routes import ManagerApi, application
-from skep.model.ids import ClusterId, NodeId, new_id
+from skep.manager.telemetry.events import ClusterEvents
 from skep.model.logs import LogLine, LogQuery
-from skep.model.meta import TLSInfo
-from skep.model.name_generator import names_from
 from skep.model.node import (
     ManagerStatus,
     Node,
@@ -30,8 +27,11 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens, Swarm
-from skep.model.times import timestamp
-from skep.store.etcd.cipher import new_wrapping_key
+from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.model.values.meta import TLSInfo
+from skep.model.values.name_generator import names_from
+from skep.model.values.times import timestamp
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.etcd.initialize import initialize
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction

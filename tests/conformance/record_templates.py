@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.docker_lab import DockerLab
 from bench.engine import EngineError
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.conformance.record import RECORDED
 from tests.conformance.templates import LABELS, SERVICE, TEMPLATES
 

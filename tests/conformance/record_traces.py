@@ -18,7 +18,7 @@ import msgspec
 from bench.docker_lab import DockerLab
 from bench.engine import EngineError
 from skep.model.service import ServiceSpec
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.conformance.record import RECORDED
 from tests.conformance.traces import (
     CRASHES,

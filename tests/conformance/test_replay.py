@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.bodies import decode_body
 from skep.api.errors import status_of
-from skep.api.swarm_requests import Interface, founding, joining
+from skep.api.formats.bodies import decode_body
+from skep.api.formats.swarm_requests import Interface, founding, joining
 from skep.errors import SkepError
 from skep.model.swarm import InitRequest, JoinRequest
 from skep.store.interface import Store

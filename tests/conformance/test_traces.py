@@ -15,13 +15,14 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.manager.orchestrator import restart, update
-from skep.model.ids import ServiceId
+from skep.manager.orchestrator import update
+from skep.manager.orchestrator.replacement import restart
 from skep.model.node import Availability
 from skep.model.service import Service
-from skep.model.times import Timestamp, timestamp
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import Timestamp, timestamp
 from tests.conformance.traces import (
     CRASHES,
     CRASHES_AFTER_S,

@@ -23,7 +23,7 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateOrder,
 )
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 GOOD, BETTER, CRASHES, MISSING = "good", "better", "crashes", "missing"
 """Images: two that run, one whose tasks fail after ``CRASHES_AFTER_S``, one that cannot be had."""

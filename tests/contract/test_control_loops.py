@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.model.service import ReplicatedService, Service, ServiceMode
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.times import Timestamp
 from skep.store.interface import NotLeader, Store, Transaction
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.control_loops import leading, wait_for

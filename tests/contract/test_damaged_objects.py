@@ -15,15 +15,13 @@ from skep.errors import AlreadyExists, InvalidArgument, Unavailable
 from skep.manager.control.networks import create_network
 from skep.manager.control.services import create_service
 from skep.manager.dispatcher.assignments import everything
-from skep.manager.dispatcher.registration import Registration, take_session
-from skep.manager.dispatcher.statuses import Report, record_status
+from skep.manager.dispatcher.node_sessions.registration import Registration, take_session
+from skep.manager.dispatcher.statuses import StatusReport, record_status
 from skep.manager.membership.service import resign
 from skep.manager.routes import application
 from skep.manager.routes.representations import damage_of
 from skep.manager.routes.warnings import damage_warnings
 from skep.model.container import ContainerSpec, SecretReference
-from skep.model.ids import ClusterId, NetworkId, NodeId, SecretId, SessionId
-from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import (
     Availability,
@@ -31,20 +29,22 @@ from skep.model.node import (
     Node,
     NodeDescription,
     NodeRole,
-    NodeSession,
     NodeSpec,
     Reachability,
+    SessionOwner,
 )
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
-from skep.model.times import ZERO_TIME
+from skep.model.values.ids import ClusterId, NetworkId, NodeId, SecretId, SessionId
+from skep.model.values.meta import Driver
+from skep.model.values.times import ZERO_TIME
 from skep.store import keys
 from skep.store.interface import Deleted, InUse, Transaction
 from skep.store.memory import MemoryCluster, MemoryStore
-from skep.store.proposal import Proposal
 from skep.store.schema import SCHEMAS
+from skep.store.transactions.proposal import Proposal
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
 from tests.support.control_loops import leading, wait_for
@@ -203,7 +203,7 @@ async def test_a_manager_that_cannot_read_a_node_does_not_overwrite_its_spec_whe
 async def test_a_node_that_cannot_be_read_keeps_its_tasks_its_session_and_its_role(rig: DamageRig) -> None:
     web, everywhere = a_service("web", replicas=1), a_service("everywhere", is_global=True)
     status = ManagerStatus(addr="10.0.0.1:2377", reachability=Reachability.REACHABLE)
-    session = NodeSession(manager_id=NodeId("m1"), session_id=SessionId("s1"))
+    session = SessionOwner(manager_id=NodeId("m1"), session_id=SessionId("s1"))
     n1 = replace(a_node("n1"), manager_status=status, session=session)
     t1 = a_task("t1", slot=1, node="n1", service=web)
     t2 = a_task("t2", slot=0, node="n1", service=everywhere)
@@ -240,7 +240,7 @@ async def test_a_status_that_cannot_be_read_loses_no_task_and_is_mended_by_the_n
     rig: DamageRig,
 ) -> None:
     web = a_service("web", replicas=1)
-    session = NodeSession(manager_id=NodeId("m1"), session_id=SessionId("s1"))
+    session = SessionOwner(manager_id=NodeId("m1"), session_id=SessionId("s1"))
     node = replace(a_node("n1"), session=session)
     await put_all(rig.store, node, web, a_task("t1", slot=1, node="n1", service=web))
     running = rig.store.view().get(Task, "t1").status
@@ -251,7 +251,9 @@ async def test_a_status_that_cannot_be_read_loses_no_task_and_is_mended_by_the_n
         await a_good_service_converges(store)
         (task,) = store.view().find(Task, service_id="web")
         assert (task.id, task.is_wanted, task.status.state) == ("t1", True, TaskState.ASSIGNED)
-        report = Report(node_id=NodeId("n1"), session_id=session.session_id, task_id=task.id, status=running)
+        report = StatusReport(
+            node_id=NodeId("n1"), session_id=session.session_id, task_id=task.id, status=running
+        )
         assert await store.update(record_status, report)
     assert store.view().get(Task, "t1").status == running
     assert store.view().damaged(Task) == {}

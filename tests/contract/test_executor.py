@@ -12,13 +12,13 @@ import pytest
 
 from skep.agent.executor.interface import Controller, Executor, Rejected
 from skep.agent.executor.process import ProcessExecutor
-from skep.agent.executor.simulated import Behavior, Machine, SimulatedExecutor
+from skep.agent.executor.simulated import Behavior, SimulatedExecutor, SimulatedMachine
 from skep.aio.clock import SystemClock
 from skep.model.container import ContainerSpec
-from skep.model.ids import ServiceId, TaskId, new_id
 from skep.model.service import TaskSpec
 from skep.model.task import AssignedTask, Task
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ServiceId, TaskId, new_id
+from skep.model.values.times import SECOND_NS
 from tests.support.runc_lab import IMAGE, Lab
 
 FOREVER = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
@@ -82,7 +82,7 @@ async def machines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
             case "process":
                 yield Machines(lambda _: ProcessExecutor(tmp_path / "processes"), stack)
             case _:
-                machine = Machine()
+                machine = SimulatedMachine()
                 yield Machines(
                     lambda behavior: SimulatedExecutor(SystemClock(), random.Random(1), machine, behavior),
                     stack,

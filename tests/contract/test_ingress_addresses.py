@@ -9,14 +9,14 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.control.networks import remove_network
-from skep.manager.loops import loops
-from skep.model.ids import NetworkId, new_id
+from skep.manager.control_loops.loops import loops
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.service import NetworkAttachmentConfig, PortConfig, PublishMode, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId, new_id
+from skep.model.values.times import Timestamp
 from skep.store.interface import Store, View
 from tests.support.builders import a_docker_node, a_node, a_service, an_overlay
 from tests.support.store_rigs import FIRST

@@ -14,13 +14,13 @@ from skep.errors import InvalidArgument
 from skep.manager.journal.chunks import entries_in, of_changes
 from skep.manager.journal.loop import Journal
 from skep.manager.journal.past import PastStates
-from skep.manager.journal.reading import LIMIT_MAX, Query, page
-from skep.model.history import By, Entry, Kind
-from skep.model.ids import NodeId
-from skep.model.labels import HISTORY
+from skep.manager.journal.reading import LIMIT_MAX, HistoryQuery, page
+from skep.model.history import By, EntryType, JournalEntry
+from skep.model.options.labels import HISTORY
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import TaskState, TaskStatus
+from skep.model.values.ids import NodeId
 from skep.store.interface import HistoryGone, NotLeader, Store, Term, Transaction, View
 from skep.store.kinds import JournalChunk
 from skep.store.level import JOURNAL
@@ -59,13 +59,15 @@ async def leading(journal: Journal, term: Term) -> AsyncIterator[None]:
             lead.cancel()
 
 
-async def entries(view: View, kind: Kind = Kind.CHANGE) -> Sequence[Entry]:
+async def entries(view: View, kind: EntryType = EntryType.CHANGE) -> Sequence[JournalEntry]:
     """All of them, oldest first."""
-    query = Query(kinds=frozenset({kind}), limit=LIMIT_MAX, is_ascending=True)
+    query = HistoryQuery(kinds=frozenset({kind}), limit=LIMIT_MAX, is_ascending=True)
     return (await page(view, query)).entries
 
 
-async def wait_entries(store: Store, count: int, kind: Kind = Kind.CHANGE) -> Sequence[Entry]:
+async def wait_entries(
+    store: Store, count: int, kind: EntryType = EntryType.CHANGE
+) -> Sequence[JournalEntry]:
     while len(found := await entries(store.view(), kind)) < count:  # noqa: ASYNC110 - as eventually
         await asyncio.sleep(0.005)
     return found
@@ -81,11 +83,11 @@ async def test_changes_and_requests_are_kept_by_the_leader_and_read_by_all(rig: 
         await rig.store.update(put, a_secret("s1"))
         await rig.other.update(put, a_service("web"))
         second.record(
-            Entry(type="service", action="create", message="create service web", by=By(user="root"))
+            JournalEntry(type="service", action="create", message="create service web", by=By(user="root"))
         )
         told = [one.message for one in await wait_entries(rig.other, 2)]
         assert told == ["secret s1 created", "service web created: 1 × busybox:1, replicated"]
-        (asked,) = await wait_entries(rig.store, 1, Kind.REQUEST)
+        (asked,) = await wait_entries(rig.store, 1, EntryType.REQUEST)
         assert (asked.message, asked.by) == ("create service web", By(user="root"))
 
 
@@ -122,13 +124,13 @@ async def test_what_no_manager_saw_is_reported_by_an_entry(rig: Rig) -> None:
         await wait_entries(rig.store, 1)
     await rig.store.update(put, a_secret("s2"))
     async with journal_on(rig.store, FIRST) as journal:
-        journal.record(Entry(action="create"))
+        journal.record(JournalEntry(action="create"))
         async with leading(journal, term):
             await rig.store.update(put, a_secret("s3"))
             told = [one.name or one.action for one in await wait_entries(rig.store, 3)]
     assert told == ["s1", "lost-entries", "s3"]
     # Those of its end are written as it ends.
-    assert [one.action for one in await entries(rig.store.view(), Kind.REQUEST)] == ["create"]
+    assert [one.action for one in await entries(rig.store.view(), EntryType.REQUEST)] == ["create"]
 
 
 async def test_the_journal_stays_within_the_bounds_of_the_cluster(rig: Rig) -> None:
@@ -160,13 +162,13 @@ async def test_nothing_is_journaled_before_every_manager_supports_the_journal() 
     term = await anext(rig.store.terms(FIRST, "127.0.0.1:2377"))
     async with journal_on(rig.store, FIRST) as journal, leading(journal, term):
         await rig.store.update(put, a_secret("early"))
-        journal.record(Entry(type="service", action="create", message="early"))
+        journal.record(JournalEntry(type="service", action="create", message="early"))
         assert not rig.store.view().find(JournalChunk)
         await rig.store.update(lambda tx: tx.raise_level(JOURNAL))
         await rig.store.update(put, a_secret("late"))
-        journal.record(Entry(type="service", action="create", message="late"))
+        journal.record(JournalEntry(type="service", action="create", message="late"))
         await eventually(lambda: journaled_names(rig.store.view()) == ["late"])
-        (asked,) = await wait_entries(rig.store, 1, Kind.REQUEST)
+        (asked,) = await wait_entries(rig.store, 1, EntryType.REQUEST)
         assert asked.message == "late"
 
 

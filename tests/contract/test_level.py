@@ -12,13 +12,13 @@ from skep.errors import FailedPrecondition
 from skep.manager.control.services import create_service
 from skep.manager.manager_status import write_manager_status
 from skep.manager.membership.loop import lowest_level, write_level
-from skep.model.ids import NodeId, new_id
-from skep.model.labels import VOLUME_AFFINITY
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
-from skep.model.times import Timestamp
+from skep.model.options.labels import VOLUME_AFFINITY
+from skep.model.values.ids import NodeId, new_id
+from skep.model.values.times import Timestamp
 from skep.store import keys
-from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.etcd.initialize import initialize
 from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.store import open_store
@@ -97,7 +97,7 @@ async def test_a_manager_ends_when_the_others_write_what_it_does_not_know(socket
     await initialize(socket, key, clock, found)
 
     async def serve() -> None:
-        async with open_store(socket, NodeId("m1"), key, clock), Client(socket) as client:
+        async with open_store(socket, NodeId("m1"), key, clock), EtcdClient(socket) as client:
             await client.put(etcd_key(keys.LEVEL), str(LEVEL + 1).encode())
             await asyncio.Event().wait()
 

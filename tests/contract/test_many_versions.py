@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.orchestrator.reaper.loop import Reaper
-from skep.model.ids import new_id
 from skep.model.service import Service
-from skep.model.times import Timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.times import Timestamp
 from skep.store.interface import Store, Transaction
 from skep.store.kinds import SpecVersion
 from tests.support.builders import a_service

@@ -8,25 +8,25 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
-from skep.manager.autolock import Autolock
 from skep.manager.ca.rotation import finish
 from skep.manager.ca.updater import CertificateUpdater
 from skep.manager.control.nodes import check_demotion, remove_node
 from skep.manager.control.services import update_service
 from skep.manager.control.swarm import _keep_unlock_key, resume_replacement
-from skep.manager.dispatcher.adoption import orphans
 from skep.manager.dispatcher.assignments import everything
+from skep.manager.dispatcher.node_sessions.adoption import orphans
+from skep.manager.nodes.revocation import revoke
 from skep.manager.orchestrator import global_services, replicated
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.removals import Orphan, write
 from skep.manager.orchestrator.reaper.state import NO_LIMIT, cluster_limit
-from skep.manager.recovery import doubt_volumes
-from skep.manager.revocation import revoke
+from skep.manager.storage.autolock import Autolock
+from skep.manager.storage.recovery import doubt_volumes
 from skep.manager.volumes.records import forget
-from skep.model.ids import ClusterId, NodeId, ServiceId, SessionId, VolumeId
 from skep.model.network import Network
-from skep.model.node import ManagerStatus, Node, NodeRole, NodeSession, NodeSpec, Reachability
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability, SessionOwner
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import (
     JobStatus,
     RestartCondition,
@@ -35,19 +35,19 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Freeze, RootRotation, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import ClusterId, NodeId, ServiceId, SessionId, VolumeId
+from skep.model.values.times import Timestamp
 from skep.model.volume import Volume, VolumeInfo, VolumeSpec
 from skep.store.interface import View
 from skep.store.keys import object_key
 from skep.store.kinds import Payload, Revocation, has_unreadable_run
 from skep.store.memory import MemoryCluster, MemoryStore
-from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Proposal, Unchanged
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, an_overlay
 from tests.support.control_loops import leading, wait_for
 from tests.support.damage_rigs import a_good_service_converges, cluster_with, damage
@@ -234,7 +234,7 @@ def test_a_task_on_a_network_that_cannot_be_read_holds_up_no_other() -> None:
 
 
 def test_sessions_of_a_manager_that_may_be_one_are_not_taken_over() -> None:
-    of_m2 = replace(a_node("w1"), session=NodeSession(manager_id=NodeId("m2"), session_id=SessionId("x")))
+    of_m2 = replace(a_node("w1"), session=SessionOwner(manager_id=NodeId("m2"), session_id=SessionId("x")))
     store = loaded(a_manager("m2"), of_m2, damaged=(("node", "m2", "manager"),))
     nodes = store.view().find(Node)
     assert [one.node_id for one in orphans(nodes, (), NodeId("m1"))] == ["w1"]

@@ -11,13 +11,13 @@ from msgspec.structs import replace
 
 from skep.errors import ResourceExhausted
 from skep.model.container import ContainerSpec, ImageMountOptions, Mount
-from skep.model.ids import ConfigId, SecretId
 from skep.model.network import Network
 from skep.model.node import EnginePlugin, Node
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, TaskSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.ids import ConfigId, SecretId
 from skep.store.interface import Object, Store, Transaction
 from skep.store.kinds import Payload
 from skep.store.schema import SCHEMA_BY_TYPE

@@ -2,15 +2,15 @@
 
 import asyncio
 
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.errors import AlreadyExists, FailedPrecondition
 from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.services import create_service, remove_service
-from skep.model.ids import new_id
-from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import PortConfig, Service, ServiceSpec
-from skep.model.times import Timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.interface import Store
 from tests.support.builders import a_service_spec
 from tests.support.store_rigs import Rig

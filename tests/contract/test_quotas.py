@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.api.permissions import STACK_LABEL
+from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.manager.control.files import create_config, create_secret, update_secret
 from skep.manager.control.networks import add_subnets, create_network
 from skep.manager.control.quotas import check_quota, quota_state, remove_quota, set_quota
 from skep.manager.orchestrator.changes import RollBack, apply
-from skep.manager.quotas import Usage, quota_of, refusal, usage_of, usage_of_network
-from skep.model.ids import NetworkId, new_id
-from skep.model.meta import Driver
+from skep.manager.services.quotas import StackUsage, quota_of, refusal, usage_of, usage_of_network
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.quota import QuotaSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Resources, Service, ServiceSpec, UpdateState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId, new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
 from skep.store.level import USERS
 from tests.support.builders import a_service, a_service_spec
@@ -98,34 +98,36 @@ async def test_a_bound_of_reservations_needs_them(rig: Rig) -> None:
 
 def test_a_global_service_takes_a_task_of_each_node() -> None:
     spec = a_service_spec("shop_a", is_global=True, reserve=Resources(nano_cpus=5))
-    assert usage_of(spec, 4) == Usage(tasks=4, nano_cpus=20, services=1)
+    assert usage_of(spec, 4) == StackUsage(tasks=4, nano_cpus=20, services=1)
 
 
 def test_every_bound_is_checked() -> None:
-    for name in Usage.__struct_fields__:
+    for name in StackUsage.__struct_fields__:
         quota = QuotaSpec(name="shop", **{name: 5})
-        assert refusal(quota, Usage(), Usage(**{name: 3}), Usage(**{name: 2})) == ""
-        assert refusal(quota, Usage(), Usage(**{name: 3}), Usage(**{name: 3})) != ""
+        assert refusal(quota, StackUsage(), StackUsage(**{name: 3}), StackUsage(**{name: 2})) == ""
+        assert refusal(quota, StackUsage(), StackUsage(**{name: 3}), StackUsage(**{name: 3})) != ""
 
 
-def usages() -> st.SearchStrategy[Usage]:
+def usages() -> st.SearchStrategy[StackUsage]:
     numbers = st.integers(0, 5)
-    return st.builds(Usage, **dict.fromkeys(Usage.__struct_fields__, numbers))
+    return st.builds(StackUsage, **dict.fromkeys(StackUsage.__struct_fields__, numbers))
 
 
 @given(
     quota=st.builds(
-        QuotaSpec, name=st.just("shop"), **dict.fromkeys(Usage.__struct_fields__, st.integers(0, 5))
+        QuotaSpec, name=st.just("shop"), **dict.fromkeys(StackUsage.__struct_fields__, st.integers(0, 5))
     ),
     before=usages(),
     others=usages(),
     less=usages(),
 )
-def test_to_take_less_is_never_refused(quota: QuotaSpec, before: Usage, others: Usage, less: Usage) -> None:
-    wanted = Usage(
+def test_to_take_less_is_never_refused(
+    quota: QuotaSpec, before: StackUsage, others: StackUsage, less: StackUsage
+) -> None:
+    wanted = StackUsage(
         **{
             name: max(getattr(before, name) - getattr(less, name), 0) if getattr(before, name) else 0
-            for name in Usage.__struct_fields__
+            for name in StackUsage.__struct_fields__
         }
     )
     # A service that gives up its reservations is not counted any more.
@@ -208,7 +210,7 @@ async def test_the_addresses_of_a_network(
     given = IPAMOptions(configs=tuple(IPAMConfig(subnet=one) for one in allocated))
     network = Network(id=NetworkId("n"), spec=spec, ipam_options=given)
     usage = usage_of_network(rig.store.view(), spec, network if allocated else None)
-    assert usage == Usage(networks=1, addresses=addresses)
+    assert usage == StackUsage(networks=1, addresses=addresses)
 
 
 async def test_networks_and_their_addresses_count(rig: Rig) -> None:

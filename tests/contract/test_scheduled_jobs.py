@@ -17,15 +17,15 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.manager.job_runs import COMPLETED, FAILED, RUNNING, STOPPED, past_starts
 from skep.manager.schedules.loop import Schedules
 from skep.manager.schedules.state import RESTORED, SCHEDULES_ID, Restored, note_incarnation
-from skep.model.ids import new_id
-from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
-from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND
+from skep.manager.services.job_runs import COMPLETED, FAILED, RUNNING, STOPPED, past_starts
+from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
+from skep.model.options.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND
 from skep.model.service import JobStart, JobStatus, ReplicatedJob, Service, ServiceMode, ServiceSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import Store
 from skep.store.kinds import Payload, as_run
 from skep.store.level import SCHEDULES

@@ -11,13 +11,13 @@ from skep.errors import (
     OutOfSequence,
     ResourceExhausted,
 )
-from skep.model.ids import ConfigId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.secret import Config, ConfigSpec, Secret
 from skep.model.service import (
     Service,
 )
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ConfigId, ServiceId, TaskId
 from skep.store.interface import (
     Store,
     Transaction,

@@ -13,17 +13,17 @@ from skep.errors import (
     InvalidArgument,
     NotFound,
 )
-from skep.model.ids import ConfigId, SecretId, ServiceId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
-from skep.model.overlays import VXLAN_OPTION
+from skep.model.networks.overlays import VXLAN_OPTION
 from skep.model.secret import Config, ConfigSpec, Secret
 from skep.model.service import (
     Endpoint,
     PublishMode,
     Service,
 )
-from skep.model.times import Timestamp
+from skep.model.values.ids import ConfigId, SecretId, ServiceId
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.interface import (
     InUse,
     Store,

@@ -11,8 +11,6 @@ from skep.errors import (
     OutOfSequence,
     Unavailable,
 )
-from skep.model.ids import ServiceId
-from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.secret import Secret
 from skep.model.service import (
@@ -20,6 +18,8 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId
+from skep.model.values.meta import Version
 from skep.store import leadership
 from skep.store.interface import (
     NotLeader,

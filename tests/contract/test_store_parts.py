@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.model.node import Node, NodeSession
+from skep.model.node import Node, SessionOwner
 from skep.model.service import (
     Service,
     TaskSpec,
@@ -156,7 +156,7 @@ async def test_a_session_is_taken_by_compare_and_swap(rig: Rig) -> None:
         assert node is not None
         if node.session is not None:
             return False
-        tx.put(replace(node, session=NodeSession(manager_id=manager)))  # type: ignore[arg-type]
+        tx.put(replace(node, session=SessionOwner(manager_id=manager)))  # type: ignore[arg-type]
         return True
 
     taken = await asyncio.gather(rig.store.update(take, "m1"), rig.other.update(take, "m2"))

@@ -9,14 +9,14 @@ import pytest
 
 from skep.manager.gossip.keys import rotated
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
-from skep.model.gossip import GossipKeys, decoded_keys
-from skep.model.ids import ConfigId, NodeId, SecretId, new_id
 from skep.model.logs import LogQuery
+from skep.model.networks.gossip import GossipKeys, decoded_keys
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import EndpointSpec, PortConfig, PublishMode, TaskSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import ConfigId, NodeId, SecretId, new_id
+from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from tests.support.builders import a_service, a_service_spec, a_task

@@ -7,12 +7,12 @@ from random import Random
 import pytest
 
 from skep.agent.certificates import join, renew
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
-from skep.model.ids import NodeId
 from skep.model.logs import LogLine
 from skep.model.node import NodeRole
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from tests.support.engine_rig import ADDRESS, IMAGE, an_engine, network_namespace
 from tests.support.wire_rig import FakeWorker, an_agent_of, until
 
@@ -38,7 +38,7 @@ async def test_our_agent_works_for_a_docker_manager(namespace, tmp_path):
 
         worker = FakeWorker()
         agent = await stack.enter_async_context(
-            an_agent_of([Peer(NodeId(""), MANAGER)], pair, tmp_path, worker, Random(1))
+            an_agent_of([KnownManager(NodeId(""), MANAGER)], pair, tmp_path, worker, Random(1))
         )
         node = agent.node_id
         await engine.wait_for(lambda output: "Ready" in output, "node", "ls", "-f", f"id={node}")

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from skep.model.data_planes import NODE_LABEL
+from skep.model.networks.data_planes import NODE_LABEL
 from skep.playground.docker import NO_IPVS, has_ipvs
 from tests.support.docker_engines import (
     ENGINES,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.model.paths import PROBE_VNI
+from skep.model.networks.paths import PROBE_VNI
 from tests.integration.test_overlay_networks import addresses, create_global, fetches, inside, kernel
 from tests.support.encrypted_traffic import captured_in, udp_to
 from tests.support.playground_rig import (

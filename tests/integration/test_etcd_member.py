@@ -17,15 +17,15 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
 from skep.linux.processes import boot_id, start_ticks_of
 from skep.manager.ca.peer_files import PeerFiles, place_revoked
-from skep.store.etcd import flags
-from skep.store.etcd.binary import find_binary
-from skep.store.etcd.client import Client
-from skep.store.etcd.damage import Damaged
-from skep.store.etcd.deadlines import end_peer_connections
-from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.membership import RaftMembers
-from skep.store.etcd.orphans import write_pid
+from skep.store.etcd.process import flags
+from skep.store.etcd.process.binary import find_binary
+from skep.store.etcd.process.damage import Damaged
+from skep.store.etcd.process.deadlines import end_peer_connections
+from skep.store.etcd.process.flags import MemberSettings
+from skep.store.etcd.process.member import EtcdMember, MemberFailed, MemberRemoved
+from skep.store.etcd.process.orphans import write_pid
 from tests.support.etcd_calls import (
     CLOCK,
     a_fake_etcd,
@@ -98,7 +98,7 @@ async def test_a_single_member_does_not_wait_for_its_own_election(
 
 async def test_a_member_that_takes_another_one_in_is_not_restarted(settings: MemberSettings) -> None:
     """And one that never comes costs nothing: writes go on."""
-    async with a_new_cluster(settings) as (member, store), Client(settings.socket) as client:
+    async with a_new_cluster(settings) as (member, store), EtcdClient(settings.socket) as client:
         members = await RaftMembers(client, member).add("m2", "https://m2:2378")
         assert [(one.name, one.is_learner) for one in members] == [("m1", False), ("m2", True)]
         await store.update(put_secret, "s")
@@ -266,7 +266,7 @@ async def test_what_etcd_said_last_is_in_the_error(settings: MemberSettings, tmp
     line = '{"level":"fatal","ts":"x","caller":"y","msg":"discovery failed","error":"no more stars"}'
     binary = a_fake_etcd(tmp_path / "etcd", f"echo '{line}' >&2; exit 1")
     with pytest.raises(MemberFailed, match="discovery failed: no more stars"):
-        async with Member(settings, binary, CLOCK, Backoff(0.001, 0.002)).running():
+        async with EtcdMember(settings, binary, CLOCK, Backoff(0.001, 0.002)).running():
             pytest.fail("started")
 
 
@@ -275,7 +275,7 @@ async def test_a_member_that_the_others_removed_is_not_started_again(
 ) -> None:
     """etcd ends with 0 by itself only in that case."""
     binary = a_fake_etcd(tmp_path / "etcd", "exit 0")
-    member = Member(settings, binary, CLOCK, Backoff(0.001, 0.002))
+    member = EtcdMember(settings, binary, CLOCK, Backoff(0.001, 0.002))
     with pytest.raises(MemberRemoved, match="no longer a manager"):
         async with member.running():
             pytest.fail("started")
@@ -319,7 +319,7 @@ async def test_without_room_it_is_started_again_later_and_later_and_says_so(
     script = 'echo \'{"level":"fatal","msg":"failed to create WAL: no space left on device"}\' >&2; exit 1'
     clock, reported = CountingClock(), []
     backoff = Backoff(0.03, 5.0, rng=lambda: 1.0)
-    member = Member(settings, a_fake_etcd(tmp_path / "etcd", script), clock, backoff, reported.append)
+    member = EtcdMember(settings, a_fake_etcd(tmp_path / "etcd", script), clock, backoff, reported.append)
 
     async def run() -> None:
         async with member.running():
@@ -430,7 +430,7 @@ async def test_open_connections_end_when_a_certificate_is_taken_back(
         writer.close()
         with pytest.raises((ssl.SSLError, ConnectionError)):
             await _offer(settings, context)
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             await client.status()  # only those of peers
 
 

@@ -10,15 +10,15 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
-from skep.model.ids import ConfigId, NodeId, SecretId
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.values.ids import ConfigId, NodeId, SecretId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.client import Client
-from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.initialize import Unfinished, initialize, raise_incarnation
+from skep.store.etcd.client import EtcdClient
+from skep.store.etcd.encryption.cipher import new_wrapping_key
+from skep.store.etcd.initialize import InitUnfinished, initialize, raise_incarnation
 from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.process.flags import MemberSettings
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
@@ -102,7 +102,7 @@ async def test_a_frozen_etcd_is_no_answer_and_no_double_write(settings: MemberSe
 
 async def test_the_only_member_is_not_called_before_a_read(settings: MemberSettings) -> None:
     """All writes are acknowledged by its own store; that is over as soon as another member is added."""
-    async with a_member(settings).running() as member, Client(settings.socket) as client:
+    async with a_member(settings).running() as member, EtcdClient(settings.socket) as client:
         await initialize(settings.socket, KEY, CLOCK, found)
         members = RaftMembers(client, member)
         await members.count()
@@ -154,7 +154,7 @@ async def test_values_at_rest_are_encrypted(settings: MemberSettings) -> None:
             )
 
         await store.update(fill)
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             reply = await client.range(pb.RangeRequest(key=PREFIX, range_end=b"/skep/v2"))
     stored = {kv.key: kv.value for kv in reply.kvs}
     assert etcd_key("o/secret/visible-name") in stored
@@ -167,7 +167,7 @@ async def test_values_at_rest_are_encrypted(settings: MemberSettings) -> None:
 
 async def test_a_store_without_a_format_is_an_unfinished_init(settings: MemberSettings) -> None:
     async with a_member(settings).running():
-        with pytest.raises(Unfinished, match="not finished"):
+        with pytest.raises(InitUnfinished, match="not finished"):
             async with open_store(settings.socket, NODE, KEY, CLOCK):
                 pytest.fail("opened")
 
@@ -192,7 +192,7 @@ async def test_what_this_version_does_not_know_is_refused(
 ) -> None:
     async with a_member(settings).running():
         await initialize(settings.socket, KEY, CLOCK, found)
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             await client.put(etcd_key(key), value)
         with pytest.raises(FailedPrecondition, match=reason):
             async with open_store(settings.socket, NODE, KEY, CLOCK):
@@ -224,7 +224,7 @@ async def test_a_damaged_value_is_skipped_and_affects_no_other(settings: MemberS
     async with a_new_cluster(settings) as (_, store):
         for name in ("a", "b", "c"):
             await store.update(put_secret, name)
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             whole = await client.range(pb.RangeRequest(key=etcd_key("o/secret/a")))
             await client.put(etcd_key("o/secret/b"), whole.kvs[0].value)  # moved from another key
             await client.put(etcd_key("o/secret/c"), b"nonsense")
@@ -245,7 +245,7 @@ async def test_in_a_new_incarnation_a_record_of_a_later_raft_term_bars_no_leader
             cipher = store._cipher
             name = etcd_key(keys.LEADER)
             record = msgspec.json.encode(LeaderRecord(node=NodeId("m9"), term=1_000_000))
-            async with Client(settings.socket) as client:
+            async with EtcdClient(settings.socket) as client:
                 await client.put(name, cipher.encrypt(name, record))
         assert await raise_incarnation(settings.socket, 77) == 77
         assert await raise_incarnation(settings.socket, 5) == 78

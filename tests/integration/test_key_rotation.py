@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from skep.errors import FailedPrecondition
-from skep.model.ids import NodeId
 from skep.model.secret import Secret
+from skep.model.values.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd import rotation
-from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.client import Client, prefix_end
-from skep.store.etcd.flags import MemberSettings
+from skep.store.etcd.client import EtcdClient, prefix_end
+from skep.store.etcd.encryption import rotation
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.etcd.initialize import cluster_in
+from skep.store.etcd.process.flags import MemberSettings
 from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import NotLeader, Term
@@ -34,14 +34,14 @@ def settings(tmp_path: Path) -> MemberSettings:
 
 async def data_keys(settings: MemberSettings) -> set[int]:
     """Ids of the data keys that values in etcd are encrypted with."""
-    async with Client(settings.socket) as client:
+    async with EtcdClient(settings.socket) as client:
         request = pb.RangeRequest(key=PREFIX, range_end=prefix_end(PREFIX))
         kvs = (await client.range(request)).kvs
     return {int.from_bytes(kv.value[1:5], "big") for kv in kvs if not is_clear(kv.key)}
 
 
 async def ring_keys(settings: MemberSettings) -> list[int]:
-    async with Client(settings.socket) as client:
+    async with EtcdClient(settings.socket) as client:
         return [key.id for key in (await cluster_in(client)).ring.keys]
 
 
@@ -97,7 +97,7 @@ async def test_a_value_that_nothing_opens_is_named_and_everything_else_is_encryp
     async with a_new_cluster(settings) as (_, store), asyncio.TaskGroup() as group:
         await store.update_each(put_secret, SECRETS)
         damaged = keys.object_key("secret", SECRETS[7])
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             (kv,) = (await client.range(pb.RangeRequest(key=etcd_key(damaged)))).kvs
             await client.put(kv.key, kv.value[:-3] + bytes([kv.value[-3] ^ 1]) + kv.value[-2:])
         leading = group.create_task(lead(store))
@@ -139,7 +139,7 @@ async def test_a_manager_that_does_not_know_of_the_new_key_writes_nothing_under_
         del late._cipher.use
         assert late._cipher.ring.current == 1
         await late.update(put_secret, "late")
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             reply = await client.range(pb.RangeRequest(key=etcd_key(keys.object_key("secret", "late"))))
         assert int.from_bytes(reply.kvs[0].value[1:5], "big") == 2
 
@@ -205,7 +205,7 @@ async def test_a_term_that_is_over_replaces_no_wrapping_key(settings: MemberSett
     """Others may have been given another one meanwhile."""
     async with a_new_cluster(settings) as (_, store):
         term = await a_term(store)
-        async with Client(settings.socket) as client:
+        async with EtcdClient(settings.socket) as client:
             leader = (await client.range(pb.RangeRequest(key=etcd_key(keys.LEADER)))).kvs[0]
             await client.put(leader.key, leader.value)
         with pytest.raises(NotLeader):

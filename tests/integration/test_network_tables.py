@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
 from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 
 NODES = ("m1", "m2", "m3", "w1", "w2")
@@ -19,13 +19,13 @@ def large() -> Iterator[TestCluster]:
         yield cluster
 
 
-def table(cluster: TestCluster, node: str) -> Table | None:
+def table(cluster: TestCluster, node: str) -> NetworkTable | None:
     """The only one that the net process of the node finds."""
     holder = cluster.node(node).description["pids"][0]
     there = Path(f"/proc/{holder}/root/run/skep/tables")
     found = [path for path in there.iterdir() if path.suffix != ".new"] if there.is_dir() else []
     assert len(found) <= 1, found
-    return msgspec.msgpack.decode(found[0].read_bytes(), type=Table) if found else None
+    return msgspec.msgpack.decode(found[0].read_bytes(), type=NetworkTable) if found else None
 
 
 def serving(cluster: TestCluster, node: str) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.netns import conntrack
+from skep.dataplane.netns.kernel import conntrack
 from tests.integration.test_published_ports import in_namespace
 from tests.support.docker_engines import inside, wait_inside
 from tests.support.playground_rig import (

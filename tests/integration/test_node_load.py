@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from skep.node.load import TIME_CONSTANT_S
+from skep.node.telemetry.load import TIME_CONSTANT_S
 from skep.playground import cgroups, names
 from tests.support.playground_rig import (
     SKEP,

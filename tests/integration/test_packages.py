@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from skep.cli import upgrade
-from skep.playground.busybox import busybox_archive
+from skep.cli.maintain import upgrade
+from skep.playground.images.busybox import busybox_archive
 from tests.support.booted_machine import BootedMachine, a_booted_machine, build_package
 from tests.support.playground_rig import wait_until
 

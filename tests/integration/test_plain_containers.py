@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine import apparmor
+from skep.engine.confinement import apparmor
 from tests.integration.test_published_ports import in_namespace
 from tests.support.docker_engines import attachments, inside, wait_inside
 from tests.support.playground_rig import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.model.times import unix_ns
+from skep.model.values.times import unix_ns
 from tests.support.daemon_rig import INIT, DaemonRig, daemon_rig
 from tests.support.playground_rig import (
     IDLE,

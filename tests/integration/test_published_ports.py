@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from tests.support.playground_rig import (
     IMAGE,
     TestCluster,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from skep.playground.archive import Directory, Entry, File, image_archive
-from skep.playground.busybox import PATH, applets
 from skep.playground.commands import find
+from skep.playground.images.archive import ArchivedDirectory, Entry, File, image_archive
+from skep.playground.images.busybox import PATH, applets
 from tests.support.playground_rig import (
     CLIS,
     SKEP,
@@ -44,7 +44,7 @@ def app_image(version: str) -> bytes:
     entries: dict[str, Entry] = {
         **asyncio.run(applets(Path(find("busybox")))),
         "etc/version": File(version.encode()),
-        "tmp": Directory(0o1777),
+        "tmp": ArchivedDirectory(0o1777),
     }
     config = {"Cmd": ["sleep", "100000"], "Env": [f"PATH={PATH}"]}
     return image_archive(entries, tags=[version], created="2026-01-01T00:00:00Z", config=config).data

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.times import SECOND_NS, unix_ns
 from tests.support.playground_rig import (
     IMAGE,
     SKEP,

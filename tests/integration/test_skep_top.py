@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.top.actions import image_of, roll_back, scale, set_availability, update_image
-from skep.top.snapshot import Link, Snapshot
+from skep.top.snapshot import LinkStatus, Snapshot
 from skep.top.watching import LiveCluster
 from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestNode
 
@@ -84,7 +84,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @asynccontextmanager
 async def followed(host: str) -> AsyncIterator[tuple[LiveCluster, Seen]]:
-    async with Client.at(host) as client:
+    async with ApiClient.at(host) as client:
         cluster, seen = LiveCluster(client, host, SystemClock(), random.random), Seen()
         following = asyncio.create_task(cluster.run(seen.publish))
         try:
@@ -107,7 +107,7 @@ async def test_a_cluster_is_followed_and_changed_over_a_lost_connection(m1: Test
     relay = Relay(tmp_path / "relay.sock", m1.socket)
     await relay.open()
     async with followed(f"unix://{relay.path}") as (cluster, seen):
-        await seen.until(lambda one: one.connection.link is Link.LIVE, "the lists are loaded")
+        await seen.until(lambda one: one.connection.link is LinkStatus.LIVE, "the lists are loaded")
         create = ("service", "create", "--detach", "--name")
         await asyncio.to_thread(m1.docker, *create, "web", IMAGE, "sh", "-c", "echo begun; exec sleep 600")
         loaded = await seen.until(lambda one: running(one, "web") == 1, "the task is seen running")
@@ -122,13 +122,13 @@ async def test_a_cluster_is_followed_and_changed_over_a_lost_connection(m1: Test
         assert seen.last.tasks[line.task].service_id == web["ID"]
 
         await relay.cut()
-        lost = await seen.until(lambda one: one.connection.link is Link.LOST, "the loss is said")
+        lost = await seen.until(lambda one: one.connection.link is LinkStatus.LOST, "the loss is said")
         assert lost.connection.retry_s > 0
         assert running(lost, "web") == 2
         crash = ("--restart-condition", "none", IMAGE, "sh", "-c", "echo broke; exit 3")
         await asyncio.to_thread(m1.docker, *create, "crash", *crash)
         await relay.open()
-        await seen.until(lambda one: one.connection.link is Link.LIVE, "the connection is made again")
+        await seen.until(lambda one: one.connection.link is LinkStatus.LIVE, "the connection is made again")
         found = await seen.until(
             lambda one: any("exit 3" in r["Reason"] for r in one.explained.values()), "the reason is shown"
         )

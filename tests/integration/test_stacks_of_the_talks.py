@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from skep.playground.archive import Link
+from skep.playground.images.archive import SymbolicLink
 from tests.conftest import SEARCHED
 from tests.support.playground_rig import (
     TestCluster,
@@ -305,7 +305,9 @@ def test_coins_are_mined_by_more_workers_and_counted(
 ) -> None:
     redis = image(
         ["redis:latest"],
-        {"bin/redis-server": Link("/usr/bin/redis-check-rdb")},  # it looks by which name it was called
+        {
+            "bin/redis-server": SymbolicLink("/usr/bin/redis-check-rdb")
+        },  # it looks by which name it was called
         ["redis-server", "--protected-mode", "no"],
         *(["redis-tools"], ["usr/bin/redis-check-rdb"]),
     )

@@ -6,10 +6,8 @@ import msgspec
 
 from sim.committed import Change
 from sim.invariants.observer import Rule
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.meta import Version
 from skep.model.network import Network
-from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
+from skep.model.node import Node, NodeDescription, NodeState, NodeStatus, SessionOwner
 from skep.model.service import (
     Resources,
     RestartPolicy,
@@ -18,12 +16,14 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
-from skep.store.proposal import Proposal
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Proposal
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_service_spec
 
 LEADER, OTHER = NodeId("m1"), NodeId("m2")
@@ -75,7 +75,7 @@ def a_node(
         id=id,
         status=NodeStatus(state=state),
         description=NodeDescription(hostname=id, resources=Resources(memory_bytes=1 << 30)),
-        session=NodeSession(manager_id=owner, session_id=session),  # type: ignore[arg-type]
+        session=SessionOwner(manager_id=owner, session_id=session),  # type: ignore[arg-type]
     )
 
 

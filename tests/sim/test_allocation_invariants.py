@@ -5,8 +5,6 @@ from msgspec.structs import replace
 
 from sim.invariants.allocations import VXLAN, UniqueAllocations, allocation_violations, networks_are_apart
 from sim.invariants.restarts import RestartPolicies
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.service import (
     Endpoint,
@@ -17,8 +15,10 @@ from skep.model.service import (
     RestartPolicy,
 )
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import SECOND_NS
-from skep.store.transaction import LocalTransaction
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS
+from skep.store.transactions.transaction import LocalTransaction
 from tests.sim.histories import W1, History, a_node, a_service, a_task
 from tests.support.builders import a_service_spec
 

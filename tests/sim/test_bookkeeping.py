@@ -10,9 +10,9 @@ from sim.manager import SimulatedManager
 from skep.manager.allocator.loop import Allocator
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.loop import Scheduler
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.service import PortConfig
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from tests.support.builders import a_service_spec
 
 M1 = NodeId("m1")

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from sim.client_runs import Commands, label_of, show_version
 from sim.cluster import SimulatedCluster
 from sim.random_specs import BROKEN
-from skep.cli.rotation import SECRET
+from skep.cli.apps.rotation import SECRET
 from skep.model.node import Availability, Node, NodeRole
-from skep.model.schedules import CRON
+from skep.model.options.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.model.task import Task

@@ -16,18 +16,18 @@ from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.dispatcher.assignments import SentState, difference, everything
 from skep.manager.dispatcher.statuses import record_unpublished
-from skep.manager.recovery import doubt_volumes
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.storage.recovery import doubt_volumes
 from skep.manager.volumes.driver_calls import skip_confirmation
-from skep.manager.volumes.loop import ClusterVolumes
+from skep.manager.volumes.loop import VolumeManager
 from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NodeId, SessionId, TaskId, VolumeId
-from skep.model.meta import Driver
-from skep.model.node import CSIInfo, Node, NodeSession, NodeState, NodeStatus
+from skep.model.node import CSIInfo, Node, NodeState, NodeStatus, SessionOwner
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId, SessionId, TaskId, VolumeId
+from skep.model.values.meta import Driver
+from skep.model.values.times import timestamp
 from skep.model.volume import (
     AccessMode,
     PublishState,
@@ -305,7 +305,7 @@ class World:
         async with asyncio.TaskGroup() as group:
             group.create_task(Scheduler(self.store, self.clock, str, random).run())
             group.create_task(
-                ClusterVolumes(self.store, self.clock, random, self.driver, skip_confirmation).run()
+                VolumeManager(self.store, self.clock, random, self.driver, skip_confirmation).run()
             )
 
     def _found(self, tx: Transaction) -> None:
@@ -314,7 +314,7 @@ class World:
             node = a_node(id)
             info = CSIInfo(plugin_name="d", node_id=id, max_volumes_per_node=2)
             description = replace(node.description, csi_info=(info,))
-            session = NodeSession(manager_id=NodeId("m1"), session_id=SESSION)
+            session = SessionOwner(manager_id=NodeId("m1"), session_id=SESSION)
             tx.put(replace(node, description=description, session=session))
 
     async def _disturb(self) -> None:

@@ -7,9 +7,8 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.invariants.dependencies import UNNOTICED_S, DependenciesComeFirst
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import ServiceId
 from skep.model.node import Availability, Node
+from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.service import (
     GlobalJob,
     JobStatus,
@@ -23,7 +22,8 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import SECOND_NS, Timestamp
 from tests.sim.histories import W1, History, a_task
 from tests.support.builders import a_service_spec
 from tests.support.sim_services import with_image

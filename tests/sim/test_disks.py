@@ -9,12 +9,12 @@ from msgspec.structs import replace
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from skep.errors import Unavailable
-from skep.model.ids import NodeId
-from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
+from skep.model.networks.overlays import VXLAN_OPTION
 from skep.model.node import Node, NodeState
-from skep.model.overlays import VXLAN_OPTION
 from skep.model.service import ReplicatedService, Service, ServiceMode
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Driver
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key

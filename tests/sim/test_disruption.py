@@ -3,9 +3,9 @@
 import pytest
 
 from sim.cluster import SimulatedCluster
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.swarm import Swarm
+from skep.model.values.ids import NodeId
 from tests.support.builders import a_service_spec
 
 WORKERS, REPLICAS = 6, 18

@@ -13,16 +13,14 @@ from sim.invariants.volumes import OnlyCopiesStay
 from sim.invariants.writers import SingleWriters
 from sim.random_specs import Dependencies, a_spec
 from sim.reference import Accepted, Create, Refused, ServiceState, State, Update, respond
-from skep.api.permissions import STACK_LABEL
-from skep.model.autoscaling import AUTOSCALE
+from skep.api.access.permissions import STACK_LABEL
 from skep.model.container import Mount
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import ServiceId, VolumeId
-from skep.model.labels import JOB_TTL, PRIORITY, VOLUME_AFFINITY
-from skep.model.meta import Version
 from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.labels import JOB_TTL, PRIORITY, VOLUME_AFFINITY
+from skep.model.options.schedules import CRON
 from skep.model.quota import QuotaSpec
-from skep.model.schedules import CRON
 from skep.model.service import (
     GlobalJob,
     JobStatus,
@@ -35,7 +33,9 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
-from skep.model.times import Timestamp, timestamp
+from skep.model.values.ids import ServiceId, VolumeId
+from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp, timestamp
 from skep.model.volume import (
     AccessMode,
     TypeMount,

@@ -4,8 +4,8 @@ import pytest
 from msgspec.structs import replace
 
 from sim.invariants.disks import KNOWN_S, FullNodesGetNoNewTasks
-from skep.model.conditions import DISK_PRESSURE_LABEL
 from skep.model.node import EngineDescription, Node
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.task import Task, TaskState, TaskStatus
 from tests.sim.histories import W1, History, a_node, a_service, a_task
 

@@ -20,10 +20,8 @@ from sim.invariants.tasks import (
 )
 from sim.invariants.writers import one_leader_writes, session_owners_report, sessions_are_claimed
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import ServiceId, TaskId
-from skep.model.labels import VOLUME_AFFINITY
-from skep.model.meta import Version
 from skep.model.node import NodeState
+from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.service import (
     ReplicatedJob,
     Service,
@@ -33,9 +31,11 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import TaskState, TaskStatus, VolumeAttachment
+from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.meta import Version
 from skep.model.volume import PublishState, VolumeScope, VolumeSharing
 from skep.store.state import State
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 from tests.sim.histories import LEADER, OTHER, W1, W2, W3, History, a_node, a_run, a_service, a_task
 from tests.support.builders import a_cluster_volume, a_service_spec, with_disks
 

@@ -9,10 +9,8 @@ from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable, surplus_violations
-from skep.model.autoscaling import with_replicas
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import (
     Autoscaled,
     JobStatus,
@@ -22,6 +20,8 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
 from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
 from tests.support.builders import a_service_spec
 

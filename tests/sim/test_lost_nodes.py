@@ -4,10 +4,10 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.model.ids import NodeId
-from skep.model.labels import FORGET_NODES, ON_DISCONNECT
 from skep.model.node import Node, NodeState
+from skep.model.options.labels import FORGET_NODES, ON_DISCONNECT
 from skep.model.swarm import Swarm
+from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
 from tests.support.builders import a_service_spec

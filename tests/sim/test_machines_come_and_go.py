@@ -11,8 +11,8 @@ from sim.operators import GIVEN_UP_S, Operators
 from sim.restore import restore
 from sim.users import Users
 from sim.versions import FIELD, UnknownFieldsAreKept
-from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeRole
+from skep.model.values.ids import NodeId
 from skep.store.state import State
 from skep.store.tables import KeyChange
 from tests.support.builders import a_service_spec

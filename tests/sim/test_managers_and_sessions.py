@@ -6,12 +6,12 @@ import pytest
 
 from sim.cluster import SimulatedCluster
 from sim.faults import hang_manager
-from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
-from skep.model.ids import NodeId
+from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
 from skep.model.node import Node, NodeState
 from skep.model.service import RestartPolicy
 from skep.model.task import TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_service_spec
 
 SEEDS = range(3)

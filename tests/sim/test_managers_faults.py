@@ -10,8 +10,8 @@ from sim.committed import Change
 from sim.faults import hang_manager
 from sim.links import Port
 from skep.errors import Unavailable
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
+from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import OutOfSpace
 from skep.store.etcd.requests import etcd_key

@@ -6,9 +6,9 @@ import pytest
 
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
-from skep.manager.dispatcher import admission
-from skep.model.ids import NodeId
+from skep.manager.dispatcher.node_sessions import admission
 from skep.model.node import Node, NodeState
+from skep.model.values.ids import NodeId
 from skep.store.interface import Updated, View
 from tests.support.builders import a_service_spec
 

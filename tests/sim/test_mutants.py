@@ -3,7 +3,7 @@
 import pytest
 
 from sim.mutants import MUTANTS, SEEDS, Mutant, broken, judge
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 
 
 def by_name(name: str) -> Mutant:

@@ -15,7 +15,6 @@ from sim.invariants.objects import unbounded_objects
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
-from skep.model.ids import ClusterId, NodeId, ServiceId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     GlobalJob,
@@ -27,7 +26,8 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import timestamp
+from skep.model.values.ids import ClusterId, NodeId, ServiceId
+from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec

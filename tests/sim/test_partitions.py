@@ -9,14 +9,14 @@ from sim.cluster import SimulatedCluster
 from skep.agent.executor.simulated import Behavior
 from skep.manager.control import swarm as control
 from skep.manager.control.tasks import known_status
-from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
-from skep.manager.orchestrator.disruption import READY_BEFORE_S
-from skep.model.ids import NodeId
+from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
+from skep.manager.orchestrator.replacement.disruption import READY_BEFORE_S
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import timestamp
 from tests.support.builders import a_service_spec
 
 SEEDS = range(2)

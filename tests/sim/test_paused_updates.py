@@ -4,10 +4,10 @@ import pytest
 
 from sim.cluster import SimulatedCluster
 from skep.manager.control.updates import abort_update, pause_update, resume_update
-from skep.model.ids import ServiceId
 from skep.model.service import RestartPolicy, Service, UpdateConfig, UpdateState
 from skep.model.task import TaskState
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from tests.support.builders import a_service_spec
 from tests.support.sim_services import state_of, with_image
 

@@ -12,10 +12,8 @@ from sim.invariants.placement import global_jobs_run_once, meets, port_violation
 from sim.invariants.volumes import LocalVolumesStay
 from sim.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
-from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
-from skep.model.meta import Driver, Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
+from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY
 from skep.model.service import (
     EndpointSpec,
     GlobalJob,
@@ -31,7 +29,9 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.model.volume import (
     AccessMode,
     PublishState,

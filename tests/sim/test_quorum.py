@@ -8,11 +8,11 @@ import pytest
 from sim.cluster import SimulatedCluster
 from skep.errors import Unavailable
 from skep.manager.control.services import create_service
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.service import Service, ServiceSpec
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import timestamp
 from skep.store.etcd.store import EtcdStore
-from skep.store.updates import NO_LEADER
+from skep.store.transactions.updates import NO_LEADER
 from tests.support.builders import a_service_spec
 
 TOLERATED = {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2, 7: 3, 8: 3, 9: 4}

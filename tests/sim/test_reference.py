@@ -24,8 +24,6 @@ from sim.reference import (
 )
 from sim.responses import MANUAL_ROLLBACK, ResponseCheck
 from skep.model.container import SecretReference
-from skep.model.ids import NodeId, SecretId, ServiceId
-from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec
 from skep.model.service import (
     EndpointSpec,
@@ -43,6 +41,8 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
+from skep.model.values.ids import NodeId, SecretId, ServiceId
+from skep.model.values.meta import Version
 from tests.sim.histories import OTHER, W1, History, a_node
 from tests.support.builders import a_service_spec
 

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from sim.clients import ADMIN, ApiClient, Apis
 from sim.cluster import SimulatedCluster
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
-from skep.model.access import Identity, Origin, parse_binding
 from skep.model.container import Mount
+from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.model.service import Service
 from skep.stack.cluster_state import config_names, existing_of, known_revisions
 from skep.stack.deploying import CreatedObjects

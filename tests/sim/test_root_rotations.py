@@ -11,10 +11,10 @@ from sim.storage import SimulatedStorage
 from sim.users import Users
 from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.control.swarm import Rotations, update_swarm
-from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.swarm import Swarm
-from skep.model.times import moment
+from skep.model.values.ids import NodeId
+from skep.model.values.times import moment
 from skep.security.trust import is_issued_by
 from skep.store.interface import Transaction, View
 

@@ -4,10 +4,8 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.meta import Version
 from skep.model.node import Node
+from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.service import (
     EndpointSpec,
     GlobalService,
@@ -23,7 +21,9 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.store import EtcdStore
 from tests.support.builders import a_service_spec

@@ -7,8 +7,7 @@ from sim.invariants.schedules import DECIDED_S, due_times, undecided
 from sim.random_specs import ENDING_IMAGES
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.services import create_service
-from skep.model.ids import ServiceId
-from skep.model.schedules import CRON
+from skep.model.options.schedules import CRON
 from skep.model.service import (
     JobStatus,
     ReplicatedJob,
@@ -17,7 +16,8 @@ from skep.model.service import (
     ServiceMode,
     ServiceSpec,
 )
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from tests.support.builders import a_service_spec
 
 MINUTES = 8

@@ -22,12 +22,11 @@ from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.volumes.driver_calls import skip_confirmation
-from skep.manager.volumes.loop import ClusterVolumes
+from skep.manager.volumes.loop import VolumeManager
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import ClusterId, NodeId, ServiceId
-from skep.model.labels import FORGET_NODES
-from skep.model.meta import Driver
-from skep.model.node import CSIInfo, Node, NodeSession, NodeState, NodeStatus
+from skep.model.node import CSIInfo, Node, NodeState, NodeStatus, SessionOwner
+from skep.model.options.labels import FORGET_NODES
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, created_ms
 from skep.model.service import (
     ReplicatedService,
     RestartPolicy,
@@ -36,10 +35,11 @@ from skep.model.service import (
     ServiceSpec,
     UpdateState,
 )
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, created_ms
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import ClusterId, NodeId, ServiceId
+from skep.model.values.meta import Driver
+from skep.model.values.times import timestamp
 from skep.model.volume import VolumeSpec
 from skep.store.interface import Transaction
 from skep.store.level import CLUSTER_VOLUMES
@@ -136,7 +136,7 @@ class World:
             for kind in (Orchestrator, Allocator, Scheduler, Reaper, LostNodes):
                 group.create_task(kind(self.store, self.clock, new_id, random).run())
             group.create_task(
-                ClusterVolumes(self.store, self.clock, random, self.driver, skip_confirmation).run()
+                VolumeManager(self.store, self.clock, random, self.driver, skip_confirmation).run()
             )
 
     def _found(self, tx: Transaction) -> None:
@@ -219,7 +219,7 @@ def _spec(name: str, mount: Mount) -> ServiceSpec:
 
 def _a_ready_node(id: str) -> Node:
     node, info = a_node(id), CSIInfo(plugin_name="d", node_id=id)
-    session = NodeSession(manager_id=NodeId("m1"), session_id=SESSION)
+    session = SessionOwner(manager_id=NodeId("m1"), session_id=SESSION)
     return replace(node, description=replace(node.description, csi_info=(info,)), session=session)
 
 

@@ -6,7 +6,6 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.model.ids import NodeId
 from skep.model.node import Availability
 from skep.model.service import (
     Resources,
@@ -18,7 +17,8 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.task import TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_service_spec
 from tests.support.sim_services import state_of, with_image, with_replicas
 

@@ -12,7 +12,7 @@ from sim.store_only.run import StoreRun, simulate
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.reflector import Reflector
 from skep.store.kinds import Payload
-from skep.store.updates import TERM_DEADLINE_S
+from skep.store.transactions.updates import TERM_DEADLINE_S
 
 SEEDS = 1000
 QUICK = 100

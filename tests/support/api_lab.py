@@ -14,7 +14,7 @@ from aiohttp import web
 
 from skep.agent.executor.oci import OciExecutor
 from skep.aio.clock import SystemClock
-from skep.api.server import Routes, application, runner
+from skep.api.http.server import Routes, application, runner
 from skep.engine.api.containers import create_routes
 from skep.engine.api.routes import engine_routes
 from tests.conftest import SEARCHED

@@ -13,12 +13,12 @@ from typing import Any, cast
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.responses import json_response
-from skep.api.server import Routes, application
+from skep.api.http.responses import json_response
+from skep.api.http.server import Routes, application
 from skep.engine.api.routes import engine_routes
 from skep.engine.engine import Engine
+from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Limits
 from tests.support.archives import a_docker_archive
 from tests.support.playground_rig import CLIS
 from tests.support.runc_lab import Lab
@@ -132,7 +132,7 @@ def members(directory: Path) -> dict[str, tarfile.TarInfo]:
 
 
 @asynccontextmanager
-async def build_lab(root: Path, limits: Limits | None = None) -> AsyncIterator[BuildLab]:
+async def build_lab(root: Path, limits: ImageLimits | None = None) -> AsyncIterator[BuildLab]:
     """Run a node with the image ``BASE``."""
     async with Lab(root).running() as lab:
         images = ImageStore(root / "images", limits=limits)

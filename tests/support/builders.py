@@ -9,10 +9,8 @@ from itertools import count
 from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec
-from skep.model.data_planes import PLANE_OPTION
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
-from skep.model.meta import Driver, Version
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.networks.data_planes import PLANE_OPTION
 from skep.model.node import (
     Availability,
     CSIInfo,
@@ -45,7 +43,9 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import timestamp
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import timestamp
 from skep.model.volume import (
     AccessMode,
     PublishState,

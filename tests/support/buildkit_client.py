@@ -10,12 +10,12 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.sessions import BOUNDS
+from skep.engine.buildkit.protocol.sessions import BOUNDS
 from skep.rpc.client import ClientConnection, ClientStream
 from skep.rpc.core import MESSAGE_HEAD
 from skep.rpc.headers import request_block
-from skep.rpc.server import Limits, ServerConnection, ServerStream
-from skep.rpc.status import CallFailed, Status
+from skep.rpc.server import PeerLimits, ServerConnection, ServerStream
+from skep.rpc.status import CallFailed, StatusCode
 
 A = TypeVar("A", bound=Message)
 
@@ -72,7 +72,7 @@ class FileServer:
             await stream.send_status()
             return
         if stream.request.path != _DIFF_COPY:
-            await stream.send_status(CallFailed(Status.UNIMPLEMENTED, "not served"))
+            await stream.send_status(CallFailed(StatusCode.UNIMPLEMENTED, "not served"))
             return
         tree = self._trees.pop(0)
         if not self._trees and self._packets is not None:
@@ -155,7 +155,7 @@ async def session(
     connection = ServerConnection(files.handle)
 
     def begin(transport: asyncio.Transport) -> asyncio.Protocol:
-        connection.begin(transport, Limits(streams=32, stream_window=1 << 20, connection_window=8 << 20))
+        connection.begin(transport, PeerLimits(streams=32, stream_window=1 << 20, connection_window=8 << 20))
         return connection
 
     headers = [("X-Docker-Expose-Session-Uuid", id), ("X-Docker-Expose-Session-Sharedkey", key)]
@@ -233,7 +233,7 @@ async def session_by_call(calls: Calls, id: str, files: FileServer) -> AsyncIter
     metadata = ("x-docker-expose-session-uuid", id), ("x-docker-expose-session-grpc-method", _DIFF_COPY)
     served = ServerConnection(files.handle)
     with calls.stream("/moby.buildkit.v1.Control/Session", metadata) as stream:
-        limits = Limits(streams=32, stream_window=1 << 20, connection_window=8 << 20)
+        limits = PeerLimits(streams=32, stream_window=1 << 20, connection_window=8 << 20)
         served.begin(_Sending(stream), limits)
 
         async def receive() -> None:

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from skep.engine.images.digest import digest_of
-from skep.engine.images.registry import OCI_MANIFEST, Document
-from skep.engine.images.uploads import Upload
+from skep.engine.images.registry.registry import OCI_MANIFEST, Document
+from skep.engine.images.registry.uploads import BlobUpload
 from skep.errors import NotFound
 
 
@@ -20,7 +20,7 @@ class Artifact:
         self.blobs: dict[str, bytes] = {}
         self.manifest_bytes = b""
 
-    async def put(self, upload: Upload) -> None:
+    async def put(self, upload: BlobUpload) -> None:
         self.blobs[upload.digest] = upload.path.read_bytes() if upload.path else upload.content
 
     async def put_manifest(self, document: Document) -> None:

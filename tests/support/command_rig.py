@@ -9,11 +9,11 @@ from pathlib import Path
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.raw import RawClient
-from skep.api.requests import PlainRequests
-from skep.api.server import runner
+from skep.api.client.raw import RawClient
+from skep.api.client.requests import PlainRequests
+from skep.api.http.server import runner
 from skep.manager.routes import application
-from skep.model.data_planes import NODE_LABEL
+from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus

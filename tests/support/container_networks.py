@@ -13,19 +13,26 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.api.formats.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.endpoint_allocation import EndpointAllocation
 from skep.dataplane.gateway import Gateway
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
-from skep.engine.container import Container, PlainOptions
+from skep.engine.containers.container import Container, PlainOptions
 from skep.engine.lifecycle import driver
 from skep.errors import AlreadyExists, NotFound
-from skep.model.ids import ContainerId, NetworkId, TaskId, new_container_id
-from skep.model.sandbox import Endpoint, EndpointConfig, EndpointRequest, NetworkMode, PublishedPort, Sandbox
+from skep.model.networks.sandbox import (
+    Endpoint,
+    EndpointConfig,
+    EndpointRequest,
+    NetworkMode,
+    PublishedPort,
+    Sandbox,
+)
+from skep.model.networks.tables import NetworkHead, Segment
 from skep.model.service import PublishMode
-from skep.model.tables import NetworkHead, Segment
+from skep.model.values.ids import ContainerId, NetworkId, TaskId, new_container_id
 from tests.support.oci_rig import Machine, memory_engine, new_container
 from tests.support.wire_rig import until
 

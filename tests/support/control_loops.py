@@ -6,10 +6,10 @@ from contextlib import aclosing, asynccontextmanager
 from random import Random
 
 from skep.aio.clock import SystemClock
-from skep.manager.loops import loops
-from skep.model.ids import new_id
+from skep.manager.control_loops.loops import loops
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import new_id
 from skep.store.interface import Store
 from tests.support.store_rigs import FIRST
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Protocol
 
 from skep.aio.clock import SystemClock
-from skep.model.ids import NodeId
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.client import Client, prefix_end
+from skep.store.etcd.client import EtcdClient, prefix_end
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.etcd.initialize import initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
-from skep.store.proposal import Proposal
+from skep.store.transactions.proposal import Proposal
 from tests.support.builders import a_service
 from tests.support.control_loops import wait_for
 from tests.support.etcd_rig import Relay, a_member, member_settings
@@ -66,7 +66,7 @@ class MemoryDamage:
 
 class EtcdDamage:
     def __init__(
-        self, store: Store, relay: Relay, client: Client, socket: Path, key: bytes, stack: AsyncExitStack
+        self, store: Store, relay: Relay, client: EtcdClient, socket: Path, key: bytes, stack: AsyncExitStack
     ) -> None:
         self.store = store
         self._relay = relay
@@ -114,7 +114,7 @@ async def etcd_damage(root: Path) -> AsyncIterator[DamageRig]:
         relay, path = Relay(settings.socket), root / "m1.sock"
         await stack.enter_async_context(relay.listening(path))
         store = await stack.enter_async_context(open_store(path, NodeId("m1"), key, clock))
-        client = await stack.enter_async_context(Client(settings.socket))
+        client = await stack.enter_async_context(EtcdClient(settings.socket))
         yield EtcdDamage(store, relay, client, settings.socket, key, stack)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.connection import Connection
-from skep.api.identity import identify, identity_of
+from skep.api.access.identity import identify, identity_of
+from skep.api.http.connection import Connection
 from skep.dashboard.server import DashboardServer, Tls
 from skep.errors import Unauthenticated, Unavailable
-from skep.model.access import Credential, Identity, Origin, parse_binding
+from skep.model.permissions.access import Credential, Identity, Origin, parse_binding
 from tests.support.api_authority import Authority
 from tests.support.playground_rig import SKEP
 

@@ -11,13 +11,13 @@ from skep.manager.discovery.derive import (
     service_on,
     unread_services,
 )
-from skep.model.data_planes import claimed_underlay, data_path_port
 from skep.model.network import Network
+from skep.model.networks.data_planes import claimed_underlay, data_path_port
+from skep.model.networks.overlays import head_of
+from skep.model.networks.tables import NetworkTable
 from skep.model.node import Node
-from skep.model.overlays import head_of
 from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.tables import Table
 from skep.model.task import Task
 from skep.store.interface import View
 
@@ -25,7 +25,7 @@ K = TypeVar("K", bound=str)
 V = TypeVar("V")
 
 
-def table_of(view: View, network: Network) -> Table:
+def table_of(view: View, network: Network) -> NetworkTable:
     """Return the whole table of ``network``, as of the view's revision.  This reads all tasks."""
     tasks = [task for task in view.find(Task) if network.id in overlay_attachments(task)]
     unread = unread_services(view)
@@ -38,7 +38,7 @@ def table_of(view: View, network: Network) -> Table:
     with_tasks = {task.service_id for task in tasks}
     hosts = {task.node_id for task in tasks}
     is_everywhere = network.spec.ingress and publishes
-    return Table(
+    return NetworkTable(
         head=head_of(network, data_path_port(view.find(Swarm))),
         revision=view.revision,
         nodes=_present(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.netns.kernel.namespaces import inside
 
 TEXT = b"the queen is dead, long live the queen "
 PORT = 7000

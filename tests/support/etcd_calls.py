@@ -10,14 +10,14 @@ from pathlib import Path
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists
 from skep.linux.processes import parsed_stat, start_ticks_of
-from skep.model.ids import ClusterId, NodeId, SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.model.swarm import Swarm
-from skep.store.etcd.binary import Binary
-from skep.store.etcd.cipher import new_wrapping_key
-from skep.store.etcd.flags import MemberSettings
+from skep.model.values.ids import ClusterId, NodeId, SecretId
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.etcd.initialize import initialize
-from skep.store.etcd.member import Member
+from skep.store.etcd.process.binary import Binary
+from skep.store.etcd.process.flags import MemberSettings
+from skep.store.etcd.process.member import EtcdMember
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import Transaction
 from tests.support.etcd_rig import a_member
@@ -40,7 +40,7 @@ def put_secret(tx: Transaction, name: str) -> Secret:
 
 
 @asynccontextmanager
-async def a_new_cluster(settings: MemberSettings) -> AsyncIterator[tuple[Member, EtcdStore]]:
+async def a_new_cluster(settings: MemberSettings) -> AsyncIterator[tuple[EtcdMember, EtcdStore]]:
     """Run a member with a new cluster in it, and its store."""
     async with a_member(settings).running() as member:
         with suppress(AlreadyExists):
@@ -49,7 +49,7 @@ async def a_new_cluster(settings: MemberSettings) -> AsyncIterator[tuple[Member,
             yield member, store
 
 
-def pid_of(member: Member) -> int:
+def pid_of(member: EtcdMember) -> int:
     pid = member.pid
     assert pid is not None
     return pid

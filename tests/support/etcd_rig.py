@@ -15,9 +15,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
 from skep.security.tls import MANAGER_NAME
-from skep.store.etcd.binary import find_binary
-from skep.store.etcd.flags import MemberSettings, PeerFiles
-from skep.store.etcd.member import Member
+from skep.store.etcd.process.binary import find_binary
+from skep.store.etcd.process.flags import MemberSettings, PeerFiles
+from skep.store.etcd.process.member import EtcdMember
 
 
 def free_port() -> int:
@@ -84,9 +84,9 @@ def member_settings(root: Path, *, name: str = "m1") -> MemberSettings:
     )
 
 
-def a_member(settings: MemberSettings) -> Member:
+def a_member(settings: MemberSettings) -> EtcdMember:
     """Return a member that is not running yet: ``async with a_member(settings).running():``."""
-    return Member(settings, find_binary(), SystemClock(), Backoff(0.02, 0.2))
+    return EtcdMember(settings, find_binary(), SystemClock(), Backoff(0.02, 0.2))
 
 
 class Relay:

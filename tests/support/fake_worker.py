@@ -4,22 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import cast
 
-from skep.agent.reports import Reports
-from skep.agent.session_state import SessionState
+from skep.agent.session.reports import Reports
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 from skep.model.task_end import TaskEnd
-from skep.model.times import SECOND_NS, timestamp
-from skep.wire.client import Channel
+from skep.model.values.ids import TaskId
+from skep.model.values.times import SECOND_NS, timestamp
+from skep.wire.client import ManagerChannel
 
 
 def a_session() -> SessionState:
     """Return the state of a node with a session, in which a manager may replace its tasks."""
     state = SessionState(SystemClock())
-    state.begin(cast("Channel", None))  # no call is made
+    state.begin(cast("ManagerChannel", None))  # no call is made
     return state
 
 

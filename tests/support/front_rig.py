@@ -12,16 +12,16 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
-from skep.api.handover_server import HOOKS, PassedConnections, begin_response
+from skep.api.client.client import ApiClient
+from skep.api.http.handover_server import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import NotFound
-from skep.model.access import Identity
+from skep.model.permissions.access import Identity
 from skep.node.front.application import Application, Ping, no_ping
 from skep.node.front.handover import Handover
 from skep.node.front.server import DockerSocket, Front
 from skep.node.front.task_requests import TaskContainer
-from skep.node.front.users import ApiTls, Users
+from skep.node.front.users import ApiTls, KnownUsers
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MIB = 1 << 20
@@ -104,8 +104,8 @@ class Rig:
                 ownership=Owned(),
                 membership=self.member,
                 docker=DockerSocket(self.engine_socket),
-                users=Users(
-                    Client.local(self.handover_socket, "no manager"), SystemClock(), lambda: 0.5, tls
+                users=KnownUsers(
+                    ApiClient.local(self.handover_socket, "no manager"), SystemClock(), lambda: 0.5, tls
                 ),
             )
             hosts: list[Host] = [UnixHost(self.socket), TcpHost("127.0.0.1", self.port)]

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.model.ids import NetworkId
-from skep.model.tables import NetworkHead, Segment
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.model.networks.tables import NetworkHead, Segment
+from skep.model.values.ids import NetworkId
 from tests.support.overlay_lab import DUAL, INGRESS, place, shell, try_shell
 from tests.support.secure_lab import secure_lab
 

@@ -12,9 +12,9 @@ from h2.events import DataReceived, Event
 from skep.rpc import frames
 from skep.rpc.core import HEADER_BLOCK_BYTES_MAX
 from skep.rpc.frames import Code
-from skep.rpc.server import Limits, ServerConnection, ServerStream
+from skep.rpc.server import PeerLimits, ServerConnection, ServerStream
 
-LIMITS = Limits(streams=3, stream_window=100_000, connection_window=250_000)
+LIMITS = PeerLimits(streams=3, stream_window=100_000, connection_window=250_000)
 REQUEST = (
     *((":method", "POST"), (":scheme", "https"), (":path", "/a/B"), (":authority", "manager")),
     *(("content-type", "application/grpc"), ("te", "trailers"), ("grpc-timeout", "5S")),

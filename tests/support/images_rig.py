@@ -12,24 +12,24 @@ from typing import Any
 import msgspec
 
 from skep.agent.images import ClusterSources, ImagePort
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.engine.images.digest import Digest, chain_ids
 from skep.engine.images.image import Image
 from skep.engine.images.local import ImageEvent
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.serving import ServedImages
-from skep.engine.images.spreading import NodeFetcher
+from skep.engine.images.sharing.serving import ServedImages
+from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
-from skep.manager.image_directory import ImageDirectory
+from skep.manager.nodes.image_directory import ImageDirectory
 from skep.model.container import ContainerSpec
-from skep.model.data_planes import IMAGES_LABEL
-from skep.model.ids import new_id
-from skep.model.labels import SHARE_IMAGES
+from skep.model.networks.data_planes import IMAGES_LABEL
 from skep.model.node import EngineDescription, Node, NodeRole
+from skep.model.options.labels import SHARE_IMAGES
 from skep.model.service import ServiceSpec, TaskSpec
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Task
+from skep.model.values.ids import new_id
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.interface import Transaction

@@ -6,7 +6,7 @@ HAProxy are real.
 
 from collections.abc import Sequence
 
-from skep.playground.archive import Archive, Directory, File
+from skep.playground.images.archive import Archive, ArchivedDirectory, File
 from tests.support.stand_ins import image, script
 
 STORE = """\
@@ -105,7 +105,10 @@ def shop_images() -> Sequence[Archive]:
             *tools,
         ),
         image(
-            ["shop/invoices-spring:latest"], {"w": Directory(), "bin/i": script(INVOICES)}, ["/bin/i"], *tools
+            ["shop/invoices-spring:latest"],
+            {"w": ArchivedDirectory(), "bin/i": script(INVOICES)},
+            ["/bin/i"],
+            *tools,
         ),
         image(["shop/clients:latest"], {"bin/c": script(CLIENTS)}, ["/bin/c"]),
     )

@@ -19,25 +19,25 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.ingress.reply_routing import ReplyRouting
-from skep.dataplane.netns import nft
 from skep.dataplane.netns.healer import Healer
-from skep.dataplane.netns.namespaces import Namespaces, inside
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.namespaces import Namespaces, inside
 from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler, Scope
 from skep.dataplane.netns.repair_counts import Repairs
-from skep.dataplane.netns.state import Link, State
+from skep.dataplane.netns.state import Link, NamespaceState
 from skep.dataplane.plan.reply_routing import IngressEndpoint
-from skep.dataplane.proxy.relay import Relays
-from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import (
+from skep.dataplane.proxy.relay import ConnectionRelays
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
     NetworkHead,
+    NetworkTable,
     Segment,
-    Table,
     TableEndpoint,
     TableNode,
     TablePort,
     TableService,
 )
+from skep.model.values.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 from tests.support.reservations import OwnReservations
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class LabNode:
             def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
                 return thread.submit(inside, self.netns, call).result()
 
-            relays = Relays(
+            relays = ConnectionRelays(
                 self.relays, SystemClock(), random.random, self.reservations.sockets, in_namespace
             )
             running = asyncio.create_task(relays.run())
@@ -208,9 +208,9 @@ class MeshLab:
         self.client = self.places.path("client")
         self._revision = 0
 
-    def table(self) -> Table:
+    def table(self) -> NetworkTable:
         segments = _HEAD.segments if self.has_ipv6 else _HEAD.segments[:1]
-        return Table(
+        return NetworkTable(
             head=msgspec.structs.replace(_HEAD, segments=segments),
             revision=self._revision,
             nodes={
@@ -254,7 +254,7 @@ class MeshLab:
         )
         node = task.node
         reconciler = NetnsReconciler(task.name, task.netns, node.namespaces, node.repairs, CONTAINER)
-        reconciler.set_part("container", State(links={"eth0": Link(name="eth0", kind="veth")}))
+        reconciler.set_part("container", NamespaceState(links={"eth0": Link(name="eth0", kind="veth")}))
         await node.healer.watch(reconciler)
         await node.mesh.reply_routing.add(ContainerId(task.name), reconciler, endpoint)
 

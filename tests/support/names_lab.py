@@ -16,15 +16,15 @@ import msgspec
 from dnslib import EDNS0, QTYPE, DNSHeader, DNSQuestion, DNSRecord
 
 from skep.aio.clock import SystemClock
-from skep.dataplane import process
-from skep.dataplane.client import NetClient
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.protocol import Named, NameServer, Place
+from skep.dataplane.net_process import process
+from skep.dataplane.net_process.client import NetClient
+from skep.dataplane.net_process.protocol import ContainerEndpoint, Named, NameServer
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.linux.detached import ProcessIdentity, identify, read_pid_file
 from skep.linux.files import replace_file
-from skep.model.ids import NetworkId
-from skep.model.tables import Table
-from skep.node.supervision.supervisor import Policy, Supervisor, terminate, wait_end
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NetworkId
+from skep.node.supervision.supervisor import SupervisionPolicy, Supervisor, terminate, wait_end
 from skep.paths import Paths
 from tests.support import zygote_rig
 from tests.support.zygote_rig import StartedZygote
@@ -59,7 +59,7 @@ async def net(paths: Paths, started: StartedZygote) -> AsyncIterator[NetClient]:
         clock=SystemClock(),
         rng=random.random,
         ends_with_node=lambda: True,
-        policy=Policy(hands_over=True, gives_up=False),
+        policy=SupervisionPolicy(hands_over=True, gives_up=False),
     )
     client = NetClient(paths.net_socket, SystemClock(), random.random)
     async with asyncio.TaskGroup() as group:
@@ -128,25 +128,25 @@ class NamesLab:
         lines = [f"ip address add {one}/{'64 nodad' if ':' in one else '24'} dev eth0" for one in addresses]
         await self.namespaces.run(path, shell, "; ".join(["ip link set eth0 up", *lines]))
 
-    def write(self, table: Table) -> NetworkId:
+    def write(self, table: NetworkTable) -> NetworkId:
         """Write the table as the node process does."""
         self.paths.tables.mkdir(exist_ok=True)
         replace_file(self.paths.tables / table.head.id, msgspec.msgpack.encode(table), is_durable=False)
         return table.head.id
 
-    async def change(self, table: Table) -> None:
+    async def change(self, table: NetworkTable) -> None:
         """Send another version of a table, as the node process does."""
         await self.client.refresh([self.write(table)])
 
     async def serve(
-        self, id: str, *tables: Table, servers: Sequence[NameServer] = (), single_labels: bool = True
+        self, id: str, *tables: NetworkTable, servers: Sequence[NameServer] = (), single_labels: bool = True
     ) -> None:
         """Serve names in the container's namespace."""
         await self.client.serve(
             Named(
                 id=id,
                 netns=str(self.paths.netns / id),
-                networks=tuple(Place(table.head.id) for table in tables),
+                networks=tuple(ContainerEndpoint(table.head.id) for table in tables),
                 servers=tuple(servers),
                 forwards_single_labels=single_labels,
             )

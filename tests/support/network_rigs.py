@@ -14,26 +14,26 @@ import msgspec
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
-from skep.api.server import application
+from skep.api.client.client import ApiClient
+from skep.api.http.server import application
 from skep.dataplane.local.networks import LocalNetworks
 from skep.engine.api.volumes import volume_routes
-from skep.engine.container import Container
+from skep.engine.containers.container import Container
 from skep.engine.events import Events
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
 from skep.manager.routes import application as manager_application
-from skep.model.ids import NetworkId, TaskId, new_container_id
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
 from skep.model.task import AssignedTask, TaskStatus
-from skep.node.cluster_reads import ClusterReads
+from skep.model.values.ids import NetworkId, TaskId, new_container_id
+from skep.node.cluster.cluster_reads import ClusterReads
+from skep.node.cluster.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.cluster_volumes import with_cluster_volumes
 from skep.node.routes.networks import NetworkSources, network_routes
-from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from tests.conformance.manager import a_manager_api
 
 
@@ -53,7 +53,7 @@ class AWorkload(msgspec.Struct):
     assigned: dict[TaskId, AssignedTask] = {}
     states: dict[TaskId, TaskStatus] = {}
     containers: tuple[Container, ...] = ()
-    tables: dict[NetworkId, Table] = {}
+    tables: dict[NetworkId, NetworkTable] = {}
     events: Events = msgspec.field(default_factory=lambda: Events(SystemClock()))
 
     def tasks(self) -> dict[TaskId, AssignedTask]:
@@ -124,7 +124,7 @@ async def a_rig(folder: Path, *, has_engine: bool = True) -> AsyncIterator[Rig]:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.UnixSite(runner, str(folder / "m.sock")).start()
-        api = Client.local(folder / "m.sock", "the manager")
+        api = ApiClient.local(folder / "m.sock", "the manager")
         await stack.enter_async_context(api)
         member, work, gateway = AMember(), AWorkload(), AGateway()
         local = LocalNetworks(folder / "local", gateway, clock=SystemClock(), new_id=new_container_id)

@@ -10,23 +10,23 @@ import pytest
 
 from skep.agent.executor.interface import Controller, Running, TaskExit
 from skep.aio.clock import SystemClock
-from skep.engine import overlay
-from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, NewContainer, ProcessName
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, ContainerConfig, NewContainer, ProcessName
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.store import ImageStore
-from skep.engine.networking import Networking
-from skep.engine.runtime import Ended, Runtime, Started
-from skep.engine.volumes import Volumes
+from skep.engine.networks.networking import Networking
+from skep.engine.runtime import overlay
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.runtime import CreatedProcess, Ended, Runtime
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import NotFound
 from skep.linux import syscalls
-from skep.model.ids import ContainerId, TaskId
-from skep.model.labels import LABEL_TASK_ID
-from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
+from skep.model.networks.sandbox import EndpointRequest, Sandbox, SandboxConfig
+from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
+from skep.model.values.ids import ContainerId, TaskId
 from tests.support.stub_engine import NoImages
 
 Fault = Callable[[str, str], None]
@@ -81,13 +81,13 @@ class MemoryRuntime:
     def is_frozen(self, container: Container) -> bool:
         return False
 
-    async def create(self, container: Container) -> Started:
+    async def create(self, container: Container) -> CreatedProcess:
         self._machine.fault("create", container.id)
         self._machine.next_pid += 1
         self._machine.by_pid[self._machine.next_pid] = container.id
         self._machine.ended[container.id] = asyncio.Event()
         name = ProcessName(self._machine.next_pid, 1, "boot")
-        return Started(name, name)
+        return CreatedProcess(name, name)
 
     async def start(self, id: ContainerId, process: ProcessName) -> None:
         self._machine.fault("start", id)

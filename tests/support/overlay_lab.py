@@ -7,12 +7,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from skep.dataplane.dataplane import DataPlane
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION
-from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
-from skep.model.sandbox import EndpointConfig, NetworkMode, PublishedPort, Sandbox, SandboxConfig
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
-from skep.model.wireguard import PublicKey, published_keys
+from skep.model.networks.sandbox import EndpointConfig, NetworkMode, PublishedPort, Sandbox, SandboxConfig
+from skep.model.networks.tables import NetworkHead, NetworkTable, Segment, TableEndpoint, TableNode
+from skep.model.networks.wireguard import PublicKey, published_keys
+from skep.model.values.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
 from skep.paths import Paths
 from tests.support.reservations import OwnReservations
 from tests.support.runc_lab import a_data_plane
@@ -92,7 +92,7 @@ class OverlayLab:
         self._spaces = Namespaces(root / "homes")
         self._is_v6 = is_v6
         self.nodes: list[LabNode] = []
-        self.tables: dict[NetworkId, Table] = {}
+        self.tables: dict[NetworkId, NetworkTable] = {}
 
     @asynccontextmanager
     async def running(self, count: int) -> AsyncIterator["OverlayLab"]:
@@ -133,7 +133,7 @@ class OverlayLab:
         async with AsyncExitStack() as stack:
             yield [await stack.enter_async_context(node.running()) for node in self.nodes]
 
-    def tell(self, head: NetworkHead, *, ingress_addresses: Mapping[str, str] | None = None) -> Table:
+    def tell(self, head: NetworkHead, *, ingress_addresses: Mapping[str, str] | None = None) -> NetworkTable:
         """Return the table of a network with all containers that are currently attached."""
         own = ingress_addresses or {}
         nodes = {
@@ -153,7 +153,7 @@ class OverlayLab:
                         addresses = tuple(one.partition("/")[0] for one in place.config.addresses)
                         task = TaskId(id[:25])
                         endpoints[task] = TableEndpoint(task_id=task, node_id=node.id, addresses=addresses)
-        table = Table(head=head, nodes=nodes, endpoints=endpoints)
+        table = NetworkTable(head=head, nodes=nodes, endpoints=endpoints)
         self.tables[head.id] = table
         return table
 

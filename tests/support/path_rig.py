@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 
-from skep.model.ids import NodeId
-from skep.model.paths import (
+from skep.model.networks.paths import (
     SETTLED_ROUNDS,
     DiagnosticsRequest,
     PathCheck,
@@ -13,6 +12,7 @@ from skep.model.paths import (
     PathReport,
     ProbeTargets,
 )
+from skep.model.values.ids import NodeId
 
 
 def a_finding(

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from skep.dataplane.dataplane import DataPlane
-from skep.model.paths import PathCheck, PathPeer, PathReport, ProbeTargets
+from skep.model.networks.paths import PathCheck, PathPeer, PathReport, ProbeTargets
 from tests.support.etcd_rig import peer_files
 from tests.support.overlay_lab import LabNode, OverlayLab
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import aiohttp
 
-from skep.engine.images.registry import DOCKER_MANIFEST
-from skep.playground.archive import Directory, Entry, File, image_archive
-from skep.playground.busybox import GROUP, PASSWD, PATH, applets
+from skep.engine.images.registry.registry import DOCKER_MANIFEST
 from skep.playground.commands import find
+from skep.playground.images.archive import ArchivedDirectory, Entry, File, image_archive
+from skep.playground.images.busybox import GROUP, PASSWD, PATH, applets
 from tests.conftest import SEARCHED
 from tests.support.archives import a_config, a_file, a_layer, a_tar, sha256
 
@@ -118,8 +118,8 @@ def registry_image(name: str = "registry:1") -> bytes:
         ),
         "etc/registry/secret": File(HTPASSWD.encode()),
         "etc/registry/next": File(HTPASSWD_NEXT.encode()),
-        "registry": Directory(),
-        "tmp": Directory(0o1777),
+        "registry": ArchivedDirectory(),
+        "tmp": ArchivedDirectory(0o1777),
         "usr/bin/docker-registry": File(Path(registry_program()).read_bytes(), 0o755),
     }
     linked = subprocess.run(["ldd", registry_program()], capture_output=True, text=True, check=True).stdout

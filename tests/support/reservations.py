@@ -3,9 +3,9 @@
 import socket
 from collections.abc import Iterable
 
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.net_process.protocol import Reservation
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.ports import bind
-from skep.dataplane.protocol import Reservation
 
 
 class OwnReservations:

@@ -4,7 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from skep.aio.clock import SystemClock
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair

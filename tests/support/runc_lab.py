@@ -14,15 +14,15 @@ import msgspec
 
 from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
 from skep.agent.executor.oci import OciExecutor, oci_executor
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION, Options
-from skep.engine import cgroups
 from skep.engine.api_sockets import NONE as NO_API
 from skep.engine.api_sockets import ApiSockets
+from skep.engine.confinement import cgroups
 from skep.engine.engine import EngineConfig
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig

@@ -12,8 +12,8 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.tunnels import Options
-from skep.model.tables import Segment
-from skep.model.wireguard import Method
+from skep.model.networks.tables import Segment
+from skep.model.networks.wireguard import EncryptionMethod
 from tests.support.overlay_lab import DUAL, TWO_SUBNETS, LabNode, OverlayLab, reaches
 
 CLOCK = SystemClock()
@@ -90,7 +90,7 @@ class SecureLab:
         for node in lab.nodes:
             node.encryption = options(
                 Options(
-                    method=Method.USER_SPACE,
+                    method=EncryptionMethod.USER_SPACE,
                     since_boot=CLOCK.since_boot,
                     process=lambda slot, node=node: self._process(node, slot),
                 )

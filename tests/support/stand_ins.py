@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from skep.playground import elf
-from skep.playground.archive import Archive, Directory, Entry, File, Link, image_archive
-from skep.playground.busybox import GROUP, PASSWD, PATH, applets
 from skep.playground.commands import find
-from skep.playground.debian import program, unpack_with_libraries
+from skep.playground.images import elf
+from skep.playground.images.archive import (
+    Archive,
+    ArchivedDirectory,
+    Entry,
+    File,
+    SymbolicLink,
+    image_archive,
+)
+from skep.playground.images.busybox import GROUP, PASSWD, PATH, applets
+from skep.playground.images.debian import program, unpack_with_libraries
 from tests.support.playground_rig import TestNode
 
 _CREATED = "2020-01-01T00:00:00Z"
@@ -44,10 +51,10 @@ async def _image(
     paths: Sequence[str],
 ) -> Archive:
     found: dict[str, Entry] = {
-        "dev": Directory(),
-        "proc": Directory(),
-        "sys": Directory(),
-        "tmp": Directory(0o1777),
+        "dev": ArchivedDirectory(),
+        "proc": ArchivedDirectory(),
+        "sys": ArchivedDirectory(),
+        "tmp": ArchivedDirectory(0o1777),
         "etc/group": GROUP,
         "etc/passwd": PASSWD,
         **await applets(Path(find("busybox"))),
@@ -70,7 +77,7 @@ def _unpacked(pattern: str, directory: Path) -> dict[str, Entry]:
     for file in chain(places, *(place.rglob("*") for place in places if place.is_dir())):
         name = str(file.relative_to(root))
         if file.is_symlink():
-            found[name] = Link(str(file.readlink()))
+            found[name] = SymbolicLink(str(file.readlink()))
         elif file.is_file():
             content = file.read_bytes()
             if elf.read(content):

@@ -8,12 +8,12 @@ from typing import Protocol
 import msgspec
 
 from skep.aio.clock import SystemClock
-from skep.model.ids import ClusterId, NodeId
 from skep.model.swarm import Swarm
+from skep.model.values.ids import ClusterId, NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, new_wrapping_key
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
+from skep.store.etcd.encryption.cipher import Cipher, new_wrapping_key
 from skep.store.etcd.initialize import cluster_in, initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
@@ -96,7 +96,7 @@ class MemoryRig:
 
 class EtcdRig:
     def __init__(
-        self, store: Store, other: Store, relay: Relay, other_relay: Relay, client: Client, key: bytes
+        self, store: Store, other: Store, relay: Relay, other_relay: Relay, client: EtcdClient, key: bytes
     ) -> None:
         self.store = store
         self.other = other
@@ -161,5 +161,5 @@ async def etcd_rig(root: Path) -> AsyncIterator[Rig]:
             path = root / f"{node}.sock"
             await stack.enter_async_context(one.listening(path))
             stores.append(await stack.enter_async_context(open_store(path, node, key, clock)))
-        client = await stack.enter_async_context(Client(settings.socket))
+        client = await stack.enter_async_context(EtcdClient(settings.socket))
         yield EtcdRig(stores[0], stores[1], relay, other_relay, client, key)

@@ -11,7 +11,6 @@ from skep.errors import (
     SkepError,
 )
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
-from skep.model.ids import ConfigId, NetworkId, SecretId, ServiceId
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import (
@@ -23,6 +22,7 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
 )
+from skep.model.values.ids import ConfigId, NetworkId, SecretId, ServiceId
 from skep.store.interface import (
     Transaction,
 )

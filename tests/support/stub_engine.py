@@ -10,16 +10,22 @@ from typing import Any, TypeAlias, cast
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock
-from skep.engine.bundle import Found
-from skep.engine.container import Container, ContainerConfig, ContainerState, PlainOptions, ProcessName
+from skep.engine.containers.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    PlainOptions,
+    ProcessName,
+)
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.store import ImageStore
-from skep.engine.networking import Networking
-from skep.engine.runtime import Ended, Runtime, Started
-from skep.engine.volumes import Volumes
-from skep.model.ids import ContainerId
-from skep.model.sandbox import Sandbox
-from skep.model.times import timestamp
+from skep.engine.networks.networking import Networking
+from skep.engine.runtime.bundle import FoundContainers
+from skep.engine.runtime.runtime import CreatedProcess, Ended, Runtime
+from skep.engine.volumes.volumes import Volumes
+from skep.model.networks.sandbox import Sandbox
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 
 ID = ContainerId("c" * 64)
 NO_PROCESS = 2**30
@@ -56,8 +62,8 @@ class StubBundles:
         self.is_full = False
         self.apis = SimpleNamespace(adopt=lambda *_: None)
 
-    def load(self) -> Found:
-        return Found(known=list(self.saved.values()))
+    def load(self) -> FoundContainers:
+        return FoundContainers(known=list(self.saved.values()))
 
     def save(self, container: Container) -> None:
         if self.is_full:
@@ -123,8 +129,8 @@ class StubRuntime:
 
     resume = pause
 
-    async def create(self, container: Container) -> Started:
-        return Started(a_process(self.starts + 1), a_process())
+    async def create(self, container: Container) -> CreatedProcess:
+        return CreatedProcess(a_process(self.starts + 1), a_process())
 
     async def start(self, id: ContainerId, process: ProcessName) -> None:
         self.starts += 1

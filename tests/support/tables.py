@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableService
+from skep.model.networks.tables import NetworkHead, NetworkTable, Segment, TableEndpoint, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 NODE = NodeId("n1")
 
@@ -16,10 +16,10 @@ def a_network(
     subnets: Sequence[str] = ("10.0.1.0/24",),
     is_ingress: bool = False,
     containers: Iterable[TableEndpoint] = (),
-) -> Table:
+) -> NetworkTable:
     """Return the table of network ``id-<name>``."""
     endpoints = [one for _, tasks in services for one in tasks] + list(containers)
-    return Table(
+    return NetworkTable(
         head=NetworkHead(
             id=NetworkId(f"id-{name}"),
             name=name,

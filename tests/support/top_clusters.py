@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 
 from skep.top.actions import Action
-from skep.top.logs import LogLine
-from skep.top.snapshot import Connection, Link, Snapshot, Task
+from skep.top.logs import ShownLine
+from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot
 from skep.top.watching import Publish
 
 
@@ -16,7 +16,7 @@ class StillCluster:
 
     name = "unix:///run/skep/skep.sock"
 
-    def __init__(self, snapshot: Snapshot, lines: tuple[LogLine, ...] = ()) -> None:
+    def __init__(self, snapshot: Snapshot, lines: tuple[ShownLine, ...] = ()) -> None:
         self.snapshot = snapshot
         self.lines = lines
         self.performed: list[Action] = []
@@ -33,7 +33,7 @@ class StillCluster:
             raise self.error
         self.performed.append(action)
 
-    async def logs(self, kind: str, id: str) -> AsyncGenerator[LogLine, None]:
+    async def logs(self, kind: str, id: str) -> AsyncGenerator[ShownLine, None]:
         for line in self.lines:
             yield line
 
@@ -89,7 +89,7 @@ def a_service(name: str, running: int = 2, wanted: int = 2, **changes: Any) -> M
     return found
 
 
-def a_task(service: str, slot: int, node: str = "", **changes: Any) -> Task:
+def a_task(service: str, slot: int, node: str = "", **changes: Any) -> ShownTask:
     """Return a running task.  ``changes``: ``state``, ``desired``, ``err``, ``message``, ``cpus`` and ``memory``
     (reserved).
     """
@@ -111,13 +111,13 @@ def a_task(service: str, slot: int, node: str = "", **changes: Any) -> Task:
             "Resources": {"Reservations": amounts},
         },
     }
-    return msgspec.convert(raw, Task)
+    return msgspec.convert(raw, ShownTask)
 
 
 def a_snapshot(
     nodes: tuple[Mapping[str, Any], ...] = (),
     services: tuple[Mapping[str, Any], ...] = (),
-    tasks: tuple[Task, ...] = (),
+    tasks: tuple[ShownTask, ...] = (),
     **more: Any,
 ) -> Snapshot:
     """Return a snapshot that is loaded and live."""
@@ -125,7 +125,7 @@ def a_snapshot(
         nodes={node["ID"]: node for node in nodes},
         services={service["ID"]: service for service in services},
         tasks={task.id: task for task in tasks},
-        **({"connection": Connection(Link.LIVE), "is_loaded": True} | more),
+        **({"connection": Connection(LinkStatus.LIVE), "is_loaded": True} | more),
     )
 
 

@@ -4,10 +4,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from skep.api.client import Client
-from skep.api.requests import Filters, Requests
-from skep.cli.upgrade import Means
-from skep.cli.upgrade_plan import Member
+from skep.api.client.client import ApiClient
+from skep.api.client.requests import Filters, Requests
+from skep.cli.maintain.upgrade import Means
+from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import NotFound, Unavailable
 
 
@@ -107,9 +107,9 @@ class UpgradedCluster(Requests):
         self.nodes[name]["Status"]["State"] = state
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
+    async def client(self) -> AsyncIterator[ApiClient]:
         """Return the client, as ``HostOptions`` does."""
-        yield cast("Client", self)
+        yield cast("ApiClient", self)
 
 
 class Installing(Means, frozen=True, kw_only=True):
@@ -121,13 +121,13 @@ class Installing(Means, frozen=True, kw_only=True):
     level: int = 1
     """Level of the data afterwards."""
 
-    async def check(self, node: Member) -> None:
+    async def check(self, node: UpgradableNode) -> None:
         if node.name in self.refuses:
             raise Unavailable("Host key verification failed.")
 
-    async def upgrade(self, node: Member) -> None:
+    async def upgrade(self, node: UpgradableNode) -> None:
         self.cluster.level = self.level
         self.cluster.show(node.name, self.version, "down" if node.name in self.breaks else "ready")
 
-    async def roll_back(self, node: Member) -> None:
+    async def roll_back(self, node: UpgradableNode) -> None:
         self.cluster.show(node.name, node.version)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from dnslib import QTYPE, RCODE, RR, A, DNSRecord
 
-from skep.dataplane.protocol import NameServer
+from skep.dataplane.net_process.protocol import NameServer
 
 
 @asynccontextmanager

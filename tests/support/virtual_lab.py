@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections import Counter
 
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
 from tests.support.names_lab import NamesLab
 from tests.support.tables import a_network, a_served
 
@@ -13,7 +13,7 @@ BACKENDS = {f"b{number}": f"10.0.1.{number}" for number in (11, 12, 13)}
 CLIENT = "10.0.1.5"
 
 
-def web(*names: str) -> Table:
+def web(*names: str) -> NetworkTable:
     """Return the table of service web with these backends."""
     return a_network(a_served("web", VIRTUAL, [BACKENDS[name] for name in names]))
 
@@ -27,7 +27,7 @@ async def start_web(lab: NamesLab, *names: str) -> None:
     await client_has(lab, web(*names))
 
 
-async def client_has(lab: NamesLab, table: Table) -> None:
+async def client_has(lab: NamesLab, table: NetworkTable) -> None:
     lab.write(table)
     await lab.serve("client", table)
     assert await (await lab.resolver("client")).addresses("web") == [VIRTUAL]

@@ -8,33 +8,44 @@ from skep.rpc.headers import request_block
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.wire import methods
-from skep.wire.client import Channel, open_channel
-from skep.wire.methods import A, Access, BothStream, ClientStream, Method, Q, ServerStream, Unary
+from skep.wire.client import ManagerChannel, open_channel
+from skep.wire.methods import (
+    A,
+    BothStream,
+    ClientStreaming,
+    Method,
+    MethodAccess,
+    Q,
+    ServerStreaming,
+    UnaryMethod,
+)
 
 METHODS = {
     name: method
     for name, method in sorted(vars(methods).items())
-    if isinstance(method, Unary | ServerStream | ClientStream | BothStream)
+    if isinstance(method, UnaryMethod | ServerStreaming | ClientStreaming | BothStream)
 }
 """Methods by the name of their constant in ``wire.methods``."""
 
-GUARDED = {name: method for name, method in METHODS.items() if method.access is not Access.OPEN}
+GUARDED = {name: method for name, method in METHODS.items() if method.access is not MethodAccess.OPEN}
 """Methods that require a certificate."""
 
 PATIENCE_S = 3.0
 
 
-async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None = None) -> SkepError | None:
+async def call(
+    channel: ManagerChannel, name: str, metadata: Mapping[str, str] | None = None
+) -> SkepError | None:
     """Call a method with an empty request.  Return the error, or None for a response (or a stream that stays open)."""
     method = METHODS[name]
     if metadata is not None:
         channel = _Forging(channel, metadata)
     try:
-        if isinstance(method, Unary):
+        if isinstance(method, UnaryMethod):
             await channel.call(method, method.request())
             return None
         async with channel.stream(method) as stream, asyncio.timeout(PATIENCE_S):
-            is_only = isinstance(method, ServerStream)
+            is_only = isinstance(method, ServerStreaming)
             await stream.send(method.request(), end=is_only)
             await stream.receive()
     except SkepError as error:
@@ -44,10 +55,10 @@ async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None =
     return None
 
 
-class _Forging(Channel):
+class _Forging(ManagerChannel):
     """A channel that adds ``metadata`` to each call."""
 
-    def __init__(self, channel: Channel, metadata: Mapping[str, str]) -> None:
+    def __init__(self, channel: ManagerChannel, metadata: Mapping[str, str]) -> None:
         super().__init__(channel.address, channel._connection, channel._name, channel.peer)
         self._metadata = tuple(metadata.items())
 

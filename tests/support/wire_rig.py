@@ -13,17 +13,16 @@ import msgspec
 
 from skep.agent.agent import Agent
 from skep.agent.certificates import join
-from skep.agent.managers import ManagerList, Peer
-from skep.agent.probe_stream import ProbeSource
 from skep.agent.renewal import KeyPairCredentials
-from skep.agent.revisions import SeenRevision
-from skep.agent.session import NodeServices, unknown_load
-from skep.agent.session_state import SessionState
-from skep.agent.table_stream import TableSink
+from skep.agent.session.managers import KnownManager, ManagerList
+from skep.agent.session.probe_stream import ProbeSource
+from skep.agent.session.revisions import SeenRevision
+from skep.agent.session.session import NodeServices, unknown_load
+from skep.agent.session.session_state import SessionState
+from skep.agent.session.table_stream import TableSink
 from skep.agent.tunnels import ContainerAccess, TunnelHost
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
-from skep.manager.attachment_service import AttachmentService
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.expiry import Expiry
 from skep.manager.ca.external import ExternalAuthorities
@@ -40,16 +39,16 @@ from skep.manager.ca.updater import (
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.eviction.loop import end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
+from skep.manager.nodes.attachment_service import AttachmentService
+from skep.manager.nodes.tunnels import NodeTunnels
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
-from skep.manager.tunnels import Tunnels
-from skep.model.data_planes import NODE_LABEL, PATHS_LABEL
-from skep.model.ids import ClusterId, NodeId, new_id
+from skep.model.networks.data_planes import NODE_LABEL, PATHS_LABEL
 from skep.model.node import (
     EngineDescription,
     ManagerStatus,
@@ -62,10 +61,11 @@ from skep.model.node import (
 from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.security import keypair
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.reloading import KeyPairFiles
@@ -78,8 +78,8 @@ from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.client import Channel, open_channel
-from skep.wire.methods import Unary
+from skep.wire.client import ManagerChannel, open_channel
+from skep.wire.methods import UnaryMethod
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler, unary
 from tests.support.builders import a_service, a_task
@@ -106,7 +106,7 @@ class Cluster:
         self.draining: Draining
         self.paths: ProbeStreams
         self.diagnostics: Diagnostics
-        self.tunnels: Tunnels
+        self.tunnels: NodeTunnels
         self.knows_paths = True
         self.tls: ServerTls
         self.bound: Bound
@@ -130,7 +130,7 @@ class Cluster:
     def pair(self, node_id: str, role: NodeRole = NodeRole.WORKER, cluster: str = "") -> KeyPair:
         """Return a key pair signed by this cluster's root, whether or not the store knows the node."""
         key = new_private_key()
-        identity = Identity(node_id=NodeId(node_id), cluster_id=ClusterId(cluster or self.id), role=role)
+        identity = NodeIdentity(node_id=NodeId(node_id), cluster_id=ClusterId(cluster or self.id), role=role)
         return KeyPair(
             certificate_pem=self.authority.sign(signing_request(key), identity),
             key_pem=private_pem(key),
@@ -158,7 +158,7 @@ class Cluster:
                 clock,
             )
             self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel, clock)
-            self.tunnels = Tunnels(
+            self.tunnels = NodeTunnels(
                 self.store,
                 MANAGER_ID,
                 lambda node, session: self.dispatcher.session(node, session),
@@ -211,7 +211,7 @@ class Cluster:
             self.store, MANAGER_ID, lambda node, session: self.dispatcher.session(node, session), clock
         )
 
-    def channel(self, manager: NodeId) -> Channel:
+    def channel(self, manager: NodeId) -> ManagerChannel:
         """Return the link to another manager, which this manager does not have."""
         raise Unavailable(f"manager {manager} cannot be reached")
 
@@ -297,7 +297,7 @@ def with_all_methods(handlers: Sequence[Handler]) -> Sequence[Handler]:
         raise Unimplemented("not served by this rig")
 
     left_out = (method for method in METHODS.values() if method.path not in served)
-    return (*handlers, *(unary(Unary(m.path, m.request, m.reply, m.access), refuse) for m in left_out))
+    return (*handlers, *(unary(UnaryMethod(m.path, m.request, m.reply, m.access), refuse) for m in left_out))
 
 
 async def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
@@ -326,7 +326,7 @@ def service_task(node: NodeId) -> tuple[Service, Task]:
 
 
 @asynccontextmanager
-async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[Channel, str]]:
+async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[ManagerChannel, str]]:
     """Open a connection and register a session without an agent.  Yield the channel and the session's id."""
     async with (
         open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
@@ -350,7 +350,7 @@ def describe(hostname: str = "worker", *, probes: bool = False) -> NodeDescripti
 
 @asynccontextmanager
 async def an_agent_of(
-    managers: Sequence[Peer],
+    managers: Sequence[KnownManager],
     pair: KeyPair,
     directory: Path,
     worker: FakeWorker,
@@ -408,7 +408,7 @@ async def an_agent(
 ) -> AsyncIterator[tuple[Agent, FakeWorker]]:
     """Run an agent with a fake worker, registered with the cluster's manager."""
     worker = worker or FakeWorker()
-    peers = [Peer(MANAGER_ID, cluster.address)]
+    peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, directory, worker, Random(1), load, tables, paths) as agent:
         yield agent, worker
 

@@ -10,16 +10,16 @@ from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Change, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.decision_inputs import Situation
-from skep.manager.orchestrator.enforcement import overcommitted
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.ids import NodeId, TaskId, VolumeId
-from skep.model.meta import Version
+from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
+from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
-from skep.model.times import timestamp
-from skep.model.user import User
+from skep.model.values.ids import NodeId, TaskId, VolumeId
+from skep.model.values.meta import Version
+from skep.model.values.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD

@@ -18,23 +18,23 @@ import pytest
 
 from skep.agent.executor.adapter import NodeFacts, create_request, task_options
 from skep.agent.executor.payloads import Payloads
-from skep.api.bodies import from_builtins
-from skep.api.service_form import UNRECOGNIZED, settled
-from skep.engine import create
-from skep.engine.container import Container
-from skep.engine.devices import look_up
+from skep.api.formats.bodies import from_builtins
+from skep.api.formats.service_form import UNRECOGNIZED, settled
+from skep.engine.confinement.devices import look_up
+from skep.engine.confinement.users import ProcessUser
+from skep.engine.containers import create
+from skep.engine.containers.container import Container
+from skep.engine.containers.request import CreateRequest, TaskOptions, read_create
 from skep.engine.images.image import ContainerDefaults
-from skep.engine.request import CreateRequest, TaskOptions, read_create
-from skep.engine.runtime_spec import build
-from skep.engine.users import Identity
-from skep.engine.volumes import Volumes
+from skep.engine.runtime.runtime_spec import build
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError
-from skep.manager.control.service_rules import check_service_spec
+from skep.manager.control.validation.service_rules import check_service_spec
 from skep.model.container import ContainerSpec
-from skep.model.ids import ContainerId, NodeId, ServiceId, TaskId
-from skep.model.meta import Driver
 from skep.model.service import ServiceSpec
 from skep.model.task import AssignedTask, Task
+from skep.model.values.ids import ContainerId, NodeId, ServiceId, TaskId
+from skep.model.values.meta import Driver
 from skep.wire.convert.task_spec import task_spec_from_pb, task_spec_to_pb
 from tests.unit.engine.test_specification import ALL_CAPACITY
 
@@ -360,7 +360,7 @@ def of_request(request: CreateRequest, task: TaskOptions | None, directory: Path
     config = msgspec.structs.replace(config, mounts=(*points, *config.mounts))
     container = Container(id=ContainerId("c"), name="c", image=request.image, image_id="i", config=config)
     devices = look_up(config.machine, ())
-    built = build(container, Identity(), CAPACITY, rootfs="/r", cgroup="/c", files=(), devices=devices)
+    built = build(container, ProcessUser(), CAPACITY, rootfs="/r", cgroup="/c", files=(), devices=devices)
     named = {
         point.name: (volumes.labels(point.name), volumes.options(point.name))
         for point in points

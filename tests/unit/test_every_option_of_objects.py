@@ -16,30 +16,30 @@ import msgspec
 import pytest
 
 from skep.agent.executor.adapter import NodeFacts, create_request, network_head, task_options
-from skep.api.bodies import from_builtins, parse
-from skep.api.networks import NetworkBody, check_form, check_name
-from skep.api.service_form import UNRECOGNIZED, settled
+from skep.api.formats.bodies import from_builtins, parse
+from skep.api.formats.networks import NetworkBody, check_form, check_name
+from skep.api.formats.service_form import UNRECOGNIZED, settled
 from skep.dataplane.local.bridge_request import bridge_of
 from skep.engine.api.volumes import VolumeRequest, check_volume
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError
 from skep.manager.allocator.addresses import AddressAllocations
-from skep.manager.allocator.attachments import Networks, wanted_networks
+from skep.manager.allocator.attachments import AttachableNetworks, wanted_networks
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
-from skep.manager.control.network_specs import check_network_spec
-from skep.manager.control.service_rules import check_service_spec
+from skep.manager.control.validation.network_specs import check_network_spec
+from skep.manager.control.validation.service_rules import check_service_spec
 from skep.manager.orchestrator.replicated import reconcile
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.volumes import CreateBody
-from skep.manager.scheduler.requirements import requirements_of
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.meta import Driver
+from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.network import IPAMConfig, Network, NetworkSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import AssignedTask, NetworkAttachment, Task
-from skep.model.times import ZERO_TIME
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.values.meta import Driver
+from skep.model.values.times import ZERO_TIME
 from skep.wire.convert.task_spec import task_spec_from_pb, task_spec_to_pb
 from tests.unit import test_every_option as of_containers
 from tests.unit.test_every_option import of_request, with_field
@@ -339,7 +339,7 @@ def of_service(body: Mapping[str, Any], directory: Path) -> Any:
         check_service_spec(spec)
         service = Service(id=ServiceId("s"), spec=spec)
         endpoint = endpoint_for(service, lambda *_: True)
-        networks = Networks(find=lambda name: OVERLAY if name == "n1" else None)
+        networks = AttachableNetworks(find=lambda name: OVERLAY if name == "n1" else None)
         addresses = AddressAllocations()
         virtual = virtual_ips_for(service, networks, lambda network, _: addresses.allocate("s", network))
         wanted = wanted_networks(spec, None)

@@ -12,26 +12,26 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from skep.agent.cluster_volumes import PublishedVolume
 from skep.agent.executor.interface import Rejected
-from skep.engine.container import MountPoint
-from skep.engine.machine import DeviceMapping, DeviceRequest, ThrottleDevice
-from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptions
+from skep.agent.tasks.cluster_volumes import PublishedVolume
+from skep.engine.confinement.machine import DeviceMapping, DeviceRequest, ThrottleDevice
+from skep.engine.containers.container import MountPoint
+from skep.engine.containers.request import CreateRequest, HostConfig, LogOptions, TaskOptions
 from skep.gotemplate import Struct
-from skep.model import templates
 from skep.model.container import ContainerSpec, Mount, Privileges
-from skep.model.data_planes import driver_of, is_overlay
 from skep.model.history import stack_of
-from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import MTU_OPTION, MTUS, Network
-from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
-from skep.model.publishing import publish_options
-from skep.model.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
-from skep.model.sandbox import EndpointConfig, PublishedPort
+from skep.model.networks.data_planes import driver_of, is_overlay
+from skep.model.networks.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
+from skep.model.networks.publishing import publish_options
+from skep.model.networks.sandbox import EndpointConfig, PublishedPort
+from skep.model.networks.tables import NetworkHead
+from skep.model.options import templates
+from skep.model.options.labels import LABEL_TASK_ID
+from skep.model.permissions.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
 from skep.model.service import PublishMode
-from skep.model.tables import NetworkHead
 from skep.model.task import AssignedTask, NetworkAttachment, Task
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,13 +17,13 @@ import structlog
 
 from skep.agent.executor.adapter import endpoint_configs
 from skep.agent.executor.interface import Rejected, Running, TaskExit
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.api.errors import rpc_words
 from skep.errors import NotFound, SkepError, Unavailable
-from skep.model.ids import ContainerId, NetworkId, TaskId
-from skep.model.sandbox import EndpointConfig, EndpointRequest
+from skep.model.networks.sandbox import EndpointConfig, EndpointRequest
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
+from skep.model.values.ids import ContainerId, NetworkId, TaskId
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 
@@ -50,7 +50,7 @@ Evict = Callable[[ContainerId, NetworkId], Awaitable[None]]
 """Disconnects a running container from a network."""
 
 
-class Managers(Protocol):
+class EndpointRequests(Protocol):
     """Requests endpoints from the managers (implemented by ``SessionRequests``)."""
 
     async def attach_network(self, container_id: ContainerId, request: EndpointRequest) -> TaskId:
@@ -117,7 +117,7 @@ class _Held:
 class ClusterAttachments:
     """The endpoints of this node's plain containers on cluster networks."""
 
-    def __init__(self, managers: Managers) -> None:
+    def __init__(self, managers: EndpointRequests) -> None:
         self._managers = managers
         self._requesting: Counter[ContainerId] = Counter()
         self._held: dict[TaskId, _Held] = {}

@@ -7,13 +7,13 @@ from collections import deque
 from msgspec.structs import replace
 
 from skep.aio.failures import isolate
-from skep.engine.container import Container, Health, Interruption, LogFilter, Stream
+from skep.engine.containers.container import Container, Health, Interruption, LogFilter, StandardStream
+from skep.engine.containers.health import is_failing, retries
+from skep.engine.containers.signals import signal_number
 from skep.engine.engine import Engine
-from skep.engine.health import is_failing, retries
-from skep.engine.signals import signal_number
-from skep.model.ids import ContainerId
 from skep.model.task_end import SIGNALED, EndCause, KeptLine, TaskEnd, bounded_end, signal_of
-from skep.model.times import timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 
 LOG_SECONDS_MAX = 2.0
 """Seconds to read the last lines of an ended container.  After that, its end is reported without them."""
@@ -82,7 +82,7 @@ async def _read_last_lines(engine: Engine, id: ContainerId, kept: deque[KeptLine
             kept.append(
                 KeptLine(
                     timestamp=timestamp(entry.timestamp_ns),
-                    stream="stderr" if entry.stream is Stream.STDERR else "stdout",
+                    stream="stderr" if entry.stream is StandardStream.STDERR else "stdout",
                     text=entry.data.decode(errors="replace").removesuffix("\n").removesuffix("\r"),
                 )
             )

@@ -1,8 +1,8 @@
 """The executor interface: an executor runs tasks, with one controller of seven verbs per task.
 
 ``oci`` (containers under runc), ``process`` (plain commands) and ``simulated`` pass one contract suite
-(``tests/contract/test_executor.py``).  The worker creates a controller for each assigned task.  Only ``agent/task.py``
-decides the order of the verbs.
+(``tests/contract/test_executor.py``).  The worker creates a controller for each assigned task.  Only
+``agent/tasks/task.py`` decides the order of the verbs.
 
 After a restart of the node process, controllers are created again for the same tasks.  Running processes are not
 interrupted, and the verbs find them (*adoption*).  So every verb may be called when its work is already done, and then
@@ -18,10 +18,10 @@ from typing import Protocol
 import msgspec
 
 from skep.errors import SkepError
-from skep.model.ids import TaskId
 from skep.model.service import PortConfig
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
+from skep.model.values.ids import TaskId
 
 
 class Rejected(SkepError):

@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.agent.cluster_volumes import ClusterVolumes, PublishedVolume
 from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
@@ -23,37 +22,39 @@ from skep.agent.executor.ends import end_of, with_last_lines
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
+from skep.agent.tasks.cluster_volumes import ClusterVolumes, PublishedVolume
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.csi.drivers import Drivers
 from skep.dataplane.dataplane import DataPlane
-from skep.dataplane.netns.connections import inbound_of
-from skep.engine import api_sockets, cdi
+from skep.dataplane.netns.kernel.connections import inbound_of
+from skep.engine import api_sockets
 from skep.engine.api_sockets import ApiSockets
-from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of, find_programs
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, HealthStatus, NotRunning
+from skep.engine.confinement import cdi
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, HealthStatus, NotRunning
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.events import Events
 from skep.engine.images.store import ImageStore
-from skep.engine.runtime import Runtime
-from skep.engine.volume_plugins import VolumePlugins
-from skep.engine.volumes import Volumes
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.runtime import Runtime
+from skep.engine.volumes.volume_plugins import VolumePlugins
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux import mounting
 from skep.linux.name_files import RESOLVER
-from skep.model import templates
-from skep.model.data_planes import driver_of, is_overlay
-from skep.model.ids import ContainerId, TaskId
-from skep.model.labels import LABEL_TASK_ID, last_lines
 from skep.model.network import Network
-from skep.model.rights import ALL_RIGHTS, Right
-from skep.model.sandbox import as_requested
-from skep.model.slot_volumes import created_ms
-from skep.model.tables import NetworkHead
+from skep.model.networks.data_planes import driver_of, is_overlay
+from skep.model.networks.sandbox import as_requested
+from skep.model.networks.tables import NetworkHead
+from skep.model.options import templates
+from skep.model.options.labels import LABEL_TASK_ID, last_lines
+from skep.model.options.slot_volumes import created_ms
+from skep.model.permissions.rights import ALL_RIGHTS, Right
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd, words_of
+from skep.model.values.ids import ContainerId, TaskId
 from skep.paths import Paths
 
 log = structlog.get_logger()

@@ -11,16 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from skep.aio.trees import discard_tree_now
-from skep.engine.container import MountPoint
+from skep.engine.containers.container import MountPoint
 from skep.errors import InvalidArgument, NotFound
 from skep.gotemplate import Struct, to_text
 from skep.linux.files import replace_file
 from skep.linux.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount
-from skep.model import templates
 from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
-from skep.model.ids import ConfigId, SecretId
-from skep.model.secret_env import environment_entry, secret_variables
+from skep.model.options import templates
+from skep.model.options.secret_env import environment_entry, secret_variables
+from skep.model.values.ids import ConfigId, SecretId
 
 _SECRETS_DIRECTORY = "/run/secrets"
 

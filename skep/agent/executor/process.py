@@ -17,15 +17,15 @@ import msgspec
 
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.aio.trees import remove_tree
-from skep.engine.container import ProcessName
-from skep.engine.processes import is_alive, named, send_signal, wait_gone
-from skep.engine.signals import signal_number
+from skep.engine.containers.container import ProcessName
+from skep.engine.containers.signals import signal_number
+from skep.engine.runtime.processes import is_alive, named, send_signal, wait_gone
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
-from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
+from skep.model.values.ids import TaskId
 
 _START_DEADLINE_S = 10.0
 """Seconds for the waiting shell to report the command's process."""

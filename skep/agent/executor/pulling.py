@@ -16,7 +16,7 @@ from skep.aio.clock import Clock
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError, Unavailable
-from skep.model.images import registry_of
+from skep.model.values.images import registry_of
 
 log = structlog.get_logger()
 

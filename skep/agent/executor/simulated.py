@@ -1,7 +1,7 @@
 """Simulated tasks: for whole clusters on simulated time, and for load without containers.
 
-Clock and random numbers are arguments.  The simulated processes belong to a ``Machine``, which outlives executors as a
-real machine outlives its node process.
+Clock and random numbers are arguments.  The simulated processes belong to a ``SimulatedMachine``, which outlives
+executors as a real machine outlives its node process.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from skep.agent.executor.interface import Controller, Rejected, Running, TaskExi
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import NotFound
-from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
+from skep.model.values.ids import TaskId
 
 
 class Behavior(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +34,7 @@ class Behavior(msgspec.Struct, frozen=True, kw_only=True):
     """Probability that a run ends with exit code 1 instead."""
 
 
-class Process:
+class SimulatedProcess:
     """A simulated process."""
 
     def __init__(self, pid: int) -> None:
@@ -50,17 +50,17 @@ class Process:
             self.ended.set()
 
 
-class Machine:
+class SimulatedMachine:
     """The processes on one simulated machine."""
 
     def __init__(self) -> None:
-        self.processes: dict[TaskId, Process] = {}
+        self.processes: dict[TaskId, SimulatedProcess] = {}
         self._last_pid = 1
 
-    def new_process(self, id: TaskId) -> Process:
+    def new_process(self, id: TaskId) -> SimulatedProcess:
         """Create a task's process without starting it."""
         self._last_pid += 1
-        self.processes[id] = Process(self._last_pid)
+        self.processes[id] = SimulatedProcess(self._last_pid)
         return self.processes[id]
 
     def crash(self, id: TaskId, exit_code: int = 137) -> None:
@@ -77,12 +77,12 @@ class SimulatedExecutor:
         self,
         clock: Clock,
         rng: random.Random,
-        machine: Machine | None = None,
+        machine: SimulatedMachine | None = None,
         behavior: Behavior | None = None,
     ) -> None:
         self.clock = clock
         self.rng = rng
-        self.machine = machine or Machine()
+        self.machine = machine or SimulatedMachine()
         self.behavior = behavior or Behavior()
 
     @asynccontextmanager
@@ -184,13 +184,13 @@ class SimulatedController:
         """End the process and forget it."""
         await self._executor.discard(self._id)
 
-    async def _run_for(self, process: Process, seconds: float) -> None:
+    async def _run_for(self, process: SimulatedProcess, seconds: float) -> None:
         """Let a process run for about ``seconds``, unless it ends earlier."""
         await wait_first(self._executor.take(seconds), process.ended.wait())
         behavior = self._executor.behavior
         process.end(1 if self._executor.rng.random() < behavior.crashed else behavior.exit_code)
 
-    def _require(self) -> Process:
+    def _require(self) -> SimulatedProcess:
         process = self._executor.machine.processes.get(self._id)
         if process is None:
             raise NotFound(f"No such process: {self._id}")

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from skep.agent.executor.interface import Controller, Executor, Running, TaskExit
-from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, Task
 from skep.model.task_end import TaskEnd
+from skep.model.values.ids import TaskId
 from skep.tracing import NowNs, Part, Recording, Span, recording, span_id, trace_id
 
 Export = Callable[[Iterable[Span]], None]

@@ -24,10 +24,10 @@ from skep.dataplane.dns.messages import (
     is_response,
 )
 from skep.dataplane.dns.redirection import ADDRESS
-from skep.dataplane.netns.namespaces import inside
-from skep.model.ids import NetworkId
-from skep.model.paths import DETAIL_CHARACTERS_MAX, NetworkNames, PathCheck, PathFinding
-from skep.model.sandbox import Sandbox
+from skep.dataplane.netns.kernel.namespaces import inside
+from skep.model.networks.paths import DETAIL_CHARACTERS_MAX, NetworkNames, PathCheck, PathFinding
+from skep.model.networks.sandbox import Sandbox
+from skep.model.values.ids import NetworkId
 
 log = structlog.get_logger(__name__)
 

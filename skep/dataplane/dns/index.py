@@ -14,15 +14,15 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 import msgspec
 
 from skep.dataplane.dns.messages import key
-from skep.model.ids import ServiceId
-from skep.model.tables import Table, TableEndpoint
+from skep.model.networks.tables import NetworkTable, TableEndpoint
+from skep.model.values.ids import ServiceId
 
 _IPV4_BYTES = 4
 """Length in bytes of a packed IPv4 address."""
 _TASKS, _ALL_TASKS = "tasks.", "all.tasks."
 
 
-class Known(msgspec.Struct, frozen=True):
+class NameRecord(msgspec.Struct, frozen=True):
     """The addresses of a name, packed.  ``services`` are the services whose virtual addresses are included."""
 
     ipv4: tuple[bytes, ...] = ()
@@ -36,11 +36,11 @@ class Index:
     The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: NetworkTable) -> None:
         self.id = table.head.id
         self.name = key(table.head.name)
-        self._table = table if not table.head.is_ingress else Table(head=table.head)
-        self._found: dict[str, Known] = {}
+        self._table = table if not table.head.is_ingress else NetworkTable(head=table.head)
+        self._found: dict[str, NameRecord] = {}
         self._tasks: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
         self._containers: dict[str, list[TableEndpoint]] = defaultdict(list)
         self._services: dict[str, list[ServiceId]] = defaultdict(list)
@@ -53,7 +53,7 @@ class Index:
             for name in dict.fromkeys(map(key, (service.name, *service.aliases))):
                 self._services[name].append(id)
 
-    def find(self, name: str) -> Known | None:
+    def find(self, name: str) -> NameRecord | None:
         """Return the addresses of ``name``, or None if the network does not have it.
 
         If several services, or several containers, have the name, their addresses are combined, as in Docker.  A
@@ -147,12 +147,12 @@ def _runs(task: TableEndpoint) -> bool:
     return task.is_running
 
 
-def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> Known:
+def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> NameRecord:
     packed: list[bytes] = []
     for one in dict.fromkeys(addresses):
         with suppress(OSError):  # not an address
             packed.append(socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one))
-    return Known(
+    return NameRecord(
         tuple(one for one in packed if len(one) == _IPV4_BYTES),
         tuple(one for one in packed if len(one) != _IPV4_BYTES),
         frozenset(services),

@@ -13,8 +13,8 @@ import structlog
 from skep.dataplane.dns.index import Index
 from skep.dataplane.plan.vip import VipBackends, vip_backends
 from skep.linux.files import is_no_file
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.tables import NetworkHead, Table
+from skep.model.networks.tables import NetworkHead, NetworkTable
+from skep.model.values.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()
 
@@ -24,7 +24,7 @@ Services = frozenset[tuple[NetworkId, ServiceId]]
 class _Version:
     """One version of a table.  Its index is built at the first query."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: NetworkTable) -> None:
         self.backends = vip_backends(table)
         self._table = table
 
@@ -33,7 +33,7 @@ class _Version:
         return Index(self._table)
 
 
-class Networks:
+class NetworkFiles:
     """The tables in ``directory``, which has a file per network, named after the network's id."""
 
     def __init__(self, directory: Path) -> None:
@@ -94,7 +94,7 @@ class Networks:
         was_unread = id in self.unread
         self.unread.discard(id)
         try:
-            return _Version(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
+            return _Version(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=NetworkTable))
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:  # ValueError: not a table, or one with invalid addresses
@@ -104,4 +104,4 @@ class Networks:
                 log.error("table of a network cannot be read", network=id, reason=str(error))
             if id in self._read:
                 return self._read[id]
-        return _Version(Table(head=NetworkHead(id=id, name="")))
+        return _Version(NetworkTable(head=NetworkHead(id=id, name="")))

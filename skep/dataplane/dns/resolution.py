@@ -14,9 +14,9 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from skep.dataplane.dns.index import Index, Known
+from skep.dataplane.dns.index import Index, NameRecord
 from skep.dataplane.dns.messages import AAAA, ANY, IN, PTR, SRV, A, Query, Record, encoded, key
-from skep.model.ids import NetworkId, ServiceId
+from skep.model.values.ids import NetworkId, ServiceId
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ _SERVICE_PORT = re.compile(r"_([0-9]{1,5})\._(?:tcp|udp|sctp)\.(.+)")
 _REVERSE_IPV4, _REVERSE_IPV6 = ".in-addr.arpa", ".ip6.arpa"
 
 
-class Found(msgspec.Struct, frozen=True):
+class FoundName(msgspec.Struct, frozen=True):
     """The name is in a network.  Without ``answers``, it has no record of the queried type.
 
     ``virtual`` has the services whose virtual addresses are in the response, with their networks.
@@ -54,7 +54,7 @@ class Foreign(msgspec.Struct, frozen=True):
     is_single_label: bool
 
 
-Decision: TypeAlias = Found | Missing | Foreign
+Decision: TypeAlias = FoundName | Missing | Foreign
 
 
 Links: TypeAlias = Mapping[NetworkId, Mapping[str, str]]
@@ -83,7 +83,7 @@ def decide(
         return foreign
     if query.type == PTR or name.endswith((_REVERSE_IPV4, _REVERSE_IPV6)):
         return _reverse(query, networks) or foreign
-    other_version: Found | None = None
+    other_version: FoundName | None = None
     for index, local in _candidates(name, networks):
         known = index.find(links.get(index.id, {}).get(local, local))
         if known is not None:
@@ -104,7 +104,7 @@ def decide(
     return other_version or foreign
 
 
-def _has_other_version_only(type_: int, known: Known) -> bool:
+def _has_other_version_only(type_: int, known: NameRecord) -> bool:
     """Return whether ``known`` has only addresses of the IP version that was not queried."""
     return (type_ == AAAA and bool(known.ipv4) and not known.ipv6) or (
         type_ == A and bool(known.ipv6) and not known.ipv4
@@ -123,17 +123,17 @@ def _candidates(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, s
         end = name.rfind(".", 0, end)
 
 
-def _addresses(type_: int, network: NetworkId, known: Known, rng: float) -> Found:
+def _addresses(type_: int, network: NetworkId, known: NameRecord, rng: float) -> FoundName:
     records: list[Record] = []
     if type_ in (A, ANY):
         records += [Record(A, packed) for packed in rotated(known.ipv4, rng)]
     if type_ in (AAAA, ANY):
         records += [Record(AAAA, packed) for packed in rotated(known.ipv6, rng)]
     virtual = frozenset((network, service) for service in known.services) if records else frozenset()
-    return Found(tuple(records), virtual=virtual)
+    return FoundName(tuple(records), virtual=virtual)
 
 
-def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
+def _reverse(query: Query, networks: Sequence[Index]) -> FoundName | Missing | None:
     address = reversed_address(query.name)
     if address is None:
         return None
@@ -142,18 +142,18 @@ def _reverse(query: Query, networks: Sequence[Index]) -> Found | Missing | None:
         if found is not None:
             name, service = found
             if query.type not in (PTR, ANY):
-                return Found()
+                return FoundName()
             try:
                 record = Record(PTR, encoded(f"{name}.{index.name}"))
             except ValueError:
-                return Found()
-            return Found((record,), virtual=frozenset({(index.id, service)}) if service else frozenset())
+                return FoundName()
+            return FoundName((record,), virtual=frozenset({(index.id, service)}) if service else frozenset())
     if any(address in subnet for index in networks for subnet in index.subnets):
         return Missing()
     return None
 
 
-def _targets(name: str, index: Index, rng: float) -> Found | None:
+def _targets(name: str, index: Index, rng: float) -> FoundName | None:
     """Return the SRV answer for ``_<port>._<protocol>.<service>``, or None for another kind of name."""
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
@@ -172,7 +172,7 @@ def _targets(name: str, index: Index, rng: float) -> Found | None:
             Record(A if address.version == 4 else AAAA, address.packed, target)
             for address in map(ip_address, task.addresses)
         ]
-    return Found(tuple(answers), tuple(extra))
+    return FoundName(tuple(answers), tuple(extra))
 
 
 def rotated(values: tuple[T, ...], rng: float) -> tuple[T, ...]:

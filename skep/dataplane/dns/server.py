@@ -28,11 +28,18 @@ from skep.dataplane.dns.messages import (
     reply,
 )
 from skep.dataplane.dns.redirection import ADDRESS
-from skep.dataplane.dns.resolution import TTL_S, Decision, Foreign, Found, Missing
-from skep.dataplane.dns.upstream import DEADLINE_S, Forwarded, Forwarder, NameServer, Open, read_message
+from skep.dataplane.dns.resolution import TTL_S, Decision, Foreign, FoundName, Missing
+from skep.dataplane.dns.upstream import (
+    DEADLINE_S,
+    ForwardedQuery,
+    Open,
+    QueryForwarder,
+    UpstreamServer,
+    read_message,
+)
 from skep.errors import SkepError
 from skep.linux.descriptors import set_aside
-from skep.model.ids import NetworkId, ServiceId
+from skep.model.values.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()
 
@@ -62,7 +69,7 @@ PendingQuery = tuple[str, int, bytes]
 Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
-class Sockets(msgspec.Struct, frozen=True):
+class DnsSockets(msgspec.Struct, frozen=True):
     """The sockets of a container's name server."""
 
     udp: socket.socket
@@ -99,12 +106,12 @@ class Forwarding(msgspec.Struct, frozen=True):
     search domains (as ``ndots`` demands).
     """
 
-    servers: tuple[NameServer, ...]
+    servers: tuple[UpstreamServer, ...]
     inside: Open
     does_single_labels: bool = True
 
 
-def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
+def open_sockets(udp_port: int, tcp_port: int) -> DnsSockets:
     """Open the sockets in the calling thread's namespace.  If a port is 0 or in use, a free port is chosen.
 
     Raises: OSError.
@@ -116,7 +123,7 @@ def open_sockets(udp_port: int, tcp_port: int) -> Sockets:
     except BaseException:
         udp.close()
         raise
-    return Sockets(udp, tcp)
+    return DnsSockets(udp, tcp)
 
 
 class ContainerServer:
@@ -128,9 +135,9 @@ class ContainerServer:
     def __init__(
         self,
         container: str,
-        sockets: Sockets,
+        sockets: DnsSockets,
         resolver: Resolver,
-        forwarder: Forwarder,
+        forwarder: QueryForwarder,
         forwarding: Forwarding,
         start_task: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
@@ -220,7 +227,7 @@ class ContainerServer:
     def _immediate(self, query: Query, decision: Decision, bytes_max: int) -> bytes | None:
         """Return the response to ``query``, or None if it has to wait."""
         match decision:
-            case Found(answers, extra, virtual):
+            case FoundName(answers, extra, virtual):
                 if not self._resolver.is_loaded(virtual):
                     return None
                 return reply(query, NOERROR, answers, extra, ttl_s=TTL_S, bytes_max=bytes_max)
@@ -240,7 +247,7 @@ class ContainerServer:
         """Return the response to ``query`` after waiting for rules or another name server."""
         failure = reply(query, SERVFAIL, bytes_max=bytes_max)
         match decision:
-            case Found(answers, extra, virtual):
+            case FoundName(answers, extra, virtual):
                 try:
                     await self._resolver.load(virtual)
                 except (SkepError, OSError) as error:
@@ -249,7 +256,7 @@ class ContainerServer:
                 return reply(query, NOERROR, answers, extra, ttl_s=TTL_S, bytes_max=bytes_max)
             case Foreign(is_single_label):
                 found = await self._forwarder.forward(
-                    Forwarded(self._container, query, data, self.forwarding.inside, is_tcp),
+                    ForwardedQuery(self._container, query, data, self.forwarding.inside, is_tcp),
                     self.forwarding.servers,
                     SINGLE_LABEL_S if is_single_label else DEADLINE_S,
                 )

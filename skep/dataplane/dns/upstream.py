@@ -53,7 +53,7 @@ _KNOWN_SERVERS_MAX = 1000
 """Limit for the servers that are remembered as unresponsive.  Needed because containers may name any server."""
 
 
-class NameServer(msgspec.Struct, frozen=True):
+class UpstreamServer(msgspec.Struct, frozen=True):
     """Another name server.  If ``is_inside``, it is reached from the container's own namespace."""
 
     address: str
@@ -65,7 +65,7 @@ Open = Callable[[socket.SocketKind, socket.AddressFamily], Awaitable[socket.sock
 """Opens a socket in a container's namespace.  Raises: OSError."""
 
 
-class Forwarded(msgspec.Struct, frozen=True):
+class ForwardedQuery(msgspec.Struct, frozen=True):
     """A query of ``container`` that is forwarded.  ``data`` is its DNS message."""
 
     container: str
@@ -75,7 +75,7 @@ class Forwarded(msgspec.Struct, frozen=True):
     is_tcp: bool
 
 
-class Forwarder:
+class QueryForwarder:
     """Forwards queries of all containers of the node.
 
     ``new_id`` returns 16 random bits.
@@ -88,7 +88,7 @@ class Forwarder:
         self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
         """The deadline of each query in flight, by container, the oldest query first."""
         self._total = 0
-        self._unresponsive_until: dict[NameServer, dict[str, float]] = {}
+        self._unresponsive_until: dict[UpstreamServer, dict[str, float]] = {}
         """The time until which a server is tried last, by server and by the container to which it did not respond."""
 
     @property
@@ -96,12 +96,12 @@ class Forwarder:
         """Number of queries, of all containers, that currently wait for other servers."""
         return self._total
 
-    def are_unresponsive(self, servers: Sequence[NameServer], container: str) -> bool:
+    def are_unresponsive(self, servers: Sequence[UpstreamServer], container: str) -> bool:
         """Return whether none of ``servers`` has responded to ``container`` lately."""
         return all(self._is_unresponsive(server, container) for server in servers[:SERVERS_MAX])
 
     async def forward(
-        self, one: Forwarded, servers: Sequence[NameServer], deadline_s: float = DEADLINE_S
+        self, one: ForwardedQuery, servers: Sequence[UpstreamServer], deadline_s: float = DEADLINE_S
     ) -> bytes | None:
         """Return the first response of ``servers`` that is not an error, in their order.
 
@@ -151,14 +151,14 @@ class Forwarder:
             self._in_flight.pop(container, None)
 
     async def _try_servers(
-        self, one: Forwarded, servers: Sequence[NameServer], deadline_s: float
+        self, one: ForwardedQuery, servers: Sequence[UpstreamServer], deadline_s: float
     ) -> bytes | None:
         container = one.container
         ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_unresponsive(server, container))
         again = ordered if len(ordered) < SERVERS_MAX else []  # try again once, because a packet may be lost
         # Leave time for every attempt, so that each unresponsive server becomes known.
         attempt_s = min(ATTEMPT_S, deadline_s / (1.25 * max(len(ordered), 1)))
-        failed: set[NameServer] = set()
+        failed: set[UpstreamServer] = set()
         for server in (*ordered, *again):
             if server in failed:
                 continue
@@ -180,7 +180,7 @@ class Forwarder:
             failed.add(server)
         return None
 
-    async def _exchange(self, one: Forwarded, server: NameServer) -> bytes:
+    async def _exchange(self, one: ForwardedQuery, server: UpstreamServer) -> bytes:
         family = socket.AF_INET6 if ip_address(server.address).version == 6 else socket.AF_INET
         kind = socket.SOCK_STREAM if one.is_tcp else socket.SOCK_DGRAM
         opened = await one.inside(kind, family) if server.is_inside else socket.socket(family, kind)
@@ -202,14 +202,14 @@ class Forwarder:
                 if is_response(response, id, one.query.question):
                     return response
 
-    def _is_unresponsive(self, server: NameServer, container: str) -> bool:
+    def _is_unresponsive(self, server: UpstreamServer, container: str) -> bool:
         found, now = self._unresponsive_until.get(server, {}), self._clock.monotonic()
         if found.get(container, 0.0) > now:
             return True
         # A server inside a container's network may be a different one for other containers.
         return not server.is_inside and sum(until > now for until in found.values()) >= CONTAINERS_MIN
 
-    def _mark_unresponsive(self, server: NameServer, container: str) -> None:
+    def _mark_unresponsive(self, server: UpstreamServer, container: str) -> None:
         if not self._is_unresponsive(server, container):
             log.info("name server does not respond", address=server.address, container=container)
         if len(self._unresponsive_until) >= _KNOWN_SERVERS_MAX:
@@ -218,7 +218,7 @@ class Forwarder:
         found = {one: until for one, until in self._unresponsive_until.get(server, {}).items() if until > now}
         self._unresponsive_until[server] = found | {container: now + UNRESPONSIVE_S}
 
-    def _mark_responsive(self, server: NameServer, container: str) -> None:
+    def _mark_responsive(self, server: UpstreamServer, container: str) -> None:
         """Record that the server responds.
 
         This counts for all containers, or only for ``container`` if the server is inside a network.

@@ -13,16 +13,16 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.dataplane.ingress.reply_routing import ReplyRouting
-from skep.dataplane.netns import nft
-from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_nat_refusal
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.forwarding import forward_ipv6, ipv6_nat_refusal
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
-from skep.dataplane.netns.state import State
+from skep.dataplane.netns.state import NamespaceState
 from skep.dataplane.plan.ingress import (
     BRIDGE,
     FAMILIES,
     IPV4,
-    Plan,
+    IngressPlan,
     PortKey,
     ingress_table,
     plan,
@@ -34,8 +34,8 @@ from skep.dataplane.stale_flows import delete_flows
 from skep.dataplane.underlays import find
 from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
-from skep.model.ids import NetworkId, NodeId
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NetworkId, NodeId
 
 log = structlog.get_logger()
 
@@ -99,14 +99,14 @@ class Mesh:
         self._rng = rng
         self._backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=rng)
         self._node_id = NodeId("")
-        self._table: Table | None = None
+        self._table: NetworkTable | None = None
         self._held: set[PortKey] = set()
         self._is_held_known = False
         """Whether ``_held`` is what the net process holds.
 
         False before the first request, and after a failed request, which the net process may have carried out.
         """
-        self._plan: Plan | None = None
+        self._plan: IngressPlan | None = None
         self._forwards_ipv6 = False
         self._nats_ipv6 = False
         """Whether the kernel accepts the nat chains of the IPv6 table."""
@@ -122,7 +122,7 @@ class Mesh:
         """
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         """Publish the ports of the ingress network's table.  Without that table, publish none.
 
@@ -168,7 +168,7 @@ class Mesh:
 
     async def _follow(self) -> None:
         async with self._turn:
-            wanted = plan(self._table, self._node_id) if self._table is not None else Plan()
+            wanted = plan(self._table, self._node_id) if self._table is not None else IngressPlan()
             try:
                 await self._publish(wanted)
             except (SkepError, OSError) as error:
@@ -179,7 +179,7 @@ class Mesh:
             else:
                 self._backoff.reset()
 
-    async def _publish(self, wanted: Plan) -> None:
+    async def _publish(self, wanted: IngressPlan) -> None:
         """Apply ``wanted``.  Replies are routed and ports held before packets are sent to a task."""
         if not self._is_held_known:
             self._held = set(await self._ports.list_held())
@@ -196,7 +196,7 @@ class Mesh:
 
     # --- holding --------------------------------------------------------------------------------------------------
 
-    async def _hold(self, wanted: Plan) -> Plan:
+    async def _hold(self, wanted: IngressPlan) -> IngressPlan:
         """Hold the ports.  Return the plan with the held sockets.  Raises: Unavailable: no answer.
 
         A port that is in use for one address family is published for neither, as in Docker.  Clients that try both
@@ -247,7 +247,7 @@ class Mesh:
         self._held.add(key)
         return True
 
-    async def _release(self, wanted: Plan) -> None:
+    async def _release(self, wanted: IngressPlan) -> None:
         for key in sorted(self._held - wanted.held):
             try:
                 await self._ports.release(*key)
@@ -258,7 +258,7 @@ class Mesh:
 
     # --- rules ----------------------------------------------------------------------------------------------------
 
-    async def _write(self, wanted: Plan) -> None:
+    async def _write(self, wanted: IngressPlan) -> None:
         if not self._nats_ipv6:  # the kernel may have loaded its module meanwhile
             refusal = await self._namespaces.run(self._namespaces.home, ipv6_nat_refusal)
             self._nats_ipv6 = not refusal
@@ -272,10 +272,10 @@ class Mesh:
                 await self._namespaces.run(self._namespaces.home, forward_ipv6)
                 self._forwards_ipv6 = True
             tables = [ingress_table(wanted, family) for family in families]
-            self._home.set_part(_PART, State(sysctls=_sysctls(wanted)), *tables)
+            self._home.set_part(_PART, NamespaceState(sysctls=_sysctls(wanted)), *tables)
         await self._home.apply()
 
-    async def _move_flows(self, wanted: Plan) -> None:
+    async def _move_flows(self, wanted: IngressPlan) -> None:
         has_ipv6 = wanted.has_ipv6 or (self._plan is not None and self._plan.has_ipv6)
         for version in (4, 6) if has_ipv6 else (4,):
             if stale := stale_ports(self._plan, wanted, version):
@@ -326,7 +326,7 @@ def _find_obstacles() -> tuple[str, ...]:
     return obstacles((nft.run(f"list table {name}") for name in names), (BRIDGE,))
 
 
-def _sysctls(plan: Plan) -> Mapping[str, str]:
+def _sysctls(plan: IngressPlan) -> Mapping[str, str]:
     """Return the settings of the node's namespace that forwarding needs.  The bridge may be created later."""
     return {
         "net/ipv4/ip_forward": "1",

@@ -8,10 +8,10 @@ import structlog
 
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.reconciler import NetnsReconciler
-from skep.dataplane.plan.ingress import Plan
+from skep.dataplane.plan.ingress import IngressPlan
 from skep.dataplane.plan.reply_routing import IngressEndpoint, reply_routing
 from skep.errors import SkepError
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ class ReplyRouting:
     def __init__(self, healer: Healer) -> None:
         self._healer = healer
         self._endpoints: dict[ContainerId, tuple[NetnsReconciler, IngressEndpoint]] = {}
-        self._plan = Plan()
+        self._plan = IngressPlan()
         self._changing = asyncio.Lock()
 
     async def add(
@@ -42,7 +42,7 @@ class ReplyRouting:
         """Forget a container.  Its rules are removed together with its namespace."""
         self._endpoints.pop(container_id, None)
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(self, plan: IngressPlan) -> None:
         """Apply ``plan`` to all containers.  A failure is logged and repaired later."""
         async with self._changing:
             self._plan = plan

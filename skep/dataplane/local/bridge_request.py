@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 import msgspec
 
 from skep.api.errors import Forbidden
-from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.api.formats.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.addresses import (
     DEFAULT_POOLS,
     UNIQUE_LOCAL_BITS,
@@ -23,10 +23,10 @@ from skep.dataplane.addresses import (
 )
 from skep.dataplane.local.objects import LocalNetwork
 from skep.errors import InvalidArgument, Unimplemented
-from skep.model.addresses import Address, parsed
 from skep.model.network import MTU_OPTION, MTUS
-from skep.model.routes import Subnet, overlap
-from skep.model.times import Timestamp
+from skep.model.networks.addresses import Address, parsed
+from skep.model.networks.routes import Subnet, overlap
+from skep.model.values.times import Timestamp
 
 _BRIDGE = "com.docker.network.bridge."
 _NEUTRAL: Mapping[str, frozenset[str]] = {

@@ -13,17 +13,17 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
-from skep.api.networks import SubnetBody
+from skep.api.formats.networks import SubnetBody
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, head_of, is_chosen, is_local
-from skep.dataplane.name_registration import NameRegistration
+from skep.dataplane.net_process.name_registration import NameRegistration
 from skep.errors import InvalidArgument, SkepError, Unavailable, Unimplemented
 from skep.linux.files import replace_file
-from skep.model.addresses import Address, parsed
-from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
-from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
-from skep.model.tables import Table, TableEndpoint
+from skep.model.networks.addresses import Address, parsed
+from skep.model.networks.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
+from skep.model.networks.tables import NetworkTable, TableEndpoint
+from skep.model.values.ids import ContainerId, NetworkId, NodeId, TaskId
 
 log = structlog.get_logger()
 
@@ -208,7 +208,9 @@ class LocalEndpoints:
             path.unlink(missing_ok=True)
         else:
             self._tables.mkdir(parents=True, exist_ok=True)
-            table = Table(head=head_of(network), endpoints={one.task_id: one for one in endpoints.values()})
+            table = NetworkTable(
+                head=head_of(network), endpoints={one.task_id: one for one in endpoints.values()}
+            )
             replace_file(path, msgspec.msgpack.encode(table), is_durable=False)
         self._unwritten.discard(id)
         if self._naming is not None:

@@ -16,7 +16,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error
 from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
-from skep.api.networks import NetworkBody, SubnetBody
+from skep.api.formats.networks import NetworkBody, SubnetBody
 from skep.dataplane.addresses import DEFAULT_POOLS, Subnets
 from skep.dataplane.local.bridge_request import bridge_of
 from skep.dataplane.local.objects import (
@@ -32,9 +32,9 @@ from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
 from skep.model.network import ConfigReference
-from skep.model.routes import Subnet
-from skep.model.tables import ParentLink
-from skep.model.times import Timestamp, timestamp
+from skep.model.networks.routes import Subnet
+from skep.model.networks.tables import ParentLink
+from skep.model.values.times import Timestamp, timestamp
 
 log = structlog.get_logger()
 

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import msgspec
 
-from skep.api.networks import LOCAL, Facts, SubnetBody
-from skep.model.ids import NetworkId
+from skep.api.formats.networks import LOCAL, NetworkFacts, SubnetBody
 from skep.model.network import MTU_OPTION
-from skep.model.routes import Subnet
-from skep.model.tables import NetworkHead, ParentLink, Segment
-from skep.model.times import Timestamp
+from skep.model.networks.routes import Subnet
+from skep.model.networks.tables import NetworkHead, ParentLink, Segment
+from skep.model.values.ids import NetworkId
+from skep.model.values.times import Timestamp
 
 MTU: Final = 1500
 LOCAL_ID_LENGTH: Final = 64
@@ -62,9 +62,9 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     """Id of the cluster network that this network implements on this node, or empty for one of the node's own."""
 
 
-def facts_of(network: LocalNetwork, *, is_used: bool) -> Facts:
+def facts_of(network: LocalNetwork, *, is_used: bool) -> NetworkFacts:
     """Return the properties that filters test."""
-    return Facts(
+    return NetworkFacts(
         id=network.id,
         name=network.name,
         driver=network.driver,

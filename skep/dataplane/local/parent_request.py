@@ -11,7 +11,7 @@ from types import MappingProxyType
 from msgspec.structs import replace
 
 from skep.api.errors import Forbidden
-from skep.api.networks import NetworkBody, SubnetBody
+from skep.api.formats.networks import NetworkBody, SubnetBody
 from skep.dataplane.addresses import DEFAULT_POOLS, Subnets
 from skep.dataplane.local.bridge_request import network_of, settings_of, settled_subnets
 from skep.dataplane.local.objects import (
@@ -27,8 +27,8 @@ from skep.dataplane.local.objects import (
 )
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.network import MTU_OPTION, MTUS
-from skep.model.routes import Subnet
-from skep.model.times import Timestamp
+from skep.model.networks.routes import Subnet
+from skep.model.values.times import Timestamp
 
 _VLANS = range(1, 4095)
 _DEVICE_CHARACTERS_MAX = 15

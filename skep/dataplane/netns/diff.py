@@ -8,7 +8,16 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
+from skep.dataplane.netns.state import (
+    Address,
+    EntryKind,
+    Link,
+    NamespaceState,
+    NeighborEntry,
+    Route,
+    RouteKind,
+    RoutingRule,
+)
 
 
 class AddLink(msgspec.Struct, frozen=True):
@@ -39,13 +48,13 @@ class SetSysctl(msgspec.Struct, frozen=True):
 class Put(msgspec.Struct, frozen=True):
     """Add an address, a route, an entry or a rule."""
 
-    item: Address | Route | Entry | Rule
+    item: Address | Route | NeighborEntry | RoutingRule
 
 
 class Remove(msgspec.Struct, frozen=True):
     """Remove an address, a route, an entry or a rule."""
 
-    item: Address | Route | Entry | Rule
+    item: Address | Route | NeighborEntry | RoutingRule
 
 
 Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
@@ -54,7 +63,9 @@ _LINK_ORDER = ("bridge", "vxlan", "veth")
 """Order in which links are created: a bridge before its ports."""
 
 
-def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> list[Operation]:
+def difference(
+    wanted: NamespaceState, actual: NamespaceState, *, is_exclusive: bool = True
+) -> list[Operation]:
     """Return the operations from ``actual`` to ``wanted``.
 
     With ``is_exclusive``, everything in ``actual`` that is not wanted is removed.  A container's namespace is not
@@ -114,7 +125,7 @@ def difference(wanted: State, actual: State, *, is_exclusive: bool = True) -> li
     return operations
 
 
-def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Remove]:
+def _removals(wanted: NamespaceState, held: NamespaceState, *, is_exclusive: bool) -> Iterable[Remove]:
     surplus = sorted(held.routes - wanted.routes)
     yield from (Remove(one) for one in sorted(held.rules - wanted.rules) if one.is_policy)
     yield from (Remove(one) for one in surplus if one.is_policy)
@@ -125,7 +136,7 @@ def _removals(wanted: State, held: State, *, is_exclusive: bool) -> Iterable[Rem
         yield from (Remove(one) for one in surplus if one.is_kernels)
 
 
-def _surplus(held: frozenset[Entry], wanted: frozenset[Entry]) -> Iterable[Entry]:
+def _surplus(held: frozenset[NeighborEntry], wanted: frozenset[NeighborEntry]) -> Iterable[NeighborEntry]:
     """Return the entries to remove.
 
     Entries that a wanted one replaces are left out, so that no frame is lost in between.

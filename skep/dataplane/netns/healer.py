@@ -18,9 +18,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.race import wait_first
-from skep.dataplane.netns import netlink
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.nft_changes import TableWatch, open_notifications
+from skep.dataplane.netns.kernel import netlink
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.dataplane.netns.kernel.nft_changes import TableWatch, open_notifications
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 

@@ -20,17 +20,19 @@ from skep.dataplane.netns.state import (
     LOCAL_TABLE,
     MAIN_TABLE,
     Address,
-    Entry,
     EntryKind,
+    NamespaceState,
+    NeighborEntry,
     Route,
     RouteKind,
-    Rule,
-    State,
+    RoutingRule,
 )
 from skep.dataplane.plan.packet_filter import link_local
 
-RULES_4 = frozenset({Rule(4, 0, LOCAL_TABLE), Rule(4, 32766, MAIN_TABLE), Rule(4, 32767, DEFAULT_TABLE)})
-RULES_6 = frozenset({Rule(6, 0, LOCAL_TABLE), Rule(6, 32766, MAIN_TABLE)})
+RULES_4 = frozenset(
+    {RoutingRule(4, 0, LOCAL_TABLE), RoutingRule(4, 32766, MAIN_TABLE), RoutingRule(4, 32767, DEFAULT_TABLE)}
+)
+RULES_6 = frozenset({RoutingRule(6, 0, LOCAL_TABLE), RoutingRule(6, 32766, MAIN_TABLE)})
 _MULTICAST = "ff00::/8"
 _BROADCAST_LENGTH_MAX = 30
 """Longest IPv4 prefix with a broadcast address.  A network of two addresses has none (RFC 3021)."""
@@ -38,7 +40,7 @@ _ANYCAST_LENGTH_MAX = 126
 """Longest IPv6 prefix with an anycast address for routers.  A network of two addresses has none (RFC 6164)."""
 
 
-def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
+def completed(wanted: NamespaceState, rules: frozenset[RoutingRule] = frozenset()) -> NamespaceState:
     """Return ``wanted`` with the kernel's own additions.
 
     ``rules`` are the routing rules that a new namespace has, if Skep owns this namespace.
@@ -52,7 +54,7 @@ def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
         if _has_ipv6(wanted.sysctls, link)
     }
     own = {
-        Entry(EntryKind.OWN, link.name, link.mac)
+        NeighborEntry(EntryKind.OWN, link.name, link.mac)
         for link in wanted.links.values()
         if link.kind == "bridge" and link.mac
     }
@@ -70,7 +72,7 @@ def is_link_local(address: Address) -> bool:
     return address.interface.startswith("fe80:")
 
 
-def _link_locals(wanted: State) -> Iterable[Address]:
+def _link_locals(wanted: NamespaceState) -> Iterable[Address]:
     for name, link in wanted.links.items():
         makes_none = wanted.sysctls.get(f"net/ipv6/conf/{name}/addr_gen_mode") == "1"
         if link.mac and _has_ipv6(wanted.sysctls, name) and not makes_none:

@@ -16,9 +16,9 @@ from typing import Any
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.errors import Unavailable
-from skep.model.tables import ParentLink
+from skep.model.networks.tables import ParentLink
 
 _DEADLINE_S = 10.0
 """Time limit in seconds for listing devices."""

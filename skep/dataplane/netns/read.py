@@ -16,8 +16,8 @@ from socket import AF_INET, AF_INET6, inet_ntop
 
 import msgspec
 
-from skep.dataplane.netns.checksums import offloads
-from skep.dataplane.netns.netlink import (
+from skep.dataplane.netns.kernel.checksums import offloads
+from skep.dataplane.netns.kernel.netlink import (
     AF_BRIDGE,
     GETADDR,
     GETLINK,
@@ -31,13 +31,13 @@ from skep.dataplane.netns.state import (
     LOCAL_TABLE,
     MAIN_TABLE,
     Address,
-    Entry,
     EntryKind,
     Link,
+    NamespaceState,
+    NeighborEntry,
     Route,
     RouteKind,
-    Rule,
-    State,
+    RoutingRule,
     Vxlan,
 )
 
@@ -71,11 +71,11 @@ Selection = Callable[[Link], bool]
 class ReadState(msgspec.Struct, frozen=True):
     """The ``state`` of the selected links, and the ``indices`` of all links of the namespace by name."""
 
-    state: State
+    state: NamespaceState
     indices: dict[str, int]
 
 
-def read_namespace(selects: Selection, wanted: State) -> ReadState:
+def read_namespace(selects: Selection, wanted: NamespaceState) -> ReadState:
     """Read the calling thread's namespace.  Blocks.  Raises: OSError.
 
     ``wanted`` determines which sysctls are read, and which items of the kernel's own.
@@ -83,9 +83,9 @@ def read_namespace(selects: Selection, wanted: State) -> ReadState:
     indices, links = _links()
     chosen = {index: link for index, link in links.items() if selects(link)}
     names = {index: link.name for index, link in chosen.items()}
-    rules = frozenset(_rules(wanted.rules)) if wanted.rules else frozenset[Rule]()
+    rules = frozenset(_rules(wanted.rules)) if wanted.rules else frozenset[RoutingRule]()
     policies = {(rule.version, rule.table) for rule in rules | wanted.rules if rule.is_policy}
-    state = State(
+    state = NamespaceState(
         links={link.name: link for link in chosen.values()},
         addresses=frozenset(_addresses(names)),
         routes=frozenset(_routes(names, wanted.routes, policies)),
@@ -186,7 +186,7 @@ def _routes(
             yield Route(names[index], destination, gateway)
 
 
-def _rules(wanted: frozenset[Rule]) -> Iterable[Rule]:
+def _rules(wanted: frozenset[RoutingRule]) -> Iterable[RoutingRule]:
     """Yield those ``wanted`` rules that match all packets, and all rules that have the priority of a wanted policy
     rule.
     """
@@ -201,12 +201,12 @@ def _rules(wanted: frozenset[Rule]) -> Iterable[Rule]:
                 _number(found[one]) if one in found else 0 for one in (_PRIORITY, _MARK, _IP_PROTOCOL)
             )
             table = _number(found[_RULE_TABLE]) if _RULE_TABLE in found else table
-            rule = Rule(version, priority, table, mark, protocol)
+            rule = RoutingRule(version, priority, table, mark, protocol)
             if rule in wanted or (version, priority) in priorities:
                 yield rule
 
 
-def _entries(links: dict[int, Link]) -> Iterable[Entry]:
+def _entries(links: dict[int, Link]) -> Iterable[NeighborEntry]:
     devices = {index: link.name for index, link in links.items() if link.kind == "vxlan"}
     ports = {index: link.name for index, link in links.items() if link.master}
     bridges = {index: link.name for index, link in links.items() if link.kind == "bridge"}
@@ -220,13 +220,13 @@ def _entries(links: dict[int, Link]) -> Iterable[Entry]:
             address = _address(found[1]) if 1 in found else ""
             if family == AF_BRIDGE:
                 if flags & _NTF_SELF and index in devices and address:
-                    yield Entry(EntryKind.FORWARD, devices[index], mac, address)
+                    yield NeighborEntry(EntryKind.FORWARD, devices[index], mac, address)
                 elif index in ports and state & _STATIC and not state & _PERMANENT:
-                    yield Entry(EntryKind.PORT, ports[index], mac)
+                    yield NeighborEntry(EntryKind.PORT, ports[index], mac)
                 elif index in bridges and state & _PERMANENT and not flags & _NTF_SELF and _VLAN not in found:
-                    yield Entry(EntryKind.OWN, bridges[index], mac)
+                    yield NeighborEntry(EntryKind.OWN, bridges[index], mac)
             elif state & _PERMANENT and index in devices:
-                yield Entry(EntryKind.NEIGHBOR, devices[index], mac, address)
+                yield NeighborEntry(EntryKind.NEIGHBOR, devices[index], mac, address)
 
 
 def _sysctls(names: Iterable[str]) -> dict[str, str]:

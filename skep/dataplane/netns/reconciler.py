@@ -7,14 +7,15 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.dataplane.netns import nft, nft_table, read
+from skep.dataplane.netns import nft_table, read
 from skep.dataplane.netns.diff import AddLink, DeleteLink, Operation, Put, difference
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.kernel_made import RULES_4, RULES_6, completed, is_link_local
-from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.netns.read import Selection
 from skep.dataplane.netns.repair_counts import Repairs, kind_of
-from skep.dataplane.netns.state import Link, Route, Rule, State
+from skep.dataplane.netns.state import Link, NamespaceState, Route, RoutingRule
 from skep.dataplane.netns.write import KernelRefused, apply_operations
 
 log = structlog.get_logger()
@@ -84,14 +85,14 @@ class NetnsReconciler:
         self.is_exclusive = scope.is_exclusive
         self._namespaces = namespaces
         self._repairs = repairs
-        self._own_rules = _first_rules() if scope.has_own_routes else frozenset[Rule]()
+        self._own_rules = _first_rules() if scope.has_own_routes else frozenset[RoutingRule]()
         self._remake = remake
         self._changing = asyncio.Lock()
-        self._parts: dict[str, tuple[State, tuple[NftTable, ...]]] = {}
-        self._wanted: State | None = None
-        self._goal: State | None = None
+        self._parts: dict[str, tuple[NamespaceState, tuple[NftTable, ...]]] = {}
+        self._wanted: NamespaceState | None = None
+        self._goal: NamespaceState | None = None
         self._goal_tables: Mapping[str, NftTable] = {}
-        self._assumed: State | None = None
+        self._assumed: NamespaceState | None = None
         self._departing: dict[str, int] = {}
         self._is_new = False
         self._tables: dict[str, NftTable] = {}
@@ -114,7 +115,7 @@ class NetnsReconciler:
         """Name of the threads that write here, as nftables reports it."""
         return self._namespaces.writer
 
-    def set_part(self, part: str, state: State, *tables: NftTable) -> None:
+    def set_part(self, part: str, state: NamespaceState, *tables: NftTable) -> None:
         """Set the desired state of ``part``, replacing an earlier one."""
         self._parts[part] = (state, tables)
         self._wanted = None
@@ -133,7 +134,7 @@ class NetnsReconciler:
         return part in self._parts
 
     @property
-    def wanted(self) -> State:
+    def wanted(self) -> NamespaceState:
         """The desired state of all parts together."""
         if self._wanted is None:
             together = _together([state for state, _ in self._parts.values()])
@@ -207,8 +208,10 @@ class NetnsReconciler:
         async with self._changing:
             self._assumed = None
             await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
-            found = self._without_departing(await self._read_state(self._goal or State()))
-            await self._carry_out(difference(self._goal or State(), found, is_exclusive=self.is_exclusive))
+            found = self._without_departing(await self._read_state(self._goal or NamespaceState()))
+            await self._carry_out(
+                difference(self._goal or NamespaceState(), found, is_exclusive=self.is_exclusive)
+            )
             self._assumed = self._goal
 
     async def remove(self, name: str) -> None:
@@ -221,7 +224,7 @@ class NetnsReconciler:
         """Assume that an earlier process applied the desired state.  The next ``heal`` checks that."""
         self._goal, self._goal_tables = self.wanted, self._possible_tables()
 
-    def assume(self, state: State) -> None:
+    def assume(self, state: NamespaceState) -> None:
         """Assume, without reading it, that the namespace was just created with ``state`` and no tables."""
         self._assumed = state
         self._is_new = True
@@ -235,9 +238,9 @@ class NetnsReconciler:
         if self._goal is not None and link in self._goal.links:
             self._departing[link] = 0
         # usually all three are the same object, and the state of a large network takes long to change
-        seen: dict[int, State] = {}
+        seen: dict[int, NamespaceState] = {}
 
-        def left(state: State) -> State:
+        def left(state: NamespaceState) -> NamespaceState:
             if id(state) not in seen:
                 seen[id(state)] = without(state, link) if link in state.links else state
             return seen[id(state)]
@@ -266,7 +269,7 @@ class NetnsReconciler:
         self._foreign |= ours
         return bool(ours)
 
-    async def _read_state(self, wanted: State) -> State:
+    async def _read_state(self, wanted: NamespaceState) -> NamespaceState:
         found = await self._namespaces.run(self.path, read.read_namespace, self._selects, wanted)
         self.indices = frozenset(found.indices[name] for name in found.state.links)
         state = found.state
@@ -292,7 +295,7 @@ class NetnsReconciler:
         self.needs_recheck = bool(unconfirmed)
         return [one for one in operations if one not in missing or missing[one] not in unconfirmed]
 
-    def _without_departing(self, found: State) -> State:
+    def _without_departing(self, found: NamespaceState) -> NamespaceState:
         """Return ``found`` without links that disappear by themselves.
 
         A link that still exists after many reads is included again.
@@ -318,7 +321,7 @@ class NetnsReconciler:
             for name in missing:
                 await self._remake(name)
             # The links now exist but are not configured.
-            goal = self._goal or State()
+            goal = self._goal or NamespaceState()
             operations = difference(goal, await self._read_state(goal), is_exclusive=self.is_exclusive)
             if any(isinstance(one, AddLink) and one.link.parent is None for one in operations):
                 raise KernelRefused(f"cannot recreate an interface of {self.name}")
@@ -463,12 +466,12 @@ class NetnsReconciler:
         await self._namespaces.run(self.path, nft.run, text)
 
 
-def _first_rules() -> frozenset[Rule]:
+def _first_rules() -> frozenset[RoutingRule]:
     """Return the rules that a new namespace has, for the IP versions of this kernel."""
     return RULES_4 | RULES_6 if Path("/proc/sys/net/ipv6").exists() else RULES_4
 
 
-def _together(states: Sequence[State]) -> State:
+def _together(states: Sequence[NamespaceState]) -> NamespaceState:
     if len(states) == 1:
         return states[0]
     links: dict[str, Link] = {}
@@ -476,7 +479,7 @@ def _together(states: Sequence[State]) -> State:
     for state in states:
         links |= state.links
         sysctls |= state.sysctls
-    return State(
+    return NamespaceState(
         links=links,
         addresses=frozenset().union(*(state.addresses for state in states)),
         routes=frozenset().union(*(state.routes for state in states)),
@@ -490,7 +493,7 @@ def _is_made_late(item: object) -> bool:
     return isinstance(item, Route) and item.is_kernels and ":" in item.destination
 
 
-def without(state: State, link: str) -> State:
+def without(state: NamespaceState, link: str) -> NamespaceState:
     """Return ``state`` as it is after ``link`` was removed."""
     return msgspec.structs.replace(
         state,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import structlog
 
 from skep.dataplane.netns.diff import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Rule
+from skep.dataplane.netns.state import Address, EntryKind, NeighborEntry, RoutingRule
 
 log = structlog.get_logger()
 
@@ -56,11 +56,11 @@ def kind_of(operation: Operation) -> str:
             return "link"
         case Put(item) | Remove(item):
             match item:
-                case Entry():
+                case NeighborEntry():
                     return _ENTRIES[item.kind]
                 case Address():
                     return "address"
-                case Rule():
+                case RoutingRule():
                     return "rule"
                 case _:
                     return "route"

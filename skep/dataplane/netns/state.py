@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from skep.model.tables import ParentLink
+from skep.model.networks.tables import ParentLink
 
 
 class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +22,7 @@ class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
     is_whole: bool = False
 
 
-class Peer(msgspec.Struct, frozen=True, kw_only=True):
+class VethPeer(msgspec.Struct, frozen=True, kw_only=True):
     """The far end of a veth: an interface in the namespace at path ``netns``."""
 
     netns: str
@@ -51,7 +51,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     is_closed_port: bool = False
     vxlan: Vxlan | None = None
     offloads: bool | None = None
-    peer: Peer | None = None
+    peer: VethPeer | None = None
     sockets: str = ""
     parent: ParentLink | None = None
 
@@ -72,7 +72,7 @@ class EntryKind(IntEnum):
     """
 
 
-class Entry(NamedTuple):
+class NeighborEntry(NamedTuple):
     """A permanent entry.  It is a tuple and not a struct, because a large network has thousands of entries."""
 
     kind: EntryKind
@@ -125,7 +125,7 @@ class Route(NamedTuple):
         return self.table not in (MAIN_TABLE, LOCAL_TABLE)
 
 
-class Rule(NamedTuple):
+class RoutingRule(NamedTuple):
     """A routing rule of one IP version, which selects ``table``.
 
     With a ``mark`` or a ``protocol`` (IPPROTO_*), it is a policy rule for packets that have them.  Otherwise it matches
@@ -144,14 +144,14 @@ class Rule(NamedTuple):
         return bool(self.mark or self.protocol)
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True):
+class NamespaceState(msgspec.Struct, frozen=True, kw_only=True):
     """The relevant state of one namespace.  ``sysctls`` maps ``net/...`` to values."""
 
     links: Mapping[str, Link] = {}
     addresses: frozenset[Address] = frozenset()
     routes: frozenset[Route] = frozenset()
-    entries: frozenset[Entry] = frozenset()
-    rules: frozenset[Rule] = frozenset()
+    entries: frozenset[NeighborEntry] = frozenset()
+    rules: frozenset[RoutingRule] = frozenset()
     sysctls: Mapping[str, str] = {}
 
 

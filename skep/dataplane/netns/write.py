@@ -18,8 +18,7 @@ import structlog
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.dataplane.netns import netlink, parents, read
-from skep.dataplane.netns.checksums import set_offloads
+from skep.dataplane.netns import parents, read
 from skep.dataplane.netns.diff import (
     AddLink,
     ChangeLink,
@@ -29,10 +28,21 @@ from skep.dataplane.netns.diff import (
     Remove,
     SetSysctl,
 )
-from skep.dataplane.netns.namespaces import Namespaces, set_sysctl
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
+from skep.dataplane.netns.kernel import netlink
+from skep.dataplane.netns.kernel.checksums import set_offloads
+from skep.dataplane.netns.kernel.namespaces import Namespaces, set_sysctl
+from skep.dataplane.netns.state import (
+    Address,
+    EntryKind,
+    Link,
+    NamespaceState,
+    NeighborEntry,
+    Route,
+    RouteKind,
+    RoutingRule,
+)
 from skep.errors import Unavailable
-from skep.model.tables import ParentLink
+from skep.model.networks.tables import ParentLink
 
 log = structlog.get_logger()
 
@@ -85,7 +95,7 @@ async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
     logged.
     """
     try:
-        found = await namespaces.run(path, read.read_namespace, _is_vxlan, State())
+        found = await namespaces.run(path, read.read_namespace, _is_vxlan, NamespaceState())
         await apply_operations(namespaces, path, [DeleteLink(name) for name in found.state.links])
     except (Unavailable, OSError) as error:
         log.warning("network not cleared", path=str(path), error=str(error))
@@ -106,7 +116,7 @@ async def _carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Op
     async with AsyncExitStack() as stack:
         changes: _Changes | None = None
         for operation in operations:
-            if isinstance(operation, Put | Remove) and isinstance(operation.item, Entry):
+            if isinstance(operation, Put | Remove) and isinstance(operation.item, NeighborEntry):
                 entries.append(operation)
                 continue
             await flush()
@@ -151,9 +161,9 @@ class _Changes:
                     "del", index=await self._index(link), address=address, prefixlen=int(length)
                 )
                 await _tolerating(_ABSENT, call)
-            case Put(Rule() as rule):
+            case Put(RoutingRule() as rule):
                 await _tolerating(_PRESENT, self._route.rule("add", **_rule_options(rule)))
-            case Remove(Rule() as rule):
+            case Remove(RoutingRule() as rule):
                 await _tolerating(_ABSENT, self._route.rule("del", **_rule_options(rule)))
             case Put(Route() as route):
                 # Name the device, because another link may have the kernel's route to the same destination (multicast,
@@ -330,7 +340,7 @@ def _route_options(route: Route, index: int) -> dict[str, Any]:
     return options
 
 
-def _rule_options(rule: Rule) -> dict[str, Any]:
+def _rule_options(rule: RoutingRule) -> dict[str, Any]:
     family = socket.AF_INET6 if rule.version == 6 else socket.AF_INET
     options = {"family": family, "priority": rule.priority, "table": rule.table}
     if not rule.is_policy:
@@ -347,7 +357,7 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
     requests, tolerated = [], []
     for change in changes:
         entry = change.item
-        assert isinstance(entry, Entry), "sorted out before"
+        assert isinstance(entry, NeighborEntry), "sorted out before"
         is_put = isinstance(change, Put)
         index = indices.get(entry.link, 0)
         is_of_bridge = entry.kind in (EntryKind.PORT, EntryKind.OWN)
@@ -366,7 +376,7 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
             raise OSError(number, f"entry of a neighbor: {os.strerror(number)}")
 
 
-def entry_message(entry: Entry, index: int) -> bytes:
+def entry_message(entry: NeighborEntry, index: int) -> bytes:
     """Return the kernel's form of an entry of the link ``index``.
 
     A bridge entry for a port is ``static``: ``permanent`` would mean the bridge itself, which would swallow the frames.

@@ -12,7 +12,7 @@ from socket import IPPROTO_UDP
 import msgspec
 
 from skep.dataplane.netns.state import Flow
-from skep.model.sandbox import PublishedPort
+from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
 
 

@@ -11,8 +11,8 @@ the map wrongly and adds a test for TCP to rules that use it.
 
 Packets for a port without a backend are sent nowhere else, so they reach the chain ``input``, which refuses them.
 
-A port has rules only if the node holds its socket (``Plan.held``).  If another program has the port, it has no rules
-here, so that the program's clients reach the program.
+A port has rules only if the node holds its socket (``IngressPlan.held``).  If another program has the port, it has no
+rules here, so that the program's clients reach the program.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,9 +24,9 @@ import msgspec
 
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.plan.flows import StalePort
-from skep.model.ids import NodeId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import Table, TableEndpoint, TablePort, TableService
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import NetworkTable, TableEndpoint, TablePort, TableService
+from skep.model.values.ids import NodeId, TaskId
 
 PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 STICKY_SLOTS = 256
@@ -89,7 +89,7 @@ class IngressNode(msgspec.Struct, frozen=True, order=True):
     ipv6: str = ""
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class IngressPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One node's part in the routing mesh.  The default plan takes no part."""
 
     ports: tuple[MeshPort, ...] = ()
@@ -122,7 +122,7 @@ def is_any(address: str) -> bool:
     return address in ("", "::")
 
 
-def plan(table: Table, node_id: NodeId) -> Plan:
+def plan(table: NetworkTable, node_id: NodeId) -> IngressPlan:
     """Return the plan of the node ``node_id``, with no port held yet.
 
     If two services have the same port, which managers prevent, the service with the lower id gets it.
@@ -138,7 +138,7 @@ def plan(table: Table, node_id: NodeId) -> Plan:
             if key not in ports and _is_possible(port):
                 ports[key] = _mesh_port(service, port, serving.get(service.id, ()), node_id)
     own = table.nodes.get(node_id)
-    return Plan(
+    return IngressPlan(
         ports=tuple(port for _, port in sorted(ports.items())),
         subnets=tuple(segment.subnet for segment in table.head.segments),
         nodes=tuple(
@@ -226,7 +226,7 @@ IPV6 = Family("ip6", "ipv6_addr", 6)
 FAMILIES = (IPV4, IPV6)
 
 
-def ingress_table(plan: Plan, family: Family) -> NftTable:
+def ingress_table(plan: IngressPlan, family: Family) -> NftTable:
     """Return the table of ``family``, with the ports that the node holds.
 
     The table sends no packets of a port that user space serves (for the PROXY protocol, or for IPv6 if the tasks have
@@ -331,9 +331,9 @@ def _dnat(family: Family, number: str) -> str:
 # --- flows ------------------------------------------------------------------------------------------------------------
 
 
-def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
+def stale_ports(before: IngressPlan | None, after: IngressPlan, version: int) -> tuple[StalePort, ...]:
     """Return UDP ports that are new, have lost a backend or have got their first one, followed by unpublished ports."""
-    before = before if before is not None else Plan()
+    before = before if before is not None else IngressPlan()
     earlier = {
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
     }

@@ -16,11 +16,20 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_inte
 import msgspec
 
 from skep.dataplane.addresses import mac_for
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
+from skep.dataplane.netns.state import (
+    Address,
+    EntryKind,
+    Link,
+    NamespaceState,
+    NeighborEntry,
+    Route,
+    VethPeer,
+    Vxlan,
+)
 from skep.dataplane.plan.wireguard import tunnel_mtu
-from skep.model.ids import NetworkId, NodeId
-from skep.model.sandbox import Endpoint, Sandbox
-from skep.model.tables import NetworkHead, ParentLink, Segment, Table
+from skep.model.networks.sandbox import Endpoint, Sandbox
+from skep.model.networks.tables import NetworkHead, NetworkTable, ParentLink, Segment
+from skep.model.values.ids import NetworkId, NodeId
 
 INGRESS_BRIDGE = "skep-ingress"
 """The ingress network's bridge, in the node's own namespace."""
@@ -95,13 +104,13 @@ def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
 
 def network_state(
     head: NetworkHead,
-    table: Table | None,
+    table: NetworkTable | None,
     endpoints: Sequence[LocalEndpoint],
     *,
     node_id: NodeId,
     underlay: Underlay | None,
-    remote: frozenset[Entry],
-) -> State:
+    remote: frozenset[NeighborEntry],
+) -> NamespaceState:
     """Return the desired state of one network on this node.  ``remote`` are its ``remote_entries``.
 
     Without a table, it has only the local containers and their bridge.  Without an ``underlay``, no other node is
@@ -119,12 +128,12 @@ def network_state(
             mtu=mtu,
             master=bridge,
             is_closed_port=True,
-            peer=Peer(netns=one.netns, interface=one.endpoint.interface, mac=one.endpoint.mac_address),
+            peer=VethPeer(netns=one.netns, interface=one.endpoint.interface, mac=one.endpoint.mac_address),
         )
         for one in endpoints
     }
     entries = _one_device_each(remote if devices else frozenset(), endpoints, table, node_id)
-    return State(
+    return NamespaceState(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),
         entries=entries,
@@ -147,7 +156,9 @@ def device_of(head: NetworkHead, segment: Segment) -> str:
     return f"{INGRESS_VXLAN if head.is_ingress else VXLAN}{segment.vni}"
 
 
-def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> frozenset[Entry]:
+def remote_entries(
+    table: NetworkTable, node_id: NodeId, underlay: Underlay | None
+) -> frozenset[NeighborEntry]:
     """Return the entries through which this node reaches the endpoints on other nodes, and the nodes' own addresses,
     over VXLAN.
     """
@@ -159,7 +170,7 @@ def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> 
         for node in table.nodes.values()
         if node.id != node_id and (":" in node.underlay) == family
     }
-    found: set[Entry] = set()
+    found: set[NeighborEntry] = set()
     for endpoint in table.endpoints.values():
         if endpoint.node_id in reached:
             found.update(_entries(table.head, endpoint.addresses, reached[endpoint.node_id]))
@@ -181,7 +192,9 @@ def check_sandbox(sandbox: Sandbox) -> None:
         IPv4Address(sandbox.address)
 
 
-def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
+def container_state(
+    sandbox: Sandbox, networks: Mapping[NetworkId, tuple[NetworkHead, int]]
+) -> NamespaceState:
     """Return a container's interfaces with their addresses, and its routes.
 
     ``networks`` has the current head and MTU of each of its networks.
@@ -217,7 +230,9 @@ def container_state(sandbox: Sandbox, networks: Mapping[NetworkId, tuple[Network
         addresses.add(Address(sandbox.interface, f"{sandbox.address6}/64"))
         routes.add(Route(sandbox.interface, "::/0", sandbox.gateway6))
         sysctls |= _ipv6_sysctls(sandbox.interface)
-    return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
+    return NamespaceState(
+        links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls
+    )
 
 
 def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Link:
@@ -254,12 +269,12 @@ def _ipv6_sysctls(interface: str) -> dict[str, str]:
     }
 
 
-def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
+def just_made(wanted: NamespaceState, sysctls: Mapping[str, str]) -> NamespaceState:
     """Return the state of a container's namespace whose interfaces have just been created: down and unconfigured.
 
     ``sysctls`` were set when the namespace was created.
     """
-    return State(
+    return NamespaceState(
         links={
             name: msgspec.structs.replace(link, is_up=False)
             for name, link in wanted.links.items()
@@ -291,7 +306,7 @@ def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int
     return found
 
 
-def _own_addresses(head: NetworkHead, table: Table | None, node_id: NodeId) -> list[str]:
+def _own_addresses(head: NetworkHead, table: NetworkTable | None, node_id: NodeId) -> list[str]:
     """Return the bridge's addresses.
 
     These are the gateways, which are the same on every node.  On the ingress network, they are the node's own
@@ -321,20 +336,23 @@ def _sysctls(bridge: str, devices: Iterable[str], *, is_dual: bool) -> dict[str,
     return sysctls
 
 
-def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iterable[Entry]:
+def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iterable[NeighborEntry]:
     segment = next((found for one in addresses if (found := _segment_of(head, one)) is not None), None)
     if segment is None:
         return
     device, mac = device_of(head, segment), mac_for(addresses)
-    yield Entry(EntryKind.PORT, device, mac)
-    yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
+    yield NeighborEntry(EntryKind.PORT, device, mac)
+    yield NeighborEntry(EntryKind.FORWARD, device, mac, plain_address(underlay))
     for address in addresses:
-        yield Entry(EntryKind.NEIGHBOR, device, mac, plain_address(address))
+        yield NeighborEntry(EntryKind.NEIGHBOR, device, mac, plain_address(address))
 
 
 def _one_device_each(
-    remote: frozenset[Entry], attached: Sequence[LocalEndpoint], table: Table | None, node_id: NodeId
-) -> frozenset[Entry]:
+    remote: frozenset[NeighborEntry],
+    attached: Sequence[LocalEndpoint],
+    table: NetworkTable | None,
+    node_id: NodeId,
+) -> frozenset[NeighborEntry]:
     """Return all entries, with one device for each MAC address.
 
     If the table assigns an address to another node, the remote entry is used, because a container here may be about to
@@ -344,7 +362,7 @@ def _one_device_each(
     local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
     elsewhere = {one.mac for one in remote} - local
     ports = {one.endpoint.mac_address: one.endpoint.port for one in attached}
-    here = {Entry(EntryKind.PORT, port, mac) for mac, port in ports.items() if mac not in elsewhere}
+    here = {NeighborEntry(EntryKind.PORT, port, mac) for mac, port in ports.items() if mac not in elsewhere}
     return frozenset(one for one in remote if one.mac not in local) | here if local else remote | here
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.plan.overlay import plain_address
-from skep.model.ids import NetworkId, NodeId
-from skep.model.paths import PROBE_VNI, ProbeTargets
-from skep.model.sandbox import Endpoint
-from skep.model.tables import Table
+from skep.model.networks.paths import PROBE_VNI, ProbeTargets
+from skep.model.networks.sandbox import Endpoint
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NetworkId, NodeId
 
 SPOOFING = "bridge skep"
 VXLAN_FILTER = "inet skep_overlay"
@@ -89,7 +89,9 @@ def spoofing_filter(owners: Iterable[Owner]) -> NftTable:
     )
 
 
-def vxlan_filter(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Iterable[str]) -> NftTable:
+def vxlan_filter(
+    tables: Mapping[NetworkId, NetworkTable], node_id: NodeId, bridges: Iterable[str]
+) -> NftTable:
     """Return the filter of the node's own namespace.  Packets from containers come from ``bridges``.
 
     It drops frames of encrypted networks from every node, because they arrive in the tunnels' namespace instead.

@@ -11,12 +11,12 @@ from ipaddress import IPv4Address, ip_address
 import msgspec
 
 from skep.dataplane.addresses import mac_of
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, State, Vxlan
+from skep.dataplane.netns.state import Address, EntryKind, Link, NamespaceState, NeighborEntry, Vxlan
 from skep.dataplane.plan.overlay import OVERHEAD_V4, OVERHEAD_V6, OVERLAY_SYSCTLS, Underlay, plain_address
-from skep.model.addresses import PORT_MAX
-from skep.model.ids import NodeId
-from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
+from skep.model.networks.addresses import PORT_MAX
+from skep.model.networks.paths import PROBE_VNI, PathPeer, ProbeTargets
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
+from skep.model.values.ids import NodeId
 
 DEVICE = "probe"
 PORT = 4787
@@ -59,7 +59,7 @@ def reached(targets: ProbeTargets) -> Mapping[str, PathPeer]:
     return found
 
 
-def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> State:
+def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | None) -> NamespaceState:
     """Return the desired state of the namespace.
 
     ``offloads`` is the device's setting of checksum offload, or None to leave it unchanged.
@@ -68,9 +68,9 @@ def probe_state(targets: ProbeTargets, underlay: Underlay, *, offloads: bool | N
     entries = set()
     for address, peer in reached(targets).items():
         mac = mac_of(IPv4Address(address))
-        entries.add(Entry(EntryKind.FORWARD, DEVICE, mac, plain_address(peer.data_path)))
-        entries.add(Entry(EntryKind.NEIGHBOR, DEVICE, mac, address))
-    return State(
+        entries.add(NeighborEntry(EntryKind.FORWARD, DEVICE, mac, plain_address(peer.data_path)))
+        entries.add(NeighborEntry(EntryKind.NEIGHBOR, DEVICE, mac, address))
+    return NamespaceState(
         links={
             DEVICE: Link(
                 name=DEVICE,

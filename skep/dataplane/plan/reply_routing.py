@@ -29,8 +29,8 @@ import msgspec
 
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.netns.nft_table import NftTable
-from skep.dataplane.netns.state import Route, Rule, State
-from skep.dataplane.plan.ingress import IngressNode, Plan
+from skep.dataplane.netns.state import NamespaceState, Route, RoutingRule
+from skep.dataplane.plan.ingress import IngressNode, IngressPlan
 
 _TABLE = "skep_return"
 _PRIORITY = 1042
@@ -56,20 +56,22 @@ class IngressEndpoint(msgspec.Struct, frozen=True):
     egress6: str = ""
 
 
-def reply_routing(plan: Plan, endpoint: IngressEndpoint) -> tuple[State, tuple[NftTable, NftTable]]:
+def reply_routing(
+    plan: IngressPlan, endpoint: IngressEndpoint
+) -> tuple[NamespaceState, tuple[NftTable, NftTable]]:
     """Return the desired state and tables of a container's namespace."""
     nodes = [node for node in plan.nodes if node.ipv4]
-    rules, routes = set[Rule](), set[Route]()
+    rules, routes = set[RoutingRule](), set[Route]()
     for node in nodes:
         mark = mark_of(node)
         for version, gateway, everywhere in ((4, node.ipv4, "0.0.0.0/0"), (6, node.ipv6, "::/0")):
             if gateway:
-                rules.add(Rule(version, _PRIORITY, mark, mark))
+                rules.add(RoutingRule(version, _PRIORITY, mark, mark))
                 routes.add(Route(endpoint.interface, everywhere, gateway, table=mark))
     if plan.own.ipv6 and not endpoint.egress6:
-        rules.add(Rule(6, _UDP_PRIORITY, _UDP_TABLE, protocol=IPPROTO_UDP))
+        rules.add(RoutingRule(6, _UDP_PRIORITY, _UDP_TABLE, protocol=IPPROTO_UDP))
         routes.add(Route(endpoint.interface, "::/0", plan.own.ipv6, table=_UDP_TABLE))
-    state = State(rules=frozenset(rules), routes=frozenset(routes), sysctls=SYSCTLS)
+    state = NamespaceState(rules=frozenset(rules), routes=frozenset(routes), sysctls=SYSCTLS)
     return state, (_table("ip", plan, endpoint, nodes), _table("ip6", plan, endpoint, nodes))
 
 
@@ -78,7 +80,9 @@ def mark_of(node: IngressNode) -> int:
     return int(IPv4Address(node.ipv4))
 
 
-def _table(family: str, plan: Plan, endpoint: IngressEndpoint, nodes: Iterable[IngressNode]) -> NftTable:
+def _table(
+    family: str, plan: IngressPlan, endpoint: IngressEndpoint, nodes: Iterable[IngressNode]
+) -> NftTable:
     version = 4 if family == "ip" else 6
     egress = endpoint.egress if version == 4 else endpoint.egress6
     subnets = ", ".join(sorted(one for one in plan.subnets if ip_network(one).version == version))

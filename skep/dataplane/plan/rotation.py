@@ -2,15 +2,17 @@
 
 A rotation has three steps:
 
-1. When the only pair is ``Limits.period_s`` old, a second pair is created.  It has a separate device, and both public
+1. When the only pair is ``KeyLifetimes.period_s`` old, a second pair is created.  It has a separate device, and both
+public
    keys are published.
 2. Traffic with a peer moves to the newer pair once a handshake with this pair was completed
    (``plan.wireguard.chosen``).
-3. The older pair is removed ``Limits.overlap_s`` after the last peer has moved (``next_pairs``).  The next rotation
+3. The older pair is removed ``KeyLifetimes.overlap_s`` after the last peer has moved (``next_pairs``).  The next
+rotation
    waits for that, so a device that carries traffic never changes its key.
 
-Times: ``now`` is monotonic and stands still while the machine is suspended.  ``boot_s`` and ``KeyPair.made_at`` are
-seconds since boot.  Wall-clock times of handshakes are compared for equality only, so clock steps have no effect.
+Times: ``now`` is monotonic and stands still while the machine is suspended.  ``boot_s`` and ``WireGuardKey.made_at``
+are seconds since boot.  Wall-clock times of handshakes are compared for equality only, so clock steps have no effect.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +20,8 @@ from enum import IntEnum
 
 import msgspec
 
-from skep.dataplane.plan.wireguard import FoundDevice, KeyPair, Peer, Session
-from skep.model.ids import NodeId
+from skep.dataplane.plan.wireguard import FoundDevice, Session, WireGuardKey, WireGuardPeer
+from skep.model.values.ids import NodeId
 
 ALIVE_S = 300.0
 """Seconds since the latest handshake after which a key pair no longer reaches the peer.
@@ -29,7 +31,7 @@ Source: wireguard.com/papers/wireguard.pdf, section 6.1.
 """
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class KeyLifetimes(msgspec.Struct, frozen=True, kw_only=True):
     """Lifetimes of key pairs, in seconds."""
 
     period_s: float = 24 * 3600.0
@@ -58,7 +60,7 @@ class Handshake(msgspec.Struct, frozen=True, kw_only=True):
     changed_at: float
 
 
-class Usage(IntEnum):
+class KeyUsage(IntEnum):
     """How peers that have not moved to the newest key pair use the older pair."""
 
     UNUSED = 0
@@ -81,7 +83,7 @@ class Overlap(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     newest: bytes = b""
-    usage: Usage = Usage.ALIVE
+    usage: KeyUsage = KeyUsage.ALIVE
     unused_since: float | None = None
 
 
@@ -97,7 +99,7 @@ def noted(
     }
 
 
-def handshakes_of(found: Iterable[FoundDevice], pairs: Iterable[KeyPair]) -> Mapping[Session, float]:
+def handshakes_of(found: Iterable[FoundDevice], pairs: Iterable[WireGuardKey]) -> Mapping[Session, float]:
     """Return the completed handshakes of all devices, with their stamps.
 
     A handshake is counted for the key that the device actually has, not for the key that it should have.  A device with
@@ -114,17 +116,17 @@ def handshakes_of(found: Iterable[FoundDevice], pairs: Iterable[KeyPair]) -> Map
 
 
 def usage_of_older(
-    pairs: Sequence[KeyPair],
-    peers: Mapping[NodeId, Sequence[Peer]],
+    pairs: Sequence[WireGuardKey],
+    peers: Mapping[NodeId, Sequence[WireGuardPeer]],
     handshakes: Mapping[Session, Handshake],
     now: float,
-) -> Usage:
+) -> KeyUsage:
     """Return how peers use the older key pair.  ``peers`` are each node's keys, the oldest first (``Plan.peers``).
 
     A peer has moved when the newest pair has a session with the key that this node sends to (``chosen``).  A session
     with any of its keys is not enough: if each side counted on the other's older key, both could be removed at once.
     """
-    usage = Usage.UNUSED
+    usage = KeyUsage.UNUSED
     own = [pair.public for pair in pairs]
     for theirs in peers.values():
         by_key = ([key for key in own if (key, peer.public) in handshakes] for peer in theirs)
@@ -132,14 +134,14 @@ def usage_of_older(
         if working and own[-1] not in working[-1][1]:
             peer, keys = working[-1]
             latest = max(handshakes[key, peer.public].changed_at for key in keys)
-            usage = max(usage, Usage.ALIVE if now - latest < ALIVE_S else Usage.SILENT)
+            usage = max(usage, KeyUsage.ALIVE if now - latest < ALIVE_S else KeyUsage.SILENT)
     return usage
 
 
 def observed(
     before: Overlap,
-    pairs: Sequence[KeyPair],
-    peers: Mapping[NodeId, Sequence[Peer]],
+    pairs: Sequence[WireGuardKey],
+    peers: Mapping[NodeId, Sequence[WireGuardPeer]],
     handshakes: Mapping[Session, Handshake],
     now: float,
 ) -> Overlap:
@@ -149,43 +151,43 @@ def observed(
     """
     newest = pairs[-1].public if pairs else b""
     usage = usage_of_older(pairs, peers, handshakes, now)
-    if usage is not Usage.UNUSED:
+    if usage is not KeyUsage.UNUSED:
         return Overlap(newest=newest, usage=usage)
     since = before.unused_since if before.newest == newest else None
     return Overlap(newest=newest, usage=usage, unused_since=now if since is None else since)
 
 
 def next_pairs(
-    pairs: Sequence[KeyPair],
+    pairs: Sequence[WireGuardKey],
     overlap: Overlap,
     make: Callable[[], bytes],
     *,
     boot_s: float,
     now: float,
-    limits: Limits,
-) -> tuple[KeyPair, ...]:
+    limits: KeyLifetimes,
+) -> tuple[WireGuardKey, ...]:
     """Return the key pairs to use from now on, the oldest first.  Adds a pair, removes the older one, or does neither.
 
     A new pair takes the slot that the newest pair does not have.
     """
     if not pairs:
-        return (KeyPair(private=make(), slot=0, made_at=boot_s),)
+        return (WireGuardKey(private=make(), slot=0, made_at=boot_s),)
     newest = pairs[-1]
     age = boot_s - newest.made_at
     # a negative age means that the pair was created in an earlier boot
     if age < 0 or (len(pairs) == 1 and age >= limits.period_s):
-        return (newest, KeyPair(private=make(), slot=1 - newest.slot, made_at=boot_s))
+        return (newest, WireGuardKey(private=make(), slot=1 - newest.slot, made_at=boot_s))
     if len(pairs) > 1 and overlap.newest == newest.public and _is_over(overlap, age, now, limits):
         return (newest,)
     return tuple(pairs)
 
 
-def _is_over(overlap: Overlap, age: float, now: float, limits: Limits) -> bool:
+def _is_over(overlap: Overlap, age: float, now: float, limits: KeyLifetimes) -> bool:
     """Return whether the older of two pairs must be removed.  ``age`` is the age of the newer pair."""
     match overlap.usage:
-        case Usage.UNUSED:
+        case KeyUsage.UNUSED:
             return overlap.unused_since is not None and now - overlap.unused_since >= limits.overlap_s
-        case Usage.SILENT:
+        case KeyUsage.SILENT:
             return age >= limits.period_s
-        case Usage.ALIVE:
+        case KeyUsage.ALIVE:
             return age >= limits.bound_s

@@ -26,8 +26,8 @@ import msgspec
 
 from skep.dataplane.netns import nft_table
 from skep.dataplane.netns.nft_table import NftTable
-from skep.model.ids import ServiceId
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import ServiceId
 
 NAME = "skep_virtual"
 FAMILIES = ("ip", "ip6")
@@ -42,7 +42,7 @@ VipBackends: TypeAlias = Mapping[str, Backends]
 """The backends' addresses by virtual address, of the same family.  Without backends, connections are refused."""
 
 
-def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
+def vip_backends(table: NetworkTable) -> Mapping[ServiceId, VipBackends]:
     """Return the backends of each service's virtual addresses, in the order of their tasks' ids.
 
     The ingress network has no virtual addresses, because its ports are published by nodes.
@@ -63,14 +63,14 @@ def vip_backends(table: Table) -> Mapping[ServiceId, VipBackends]:
     }
 
 
-class Written(msgspec.Struct, frozen=True):
+class WrittenTable(msgspec.Struct, frozen=True):
     """One family's table as it was written: its backends, and the numbers n for which a chain ``spread_<n>`` exists."""
 
     backends: VipBackends
     counts: frozenset[int]
 
 
-class Plan(msgspec.Struct, frozen=True):
+class VipPlan(msgspec.Struct, frozen=True):
     """Changes to the tables.
 
     Args:
@@ -84,12 +84,12 @@ class Plan(msgspec.Struct, frozen=True):
 
     text: str
     elements: tuple["Elements", ...] | None
-    after: Mapping[str, Written]
+    after: Mapping[str, WrittenTable]
     stale: VipBackends
     is_anew: bool
 
 
-def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
+def plan(written: Mapping[str, WrittenTable] | None, backends: VipBackends) -> VipPlan:
     """Return the changes that lead from ``written`` (None if unknown) to ``backends`` in a namespace.
 
     A namespace without virtual addresses of a family needs no table for it.
@@ -97,7 +97,7 @@ def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
     texts = []
     changed: list[Elements] = []
     has_more = False
-    after: dict[str, Written] = {}
+    after: dict[str, WrittenTable] = {}
     stale: dict[str, Backends] = {}
     for family in FAMILIES:
         new = _of_family(backends, family)
@@ -107,7 +107,7 @@ def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
             texts.append(_changes(family, old, new))
             changed += elements(family, old.backends, new)
             has_more |= not _counts(new) <= old.counts
-            after[family] = Written(new, old.counts | _counts(new))
+            after[family] = WrittenTable(new, old.counts | _counts(new))
             for address, found in old.backends.items():
                 if set(found) - set(new.get(address, ())):
                     stale[address] = new.get(address, ())
@@ -115,13 +115,13 @@ def plan(written: Mapping[str, Written] | None, backends: VipBackends) -> Plan:
             has_more = True
             table = vip_table(family, new)
             texts.append(nft_table.whole(table) if written is None else nft_table.fresh(table))
-            after[family] = Written(new, _counts(new))
+            after[family] = WrittenTable(new, _counts(new))
             if written is None:
                 stale.update(new)
         elif written is None:
             has_more = True
             texts.append(nft_table.absent(f"{family} {NAME}"))
-    return Plan("".join(texts), None if has_more else tuple(changed), after, stale, written is None)
+    return VipPlan("".join(texts), None if has_more else tuple(changed), after, stale, written is None)
 
 
 def vip_table(family: str, backends: VipBackends) -> NftTable:
@@ -235,7 +235,7 @@ def _of_family(backends: VipBackends, family: str) -> VipBackends:
     return {address: found for address, found in backends.items() if is_ipv6(address) is (family == "ip6")}
 
 
-def _changes(family: str, old: Written, new: VipBackends) -> str:
+def _changes(family: str, old: WrittenTable, new: VipBackends) -> str:
     table = f"{family} {NAME}"
     lines = []
     for count in sorted(_counts(new) - old.counts):

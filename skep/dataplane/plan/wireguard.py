@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from skep.model.ids import NodeId
-from skep.model.reserved_ports import WIREGUARD_OFFSET
-from skep.model.tables import Table, TableNode
-from skep.model.wireguard import PublicKey
+from skep.model.networks.reserved_ports import WIREGUARD_OFFSET
+from skep.model.networks.tables import NetworkTable, TableNode
+from skep.model.networks.wireguard import PublicKey
+from skep.model.values.ids import NodeId
 from skep.paths import DEFAULT_RUN
 
 INNER_PORT_OFFSET = 12
@@ -47,7 +47,7 @@ _PREFIX = bytes.fromhex("fd736b6570656e63")
 """Unique local (RFC 4193): fd73:6b65:7065:6e63::/64.  It exists inside the tunnels' namespace only."""
 
 
-class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
+class WireGuardKey(msgspec.Struct, frozen=True, kw_only=True):
     """A private key (X25519, 32 bytes) and the slot of the device that uses it.  Never logged or shown.
 
     ``made_at`` is in seconds since the machine booted.
@@ -66,7 +66,7 @@ class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
         return f"KeyPair(slot={self.slot}, made_at={self.made_at})"
 
 
-class Peer(msgspec.Struct, frozen=True, kw_only=True):
+class WireGuardPeer(msgspec.Struct, frozen=True, kw_only=True):
     """One key of another node.
 
     Args:
@@ -81,19 +81,19 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     inner: str
 
 
-class Device(msgspec.Struct, frozen=True, kw_only=True):
+class WireGuardDevice(msgspec.Struct, frozen=True, kw_only=True):
     """Desired configuration of a WireGuard device.  ``public`` is the public key of ``private``."""
 
     private: bytes
     public: bytes
     port: int
-    peers: Mapping[bytes, Peer] = {}
+    peers: Mapping[bytes, WireGuardPeer] = {}
 
     def __repr__(self) -> str:
         return f"Device(port={self.port}, peers={len(self.peers)})"
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class WireGuardPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The desired devices and peers of one node.
 
     Args:
@@ -102,8 +102,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         sources: The tunnel address and VXLAN id of each allowed source of frames.
     """
 
-    devices: Mapping[int, Device] = {}
-    peers: Mapping[NodeId, tuple[Peer, ...]] = {}
+    devices: Mapping[int, WireGuardDevice] = {}
+    peers: Mapping[NodeId, tuple[WireGuardPeer, ...]] = {}
     sources: frozenset[tuple[str, int]] = frozenset()
     contested: tuple[NodeId, ...] = ()
     """Nodes that publish a key with the same inner address as another node's key.
@@ -121,14 +121,14 @@ Keys and not devices, because a handshake with one key does not tell whether the
 """
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class KeyChoice(msgspec.Struct, frozen=True, kw_only=True):
     """The key of each peer to which this node sends, and the slot of the device for each address inside the tunnels."""
 
     addresses: Mapping[NodeId, str] = {}
     slots: Mapping[str, int] = {}
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
+class DeviceChange(msgspec.Struct, frozen=True, kw_only=True):
     """Changes that bring a device to its desired configuration.  ``removed`` is applied before ``put``.
 
     ``private`` is set together with the removal of all peers, so that no peer keeps a handshake of the previous key.
@@ -137,12 +137,12 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     private: bytes | None = None
     port: int | None = None
     removed: tuple[bytes, ...] = ()
-    put: tuple[Peer, ...] = ()
+    put: tuple[WireGuardPeer, ...] = ()
 
     @property
     def is_needed(self) -> bool:
         """Whether anything has to change."""
-        return self != Change()
+        return self != DeviceChange()
 
     def __repr__(self) -> str:
         return f"Change(removed={len(self.removed)}, put={len(self.put)})"
@@ -196,7 +196,9 @@ def device_name(run: Path, slot: int) -> str:
     return f"skwg{sha256(str(run).encode()).hexdigest()[:8]}-{slot}"
 
 
-def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, port: int = 0) -> Plan:
+def plan_of(
+    own: NodeId, pairs: Sequence[WireGuardKey], tables: Iterable[NetworkTable], *, port: int = 0
+) -> WireGuardPlan:
     """Return the plan of node ``own``, for all encrypted ``tables``.
 
     Args:
@@ -216,9 +218,9 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
     }
     by_key = {peer.public: peer for of_node in peers.values() for peer in of_node}
     vxlan_port = encrypted[0].head.port if encrypted else 0
-    return Plan(
+    return WireGuardPlan(
         devices={
-            pair.slot: Device(
+            pair.slot: WireGuardDevice(
                 private=pair.private,
                 public=pair.public,
                 port=own_port(pair.slot, vxlan_port, port),
@@ -253,7 +255,7 @@ def own_port(slot: int, vxlan_port: int, port: int = 0) -> int:
     return (port or vxlan_port + WIREGUARD_OFFSET) + slot
 
 
-def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
+def chosen(plan: WireGuardPlan, sessions: Collection[Session]) -> KeyChoice:
     """Choose the key of each peer to which to send, and the device for it: the newest ones that are known to work.
 
     Traffic moves to a new key, of this node or of a peer, only after a handshake with it was completed, so that no
@@ -261,7 +263,7 @@ def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
     """
     newest_first = tuple(plan.devices.items())[::-1]
     if not newest_first:
-        return Choice()
+        return KeyChoice()
     established = frozenset(sessions)
     addresses: dict[NodeId, str] = {}
     slots: dict[str, int] = {}
@@ -275,10 +277,10 @@ def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:
         working = [inner for inner, found in by_peer.items() if found]
         addresses[id] = working[-1] if working else peers[-1].inner
         slots |= {inner: found[0] if found else newest_first[0][0] for inner, found in by_peer.items()}
-    return Choice(addresses=addresses, slots=slots)
+    return KeyChoice(addresses=addresses, slots=slots)
 
 
-def tunnelled(table: Table, own: NodeId, addresses: Mapping[NodeId, str]) -> Table:
+def tunnelled(table: NetworkTable, own: NodeId, addresses: Mapping[NodeId, str]) -> NetworkTable:
     """Return an encrypted network's ``table`` for its VXLANs, with the nodes' addresses inside the tunnels.
 
     A node without such an address is left out.  This node itself sends from whichever address the tunnel has (``::``).
@@ -293,7 +295,7 @@ def tunnelled(table: Table, own: NodeId, addresses: Mapping[NodeId, str]) -> Tab
     return msgspec.structs.replace(table, head=head, nodes=nodes)
 
 
-def changes(found: FoundDevice, wanted: Device, before: Device | None) -> Change:
+def changes(found: FoundDevice, wanted: WireGuardDevice, before: WireGuardDevice | None) -> DeviceChange:
     """Return the changes from the ``found`` to the ``wanted`` configuration of a device.
 
     ``before`` is the configuration that this process wanted last, or None.  Peers that stay are never replaced, so that
@@ -303,9 +305,9 @@ def changes(found: FoundDevice, wanted: Device, before: Device | None) -> Change
     """
     if found.private != wanted.private:
         port = wanted.port if found.port != wanted.port else None
-        return Change(private=wanted.private, port=port, put=_sorted(wanted))
+        return DeviceChange(private=wanted.private, port=port, put=_sorted(wanted))
     old = before.peers if before is not None else {}
-    return Change(
+    return DeviceChange(
         port=wanted.port if found.port != wanted.port else None,
         removed=tuple(sorted(found.peers.keys() - wanted.peers.keys())),
         put=tuple(
@@ -316,11 +318,11 @@ def changes(found: FoundDevice, wanted: Device, before: Device | None) -> Change
     )
 
 
-def _sorted(device: Device) -> tuple[Peer, ...]:
+def _sorted(device: WireGuardDevice) -> tuple[WireGuardPeer, ...]:
     return tuple(peer for _, peer in sorted(device.peers.items()))
 
 
-def _is_as_wanted(found: FoundPeer | None, peer: Peer) -> bool:
+def _is_as_wanted(found: FoundPeer | None, peer: WireGuardPeer) -> bool:
     return (
         found is not None
         and found.inner == (peer.inner,)
@@ -333,5 +335,5 @@ def _inner_addresses(node: TableNode) -> frozenset[str]:
     return frozenset(inner_address(one.key) for one in node.wireguard_keys)
 
 
-def _peer(key: PublicKey, underlay: str) -> Peer:
-    return Peer(public=key.key, endpoint=underlay, port=key.port, inner=inner_address(key.key))
+def _peer(key: PublicKey, underlay: str) -> WireGuardPeer:
+    return WireGuardPeer(public=key.key, endpoint=underlay, port=key.port, inner=inner_address(key.key))

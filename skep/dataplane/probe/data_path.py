@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.probe import IP_UDP_BYTES, PORT, address_of, number_of, overhead, reached
 from skep.dataplane.probe.findings import checksum_finding, large_finding, overlay_finding
@@ -34,8 +34,8 @@ from skep.dataplane.probe.packets import Outcome, PeerMeasurements
 from skep.dataplane.probe.probe_socket import ProbeSocket, Sockets
 from skep.dataplane.probe.tcp_transfer import BYTES_MAX, Sink, Transfer, open_sender, transfer
 from skep.errors import SkepError
-from skep.model.ids import NodeId
-from skep.model.paths import PathFinding, PathPeer, ProbeTargets
+from skep.model.networks.paths import PathFinding, PathPeer, ProbeTargets
+from skep.model.values.ids import NodeId
 
 log = structlog.get_logger()
 

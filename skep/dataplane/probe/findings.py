@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from skep.dataplane.probe.packets import Outcome
-from skep.model.paths import (
+from skep.model.networks.paths import (
     DETAIL_CHARACTERS_MAX,
     MTU_MIN,
     PathCheck,

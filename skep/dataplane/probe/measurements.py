@@ -15,8 +15,8 @@ import msgspec
 
 from skep.dataplane.plan.probe import number_of
 from skep.dataplane.probe.packets import PeerMeasurements
-from skep.model.ids import NodeId
-from skep.model.paths import MTU_MIN
+from skep.model.networks.paths import MTU_MIN
+from skep.model.values.ids import NodeId
 
 SIZES_AT_ONCE = 8
 

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from skep.dataplane import underlays
-from skep.dataplane.netns import checksums, pinned
 from skep.dataplane.netns.healer import Healer
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import checksums, pinned
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
-from skep.dataplane.netns.state import State
+from skep.dataplane.netns.state import NamespaceState
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.packet_filter import probe_filter
 from skep.dataplane.plan.probe import DEVICE, probe_state
 from skep.dataplane.probe.probe_socket import Sockets
-from skep.model.paths import ProbeTargets
+from skep.model.networks.paths import ProbeTargets
 
 _PIN = "probe"
 _PART = "probes"
@@ -58,7 +58,7 @@ class ProbeNamespace:
         own = targets.node.data_path
         found = await self._pins.run(self._pins.home, underlays.find, {own})
         underlay = found.get(own, Underlay(own))
-        self._home.set_part(_PART, State(), probe_filter(targets, self._bridges))
+        self._home.set_part(_PART, NamespaceState(), probe_filter(targets, self._bridges))
         await self._home.apply()
         await pinned.make_where_missing(self._pins, _PIN, self._reconciler, self._healer)
         self._reconciler.set_part(_PART, probe_state(targets, underlay, offloads=offloads))

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Protocol
 
 from skep.aio.clock import Clock
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.plan.probe import host_and_port
 from skep.dataplane.probe.findings import port_finding
 from skep.dataplane.probe.packets import Outcome
-from skep.model.ids import NodeId
-from skep.model.paths import PathCheck, PathFinding, PathPeer, ProbeTargets
-from skep.model.reserved_ports import WIREGUARD_OFFSET
+from skep.model.networks.paths import PathCheck, PathFinding, PathPeer, ProbeTargets
+from skep.model.networks.reserved_ports import WIREGUARD_OFFSET
+from skep.model.values.ids import NodeId
 
 TRIES = 2
 TRY_S = 2.0

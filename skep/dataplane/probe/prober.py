@@ -24,8 +24,8 @@ from skep.dataplane.probe.measurements import Measurements, Offload
 from skep.dataplane.probe.port_probe import PortChecks
 from skep.errors import SkepError
 from skep.linux.files import is_no_file, replace_file
-from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, PathReport, ProbeTargets
+from skep.model.networks.paths import PathPeer, PathReport, ProbeTargets
+from skep.model.values.ids import NodeId
 
 PERIOD_S = 10.0
 """Seconds between probes of a path that works."""

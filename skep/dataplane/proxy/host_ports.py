@@ -13,7 +13,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error
-from skep.dataplane.protocol import Reservation
+from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay

@@ -16,7 +16,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error
-from skep.dataplane.protocol import Reservation
+from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
@@ -35,7 +35,7 @@ _ANY_IPV4 = "0.0.0.0"
 _Key = tuple[str, str, int]
 
 
-class Relays:
+class ConnectionRelays:
     """All relays of one node.
 
     Args:

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import msgspec
 
-from skep.dataplane.plan.ingress import STICKY_SLOTS, MeshPort, Plan, sticky_slots, version_of
+from skep.dataplane.plan.ingress import STICKY_SLOTS, IngressPlan, MeshPort, sticky_slots, version_of
 
 
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +30,7 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
     is_sticky: bool = False
 
 
-def relay_ports(plan: Plan) -> tuple[RelayPort, ...]:
+def relay_ports(plan: IngressPlan) -> tuple[RelayPort, ...]:
     """Return the relays of ``plan``: ports that the node holds and that the kernel does not forward."""
     return tuple(
         _relay(port, key[2] or "0.0.0.0")

@@ -20,9 +20,9 @@ from skep.aio.trees import discard_tree_now
 from skep.dataplane.local.objects import is_local
 from skep.dataplane.tables.unreachable import restored
 from skep.linux.files import is_no_file, replace_file
-from skep.model.ids import NetworkId, NodeId
-from skep.model.revisions import Revision
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
+from skep.model.node_reports.revisions import Revision
+from skep.model.values.ids import NetworkId, NodeId
 
 T = TypeVar("T")
 
@@ -36,15 +36,15 @@ Refresh = Callable[[Iterable[NetworkId]], Awaitable[None]]
 """Makes the net process reload these tables.  Raises: SkepError."""
 
 
-class Kept(msgspec.Struct, frozen=True):
+class StoredTable(msgspec.Struct, frozen=True):
     """A table on disk.  Its revision belongs to this ``incarnation`` of the cluster's store."""
 
     incarnation: int
-    table: Table
+    table: NetworkTable
 
 
 class SharedTables:
-    """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``.
+    """The tables on tmpfs, each a ``NetworkTable`` in MessagePack.  A listener of ``NetworkTables``.
 
     ``refresh`` makes the net process reload and apply tables.  It is None without a net process.
     """
@@ -56,13 +56,13 @@ class SharedTables:
         self.has_unread = False
         """Whether the last ``load`` left out a file that may be readable later."""
 
-    def load(self) -> Mapping[NetworkId, Table]:
+    def load(self) -> Mapping[NetworkId, NetworkTable]:
         """Return the tables that an earlier process of this node had applied.  Empty after a reboot."""
         tables, self.has_unread = _load_all(self._directory, _decode_table, _itself)
         return {table.head.id: restored(table) for table in tables}
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         """Write changed tables and remove deleted ones.  The first call also removes leftovers of an earlier process.
 
@@ -79,7 +79,7 @@ class SharedTables:
         if failure is not None:
             raise failure
 
-    def _write(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+    def _write(self, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         if not self._is_swept:
             found = {path.name for path in self._directory.iterdir() if not is_local(path.name)}
@@ -106,7 +106,7 @@ class StoredTables:
         """Make the store.  With ``directory`` None, nothing is saved."""
         self._directory = directory
         self._clock = clock
-        self._dirty: dict[NetworkId, Kept | None] = {}
+        self._dirty: dict[NetworkId, StoredTable | None] = {}
         self._is_dirty = asyncio.Event()
         self._flushing = asyncio.Lock()
         self._writing = threading.Lock()
@@ -115,7 +115,7 @@ class StoredTables:
         self.has_unread = False
         """Whether the last ``load`` left out a file that may be readable later."""
 
-    def load(self) -> tuple[Mapping[NetworkId, Table], Revision]:
+    def load(self) -> tuple[Mapping[NetworkId, NetworkTable], Revision]:
         """Return the saved tables and their newest revision."""
         if self._directory is None:
             return {}, Revision()
@@ -123,9 +123,9 @@ class StoredTables:
         newest = max((Revision(one.incarnation, one.table.revision) for one in found), default=Revision())
         return {one.table.head.id: one.table for one in found}, newest
 
-    def schedule(self, id: NetworkId, table: Table | None, incarnation: int) -> None:
+    def schedule(self, id: NetworkId, table: NetworkTable | None, incarnation: int) -> None:
         """Write ``table`` soon, or remove its file if None."""
-        self._dirty[id] = Kept(incarnation, table) if table is not None else None
+        self._dirty[id] = StoredTable(incarnation, table) if table is not None else None
         self._is_dirty.set()
 
     async def run(self) -> None:
@@ -162,12 +162,12 @@ class StoredTables:
                 self._dirty = {**batch, **self._dirty}  # it is unknown whether the thread has written them
                 raise
 
-    def _write_unless_ended(self, batch: Mapping[NetworkId, Kept | None]) -> None:
+    def _write_unless_ended(self, batch: Mapping[NetworkId, StoredTable | None]) -> None:
         with self._writing:
             if not self._has_ended:
                 self._write(batch)
 
-    def _write(self, batch: Mapping[NetworkId, Kept | None]) -> None:
+    def _write(self, batch: Mapping[NetworkId, StoredTable | None]) -> None:
         assert self._directory is not None, "nothing is written without a directory"
         self._directory.mkdir(parents=True, exist_ok=True)
         for id, kept in batch.items():
@@ -178,7 +178,7 @@ class StoredTables:
 
 
 def _load_all(
-    directory: Path, decode: Callable[[bytes], T], table_of: Callable[[T], Table]
+    directory: Path, decode: Callable[[bytes], T], table_of: Callable[[T], NetworkTable]
 ) -> tuple[Sequence[T], bool]:
     """Return the decoded files, and whether some cannot be read at present.  Other files are removed."""
     found, has_unread = [], False
@@ -205,7 +205,7 @@ def _load_all(
     return found, has_unread
 
 
-def _itself(table: Table) -> Table:
+def _itself(table: NetworkTable) -> NetworkTable:
     return table
 
 
@@ -214,5 +214,5 @@ def _drop(path: Path, reason: str) -> None:
     discard_tree_now(path)  # it may be a directory
 
 
-_decode_kept = msgspec.msgpack.Decoder(Kept).decode
-_decode_table = msgspec.msgpack.Decoder(Table).decode
+_decode_kept = msgspec.msgpack.Decoder(StoredTable).decode
+_decode_table = msgspec.msgpack.Decoder(NetworkTable).decode

@@ -20,9 +20,9 @@ from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.unreachable import NONE_UNREACHABLE, Unreachable, without
 from skep.dataplane.tables.validation import valid_set, valid_table
 from skep.errors import InvalidArgument, SkepError
-from skep.model.ids import NetworkId, NodeId
-from skep.model.revisions import Revision, advanced
-from skep.model.tables import Table, TableSet, changed, difference, keeping_unread
+from skep.model.networks.tables import NetworkTable, TableSet, changed, difference, keeping_unread
+from skep.model.node_reports.revisions import Revision, advanced
+from skep.model.values.ids import NetworkId, NodeId
 
 log = structlog.get_logger(__name__)
 
@@ -33,14 +33,14 @@ LONGEST_RETRY_S = 10.0
 REREAD_S = 10.0
 """Seconds for which reading an unreadable table is retried."""
 
-NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
+NOTHING: Mapping[NetworkId, NetworkTable] = MappingProxyType({})
 
 
 class TableListener(Protocol):
     """Applies tables: to bridges and neighbors, names, virtual addresses, published ports."""
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         """Apply ``tables``.
 
@@ -80,16 +80,16 @@ class NetworkTables:
         self._identity = identity
         self._clock = clock
         self._rng = rng
-        self._tables: Mapping[NetworkId, Table] = NOTHING
+        self._tables: Mapping[NetworkId, NetworkTable] = NOTHING
         self._unreachable = NONE_UNREACHABLE
-        self._filtered: dict[NetworkId, tuple[Table, frozenset[NodeId], Table]] = {}
+        self._filtered: dict[NetworkId, tuple[NetworkTable, frozenset[NodeId], NetworkTable]] = {}
         self._seen = Revision()
         self._applied: Mapping[NetworkId, Revision] = {}
         self._has_changes = asyncio.Event()
         self._applied_changed = asyncio.Event()
 
     @property
-    def tables(self) -> Mapping[NetworkId, Table]:
+    def tables(self) -> Mapping[NetworkId, NetworkTable]:
         """The tables that managers have sent last.  Listeners may not have applied the latest changes yet."""
         return self._tables
 
@@ -112,7 +112,7 @@ class NetworkTables:
                 return
             await backoff.sleep(self._clock)
 
-    def load(self, in_force: Mapping[NetworkId, Table] = NOTHING) -> None:
+    def load(self, in_force: Mapping[NetworkId, NetworkTable] = NOTHING) -> None:
         """Load the tables that an earlier process of this node saved.  Call before ``run``.  Reads the disk.
 
         ``in_force`` are the tables that the process had applied when it ended, which may be newer than the saved ones.
@@ -207,7 +207,7 @@ class NetworkTables:
             self._applied_changed.set()
             await self._wait_for_more()
 
-    def _effective(self) -> Mapping[NetworkId, Table]:
+    def _effective(self) -> Mapping[NetworkId, NetworkTable]:
         """Return the tables without excluded endpoints.  An unchanged table is the same object as before."""
         filtered = {}
         for id, table in self._tables.items():
@@ -224,7 +224,7 @@ class NetworkTables:
         )
 
     async def _apply(
-        self, subscriber: "_Subscriber", node_id: NodeId, tables: Mapping[NetworkId, Table]
+        self, subscriber: "_Subscriber", node_id: NodeId, tables: Mapping[NetworkId, NetworkTable]
     ) -> None:
         """Call a listener.  The ``except`` is broad: a bug in one listener must not keep tables from the others."""
         try:
@@ -272,8 +272,8 @@ class _Subscriber:
 
 
 def merged(
-    tables: Mapping[NetworkId, Table], received: TableSet
-) -> tuple[Mapping[NetworkId, Table], frozenset[NetworkId]]:
+    tables: Mapping[NetworkId, NetworkTable], received: TableSet
+) -> tuple[Mapping[NetworkId, NetworkTable], frozenset[NetworkId]]:
     """Return the tables after ``received``, and the networks whose tables were changed or removed.
 
     A table that is sent again with the same content has another revision, and does not count as changed.
@@ -299,7 +299,7 @@ def merged(
     return after, frozenset(differing | (gone & tables.keys()))
 
 
-def _differ(before: Table | None, after: Table | None) -> bool:
+def _differ(before: NetworkTable | None, after: NetworkTable | None) -> bool:
     if before is None or after is None:
         return before is not after
     return difference(before, after) is not None

@@ -16,10 +16,10 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.race import Preempted, run_unless
-from skep.model.ids import NodeId, ServiceId
-from skep.model.paths import PathCheck, PathReport
-from skep.model.tables import Table, TableEndpoint
+from skep.aio.race import LostRace, run_unless
+from skep.model.networks.paths import PathCheck, PathReport
+from skep.model.networks.tables import NetworkTable, TableEndpoint
+from skep.model.values.ids import NodeId, ServiceId
 
 log = structlog.get_logger()
 
@@ -70,7 +70,7 @@ class Unreachable(msgspec.Struct, frozen=True):
     plain: frozenset[NodeId] = frozenset()
     encrypted: frozenset[NodeId] = frozenset()
 
-    def of(self, table: Table) -> frozenset[NodeId]:
+    def of(self, table: NetworkTable) -> frozenset[NodeId]:
         """Return the unreachable peers of one network."""
         return self.encrypted if table.head.is_encrypted else self.plain
 
@@ -94,7 +94,7 @@ def _failing(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozense
     return found if len(found) < len(checked) else frozenset()
 
 
-def without(table: Table, unreachable: frozenset[NodeId]) -> Table:
+def without(table: NetworkTable, unreachable: frozenset[NodeId]) -> NetworkTable:
     """Return ``table`` without serving endpoints on ``unreachable`` nodes.
 
     A service that no other node serves keeps its endpoints."""
@@ -111,7 +111,7 @@ def without(table: Table, unreachable: frozenset[NodeId]) -> Table:
     return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
 
 
-def restored(table: Table) -> Table:
+def restored(table: NetworkTable) -> NetworkTable:
     """Return ``table`` as the managers sent it.  Undoes ``without``."""
     changed = {
         id: msgspec.structs.replace(one, is_serving=True, is_left_out=False)
@@ -162,6 +162,6 @@ async def _while_without_manager(
         try:
             changed = session.wait_session() if is_lost else session.wait_no_session()
             await run_unless(clock.sleep(LOOK_SECONDS), changed)
-        except Preempted:
+        except LostRace:
             if before == NONE_UNREACHABLE and is_lost:
                 return  # nothing was excluded

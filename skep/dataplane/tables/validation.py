@@ -12,15 +12,14 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from skep.model.addresses import is_of_a_machine, parsed
 from skep.model.network import MTUS
-from skep.model.overlays import VXLAN_ID_MAX
-from skep.model.publishing import PublishOptions
-from skep.model.swarm import DEFAULT_DATA_PATH_PORT
-from skep.model.tables import (
+from skep.model.networks.addresses import is_of_a_machine, parsed
+from skep.model.networks.overlays import VXLAN_ID_MAX
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
     NetworkHead,
+    NetworkTable,
     Segment,
-    Table,
     TableChange,
     TableEndpoint,
     TableNode,
@@ -28,7 +27,8 @@ from skep.model.tables import (
     TableService,
     TableSet,
 )
-from skep.model.wireguard import KEYS_MAX
+from skep.model.networks.wireguard import KEYS_MAX
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def valid_set(tables: TableSet, on_invalid: OnInvalid) -> TableSet:
     return replace(tables, changes=tuple(_valid_change(one, on_invalid) for one in tables.changes))
 
 
-def valid_table(table: Table, on_invalid: OnInvalid) -> Table:
+def valid_table(table: NetworkTable, on_invalid: OnInvalid) -> NetworkTable:
     """Return ``table``, which an earlier process has saved, without invalid entries."""
     return replace(
         table,

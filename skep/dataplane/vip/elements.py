@@ -16,8 +16,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from skep.dataplane.netns import netlink
-from skep.dataplane.netns.nft import NftFailed
+from skep.dataplane.netns.kernel import netlink
+from skep.dataplane.netns.kernel.nft import NftFailed
 from skep.dataplane.plan.vip import DATAGRAMS, NAME, Elements, is_ipv6
 from skep.linux.descriptors import set_aside
 

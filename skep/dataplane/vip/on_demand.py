@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 import structlog
 
-from skep.dataplane.netns import netlink, nft
+from skep.dataplane.netns.kernel import netlink, nft
 from skep.dataplane.netns.nft_table import NftTable
 
 log = structlog.get_logger()

@@ -9,7 +9,7 @@ import socket
 import struct
 from collections.abc import Collection, Iterator
 
-from skep.dataplane.netns import netlink
+from skep.dataplane.netns.kernel import netlink
 from skep.dataplane.plan.vip import is_ipv6
 
 _DESTINATION, _LINK_ADDRESS = 1, 2

@@ -10,18 +10,27 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
-from skep.dataplane.netns import conntrack, nft
+from skep.dataplane.netns.kernel import conntrack, nft
 from skep.dataplane.netns.state import Flow
-from skep.dataplane.plan.vip import FAMILIES, Backends, Plan, VipBackends, Written, is_ipv6, noted, plan
+from skep.dataplane.plan.vip import (
+    FAMILIES,
+    Backends,
+    VipBackends,
+    VipPlan,
+    WrittenTable,
+    is_ipv6,
+    noted,
+    plan,
+)
 from skep.dataplane.vip.elements import ElementSocket
-from skep.model.ids import NetworkId, ServiceId
+from skep.model.values.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()
 
 Services = frozenset[tuple[NetworkId, ServiceId]]
 BackendsOf = Callable[[NetworkId], Mapping[ServiceId, VipBackends]]
 
-Write = Callable[[Plan], Awaitable[None]]
+Write = Callable[[VipPlan], Awaitable[None]]
 """Writes a plan into the namespace.  Raises: SkepError, OSError."""
 
 
@@ -38,7 +47,7 @@ class VirtualAddresses:
         self._writing = asyncio.Lock()
         self._loaded = loaded
         self._usable = loaded
-        self._written: Mapping[str, Written] = {}
+        self._written: Mapping[str, WrittenTable] = {}
         self._is_outdated = self._is_unknown = bool(loaded)
 
     @property
@@ -102,7 +111,7 @@ class VirtualAddresses:
                 self._usable = services
 
 
-def write_plan(planned: Plan, elements: ElementSocket) -> None:
+def write_plan(planned: VipPlan, elements: ElementSocket) -> None:
     """Write a plan into the calling thread's namespace.  Blocks.  Raises: NftFailed, OSError.
 
     ``elements`` is a socket of this namespace.

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.plan.wireguard import KEEPALIVE_S, Change, FoundDevice, FoundPeer, Peer
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.dataplane.plan.wireguard import KEEPALIVE_S, DeviceChange, FoundDevice, FoundPeer, WireGuardPeer
 from skep.dataplane.wireguard import kernel
 from skep.errors import Unavailable
 
@@ -30,7 +30,7 @@ _REPLY_BYTES_MAX = 1 << 24
 """Longest response in bytes, enough to list thousands of peers."""
 
 
-class Devices(Protocol):
+class WireGuardDevices(Protocol):
     """The WireGuard devices of one node, by name."""
 
     async def place(self, name: str, namespace: Path, mtu: int) -> int:
@@ -42,7 +42,7 @@ class Devices(Protocol):
     async def read_device(self, name: str, namespace: Path) -> FoundDevice:
         """Return the device's configuration.  Raises: Unavailable."""
 
-    async def write(self, name: str, namespace: Path, change: Change) -> None:
+    async def write(self, name: str, namespace: Path, change: DeviceChange) -> None:
         """Change the device's configuration.  Raises: Unavailable."""
 
 
@@ -70,7 +70,7 @@ class KernelDevices:
         except OSError as error:
             raise Unavailable(f"the device {name} cannot be read: {error}") from error
 
-    async def write(self, name: str, namespace: Path, change: Change) -> None:
+    async def write(self, name: str, namespace: Path, change: DeviceChange) -> None:
         """Change the configuration, with as many messages as the peers need.
 
         A new private key and the removal of all peers are in one message.
@@ -109,7 +109,7 @@ class UserSpaceDevices:
         """Read the configuration over the device's socket."""
         return parsed_device(await self._request(name, "get=1\n\n"))
 
-    async def write(self, name: str, namespace: Path, change: Change) -> None:
+    async def write(self, name: str, namespace: Path, change: DeviceChange) -> None:
         """Change the configuration with one message, which wireguard-go executes line by line."""
         await self._request(name, socket_message(change))
 
@@ -134,7 +134,7 @@ class UserSpaceDevices:
         return reply
 
 
-def socket_message(change: Change) -> str:
+def socket_message(change: DeviceChange) -> str:
     """Return ``change`` as lines for wireguard-go's socket, ended by an empty line."""
     lines = ["set=1"]
     if change.private is not None:
@@ -209,6 +209,6 @@ def _index_of(name: str) -> int:
         return 0
 
 
-def _joined(peer: Peer) -> str:
+def _joined(peer: WireGuardPeer) -> str:
     address = f"[{peer.endpoint}]" if ip_address(peer.endpoint).version == 6 else peer.endpoint
     return f"{address}:{peer.port}"

@@ -10,8 +10,8 @@ from functools import cache
 from ipaddress import IPv6Address, ip_address
 from socket import AF_INET, AF_INET6
 
-from skep.dataplane.netns.netlink import NESTED, attribute, attributes, dump, send_changes
-from skep.dataplane.plan.wireguard import KEEPALIVE_S, Change, FoundDevice, FoundPeer, Peer
+from skep.dataplane.netns.kernel.netlink import NESTED, attribute, attributes, dump, send_changes
+from skep.dataplane.plan.wireguard import KEEPALIVE_S, DeviceChange, FoundDevice, FoundPeer, WireGuardPeer
 
 GENERIC = 16
 """The netlink protocol of families that are addressed by name."""
@@ -36,7 +36,7 @@ def read_device(name: str) -> FoundDevice:
     return decoded(bytes(body[_HEADER.size :]) for _, body in replies)
 
 
-def change_device(name: str, change: Change) -> None:
+def change_device(name: str, change: DeviceChange) -> None:
     """Configure the device ``name`` of the calling thread's namespace.  Raises: OSError."""
     requests = [(_family_id(), 0, message) for message in encoded(name, change)]
     for number in send_changes(requests, GENERIC):
@@ -44,7 +44,7 @@ def change_device(name: str, change: Change) -> None:
             raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def encoded(name: str, change: Change) -> Iterator[bytes]:
+def encoded(name: str, change: DeviceChange) -> Iterator[bytes]:
     """Yield the messages of a change.
 
     Peers are removed before others are put.  A new private key removes all peers.
@@ -102,7 +102,7 @@ def _decoded_address(allowed: dict[int, bytes]) -> str:
     return str(address) if (address.version, length) == (6, 128) else f"{address}/{length}"
 
 
-def _encoded_peer(peer: Peer) -> bytes:
+def _encoded_peer(peer: WireGuardPeer) -> bytes:
     allowed = (
         attribute(_IP_FAMILY, struct.pack("=H", AF_INET6))
         + attribute(_IP_ADDRESS, IPv6Address(peer.inner).packed)
@@ -117,7 +117,7 @@ def _encoded_peer(peer: Peer) -> bytes:
     )
 
 
-def _socket_address(peer: Peer) -> bytes:
+def _socket_address(peer: WireGuardPeer) -> bytes:
     address = ip_address(peer.endpoint)
     family, port = AF_INET6 if address.version == 6 else AF_INET, peer.port.to_bytes(2, "big")
     if address.version == 4:

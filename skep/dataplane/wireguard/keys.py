@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from skep.aio.failures import log_error
 from skep.aio.trees import discard_tree_now
-from skep.dataplane.plan.wireguard import KeyPair
+from skep.dataplane.plan.wireguard import WireGuardKey
 from skep.linux.files import is_no_file, replace_file
 
 
@@ -25,14 +25,14 @@ def new_private_key() -> bytes:
     return bytes(key)
 
 
-def load(path: Path) -> tuple[KeyPair, ...]:
+def load(path: Path) -> tuple[WireGuardKey, ...]:
     """Return the key pairs that an earlier node process of this boot saved, or an empty tuple.
 
     An invalid file counts as empty and is renamed to ``<name>.damaged``.
     Raises: OSError: it cannot be read at present.
     """
     try:
-        pairs = msgspec.msgpack.decode(path.read_bytes(), type=tuple[KeyPair, ...])
+        pairs = msgspec.msgpack.decode(path.read_bytes(), type=tuple[WireGuardKey, ...])
         if len({pair.slot for pair in pairs}) < len(pairs) or not all(map(_is_valid, pairs)):
             raise msgspec.ValidationError("no key pairs of two slots")
     except FileNotFoundError:
@@ -49,10 +49,10 @@ def load(path: Path) -> tuple[KeyPair, ...]:
     return pairs
 
 
-def _is_valid(pair: KeyPair) -> bool:
+def _is_valid(pair: WireGuardKey) -> bool:
     return len(pair.private) == 32 and pair.slot in (0, 1)
 
 
-def save(path: Path, pairs: Sequence[KeyPair]) -> None:
+def save(path: Path, pairs: Sequence[WireGuardKey]) -> None:
     """Save ``pairs`` for the next node process, readable by root only.  Raises: OSError."""
     replace_file(path, msgspec.msgpack.encode(tuple(pairs)), mode=0o600, is_durable=False)

@@ -22,16 +22,16 @@ from pyroute2.netlink.exceptions import NetlinkError
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.aio.race import is_set_within
-from skep.dataplane.netns import pinned
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import pinned
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
-from skep.dataplane.netns.state import Address, Link, Route, State
+from skep.dataplane.netns.state import Address, Link, NamespaceState, Route
 from skep.dataplane.plan.overlay import LOOPBACK, LOOPBACK_MTU, Underlay
 from skep.dataplane.plan.packet_filter import tunnel_sources
 from skep.dataplane.plan.rotation import (
     Handshake,
-    Limits,
+    KeyLifetimes,
     Overlap,
     handshakes_of,
     next_pairs,
@@ -40,11 +40,11 @@ from skep.dataplane.plan.rotation import (
 )
 from skep.dataplane.plan.wireguard import (
     INNER_PORT_OFFSET,
-    Choice,
-    Device,
-    KeyPair,
-    Plan,
+    KeyChoice,
     Session,
+    WireGuardDevice,
+    WireGuardKey,
+    WireGuardPlan,
     changes,
     chosen,
     device_name,
@@ -55,19 +55,19 @@ from skep.dataplane.plan.wireguard import (
     tunnelled,
 )
 from skep.dataplane.wireguard import keys
-from skep.dataplane.wireguard.devices import Devices, KernelDevices, UserSpaceDevices
-from skep.dataplane.wireguard.methods import Refusal
+from skep.dataplane.wireguard.devices import KernelDevices, UserSpaceDevices, WireGuardDevices
+from skep.dataplane.wireguard.methods import EncryptionRefusal
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import NetworkId, NodeId
-from skep.model.swarm import DEFAULT_DATA_PATH_PORT
-from skep.model.tables import NetworkHead, Table
-from skep.model.wireguard import (
+from skep.model.networks.tables import NetworkHead, NetworkTable
+from skep.model.networks.wireguard import (
     ENCRYPTION_LABEL,
     PUBLIC_KEYS_LABEL,
-    Method,
+    EncryptionMethod,
     PublicKey,
     public_keys_label,
 )
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
+from skep.model.values.ids import NetworkId, NodeId
 from skep.paths import Paths
 
 log = structlog.get_logger()
@@ -89,7 +89,7 @@ SYSCTLS = {
     "net/ipv6/conf/default/addr_gen_mode": "1",
 }
 """Sysctls of the tunnels' namespace.  Addresses inside are IPv6, even if the node itself has only IPv4."""
-_KINDS = {Method.KERNEL: "wireguard", Method.USER_SPACE: "tun"}
+_KINDS = {EncryptionMethod.KERNEL: "wireguard", EncryptionMethod.USER_SPACE: "tun"}
 
 
 class Process(Protocol):
@@ -112,17 +112,19 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         port: UDP port of slot 0, or 0 for the port after VXLAN's.
     """
 
-    method: Method | Refusal
+    method: EncryptionMethod | EncryptionRefusal
     since_boot: Callable[[], float]
     process: Callable[[int], Process] | None = None
     port: int = 0
-    limits: Limits = Limits()
+    limits: KeyLifetimes = KeyLifetimes()
 
 
-NO_ENCRYPTION = Options(method=Refusal("this node cannot encrypt overlay networks"), since_boot=lambda: 0.0)
+NO_ENCRYPTION = Options(
+    method=EncryptionRefusal("this node cannot encrypt overlay networks"), since_boot=lambda: 0.0
+)
 
 
-class Tunnels:
+class WireGuardTunnels:
     """All tunnels of one node.  ``say`` sets a node condition.  An empty text clears it.
 
     Overlays call ``apply`` with every change of tables.  For an encrypted network they use ``table`` and ``inside`` in
@@ -146,8 +148,10 @@ class Tunnels:
         self._clock = clock
         self._say = say
         self._reconciler = NetnsReconciler("tunnels", self.namespace, self._pins, repairs, EXCLUSIVE)
-        self._devices: Devices = (
-            KernelDevices(namespaces) if options.method is Method.KERNEL else UserSpaceDevices(namespaces)
+        self._devices: WireGuardDevices = (
+            KernelDevices(namespaces)
+            if options.method is EncryptionMethod.KERNEL
+            else UserSpaceDevices(namespaces)
         )
         self._opening = asyncio.Lock()
         """Held while the namespace is created or removed."""
@@ -157,27 +161,27 @@ class Tunnels:
         self._node = NodeId("")
         self._vxlan_port = DEFAULT_DATA_PATH_PORT
         """The data path port of the cluster, or the default until it is known."""
-        self._tables: tuple[Table, ...] | None = None
+        self._tables: tuple[NetworkTable, ...] | None = None
         self._underlay = Underlay("")
-        self._pairs: tuple[KeyPair, ...] = ()
+        self._pairs: tuple[WireGuardKey, ...] = ()
         self._unread = ""
         """Reason why the keys of an earlier process cannot be read at present.
 
         Until then, no key is used or created.
         """
         self._are_saved = True
-        self._plan = Plan()
+        self._plan = WireGuardPlan()
         self._handshakes: Mapping[Session, Handshake] | None = None
         """The handshakes, or None until the devices were read."""
         self._overlap = Overlap()
-        self._choice = Choice()
+        self._choice = KeyChoice()
         self._followed: Mapping[NodeId, str] = {}
         """The inner addresses that overlays have applied."""
-        self._tunnelled: dict[NetworkId, tuple[Table, Mapping[NodeId, str], Table]] = {}
+        self._tunnelled: dict[NetworkId, tuple[NetworkTable, Mapping[NodeId, str], NetworkTable]] = {}
         self._healed_at = -HEAL_S
         self._placed: Mapping[int, int] = {}
         """Index of the device in each slot."""
-        self._configured: dict[int, Device] = {}
+        self._configured: dict[int, WireGuardDevice] = {}
         self._processes: dict[int, tuple[Process, asyncio.Task[None]]] = {}
         self._last_error = ""
 
@@ -196,7 +200,7 @@ class Tunnels:
         Raises: Unavailable: the keys cannot be read, so it is unknown which keys the peers have.
         """
         method = self._options.method
-        if isinstance(method, Refusal):
+        if isinstance(method, EncryptionRefusal):
             return {}
         try:
             published = tuple(
@@ -215,11 +219,11 @@ class Tunnels:
 
     def refusal(self, head: NetworkHead) -> str:
         """Return why a container cannot join this network here, or an empty text if it can."""
-        if head.is_encrypted and isinstance(self._options.method, Refusal):
+        if head.is_encrypted and isinstance(self._options.method, EncryptionRefusal):
             return f"network {head.name} is encrypted, and {self._options.method.reason}; nothing is sent in clear"
         return ""
 
-    async def apply(self, node: NodeId, tables: Iterable[Table], underlay: Underlay) -> None:
+    async def apply(self, node: NodeId, tables: Iterable[NetworkTable], underlay: Underlay) -> None:
         """Provide tunnels for the encrypted networks in ``tables`` from now on.
 
         ``underlay`` is this node's device.  When this returns, VXLANs of encrypted networks can be created.
@@ -232,7 +236,7 @@ class Tunnels:
         carried = {table.head.id for table in self._tables}
         self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
         try:
-            if self._tables and not isinstance(self._options.method, Refusal):
+            if self._tables and not isinstance(self._options.method, EncryptionRefusal):
                 await self._open()
             self._decide()
         finally:
@@ -254,7 +258,7 @@ class Tunnels:
         """
         self._users += 1
         try:
-            if not isinstance(self._options.method, Refusal):
+            if not isinstance(self._options.method, EncryptionRefusal):
                 await self._open()
             yield
         finally:
@@ -262,7 +266,7 @@ class Tunnels:
             if not self._tables:
                 self._changed.set()
 
-    def table(self, table: Table) -> Table:
+    def table(self, table: NetworkTable) -> NetworkTable:
         """Return an encrypted network's table with addresses inside the tunnels."""
         known, addresses = self._tunnelled.get(table.head.id), self._choice.addresses
         if known is None or known[0] is not table or known[1] != addresses:
@@ -272,7 +276,7 @@ class Tunnels:
 
     def inside(self, underlay: Underlay | None) -> Underlay | None:
         """Return the underlay inside the tunnels on top of ``underlay``, or None if this node cannot encrypt."""
-        if underlay is None or isinstance(self._options.method, Refusal):
+        if underlay is None or isinstance(self._options.method, EncryptionRefusal):
             return None
         mtu = tunnel_mtu(underlay.mtu, is_ipv6=":" in underlay.address)
         return Underlay("::", mtu, netns=str(self.namespace))
@@ -294,7 +298,7 @@ class Tunnels:
         ``moved`` is called when nodes' addresses inside the tunnels change.  It may raise SkepError, and is then
         retried.
         """
-        if isinstance(self._options.method, Refusal):
+        if isinstance(self._options.method, EncryptionRefusal):
             await self._refuse()
         try:
             async with asyncio.TaskGroup() as group:
@@ -322,7 +326,7 @@ class Tunnels:
 
     async def _refuse(self) -> None:
         """Keep the node's condition up to date on a node that does not encrypt."""
-        assert isinstance(self._options.method, Refusal), "as its caller found"
+        assert isinstance(self._options.method, EncryptionRefusal), "as its caller found"
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -352,13 +356,13 @@ class Tunnels:
 
         Raises: Unavailable: see ``require_keys``.
         """
-        if isinstance(self._options.method, Refusal):
+        if isinstance(self._options.method, EncryptionRefusal):
             return
         pairs = self._own_keys()
         self._plan = plan_of(self._node, pairs, self._tables or (), port=self._options.port)
         self._choice = chosen(self._plan, self._handshakes or ())
 
-    def _own_keys(self) -> tuple[KeyPair, ...]:
+    def _own_keys(self) -> tuple[WireGuardKey, ...]:
         """Return the key pairs that are due now.  Raises: Unavailable: see ``require_keys``."""
         pairs, now = self._pairs or self._loaded(), self._clock.monotonic()
         if self._handshakes is not None or self._tables == ():
@@ -375,7 +379,7 @@ class Tunnels:
         )
         return self._pairs
 
-    def _loaded(self) -> tuple[KeyPair, ...]:
+    def _loaded(self) -> tuple[WireGuardKey, ...]:
         """Return the key pairs of an earlier process.  New ones would end the tunnels with every other node."""
         try:
             pairs = keys.load(self._keys_path)
@@ -386,7 +390,7 @@ class Tunnels:
         self._unread = ""
         return pairs
 
-    def _keep(self, pairs: tuple[KeyPair, ...]) -> None:
+    def _keep(self, pairs: tuple[WireGuardKey, ...]) -> None:
         if pairs == self._pairs and self._are_saved:
             return
         try:
@@ -443,12 +447,12 @@ class Tunnels:
     async def _settle(self) -> None:
         """Apply addresses, routes and rules of the devices that exist."""
         method, run = self._options.method, self._run_directory
-        assert isinstance(method, Method), "otherwise there is no plan"
+        assert isinstance(method, EncryptionMethod), "otherwise there is no plan"
         names = {slot: device_name(run, slot) for slot in self._placed if slot in self._plan.devices}
         mtu = tunnel_mtu(self._underlay.mtu, is_ipv6=":" in self._underlay.address)
         links = {name: Link(name=name, kind=_KINDS[method], mtu=mtu) for name in names.values()}
         links[LOOPBACK] = Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)
-        state = State(
+        state = NamespaceState(
             links=links,
             addresses=frozenset(
                 Address(names[pair.slot], f"{inner_address(pair.public)}/128")
@@ -470,7 +474,7 @@ class Tunnels:
             await self._reconciler.heal()
             self._healed_at = self._clock.monotonic()
 
-    async def _reroute(self, before: Choice) -> None:
+    async def _reroute(self, before: KeyChoice) -> None:
         """Move routes from one device to another.
 
         They are replaced in place, so that packets always have a route.
@@ -490,7 +494,7 @@ class Tunnels:
 
     def _supervise(self, group: asyncio.TaskGroup) -> None:
         """Run a process for each device if devices need one."""
-        if self._options.process is None or self._options.method is not Method.USER_SPACE:
+        if self._options.process is None or self._options.method is not EncryptionMethod.USER_SPACE:
             return
         for slot in self._processes.keys() - self._plan.devices.keys():
             process, task = self._processes.pop(slot)
@@ -537,7 +541,7 @@ class Tunnels:
         self._last_error = error
 
 
-def unreachable(plan: Plan) -> str:
+def unreachable(plan: WireGuardPlan) -> str:
     """Return a sentence for the node's condition, or an empty text if all peers are reachable."""
     sentences = []
     if plan.keyless:

@@ -12,24 +12,24 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, flag, json_response
-from skep.api.tables import Table
-from skep.engine.api.progress import respond_with_progress
+from skep.api.formats.bodies import decode_body
+from skep.api.http.server import Filters, flag, json_response
+from skep.api.http.tables import RouteTable
 from skep.engine.api.queries import integer
-from skep.engine.api.uploads import drain, pieces_of
-from skep.engine.build import context
+from skep.engine.api.streams.progress import respond_with_progress
+from skep.engine.api.streams.uploads import drain, pieces_of
 from skep.engine.build.addresses import shown, shown_errors
 from skep.engine.build.builder import Builder
-from skep.engine.build.interface import BuildRequest, BuildResult, OpenContext, Step, StepLimits
-from skep.engine.build.remote_builds import fetch_context
-from skep.engine.build.step_sources import SOURCES_MAX, history_sources
-from skep.engine.build.targets import tags_of
-from skep.engine.container import Stream
+from skep.engine.build.cache.step_sources import SOURCES_MAX, history_sources
+from skep.engine.build.dockerfile.targets import tags_of
+from skep.engine.build.files import context
+from skep.engine.build.files.remote_builds import fetch_context
+from skep.engine.build.interface import BuildRequest, BuildResult, BuildStep, OpenContext, StepLimits
+from skep.engine.confinement.limits import nano_cpus_of
+from skep.engine.containers.container import StandardStream
 from skep.engine.images.digest import Digest, short
-from skep.engine.images.progress import Message, Report
-from skep.engine.limits import nano_cpus_of
+from skep.engine.images.progress import ProgressMessage, Report
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.container import Ulimit
 
@@ -47,7 +47,7 @@ _SILENT_S = 300.0
 
 T = TypeVar("T")
 
-_table = Table[Builder]()
+_table = RouteTable[Builder]()
 
 
 def build_routes(builder: Builder) -> list[web.RouteDef]:
@@ -77,7 +77,7 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
                 text, files = await fetch_context(remote, directory, builder.images.limits, name)
                 open_context, known = _opening(files), None
             else:
-                received = context.Context(directory, builder.images.limits, name)
+                received = context.BuildContext(directory, builder.images.limits, name)
                 try:
                     await received.receive(pieces_of(request, silent_s=_SILENT_S), builder.contexts)
                 except SkepError:
@@ -87,16 +87,16 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
             sources = template.step_sources
             wanted = msgspec.structs.replace(template, dockerfile=text, step_sources=sources[:SOURCES_MAX])
             if len(sources) > SOURCES_MAX:
-                say(Message(stream=_TOO_MANY_SOURCES.format(len(sources) - SOURCES_MAX)))
+                say(ProgressMessage(stream=_TOO_MANY_SOURCES.format(len(sources) - SOURCES_MAX)))
             if keeps_containers and not is_quiet:  # docker-py's default
-                report(Message(stream=_ALWAYS_REMOVED))
+                report(ProgressMessage(stream=_ALWAYS_REMOVED))
             try:
                 result = await builder.build_in_slot(wanted, open_context, progress, known=known)
             except SkepError:
                 kept.give(report)
                 raise
         if is_quiet:
-            report(Message(stream=f"{result.image_id}\n"))
+            report(ProgressMessage(stream=f"{result.image_id}\n"))
         else:
             _report_end(report, wanted, result)
 
@@ -130,21 +130,21 @@ def _opening(files: Path) -> OpenContext:
 def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> None:
     if result.unused_arguments:
         names = " ".join(result.unused_arguments)
-        report(Message(stream=f"[Warning] One or more build-args [{names}] were not consumed\n"))
-    report(Message(aux={"ID": result.image_id}))
-    report(Message(stream=f"Successfully built {short(result.image_id)}\n"))
+        report(ProgressMessage(stream=f"[Warning] One or more build-args [{names}] were not consumed\n"))
+    report(ProgressMessage(aux={"ID": result.image_id}))
+    report(ProgressMessage(stream=f"Successfully built {short(result.image_id)}\n"))
     for tag in request.tags:
-        report(Message(stream=f"Successfully tagged {tag.familiar}\n"))
+        report(ProgressMessage(stream=f"Successfully tagged {tag.familiar}\n"))
 
 
 class _KeptMessages:
     """Messages that a quiet build shows only on failure.  Long output is cut at its start."""
 
     def __init__(self) -> None:
-        self._messages: deque[Message] = deque()
+        self._messages: deque[ProgressMessage] = deque()
         self._characters = 0
 
-    def add(self, message: Message) -> None:
+    def add(self, message: ProgressMessage) -> None:
         """Keep a message."""
         self._messages.append(message)
         self._characters += _characters_of(message)
@@ -157,7 +157,7 @@ class _KeptMessages:
             report(message)
 
 
-def _characters_of(message: Message) -> int:
+def _characters_of(message: ProgressMessage) -> int:
     return 100 + len(message.stream) + len(message.status) + len(message.progress)
 
 
@@ -168,35 +168,35 @@ class _ClassicProgress:
         self._report = report
 
     def _say(self, text: str) -> None:
-        self._report(Message(stream=text))
+        self._report(ProgressMessage(stream=text))
 
-    def started(self, step: Step) -> None:
+    def started(self, step: BuildStep) -> None:
         self._say(f"Step {step.number}/{step.total} : {step.text}\n")
 
-    def cached(self, step: Step) -> None:
+    def cached(self, step: BuildStep) -> None:
         self._say(" ---> Using cache\n")
 
-    def pulling(self, step: Step, message: Message) -> None:
+    def pulling(self, step: BuildStep, message: ProgressMessage) -> None:
         self._report(message)
 
-    def running(self, step: Step, container_id: str) -> None:
+    def running(self, step: BuildStep, container_id: str) -> None:
         self._say(f" ---> Running in {short(container_id)}\n")
 
-    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+    def output(self, step: BuildStep, stream: StandardStream, data: bytes) -> None:
         text = data.decode(errors="replace")
-        self._say(f"\x1b[91m{text}\x1b[0m" if stream is Stream.STDERR else text)
+        self._say(f"\x1b[91m{text}\x1b[0m" if stream is StandardStream.STDERR else text)
 
-    def removed(self, step: Step, container_id: str) -> None:
+    def removed(self, step: BuildStep, container_id: str) -> None:
         self._say(f"Removing intermediate container {short(container_id)}\n")
 
-    def warning(self, step: Step, text: str) -> None:
+    def warning(self, step: BuildStep, text: str) -> None:
         self._say(f"\x1b[91m[WARNING]: {shown(text)}\n\x1b[0m")
 
-    def finished(self, step: Step, image_id: Digest | None) -> None:
+    def finished(self, step: BuildStep, image_id: Digest | None) -> None:
         if image_id is not None:
             self._say(f" ---> {short(image_id)}\n")
 
-    def failed(self, step: Step, error: Exception) -> None:
+    def failed(self, step: BuildStep, error: Exception) -> None:
         """Report nothing, because the last line of the response has the error."""
 
 

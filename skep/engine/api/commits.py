@@ -9,22 +9,22 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.api.bodies import decode_body
-from skep.api.server import Routes, flag, json_response, read_body
-from skep.engine.api.container_responses import config_of
-from skep.engine.api.progress import respond_with_progress
-from skep.engine.api.uploads import drain, pieces_of
-from skep.engine.build.config import apply_changes
-from skep.engine.commits import CommitRequest, commit
+from skep.api.formats.bodies import decode_body
+from skep.api.http.server import Routes, flag, json_response, read_body
+from skep.engine.api.responses.container_responses import config_of
+from skep.engine.api.streams.progress import respond_with_progress
+from skep.engine.api.streams.uploads import drain, pieces_of
+from skep.engine.build.dockerfile.config import apply_changes
+from skep.engine.containers.commits import CommitRequest, commit
 from skep.engine.engine import Engine
+from skep.engine.images.archives.importing import ImportRequest, import_tree
 from skep.engine.images.image import ContainerDefaults
-from skep.engine.images.importing import ImportRequest, import_tree
 from skep.engine.images.platforms import parse_platform, this_platform
-from skep.engine.images.progress import Message, Report
+from skep.engine.images.progress import ProgressMessage, Report
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, SkepError, Unimplemented
-from skep.model.times import timestamp
+from skep.model.values.times import timestamp
 
 _TEXT_BYTES_MAX = 1 << 20
 """Limit in bytes for all Dockerfile instructions of one request."""
@@ -80,7 +80,7 @@ async def import_image(images: ImageStore, clock: Clock, request: web.Request) -
         except SkepError:
             await drain(request)
             raise
-        report(Message(status=image.id))
+        report(ProgressMessage(status=image.id))
 
     return await respond_with_progress(request, work, early_errors=True)
 

@@ -16,10 +16,10 @@ from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.trees import walk_tree
+from skep.api.access.identity import identity_of
+from skep.api.access.permissions import sees
 from skep.api.errors import NotModified, Untranslated
-from skep.api.identity import identity_of
-from skep.api.permissions import sees
-from skep.api.server import (
+from skep.api.http.server import (
     Filters,
     JsonLines,
     Routes,
@@ -29,17 +29,18 @@ from skep.api.server import (
     json_response,
     read_body,
 )
-from skep.api.tables import Table
-from skep.api.versions import ApiVersion
-from skep.engine.api import container_responses
-from skep.engine.api.container_listing import Selection, ancestors, image_id_among, select
-from skep.engine.api.container_output import output_routes
+from skep.api.http.tables import RouteTable
+from skep.api.http.versions import ApiVersion
 from skep.engine.api.exec import exec_routes
 from skep.engine.api.files import file_routes
 from skep.engine.api.pruning import is_prunable, until_of
 from skep.engine.api.queries import integer
+from skep.engine.api.responses import container_responses
+from skep.engine.api.responses.container_listing import ListingOptions, ancestors, image_id_among, select
+from skep.engine.api.streams.container_output import output_routes
 from skep.engine.capacity import processors
-from skep.engine.container import (
+from skep.engine.confinement.limits import check_cpus
+from skep.engine.containers.container import (
     BeingRemoved,
     Conflicting,
     Container,
@@ -48,17 +49,16 @@ from skep.engine.container import (
     StillRunning,
     WaitCondition,
 )
+from skep.engine.containers.image_mounts import images_of
+from skep.engine.containers.request import read_create, read_update
+from skep.engine.containers.updates import updated
 from skep.engine.engine import Engine
-from skep.engine.image_mounts import images_of
+from skep.engine.images.archives.untar import tree_bytes
 from skep.engine.images.local import LocalImages
 from skep.engine.images.platforms import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
-from skep.engine.images.untar import tree_bytes
-from skep.engine.limits import check_cpus
-from skep.engine.request import read_create, read_update
-from skep.engine.updates import updated
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
-from skep.model.secret_env import SECRET_ENV_LABEL
+from skep.model.options.secret_env import SECRET_ENV_LABEL
 
 log = structlog.get_logger()
 
@@ -78,20 +78,20 @@ def image_users(engine: Engine) -> Collection[ImageUser]:
     return [ImageUser(one.id, image, one.is_active) for one in engine.list() for image in images_of(one)]
 
 
-class Served(msgspec.Struct, frozen=True):
+class ContainerRoutes(msgspec.Struct, frozen=True):
     """Dependencies of these routes."""
 
     engine: Engine
     clock: Clock
 
 
-_table = Table[Served]()
+_table = RouteTable[ContainerRoutes]()
 
 
 def container_routes(engine: Engine, clock: Clock | None = None) -> Iterable[web.AbstractRouteDef]:
     """Return the routes ``/containers/...`` and ``/exec/...``, without ``/containers/create``."""
     clock = clock or SystemClock()
-    own = _table.bound(Served(engine, clock))
+    own = _table.bound(ContainerRoutes(engine, clock))
     return (*own, *exec_routes(engine.execs), *output_routes(engine, clock), *file_routes(engine))
 
 
@@ -120,7 +120,7 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
 
 
 @_table.get("/containers/json")
-async def list_containers(served: Served, request: web.Request) -> web.StreamResponse:
+async def list_containers(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker ps``: one line per container.  ``limit`` n selects the n newest, running or not."""
     filters, containers = Filters.of(request), served.engine.list()
     image_id: Callable[[str], str] = partial(_image_id, served.engine.images)
@@ -128,7 +128,7 @@ async def list_containers(served: Served, request: web.Request) -> web.StreamRes
         # Drop containers that the user may not see first, because filters and the limit must not depend on them.
         containers = [one for one in containers if sees(identity_of(request), one.stack)]
         image_id = image_id_among(containers)
-    selection = Selection(
+    selection = ListingOptions(
         filters=filters,
         all=flag(request, "all"),
         limit=_limit(request),
@@ -153,7 +153,7 @@ def _image_id(images: LocalImages, word: str) -> str:
 
 
 @_table.get("/containers/{id}/json")
-async def inspect_container(served: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_container(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker inspect``."""
     container = served.engine.get(request.match_info["id"])
     exec_ids = [exec.id for exec in served.engine.execs.of(container.id)]
@@ -165,7 +165,7 @@ async def inspect_container(served: Served, request: web.Request) -> web.StreamR
     return json_response(response)
 
 
-async def _sizes(served: Served, container: Container) -> dict[str, int]:
+async def _sizes(served: ContainerRoutes, container: Container) -> dict[str, int]:
     image = served.engine.images.lookup(container.image_id)
     changed = await walk_tree(tree_bytes, str(served.engine.bundles.path(container.id) / "upper"))
     total = changed + (image.size_bytes if image is not None else 0)
@@ -173,14 +173,14 @@ async def _sizes(served: Served, container: Container) -> dict[str, int]:
 
 
 @_table.get("/containers/{id}/top")
-async def show_processes(served: Served, request: web.Request) -> web.StreamResponse:
+async def show_processes(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker top``."""
     top = await served.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
     return json_response({"Processes": top.processes, "Titles": top.titles})
 
 
 @_table.get("/containers/{id}/changes")
-async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
+async def show_changes(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker diff``.  Responds with null if the container changed nothing."""
     with served.engine.action_times.timed("changes"):
         changes = await walk_tree(served.engine.changes, request.match_info["id"])
@@ -188,7 +188,7 @@ async def show_changes(served: Served, request: web.Request) -> web.StreamRespon
 
 
 @_table.post("/containers/{id}/wait")
-async def wait(served: Served, request: web.Request) -> web.StreamResponse:
+async def wait(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker wait``: the exit code, once the condition holds."""
     condition = _condition(request)
     container = served.engine.get(request.match_info["id"])
@@ -205,7 +205,7 @@ async def wait(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/kill")
-async def kill(served: Served, request: web.Request) -> web.StreamResponse:
+async def kill(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker kill``."""
     word = request.match_info["id"]
     try:
@@ -216,7 +216,7 @@ async def kill(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/stop")
-async def stop(served: Served, request: web.Request) -> web.StreamResponse:
+async def stop(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker stop``.  Responds with 304 if it does not run."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
@@ -231,7 +231,7 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/start")
-async def start(served: Served, request: web.Request) -> web.StreamResponse:
+async def start(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker start``.  Responds with 304 if it runs already, or its policy will start it."""
     _check_start(request)
     container = served.engine.get(request.match_info["id"])
@@ -243,7 +243,7 @@ async def start(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/restart")
-async def restart(served: Served, request: web.Request) -> web.StreamResponse:
+async def restart(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker restart``: stop and start.  A container that does not run is only started."""
     word = request.match_info["id"]
     container = served.engine.get(word)
@@ -281,7 +281,7 @@ def _require_startable(container: Container) -> None:
 
 
 @_table.post("/containers/{id}/pause")
-async def pause(served: Served, request: web.Request) -> web.StreamResponse:
+async def pause(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker pause``."""
     container = served.engine.get(request.match_info["id"])
     if container.state is ContainerState.PAUSED:
@@ -291,7 +291,7 @@ async def pause(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/unpause")
-async def unpause(served: Served, request: web.Request) -> web.StreamResponse:
+async def unpause(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker unpause``."""
     container = served.engine.get(request.match_info["id"])
     if container.state is not ContainerState.PAUSED:
@@ -301,7 +301,7 @@ async def unpause(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/resize")
-async def resize(served: Served, request: web.Request) -> web.StreamResponse:
+async def resize(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Set the size of the terminal to ``h`` rows and ``w`` columns."""
     height, width = integer(request, "h"), integer(request, "w")
     await served.engine.resize(request.match_info["id"], height, width)
@@ -309,7 +309,7 @@ async def resize(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/update")
-async def update(served: Served, request: web.Request) -> web.StreamResponse:
+async def update(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker update``: limits and restart policy.  Omitted fields stay unchanged."""
     body = read_update(await read_body(request), api_version(request))
     check_cpus(body.nano_cpus, processors())
@@ -319,7 +319,7 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/prune")
-async def prune(served: Served, request: web.Request) -> web.StreamResponse:
+async def prune(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker container prune``: remove containers that do not run, except a task's that is about to start.
 
     A failed removal does not prevent others.  Source: moby, daemon/prune.go (ContainersPrune).
@@ -346,7 +346,7 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.delete("/containers/{id}")
-async def remove(served: Served, request: web.Request) -> web.StreamResponse:
+async def remove(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker rm``."""
     word = request.match_info["id"]
     container = served.engine.get(word)
@@ -364,7 +364,7 @@ async def remove(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/containers/{id}/rename")
-async def rename(served: Served, request: web.Request) -> web.StreamResponse:
+async def rename(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker rename``, only for plain containers."""
     container = served.engine.get(request.match_info["id"])
     if container.plain is None:

@@ -10,16 +10,16 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.trees import walk_tree
-from skep.api.server import Routes, api_version, json_response
-from skep.api.versions import ApiVersion
-from skep.engine.api import container_responses, image_responses
+from skep.api.http.server import Routes, api_version, json_response
+from skep.api.http.versions import ApiVersion
 from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
-from skep.engine.build.cache import CacheMounts
+from skep.engine.api.responses import container_responses, image_responses
+from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.engine import Engine
+from skep.engine.images.archives.untar import tree_bytes
 from skep.engine.images.listing import ImageFilter, select
-from skep.engine.images.untar import tree_bytes
-from skep.engine.volumes import users_by_volume
+from skep.engine.volumes.volumes import users_by_volume
 from skep.errors import InvalidArgument, NotFound
 
 _TYPES = ("container", "image", "volume", "build-cache")

@@ -7,20 +7,20 @@ from typing import Any
 
 from aiohttp import web
 
-from skep.api.container_requests import ExecRequest, ExecStart
 from skep.api.errors import Untranslated
-from skep.api.responses import Hijacked
-from skep.api.server import ApiVersion, OutputStream, api_version, json_response, read_body, read_json
-from skep.api.tables import Table
-from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import Duplex, hijack
+from skep.api.formats.container_requests import ExecRequest, ExecStart
+from skep.api.http.responses import Hijacked
+from skep.api.http.server import ApiVersion, OutputStream, api_version, json_response, read_body, read_json
+from skep.api.http.tables import RouteTable
 from skep.engine.api.queries import integer
-from skep.engine.api.terminal import End, join
-from skep.engine.container import Exec, ExecConfig, Stream
-from skep.engine.execs import Execs
+from skep.engine.api.streams.detach import DetachKeys, parse_keys
+from skep.engine.api.streams.hijack import Duplex, hijack
+from skep.engine.api.streams.terminal import SessionEnd, join
+from skep.engine.containers.container import Exec, ExecConfig, StandardStream
+from skep.engine.containers.execs import Execs
 from skep.errors import InvalidArgument, SkepError
 
-_table = Table[Execs]()
+_table = RouteTable[Execs]()
 
 _WITH_CONSOLE_SIZE = ApiVersion("1.42")
 
@@ -71,14 +71,17 @@ async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> 
         if config.tty and (size := _size_of(options.console_size)) is not None:
             execs.resize(exec.id, *size)
         keys = DetachKeys(parse_keys(config.detach_keys)) if config.tty else None
-        attached = ((Stream.STDOUT, config.attach_stdout), (Stream.STDERR, config.attach_stderr))
+        attached = (
+            (StandardStream.STDOUT, config.attach_stdout),
+            (StandardStream.STDERR, config.attach_stderr),
+        )
         streams = {stream for stream, is_attached in attached if is_attached}
         end = await join(client, process, takes_input=config.attach_stdin, streams=streams, keys=keys)
     finally:
         process.close()
-    if end is End.OUTPUT:
+    if end is SessionEnd.OUTPUT:
         await execs.wait(exec.id)  # clients read the exit code as soon as the connection closes
-    elif end is End.DETACHED:
+    elif end is SessionEnd.DETACHED:
         execs.publish_detach(exec.id)
 
 

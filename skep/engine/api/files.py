@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Iterable
 import msgspec
 from aiohttp import web
 
-from skep.api.server import flag
-from skep.api.tables import Table
-from skep.engine.api.uploads import drain, pieces_of, send_piece
+from skep.api.http.server import flag
+from skep.api.http.tables import RouteTable
+from skep.engine.api.streams.uploads import drain, pieces_of, send_piece
 from skep.engine.engine import Engine
-from skep.engine.files import ArchiveTarget, PathStatus
+from skep.engine.volumes.files import ArchiveTarget, PathStatus
 from skep.errors import InvalidArgument, SkepError
 
-_table = Table[Engine]()
+_table = RouteTable[Engine]()
 
 
 def file_routes(engine: Engine) -> Iterable[web.AbstractRouteDef]:

@@ -12,9 +12,9 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
-from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
-from skep.api.server import (
+from skep.api.formats.bodies import decode_body
+from skep.api.http.server import (
     ApiVersion,
     Filters,
     api_version,
@@ -24,21 +24,21 @@ from skep.api.server import (
     json_response,
     read_body,
 )
-from skep.api.tables import Table
-from skep.engine.api import image_responses
+from skep.api.http.tables import RouteTable
 from skep.engine.api.commits import import_image
-from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.pruning import until_of
-from skep.engine.api.uploads import drain, pieces_of, send_piece
+from skep.engine.api.responses import image_responses
+from skep.engine.api.streams.progress import respond_with_progress
+from skep.engine.api.streams.uploads import drain, pieces_of, send_piece
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.listing import ImageFilter, Listed, prunable, select
-from skep.engine.images.platforms import Platform, require_platform
-from skep.engine.images.progress import Message, Report
+from skep.engine.images.platforms import ImagePlatform, require_platform
+from skep.engine.images.progress import ProgressMessage, Report
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
-from skep.engine.images.registry import Credentials, decode_credentials, login
+from skep.engine.images.registry.registry import RegistryCredentials, decode_credentials, login
+from skep.engine.images.registry.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.removal import Users
-from skep.engine.images.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
@@ -46,7 +46,7 @@ _WITHOUT_FILTER = ApiVersion("1.41")
 """API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
 
-class Served(msgspec.Struct, frozen=True):
+class ImageRoutes(msgspec.Struct, frozen=True):
     """Dependencies of these routes."""
 
     images: ImageStore
@@ -54,18 +54,18 @@ class Served(msgspec.Struct, frozen=True):
     clock: Clock
 
 
-_table = Table[Served]()
+_table = RouteTable[ImageRoutes]()
 
 
 def image_routes(
     images: ImageStore, users: Users, *, clock: Clock | None = None
 ) -> Iterable[web.AbstractRouteDef]:
     """Return the routes ``/images/...``, ``/distribution/...`` and ``/auth``."""
-    return _table.bound(Served(images, users, clock or SystemClock()))
+    return _table.bound(ImageRoutes(images, users, clock or SystemClock()))
 
 
 @_table.get("/images/json")
-async def list_images(served: Served, request: web.Request) -> web.StreamResponse:
+async def list_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker images``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
@@ -81,7 +81,7 @@ async def list_images(served: Served, request: web.Request) -> web.StreamRespons
 
 
 @_table.post("/images/create")
-async def create_image(served: Served, request: web.Request) -> web.StreamResponse:
+async def create_image(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker pull`` and ``docker import``, with their progress."""
     if "fromImage" not in request.query:
         return await import_image(served.images, served.clock, request)
@@ -96,12 +96,12 @@ async def create_image(served: Served, request: web.Request) -> web.StreamRespon
 
 
 @_table.post("/images/load")
-async def load_images(served: Served, request: web.Request) -> web.StreamResponse:
+async def load_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
     async def load(report: Report) -> None:
-        def report_unless_quiet(message: Message) -> None:
+        def report_unless_quiet(message: ProgressMessage) -> None:
             if not is_quiet or message.stream:
                 report(message)
 
@@ -115,18 +115,18 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
 
 
 @_table.get("/images/get")
-async def save_images(served: Served, request: web.Request) -> web.StreamResponse:
+async def save_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker save`` of several images, as one archive."""
     return await _send_images(served, request, request.query.getall("names", []))
 
 
 @_table.get("/images/{name:.+}/get")
-async def save_image(served: Served, request: web.Request) -> web.StreamResponse:
+async def save_image(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker save`` of one image."""
     return await _send_images(served, request, [request.match_info["name"]])
 
 
-async def _send_images(served: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
+async def _send_images(served: ImageRoutes, request: web.Request, names: list[str]) -> web.StreamResponse:
     async with aclosing(served.images.save(names)) as pieces:
         first = await anext(pieces, b"")  # first, because an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
@@ -138,7 +138,7 @@ async def _send_images(served: Served, request: web.Request, names: list[str]) -
 
 
 @_table.post("/images/prune")
-async def prune_images(served: Served, request: web.Request) -> web.StreamResponse:
+async def prune_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker image prune``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
@@ -150,7 +150,7 @@ async def prune_images(served: Served, request: web.Request) -> web.StreamRespon
 
 
 @_table.get("/images/{name:.+}/json")
-async def inspect_image(served: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_image(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker image inspect``."""
     name = request.match_info["name"]
     try:
@@ -161,7 +161,7 @@ async def inspect_image(served: Served, request: web.Request) -> web.StreamRespo
 
 
 @_table.get("/images/{name:.+}/history")
-async def image_history(served: Served, request: web.Request) -> web.StreamResponse:
+async def image_history(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker history``."""
     return json_list_response(
         image_responses.history(served.images.get(request.match_info["name"]), served.images)
@@ -169,7 +169,7 @@ async def image_history(served: Served, request: web.Request) -> web.StreamRespo
 
 
 @_table.post("/images/{name:.+}/tag")
-async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
+async def tag_image(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker tag``."""
     served.images.get(request.match_info["name"])
     try:
@@ -185,7 +185,7 @@ async def tag_image(served: Served, request: web.Request) -> web.StreamResponse:
 
 
 @_table.post("/images/{name:.+}/push")
-async def push_image(served: Served, request: web.Request) -> web.StreamResponse:
+async def push_image(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker push``, with its progress.  Without a tag it pushes all tags."""
     reference = parse_reference(request.match_info["name"])
     tag = request.query.get("tag", "")
@@ -212,12 +212,12 @@ def _require_platform(images: ImageStore, reference: Reference, text: str) -> No
     """Raise InvalidArgument for an invalid platform, and NotFound if this node has the image for another platform."""
     wanted = decode_body(text.encode(), _WantedPlatform)
     image = images.get(str(reference.with_default_tag()))
-    platform = Platform(wanted.os, wanted.architecture, wanted.variant)
+    platform = ImagePlatform(wanted.os, wanted.architecture, wanted.variant)
     require_platform(image, reference.familiar, platform)
 
 
 @_table.get("/images/search")
-async def search_images(served: Served, request: web.Request) -> web.StreamResponse:
+async def search_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker search``."""
     filters = Filters.of(request)
     filters.refuse_unknown("is-automated", "is-official", "stars")
@@ -256,11 +256,11 @@ def _stars(text: str) -> int:
 
 
 @_table.post("/auth")
-async def check_credentials(served: Served, request: web.Request) -> web.StreamResponse:
+async def check_credentials(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker login``: try the credentials at the registry.  This node does not keep them."""
     body = await read_body(request)
     wanted = decode_body(body, _Login)
-    credentials = decode_body(body, Credentials)
+    credentials = decode_body(body, RegistryCredentials)
     token = await login(served.images.policy, _domain(wanted.serveraddress), credentials)
     return json_response({"Status": "Login Succeeded", "IdentityToken": token})
 
@@ -283,7 +283,7 @@ def _domain(address: str) -> str:
 
 
 @_table.delete("/images/{name:.+}")
-async def remove_image(served: Served, request: web.Request) -> web.StreamResponse:
+async def remove_image(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker rmi``."""
     name = request.match_info["name"]
     if not name.strip():
@@ -295,7 +295,7 @@ async def remove_image(served: Served, request: web.Request) -> web.StreamRespon
 
 
 @_table.get("/distribution/{name:.+}/json")
-async def inspect_distribution(served: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_distribution(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Return digest and platforms of a name in a registry, without a pull."""
     name = request.match_info["name"]
     if is_digest(name):

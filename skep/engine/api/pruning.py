@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from skep.api.filters import Filters
-from skep.api.timestamps import parse_time
+from skep.api.formats.filters import Filters
+from skep.api.formats.timestamps import parse_time
 from skep.errors import InvalidArgument
-from skep.model.times import unix_ns
+from skep.model.values.times import unix_ns
 
 
 def until_of(filters: Filters, now_ns: int) -> int | None:

@@ -3,7 +3,7 @@
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.api.server import Routes, json_response
+from skep.api.http.server import Routes, json_response
 from skep.engine.api.builds import build_routes
 from skep.engine.api.commits import commit_routes
 from skep.engine.api.containers import container_routes, image_users

@@ -14,18 +14,18 @@ from aiohttp import web
 
 from skep.aio.failures import log_error
 from skep.aio.trees import walk_tree
-from skep.api.server import Filters, api_version, flag, json_response, read_json
-from skep.api.tables import Table
-from skep.api.versions import ApiVersion
+from skep.api.http.server import Filters, api_version, flag, json_response, read_json
+from skep.api.http.tables import RouteTable
+from skep.api.http.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
-from skep.engine.images.untar import tree_bytes
-from skep.engine.mounts import check_local_options
-from skep.engine.volume_plugins import LOCAL, PluginVolume
-from skep.engine.volume_store import ANONYMOUS
-from skep.engine.volumes import Listing, VolumeInUse, Volumes, users_by_volume
+from skep.engine.images.archives.untar import tree_bytes
+from skep.engine.volumes.mounts import check_local_options
+from skep.engine.volumes.volume_plugins import LOCAL, PluginVolume
+from skep.engine.volumes.volume_store import ANONYMOUS
+from skep.engine.volumes.volumes import Listing, VolumeInUse, Volumes, users_by_volume
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
-from skep.model.encoding import ApiObject
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.encoding import ApiObject
+from skep.model.values.times import SECOND_NS, timestamp
 
 log = structlog.get_logger(__name__)
 
@@ -43,23 +43,23 @@ class VolumeRequest(ApiObject):
     cluster_volume_spec: Mapping[str, Any] | None = None
 
 
-class Served(msgspec.Struct, frozen=True):
+class VolumeRoutes(msgspec.Struct, frozen=True):
     """Dependencies of these routes."""
 
     volumes: Volumes
     containers: Listing
 
 
-_table = Table[Served]()
+_table = RouteTable[VolumeRoutes]()
 
 
 def volume_routes(volumes: Volumes, containers: Listing) -> list[web.RouteDef]:
     """Return the routes ``/volumes``: list, inspect, create, remove, prune."""
-    return _table.bound(Served(volumes, containers))
+    return _table.bound(VolumeRoutes(volumes, containers))
 
 
 @_table.post("/volumes/create")
-async def create_volume(served: Served, request: web.Request) -> web.StreamResponse:
+async def create_volume(served: VolumeRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker volume create``.  An existing volume stays unchanged."""
     body = await read_json(request, VolumeRequest)
     name = body.name or served.volumes.new_name()
@@ -70,7 +70,7 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
 
 
 @_table.post("/volumes/prune")
-async def prune_volumes(served: Served, request: web.Request) -> web.StreamResponse:
+async def prune_volumes(served: VolumeRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker volume prune``: without ``all``, only anonymous volumes (since API 1.42).
 
     As in Docker, volumes with options stay, because their data is not on this node.
@@ -103,7 +103,7 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
 
 
 @_table.get("/volumes")
-async def list_volumes(served: Served, request: web.Request) -> web.StreamResponse:
+async def list_volumes(served: VolumeRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker volume ls``."""
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
@@ -154,13 +154,13 @@ def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
 
 
 @_table.get("/volumes/{name}")
-async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
+async def inspect_volume(served: VolumeRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker volume inspect``."""
     return json_response(await _inspect(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")
-async def remove_volume(served: Served, request: web.Request) -> web.StreamResponse:
+async def remove_volume(served: VolumeRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker volume rm``."""
     name, is_forced = request.match_info["name"], flag(request, "force")
     if not served.volumes.has(name):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from skep.engine.build.dockerfile import readable
+from skep.engine.build.dockerfile.dockerfile import readable
 from skep.errors import InvalidArgument, SkepError
 
 _MASK = "xxxxx"

@@ -6,16 +6,16 @@ from functools import partial
 
 import msgspec
 
+from skep.engine.build.dockerfile.targets import parse_epoch
 from skep.engine.build.inputs import Inputs
-from skep.engine.build.interface import BuildRequest, Progress, Step
-from skep.engine.build.stage import Made
-from skep.engine.build.targets import parse_epoch
+from skep.engine.build.interface import BuildRequest, BuildStep, Progress
+from skep.engine.build.stage import StepImage
 from skep.engine.images import child
 from skep.engine.images.digest import Digest, is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.times import SECOND_NS, timestamp
 
 
 class Bases:
@@ -46,7 +46,7 @@ class Bases:
                 self._pinned.add(chain_id)
                 self._pin(chain_id)
 
-    async def pull(self, step: Step, name: str) -> Made:
+    async def pull(self, step: BuildStep, name: str) -> StepImage:
         """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
         word = name
         if self.request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
@@ -59,14 +59,14 @@ class Bases:
             found = await self.images.pull(str(reference), auth, report, platform=self.request.platform)
         return await self.keep(found)
 
-    async def keep(self, image: Image) -> Made:
+    async def keep(self, image: Image) -> StepImage:
         """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
         chain = tuple(image.chain)
         await self.pin(chain)
         content = self.images.config_file(image).read_bytes()
-        return Made(id=image.id, content=content, config=image.config, chain=chain, link=image.id)
+        return StepImage(id=image.id, content=content, config=image.config, chain=chain, link=image.id)
 
-    async def limit_times(self, made: Made, inherited: int, arguments: Mapping[str, str]) -> Made:
+    async def limit_times(self, made: StepImage, inherited: int, arguments: Mapping[str, str]) -> StepImage:
         """Return the image with all times limited to ``SOURCE_DATE_EPOCH``.
 
         Args:
@@ -85,10 +85,10 @@ class Bases:
             return made
         return await self._with_config(made, content)
 
-    async def add_cache(self, made: Made, cache: bytes) -> Made:
+    async def add_cache(self, made: StepImage, cache: bytes) -> StepImage:
         """Return the image with the steps of the build in its configuration (``--cache-to type=inline``)."""
         return await self._with_config(made, child.with_cache(made.content, cache))
 
-    async def _with_config(self, made: Made, content: bytes) -> Made:
+    async def _with_config(self, made: StepImage, content: bytes) -> StepImage:
         image = await self.images.add(content, parent=made.id, is_step=True)
         return msgspec.structs.replace(made, id=image.id, content=content, config=image.config)

@@ -18,12 +18,15 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.race import afterwards
 from skep.aio.slots import Slots
-from skep.engine.build import copies, history, runs, targets
+from skep.engine.build import history, runs
 from skep.engine.build.addresses import redacted, shown_errors
 from skep.engine.build.bases import Bases
-from skep.engine.build.cache import CacheMounts, StepCache
-from skep.engine.build.config import (
-    Arguments,
+from skep.engine.build.cache.cache import CacheMounts, StepCache
+from skep.engine.build.cache.results import Results, StepChange, options_of
+from skep.engine.build.cache.step_records import inline_cache
+from skep.engine.build.dockerfile import targets
+from skep.engine.build.dockerfile.config import (
+    BuildArguments,
     StageArguments,
     adapted,
     begun,
@@ -32,10 +35,8 @@ from skep.engine.build.config import (
     expanded,
     variables_of,
 )
-from skep.engine.build.context import KnownContext, KnownContexts
-from skep.engine.build.dockerfile import parse
-from skep.engine.build.inputs import Inputs
-from skep.engine.build.instructions import (
+from skep.engine.build.dockerfile.dockerfile import parse
+from skep.engine.build.dockerfile.instructions import (
     Arg,
     Copy,
     Env,
@@ -49,37 +50,38 @@ from skep.engine.build.instructions import (
     stages_of,
     trigger_of,
 )
+from skep.engine.build.dockerfile.mounts import parse_mount
+from skep.engine.build.dockerfile.substitution import Budget, substituted
+from skep.engine.build.files import copies
+from skep.engine.build.files.context import KnownContext, KnownContexts
+from skep.engine.build.files.remotes import KnownAnswers
+from skep.engine.build.files.repositories import Fetching
+from skep.engine.build.files.sources import digest_of
+from skep.engine.build.inputs import Inputs
 from skep.engine.build.interface import (
     BuildRequest,
     BuildResult,
     Builds,
+    BuildStep,
     OpenContext,
     Progress,
     Provider,
-    Step,
 )
-from skep.engine.build.mounts import parse_mount
-from skep.engine.build.remotes import KnownAnswers
-from skep.engine.build.repositories import Fetching
-from skep.engine.build.results import Change, Results, options_of
-from skep.engine.build.sources import digest_of
 from skep.engine.build.stage import (
     Changes,
-    Made,
-    Position,
+    StagePosition,
+    StepImage,
     in_thread,
     lower_directories,
     mounted_image,
     new_work,
 )
-from skep.engine.build.step_records import inline_cache
-from skep.engine.build.substitution import Budget, substituted
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.engine import Engine
 from skep.engine.images import child
 from skep.engine.images.image import ContainerDefaults, Image
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
-from skep.model.ids import new_container_id
+from skep.model.values.ids import new_container_id
 
 SCRATCH = "scratch"
 BUILDS_MAX = 16
@@ -97,7 +99,7 @@ class Builder(Builds):
         """``directory``: Holds the data that is kept from build to build."""
         self.engine = engine
         self.images = engine.images
-        self.containers = runs.Containers(engine)
+        self.containers = runs.StepContainers(engine)
         self.steps = StepCache(directory / "steps.json", engine.images)
         self.mounts = CacheMounts(directory / "mounts")
         self.contexts = KnownContexts()
@@ -171,12 +173,12 @@ class Build:
         self._stack = stack
         self._bases = Bases(builder.images, request, inputs, progress, stack)
         automatic = targets.automatic_arguments(stages, request.target) if request.is_buildkit else {}
-        self._arguments = Arguments(request.arguments, automatic, is_buildkit=request.is_buildkit)
+        self._arguments = BuildArguments(request.arguments, automatic, is_buildkit=request.is_buildkit)
         self._budget = Budget()
         self._stages = stages
         self._scopes: dict[int, tuple[StageArguments, int]] = {}
         """Arguments of completed stages, with the number of history entries that their base images had."""
-        self._done: dict[int, Made | None] = {}
+        self._done: dict[int, StepImage | None] = {}
         self._stage = 0
         self._steps = 0
         self._areas = 0
@@ -186,7 +188,7 @@ class Build:
         """Carry out every step that the target needs."""
         stages = self._stages
         for text in warnings:
-            self._progress.warning(Step(number=0, total=stages.steps, text=""), text)
+            self._progress.warning(BuildStep(number=0, total=stages.steps, text=""), text)
         if not self._request.is_buildkit:
             targets.require_distinct_names(stages)
         for arg in stages.arguments:
@@ -217,10 +219,10 @@ class Build:
             image_id=made.id, unused_arguments=self._arguments.unused, records=records, last=made.link
         )
 
-    def _next_step(self, instruction: Instruction) -> Step:
+    def _next_step(self, instruction: Instruction) -> BuildStep:
         self._steps += 1
         stage = self._stages.stages[self._stage]
-        return Step(
+        return BuildStep(
             number=self._steps,
             total=self._stages.steps,
             text=redacted(instruction.text),
@@ -262,7 +264,7 @@ class Build:
 
     # --- FROM -----------------------------------------------------------------------------------------------------
 
-    async def _begin_stage(self, step: Step, base: From) -> None:
+    async def _begin_stage(self, step: BuildStep, base: From) -> None:
         arguments = dict(self._arguments.of_stages)
         if base.platform:
             platform = await self._substitute(base.platform, arguments)
@@ -289,11 +291,11 @@ class Build:
         state = begun(defaults)
         triggers = state.config.on_build or ()
         state = msgspec.structs.replace(state, config=msgspec.structs.replace(state.config, on_build=None))
-        self._results.position = Position(state=state, image=made)
+        self._results.position = StagePosition(state=state, image=made)
         if triggers:
             plural = "s" if len(triggers) > 1 else ""
             text = f"# Executing {len(triggers)} build trigger{plural}\n"
-            self._progress.output(step, Stream.STDOUT, text.encode())
+            self._progress.output(step, StandardStream.STDOUT, text.encode())
         for trigger in triggers:
             await self._carry_out(step, trigger_of(trigger))
 
@@ -301,15 +303,15 @@ class Build:
         """Return the options of a stage without a base image.  BuildKit sets the working directory."""
         return ContainerDefaults(working_dir="/" if self._request.is_buildkit else "")
 
-    async def _begin_with_directory(self, step: Step, name: str) -> None:
+    async def _begin_with_directory(self, step: BuildStep, name: str) -> None:
         """Start a stage on a named context that is a directory: an image with these files only."""
         self._arguments.begin_stage()
         self._results.inherited = 0
-        self._results.position = Position(state=begun(self._options_of_scratch()), image=None)
+        self._results.position = StagePosition(state=begun(self._options_of_scratch()), image=None)
         text = f"COPY --from={name} / /"
         await self._copy(step, Copy(text=text, keyword="COPY", sources=("/",), destination="/", origin=name))
 
-    async def _stage_or_image(self, step: Step, name: str, *, is_base: bool = False) -> Made | None:
+    async def _stage_or_image(self, step: BuildStep, name: str, *, is_base: bool = False) -> StepImage | None:
         """Return the image of a stage, or a pulled image.  None for ``scratch``.
 
         ``is_base``: Whether FROM names it.  There a number is an image, and only earlier stages are known.
@@ -336,7 +338,7 @@ class Build:
 
     # --- the other instructions -----------------------------------------------------------------------------------
 
-    async def _carry_out(self, step: Step, instruction: Instruction) -> None:
+    async def _carry_out(self, step: BuildStep, instruction: Instruction) -> None:
         state = self._results.state
         visible = self._arguments.visible(state.config.env or ())
         ready = await self._expand(instruction, variables_of(state, visible))
@@ -357,7 +359,7 @@ class Build:
                     old = state.config.healthcheck.test
                     if old and old[0] != "NONE":
                         text = f"Note: overriding previous HEALTHCHECK: [{' '.join(old)}]\n"
-                        self._progress.output(step, Stream.STDOUT, text.encode())
+                        self._progress.output(step, StandardStream.STDOUT, text.encode())
                 await self._change(step, ready)
 
     async def _expand(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
@@ -372,7 +374,7 @@ class Build:
     async def _substitute(self, word: str, variables: Mapping[str, str]) -> str:
         return await asyncio.to_thread(substituted, word, variables, self._stages.escape, self._budget)
 
-    async def _change(self, step: Step, instruction: Instruction) -> None:
+    async def _change(self, step: BuildStep, instruction: Instruction) -> None:
         """Carry out an instruction that changes the configuration.  WORKDIR also creates its directory."""
         before = self._results.state
         state, comment = changed(before, instruction)
@@ -399,7 +401,7 @@ class Build:
         is_new = await in_thread(work, partial(copies.make_directory, changes, config.working_dir, user))
         return changes if is_new else None
 
-    async def _copy(self, step: Step, copy: Copy) -> None:
+    async def _copy(self, step: BuildStep, copy: Copy) -> None:
         """Carry out COPY or ADD."""
         state, is_buildkit = self._results.state, self._request.is_buildkit
         copies.check_copy(copy, is_buildkit=is_buildkit)
@@ -435,7 +437,7 @@ class Build:
             await copies.perform(self._images, copy, prepared, target)
             await self._results.commit_changes(change, target.changes.upper)
 
-    def _change_of_copy(self, copy: Copy, digest: str) -> Change:
+    def _change_of_copy(self, copy: Copy, digest: str) -> StepChange:
         """Return the step of a COPY or ADD of sources with this digest."""
         state = self._results.state
         config = msgspec.structs.replace(
@@ -446,7 +448,7 @@ class Build:
         return self._results.change(state, options_of(config), line, *more, adds_layer=True)
 
     @asynccontextmanager
-    async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:
+    async def _tree_of(self, step: BuildStep, origin: str) -> AsyncIterator[Path]:
         """Mount the file system of a named context, a stage or an image."""
         if (directory := await self._inputs.open_named(self._request, origin)) is not None:
             yield directory
@@ -461,7 +463,7 @@ class Build:
         async with mounted_image(changes, new_work(self._images, self._workspace)) as root:
             yield root
 
-    async def _run(self, step: Step, run: Run, visible: Mapping[str, str]) -> None:
+    async def _run(self, step: BuildStep, run: Run, visible: Mapping[str, str]) -> None:
         """Carry out RUN."""
         state = self._results.state
         if self._results.position.image is None:
@@ -501,7 +503,7 @@ class Build:
             prepared = msgspec.structs.replace(prepared, network=network)
             await self._run_command(step, prepared, change)
 
-    async def _run_command(self, step: Step, prepared: runs.Prepared, change: Change) -> None:
+    async def _run_command(self, step: BuildStep, prepared: runs.PreparedRun, change: StepChange) -> None:
         config = msgspec.structs.replace(change.state.config, healthcheck=None)
         if self._request.is_buildkit:  # BuildKit mounts no volumes in a step
             config = msgspec.structs.replace(config, volumes=None)

@@ -8,8 +8,8 @@ Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (commitToHistory
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from skep.engine.build.config import ports_of, shown_health
-from skep.engine.build.instructions import (
+from skep.engine.build.dockerfile.config import ports_of, shown_health
+from skep.engine.build.dockerfile.instructions import (
     Copy,
     Expose,
     Healthcheck,

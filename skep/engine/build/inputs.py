@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from skep.engine.build.context import KnownContext
+from skep.engine.build.dockerfile.targets import context_name
+from skep.engine.build.files.context import KnownContext
 from skep.engine.build.interface import BuildRequest, OpenContext, Provider
-from skep.engine.build.targets import context_name
 
 
 class Inputs:

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import msgspec
 
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.images.digest import Digest
-from skep.engine.images.progress import Message
+from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import Reference
 from skep.model.container import Ulimit
 
@@ -132,7 +132,7 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether BuildKit's language applies (RUN --mount, COPY --link) and unneeded stages are skipped."""
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True):
+class BuildStep(msgspec.Struct, frozen=True, kw_only=True):
     """One step, for display."""
 
     number: int
@@ -147,34 +147,34 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 class Progress(Protocol):
     """Receives a build's events in order.  Methods never wait."""
 
-    def started(self, step: Step) -> None:
+    def started(self, step: BuildStep) -> None:
         """Report that the step started."""
 
-    def cached(self, step: Step) -> None:
+    def cached(self, step: BuildStep) -> None:
         """Report that the step's result was found in the cache.  ``finished`` follows."""
 
-    def pulling(self, step: Step, message: Message) -> None:
+    def pulling(self, step: BuildStep, message: ProgressMessage) -> None:
         """Report progress of the pull of a stage's image."""
 
-    def running(self, step: Step, container_id: str) -> None:
+    def running(self, step: BuildStep, container_id: str) -> None:
         """Report that a container was created for the step."""
 
-    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+    def output(self, step: BuildStep, stream: StandardStream, data: bytes) -> None:
         """Report output of the step's command."""
 
-    def removed(self, step: Step, container_id: str) -> None:
+    def removed(self, step: BuildStep, container_id: str) -> None:
         """Report that the step's container was removed."""
 
-    def warning(self, step: Step, text: str) -> None:
+    def warning(self, step: BuildStep, text: str) -> None:
         """Report a warning for the author of the Dockerfile."""
 
-    def finished(self, step: Step, image_id: Digest | None) -> None:
+    def finished(self, step: BuildStep, image_id: Digest | None) -> None:
         """Report that the step succeeded.
 
         ``image_id``: The image so far.  Empty after ``FROM scratch``, None before the first stage.
         """
 
-    def failed(self, step: Step, error: Exception) -> None:
+    def failed(self, step: BuildStep, error: Exception) -> None:
         """Report that the step failed, and the build with it."""
 
 

@@ -17,21 +17,21 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.race import afterwards
-from skep.engine.build import copies
-from skep.engine.build.cache import CacheKey, CacheMounts
-from skep.engine.build.dockerfile import heredoc_of, quoted
+from skep.engine.build.cache.cache import CacheKey, CacheMounts
+from skep.engine.build.dockerfile.dockerfile import heredoc_of, quoted
+from skep.engine.build.dockerfile.instructions import Run
+from skep.engine.build.dockerfile.mounts import RunMount
+from skep.engine.build.files import copies
+from skep.engine.build.files.sources import find
+from skep.engine.build.files.trees import Tree
 from skep.engine.build.inputs import Inputs
-from skep.engine.build.instructions import Run
 from skep.engine.build.interface import BuildRequest
-from skep.engine.build.mounts import RunMount
-from skep.engine.build.sources import find
 from skep.engine.build.stage import Changes, in_thread, mounted_image, new_work
-from skep.engine.build.trees import Tree
-from skep.engine.container import Container, Stream
+from skep.engine.containers.container import Container, StandardStream
+from skep.engine.containers.request import CreateRequest, HostConfig, LogOptions
 from skep.engine.engine import Engine
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
-from skep.engine.request import CreateRequest, HostConfig, LogOptions
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unimplemented
 from skep.linux import mounting, syscalls
 from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
@@ -41,7 +41,7 @@ MADE_BY_THE_RUNTIME = ("dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/r
 _SECRETS_BYTES_MAX = 16 << 20
 _PIPES = "/dev/pipes/"
 
-Output = Callable[[Stream, bytes], None]
+Output = Callable[[StandardStream, bytes], None]
 
 
 class StepFailed(InvalidArgument):
@@ -57,7 +57,7 @@ class StepFailed(InvalidArgument):
         self.code = code
 
 
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+class PreparedRun(msgspec.Struct, frozen=True, kw_only=True):
     """Command, environment and mounts of a RUN step's container."""
 
     command: tuple[str, ...]
@@ -87,7 +87,7 @@ def command_of(run: Run, shell: Sequence[str]) -> tuple[tuple[str, ...], str]:
     return (*shell, first.text), ""
 
 
-class Containers:
+class StepContainers:
     """Runs the commands of builds."""
 
     def __init__(self, engine: Engine) -> None:
@@ -95,7 +95,7 @@ class Containers:
 
     @asynccontextmanager
     async def create(
-        self, image: Image, request: BuildRequest, prepared: Prepared
+        self, image: Image, request: BuildRequest, prepared: PreparedRun
     ) -> AsyncIterator[Container]:
         """Provide a container for one command.  It is killed and removed at the end of the block."""
         name = f"build-{secrets.token_hex(6)}"
@@ -104,7 +104,7 @@ class Containers:
             yield await self._engine.create(wanted, name=name, image=image, is_step=True)
 
     async def run(
-        self, container: Container, prepared: Prepared, output: Output, *, is_buildkit: bool = False
+        self, container: Container, prepared: PreparedRun, output: Output, *, is_buildkit: bool = False
     ) -> None:
         """Start the container, pass on its output, and return when it has ended.  Raises: StepFailed; SkepError."""
         async with asyncio.TaskGroup() as group:
@@ -178,7 +178,7 @@ def _remove_empty(root: Path, paths: Sequence[str]) -> None:
                     os.unlink(name, dir_fd=parent)
 
 
-def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> CreateRequest:
+def _create_request(image: Image, request: BuildRequest, prepared: PreparedRun) -> CreateRequest:
     limits = request.limits
     network = prepared.network or request.network or "default"
     return CreateRequest(
@@ -263,7 +263,7 @@ class MountSources:
         env: Mapping[str, str],
         mounts: Sequence[RunMount],
         working_dir: str,
-    ) -> Prepared:
+    ) -> PreparedRun:
         """Return the command with its environment and mounts.
 
         Raises: InvalidArgument, NotFound: a mount's source does not exist.
@@ -286,7 +286,7 @@ class MountSources:
                     found += await self._secret(mount, hidden)
                 case "ssh":
                     found += await self._ssh(mount, variables)
-        return Prepared(
+        return PreparedRun(
             command=command,
             env=_pairs(variables),
             secret_env=_pairs(hidden),

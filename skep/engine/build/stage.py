@@ -12,19 +12,19 @@ import msgspec
 
 from skep.aio.failures import describe_error
 from skep.aio.race import afterwards, thread_to_end
-from skep.engine import overlay
-from skep.engine.build.config import StageState
-from skep.engine.build.trees import CopyLimits, Work
+from skep.engine.build.dockerfile.config import StageState
+from skep.engine.build.files.trees import CopyLimits, Work
+from skep.engine.images.archives.workers import UnpackFailed
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ImageConfig
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import UnpackFailed
+from skep.engine.runtime import overlay
 from skep.linux import syscalls
 
 T = TypeVar("T")
 
 
-class Made(msgspec.Struct, frozen=True, kw_only=True):
+class StepImage(msgspec.Struct, frozen=True, kw_only=True):
     """Image that a step resulted in.  ``content``: Its configuration, kept here since the image may be removed."""
 
     id: Digest
@@ -35,11 +35,11 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     """Shared key of the step that made it.  Id of the image if no step of the build made it."""
 
 
-class Position(msgspec.Struct, frozen=True, kw_only=True):
+class StagePosition(msgspec.Struct, frozen=True, kw_only=True):
     """Position of a stage.  ``image``: None if the stage started from scratch and has nothing yet."""
 
     state: StageState
-    image: Made | None
+    image: StepImage | None
 
     @property
     def image_id(self) -> Digest:
@@ -47,7 +47,7 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
         return self.image.id if self.image is not None else Digest("")
 
 
-def lower_directories(images: ImageStore, image: Made | None) -> list[Path]:
+def lower_directories(images: ImageStore, image: StepImage | None) -> list[Path]:
     """Return the layers of an image for an overlay, top first.  Raises: NotFound."""
     chain = image.chain if image is not None else ()
     return [images.layer_store.directory(chain_id) for chain_id in reversed(chain)]

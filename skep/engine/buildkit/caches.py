@@ -10,17 +10,17 @@ cache/remotecache/local; moby, builder/builder-next/adapters/localinlinecache.
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from skep.engine.build.cache.step_exports import RegistryDestination, export_steps
+from skep.engine.build.cache.step_records import chosen
+from skep.engine.build.cache.step_sources import SOURCES_MAX, RegistryPlace, image_source, read_source
 from skep.engine.build.interface import BuildResult, Provider, StepSource
-from skep.engine.build.step_exports import RegistryDestination, export_steps
-from skep.engine.build.step_records import chosen
-from skep.engine.build.step_sources import SOURCES_MAX, RegistryPlace, image_source, read_source
-from skep.engine.buildkit.content import ClientStore
 from skep.engine.buildkit.options import CacheEntry, is_true
 from skep.engine.buildkit.progress import Vertices
-from skep.engine.buildkit.sessions import Session
+from skep.engine.buildkit.protocol.content import ClientStore
+from skep.engine.buildkit.protocol.sessions import BuildSession
 from skep.engine.images.digest import Digest
 from skep.engine.images.reference import Reference, parse_reference
-from skep.engine.images.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Repository
+from skep.engine.images.registry.registry import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, RegistryRepository
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, SkepError
 
@@ -35,7 +35,7 @@ class Caches:
         self._images = images
 
     async def sources(
-        self, vertices: Vertices, session: Session, provider: Provider, entries: Sequence[CacheEntry]
+        self, vertices: Vertices, session: BuildSession, provider: Provider, entries: Sequence[CacheEntry]
     ) -> tuple[StepSource, ...]:
         """Return the usable sources, each one once.  The build gets warnings for the others."""
         found: list[StepSource] = []
@@ -54,7 +54,9 @@ class Caches:
                 vertices.warn(vertex, f"{len(further)} cache sources are not used: {text}")
         return tuple(found)
 
-    async def _source(self, session: Session, provider: Provider, entry: CacheEntry) -> StepSource | None:
+    async def _source(
+        self, session: BuildSession, provider: Provider, entry: CacheEntry
+    ) -> StepSource | None:
         if entry.type == "local":
             store = ClientStore(session, entry.attrs.get("src", ""))
             return await read_source(self._images, store, entry.attrs.get("digest", ""))
@@ -74,7 +76,7 @@ class Caches:
     async def export(
         self,
         vertices: Vertices,
-        session: Session,
+        session: BuildSession,
         provider: Provider,
         entries: Sequence[CacheEntry],
         result: BuildResult,
@@ -110,7 +112,7 @@ class Caches:
         return digest
 
     async def _export(
-        self, session: Session, provider: Provider, entry: CacheEntry, result: BuildResult
+        self, session: BuildSession, provider: Provider, entry: CacheEntry, result: BuildResult
     ) -> str:
         if entry.type not in _PLACES:
             raise InvalidArgument(f"type {entry.type} is not supported; use inline, registry or local")
@@ -124,7 +126,7 @@ class Caches:
             return await export_steps(self._images, records, store, media_type=media_type)
         reference = _reference(entry)
 
-        async def push(repository: Repository) -> str:
+        async def push(repository: RegistryRepository) -> str:
             destination = RegistryDestination(repository, reference)
             return await export_steps(self._images, records, destination, media_type=media_type)
 

@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from skep.aio.trees import discard_tree
-from skep.engine.buildkit.filesync import Selection, receive
-from skep.engine.buildkit.sessions import Session
-from skep.engine.buildkit.tree import Entry, KeptTree, Kind, TreeLimits
-from skep.engine.images.workers import Limits, unpack
+from skep.engine.buildkit.protocol.filesync import SyncSelection, receive
+from skep.engine.buildkit.protocol.sessions import BuildSession
+from skep.engine.buildkit.tree import FileType, KeptTree, TreeEntry, TreeLimits
+from skep.engine.images.archives.workers import ImageLimits, unpack
 
 _KEPT_MAX = 8
 """Number of kept trees.  The least recently used is dropped first."""
@@ -23,10 +23,10 @@ _KEPT_BYTES_MAX = 2 << 30
 """A larger tree is not kept."""
 
 
-class Contexts:
+class ContextStore:
     """All trees below ``directory``, which only this object uses."""
 
-    def __init__(self, directory: Path, limits: Limits) -> None:
+    def __init__(self, directory: Path, limits: ImageLimits) -> None:
         self.directory = directory
         """Private to this engine: files below it have owners and modes of other machines."""
         self.limits = limits
@@ -50,8 +50,8 @@ class Contexts:
     @asynccontextmanager
     async def receive(
         self,
-        session: Session,
-        selection: Selection,
+        session: BuildSession,
+        selection: SyncSelection,
         *,
         bytes_max: int | None = None,
         progress: Callable[[int], None] = lambda _: None,
@@ -115,8 +115,8 @@ class Contexts:
         root.mkdir(mode=0o755)
         return root
 
-    def _keep(self, key: tuple[str, str], root: Path, entries: Sequence[Entry]) -> None:
-        files = {entry.path: entry for entry in entries if entry.kind is Kind.FILE}
+    def _keep(self, key: tuple[str, str], root: Path, entries: Sequence[TreeEntry]) -> None:
+        files = {entry.path: entry for entry in entries if entry.kind is FileType.FILE}
         self._kept[key] = KeptTree(root, files)
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT_MAX:

@@ -15,7 +15,7 @@ BYTES_MAX = 16 << 20
 """Size of all records together.  A record has the options of its build, which may be as long as a message."""
 
 
-class History:
+class BuildHistory:
     """Records of builds, the oldest first.  Requests that a client marks as internal are not recorded."""
 
     def __init__(self) -> None:

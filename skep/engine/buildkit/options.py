@@ -9,8 +9,8 @@ from enum import Enum
 import msgspec
 
 from skep.engine.build.addresses import redacted_address
+from skep.engine.build.dockerfile.targets import context_name, parse_epoch, tags_of
 from skep.engine.build.interface import StepLimits
-from skep.engine.build.targets import context_name, parse_epoch, tags_of
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.images.reference import Reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
@@ -24,7 +24,7 @@ _IGNORED = ("frontend.caps", "input-metadata:", "vcs:")
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 
-class Output(Enum):
+class BuildOutput(Enum):
     """Destination of the result."""
 
     IMAGE = "image"
@@ -36,7 +36,7 @@ class Output(Enum):
     NONE = "none"
 
 
-class Source(msgspec.Struct, frozen=True):
+class ClientDirectory(msgspec.Struct, frozen=True):
     """Directory of a client.  ``session``: Empty for the build's own."""
 
     name: str
@@ -47,8 +47,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One build, as far as it is known before its Dockerfile is read."""
 
     filename: str = "Dockerfile"
-    context: Source = Source("context")
-    dockerfile: Source = Source("dockerfile")
+    context: ClientDirectory = ClientDirectory("context")
+    dockerfile: ClientDirectory = ClientDirectory("dockerfile")
     remote: str = ""
     """Context that is an archive uploaded by the client, or another address."""
     has_own_dockerfile: bool = False
@@ -56,7 +56,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     keeps_git_dir: bool = False
     images: Mapping[str, str] = {}
     """Named contexts that are images, by the names that stand for them in the Dockerfile."""
-    directories: Mapping[str, Source] = {}
+    directories: Mapping[str, ClientDirectory] = {}
     """Named contexts that are directories of the client."""
     target: str = ""
     arguments: Mapping[str, str] = {}
@@ -86,7 +86,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
     """Export of the result."""
 
-    output: Output = Output.NONE
+    output: BuildOutput = BuildOutput.NONE
     tags: tuple[Reference, ...] = ()
     rewrites_times: bool = False
     """Whether files in the layers get no later times than ``SOURCE_DATE_EPOCH``."""
@@ -136,8 +136,8 @@ def parse_options(
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
     build = BuildOptions(
         filename=left.pop("filename", "") or "Dockerfile",
-        context=Source(context, sessions.get(context, "")),
-        dockerfile=Source(dockerfile, sessions.get(dockerfile, "")),
+        context=ClientDirectory(context, sessions.get(context, "")),
+        dockerfile=ClientDirectory(dockerfile, sessions.get(dockerfile, "")),
         remote=left.pop("context", ""),
         has_own_dockerfile=has_own_dockerfile,
         keeps_git_dir=is_true(arguments.pop("BUILDKIT_CONTEXT_KEEP_GIT_DIR", "")),
@@ -216,7 +216,7 @@ def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
 
 def _contexts(
     named: Mapping[str, str], sessions: Mapping[str, str], inputs: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, Source]]:
+) -> tuple[dict[str, str], dict[str, ClientDirectory]]:
     """Return named contexts: images and directories.  Raises: Unimplemented: another kind of context."""
     images, directories = {}, {}
     for name, value in named.items():
@@ -226,7 +226,7 @@ def _contexts(
         elif kind == "input" and rest in inputs:
             images[context_name(name)] = inputs[rest]
         elif kind == "local" and separator:
-            directories[context_name(name)] = Source(rest, sessions.get(rest, ""))
+            directories[context_name(name)] = ClientDirectory(rest, sessions.get(rest, ""))
         else:
             raise Unimplemented(f"named context {name} is not supported: {value}")
     return images, directories
@@ -309,19 +309,19 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
             if is_pushed and not tags:
                 raise InvalidArgument("tag is needed when pushing to registry")
             return Exported(
-                output=Output.IMAGE,
+                output=BuildOutput.IMAGE,
                 tags=tags,
                 rewrites_times=is_true(attributes.get("rewrite-timestamp", "")),
                 # buildx leaves the push of ``moby`` to workers with a snapshotter since 0.11.  Earlier versions push
                 # by the engine's API afterwards, and then find everything in the registry.
                 is_pushed=is_pushed,
             )
-        if kind not in (Output.LOCAL.value, Output.TAR.value):
+        if kind not in (BuildOutput.LOCAL.value, BuildOutput.TAR.value):
             raise Unimplemented(f'exporter "{kind}" could not be found')
         for name, value in attributes.items():
             if value and name not in ("dest", "context") and (name, value) != ("platform-split", "false"):
                 raise Unimplemented(f"output option {name} is not supported")
-        return Exported(output=Output(kind))
+        return Exported(output=BuildOutput(kind))
     return Exported()
 
 

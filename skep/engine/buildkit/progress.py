@@ -13,11 +13,11 @@ from contextlib import contextmanager
 import msgspec
 
 from skep.engine.build.addresses import shown
-from skep.engine.build.interface import Step
+from skep.engine.build.interface import BuildStep
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.images.digest import Digest
-from skep.engine.images.progress import Message
+from skep.engine.images.progress import ProgressMessage
 
 OUTPUT_BYTES_MAX = 2 << 20
 """Output of one vertex, as in BuildKit."""
@@ -71,7 +71,7 @@ class BuildLog:
         waker.set()
 
 
-class Counts(msgspec.Struct):
+class StepCounts(msgspec.Struct):
     """Counters of a build's steps, for its record."""
 
     total: int = 0
@@ -89,7 +89,7 @@ class Vertices:
         self._now_ns = now_ns
         self._vertices: dict[str, pb.Vertex] = {}
         self._output: dict[str, int] = {}
-        self.counts = Counts()
+        self.counts = StepCounts()
 
     # -- vertices of the build itself -------------------------------------------------------------------------------
 
@@ -132,31 +132,31 @@ class Vertices:
 
     # -- Progress --------------------------------------------------------------------------------------------------
 
-    def started(self, step: Step) -> None:
+    def started(self, step: BuildStep) -> None:
         """Report that the step has started."""
         self.counts.total = max(self.counts.total, step.total)
         self._begin(_key(step), _name(step))
 
-    def cached(self, step: Step) -> None:
+    def cached(self, step: BuildStep) -> None:
         """Report that the step's result was found in the cache.  ``finished`` follows."""
         self.counts.cached += 1
         vertex = self._vertices[self._digest(_key(step))]
         vertex.cached = True
 
-    def pulling(self, step: Step, message: Message) -> None:
+    def pulling(self, step: BuildStep, message: ProgressMessage) -> None:
         """Report the progress of an image's pull."""
         detail = message.progress_detail
         if message.id and detail is not None:
             digest = self._digest(_key(step))
             self.figure(digest, message.id, detail.current, detail.total, done=message.status in _DONE)
 
-    def running(self, step: Step, container_id: str) -> None:
+    def running(self, step: BuildStep, container_id: str) -> None:
         """Do nothing: BuildKit's clients do not show containers."""
 
-    def removed(self, step: Step, container_id: str) -> None:
+    def removed(self, step: BuildStep, container_id: str) -> None:
         """Do nothing: BuildKit's clients do not show containers."""
 
-    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+    def output(self, step: BuildStep, stream: StandardStream, data: bytes) -> None:
         """Report output of the step's command."""
         digest = self._digest(_key(step))
         before = self._output.get(digest, 0)
@@ -169,16 +169,16 @@ class Vertices:
         log.timestamp.FromNanoseconds(self._now_ns())
         self._log.add(pb.StatusResponse(logs=[log]))
 
-    def warning(self, step: Step, text: str) -> None:
+    def warning(self, step: BuildStep, text: str) -> None:
         """Add a warning for the author of the Dockerfile."""
         self.warn(self._digest(_key(step)), text)
 
-    def finished(self, step: Step, image_id: Digest | None) -> None:
+    def finished(self, step: BuildStep, image_id: Digest | None) -> None:
         """Report that the step has succeeded."""
         self.counts.completed += 1
         self._end(self._digest(_key(step)))
 
-    def failed(self, step: Step, error: Exception) -> None:
+    def failed(self, step: BuildStep, error: Exception) -> None:
         """Report that the step, and with it the build, has failed."""
         self._end(self._digest(_key(step)), str(error))
 
@@ -208,11 +208,11 @@ class Vertices:
         self._log.add(pb.StatusResponse(vertexes=[copy]))
 
 
-def _key(step: Step) -> str:
+def _key(step: BuildStep) -> str:
     return f"{step.stage}/{step.number}"
 
 
-def _name(step: Step) -> str:
+def _name(step: BuildStep) -> str:
     """Return the step's name as BuildKit shows it: ``[2/5] RUN make``, with the stage's name if it has one."""
     stage = f"{step.stage_name} " if step.stage_name else ""
     return f"[{stage}{step.number}/{step.total}] {step.text}"

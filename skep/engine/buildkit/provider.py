@@ -14,7 +14,7 @@ import msgspec
 
 from skep.aio.groups import errors_as_they_are
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.sessions import Messages, Session
+from skep.engine.buildkit.protocol.sessions import BuildSession, Messages
 from skep.errors import NotFound, SkepError, Unimplemented
 from skep.rpc.status import CallFailed, Lost
 
@@ -33,7 +33,9 @@ _HUB_HOST = "registry-1.docker.io"
 class ClientProvider:
     """Calls the client of one build.  ``scratch``: Creates directories for sockets, private to this engine."""
 
-    def __init__(self, session: Session, scratch: Callable[[], AbstractAsyncContextManager[Path]]) -> None:
+    def __init__(
+        self, session: BuildSession, scratch: Callable[[], AbstractAsyncContextManager[Path]]
+    ) -> None:
         self._session = session
         self._scratch = scratch
 
@@ -82,7 +84,7 @@ class ClientProvider:
 
 
 @asynccontextmanager
-async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[None]:
+async def _listening(place: Path, session: BuildSession, id: str) -> AsyncIterator[None]:
     """Accept connections on ``place/agent`` while the block runs, and forward each to the client's agent."""
     serving: set[asyncio.Task[None]] = set()
 
@@ -114,7 +116,7 @@ async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[No
 
 
 async def _forward(
-    session: Session, id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    session: BuildSession, id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     """Copy data in both directions until the agent ends, which it does when the other direction is closed."""
     with suppress(SkepError, CallFailed, Lost, ConnectionError):

@@ -17,16 +17,16 @@ import msgspec
 from yarl import URL
 
 from skep.engine.build.addresses import check_address, redacted_address
-from skep.engine.build.copies import is_archive
+from skep.engine.build.files.copies import is_archive
+from skep.engine.build.files.remotes import Download, KnownAnswers, repository_address
+from skep.engine.build.files.repositories import GitRepository, RepositoryAddress, address_of
+from skep.engine.build.files.sources import CopySource
 from skep.engine.build.interface import Provider
-from skep.engine.build.remotes import Download, KnownAnswers, repository_address
-from skep.engine.build.repositories import Address, Repository, address_of
-from skep.engine.build.sources import Source
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit import sessions
-from skep.engine.buildkit.contexts import Contexts
-from skep.engine.buildkit.filesend import spool
-from skep.engine.buildkit.sessions import Session
+from skep.engine.buildkit.contexts import ContextStore
+from skep.engine.buildkit.protocol import sessions
+from skep.engine.buildkit.protocol.filesend import spool
+from skep.engine.buildkit.protocol.sessions import BuildSession
 from skep.engine.buildkit.uploads import OpenUpload
 from skep.errors import InvalidArgument, Unimplemented
 
@@ -41,8 +41,8 @@ _FILE = "context"
 
 @asynccontextmanager
 async def remote_context(
-    contexts: Contexts,
-    session: Session,
+    contexts: ContextStore,
+    session: BuildSession,
     address: str,
     provider: Provider,
     *,
@@ -63,7 +63,7 @@ async def remote_context(
         place = await stack.enter_async_context(contexts.scratch())
         if repository := repository_address(address):
             found = _repository_at(repository, keeps_git_dir=keeps_git_dir)
-            source = await Repository(found, place, contexts.limits, provider).fetch()
+            source = await GitRepository(found, place, contexts.limits, provider).fetch()
             yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
@@ -84,7 +84,7 @@ async def remote_context(
 
 @asynccontextmanager
 async def uploaded_context(
-    contexts: Contexts, open_upload: OpenUpload, progress: Callable[[int], None] = lambda _: None
+    contexts: ContextStore, open_upload: OpenUpload, progress: Callable[[int], None] = lambda _: None
 ) -> AsyncIterator[tuple[Path, str]]:
     """Receive an upload of docker 20.10 while the block runs.  See ``remote_context``."""
     async with AsyncExitStack() as stack:
@@ -99,7 +99,7 @@ async def uploaded_context(
         yield await _unpack_if_archive(contexts, place, stack)
 
 
-async def _unpack_if_archive(contexts: Contexts, place: Path, stack: AsyncExitStack) -> tuple[Path, str]:
+async def _unpack_if_archive(contexts: ContextStore, place: Path, stack: AsyncExitStack) -> tuple[Path, str]:
     """Unpack the file in ``place`` if it is an archive.  Return as ``remote_context`` yields."""
     if not await asyncio.to_thread(_is_context_archive, place):
         return place, _FILE
@@ -113,7 +113,7 @@ def _is_context_archive(place: Path) -> bool:
     """Return whether the file in ``place`` is a tar, or compressed: a damaged archive is not a Dockerfile."""
     with (place / _FILE).open("rb") as file:
         is_compressed = file.read(6).startswith(_COMPRESSED)
-    return is_compressed or is_archive(Source(place, _FILE, _FILE, False, ""))
+    return is_compressed or is_archive(CopySource(place, _FILE, _FILE, False, ""))
 
 
 async def _count_bytes(pieces: AsyncIterator[bytes], progress: Callable[[int], None]) -> AsyncIterator[bytes]:
@@ -125,12 +125,12 @@ async def _count_bytes(pieces: AsyncIterator[bytes], progress: Callable[[int], N
         yield piece
 
 
-def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
+def _repository_at(address: str, *, keeps_git_dir: bool) -> RepositoryAddress:
     found = address_of(address)
     return msgspec.structs.replace(found, keep_git_dir=keeps_git_dir or found.keep_git_dir)
 
 
-async def _read_upload(session: Session, url: URL) -> AsyncIterator[bytes]:
+async def _read_upload(session: BuildSession, url: URL) -> AsyncIterator[bytes]:
     """Yield the client's upload for an address of its own.  Raises: SkepError."""
     metadata = [("urlpath", url.path), ("urlhost", url.host or "")]
     is_empty = True

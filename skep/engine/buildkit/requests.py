@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from skep.engine.build import targets
-from skep.engine.build.checks import Checks, Choice, EnvOf, Finding, parse_choice
-from skep.engine.build.config import Arguments, expanded
-from skep.engine.build.dockerfile import Line, Parsed, parse
-from skep.engine.build.instructions import Arg, Run, Stages, stages_of
-from skep.engine.build.mounts import parse_mount
-from skep.engine.build.substitution import Budget, substituted
+from skep.engine.build.dockerfile import targets
+from skep.engine.build.dockerfile.checks import Checks, CheckSelection, EnvOf, Finding, parse_choice
+from skep.engine.build.dockerfile.config import BuildArguments, expanded
+from skep.engine.build.dockerfile.dockerfile import Line, Parsed, parse
+from skep.engine.build.dockerfile.instructions import Arg, Run, Stages, stages_of
+from skep.engine.build.dockerfile.mounts import parse_mount
+from skep.engine.build.dockerfile.substitution import Budget, substituted
 from skep.engine.buildkit.options import BuildOptions, check_syntax
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 
@@ -55,7 +55,7 @@ def findings_of_build(text: str, build: BuildOptions, env_of: EnvOf) -> tuple[Se
     parsed = parse(text)
     if not build.has_syntax:
         check_syntax(parsed.syntax)
-    choice: Choice = parse_choice(build.checks or parsed.check)
+    choice: CheckSelection = parse_choice(build.checks or parsed.check)
     try:
         found = findings(text, build, env_of)
     except InvalidArgument:
@@ -139,10 +139,10 @@ def base_names(text: str, build: BuildOptions) -> Collection[str]:
         return ()
 
 
-def _global_arguments(stages: Stages, build: BuildOptions) -> Arguments:
+def _global_arguments(stages: Stages, build: BuildOptions) -> BuildArguments:
     """Return the arguments before the first FROM.  Raises: InvalidArgument."""
     automatic = targets.automatic_arguments(stages, build.target)
-    arguments, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
+    arguments, budget = BuildArguments(build.arguments, automatic, is_buildkit=True), Budget()
     for arg in stages.arguments:
         ready = expanded(arg, arguments.of_stages, stages.escape, budget, build.arguments)
         assert isinstance(ready, Arg), "expanding keeps the type"
@@ -244,7 +244,7 @@ def _arguments(
 
     Declarations before the first FROM are included if a stage or a base image uses them.
     """
-    known, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
+    known, budget = BuildArguments(build.arguments, automatic, is_buildkit=True), Budget()
 
     def declared(arg: Arg, *, before_stages: bool) -> Mapping[str, str]:
         variables = known.of_stages if before_stages else known.visible(())

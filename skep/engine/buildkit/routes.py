@@ -15,23 +15,23 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.aio.race import Preempted, run_unless
-from skep.api.responses import Hijacked
-from skep.api.server import JsonLines, flag
-from skep.api.tables import Table
-from skep.engine.api.hijack import upgrade
-from skep.engine.api.uploads import drain, pieces_of
+from skep.aio.race import LostRace, run_unless
+from skep.api.http.responses import Hijacked
+from skep.api.http.server import JsonLines, flag
+from skep.api.http.tables import RouteTable
+from skep.engine.api.streams.hijack import upgrade
+from skep.engine.api.streams.uploads import drain, pieces_of
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.caches import Caches
-from skep.engine.buildkit.contexts import Contexts
-from skep.engine.buildkit.control import Control
-from skep.engine.buildkit.filesend import image_archive
-from skep.engine.buildkit.serving import CONNECTIONS_MAX, LIMITS, connection
-from skep.engine.buildkit.sessions import SILENT_S, SessionInfo, Sessions
+from skep.engine.buildkit.contexts import ContextStore
+from skep.engine.buildkit.protocol.control import Control
+from skep.engine.buildkit.protocol.filesend import image_archive
+from skep.engine.buildkit.protocol.serving import CONNECTIONS_MAX, LIMITS, connection
+from skep.engine.buildkit.protocol.sessions import SILENT_S, BuildSessions, SessionInfo
 from skep.engine.buildkit.solver import Solver
 from skep.engine.buildkit.uploads import PREFIX, OpenUpload, Uploads
-from skep.engine.images.progress import Message, failure
+from skep.engine.images.progress import ProgressMessage, failure
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable, Unimplemented
 from skep.rpc.status import CallFailed
 
@@ -39,7 +39,7 @@ from skep.rpc.status import CallFailed
 class BuildKit:
     """Everything that clients of BuildKit's protocols can reach."""
 
-    def __init__(self, sessions: Sessions, solver: Solver, control: Control) -> None:
+    def __init__(self, sessions: BuildSessions, solver: Solver, control: Control) -> None:
         self.sessions = sessions
         self.solver = solver
         self.control = control
@@ -49,14 +49,14 @@ class BuildKit:
         """Builds of docker 20.10 by the client's ids."""
 
 
-_table = Table[BuildKit]()
+_table = RouteTable[BuildKit]()
 
 
 def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
     """Return BuildKit's protocols for an engine's builder."""
     images = builder.images
-    sessions = Sessions()
-    contexts = Contexts(images.contexts, images.limits)
+    sessions = BuildSessions()
+    contexts = ContextStore(images.contexts, images.limits)
     solver = Solver(
         builder, partial(image_archive, builder.engine), sessions, contexts, Caches(builder.images), clock
     )
@@ -158,7 +158,7 @@ async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
                 last = await work
                 await lines.send(last)
                 if is_quiet and last.aux and last.aux["ID"]:  # the client prints the output of a quiet build
-                    await lines.send(Message(stream=f"{last.aux['ID']}\n"))
+                    await lines.send(ProgressMessage(stream=f"{last.aux['ID']}\n"))
         except (ConnectionError, asyncio.CancelledError):
             work.cancel()
             if work.cancelled() or work.cancelling():
@@ -186,24 +186,24 @@ async def _receive_upload(uploads: Uploads, id: str, request: web.Request) -> we
     return web.Response()
 
 
-async def _show(solver: Solver, ref: str, work: "asyncio.Task[Message]", lines: JsonLines) -> None:
+async def _show(solver: Solver, ref: str, work: "asyncio.Task[ProgressMessage]", lines: JsonLines) -> None:
     """Send the build's progress until it has ended."""
     try:
         await run_unless(solver.job(ref), asyncio.wait({work}))
-    except Preempted:
+    except LostRace:
         return  # refused before it started
     async for event in solver.status(ref):
         trace = b64encode(event.SerializeToString()).decode()
-        await lines.send(Message(id="moby.buildkit.trace", aux=trace))
+        await lines.send(ProgressMessage(id="moby.buildkit.trace", aux=trace))
 
 
-async def _outcome(solver: Solver, wanted: pb.SolveRequest, upload: OpenUpload | None) -> Message:
+async def _outcome(solver: Solver, wanted: pb.SolveRequest, upload: OpenUpload | None) -> ProgressMessage:
     """Return the last line of a build's response."""
     try:
         response = await solver.solve(wanted, upload)
     except (SkepError, CallFailed) as error:
         return failure(str(error))
-    return Message(id="moby.image.id", aux={"ID": response.get("containerimage.digest", "")})
+    return ProgressMessage(id="moby.image.id", aux={"ID": response.get("containerimage.digest", "")})
 
 
 def solve_request(query: Any, ref: str) -> pb.SolveRequest:

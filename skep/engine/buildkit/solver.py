@@ -20,25 +20,23 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.clock import Clock
-from skep.aio.race import Preempted, run_unless
+from skep.aio.race import LostRace, run_unless
 from skep.engine.build.addresses import redacted, redacted_address, shown, shown_errors
-from skep.engine.build.checks import EnvOf
-from skep.engine.build.dockerfile import FILE_BYTES_MAX
+from skep.engine.build.dockerfile.checks import EnvOf
+from skep.engine.build.dockerfile.dockerfile import FILE_BYTES_MAX
+from skep.engine.build.dockerfile.patterns import ignored_patterns
 from skep.engine.build.interface import BuildRequest, BuildResult, Builds, OpenContext, StepSource
-from skep.engine.build.patterns import ignored_patterns
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.caches import Caches
-from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.contexts import ContextStore
 from skep.engine.buildkit.definitions import definition_of, image_of
-from skep.engine.buildkit.filesend import OpenArchive, send_archive, send_tree, spool
-from skep.engine.buildkit.filesync import Selection
-from skep.engine.buildkit.history import History
+from skep.engine.buildkit.history import BuildHistory
 from skep.engine.buildkit.options import (
     BuildOptions,
+    BuildOutput,
+    ClientDirectory,
     Exported,
-    Output,
-    Source,
     cache_entries,
     check_entitlements,
     check_network,
@@ -46,9 +44,11 @@ from skep.engine.buildkit.options import (
     parse_options,
 )
 from skep.engine.buildkit.progress import BuildLog, Vertices
+from skep.engine.buildkit.protocol.filesend import OpenArchive, send_archive, send_tree, spool
+from skep.engine.buildkit.protocol.filesync import SyncSelection
+from skep.engine.buildkit.protocol.sessions import BuildSession, BuildSessions
 from skep.engine.buildkit.provider import ClientProvider
 from skep.engine.buildkit.remote_contexts import remote_context, uploaded_context
-from skep.engine.buildkit.sessions import Session, Sessions
 from skep.engine.buildkit.uploads import OpenUpload
 from skep.engine.images.digest import Digest
 from skep.errors import (
@@ -60,7 +60,7 @@ from skep.errors import (
     Unimplemented,
 )
 from skep.linux.syscalls import open_in_root
-from skep.rpc.status import CallFailed, Status, status_of
+from skep.rpc.status import CallFailed, StatusCode, status_of
 
 JOBS_MAX = 32
 """Number of simultaneous builds."""
@@ -75,7 +75,7 @@ _DEFINITION_BYTES_MAX = 16 << 20
 _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 
-class Job:
+class BuildJob:
     """One build from its request to its end."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Job:
         if self.ended_ns:
             record.completed_at.FromNanoseconds(self.ended_ns)
         if self.error:
-            record.error.code, record.error.message = Status.UNKNOWN, self.error
+            record.error.code, record.error.message = StatusCode.UNKNOWN, self.error
         return record
 
 
@@ -133,8 +133,8 @@ class Solver:
         self,
         builds: Builds,
         archives: OpenArchive,
-        sessions: Sessions,
-        contexts: Contexts,
+        sessions: BuildSessions,
+        contexts: ContextStore,
         caches: Caches,
         clock: Clock,
     ) -> None:
@@ -144,9 +144,9 @@ class Solver:
         self._sessions = sessions
         self.contexts = contexts
         self._clock = clock
-        self._jobs: dict[str, Job] = {}
-        self._ended: OrderedDict[str, Job] = OrderedDict()
-        self.history = History()
+        self._jobs: dict[str, BuildJob] = {}
+        self._ended: OrderedDict[str, BuildJob] = OrderedDict()
+        self.history = BuildHistory()
         self._begun = asyncio.Condition()
 
     # -- calls of clients ---------------------------------------------------------------------------------------------
@@ -154,14 +154,14 @@ class Solver:
     async def solve(self, request: pb.SolveRequest, upload: OpenUpload | None = None) -> Mapping[str, str]:
         """Run a build and return the exporter's response.  Raises: SkepError; nothing is tagged then.
 
-        ``upload``: See ``Job``.
+        ``upload``: See ``BuildJob``.
         """
         async with self._job(request, upload) as job:
             _check(request)
             session = await self._sessions.get(request.session)
             try:
                 job.response = await run_unless(self._run(job, session), session.wait_closed())
-            except Preempted as error:
+            except LostRace as error:
                 raise Unavailable("the client of the build disconnected") from error
             return job.response
 
@@ -187,7 +187,7 @@ class Solver:
                     return response
                 work = self._build(job, session, wanted, request.frontend_opt)
                 image = await run_unless(work, job.ended.wait())
-        except Preempted as error:
+        except LostRace as error:
             raise Unavailable(f"job {ref} has ended") from error
         response.result.ref.id = secrets.token_hex(12)
         getattr(response.result.ref, "def").CopyFrom(definition_of(image))
@@ -201,7 +201,7 @@ class Solver:
             job.returned.set_result(request)
         return pb.ReturnResponse()
 
-    async def job(self, ref: str) -> Job:
+    async def job(self, ref: str) -> BuildJob:
         """Return a job, after a short wait if it has not started yet.  Raises: NotFound."""
         if job := self._ended.get(ref):
             return job
@@ -221,12 +221,12 @@ class Solver:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _job(self, request: pb.SolveRequest, upload: OpenUpload | None) -> AsyncIterator[Job]:
+    async def _job(self, request: pb.SolveRequest, upload: OpenUpload | None) -> AsyncIterator[BuildJob]:
         if request.ref in self._jobs or request.ref in self._ended:
             raise AlreadyExists(f"job ID {request.ref} exists")
         if len(self._jobs) >= JOBS_MAX:
             raise ResourceExhausted(f"there are {JOBS_MAX} builds already")
-        job = self._jobs[request.ref] = Job(request, self._clock.now_ns, upload)
+        job = self._jobs[request.ref] = BuildJob(request, self._clock.now_ns, upload)
         try:
             job.exported = exported(_exporters(request))
             self._record(job)
@@ -251,11 +251,11 @@ class Solver:
             ):
                 self._ended.popitem(last=False)
 
-    def _record(self, job: Job) -> None:
+    def _record(self, job: BuildJob) -> None:
         if not job.request.internal:
             self.history.keep(job.record())
 
-    async def _run(self, job: Job, session: Session) -> Mapping[str, str]:
+    async def _run(self, job: BuildJob, session: BuildSession) -> Mapping[str, str]:
         request = job.request
         if request.frontend:
             build = parse_options(request.frontend, request.frontend_attrs)
@@ -265,27 +265,27 @@ class Solver:
         if image is None:
             return {}
         response: Mapping[str, str] = {}
-        if job.exported.output is Output.IMAGE:
+        if job.exported.output is BuildOutput.IMAGE:
             response = self._exported(job, image)
             if job.exported.is_pushed:
                 provider = ClientProvider(session, self.contexts.scratch)
                 tags = job.exported.tags
                 pushed = await self._caches.push(job.vertices, provider, image, tags)
                 response = {**response, "containerimage.digest": pushed}
-        elif job.exported.output is not Output.NONE:
+        elif job.exported.output is not BuildOutput.NONE:
             await self._send(job, session, image)
         return {**response, **await self._export_caches(job, session, image)}
 
-    async def _export_caches(self, job: Job, session: Session, image: Digest) -> Mapping[str, str]:
+    async def _export_caches(self, job: BuildJob, session: BuildSession, image: Digest) -> Mapping[str, str]:
         """Export the build's steps to the destinations of ``--cache-to``.  Raises: SkepError."""
         if not job.cache_exports or image not in job.built:
             return {}
         provider = ClientProvider(session, self.contexts.scratch)
         return await self._caches.export(job.vertices, session, provider, job.cache_exports, job.built[image])
 
-    async def _send(self, job: Job, session: Session, image: Digest) -> None:
+    async def _send(self, job: BuildJob, session: BuildSession, image: Digest) -> None:
         """Send the files of the result to the client.  Raises: SkepError."""
-        is_tar = job.exported.output is Output.TAR
+        is_tar = job.exported.output is BuildOutput.TAR
         with job.vertices.doing(f"exporting to client {'tarball' if is_tar else 'directory'}") as vertex:
             shown = "sending tarball" if is_tar else "copying files"
             progress = partial(job.vertices.figure, vertex, shown)
@@ -298,7 +298,7 @@ class Solver:
                     await spool(pieces, file, self.contexts.room_on(place))
                     await send_tree(session, file, progress)
 
-    def _exported(self, job: Job, image: Digest) -> Mapping[str, str]:
+    def _exported(self, job: BuildJob, image: Digest) -> Mapping[str, str]:
         export: Exported = job.exported
         with job.vertices.doing("exporting to image") as vertex:
             for done in (f"writing image {image}", *(f"naming to {tag}" for tag in export.tags)):
@@ -310,7 +310,7 @@ class Solver:
     # -- one build ----------------------------------------------------------------------------------------------------
 
     async def _build(
-        self, job: Job, session: Session, build: BuildOptions, attributes: Mapping[str, str]
+        self, job: BuildJob, session: BuildSession, build: BuildOptions, attributes: Mapping[str, str]
     ) -> Digest:
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for the job's record
@@ -322,7 +322,9 @@ class Solver:
             client = await self._session_of(session, build.dockerfile)
             definition = await self._definition(job, client, build, remote)
 
-            def opening(source: Source, ignored: str | None, root: Path | None = None) -> OpenContext:
+            def opening(
+                source: ClientDirectory, ignored: str | None, root: Path | None = None
+            ) -> OpenContext:
                 async def open_context() -> Path:
                     if root is not None:
                         return root
@@ -346,13 +348,13 @@ class Solver:
             work = self._builds.build(request, open_context, job.vertices, provider)
             try:
                 result = await run_unless(work, session.wait_closed())
-            except Preempted as error:
+            except LostRace as error:
                 raise Unavailable("the client of the build disconnected") from error
         job.built[result.image_id] = result
         return result.image_id
 
     async def _step_sources(
-        self, job: Job, session: Session, build: BuildOptions, provider: ClientProvider
+        self, job: BuildJob, session: BuildSession, build: BuildOptions, provider: ClientProvider
     ) -> tuple[StepSource, ...]:
         """Open the sources of ``--cache-from``.  They never fail a build."""
         if not build.use_cache:
@@ -361,7 +363,9 @@ class Solver:
         entries = (*build.cache_sources, *job.cache_imports)
         return await self._caches.sources(job.vertices, session, provider, entries)
 
-    async def _respond(self, job: Job, session: Session, build: BuildOptions) -> Mapping[str, bytes]:
+    async def _respond(
+        self, job: BuildJob, session: BuildSession, build: BuildOptions
+    ) -> Mapping[str, bytes]:
         """Respond to a request that does not build.  Raises: SkepError."""
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
@@ -376,11 +380,16 @@ class Solver:
         names = await asyncio.to_thread(requests.base_names, text, build)
         return {name: self._builds.env_of(name) for name in names}.get
 
-    async def _session_of(self, session: Session, source: Source) -> Session:
+    async def _session_of(self, session: BuildSession, source: ClientDirectory) -> BuildSession:
         return await self._sessions.get(source.session) if source.session else session
 
     async def _remote(
-        self, job: Job, session: Session, build: BuildOptions, provider: ClientProvider, stack: AsyncExitStack
+        self,
+        job: BuildJob,
+        session: BuildSession,
+        build: BuildOptions,
+        provider: ClientProvider,
+        stack: AsyncExitStack,
     ) -> tuple[Path, str] | None:
         """Fetch a context outside the client's directories, as ``remote_context`` does.  None without one."""
         if not build.remote and job.upload is None:
@@ -401,7 +410,11 @@ class Solver:
             )
 
     async def _definition(
-        self, job: Job, session: Session, build: BuildOptions, remote: tuple[Path, str] | None = None
+        self,
+        job: BuildJob,
+        session: BuildSession,
+        build: BuildOptions,
+        remote: tuple[Path, str] | None = None,
     ) -> "_Definition":
         """Read the Dockerfile.  Raises: SkepError: neither the client nor a remote context has it."""
         if remote is not None and not build.has_own_dockerfile:
@@ -414,7 +427,7 @@ class Solver:
         with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
             async with self.contexts.receive(
                 session,
-                Selection(name=build.dockerfile.name, follow=names),
+                SyncSelection(name=build.dockerfile.name, follow=names),
                 bytes_max=_DEFINITION_BYTES_MAX,
                 progress=partial(job.vertices.figure, vertex, "transferring dockerfile:"),
             ) as root:
@@ -423,7 +436,7 @@ class Solver:
             await self._check_text(job, vertex, build, definition.text)
         return definition
 
-    async def _check_text(self, job: Job, vertex: str, build: BuildOptions, text: str) -> None:
+    async def _check_text(self, job: BuildJob, vertex: str, build: BuildOptions, text: str) -> None:
         """Report check findings as warnings.  Raises: InvalidArgument: the checks are configured to fail the build."""
         if build.request:
             return  # the response has the findings
@@ -436,20 +449,20 @@ class Solver:
 
     @asynccontextmanager
     async def _context(
-        self, job: Job, session: Session, source: Source, ignored: str | None
+        self, job: BuildJob, session: BuildSession, source: ClientDirectory, ignored: str | None
     ) -> AsyncIterator[Path]:
         """Provide the files of a context while the block runs.  Raises: SkepError."""
         which = "build context" if source.name == "context" else f"context {source.name}"
         if ignored is None:
             with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):
-                only = Selection(name=source.name, follow=(_IGNORE_FILE,))
+                only = SyncSelection(name=source.name, follow=(_IGNORE_FILE,))
                 async with self.contexts.receive(session, only, bytes_max=_IGNORE_BYTES_MAX) as root:
                     ignored = await asyncio.to_thread(_read_in, root, _IGNORE_FILE, _IGNORE_BYTES_MAX) or ""
         async with AsyncExitStack() as stack:
             with job.vertices.doing(f"[internal] load {which}") as vertex:
                 received = self.contexts.receive(
                     session,
-                    Selection(name=source.name, excludes=tuple(ignored_patterns(ignored))),
+                    SyncSelection(name=source.name, excludes=tuple(ignored_patterns(ignored))),
                     progress=partial(job.vertices.figure, vertex, "transferring context:"),
                 )
                 root = await stack.enter_async_context(received)
@@ -549,7 +562,7 @@ def _check(request: pb.SolveRequest) -> None:
     check_entitlements(request.entitlements)
 
 
-def _returned(job: Job, response: pb.ReturnRequest) -> Digest | None:
+def _returned(job: BuildJob, response: pb.ReturnRequest) -> Digest | None:
     """Return the image that the client returned, or None without one.  Raises: CallFailed: the client failed."""
     if response.HasField("error"):
         raise CallFailed(status_of(str(response.error.code)), response.error.message)

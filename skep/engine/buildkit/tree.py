@@ -48,7 +48,7 @@ class TreeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Depth of nested directories.  A descriptor is open for each."""
 
 
-class Kind(Enum):
+class FileType(Enum):
     """Kind of an entry."""
 
     DIRECTORY = "directory"
@@ -62,11 +62,11 @@ class Kind(Enum):
     """Not created, since a socket is useless without its process."""
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class TreeEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted entry.  ``mode``: Permissions with setuid, setgid and sticky bits."""
 
     path: str
-    kind: Kind
+    kind: FileType
     mode: int
     uid: int
     gid: int
@@ -82,7 +82,7 @@ class Listing:
     """Checks entries in their order, and keeps the accepted ones."""
 
     def __init__(self, limits: TreeLimits) -> None:
-        self.entries: list[Entry] = []
+        self.entries: list[TreeEntry] = []
         self.bytes = 0
         """Size of the listed files."""
         self._limits = limits
@@ -104,11 +104,11 @@ class Listing:
             raise ResourceExhausted(f"the build context has more than {self._limits.entries} files")
         self._enter(os.fsdecode(stat.path))
         entry = self._entry(stat)
-        if entry.kind is Kind.DIRECTORY:
+        if entry.kind is FileType.DIRECTORY:
             if len(self._open) > self._limits.depth:
                 raise InvalidArgument(f"directories are too deep: {entry.path!r}")
             self._open.append((entry.path, b""))
-        elif entry.kind is Kind.FILE:
+        elif entry.kind is FileType.FILE:
             self._files.add(entry.path)
             self.bytes += entry.size
             if self.bytes > self._limits.bytes:
@@ -130,44 +130,44 @@ class Listing:
             raise InvalidArgument(f"changes out of order: {path!r} {directory + '/' + os.fsdecode(last)!r}")
         self._open[-1] = (directory, os.fsencode(name))
 
-    def _entry(self, stat: pb.Stat) -> Entry:
+    def _entry(self, stat: pb.Stat) -> TreeEntry:
         path, link = os.fsdecode(stat.path), os.fsdecode(stat.linkname)
         kind = _kind(stat)
         if stat.size < 0 or stat.mod_time not in _TIMES or stat.uid == 0xFFFFFFFF or stat.gid == 0xFFFFFFFF:
             raise InvalidArgument(f"invalid file in the build context: {path!r}")
-        if kind is Kind.HARD_LINK and link not in self._files:
+        if kind is FileType.HARD_LINK and link not in self._files:
             raise InvalidArgument(f"invalid link in the build context: {path!r} to {link!r}")
-        if kind is Kind.SYMLINK and (not link or "\0" in link):
+        if kind is FileType.SYMLINK and (not link or "\0" in link):
             raise InvalidArgument(f"invalid link in the build context: {path!r}")
-        if kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE) and not (
+        if kind in (FileType.CHARACTER_DEVICE, FileType.BLOCK_DEVICE) and not (
             stat.devmajor in _MAJORS and stat.devminor in _MINORS
         ):
             raise InvalidArgument(f"invalid device in the build context: {path!r}")
-        return Entry(
+        return TreeEntry(
             path=path,
             kind=kind,
             mode=_permissions(stat.mode),
             uid=stat.uid,
             gid=stat.gid,
-            size=stat.size if kind is Kind.FILE else 0,
+            size=stat.size if kind is FileType.FILE else 0,
             mtime_ns=stat.mod_time,
-            link=link if kind in (Kind.HARD_LINK, Kind.SYMLINK) else "",
+            link=link if kind in (FileType.HARD_LINK, FileType.SYMLINK) else "",
             device=(stat.devmajor, stat.devminor),
             attributes={k: bytes(v) for k, v in stat.xattrs.items() if k.startswith(_KEPT_ATTRIBUTES)},
         )
 
 
-def _kind(stat: pb.Stat) -> Kind:
+def _kind(stat: pb.Stat) -> FileType:
     kind = stat.mode & _KINDS
     if not kind:
-        return Kind.HARD_LINK if stat.linkname else Kind.FILE
+        return FileType.HARD_LINK if stat.linkname else FileType.FILE
     kinds = {
-        _DIRECTORY: Kind.DIRECTORY,
-        _SYMLINK: Kind.SYMLINK,
-        _PIPE: Kind.PIPE,
-        _SOCKET: Kind.SOCKET,
-        _DEVICE: Kind.BLOCK_DEVICE,
-        _DEVICE | _CHARACTER_DEVICE: Kind.CHARACTER_DEVICE,
+        _DIRECTORY: FileType.DIRECTORY,
+        _SYMLINK: FileType.SYMLINK,
+        _PIPE: FileType.PIPE,
+        _SOCKET: FileType.SOCKET,
+        _DEVICE: FileType.BLOCK_DEVICE,
+        _DEVICE | _CHARACTER_DEVICE: FileType.CHARACTER_DEVICE,
     }
     if kind not in kinds:
         raise InvalidArgument(f"unknown kind of file in the build context: {os.fsdecode(stat.path)!r}")
@@ -183,10 +183,10 @@ class KeptTree(msgspec.Struct, frozen=True):
     """Tree from an earlier build of the same context.  ``entries``: By path."""
 
     root: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TreeEntry]
 
 
-def write_tree(root: Path, entries: Sequence[Entry], kept: KeptTree | None = None) -> Sequence[int]:
+def write_tree(root: Path, entries: Sequence[TreeEntry], kept: KeptTree | None = None) -> Sequence[int]:
     """Create all ``entries`` below ``root``, a new empty directory.  Blocks.
 
     Returns the numbers of the files that still need their content, and are empty so far.  Raises: OSError.
@@ -203,7 +203,7 @@ class _Writer:
     """Creates entries in the order of a ``Listing``, each in the descriptor of its directory."""
 
     def __init__(self, root: Path, kept: KeptTree | None) -> None:
-        self._open: list[tuple[Entry | None, int]] = [(None, _open_directory(root))]
+        self._open: list[tuple[TreeEntry | None, int]] = [(None, _open_directory(root))]
         self._kept = kept
         self._kept_root = -1
 
@@ -223,33 +223,33 @@ class _Writer:
             if self._kept_root >= 0:
                 os.close(self._kept_root)
 
-    def write(self, entry: Entry) -> bool:
+    def write(self, entry: TreeEntry) -> bool:
         """Create an entry.  Return whether it is complete, or a file without its content.  Raises: OSError."""
         parent, _, name = entry.path.rpartition("/")
         while (current := self._open[-1][0]) is not None and current.path != parent:
             self._leave(finishes=True)
         directory = self._open[-1][1]
-        if entry.kind is Kind.DIRECTORY:
+        if entry.kind is FileType.DIRECTORY:
             os.mkdir(name, 0o700, dir_fd=directory)
             self._open.append((entry, _open_directory(name, directory)))
             return True
-        if entry.kind is Kind.SYMLINK:
+        if entry.kind is FileType.SYMLINK:
             os.symlink(entry.link, name, dir_fd=directory)
             _finish_name(name, directory, entry)
-        elif entry.kind is Kind.HARD_LINK:
+        elif entry.kind is FileType.HARD_LINK:
             self._link(self._open[0][1], entry.link, name, directory)
-        elif entry.kind is Kind.PIPE:
+        elif entry.kind is FileType.PIPE:
             os.mkfifo(name, 0o600, dir_fd=directory)
             descriptor = os.open(
                 name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
             )
             with closed(descriptor):
                 _finish(descriptor, entry)
-        elif entry.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
-            kind = modes.S_IFCHR if entry.kind is Kind.CHARACTER_DEVICE else modes.S_IFBLK
+        elif entry.kind in (FileType.CHARACTER_DEVICE, FileType.BLOCK_DEVICE):
+            kind = modes.S_IFCHR if entry.kind is FileType.CHARACTER_DEVICE else modes.S_IFBLK
             os.mknod(name, kind | 0o600, os.makedev(*entry.device), dir_fd=directory)
             _finish_name(name, directory, entry)  # opening a device may have side effects
-        elif entry.kind is Kind.FILE and not self._take_kept(entry, name, directory):
+        elif entry.kind is FileType.FILE and not self._take_kept(entry, name, directory):
             descriptor = os.open(
                 name,
                 os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
@@ -262,7 +262,7 @@ class _Writer:
             return not entry.size
         return True
 
-    def _take_kept(self, entry: Entry, name: str, directory: int) -> bool:
+    def _take_kept(self, entry: TreeEntry, name: str, directory: int) -> bool:
         if self._kept_root < 0 or self._kept is None or self._kept.entries.get(entry.path) != entry:
             return False
         with suppress(OSError):
@@ -293,7 +293,7 @@ def _open_directory(path: Path | str, parent: int | None = None) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
 
 
-def _finish(descriptor: int, entry: Entry) -> None:
+def _finish(descriptor: int, entry: TreeEntry) -> None:
     """Set owner, mode, attributes and times of an entry, in an order in which no call undoes another."""
     os.fchown(descriptor, entry.uid, entry.gid)
     os.fchmod(descriptor, entry.mode)
@@ -304,10 +304,10 @@ def _finish(descriptor: int, entry: Entry) -> None:
     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
-def _finish_name(name: str, directory: int, entry: Entry) -> None:
+def _finish_name(name: str, directory: int, entry: TreeEntry) -> None:
     """Set owner, mode and times of an entry that is not opened.  A link has no mode."""
     os.chown(name, entry.uid, entry.gid, dir_fd=directory, follow_symlinks=False)
-    if entry.kind is not Kind.SYMLINK:
+    if entry.kind is not FileType.SYMLINK:
         os.chmod(name, entry.mode, dir_fd=directory)
     os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=directory, follow_symlinks=False)
 
@@ -315,7 +315,9 @@ def _finish_name(name: str, directory: int, entry: Entry) -> None:
 class Contents:
     """Writes the contents of the files that ``write_tree`` created empty."""
 
-    def __init__(self, root: Path, entries: Sequence[Entry], needed: Sequence[int], bytes_max: int) -> None:
+    def __init__(
+        self, root: Path, entries: Sequence[TreeEntry], needed: Sequence[int], bytes_max: int
+    ) -> None:
         self._root = root
         self._entries = entries
         self._bytes_left = bytes_max
@@ -357,7 +359,7 @@ class Contents:
             self.changed.add(entry.path)
         return True
 
-    def _reopen(self, entry: Entry) -> int:
+    def _reopen(self, entry: TreeEntry) -> int:
         """Open the empty file.  All its parent directories were created here, so links are not followed."""
         directory = _open_directory(self._root)
         *parents, name = entry.path.split("/")

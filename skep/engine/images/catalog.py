@@ -12,7 +12,7 @@ from skep.engine.images.digest import Digest
 from skep.engine.images.reference import Reference, parse_reference
 from skep.errors import InvalidArgument
 from skep.linux.files import is_no_file
-from skep.model.times import Timestamp
+from skep.model.values.times import Timestamp
 
 
 class Catalog(msgspec.Struct, frozen=True):

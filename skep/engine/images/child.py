@@ -29,7 +29,7 @@ _KEPT = ("architecture", "os", "variant", "os.version", "os.features")
 """Fields that an image inherits from its parent, in addition to layers and history."""
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True):
+class HistoryStep(msgspec.Struct, frozen=True, kw_only=True):
     """Change that made the image from its parent: an entry of ``docker history``.
 
     Args:
@@ -48,7 +48,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 def child_config(
     parent: bytes | None,
-    step: Step,
+    step: HistoryStep,
     config: Mapping[str, Any],
     *,
     more: Mapping[str, Any] | None = None,
@@ -134,7 +134,7 @@ class _Cached(msgspec.Struct, frozen=True):
     cache: str | None = msgspec.field(name=INLINE_CACHE, default=None)
 
 
-def _entry(step: Step, *, has_layer: bool) -> Mapping[str, Any]:
+def _entry(step: HistoryStep, *, has_layer: bool) -> Mapping[str, Any]:
     fields: Mapping[str, Any] = {
         "created": step.created,
         "created_by": step.created_by,

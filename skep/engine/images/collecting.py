@@ -52,7 +52,7 @@ class Disk(msgspec.Struct, frozen=True):
     used: int
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class UnusedImage(msgspec.Struct, frozen=True):
     """Properties of an image that decide on its removal.
 
     Args:
@@ -75,7 +75,7 @@ def is_full(disk: Disk, marks: Marks) -> bool:
 
 
 def to_collect(
-    candidates: Sequence[Candidate], layer_bytes: Mapping[str, int], disk: Disk, marks: Marks, now_s: float
+    candidates: Sequence[UnusedImage], layer_bytes: Mapping[str, int], disk: Disk, marks: Marks, now_s: float
 ) -> Sequence[Digest]:
     """Return the ids of the images to remove, in order.
 
@@ -150,7 +150,7 @@ class ImageCollector:
         named = await self._needed(sorted({name for image in images for name in image.spellings}))
         needed = in_use | {image.id for image in images if not image.spellings.isdisjoint(named)}
         candidates = [
-            Candidate(
+            UnusedImage(
                 id=image.id,
                 layers=image.chain,
                 used_at_s=used_at.get(image.id, 0.0),

@@ -11,13 +11,13 @@ from typing import Any
 
 import msgspec
 
-from skep.api.bodies import decode_body
+from skep.api.formats.bodies import decode_body
 from skep.engine.images.digest import Digest, chain_ids, is_digest
 from skep.engine.images.reference import Reference
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
-from skep.model.encoding import ApiObject
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.encoding import ApiObject
+from skep.model.values.times import ZERO_TIME, Timestamp
 
 LAYERS_MAX = 125
 """Largest number of layers of an image.  This is the limit of overlayfs and of Docker.

@@ -24,10 +24,10 @@ import structlog
 from skep.aio.failures import describe_error, log_error
 from skep.aio.race import afterwards, thread_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
+from skep.engine.images.archives.slots import UnpackSlots
+from skep.engine.images.archives.streams import plain_chunks
+from skep.engine.images.archives.workers import ImageLimits, Unpacked, UnpackFailed, pack_changes, unpack
 from skep.engine.images.digest import Digest, chain_id_above, hex_of
-from skep.engine.images.slots import UnpackSlots
-from skep.engine.images.streams import plain_chunks
-from skep.engine.images.workers import Limits, Unpacked, UnpackFailed, pack_changes, unpack
 from skep.errors import InvalidArgument, NotFound
 from skep.linux.files import is_no_file, replace_file, sync_directory
 
@@ -70,7 +70,7 @@ class Blob(msgspec.Struct, frozen=True, kw_only=True):
 class Layers:
     """All layers below one directory."""
 
-    def __init__(self, root: Path, scratch: Path, limits: Limits) -> None:
+    def __init__(self, root: Path, scratch: Path, limits: ImageLimits) -> None:
         """``scratch`` is a directory on the same file system for unfinished work.
 
         The caller empties it at each start.

@@ -10,7 +10,7 @@ import msgspec
 from skep.engine.images.image import Image
 from skep.engine.images.reference import Reference, matches
 from skep.errors import InvalidArgument
-from skep.model.times import ZERO_TIME, unix_ns
+from skep.model.values.times import ZERO_TIME, unix_ns
 
 
 class ImageFilter(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,16 +43,16 @@ from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.race import afterwards, thread_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
-from skep.engine.images.arriving import Arriving
+from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_references, without
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import Layer, Layers
 from skep.engine.images.reference import Reference, parse_any, parse_reference
-from skep.engine.images.workers import Limits
+from skep.engine.images.registry.arriving import Arriving
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import NEW_SUFFIX, is_no_file, replace_file
-from skep.model.times import ZERO_TIME, Timestamp, timestamp
+from skep.model.values.times import ZERO_TIME, Timestamp, timestamp
 
 log = structlog.get_logger()
 
@@ -95,12 +95,12 @@ class LocalImages:
         self,
         root: Path,
         *,
-        limits: Limits | None = None,
+        limits: ImageLimits | None = None,
         clock: Clock | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits = limits or ImageLimits()
         self.scratch = root / "tmp"
         self.builds = root / "builds"
         """Data that builds keep for later builds."""

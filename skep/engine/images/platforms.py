@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from skep.engine.images.image import Image
-from skep.engine.images.manifests import Descriptor
+from skep.engine.images.registry.manifests import Descriptor
 from skep.errors import InvalidArgument, NotFound
 
 _ALIASES = {
@@ -39,7 +39,7 @@ _OFFERED_MAX = 16
 """Limit for the platforms that an error lists."""
 
 
-class Platform(msgspec.Struct, frozen=True):
+class ImagePlatform(msgspec.Struct, frozen=True):
     """``os/architecture[/variant]``.  The variant may be empty."""
 
     os: str
@@ -50,20 +50,20 @@ class Platform(msgspec.Struct, frozen=True):
         return "/".join(filter(None, (self.os, self.architecture, self.variant))) if self.os else "unknown"
 
 
-def this_platform() -> Platform:
+def this_platform() -> ImagePlatform:
     """Return this machine's platform without a variant."""
-    return Platform("linux", normalized(Platform("linux", machine.machine())).architecture)
+    return ImagePlatform("linux", normalized(ImagePlatform("linux", machine.machine())).architecture)
 
 
 @lru_cache(maxsize=1)
-def best_platform() -> Platform:
+def best_platform() -> ImagePlatform:
     """Return this machine's platform with the variant of its processor."""
-    here = normalized(Platform("linux", machine.machine()))
+    here = normalized(ImagePlatform("linux", machine.machine()))
     if here.architecture != "amd64":
         return here
     with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         flags = next((line for line in lines if line.startswith("flags")), "")
-        return Platform("linux", "amd64", amd64_variant(flags.split()))
+        return ImagePlatform("linux", "amd64", amd64_variant(flags.split()))
     return here
 
 
@@ -77,7 +77,7 @@ def amd64_variant(flags: Collection[str]) -> str:
     return f"v{level}" if level > 1 else ""
 
 
-def normalized(platform: Platform) -> Platform:
+def normalized(platform: ImagePlatform) -> ImagePlatform:
     """Return the platform with Go's names.  The baseline variant of an architecture is left out, except for ``arm``."""
     name = platform.architecture.lower()
     architecture, variant = _ALIASES.get(name, (name, ""))
@@ -89,10 +89,10 @@ def normalized(platform: Platform) -> Platform:
         variant = variant or "v7"
     if (architecture, variant) in _BASELINES:
         variant = ""
-    return Platform(platform.os.lower() or "linux", architecture, variant)
+    return ImagePlatform(platform.os.lower() or "linux", architecture, variant)
 
 
-def compatible(wanted: Platform) -> Sequence[Platform]:
+def compatible(wanted: ImagePlatform) -> Sequence[ImagePlatform]:
     """Return the normalized platforms whose programs run on a machine with the platform ``wanted``, the best first.
 
     Source: compare.go (platformVector).
@@ -110,10 +110,10 @@ def compatible(wanted: Platform) -> Sequence[Platform]:
         if major == 9:  # v9.N includes v8.(N+5)
             names += [("arm64", f"v8.{one}") for one in range(min(minor + 5, 9), -1, -1)]
         names += [("arm", f"v{one}") for one in range(8, 4, -1)]
-    return [normalized(Platform(wanted.os, *name)) for name in names]
+    return [normalized(ImagePlatform(wanted.os, *name)) for name in names]
 
 
-def parse_platform(text: str) -> Platform:
+def parse_platform(text: str) -> ImagePlatform:
     """Parse a client's platform.  An empty text means this machine's platform.  Raises: InvalidArgument."""
     if not text:
         return this_platform()
@@ -124,21 +124,21 @@ def parse_platform(text: str) -> Platform:
         raise InvalidArgument(f'"{text}": unknown operating system or architecture: invalid argument')
     if len(parts) == 1:
         parts = ["linux", this_platform().architecture if text.lower() == "linux" else parts[0]]
-    found = normalized(Platform(*parts))
+    found = normalized(ImagePlatform(*parts))
     if (found.architecture, found.variant, len(parts)) == ("arm", "v7", 2):
-        return Platform(found.os, "arm")
+        return ImagePlatform(found.os, "arm")
     if (found.architecture, found.variant, len(parts)) == ("arm64", "", 3):
-        return Platform(found.os, "arm64", "v8")
+        return ImagePlatform(found.os, "arm64", "v8")
     return found
 
 
-def require_platform(image: Image, name: str, wanted: Platform) -> None:
+def require_platform(image: Image, name: str, wanted: ImagePlatform) -> None:
     """Check that ``image``, which the user calls ``name``, is for the platform ``wanted``.  Raises: NotFound.
 
     Source: moby, daemon/images/image.go (GetImage, OnlyPlatformWithFallback).
     """
     config, asked = image.config, normalized(wanted)
-    found = Platform(config.os, config.architecture, config.variant)
+    found = ImagePlatform(config.os, config.architecture, config.variant)
     own = normalized(found)
     # Few configurations have a variant.
     is_likely = not found.variant and (own.os, own.architecture) == (asked.os, asked.architecture)
@@ -150,7 +150,7 @@ def require_platform(image: Image, name: str, wanted: Platform) -> None:
     )
 
 
-def choose(manifests: Sequence[Descriptor], wanted: Platform | None = None) -> Descriptor:
+def choose(manifests: Sequence[Descriptor], wanted: ImagePlatform | None = None) -> Descriptor:
     """Return the best entry of an index for ``wanted`` (None for this machine).
 
     An entry without a platform is used if no other fits.
@@ -158,7 +158,7 @@ def choose(manifests: Sequence[Descriptor], wanted: Platform | None = None) -> D
     Raises:
         NotFound: no entry fits.
     """
-    ranks: dict[Platform | None, int] = {}
+    ranks: dict[ImagePlatform | None, int] = {}
     for one in (*compatible(wanted or best_platform()), None):
         ranks.setdefault(one, len(ranks))
     fitting = [one for one in manifests if _platform_of(one) in ranks]
@@ -168,10 +168,10 @@ def choose(manifests: Sequence[Descriptor], wanted: Platform | None = None) -> D
     raise NotFound(f"no matching manifest for {shown} in the manifest list entries{_offered(manifests)}")
 
 
-def _platform_of(descriptor: Descriptor) -> Platform | None:
+def _platform_of(descriptor: Descriptor) -> ImagePlatform | None:
     found = descriptor.platform or {}
     words = [str(found.get(key) or "") for key in ("os", "architecture", "variant")]
-    return normalized(Platform(*words)) if any(words) else None
+    return normalized(ImagePlatform(*words)) if any(words) else None
 
 
 def _offered(manifests: Sequence[Descriptor]) -> str:

@@ -23,7 +23,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str = ""
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
+class ProgressMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
     """One line of the stream.  ``id`` is the layer that ``status`` describes."""
 
     stream: str = ""
@@ -36,17 +36,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ren
     error: str = ""
 
 
-Report = Callable[[Message], None]
+Report = Callable[[ProgressMessage], None]
 """Receives a message without waiting.  Implementations limit the number of pending messages."""
 
 
-def quiet(_: Message) -> None:
+def quiet(_: ProgressMessage) -> None:
     """Discard messages.  A ``Report``."""
 
 
-def transfer(id: str, status: str, current: int, total: int) -> Message:
+def transfer(id: str, status: str, current: int, total: int) -> ProgressMessage:
     """Return a message about a layer's transfer.  ``status`` is Downloading, Extracting or Loading layer."""
-    return Message(
+    return ProgressMessage(
         id=id,
         status=status,
         progress_detail=ProgressDetail(current=current, total=total),
@@ -54,17 +54,17 @@ def transfer(id: str, status: str, current: int, total: int) -> Message:
     )
 
 
-def step(id: str, status: str) -> Message:
+def step(id: str, status: str) -> ProgressMessage:
     """Return the message of a layer's new state.  Docker sends an empty detail with it."""
-    return Message(id=id, status=status, progress_detail=ProgressDetail())
+    return ProgressMessage(id=id, status=status, progress_detail=ProgressDetail())
 
 
-def failure(message: str, code: int = 0) -> Message:
+def failure(message: str, code: int = 0) -> ProgressMessage:
     """Return the last line of a failed stream.
 
     ``code`` is the exit code of the failed command, or 0 without a command.
     """
-    return Message(error_detail=ErrorDetail(code=code, message=message), error=message)
+    return ProgressMessage(error_detail=ErrorDetail(code=code, message=message), error=message)
 
 
 _BAR_WIDTH = 50

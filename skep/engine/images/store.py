@@ -19,26 +19,27 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.engine.images import archive, pulling, pushing
-from skep.engine.images.credentials import CredentialHelpers
+from skep.engine.images.archives import archive
+from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.digest import Digest
-from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.progress import Report, quiet
 from skep.engine.images.reference import Reference, parse_reference
-from skep.engine.images.registry import (
-    Credentials,
+from skep.engine.images.registry import pulling, pushing
+from skep.engine.images.registry.credentials import CredentialHelpers
+from skep.engine.images.registry.endpoints import RegistryPolicy
+from skep.engine.images.registry.registry import (
     Denied,
     NoCredentials,
+    RegistryCredentials,
     RegistryError,
-    Repository,
+    RegistryRepository,
     at_endpoints,
     decode_credentials,
 )
 from skep.engine.images.removal import Users, ancestors_to_prune, removal
-from skep.engine.images.spreading import NodeFetcher
-from skep.engine.images.workers import Limits
+from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.errors import PermissionDenied, SkepError
 
 T = TypeVar("T")
@@ -64,9 +65,9 @@ class ImageStore(LocalImages):
         self,
         root: Path,
         *,
-        policy: Policy | None = None,
+        policy: RegistryPolicy | None = None,
         nodes: NodeFetcher | None = None,
-        limits: Limits | None = None,
+        limits: ImageLimits | None = None,
         clock: Clock | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
         report: Callable[[str], None] = lambda _: None,
@@ -78,7 +79,7 @@ class ImageStore(LocalImages):
         For the other arguments see ``LocalImages``.
         """
         super().__init__(root, limits=limits, clock=clock, on_event=on_event, report=report)
-        self.policy = policy or Policy()
+        self.policy = policy or RegistryPolicy()
         self._nodes = nodes
         self._helpers = CredentialHelpers(self._clock)
 
@@ -182,7 +183,7 @@ class ImageStore(LocalImages):
         self,
         reference: Reference,
         auth: str,
-        action: Callable[[Repository], Awaitable[T]],
+        action: Callable[[RegistryRepository], Awaitable[T]],
         *,
         to_push: bool = False,
     ) -> T:
@@ -207,7 +208,7 @@ class ImageStore(LocalImages):
         credentials = await self._credentials_to_push(tag.domain, auth)
         return await pushing.push_image(self, self.policy, image, tag, credentials)
 
-    async def _credentials_to_push(self, domain: str, auth: str) -> Credentials:
+    async def _credentials_to_push(self, domain: str, auth: str) -> RegistryCredentials:
         credentials, helper = _credentials_for(domain, auth), self.policy.helpers.get(domain)
         if not credentials and helper:
             credentials = (await self._helpers.provide(helper, domain)).credentials
@@ -217,7 +218,7 @@ class ImageStore(LocalImages):
         self,
         domain: str,
         auth: str,
-        action: Callable[[Credentials], Awaitable[T]],
+        action: Callable[[RegistryCredentials], Awaitable[T]],
         *,
         uses_helper: bool = True,
     ) -> T:
@@ -306,7 +307,7 @@ class ImageStore(LocalImages):
         return Removed(tuple(name.familiar for _, name in names), (*ids, *layers))
 
 
-def _credentials_for(domain: str, header: str) -> Credentials:
+def _credentials_for(domain: str, header: str) -> RegistryCredentials:
     """Return the credentials in ``X-Registry-Auth`` that may be sent to the registry ``domain``."""
     given = decode_credentials(header)
     known = given.for_registry(domain)

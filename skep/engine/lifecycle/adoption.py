@@ -11,17 +11,17 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, retry
 from skep.aio.race import is_set_within
-from skep.engine.container import Container
-from skep.engine.container_locks import ContainerLocks
+from skep.engine.containers.container import Container
+from skep.engine.containers.state import ContainerStore
+from skep.engine.lifecycle.container_locks import ContainerLocks
 from skep.engine.lifecycle.effects import Effects
-from skep.engine.lifecycle.life_events import Event
+from skep.engine.lifecycle.life_events import LifeEvent
 from skep.engine.lifecycle.machine import AT_REST, State
-from skep.engine.networking import Networking, sandbox_config
-from skep.engine.runtime import Runtime
-from skep.engine.state import ContainerStore
+from skep.engine.networks.networking import Networking, sandbox_config
+from skep.engine.runtime.runtime import Runtime
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId
-from skep.model.sandbox import NetworkMode, Sandbox
+from skep.model.networks.sandbox import NetworkMode, Sandbox
+from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 
@@ -34,18 +34,18 @@ RESTORED_S_MAX = 60.0
 retried, and then the reason is a condition of the node."""
 
 
-class Lives(Protocol):
+class AdoptedLives(Protocol):
     """The driver's interface for the adoption."""
 
     locks: ContainerLocks
 
-    async def run(self, id: ContainerId, event: Event) -> Container:
+    async def run(self, id: ContainerId, event: LifeEvent) -> Container:
         """Apply an event and carry out its effects."""
 
     def is_watched(self, id: ContainerId) -> bool:
         """Return whether this process watches a run of the container."""
 
-    async def remove_locked(self, id: ContainerId, event: Event) -> None:
+    async def remove_locked(self, id: ContainerId, event: LifeEvent) -> None:
         """Remove a container, whose lock the caller holds."""
 
     async def persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
@@ -67,7 +67,7 @@ class Adoption:
 
     def __init__(
         self,
-        lives: Lives,
+        lives: AdoptedLives,
         effects: Effects,
         runtime: Runtime,
         network: Networking,
@@ -154,7 +154,7 @@ class Adoption:
         if not await is_set_within(self._has_networks, RESTORED_S_MAX):
             raise Unavailable("the networks of this node's earlier containers are not restored yet")
 
-    async def _look(self, container: Container) -> Event:
+    async def _look(self, container: Container) -> LifeEvent:
         await self.await_networks(container)
         has_network = container.id in self._connected or container.mode is NetworkMode.HOST
         return await self._effects.look(container, has_network=has_network)
@@ -202,7 +202,7 @@ class Adoption:
             await self.adopt_first(id)
             self._settle(id)  # removed or started meanwhile
 
-    async def _remove(self, id: ContainerId, event: Event) -> None:
+    async def _remove(self, id: ContainerId, event: LifeEvent) -> None:
         """Continue a removal.  Raises: Unavailable: a part of the container is left."""
         async with self._lives.locks.operation(id):
             if self._store.lookup(id) is not None:  # its user may have removed it meanwhile

@@ -4,16 +4,17 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.engine.container import Container, ContainerState, HealthStatus, PlainOptions
+from skep.engine.containers.container import Container, ContainerState, HealthStatus, PlainOptions
 from skep.engine.lifecycle import network_rules
 from skep.engine.lifecycle.life_events import (
     Adopted,
     Attached,
+    BundleWritten,
     Connect,
     Disconnect,
-    Event,
+    EffectFailed,
     Exited,
-    Failure,
+    LifeEvent,
     NetworksChanged,
     Probed,
     ProcessCreated,
@@ -21,17 +22,16 @@ from skep.engine.lifecycle.life_events import (
     Start,
     Started,
     Updated,
-    Written,
 )
-from skep.model.times import ZERO_TIME
+from skep.model.values.times import ZERO_TIME
 
 
-def wanted(container: Container, _: Event) -> Container:
+def wanted(container: Container, _: LifeEvent) -> Container:
     """not stopped, no restarts, policy inactive until its end"""
     return _with_plain(replace(container, is_at_rest=True), is_stopped=False, restarts=0)
 
 
-def stopped(container: Container, _: Event) -> Container:
+def stopped(container: Container, _: LifeEvent) -> Container:
     """stopped by its user"""
     if container.plain is None or container.plain.is_stopped:
         return container
@@ -45,7 +45,7 @@ def resumed(container: Container, event: Start) -> Container:
     return _with_plain(container, is_stopped=False)
 
 
-def counted(container: Container, _: Event) -> Container:
+def counted(container: Container, _: LifeEvent) -> Container:
     """one more restart"""
     plain = container.plain or PlainOptions()
     return _with_plain(replace(container, is_at_rest=False), restarts=plain.restarts + 1)
@@ -56,7 +56,7 @@ def with_sandbox(container: Container, event: Attached) -> Container:
     return replace(container, sandbox=event.sandbox)
 
 
-def with_warnings(container: Container, event: Written) -> Container:
+def with_warnings(container: Container, event: BundleWritten) -> Container:
     """warnings"""
     return container if event.warnings == container.warnings else replace(container, warnings=event.warnings)
 
@@ -97,33 +97,33 @@ def ended(container: Container, event: Exited) -> Container:
     )
 
 
-def undone(container: Container, event: Failure) -> Container:
+def undone(container: Container, event: EffectFailed) -> Container:
     """error and exit code, no process, no sandbox"""
     failed = replace(container, exit_code=event.exit_code, error=event.reason)
     return replace(failed, process=None, monitor=None, sandbox=None)
 
 
-def retired(container: Container, _: Event) -> Container:
+def retired(container: Container, _: LifeEvent) -> Container:
     """retired, no process, no sandbox"""
     return replace(container, process=None, monitor=None, sandbox=None, is_retired=True)
 
 
-def without_process(container: Container, _: Event) -> Container:
+def without_process(container: Container, _: LifeEvent) -> Container:
     """no process"""
     return replace(container, process=None, monitor=None)
 
 
-def cleaned(container: Container, _: Event) -> Container:
+def cleaned(container: Container, _: LifeEvent) -> Container:
     """no process, no sandbox, policy active"""
     return replace(container, process=None, monitor=None, sandbox=None, is_at_rest=False)
 
 
-def active(container: Container, _: Event) -> Container:
+def active(container: Container, _: LifeEvent) -> Container:
     """policy active"""
     return replace(container, is_at_rest=False) if container.is_at_rest else container
 
 
-def with_error(container: Container, event: Failure) -> Container:
+def with_error(container: Container, event: EffectFailed) -> Container:
     """error"""
     return replace(container, error=event.reason)
 
@@ -162,7 +162,7 @@ def renamed(container: Container, event: Rename) -> Container:
     return replace(container, name=event.name)
 
 
-def renamed_back(container: Container, event: Failure) -> Container:
+def renamed_back(container: Container, event: EffectFailed) -> Container:
     """old name"""
     return replace(container, name=event.old_name)
 

@@ -1,41 +1,41 @@
 """Conditions of rules in the table of a container's life, whose docstrings the page shows, and refusals.  Pure."""
 
-from skep.engine.container import (
+from skep.engine.containers.container import (
     BeingRemoved,
     Container,
     ContainerState,
     NotRunning,
     StillRunning,
 )
+from skep.engine.containers.signals import ends_pause
 from skep.engine.lifecycle import network_rules
 from skep.engine.lifecycle.life_events import (
     Adopted,
     Attempted,
     Connect,
     Disconnect,
-    Event,
+    EffectFailed,
     Exec,
-    Failure,
     Frozen,
+    LifeEvent,
     Pause,
     Probed,
-    Remove,
+    RemoveContainer,
     Signal,
     Start,
     Thawed,
     Unpause,
     Update,
 )
-from skep.engine.signals import ends_pause
 from skep.errors import SkepError
 
 
-def is_task(container: Container, _: Event) -> bool:
+def is_task(container: Container, _: LifeEvent) -> bool:
     """it belongs to a task"""
     return container.plain is None
 
 
-def is_plain(container: Container, _: Event) -> bool:
+def is_plain(container: Container, _: LifeEvent) -> bool:
     """it is a plain container"""
     return container.plain is not None
 
@@ -86,12 +86,12 @@ def is_connected(container: Container, event: Disconnect) -> bool:
     return network_rules.is_builtin(event) or network_rules.endpoint(container, event) is not None
 
 
-def is_kept(container: Container, event: Remove) -> bool:
+def is_kept(container: Container, event: RemoveContainer) -> bool:
     """without force, and it is running or restarting"""
     return container.is_active and not event.force
 
 
-def is_cancelled(_: Container, event: Failure) -> bool:
+def is_cancelled(_: Container, event: EffectFailed) -> bool:
     """the caller has left"""
     return event.is_cancelled
 
@@ -128,15 +128,15 @@ def has_leftovers(_: Container, event: Adopted) -> bool:
 # --- refusals, in Docker's words ----------------------------------------------------------------------------------
 
 
-def being_removed(_: Container, __: Event) -> SkepError:
+def being_removed(_: Container, __: LifeEvent) -> SkepError:
     return BeingRemoved("container is marked for removal and cannot be started")
 
 
-def not_running(container: Container, _: Event) -> SkepError:
+def not_running(container: Container, _: LifeEvent) -> SkepError:
     return NotRunning(f"Container {container.id} is not running")
 
 
-def still_running(container: Container, _: Event) -> SkepError:
+def still_running(container: Container, _: LifeEvent) -> SkepError:
     if container.state is ContainerState.PAUSED:
         return StillRunning("container is paused and must be unpaused first")
     status = container.status
@@ -156,11 +156,11 @@ def update_refused(container: Container, _: Update) -> SkepError:
     return BeingRemoved(text)
 
 
-def rename_refused(_: Container, __: Event) -> SkepError:
+def rename_refused(_: Container, __: LifeEvent) -> SkepError:
     return BeingRemoved("container is marked for removal and cannot be renamed")
 
 
-def networks_kept(container: Container, _: Event) -> SkepError:
+def networks_kept(container: Container, _: LifeEvent) -> SkepError:
     what = "marked for removal and cannot be connected or disconnected to the network"
     return BeingRemoved(f"Container {container.id} is {what}")
 

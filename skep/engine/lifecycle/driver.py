@@ -21,23 +21,23 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.race import afterwards, run_to_end, thread_to_end
-from skep.engine.bundle import RootFiles
-from skep.engine.conmon import StartError
-from skep.engine.container import Container
-from skep.engine.container_locks import ContainerLocks
-from skep.engine.execs import Execs
-from skep.engine.health import HealthMonitor
+from skep.engine.containers.container import Container
+from skep.engine.containers.execs import Execs
+from skep.engine.containers.health import HealthMonitor
+from skep.engine.containers.state import ContainerStore
 from skep.engine.lifecycle import life_events, machine
 from skep.engine.lifecycle.adoption import Adoption
+from skep.engine.lifecycle.container_locks import ContainerLocks
 from skep.engine.lifecycle.effects import Effects, Program
-from skep.engine.lifecycle.life_events import Event
-from skep.engine.lifecycle.machine import BEST_EFFORT, Effect, Saving, Step
-from skep.engine.networking import Networking
-from skep.engine.runtime import Runtime
-from skep.engine.state import ContainerStore
-from skep.engine.volumes import Volumes
+from skep.engine.lifecycle.life_events import LifeEvent
+from skep.engine.lifecycle.machine import BEST_EFFORT, Effect, LifeStep, Saving
+from skep.engine.networks.networking import Networking
+from skep.engine.runtime.bundle import RootFiles
+from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.runtime import Runtime
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 
@@ -116,7 +116,7 @@ class LifecycleDriver:
 
     # --- operations ---------------------------------------------------------------------------------------------
 
-    def note(self, id: ContainerId, event: Event) -> Container:
+    def note(self, id: ContainerId, event: LifeEvent) -> Container:
         """Apply an event without effects.  Does not wait for operations.  Raises: NotFound; OSError; a refusal."""
         step = machine.step(self._store.require(id), event)
         assert not step.rule.effects, "only its record changes"
@@ -187,9 +187,9 @@ class LifecycleDriver:
         """Remove a container.  Raises: NotFound; StillRunning; Unavailable: a part of it is left."""
         with self._effects.forced.removing(id) if force else nullcontext():
             async with self.locks.operation(id):
-                await self.remove_locked(id, life_events.Remove(force))
+                await self.remove_locked(id, life_events.RemoveContainer(force))
 
-    async def remove_locked(self, id: ContainerId, event: Event) -> None:
+    async def remove_locked(self, id: ContainerId, event: LifeEvent) -> None:
         """Remove a container, whose lock the caller holds.  Raises: as ``remove``."""
         try:
             await self.run(id, event)
@@ -299,7 +299,7 @@ class LifecycleDriver:
 
     # --- running the table --------------------------------------------------------------------------------------
 
-    async def run(self, id: ContainerId, event: Event) -> Container:
+    async def run(self, id: ContainerId, event: LifeEvent) -> Container:
         """Apply ``event``, then carry out its effects.  Return the container.
 
         A cancellation interrupts only an interruptible effect.  All others, and what cleans up after a failure, run to
@@ -347,7 +347,7 @@ class LifecycleDriver:
             program.fails = None
             self._apply(program, program.failure(kind, error))
 
-    def _apply(self, program: Program, event: Event) -> None:
+    def _apply(self, program: Program, event: LifeEvent) -> None:
         """Step the machine: write the record, and put the effects that follow in front of the others."""
         step = machine.step(self._store.require(program.id), event)
         program.event = event
@@ -362,7 +362,7 @@ class LifecycleDriver:
         following = (*step.rule.effects, *(() if step.then is None else (step.then,)))
         program.todo.extendleft(reversed(following))
 
-    def _write(self, step: Step) -> Container:
+    def _write(self, step: LifeStep) -> Container:
         """Write the record of a step, unless nothing has changed.  Raises: OSError: it had to be on disk."""
         container = step.container
         match step.rule.saving:
@@ -427,7 +427,7 @@ class LifecycleDriver:
         ended = await self.persist(lambda: self._runtime.wait(container), id)
         async with self.locks.networks(id):
             await self.run(id, life_events.RunEnded(at=self._effects.now(), **msgspec.structs.asdict(ended)))
-        await self.run(id, life_events.Release())
+        await self.run(id, life_events.ReleaseRun())
 
     # --- background work ----------------------------------------------------------------------------------------
 

@@ -15,24 +15,25 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, retry
-from skep.aio.race import Preempted
-from skep.engine import health, runtime_spec
-from skep.engine.attachment import WaitingClients
-from skep.engine.background import Background
-from skep.engine.conmon import StartError
-from skep.engine.container import Container, ContainerState, NotRunning
-from skep.engine.container_locks import ForcedRemovals
+from skep.aio.race import LostRace
+from skep.engine.containers import health
+from skep.engine.containers.attachment import WaitingClients
+from skep.engine.containers.container import Container, ContainerState, NotRunning
+from skep.engine.containers.sharing import shared_by
+from skep.engine.containers.state import ContainerStore
 from skep.engine.events import NamedNetwork
 from skep.engine.lifecycle import life_events, network_rules
-from skep.engine.lifecycle.life_events import Event
+from skep.engine.lifecycle.background import Background
+from skep.engine.lifecycle.container_locks import ForcedRemovals
+from skep.engine.lifecycle.life_events import LifeEvent
 from skep.engine.lifecycle.machine import INTERRUPTIBLE, Effect
-from skep.engine.networking import Networking, endpoint_network, publish_networks, sandbox_config
-from skep.engine.runtime import Runtime
-from skep.engine.sharing import shared_by
-from skep.engine.state import ContainerStore
-from skep.engine.volumes import Volumes
+from skep.engine.networks.networking import Networking, endpoint_network, publish_networks, sandbox_config
+from skep.engine.runtime import runtime_spec
+from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.runtime import Runtime
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import FailedPrecondition, SkepError
-from skep.model.times import Timestamp, timestamp
+from skep.model.values.times import Timestamp, timestamp
 from skep.tracing import within
 
 _RUNS = ("running", "paused", "stopped")
@@ -42,7 +43,7 @@ _RUNS = ("running", "paused", "stopped")
 class Program:
     """The effects that follow one event, in progress."""
 
-    def __init__(self, container: Container, cause: Event, held: AsyncExitStack) -> None:
+    def __init__(self, container: Container, cause: LifeEvent, held: AsyncExitStack) -> None:
         """Take the container and the first event.  ``held`` are the resources to release at its end."""
         self.id = container.id
         self.before = self.last = container
@@ -50,9 +51,9 @@ class Program:
         self.cause = self.event = cause
         """The first event, and the last one."""
         self.held = held
-        self.todo = deque[Effect | Event]()
+        self.todo = deque[Effect | LifeEvent]()
         """The next effects and events."""
-        self.fails: type[life_events.Failure] | None = None
+        self.fails: type[life_events.EffectFailed] | None = None
         self.error: BaseException | None = None
         """The first failure.  What follows it is cleaning up."""
         self.shared = runtime_spec.NOTHING_SHARED
@@ -72,7 +73,7 @@ class Program:
         """Whether the restart policy starts the container."""
         return isinstance(self.cause, life_events.Start) and self.cause.by_policy
 
-    def failure(self, kind: type[life_events.Failure], error: BaseException) -> life_events.Failure:
+    def failure(self, kind: type[life_events.EffectFailed], error: BaseException) -> life_events.EffectFailed:
         """Return the event of a failed effect."""
         return kind(
             reason=describe_error(error),
@@ -83,7 +84,7 @@ class Program:
         )
 
 
-Action: TypeAlias = Callable[[Container, Program], Awaitable[Event | None]]
+Action: TypeAlias = Callable[[Container, Program], Awaitable[LifeEvent | None]]
 """Carries out an effect on a container.  Returns the event that it reports."""
 
 
@@ -148,21 +149,21 @@ class Effects:
 
     # --- making -------------------------------------------------------------------------------------------------
 
-    async def _make_directories(self, container: Container, _: Program) -> Event:
+    async def _make_directories(self, container: Container, _: Program) -> LifeEvent:
         self._bundles.make(container)
-        return life_events.Made()
+        return life_events.DirectoriesMade()
 
     async def _find_shared(self, container: Container, program: Program) -> None:
         program.shared = shared_by(container, self._store.get, self._bundles.shm)
 
-    async def _attach_networks(self, container: Container, _: Program) -> Event:
+    async def _attach_networks(self, container: Container, _: Program) -> LifeEvent:
         return life_events.Attached(await self._network.attach(sandbox_config(container)))
 
-    async def _write_bundle(self, container: Container, program: Program) -> Event:
+    async def _write_bundle(self, container: Container, program: Program) -> LifeEvent:
         config = container.config
         env = runtime_spec.merged_environment(config.env, program.secret_env)
         run = replace(container, config=replace(config, env=env))
-        return life_events.Written(await asyncio.to_thread(self._bundles.prepare, run, program.shared))
+        return life_events.BundleWritten(await asyncio.to_thread(self._bundles.prepare, run, program.shared))
 
     async def _mount_volumes(self, container: Container, _: Program) -> None:
         """Mount, but give up for a forced removal: a server may be silent."""
@@ -170,10 +171,10 @@ class Effects:
         mount = self._volumes.mount(container.id, container.config.mounts, parts)
         try:
             await self.forced.mount(container.id, mount)
-        except Preempted as error:
+        except LostRace as error:
             raise NotRunning(f"Container {container.id} is being removed") from error
 
-    async def _create_process(self, container: Container, _: Program) -> Event:
+    async def _create_process(self, container: Container, _: Program) -> LifeEvent:
         with within("runc create"):
             started = await self._runtime.create(container)
         self._volumes.release_parts(self._bundles.parts(container))
@@ -182,7 +183,7 @@ class Effects:
     async def _serve_clients(self, container: Container, _: Program) -> None:
         await self.waiting.serve(container.id, self._bundles.bundle(container.id))
 
-    async def _start_command(self, container: Container, program: Program) -> Event:
+    async def _start_command(self, container: Container, program: Program) -> LifeEvent:
         assert container.process is not None, "its record follows its creation"
         with within("runc start"):
             await self._runtime.start(container.id, container.process)
@@ -195,15 +196,15 @@ class Effects:
 
     # --- pausing ------------------------------------------------------------------------------------------------
 
-    async def _freeze(self, container: Container, _: Program) -> Event:
+    async def _freeze(self, container: Container, _: Program) -> LifeEvent:
         await self._runtime.pause(container.id)
         return life_events.Frozen(container.process)
 
-    async def _thaw(self, container: Container, _: Program) -> Event:
+    async def _thaw(self, container: Container, _: Program) -> LifeEvent:
         await self._runtime.resume(container.id)
         return life_events.Thawed(container.process)
 
-    async def _thaw_for_signal(self, container: Container, _: Program) -> Event | None:
+    async def _thaw_for_signal(self, container: Container, _: Program) -> LifeEvent | None:
         """Thaw a run that received a signal.  If the signal has ended it, there is nothing to thaw or report."""
         with suppress(SkepError):  # what it is then is seen next
             await self._runtime.resume(container.id)
@@ -212,7 +213,7 @@ class Effects:
                 return life_events.Thawed(container.process)
         return None
 
-    async def _see_frozen(self, container: Container, _: Program) -> Event | None:
+    async def _see_frozen(self, container: Container, _: Program) -> LifeEvent | None:
         """Report a change that the record does not show."""
         is_frozen = container.is_running and self._runtime.is_frozen(container)
         if is_frozen == (container.state is ContainerState.PAUSED):
@@ -221,7 +222,7 @@ class Effects:
 
     # --- changing -----------------------------------------------------------------------------------------------
 
-    async def _apply_limits(self, container: Container, program: Program) -> Event | None:
+    async def _apply_limits(self, container: Container, program: Program) -> LifeEvent | None:
         """Apply a change to the processes.  Reports nothing if it changes nothing."""
         assert isinstance(program.event, life_events.Update)
         after = program.event.change(container)
@@ -231,7 +232,7 @@ class Effects:
         restart = None if after.plain is None else after.plain.restart
         return life_events.Updated(after.config, restart, tuple(warnings))
 
-    async def _change_networks(self, container: Container, program: Program) -> Event:
+    async def _change_networks(self, container: Container, program: Program) -> LifeEvent:
         """Connect a run to a network, or disconnect it from one.  Its end waits for the lock of its networks."""
         event, before = program.event, container.sandbox
         assert isinstance(event, life_events.Connect | life_events.Disconnect)

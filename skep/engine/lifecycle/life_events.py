@@ -4,32 +4,39 @@ from collections.abc import Callable
 
 import msgspec
 
-from skep.engine.container import Container, ContainerConfig, Health, Interruption, ProcessName, RestartPolicy
+from skep.engine.containers.container import (
+    Container,
+    ContainerConfig,
+    Health,
+    Interruption,
+    ProcessName,
+    RestartPolicy,
+)
 from skep.engine.events import NamedNetwork
-from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
-from skep.model.times import Timestamp
+from skep.model.networks.sandbox import EndpointRequest, NetworkMode, Sandbox
+from skep.model.values.times import Timestamp
 
 
-class Event(msgspec.Struct, frozen=True):
+class LifeEvent(msgspec.Struct, frozen=True):
     """Something that was requested, was observed, or follows an effect."""
 
 
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
-class Create(Event, frozen=True):
+class Create(LifeEvent, frozen=True):
     """Prepare a new container."""
 
 
-class UserStarts(Event, frozen=True):
+class UserStarts(LifeEvent, frozen=True):
     """Its user wants a plain container to run.  Recorded at once, while the start may wait for other operations."""
 
 
-class UserStops(Event, frozen=True):
+class UserStops(LifeEvent, frozen=True):
     """Its user wants a plain container not to run."""
 
 
-class Start(Event, frozen=True):
+class Start(LifeEvent, frozen=True):
     """Start the command."""
 
     secret_env: tuple[str, ...] = ()
@@ -40,43 +47,43 @@ class Start(Event, frozen=True):
     """Whether the policy starts it even if its user has stopped it."""
 
 
-class Signal(Event, frozen=True):
+class Signal(LifeEvent, frozen=True):
     """Send a signal to the first process."""
 
     number: int
 
 
-class Pause(Event, frozen=True):
+class Pause(LifeEvent, frozen=True):
     """Freeze the run of ``process``."""
 
     process: ProcessName | None
 
 
-class Unpause(Event, frozen=True):
+class Unpause(LifeEvent, frozen=True):
     """Thaw the run of ``process``."""
 
     process: ProcessName | None
 
 
-class Exec(Event, frozen=True):
+class Exec(LifeEvent, frozen=True):
     """Run an additional process.  ``word`` is the user's name for the container."""
 
     word: str
 
 
-class Update(Event, frozen=True):
+class Update(LifeEvent, frozen=True):
     """Change limits and the restart policy, as ``change`` returns them.  It raises what it refuses."""
 
     change: Callable[[Container], Container]
 
 
-class Connect(Event, frozen=True):
+class Connect(LifeEvent, frozen=True):
     """Connect a plain container to another network, now or at its start."""
 
     request: EndpointRequest
 
 
-class Disconnect(Event, frozen=True):
+class Disconnect(LifeEvent, frozen=True):
     """Disconnect a plain container from a network."""
 
     network: str
@@ -85,23 +92,23 @@ class Disconnect(Event, frozen=True):
     """Its id if known."""
 
 
-class Rename(Event, frozen=True):
+class Rename(LifeEvent, frozen=True):
     """Rename a plain container, also on its networks."""
 
     name: str
 
 
-class Retire(Event, frozen=True):
+class Retire(LifeEvent, frozen=True):
     """Free what only a run needs: a task's container will never run."""
 
 
-class Remove(Event, frozen=True):
+class RemoveContainer(LifeEvent, frozen=True):
     """Remove the container, ``force`` even if it runs."""
 
     force: bool = False
 
 
-class Adopted(Event, frozen=True):
+class Adopted(LifeEvent, frozen=True):
     """A new node process has read the record and looked at the world."""
 
     at: Timestamp
@@ -119,30 +126,30 @@ class Adopted(Event, frozen=True):
 # --- reports ------------------------------------------------------------------------------------------------------
 
 
-class Made(Event, frozen=True):
+class DirectoriesMade(LifeEvent, frozen=True):
     """The directories exist."""
 
 
-class Attached(Event, frozen=True):
+class Attached(LifeEvent, frozen=True):
     """The networks are attached."""
 
     sandbox: Sandbox
 
 
-class Written(Event, frozen=True):
+class BundleWritten(LifeEvent, frozen=True):
     """The bundle is written."""
 
     warnings: tuple[str, ...]
 
 
-class ProcessCreated(Event, frozen=True):
+class ProcessCreated(LifeEvent, frozen=True):
     """The first process exists and waits."""
 
     process: ProcessName
     monitor: ProcessName
 
 
-class Started(Event, frozen=True):
+class Started(LifeEvent, frozen=True):
     """The first process executes the command."""
 
     at: Timestamp
@@ -150,32 +157,32 @@ class Started(Event, frozen=True):
     by_policy: bool = False
 
 
-class Attempted(Event, frozen=True):
+class Attempted(LifeEvent, frozen=True):
     """A start has succeeded or failed."""
 
     by_policy: bool = False
 
 
-class Frozen(Event, frozen=True):
+class Frozen(LifeEvent, frozen=True):
     """The run of ``process`` is frozen."""
 
     process: ProcessName | None
 
 
-class Thawed(Event, frozen=True):
+class Thawed(LifeEvent, frozen=True):
     """The run of ``process`` continues."""
 
     process: ProcessName | None
 
 
-class Probed(Event, frozen=True):
+class Probed(LifeEvent, frozen=True):
     """The run of ``process`` was probed and has this health."""
 
     process: ProcessName | None
     health: Health
 
 
-class Updated(Event, frozen=True):
+class Updated(LifeEvent, frozen=True):
     """Limits apply to the processes."""
 
     config: ContainerConfig
@@ -184,7 +191,7 @@ class Updated(Event, frozen=True):
     warnings: tuple[str, ...]
 
 
-class NetworksChanged(Event, frozen=True, kw_only=True):
+class NetworksChanged(LifeEvent, frozen=True, kw_only=True):
     """A run was connected to a network or disconnected from it."""
 
     sandbox: Sandbox
@@ -196,7 +203,7 @@ class NetworksChanged(Event, frozen=True, kw_only=True):
     network: NamedNetwork
 
 
-class RunEnded(Event, frozen=True, kw_only=True):
+class RunEnded(LifeEvent, frozen=True, kw_only=True):
     """The first process has ended."""
 
     at: Timestamp
@@ -210,30 +217,30 @@ class Exited(RunEnded, frozen=True, kw_only=True):
     """It has ended and freed its networks, so a client that waits for the end may reuse its port."""
 
 
-class Release(Event, frozen=True):
+class ReleaseRun(LifeEvent, frozen=True):
     """Free the remaining resources that only a run needs."""
 
 
-class Retired(Event, frozen=True):
+class Retired(LifeEvent, frozen=True):
     """It will never run again, and all resources that only a run needs are free."""
 
 
-class Discard(Event, frozen=True):
+class Discard(LifeEvent, frozen=True):
     """It has no process left, so it may be deleted."""
 
 
-class Discarded(Event, frozen=True):
+class Discarded(LifeEvent, frozen=True):
     """Only the record in memory is left."""
 
 
-class Cleaned(Event, frozen=True):
+class Cleaned(LifeEvent, frozen=True):
     """An interrupted run has been cleaned up."""
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
 
 
-class Failure(Event, frozen=True):
+class EffectFailed(LifeEvent, frozen=True):
     """An effect has failed."""
 
     reason: str
@@ -246,29 +253,29 @@ class Failure(Event, frozen=True):
     """The name to which a failed rename returns."""
 
 
-class CreateFailed(Failure, frozen=True):
+class CreateFailed(EffectFailed, frozen=True):
     """A creation has failed."""
 
 
-class StartFailed(Failure, frozen=True):
+class StartFailed(EffectFailed, frozen=True):
     """A start has failed."""
 
 
-class StartUndone(Failure, frozen=True):
+class StartUndone(EffectFailed, frozen=True):
     """A failed start has been cleaned up."""
 
 
-class RenameFailed(Failure, frozen=True):
+class RenameFailed(EffectFailed, frozen=True):
     """The networks have refused the new name."""
 
 
-class PauseFailed(Failure, frozen=True):
+class PauseFailed(EffectFailed, frozen=True):
     """The runtime's command to freeze or thaw has failed."""
 
 
-class RemovalFailed(Failure, frozen=True):
+class RemovalFailed(EffectFailed, frozen=True):
     """A part of the container could not be removed."""
 
 
-class AdoptionFailed(Failure, frozen=True):
+class AdoptionFailed(EffectFailed, frozen=True):
     """A container that never ran could not be prepared again."""

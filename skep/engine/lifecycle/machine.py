@@ -19,34 +19,35 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from skep.engine.container import Container, ContainerState
+from skep.engine.containers.container import Container, ContainerState
 from skep.engine.lifecycle import changes, conditions
 from skep.engine.lifecycle.life_events import (
     Adopted,
     AdoptionFailed,
     Attached,
     Attempted,
+    BundleWritten,
     Cleaned,
     Connect,
     Create,
     CreateFailed,
+    DirectoriesMade,
     Discard,
     Discarded,
     Disconnect,
-    Event,
+    EffectFailed,
     Exec,
     Exited,
-    Failure,
     Frozen,
-    Made,
+    LifeEvent,
     NetworksChanged,
     Pause,
     PauseFailed,
     Probed,
     ProcessCreated,
-    Release,
+    ReleaseRun,
     RemovalFailed,
-    Remove,
+    RemoveContainer,
     Rename,
     RenameFailed,
     Retire,
@@ -63,7 +64,6 @@ from skep.engine.lifecycle.life_events import (
     Updated,
     UserStarts,
     UserStops,
-    Written,
 )
 from skep.errors import SkepError
 
@@ -161,11 +161,11 @@ class Saving(Enum):
     """It counts only if it is written."""
 
 
-class Rule(msgspec.Struct, frozen=True, kw_only=True):
+class LifeRule(msgspec.Struct, frozen=True, kw_only=True):
     """What follows an event in some states."""
 
     states: tuple[State, ...]
-    event: type[Event]
+    event: type[LifeEvent]
     when: Callable[[Container, Any], bool] | None = None
     """Condition, whose docstring describes it."""
     to: State | None = None
@@ -174,26 +174,28 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """Other changes of the record, described by the function's docstring."""
     saving: Saving = Saving.NOTED
     effects: tuple[Effect, ...] = ()
-    then: type[Event] | None = None
-    fails: type[Failure] | None = None
+    then: type[LifeEvent] | None = None
+    fails: type[EffectFailed] | None = None
     refusal: Callable[[Container, Any], SkepError] | None = None
     """The error of a request that this state refuses."""
 
 
-def on(states: tuple[State, ...], event: type[Event], effects: tuple[Effect, ...] = (), **rest: Any) -> Rule:
+def on(
+    states: tuple[State, ...], event: type[LifeEvent], effects: tuple[Effect, ...] = (), **rest: Any
+) -> LifeRule:
     """Return a rule."""
-    return Rule(states=states, event=event, effects=effects, **rest)
+    return LifeRule(states=states, event=event, effects=effects, **rest)
 
 
-class Step(msgspec.Struct, frozen=True):
+class LifeStep(msgspec.Struct, frozen=True):
     """The outcome of an event: the new record, and the rule whose effects follow."""
 
     container: Container
-    rule: Rule
-    then: Event | None
+    rule: LifeRule
+    then: LifeEvent | None
 
 
-def step(container: Container, event: Event) -> Step:
+def step(container: Container, event: LifeEvent) -> LifeStep:
     """Apply ``event`` to a container.  Raises: the refusal of a request."""
     rule = rule_for(container, event)
     if rule.refusal is not None:
@@ -205,10 +207,10 @@ def step(container: Container, event: Event) -> Step:
     if rule.then is not None:  # it takes over the fields that both have
         fields = {name: getattr(event, name) for name in rule.then.__struct_fields__}
         then = rule.then(**fields)
-    return Step(after, rule, then)
+    return LifeStep(after, rule, then)
 
 
-def rule_for(container: Container, event: Event) -> Rule:
+def rule_for(container: Container, event: LifeEvent) -> LifeRule:
     """Return the first rule that applies.  An event without a rule is an error of the program."""
     for rule in _BY_EVENT[type(event)]:
         if container.state in rule.states and (rule.when is None or rule.when(container, event)):
@@ -244,11 +246,11 @@ TABLE = (
         fails=CreateFailed,
     ),
     on(CREATED, Create, (E.MAKE_DIRECTORIES, E.WRITE_BUNDLE), fails=CreateFailed),
-    on(CREATED, Made, when=conditions.is_plain, saving=Saving.FIRST),
-    on(CREATED, Made),
+    on(CREATED, DirectoriesMade, when=conditions.is_plain, saving=Saving.FIRST),
+    on(CREATED, DirectoriesMade),
     # On disk before the next effect: a crash would leave a sandbox or a process without a record behind.
     on(AT_REST, Attached, record=changes.with_sandbox, saving=Saving.FIRST),
-    on(AT_REST, Written, record=changes.with_warnings),
+    on(AT_REST, BundleWritten, record=changes.with_warnings),
     on(AT_REST, ProcessCreated, record=changes.with_process, saving=Saving.FIRST),
     on(CREATED, CreateFailed, _UNDO, to=State.REMOVING, fails=RemovalFailed),
     # Start.
@@ -334,7 +336,7 @@ TABLE = (
     # End.
     on(LIVE, RunEnded, (E.DETACH_NETWORKS,), then=Exited),
     on(LIVE, Exited, (E.PUBLISH_EXIT,), to=State.EXITED, record=changes.ended),
-    on(EXITED, Release, (E.CLEAR_CGROUPS, E.RELEASE_ROOT, E.UNMOUNT_VOLUMES, E.PUBLISH_UNMOUNT)),
+    on(EXITED, ReleaseRun, (E.CLEAR_CGROUPS, E.RELEASE_ROOT, E.UNMOUNT_VOLUMES, E.PUBLISH_UNMOUNT)),
     on(
         CREATED,
         Retire,
@@ -345,9 +347,9 @@ TABLE = (
     on(ANY, Retire),
     on(CREATED, Retired, record=changes.retired),
     # Removal.  From Discard on the container cannot be started, and the next process continues the removal.
-    on(ANY, Remove, when=conditions.is_kept, refusal=conditions.still_running),
-    on(LIVE, Remove, (E.END_PROCESS, E.AWAIT_RELEASE), record=changes.stopped, then=Discard),
-    on(ANY, Remove, (E.AWAIT_RELEASE,), then=Discard),
+    on(ANY, RemoveContainer, when=conditions.is_kept, refusal=conditions.still_running),
+    on(LIVE, RemoveContainer, (E.END_PROCESS, E.AWAIT_RELEASE), record=changes.stopped, then=Discard),
+    on(ANY, RemoveContainer, (E.AWAIT_RELEASE,), then=Discard),
     on(NOT_LIVE, Discard, _DISCARD, to=State.REMOVING, then=Discarded, fails=RemovalFailed),
     on(REMOVING, Discarded, (E.FORGET_RECORD, E.REFUSE_CLIENTS, E.PUBLISH_DESTROY)),
     on(REMOVING, RemovalFailed, when=conditions.is_cancelled),

@@ -11,10 +11,10 @@ from itertools import chain
 from msgspec.structs import replace
 
 from skep.api.errors import Forbidden
-from skep.engine.container import Container, PlainOptions
+from skep.engine.containers.container import Container, PlainOptions
 from skep.engine.lifecycle.life_events import Connect, Disconnect
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
-from skep.model.sandbox import Endpoint, NetworkMode
+from skep.model.networks.sandbox import Endpoint, NetworkMode
 
 NO_ALIASES = "network-scoped alias is supported only for containers in user defined networks"
 NO_ADDRESS = "user specified IP address is supported on user defined networks only"

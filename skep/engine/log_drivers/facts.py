@@ -12,10 +12,19 @@ from collections.abc import Iterable, Mapping
 import msgspec
 from msgspec.structs import replace
 
-from skep.engine.container import Container, ContainerConfig
+from skep.engine.containers.container import Container, ContainerConfig
 from skep.engine.log_drivers.options import FILE_DRIVERS
 from skep.errors import InvalidArgument
-from skep.gotemplate import Budget, CallError, Function, Struct, TemplateError, Text, Value, expand
+from skep.gotemplate import (
+    BoundedText,
+    CallError,
+    Function,
+    Struct,
+    TemplateBudget,
+    TemplateError,
+    Value,
+    expand,
+)
 from skep.linux.commands import communicate
 
 DEFAULT_TAG = "{{.ID}}"
@@ -179,15 +188,15 @@ def _names(options: Mapping[str, str], option: str) -> list[str]:
     return [name for name in options.get(option, "").split(",") if name]
 
 
-def _tag_budget() -> Budget:
+def _tag_budget() -> TemplateBudget:
     """Return the limits for a tag.
 
     They are tight, because the tag is in every log line and may quote a command of 2 MiB.
     """
-    return Budget(tokens=2_000, steps=2_000, produced=256 << 10, output=64 << 10)
+    return TemplateBudget(tokens=2_000, steps=2_000, produced=256 << 10, output=64 << 10)
 
 
-def _json(out: Text, value: Value) -> None:
+def _json(out: BoundedText, value: Value) -> None:
     if isinstance(value, Struct):
         value = {name: str(one) for name, one in value.fields.items()}
     if not isinstance(value, Mapping):
@@ -202,7 +211,7 @@ def _json(out: Text, value: Value) -> None:
     out.write("}")
 
 
-def _json_value(out: Text, value: Value) -> None:
+def _json_value(out: BoundedText, value: Value) -> None:
     if isinstance(value, str):
         out.write('"')
         out.write_escaped(value, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])

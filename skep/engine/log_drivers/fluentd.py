@@ -14,13 +14,20 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from skep.api.gosyntax import parse_size
+from skep.api.formats.gosyntax import parse_size
 from skep.engine.log_drivers.facts import LogFacts, tag_of
-from skep.engine.log_drivers.message import Message
+from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.options import Options, boolean, refuse_unknown
-from skep.engine.log_drivers.transport import ANYWHERE, Connection, Endpoint, Guard, TlsFiles, connect
+from skep.engine.log_drivers.transport import (
+    ANYWHERE,
+    Guard,
+    LogConnection,
+    RemoteAddress,
+    RemoteTlsFiles,
+    connect,
+)
 from skep.errors import InvalidArgument
-from skep.model.times import SECOND_NS, duration_ns
+from skep.model.values.times import SECOND_NS, duration_ns
 
 _KNOWN = frozenset(
     f"fluentd-{name}"
@@ -69,14 +76,14 @@ class Fluentd:
         self.confirms_each = boolean(options, "fluentd-request-ack")
         self._attributes = {name.encode(): value.encode() for name, value in facts.attributes.items()}
         self._own = {b"container_id": facts.id.encode(), b"container_name": f"/{facts.name}".encode()}
-        self._connection: Connection | None = None
+        self._connection: LogConnection | None = None
         self._chunk = b""
 
     async def open(self) -> None:
         """Connect to the server."""
         self._connection = await connect(self._endpoint, self._guard)
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         assert self._connection is not None, "it is open"
         self._chunk = base64.b64encode(os.urandom(16)) if self.confirms_each else b""
         await self._connection.send(self.packed(message, self._chunk))
@@ -90,7 +97,7 @@ class Fluentd:
         if self._connection is not None:
             self._connection.close()
 
-    def packed(self, message: Message, chunk: bytes = b"") -> bytes:
+    def packed(self, message: LogMessage, chunk: bytes = b"") -> bytes:
         """Encode ``[tag, time, record, option]``.  The server acknowledges ``chunk``."""
         record = {  # a label cannot replace the node's own fields
             **self._attributes,
@@ -113,7 +120,7 @@ class Fluentd:
         )
         return b"\x94" + self._tag + moment + _map(record) + _map({b"chunk": chunk} if chunk else {})
 
-    async def _wait_acknowledged(self, connection: Connection) -> None:
+    async def _wait_acknowledged(self, connection: LogConnection) -> None:
         received = b""
         while True:
             received += await connection.receive()
@@ -159,7 +166,7 @@ def _duration(options: Options, key: str) -> int:
     return found
 
 
-def _endpoint(options: Options) -> Endpoint:
+def _endpoint(options: Options) -> RemoteAddress:
     address = options.get("fluentd-address", "")
     try:
         parts = urlsplit(address if "://" in address else f"tcp://{address}")
@@ -170,13 +177,13 @@ def _endpoint(options: Options) -> Endpoint:
         case "unix":
             if not parts.path.strip("/"):
                 raise InvalidArgument(f"invalid fluentd-address ({address}): path is empty")
-            return Endpoint(network="unix", path=parts.path)
+            return RemoteAddress(network="unix", path=parts.path)
         case "tcp" | "tls":
             if parts.path:
                 raise InvalidArgument(
                     f"invalid fluentd-address ({address}): should not contain a path element"
                 )
-            tls = TlsFiles() if parts.scheme == "tls" else None
-            return Endpoint(network="tcp", host=host, port=port, tls=tls)
+            tls = RemoteTlsFiles() if parts.scheme == "tls" else None
+            return RemoteAddress(network="tcp", host=host, port=port, tls=tls)
         case other:
             raise InvalidArgument(f"invalid fluentd-address ({address}): unsupported scheme: '{other}'")

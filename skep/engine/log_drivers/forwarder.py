@@ -16,9 +16,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error
 from skep.aio.race import wait_first
-from skep.engine.log_drivers.message import Message, Sink, Undeliverable
+from skep.engine.log_drivers.message import LogMessage, LogSink, Undeliverable
 from skep.engine.log_drivers.spool import Spool
-from skep.engine.log_files import Position
+from skep.engine.logs.log_files import LogPosition
 from skep.linux.filewatch import FileWatch
 
 T = TypeVar("T")
@@ -38,9 +38,9 @@ _RETRY_S, _RETRY_S_MAX = 0.1, 30.0
 
 
 class _Chunk(NamedTuple):
-    messages: Sequence[Message]
+    messages: Sequence[LogMessage]
     size: int
-    position: Position | None
+    position: LogPosition | None
     """The position in the log after these messages."""
 
 
@@ -56,7 +56,7 @@ class _Buffer:
         self._is_complete = False
         self.dropped = 0
 
-    async def put(self, messages: Sequence[Message], position: Position | None) -> None:
+    async def put(self, messages: Sequence[LogMessage], position: LogPosition | None) -> None:
         size = sum(_size(message) for message in messages)
         if self._drops:
             messages, size = self._fitting(messages)
@@ -91,8 +91,8 @@ class _Buffer:
     def lines(self) -> int:
         return sum(len(chunk.messages) for chunk in self._chunks)
 
-    def _fitting(self, messages: Sequence[Message]) -> tuple[Sequence[Message], int]:
-        kept: list[Message] = []
+    def _fitting(self, messages: Sequence[LogMessage]) -> tuple[Sequence[LogMessage], int]:
+        kept: list[LogMessage] = []
         size = 0
         for message in messages:
             if (self._chunks or kept) and self._bytes + size + _size(message) > self._bytes_max:
@@ -110,7 +110,7 @@ class _Buffer:
 class Forwarder:
     """Forwards one container's output.  ``run`` ends when the container has ended and everything was sent."""
 
-    def __init__(self, spool: Spool, watch: FileWatch, sink: Sink, clock: Clock, report: Report) -> None:
+    def __init__(self, spool: Spool, watch: FileWatch, sink: LogSink, clock: Clock, report: Report) -> None:
         self._spool = spool
         self._watch = watch
         self._sink = sink
@@ -146,7 +146,7 @@ class Forwarder:
 
     async def run(self) -> None:
         """Send until the container has ended and everything was sent.  If cancelled, save the position."""
-        last: Position | None = None
+        last: LogPosition | None = None
         try:
             await self._retry(self._open)
             async with asyncio.TaskGroup() as group:
@@ -215,7 +215,7 @@ class Forwarder:
                 self._spool.look()
             self._say_first_loss()
 
-    async def _deliver(self, messages: Sequence[Message]) -> None:
+    async def _deliver(self, messages: Sequence[LogMessage]) -> None:
         """Send ``messages`` until the remote has accepted them."""
         backoff = Backoff(_RETRY_S, _RETRY_S_MAX)
         left = 0
@@ -243,7 +243,7 @@ class Forwarder:
             self._report("log driver remote reachable again", "", self.lost - self._said)
             self._said = self.lost
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: LogMessage) -> None:
         try:
             await self._sink.send(message)
         except Undeliverable as error:
@@ -261,7 +261,7 @@ class Forwarder:
             self._report("log lines lost", "the remote accepts none, or too few", self.lost - self._said)
             self._said = self.lost
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: LogPosition) -> None:
         self._saved_at = self._clock.monotonic()
         if self._is_held:
             return
@@ -271,5 +271,5 @@ class Forwarder:
             self._spool.save(position)
 
 
-def _size(message: Message) -> int:
+def _size(message: LogMessage) -> int:
     return len(message.line) + _MESSAGE_BYTES

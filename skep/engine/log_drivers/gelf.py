@@ -11,11 +11,18 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
-from skep.engine.log_drivers.message import Message, Undeliverable, text_of
+from skep.engine.log_drivers.message import LogMessage, Undeliverable, text_of
 from skep.engine.log_drivers.options import Options, integer, refuse_unknown
-from skep.engine.log_drivers.transport import ANYWHERE, Connection, Endpoint, Guard, connect, host_and_port
+from skep.engine.log_drivers.transport import (
+    ANYWHERE,
+    Guard,
+    LogConnection,
+    RemoteAddress,
+    connect,
+    host_and_port,
+)
 from skep.errors import InvalidArgument
 
 _KNOWN = frozenset(
@@ -77,13 +84,13 @@ class Gelf:
         }
         self._extra = further | own  # a label cannot replace the node's own fields
         self.confirms_each = self._endpoint.network == "udp"
-        self._connection: Connection | None = None
+        self._connection: LogConnection | None = None
 
     async def open(self) -> None:
         """Connect to the server."""
         self._connection = await connect(self._endpoint, self._guard)
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         if not message.line:
             return
         assert self._connection is not None, "it is open"
@@ -97,7 +104,7 @@ class Gelf:
         if self._connection is not None:
             self._connection.close()
 
-    def parts(self, message: Message) -> Iterator[bytes]:
+    def parts(self, message: LogMessage) -> Iterator[bytes]:
         """Encode ``message`` as datagrams for UDP, or as a part of the stream for TCP.  Raises: Undeliverable."""
         whole = msgspec.json.encode(
             {
@@ -105,7 +112,7 @@ class Gelf:
                 "host": self._hostname,
                 "short_message": text_of(message.line),
                 "timestamp": message.timestamp_ns // 1_000_000 / 1000,
-                "level": 3 if message.stream is Stream.STDERR else 6,
+                "level": 3 if message.stream is StandardStream.STDERR else 6,
                 **self._extra,
             }
         )
@@ -143,7 +150,7 @@ def _is_compression(key: str, value: str) -> bool:
     return value in ("-1", *map(str, range(10)))
 
 
-def _endpoint(options: Options) -> Endpoint:
+def _endpoint(options: Options) -> RemoteAddress:
     address = options.get("gelf-address", "")
     if not address:
         raise InvalidArgument("gelf-address is a required parameter")
@@ -159,4 +166,4 @@ def _endpoint(options: Options) -> Endpoint:
         host, port = host_and_port(parts.netloc, None)
     except InvalidArgument as error:
         raise InvalidArgument("gelf: please provide gelf-address as proto://host:port") from error
-    return Endpoint(network=parts.scheme, host=host, port=port)
+    return RemoteAddress(network=parts.scheme, host=host, port=port)

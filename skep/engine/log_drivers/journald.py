@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
-from skep.engine.log_drivers.message import Message
+from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.options import Options, refuse_unknown
-from skep.engine.log_drivers.transport import ANYWHERE, Connection, Endpoint, Guard, connect
-from skep.model.times import timestamp
+from skep.engine.log_drivers.transport import ANYWHERE, Guard, LogConnection, RemoteAddress, connect
+from skep.model.values.times import timestamp
 
 SOCKET = Path("/run/systemd/journal/socket")
 
@@ -60,13 +60,15 @@ class Journald:
         self.confirms_each = True
         self._ordinal = 0
         self._socket = socket
-        self._connection: Connection | None = None
+        self._connection: LogConnection | None = None
 
     async def open(self) -> None:
         """Connect to the journal."""
-        self._connection = await connect(Endpoint(network="unixgram", path=str(self._socket)), self._guard)
+        self._connection = await connect(
+            RemoteAddress(network="unixgram", path=str(self._socket)), self._guard
+        )
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         assert self._connection is not None, "it is open"
         await self._connection.send(self.datagram(message))
 
@@ -77,14 +79,14 @@ class Journald:
         if self._connection is not None:
             self._connection.close()
 
-    def datagram(self, message: Message) -> bytes:
+    def datagram(self, message: LogMessage) -> bytes:
         """Encode the fields of one line."""
         self._ordinal += 1
         fields = {
             **self._fields,
             "SYSLOG_TIMESTAMP": timestamp(message.timestamp_ns),
             "CONTAINER_LOG_ORDINAL": str(self._ordinal),
-            "PRIORITY": "3" if message.stream is Stream.STDERR else "6",
+            "PRIORITY": "3" if message.stream is StandardStream.STDERR else "6",
         }
         if message.partial is not None:
             fields |= {

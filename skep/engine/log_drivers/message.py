@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from skep.engine.container import LogEntry, Stream
+from skep.engine.containers.container import LogEntry, StandardStream
 
 
 class Partial(NamedTuple):
@@ -18,41 +18,41 @@ class Partial(NamedTuple):
     last: bool
 
 
-class Message(NamedTuple):
+class LogMessage(NamedTuple):
     """A line without its newline, or a piece of one."""
 
     timestamp_ns: int
-    stream: Stream
+    stream: StandardStream
     line: bytes
     partial: Partial | None = None
 
     @property
     def source(self) -> str:
         """Name of the stream."""
-        return "stderr" if self.stream is Stream.STDERR else "stdout"
+        return "stderr" if self.stream is StandardStream.STDERR else "stdout"
 
 
 class Pieces:
     """Assigns ids to the pieces of a line.  As in Docker, all pieces have the time of the first."""
 
     def __init__(self) -> None:
-        self._begun: dict[Stream, Message] = {}
+        self._begun: dict[StandardStream, LogMessage] = {}
 
-    def messages(self, entries: Iterable[LogEntry]) -> Iterator[Message]:
+    def messages(self, entries: Iterable[LogEntry]) -> Iterator[LogMessage]:
         """Yield a message for each entry."""
         for moment, stream, data in entries:
             is_last = data.endswith(b"\n")
             begun = self._begun.pop(stream, None) if self._begun else None
             line = data[:-1] if is_last else data
             if begun is None and is_last:
-                yield Message(moment, stream, line)
+                yield LogMessage(moment, stream, line)
                 continue
             if begun is None or begun.partial is None:
                 partial = Partial(os.urandom(32).hex(), 1, is_last)
             else:
                 moment = begun.timestamp_ns
                 partial = Partial(begun.partial.id, begun.partial.ordinal + 1, is_last)
-            message = Message(moment, stream, line, partial)
+            message = LogMessage(moment, stream, line, partial)
             if not is_last:
                 self._begun[stream] = message._replace(line=b"")
             yield message
@@ -62,7 +62,7 @@ class Undeliverable(Exception):
     """A message that the remote can never take."""
 
 
-class Sink(Protocol):
+class LogSink(Protocol):
     """A connection that sends one container's messages to a remote.
 
     ``open`` and ``send`` raise OSError (including TimeoutError) if the remote is unreachable, hangs or refuses.
@@ -74,7 +74,7 @@ class Sink(Protocol):
     async def open(self) -> None:
         """Connect."""
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         """Send a message, or queue it for ``flush``.  Raises: Undeliverable; OSError."""
 
     async def flush(self) -> None:

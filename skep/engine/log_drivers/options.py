@@ -9,10 +9,10 @@ Source: moby 20.10, daemon/logger/factory.go (ValidateLogOpts), daemon/logger/*/
 
 from collections.abc import Callable, Mapping
 
-from skep.api.gosyntax import BOOLEANS, parse_size
-from skep.engine.container import LogConfig
+from skep.api.formats.gosyntax import BOOLEANS, parse_size
+from skep.engine.containers.container import LogConfig
 from skep.errors import InvalidArgument
-from skep.model.meta import Driver
+from skep.model.values.meta import Driver
 
 COMMON = frozenset({"labels", "labels-regex", "env", "env-regex", "tag"})
 FILES = frozenset({"max-size", "max-file", "compress"})

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from skep.engine.log_drivers.facts import LogFacts, tag_of
-from skep.engine.log_drivers.message import Message, text_of
+from skep.engine.log_drivers.message import LogMessage, text_of
 from skep.engine.log_drivers.options import Options, boolean, integer, refuse_unknown
-from skep.engine.log_drivers.transport import ANYWHERE, SEND_S, Guard, TlsFiles, client_context
+from skep.engine.log_drivers.transport import ANYWHERE, SEND_S, Guard, RemoteTlsFiles, client_context
 from skep.errors import InvalidArgument
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 if TYPE_CHECKING:
     import aiohttp
@@ -60,7 +60,7 @@ class Splunk:
     def __init__(self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE) -> None:
         self._guard = guard
         self._url = _url(options)
-        self._tls = TlsFiles(
+        self._tls = RemoteTlsFiles(
             ca=options.get("splunk-capath", ""),
             is_ca_alone=True,
             verifies=not boolean(options, "splunk-insecureskipverify"),
@@ -99,7 +99,7 @@ class Splunk:
         connector = aiohttp.TCPConnector(ssl=tls, socket_factory=allowed)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         event = self.event(message)
         if event is not None:
             self._events.append(msgspec.json.encode(event))
@@ -139,7 +139,7 @@ class Splunk:
         if self._session is not None:
             await self._session.close()
 
-    def event(self, message: Message) -> Mapping[str, Any] | None:
+    def event(self, message: LogMessage) -> Mapping[str, Any] | None:
         """Return the event for ``message``, or None for a blank line, which a collector does not accept."""
         text = text_of(message.line)
         event: Any

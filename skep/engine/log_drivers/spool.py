@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from skep.aio.time_slices import run_at_once
-from skep.engine.log_drivers.message import Message, Pieces
-from skep.engine.log_files import Assembler, Files, Position, generations, identity, lines_in
+from skep.engine.log_drivers.message import LogMessage, Pieces
+from skep.engine.logs.log_files import Assembler, LogPosition, LogReader, generations, identity, lines_in
 from skep.linux.files import is_no_file, replace_file
 
 POSITION = "sent"
@@ -25,7 +25,7 @@ class Spool:
 
     def __init__(self, current: Path) -> None:
         self._current = current
-        self._files = Files(current)
+        self._files = LogReader(current)
         self._assembler = Assembler()
         self._pieces = Pieces()
         self._waiting: dict[bytes, int] = {}
@@ -34,7 +34,7 @@ class Spool:
         """Number of lines, as far as known, in files that were rotated away before they were read."""
 
     @property
-    def position(self) -> Position | None:
+    def position(self) -> LogPosition | None:
         """Position after the last read line.  None if a line was read in part, or nothing was read."""
         position = self._files.position
         return position if self._assembler.is_between_lines and position.first else None
@@ -42,12 +42,12 @@ class Spool:
     def open(self) -> None:
         """Continue at the saved position, else at the start.  Raises: OSError: it may be called again."""
         saved = self._saved()
-        if saved is None or not self._files.open_at(Position(saved.first, saved.offset)):
+        if saved is None or not self._files.open_at(LogPosition(saved.first, saved.offset)):
             run_at_once(self._files.open_oldest())
 
-    def read(self) -> Sequence[Message]:
+    def read(self) -> Sequence[LogMessage]:
         """Return more messages, or none at the current end.  Raises: OSError: it may be called again."""
-        found: list[Message] = []
+        found: list[LogMessage] = []
         while not found and (lines := run_at_once(self._files.read_lines())):
             found = list(self._pieces.messages(self._assembler.feed(lines)))
         if self._files.has_gap:
@@ -60,7 +60,7 @@ class Spool:
         damage, self._files.damage = self._files.damage, ""
         return damage
 
-    def finish(self) -> Sequence[Message]:
+    def finish(self) -> Sequence[LogMessage]:
         """Return the unfinished lines of a container that has ended, as pieces of lines whose last piece is missing."""
         entries = [entry._replace(data=entry.data[:-1]) for entry in self._assembler.finish()]
         return list(self._pieces.messages(entries))
@@ -78,7 +78,7 @@ class Spool:
                 self.open()
         self._files.hold()
 
-    def save(self, position: Position) -> None:
+    def save(self, position: LogPosition) -> None:
         """Record that everything before ``position`` was sent.  Raises: OSError."""
         content = msgspec.json.encode(_Saved(position.first, position.offset))
         replace_file(self._current.with_name(POSITION), content, is_durable=False)

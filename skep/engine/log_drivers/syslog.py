@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from datetime import datetime
 from urllib.parse import urlsplit
 
-from skep.engine.container import Stream
+from skep.engine.containers.container import StandardStream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
-from skep.engine.log_drivers.message import Message
+from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.options import Options, refuse_unknown
 from skep.engine.log_drivers.transport import (
     ANYWHERE,
-    Connection,
-    Endpoint,
     Guard,
-    TlsFiles,
+    LogConnection,
+    RemoteAddress,
+    RemoteTlsFiles,
     connect,
     host_and_port,
 )
 from skep.errors import InvalidArgument
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 _KNOWN = frozenset(
     f"syslog-{name}"
@@ -66,7 +66,7 @@ class Syslog:
         )
         self._hostname = facts.hostname
         self.confirms_each = self._endpoints[0].network in ("udp", "unixgram")
-        self._connection: Connection | None = None
+        self._connection: LogConnection | None = None
 
     async def open(self) -> None:
         """Connect to the server.  Without an address, connect to the first existing syslog socket of the machine."""
@@ -79,7 +79,7 @@ class Syslog:
                 last = error
         raise last
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         if not message.line:
             return
         assert self._connection is not None, "it is open"
@@ -92,9 +92,9 @@ class Syslog:
         if self._connection is not None:
             self._connection.close()
 
-    def framed(self, message: Message) -> bytes:
+    def framed(self, message: LogMessage) -> bytes:
         """Encode ``message`` for the connection."""
-        severity = _ERROR if message.stream is Stream.STDERR else _INFORMATION
+        severity = _ERROR if message.stream is StandardStream.STDERR else _INFORMATION
         head = _head(
             self._format, (self._facility << 3) | severity, message.timestamp_ns, self._hostname, self._tag
         )
@@ -127,12 +127,12 @@ def _facility(text: str) -> int:
     raise InvalidArgument("invalid syslog facility")
 
 
-def _endpoints(options: Options) -> Sequence[Endpoint]:
+def _endpoints(options: Options) -> Sequence[RemoteAddress]:
     """Return the possible addresses of the server.  Raises: InvalidArgument."""
     address = options.get("syslog-address", "")
     if not address:
         return [
-            Endpoint(network=network, path=path)
+            RemoteAddress(network=network, path=path)
             for network in ("unixgram", "unix")
             for path in _LOCAL_SOCKETS
         ]
@@ -145,14 +145,14 @@ def _endpoints(options: Options) -> Sequence[Endpoint]:
     if parts.scheme in ("unix", "unixgram"):
         if not os.path.exists(parts.path):
             raise InvalidArgument(f"stat {parts.path}: no such file or directory")
-        return [Endpoint(network=parts.scheme, path=parts.path)]
+        return [RemoteAddress(network=parts.scheme, path=parts.path)]
     host, port = host_and_port(parts.netloc, _PORT)
     tls = None
     if parts.scheme == "tcp+tls":
-        tls = TlsFiles(
+        tls = RemoteTlsFiles(
             ca=options.get("syslog-tls-ca-cert", ""),
             certificate=options.get("syslog-tls-cert", ""),
             key=options.get("syslog-tls-key", ""),
             verifies="syslog-tls-skip-verify" not in options,
         )
-    return [Endpoint(network=parts.scheme.partition("+")[0], host=host, port=port, tls=tls)]
+    return [RemoteAddress(network=parts.scheme.partition("+")[0], host=host, port=port, tls=tls)]

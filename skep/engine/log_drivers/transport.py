@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from skep.api.gosyntax import parse_port
+from skep.api.formats.gosyntax import parse_port
 from skep.engine.log_drivers.message import Undeliverable
 from skep.errors import InvalidArgument
-from skep.linux.route_lookup import route_to
+from skep.linux.network.route_lookup import route_to
 
 CONNECT_S = 10.0
 """Time limit in seconds for one attempt to connect."""
@@ -27,7 +27,7 @@ FILE_BYTES_MAX = 1 << 20
 """Limit in bytes for a file with certificates or a key."""
 
 
-class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
+class RemoteTlsFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Files of a TLS connection.
 
     If they are empty, the system's authorities are trusted, and there is no client certificate.
@@ -43,7 +43,7 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Name that the server's certificate must have.  Empty to expect the name of the host."""
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+class RemoteAddress(msgspec.Struct, frozen=True, kw_only=True):
     """Address of a remote.
 
     ``network`` is udp, tcp or tls.  With unix or unixgram, there is a path instead of host and port.
@@ -53,7 +53,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     port: int = 0
     path: str = ""
-    tls: TlsFiles | None = None
+    tls: RemoteTlsFiles | None = None
 
 
 class Guard:
@@ -107,7 +107,7 @@ Through these interfaces, even unpublished ports of containers can be reached.
 """
 
 
-class Connection(Protocol):
+class LogConnection(Protocol):
     """An open connection."""
 
     async def send(self, data: bytes) -> None:
@@ -120,7 +120,7 @@ class Connection(Protocol):
         """Disconnect."""
 
 
-async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_S) -> Connection:
+async def connect(endpoint: RemoteAddress, guard: Guard, deadline_s: float = CONNECT_S) -> LogConnection:
     """Connect to an address that ``guard`` allows.  Raises: OSError."""
     async with asyncio.timeout(deadline_s):
         match endpoint.network:
@@ -138,7 +138,7 @@ async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_
 
 
 async def _resolve_allowed(
-    endpoint: Endpoint, kind: socket.SocketKind, guard: Guard
+    endpoint: RemoteAddress, kind: socket.SocketKind, guard: Guard
 ) -> Sequence[tuple[int, tuple[Any, ...]]]:
     """Return the families and addresses of an endpoint's host that ``guard`` allows.  Raises: OSError: none."""
     host = endpoint.host or "localhost"
@@ -156,7 +156,7 @@ async def _resolve_allowed(
     return found
 
 
-async def _stream(endpoint: Endpoint, addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> "_Stream":
+async def _stream(endpoint: RemoteAddress, addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> "_Stream":
     """Connect to the first of ``addresses`` that responds.  The name is not resolved again."""
     tls = endpoint.tls
     context = client_context(tls) if tls is not None else None
@@ -177,7 +177,7 @@ async def _stream(endpoint: Endpoint, addresses: Sequence[tuple[int, tuple[Any, 
     raise last
 
 
-def client_context(files: TlsFiles) -> ssl.SSLContext:
+def client_context(files: RemoteTlsFiles) -> ssl.SSLContext:
     """Return the TLS context.  Raises: OSError: a file cannot be used."""
     with _content(files.ca) as ca:
         if files.is_ca_alone:

@@ -17,9 +17,9 @@ from typing import TypeAlias
 import msgspec
 
 from skep.errors import SkepError
-from skep.model.addresses import parsed
-from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
+from skep.model.networks.addresses import parsed
+from skep.model.values.ids import NetworkId
 
 _Key: TypeAlias = tuple[NetworkId, int]
 """A network and an IP version.
@@ -35,7 +35,7 @@ class NoAddress(SkepError):
     """The network has no free address, or the requested address is not free."""
 
 
-class Usage(msgspec.Struct, frozen=True):
+class AddressUsage(msgspec.Struct, frozen=True):
     """Number of a network's used IPv4 addresses, and their total."""
 
     used: int
@@ -113,7 +113,7 @@ class AddressAllocations:
     def _is_full(self, key: _Key, network: Network) -> bool:
         return key in self._full and self._full[key] == network.ipam_options
 
-    def usage(self, network: Network) -> Usage:
+    def usage(self, network: Network) -> AddressUsage:
         """Return how full an allocated network is.  Cheap, because it is called for every task."""
         return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
@@ -207,10 +207,10 @@ def has_ipv6(network: Network) -> bool:
     return any(":" in config.subnet for config in configs)
 
 
-def usage_of(network: Network, used: int) -> Usage:
+def usage_of(network: Network, used: int) -> AddressUsage:
     """Return how full an allocated network is if ``used`` of its IPv4 addresses are allocated."""
     size = sum(pool.size for pool in _pools(network) if pool.version == 4)
-    return Usage(min(used, size), size)
+    return AddressUsage(min(used, size), size)
 
 
 class _Pool:

@@ -6,12 +6,12 @@ from skep.manager.allocator.addresses import AddressAllocations
 from skep.manager.allocator.nodes import occupies_networks
 from skep.manager.allocator.ports import PortAllocations
 from skep.manager.allocator.subnets import NetworkAllocations
-from skep.model.data_planes import is_docker_node
-from skep.model.ids import NetworkId, ServiceId, TaskId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.ids import NetworkId, ServiceId, TaskId
 from skep.store.interface import View
 
 

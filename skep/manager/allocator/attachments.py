@@ -14,16 +14,16 @@ import msgspec
 
 from skep.manager.allocator.addresses import NoAddress
 from skep.manager.allocator.subnets import has_addresses, is_allocated
-from skep.model.data_planes import is_overlay
-from skep.model.ids import NetworkId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_overlay
 from skep.model.service import NetworkAttachmentConfig, ServiceSpec
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NetworkId
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
 
-class Attached(msgspec.Struct, frozen=True):
+class AttachedTask(msgspec.Struct, frozen=True):
     """All networks of the task are ready."""
 
     attachments: tuple[NetworkAttachment, ...] = ()
@@ -36,7 +36,7 @@ class NotAttached(msgspec.Struct, frozen=True):
     network_id: NetworkId
 
 
-class Networks(msgspec.Struct, frozen=True, kw_only=True):
+class AttachableNetworks(msgspec.Struct, frozen=True, kw_only=True):
     """The data about the cluster's networks that is needed to attach a task."""
 
     find: Callable[[NetworkId], Network | None]
@@ -48,10 +48,10 @@ class Networks(msgspec.Struct, frozen=True, kw_only=True):
 
 def attachments_for(
     spec: ServiceSpec,
-    networks: Networks,
+    networks: AttachableNetworks,
     allocate: Callable[[Network, Sequence[str]], tuple[str, ...]],
     requested: Sequence[NetworkAttachment] = (),
-) -> Attached | NotAttached:
+) -> AttachedTask | NotAttached:
     """Return the attachments of a task with ``spec``, or the reason why it has to wait.
 
     Args:
@@ -77,7 +77,7 @@ def attachments_for(
         except NoAddress as error:
             return NotAttached(str(error), id)
         attachments.append(NetworkAttachment(network=network, addresses=given, aliases=wanted.aliases))
-    return Attached(tuple(attachments))
+    return AttachedTask(tuple(attachments))
 
 
 def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
@@ -93,7 +93,7 @@ def is_new(task: Task) -> bool:
     return task.status.state is TaskState.NEW and task.is_wanted
 
 
-def overlays_of(view: View, task: Task, networks: Networks) -> list[Network]:
+def overlays_of(view: View, task: Task, networks: AttachableNetworks) -> list[Network]:
     """Return the networks on which a new task will get an address."""
     wanted = wanted_networks(spec_or_template(view, task), networks.ingress)
     found = (networks.find(NetworkId(one.target)) for one in wanted)

@@ -6,13 +6,13 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.allocator.subnets import is_allocated
-from skep.manager.failures import ERROR_CHARACTERS_MAX
-from skep.model.ids import NodeId
+from skep.manager.control_loops.failures import ERROR_CHARACTERS_MAX
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.service import Endpoint, Service
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
-from skep.model.times import Timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
 
 PENDING = "pending task scheduling"
@@ -25,7 +25,7 @@ class AllocateSubnets(msgspec.Struct, frozen=True):
     network: Network
 
 
-class Claim(msgspec.Struct, frozen=True):
+class WriteClaims(msgspec.Struct, frozen=True):
     """Write the claim keys of a network that a leader of an earlier version allocated without such keys."""
 
     network: Network
@@ -45,7 +45,7 @@ class AttachNode(msgspec.Struct, frozen=True):
     attachments: tuple[NetworkAttachment, ...]
 
 
-class Release(msgspec.Struct, frozen=True):
+class ReleaseTask(msgspec.Struct, frozen=True):
     """Set the attachments of a task and release it to the scheduler."""
 
     task: Task
@@ -59,7 +59,7 @@ class Explain(msgspec.Struct, frozen=True):
     reason: str
 
 
-Change: TypeAlias = AllocateSubnets | Claim | AllocateEndpoint | AttachNode | Release | Explain
+Change: TypeAlias = AllocateSubnets | WriteClaims | AllocateEndpoint | AttachNode | ReleaseTask | Explain
 
 
 def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
@@ -70,7 +70,7 @@ def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
             if network is not None and not is_allocated(network):
                 state, addresses = wanted_network.driver_state, wanted_network.ipam_options
                 tx.put(replace(network, driver_state=state, ipam_options=addresses))
-        case Claim(wanted_network):
+        case WriteClaims(wanted_network):
             network = tx.lookup(Network, wanted_network.id)
             if network is not None:
                 tx.put(network)
@@ -82,7 +82,7 @@ def apply(tx: Transaction, change: Change, now: Timestamp) -> None:
             node = tx.lookup(Node, node_id)
             if node is not None:
                 tx.put(replace(node, attachments=attachments))
-        case Release(wanted_task, attachments):
+        case ReleaseTask(wanted_task, attachments):
             task = tx.lookup(Task, wanted_task.id)
             if task is not None and task.status.state is TaskState.NEW:
                 status = TaskStatus(timestamp=now, state=TaskState.PENDING, message=PENDING)

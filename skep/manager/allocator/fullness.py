@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import structlog
 
 from skep.manager.allocator.addresses import AddressAllocations
-from skep.model.data_planes import is_overlay
-from skep.model.ids import NetworkId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_overlay
+from skep.model.values.ids import NetworkId
 
 log = structlog.get_logger()
 

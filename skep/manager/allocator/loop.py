@@ -9,13 +9,13 @@ from skep.aio.time_slices import run_in_slices
 from skep.manager.allocator.changes import NETWORK, NODE, Change, apply
 from skep.manager.allocator.state import CLAIMS, ENDPOINTS, TASKS, AllocatorState
 from skep.manager.loop_driver import Decision, LoopDriver
-from skep.model.ids import IdSource
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import timestamp
+from skep.model.values.ids import IdSource
+from skep.model.values.times import timestamp
 from skep.store.interface import LoopStore
 
 KINDS = (Service, Task, Network, Node, Swarm)

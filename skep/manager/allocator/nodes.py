@@ -10,11 +10,11 @@ Source: swarmkit, manager/allocator/network.go (allocateNode); moby, daemon/clus
 
 from collections.abc import Callable, Iterable
 
-from skep.model.data_planes import is_docker_node, is_overlay
-from skep.model.ids import NetworkId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.node import Node, NodeState
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import NetworkId
 
 
 def networks_of_node(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from msgspec.structs import replace
 
 from skep.errors import SkepError
-from skep.model.ids import ServiceId
 from skep.model.service import (
     Endpoint,
     EndpointSpec,
@@ -22,6 +21,7 @@ from skep.model.service import (
     PublishMode,
     Service,
 )
+from skep.model.values.ids import ServiceId
 
 FIRST_DYNAMIC = 30000
 LAST_DYNAMIC = 32767

@@ -12,8 +12,8 @@ from skep.aio.clock import Clock
 from skep.manager.allocator.addresses import NoAddress
 from skep.manager.allocator.allocations import Allocations, node_owner, service_owner
 from skep.manager.allocator.attachments import (
-    Attached,
-    Networks,
+    AttachableNetworks,
+    AttachedTask,
     NotAttached,
     attachments_for,
     is_new,
@@ -27,9 +27,9 @@ from skep.manager.allocator.changes import (
     AllocateSubnets,
     AttachNode,
     Change,
-    Claim,
     Explain,
-    Release,
+    ReleaseTask,
+    WriteClaims,
     network_key,
     node_key,
 )
@@ -39,21 +39,21 @@ from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.unreadable_addresses import Unread, check_known
 from skep.manager.allocator.virtual_ips import virtual_ips_for
-from skep.manager.allocator.waiting import Waiting
+from skep.manager.allocator.waiting import WaitingTasks
 from skep.manager.cluster import reserved_ports_of
-from skep.manager.failures import Failures, for_each_isolated
-from skep.manager.informer import batches_of
+from skep.manager.control_loops.failures import Failures, for_each_isolated
+from skep.manager.control_loops.informer import batches_of
+from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.loop_driver import Decision
-from skep.manager.work_queue import WorkQueue
-from skep.model.data_planes import is_docker_node
-from skep.model.ids import NetworkId, ServiceId, TaskId
-from skep.model.labels import priority_of
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_docker_node
+from skep.model.networks.routes import differ_in_routes, routes_of, routes_of_all
 from skep.model.node import Node
-from skep.model.routes import differ_in_routes, routes_of, routes_of_all
+from skep.model.options.labels import priority_of
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.ids import NetworkId, ServiceId, TaskId
 from skep.store.interface import (
     Commit,
     Created,
@@ -85,7 +85,7 @@ class AllocatorState:
         self.queue: WorkQueue[str] = WorkQueue(clock, self._priority_of)
         self.failures = Failures(clock, random)
         self.allocations = Allocations()
-        self._waiting = Waiting()
+        self._waiting = WaitingTasks()
         self._unclaimed: set[NetworkId] = set()
         """Networks that were allocated before this term, and are not claimed in it yet."""
         self._unallocated: dict[NetworkId, str] = {}
@@ -97,7 +97,7 @@ class AllocatorState:
     def start(self, snapshot: View) -> Iterator[None]:
         """Load all objects, with pauses.  Commits in between are loaded with their newest state too."""
         self.allocations = Allocations()
-        self._waiting = Waiting()
+        self._waiting = WaitingTasks()
         self._unallocated.clear()
         self._unread.clear()
         self._unclaimed = {one.id for one in snapshot.find(Network) if is_allocated(one)}
@@ -263,7 +263,7 @@ class AllocatorState:
         network = self._view().lookup(Network, id)
         if network is not None and (id in self._unclaimed or self.failures.write_failure(CLAIMS, key)):
             self._unclaimed.discard(id)
-            yield Claim(network)
+            yield WriteClaims(network)
 
     def subnets(self, key: str) -> Decision[Change]:
         """Yield the allocation of a network that has none yet."""
@@ -288,7 +288,7 @@ class AllocatorState:
             self.allocations.enter_network(given)
             yield AllocateSubnets(given)
 
-    def endpoint(self, key: str, networks: Networks) -> Decision[Change]:
+    def endpoint(self, key: str, networks: AttachableNetworks) -> Decision[Change]:
         """Yield the endpoint of a service, if it has to change."""
         view, service_id = self._view(), ServiceId(key)
         service = view.lookup(Service, service_id)
@@ -317,7 +317,7 @@ class AllocatorState:
             self._on_released(self.allocations.enter_service(replace(service, endpoint=endpoint)))
             yield AllocateEndpoint(service, endpoint)
 
-    def attachments(self, key: str, networks: Networks) -> Decision[Change]:
+    def attachments(self, key: str, networks: AttachableNetworks) -> Decision[Change]:
         """Yield a node's own attachments, if they have to change."""
         view, node_id = self._view(), key.removeprefix(NODE)
         node = view.lookup(Node, node_id)
@@ -386,7 +386,7 @@ class AllocatorState:
         """Return the services whose new tasks are checked next, at most ``limit``."""
         return self._waiting.turns(limit)
 
-    def releases(self, key: str, networks: Networks, limit: int) -> Decision[Change]:
+    def releases(self, key: str, networks: AttachableNetworks, limit: int) -> Decision[Change]:
         """Yield a change for each of the service's next new tasks: its release to the scheduler, or its reason to wait.
 
         At most ``limit`` tasks are checked.
@@ -399,7 +399,7 @@ class AllocatorState:
             self._waiting.end(service_id)  # it begins again when the failure is retried
             raise
 
-    def _checked(self, service_id: ServiceId, id: TaskId, networks: Networks) -> Change | None:
+    def _checked(self, service_id: ServiceId, id: TaskId, networks: AttachableNetworks) -> Change | None:
         view = self._view()
         task = view.lookup(Task, id)
         if task is None or not is_new(task):
@@ -416,7 +416,7 @@ class AllocatorState:
         network = self._view().lookup(Network, id)
         return network is not None and self.allocations.addresses.is_full(network)
 
-    def release(self, view: View, task: Task, networks: Networks) -> Change:
+    def release(self, view: View, task: Task, networks: AttachableNetworks) -> Change:
         """Return the release of a new task, or its reason to wait."""
         if has_unknown_spec(view, task):
             return Explain(task, UNKNOWN_SPEC)
@@ -428,9 +428,9 @@ class AllocatorState:
             return self._allocate_for(task.id, task.service_id, network, allocate_one)
 
         match attachments_for(spec, networks, allocate, task.networks_attachments):
-            case Attached(attachments):
+            case AttachedTask(attachments):
                 self._fullness.check((one.network for one in attachments), self.allocations.addresses)
-                return Release(task, attachments)
+                return ReleaseTask(task, attachments)
             case NotAttached(reason, network_id):
                 self.allocations.leave_task(task.id)
                 self.allocations.enter_task(task)  # it has addresses if only its status is unreadable
@@ -441,11 +441,11 @@ class AllocatorState:
                         self._waiting.park(task.service_id, task.id, network_id)
                 return Explain(task, reason)
 
-    def networks(self) -> Networks:
+    def networks(self) -> AttachableNetworks:
         """Return the networks, with an ingress network that is not allocated yet: tasks have to wait for it."""
         known = self._view().find(Network)
         ingress = next((one for one in known if one.spec.ingress), None)
-        return Networks(
+        return AttachableNetworks(
             find=lambda network_id: self._view().lookup(Network, network_id),
             ingress=ingress,
             failure=lambda network_id: self._unallocated.get(network_id, "not yet"),
@@ -467,7 +467,7 @@ class AllocatorState:
                     self.allocations.enter_network(current)
             case AllocateEndpoint(service):
                 self._update_service(service.id)
-            case Release(task):
+            case ReleaseTask(task):
                 self._update_task(task)
                 written = self._view().lookup(Task, task.id)
                 if written is None or not is_new(written):
@@ -476,7 +476,7 @@ class AllocatorState:
                 node = self._view().lookup(Node, node_id)
                 if node is not None:
                     self._on_released(self.allocations.enter_node(node))
-            case Explain() | Claim():
+            case Explain() | WriteClaims():
                 pass
 
 

@@ -20,12 +20,12 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_interface
 from msgspec.structs import replace
 
 from skep.errors import SkepError
-from skep.model.data_planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay, plane_of
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
-from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, vxlan_ids
-from skep.model.routes import Subnet, overlap
+from skep.model.networks.data_planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay, plane_of
+from skep.model.networks.overlays import VXLAN_ID_MAX, VXLAN_OPTION, vxlan_ids
+from skep.model.networks.routes import Subnet, overlap
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 
 FIRST_VXLAN_ID = 4096
 """Lowest VXLAN id, as in Docker (ovmanager)."""

@@ -9,13 +9,13 @@ from skep.manager.allocator.addresses import NoAddress
 from skep.manager.allocator.allocations import node_owner, service_owner
 from skep.manager.allocator.attachments import spec_or_template, wanted_networks
 from skep.manager.allocator.nodes import occupies_networks
-from skep.model.data_planes import is_docker_node
-from skep.model.dependencies import WAITS_FOR
-from skep.model.ids import NetworkId, ServiceId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Node
+from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
+from skep.model.values.ids import NetworkId, ServiceId
 from skep.store.interface import View
 from skep.store.kinds import SpecVersion, has_unknown_spec
 

@@ -6,18 +6,18 @@ Source: swarmkit, manager/allocator/cnmallocator/networkallocator.go (AllocateSe
 from collections.abc import Callable
 
 from skep.manager.allocator.addresses import has_ipv6
-from skep.manager.allocator.attachments import Networks, wanted_networks
+from skep.manager.allocator.attachments import AttachableNetworks, wanted_networks
 from skep.manager.allocator.subnets import has_addresses
-from skep.model.data_planes import is_overlay
-from skep.model.ids import NetworkId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_overlay
 from skep.model.service import EndpointVirtualIP, Service
+from skep.model.values.ids import NetworkId
 
 DNS_ROUND_ROBIN = "dnsrr"
 
 
 def virtual_ips_for(
-    service: Service, networks: Networks, allocate: Callable[[Network, int], str]
+    service: Service, networks: AttachableNetworks, allocate: Callable[[Network, int], str]
 ) -> tuple[EndpointVirtualIP, ...]:
     """Return the virtual addresses that ``service`` should have: its existing ones, and new ones where they are
     missing.

@@ -8,10 +8,10 @@ service of 100,000 tasks does not delay the others.
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from skep.model.ids import NetworkId, ServiceId, TaskId
+from skep.model.values.ids import NetworkId, ServiceId, TaskId
 
 
-class Waiting:
+class WaitingTasks:
     """New tasks by service, and keys of the work queue by the network that they wait for."""
 
     def __init__(self) -> None:

@@ -19,10 +19,10 @@ from math import ceil
 
 import msgspec
 
-from skep.model.autoscaling import Autoscaling, TaskUsage, memory_of_a_task, nano_cpus_of_a_task
-from skep.model.ids import TaskId
+from skep.model.options.autoscaling import Autoscaling, TaskUsage, memory_of_a_task, nano_cpus_of_a_task
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import TaskId
 
 PERIOD_S = 15.0
 """Seconds between two decisions about a service."""
@@ -70,7 +70,7 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class History:
+class Recommendations:
     """The recommendations of one leader for one service.  Finds the maximum within a window in amortized constant
     time.
     """
@@ -97,7 +97,7 @@ class History:
         return self._falling[0][1]
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
+class ScalingDecision(msgspec.Struct, frozen=True, kw_only=True):
     """The number of ``replicas`` to write, or None to keep the current one, with the ``reason``."""
 
     replicas: int | None
@@ -177,26 +177,26 @@ def blocked(service: Service) -> str:
 
 
 def decide(
-    service: Service, scaling: Autoscaling, readings: Readings, history: History, now: float
-) -> Decision:
+    service: Service, scaling: Autoscaling, readings: Readings, history: Recommendations, now: float
+) -> ScalingDecision:
     """Decide about one service at ``now`` (monotonic seconds), and record the recommendation in ``history``."""
     present = service.spec.replicas
     if why := blocked(service):
         history.add(present, now)
-        return Decision(replicas=None, reason=why)
+        return ScalingDecision(replicas=None, reason=why)
     if (clamped := scaling.clamped(present)) != present:
         history.add(clamped, now)
-        return Decision(
+        return ScalingDecision(
             replicas=clamped, reason=f"{present} is outside the range {scaling.least} to {scaling.most}"
         )
     asked = recommendation(present, scaling, readings)
     history.add(asked.replicas, now)
     if asked.replicas > present:
-        return Decision(replicas=min(asked.replicas, GROWTH_MAX * present), reason=asked.reason)
+        return ScalingDecision(replicas=min(asked.replicas, GROWTH_MAX * present), reason=asked.reason)
     lowest = history.largest(scaling.down_after_s, now)
     if lowest < present:
-        return Decision(replicas=lowest, reason=asked.reason)
-    return Decision(replicas=None, reason=held(asked, present, scaling, readings))
+        return ScalingDecision(replicas=lowest, reason=asked.reason)
+    return ScalingDecision(replicas=None, reason=held(asked, present, scaling, readings))
 
 
 def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:

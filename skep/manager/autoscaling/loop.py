@@ -11,12 +11,12 @@ from skep.manager.autoscaling.decision import (
     PERIOD_S,
 )
 from skep.manager.autoscaling.state import AutoscalerState, AutoscalingCounts, Quota, Scaling, write_replicas
-from skep.manager.failures import isolated
-from skep.manager.informer import run_informer
-from skep.model.autoscaling import TaskUsage
-from skep.model.ids import TaskId
+from skep.manager.control_loops.failures import isolated
+from skep.manager.control_loops.informer import run_informer
+from skep.model.options.autoscaling import TaskUsage
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import TaskId
 from skep.store.interface import LoopStore, NotLeader, Transaction
 
 log = structlog.get_logger(__name__)

@@ -13,18 +13,18 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.manager.autoscaling.decision import (
     SETTLE_S,
-    Decision,
-    History,
+    Recommendations,
+    ScalingDecision,
     blocked,
     decide,
     readings_of,
 )
-from skep.manager.failures import isolated
-from skep.model.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
-from skep.model.ids import ServiceId, TaskId
+from skep.manager.control_loops.failures import isolated
+from skep.model.options.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
 from skep.model.service import Autoscaled, Service, ServiceSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 
 WithinQuota = Callable[[View, Service, int], tuple[int, str]]
@@ -74,7 +74,7 @@ class AutoscalerState:
         self._clock = clock
         self._quota = quota
         self._counts = counts
-        self.services: dict[ServiceId, History | None] = {}
+        self.services: dict[ServiceId, Recommendations | None] = {}
         """History of each autoscaled service, or None before its first decision."""
         self._running_since: dict[TaskId, float] = {}
         """When this leader first saw tasks of these services running, on its monotonic clock."""
@@ -141,10 +141,10 @@ class AutoscalerState:
         scaling: Autoscaling,
         usages: Mapping[TaskId, TaskUsage],
         now: float,
-    ) -> Decision:
+    ) -> ScalingDecision:
         present, history = service.spec.replicas, self.services[service.id]
         if history is None or history.expected != present:  # set by a user, so it stays for a window
-            history = self.services[service.id] = History(present, now)
+            history = self.services[service.id] = Recommendations(present, now)
 
         def has_settled(id: TaskId) -> bool:
             return now - self._running_since.get(id, now) >= SETTLE_S

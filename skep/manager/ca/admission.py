@@ -12,14 +12,14 @@ from skep.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from skep.manager.job_runs import joined_at
-from skep.manager.revocation import is_foreign
-from skep.model.ids import NodeId
+from skep.manager.nodes.revocation import is_foreign
+from skep.manager.services.job_runs import joined_at
 from skep.model.node import Availability, IssuedSerial, Node, NodeCertificate, NodeRole, NodeSpec
 from skep.model.swarm import RENEW_WINDOW_LABEL, Swarm, SwarmSpec
-from skep.model.times import SECOND_NS, Timestamp, duration_ns, timestamp, unix_ns
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS, Timestamp, duration_ns, timestamp, unix_ns
 from skep.security.authority import NODE_LIFETIME, NODE_LIFETIME_MIN
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.tokens import role_of
 from skep.security.trust import issuer_digest
 from skep.store.interface import Transaction, View
@@ -39,7 +39,7 @@ All of them are recorded, because a certificate that is not recorded could not b
 """
 
 
-def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
+def renewing_identity(view: View, swarm: Swarm, caller: NodeIdentity) -> NodeIdentity:
     """Return the identity for a node's next certificate: its own, with its current role.
 
     Raises:
@@ -54,10 +54,10 @@ def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
             f"Permission denied: this certificate in the name of node {caller.node_id} does not belong to it"
         )
     role = node.certificate.role if node.certificate is not None else caller.role
-    return Identity(node_id=node.id, cluster_id=swarm.id, role=role)
+    return NodeIdentity(node_id=node.id, cluster_id=swarm.id, role=role)
 
 
-def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) -> Identity:
+def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) -> NodeIdentity:
     """Return the identity of a machine that joins with ``token``.
 
     Raises:
@@ -72,7 +72,7 @@ def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) 
                 "this cluster takes Docker engines as workers only: join with the worker token instead"
             )
         case role:
-            return Identity(node_id=NodeId(new_id), cluster_id=swarm.id, role=role)
+            return NodeIdentity(node_id=NodeId(new_id), cluster_id=swarm.id, role=role)
 
 
 def lifetime_of(swarm: Swarm) -> timedelta:
@@ -91,7 +91,7 @@ def renew_window_of(spec: SwarmSpec) -> timedelta:
 class Issued(msgspec.Struct, frozen=True, kw_only=True):
     """A certificate that was just signed."""
 
-    identity: Identity
+    identity: NodeIdentity
     availability: Availability
     csr_pem: bytes
     certificate_pem: bytes

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import structlog
 
 from skep.errors import PermissionDenied, Unavailable
-from skep.manager.revocation import is_foreign, is_revoked, removal_of
-from skep.model.ids import NodeId
+from skep.manager.nodes.revocation import is_foreign, is_revoked, removal_of
 from skep.model.node import Node, NodeRole
-from skep.security.identity import Identity
+from skep.model.values.ids import NodeId
+from skep.security.identity import NodeIdentity
 from skep.store.interface import View
 from skep.store.kinds import Revocation
-from skep.wire.methods import Access
+from skep.wire.methods import MethodAccess
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class CallerCheck:
         self._unknown: dict[NodeId, float] = {}
         """Unknown callers with the times of their first calls, in this order."""
 
-    def require(self, identity: Identity, access: Access) -> None:
+    def require(self, identity: NodeIdentity, access: MethodAccess) -> None:
         """Check a caller.
 
         Raises:
@@ -63,7 +63,7 @@ class CallerCheck:
         if not check_caller(self._view(), identity, access):
             self._check_unknown(identity, access)
 
-    def _check_unknown(self, identity: Identity, access: Access) -> None:
+    def _check_unknown(self, identity: NodeIdentity, access: MethodAccess) -> None:
         now = self._now()
         if identity.node_id not in self._unknown:
             while len(self._unknown) >= UNKNOWN_MAX:
@@ -76,11 +76,11 @@ class CallerCheck:
                 role=identity.role.value,
             )
             raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
-        if access is Access.MANAGER:
+        if access is MethodAccess.MANAGER:
             raise Unavailable(f"node {identity.node_id} is not known to this manager yet: try again")
 
 
-def check_caller(view: View, identity: Identity, access: Access) -> bool:
+def check_caller(view: View, identity: NodeIdentity, access: MethodAccess) -> bool:
     """Return whether this manager knows the node.
 
     Raises:
@@ -99,7 +99,7 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
         raise PermissionDenied(
             f"Permission denied: the revocations of node {identity.node_id} cannot be read"
         )
-    if access is Access.NODE or node is None:
+    if access is MethodAccess.NODE or node is None:
         return node is not None or identity.node_id in view.unreadable(Node)
     if not is_manager(node):
         raise PermissionDenied(f"Permission denied: node {identity.node_id} is not a manager of the swarm")

@@ -14,7 +14,7 @@ from cryptography import x509
 from skep.manager.ca.admission import lifetime_of
 from skep.model.node import Node
 from skep.model.swarm import Swarm
-from skep.model.times import moment, unix_ns
+from skep.model.values.times import moment, unix_ns
 from skep.security.authority import BACKDATE
 from skep.store.interface import View
 

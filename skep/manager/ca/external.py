@@ -18,7 +18,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, Unavailable, reason_of
 from skep.model.swarm import CAConfig, Swarm
-from skep.model.times import moment
+from skep.model.values.times import moment
 from skep.security.authority import Authority, pem
 from skep.security.external import (
     RESPONSE_BYTES_MAX,
@@ -31,7 +31,7 @@ from skep.security.external import (
     urls_of,
 )
 from skep.security.keypair import KeyPair
-from skep.security.rotation import NextRoot, Prepared, Roots, is_about_roots, needed, prepared_root
+from skep.security.rotation import NextRoot, PreparedRoots, Roots, is_about_roots, needed, prepared_root
 from skep.security.tls import external_context
 
 log = structlog.get_logger(__name__)
@@ -174,7 +174,7 @@ class ExternalAuthorities:
         roots: Roots,
         config: CAConfig,
         create: Callable[[], Authority] = root_with_a_name_of_its_own,
-    ) -> Prepared:
+    ) -> PreparedRoots:
         """Request from external authorities what a change of the roots needs (``security.rotation``).
 
         Raises:
@@ -183,7 +183,7 @@ class ExternalAuthorities:
         """
         check_external_authorities(config)
         if not is_about_roots(swarm.spec.ca_config, config):
-            return Prepared()
+            return PreparedRoots()
         is_forced = config.force_rotate != swarm.spec.ca_config.force_rotate
         needs = needed(roots, config, is_forced=is_forced)
         reachable = frozenset(
@@ -194,10 +194,10 @@ class ExternalAuthorities:
             ]
         )
         if not needs.cross_sign or roots.root_pem not in reachable:
-            return Prepared(reachable=reachable)
+            return PreparedRoots(reachable=reachable)
         now = moment(self._clock.now_ns())
         wanted = prepared_root(config, now, create)
-        return Prepared(reachable=reachable, next=await self._cross_signed(wanted, roots, config, now))
+        return PreparedRoots(reachable=reachable, next=await self._cross_signed(wanted, roots, config, now))
 
     async def _cross_signed(
         self, wanted: Authority, roots: Roots, config: CAConfig, now: datetime

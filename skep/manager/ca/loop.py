@@ -10,11 +10,11 @@ from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import SkepError
 from skep.manager.ca.rotation import Finish, Renewal, RequestRenewals, finish, next_step, request_renewal
-from skep.manager.informer import run_informer
-from skep.manager.revocation import expired, forget
-from skep.model.ids import IdSource, NodeId
+from skep.manager.control_loops.informer import run_informer
+from skep.manager.nodes.revocation import expired, forget
 from skep.model.node import Node
 from skep.model.swarm import Swarm
+from skep.model.values.ids import IdSource, NodeId
 from skep.store.interface import Commit, LoopStore, NotLeader, View
 from skep.store.kinds import Revocation
 

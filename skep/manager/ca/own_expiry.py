@@ -15,9 +15,9 @@ from skep.errors import SkepError
 from skep.manager.ca.admission import Issued, lifetime_of, record_issue, renewing_identity
 from skep.manager.ca.authority import authority_of
 from skep.manager.cluster import cluster_of
-from skep.manager.revocation import issue_not_before_s
+from skep.manager.nodes.revocation import issue_not_before_s
 from skep.model.node import Availability
-from skep.model.times import moment
+from skep.model.values.times import moment
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.reloading import KeyPairFiles

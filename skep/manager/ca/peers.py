@@ -7,8 +7,8 @@ restart one after another, the leader's member last, and each only if the others
 
 from collections.abc import Iterable, Sequence
 
-from skep.model.ids import NodeId
 from skep.model.node import Node
+from skep.model.values.ids import NodeId
 
 SETTLED_S = 3.0
 """Seconds between the restarts of two members.  The first needs time to connect, and perhaps for an election."""

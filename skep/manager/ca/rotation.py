@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from skep.manager.cluster import cluster_of
-from skep.model.ids import IdSource, NodeId
 from skep.model.node import Node, NodeState
 from skep.model.swarm import JoinTokens, Swarm
+from skep.model.values.ids import IdSource, NodeId
 from skep.security.tokens import join_token
 from skep.security.trust import is_issued_by, tls_info
 from skep.store.interface import Transaction

@@ -22,12 +22,12 @@ from skep.manager.ca.admission import (
 from skep.manager.ca.authority import root_bundle_of
 from skep.manager.ca.signing import CertificateSigner
 from skep.manager.cluster import cluster_of
-from skep.model.data_planes import DOCKER, SKEP
-from skep.model.ids import IdSource, NodeId
+from skep.model.networks.data_planes import DOCKER, SKEP
 from skep.model.node import Availability
-from skep.model.times import moment
+from skep.model.values.ids import IdSource, NodeId
+from skep.model.values.times import moment
 from skep.security.expiry import proven_identity
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -118,7 +118,7 @@ class CertificateService:
 
     async def _sign(
         self,
-        identity: Identity,
+        identity: NodeIdentity,
         csr_pem: bytes,
         caller: Caller,
         plane: str,

@@ -17,19 +17,19 @@ from skep.manager.ca.admission import lifetime_of
 from skep.manager.ca.authority import authority_of
 from skep.manager.ca.external import ALL_S, ExternalAuthorities
 from skep.manager.cluster import cluster_of
-from skep.manager.revocation import issue_not_before_s
-from skep.model.ids import NodeId
-from skep.model.times import moment
+from skep.manager.nodes.revocation import issue_not_before_s
+from skep.model.values.ids import NodeId
+from skep.model.values.times import moment
 from skep.security.authority import pem, requested_key
 from skep.security.external import checked_node_certificate, node_request, signing_urls
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Store, View
 from skep.store.kinds import Revocation
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from skep.wire.convert.node import role_from_pb, role_to_pb
 from skep.wire.service import Handler, unary
 
@@ -60,7 +60,7 @@ class CertificateSigner:
         store: Store,
         own: NodeId,
         external: ExternalAuthorities,
-        channel: Callable[[NodeId], Channel],
+        channel: Callable[[NodeId], ManagerChannel],
         clock: Clock,
     ) -> None:
         self._store = store
@@ -73,7 +73,7 @@ class CertificateSigner:
         """Return the handlers for ``wire.server.serve``."""
         return (unary(methods.SIGN_EXTERNALLY, self._sign_for_manager),)
 
-    async def sign(self, csr_pem: bytes, identity: Identity) -> Signed:
+    async def sign(self, csr_pem: bytes, identity: NodeIdentity) -> Signed:
         """Return a certificate of ``identity`` for the key in a request.
 
         Raises:
@@ -105,7 +105,7 @@ class CertificateSigner:
     ) -> skep.SignExternallyResponse:
         if self._store.leader != self._own:
             raise Unavailable("this manager is no longer the leader, which calls the external CA: try again")
-        identity = Identity(
+        identity = NodeIdentity(
             node_id=NodeId(request.node_id),
             cluster_id=cluster_of(self._store.view()).id,
             role=role_from_pb(request.role),
@@ -114,7 +114,7 @@ class CertificateSigner:
         log.info("certificate signed for another manager", node=identity.node_id, manager=caller.node_id)
         return skep.SignExternallyResponse(certificate=signed.certificate_pem)
 
-    async def _sign_externally(self, csr_pem: bytes, identity: Identity) -> Signed:
+    async def _sign_externally(self, csr_pem: bytes, identity: NodeIdentity) -> Signed:
         view = self._store.view()
         swarm, key = cluster_of(view), requested_key(csr_pem)
         present, rotation = swarm.tls_info.trust_root, swarm.rotation
@@ -134,5 +134,5 @@ class CertificateSigner:
         return moment(self._clock.now_ns())
 
 
-def _not_before_s(view: View, identity: Identity) -> int:
+def _not_before_s(view: View, identity: NodeIdentity) -> int:
     return issue_not_before_s(view.lookup(Revocation, identity.node_id))

@@ -19,14 +19,14 @@ from skep.manager.ca.caller_check import is_manager
 from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import RestartTurn
-from skep.manager.informer import observe_commits, run_informer
-from skep.manager.revocation import is_foreign, is_revoked, revoke_others
-from skep.model.ids import NodeId
+from skep.manager.control_loops.informer import observe_commits, run_informer
+from skep.manager.nodes.revocation import is_foreign, is_revoked, revoke_others
 from skep.model.node import Node
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS, moment
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS, moment
 from skep.security import keypair
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.reloading import KeyPairFiles
 from skep.security.tls import ServerTls
@@ -42,7 +42,7 @@ CHECK_EVERY_S = 5.0
 WARN_EVERY_S = 24 * 3600.0
 """Seconds between two warnings about the same certificate."""
 
-Disconnect = Callable[[Callable[[Identity], bool]], None]
+Disconnect = Callable[[Callable[[NodeIdentity], bool]], None]
 """Ends the connections of callers for which the predicate is true."""
 
 
@@ -260,7 +260,7 @@ def _window_ns(swarm: Swarm) -> int:
     return round(renew_window_of(swarm.spec).total_seconds()) * SECOND_NS
 
 
-def _acts_as_manager(peer: Identity) -> bool:
+def _acts_as_manager(peer: NodeIdentity) -> bool:
     return peer.role.value == "manager"
 
 

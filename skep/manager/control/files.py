@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from skep.api.access.permissions import STACK_LABEL
 from skep.api.errors import Untranslated
-from skep.api.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
 from skep.manager.control.deploys import replace_deploys
-from skep.manager.control.names import check_file_name
 from skep.manager.control.quotas import check_file_quota
-from skep.manager.job_runs import runs_with
-from skep.model.access import Binding, Identity, parse_binding, weaker
-from skep.model.ids import ConfigId, IdSource, SecretId
-from skep.model.labels import STACK_REVISION
-from skep.model.meta import Version
+from skep.manager.control.validation.names import check_file_name
+from skep.manager.services.job_runs import runs_with
+from skep.model.options.labels import STACK_REVISION
+from skep.model.permissions.access import Binding, Identity, parse_binding, weaker
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
-from skep.model.times import Timestamp
+from skep.model.values.ids import ConfigId, IdSource, SecretId
+from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import InUse, Transaction
 from skep.store.kinds import Payload

@@ -4,12 +4,12 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from skep.manager.control.services import check_files
-from skep.manager.job_runs import has_failed, is_going, retried, started, started_plainly
-from skep.model.ids import ServiceId
+from skep.manager.services.job_runs import has_failed, is_going, retried, started, started_plainly
 from skep.model.needs import references_of
 from skep.model.network import Network
 from skep.model.service import JobStart, Service
-from skep.model.times import Timestamp
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import as_run, has_unreadable_run
 from skep.store.level import SCHEDULES

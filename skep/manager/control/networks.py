@@ -7,19 +7,16 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from skep.api.networks import PREDEFINED_LABEL
-from skep.api.permissions import STACK_LABEL
+from skep.api.access.permissions import STACK_LABEL
+from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SubnetTaken, Unavailable
-from skep.manager.control.network_specs import (
+from skep.manager.control.quotas import check_network_quota
+from skep.manager.control.validation.network_specs import (
     SUBNETS_MAX,
     check_network_spec,
     check_subnets,
 )
-from skep.manager.control.quotas import check_network_quota
-from skep.manager.job_runs import runs_with
-from skep.model.data_planes import is_overlay
-from skep.model.ids import IdSource, NetworkId
-from skep.model.meta import Driver
+from skep.manager.services.job_runs import runs_with
 from skep.model.network import (
     OVERLAP_LABEL,
     IPAMConfig,
@@ -29,12 +26,15 @@ from skep.model.network import (
     is_ingress,
     subnet_of,
 )
+from skep.model.networks.data_planes import is_overlay
+from skep.model.networks.overlays import vxlan_ids
+from skep.model.networks.routes import Subnet, overlap, route_overlaps
 from skep.model.node import Node
-from skep.model.overlays import vxlan_ids
-from skep.model.routes import Subnet, overlap, route_overlaps
 from skep.model.service import PublishMode, Service
 from skep.model.task import Task
-from skep.model.times import Timestamp
+from skep.model.values.ids import IdSource, NetworkId
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 
 _NODE_LOCAL = ("bridge", "host")

@@ -11,14 +11,14 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
-from skep.manager.revocation import revoke
-from skep.model.data_planes import is_docker_node
-from skep.model.encoding import ApiObject, always
-from skep.model.ids import NodeId
-from skep.model.meta import Version
+from skep.manager.nodes.revocation import revoke
+from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
 from skep.model.volume import Volume
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.manager.cluster import cluster_of
-from skep.model.encoding import ApiObject
 from skep.model.network import Network, subnet_of
+from skep.model.networks.routes import Subnet, overlap, routes_of
 from skep.model.node import Node
-from skep.model.routes import Subnet, overlap, routes_of
 from skep.model.swarm import Swarm
+from skep.model.values.encoding import ApiObject
 from skep.store.interface import Transaction, View
 
 POOLS_MAX = 64

@@ -4,10 +4,10 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from skep.manager.control.new_objects import stack_of
-from skep.manager.quotas import (
+from skep.manager.control.validation.new_objects import stack_of
+from skep.manager.services.quotas import (
     BOUNDS,
-    Usage,
+    StackUsage,
     claim,
     claim_service,
     quota_of,
@@ -15,12 +15,12 @@ from skep.manager.quotas import (
     usage_of_network,
     usage_of_stack,
 )
-from skep.model.ids import IdSource, QuotaId
 from skep.model.network import Network, NetworkSpec
 from skep.model.quota import QuotaSpec, QuotaState, StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.times import Timestamp
+from skep.model.values.ids import IdSource, QuotaId
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.level import USERS
 
@@ -32,7 +32,7 @@ def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = No
 
 def check_network_quota(tx: Transaction, spec: NetworkSpec, present: Network | None = None) -> None:
     """Check a network against its stack's quota.  Raises: PermissionDenied."""
-    before = usage_of_network(tx, present.spec, present) if present is not None else Usage()
+    before = usage_of_network(tx, present.spec, present) if present is not None else StackUsage()
     wanted = usage_of_network(tx, spec, present)
     _require(claim(tx, stack_of(spec.labels), before, wanted, id=present.id if present is not None else ""))
 
@@ -47,7 +47,7 @@ def check_file_quota(
     stack = stack_of(spec.labels)
     if present is not None and stack_of(present.spec.labels) == stack:
         return
-    _require(claim(tx, stack, Usage(), usage_of_file(spec, data_bytes)))
+    _require(claim(tx, stack, StackUsage(), usage_of_file(spec, data_bytes)))
 
 
 def _require(why: str) -> None:

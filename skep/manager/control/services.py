@@ -23,21 +23,18 @@ from skep.errors import (
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.quotas import check_quota
-from skep.manager.control.service_rules import check_service_spec
-from skep.manager.dependents import check_dependencies, restart_dependents
-from skep.manager.job_runs import first_job, next_job
-from skep.manager.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
-from skep.manager.removal import hide_service
-from skep.manager.trust import trusted_after
-from skep.model.autoscaling import with_number_kept
-from skep.model.ids import IdSource, ServiceId
-from skep.model.labels import FORMER_VOLUMES, VOLUME_AFFINITY
-from skep.model.meta import Version
-from skep.model.name_generator import NameSource, free_name
+from skep.manager.control.validation.service_rules import check_service_spec
+from skep.manager.nodes.trust import trusted_after
+from skep.manager.services.dependents import check_dependencies, restart_dependents
+from skep.manager.services.job_runs import first_job, next_job
+from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
+from skep.manager.services.removal import hide_service
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
-from skep.model.rights import allowed_by, rights_of, rights_text
-from skep.model.schedules import CRON
+from skep.model.options.autoscaling import with_number_kept
+from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY
+from skep.model.options.schedules import CRON
+from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     NetworkAttachmentConfig,
@@ -48,7 +45,10 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.times import Timestamp
+from skep.model.values.ids import IdSource, ServiceId
+from skep.model.values.meta import Version
+from skep.model.values.name_generator import NameSource, free_name
+from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id

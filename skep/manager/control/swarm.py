@@ -11,14 +11,12 @@ from datetime import datetime
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.swarm_requests import check_swarm_name, merged_spec
+from skep.api.formats.swarm_requests import check_swarm_name, merged_spec
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
 from skep.manager.cluster import cluster_of, etcds_behind, has_etcd_behind, is_node_behind
 from skep.manager.control.networks import first_networks
-from skep.model.ids import IdSource
-from skep.model.labels import check_swarm_labels
-from skep.model.meta import Version
 from skep.model.node import Node, NodeState
+from skep.model.options.labels import check_swarm_labels
 from skep.model.swarm import (
     RENEW_WINDOW_LABEL,
     CAConfig,
@@ -28,11 +26,13 @@ from skep.model.swarm import (
     Swarm,
     SwarmSpec,
 )
-from skep.model.times import SECOND_NS, duration_ns
+from skep.model.values.ids import IdSource
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, duration_ns
 from skep.security.authority import Authority
 from skep.security.external import check_external_authorities
 from skep.security.locking import new_unlock_key
-from skep.security.rotation import NextRoot, Prepared, Roots, is_about_roots, requested_roots
+from skep.security.rotation import NextRoot, PreparedRoots, Roots, is_about_roots, requested_roots
 from skep.security.tokens import join_token
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
@@ -87,7 +87,7 @@ def update_swarm(
     now: datetime,
     new_root: Callable[[], Authority] = Authority.create,
     new_key: Callable[[], bytes] = new_unlock_key,
-    prepared: Prepared = Prepared(),  # noqa: B008 -- immutable
+    prepared: PreparedRoots = PreparedRoots(),  # noqa: B008 -- immutable
 ) -> Swarm:
     """Replace the cluster's settings if it is still at ``version``, and the tokens that ``rotations`` names.
 
@@ -184,7 +184,7 @@ def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority
     _check_rotation(tx, swarm)
     present = swarm.spec.ca_config
     ca_config = replace(present, force_rotate=present.force_rotate + 1)
-    rooted = _with_root(tx, swarm, ca_config, now, new_root, Prepared())
+    rooted = _with_root(tx, swarm, ca_config, now, new_root, PreparedRoots())
     tx.put(replace(rooted, spec=replace(swarm.spec, ca_config=ca_config)))
 
 
@@ -253,7 +253,7 @@ def _with_root(
     ca_config: CAConfig,
     now: datetime,
     new_root: Callable[[], Authority],
-    prepared: Prepared,
+    prepared: PreparedRoots,
 ) -> Swarm:
     """Return ``swarm`` with the root that ``ca_config`` requests, or with a rotation to it.
 

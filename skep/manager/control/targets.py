@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from skep.errors import FailedPrecondition, NotFound
-from skep.model.encoding import ApiObject
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.encoding import ApiObject
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import View
 
 
-class Target(ApiObject):
+class TaskTarget(ApiObject):
     """A task as ``GET /skep/tasks/{word}/target`` shows it."""
 
     task_id: TaskId = msgspec.field(name="TaskID", default=TaskId(""))
@@ -26,7 +26,7 @@ class Target(ApiObject):
     state: str = ""
 
     @classmethod
-    def of(cls, view: View, task: Task) -> "Target":
+    def of(cls, view: View, task: Task) -> "TaskTarget":
         """Return the representation of ``task``."""
         service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
         hostname = node.description.hostname if node is not None else ""

@@ -5,9 +5,9 @@ Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTa
 
 from msgspec.structs import replace
 
-from skep.manager.volume_reasons import unpublished
-from skep.model.constraints import is_satisfied
+from skep.manager.diagnosis.volume_reasons import unpublished
 from skep.model.node import Node, NodeState
+from skep.model.options.constraints import is_satisfied
 from skep.model.service import EndpointSpec, Placement, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
@@ -54,7 +54,8 @@ def is_up_to_date(view: View, task: Task) -> bool:
         return False
     if task.spec.placement == service.spec.task_template.placement or not task.node_id:
         return True
-    # A changed placement replaces only the tasks whose nodes no longer fit (``orchestrator/outdated_tasks.py``).
+    # A changed placement replaces only the tasks whose nodes no longer fit
+    # (``orchestrator/replacement/outdated_tasks.py``).
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return node is not None and is_satisfied(constraints, node)
 

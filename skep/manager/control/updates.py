@@ -8,10 +8,10 @@ from msgspec.structs import replace
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.control.services import rollback_service
 from skep.manager.control.tasks import is_up_to_date
-from skep.model.ids import ServiceId
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task
-from skep.model.times import Timestamp, unix_ns
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import Timestamp, unix_ns
 from skep.store.interface import Transaction, View
 
 PAUSED_BY_USER = "manually paused"

@@ -12,11 +12,18 @@ from typing import Final, TypeVar
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
-from skep.manager.control.names import check_file_name
-from skep.model.access import parse_binding
-from skep.model.ids import IdSource, UserId
-from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
-from skep.model.user import AccessTable, Credentials, User, UserCertificate, UserSpec, UserToken
+from skep.manager.control.validation.names import check_file_name
+from skep.model.permissions.access import parse_binding
+from skep.model.permissions.user import (
+    AccessTable,
+    User,
+    UserCertificate,
+    UserCredentials,
+    UserSpec,
+    UserToken,
+)
+from skep.model.values.ids import IdSource, UserId
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.security.authority import Authority
 from skep.store.interface import Transaction, View
 from skep.store.kinds import USERS_ROOT_ID, Payload
@@ -180,7 +187,7 @@ def access_table(view: View, *, is_current: bool) -> AccessTable:
     payload = view.lookup(Payload, USERS_ROOT_ID)
     root = _PEM.findall(payload.data)[1] if payload is not None else b""
     users = tuple(
-        Credentials(
+        UserCredentials(
             name=user.spec.name,
             bindings=tuple(map(parse_binding, user.spec.roles)),
             serials={one.serial: unix_ns(one.not_after) for one in user.certificates},

@@ -6,11 +6,11 @@ Source: swarmkit, manager/controlapi/volume.go; moby, daemon/cluster/volumes.go.
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence
-from skep.model.ids import IdSource, VolumeId
-from skep.model.meta import Version
 from skep.model.secret import Secret
 from skep.model.task import Task
-from skep.model.times import Timestamp
+from skep.model.values.ids import IdSource, VolumeId
+from skep.model.values.meta import Version
+from skep.model.values.times import Timestamp
 from skep.model.volume import (
     AccessMode,
     CapacityRange,

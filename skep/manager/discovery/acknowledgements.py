@@ -12,7 +12,7 @@ has risen.
 from collections.abc import Iterable, Sequence
 
 from skep.aio.event import Event
-from skep.model.ids import NetworkId, NodeId
+from skep.model.values.ids import NetworkId, NodeId
 
 
 class Acknowledgements:

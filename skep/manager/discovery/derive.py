@@ -19,24 +19,24 @@ from collections.abc import Iterable, Mapping
 
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
-from skep.model.data_planes import (
+from skep.model.network import Network
+from skep.model.networks.data_planes import (
     claimed_underlay,
     holder,
     is_docker_node,
     is_overlay,
     underlay_of,
 )
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.labels import publishes_not_ready
-from skep.model.network import Network
-from skep.model.node import Node, NodeSession, NodeState
-from skep.model.overlays import is_encrypted
-from skep.model.publishing import publish_options
+from skep.model.networks.overlays import is_encrypted
+from skep.model.networks.publishing import publish_options
+from skep.model.networks.tables import TableEndpoint, TableNode, TablePort, TableService
+from skep.model.networks.wireguard import published_keys
+from skep.model.node import Node, NodeState, SessionOwner
+from skep.model.options.labels import publishes_not_ready
+from skep.model.options.templates import context, expand_container
 from skep.model.service import PublishMode, Service
-from skep.model.tables import TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.templates import context, expand_container
-from skep.model.wireguard import published_keys
+from skep.model.values.ids import NetworkId, ServiceId
 from skep.store.interface import View
 
 SHORT_ID_CHARACTERS = 12
@@ -56,7 +56,7 @@ def unread_services(view: View) -> frozenset[ServiceId]:
     return frozenset(map(ServiceId, (*without_head, *without_endpoint)))
 
 
-def table_session(node: Node) -> NodeSession | None:
+def table_session(node: Node) -> SessionOwner | None:
     """Return the session over which the node receives and applies tables, or None."""
     is_applying = node.status.state is NodeState.READY and not is_docker_node(node)
     return node.session if is_applying else None

@@ -13,16 +13,16 @@ from random import Random
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.groups import first_alone
-from skep.aio.race import Preempted, run_unless
+from skep.aio.race import LostRace, run_unless
 from skep.errors import SkepError
 from skep.manager.discovery.loop import Discovery
-from skep.model.ids import NetworkId, NodeId
 from skep.model.task import Task
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from skep.wire.service import Handler, unary
 
 WAIT_S = 2.0
@@ -45,7 +45,7 @@ class Draining:
         store: Store,
         own: NodeId,
         discovery: Discovery,
-        channel: Callable[[NodeId], Channel],
+        channel: Callable[[NodeId], ManagerChannel],
         clock: Clock,
         random: Random,
     ) -> None:
@@ -154,7 +154,7 @@ class Draining:
 
         try:
             await run_unless(wait_applied(), self._clock.sleep(WAIT_S))
-        except Preempted:
+        except LostRace:
             smallest = acknowledgements.smallest(network_id) if are_counted else 0
             return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
         # A node that has connected since is not covered. The caller asks again if such a node may have earlier tables.

@@ -9,14 +9,14 @@ from typing import TypeVar
 from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.time_slices import TimeSlices
+from skep.manager.control_loops.failures import isolated
+from skep.manager.control_loops.informer import CatchUp, run_exact_informer
 from skep.manager.discovery.network_tables import KINDS
 from skep.manager.discovery.state import DiscoveryState
 from skep.manager.discovery.table_streams import TableStreams
-from skep.manager.failures import isolated
-from skep.manager.informer import CatchUp, run_exact_informer
-from skep.manager.node_session import NodeSession
-from skep.model.ids import NetworkId, NodeId
+from skep.manager.nodes.node_session import NodeSession
 from skep.model.task import Task
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Commit, Store, View
 from skep.wire.service import Handler
 

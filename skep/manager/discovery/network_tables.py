@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
+from skep.manager.control_loops.failures import isolated, object_id
 from skep.manager.discovery.derive import (
     endpoint_of,
     has_endpoint,
@@ -21,16 +22,15 @@ from skep.manager.discovery.derive import (
 )
 from skep.manager.discovery.table_sessions import TableSessions
 from skep.manager.discovery.versioned_table import VersionedTable, counted
-from skep.manager.failures import isolated, object_id
-from skep.model.data_planes import claimed_underlay, data_path_port, is_overlay
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
-from skep.model.node import Node, NodeSession
-from skep.model.overlays import head_of
+from skep.model.networks.data_planes import claimed_underlay, data_path_port, is_overlay
+from skep.model.networks.overlays import head_of
+from skep.model.node import Node, SessionOwner
+from skep.model.options.labels import publishes_not_ready
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.store.interface import Commit, Created, Deleted, Event, Object, Updated, View
 
 KINDS: tuple[type[Object], ...] = (Swarm, Network, Node, Service, Task)
@@ -50,7 +50,7 @@ class AffectedStreams(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the set of networks of every node changed."""
 
 
-class NetworkTables:
+class TableBuilder:
     """The tables of all overlay networks.  Reads only the snapshot and commits passed to it."""
 
     def __init__(self, revision: int = 0) -> None:
@@ -319,7 +319,7 @@ class NetworkTables:
         ):
             self._mark_node(node.id)
 
-    def _set_session(self, id: NodeId, session: NodeSession | None) -> None:
+    def _set_session(self, id: NodeId, session: SessionOwner | None) -> None:
         before = self.table_sessions.of(id)
         if not self.table_sessions.set(id, session, self.revision):
             return

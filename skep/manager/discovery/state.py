@@ -6,11 +6,11 @@ from itertools import islice
 
 from skep.manager.discovery.acknowledgements import Acknowledgements
 from skep.manager.discovery.derive import overlay_attachments
-from skep.manager.discovery.network_tables import AffectedStreams, NetworkTables
+from skep.manager.discovery.network_tables import AffectedStreams, TableBuilder
 from skep.manager.discovery.versioned_table import names_in
-from skep.model.ids import NetworkId, NodeId
-from skep.model.paths import NetworkNames
+from skep.model.networks.paths import NetworkNames
 from skep.model.task import Task
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Commit, View, WatchLagged
 
 COMMITS_MAX = 10_000
@@ -25,7 +25,7 @@ class DiscoveryState:
     def __init__(self, own: NodeId) -> None:
         self._own = own
         self._commits: deque[Commit] = deque()
-        self.tables = NetworkTables()
+        self.tables = TableBuilder()
         self.acknowledgements = Acknowledgements()
         self.handled = 0
         """The store revision that the tables and ``acknowledgements`` have reached."""
@@ -34,7 +34,7 @@ class DiscoveryState:
         """Start over from a snapshot, which is valid until the first pause."""
         self.handled = 0
         self._commits.clear()
-        self.tables = NetworkTables()
+        self.tables = TableBuilder()
         return self.tables.begin(snapshot)
 
     def on_commit(self, commit: Commit) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from itertools import takewhile
 
 from skep.manager.discovery.versioned_table import counted
-from skep.model.ids import NodeId
-from skep.model.node import NodeSession
+from skep.model.node import SessionOwner
+from skep.model.values.ids import NodeId
 
 
 class TableSessions:
@@ -16,15 +16,15 @@ class TableSessions:
         """The revision of the last change."""
         self.managers: dict[NodeId, int] = {}
         """Number of such sessions by manager."""
-        self._sessions: dict[NodeId, NodeSession] = {}
+        self._sessions: dict[NodeId, SessionOwner] = {}
         self._changes: dict[NodeId, int] = {}
         """The revision of each session's last change, the earliest first."""
 
-    def of(self, node_id: NodeId) -> NodeSession | None:
+    def of(self, node_id: NodeId) -> SessionOwner | None:
         """Return the node's session, or None."""
         return self._sessions.get(node_id)
 
-    def set(self, node_id: NodeId, session: NodeSession | None, revision: int) -> bool:
+    def set(self, node_id: NodeId, session: SessionOwner | None, revision: int) -> bool:
         """Set the node's session.  Returns whether it changed."""
         before = self._sessions.pop(node_id, None)
         if session is not None:
@@ -40,7 +40,7 @@ class TableSessions:
         self.changed_at = revision
         return True
 
-    def changed_since(self, revision: int) -> Iterator[tuple[NodeId, NodeSession]]:
+    def changed_since(self, revision: int) -> Iterator[tuple[NodeId, SessionOwner]]:
         """Iterate over the sessions that changed after ``revision``, at a cost proportional to their number."""
         for node_id, _ in takewhile(lambda change: change[1] > revision, reversed(self._changes.items())):
             yield node_id, self._sessions[node_id]

@@ -15,9 +15,9 @@ from skep.errors import Unavailable
 from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.network_tables import AffectedStreams
 from skep.manager.discovery.state import DiscoveryState
-from skep.manager.node_session import NodeSession, StreamSignal
-from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
-from skep.model.ids import NetworkId, NodeId
+from skep.manager.nodes.node_session import NodeSession, StreamWaker
+from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -180,7 +180,7 @@ class _Stream(NodeStream):
 
     __slots__ = ("sent",)
 
-    def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamSignal) -> None:
+    def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamWaker) -> None:
         super().__init__(node_id, session, signal)
         self.sent: dict[NetworkId, int] = {}
         """The networks sent to the node, with their revisions."""

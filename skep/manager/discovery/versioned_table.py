@@ -8,10 +8,18 @@ the whole table.
 from collections.abc import Collection
 from typing import TypeAlias, TypeVar
 
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
-from skep.model.paths import NetworkNames
-from skep.model.tables import NetworkHead, Table, TableChange, TableEndpoint, TableNode, TableService, whole
+from skep.model.networks.paths import NetworkNames
+from skep.model.networks.tables import (
+    NetworkHead,
+    NetworkTable,
+    TableChange,
+    TableEndpoint,
+    TableNode,
+    TableService,
+    whole,
+)
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
@@ -89,10 +97,10 @@ class VersionedTable:
 
     # -- for readers ---------------------------------------------------------------------------------------------
 
-    def table(self, revision: int) -> Table:
+    def table(self, revision: int) -> NetworkTable:
         """Return the whole table, with ``revision`` as its revision."""
         assert self.head is not None, "the head is set before the table is read"
-        return Table(
+        return NetworkTable(
             head=self.head,
             revision=revision,
             nodes=dict(self.nodes),

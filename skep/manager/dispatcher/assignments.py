@@ -20,17 +20,17 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.trust import trust_of
+from skep.manager.nodes.trust import trust_of
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
-from skep.model.data_planes import is_docker_node, is_overlay
-from skep.model.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
-from skep.model.labels import DRAIN, sent_labels
 from skep.model.needs import images_of
+from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.node import Node
-from skep.model.registry_auth import address_of, is_for
+from skep.model.options.labels import DRAIN, sent_labels
+from skep.model.permissions.registry_auth import address_of, is_for
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
+from skep.model.values.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignment, VolumeInfo
 from skep.store.interface import View
 from skep.store.kinds import (

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.time_slices import STEP, run_in_slices
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.labels import sent_labels
+from skep.model.options.labels import sent_labels
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Store
 
 

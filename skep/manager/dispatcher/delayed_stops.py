@@ -13,20 +13,20 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.event import Event
-from skep.aio.race import Preempted, run_unless
+from skep.aio.race import LostRace, run_unless
 from skep.errors import SkepError
 from skep.manager.cluster import etcds_behind
+from skep.manager.control_loops.failures import isolated
 from skep.manager.dispatcher.assignments import affects_node
-from skep.manager.dispatcher.sessions import Sessions
-from skep.manager.failures import isolated
-from skep.model.data_planes import is_docker_node
-from skep.model.draining import begins_to_drain
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import drain_s
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Node
+from skep.model.options.draining import begins_to_drain
+from skep.model.options.labels import drain_s
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, TaskId
 from skep.store.interface import Store, View
 
 log = structlog.get_logger(__name__)
@@ -103,7 +103,7 @@ class Stops:
             try:
                 unused = self._wait_unused(task, pending.revision)
                 await run_unless(_await(unused), self._sleep_at_least(pending.seconds))
-            except Preempted:
+            except LostRace:
                 log.info(
                     "drain time is over: task stops although it may still receive connections",
                     task=task.id,

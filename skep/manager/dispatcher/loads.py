@@ -15,10 +15,10 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.dispatcher.registration import SessionInvalid, require_session
-from skep.manager.dispatcher.sessions import LiveSession
-from skep.model.ids import NodeId, SessionId
+from skep.manager.dispatcher.node_sessions.registration import SessionInvalid, require_session
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.model.node import Node
+from skep.model.values.ids import NodeId, SessionId
 from skep.store.interface import Store, Transaction, View
 
 log = structlog.get_logger(__name__)

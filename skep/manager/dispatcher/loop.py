@@ -12,14 +12,18 @@ from random import Random
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.hang_detection import RunningTime
+from skep.aio.event_loop.hang_detection import RunningTime
 from skep.errors import Unavailable
-from skep.manager.dispatcher.admission import Admission
-from skep.manager.dispatcher.balancing import Balancing
+from skep.manager.control_loops.failures import isolated
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.changed_labels import ChangedLabels
 from skep.manager.dispatcher.delayed_stops import Stops, WaitUnused
-from skep.manager.dispatcher.down_nodes import mark_nodes_down, revert
-from skep.manager.dispatcher.liveness import (
+from skep.manager.dispatcher.loads import Loads, load_from_heartbeat
+from skep.manager.dispatcher.node_reports import NodeReports
+from skep.manager.dispatcher.node_sessions.admission import RegistrationQueue
+from skep.manager.dispatcher.node_sessions.balancing import Balancing
+from skep.manager.dispatcher.node_sessions.down_nodes import mark_nodes_down, revert
+from skep.manager.dispatcher.node_sessions.liveness import (
     RECOVERY_GRACE_S,
     SUSPENDED_S_MAX,
     grace_after_absence,
@@ -28,10 +32,8 @@ from skep.manager.dispatcher.liveness import (
     heartbeat_period,
     suspension_left,
 )
-from skep.manager.dispatcher.loads import Loads, load_from_heartbeat
-from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
-from skep.manager.dispatcher.node_reports import NodeReports
-from skep.manager.dispatcher.registration import (
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer, managers_of, session_message
+from skep.manager.dispatcher.node_sessions.registration import (
     NotRegistered,
     Registration,
     RegistrationRate,
@@ -39,23 +41,21 @@ from skep.manager.dispatcher.registration import (
     SilentNode,
     take_session,
 )
-from skep.manager.dispatcher.sessions import LiveSession, Sessions
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.streams import AssignmentStreams
-from skep.manager.dispatcher.usages import Usages
-from skep.manager.failures import isolated
-from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
-from skep.manager.informer import run_informer
+from skep.manager.dispatcher.usages import MeasuredTasks
+from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
-from skep.manager.volume_index import VolumeIndex
-from skep.model.autoscaling import TaskUsage
-from skep.model.data_planes import is_docker_node
-from skep.model.gossip import GossipKey, decoded_keys
-from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
+from skep.manager.services.volume_index import VolumeIndex
+from skep.model.networks.data_planes import is_docker_node
+from skep.model.networks.gossip import GossipKey, decoded_keys
 from skep.model.node import Node, NodeState, differ_in_load_alone
+from skep.model.options.autoscaling import TaskUsage
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
+from skep.model.values.times import SECOND_NS
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
@@ -129,9 +129,9 @@ class Dispatcher:
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._node_reports = NodeReports(store, self._sessions, clock)
-        self._usages = Usages(store, self._sessions, clock)
+        self._usages = MeasuredTasks(store, self._sessions, clock)
         self._suspension_left_s = SUSPENDED_S_MAX
-        self._admission = Admission(clock, random)
+        self._admission = RegistrationQueue(clock, random)
         self._rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = RunningTime(seen_at=clock.monotonic())

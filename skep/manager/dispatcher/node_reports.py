@@ -6,15 +6,15 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.dispatcher.registration import RegistrationRate, describe_node
+from skep.manager.dispatcher.node_sessions.registration import RegistrationRate, describe_node
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.manager.dispatcher.repeated_reports import RepeatedReports
-from skep.manager.dispatcher.sessions import Sessions
-from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
-from skep.model.ids import TaskId, VolumeId
-from skep.model.labels import last_lines
+from skep.manager.dispatcher.statuses import StatusReport, bounded, record_status, record_unpublished
+from skep.model.options.labels import last_lines
 from skep.model.swarm import Swarm
 from skep.model.task import TaskStatus
 from skep.model.task_end import LAST_LINES_MAX
+from skep.model.values.ids import TaskId, VolumeId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -63,7 +63,7 @@ class NodeReports:
         request = reported.request
         session = self._sessions.require(caller.node_id, request.session_id)
         reports = {
-            update.task_id: Report(
+            update.task_id: StatusReport(
                 node_id=session.node_id,
                 session_id=session.id,
                 task_id=TaskId(update.task_id),

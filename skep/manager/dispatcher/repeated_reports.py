@@ -11,10 +11,10 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.token_bucket import TokenBucket
 from skep.errors import SkepError
-from skep.manager.dispatcher.sessions import LiveSession
-from skep.manager.dispatcher.statuses import Report, record_status
-from skep.model.ids import NodeId, SessionId, TaskId
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
+from skep.manager.dispatcher.statuses import StatusReport, record_status
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, SessionId, TaskId
 from skep.store.interface import Store, View
 
 log = structlog.get_logger(__name__)
@@ -33,7 +33,7 @@ class _Delayed:
     def __init__(self, node_id: NodeId, now: float) -> None:
         self.node_id = node_id
         self.allowance = TokenBucket(AT_ONCE, PER_S, now)
-        self.reports: dict[TaskId, Report] = {}
+        self.reports: dict[TaskId, StatusReport] = {}
 
 
 class RepeatedReports:
@@ -45,10 +45,10 @@ class RepeatedReports:
         self._clock = clock
         self._delayed: dict[SessionId, _Delayed] = {}
 
-    def due(self, reports: Iterable[Report]) -> list[Report]:
+    def due(self, reports: Iterable[StatusReport]) -> list[StatusReport]:
         """Return the reports of one session to write now.  The others are kept, and acknowledged."""
         view, now = self._store.view(), self._clock.monotonic()
-        due: list[Report] = []
+        due: list[StatusReport] = []
         for report in reports:
             delayed = self._delayed.get(report.session_id)
             if not is_repeated(view, report):
@@ -75,9 +75,9 @@ class RepeatedReports:
             if failed:
                 log.debug("repeated reports not written", reports=len(failed), reason=str(failed[0]))
 
-    def _allowed(self, now: float) -> Sequence[Report]:
+    def _allowed(self, now: float) -> Sequence[StatusReport]:
         """Return the reports that may be written at ``now``, and drop sessions that have ended."""
-        due: list[Report] = []
+        due: list[StatusReport] = []
         for session_id, delayed in list(self._delayed.items()):
             session = self._live(delayed.node_id)
             if session is None or session.id != session_id:
@@ -88,7 +88,7 @@ class RepeatedReports:
         return due
 
 
-def is_repeated(view: View, report: Report) -> bool:
+def is_repeated(view: View, report: StatusReport) -> bool:
     """Whether the task, which must be the node's, is already in this state."""
     task = view.lookup(Task, report.task_id)
     if task is None or task.node_id != report.node_id or task.status == report.status:

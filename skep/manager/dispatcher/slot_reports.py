@@ -2,17 +2,17 @@
 
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeDescription
-from skep.model.service import Service
-from skep.model.slot_volumes import (
+from skep.model.options.slot_volumes import (
     SLOT_VOLUMES_LABEL,
     SlotVolume,
     created_ms,
     slot_volumes_label,
     slot_volumes_of,
 )
+from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction
 
 

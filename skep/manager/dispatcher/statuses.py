@@ -9,12 +9,12 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import PermissionDenied
-from skep.manager.dispatcher.registration import require_session
-from skep.manager.volume_reasons import unpublished
-from skep.model.encoding import to_json
-from skep.model.ids import NodeId, SessionId, TaskId, VolumeId
+from skep.manager.diagnosis.volume_reasons import unpublished
+from skep.manager.dispatcher.node_sessions.registration import require_session
 from skep.model.task import PortStatus, Task, TaskState, TaskStatus
 from skep.model.task_end import LAST_LINES_MAX, bounded_end, cut
+from skep.model.values.encoding import to_json
+from skep.model.values.ids import NodeId, SessionId, TaskId, VolumeId
 from skep.model.volume import NOT_PUBLISHED, PublishState, Volume
 from skep.store.interface import Transaction
 
@@ -57,7 +57,7 @@ def bounded(status: TaskStatus, lines_max: int = LAST_LINES_MAX) -> TaskStatus:
     return status
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     """A node's report of one task, with its session."""
 
     node_id: NodeId
@@ -80,7 +80,7 @@ def newer_status(stored: TaskStatus, reported: TaskStatus) -> TaskStatus | None:
     return reported
 
 
-def record_status(tx: Transaction, report: Report) -> bool:
+def record_status(tx: Transaction, report: StatusReport) -> bool:
     """Write a status if it is newer.  Returns whether it was.
 
     The status of a deleted task is ignored: the node receives an assignment that removes it.

@@ -9,11 +9,11 @@ import structlog
 
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import difference, everything
-from skep.manager.dispatcher.sessions import Sessions
-from skep.manager.volume_index import VolumeIndex
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.manager.services.volume_index import VolumeIndex
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import TaskId
 from skep.model.task import Task, Trust
+from skep.model.values.ids import TaskId
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Sequence
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
-from skep.manager.dispatcher.sessions import Sessions
-from skep.manager.informer import run_informer
-from skep.model.autoscaling import TaskUsage, autoscaling_of
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.manager.control_loops.informer import run_informer
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
@@ -32,7 +32,7 @@ _PIECE = 1000
 """Usages in one message to another manager."""
 
 
-class Usages:
+class MeasuredTasks:
     """Keeps each session's list of tasks to measure.  Their usage is in the session."""
 
     def __init__(self, store: Store, sessions: Sessions, clock: Clock) -> None:

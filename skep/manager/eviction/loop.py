@@ -12,6 +12,7 @@ from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, SkepError, Unavailable, Unimplemented
 from skep.manager.cluster import cluster_of
 from skep.manager.control.swarm import rotate_join_tokens, rotate_root, rotate_unlock_key
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.eviction.steps import (
     EVICTION_ID,
     TEXTS,
@@ -27,18 +28,17 @@ from skep.manager.eviction.steps import (
     remove_evicted,
     replace_gossip_keys,
 )
-from skep.manager.informer import run_informer
-from skep.manager.keys import StoreKeys
-from skep.model.ids import IdSource, NodeId
+from skep.manager.storage.keys import StoreKeys
 from skep.model.node import Node, NodeRole, NodeState
-from skep.model.times import moment, timestamp
+from skep.model.values.ids import IdSource, NodeId
+from skep.model.values.times import moment, timestamp
 from skep.security.trust import is_issued_by, root_digest
-from skep.store.etcd.cipher import new_wrapping_key
+from skep.store.etcd.encryption.cipher import new_wrapping_key
 from skep.store.interface import Commit, Created, NotLeader, Store, Term, Updated, View
 from skep.store.kinds import ROOT_KEY_ID, Payload
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from skep.wire.server import Bound
 
 log = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ class Evictions:
         term: Term,
         own: NodeId,
         keys: StoreKeys,
-        channel: Callable[[NodeId], Channel],
+        channel: Callable[[NodeId], ManagerChannel],
         clock: Clock,
         new_id: IdSource,
         random: Random,

@@ -19,11 +19,11 @@ from skep.manager.ca.caller_check import is_manager
 from skep.manager.cluster import cluster_of
 from skep.manager.control.nodes import check_demotion, remove_node
 from skep.manager.gossip.keys import rotated
-from skep.model.gossip import decoded_keys
-from skep.model.ids import NodeId
+from skep.model.networks.gossip import decoded_keys
 from skep.model.node import Node, NodeRole
 from skep.model.swarm import Swarm
-from skep.model.times import Timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 from skep.model.volume import Volume, VolumeScope
 from skep.security.trust import root_digest
 from skep.store.interface import Transaction, View

@@ -9,8 +9,8 @@ Source: swarmkit, manager/keymanager/keymanager.go; moby, libnetwork/agent.go (g
 
 from collections.abc import Callable
 
-from skep.model.gossip import GossipKey, GossipKeys
-from skep.model.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.networks.gossip import GossipKey, GossipKeys
+from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 
 SUBSYSTEMS = ("networking:gossip", "networking:ipsec")
 KEYS_PER_SUBSYSTEM = 3

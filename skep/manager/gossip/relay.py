@@ -21,10 +21,10 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.manager.informer import run_informer
-from skep.model.data_planes import is_docker_node
+from skep.manager.control_loops.informer import run_informer
+from skep.model.networks.data_planes import is_docker_node
+from skep.model.networks.reserved_ports import GOSSIP_PORT
 from skep.model.node import Node, NodeState
-from skep.model.reserved_ports import GOSSIP_PORT
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 
 log = structlog.get_logger(__name__)
@@ -44,7 +44,7 @@ RELAY_BYTES_MAX = 16 * 1024 * 1024
 _PIECE = 16 * 1024
 
 
-class Relay:
+class GossipRelay:
     """Relays gossip between Docker nodes.  Runs on every manager."""
 
     def __init__(

@@ -9,9 +9,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.gossip.keys import first_keys, rotated, seconds_to_rotation
-from skep.model.gossip import decoded_keys
-from skep.model.ids import IdSource
-from skep.model.times import Timestamp, timestamp
+from skep.model.networks.gossip import decoded_keys
+from skep.model.values.ids import IdSource
+from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import LoopStore, NotLeader, Transaction
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 
@@ -21,7 +21,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 """Delays in seconds, with jitter, before the next attempt if the store did not accept the keys."""
 
 
-class KeyRotation:
+class GossipKeyRotation:
     """Rotates the cluster's gossip keys in the store.  Dispatchers send them to the nodes."""
 
     def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:

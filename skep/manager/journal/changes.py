@@ -10,20 +10,20 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
-from skep.manager.job_runs import FAILED, of_present_run
 from skep.manager.journal.service_changes import spec_changes
-from skep.manager.reasons import failure_of
-from skep.model.conditions import disk_pressure
-from skep.model.history import Entry, Severity, masked_text, stack_of
+from skep.manager.services.job_runs import FAILED, of_present_run
+from skep.model.history import JournalEntry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
+from skep.model.node_reports.conditions import disk_pressure
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import words_of
-from skep.model.times import unix_ns
+from skep.model.values.times import unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import Created, Deleted, Event, Updated, View
 from skep.store.kinds import Payload
@@ -49,7 +49,7 @@ _UPDATES = {
 }
 
 
-def entries_of(event: Event, view: View) -> Iterator[Entry]:
+def entries_of(event: Event, view: View) -> Iterator[JournalEntry]:
     """Yield the entries about one object's change, without id, time and revision.
 
     Args:
@@ -88,7 +88,7 @@ def entries_of(event: Event, view: View) -> Iterator[Entry]:
 # -- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def _created_task(task: Task, view: View) -> Iterator[Entry]:
+def _created_task(task: Task, view: View) -> Iterator[JournalEntry]:
     """Yield the entry of a task that replaces an earlier one, with the reason.
 
     The first task of a slot has an entry when it starts.
@@ -149,7 +149,7 @@ def end_of(task: Task) -> str:
     return "; ".join(dict.fromkeys(words)) or "no reason given"
 
 
-def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
+def _changed_task(old: Task, new: Task, view: View) -> Iterator[JournalEntry]:
     state = new.status.state
     if old.status.state is state:
         return
@@ -170,12 +170,12 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
         yield replace(entry, message=f"task {entry.name}{where} {how}")
 
 
-def _task(task: Task, action: str, view: View, severity: Severity = Severity.INFO) -> Entry:
+def _task(task: Task, action: str, view: View, severity: Severity = Severity.INFO) -> JournalEntry:
     service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
     owner = service.spec.name if service is not None else ""
     hostname = _hostname(node) if node is not None else ""
     place = str(task.shown_slot) if task.slot else hostname or task.node_id
-    return Entry(
+    return JournalEntry(
         type="task",
         action=action,
         severity=severity,
@@ -198,7 +198,7 @@ def _image(task: Task) -> str:
 # -- services --------------------------------------------------------------------------------------------------------
 
 
-def _changed_service(old: Service, new: Service, view: View) -> Iterator[Entry]:
+def _changed_service(old: Service, new: Service, view: View) -> Iterator[JournalEntry]:
     name = new.spec.name
     if new.removed_at is not None:
         if old.removed_at is None:
@@ -223,7 +223,7 @@ def _changed_service(old: Service, new: Service, view: View) -> Iterator[Entry]:
     yield _service(new, action, f"{what} of service {name} {became}{details}", severity)
 
 
-def _changed_job(old: Service, new: Service, view: View) -> Iterator[Entry]:
+def _changed_job(old: Service, new: Service, view: View) -> Iterator[JournalEntry]:
     """Yield the entry of a run that starts without an update, or fails, or of a due time that is skipped."""
     before, after, name = old.job_status, new.job_status, new.spec.name
     if before is None or after is None or before == after:
@@ -262,8 +262,8 @@ def _place(task: Task) -> int | str:
     return task.slot or task.node_id
 
 
-def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
-    return Entry(
+def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> JournalEntry:
+    return JournalEntry(
         type="service",
         action=action,
         severity=severity,
@@ -287,7 +287,7 @@ def _summary(service: Service) -> str:
 # -- nodes -----------------------------------------------------------------------------------------------------------
 
 
-def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
+def _changed_node(old: Node, new: Node) -> Iterator[JournalEntry]:
     name = _hostname(new)
     if new.description.hostname and not old.description.hostname:
         yield _joined(new)  # the node's name arrives with its first session
@@ -319,7 +319,7 @@ def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     yield from _changed_manager(old, new, name)
 
 
-def _changed_manager(old: Node, new: Node, name: str) -> Iterator[Entry]:
+def _changed_manager(old: Node, new: Node, name: str) -> Iterator[JournalEntry]:
     before, after = old.manager_status, new.manager_status
     if after is None:
         return
@@ -333,12 +333,12 @@ def _changed_manager(old: Node, new: Node, name: str) -> Iterator[Entry]:
         yield _node(new, "reachable", f"manager {name} is reachable again")
 
 
-def _joined(node: Node) -> Entry:
+def _joined(node: Node) -> JournalEntry:
     return _node(node, "create", f"node {_hostname(node)} joined as a {node.spec.role.value}")
 
 
-def _node(node: Node, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
-    return Entry(
+def _node(node: Node, action: str, message: str, severity: Severity = Severity.INFO) -> JournalEntry:
+    return JournalEntry(
         type="node",
         action=action,
         severity=severity,
@@ -357,7 +357,7 @@ def _hostname(node: Node) -> str:
 # -- the cluster -----------------------------------------------------------------------------------------------------
 
 
-def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[Entry]:
+def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[JournalEntry]:
     if old.spec != new.spec:
         parts = [
             name for name in new.spec.__struct_fields__ if getattr(old.spec, name) != getattr(new.spec, name)
@@ -377,11 +377,11 @@ def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[Entry]:
         yield _cluster(new, "resume", "tasks of lost nodes are replaced again")
 
 
-def _cluster(swarm: Swarm, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
-    return Entry(type="cluster", action=action, severity=severity, object_id=swarm.id, message=message)
+def _cluster(swarm: Swarm, action: str, message: str, severity: Severity = Severity.INFO) -> JournalEntry:
+    return JournalEntry(type="cluster", action=action, severity=severity, object_id=swarm.id, message=message)
 
 
-def _eviction(before: Any, payload: Payload) -> Iterator[Entry]:
+def _eviction(before: Any, payload: Payload) -> Iterator[JournalEntry]:
     """Yield an entry when the eviction begins and when it is complete.  ``skep node evict`` shows its steps."""
     eviction = decoded_eviction(payload)
     earlier: Eviction | None = decoded_eviction(before) if before is not None else None
@@ -392,7 +392,7 @@ def _eviction(before: Any, payload: Payload) -> Iterator[Entry]:
         message = f"node {eviction.hostname} was evicted: all its keys and certificates are replaced"
     else:
         return
-    yield Entry(
+    yield JournalEntry(
         type="node",
         action="evict",
         severity=Severity.WARNING,
@@ -407,11 +407,11 @@ def _eviction(before: Any, payload: Payload) -> Iterator[Entry]:
 # -- other objects ---------------------------------------------------------------------------------------------------
 
 
-def _object(object: Any, action: str) -> Entry:
+def _object(object: Any, action: str) -> JournalEntry:
     kind = type(object).__name__.lower()
     words = {"create": "created", "remove": "removed", "update": "updated"}[action]
     name = object.spec.name
-    return Entry(
+    return JournalEntry(
         type=kind,
         action=action,
         object_id=object.id,
@@ -425,13 +425,13 @@ def _spec(object: Any) -> Any:
     return object.spec
 
 
-def folded(entries: Iterable[Entry], alone_max: int = 20) -> list[Entry]:
+def folded(entries: Iterable[JournalEntry], alone_max: int = 20) -> list[JournalEntry]:
     """Return ``entries`` in order, with only the first few of equal actions on tasks of one service.
 
     A service that is scaled to thousands of tasks must not displace everything else from the history.  The last kept
     entry of a group represents the rest, whose number is its ``count``.
     """
-    kept: list[Entry] = []
+    kept: list[JournalEntry] = []
     places: dict[tuple[str, ...], tuple[int, int]] = {}
     for entry in entries:
         if entry.type != "task" or not entry.service_id:
@@ -454,9 +454,9 @@ def folded(entries: Iterable[Entry], alone_max: int = 20) -> list[Entry]:
     return kept
 
 
-def folded_requests(entries: Iterable[Entry]) -> list[Entry]:
+def folded_requests(entries: Iterable[JournalEntry]) -> list[JournalEntry]:
     """Return ``entries`` in order, with only the last of a client's equal requests with equal outcomes."""
-    last: dict[tuple[object, ...], Entry] = {}
+    last: dict[tuple[object, ...], JournalEntry] = {}
     for entry in entries:
         key = (entry.method, entry.path, entry.status, entry.message, entry.by, entry.object_id)
         before = last.pop(key, None)

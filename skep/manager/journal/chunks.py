@@ -14,8 +14,8 @@ from functools import lru_cache
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.history import Entry
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.history import JournalEntry
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.store.interface import View
 from skep.store.kinds import JournalChunk
 
@@ -30,7 +30,7 @@ _DECODED_BYTES_MAX = 4 * 1024 * 1024
 
 _CHANGES, _REQUESTS = "change-", "request-"
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(tuple[Entry, ...], strict=False)
+_decoder = msgspec.json.Decoder(tuple[JournalEntry, ...], strict=False)
 
 time_ns = lru_cache(maxsize=1024)(unix_ns)
 """Cached, because the entries of a commit share one time."""
@@ -70,7 +70,7 @@ def of_changes(view: View) -> Sequence[JournalChunk]:
 
 
 def with_changes(
-    last: JournalChunk | None, entries: Sequence[Entry], done: int, marks: Iterable[Mark]
+    last: JournalChunk | None, entries: Sequence[JournalEntry], done: int, marks: Iterable[Mark]
 ) -> list[JournalChunk]:
     """Return the chunks to write for new ``entries`` of the leader, which are all up to revision ``done``, in order."""
     chunks = _chunks(last, entries, lambda first: changes_id(first.revision), repeated)
@@ -79,7 +79,9 @@ def with_changes(
     return chunks
 
 
-def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: str) -> list[JournalChunk]:
+def with_requests(
+    last: JournalChunk | None, entries: Sequence[JournalEntry], node_id: str
+) -> list[JournalChunk]:
     """Return the chunks to write for new requests of one manager."""
     # The id must sort after earlier ones, even if the clock was set back.
     newest = int(last.id.removeprefix(_REQUESTS)[:20]) if last is not None else 0
@@ -88,9 +90,9 @@ def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: 
 
 def _chunks(
     last: JournalChunk | None,
-    entries: Sequence[Entry],
-    id_of: Callable[[Entry], str],
-    fold: Callable[[Sequence[Entry]], Sequence[Entry]] = tuple,
+    entries: Sequence[JournalEntry],
+    id_of: Callable[[JournalEntry], str],
+    fold: Callable[[Sequence[JournalEntry]], Sequence[JournalEntry]] = tuple,
 ) -> list[JournalChunk]:
     chunks: list[JournalChunk] = []
     # A chunk that is unreadable, for example from a newer version, stays as it is.
@@ -104,13 +106,13 @@ def _chunks(
     return chunks
 
 
-def repeated(entries: Sequence[Entry], alone_max: int = 3) -> Sequence[Entry]:
+def repeated(entries: Sequence[JournalEntry], alone_max: int = 3) -> Sequence[JournalEntry]:
     """Return ``entries`` in order, with only the first few and the last of repeated actions on one slot.
 
     The last entry represents the omitted ones, whose number is its ``count``.  Otherwise a service in a crash loop
     would displace everything else from the history within hours.
     """
-    kept: dict[int, Entry] = {}
+    kept: dict[int, JournalEntry] = {}
     places: dict[tuple[str, ...], list[int]] = {}
     for place, entry in enumerate(entries):
         if entry.type == "task" and entry.service_id:
@@ -123,7 +125,7 @@ def repeated(entries: Sequence[Entry], alone_max: int = 3) -> Sequence[Entry]:
     return tuple(kept.values())
 
 
-def _chunk(base: JournalChunk, entries: Sequence[Entry]) -> JournalChunk:
+def _chunk(base: JournalChunk, entries: Sequence[JournalEntry]) -> JournalChunk:
     times = [time_ns(entry.time) for entry in entries]
     return replace(
         base,
@@ -135,7 +137,7 @@ def _chunk(base: JournalChunk, entries: Sequence[Entry]) -> JournalChunk:
     )
 
 
-def entries_in(chunk: JournalChunk) -> tuple[Entry, ...]:
+def entries_in(chunk: JournalChunk) -> tuple[JournalEntry, ...]:
     """Return the entries of ``chunk``, or nothing if it is unreadable, as a newer version's chunk may be."""
     try:
         decompressor = zlib.decompressobj()

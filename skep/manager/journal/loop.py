@@ -22,20 +22,20 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.race import wait_first
 from skep.errors import SkepError
-from skep.manager.failures import isolated, object_id
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.failures import isolated, object_id
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.journal import chunks
 from skep.manager.journal.changes import WATCHED, entries_of, folded, folded_requests
 from skep.manager.journal.pending import Pending, missing
-from skep.model.history import Entry, Kind, bounded
-from skep.model.ids import NodeId
-from skep.model.labels import history_entries
+from skep.model.history import EntryType, JournalEntry, bounded
+from skep.model.options.labels import history_entries
 from skep.model.swarm import Swarm
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import timestamp
 from skep.store.interface import Commit, NotLeader, Store, Term, Transaction, View
 from skep.store.kinds import JournalChunk
 from skep.store.level import JOURNAL
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 
 WRITE_S = 0.5
 """Seconds between writes, whose cost does not grow with the number of entries."""
@@ -63,8 +63,8 @@ class Journal:
         self._own = own
         self._clock = clock
         self._random = random
-        self._changes = Pending(Kind.CHANGE)
-        self._requests = Pending(Kind.REQUEST)
+        self._changes = Pending(EntryType.CHANGE)
+        self._requests = Pending(EntryType.REQUEST)
         self._request_came = asyncio.Event()
         self._change_came = asyncio.Event()
         self._numbers = count()
@@ -73,13 +73,13 @@ class Journal:
         self._begun: tuple[float, int] | None = None
         """Since when, and after which revision, commits are followed."""
 
-    def record(self, entry: Entry) -> None:
+    def record(self, entry: JournalEntry) -> None:
         """Add the entry of a request, with an id and a time.  Never waits."""
         if not history_limit(self._store.view()):
             return
         now_ns = self._clock.now_ns()
         id = f"{now_ns}-{self._own}-{next(self._numbers)}"
-        self._requests.add(bounded(replace(entry, id=id, time=timestamp(now_ns), kind=Kind.REQUEST)))
+        self._requests.add(bounded(replace(entry, id=id, time=timestamp(now_ns), kind=EntryType.REQUEST)))
         self._request_came.set()
 
     async def run(self) -> None:
@@ -101,7 +101,7 @@ class Journal:
             self._begun = self._clock.monotonic(), snapshot.revision
         else:
             words = "changes are missing here: this manager could not follow the store"
-            self._changes.add(missing(words, Kind.CHANGE, snapshot.revision, timestamp(now_ns)))
+            self._changes.add(missing(words, EntryType.CHANGE, snapshot.revision, timestamp(now_ns)))
         self.marks.append((now_ns, snapshot.revision))
 
     def _derive(self, commit: Commit) -> None:
@@ -172,7 +172,7 @@ class Journal:
             words = (
                 f"no manager kept the journal from {timestamp(last.last)} to {now}: changes may be missing"
             )
-            self._changes.add_first(missing(words, Kind.CHANGE, since, now))
+            self._changes.add_first(missing(words, EntryType.CHANGE, since, now))
             self._change_came.set()
 
     async def _write_requests(self) -> None:
@@ -209,7 +209,7 @@ def journaled(view: View) -> int:
     return last.revision if last is not None else 0
 
 
-def write_changes(tx: Transaction, taken: Sequence[Entry], marks: Sequence[chunks.Mark]) -> None:
+def write_changes(tx: Transaction, taken: Sequence[JournalEntry], marks: Sequence[chunks.Mark]) -> None:
     """Write the entries of ``taken``, which are in order of revision, that no leader has written yet."""
     last = chunks.last_of_changes(tx)
     fresh = [entry for entry in taken if last is None or entry.revision > last.revision]
@@ -218,7 +218,7 @@ def write_changes(tx: Transaction, taken: Sequence[Entry], marks: Sequence[chunk
             tx.put(chunk)
 
 
-def write_requests(tx: Transaction, taken: Sequence[Entry], own: NodeId) -> None:
+def write_requests(tx: Transaction, taken: Sequence[JournalEntry], own: NodeId) -> None:
     """Write ``taken``, except for entries of an earlier attempt with an unknown outcome that are stored already."""
     last = chunks.last_of_requests(tx, own)
     known = {entry.id for entry in chunks.entries_in(last)} if last is not None else set()

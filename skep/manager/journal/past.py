@@ -12,11 +12,11 @@ from collections.abc import Iterable
 import msgspec
 
 from skep.aio.clock import Clock
-from skep.api.timestamps import parse_time
+from skep.api.formats.timestamps import parse_time
 from skep.errors import InvalidArgument, Unavailable
 from skep.manager.journal.chunks import Mark
 from skep.manager.journal.reading import revision_at, time_of
-from skep.model.times import Timestamp, timestamp
+from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import HistoryGone, Store, View
 
 KEPT_MAX = 3

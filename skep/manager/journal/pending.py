@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from skep.model.history import Entry, Kind, Severity
-from skep.model.times import Timestamp
+from skep.model.history import EntryType, JournalEntry, Severity
+from skep.model.values.times import Timestamp
 
 PENDING_MAX = 10_000
 """Maximum entries in memory, except those being written."""
@@ -15,10 +15,10 @@ BATCH_CHARACTERS = 250_000
 class Pending:
     """A queue of entries that drops the oldest when there are too many."""
 
-    def __init__(self, kind: Kind, most: int = PENDING_MAX) -> None:
+    def __init__(self, kind: EntryType, most: int = PENDING_MAX) -> None:
         self._kind = kind
         self._most = most
-        self._entries: deque[Entry] = deque()
+        self._entries: deque[JournalEntry] = deque()
         self._taken = 0
         """Number of the oldest entries that are being written.  They are kept, in addition to ``most``."""
         self._lost = 0
@@ -28,7 +28,7 @@ class Pending:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: JournalEntry) -> None:
         """Add an entry.  Never waits."""
         self._entries.append(entry)
         if len(self._entries) - self._taken > self._most:
@@ -37,15 +37,15 @@ class Pending:
             self._lost += gone.count
             self._lost_revision = gone.revision
 
-    def add_first(self, entry: Entry) -> None:
+    def add_first(self, entry: JournalEntry) -> None:
         """Add an entry before all others.  Not allowed while entries are being written."""
         self._entries.appendleft(entry)
 
-    def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
+    def first(self, most: int, now: Timestamp) -> Sequence[JournalEntry]:
         """Return the oldest entries for one write.  Entries of the same revision stay together.  If entries were lost,
         the first one reports that.
         """
-        entries: list[Entry] = []
+        entries: list[JournalEntry] = []
         self._reported_lost = self._lost
         if self._lost:
             words = f"{self._lost} entries are missing here: they arrived faster than they could be written"
@@ -60,7 +60,7 @@ class Pending:
         self._taken = len(entries) - bool(self._lost)
         return entries
 
-    def done(self, entries: Iterable[Entry]) -> None:
+    def done(self, entries: Iterable[JournalEntry]) -> None:
         """Remove ``entries``, which ``first`` returned, because they were written."""
         ids = {entry.id for entry in entries}
         while self._entries and self._entries[0].id in ids:
@@ -78,15 +78,15 @@ class Pending:
             self._lost = self._reported_lost = 0
 
 
-def _characters(entry: Entry) -> int:
+def _characters(entry: JournalEntry) -> int:
     """Return the characters of the fields that users choose, plus some for the rest."""
     names = (entry.type, entry.action, entry.object_id, entry.name, entry.service, entry.node, entry.stack)
     return 100 + len(entry.message) + len(entry.path) + sum(map(len, names))
 
 
-def missing(message: str, kind: Kind, revision: int, now: Timestamp) -> Entry:
+def missing(message: str, kind: EntryType, revision: int, now: Timestamp) -> JournalEntry:
     """Return an entry that reports missing entries."""
-    return Entry(
+    return JournalEntry(
         id=f"lost-{kind.value}-{now}",
         time=now,
         revision=revision,

@@ -7,8 +7,8 @@ import msgspec
 
 from skep.errors import InvalidArgument
 from skep.manager.journal.chunks import Mark, entries_in, of_changes, time_ns
-from skep.model.history import Entry, HistoryPage, Kind
-from skep.model.times import Timestamp, timestamp
+from skep.model.history import EntryType, HistoryPage, JournalEntry
+from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import View
 from skep.store.kinds import JournalChunk
 
@@ -20,7 +20,7 @@ CHUNKS_AT_ONCE = 20
 """Chunks whose marks are read between two pauses: 4,000 marks, each in a tenth of a microsecond."""
 
 
-class Query(msgspec.Struct, frozen=True, kw_only=True):
+class HistoryQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Selection and order of entries.
 
     Attributes:
@@ -36,14 +36,14 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     """Ids and names of a service, a node or a stack, whichever exists."""
     stacks: frozenset[str] | None = None
     """The only stacks that the client may see, or None for everything."""
-    kinds: frozenset[Kind] = frozenset(Kind)
+    kinds: frozenset[EntryType] = frozenset(EntryType)
     since_ns: int = 0
     until_ns: int = TIME_MAX
     limit: int = 200
     is_ascending: bool = False
     cursor: str = ""
 
-    def matches(self, entry: Entry) -> bool:
+    def matches(self, entry: JournalEntry) -> bool:
         """Whether the entry matches, apart from its time.  Entries about missing entries match every query."""
         if entry.kind not in self.kinds:
             return False
@@ -68,12 +68,12 @@ Position = tuple[int, str]
 """Time in nanoseconds and id: the order of entries."""
 
 
-def position_of(entry: Entry) -> Position:
+def position_of(entry: JournalEntry) -> Position:
     """Return the entry's place in the order."""
     return time_ns(entry.time), entry.id
 
 
-def cursor_of(entry: Entry) -> str:
+def cursor_of(entry: JournalEntry) -> str:
     """Return the cursor of the page that begins after ``entry``."""
     at, id = position_of(entry)
     return f"{at}/{id}"
@@ -86,14 +86,14 @@ def _parsed(cursor: str) -> Position:
     return int(at), id
 
 
-async def page(view: View, query: Query) -> HistoryPage:
+async def page(view: View, query: HistoryQuery) -> HistoryPage:
     """Return one page, yielding to the event loop after each chunk.  Raises InvalidArgument for an invalid cursor."""
     after = _parsed(query.cursor) if query.cursor else None
     all_chunks = view.find(JournalChunk)
     sign = 1 if query.is_ascending else -1
     wanted = [one for one in all_chunks if one.first <= query.until_ns and one.last >= query.since_ns]
     wanted.sort(key=lambda one: one.first if query.is_ascending else -one.last)
-    found: list[tuple[Position, Entry]] = []
+    found: list[tuple[Position, JournalEntry]] = []
     for chunk in wanted:
         if len(found) > query.limit:
             found.sort(key=lambda one: one[0], reverse=not query.is_ascending)

@@ -7,13 +7,13 @@ that has responded to a ping is certainly reachable, because it received that pi
 
 from collections.abc import Iterable, Mapping, Set
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 SILENT_S = 2.0
 """Seconds without a ping after which a manager counts as lost, and the leader adopts its sessions."""
 
 
-class LastSeen:
+class ManagersLastSeen:
     """Times at which each other manager was last seen."""
 
     def __init__(self) -> None:

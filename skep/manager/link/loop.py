@@ -15,26 +15,26 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.hang_detection import RunningTime
+from skep.aio.event_loop.hang_detection import RunningTime
 from skep.aio.race import wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.caller_check import check_caller
-from skep.manager.incarnation import Incarnation
-from skep.manager.informer import run_informer
-from skep.manager.link.last_seen import LastSeen
+from skep.manager.control_loops.informer import run_informer
+from skep.manager.link.last_seen import ManagersLastSeen
 from skep.manager.manager_list import affects_managers
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
-from skep.model.ids import NodeId
+from skep.manager.storage.incarnation import Incarnation
 from skep.model.logs import LogQuery
 from skep.model.node import Node
+from skep.model.values.ids import NodeId
 from skep.rpc.client import Bounds
 from skep.store.interface import Commit, Store, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import BOUNDS, Channel
+from skep.wire.client import BOUNDS, ManagerChannel
 from skep.wire.convert.logs import query_to_pb
-from skep.wire.methods import Access
+from skep.wire.methods import MethodAccess
 from skep.wire.service import Handler, both_stream
 from skep.wire.shared import SharedConnections
 
@@ -62,7 +62,7 @@ All streams' windows together are smaller than the connection's, so readers that
 class Connect(Protocol):
     """Connects to another manager with this manager's certificate."""
 
-    def __call__(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
+    def __call__(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[ManagerChannel]:
         """Connect to the manager at ``addr``, as a manager.  Raises: Unavailable."""
 
 
@@ -93,10 +93,10 @@ class ManagerLink:
         self._random = random
         self._incarnation = incarnation or Incarnation(1)
         self._reports = reports or PeerReports()
-        self._last_seen = LastSeen()
+        self._last_seen = ManagersLastSeen()
         self._time = RunningTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
-        self._channels: dict[NodeId, Channel] = {}
+        self._channels: dict[NodeId, ManagerChannel] = {}
         self._beside: SharedConnections | None = None
         self._changed = asyncio.Event()
         self._has_peers = asyncio.Event()
@@ -132,7 +132,7 @@ class ManagerLink:
                     await self._answered.wait()
         return self._last_seen.answered(began) - self._reports.without_quorum()
 
-    def channel(self, manager: NodeId) -> Channel:
+    def channel(self, manager: NodeId) -> ManagerChannel:
         """Return the open connection to a manager.  Raises: Unavailable."""
         channel = self._channels.get(manager)
         if channel is None:
@@ -140,7 +140,7 @@ class ManagerLink:
         return channel
 
     @asynccontextmanager
-    async def channel_beside(self, manager: NodeId) -> AsyncIterator[Channel]:
+    async def channel_beside(self, manager: NodeId) -> AsyncIterator[ManagerChannel]:
         """Open a separate connection for one more reader.  It ends with the link.  Raises: Unavailable."""
         address = self.channel(manager).address
         assert self._beside is not None, "channel raises without a link"
@@ -231,7 +231,7 @@ class ManagerLink:
     def _is_reachable(self, manager: NodeId) -> bool:
         return manager not in self.silent(self._clock.monotonic())
 
-    async def _ping(self, channel: Channel, manager: NodeId) -> None:
+    async def _ping(self, channel: ManagerChannel, manager: NodeId) -> None:
         async with channel.stream(methods.PINGS) as call:
             while True:
                 wanted_now, asked_at = self._wanted_now, self._clock.monotonic()
@@ -279,7 +279,7 @@ class ManagerLink:
         if caller.identity is None:
             return False
         try:
-            return check_caller(self._store.view(), caller.identity, Access.MANAGER)
+            return check_caller(self._store.view(), caller.identity, MethodAccess.MANAGER)
         except PermissionDenied:
             return False
 

@@ -1,10 +1,10 @@
 """The log broker: requests logs from the nodes of tasks and passes the lines to readers.
 
 A node gets requests from the manager that owns its session.  So logs from nodes of other managers are requested through
-those managers (``Relays``).  At the start, one stream to each manager serves all its nodes.  Nodes that are added later
-get further streams.
+those managers (``OtherManagers``).  At the start, one stream to each manager serves all its nodes.  Nodes that are
+added later get further streams.
 
-A follower's nodes change.  ``Subscription.sources`` records the manager through which each node was requested.  When
+A follower's nodes change.  ``LogSubscription.sources`` records the manager through which each node was requested.  When
 that source no longer has the node (the node listens again, its session moved, a relay broke), the rest is requested
 where the node's session is now.
 
@@ -22,7 +22,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.logbroker.selection import (
     absences,
     is_removed,
@@ -32,11 +32,11 @@ from skep.manager.logbroker.selection import (
     selected,
     shortfall,
 )
-from skep.manager.logbroker.subscription import Subscription
-from skep.model.ids import IdSource, NodeId, TaskId
+from skep.manager.logbroker.subscription import LogSubscription
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import Node, NodeState
 from skep.model.task import Task
+from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.store.interface import Commit, Created, Store, Updated, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -58,7 +58,7 @@ SUBSCRIPTIONS_MAX = 1000
 """Largest number of concurrent readers on this manager."""
 
 
-class Relays(Protocol):
+class OtherManagers(Protocol):
     """Access to the other managers (``manager.link``)."""
 
     def relay_logs(
@@ -80,7 +80,7 @@ class LogBroker:
         new_id: IdSource,
         clock: Clock,
         own: NodeId = NO_MANAGER,
-        relays: Relays | None = None,
+        relays: OtherManagers | None = None,
     ) -> None:
         """``own`` is this manager.  ``relays`` is None without other managers."""
         self._store = store
@@ -90,7 +90,7 @@ class LogBroker:
         self._relays = relays
         self._group: asyncio.TaskGroup | None = None
         self._relaying: dict[str, set[asyncio.Task[None]]] = {}
-        self._subscriptions: dict[str, Subscription] = {}
+        self._subscriptions: dict[str, LogSubscription] = {}
         self._listeners: dict[NodeId, _Listener] = {}
 
     def services(self) -> Sequence[Handler]:
@@ -164,14 +164,14 @@ class LogBroker:
             finally:
                 self._group = None
 
-    def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> Subscription:
+    def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> LogSubscription:
         if len(self._subscriptions) >= SUBSCRIPTIONS_MAX:
             raise Unavailable("too many log streams are open: close some and try again")
-        subscription = Subscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
+        subscription = LogSubscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
         self._subscriptions[subscription.id] = subscription
         return subscription
 
-    def _instead(self, subscription: Subscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
+    def _instead(self, subscription: LogSubscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
         """Return lines that replace those of nodes that do not respond.
 
         They are the stored last lines of the nodes' tasks, unless the nodes have already sent lines, and a line that
@@ -189,7 +189,7 @@ class LogBroker:
 
     # -- readers --------------------------------------------------------------------------------------------------
 
-    async def _wait_update(self, subscription: Subscription) -> None:
+    async def _wait_update(self, subscription: LogSubscription) -> None:
         """Wait for lines or ends.  Gives up on nodes that send nothing, unless the reader follows."""
         now = self._clock.monotonic()
         hold_s, named_s = subscription.hold_s(now), subscription.until_named_s(now)
@@ -239,7 +239,7 @@ class LogBroker:
             if subscription.query.follow and node_id in subscription.sources:
                 self._request(subscription, [node_id])
 
-    def _check_state(self, subscription: Subscription, node_id: NodeId) -> None:
+    def _check_state(self, subscription: LogSubscription, node_id: NodeId) -> None:
         """Mark a follower's node as silent if it is down, even if its connection is still open."""
         node = self._store.view().lookup(Node, node_id)
         if node is None or not subscription.query.follow or node_id not in subscription.sources:
@@ -249,7 +249,7 @@ class LogBroker:
         elif subscription.sources[node_id] is not None:
             subscription.silent.discard(node_id)
 
-    def _request(self, subscription: Subscription, node_ids: Iterable[NodeId]) -> None:
+    def _request(self, subscription: LogSubscription, node_ids: Iterable[NodeId]) -> None:
         """Request logs of nodes that were not requested yet, and of followed nodes that have moved."""
         elsewhere: defaultdict[tuple[NodeId, bool], list[NodeId]] = defaultdict(list)
         for node_id in node_ids:
@@ -279,7 +279,7 @@ class LogBroker:
         for (manager, _), nodes in elsewhere.items():
             self._relay(subscription, manager, nodes)
 
-    def _location(self, subscription: Subscription, node_id: NodeId) -> "_Listener | NodeId | None":
+    def _location(self, subscription: LogSubscription, node_id: NodeId) -> "_Listener | NodeId | None":
         """Return where a node can be reached: its listener here, another manager, or None."""
         if (listener := self._listeners.get(node_id)) is not None:
             return listener
@@ -291,7 +291,7 @@ class LogBroker:
     def _owner(self, node_id: NodeId) -> NodeId:
         return _manager_of(self._store.view().lookup(Node, node_id))
 
-    def _close(self, subscription: Subscription) -> None:
+    def _close(self, subscription: LogSubscription) -> None:
         """Cancel the requests at the nodes and the relaying managers."""
         for relaying in tuple(self._relaying.pop(subscription.id, ())):
             relaying.cancel()
@@ -303,7 +303,7 @@ class LogBroker:
 
     # -- other managers -------------------------------------------------------------------------------------------
 
-    def _relay(self, subscription: Subscription, manager: NodeId, nodes: Sequence[NodeId]) -> None:
+    def _relay(self, subscription: LogSubscription, manager: NodeId, nodes: Sequence[NodeId]) -> None:
         """Request logs through another manager."""
         if self._group is None:
             for node_id in nodes:
@@ -323,7 +323,7 @@ class LogBroker:
         relaying.add(task)
         task.add_done_callback(relaying.discard)
 
-    async def _read_relay(self, subscription: Subscription, relay: "_Relay", query: LogQuery) -> None:
+    async def _read_relay(self, subscription: LogSubscription, relay: "_Relay", query: LogQuery) -> None:
         assert self._relays is not None, "only called with relays"
         is_followed = subscription.query.follow
         reason = f"manager {relay.manager} disconnected unexpectedly"
@@ -353,7 +353,7 @@ class LogBroker:
         if is_followed:
             await self._replace_relay(subscription, relay)
 
-    async def _replace_relay(self, subscription: Subscription, relay: "_Relay") -> None:
+    async def _replace_relay(self, subscription: LogSubscription, relay: "_Relay") -> None:
         """Request the nodes of a follower's broken relay again, at their current managers."""
         await subscription.backoff.sleep(self._clock)
         relay.task = None  # the request replaces this relay
@@ -414,7 +414,7 @@ class LogBroker:
     ) -> pb.PublishLogsResponse:
         """Receive one node's lines for one subscription, which the first message names."""
         node_id = caller.node_id
-        subscription: Subscription | None = None
+        subscription: LogSubscription | None = None
         source: object = None
         reason = f"node {node_id} disconnected unexpectedly"
         try:
@@ -442,7 +442,7 @@ class LogBroker:
                     )
         return pb.PublishLogsResponse()
 
-    def _require(self, subscription_id: str, node_id: NodeId) -> Subscription:
+    def _require(self, subscription_id: str, node_id: NodeId) -> LogSubscription:
         subscription = self._subscriptions.get(subscription_id)
         if subscription is None or subscription.sources.get(node_id) is None:
             raise NotFound("log subscription not found")
@@ -514,12 +514,14 @@ class _Relay:
             self.task.cancel()
 
 
-def _message(subscription: Subscription, node_id: NodeId) -> pb.SubscriptionMessage:
+def _message(subscription: LogSubscription, node_id: NodeId) -> pb.SubscriptionMessage:
     selector, options = query_to_pb(subscription.remaining([node_id]))
     return pb.SubscriptionMessage(id=subscription.id, selector=selector, options=options)
 
 
-def _is_requested(subscription: Subscription, node_id: NodeId, location: _Listener | NodeId | None) -> bool:
+def _is_requested(
+    subscription: LogSubscription, node_id: NodeId, location: _Listener | NodeId | None
+) -> bool:
     """Return whether the node's logs were requested, for a follower at the node's current location."""
     if node_id not in subscription.sources:
         return False
@@ -533,5 +535,5 @@ def _manager_of(node: Node | None) -> NodeId:
     return node.session.manager_id if node is not None and node.session is not None else NO_MANAGER
 
 
-def _is_for(subscription: Subscription, node_id: NodeId) -> bool:
+def _is_for(subscription: LogSubscription, node_id: NodeId) -> bool:
     return subscription.only is None or node_id in subscription.only

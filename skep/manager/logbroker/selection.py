@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Set
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.times import unix_ns
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import unix_ns
 from skep.store.interface import View
 from skep.store.kinds import Revocation
 

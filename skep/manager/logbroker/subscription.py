@@ -13,9 +13,9 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.merging import MergeQueue
-from skep.model.ids import NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 
 LINES_MAX = 1000
 """Maximum number of lines that wait for one reader."""
@@ -27,7 +27,7 @@ BEHIND_NS_MAX = 600 * SECOND_NS
 """Largest lag between two tasks of a node, in nanoseconds, at which both can be resumed without gaps."""
 
 
-class Subscription:
+class LogSubscription:
     """A running query.  ``id`` identifies it on the nodes."""
 
     def __init__(

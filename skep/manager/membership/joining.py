@@ -15,14 +15,14 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.manager.membership.peer_ports import unreachable_peers
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
-from skep.store.etcd.peers import Peer
+from skep.store.etcd.peers import EtcdPeer
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.client import open_channel
-from skep.wire.methods import Unary
+from skep.wire.methods import UnaryMethod
 
 log = structlog.get_logger(__name__)
 
@@ -40,10 +40,10 @@ class JoinRefused(SkepError):
     """The managers refuse this node as a manager.  The message has the reason."""
 
 
-class Admission(msgspec.Struct, frozen=True, kw_only=True):
+class AdmittedManager(msgspec.Struct, frozen=True, kw_only=True):
     """The response to a new manager.  ``addr`` is the ``ip:port`` at which the others reach it."""
 
-    peers: tuple[Peer, ...]
+    peers: tuple[EtcdPeer, ...]
     wrapping_key: bytes
     cluster_token: str
     incarnation: int
@@ -61,7 +61,7 @@ class JoiningManager:
         self._clock = clock
         self._rng = rng
 
-    async def admission(self, addr: str, peer_port: int) -> Admission:
+    async def admission(self, addr: str, peer_port: int) -> AdmittedManager:
         """Request admission until a manager grants it.
 
         Args:
@@ -75,7 +75,7 @@ class JoiningManager:
         reply = await self._call(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, rng=self._rng))
         return admission_of(reply, self._pair.identity.node_id)
 
-    async def vote(self, peers: Sequence[Peer], on_delay: Callable[[str], None]) -> None:
+    async def vote(self, peers: Sequence[EtcdPeer], on_delay: Callable[[str], None]) -> None:
         """Request this manager's vote until it is a voter, which takes as long as it needs to catch up.
 
         Args:
@@ -99,7 +99,7 @@ class JoiningManager:
 
     async def _call(
         self,
-        method: Unary[Q, A],
+        method: UnaryMethod[Q, A],
         request: Q,
         timeout_s: float,
         backoff: Backoff,
@@ -126,17 +126,17 @@ class JoiningManager:
             await backoff.sleep(self._clock)
 
 
-def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
+def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> AdmittedManager:
     """Return the admission in ``reply``.  Raises JoinRefused if it is incomplete."""
     peers = tuple(
-        Peer(name=member.name, url=member.peer_url, ip=member.ip, manager_port=member.manager_port)
+        EtcdPeer(name=member.name, url=member.peer_url, ip=member.ip, manager_port=member.manager_port)
         for member in reply.members
     )
     if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
         raise JoinRefused(
             "the response does not list this manager as a member. Check that all managers run the same version."
         )
-    return Admission(
+    return AdmittedManager(
         peers=peers,
         wrapping_key=reply.wrapping_key,
         cluster_token=reply.cluster_token,

@@ -13,23 +13,23 @@ from msgspec.structs import replace
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.member_sync import reachability_changes, write_reachability
 from skep.manager.membership.roles import (
     Demote,
-    HandOver,
     Keep,
     Learners,
     Promote,
     Step,
+    TransferLeadership,
     Withdraw,
     next_steps,
 )
-from skep.manager.revocation import revoke
-from skep.model.ids import NodeId
+from skep.manager.nodes.revocation import revoke
 from skep.model.node import Node, NodeRole, NodeState
+from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
 from skep.store.interface import NotLeader, Term, Transaction, View
 from skep.store.level import LOWEST
@@ -62,7 +62,7 @@ class LinkState(Protocol):
         """Ping the managers now.  Returns the managers that answer."""
 
 
-class Managers:
+class ManagerReconciler:
     """Reconciles members, certificates and statuses of the managers with the specs.  Leader only."""
 
     def __init__(
@@ -174,7 +174,7 @@ class Managers:
             case Demote(node_id):
                 await self._term.update(set_certificate_role, node_id, NodeRole.WORKER, self._clock.now_ns())
                 log.info("node demoted", node=node_id)
-            case HandOver(to):
+            case TransferLeadership(to):
                 log.info("leadership transferred: this node is being demoted", to=to.name)
                 await self._consensus.move_leader(to)
             case Withdraw(member):

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId
 from skep.model.node import Node, Reachability
+from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction
 
 

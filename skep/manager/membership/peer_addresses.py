@@ -15,13 +15,13 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.errors import InvalidArgument, Unavailable
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
-from skep.model.addresses import is_address, joined, parted
+from skep.model.networks.addresses import is_address, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
-from skep.store.etcd.peers import Peer
+from skep.store.etcd.peers import EtcdPeer
 from skep.store.interface import LoopStore
 from skep.wire.client import split_address
 
@@ -60,15 +60,15 @@ def _ip_and_port(addr: str) -> tuple[str, int]:
 
 
 def peers_of(
-    written: Mapping[str, tuple[str, int]], members: Iterable[RaftMember], known: Iterable[Peer]
-) -> tuple[Peer, ...]:
+    written: Mapping[str, tuple[str, int]], members: Iterable[RaftMember], known: Iterable[EtcdPeer]
+) -> tuple[EtcdPeer, ...]:
     """Return all managers with their addresses: members, and nodes that are about to become members."""
     found = {peer.name: (peer.ip, peer.manager_port) for peer in known}
     urls = {member.name: member.url for member in members}
     peers = []
     for name in sorted(urls.keys() | written.keys()):
         ip, port = written.get(name) or found.get(name, ("", 0))
-        peers.append(Peer(name=name, url=urls.get(name, ""), ip=ip, manager_port=port))
+        peers.append(EtcdPeer(name=name, url=urls.get(name, ""), ip=ip, manager_port=port))
     return tuple(peers)
 
 
@@ -85,7 +85,7 @@ class PeerAddresses:
     ``save`` is called after every update.  It is short, and harmless without a change.
     """
 
-    def __init__(self, known: Iterable[Peer], save: Callable[[tuple[Peer, ...]], None]) -> None:
+    def __init__(self, known: Iterable[EtcdPeer], save: Callable[[tuple[EtcdPeer, ...]], None]) -> None:
         """Start with the addresses saved by the last run."""
         self.peers = tuple(known)
         self._save = save
@@ -93,7 +93,7 @@ class PeerAddresses:
         self._moved: dict[str, _Moved] = {}
 
     @property
-    def moved(self) -> list[Peer]:
+    def moved(self) -> list[EtcdPeer]:
         """Managers that announced other addresses than in their node objects."""
         return [peer for peer in self.peers if peer.name in self._moved]
 
@@ -122,7 +122,7 @@ class PeerAddresses:
             tuple(msgspec.structs.replace(peer, ip=ip) if peer.name == name else peer for peer in self.peers)
         )
 
-    def _write(self, peers: tuple[Peer, ...]) -> None:
+    def _write(self, peers: tuple[EtcdPeer, ...]) -> None:
         self.peers = peers
         self._save(peers)
 

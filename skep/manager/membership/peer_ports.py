@@ -7,8 +7,8 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-from skep.model.addresses import parted
-from skep.store.etcd.peers import Peer
+from skep.model.networks.addresses import parted
+from skep.store.etcd.peers import EtcdPeer
 
 CONNECT_S = 1.5
 """Timeout in seconds of a connection, shorter than the deadline of the caller that waits for the result."""
@@ -28,7 +28,7 @@ async def connect_error(addr: str) -> str:
     return ""
 
 
-async def unreachable_peers(peers: Sequence[Peer], own: str) -> str:
+async def unreachable_peers(peers: Sequence[EtcdPeer], own: str) -> str:
     """Return which ``peers`` this machine cannot reach, and why, or an empty string.  ``own`` is its member's name."""
     addrs = [peer.peer_addr for peer in peers if peer.name != own and peer.peer_addr]
     errors = await asyncio.gather(*map(connect_error, addrs))

@@ -15,15 +15,15 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import PermissionDenied, SkepError
 from skep.manager.membership.peer_addresses import PeerAddresses, full_address
-from skep.model.addresses import host_of, joined, parted
-from skep.model.ids import NodeId
-from skep.security.identity import Identity
+from skep.model.networks.addresses import host_of, joined, parted
+from skep.model.values.ids import NodeId
+from skep.security.identity import NodeIdentity
 from skep.security.tls import MANAGER_NAME
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.client import open_channel
-from skep.wire.methods import Access
+from skep.wire.methods import MethodAccess
 from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
@@ -72,7 +72,7 @@ class PeerSearch:
                     group.create_task(self._announce(addr), name=f"announce to {addr}")
             await backoff.sleep(self._clock)
 
-    def require_known(self, identity: Identity, _access: Access) -> None:
+    def require_known(self, identity: NodeIdentity, _access: MethodAccess) -> None:
         """Accept calls of known managers while this manager's store is not available to check them.
 
         A manager that has joined since then is not needed here, because it has a quorum with others and finds this

@@ -14,8 +14,8 @@ from typing import TypeAlias
 import msgspec
 
 from skep.manager.membership.quorum import keeps_quorum
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
+from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
 
 
@@ -25,7 +25,7 @@ class Promote(msgspec.Struct, frozen=True):
     node_id: NodeId
 
 
-class HandOver(msgspec.Struct, frozen=True):
+class TransferLeadership(msgspec.Struct, frozen=True):
     """Transfer leadership to another member, because this leader will be removed."""
 
     to: RaftMember
@@ -49,7 +49,7 @@ class Demote(msgspec.Struct, frozen=True):
     node_id: NodeId
 
 
-Step: TypeAlias = Promote | HandOver | Withdraw | Keep | Demote
+Step: TypeAlias = Promote | TransferLeadership | Withdraw | Keep | Demote
 
 
 def next_steps(
@@ -102,7 +102,7 @@ def _next_withdrawal(
             return [Withdraw(member)]
         else:
             successor = _successor(members, wanted, reachable, own)
-            return [HandOver(successor)] if successor is not None else [Keep(member)]
+            return [TransferLeadership(successor)] if successor is not None else [Keep(member)]
     return held[:1]
 
 

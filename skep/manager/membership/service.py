@@ -12,8 +12,8 @@ from skep.manager.control.nodes import check_demotion
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.peer_addresses import PeerAddresses, full_address
 from skep.manager.membership.peer_ports import connect_error
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
+from skep.model.values.ids import ClusterId, NodeId
 from skep.store.etcd.errors import NoMember, StillLearning
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import peer_url

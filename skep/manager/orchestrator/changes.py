@@ -13,21 +13,21 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import NamesAnother, SkepError, Unavailable
-from skep.manager.dependents import requiring, restart_dependents
-from skep.manager.job_runs import settled
 from skep.manager.loop_driver import Recheck
-from skep.manager.orchestrator.enforcement import is_unfit
+from skep.manager.orchestrator.replacement.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
-from skep.manager.quotas import claim_service
-from skep.manager.registry_auth import follow_rollback
-from skep.manager.removal import hide_service
+from skep.manager.services.dependents import requiring, restart_dependents
+from skep.manager.services.job_runs import settled
+from skep.manager.services.quotas import claim_service
+from skep.manager.services.registry_auth import follow_rollback
+from skep.manager.services.removal import hide_service
 from skep.model.history import stack_of
-from skep.model.ids import IdSource, NodeId, TaskId
-from skep.model.meta import Version
 from skep.model.node import Availability, Node
 from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.values.ids import IdSource, NodeId, TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
 from skep.store.kinds import as_run, has_unreadable_status

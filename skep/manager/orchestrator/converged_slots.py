@@ -8,11 +8,11 @@ compares all slots.
 
 from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.orchestrator.decision_inputs import Situation
-from skep.manager.orchestrator.enforcement import violates_constraints
-from skep.manager.orchestrator.outdated_tasks import is_same
-from skep.model.meta import Version
+from skep.manager.orchestrator.replacement.enforcement import violates_constraints
+from skep.manager.orchestrator.replacement.outdated_tasks import is_same
 from skep.model.service import UNDER_WAY
 from skep.model.task import Task, TaskState
+from skep.model.values.meta import Version
 
 _RUNNING = TaskState.RUNNING
 

@@ -12,7 +12,6 @@ from typing import Any
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, run_at_once
-from skep.manager.job_runs import COMPLETED, of_present_run
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import (
@@ -27,8 +26,8 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key
-from skep.manager.orchestrator.outdated_tasks import is_dirty
-from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
+from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
+from skep.manager.orchestrator.replacement.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.slots import (
     Slot,
     group_by_node,
@@ -38,10 +37,11 @@ from skep.manager.orchestrator.slots import (
     wanted,
 )
 from skep.manager.orchestrator.update import is_outdated, update_steps
-from skep.model.ids import NodeId
-from skep.model.labels import JOB_TTL
+from skep.manager.services.job_runs import COMPLETED, of_present_run
+from skep.model.options.labels import JOB_TTL
 from skep.model.service import PAUSED, UNDER_WAY
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 
 
 def next_steps(situation: Situation) -> list[Step]:

@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from skep.model.ids import ServiceId
 from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Transaction
 
 FAILED = "orchestration failed"

@@ -5,17 +5,17 @@ from math import inf
 
 import msgspec
 
-from skep.manager.orchestrator.disconnection import policy_on, replaced_at
-from skep.manager.orchestrator.enforcement import violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
+from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.orchestrator.slots import is_unusable
-from skep.model.ids import NodeId, TaskId, VolumeId
-from skep.model.labels import OnDisconnect
 from skep.model.node import Availability, Node, NodeState
-from skep.model.schedules import max_attempts_of
+from skep.model.options.labels import OnDisconnect
+from skep.model.options.schedules import max_attempts_of
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task
-from skep.model.times import unix_ns
+from skep.model.values.ids import NodeId, TaskId, VolumeId
+from skep.model.values.times import unix_ns
 from skep.model.volume import Volume
 
 ROLLBACKS = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)

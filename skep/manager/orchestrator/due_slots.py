@@ -11,9 +11,9 @@ from typing import TypeAlias
 
 import msgspec
 
-from skep.model.ids import NodeId, ServiceId
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId
 
 SlotKey: TypeAlias = int | NodeId
 """Number of a slot, or the node of a global service's slot."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask, cause_to_leave
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.restart import should_restart
+from skep.manager.orchestrator.replacement.restart import should_restart
 from skep.manager.orchestrator.slots import (
     Slot,
     first_state,
@@ -15,8 +15,8 @@ from skep.manager.orchestrator.slots import (
     is_unusable,
     wanted,
 )
-from skep.model.constraints import is_satisfied
 from skep.model.node import Availability, Node
+from skep.model.options.constraints import is_satisfied
 from skep.model.service import Placement, Service, UpdateState
 from skep.model.task import Task
 

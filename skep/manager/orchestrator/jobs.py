@@ -21,15 +21,6 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.manager.job_runs import (
-    is_candidate,
-    is_fixed,
-    is_over,
-    nodes_of,
-    of_present_run,
-    result,
-    starts_until_ns,
-)
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     FillSlot,
@@ -41,8 +32,13 @@ from skep.manager.orchestrator.changes import (
     cause_to_leave,
 )
 from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.restart import (
+    restart_steps,
+    should_restart,
+    start_steps,
+    stopped_at,
+)
 from skep.manager.orchestrator.replicated import check_number
-from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps, stopped_at
 from skep.manager.orchestrator.slots import (
     Slot,
     first_state,
@@ -53,11 +49,20 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
-from skep.model.labels import job_ttl_s
-from skep.model.meta import Version
+from skep.manager.services.job_runs import (
+    is_candidate,
+    is_fixed,
+    is_over,
+    nodes_of,
+    of_present_run,
+    result,
+    starts_until_ns,
+)
+from skep.model.options.labels import job_ttl_s
 from skep.model.service import ReplicatedJob, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, unix_ns
 
 
 def next_steps(situation: Situation) -> list[Step]:

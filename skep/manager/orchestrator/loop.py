@@ -7,17 +7,17 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.time_slices import run_in_slices
 from skep.errors import SkepError
-from skep.manager.failures import write_each
+from skep.manager.control_loops.failures import write_each
 from skep.manager.loop_driver import LoopDriver
 from skep.manager.orchestrator.changes import Change, apply
 from skep.manager.orchestrator.decision_errors import clear_error, has_error, set_error
 from skep.manager.orchestrator.state import OrchestratorState
-from skep.model.ids import IdSource, ServiceId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import timestamp
+from skep.model.values.ids import IdSource, ServiceId
+from skep.model.values.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import LoopStore, Transaction
 

@@ -8,12 +8,12 @@ restart would count as if it had just happened.
 
 from math import inf
 
-from skep.model.dependencies import is_wait
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node, NodeState
+from skep.model.options.dependencies import is_wait
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 STABLE_S = 10.0

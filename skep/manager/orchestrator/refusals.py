@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.failures import Failures
+from skep.manager.control_loops.failures import Failures
 from skep.manager.orchestrator.changes import Change, key_of
-from skep.model.ids import ServiceId
+from skep.model.values.ids import ServiceId
 
 
 class Refusals:

@@ -8,11 +8,11 @@ from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.restart import should_restart
+from skep.manager.orchestrator.replacement.restart import should_restart
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, has_unread_end, history, wanted
-from skep.model.ids import NodeId
 from skep.model.service import REPLICAS_MAX, Service, UpdateState
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 
 
 def reconcile(service: Service, tasks: Iterable[Task], seen: ObservedTimes | None = None) -> list[Change]:

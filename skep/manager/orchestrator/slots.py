@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.model.ids import NodeId, ServiceId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId
 from skep.store.schema import UNREAD_STATUS
 
 PAUSE = 1000

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from skep.model.constraints import is_satisfied
-from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.needs import Needs, kind_and_amount, needs_of
 from skep.model.node import Node
-from skep.model.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.options.constraints import is_satisfied
+from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
 

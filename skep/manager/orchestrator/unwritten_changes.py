@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import msgspec
 
 from skep.manager.orchestrator.changes import Change
-from skep.model.ids import ServiceId
 from skep.model.service import Service
+from skep.model.values.ids import ServiceId
 
 
 class _Decided(msgspec.Struct):

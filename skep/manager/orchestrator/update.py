@@ -51,6 +51,8 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, collect_in_slices
+from skep.manager.diagnosis.reasons import failure_of
+from skep.manager.diagnosis.unmet_needs import with_needs
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     ROLLED_BACK,
@@ -63,10 +65,10 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
-from skep.manager.orchestrator.held_places import blocks, excludes, holds, spec_of
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.outdated_tasks import is_dirty
-from skep.manager.orchestrator.restart import is_held
+from skep.manager.orchestrator.replacement.held_places import blocks, excludes, holds, spec_of
+from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
+from skep.manager.orchestrator.replacement.restart import is_held
 from skep.manager.orchestrator.slots import (
     Slot,
     age,
@@ -75,10 +77,7 @@ from skep.manager.orchestrator.slots import (
     wanted,
 )
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
-from skep.manager.reasons import failure_of
-from skep.manager.unmet_needs import with_needs
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import progress_deadline_s
+from skep.model.options.labels import progress_deadline_s
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
@@ -90,7 +89,8 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
 """Monitor time of an update config without one.  Docker documents the same default."""

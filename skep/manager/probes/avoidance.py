@@ -12,10 +12,10 @@ import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from skep.model.data_planes import probes_paths
-from skep.model.ids import NodeId
+from skep.model.networks.data_planes import probes_paths
+from skep.model.networks.paths import PathCheck
 from skep.model.node import Availability, CutOff, Node, NodeState
-from skep.model.paths import PathCheck
+from skep.model.values.ids import NodeId
 
 N = TypeVar("N", bound=str)
 

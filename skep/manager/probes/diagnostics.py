@@ -14,16 +14,16 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, RetryLater, SkepError, Unavailable
 from skep.manager.probes.streams import ProbeStreams
-from skep.model.data_planes import is_docker_node, probes_paths
-from skep.model.ids import NodeId
+from skep.model.networks.data_planes import is_docker_node, probes_paths
+from skep.model.networks.paths import DiagnosticsResult
 from skep.model.node import Node, NodeState
-from skep.model.paths import DiagnosticsResult
+from skep.model.values.ids import NodeId
 from skep.rpc.errors import LOST_PEER
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from skep.wire.convert.paths import reports_from_pb, reports_to_pb
 from skep.wire.service import Handler, duplex
 
@@ -50,7 +50,7 @@ class Diagnostics:
         store: Store,
         own: NodeId,
         streams: ProbeStreams,
-        channel: Callable[[NodeId], Channel],
+        channel: Callable[[NodeId], ManagerChannel],
         clock: Clock,
     ) -> None:
         """``channel`` returns the link's connection to another manager, or raises Unavailable."""

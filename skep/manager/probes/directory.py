@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.probes.plan import Plan
-from skep.model.addresses import joined
-from skep.model.data_planes import is_docker_node, probes_paths, underlay_of
-from skep.model.ids import NetworkId, NodeId
+from skep.manager.probes.plan import ProbePlan
+from skep.model.networks.addresses import joined
+from skep.model.networks.data_planes import is_docker_node, probes_paths, underlay_of
+from skep.model.networks.paths import PathPeer, ProbeTargets
+from skep.model.networks.reserved_ports import GOSSIP_PORT
 from skep.model.node import Node, NodeState
-from skep.model.paths import PathPeer, ProbeTargets
-from skep.model.reserved_ports import GOSSIP_PORT
+from skep.model.values.ids import NetworkId, NodeId
 
 GOSSIP_PEERS_MAX = 24
 """Docker nodes that one manager probes.  If there are more, each manager probes its share."""
 
 
-class Directory(msgspec.Struct, frozen=True, kw_only=True):
+class NodeDirectory(msgspec.Struct, frozen=True, kw_only=True):
     """All nodes that are up.
 
     ``gossiping`` are Docker nodes in order of their ids.  ``managers`` are Skep nodes that are managers.
@@ -29,11 +29,11 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
     managers: tuple[NodeId, ...] = ()
 
 
-def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
+def directory_of(nodes: Iterable[Node], vxlan_port: int) -> NodeDirectory:
     """Return the directory of the current nodes."""
     up = [node for node in nodes if node.status.state is NodeState.READY]
     ours = [node for node in up if probes_paths(node) and underlay_of(node)]
-    return Directory(
+    return NodeDirectory(
         peers={node.id: _peer(node, vxlan_port) for node in ours},
         gossiping=tuple(
             PathPeer(
@@ -68,8 +68,8 @@ def _relevant_fields(node: Node) -> tuple[object, ...]:
 
 def targets_for(
     id: NodeId,
-    directory: Directory,
-    plan: Plan,
+    directory: NodeDirectory,
+    plan: ProbePlan,
     encrypted: Callable[[NodeId], Sequence[NetworkId]],
 ) -> ProbeTargets | None:
     """Return the probe targets of a node, or None if it does not probe.
@@ -98,7 +98,7 @@ def _without_etcd(peer: PathPeer, own: PathPeer) -> PathPeer:
     return peer if own.control or not peer.etcd else replace(peer, etcd="")
 
 
-def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
+def _gossiping(id: NodeId, directory: NodeDirectory) -> tuple[PathPeer, ...]:
     """Return the Docker nodes to probe.  Managers relay gossip to them, so other nodes do not probe them."""
     if id not in directory.managers:
         return ()
@@ -108,7 +108,7 @@ def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
     return directory.gossiping[share :: len(directory.managers)][:GOSSIP_PEERS_MAX]
 
 
-def managers_for(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
+def managers_for(id: NodeId, directory: NodeDirectory) -> tuple[PathPeer, ...]:
     """Return all other managers, for probes of only their manager ports."""
     own = directory.peers.get(id)
     managers = (directory.peers[manager] for manager in directory.managers if manager != id)

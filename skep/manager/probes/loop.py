@@ -12,12 +12,12 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.probes.avoidance import avoidances
 from skep.manager.probes.records import Avoidance, record_avoidance
 from skep.model.node import Node
 from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Updated, View
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 
 log = structlog.get_logger(__name__)
 

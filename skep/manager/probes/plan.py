@@ -18,7 +18,7 @@ or leaves only changes the peers of its neighbors.
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
-from skep.model.ids import NetworkId, NodeId
+from skep.model.values.ids import NetworkId, NodeId
 
 ALL_PAIRS_MAX = 24
 """Largest number of nodes with which all pairs are probed."""
@@ -51,7 +51,7 @@ class Ring:
         return (self._order[(position + step) % count] for step in range(-distance, distance + 1) if step)
 
 
-class Plan:
+class ProbePlan:
     """The peers of each node.
 
     Args:

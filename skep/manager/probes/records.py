@@ -5,8 +5,8 @@ to avoid.
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId
 from skep.model.node import CutOff, FailingPath, Node
+from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction
 
 WRITTEN_MAX = 64

@@ -13,23 +13,30 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.informer import run_informer
-from skep.manager.node_session import NodeSession, StreamSignal
-from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
+from skep.manager.control_loops.informer import run_informer
+from skep.manager.nodes.node_session import NodeSession, StreamWaker
+from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.manager.probes.directory import (
-    Directory,
+    NodeDirectory,
     changes_directory,
     directory_of,
     managers_for,
     targets_for,
 )
-from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
+from skep.manager.probes.plan import ALL_PAIRS_MAX, ProbePlan
 from skep.manager.probes.records import WRITTEN_MAX, PathRecord, record_paths
-from skep.model.data_planes import data_path_port, probes_paths
-from skep.model.ids import NetworkId, NodeId
+from skep.model.networks.data_planes import data_path_port, probes_paths
+from skep.model.networks.paths import (
+    DiagnosticsRequest,
+    NetworkNames,
+    PathCheck,
+    PathPeer,
+    PathReport,
+    ProbeTargets,
+)
 from skep.model.node import FailingPath, Node
-from skep.model.paths import DiagnosticsRequest, NetworkNames, PathCheck, PathPeer, PathReport, ProbeTargets
 from skep.model.swarm import Swarm
+from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -89,8 +96,8 @@ class ProbeStreams:
         self._networks = networks
         self._clock = clock
         self._streams: NodeStreams[_Stream] = NodeStreams("paths")
-        self._directory = Directory(peers={})
-        self._plan = Plan((), {})
+        self._directory = NodeDirectory(peers={})
+        self._plan = ProbePlan((), {})
         self._is_stale = True
         self._planned_at = float("-inf")
 
@@ -242,9 +249,9 @@ class ProbeStreams:
 
 def _planned(
     nodes: Iterable[Node], swarms: Iterable[Swarm], networks: Mapping[NodeId, Sequence[NetworkId]]
-) -> tuple[Directory, Plan]:
+) -> tuple[NodeDirectory, ProbePlan]:
     directory = directory_of(nodes, data_path_port(swarms))
-    return directory, Plan(directory.peers, networks)
+    return directory, ProbePlan(directory.peers, networks)
 
 
 _RANK: dict[str, int] = {
@@ -295,7 +302,7 @@ class _Stream(NodeStream):
     """One node's stream."""
 
     def __init__(
-        self, node_id: NodeId, session: NodeSession, signal: StreamSignal, results: ProbeResults
+        self, node_id: NodeId, session: NodeSession, signal: StreamWaker, results: ProbeResults
     ) -> None:
         super().__init__(node_id, session, signal)
         self.results = results

@@ -6,40 +6,42 @@
 
 from aiohttp import web
 
-from skep.api.handover_server import is_passed
-from skep.api.server import ApiVersion
-from skep.api.server import application as engine_application
-from skep.api.versions import NEWEST
+from skep.api.http.handover_server import is_passed
+from skep.api.http.server import ApiVersion
+from skep.api.http.server import application as engine_application
+from skep.api.http.versions import NEWEST
 from skep.manager.routes import (
-    backup,
-    doctor,
     events,
-    evictions,
-    explain,
     files,
-    history,
-    jobs,
     logs,
     networks,
     nodes,
-    placement,
-    quotas,
     reach,
-    runs,
     services,
-    stack_checks,
-    state,
     swarm,
     tasks,
-    updates,
-    users,
-    view,
     volumes,
     warnings,
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
-from skep.manager.routes.audit import record_request
-from skep.manager.routes.authorization import ClusterObjects
+from skep.manager.routes.extensions import (
+    backup,
+    doctor,
+    evictions,
+    explain,
+    history,
+    jobs,
+    placement,
+    quotas,
+    runs,
+    stack_checks,
+    state,
+    updates,
+    users,
+    view,
+)
+from skep.manager.routes.guard.audit import record_request
+from skep.manager.routes.guard.authorization import ClusterObjects
 
 __all__ = ["ManagerApi", "application", "compile_routes"]
 

@@ -9,29 +9,29 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.aio.loop_lag import LoopLag
+from skep.aio.event_loop.loop_lag import LoopLag
 from skep.aio.slots import Slots
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
-from skep.api.gosyntax import BOOLEANS
-from skep.api.responses import KnownJson
+from skep.api.formats.gosyntax import BOOLEANS
+from skep.api.http.responses import KnownJson
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
-from skep.manager.events import ClusterEvents
 from skep.manager.journal.loop import Journal
 from skep.manager.journal.past import PastStates
-from skep.manager.metrics import ClusterMetrics
-from skep.manager.node_events import AllEvents
 from skep.manager.quorum import Quorum
-from skep.manager.task_usages import no_usages
-from skep.model.autoscaling import TaskUsage
-from skep.model.ids import IdSource, NodeId, TaskId
+from skep.manager.telemetry.events import ClusterEvents
+from skep.manager.telemetry.metrics import ClusterMetrics
+from skep.manager.telemetry.node_events import AllEvents
+from skep.manager.telemetry.task_usages import no_usages
 from skep.model.logs import LogLine, LogQuery
-from skep.model.name_generator import NameSource
-from skep.model.paths import DiagnosticsResult
+from skep.model.networks.paths import DiagnosticsResult
+from skep.model.options.autoscaling import TaskUsage
 from skep.model.swarm import CAConfig, Swarm
 from skep.model.task import Task
-from skep.model.times import Timestamp, timestamp
-from skep.security.rotation import Prepared, Roots
+from skep.model.values.ids import IdSource, NodeId, TaskId
+from skep.model.values.name_generator import NameSource
+from skep.model.values.times import Timestamp, timestamp
+from skep.security.rotation import PreparedRoots, Roots
 from skep.store.interface import Store, Transaction, View
 from skep.store.space import refusal
 from skep.tracing import within
@@ -79,7 +79,7 @@ class Backing(Protocol):
         """Yield the backup file.  Raises: SkepError: the file is incomplete."""
 
 
-class Diagnostics(Protocol):
+class PathDiagnostics(Protocol):
     """Makes nodes probe the paths between them (``manager.probes.diagnostics``)."""
 
     def require_throughput(self) -> None:
@@ -94,7 +94,7 @@ class Diagnostics(Protocol):
 class ExternalRoots(Protocol):
     """Requests to external authorities for a change of the cluster's root (``manager.ca.external``)."""
 
-    async def prepare(self, swarm: Swarm, roots: Roots, config: CAConfig) -> Prepared:
+    async def prepare(self, swarm: Swarm, roots: Roots, config: CAConfig) -> PreparedRoots:
         """Prepare the change, within seconds.  Raises: InvalidArgument, Unavailable."""
 
 
@@ -143,7 +143,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_id: IdSource
     new_name: NameSource
     backups: Backing
-    diagnostics: Diagnostics
+    diagnostics: PathDiagnostics
     external: ExternalRoots
     tunnels: Tunnelling
     collect_usages: Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]] = no_usages

@@ -11,12 +11,12 @@ from typing import Any
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.server import Filters, JsonLines, Routes
-from skep.api.timestamps import period_of
+from skep.api.formats.timestamps import period_of
+from skep.api.http.server import Filters, JsonLines, Routes
 from skep.errors import InvalidArgument, PermissionDenied
-from skep.manager.events import EventsLost, Message, is_dockers
-from skep.manager.node_events import TYPES, Position, Wanted
 from skep.manager.routes.access import OF_WORKER, manager_of
+from skep.manager.telemetry.events import EventMessage, EventsLost, is_dockers
+from skep.manager.telemetry.node_events import TYPES, StreamPosition, WantedEvents
 
 routes = Routes()
 
@@ -37,12 +37,14 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         and TYPES.intersection(filters["type"])
         and OF_WORKER not in request.headers
     ):
-        wanted = Wanted(filters=filters.json("scope"), since=request.query.get("since", ""), until_ns=until)
+        wanted = WantedEvents(
+            filters=filters.json("scope"), since=request.query.get("since", ""), until_ns=until
+        )
         manager.all_events.check(wanted)
     async with JsonLines(request) as lines:
 
-        async def send(message: Mapping[str, Any] | Message) -> None:
-            if isinstance(message, Message):
+        async def send(message: Mapping[str, Any] | EventMessage) -> None:
+            if isinstance(message, EventMessage):
                 if message.type != "stream":
                     await lines.send(replace(message, cursor=""))
             else:
@@ -69,14 +71,14 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     """
     since, until = period_of(request)
     manager, filters = manager_of(request), Filters.of(request)
-    position = Position.of(cursor) if (cursor := request.query.get("after", "")) else None
+    position = StreamPosition.of(cursor) if (cursor := request.query.get("after", "")) else None
     after: int | None
     if position is not None:
         after, since = manager.events.revision_after(position.cluster), None
     else:
         after = manager.events.revision_before(since) if since is not None else None
 
-    def is_wanted(message: Message) -> bool:
+    def is_wanted(message: EventMessage) -> bool:
         return (until is None or message.time_nano <= until) and _matches(message, filters)
 
     cluster = partial(manager.events.subscribe_after, after, until, is_wanted)
@@ -85,7 +87,7 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
         if OF_WORKER in request.headers:
             raise PermissionDenied("workers do not pass on node events: ask a manager")
         words = () if names == "all" else names.split(",")
-        wanted = Wanted(
+        wanted = WantedEvents(
             names=words,
             filters=filters.json("scope"),
             since=request.query["since"] if since is not None else "",
@@ -109,13 +111,13 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     return lines.response
 
 
-async def _send_all(events: Callable[[], AsyncGenerator[Message, None]], lines: JsonLines) -> None:
+async def _send_all(events: Callable[[], AsyncGenerator[EventMessage, None]], lines: JsonLines) -> None:
     async with aclosing(events()) as messages:
         async for message in messages:
             await lines.send(message)
 
 
-def fits(message: Message, filters: Filters) -> bool:
+def fits(message: EventMessage, filters: Filters) -> bool:
     """Return whether ``filters`` select ``message`` for ``docker events``.
 
     Messages that Docker does not have need a filter with their type.
@@ -123,7 +125,7 @@ def fits(message: Message, filters: Filters) -> bool:
     return (is_dockers(message) or message.type in filters["type"]) and _matches(message, filters)
 
 
-def _matches(message: Message, filters: Filters) -> bool:
+def _matches(message: EventMessage, filters: Filters) -> bool:
     """Return whether the filters match the message's type, action, scope, labels, name and id.
 
     As in the engine, a filter like ``node=m1`` compares the id and name of events of any type.

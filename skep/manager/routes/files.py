@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from skep.api.identity import identity_of
-from skep.api.server import (
+from skep.api.access.identity import identity_of
+from skep.api.http.server import (
     ApiVersion,
     Filters,
     Routes,
@@ -21,9 +21,9 @@ from skep.errors import InvalidArgument
 from skep.manager.control import files as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.representations import has_labels
-from skep.model.encoding import ApiObject
-from skep.model.labels import STACK_REVISION
+from skep.model.options.labels import STACK_REVISION
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.values.encoding import ApiObject
 
 routes = Routes()
 
@@ -44,7 +44,7 @@ class SecretBody(SecretSpec):
         return SecretSpec(name=self.name, labels=self.labels, driver=self.driver, templating=self.templating)
 
 
-class Created(ApiObject):
+class CreatedFile(ApiObject):
     """Response to a creation."""
 
     id: str
@@ -69,7 +69,7 @@ async def create_secret(request: web.Request) -> web.StreamResponse:
     secret = await manager.update(
         control.create_secret, body.spec, body.data or b"", new_id=manager.new_id, now=manager.now()
     )
-    return json_response(Created(id=secret.id), 201)
+    return json_response(CreatedFile(id=secret.id), 201)
 
 
 @routes.get("/secrets/{id}")
@@ -122,7 +122,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
         now=manager.now(),
         writer=identity_of(request),
     )
-    return json_response(Created(id=config.id), 201)
+    return json_response(CreatedFile(id=config.id), 201)
 
 
 @routes.get("/configs/{id}")

@@ -13,16 +13,16 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
-from skep.api.responses import MULTIPLEXED_STREAM, RAW_STREAM
-from skep.api.server import ApiVersion, OutputFrames, OutputStream, Routes, api_version, flag
-from skep.api.timestamps import parse_unix_time
+from skep.api.formats.timestamps import parse_unix_time
+from skep.api.http.responses import MULTIPLEXED_STREAM, RAW_STREAM
+from skep.api.http.server import ApiVersion, OutputFrames, OutputStream, Routes, api_version, flag
 from skep.errors import SkepError
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.container import ContainerSpec
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.times import SECOND_NS, timestamp
 
 routes = Routes()
 

@@ -9,20 +9,20 @@ from collections.abc import AsyncIterator, Iterable
 from ipaddress import ip_interface
 from typing import Any
 
-from skep.api.network_form import endpoint_id, flat_form, known_driver
-from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts
+from skep.api.formats.network_form import endpoint_id, flat_form, known_driver
+from skep.api.formats.networks import PREDEFINED_LABEL, SWARM, NetworkFacts
 from skep.manager.allocator.addresses import usage_of
 from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
 from skep.manager.routes.representations import damage_of
-from skep.model.data_planes import is_overlay
-from skep.model.ids import NodeId
 from skep.model.network import Network, is_ingress
+from skep.model.networks.data_planes import is_overlay
+from skep.model.networks.routes import route_overlaps
 from skep.model.node import Node
-from skep.model.routes import route_overlaps
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from skep.store.interface import View
 
 _PIECE = 1_000
@@ -36,9 +36,9 @@ def is_predefined(network: Network) -> bool:
     return network.spec.labels.get(PREDEFINED_LABEL) == "true"
 
 
-def facts_of(network: Network, used: frozenset[str]) -> Facts:
+def facts_of(network: Network, used: frozenset[str]) -> NetworkFacts:
     """Return the facts about a network that filters match.  ``used``: ids of the networks in use."""
-    return Facts(
+    return NetworkFacts(
         id=network.id,
         name=network.spec.name,
         driver=known_driver(network).name,

@@ -8,7 +8,7 @@ from functools import partial
 import structlog
 from aiohttp import web
 
-from skep.api.networks import (
+from skep.api.formats.networks import (
     PRUNE_FILTERS,
     NetworkBody,
     SubnetBody,
@@ -18,8 +18,8 @@ from skep.api.networks import (
     check_name,
     fits,
 )
-from skep.api.server import Filters, Routes, json_list_response, json_response, read_json
-from skep.api.timestamps import parse_time
+from skep.api.formats.timestamps import parse_time
+from skep.api.http.server import Filters, Routes, json_list_response, json_response, read_json
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
@@ -30,9 +30,9 @@ from skep.manager.routes.network_answers import (
     shown,
     used_networks,
 )
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
-from skep.model.times import unix_ns
+from skep.model.values.meta import Driver
+from skep.model.values.times import unix_ns
 from skep.store.interface import View
 
 log = structlog.get_logger()

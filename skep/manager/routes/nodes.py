@@ -10,7 +10,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from skep.api.errors import Untranslated
-from skep.api.server import (
+from skep.api.http.server import (
     Filters,
     Routes,
     flag,

@@ -13,23 +13,30 @@ from contextlib import asynccontextmanager
 import structlog
 from aiohttp import web
 
-from skep.api.connection import Connection
-from skep.api.container_requests import ExecRequest, ExecStart, Forwarded, forwarded, query_of, why_not
-from skep.api.framing import path_of
-from skep.api.handover_server import take_over
-from skep.api.identity import identity_of
-from skep.api.responses import Hijacked
-from skep.api.server import Routes, json_response, read_body, read_json
-from skep.api.tunnelling import join_client
+from skep.api.access.identity import identity_of
+from skep.api.formats.container_requests import (
+    ExecRequest,
+    ExecStart,
+    Forwarded,
+    forwarded,
+    query_of,
+    why_not,
+)
+from skep.api.http.connection import Connection
+from skep.api.http.framing import path_of
+from skep.api.http.handover_server import take_over
+from skep.api.http.responses import Hijacked
+from skep.api.http.server import Routes, json_response, read_body, read_json
+from skep.api.http.tunnelling import join_client
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, SkepError
-from skep.manager.control.targets import Target, target_of
+from skep.manager.control.targets import TaskTarget, target_of
 from skep.manager.routes.access import current_view, manager_of
-from skep.manager.routes.audit import client_of, record_reached
+from skep.manager.routes.guard.audit import client_of, record_reached
 from skep.model.container import ContainerSpec
-from skep.model.encoding import to_json
 from skep.model.history import masked_text
 from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
+from skep.model.values.encoding import to_json
 from skep.store.kinds import spec_of
 from skep.wire.tunnel import Tunnel
 
@@ -50,7 +57,7 @@ _RECORDED = re.compile(r"(?:exec|attach|kill|archive|exec/[0-9a-f]+/start|port/.
 async def find_target(request: web.Request) -> web.StreamResponse:
     """Return the running task that ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` or a task id refers to."""
     view = await current_view(request)
-    return json_response(Target.of(view, target_of(view, request.match_info["id"])))
+    return json_response(TaskTarget.of(view, target_of(view, request.match_info["id"])))
 
 
 @routes.post("/skep/tasks/{id}/container/exec")

@@ -8,22 +8,22 @@ from typing import TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from skep.api.service_form import with_defaults
+from skep.api.formats.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
-from skep.manager.explanations import next_attempt
+from skep.manager.diagnosis.explanations import next_attempt
+from skep.manager.diagnosis.reasons import failure_of, last_failure
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_lost_worker
 from skep.manager.orchestrator.slots import DoneSlots
-from skep.manager.reasons import failure_of, last_failure
-from skep.model.conditions import condition_messages
-from skep.model.ids import NodeId
-from skep.model.labels import FORGET_NODES, forget_nodes_s, ignores_paths
 from skep.model.node import Node, NodeState
+from skep.model.node_reports.conditions import condition_messages
+from skep.model.options.labels import FORGET_NODES, forget_nodes_s, ignores_paths
 from skep.model.service import JobStatus, Service, ServiceStatus, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from skep.store.interface import View
 from skep.store.kinds import as_run
 

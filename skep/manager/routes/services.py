@@ -9,10 +9,11 @@ from functools import partial
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.api.access.identity import identity_of
+from skep.api.access.permissions import shown_error
 from skep.api.errors import Untranslated
-from skep.api.identity import identity_of
-from skep.api.permissions import shown_error
-from skep.api.server import (
+from skep.api.formats.service_form import UNRECOGNIZED, settled
+from skep.api.http.server import (
     ApiVersion,
     Filters,
     Routes,
@@ -22,26 +23,25 @@ from skep.api.server import (
     known_list_response,
     read_json,
 )
-from skep.api.service_form import UNRECOGNIZED, settled
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.control.deploys import fenced, require_current
-from skep.manager.control.new_objects import stack_of, visible_to
-from skep.manager.registry_auth import dropped_warnings, shown_auth
+from skep.manager.control.validation.new_objects import stack_of, visible_to
+from skep.manager.diagnosis.service_warnings import spec_warnings
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.representations import has_labels, problems_of, service_status, shown_service
-from skep.manager.service_warnings import spec_warnings
-from skep.model.access import REVISION_HEADER
+from skep.manager.services.registry_auth import dropped_warnings, shown_auth
 from skep.model.container import ContainerSpec, Mount
-from skep.model.data_planes import is_overlay
-from skep.model.encoding import ApiObject
-from skep.model.ids import ServiceId
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_overlay
 from skep.model.node import Node
-from skep.model.secret_env import secret_env_warning
+from skep.model.options.secret_env import secret_env_warning
+from skep.model.permissions.access import REVISION_HEADER
 from skep.model.service import Service, ServiceSpec
+from skep.model.values.encoding import ApiObject
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Transaction, View
 
 routes = Routes()

@@ -6,9 +6,9 @@ Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.identity import identity_of
-from skep.api.server import Routes, json_response, read_json
-from skep.api.swarm_requests import check_swarm_name
+from skep.api.access.identity import identity_of
+from skep.api.formats.swarm_requests import check_swarm_name
+from skep.api.http.server import Routes, json_response, read_json
 from skep.errors import AlreadyExists, InvalidArgument, PermissionDenied
 from skep.manager.cluster import cluster_of, is_last_rotation_known
 from skep.manager.control import pools
@@ -17,7 +17,7 @@ from skep.manager.control.pools import PoolChange
 from skep.manager.routes.access import ManagerApi, current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.representations import shown_swarm
 from skep.model.swarm import JoinTokens, SwarmSpec, UnlockRequest
-from skep.model.times import moment
+from skep.model.values.times import moment
 from skep.security.locking import shown_unlock_key
 from skep.security.rotation import is_about_roots
 from skep.store.interface import View

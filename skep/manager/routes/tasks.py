@@ -10,19 +10,19 @@ from typing import TypeAlias
 
 from aiohttp import web
 
+from skep.api.access.identity import identity_of
 from skep.api.errors import Untranslated
-from skep.api.identity import identity_of
-from skep.api.server import Filters, Routes, json_list_response, json_response
-from skep.manager.control.new_objects import visible_to
+from skep.api.http.server import Filters, Routes, json_list_response, json_response
 from skep.manager.control.tasks import is_up_to_date
-from skep.manager.informer import batches_of
+from skep.manager.control.validation.new_objects import visible_to
+from skep.manager.control_loops.informer import batches_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.representations import has_labels, shown_task
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 
 routes = Routes()
 

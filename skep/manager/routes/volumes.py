@@ -9,14 +9,14 @@ from typing import Any
 from aiohttp import web
 from msgspec import to_builtins
 
-from skep.api.server import Filters, Routes, flag, json_response, read_json
+from skep.api.http.server import Filters, Routes, flag, json_response, read_json
 from skep.errors import InvalidArgument
 from skep.manager.control import volumes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
-from skep.model.encoding import ApiObject
-from skep.model.meta import Driver
 from skep.model.node import Node
-from skep.model.times import Timestamp
+from skep.model.values.encoding import ApiObject
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.model.volume import (
     ClusterVolumeSpec,
     PublishStatus,

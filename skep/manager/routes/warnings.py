@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator
 
 from aiohttp import web
 
-from skep.api.server import Routes, json_response
+from skep.api.http.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.ca.expiry import expiring
 from skep.manager.routes.access import manager_of
 from skep.manager.routes.representations import damage_of
-from skep.model.data_planes import (
+from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
     REFUSED_DATA_PATH_LABEL,
     claimed_underlay,
@@ -18,7 +18,7 @@ from skep.model.data_planes import (
     usable_address,
 )
 from skep.model.node import Node, NodeState
-from skep.model.times import moment
+from skep.model.values.times import moment
 from skep.store.interface import Store, View
 from skep.store.schema import SCHEMAS
 from skep.store.space import warning

@@ -6,24 +6,24 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from skep.errors import SkepError, Unavailable, Unreadable
-from skep.manager.failures import ERROR_CHARACTERS_MAX, write_each
-from skep.manager.scheduler.accounting import holds_resources
-from skep.manager.scheduler.placement import Assignment, Refusal
-from skep.manager.scheduler.preemption import Preempt, is_leaving
-from skep.manager.scheduler.requirements import overlays_of
-from skep.manager.scheduler.volumes import still_fits
-from skep.model.data_planes import PLANE_OPTION, plane_of, plane_of_node
-from skep.model.ids import NetworkId
+from skep.manager.control_loops.failures import ERROR_CHARACTERS_MAX, write_each
+from skep.manager.scheduler.nodes.accounting import holds_resources
+from skep.manager.scheduler.nodes.requirements import overlays_of
+from skep.manager.scheduler.nodes.volumes import still_fits
+from skep.manager.scheduler.placement import Assignment, PlacementRefused
+from skep.manager.scheduler.preemption.preemption import Preempt, is_leaving
 from skep.model.network import Network
+from skep.model.networks.data_planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId
+from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, Updates, View
 from skep.store.keys import HEAD
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 
-Decision: TypeAlias = Assignment | Refusal | Preempt
+Decision: TypeAlias = Assignment | PlacementRefused | Preempt
 
 TOGETHER = 50
 """Largest number of decisions in one transaction.
@@ -89,7 +89,7 @@ class DecisionWriter:
                         status=self._status(decision.message),
                     )
                 )
-            case Refusal(_, reason):
+            case PlacementRefused(_, reason):
                 reason = reason[:ERROR_CHARACTERS_MAX]
                 if task.status.err != reason:
                     tx.put(replace(task, status=replace(task.status, err=reason, timestamp=self._now)))
@@ -121,9 +121,9 @@ def is_pending(task: Task) -> bool:
     return task.status.state is TaskState.PENDING and task.is_wanted
 
 
-def is_already_shown(decision: Assignment | Refusal) -> bool:
+def is_already_shown(decision: Assignment | PlacementRefused) -> bool:
     """Whether the task already shows this refusal."""
-    return isinstance(decision, Refusal) and decision.task.status.err == decision.reason
+    return isinstance(decision, PlacementRefused) and decision.task.status.err == decision.reason
 
 
 def shows(view: View, decision: Assignment) -> bool:

@@ -19,25 +19,25 @@ from typing import Final, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.dependents import circle, is_same_task, reached
-from skep.manager.heartbeats import configured_grace_s
-from skep.manager.job_runs import COMPLETED, is_going, outcome
-from skep.model.constraints import is_satisfied
-from skep.model.dependencies import (
+from skep.manager.nodes.heartbeats import configured_grace_s
+from skep.manager.services.dependents import circle, is_same_task, reached
+from skep.manager.services.job_runs import COMPLETED, is_going, outcome
+from skep.model.node import Availability, Node, NodeState
+from skep.model.options.constraints import is_satisfied
+from skep.model.options.dependencies import (
     DOES_NOT_EXIST,
     HAS_ENDED,
     HAS_FAILED,
     WAITS_FOR,
-    Condition,
     Dependency,
+    DependencyCondition,
     dependencies_of,
 )
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.meta import Version
-from skep.model.node import Availability, Node, NodeState
+from skep.model.options.slot_volumes import has_other_properties
 from skep.model.service import Placement, RestartCondition, Service, ServiceMode, TaskSpec
-from skep.model.slot_volumes import has_other_properties
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
 from skep.store.interface import Commit, Created, Deleted, Event, Updated, View
 from skep.store.kinds import has_unreadable_run
 
@@ -47,7 +47,7 @@ RETURNED_S: Final = 12.0
 """Maximum seconds until a node finds a manager again.  The alternative is twice the grace period, if longer."""
 
 
-class Waiting(msgspec.Struct, frozen=True):
+class WaitReason(msgspec.Struct, frozen=True):
     """The reason why a service waits, and the changes that can end the wait."""
 
     reason: str
@@ -62,7 +62,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 _Key: TypeAlias = tuple[ServiceId, Version | None]
-FoundWaits: TypeAlias = dict[_Key, Waiting | None]
+FoundWaits: TypeAlias = dict[_Key, WaitReason | None]
 """The wait of each service and version's tasks, or None if they do not wait."""
 
 
@@ -191,7 +191,7 @@ class _Check:
         state = self._states[one]
         if self.note(state):
             return ""
-        if state.has_completed and one.condition is not Condition.HEALTHY:
+        if state.has_completed and one.condition is not DependencyCondition.HEALTHY:
             return self.unmet(dependencies_of(service.spec.labels), {*path, one.service})
         return f"{WAITS_FOR}{one.service} {one.condition.words}{state.blocked_suffix}"
 
@@ -201,13 +201,13 @@ class _Check:
             return _State(is_met=True)
         if one.restarts:
             tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
-        if _has_completed(service, tasks, self._view) and one.condition is not Condition.HEALTHY:
+        if _has_completed(service, tasks, self._view) and one.condition is not DependencyCondition.HEALTHY:
             return _State(has_completed=True)
         # A failed task does not count once its node may no longer run it.
         failed = frozenset(task.node_id for task in tasks if task.has_failed)
-        if one.condition is Condition.COMPLETED:
+        if one.condition is DependencyCondition.COMPLETED:
             return _State(nodes=failed, blocked_suffix=_blocked_suffix(service, tasks, self._view))
-        least = TaskState.STARTING if one.condition is Condition.STARTED else TaskState.RUNNING
+        least = TaskState.STARTING if one.condition is DependencyCondition.STARTED else TaskState.RUNNING
         state = self.serves(tasks, least)
         if state.is_met:
             return state
@@ -221,7 +221,7 @@ def awaited(
     confirmed: Callable[[Task, View], float | None],
     now: float,
     states: _States | None = None,
-) -> Waiting | None:
+) -> WaitReason | None:
     """Return the reason why ``task`` may not be assigned yet, or None.
 
     Args:
@@ -238,7 +238,7 @@ def awaited(
     reason = look.unmet(dependencies, {service.spec.name})
     if not reason:
         return None
-    return Waiting(
+    return WaitReason(
         reason,
         frozenset({service.id, *look.services}),
         frozenset({service.spec.name, *reached(view, dependencies)}),
@@ -336,7 +336,7 @@ class Waits:
 
     def __init__(self, began: float) -> None:
         self._confirmed = Confirmed(began)
-        self._waiting: dict[_Key, Waiting] = {}
+        self._waiting: dict[_Key, WaitReason] = {}
         self._groups: dict[_Key, dict[str, None]] = {}
         self._key_of: dict[str, _Key] = {}
         self._states: _States = {}
@@ -395,7 +395,7 @@ class Waits:
                 self._waiting[key] = replace(one, until=at)
                 yield key, at
 
-    def of(self, group: str, task: Task, view: View, now: float, found: FoundWaits) -> Waiting | None:
+    def of(self, group: str, task: Task, view: View, now: float, found: FoundWaits) -> WaitReason | None:
         """Return the reason why the group of ``task`` waits, or None.
 
         Args:

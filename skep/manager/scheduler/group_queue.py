@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from typing import Final
 
 from skep.aio.clock import Clock
+from skep.manager.control_loops.work_queue import LEAST_WAIT_S, WorkQueue
 from skep.manager.scheduler.groups import Group
-from skep.manager.scheduler.priorities import HELD_S
-from skep.manager.work_queue import LEAST_WAIT_S, WorkQueue
+from skep.manager.scheduler.preemption.priorities import HELD_S
 
 RETRIES_S: Final = 0.1
 """Seconds for which refused groups are decided again before other groups get their turn."""

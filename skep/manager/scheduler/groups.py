@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 
-from skep.model.ids import TaskId
+from skep.model.options.slot_volumes import SlotName
 from skep.model.service import Service
-from skep.model.slot_volumes import SlotName
 from skep.model.task import Task
+from skep.model.values.ids import TaskId
 from skep.store.interface import View
 
 Group: TypeAlias = str

@@ -17,12 +17,12 @@ from skep.manager.loop_driver import LoopDriver
 from skep.manager.scheduler.decision_writer import write_decisions
 from skep.manager.scheduler.groups import Group
 from skep.manager.scheduler.state import BATCH, WRITTEN, SchedulerState
-from skep.model.ids import IdSource
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import timestamp
+from skep.model.values.ids import IdSource
+from skep.model.values.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import LoopStore
 

@@ -7,15 +7,15 @@ from types import MappingProxyType
 import msgspec
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.scheduler.accounting import Account, Accounting
-from skep.manager.scheduler.filters import explaining, explanation, filters_for
-from skep.manager.scheduler.requirements import Requirements
-from skep.manager.scheduler.spread import Choices
-from skep.model.ids import NodeId
-from skep.model.needs import Usage, volume_uses
-from skep.model.node_refusals import no_node_text
+from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.filters import explaining, explanation, filters_for
+from skep.manager.scheduler.nodes.requirements import Requirements
+from skep.manager.scheduler.nodes.spread import CachedSpreads
+from skep.model.needs import Holdings, volume_uses
+from skep.model.node_reports.node_refusals import no_node_text
 from skep.model.service import GenericResource
 from skep.model.task import Task, VolumeAttachment
+from skep.model.values.ids import NodeId
 from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
@@ -32,7 +32,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     message: str = ASSIGNED
 
 
-class Refusal(msgspec.Struct, frozen=True, gc=False):
+class PlacementRefused(msgspec.Struct, frozen=True, gc=False):
     """No node can run the task now.  The task shows ``reason``."""
 
     task: Task
@@ -44,7 +44,7 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one batch."""
 
     assignments: tuple[Assignment, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
+    refusals: tuple[PlacementRefused, ...] = ()
     remaining: tuple[Task, ...] = ()
     """Tasks beyond the limit, to decide later."""
 
@@ -52,7 +52,7 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 def place(
     tasks: Sequence[Task],
     requirements: Requirements,
-    choices: Choices,
+    choices: CachedSpreads,
     *,
     now: float,
     limit: int,
@@ -77,7 +77,7 @@ def place(
 def placing(
     tasks: Sequence[Task],
     requirements: Requirements,
-    choices: Choices,
+    choices: CachedSpreads,
     *,
     now: float,
     limit: int,
@@ -85,7 +85,8 @@ def placing(
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
     explains: bool = False,
 ) -> SlicedWork[Placed]:
-    """Choose nodes for up to ``limit`` of ``tasks``, which share ``requirements`` (or its shape: ``Choices.is_first``).
+    """Choose nodes for up to ``limit`` of ``tasks``, which share ``requirements`` (or its shape:
+    ``CachedSpreads.is_first``).
 
     Each assignment is reserved in the accounting as it is made, so the next one takes it into account.  A caller that
     cannot commit it must remove the reservation.
@@ -111,11 +112,11 @@ def placing(
     finally:
         choice.close()
     refused = batch[len(assignments) :]
-    refusals: list[Refusal] = []
+    refusals: list[PlacementRefused] = []
     if refused:
         # A refusal holds for all tasks with the same requirements.
         reason = (yield from reasoning(requirements, accounting)) if explains else ""
-        refusals = [Refusal(task, reason) for task in (*refused, *tasks[limit:])]
+        refusals = [PlacementRefused(task, reason) for task in (*refused, *tasks[limit:])]
     return Placed(
         assignments=tuple(assignments),
         refusals=tuple(refusals),
@@ -133,17 +134,17 @@ def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
     return counts
 
 
-def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> Assignment | Refusal:
+def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> Assignment | PlacementRefused:
     """Assign a global service's task to the node it was created for, or refuse it.  Reserved in ``accounting``."""
     account = accounting.accounts.get(task.node_id)
     if account is None:
-        return Refusal(task, f"node {task.node_id} is not part of the cluster")
+        return PlacementRefused(task, f"node {task.node_id} is not part of the cluster")
     copies = accounting.copies(task.service_id)
     if all(
         filter.passes(requirements, account, copies[task.node_id]) for filter in filters_for(requirements)
     ):
         return assigned(task, account, requirements, accounting, CONFIRMED)
-    return Refusal(task, explanation(requirements, [account], copies))
+    return PlacementRefused(task, explanation(requirements, [account], copies))
 
 
 def assigned(
@@ -157,7 +158,7 @@ def assigned(
         chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
         assert not isinstance(chosen, str), "the filters have passed"
         volumes = chosen
-    usage = Usage(
+    usage = Holdings(
         service_id=task.service_id,
         nano_cpus=requirements.nano_cpus,
         memory_bytes=requirements.memory_bytes,

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from skep.manager.scheduler.accounting import Account, Accounting, holds_resources
-from skep.manager.scheduler.filters import Filter, first_refusing
-from skep.manager.scheduler.placement import ASSIGNED, Assignment, Refusal, assigned
-from skep.manager.scheduler.requirements import Requirements
-from skep.model.ids import NodeId
-from skep.model.labels import VolumeAffinity, volume_affinity
+from skep.manager.scheduler.nodes.accounting import Account, Accounting, holds_resources
+from skep.manager.scheduler.nodes.filters import Filter, first_refusing
+from skep.manager.scheduler.nodes.requirements import Requirements
+from skep.manager.scheduler.placement import ASSIGNED, Assignment, PlacementRefused, assigned
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import VolumeAffinity, volume_affinity
+from skep.model.options.slot_volumes import Home, SlotVolumeIndex, homes_of, local_volumes
 from skep.model.service import Service, UpdateOrder
-from skep.model.slot_volumes import Home, VolumeIndex, homes_of, local_volumes
 from skep.model.task import Task
+from skep.model.values.ids import NodeId
 from skep.store.interface import View
 
 
@@ -21,7 +21,7 @@ class Returning:
     """Decides about tasks whose slot has data in a node's local volume."""
 
     def __init__(self, accounting: Accounting) -> None:
-        self.volumes = VolumeIndex()
+        self.volumes = SlotVolumeIndex()
         self._accounting = accounting
 
     def has_home(self, task: Task, view: View) -> bool:
@@ -38,7 +38,9 @@ class Returning:
             [one.node_id for one in _homes(task, service, view, self.volumes)] if service is not None else ()
         )
 
-    def decide(self, task: Task, requirements: Requirements, view: View) -> Assignment | Refusal | str:
+    def decide(
+        self, task: Task, requirements: Requirements, view: View
+    ) -> Assignment | PlacementRefused | str:
         """Assign the task to the node with its data, refuse it with a reason to wait, or return why it starts away from
         its data.
 
@@ -62,12 +64,12 @@ class Returning:
                 return assigned(task, account, requirements, self._accounting, ASSIGNED)
             words = away_words(task, home, account.node, _why(refusing, requirements, account, copies))
             if is_kept or (not refusing.is_lasting and _frees(task, service, home.node_id, view)):
-                return Refusal(task, words)
+                return PlacementRefused(task, words)
             away = away or words
         return away
 
 
-def _homes(task: Task, service: Service, view: View, index: VolumeIndex) -> Sequence[Home]:
+def _homes(task: Task, service: Service, view: View, index: SlotVolumeIndex) -> Sequence[Home]:
     if volume_affinity(service.spec.labels) is VolumeAffinity.NONE:
         return ()
     past = view.find(Task, slot=f"{task.service_id}/{task.slot}")
@@ -106,7 +108,7 @@ def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
     if service is None or not local_volumes(task.spec):
         return ()
     past = view.find(Task, slot=f"{task.service_id}/{task.slot}")
-    found = homes_of(task, service.spec.name, past, VolumeIndex(view.find(Node)))
+    found = homes_of(task, service.spec.name, past, SlotVolumeIndex(view.find(Node)))
     nodes = ((home, view.lookup(Node, home.node_id)) for home in found)
     return [
         (node.id, away_words(task, home, node, _absence(node)))

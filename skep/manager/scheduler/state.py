@@ -14,32 +14,32 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.time_slices import SlicedWork
 from skep.errors import SkepError
-from skep.manager.failures import Failures
-from skep.manager.informer import batches_of
-from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
-from skep.manager.scheduler.candidates import shape_of
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.informer import batches_of
 from skep.manager.scheduler.decision_writer import Decision, is_pending, shows
-from skep.manager.scheduler.dependencies import FoundWaits, Waiting, Waits
+from skep.manager.scheduler.dependencies import FoundWaits, WaitReason, Waits
+from skep.manager.scheduler.explaining.pending_reasons import Texts, Why
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
-from skep.manager.scheduler.pending_reasons import Texts, Why
-from skep.manager.scheduler.placement import Assignment, Placed, Refusal, leaving, placing
-from skep.manager.scheduler.preemption import Preempt
-from skep.manager.scheduler.preemptor import Preemptor
-from skep.manager.scheduler.requirements import Requirements, RequirementsCache
+from skep.manager.scheduler.nodes.accounting import Accounting, HoldingsCache, holds_resources
+from skep.manager.scheduler.nodes.candidates import shape_of
+from skep.manager.scheduler.nodes.requirements import Requirements, RequirementsCache
+from skep.manager.scheduler.nodes.spread import CachedSpreads
+from skep.manager.scheduler.placement import Assignment, Placed, PlacementRefused, leaving, placing
+from skep.manager.scheduler.preemption.preemption import Preempt
+from skep.manager.scheduler.preemption.preemptor import Preemptor
 from skep.manager.scheduler.returning import Returning
-from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.staying import confirmed, staying
-from skep.model.dependencies import WAITS_FOR
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import volume_affinity
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
-from skep.model.node_refusals import NO_NODE
+from skep.model.node_reports.node_refusals import NO_NODE
+from skep.model.options.dependencies import WAITS_FOR
+from skep.model.options.labels import volume_affinity
+from skep.model.options.slot_volumes import SlotName, differ_in_slots_alone
 from skep.model.service import Service
-from skep.model.slot_volumes import SlotName, differ_in_slots_alone
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
@@ -71,8 +71,8 @@ class SchedulerState:
         self.failures = Failures(self._clock, self._random)
         self._accounting_failures = Failures(self._clock, self._random)
         self.accounting = Accounting()
-        self._choices = Choices(self.accounting)
-        self._usages = Usages()
+        self._choices = CachedSpreads(self.accounting)
+        self._usages = HoldingsCache()
         self.preemptor = Preemptor(self.accounting, self._view, self._clock.monotonic)
         self._priorities = self.preemptor.priorities
         self.queue = GroupQueue(self._clock, lambda group: self._priorities.of_group(group, self._view()))
@@ -306,7 +306,7 @@ class SchedulerState:
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
             if (failure := self._accounting_failures.of(key)) is not None:
                 # Unknown: a task that starts too late does less harm than a task that does not wait.
-                waiting = Waiting(f"{WAITS_FOR}a decision: {failure.error}", until=failure.retry_at)
+                waiting = WaitReason(f"{WAITS_FOR}a decision: {failure.error}", until=failure.retry_at)
             if waiting is None:
                 ready.append(group)
                 continue
@@ -461,7 +461,7 @@ class SchedulerState:
         match self._returning.decide(task, requirements, self._view()):
             case Assignment() as assignment:
                 return Placed(assignments=(assignment,))
-            case Refusal() as refusal:
+            case PlacementRefused() as refusal:
                 return Placed(refusals=(refusal,))
             case str() as why:
                 self._dequeue(task.id)
@@ -482,7 +482,7 @@ class SchedulerState:
             match self._returning.decide(task, requirements, self._view()):
                 case Assignment() as assignment:
                     assignments.append(assignment)
-                case Refusal():
+                case PlacementRefused():
                     self._dequeue(task.id)
                     self._enter_group(task, task.id)
                 case str() as why:

@@ -7,22 +7,22 @@ nodes that can run the task come first, unless the slot has data in local volume
 
 from msgspec.structs import replace
 
-from skep.manager.scheduler.accounting import Account, Accounting
-from skep.manager.scheduler.filters import first_refusing
+from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.filters import first_refusing
+from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.placement import (
     ASSIGNED,
     CONFIRMED,
     Assignment,
     Placed,
-    Refusal,
+    PlacementRefused,
     assigned,
     confirm,
 )
-from skep.manager.scheduler.requirements import Requirements
-from skep.model.conditions import disk_pressure
-from skep.model.ids import NodeId
+from skep.model.node_reports.conditions import disk_pressure
 from skep.model.task import Task, TaskState
-from skep.model.times import unix_ns
+from skep.model.values.ids import NodeId
+from skep.model.values.times import unix_ns
 from skep.store.interface import View
 
 
@@ -31,7 +31,7 @@ def confirmed(task: Task, requirements: Requirements, accounting: Accounting, vi
     match confirm(task, requirements, accounting):
         case Assignment() as assignment:
             return Placed(assignments=(assignment,))
-        case Refusal() as refusal:
+        case PlacementRefused() as refusal:
             return staying(Placed(refusals=(refusal,)), requirements, accounting, view)
 
 
@@ -45,7 +45,7 @@ def staying(placed: Placed, requirements: Requirements, accounting: Accounting, 
     ):
         return placed
     kept: list[Assignment] = []
-    refusals: list[Refusal] = []
+    refusals: list[PlacementRefused] = []
     for refusal in placed.refusals:
         account = _full_account(refusal.task, requirements, accounting, view)
         if account is None:

@@ -7,10 +7,10 @@ its clock shows.  If several due times passed while no manager led, only the las
 
 from msgspec.structs import replace
 
-from skep.manager.job_runs import is_going, nodes_going, started
-from skep.model.schedules import Concurrency, Schedule
+from skep.manager.services.job_runs import is_going, nodes_going, started
+from skep.model.options.schedules import Concurrency, Schedule
 from skep.model.service import STARTS_KEPT, JobStart, JobStatus, ScheduleStatus, Service
-from skep.model.times import SECOND_NS, timestamp, unix_ns
+from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 from skep.store.interface import View
 
 

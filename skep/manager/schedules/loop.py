@@ -8,9 +8,9 @@ from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.loop_driver import LoopDriver
 from skep.manager.schedules.state import Restored, SchedulesState, note_incarnation, write_decision
-from skep.model.ids import ServiceId
 from skep.model.service import Service
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import LoopStore, Transaction
 
 log = structlog.get_logger(__name__)

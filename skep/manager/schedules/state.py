@@ -8,14 +8,14 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.manager.failures import Failures
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.loop_driver import Decision, Recheck
 from skep.manager.schedules.due import decided, next_due_ns, skipped_until
-from skep.manager.work_queue import WorkQueue
-from skep.model.ids import ServiceId
-from skep.model.schedules import CRON, parsed_schedule
+from skep.model.options.schedules import CRON, parsed_schedule
 from skep.model.service import JobStatus, ScheduleStatus, Service
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import ServiceId
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 from skep.store.kinds import Payload, has_unreadable_run
 

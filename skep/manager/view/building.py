@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec.structs import replace
 
 from skep.manager.control.tasks import is_up_to_date, known_status
-from skep.manager.explanations import explain_service
-from skep.manager.reasons import Kind, loop_ends_ns
+from skep.manager.diagnosis.explanations import explain_service
+from skep.manager.diagnosis.reasons import CauseKind, loop_ends_ns
 from skep.manager.routes.representations import service_status
 from skep.manager.view.rows import (
     STACK_LABEL,
-    Counts,
     RevisionRow,
     Row,
+    TaskCounts,
     is_shown,
     network_row,
     networks_of,
@@ -29,14 +29,14 @@ from skep.manager.view.rows import (
     volume_row,
 )
 from skep.manager.view.table import CLUSTER_KEY, Key
-from skep.model.ids import ConfigId, NetworkId, NodeId, SecretId, ServiceId, TaskId, VolumeId
 from skep.model.network import Network
 from skep.model.node import Node, differ_in_load_alone
+from skep.model.options.slot_volumes import differ_in_slots_alone
 from skep.model.secret import Config, Secret
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceStatus
-from skep.model.slot_volumes import differ_in_slots_alone
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ConfigId, NetworkId, NodeId, SecretId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume
 from skep.store.interface import Event, Object, Updated, View
 from skep.store.kinds import as_run
@@ -100,7 +100,7 @@ def _of_tasks(tasks: Sequence[Task]) -> Iterator[Key]:
         yield Key("services", task.service_id)
 
 
-class Builder:
+class RowBuilder:
     """Builds rows.
 
     It keeps facts that cannot be looked up in the store: which services name a network, secret, config or stack, and
@@ -223,7 +223,7 @@ def _named_by(service: Service) -> frozenset[Key]:
     return frozenset(named)
 
 
-def _counts(view: View, service: Service, status: ServiceStatus, now_ns: int) -> Counts:
+def _counts(view: View, service: Service, status: ServiceStatus, now_ns: int) -> TaskCounts:
     """Count the tasks of a service and rate its state.
 
     ``state`` is *healthy* in its desired state, *converging* while it converges, and *degraded* if something
@@ -247,7 +247,7 @@ def _counts(view: View, service: Service, status: ServiceStatus, now_ns: int) ->
             )
             is_well, reason = explained.is_healthy and not is_troubled, explained.reason
             if (problem := explained.problem) is not None:
-                since, is_troubled = seconds(problem.since), is_troubled or Kind(problem.kind).is_failure
+                since, is_troubled = seconds(problem.since), is_troubled or CauseKind(problem.kind).is_failure
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
     if update in PAUSED or (is_troubled and not is_well):
@@ -261,7 +261,7 @@ def _counts(view: View, service: Service, status: ServiceStatus, now_ns: int) ->
     message = service.update_status.message if service.update_status is not None else ""
     if not reason and (update in PAUSED or update in UNDER_WAY):
         reason = message
-    return Counts(
+    return TaskCounts(
         running=running,
         desired=wanted,
         completed=status.completed_tasks,

@@ -15,15 +15,15 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.errors import Unavailable
-from skep.manager.failures import isolated
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.failures import isolated
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.routes.access import Sent
-from skep.manager.view.building import GLOBALS, WATCHED, Builder, affected_by, all_keys
+from skep.manager.view.building import GLOBALS, WATCHED, RowBuilder, affected_by, all_keys
 from skep.manager.view.past import snapshot_of
 from skep.manager.view.rows import ClusterRow
-from skep.manager.view.table import CLUSTER_KEY, Key, Table
+from skep.manager.view.table import CLUSTER_KEY, Key, RowTableState
 from skep.model.service import Service
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Store, View
 
 log = structlog.get_logger(__name__)
@@ -54,9 +54,9 @@ class ClusterView:
         self._store = store
         self._clock = clock
         self._cluster = cluster
-        self._table: Table | None = None
+        self._table: RowTableState | None = None
         """None while nothing is followed."""
-        self._builder = Builder()
+        self._builder = RowBuilder()
         self._dirty: set[Key] = set()
         self._revision = 0
         """Revision of the last commit that was noted."""
@@ -80,7 +80,7 @@ class ClusterView:
                 following = group.create_task(self._follow(), name="follow the cluster")
                 await self._wait_left()
                 following.cancel()
-            self._table, self._builder, self._dirty = None, Builder(), set()
+            self._table, self._builder, self._dirty = None, RowBuilder(), set()
 
     def prepare(self) -> None:
         """Start to follow the cluster for a viewer that is about to connect."""
@@ -140,7 +140,7 @@ class ClusterView:
             self._viewers -= 1
             self._left.set()
 
-    async def _ready(self) -> Table:
+    async def _ready(self) -> RowTableState:
         """Wait for the table's first step and return the table.  Raises: Unavailable."""
         try:
             async with asyncio.timeout(READY_S_MAX):
@@ -173,7 +173,7 @@ class ClusterView:
         )
 
     def _begin(self, view: View) -> None:
-        self._table, self._builder = Table(self._store.incarnation), Builder()
+        self._table, self._builder = RowTableState(self._store.incarnation), RowBuilder()
         self._dirty, self._revision = set(all_keys(view)), view.revision
 
     def _note(self, commit: Commit) -> None:
@@ -208,7 +208,7 @@ class ClusterView:
             return CLUSTER_S
         return min(max((due_ns - self._clock.now_ns()) / SECOND_NS, GATHER_S), CLUSTER_S)
 
-    async def _step(self, table: Table) -> None:
+    async def _step(self, table: RowTableState) -> None:
         """Rebuild the rows that may have changed, and publish them."""
         dirty, self._dirty, revision = self._dirty, set(), self._revision
         now_ns = self._clock.now_ns()

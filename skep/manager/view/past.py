@@ -3,19 +3,19 @@
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control.swarm import frozen_message
-from skep.manager.view.building import GLOBALS, Builder, all_keys
+from skep.manager.view.building import GLOBALS, RowBuilder, all_keys
 from skep.manager.view.rows import ClusterRow, ManagersRow
-from skep.manager.view.table import CLUSTER_KEY, Key, Table
+from skep.manager.view.table import CLUSTER_KEY, Key, RowTableState
 from skep.model.node import Node, Reachability
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
 
 
 async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -> bytes:
     """Return all rows of ``view`` as one JSON object.  ``at_s`` is its Unix time in seconds."""
     now_ns = int(at_s * SECOND_NS)
-    table, builder, slices = Table(incarnation), Builder(), TimeSlices(clock)
+    table, builder, slices = RowTableState(incarnation), RowBuilder(), TimeSlices(clock)
     keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
     stacks: set[Key] = set()
     for key in sorted(

@@ -11,21 +11,21 @@ from msgspec import UNSET, UnsetType
 
 from skep.errors import InvalidArgument
 from skep.manager.control.tasks import known_status
-from skep.manager.reasons import Kind, failure_of, problem_of
+from skep.manager.diagnosis.reasons import CauseKind, failure_of, problem_of
 from skep.manager.routes.representations import path_message, slot_in
-from skep.model.conditions import condition_messages
-from skep.model.data_planes import driver_of
 from skep.model.history import masked, masked_text
-from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.needs import host_ports
 from skep.model.network import Network, is_ingress
+from skep.model.networks.data_planes import driver_of
+from skep.model.networks.overlays import is_encrypted
 from skep.model.node import Node, NodeState, plain_message
-from skep.model.overlays import is_encrypted
+from skep.model.node_reports.conditions import condition_messages
+from skep.model.options.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
+from skep.model.options.slot_volumes import slot_volumes_of
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service, UpdateStatus
-from skep.model.slot_volumes import slot_volumes_of
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import spec_of
@@ -284,7 +284,7 @@ def _local_volumes(node: Node) -> tuple[LocalVolumeRow, ...]:
     return tuple(LocalVolumeRow(one.volume, one.service, one.slot, one.at_ms / 1000) for one in known)
 
 
-def service_row(service: Service, counts: "Counts") -> ServiceRow:
+def service_row(service: Service, counts: "TaskCounts") -> ServiceRow:
     """Return the row of ``service`` with the counts of its tasks."""
     spec = service.spec
     container = spec.task_template.container_spec
@@ -319,7 +319,7 @@ def _ports(ports: Sequence[PortConfig]) -> tuple[PortRow, ...]:
     )
 
 
-class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class TaskCounts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Counts of a service's tasks, and the state that follows from them."""
 
     running: int
@@ -384,7 +384,7 @@ def _error(view: View, task: Task) -> str:
         is_pending = status.state is TaskState.PENDING
         ports = host_ports(spec_of(view, task)) if is_pending else ()
         problem = problem_of(task, slot, {} if is_pending else known, ports=ports)
-        if problem.kind == Kind.PROGRESSING.value:
+        if problem.kind == CauseKind.PROGRESSING.value:
             return status.err or problem.restart_summary
         return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
     return status.err

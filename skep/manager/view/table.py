@@ -4,9 +4,9 @@ Rows are kept as JSON, each encoded once for all viewers.  A *step* is a set of 
 only state of a viewer is the number of the last step that it has received.  It then gets the current rows of all keys
 in later steps.  So a slow or disconnected viewer costs nothing, and gets each row once.
 
-A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.events``.  It means that the viewer's rows show at least
-that revision of the store.  Any manager can resume from it.  Rows are complete, so it does no harm to send rows again
-that the viewer already has.
+A *cursor* is ``INCARNATION-REVISION``, as in ``skep.manager.telemetry.events``.  It means that the viewer's rows show
+at least that revision of the store.  Any manager can resume from it.  Rows are complete, so it does no harm to send
+rows again that the viewer already has.
 """
 
 from collections import deque
@@ -50,7 +50,7 @@ class _Change(msgspec.Struct, frozen=True):
     removed: Mapping[str, list[str]]
 
 
-class Table:
+class RowTableState:
     """Rows by kind and id.  ``incarnation`` is the incarnation of the cluster."""
 
     def __init__(self, incarnation: int) -> None:

@@ -19,7 +19,7 @@ from skep.manager.volumes.records import (
     record_published,
     record_unpublished,
 )
-from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Step, Unpublish
+from skep.manager.volumes.steps import CreateVolume, Delete, Forget, Publish, Step, Unpublish
 from skep.model.volume import Volume, VolumeInfo
 from skep.store.interface import LoopStore
 from skep.store.kinds import Payload
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class ControllerDriver(Protocol):
-    """The controller half of ``skep.csi.driver.Driver``."""
+    """The controller half of ``skep.csi.driver.CsiDriver``."""
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo: ...
 
@@ -81,7 +81,7 @@ class DriverCalls:
         driver = await self._find_driver(volume.spec.driver.name)
         secrets = self._secrets_of(volume)
         match step:
-            case Create():
+            case CreateVolume():
                 if await self._term.update(announce_creation, volume.id):
                     info = await self._call_driver(lambda: driver.create(volume, secrets))
                     await self._enter_created(volume, info)

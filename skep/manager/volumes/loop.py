@@ -15,15 +15,15 @@ from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.aio.groups import first_alone
 from skep.errors import FailedPrecondition, SkepError
-from skep.manager.failures import Reported
+from skep.manager.control_loops.failures import Reported
 from skep.manager.loop_driver import LoopDriver
 from skep.manager.volumes.driver_calls import Confirm, DriverCalls, FindDriver
 from skep.manager.volumes.records import mark_doubtful, note, settle
 from skep.manager.volumes.state import VolumesState
 from skep.manager.volumes.steps import Step, steps
-from skep.model.ids import VolumeId
 from skep.model.node import Node
 from skep.model.task import Task
+from skep.model.values.ids import VolumeId
 from skep.model.volume import Volume
 from skep.store.interface import LoopStore, NotLeader
 
@@ -35,7 +35,7 @@ MESSAGE_CHARACTERS_MAX = 500
 """Maximum length of a step's error on the volume."""
 
 
-class ClusterVolumes:
+class VolumeManager:
     """Has drivers create, publish and delete cluster volumes as tasks need them.  Leader only."""
 
     def __init__(

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from msgspec.structs import replace
 
 from skep.manager.volumes.steps import Delete, Publish, Step, Unpublish, doubted, settled
-from skep.model.ids import NodeId, VolumeId
 from skep.model.node import Node
+from skep.model.values.ids import NodeId, VolumeId
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeScope
 from skep.store.interface import Transaction
 

@@ -6,14 +6,14 @@ from random import Random
 import msgspec
 
 from skep.aio.clock import Clock
-from skep.manager.failures import Failures
-from skep.manager.revocation import removal_of
-from skep.manager.volume_index import VolumeIndex
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.work_queue import WorkQueue
+from skep.manager.nodes.revocation import removal_of
+from skep.manager.services.volume_index import VolumeIndex
 from skep.manager.volumes.steps import Delete, Step, Unpublish, removal_wait_s
-from skep.manager.work_queue import WorkQueue
-from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.node import Node
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import Revocation

@@ -27,10 +27,10 @@ from typing import TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState, Topology
-from skep.model.node_removal import NodeRemoval
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.node_reports.node_removal import NodeRemoval
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.volume import (
     ENTRIES_BYTES_MAX,
     PublishState,
@@ -54,7 +54,7 @@ _NAMES_MAX = 5
 """Maximum nodes that a message names."""
 
 
-class Create(msgspec.Struct, frozen=True):
+class CreateVolume(msgspec.Struct, frozen=True):
     """Let the driver create the volume, or return the existing one.  Announced by ``is_creating``."""
 
 
@@ -80,7 +80,7 @@ class Forget(msgspec.Struct, frozen=True):
     """Remove the object, because the driver never got a request for the volume, or has deleted it."""
 
 
-Step: TypeAlias = Create | Delete | Publish | Unpublish | Forget
+Step: TypeAlias = CreateVolume | Delete | Publish | Unpublish | Forget
 
 
 def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
@@ -153,7 +153,7 @@ def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
     """Yield the driver calls that a ``settled`` volume needs now, independent of each other."""
     if volume.info is None:
         # A volume that was requested may exist, so its id is requested again in order to delete it.
-        yield Forget() if volume.pending_delete and not volume.is_creating else Create()
+        yield Forget() if volume.pending_delete and not volume.is_creating else CreateVolume()
         return
     if volume.pending_delete and not volume.publish_status and not needed:
         yield Delete()

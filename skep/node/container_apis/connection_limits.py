@@ -5,7 +5,7 @@ from enum import Enum
 
 import msgspec
 
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 
 EACH_MAX = 32
 """Limit for the connections of one container."""
@@ -13,7 +13,7 @@ ALL_MAX = 512
 """Limit for the connections of all containers of this node together."""
 
 
-class Decision(Enum):
+class AdmissionDecision(Enum):
     """The decision about a new connection if no other connection is closed for it."""
 
     SERVE = "serve"
@@ -28,7 +28,7 @@ class Evict(msgspec.Struct, frozen=True):
 
 def decide(
     id: ContainerId, counts: Mapping[ContainerId, int], each_max: int = EACH_MAX, all_max: int = ALL_MAX
-) -> Decision | Evict:
+) -> AdmissionDecision | Evict:
     """Decide on a new connection of ``id``.
 
     At the total limit, the container with most connections loses one, if the new connection's container has at least
@@ -38,8 +38,8 @@ def decide(
     """
     own = counts.get(id, 0)
     if own >= each_max:
-        return Decision.WAIT
+        return AdmissionDecision.WAIT
     if sum(counts.values()) < all_max:
-        return Decision.SERVE
+        return AdmissionDecision.SERVE
     most = max(counts, key=lambda one: (counts[one], one))
-    return Evict(most) if counts[most] >= own + 2 else Decision.WAIT
+    return Evict(most) if counts[most] >= own + 2 else AdmissionDecision.WAIT

@@ -15,13 +15,13 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import result_in_slices
-from skep.api.connection import Connection, Gone
-from skep.api.framing import Request, Sized, parse_request
+from skep.api.http.connection import Connection, Gone
+from skep.api.http.framing import RequestHead, Sized, parse_request
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.model.access import ALL, Binding, Identity, Origin, Role
-from skep.model.ids import ContainerId
-from skep.model.rights import ApiAccess
-from skep.node.container_apis.policy import Passing, check
+from skep.model.permissions.access import ALL, Binding, Identity, Origin, Role
+from skep.model.permissions.rights import ApiAccess
+from skep.model.values.ids import ContainerId
+from skep.node.container_apis.policy import ResponsePassing, check
 from skep.node.container_apis.redaction import redacted
 from skep.node.events import READER
 from skep.node.front.server import refusal
@@ -91,7 +91,7 @@ class Exchanges:
         body = request.body()
         if not body.is_complete or (isinstance(body, Sized) and body.bytes_left):
             raise InvalidArgument("requests with a body need full access to the API")
-        if passing is Passing.REDACTED:
+        if passing is ResponsePassing.REDACTED:
             own = self._own_documents.setdefault(id, asyncio.Semaphore(_OWN_DOCUMENTS_MAX))
             async with own:  # held until the container has read the document, which is in memory
                 await self._pass_document(client, request, viewer)
@@ -99,7 +99,7 @@ class Exchanges:
             await self._pass(client, request, viewer, access)
 
     async def _pass(
-        self, client: Connection, request: Request, identity: Identity, access: ApiAccess
+        self, client: Connection, request: RequestHead, identity: Identity, access: ApiAccess
     ) -> None:
         """Pass the response on as it arrives, until either end closes."""
         server = await self._front(identity)
@@ -117,7 +117,7 @@ class Exchanges:
             server.abort()
         client.close()
 
-    async def _pass_document(self, client: Connection, request: Request, identity: Identity) -> None:
+    async def _pass_document(self, client: Connection, request: RequestHead, identity: Identity) -> None:
         """Fetch a JSON document, remove its secrets and send it.  Raises: SkepError, Gone."""
         try:
             async with asyncio.timeout(DOCUMENT_S), self._documents:
@@ -134,7 +134,7 @@ class Exchanges:
         except TimeoutError:
             client.abort()
 
-    async def _fetch(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
+    async def _fetch(self, request: RequestHead, identity: Identity) -> tuple[bytes, bytes]:
         """Return head and body of the front's response.  Raises: Unavailable: it is too long."""
         server = await self._front(identity)
         try:
@@ -181,7 +181,7 @@ def _has_hung_up(client: Connection) -> bool:
     return any(events & (select.POLLHUP | select.POLLERR) for _, events in looking.poll(0))
 
 
-def _head(request: Request, version: bytes, *marks: tuple[bytes, bytes]) -> bytes:
+def _head(request: RequestHead, version: bytes, *marks: tuple[bytes, bytes]) -> bytes:
     """Return the request's head to send on: with the path that was checked, the headers ``marks``, and one exchange per
     connection.
     """

@@ -15,7 +15,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 
 _SO_PEERPIDFD = 77
 """Socket option of Linux 6.5.  On older kernels, the reported pid could have been reused since the process connected.
@@ -24,7 +24,7 @@ _CREDENTIALS = struct.Struct("3i")
 _GROUP = re.compile(r"(/ctr)?/([0-9a-f]{64})(?=/|$)", re.MULTILINE)
 
 
-class Peer(Enum):
+class ConnectionPeer(Enum):
     """The other end of a connection, if it is not a container of this node."""
 
     MACHINE = "machine"
@@ -33,7 +33,9 @@ class Peer(Enum):
     """The process has ended and cannot be identified.  Another process may now hold its connection."""
 
 
-def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -> ContainerId | Peer:
+def peer_of(
+    connected: socket.socket, is_known: Callable[[ContainerId], bool]
+) -> ContainerId | ConnectionPeer:
     """Return which container or process connected.
 
     ``is_known`` tells whether a container belongs, or may belong, to this node.
@@ -43,15 +45,15 @@ def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -
     ]
     # A process of the surrounding pid namespace has pid 0 here.  It is not in one of our containers.
     if pid in (0, os.getpid()):
-        return Peer.MACHINE
+        return ConnectionPeer.MACHINE
     try:
         if os.readlink(f"/proc/{pid}/ns/mnt") == _own_mounts():
-            found: ContainerId | Peer = Peer.MACHINE
+            found: ContainerId | ConnectionPeer = ConnectionPeer.MACHINE
         else:
-            found = container_in(Path(f"/proc/{pid}/cgroup").read_text(), is_known) or Peer.MACHINE
+            found = container_in(Path(f"/proc/{pid}/cgroup").read_text(), is_known) or ConnectionPeer.MACHINE
     except OSError:  # the process has ended, or must not be inspected
-        return Peer.GONE
-    return Peer.GONE if _has_ended(connected) else found
+        return ConnectionPeer.GONE
+    return ConnectionPeer.GONE if _has_ended(connected) else found
 
 
 def container_in(groups: str, is_known: Callable[[ContainerId], bool]) -> ContainerId | None:

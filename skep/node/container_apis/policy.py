@@ -3,13 +3,13 @@
 from enum import Enum
 from urllib.parse import unquote
 
-from skep.api.framing import path_of, plain_path, raw_path_of
-from skep.api.permissions import rule_for
+from skep.api.access.permissions import rule_for
+from skep.api.http.framing import path_of, plain_path, raw_path_of
 from skep.errors import PermissionDenied
-from skep.model.rights import API_LABEL, ApiAccess
+from skep.model.permissions.rights import API_LABEL, ApiAccess
 
 
-class Passing(Enum):
+class ResponsePassing(Enum):
     """How a response is passed to the container."""
 
     AS_IT_IS = "as it is"
@@ -17,10 +17,10 @@ class Passing(Enum):
     """A JSON document without its secrets (``redaction``)."""
 
 
-def check(access: ApiAccess, method: str, target: str) -> Passing:
+def check(access: ApiAccess, method: str, target: str) -> ResponsePassing:
     """Return how to pass a response on.  Raises: PermissionDenied: the container may not make the request."""
     if access is ApiAccess.FULL:
-        return Passing.AS_IT_IS
+        return ResponsePassing.AS_IT_IS
     path = path_of(target)
     if method not in ("GET", "HEAD"):
         raise _refusal(access, f"{method} {path} changes something")
@@ -30,7 +30,7 @@ def check(access: ApiAccess, method: str, target: str) -> Passing:
     if rule.container is ApiAccess.READ or rule.container is access:
         # Join tokens are shown only with full access, because a machine with a token can become a manager.
         is_redacted = rule.is_document and (access is ApiAccess.READ or path == "/swarm")
-        return Passing.REDACTED if is_redacted else Passing.AS_IT_IS
+        return ResponsePassing.REDACTED if is_redacted else ResponsePassing.AS_IT_IS
     raise _refusal(access, f"{method} {path} can reveal other users' secrets")
 
 

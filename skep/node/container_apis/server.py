@@ -11,16 +11,16 @@ from typing import NamedTuple
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.connections.handshakes import ACCEPT_RETRY_S
 from skep.aio.failures import isolate
-from skep.aio.handshakes import ACCEPT_RETRY_S
 from skep.aio.token_bucket import TokenBucket
-from skep.engine.container import Container
+from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
-from skep.model.ids import ContainerId
-from skep.model.rights import ApiAccess
-from skep.node.container_apis.connection_limits import Decision, decide
+from skep.model.permissions.rights import ApiAccess
+from skep.model.values.ids import ContainerId
+from skep.node.container_apis.connection_limits import AdmissionDecision, decide
 from skep.node.container_apis.exchange import Dispatch, Exchanges
-from skep.node.container_apis.peers import Peer, peer_of
+from skep.node.container_apis.peers import ConnectionPeer, peer_of
 
 log = structlog.get_logger()
 
@@ -112,14 +112,14 @@ class ContainerApis:
         ``own`` itself are left to the caller.
         """
         match peer_of(connected, self.may_be_ours):
-            case Peer.MACHINE:
+            case ConnectionPeer.MACHINE:
                 return False
             case id if id == own:
                 return False
-            case Peer.GONE:
+            case ConnectionPeer.GONE:
                 connected.close()
             case id:
-                if self._start is None or decide(id, self._counts()) is Decision.WAIT:
+                if self._start is None or decide(id, self._counts()) is AdmissionDecision.WAIT:
                     connected.close()
                 else:
                     self._make_room(id)
@@ -171,7 +171,7 @@ class ContainerApis:
             try:
                 while not rate.take(self._clock.monotonic()):
                     await self._clock.sleep(_RATE_PAUSE_S)
-                while decide(id, self._counts()) is Decision.WAIT:
+                while decide(id, self._counts()) is AdmissionDecision.WAIT:
                     self._has_room.clear()
                     await self._has_room.wait()
             except BaseException:
@@ -189,7 +189,7 @@ class ContainerApis:
         connections.
         """
         match decide(id, self._counts()):
-            case Decision():
+            case AdmissionDecision():
                 return
             case evict:
                 oldest = next(one for one, of in self._connections.items() if of == evict.container)

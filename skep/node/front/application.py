@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from aiohttp import web
 
-from skep.api.server import runner
+from skep.api.http.server import runner
 from skep.configuration.configuration import Configuration
 from skep.node.front.users import ApiTls
 

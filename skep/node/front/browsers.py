@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
 from skep.node.front.server import Front
-from skep.node.front.users import Users
+from skep.node.front.users import KnownUsers
 
 
 @asynccontextmanager
 async def serving_dashboard(
-    configuration: Configuration, users: Users, front: Front, clock: Clock
+    configuration: Configuration, users: KnownUsers, front: Front, clock: Clock
 ) -> AsyncIterator[None]:
     """Serve the dashboard to browsers during the block, if the configuration enables it.
 

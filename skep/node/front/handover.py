@@ -1,4 +1,4 @@
-"""Passes clients' connections to the manager process, and takes them back (`skep.api.handover`)."""
+"""Passes clients' connections to the manager process, and takes them back (`skep.api.http.handover`)."""
 
 import asyncio
 import mmap
@@ -12,10 +12,10 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.handover import SLOTS, Channel, Kind, Message, State, unpack_slots
-from skep.api.identity import packed, unpacked
+from skep.api.access.identity import packed, unpacked
+from skep.api.http.handover import SLOTS, Channel, ExchangeState, HandoverMessage, MessageKind, unpack_slots
 from skep.errors import Unavailable
-from skep.model.access import Identity
+from skep.model.permissions.access import Identity
 
 _CONNECT_WAIT_S = 5.0
 """Seconds for which a connection waits for a starting manager."""
@@ -180,7 +180,7 @@ class _Manager:
         os.ftruncate(table, SLOTS)
         self._states = mmap.mmap(table, SLOTS)
         self.channel = Channel(connected, self._receive, self._settle)
-        self.channel.send(Message(kind=Kind.STATES, descriptor=table))
+        self.channel.send(HandoverMessage(kind=MessageKind.STATES, descriptor=table))
 
     def pass_on(self, connection: Passed, data: bytes) -> None:
         """Pass a connection.  Raises: Unavailable."""
@@ -193,12 +193,12 @@ class _Manager:
                 f"the connection cannot be passed to the manager of this node: {error}"
             ) from error
         slot = self._take_slot()
-        self._states[slot] = State.REQUESTED
+        self._states[slot] = ExchangeState.REQUESTED
         self.passed[slot] = connection
         self.local_count += not connection.is_remote
         self.channel.send(
-            Message(
-                kind=Kind.CONNECTION,
+            HandoverMessage(
+                kind=MessageKind.CONNECTION,
                 slot=slot,
                 data=data,
                 descriptor=descriptor,
@@ -217,14 +217,14 @@ class _Manager:
         self._never_used += 1
         return self._never_used - 1
 
-    def _receive(self, message: Message) -> None:
+    def _receive(self, message: HandoverMessage) -> None:
         match message.kind:
-            case Kind.STOPPING:
+            case MessageKind.STOPPING:
                 self.is_stopping = True
-            case Kind.CLOSED:
+            case MessageKind.CLOSED:
                 for slot in unpack_slots(message.data):
                     self._closed(slot)
-            case Kind.CONNECTION:
+            case MessageKind.CONNECTION:
                 held = self._release(message.slot)
                 if message.descriptor is not None:
                     if held is not None:
@@ -238,7 +238,7 @@ class _Manager:
         held = self._release(slot)
         if held is None:
             return
-        if self._states[slot] == State.REQUESTED:
+        if self._states[slot] == ExchangeState.REQUESTED:
             # No response was sent, and the client may still wait for one.
             self._returned.put_nowait(Returned(held, refusal=ENDED))
         else:
@@ -256,9 +256,9 @@ class _Manager:
         self._on_end(self)
         for slot, held in self.passed.items():
             match self._states[slot]:
-                case State.IDLE:
+                case ExchangeState.IDLE:
                     self._returned.put_nowait(Returned(held))
-                case State.REQUESTED:
+                case ExchangeState.REQUESTED:
                     self._returned.put_nowait(Returned(held, refusal=ENDED))
                 case _:
                     _end(held.socket)

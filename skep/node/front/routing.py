@@ -9,12 +9,12 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from skep.api.framing import is_for_manager, path_of
-from skep.api.permissions import sees
+from skep.api.access.permissions import sees
+from skep.api.http.framing import is_for_manager, path_of
 from skep.engine.engine import Engine
 from skep.errors import NotFound
-from skep.model.access import Identity
-from skep.model.labels import LABEL_TASK_ID
+from skep.model.options.labels import LABEL_TASK_ID
+from skep.model.permissions.access import Identity
 from skep.node.front.task_requests import TaskContainer
 from skep.node.visible_containers import visible_container
 
@@ -27,7 +27,7 @@ class Destination(Enum):
     ENGINE = "the machine's Docker Engine"
 
 
-class Ownership(Protocol):
+class OwnObjects(Protocol):
     """Tells which objects are this node's own."""
 
     @property
@@ -55,7 +55,7 @@ class Ownership(Protocol):
 
 
 class LocalObjects:
-    """``Ownership`` by the node's container engine.  ``engine`` is None on a node without containers and images."""
+    """``OwnObjects`` by the node's container engine.  ``engine`` is None on a node without containers and images."""
 
     def __init__(self, engine: Engine | None, *, has_docker_engine: bool) -> None:
         self._engine = engine
@@ -63,28 +63,28 @@ class LocalObjects:
 
     @property
     def has_volumes(self) -> bool:
-        """See ``Ownership``."""
+        """See ``OwnObjects``."""
         return self._engine is not None
 
     def owns_container(self, word: str) -> bool:
-        """See ``Ownership``."""
+        """See ``OwnObjects``."""
         return self._engine is not None and self._engine.has(word)
 
     def owns_image(self, reference: str) -> bool:
-        """See ``Ownership``."""
+        """See ``OwnObjects``."""
         return self._engine is not None and self._engine.images.lookup(reference) is not None
 
     def owns_exec(self, id: str) -> bool:
-        """See ``Ownership``."""
+        """See ``OwnObjects``."""
         return self._engine is not None and self._engine.execs.has(id)
 
     def container_of(self, identity: Identity, word: str) -> TaskContainer:
-        """See ``Ownership``."""
+        """See ``OwnObjects``."""
         found = visible_container(self._engine, identity, word)
         return TaskContainer(task=found.labels.get(LABEL_TASK_ID, ""), stack=found.stack)
 
     def container_of_exec(self, identity: Identity, id: str) -> TaskContainer:
-        """See ``Ownership``."""
+        """See ``OwnObjects``."""
         if self._engine is not None and self._engine.execs.has(id):
             with suppress(NotFound):
                 return self.container_of(identity, self._engine.execs.get(id).container_id)
@@ -97,7 +97,7 @@ class _Request(msgspec.Struct, frozen=True):
     method: str
     path: str
     query: str
-    ownership: Ownership
+    ownership: OwnObjects
 
 
 class _Rule(msgspec.Struct, frozen=True):
@@ -110,7 +110,7 @@ class _Rule(msgspec.Struct, frozen=True):
     decide: Callable[[_Request, str], Destination]
 
 
-def route(method: str, target: str, ownership: Ownership, identity: Identity | None = None) -> Destination:
+def route(method: str, target: str, ownership: OwnObjects, identity: Identity | None = None) -> Destination:
     """Return which process answers ``method`` on ``target`` (path and query as sent).
 
     Args:
@@ -124,7 +124,7 @@ def route(method: str, target: str, ownership: Ownership, identity: Identity | N
     return found
 
 
-def _route(method: str, target: str, ownership: Ownership) -> Destination:
+def _route(method: str, target: str, ownership: OwnObjects) -> Destination:
     path = path_of(target)
     if is_for_manager(path):
         return Destination.MANAGER

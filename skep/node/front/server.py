@@ -12,11 +12,12 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.aio.admission import Admission, Newcomers, peer_source
-from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes
-from skep.api.connection import Connection, Gone
+from skep.aio.connections.admission import Admission, Newcomers, peer_source
+from skep.aio.connections.handshakes import ACCEPT_RETRY_S, Handshakes
+from skep.api.access.identity import identify
 from skep.api.errors import status_of
-from skep.api.framing import (
+from skep.api.http.connection import Connection, Gone
+from skep.api.http.framing import (
     Malformed,
     is_for_manager,
     is_readable,
@@ -26,17 +27,16 @@ from skep.api.framing import (
     read_head,
     with_target,
 )
-from skep.api.identity import identify
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
 from skep.linux.unix_sockets import let_group_in, private_socket
-from skep.model.access import Identity
+from skep.model.permissions.access import Identity
 from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
-from skep.node.front.routing import Destination, Ownership, is_build, route
+from skep.node.front.routing import Destination, OwnObjects, is_build, route
 from skep.node.front.splice import relay, splice
 from skep.node.front.task_requests import as_task_request
-from skep.node.front.users import Users, bearer
+from skep.node.front.users import KnownUsers, bearer
 
 log = structlog.get_logger()
 
@@ -75,7 +75,7 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEP
 """
 
 
-class Membership(Protocol):
+class SwarmMembership(Protocol):
     """The part of this node's membership in a swarm that the front needs."""
 
     def manager_refusal(self) -> str | None:
@@ -129,10 +129,10 @@ class Front:
         here: Application,
         handover: Handover,
         *,
-        ownership: Ownership,
-        membership: Membership,
+        ownership: OwnObjects,
+        membership: SwarmMembership,
         docker: DockerSocket,
-        users: Users,
+        users: KnownUsers,
         divert: Callable[[socket.socket], bool] = lambda _: False,
     ) -> None:
         self._here = here

@@ -9,15 +9,15 @@ A request with ``Upgrade`` is sent unchanged.  Half-closes are passed on, becaus
 import asyncio
 from pathlib import Path
 
-from skep.api.connection import Connection, Gone
-from skep.api.framing import Request
+from skep.api.http.connection import Connection, Gone
+from skep.api.http.framing import RequestHead
 from skep.errors import Unavailable
 
 _CONNECT_TIMEOUT_S = 10.0
 """Time limit in seconds for connecting to the other process."""
 
 
-async def splice(client: Connection, request: Request, engine_socket: Path) -> None:
+async def splice(client: Connection, request: RequestHead, engine_socket: Path) -> None:
     """Send ``request`` to the engine and copy both directions until they end.  Closes ``client``.
 
     Raises: Unavailable: no engine answers, and nothing was sent to the client.

@@ -13,9 +13,9 @@ from urllib.parse import unquote
 
 import msgspec
 
-from skep.api.permissions import may, rule_for, sees
+from skep.api.access.permissions import may, rule_for, sees
 from skep.errors import NotFound, PermissionDenied
-from skep.model.access import EVERY_STACK, Identity, Role
+from skep.model.permissions.access import EVERY_STACK, Identity, Role
 
 _CONTAINER = re.compile(
     r"(?P<version>/v[0-9][0-9.]*)?/containers/(?P<name>[^/?]+)/(?P<what>[a-z]+)(?P<query>\?.*)?"
@@ -38,7 +38,7 @@ class TaskContainer(msgspec.Struct, frozen=True):
 _Find = Callable[[Identity, str], TaskContainer]
 
 
-class TaskContainers(Protocol):
+class VisibleTasks(Protocol):
     """The containers on this node that a user may see."""
 
     @property
@@ -52,7 +52,7 @@ class TaskContainers(Protocol):
         """Return the container in which exec ``id`` runs, if the user sees it.  Raises: NotFound."""
 
 
-def as_task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
+def as_task_request(identity: Identity, method: str, target: str, containers: VisibleTasks) -> str:
     """Return the path and query to request from the manager, or an empty string if this node answers the request.
 
     Args:
@@ -76,7 +76,7 @@ def as_task_request(identity: Identity, method: str, target: str, containers: Ta
         raise
 
 
-def _task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
+def _task_request(identity: Identity, method: str, target: str, containers: VisibleTasks) -> str:
     if (found := _CONTAINER.fullmatch(target)) is not None:
         pattern, path = f"/containers/{{id}}/{found['what']}", f"container/{found['what']}"
         is_known, is_of_cluster = found["what"] in _OF_A_TASK, found["what"] in _OF_THE_CLUSTER

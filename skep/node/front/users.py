@@ -18,11 +18,11 @@ from cryptography.x509.oid import NameOID
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.client import Client
-from skep.api.tls import server_context
+from skep.api.client.client import ApiClient
+from skep.api.http.tls import server_context
 from skep.errors import SkepError, Unauthenticated, Unavailable
-from skep.model.access import ALL, TOKEN_BYTES_MAX, Credential, Identity, Origin
-from skep.model.user import AccessTable, Credentials
+from skep.model.permissions.access import ALL, TOKEN_BYTES_MAX, Credential, Identity, Origin
+from skep.model.permissions.user import AccessTable, UserCredentials
 from skep.security.authority import USER_UNIT
 
 log = structlog.get_logger()
@@ -64,14 +64,14 @@ class ApiTls:
         connection.context = self._current
 
 
-class Users:
+class KnownUsers:
     """The users in the last list from the manager process, and their open connections.
 
     ``tls`` is None if no host is served by TCP.
     """
 
     def __init__(
-        self, manager_api: Client, clock: Clock, rng: Callable[[], float], tls: ApiTls | None
+        self, manager_api: ApiClient, clock: Clock, rng: Callable[[], float], tls: ApiTls | None
     ) -> None:
         self._manager_api = manager_api
         self._clock = clock
@@ -82,7 +82,7 @@ class Users:
         """Root certificate of the users' authority, as TLS handshakes now trust it."""
         self._trust_backoff = Backoff(1.0, 60.0, rng=rng)
         self._trust_again_at = float("-inf")
-        self._by_key: dict[str, tuple[Credentials, int]] = {}
+        self._by_key: dict[str, tuple[UserCredentials, int]] = {}
         """Each user, with the expiry in Unix nanoseconds, by certificate serial number or token digest."""
         self._received_at = float("-inf")
         self._open: dict[asyncio.Transport, tuple[Credential, Identity]] = {}

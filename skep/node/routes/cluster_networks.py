@@ -9,18 +9,18 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.api import network_form
-from skep.api.client import Response
-from skep.api.identity import IDENTITY_HEADER, identity_of, packed
-from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts, fits
-from skep.api.server import Filters, flag
-from skep.engine.container import Container
+from skep.api.access.identity import IDENTITY_HEADER, identity_of, packed
+from skep.api.client.client import Response
+from skep.api.formats import network_form
+from skep.api.formats.networks import PREDEFINED_LABEL, SWARM, NetworkFacts, fits
+from skep.api.http.server import Filters, flag
+from skep.engine.containers.container import Container
 from skep.errors import AlreadyExists, SkepError, Unavailable
-from skep.model.ids import NetworkId, TaskId
 from skep.model.network import Network
-from skep.model.tables import Table, TableEndpoint, TableService
+from skep.model.networks.tables import NetworkTable, TableEndpoint, TableService
 from skep.model.task import AssignedTask, TaskStatus
-from skep.node.cluster_reads import ClusterReads
+from skep.model.values.ids import NetworkId, TaskId
+from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
 _MANAGER_WAIT_S = 5.0
@@ -31,7 +31,7 @@ FROM_A_WORKER = (
 )
 
 
-class Member(Protocol):
+class ClusterMember(Protocol):
     """This node's membership of a cluster."""
 
     @property
@@ -60,14 +60,14 @@ class Tables(Protocol):
     """The network tables of this node."""
 
     @property
-    def tables(self) -> Mapping[NetworkId, Table]:
+    def tables(self) -> Mapping[NetworkId, NetworkTable]:
         """The last received table of each network."""
 
 
 class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     """Networks of scope swarm."""
 
-    member: Member
+    member: ClusterMember
     reads: ClusterReads
     tasks: Tasks
     tables: Tables
@@ -181,8 +181,8 @@ def forwarded_headers(request: web.Request) -> dict[str, str]:
     return {IDENTITY_HEADER: packed(identity_of(request)).decode(), **headers}
 
 
-def _facts(network: Network) -> Facts:
-    return Facts(
+def _facts(network: Network) -> NetworkFacts:
+    return NetworkFacts(
         id=network.id,
         name=network.spec.name,
         driver=network_form.known_driver(network).name,
@@ -192,12 +192,12 @@ def _facts(network: Network) -> Facts:
     )
 
 
-def _peers(table: Table) -> list[dict[str, str]]:
+def _peers(table: NetworkTable) -> list[dict[str, str]]:
     """Return ``Peers`` of ``docker network inspect``.  Nodes are shown by id, because a table has no names."""
     return [{"Name": node.id, "IP": node.underlay} for _, node in sorted(table.nodes.items())]
 
 
-def _services(table: Table) -> dict[str, Any]:
+def _services(table: NetworkTable) -> dict[str, Any]:
     """Return ``Services`` of ``docker network inspect --verbose``.  Plain containers have an empty name."""
     shown: dict[str, Any] = {
         service.name: _entry(service, table) for _, service in sorted(table.services.items())
@@ -208,7 +208,7 @@ def _services(table: Table) -> dict[str, Any]:
     return shown
 
 
-def _entry(service: TableService, table: Table) -> dict[str, Any]:
+def _entry(service: TableService, table: NetworkTable) -> dict[str, Any]:
     return {
         "VIP": service.virtual_ips[0] if service.virtual_ips else "<nil>",
         "Ports": [f"Target: {port.target}, Publish: {port.published}" for port in service.ports],
@@ -219,7 +219,7 @@ def _entry(service: TableService, table: Table) -> dict[str, Any]:
     }
 
 
-def _line(endpoint: TableEndpoint, table: Table) -> dict[str, Any]:
+def _line(endpoint: TableEndpoint, table: NetworkTable) -> dict[str, Any]:
     node = table.nodes.get(endpoint.node_id)
     return {
         "Name": endpoint.name,

@@ -12,11 +12,11 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
-from skep.api.client import Response
-from skep.api.server import api_version, flag, json_response, read_body
-from skep.api.versions import ApiVersion
+from skep.api.client.client import Response
+from skep.api.http.server import api_version, flag, json_response, read_body
+from skep.api.http.versions import ApiVersion
 from skep.errors import NotFound, SkepError, Unavailable
-from skep.node.docker_engine import Handler
+from skep.node.docker.docker_engine import DockerHandler
 from skep.node.routes.cluster_networks import ClusterNetworks, forwarded_headers
 
 _SINCE = ApiVersion("1.42")
@@ -28,7 +28,7 @@ def with_cluster_volumes(
 ) -> tuple[web.AbstractRouteDef, ...]:
     """Return this node's ``routes`` with the cluster's volumes included."""
     both = _Both(cluster)
-    wraps: Mapping[tuple[str, str], Callable[[Handler], Handler]] = {
+    wraps: Mapping[tuple[str, str], Callable[[DockerHandler], DockerHandler]] = {
         ("GET", "/volumes"): both.list_all,
         ("GET", "/volumes/{name}"): both.inspect,
         ("DELETE", "/volumes/{name}"): both.remove,
@@ -38,7 +38,9 @@ def with_cluster_volumes(
     def wrapped(route: web.AbstractRouteDef) -> web.AbstractRouteDef:
         if not isinstance(route, web.RouteDef) or (wrap := wraps.get((route.method, route.path))) is None:
             return route
-        return web.RouteDef(route.method, route.path, wrap(cast("Handler", route.handler)), route.kwargs)
+        return web.RouteDef(
+            route.method, route.path, wrap(cast("DockerHandler", route.handler)), route.kwargs
+        )
 
     return (*(wrapped(route) for route in routes), web.put("/volumes/{name}", both.update))
 
@@ -49,7 +51,7 @@ class _Both:
     def __init__(self, cluster: ClusterNetworks) -> None:
         self._cluster = cluster
 
-    def list_all(self, ours: Handler) -> Handler:
+    def list_all(self, ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             response = await ours(request)
             if (
@@ -70,10 +72,10 @@ class _Both:
 
         return handle
 
-    def inspect(self, ours: Handler) -> Handler:
+    def inspect(self, ours: DockerHandler) -> DockerHandler:
         return self._ours_or_theirs(ours)
 
-    def remove(self, ours: Handler) -> Handler:
+    def remove(self, ours: DockerHandler) -> DockerHandler:
         """Handle the removal of a volume.
 
         With ``force``, remove it from the node and from the cluster, as Docker does, because the node does not tell
@@ -90,7 +92,7 @@ class _Both:
 
         return handle
 
-    def create(self, ours: Handler) -> Handler:
+    def create(self, ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             if api_version(request) < _SINCE or not await _is_for_cluster(request):
                 return await ours(request)
@@ -105,7 +107,7 @@ class _Both:
             raise Unavailable("volume update only valid for cluster volumes, but swarm is unavailable")
         return _passed_back(await self._request_by_name(request))
 
-    def _ours_or_theirs(self, ours: Handler) -> Handler:
+    def _ours_or_theirs(self, ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
                 response = await ours(request)

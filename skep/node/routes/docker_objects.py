@@ -12,14 +12,14 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.api.client import Response
-from skep.api.server import api_version, json_response, read_body
-from skep.api.versions import ApiVersion
+from skep.api.client.client import Response
+from skep.api.http.server import api_version, json_response, read_body
+from skep.api.http.versions import ApiVersion
 from skep.engine.images.reference import parse_reference
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, SkepError
-from skep.node.docker_engine import DockerEngine, Handler
-from skep.node.engine_images import EngineImages, merged
+from skep.node.docker.docker_engine import DockerEngine, DockerHandler
+from skep.node.docker.engine_images import EngineImages, merged
 
 log = structlog.get_logger()
 
@@ -27,7 +27,7 @@ _EMPTY_LISTS = ApiVersion("1.43")
 _NO_NAMES = {"RepoDigests": ["<none>@<none>"], "RepoTags": ["<none>:<none>"]}
 _PASSED_ON = ("Content-Type", "User-Agent")
 
-Wrap = Callable[[Handler], Handler]
+Wrap = Callable[[DockerHandler], DockerHandler]
 
 
 def with_objects_of(
@@ -56,7 +56,9 @@ def with_objects_of(
     def wrapped(route: web.AbstractRouteDef) -> web.AbstractRouteDef:
         if not isinstance(route, web.RouteDef) or (wrap := wraps.get((route.method, route.path))) is None:
             return route
-        return web.RouteDef(route.method, route.path, wrap(cast("Handler", route.handler)), route.kwargs)
+        return web.RouteDef(
+            route.method, route.path, wrap(cast("DockerHandler", route.handler)), route.kwargs
+        )
 
     return tuple(wrapped(route) for route in routes)
 
@@ -69,7 +71,7 @@ class _MergedObjects:
         self._images = images
         self._volumes = volumes
 
-    def list_images(self, ours: Handler) -> Handler:
+    def list_images(self, ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             response = await ours(request)
             if (listed := _content(response)) is None:
@@ -84,7 +86,7 @@ class _MergedObjects:
 
         return handle
 
-    def note_names(self, ours: Handler) -> Handler:
+    def note_names(self, ours: DockerHandler) -> DockerHandler:
         """Handle a pull, load, import or tag, and record the names that it sets."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -101,7 +103,7 @@ class _MergedObjects:
 
         return handle
 
-    def save_images(self, ours: Handler) -> Handler:
+    def save_images(self, ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             for name in request.query.getall("names", []):
                 await self._images.bring(name)
@@ -109,7 +111,7 @@ class _MergedObjects:
 
         return handle
 
-    def remove_image(self, ours: Handler) -> Handler:
+    def remove_image(self, ours: DockerHandler) -> DockerHandler:
         """Handle the removal of an image.
 
         It is removed from the engine first: if a plain container uses it there, it stays in both.
@@ -127,13 +129,13 @@ class _MergedObjects:
 
         return handle
 
-    def prune_images(self, ours: Handler) -> Handler:
+    def prune_images(self, ours: DockerHandler) -> DockerHandler:
         return self._prune(ours, "ImagesDeleted")
 
-    def prune_volumes(self, ours: Handler) -> Handler:
+    def prune_volumes(self, ours: DockerHandler) -> DockerHandler:
         return self._prune(ours, "VolumesDeleted")
 
-    def _prune(self, ours: Handler, field: str) -> Handler:
+    def _prune(self, ours: DockerHandler, field: str) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             response = await ours(request)
             here = _content(response)
@@ -150,7 +152,7 @@ class _MergedObjects:
 
         return handle
 
-    def list_volumes(self, ours: Handler) -> Handler:
+    def list_volumes(self, ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             theirs = await self._pass_on(request)
             there = _content(_passed_back(theirs))
@@ -164,7 +166,7 @@ class _MergedObjects:
 
         return handle
 
-    def of_volume(self, ours: Handler) -> Handler:
+    def of_volume(self, ours: DockerHandler) -> DockerHandler:
         """Handle a request about a volume: pass it to the engine if the engine has a volume of that name."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -175,7 +177,7 @@ class _MergedObjects:
 
         return handle
 
-    def only_theirs(self, _ours: Handler) -> Handler:
+    def only_theirs(self, _ours: DockerHandler) -> DockerHandler:
         async def handle(request: web.Request) -> web.StreamResponse:
             return _passed_back(await self._pass_on(request))
 

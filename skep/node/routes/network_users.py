@@ -4,15 +4,15 @@ from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Interface, ip_interface
 from typing import Any
 
-from skep.api.network_form import endpoint_id
+from skep.api.formats.network_form import endpoint_id
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.local.objects import LocalNetwork
-from skep.engine.container import Container
-from skep.model.data_planes import is_overlay
-from skep.model.ids import TaskId
-from skep.model.labels import LABEL_TASK_ID
+from skep.engine.containers.container import Container
 from skep.model.network import Network
+from skep.model.networks.data_planes import is_overlay
+from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.values.ids import TaskId
 
 
 def networks_in_use(

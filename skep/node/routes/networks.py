@@ -16,10 +16,10 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.api.bodies import decode_body
-from skep.api.client import Client, Response
+from skep.api.client.client import ApiClient, Response
 from skep.api.errors import Forbidden
-from skep.api.networks import (
+from skep.api.formats.bodies import decode_body
+from skep.api.formats.networks import (
     BUILTIN,
     LOCAL,
     PRUNE_FILTERS,
@@ -31,15 +31,15 @@ from skep.api.networks import (
     check_name,
     fits,
 )
-from skep.api.server import Filters, Routes, api_version, json_response, read_body
-from skep.api.versions import ApiVersion
+from skep.api.http.server import Filters, Routes, api_version, json_response, read_body
+from skep.api.http.versions import ApiVersion
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.engine.api.pruning import is_prunable, until_of
-from skep.engine.create import endpoint_request
+from skep.engine.containers.create import endpoint_request
+from skep.engine.containers.request import read_connect
 from skep.engine.engine import Engine
 from skep.engine.events import NamedNetwork
-from skep.engine.request import read_connect
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -49,8 +49,8 @@ from skep.errors import (
     Unavailable,
     Unimplemented,
 )
-from skep.linux.routes import read_routes
-from skep.model.labels import LABEL_SERVICE_NAME
+from skep.linux.network.routes import read_routes
+from skep.model.options.labels import LABEL_SERVICE_NAME
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, forwarded_headers
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 
@@ -70,7 +70,7 @@ class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
     local: LocalNetworks
     engine: Engine | None
     """This node's engine, or None on a node without containers."""
-    docker: Client | None
+    docker: ApiClient | None
     """The machine's Docker Engine, or None."""
 
 

@@ -6,8 +6,8 @@ from skep.aio.clock import Clock
 from skep.engine.api.containers import create_routes
 from skep.engine.api.routes import engine_routes
 from skep.engine.engine import Engine
-from skep.node.docker_engine import DockerEngine, with_containers_of
-from skep.node.engine_images import EngineImages
+from skep.node.docker.docker_engine import DockerEngine, with_containers_of
+from skep.node.docker.engine_images import EngineImages
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.cluster_volumes import with_cluster_volumes
 from skep.node.routes.docker_objects import with_objects_of

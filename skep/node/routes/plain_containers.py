@@ -14,12 +14,12 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
-from skep.api.server import Routes, read_body
+from skep.api.http.server import Routes, read_body
 from skep.engine.api.containers import create_container
 from skep.engine.engine import Engine
 from skep.errors import NotFound
-from skep.node.docker_engine import DockerEngine
-from skep.node.engine_images import EngineImages
+from skep.node.docker.docker_engine import DockerEngine
+from skep.node.docker.engine_images import EngineImages
 
 _PASSED_ON = ("Content-Type", "User-Agent", "X-Registry-Auth", "X-Registry-Config")
 

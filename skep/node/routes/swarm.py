@@ -8,13 +8,13 @@ import base64
 from aiohttp import web
 
 from skep.api.backups import KEY_HEADER
-from skep.api.server import flag, json_response, read_json
-from skep.api.tables import Table
+from skep.api.http.server import flag, json_response, read_json
+from skep.api.http.tables import RouteTable
 from skep.errors import InvalidArgument
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
-from skep.node.membership import Membership
+from skep.node.cluster.membership import Membership
 
-_table = Table[Membership]()
+_table = RouteTable[Membership]()
 
 
 def swarm_routes(membership: Membership) -> list[web.RouteDef]:

@@ -15,27 +15,28 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.api.framing import path_of
-from skep.api.identity import identity_of
-from skep.api.permissions import sees
-from skep.api.responses import ChunkedResponse
-from skep.api.server import Filters, JsonLines, Routes, common_headers, json_response
-from skep.api.tables import Table
-from skep.api.timestamps import period_of
-from skep.api.versions import NEWEST, ApiVersion, requested
+from skep.api.access.identity import identity_of
+from skep.api.access.permissions import sees
+from skep.api.formats.timestamps import period_of
+from skep.api.http.framing import path_of
+from skep.api.http.responses import ChunkedResponse
+from skep.api.http.server import Filters, JsonLines, Routes, common_headers, json_response
+from skep.api.http.tables import RouteTable
+from skep.api.http.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
-from skep.engine.container import Counts
+from skep.engine.containers.container import EngineCounts
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
-from skep.model.access import Identity
-from skep.model.times import SECOND_NS, timestamp
-from skep.node import features, info
-from skep.node.cluster_reads import ClusterReads
-from skep.node.description import volume_drivers
-from skep.node.docker_engine import DockerEngine
+from skep.model.permissions.access import Identity
+from skep.model.values.times import SECOND_NS, timestamp
+from skep.node import info
+from skep.node.cluster.cluster_reads import ClusterReads
+from skep.node.cluster.membership import Membership
+from skep.node.cluster.swarm_info import NOT_A_MANAGER
+from skep.node.docker.docker_engine import DockerEngine
 from skep.node.events import READER, EventLines, EventRequest, Message, NodeEvents, without_commands
-from skep.node.membership import Membership
-from skep.node.swarm_info import NOT_A_MANAGER
+from skep.node.host import features
+from skep.node.host.description import volume_drivers
 
 log = structlog.get_logger()
 
@@ -51,7 +52,7 @@ class NodeSystem:
 
     def __init__(
         self,
-        node: info.Node,
+        node: info.NodeProperties,
         *,
         membership: Membership,
         reads: ClusterReads,
@@ -69,7 +70,7 @@ class NodeSystem:
         self._warnings = warnings
 
     @property
-    def node(self) -> info.Node:
+    def node(self) -> info.NodeProperties:
         """The node's present properties."""
         return self._node
 
@@ -124,11 +125,11 @@ class NodeSystem:
         shown["Plugins"]["Volume"] += volume_drivers(self._engine)
         return shown
 
-    async def _counts(self, identity: Identity) -> Counts:
-        engine, counts = self._engine, Counts()
+    async def _counts(self, identity: Identity) -> EngineCounts:
+        engine, counts = self._engine, EngineCounts()
         if not sees(identity, ""):
             seen = engine.list() if engine is not None else ()
-            return Counts.of([one for one in seen if sees(identity, one.stack)])
+            return EngineCounts.of([one for one in seen if sees(identity, one.stack)])
         if engine is not None:
             counts = engine.counts()
         if self._docker is not None:
@@ -190,7 +191,7 @@ def engine_id(data_dir: Path) -> str:
     return ":".join(text[start : start + 4] for start in range(0, 48, 4))
 
 
-_table = Table[NodeSystem]()
+_table = RouteTable[NodeSystem]()
 
 
 def system_routes(system: NodeSystem) -> list[web.RouteDef]:

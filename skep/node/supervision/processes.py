@@ -10,9 +10,9 @@ from skep.aio.clock import Clock
 from skep.bootstrap import FUTILE, REMOVED, STARVED
 from skep.dataplane.wireguard import process as wireguard_go
 from skep.errors import Unavailable
-from skep.node.conditions import Conditions
+from skep.node.host.conditions import Conditions
 from skep.node.supervision.responses import wait_manager_hung
-from skep.node.supervision.supervisor import Policy, Supervisor
+from skep.node.supervision.supervisor import SupervisionPolicy, Supervisor
 from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
 
@@ -54,16 +54,16 @@ class NodeProcesses:
             rng=rng,
             ends_with_node=lambda: self._is_stopping,
         )
-        self.net = self._new("net", policy=Policy(hands_over=True, gives_up=False))
+        self.net = self._new("net", policy=SupervisionPolicy(hands_over=True, gives_up=False))
 
     def new_wireguard(self, slot: int) -> Supervisor:
         """Return the supervisor of the wireguard-go in ``slot``, not yet running.  The process outlives the node."""
-        policy = Policy(gives_up=False, version=wireguard_go.VERSION, outlives_node=True)
+        policy = SupervisionPolicy(gives_up=False, version=wireguard_go.VERSION, outlives_node=True)
         return self._new(wireguard_go.process_name(slot), policy=policy)
 
     def new_manager(self) -> Supervisor:
         """Return the supervisor of a manager process, not yet running."""
-        policy = Policy(
+        policy = SupervisionPolicy(
             final={REMOVED: _REMOVED},
             futile=FUTILE,
             starved=STARVED,

@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.hang_detection import Action, HangDetector
+from skep.aio.event_loop.hang_detection import HangAction, HangDetector
 from skep.errors import SkepError
 from skep.paths import Paths
 
@@ -60,12 +60,12 @@ async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> st
             await clock.sleep(POLL_S)
             has_response = await responds()
             match detector.record(clock.monotonic(), has_response=has_response is not False):
-                case Action.HAND_OVER:
+                case HangAction.HAND_OVER:
                     log.error("manager process does not respond", silent_s=round(detector.silent_s, 1))
                     # In a task, because a hung member must not delay the end of the process.
                     if attempt is None or attempt.done():
                         attempt = group.create_task(_hand_over(hand_over), name="hand over leadership")
-                case Action.END:
+                case HangAction.END:
                     if attempt is not None:
                         attempt.cancel()
                     return f"it did not respond for {detector.silent_s:.0f} s"

@@ -40,7 +40,7 @@ class Forks(Protocol):
         """Return the exit code of an ended child, or minus its signal, or None if unknown."""
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
+class SupervisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How one kind of process is treated.
 
     Args:
@@ -67,7 +67,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     wait_hung: Callable[[], Coroutine[Any, Any, str]] | None = None
 
 
-_DEFAULT = Policy()
+_DEFAULT = SupervisionPolicy()
 
 
 class Supervisor:
@@ -91,7 +91,7 @@ class Supervisor:
         clock: Clock,
         rng: Callable[[], float],
         ends_with_node: Callable[[], bool],
-        policy: Policy = _DEFAULT,
+        policy: SupervisionPolicy = _DEFAULT,
     ) -> None:
         self._name = name
         self._paths = paths

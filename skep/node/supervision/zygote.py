@@ -35,7 +35,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import SystemClock
-from skep.aio.gc_settings import freeze
+from skep.aio.event_loop.gc_settings import freeze
 from skep.errors import Unavailable
 from skep.linux.detached import set_title
 
@@ -93,14 +93,14 @@ class Notify(msgspec.Struct, frozen=True, tag=True):
     state: str
 
 
-class Request(msgspec.Struct, frozen=True):
+class ForkRequest(msgspec.Struct, frozen=True):
     """A request with its number.  By the number, a late response to an abandoned request is recognized."""
 
     number: int
     request: Fork | Reap | KeepSpare | Notify
 
 
-class Response(msgspec.Struct, frozen=True):
+class ForkResponse(msgspec.Struct, frozen=True):
     """The response to the request with this number."""
 
     number: int
@@ -145,7 +145,7 @@ class Zygote:
     def notify(self, state: str) -> None:
         """Notify systemd (``notify``)."""
         with suppress(OSError):
-            self._connection.send(msgspec.msgpack.encode(Request(0, Notify(state))))
+            self._connection.send(msgspec.msgpack.encode(ForkRequest(0, Notify(state))))
 
     def close(self) -> None:
         """Close the socket."""
@@ -156,10 +156,10 @@ class Zygote:
         try:
             async with self._turn, asyncio.timeout(_RESPONSE_TIMEOUT_S):
                 self._last_number += 1
-                sent = Request(self._last_number, request)
+                sent = ForkRequest(self._last_number, request)
                 await loop.sock_sendall(self._connection, msgspec.msgpack.encode(sent))
                 while message := await loop.sock_recv(self._connection, _MESSAGE_BYTES_MAX):
-                    response = msgspec.msgpack.decode(message, type=Response)
+                    response = msgspec.msgpack.decode(message, type=ForkResponse)
                     if response.number == sent.number:
                         return response.value
         except TimeoutError as error:
@@ -267,7 +267,7 @@ def serve(connection: socket.socket, children: "Children", ended: int) -> None:
             value = _value(request.request, children)
             if value is not None:
                 with suppress(OSError):  # the process has ended
-                    connection.send(msgspec.msgpack.encode(Response(request.number, value)))
+                    connection.send(msgspec.msgpack.encode(ForkResponse(request.number, value)))
         elif ended in ready:
             return
 
@@ -361,12 +361,12 @@ def _wait(entry: Entry, prepare: Preparation) -> None:
         entry(msgspec.msgpack.decode(arguments, type=tuple[str, ...]))
 
 
-def _received(connection: socket.socket) -> Request | None:
+def _received(connection: socket.socket) -> ForkRequest | None:
     try:
         message = connection.recv(_MESSAGE_BYTES_MAX)
     except ConnectionError:
         return None
-    return msgspec.msgpack.decode(message, type=Request) if message else None
+    return msgspec.msgpack.decode(message, type=ForkRequest) if message else None
 
 
 def _how(status: int) -> str:

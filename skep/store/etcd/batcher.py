@@ -25,15 +25,15 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, decoded_ring
-from skep.store.etcd.client import AdaptiveTimeout, Client
+from skep.store.etcd.client import AdaptiveTimeout, EtcdClient
+from skep.store.etcd.encryption.cipher import Cipher, decoded_ring
 from skep.store.etcd.errors import Busy, Uncertain
-from skep.store.etcd.flags import MAX_OPERATIONS
+from skep.store.etcd.process.flags import MAX_OPERATIONS
 from skep.store.etcd.requests import Marker, etcd_key, fill_txn, guard, is_clear, is_fence_lost
 from skep.store.interface import NotLeader
 from skep.store.leadership import TermState
-from skep.store.proposal import Committed, Conflict, Footprint, Outcome, Proposal
 from skep.store.replica import Replica
+from skep.store.transactions.proposal import Committed, Footprint, Outcome, Proposal, WriteConflict
 
 log = structlog.get_logger()
 
@@ -174,7 +174,7 @@ class Batcher:
 
     def __init__(
         self,
-        client: Client,
+        client: EtcdClient,
         cipher: Cipher,
         replica: Replica,
         epoch_key: str,
@@ -380,7 +380,7 @@ class Batcher:
             elif queued.fence is not None and is_fence_lost(nested, queued.fence):
                 queued.resolve(NotLeader("another manager leads"))
             else:
-                queued.resolve(Conflict(revision))
+                queued.resolve(WriteConflict(revision))
 
     async def _settle(self, batch: Batch) -> None:
         """Find out the outcome of an entry that got no response, and send its proposals again if they were not

@@ -91,7 +91,7 @@ class WatchStream:
             self._stream.send(request.SerializeToString())
 
 
-class Client:
+class EtcdClient:
     """The calls of etcd's API that Skep uses.  Use it in ``async with``."""
 
     def __init__(self, socket: Path) -> None:
@@ -99,7 +99,7 @@ class Client:
         self._connection: ClientConnection | None = None
         self._connecting = asyncio.Lock()
 
-    async def __aenter__(self) -> "Client":
+    async def __aenter__(self) -> "EtcdClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -247,15 +247,15 @@ class Client:
             async with asyncio.timeout_at(deadline):
                 connection = await self._ensure_connected()
             left_s = deadline - asyncio.get_running_loop().time()
-            call = Call(connection, headers.request_block(path, timeout_s), request, left_s)
+            call = UnaryCall(connection, headers.request_block(path, timeout_s), request, left_s)
         return await call.response()
 
-    def begin(self, path: str, request: bytes, timeout_s: float) -> "Call | None":
+    def begin(self, path: str, request: bytes, timeout_s: float) -> "UnaryCall | None":
         """Send ``request`` now, and return the call to await its response, or None without a connection."""
         connection = self._connection
         if connection is None or connection.is_lost or connection.is_used_up:
             return None
-        return Call(connection, headers.request_block(path, timeout_s), request, timeout_s)
+        return UnaryCall(connection, headers.request_block(path, timeout_s), request, timeout_s)
 
     @asynccontextmanager
     async def stream(
@@ -294,7 +294,7 @@ class Client:
         return self._connection
 
 
-class Call:
+class UnaryCall:
     """A call whose request was sent, with one response."""
 
     def __init__(self, connection: ClientConnection, block: bytes, request: bytes, timeout_s: float) -> None:

@@ -17,11 +17,11 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import Unavailable
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.client import AdaptiveTimeout, Client, nested
+from skep.store.etcd.client import AdaptiveTimeout, EtcdClient, nested
+from skep.store.etcd.encryption.cipher import Cipher
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import change_of, compared_leader, compared_ring, etcd_key
 from skep.store.leadership import LeaderRecord, TermState
@@ -52,7 +52,7 @@ class Election:
 
     def __init__(
         self,
-        client: Client,
+        client: EtcdClient,
         cipher: Cipher,
         node_id: NodeId,
         addr: str,

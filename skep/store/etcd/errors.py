@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from skep.errors import SkepError, Unavailable
 from skep.rpc.status import CallFailed
-from skep.store.updates import NO_LEADER
+from skep.store.transactions.updates import NO_LEADER
 
 
 class Uncertain(Unavailable):
@@ -43,7 +43,7 @@ class Compacted(Unavailable):
     """The requested history is compacted.  The caller has to reload everything."""
 
 
-class Refused(SkepError):
+class InvalidRequest(SkepError):
     """etcd rejected the request as invalid, which is a bug of Skep."""
 
 
@@ -72,7 +72,7 @@ _ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("required revision has been compacted", Compacted, "the requested history is compacted"),
     ("required revision is a future revision", Compacted, "the store was restored to an older state"),
     *(
-        (text, Refused, f"etcd refused: {text}")
+        (text, InvalidRequest, f"etcd refused: {text}")
         for text in (
             "duplicate key given in txn request",
             "request is too large",

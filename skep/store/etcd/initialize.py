@@ -14,15 +14,15 @@ from skep.aio.clock import Clock
 from skep.errors import AlreadyExists, FailedPrecondition
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, KeyRing, decoded_ring, new_key_ring
-from skep.store.etcd.client import LOAD_S, Client
+from skep.store.etcd.client import LOAD_S, EtcdClient
+from skep.store.etcd.encryption.cipher import Cipher, KeyRing, decoded_ring, new_key_ring
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key, fill_txn
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL, decoded_level
-from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Proposal, Unchanged
+from skep.store.transactions.transaction import LocalTransaction
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ class ClusterHeader(msgspec.Struct, frozen=True):
     incarnation: int
 
 
-class Unfinished(FailedPrecondition):
+class InitUnfinished(FailedPrecondition):
     """The store holds no cluster, because init was interrupted or has not run."""
 
 
@@ -66,12 +66,12 @@ async def initialize(
 
     Errors of ``body`` are raised too.
     """
-    async with Client(socket) as client:
+    async with EtcdClient(socket) as client:
         return await initialize_on(client, wrapping_key, clock, body, *args, **kwargs)
 
 
 async def initialize_on(
-    client: Client,
+    client: EtcdClient,
     wrapping_key: bytes,
     clock: Clock,
     body: Callable[Concatenate[Transaction, P], R],
@@ -109,7 +109,7 @@ async def initialize_on(
     return result
 
 
-async def cluster_in(client: Client) -> ClusterHeader:
+async def cluster_in(client: EtcdClient) -> ClusterHeader:
     """Return the header of the cluster in this store, if this version can serve it.
 
     Raises:
@@ -119,7 +119,7 @@ async def cluster_in(client: Client) -> ClusterHeader:
     """
     format = await _read(client, keys.FORMAT)
     if format is None:
-        raise Unfinished("the store holds no cluster: its init was not finished")
+        raise InitUnfinished("the store holds no cluster: its init was not finished")
     if format.value != str(FORMAT).encode():
         raise FailedPrecondition(
             f"the cluster's data have format {format.value.decode(errors='replace')}; this version of Skep supports "
@@ -147,11 +147,11 @@ async def raise_incarnation(socket: Path, at_least: int) -> int:
 
     Raises Unfinished or Unavailable.
     """
-    async with Client(socket) as client:
+    async with EtcdClient(socket) as client:
         return await raise_incarnation_on(client, at_least)
 
 
-async def raise_incarnation_on(client: Client, at_least: int) -> int:
+async def raise_incarnation_on(client: EtcdClient, at_least: int) -> int:
     """Run ``raise_incarnation`` through an open ``client``.  A simulation passes its own client."""
     incarnation = max((await cluster_in(client)).incarnation + 1, at_least)
     begin = pb.PutRequest(key=etcd_key(keys.INCARNATION), value=str(incarnation).encode())
@@ -172,11 +172,11 @@ def decoded_incarnation(stored: bytes) -> int:
         raise FailedPrecondition(f"the cluster's incarnation is damaged: {stored!r}") from error
 
 
-async def _stored_ring(client: Client) -> KeyRing | None:
+async def _stored_ring(client: EtcdClient) -> KeyRing | None:
     stored = await _read(client, keys.KEY_RING)
     return decoded_ring(stored.value) if stored is not None else None
 
 
-async def _read(client: Client, key: str) -> pb.KeyValue | None:
+async def _read(client: EtcdClient, key: str) -> pb.KeyValue | None:
     reply = await client.range(pb.RangeRequest(key=etcd_key(key)))
     return reply.kvs[0] if reply.kvs else None

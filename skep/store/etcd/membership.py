@@ -12,9 +12,9 @@ import msgspec
 import structlog
 
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.errors import NoLearner, NoMember
-from skep.store.etcd.member import Member
+from skep.store.etcd.process.member import EtcdMember
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ class RaftMember(msgspec.Struct, frozen=True, kw_only=True, order=True):
 class RaftMembers:
     """Reads and changes the membership through this manager's own member."""
 
-    def __init__(self, client: Client, member: Member) -> None:
+    def __init__(self, client: EtcdClient, member: EtcdMember) -> None:
         self._client = client
         self._own = member
         self._one_at_a_time = asyncio.Lock()

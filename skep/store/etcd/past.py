@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from skep.errors import FailedPrecondition, ResourceExhausted
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, decoded_ring
-from skep.store.etcd.client import LOAD_S, Client, prefix_end
+from skep.store.etcd.client import LOAD_S, EtcdClient, prefix_end
+from skep.store.etcd.encryption.cipher import Cipher, decoded_ring
 from skep.store.etcd.errors import Compacted
 from skep.store.etcd.reflector import PAGE_KEYS_FIRST, next_limit
 from skep.store.etcd.requests import change_of, etcd_key
@@ -23,7 +23,7 @@ KEYS_MAX = 200_000
 """Maximum keys of one state, enough for about 60,000 tasks.  It occupies memory in addition to the current state."""
 
 
-async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
+async def state_at(client: EtcdClient, wrapping_key: bytes, revision: int) -> State:
     """Return all objects of ``KINDS`` at ``revision``.
 
     Raises:
@@ -54,7 +54,7 @@ async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
     return state
 
 
-async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Cipher:
+async def _cipher_of(client: EtcdClient, wrapping_key: bytes, revision: int) -> Cipher:
     """Return the cipher with the data keys of that time, because the current ring lacks keys that have been replaced
     since.
     """
@@ -67,7 +67,7 @@ async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Ciph
         raise FailedPrecondition(f"the store's keys have been replaced since then: {error}") from error
 
 
-async def _check_size(client: Client, revision: int) -> None:
+async def _check_size(client: EtcdClient, revision: int) -> None:
     count = 0
     for kind in KINDS:
         prefix = etcd_key(keys.kind_prefix(kind))
@@ -79,7 +79,7 @@ async def _check_size(client: Client, revision: int) -> None:
         raise ResourceExhausted(f"the cluster had {count} values then: at most {KEYS_MAX} are read at once")
 
 
-async def oldest_revision(client: Client, present: int) -> int:
+async def oldest_revision(client: EtcdClient, present: int) -> int:
     """Return the first readable revision. etcd has no request for it, so about 15 small reads find it by bisection."""
 
     async def is_kept(revision: int) -> bool:

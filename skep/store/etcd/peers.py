@@ -13,7 +13,7 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import is_no_file, replace_file
-from skep.model.addresses import is_address, joined, parted
+from skep.model.networks.addresses import is_address, joined, parted
 
 MEMBERS_FILE = "members.json"
 HOSTS_FILE = "hosts"
@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _HEAD = "127.0.0.1 localhost\n::1 localhost\n"
 
 
-class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
+class EtcdPeer(msgspec.Struct, frozen=True, kw_only=True, order=True):
     """A member of etcd's cluster.
 
     Attributes:
@@ -56,7 +56,7 @@ def peer_url(name: str, port: int) -> str:
     return f"https://{name}:{port}"
 
 
-def hosts_content(peers: Iterable[Peer]) -> bytes:
+def hosts_content(peers: Iterable[EtcdPeer]) -> bytes:
     """Return the hosts file for ``peers``, without entries whose name or address is invalid."""
     lines = sorted(
         {f"{peer.ip} {peer.name}\n" for peer in peers if is_address(peer.ip) and _NAME.fullmatch(peer.name)}
@@ -64,7 +64,7 @@ def hosts_content(peers: Iterable[Peer]) -> bytes:
     return (_HEAD + "".join(lines)).encode()
 
 
-def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
+def write_hosts(directory: Path, peers: Iterable[EtcdPeer]) -> None:
     """Write the hosts file. etcd reads it again within 5 s, or at once for a name that it has not resolved yet.
 
     The file is bind-mounted in etcd's namespace, so it is written in place: a new file would not be visible there.
@@ -79,7 +79,7 @@ def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
         os.close(descriptor)
 
 
-def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
+def save_peers(directory: Path, peers: Iterable[EtcdPeer]) -> None:
     """Store ``peers`` for the next start, and write the hosts file."""
     known = sorted(peers)
     if load_peers(directory) != tuple(known):
@@ -89,7 +89,7 @@ def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
     write_hosts(directory, known)
 
 
-def load_peers(directory: Path) -> tuple[Peer, ...]:
+def load_peers(directory: Path) -> tuple[EtcdPeer, ...]:
     """Return the last stored peers.  Empty if this member is the only one, or has not joined yet.
 
     Raises:
@@ -98,7 +98,7 @@ def load_peers(directory: Path) -> tuple[Peer, ...]:
     """
     path = directory / MEMBERS_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=tuple[Peer, ...])
+        return msgspec.json.decode(path.read_bytes(), type=tuple[EtcdPeer, ...])
     except FileNotFoundError:
         return ()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -16,8 +16,8 @@ from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, Unavailable
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, decoded_ring
-from skep.store.etcd.client import LOAD_S, Client, WatchStream, prefix_end
+from skep.store.etcd.client import LOAD_S, EtcdClient, WatchStream, prefix_end
+from skep.store.etcd.encryption.cipher import Cipher, decoded_ring
 from skep.store.etcd.errors import Compacted, Uncertain
 from skep.store.etcd.requests import PREFIX, by_revision, change_of
 from skep.store.interface import Event
@@ -50,7 +50,7 @@ class Reflector:
 
     def __init__(
         self,
-        client: Client,
+        client: EtcdClient,
         replica: Replica,
         cipher: Cipher,
         observe: Callable[[bytes, bytes | None, int], None],

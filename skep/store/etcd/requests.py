@@ -11,10 +11,10 @@ import structlog
 
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, Unreadable
 from skep.store.etcd.client import prefix_end
-from skep.store.proposal import Compare, Exists, NothingSince, Proposal, Unchanged
+from skep.store.etcd.encryption.cipher import Cipher, Undecryptable
 from skep.store.tables import KeyChange
+from skep.store.transactions.proposal import Compare, Exists, NothingSince, Proposal, Unchanged
 
 log = structlog.get_logger()
 
@@ -132,7 +132,7 @@ def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> Ke
     if not key.startswith(_CLEAR):
         try:
             value = cipher.decrypt(kv.key, value)
-        except Unreadable as error:
+        except Undecryptable as error:
             if key[1:2] == "/":
                 return KeyChange(key, b"", kv.mod_revision, kv.create_revision, str(error))
             log.error("stored value cannot be read", key=key, error=str(error))

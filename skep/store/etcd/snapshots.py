@@ -23,11 +23,11 @@ from skep.aio.trees import discard_tree, discard_tree_now
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.commands import communicate
 from skep.linux.files import NEW_SUFFIX, sync_directory
-from skep.store.etcd.binary import Binary
-from skep.store.etcd.client import Client
-from skep.store.etcd.damage import Damaged, head_of, is_database
-from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.member import Member
+from skep.store.etcd.client import EtcdClient
+from skep.store.etcd.process.binary import Binary
+from skep.store.etcd.process.damage import Damaged, head_of, is_database
+from skep.store.etcd.process.flags import MemberSettings
+from skep.store.etcd.process.member import EtcdMember
 
 log = structlog.get_logger()
 
@@ -47,7 +47,7 @@ async def take_snapshot(socket: Path, to: Path) -> None:
         FailedPrecondition: The snapshot is incomplete.
         Unavailable: The member did not respond.
     """
-    async with Client(socket) as client:
+    async with EtcdClient(socket) as client:
         await save_snapshot(client.snapshot(), to)
 
 
@@ -114,7 +114,7 @@ async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Pa
     )
     try:
         await asyncio.to_thread(_copy_files, settings.data, sealed_off.data)
-        async with Member(sealed_off, binary, clock, Backoff(0.1, 0.5)).running():
+        async with EtcdMember(sealed_off, binary, clock, Backoff(0.1, 0.5)).running():
             await take_snapshot(settings.socket, to)
             return False
     except (SkepError, OSError) as error:

@@ -11,35 +11,35 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.groups import errors_as_they_are
 from skep.errors import Unavailable
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd import past
 from skep.store.etcd.batcher import Batcher
-from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.election import Election
+from skep.store.etcd.encryption.cipher import Cipher
+from skep.store.etcd.encryption.rotation import KeyRotation
 from skep.store.etcd.errors import Compacted
 from skep.store.etcd.initialize import cluster_in
 from skep.store.etcd.reflector import Reflector
 from skep.store.etcd.requests import etcd_key
-from skep.store.etcd.rotation import KeyRotation
 from skep.store.interface import HistoryGone, Term, View
 from skep.store.leadership import TermState, leader_named
 from skep.store.replica import Replica
-from skep.store.space import COMPACT_AT, QUOTA_BYTES, Space
-from skep.store.updates import FencedTerm, Updater, within_deadline
+from skep.store.space import COMPACT_AT, QUOTA_BYTES, MemberSpace
+from skep.store.transactions.updates import FencedTerm, Updater, within_deadline
 from skep.store.watches import CAPACITY
 
 PROBE = "probe/space"
 SPACE_S = 0.25
-"""Maximum age in seconds of a cached ``Space``, while usage is below ``COMPACT_AT``."""
+"""Maximum age in seconds of a cached ``MemberSpace``, while usage is below ``COMPACT_AT``."""
 
 
 class Replication(NamedTuple):
     """The connection between a store and its etcd.  The reflector fills the replica, and the batcher writes."""
 
-    client: Client
+    client: EtcdClient
     cipher: Cipher
     replica: Replica
     reflector: Reflector
@@ -71,7 +71,7 @@ class EtcdStore(Updater):
         self.incarnation = incarnation
         self._quota_bytes = quota_bytes
         self._is_only_member = is_only_member
-        self._space: tuple[float, Space] | None = None
+        self._space: tuple[float, MemberSpace] | None = None
         self._space_changes = 0
         """Number of calls that have changed the used space.  Measurements from before the last change are discarded."""
         self._compacted = 0
@@ -140,14 +140,14 @@ class EtcdStore(Updater):
     async def rotate_data_key(self) -> None:
         await self._rotation.begin()
 
-    async def space(self) -> Space:
+    async def space(self) -> MemberSpace:
         """Return the used space by etcd's status, cached for ``SPACE_S``."""
         now = self._clock.monotonic()
         if self._space is not None and now - self._space[0] < SPACE_S and self._space[1].share < COMPACT_AT:
             return self._space[1]
         changes = self._space_changes
         status = await self._client.status()
-        space = Space(
+        space = MemberSpace(
             size=status.db_size,
             in_use=status.db_size_in_use,
             quota=self._quota_bytes,
@@ -294,7 +294,7 @@ async def open_store(
     ``store_on``.
     """
     async with (
-        Client(socket) as client,
+        EtcdClient(socket) as client,
         store_on(
             *(client, node_id, wrapping_key, clock),
             rng=rng,
@@ -308,7 +308,7 @@ async def open_store(
 
 @asynccontextmanager
 async def store_on(
-    client: Client,
+    client: EtcdClient,
     node_id: NodeId,
     wrapping_key: bytes,
     clock: Clock,

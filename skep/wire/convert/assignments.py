@@ -6,8 +6,8 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
-from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.task import Trust
+from skep.model.values.ids import ConfigId, SecretId, TaskId
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.task import registry_auth_of, task_from_pb, task_to_pb

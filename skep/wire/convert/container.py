@@ -8,7 +8,7 @@ import msgspec
 
 from skep.errors import InvalidArgument
 from skep.model import container as model
-from skep.model.ids import ConfigId, SecretId
+from skep.model.values.ids import ConfigId, SecretId
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.values import (
     EnumTable,

@@ -1,8 +1,8 @@
 """Log subscriptions and log lines."""
 
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.logs import LogLine, LogQuery, LogStream
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import SECOND_NS
 from skep.wire import swarm_pb2 as pb
 from skep.wire.descriptors import Timestamp
 

@@ -1,10 +1,10 @@
 """Networks, attachments and ports."""
 
-from skep.model.gossip import GossipKey
-from skep.model.ids import NetworkId
 from skep.model.network import ConfigReference, IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.networks.gossip import GossipKey
 from skep.model.service import NetworkAttachmentConfig, PortConfig, PublishMode
 from skep.model.task import NetworkAttachment
+from skep.model.values.ids import NetworkId
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.values import (
     EnumTable,

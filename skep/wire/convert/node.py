@@ -1,6 +1,5 @@
 """Nodes and their descriptions of themselves."""
 
-from skep.model.meta import TLSInfo
 from skep.model.node import (
     Availability,
     CSIInfo,
@@ -12,6 +11,7 @@ from skep.model.node import (
     NodeRole,
     Topology,
 )
+from skep.model.values.meta import TLSInfo
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.network import attachment_to_pb
 from skep.wire.convert.resources import (

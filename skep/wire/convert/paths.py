@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from skep.model.ids import NetworkId, NodeId
-from skep.model.paths import (
+from skep.model.networks.paths import (
     DETAIL_CHARACTERS_MAX,
     DiagnosticsRequest,
     NetworkNames,
@@ -13,6 +12,7 @@ from skep.model.paths import (
     PathReport,
     ProbeTargets,
 )
+from skep.model.values.ids import NetworkId, NodeId
 from skep.wire import skep_pb2 as pb
 
 _CHECKS = frozenset(PathCheck)

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from skep.errors import InvalidArgument
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import (
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
     NetworkHead,
     Segment,
     TableChange,
@@ -15,7 +14,8 @@ from skep.model.tables import (
     TableService,
     TableSet,
 )
-from skep.model.wireguard import PublicKey
+from skep.model.networks.wireguard import PublicKey
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.wire import skep_pb2 as pb
 
 PIECE_BYTES = 128 * 1024

@@ -1,7 +1,6 @@
 """Tasks and their statuses."""
 
 from skep.errors import InvalidArgument
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.service import EndpointVirtualIP
 from skep.model.task import (
     AssignedTask,
@@ -13,7 +12,8 @@ from skep.model.task import (
     VolumeAttachment,
 )
 from skep.model.task_end import LAST_LINES_MAX, KeptLine, TaskEnd
-from skep.model.times import ZERO_TIME, timestamp, unix_ns
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.values.times import ZERO_TIME, timestamp, unix_ns
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.network import attachment_from_pb, attachment_to_pb, port_from_pb, port_to_pb

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from skep.model.autoscaling import TaskUsage
-from skep.model.ids import TaskId
+from skep.model.options.autoscaling import TaskUsage
+from skep.model.values.ids import TaskId
 from skep.wire import skep_pb2 as pb
 
 

@@ -7,8 +7,8 @@ from google.protobuf.duration_pb2 import Duration as DurationType
 from google.protobuf.timestamp_pb2 import Timestamp as TimestampType
 
 from skep.errors import InvalidArgument
-from skep.model.meta import Driver, Version
-from skep.model.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp, unix_ns
+from skep.model.values.meta import Driver, Version
+from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp, unix_ns
 from skep.wire import swarm_pb2 as pb
 from skep.wire.descriptors import Duration
 from skep.wire.descriptors import Timestamp as PbTimestamp

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from skep.model.ids import VolumeId
+from skep.model.values.ids import VolumeId
 from skep.model.volume import (
     AccessMode,
     TypeBlock,

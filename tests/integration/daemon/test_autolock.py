@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skep.node.swarm_info import LEAVING_LOCKED, LOCKED
+from skep.node.cluster.swarm_info import LEAVING_LOCKED, LOCKED
 from tests.support.daemon_rig import INIT, DaemonRig, wait_until
 
 pytestmark = pytest.mark.timeout(120)

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.api import connection, handover_server
-from skep.api.connection import Connection
-from skep.model.ids import ClusterId, NodeId
+from skep.api.http import connection, handover_server
+from skep.api.http.connection import Connection
 from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
 from skep.node.front import server
 from skep.node.front.splice import relay
 from skep.node.front.users import ApiTls
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
 from tests.support.api_authority import an_authority
@@ -140,9 +140,9 @@ async def test_a_stream_takes_its_time(front_rig: Rig, hurried: None) -> None:
 async def test_handshakes_are_bounded_and_delay_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skep.aio.handshakes.HANDSHAKES_MAX", 10)
+    monkeypatch.setattr("skep.aio.connections.handshakes.HANDSHAKES_MAX", 10)
     authority, key = Authority.create(), new_private_key()
-    identity = Identity(node_id=NodeId("n"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
+    identity = NodeIdentity(node_id=NodeId("n"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
     pair = KeyPair(
         certificate_pem=authority.sign(signing_request(key), identity, timedelta(days=1)),
         key_pem=private_pem(key),

@@ -7,8 +7,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from skep.api.identity import IDENTITY_HEADER, identity_of
-from skep.model.access import Identity, Origin
+from skep.api.access.identity import IDENTITY_HEADER, identity_of
+from skep.model.permissions.access import Identity, Origin
 from tests.support.front_rig import Rig
 
 ROOT = '{"name":"root","origin":"socket","bindings":[{"role":3,"stack":"*"}]}'

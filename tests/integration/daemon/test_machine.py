@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.cgroups import Cgroups
-from skep.node import features
+from skep.engine.confinement.cgroups import Cgroups
+from skep.node.host import features
 from tests.support.api_authority import an_authority
 from tests.support.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
 from tests.support.documents import ROOT

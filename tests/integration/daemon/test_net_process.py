@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.client import MESH, NetClient
+from skep.dataplane.net_process.client import MESH, NetClient
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.proxy.relays import RelayPort
 from skep.errors import AlreadyExists, Unavailable

@@ -15,7 +15,7 @@ from skep.bootstrap import STARVED
 from skep.linux.detached import identify, is_alive, read_pid_file, write_pid_file
 from skep.node.supervision import supervisor
 from skep.node.supervision.restart import CRASHES_MAX
-from skep.node.supervision.supervisor import Policy, Supervisor, terminate
+from skep.node.supervision.supervisor import SupervisionPolicy, Supervisor, terminate
 from skep.paths import Paths
 from tests.support.daemon_rig import INIT, DaemonRig, children_named, wait_until
 
@@ -165,7 +165,7 @@ async def test_what_the_machine_refused_is_tried_for_ever_and_said_until_it_last
         clock=FastClock(),
         rng=lambda: 0.5,
         ends_with_node=lambda: True,
-        policy=Policy(starved=STARVED, show_condition=said.append),
+        policy=SupervisionPolicy(starved=STARVED, show_condition=said.append),
     )
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         running = group.create_task(supervised.run())

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
 from tests.support.daemon_rig import INIT, DaemonRig, is_running, wait_until
 
 WEB = {
@@ -28,13 +28,13 @@ def swarm(rig: DaemonRig) -> DaemonRig:
     return rig
 
 
-def tables(swarm: DaemonRig) -> dict[str, Table]:
+def tables(swarm: DaemonRig) -> dict[str, NetworkTable]:
     """What the net process finds."""
     directory = swarm.run / "tables"
     if not directory.is_dir():
         return {}
     found = [path for path in directory.iterdir() if not path.name.endswith(".new")]
-    return {path.name: msgspec.msgpack.decode(path.read_bytes(), type=Table) for path in found}
+    return {path.name: msgspec.msgpack.decode(path.read_bytes(), type=NetworkTable) for path in found}
 
 
 def serving(swarm: DaemonRig, ingress: str) -> int:

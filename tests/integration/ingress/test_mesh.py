@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))

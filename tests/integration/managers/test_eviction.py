@@ -15,16 +15,16 @@ import msgspec
 import pytest
 
 from skep.errors import FailedPrecondition
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
 from skep.security import keypair
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, KeyRing
-from skep.store.etcd.client import Client, prefix_end
+from skep.store.etcd.client import EtcdClient, prefix_end
+from skep.store.etcd.encryption.cipher import Cipher, KeyRing
 from skep.store.etcd.requests import PREFIX, is_clear
 from tests.support.playground_rig import (
     SKEP,
@@ -85,7 +85,7 @@ def minted(cluster: TestCluster, authority: Authority, directory: Path) -> Path:
     m1 = cluster.node("m1").client()
     id = NodeId(nodes_by_name(cluster.node("m1"))["m1"]["ID"])
     key = new_private_key()
-    identity = Identity(node_id=id, cluster_id=ClusterId(m1.swarm.id or ""), role=NodeRole.MANAGER)
+    identity = NodeIdentity(node_id=id, cluster_id=ClusterId(m1.swarm.id or ""), role=NodeRole.MANAGER)
     m1.swarm.reload()
     identity = msgspec.structs.replace(identity, cluster_id=ClusterId(m1.swarm.attrs["ID"]))
     pair = KeyPair(
@@ -121,7 +121,7 @@ def opened_rings(image: Path, wrapping_key: bytes) -> tuple[int, int]:
 async def data_keys_in_use(node: TestNode) -> set[int]:
     """Ids of the data keys that the present values are encrypted with."""
     (holder,) = node.description["pids"]
-    async with Client(Path(f"/proc/{holder}/root/run/skep/etcd.sock")) as client:
+    async with EtcdClient(Path(f"/proc/{holder}/root/run/skep/etcd.sock")) as client:
         page = await client.range(pb.RangeRequest(key=PREFIX, range_end=prefix_end(PREFIX)), timeout_s=10)
     return {int.from_bytes(kv.value[1:5], "big") for kv in page.kvs if not is_clear(kv.key) and kv.value}
 

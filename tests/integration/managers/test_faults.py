@@ -15,7 +15,7 @@ from docker.errors import DockerException
 from requests.exceptions import RequestException
 
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.requests import PREFIX
 from tests.support.kills import PAIRS, strike, wait_started_again
 from tests.support.managers_rig import (
@@ -226,7 +226,7 @@ def compact(node: TestNode) -> int:
     (pid,) = node.pids("skep-manager")
 
     async def now() -> int:
-        async with Client(Path(f"/proc/{pid}/root/run/skep/etcd.sock")) as client:
+        async with EtcdClient(Path(f"/proc/{pid}/root/run/skep/etcd.sock")) as client:
             reply = await client.range(pb.RangeRequest(key=PREFIX))
             await client.compact(reply.header.revision)
             return int(reply.header.revision)

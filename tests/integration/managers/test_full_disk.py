@@ -8,8 +8,8 @@ import pytest
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
-from skep.model.conditions import condition_label
-from skep.store.etcd.client import Client
+from skep.model.node_reports.conditions import condition_label
+from skep.store.etcd.client import EtcdClient
 from tests.support.managers_rig import leader, others, roles, wait_managers, write
 from tests.support.playground_rig import (
     TestCluster,
@@ -39,7 +39,7 @@ def make_lead(cluster: TestCluster, name: str) -> None:
     (manager,) = leads.pids("skep-manager")
 
     async def move() -> None:
-        async with Client(Path(f"/proc/{manager}/root/run/skep/etcd.sock")) as client:
+        async with EtcdClient(Path(f"/proc/{manager}/root/run/skep/etcd.sock")) as client:
             members = (await client.members()).members
             await client.move_leader(next(member.id for member in members if member.name == id))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.model.conditions import DISK_PRESSURE_LABEL
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from tests.support.playground_rig import (
     IDLE,
     IMAGE,

@@ -14,7 +14,7 @@ from docker.errors import APIError, DockerException
 from requests.exceptions import RequestException
 
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.errors import OutOfSpace
 from tests.support.managers_rig import wait_managers
 from tests.support.playground_rig import (
@@ -80,7 +80,7 @@ async def spaces(cluster: TestCluster) -> Mapping[str, tuple[int, bool]]:
     """Manager -> MiB of its file, and whether its etcd refuses plain writes."""
     found: dict[str, tuple[int, bool]] = {}
     for name in MANAGERS:
-        async with Client(etcd_of(cluster.node(name))) as client:
+        async with EtcdClient(etcd_of(cluster.node(name))) as client:
             status = await client.status()
             found[name] = status.db_size >> 20, any("NOSPACE" in error for error in status.errors)
     return found
@@ -88,7 +88,7 @@ async def spaces(cluster: TestCluster) -> Mapping[str, tuple[int, bool]]:
 
 async def overfill(node: TestNode) -> None:
     """As no part of Skep writes: what etcd counts, until it refuses."""
-    async with Client(etcd_of(node)) as client:
+    async with EtcdClient(etcd_of(node)) as client:
         for _ in range(100):
             put = pb.PutRequest(key=b"/raw", value=os.urandom(1_000_000))
             try:

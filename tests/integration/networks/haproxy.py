@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from skep.playground.archive import Archive, Directory, Entry, image_archive
-from skep.playground.busybox import GROUP, PASSWD, PATH
-from skep.playground.debian import program, unpack_with_libraries
+from skep.playground.images.archive import Archive, ArchivedDirectory, Entry, image_archive
+from skep.playground.images.busybox import GROUP, PASSWD, PATH
+from skep.playground.images.debian import program, unpack_with_libraries
 from tests.conftest import SEARCHED
 
 IMAGE = "test/haproxy:1"
@@ -82,12 +82,12 @@ async def archive() -> Archive:
         packaged_at = datetime.fromtimestamp(int((directory / "root" / PROGRAM).stat().st_mtime), UTC)
         entries: dict[str, Entry] = {
             **program(PROGRAM, directory),
-            "dev": Directory(),
+            "dev": ArchivedDirectory(),
             "etc/group": GROUP,
             "etc/passwd": PASSWD,
-            "proc": Directory(),
-            "sys": Directory(),
-            "tmp": Directory(0o1777),
+            "proc": ArchivedDirectory(),
+            "sys": ArchivedDirectory(),
+            "tmp": ArchivedDirectory(0o1777),
         }
     config = {"Cmd": ["haproxy", "-db", "-f", CONFIGURATION], "Env": [f"PATH={PATH}"]}
     return image_archive(

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.netns.kernel.namespaces import inside
 from tests.support.playground_rig import (
     TestCluster,
     TestNode,

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from skep.linux.detached import ProcessIdentity
-from skep.model.ids import TaskId
+from skep.model.values.ids import TaskId
 from tests.integration.networks.lab import (
     Seen,
     addresses,

@@ -12,9 +12,9 @@ import pytest
 import requests
 
 from skep.linux.processes import borrowed
-from skep.model.tables import difference
+from skep.model.networks.tables import difference
 from skep.playground.playground import Playground
-from skep.store.etcd.deadlines import SILENT_S
+from skep.store.etcd.process.deadlines import SILENT_S
 from tests.integration.networks.lab import SERVE, addresses, hostname_of, in_place, place_of, virtual_address
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing, tables

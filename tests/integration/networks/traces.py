@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from pyroute2 import NFCTSocket
 
-from skep.model.tables import Table
+from skep.model.networks.tables import NetworkTable
 from tests.integration.networks.lab import in_place, remove_all
 from tests.support.playground_rig import TestCluster, TestNode, wait_until
 
@@ -41,11 +41,11 @@ def run_directory(node: TestNode) -> Path:
     return Path(f"/proc/{node.description['pids'][0]}/root/run/skep")
 
 
-def tables(node: TestNode) -> dict[str, Table]:
+def tables(node: TestNode) -> dict[str, NetworkTable]:
     """Network's name -> the table that the node's net process finds."""
     there = run_directory(node) / "tables"
     found = [
-        msgspec.msgpack.decode(path.read_bytes(), type=Table)
+        msgspec.msgpack.decode(path.read_bytes(), type=NetworkTable)
         for path in there.iterdir()
         if path.suffix != ".new"
     ]

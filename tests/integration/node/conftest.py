@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.container import (
+from skep.engine.containers.container import (
     Container,
     ContainerConfig,
     LogFilter,
     NewContainer,
     PlainOptions,
-    Stream,
+    StandardStream,
 )
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
@@ -110,8 +110,8 @@ class Runner:
         await self.engine.remove(container.id)
         return text
 
-    async def logs(self, container: Container, *streams: Stream) -> str:
-        requested = LogFilter(streams=frozenset(streams or Stream))
+    async def logs(self, container: Container, *streams: StandardStream) -> str:
+        requested = LogFilter(streams=frozenset(streams or StandardStream))
         return "".join([entry.data.decode() async for entry in self.engine.logs(container.id, requested)])
 
 

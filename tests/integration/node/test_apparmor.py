@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine import apparmor
-from skep.engine.api.container_responses import inspected
-from skep.engine.container import ExecConfig
+from skep.engine.api.responses.container_responses import inspected
+from skep.engine.confinement import apparmor
+from skep.engine.containers.container import ExecConfig
 from skep.engine.engine import Engine
 from skep.errors import SkepError
 from tests.integration.node.conftest import Runner

@@ -14,15 +14,15 @@ import aiohttp
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine.build import context as contexts
 from skep.engine.build.builder import Builder
-from skep.engine.build.interface import BuildRequest, Step
-from skep.engine.container import Stream
-from skep.engine.images import workers
+from skep.engine.build.files import context as contexts
+from skep.engine.build.interface import BuildRequest, BuildStep
+from skep.engine.containers.container import StandardStream
+from skep.engine.images.archives import workers
+from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.digest import Digest
-from skep.engine.images.progress import Message
+from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.workers import Limits
 from skep.errors import SkepError
 from tests.integration.node.conftest import eventually
 from tests.support.archives import a_file, a_tar, an_entry
@@ -356,7 +356,7 @@ async def test_a_build_ends_with_its_client(node: BuildLab) -> None:
 
 
 async def test_contexts_and_steps_end_at_the_limits_of_the_node(tmp_path: Path) -> None:
-    async with build_lab(tmp_path, Limits(layer_bytes_max=6 << 20, entries_max=600)) as node:
+    async with build_lab(tmp_path, ImageLimits(layer_bytes_max=6 << 20, entries_max=600)) as node:
         fits = node.context("FROM busybox:1\nCOPY . /x/\n")
         (fits / "data").write_bytes(os.urandom(1 << 20))
         assert (await node.build(fits)).exit == 0
@@ -390,31 +390,31 @@ class Recorded:
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def started(self, step: Step) -> None:
+    def started(self, step: BuildStep) -> None:
         self.events.append(f"{step.number} {step.text}")
 
-    def cached(self, step: Step) -> None:
+    def cached(self, step: BuildStep) -> None:
         self.events.append("cached")
 
-    def pulling(self, step: Step, message: Message) -> None:
+    def pulling(self, step: BuildStep, message: ProgressMessage) -> None:
         """Nothing is pulled."""
 
-    def running(self, step: Step, container_id: str) -> None:
+    def running(self, step: BuildStep, container_id: str) -> None:
         """Not looked at."""
 
-    def output(self, step: Step, stream: Stream, data: bytes) -> None:
+    def output(self, step: BuildStep, stream: StandardStream, data: bytes) -> None:
         self.events.append(data.decode())
 
-    def removed(self, step: Step, container_id: str) -> None:
+    def removed(self, step: BuildStep, container_id: str) -> None:
         """Not looked at."""
 
-    def warning(self, step: Step, text: str) -> None:
+    def warning(self, step: BuildStep, text: str) -> None:
         self.events.append(text)
 
-    def finished(self, step: Step, image_id: Digest | None) -> None:
+    def finished(self, step: BuildStep, image_id: Digest | None) -> None:
         """Not looked at."""
 
-    def failed(self, step: Step, error: Exception) -> None:
+    def failed(self, step: BuildStep, error: Exception) -> None:
         self.events.append(f"failed {error}")
 
 

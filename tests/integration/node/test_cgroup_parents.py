@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine.cgroups import Cgroups
+from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 from skep.node.container_apis.peers import container_in
 from skep.node.container_apis.server import ContainerApis
 from tests.integration.node.conftest import Runner

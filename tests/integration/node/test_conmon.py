@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.cgroups import Cgroups
-from skep.engine.conmon import Conmons, StartError, read_pid
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.runtime.conmon import Conmons, StartError, read_pid
 from tests.support.runc_lab import remove_cgroups
 
 

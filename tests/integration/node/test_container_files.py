@@ -16,9 +16,9 @@ import aiohttp
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.api import uploads
+from skep.engine.api.streams import uploads
 from skep.engine.images.store import ImageStore
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.support.api_lab import Api
 from tests.support.archives import a_file, a_tar, an_entry
 from tests.support.runc_lab import Lab

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.conmon import StartError
-from skep.engine.container import ContainerState, NotRunning, StillRunning, WaitCondition
+from skep.engine.containers.container import ContainerState, NotRunning, StillRunning, WaitCondition
 from skep.engine.engine import Engine
-from skep.engine.processes import is_alive
+from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.processes import is_alive
 from skep.errors import AlreadyExists, InvalidArgument, NotFound
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import Lab

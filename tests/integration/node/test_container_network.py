@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.gateway import BRIDGE
-from skep.dataplane.netns import nft
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere
-from skep.engine.container import Container
+from skep.engine.containers.container import Container
 from skep.engine.engine import Engine
 from skep.errors import AlreadyExists
-from skep.model.sandbox import PublishedPort
+from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from tests.integration.node.conftest import Runner
 from tests.support.runc_lab import Lab

@@ -1,9 +1,9 @@
 """Containers under runc on overlay networks of their node."""
 
 from skep.engine.engine import Engine
-from skep.model.ids import NetworkId, NodeId
-from skep.model.sandbox import EndpointConfig
-from skep.model.tables import NetworkHead, Segment
+from skep.model.networks.sandbox import EndpointConfig
+from skep.model.networks.tables import NetworkHead, Segment
+from skep.model.values.ids import NetworkId, NodeId
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import Lab
 

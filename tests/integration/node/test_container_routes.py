@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import PlainOptions
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import PlainOptions
 from skep.engine.images.platforms import this_platform
-from skep.model.sandbox import NetworkMode
+from skep.model.networks.sandbox import NetworkMode
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api
 

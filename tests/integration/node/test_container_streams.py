@@ -10,9 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.engine.attachment import Attachment
-from skep.engine.conmon import StartError
-from skep.engine.container import (
+from skep.engine.containers.attachment import Attachment
+from skep.engine.containers.container import (
     Container,
     ContainerConfig,
     ContainerState,
@@ -21,22 +20,23 @@ from skep.engine.container import (
     LogEntry,
     LogFilter,
     NotRunning,
-    Stream,
+    StandardStream,
 )
+from skep.engine.containers.execs import AlreadyStarted
 from skep.engine.engine import Engine
-from skep.engine.execs import AlreadyStarted
-from skep.engine.processes import send_signal
+from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.processes import send_signal
 from skep.errors import InvalidArgument, NotFound, Unimplemented
-from skep.model.ids import ContainerId
-from skep.model.times import timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 from tests.integration.node.conftest import Runner
 from tests.support.oci_rig import Machine, memory_engine
 from tests.support.runc_lab import Lab
 
 
-async def everything(attachment: Attachment) -> dict[Stream, bytes]:
+async def everything(attachment: Attachment) -> dict[StandardStream, bytes]:
     """All output until the process ends."""
-    output = {Stream.STDOUT: b"", Stream.STDERR: b""}
+    output = {StandardStream.STDOUT: b"", StandardStream.STDERR: b""}
     while (piece := await attachment.read()) is not None:
         output[piece[0]] += piece[1]
     attachment.close()
@@ -72,7 +72,7 @@ async def test_both_streams_are_kept_apart_and_in_order(run: Runner, engine: Eng
     container = await run.start("sh", "-c", "echo one; sleep 0.1; echo two >&2; sleep 0.1; printf three")
     await engine.wait(container.id)
     assert await run.logs(container) == "one\ntwo\nthree\n"
-    assert await run.logs(container, Stream.STDERR) == "two\n"
+    assert await run.logs(container, StandardStream.STDERR) == "two\n"
 
 
 async def test_following_gives_every_line_and_ends_with_the_container(run: Runner, engine: Engine) -> None:
@@ -224,7 +224,7 @@ async def test_an_attached_client_talks_to_the_process(run: Runner, engine: Engi
     attachment.close()
     again = await engine.attach(container.id)
     await again.write(b"two\n")
-    assert (await everything(again))[Stream.STDERR] == b"err two\n"
+    assert (await everything(again))[StandardStream.STDERR] == b"err two\n"
 
 
 async def test_a_terminal_has_the_size_it_is_given(run: Runner, engine: Engine) -> None:
@@ -278,7 +278,10 @@ async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, engine: En
     await attachment.write(b"input\n")
     attachment.close_input()
     output = await everything(attachment)
-    assert output == {Stream.STDOUT: b"input\ncontainer exec\n/tmp\n", Stream.STDERR: b"err\n"}
+    assert output == {
+        StandardStream.STDOUT: b"input\ncontainer exec\n/tmp\n",
+        StandardStream.STDERR: b"err\n",
+    }
     ended = await engine.execs.wait(id)
     assert (ended.running, ended.exit_code) == (False, 5)
 
@@ -304,7 +307,7 @@ async def test_an_exec_with_a_terminal(run: Runner, engine: Engine) -> None:
     attachment = await engine.execs.start(id)
     engine.execs.resize(id, 41, 99)
     await attachment.write(b"stty size; exit 6\n")
-    assert b"41 99\r\n" in (await everything(attachment))[Stream.STDOUT]
+    assert b"41 99\r\n" in (await everything(attachment))[StandardStream.STDOUT]
     assert (await engine.execs.wait(id)).exit_code == 6
 
 
@@ -320,14 +323,14 @@ async def test_an_exec_has_the_last_size_that_was_asked_for_while_it_started(
         engine.execs.resize(id, rows, 101)
     attachment = await starting
     await attachment.write(b"\n")
-    assert b"59 101\r\n" in (await everything(attachment))[Stream.STDOUT]
+    assert b"59 101\r\n" in (await everything(attachment))[StandardStream.STDOUT]
 
 
 async def test_an_exec_runs_as_the_user_it_names(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
     id = engine.execs.create(container.id, ExecConfig(command=("id",), user="alice"))
     output = await everything(await engine.execs.start(id))
-    assert output[Stream.STDOUT] == b"uid=1000(alice) gid=1001(alice) groups=50(staff),1001(alice)\n"
+    assert output[StandardStream.STDOUT] == b"uid=1000(alice) gid=1001(alice) groups=50(staff),1001(alice)\n"
     id = engine.execs.create(container.id, ExecConfig(command=("id",), user="nobody-knows"))
     with pytest.raises(
         InvalidArgument, match="unable to find user nobody-knows: no matching entries in passwd"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.container import Container, MountPoint
+from skep.engine.containers.container import Container, MountPoint
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit

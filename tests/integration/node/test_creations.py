@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from skep.engine.container import Container, ContainerConfig
+from skep.engine.containers.container import Container, ContainerConfig
+from skep.engine.containers.request import read_create
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import with_attributes
-from skep.engine.request import read_create
 from skep.errors import NotFound
 from tests.support.runc_lab import IMAGE
 

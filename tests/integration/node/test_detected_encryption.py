@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.wireguard.methods import choose, reasons_for_fallback
-from skep.model.wireguard import Method
-from skep.node.features import detect
+from skep.model.networks.wireguard import EncryptionMethod
+from skep.node.host.features import detect
 
 pytestmark = [pytest.mark.needs("root", "ip", "wireguard-go"), pytest.mark.timeout(60)]
 
@@ -35,7 +35,7 @@ def test_a_kernel_that_refuses_a_device_gives_way_to_wireguard_go(
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
     features = detect(tmp_path / "data")
-    assert choose(features) is Method.USER_SPACE
+    assert choose(features) is EncryptionMethod.USER_SPACE
     assert reasons_for_fallback(features).startswith(reason)
     assert "veth" not in features.missing, "the probe's devices are otherwise the real ones"
 
@@ -43,7 +43,7 @@ def test_a_kernel_that_refuses_a_device_gives_way_to_wireguard_go(
 def test_a_node_that_can_make_no_namespace_tries_nothing_in_its_own(tmp_path: Path) -> None:
     """As in a container without CAP_SYS_ADMIN: no device may stay behind in the machine's own namespace."""
     probe = (
-        "import sys; from pathlib import Path; from skep.node.features import detect;"
+        "import sys; from pathlib import Path; from skep.node.host.features import detect;"
         "print(detect(Path(sys.argv[1])).missing.get('wireguard'));"
         "print(Path('/proc/net/dev').read_text())"
     )

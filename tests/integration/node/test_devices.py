@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, NotRunning
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, NotRunning
+from skep.engine.containers.request import read_create
 from skep.engine.engine import Engine
-from skep.engine.request import read_create
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_oci_tasks import a_task, output

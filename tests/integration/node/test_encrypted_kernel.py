@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.plan.rotation import Limits
-from skep.model.wireguard import Method
-from skep.node.features import detect
+from skep.dataplane.plan.rotation import KeyLifetimes
+from skep.model.networks.wireguard import EncryptionMethod
+from skep.node.host.features import detect
 from tests.integration.node import test_encrypted_overlay as by_process
 from tests.support.encrypted_traffic import CLOCK, TEXT, transfer
 from tests.support.overlay_lab import reaches, shell
@@ -24,7 +24,7 @@ def kernel(tmp_path: Path) -> None:
 
 
 async def test_nothing_readable_leaves(tmp_path: Path) -> None:
-    async with by_process.a_pair(tmp_path, method=Method.KERNEL) as pair:
+    async with by_process.a_pair(tmp_path, method=EncryptionMethod.KERNEL) as pair:
         content = TEXT * 20_000
         with pair.captured() as seen:
             assert await asyncio.to_thread(transfer, *pair.ends, content) == content
@@ -36,13 +36,13 @@ async def test_nothing_readable_leaves(tmp_path: Path) -> None:
 
 
 async def test_keys_change_under_load_without_a_loss(tmp_path: Path) -> None:
-    limits = Limits(period_s=20.0, overlap_s=10.0)
-    async with by_process.a_pair(tmp_path, method=Method.KERNEL, limits=limits) as pair:
+    limits = KeyLifetimes(period_s=20.0, overlap_s=10.0)
+    async with by_process.a_pair(tmp_path, method=EncryptionMethod.KERNEL, limits=limits) as pair:
         await by_process.rotate_under_load(pair, 70.0)
 
 
 async def test_a_deleted_device_is_made_anew_and_nothing_leaves_meanwhile(tmp_path: Path) -> None:
-    async with by_process.a_pair(tmp_path, method=Method.KERNEL) as pair:
+    async with by_process.a_pair(tmp_path, method=EncryptionMethod.KERNEL) as pair:
         device = by_process.device_name(pair.nodes[0].paths.run, 0)
         with pair.captured() as seen:
             await shell(pair.secure.networks[0].tunnels.namespace, f"ip link del {device}")
@@ -51,7 +51,7 @@ async def test_a_deleted_device_is_made_anew_and_nothing_leaves_meanwhile(tmp_pa
 
 
 async def test_a_node_that_is_gone_from_the_tables_is_no_peer_at_once(tmp_path: Path) -> None:
-    async with by_process.a_pair(tmp_path, method=Method.KERNEL) as pair:
+    async with by_process.a_pair(tmp_path, method=EncryptionMethod.KERNEL) as pair:
         table = pair.secure.lab.tell(by_process.SECURE_TWO)
         gone = pair.nodes[1].id
         pair.secure.lab.tables[table.head.id] = by_process.without_node(table, gone)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from skep.dataplane.plan.wireguard import device_name
-from skep.dataplane.wireguard.methods import Refusal
+from skep.dataplane.wireguard.methods import EncryptionRefusal
 from skep.errors import FailedPrecondition
 from tests.support.overlay_lab import carry, place, reaches, shell
 from tests.support.secure_lab import SECURE_DUAL, SECURE_TWO, secure_lab, wait_reaches
@@ -80,7 +80,7 @@ async def test_what_is_deleted_by_hand_is_back_within_five_seconds(tmp_path: Pat
 
 async def test_a_node_that_cannot_encrypt_takes_no_container_and_leaves_nothing(tmp_path: Path) -> None:
     def refusing(options):  # type: ignore[no-untyped-def]
-        return msgspec.structs.replace(options, method=Refusal("this node cannot"))
+        return msgspec.structs.replace(options, method=EncryptionRefusal("this node cannot"))
 
     async with secure_lab(tmp_path, 1, options=refusing) as secure:
         lab, networks = secure.lab, secure.networks

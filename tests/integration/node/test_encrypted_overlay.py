@@ -14,17 +14,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.dataplane.netns.namespaces import inside
+from skep.dataplane.netns.kernel.namespaces import inside
 from skep.dataplane.plan.overlay import Underlay
-from skep.dataplane.plan.rotation import Limits
-from skep.dataplane.plan.wireguard import KeyPair, device_name
+from skep.dataplane.plan.rotation import KeyLifetimes
+from skep.dataplane.plan.wireguard import WireGuardKey, device_name
 from skep.dataplane.wireguard import keys as wireguard_keys
 from skep.dataplane.wireguard.devices import SOCKETS
 from skep.dataplane.wireguard.tunnels import Options
 from skep.errors import SkepError
-from skep.model.ids import NodeId
-from skep.model.tables import NetworkHead, Table
-from skep.model.wireguard import Method
+from skep.model.networks.tables import NetworkHead, NetworkTable
+from skep.model.networks.wireguard import EncryptionMethod
+from skep.model.values.ids import NodeId
 from tests.support.encrypted_traffic import (
     CLOCK,
     PORT,
@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest
 PLAIN_TWO = msgspec.structs.replace(SECURE_TWO, is_encrypted=False)
 ADDRESSES = ("10.0.2.5", "10.0.2.6")
 WIREGUARD, PLAIN_VXLAN = (4799, 4800), 4789
-DAILY = Limits()
+DAILY = KeyLifetimes()
 
 
 class Pair(msgspec.Struct):
@@ -78,8 +78,8 @@ async def a_pair(
     root: Path,
     head: NetworkHead = SECURE_TWO,
     *,
-    method: Method = Method.USER_SPACE,
-    limits: Limits = DAILY,
+    method: EncryptionMethod = EncryptionMethod.USER_SPACE,
+    limits: KeyLifetimes = DAILY,
 ) -> AsyncIterator[Pair]:
     def timed(options: Options) -> Options:
         return msgspec.structs.replace(options, method=method, limits=limits)
@@ -166,7 +166,7 @@ async def test_plain_vxlan_that_is_injected_reaches_no_container(tmp_path: Path)
 
 
 async def test_keys_change_under_load_without_a_loss(tmp_path: Path) -> None:
-    async with a_pair(tmp_path, limits=Limits(period_s=6.0, overlap_s=4.0)) as pair:
+    async with a_pair(tmp_path, limits=KeyLifetimes(period_s=6.0, overlap_s=4.0)) as pair:
         await rotate_under_load(pair, 20.0)
 
 
@@ -191,7 +191,7 @@ async def rotate_under_load(pair: Pair, seconds: float) -> None:
 
 
 async def test_a_peer_without_the_new_key_is_reached_with_the_older_one(tmp_path: Path) -> None:
-    async with a_pair(tmp_path, limits=Limits(period_s=3.0, overlap_s=0.5)) as pair:
+    async with a_pair(tmp_path, limits=KeyLifetimes(period_s=3.0, overlap_s=0.5)) as pair:
         late = pair.nodes[0].public_keys()
         async with asyncio.timeout(10):
             while len(pair.nodes[0].public_keys()) < 2:
@@ -210,7 +210,7 @@ async def test_a_peer_that_does_not_hear_of_new_keys_holds_up_no_packet_of_other
     """The third node has the first tables only, the others get every table: nothing is lost to either."""
 
     def timed(options: Options) -> Options:
-        return msgspec.structs.replace(options, limits=Limits(period_s=3.0, overlap_s=0.5))
+        return msgspec.structs.replace(options, limits=KeyLifetimes(period_s=3.0, overlap_s=0.5))
 
     async with secure_lab(tmp_path, 3, options=timed) as secure:
         lab, networks = secure.lab, secure.networks
@@ -314,7 +314,7 @@ async def test_a_node_process_that_follows_goes_on_with_keys_and_sessions(tmp_pa
     Not even while it cannot read the keys.
     """
 
-    def unreadable(_: Path) -> tuple[KeyPair, ...]:
+    def unreadable(_: Path) -> tuple[WireGuardKey, ...]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     async with secure_lab(tmp_path, 2) as secure:
@@ -370,7 +370,7 @@ async def test_a_device_that_is_not_wanted_any_more_while_it_is_configured_stops
     assert "KeyError" not in capsys.readouterr().out
 
 
-def without_node(table: Table, gone: NodeId) -> Table:
+def without_node(table: NetworkTable, gone: NodeId) -> NetworkTable:
     """The table when that node takes no part any more."""
     nodes = {id: node for id, node in table.nodes.items() if id != gone}
     return msgspec.structs.replace(table, nodes=nodes)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine import conmon
-from skep.engine.container import ExecConfig
+from skep.engine.containers.container import ExecConfig
 from skep.engine.engine import Engine
+from skep.engine.runtime import conmon
 from skep.errors import Unavailable
 from tests.integration.node.conftest import Runner, eventually
 

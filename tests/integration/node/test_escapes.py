@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from skep.engine import apparmor
-from skep.engine.container import ExecConfig, MountPoint
+from skep.engine.confinement import apparmor
+from skep.engine.containers.container import ExecConfig, MountPoint
 from skep.engine.engine import Engine
 from skep.errors import SkepError
 from tests.integration.node.conftest import Runner

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pytest
 
-from skep.engine import apparmor, seccomp_default
+from skep.engine.confinement import apparmor, seccomp_default
 from skep.errors import SkepError
 from tests.integration.node import test_escapes
 from tests.integration.node.conftest import Runner

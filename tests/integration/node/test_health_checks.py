@@ -5,12 +5,12 @@ import asyncio
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.api.container_responses import status
-from skep.engine.container import Container, HealthStatus, Probe
-from skep.engine.health import OUTPUT_BYTES_MAX
+from skep.engine.api.responses.container_responses import status
+from skep.engine.containers.container import Container, HealthStatus, Probe
+from skep.engine.containers.health import OUTPUT_BYTES_MAX
 from skep.errors import SkepError
 from skep.model.container import HealthConfig
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from tests.integration.node.conftest import Runner, eventually
 from tests.integration.node.test_oci_tasks import a_task
 from tests.support.runc_lab import Lab

@@ -18,13 +18,13 @@ import pytest
 import zstandard
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api.images import image_routes
-from skep.engine.images.archive import Unpackaged, write_archive
+from skep.engine.images.archives.archive import Unpackaged, write_archive
+from skep.engine.images.archives.workers import ImageLimits, UnpackFailed
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Limits, UnpackFailed
 from skep.errors import ResourceExhausted, SkepError
 from tests.conformance.record_image_loads import RECORDED, Answer, answer_of
 from tests.support.archives import (
@@ -163,7 +163,7 @@ async def test_whiteouts_take_the_form_that_overlayfs_reads(images: ImageStore):
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, zstandard.compress])
 async def test_a_bomb_is_refused_at_the_limit_and_leaves_nothing(tmp_path: Path, compress):
-    store = ImageStore(tmp_path / "images", limits=Limits(layer_bytes_max=8 << 20))
+    store = ImageStore(tmp_path / "images", limits=ImageLimits(layer_bytes_max=8 << 20))
     await store.open()
     layer = a_layer(a_file("zeros", bytes(64 << 20)))
     with pytest.raises(ResourceExhausted, match="unpacks to more than 8388608 bytes, the limit of this node"):
@@ -172,7 +172,7 @@ async def test_a_bomb_is_refused_at_the_limit_and_leaves_nothing(tmp_path: Path,
 
 
 async def test_a_sparse_file_counts_with_its_full_size(tmp_path: Path):
-    store = ImageStore(tmp_path / "images", limits=Limits(layer_bytes_max=8 << 20))
+    store = ImageStore(tmp_path / "images", limits=ImageLimits(layer_bytes_max=8 << 20))
     await store.open()
     sparse, content = a_file("holes", b"")
     sparse.pax_headers = {
@@ -187,7 +187,7 @@ async def test_a_sparse_file_counts_with_its_full_size(tmp_path: Path):
 
 
 async def test_an_archive_of_countless_files_is_refused(tmp_path: Path):
-    store = ImageStore(tmp_path / "images", limits=Limits(entries_max=50))
+    store = ImageStore(tmp_path / "images", limits=ImageLimits(entries_max=50))
     await store.open()
     layer = a_tar(*(a_file(f"f{number}") for number in range(100)))
     with pytest.raises(ResourceExhausted, match="holds more than 50 entries"):
@@ -195,7 +195,7 @@ async def test_an_archive_of_countless_files_is_refused(tmp_path: Path):
 
 
 async def test_unpacking_stops_before_the_disk_is_full(tmp_path: Path):
-    store = ImageStore(tmp_path / "images", limits=Limits(spare_bytes=1 << 60, spare_share=1.0))
+    store = ImageStore(tmp_path / "images", limits=ImageLimits(spare_bytes=1 << 60, spare_share=1.0))
     await store.open()
     with pytest.raises(UnpackFailed, match="no space left on device"):
         await store.load(pieces(a_docker_archive(a_layer())))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from skep.engine.images.store import ImageStore
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.integration.node.conftest import eventually
 from tests.support.api_lab import Api
 from tests.support.archives import a_docker_archive, a_file, a_tar

@@ -12,11 +12,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from skep.engine.images.endpoints import Policy
 from skep.engine.images.local import ImageEvent
-from skep.engine.images.progress import Message
+from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import (
+from skep.engine.images.registry.endpoints import RegistryPolicy
+from skep.engine.images.registry.registry import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_INDEX,
@@ -114,16 +114,16 @@ async def rogue() -> AsyncIterator[Rogue]:
 
 
 async def test_an_image_is_pulled_layer_by_layer(images: ImageStore, rogue: Rogue):
-    reported: list[Message] = []
+    reported: list[ProgressMessage] = []
     image = await images.pull(f"{rogue.address}/team/app:1", report=reported.append)
     assert image.id == sha256(CONFIG)
     assert [tag.familiar for tag in image.tags] == [f"{rogue.address}/team/app:1"]
     assert [one.digest for one in image.digests] == [sha256(a_manifest())]
     assert (images.layers(image)[0] / "data").stat().st_size == 300_000
-    assert reported[0] == Message(id="1", status="Pulling from team/app")
+    assert reported[0] == ProgressMessage(id="1", status="Pulling from team/app")
     assert reported[-2:] == [
-        Message(status=f"Digest: {sha256(a_manifest())}"),
-        Message(status=f"Status: Downloaded newer image for {rogue.address}/team/app:1"),
+        ProgressMessage(status=f"Digest: {sha256(a_manifest())}"),
+        ProgressMessage(status=f"Status: Downloaded newer image for {rogue.address}/team/app:1"),
     ]
     layer = sha256(BLOBS[1])[7:19]
     steps = [message.status for message in reported if message.id == layer]
@@ -140,7 +140,7 @@ async def test_an_image_is_pulled_layer_by_layer(images: ImageStore, rogue: Rogu
 async def test_what_is_here_is_not_fetched_again(images: ImageStore, rogue: Rogue):
     await images.pull(f"{rogue.address}/app:1")
     rogue.requests.clear()
-    reported: list[Message] = []
+    reported: list[ProgressMessage] = []
     await images.pull(f"{rogue.address}/app:1", report=reported.append)
     assert not [request.path for request in rogue.requests if "/blobs/" in request.path]
     assert reported[-1].status == f"Status: Image is up to date for {rogue.address}/app:1"
@@ -321,9 +321,13 @@ SILENT = {
 async def test_a_registry_that_sends_no_more_ends_the_pull(
     images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch, step: str, sent: int | None
 ):
-    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 2)
-    monkeypatch.setattr("skep.engine.images.registry.SHORT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
-    monkeypatch.setattr("skep.engine.images.registry.BLOB_TIMEOUT", aiohttp.ClientTimeout(sock_read=0.3))
+    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 2)
+    monkeypatch.setattr(
+        "skep.engine.images.registry.registry.SHORT_TIMEOUT", aiohttp.ClientTimeout(total=0.3)
+    )
+    monkeypatch.setattr(
+        "skep.engine.images.registry.registry.BLOB_TIMEOUT", aiohttp.ClientTimeout(sock_read=0.3)
+    )
     rogue.silent_at, rogue.silent_after = SILENT[step], sent
     with pytest.raises(RegistryError, match="request canceled"):
         await asyncio.wait_for(images.pull(f"{rogue.address}/app:1"), 60)
@@ -394,7 +398,7 @@ async def test_a_registry_that_wants_a_password_gets_it(images: ImageStore, rogu
 
 
 async def test_mirrors_are_asked_first_and_see_no_credentials(tmp_path: Path, rogue: Rogue):
-    store = ImageStore(tmp_path / "mirrored", policy=Policy(mirrors=(f"http://{rogue.address}",)))
+    store = ImageStore(tmp_path / "mirrored", policy=RegistryPolicy(mirrors=(f"http://{rogue.address}",)))
     await store.open()
     image = await store.pull("app:1", auth(username="user", password="secret"))
     assert [tag.familiar for tag in image.tags] == ["app:1"]
@@ -474,7 +478,7 @@ async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue, monke
         )
 
     rogue.guard, size = guard, 1
-    monkeypatch.setattr("skep.engine.images.registry._TAG_PAGES_MAX", 20)
+    monkeypatch.setattr("skep.engine.images.registry.registry._TAG_PAGES_MAX", 20)
     with pytest.raises(InvalidArgument, match="the list of tags has more than 20 pages"):
         await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
     assert len([request for request in rogue.requests if "/tags/" in request.path]) == 20
@@ -489,7 +493,7 @@ async def test_an_image_for_one_other_platform_is_pulled_with_a_warning(tmp_path
     events: list[ImageEvent] = []
     store = ImageStore(tmp_path / "images", on_event=events.append)
     await store.open()
-    name, reported = f"{rogue.address}/app:1", list[Message]()
+    name, reported = f"{rogue.address}/app:1", list[ProgressMessage]()
     image = await store.pull(name, report=reported.append, platform="linux/s390x")
     found = f"image with reference {name} was found but its platform (linux/amd64)"
     assert [message.status for message in reported[-3:]] == [
@@ -539,7 +543,7 @@ async def test_a_long_page_with_an_error_is_that_error(
     error: type[SkepError],
     words: str,
 ):
-    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 1)
+    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 1)
     page = b"<html>" + bytes(100_000)
     rogue.guard = lambda request: (
         web.Response(status=status, body=page) if "/manifests/" in request.path else None
@@ -560,7 +564,7 @@ async def test_a_plugin_is_no_image(images: ImageStore, rogue: Rogue):
 async def test_what_is_too_deep_for_json_is_no_token_no_list_and_no_error(
     images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 1)
+    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 1)
     rogue.guard = lambda request: web.Response(body=DEEP) if "/tags/" in request.path else None
     with pytest.raises(RegistryError, match="/v2/app/tags/list: "):
         await images.pull_all(parse_reference(f"{rogue.address}/app"), "")

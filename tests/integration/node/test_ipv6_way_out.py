@@ -12,10 +12,10 @@ import pytest
 
 from skep.agent.executor.oci import OciExecutor
 from skep.dataplane.gateway import BRIDGE
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.model.ids import NetworkId
-from skep.model.sandbox import EndpointConfig, Sandbox
-from skep.model.tables import NetworkHead, Segment
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.model.networks.sandbox import EndpointConfig, Sandbox
+from skep.model.networks.tables import NetworkHead, Segment
+from skep.model.values.ids import NetworkId
 from tests.integration.node.conftest import Runner
 from tests.support.runc_lab import Lab
 

@@ -8,16 +8,16 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.executor.oci import OciExecutor
-from skep.agent.reports import Reports
-from skep.agent.task_files import TaskFiles
-from skep.agent.worker import Worker
+from skep.agent.session.reports import Reports
+from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.engine.container import ContainerState
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.engine.containers.container import ContainerState
 from skep.errors import SkepError
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import new_container_id
 from skep.model.task import TaskState
+from skep.model.values.ids import new_container_id
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task
 from tests.support.fake_worker import a_session

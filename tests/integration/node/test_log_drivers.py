@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.container import LogConfig, LogFilter
+from skep.engine.containers.container import LogConfig, LogFilter
 from skep.engine.engine import Engine
 from skep.engine.log_drivers import journald
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.options import log_config
 from skep.errors import Unimplemented
-from skep.model.meta import Driver
+from skep.model.values.meta import Driver
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.log_receivers import datagrams, free_port, gelf_messages, streams
 from tests.support.runc_lab import Lab

@@ -18,8 +18,8 @@ from skep.engine.engine import Engine
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.options import log_config
 from skep.errors import InvalidArgument
-from skep.model.meta import Driver
-from skep.playground.busybox import busybox_archive
+from skep.model.values.meta import Driver
+from skep.playground.images.busybox import busybox_archive
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.log_receivers import (
     datagrams,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.dataplane import DataPlane
-from skep.dataplane.netns.checksums import offloads, set_offloads
+from skep.dataplane.netns.kernel.checksums import offloads, set_offloads
 from skep.dataplane.plan.probe import address_of
-from skep.model.paths import PathCheck, ProbeTargets
-from skep.model.sandbox import Sandbox
+from skep.model.networks.paths import PathCheck, ProbeTargets
+from skep.model.networks.sandbox import Sandbox
 from tests.support.overlay_lab import WEB, LabNode, OverlayLab, carry, place, reaches, shell
 from tests.support.paths_lab import a_peer, report_until, set_all_targets
 

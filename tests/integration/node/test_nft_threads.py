@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from skep.dataplane.netns import nft
+from skep.dataplane.netns.kernel import nft
 from skep.linux.syscalls import CLONE_NEWNET, unshare
 
 _THREADS, _ROUNDS = 8, 60

@@ -9,8 +9,8 @@ import pytest
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.oci import OciExecutor
 from skep.agent.executor.payloads import Payloads
-from skep.agent.task_logs import TaskLogs
-from skep.engine.container import LogFilter
+from skep.agent.tasks.task_logs import TaskLogs
+from skep.engine.containers.container import LogFilter
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import SkepError
 from skep.model.assignment import ConfigFile, SecretFile
@@ -24,9 +24,7 @@ from skep.model.container import (
     TmpfsOptions,
     VolumeOptions,
 )
-from skep.model.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.logs import LogQuery, LogStream
-from skep.model.meta import Driver
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -38,6 +36,8 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import AssignedTask, Task
+from skep.model.values.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
+from skep.model.values.meta import Driver
 from tests.support.runc_lab import IMAGE, Lab, with_defaults
 
 

@@ -11,16 +11,17 @@ import pytest
 from structlog.testing import capture_logs
 
 from skep.dataplane.dataplane import DataPlane
-from skep.dataplane.netns import nft, nft_table
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns import nft_table
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
-from skep.dataplane.netns.state import Address, Link, State
+from skep.dataplane.netns.state import Address, Link, NamespaceState
 from skep.dataplane.plan.packet_filter import vxlan_filter
 from skep.dataplane.tables.validation import valid_table
-from skep.model.ids import NodeId
-from skep.model.sandbox import Sandbox
-from skep.model.tables import TableNode
+from skep.model.networks.sandbox import Sandbox
+from skep.model.networks.tables import TableNode
+from skep.model.values.ids import NodeId
 from tests.support.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0
@@ -193,10 +194,10 @@ async def test_a_link_that_is_removed_while_others_change_is_made_again_with_the
         bridge = Link(name="br", kind="bridge")
         for number in range(1, 6):
             other = Link(name=f"other{number}", kind="bridge")
-            reconciler.set_part("other", State(links={other.name: other}))
+            reconciler.set_part("other", NamespaceState(links={other.name: other}))
             where = f"10.9.{number}.1/24"
             reconciler.set_part(
-                "bridge", State(links={"br": bridge}, addresses=frozenset({Address("br", where)}))
+                "bridge", NamespaceState(links={"br": bridge}, addresses=frozenset({Address("br", where)}))
             )
             await asyncio.gather(reconciler.apply(), reconciler.remove("br"))
             await reconciler.apply()

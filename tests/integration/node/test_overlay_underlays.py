@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.model.sandbox import Sandbox
-from skep.model.tables import TableNode
+from skep.model.networks.sandbox import Sandbox
+from skep.model.networks.tables import TableNode
 from tests.support.overlay_lab import (
     DUAL,
     INGRESS,

@@ -11,14 +11,14 @@ import pytest
 
 from skep.dataplane.addresses import mac_of
 from skep.dataplane.netns.repair_counts import Repairs
-from skep.dataplane.netns.state import State
+from skep.dataplane.netns.state import NamespaceState
 from skep.dataplane.overlays import node_reconciler
 from skep.dataplane.plan.overlay import INGRESS_BRIDGE
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
-from skep.model.ids import NetworkId, TaskId, new_container_id
-from skep.model.sandbox import PublishedPort
+from skep.model.networks.sandbox import PublishedPort
+from skep.model.networks.tables import TableEndpoint
 from skep.model.service import PublishMode
-from skep.model.tables import TableEndpoint
+from skep.model.values.ids import NetworkId, TaskId, new_container_id
 from tests.support.overlay_lab import (
     DUAL,
     INGRESS,
@@ -301,7 +301,7 @@ async def test_what_is_wanted_later_is_looked_at_first(lab: OverlayLab) -> None:
     namespaces, repairs = node.namespaces, Repairs()
     home = node_reconciler(namespaces, repairs)
     await home.apply()
-    home.set_part("gateway", State(sysctls={"net/ipv4/ip_forward": "1"}))
+    home.set_part("gateway", NamespaceState(sysctls={"net/ipv4/ip_forward": "1"}))
     await home.apply()
     assert (await shell(node.home, "cat /proc/sys/net/ipv4/ip_forward")).strip() == "1"
     assert await home.heal() == 0

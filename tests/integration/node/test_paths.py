@@ -19,7 +19,7 @@ from skep.dataplane.probe.packets import (
     encode_request,
     encode_response,
 )
-from skep.model.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
+from skep.model.networks.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
 from tests.support.overlay_lab import OverlayLab, shell, try_shell
 from tests.support.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
 from tests.support.secure_lab import SecureLab, encrypt

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.probe.packets import Outcome
 from skep.dataplane.probe.port_probe import TRIES, PortProbe
 

@@ -11,9 +11,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from skep.engine.images.registry import DOCKER_MANIFEST
+from skep.engine.images.archives.workers import ImageLimits
+from skep.engine.images.registry.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Limits
 from skep.errors import SkepError
 from skep.linux.files import allocate
 from tests.integration.node.test_image_pulls import Rogue
@@ -78,8 +78,8 @@ async def test_what_comes_is_never_more_than_was_said(small: ImageStore, rogue: 
 
 async def test_a_part_of_the_disk_stays_free(small: ImageStore, disk: Path, rogue: Rogue) -> None:
     """Of this one three megabytes, as etcd and others are on it, too."""
-    assert Limits().spare_on(disk) == round(0.05 * DISK_BYTES)
-    assert Limits().spare_on(Path("/")) <= 1 << 30
+    assert ImageLimits().spare_on(disk) == round(0.05 * DISK_BYTES)
+    assert ImageLimits().spare_on(Path("/")) <= 1 << 30
     filler = disk / "filler"
     with filler.open("wb") as file:
         allocate(file.fileno(), DISK_BYTES - (3 << 20))

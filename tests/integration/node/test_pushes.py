@@ -14,12 +14,18 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application, runner
+from skep.api.http.server import application, runner
 from skep.engine.api.images import image_routes
-from skep.engine.images import uploads
-from skep.engine.images.progress import Message
+from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import DOCKER_MANIFEST, OCI_MANIFEST, Credentials, RegistryError, login
+from skep.engine.images.registry import uploads
+from skep.engine.images.registry.registry import (
+    DOCKER_MANIFEST,
+    OCI_MANIFEST,
+    RegistryCredentials,
+    RegistryError,
+    login,
+)
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from tests.conftest import SEARCHED
@@ -35,13 +41,13 @@ def auth(**fields: str) -> str:
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
 
 
-async def pushed(images: ImageStore, name: str, credentials: str = "") -> list[Message]:
-    reported: list[Message] = []
+async def pushed(images: ImageStore, name: str, credentials: str = "") -> list[ProgressMessage]:
+    reported: list[ProgressMessage] = []
     await images.push(parse_reference(name), credentials, reported.append)
     return reported
 
 
-def steps(reported: list[Message]) -> list[str]:
+def steps(reported: list[ProgressMessage]) -> list[str]:
     """What was reported of layers, repetitions and figures left out."""
     found = [message.status for message in reported if message.id]
     return [one for one, before in zip(found, ["", *found], strict=False) if one != before]
@@ -80,10 +86,10 @@ async def test_what_is_pushed_is_pulled_elsewhere_with_the_same_id(
     reported = await pushed(images, f"{registry}/team/app:1")
     _, headers, manifest = await asked(registry, "/v2/team/app/manifests/1")
     digest = headers["Docker-Content-Digest"]
-    assert reported[0] == Message(status=f"The push refers to repository [{registry}/team/app]")
+    assert reported[0] == ProgressMessage(status=f"The push refers to repository [{registry}/team/app]")
     assert reported[-2:] == [
-        Message(status=f"1: digest: {digest} size: {len(manifest)}"),
-        Message(aux={"Tag": "1", "Digest": digest, "Size": len(manifest)}),
+        ProgressMessage(status=f"1: digest: {digest} size: {len(manifest)}"),
+        ProgressMessage(aux={"Tag": "1", "Digest": digest, "Size": len(manifest)}),
     ]
     assert {"Preparing", "Pushing", "Pushed"} <= set(steps(reported))
     assert [str(one.digest) for one in images.get(image.id).digests] == [digest]
@@ -270,12 +276,12 @@ def is_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deadlines and waits of a test's length."""
     short = aiohttp.ClientTimeout(total=0.3)
     for name in ("SHORT_TIMEOUT", "_COMMITTING"):
-        monkeypatch.setattr(f"skep.engine.images.uploads.{name}", short)
-    monkeypatch.setattr("skep.engine.images.uploads._PROGRESS_S", 0.3)
-    monkeypatch.setattr("skep.engine.images.uploads._ATTEMPTS", 2)
-    monkeypatch.setattr("skep.engine.images.registry.SHORT_TIMEOUT", short)
-    monkeypatch.setattr("skep.engine.images.pushing.SHORT_TIMEOUT", short)
-    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 2)
+        monkeypatch.setattr(f"skep.engine.images.registry.uploads.{name}", short)
+    monkeypatch.setattr("skep.engine.images.registry.uploads._PROGRESS_S", 0.3)
+    monkeypatch.setattr("skep.engine.images.registry.uploads._ATTEMPTS", 2)
+    monkeypatch.setattr("skep.engine.images.registry.registry.SHORT_TIMEOUT", short)
+    monkeypatch.setattr("skep.engine.images.registry.pushing.SHORT_TIMEOUT", short)
+    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 2)
 
 
 DATA = os.urandom(3 << 20)
@@ -316,7 +322,7 @@ async def test_an_upload_that_the_registry_has_forgotten_is_begun_again(images: 
 async def test_a_push_that_never_succeeds_leaves_no_tag_and_no_upload(
     images: ImageStore, bent: Registry, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("skep.engine.images.uploads._ATTEMPTS", 2)
+    monkeypatch.setattr("skep.engine.images.registry.uploads._ATTEMPTS", 2)
     await with_a_large_layer(images, f"{bent.address}/app:1")
     bent.cut_after = [1000] * 10
     with pytest.raises(RegistryError):
@@ -458,7 +464,7 @@ async def test_a_refusal_has_dockers_words_and_is_not_repeated(
         return web.json_response({"errors": [{"code": code, "message": message}]}, status=status)
 
     bent.bend = refuse
-    with pytest.raises(uploads.Refused) as refused:
+    with pytest.raises(uploads.ContentRefused) as refused:
         await pushed(images, f"{bent.address}/app:1")
     assert str(refused.value) == f"{code.lower().replace('_', ' ')}: {message}"
     assert len([one for one in bent.requests if one.method == "POST"]) == 1
@@ -478,7 +484,7 @@ async def test_a_token_without_the_right_to_push_is_a_denial(images: ImageStore,
         return web.json_response(body, status=401, headers={"WWW-Authenticate": challenge})
 
     bent.bend = refuse
-    with pytest.raises(uploads.Refused, match=r"^denied: requested access to the resource is denied$"):
+    with pytest.raises(uploads.ContentRefused, match=r"^denied: requested access to the resource is denied$"):
         await pushed(images, f"{bent.address}/app:1")
 
 
@@ -512,10 +518,13 @@ async def test_a_token_is_asked_for_with_the_right_to_push(images: ImageStore, b
 async def test_a_login_gives_the_token_that_stands_for_the_password(images: ImageStore, bent: Registry):
     scopes: list[list[str]] = []
     bent.bend = guarded_by_tokens(bent, scopes)
-    assert await login(images.policy, bent.address, Credentials(username="user", password="secret")) == "r1"
+    assert (
+        await login(images.policy, bent.address, RegistryCredentials(username="user", password="secret"))
+        == "r1"
+    )
     assert scopes == [[]]
     with pytest.raises(SkepError) as refused:
-        await login(images.policy, bent.address, Credentials(username="user", password="wrong"))
+        await login(images.policy, bent.address, RegistryCredentials(username="user", password="wrong"))
     assert str(refused.value) == (
         f'Get "http://{bent.address}/v2/": unauthorized: incorrect username or password'
     )
@@ -574,7 +583,7 @@ async def test_a_token_server_that_never_ends_ends_the_login(images: ImageStore,
 
     bent.bend = endless
     with pytest.raises(InvalidArgument, match="the response is larger than 1048576 bytes"):
-        await login(images.policy, bent.address, Credentials(username="user", password="secret"))
+        await login(images.policy, bent.address, RegistryCredentials(username="user", password="secret"))
 
 
 async def test_uploads_are_followed_to_where_a_redirect_leads_with_their_content(

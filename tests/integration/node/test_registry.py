@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application, runner
+from skep.api.http.server import application, runner
 from skep.engine.api.images import image_routes
-from skep.engine.images.registry import DOCKER_MANIFEST
+from skep.engine.images.registry.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
 from tests.support.archives import sha256

@@ -10,9 +10,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
-from skep.engine.images.endpoints import Endpoint, Policy
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import Credentials, RegistryError, Repository
+from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy
+from skep.engine.images.registry.registry import RegistryCredentials, RegistryError, RegistryRepository
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from tests.integration.node.test_image_pulls import Rogue, auth, wants_token
@@ -112,33 +112,40 @@ async def test_the_netrc_of_root_is_not_used(
     (tmp_path / "netrc").write_text("default login root password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     # By a name, which is no loopback address: what is asked there may go through a proxy.
-    monkeypatch.setattr("skep.engine.images.endpoints.is_loopback", lambda _: False)
-    insecure = ImageStore(tmp_path / "insecure", policy=Policy(insecure=frozenset({rogue.address})))
+    monkeypatch.setattr("skep.engine.images.registry.endpoints.is_loopback", lambda _: False)
+    insecure = ImageStore(tmp_path / "insecure", policy=RegistryPolicy(insecure=frozenset({rogue.address})))
     await insecure.open()
     await insecure.pull(f"{rogue.address}/app:1")
     assert not any("Authorization" in request.headers for request in rogue.requests)
 
 
-def a_repository(endpoint: Endpoint) -> Repository:
-    return Repository(cast("aiohttp.ClientSession", None), endpoint, parse_reference("app:1"), Credentials())
+def a_repository(endpoint: RegistryEndpoint) -> RegistryRepository:
+    return RegistryRepository(
+        cast("aiohttp.ClientSession", None), endpoint, parse_reference("app:1"), RegistryCredentials()
+    )
 
 
 @pytest.mark.parametrize(
     ("endpoint", "source", "location", "target"),
     [
-        (Endpoint("https://r"), "https://r/v2/x", "/y?z=%2F1", "https://r/y?z=%2F1"),
-        (Endpoint("https://r"), "https://r/v2/x", "https://cdn/y", "https://cdn/y"),
-        (Endpoint("https://r"), "https://r/v2/x", "https://u:p@cdn/y", "https://cdn/y"),
-        (Endpoint("https://r"), "https://r/v2/x", "http://r/y", None),
-        (Endpoint("https://r"), "https://r/v2/x", "file:///etc/shadow", None),
-        (Endpoint("https://r"), "https://r/v2/x", "https://[::1", None),
-        (Endpoint("https://r", verify=False), "https://r/v2/x", "http://r/y", "http://r/y"),
-        (Endpoint("http://mirror", mirror=True), "http://mirror/v2/x", "http://cdn/y", "http://cdn/y"),
-        (Endpoint("http://mirror", mirror=True), "https://cdn/x", "http://cdn/y", None),
+        (RegistryEndpoint("https://r"), "https://r/v2/x", "/y?z=%2F1", "https://r/y?z=%2F1"),
+        (RegistryEndpoint("https://r"), "https://r/v2/x", "https://cdn/y", "https://cdn/y"),
+        (RegistryEndpoint("https://r"), "https://r/v2/x", "https://u:p@cdn/y", "https://cdn/y"),
+        (RegistryEndpoint("https://r"), "https://r/v2/x", "http://r/y", None),
+        (RegistryEndpoint("https://r"), "https://r/v2/x", "file:///etc/shadow", None),
+        (RegistryEndpoint("https://r"), "https://r/v2/x", "https://[::1", None),
+        (RegistryEndpoint("https://r", verify=False), "https://r/v2/x", "http://r/y", "http://r/y"),
+        (
+            RegistryEndpoint("http://mirror", mirror=True),
+            "http://mirror/v2/x",
+            "http://cdn/y",
+            "http://cdn/y",
+        ),
+        (RegistryEndpoint("http://mirror", mirror=True), "https://cdn/x", "http://cdn/y", None),
     ],
 )
 def test_a_redirect_never_leaves_tls(
-    endpoint: Endpoint, source: str, location: str, target: str | None
+    endpoint: RegistryEndpoint, source: str, location: str, target: str | None
 ) -> None:
     repository = a_repository(endpoint)
     if target is None:

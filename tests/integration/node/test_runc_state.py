@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.conmon import StartError
-from skep.engine.container import ProcessName
+from skep.engine.containers.container import ProcessName
 from skep.engine.engine import Engine
-from skep.engine.processes import find, wait_gone
-from skep.engine.runc_state import ProcessEnded, RuncState
-from skep.model.ids import ContainerId
+from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.processes import find, wait_gone
+from skep.engine.runtime.runc_state import ProcessEnded, RuncState
+from skep.model.values.ids import ContainerId
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import Lab
 

@@ -9,10 +9,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application, runner
+from skep.api.http.server import application, runner
 from skep.engine.api.images import image_routes
-from skep.engine.images import searching
-from skep.engine.images.endpoints import Policy
+from skep.engine.images.registry import searching
+from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
 from tests.support.playground_rig import CLIS
@@ -140,7 +140,7 @@ async def test_an_index_that_is_not_there_is_named_as_docker_names_it(
 ):
     """Docker Hub's, by a name that does not resolve."""
     monkeypatch.setattr(searching, "_INDEX", "https://index.invalid")
-    images.policy = Policy(mirrors=("http://127.0.0.1:1",))  # a mirror is no index
+    images.policy = RegistryPolicy(mirrors=("http://127.0.0.1:1",))  # a mirror is no index
     status, message = await searched(client, term="library/nothing")
     assert status == 500
     assert str(message).startswith('Get "https://index.invalid/v1/search?q=nothing&n=25": dial tcp')

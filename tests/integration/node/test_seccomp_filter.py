@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from skep.engine import capabilities, seccomp
+from skep.engine.confinement import capabilities, seccomp
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86_64 has x32")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from skep.engine.container import ContainerState, LogConfig, LogFilter
+from skep.engine.containers.container import ContainerState, LogConfig, LogFilter
+from skep.engine.containers.request import CreateRequest, HostConfig
 from skep.engine.engine import Engine
-from skep.engine.processes import is_alive
-from skep.engine.request import CreateRequest, HostConfig
+from skep.engine.runtime.processes import is_alive
 from skep.linux import syscalls
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import IMAGE, Lab
@@ -89,8 +89,8 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
     script = textwrap.dedent(f"""
         import asyncio
         from pathlib import Path
-        from skep.dataplane.netns.namespaces import Namespaces
-        from skep.engine.container import ContainerConfig, NewContainer
+        from skep.dataplane.netns.kernel.namespaces import Namespaces
+        from skep.engine.containers.container import ContainerConfig, NewContainer
         from tests.support.reservations import OwnReservations
         from skep.paths import Paths
         from tests.support.runc_lab import TreeImages, an_executor

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from skep.engine.images.workers import Limits, unpack
+from skep.engine.images.archives.workers import ImageLimits, unpack
 from skep.errors import InvalidArgument
 from tests.support.archives import a_file, a_tar
 
 _INSIDE = """
 import ctypes, json, os, socket, sys
 from pathlib import Path
-from skep.engine.images.confinement import confine
+from skep.engine.images.archives.confinement import confine
 import http.client
 def tried(act):
     try:
@@ -79,7 +79,7 @@ async def unpacked(content: bytes, target: Path) -> float:
     target.mkdir()
     begun = time.monotonic()
     with source.open("rb") as file:
-        await unpack(file.fileno(), target, limits=Limits(unpack_s=60), is_layer=True)
+        await unpack(file.fileno(), target, limits=ImageLimits(unpack_s=60), is_layer=True)
     return time.monotonic() - begun
 
 

@@ -11,15 +11,15 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from skep.agent.executor.interface import Controller
 from skep.agent.executor.oci import OciExecutor
-from skep.api.server import application
-from skep.engine import volume_plugins
+from skep.api.http.server import application
 from skep.engine.api.volumes import volume_routes
-from skep.engine.volume_plugins import VolumePlugins
+from skep.engine.volumes import volume_plugins
+from skep.engine.volumes.volume_plugins import VolumePlugins
 from skep.errors import SkepError
 from skep.linux.mounting import mount_targets
 from skep.model.container import Mount, VolumeOptions
-from skep.model.meta import Driver
-from skep.playground.busybox import busybox_archive
+from skep.model.values.meta import Driver
+from skep.playground.images.busybox import busybox_archive
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
 from tests.support.plain_engine import docker, plain_engine

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api.routes import absent_routes
 from skep.engine.api.volumes import volume_routes
-from skep.engine.container import Container, ContainerConfig, MountPoint
-from skep.engine.volumes import Volumes
+from skep.engine.containers.container import Container, ContainerConfig, MountPoint
+from skep.engine.volumes.volumes import Volumes
 
 Api = TestClient[Any, Any]
 

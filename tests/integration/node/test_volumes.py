@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.mounts import copy_up
-from skep.engine.volumes import MountFailed, Part, Volumes
+from skep.engine.volumes.mounts import copy_up
+from skep.engine.volumes.volumes import MountFailed, Volumes, VolumeSubpath
 from skep.errors import SkepError, Unavailable
 from skep.linux.mounting import mount_targets
 from skep.linux.syscalls import MNT_DETACH, MS_BIND, MS_PRIVATE, mount, unmount
 from skep.model.container import BindOptions, Mount, VolumeOptions
-from skep.model.meta import Driver
 from skep.model.task import AssignedTask
+from skep.model.values.meta import Driver
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
 from tests.support.runc_lab import Lab
@@ -180,7 +180,7 @@ async def test_a_part_that_is_swapped_for_a_link_during_the_mount_is_it_or_refus
     seen = set()
     with swapping(volume / "part", volume / "link"):
         for number in range(12):
-            part = Part("swapped", "part", tmp_path / "parts" / str(number))
+            part = VolumeSubpath("swapped", "part", tmp_path / "parts" / str(number))
             try:
                 await volumes.mount("user", (), [part])
             except MountFailed as error:

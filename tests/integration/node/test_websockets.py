@@ -7,8 +7,8 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from skep.engine.api import hijack
-from skep.engine.container import PlainOptions
+from skep.engine.api.streams import hijack
+from skep.engine.containers.container import PlainOptions
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api
 
@@ -92,7 +92,7 @@ async def test_what_is_no_handshake_is_refused(api: Api, run: Runner) -> None:
 async def test_a_client_that_never_reads_is_cut_off_and_little_is_kept_for_it(
     api: Api, run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skep.engine.api.websocket.DRAIN_S", 1.0)
+    monkeypatch.setattr("skep.engine.api.streams.websocket.DRAIN_S", 1.0)
     container = await run.start("sh", "-c", "sleep 0.2; exec yes")
     reader, writer = await asyncio.open_unix_connection(api.socket, limit=1)
     head = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from skep.playground.busybox import busybox_archive
+from skep.playground.images.busybox import busybox_archive
 from tests.support.plain_engine import docker, engine_in
 
 ADDRESS = "10.98.0.11"

@@ -4,11 +4,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.agent.task import DEFAULT_DELAY_S, next_attempt
-from skep.model.meta import Version
+from skep.agent.tasks.task import DEFAULT_DELAY_S, next_attempt
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task
-from skep.model.times import SECOND_NS
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_service_spec, a_task
 
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from skep.agent import cluster_volumes
-from skep.agent.cluster_volumes import ClusterVolumes
+from skep.agent.tasks import cluster_volumes
+from skep.agent.tasks.cluster_volumes import ClusterVolumes
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import VolumeId
-from skep.model.meta import Driver
 from skep.model.node import CSIInfo, Topology
 from skep.model.task import VolumeAttachment
+from skep.model.values.ids import VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import AccessMode, TypeBlock, VolumeAssignment, VolumeSecret
 from tests.support.etcd_calls import until
 

@@ -8,7 +8,7 @@ import pytest
 
 from skep.agent.executor import payloads
 from skep.agent.executor.payloads import Payloads
-from skep.agent.last_seen import LastSeenFile, seen_at
+from skep.agent.session.last_seen import LastSeenFile, seen_at
 from skep.errors import SkepError
 from skep.gotemplate import Struct
 from skep.model.assignment import ConfigFile, SecretFile
@@ -19,7 +19,7 @@ from skep.model.container import (
     SecretFileTarget,
     SecretReference,
 )
-from skep.model.ids import ConfigId, SecretId
+from skep.model.values.ids import ConfigId, SecretId
 from tests.support.file_faults import Faults, walk
 from tests.unit.agent.test_cluster_volumes import V1, Rig
 

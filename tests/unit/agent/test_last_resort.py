@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.last_resort import AWAKE_S, LATER_S, RESCAN_S, LastResort, is_locked
-from skep.agent.last_seen import LastSeenFile
-from skep.agent.task_files import RememberedTask, TaskFiles
+from skep.agent.session.last_seen import LastSeenFile
+from skep.agent.tasks.last_resort import AWAKE_S, LATER_S, RESCAN_S, LastResort, is_locked
+from skep.agent.tasks.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import SystemClock
-from skep.engine import records
-from skep.engine.container import ContainerState, ProcessName
-from skep.engine.processes import find
+from skep.engine.containers import records
+from skep.engine.containers.container import ContainerState, ProcessName
+from skep.engine.runtime.processes import find
 from skep.linux.detached import held_lock
 from skep.linux.processes import boot_id
-from skep.model.ids import ContainerId
-from skep.model.labels import LABEL_TASK_ID, ON_DISCONNECT, ON_DISCONNECT_DELAY
+from skep.model.options.labels import LABEL_TASK_ID, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.task import TaskStatus
+from skep.model.values.ids import ContainerId
 from skep.paths import Paths
 from tests.unit.agent.test_worker import assigned
 from tests.unit.engine.test_records import a_container

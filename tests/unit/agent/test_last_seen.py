@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from skep.agent.last_seen import LastSeenFile
+from skep.agent.session.last_seen import LastSeenFile
 
 
 def test_the_next_process_reads_it(tmp_path: Path) -> None:

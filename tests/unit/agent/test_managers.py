@@ -4,12 +4,12 @@ from random import Random
 
 import pytest
 
-from skep.agent.managers import ManagerList, Peer, next_manager
+from skep.agent.session.managers import KnownManager, ManagerList, next_manager
 from skep.errors import Unavailable
-from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
+from skep.model.values.ids import NodeId
 
-OWN, M2, M3 = (Peer(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
+OWN, M2, M3 = (KnownManager(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
 
 
 def chosen(failures: dict[str, int]) -> set[str]:
@@ -49,7 +49,7 @@ def test_a_new_list_replaces_the_old_one_and_is_announced_once():
 def test_an_empty_list_is_ignored():
     managers = ManagerList([OWN])
     managers.replace([])
-    managers.replace([Peer(NodeId("m9"), "")])
+    managers.replace([KnownManager(NodeId("m9"), "")])
     assert managers.peers == (OWN,)
 
 
@@ -104,7 +104,7 @@ def test_a_manager_that_no_list_has_is_accepted_only_while_none_of_the_list_resp
 
 
 def test_managers_that_swapped_addresses_and_unnamed_ones_are_accepted():
-    managers = ManagerList([OWN, M2, Peer(NodeId(""), "10.0.0.9:2377")])
+    managers = ManagerList([OWN, M2, KnownManager(NodeId(""), "10.0.0.9:2377")])
     managers.require_manager(M2, OWN.node_id)
     managers.require_manager(managers.peers[2], NodeId("m9"))
     managers.require_manager(M2, NodeId(""))

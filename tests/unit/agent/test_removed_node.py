@@ -8,16 +8,16 @@ from typing import cast
 import pytest
 from msgspec.structs import replace
 
-from skep.agent import worker as worker_module
-from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor.simulated import SimulatedController
-from skep.agent.worker import kill_time, stop_reason
+from skep.agent.tasks import worker as worker_module
+from skep.agent.tasks.cluster_volumes import ClusterVolumes
+from skep.agent.tasks.worker import kill_time, stop_reason
 from skep.aio.clock import SystemClock
-from skep.model.ids import TaskId
-from skep.model.node_removal import NodeRemoval
+from skep.model.node_reports.node_removal import NodeRemoval
 from skep.model.service import NetworkAttachmentSpec
 from skep.model.task import AssignedTask, TaskState
-from skep.model.times import Timestamp, timestamp, unix_ns
+from skep.model.values.ids import TaskId
+from skep.model.values.times import Timestamp, timestamp, unix_ns
 from tests.unit.agent.test_worker import DEADLINE_S, NeverStops, Node, assigned, complete
 
 REMOVED = NodeRemoval(at=Timestamp("2026-01-02T03:04:05Z"))

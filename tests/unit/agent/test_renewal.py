@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from skep.agent.renewal import renewal_time
 from skep.errors import FailedPrecondition
-from skep.model.revisions import Revision, advanced
+from skep.model.node_reports.revisions import Revision, advanced
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from skep.agent.reports import BATCH_MAX, Reports
-from skep.model.ids import TaskId
+from skep.agent.session.reports import BATCH_MAX, Reports
 from skep.model.task import TaskState, TaskStatus
+from skep.model.values.ids import TaskId
 
 T1, T2 = TaskId("t1"), TaskId("t2")
 READY, RUNNING = TaskStatus(state=TaskState.READY), TaskStatus(state=TaskState.RUNNING)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from skep.agent.revisions import SeenRevision
+from skep.agent.session.revisions import SeenRevision
 from skep.errors import FailedPrecondition
-from skep.model.ids import ClusterId
-from skep.model.revisions import Revision
+from skep.model.node_reports.revisions import Revision
+from skep.model.values.ids import ClusterId
 
 HERE, ELSEWHERE = ClusterId("here"), ClusterId("elsewhere")
 

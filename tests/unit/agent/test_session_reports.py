@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.agent.reports import Reports
-from skep.agent.session import NodeServices, Session
+from skep.agent.session.reports import Reports
+from skep.agent.session.session import ManagerSession, NodeServices
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import TaskId, VolumeId
 from skep.model.node import EngineDescription, NodeDescription
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import TaskState, TaskStatus
+from skep.model.values.ids import TaskId, VolumeId
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -133,7 +133,7 @@ class Node:
             seen=cast("Any", None),
             volumes=self.volumes,
         )
-        session = Session(
+        session = ManagerSession(
             cast("Any", self.manager),
             cast("Any", Host()),
             services,

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from skep.agent.table_stream import TableStream
-from skep.model.ids import NetworkId
-from skep.model.revisions import Revision
-from skep.model.tables import TableSet
+from skep.agent.session.table_stream import TableStream
+from skep.model.networks.tables import TableSet
+from skep.model.node_reports.revisions import Revision
+from skep.model.values.ids import NetworkId
 from skep.wire import skep_pb2 as skep
 
 NET = NetworkId("net")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.agent.task import Do, Move, Rest, Verb, failed_state, next_step
+from skep.agent.tasks.task import Do, Idle, Move, Verb, failed_state, next_step
 from skep.model.task import TaskState
 
 STATES = list(TaskState)
@@ -14,7 +14,7 @@ RUNNING, READY, SHUTDOWN = TaskState.RUNNING, TaskState.READY, TaskState.SHUTDOW
 def path_of(state: TaskState, desired: TaskState) -> list[tuple[TaskState, str]]:
     """States and messages from ``state`` on, when every verb works."""
     reached = []
-    while not isinstance(step := next_step(state, desired), Rest):
+    while not isinstance(step := next_step(state, desired), Idle):
         assert isinstance(step, Move | Do)
         state = step.state
         reached.append((state, step.message))
@@ -34,7 +34,7 @@ def test_a_task_goes_through_every_state_with_swarmkits_messages() -> None:
 
 def test_a_prepared_task_waits_until_its_start_is_wanted() -> None:
     assert path_of(TaskState.ASSIGNED, READY)[-1] == (READY, "prepared")
-    assert next_step(READY, READY) == Rest()
+    assert next_step(READY, READY) == Idle()
     assert next_step(READY, RUNNING) == Move(TaskState.STARTING, "starting")
 
 
@@ -52,13 +52,13 @@ def test_a_shutdown_is_carried_out_from_any_state(state: TaskState, desired: Tas
 @pytest.mark.parametrize("state", [state for state in STATES if state.is_terminal])
 @pytest.mark.parametrize("desired", STATES)
 def test_an_ended_task_rests(state: TaskState, desired: TaskState) -> None:
-    assert next_step(state, desired) == Rest()
+    assert next_step(state, desired) == Idle()
 
 
 @given(st.sampled_from(STATES), st.sampled_from(STATES))
 def test_states_only_move_forward(observed: TaskState, desired: TaskState) -> None:
     step = next_step(observed, desired)
-    assert isinstance(step, Rest) or step.state > observed
+    assert isinstance(step, Idle) or step.state > observed
 
 
 @given(st.sampled_from(STATES), st.sampled_from(STATES))

@@ -6,15 +6,15 @@ from typing import cast
 
 from msgspec.structs import replace
 
-from skep.agent.task_logs import TaskLogs
+from skep.agent.tasks.task_logs import TaskLogs
 from skep.aio.clock import SystemClock
-from skep.engine.container import Container, ContainerConfig, LogEntry, LogFilter, Stream
+from skep.engine.containers.container import Container, ContainerConfig, LogEntry, LogFilter, StandardStream
 from skep.engine.engine import Engine
 from skep.engine.events import Events
 from skep.errors import NotFound
-from skep.model.ids import ContainerId, TaskId
-from skep.model.labels import LABEL_TASK_ID
 from skep.model.logs import LogQuery
+from skep.model.options.labels import LABEL_TASK_ID
+from skep.model.values.ids import ContainerId, TaskId
 
 
 def a_container(id: str) -> Container:
@@ -42,7 +42,7 @@ class SomeUnreadable:
         if word == "gone":
             raise self._error
         for number in range(3):
-            yield [LogEntry(stream=Stream.STDOUT, timestamp_ns=number, data=b"%d" % number)]
+            yield [LogEntry(stream=StandardStream.STDOUT, timestamp_ns=number, data=b"%d" % number)]
 
 
 async def test_a_container_with_unreadable_logs_does_not_end_those_of_others() -> None:
@@ -65,12 +65,12 @@ class Written:
 
     async def log_batches(self, word: str, filter: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
         for stamp in self._logs[word]:
-            yield [LogEntry(stream=Stream.STDOUT, timestamp_ns=stamp, data=b"%d" % stamp)]
+            yield [LogEntry(stream=StandardStream.STDOUT, timestamp_ns=stamp, data=b"%d" % stamp)]
             await asyncio.sleep(0)
         if filter.follow:
             yield []
             await self.more.wait()
-            yield [LogEntry(stream=Stream.STDOUT, timestamp_ns=1000, data=word.encode())]
+            yield [LogEntry(stream=StandardStream.STDOUT, timestamp_ns=1000, data=word.encode())]
 
 
 async def test_the_lines_of_a_nodes_tasks_come_in_the_order_of_their_times() -> None:

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from skep.agent.executor.simulated import Machine, SimulatedExecutor
-from skep.agent.task_files import TaskFiles
-from skep.agent.worker import Worker
+from skep.agent.executor.simulated import SimulatedExecutor, SimulatedMachine
+from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
-from skep.model.ids import ConfigId, SecretId
+from skep.model.values.ids import ConfigId, SecretId
 from tests.support.fake_worker import a_session
 from tests.unit.agent.test_worker import QUICK, Reports
 
@@ -51,7 +51,7 @@ class HeldClock(SystemClock):
 @asynccontextmanager
 async def working(directory: Path, payloads: Payloads, clock: HeldClock) -> AsyncIterator[Worker]:
     worker = Worker(
-        executor=SimulatedExecutor(clock, random.Random(1), Machine(), QUICK),
+        executor=SimulatedExecutor(clock, random.Random(1), SimulatedMachine(), QUICK),
         files=TaskFiles(directory),
         reports=Reports(),
         clock=clock,

@@ -10,17 +10,17 @@ import msgspec
 import pytest
 
 from skep.agent.executor.interface import Controller, Rejected, Running
-from skep.agent.executor.simulated import Behavior, Machine, SimulatedController, SimulatedExecutor
-from skep.agent.task_files import TaskFiles
-from skep.agent.worker import Worker, stop_reason
+from skep.agent.executor.simulated import Behavior, SimulatedController, SimulatedExecutor, SimulatedMachine
+from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.worker import Worker, stop_reason
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
 from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec
-from skep.model.ids import ServiceId, TaskId
-from skep.model.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY
+from skep.model.options.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
+from skep.model.values.ids import ServiceId, TaskId
 from tests.support.fake_worker import a_session
 
 QUICK = Behavior(prepare_s=0.0, start_s=0.0, shutdown_s=0.0)
@@ -82,7 +82,7 @@ class Node:
 
     def __init__(self, directory: Path, behavior: Behavior = QUICK) -> None:
         self.directory = directory
-        self.machine = Machine()
+        self.machine = SimulatedMachine()
         self.behavior = behavior
         self.reports = Reports()
         self.controllers: dict[str, type[SimulatedController]] = {}

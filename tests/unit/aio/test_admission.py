@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from skep.aio.admission import Newcomers
+from skep.aio.connections.admission import Newcomers
 
 
 def newcomers(most: int, most_of_source: int, **options: object) -> tuple[Newcomers[int], list[int]]:

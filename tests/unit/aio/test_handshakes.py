@@ -7,8 +7,8 @@ import ssl
 import pytest
 from structlog.testing import capture_logs
 
-from skep.aio import handshakes
-from skep.aio.handshakes import Handshakes
+from skep.aio.connections import handshakes
+from skep.aio.connections.handshakes import Handshakes
 
 
 async def test_a_handshake_that_meets_a_bug_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """When one who does not answer leads no more, and when its process is ended."""
 
-from skep.aio.hang_detection import AGAIN_S, CALM_S, END_S, HAND_OVER_S, Action, HangDetector
+from skep.aio.event_loop.hang_detection import AGAIN_S, CALM_S, END_S, HAND_OVER_S, HangAction, HangDetector
 
 TICK_S = 0.5
 
@@ -10,14 +10,14 @@ class Asking:
         self.now = 0.0
         self.patience = HangDetector(TICK_S, 0.0)
 
-    def silent(self, seconds: float) -> list[tuple[float, Action]]:
+    def silent(self, seconds: float) -> list[tuple[float, HangAction]]:
         """What is done, and how long after the silence began."""
         began, done = self.now, []
         while self.now < began + seconds:
             self.now += TICK_S
             step = self.patience.record(self.now, has_response=False)
-            done += [(self.now - began, step)] if step is not Action.WAIT else []
-            if step is Action.END:
+            done += [(self.now - began, step)] if step is not HangAction.WAIT else []
+            if step is HangAction.END:
                 break
         return done
 
@@ -25,16 +25,16 @@ class Asking:
         until = self.now + seconds
         while self.now < until:
             self.now += TICK_S
-            assert self.patience.record(self.now, has_response=True) is Action.WAIT
+            assert self.patience.record(self.now, has_response=True) is HangAction.WAIT
 
 
 def test_a_silent_one_leads_no_more_after_three_seconds_and_is_ended_after_fifteen() -> None:
     asking = Asking()
     asking.well(60)
     (first, *again), end = (done := asking.silent(100))[:-1], done[-1]
-    assert first == (HAND_OVER_S, Action.HAND_OVER)
-    assert end == (END_S, Action.END)
-    assert again == [(HAND_OVER_S + n * AGAIN_S, Action.HAND_OVER) for n in range(1, 6)]
+    assert first == (HAND_OVER_S, HangAction.HAND_OVER)
+    assert end == (END_S, HangAction.END)
+    assert again == [(HAND_OVER_S + n * AGAIN_S, HangAction.HAND_OVER) for n in range(1, 6)]
 
 
 def test_a_short_silence_is_nothing() -> None:
@@ -49,7 +49,7 @@ def test_a_pause_of_the_prober_is_not_counted_as_a_hang() -> None:
     asking = Asking()
     asking.well(10)
     asking.now += 3600
-    assert asking.patience.record(asking.now, has_response=False) is Action.WAIT
+    assert asking.patience.record(asking.now, has_response=False) is HangAction.WAIT
     asking.well(10)
     assert asking.silent(2) == []
 
@@ -64,7 +64,7 @@ def test_one_that_is_slow_again_and_again_keeps_its_leader_for_longer_each_time(
     asking.well(30)
     assert asking.silent(14) == []
     asking.well(CALM_S + 1)
-    assert asking.silent(4) == [(HAND_OVER_S, Action.HAND_OVER)]
+    assert asking.silent(4) == [(HAND_OVER_S, HangAction.HAND_OVER)]
 
 
 def test_a_silent_one_loses_its_leadership_again_as_it_may_have_come_back() -> None:

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from skep.aio.clock import SystemClock
-from skep.aio.loop_lag import (
+from skep.aio.event_loop.loop_lag import (
     BOUNDS_MS,
     LATE_S,
     PERIOD_AT_REST_S,

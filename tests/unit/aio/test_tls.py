@@ -9,13 +9,13 @@ from typing import TypeVar, cast
 
 import pytest
 
-from skep.aio import tls
-from skep.api.connection import Connection
-from skep.model.ids import ClusterId, NodeId
+from skep.aio.connections import tls
+from skep.api.http.connection import Connection
 from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
 from skep.node.front.splice import relay
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
@@ -26,7 +26,7 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 def a_pair(authority: Authority, node_id: str, role: NodeRole) -> KeyPair:
     key = new_private_key()
-    identity = Identity(node_id=NodeId(node_id), cluster_id=ClusterId("cluster"), role=role)
+    identity = NodeIdentity(node_id=NodeId(node_id), cluster_id=ClusterId("cluster"), role=role)
     certificate = authority.sign(signing_request(key), identity)
     return KeyPair(certificate_pem=certificate, key_pem=private_pem(key), root_pem=authority.root_pem)
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from skep.aio.trees import walk_tree
-from skep.engine.images.untar import tree_bytes
+from skep.engine.images.archives.untar import tree_bytes
 
 
 async def test_the_size_of_a_tree_is_counted_while_all_shared_threads_are_taken(tmp_path: Path) -> None:

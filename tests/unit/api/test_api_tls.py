@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.api.tls import server_context
+from skep.api.http.tls import server_context
 from skep.errors import FailedPrecondition
 from tests.support.api_authority import an_authority
 

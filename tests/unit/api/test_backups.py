@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from skep.api import backups
-from skep.api.backups import Manifest, Opener, Sealer, key_of, new_header, parsed_opening
+from skep.api.backups import BackupManifest, Opener, Sealer, key_of, new_header, parsed_opening
 from skep.errors import InvalidArgument
 
 KEY_FILE = b"k" * 32
 SNAPSHOT = bytes(range(256)) * 3000
-MANIFEST = Manifest(
+MANIFEST = BackupManifest(
     cluster_id="c",
     node_id="m1",
     hostname="host",
@@ -34,7 +34,7 @@ def a_file() -> tuple[bytes, bytes]:
     return sealer.manifest(MANIFEST) + sealer.add(SNAPSHOT) + sealer.end(), key
 
 
-def opened(file: bytes, key: bytes, step: int = 10_000) -> tuple[Manifest, bytes]:
+def opened(file: bytes, key: bytes, step: int = 10_000) -> tuple[BackupManifest, bytes]:
     opener = Opener(key)
     content = b"".join(opener.feed(file[at : at + step]) for at in range(0, len(file), step))
     return opener.check_whole(), content

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.api.bodies import decode_body
-from skep.engine.request import CreateRequest, HostConfig
+from skep.api.formats.bodies import decode_body
+from skep.engine.containers.request import CreateRequest, HostConfig
 from skep.errors import InvalidArgument
-from skep.model.encoding import to_json
 from skep.model.network import Network
 from skep.model.secret import ConfigSpec
 from skep.model.service import PublishMode, Service, ServiceSpec
 from skep.model.swarm import SwarmSpec
 from skep.model.task import Task
+from skep.model.values.encoding import to_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -9,8 +9,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
-from skep.api.server import (
+from skep.api.client.client import ApiClient
+from skep.api.http.server import (
     ApiVersion,
     JsonLines,
     OutputFrames,
@@ -57,7 +57,7 @@ async def client():
 
     async with (
         TestServer(application(table, newest=ApiVersion("1.43"))) as server,
-        Client.at(f"tcp://{server.host}:{server.port}") as client,
+        ApiClient.at(f"tcp://{server.host}:{server.port}") as client,
     ):
         yield client
 
@@ -86,7 +86,7 @@ async def test_output_is_read_frame_by_frame(client):
 
 
 async def test_a_missing_socket_is_unavailable(tmp_path):
-    async with Client.at(f"unix://{tmp_path}/nobody.sock") as client:
+    async with ApiClient.at(f"unix://{tmp_path}/nobody.sock") as client:
         with pytest.raises(Unavailable, match="does not answer"):
             await client.get("/services")
 
@@ -94,7 +94,7 @@ async def test_a_missing_socket_is_unavailable(tmp_path):
 @pytest.mark.parametrize("host", ["", "nosuch", "ftp://x", "unix://"])
 def test_a_strange_address_is_refused(host):
     with pytest.raises(InvalidArgument, match="unable to parse docker host"):
-        Client.at(host)
+        ApiClient.at(host)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ async def local(tmp_path: Path):
     app = web.Application()
     app.router.add_route("*", "/{tail:.*}", answer)
     path = tmp_path / "api.sock"
-    async with Client.local(path, "the other process") as client:
+    async with ApiClient.local(path, "the other process") as client:
         assert not client.has_socket
         with pytest.raises(Unavailable, match="the other process does not answer"):
             await client.get("/info")

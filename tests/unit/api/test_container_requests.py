@@ -2,8 +2,8 @@
 
 import pytest
 
-from skep.api.container_requests import FORWARDED, ExecRequest, forwarded, why_not
-from skep.model.labels import check_container_labels, check_service_labels, exec_policy
+from skep.api.formats.container_requests import FORWARDED, ExecRequest, forwarded, why_not
+from skep.model.options.labels import check_container_labels, check_service_labels, exec_policy
 
 TOP = forwarded("GET", "/containers/{id}/top")
 EXEC = forwarded("POST", "/containers/{id}/exec")

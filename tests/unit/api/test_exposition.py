@@ -4,7 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, label_text, merged, render
+from skep.api.telemetry.exposition import (
+    Histogram,
+    MetricFamily,
+    Sample,
+    by_label,
+    gauge,
+    label_text,
+    merged,
+    render,
+)
 
 
 def read(text: bytes) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -25,7 +34,7 @@ def test_families_without_samples_are_left_out() -> None:
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(st.characters(blacklist_categories=["Cs"]))))
 def test_any_value_of_a_label_comes_back(labels: dict[str, str]) -> None:
     labels = {name: "".join(value.splitlines()) + '\n\\"' for name, value in labels.items()}
-    assert read(render([Family("x", "gauge", "X.", [Sample(label_text(labels), 1.5)])])) == {
+    assert read(render([MetricFamily("x", "gauge", "X.", [Sample(label_text(labels), 1.5)])])) == {
         "x": {tuple(sorted(labels.items())): 1.5}
     }
 
@@ -43,7 +52,7 @@ def test_a_histogram_counts_up_to_each_bound() -> None:
 
 def test_a_name_stands_on_a_page_once() -> None:
     both = merged(
-        [gauge("a", "A.", 1), gauge("b", "B.", 2), Family("a", "gauge", "A.", [Sample('{p="m"}', 3)])]
+        [gauge("a", "A.", 1), gauge("b", "B.", 2), MetricFamily("a", "gauge", "A.", [Sample('{p="m"}', 3)])]
     )
     assert [one.name for one in both] == ["a", "b"]
     assert read(render(both))["a"] == {(): 1, (("p", "m"),): 3}

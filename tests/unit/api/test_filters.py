@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.api.filters import Filters
+from skep.api.formats.filters import Filters
 from skep.errors import InvalidArgument
 
 

@@ -10,17 +10,17 @@ import msgspec
 import pytest
 from msgspec.structs import fields
 
-from skep.api.requests import Filters, Requests
-from skep.cli.explain import about_service, about_task
-from skep.cli.quorum import no_leader, quorum_of, way_out
-from skep.cli.recover import check
-from skep.cli.status import service_rows
+from skep.api.client.requests import Filters, Requests
+from skep.cli.cluster.recover import check
+from skep.cli.see.explain import about_service, about_task
+from skep.cli.see.quorum import no_leader, quorum_of, way_out
+from skep.cli.see.status import service_rows
 from skep.errors import FailedPrecondition
-from skep.manager.explanations import ServiceExplanation, TaskExplanation
+from skep.manager.diagnosis.explanations import ServiceExplanation, TaskExplanation
 from skep.manager.quorum import Quorum
-from skep.manager.routes.evictions import ShownEviction
-from skep.manager.scheduler.dry_run import PlannedPlacement
-from skep.stack.planning import Placement
+from skep.manager.routes.extensions.evictions import ShownEviction
+from skep.manager.scheduler.explaining.dry_run import PlannedPlacement
+from skep.stack.planning import PredictedPlacement
 
 ANSWERS: dict[str, Any] = json.loads(
     Path(__file__).with_name("answers_of_an_earlier_commit.json").read_text()
@@ -100,7 +100,9 @@ async def test_the_commands_understand_an_earlier_manager() -> None:
     with pytest.raises(FailedPrecondition, match="nothing to recover"):
         check({"Swarm": {"LocalNodeState": "active"}}, {**quorum, "HasLeader": True})
     check({"Swarm": {"LocalNodeState": "active"}}, quorum)
-    placements = msgspec.convert(await client.post("/skep/services/placement"), tuple[Placement, ...])
+    placements = msgspec.convert(
+        await client.post("/skep/services/placement"), tuple[PredictedPlacement, ...]
+    )
     assert placements[0].error.startswith("no suitable node")
 
 

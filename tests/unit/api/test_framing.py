@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.api.framing import (
+from skep.api.http.framing import (
     Body,
     Chunked,
     Malformed,

@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.api.gosyntax import end_of_first_value, first_error
+from skep.api.formats.gosyntax import end_of_first_value, first_error
 
 pieces = st.sampled_from(
     [

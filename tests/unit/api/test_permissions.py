@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 
 import skep.engine.api
 import skep.node.routes
-from skep.api.permissions import (
+from skep.api.access.permissions import (
     RULES,
     UNKNOWN,
-    Facts,
-    Known,
+    KnownObject,
     NewObject,
-    Scope,
+    PermissionScope,
+    RequestFacts,
     is_name_of,
     may,
     rule_for,
     sees,
     why_not_ps,
 )
-from skep.api.tables import Table
+from skep.api.http.tables import RouteTable
 from skep.manager.routes import _TABLES
-from skep.model.access import ALL, Binding, Identity, Origin, Role, parse_binding
+from skep.model.permissions.access import ALL, Binding, Identity, Origin, Role, parse_binding
 
 NODE_TABLES = [
     value.bound(None)
@@ -34,7 +34,7 @@ NODE_TABLES = [
     for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
     if not info.ispkg
     for value in vars(importlib.import_module(info.name)).values()
-    if isinstance(value, Table)
+    if isinstance(value, RouteTable)
 ]
 ROUTES = sorted(
     {
@@ -66,7 +66,9 @@ def test_the_tables_of_routes_are_found() -> None:
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_every_endpoint_has_a_rule_or_is_known_to_be_an_administrators(method: str, path: str) -> None:
     if rule_for(method, path) is UNKNOWN:
-        assert OF_ADMINISTRATORS.fullmatch(path), "decide who may do this: a rule in skep/api/permissions.py"
+        assert OF_ADMINISTRATORS.fullmatch(path), (
+            "decide who may do this: a rule in skep/api/access/permissions.py"
+        )
 
 
 @given(st.sampled_from(ROUTES), st.sampled_from(["viewer", "viewer:shop"]))
@@ -144,9 +146,9 @@ def test_what_shows_environments_or_other_processes_is_an_administrators(argumen
 CREATE, UPDATE = rule_for("POST", "/services/create"), rule_for("POST", "/services/{id}/update")
 
 
-def why(user: Identity, new: NewObject, known: Known | None = None) -> str:
+def why(user: Identity, new: NewObject, known: KnownObject | None = None) -> str:
     rule = CREATE if known is None else UPDATE
-    return may(user, rule, Facts(known=known, new=(new,), stacks={"shop", "shop_eu", "blog"})) or ""
+    return may(user, rule, RequestFacts(known=known, new=(new,), stacks={"shop", "shop_eu", "blog"})) or ""
 
 
 def test_what_is_new_belongs_to_the_stack_of_the_operator() -> None:
@@ -186,9 +188,9 @@ def test_placeholders_do_not_make_a_name_one_of_another_stack(name: str, is_shop
 
 def test_a_service_uses_what_is_of_its_stack_only() -> None:
     shopper = a_user("operator:shop")
-    own, others = Known(id="1", stack="shop"), Known(id="2", stack="blog")
+    own, others = KnownObject(id="1", stack="shop"), KnownObject(id="2", stack="blog")
     assert why(shopper, NewObject(name="shop_a", stack="shop", uses=(("secret", own, "k"),))) == ""
-    for used in (others, Known(id="3"), None):
+    for used in (others, KnownObject(id="3"), None):
         refusal = why(shopper, NewObject(name="shop_a", stack="shop", uses=(("secret", used, "k"),)))
         assert refusal == "the secret k does not belong to the stack shop"
     assert "blog_data" in why(shopper, NewObject(name="shop_a", stack="shop", volumes=("blog_data",)))
@@ -199,7 +201,7 @@ def test_rights_over_machines_are_no_operators() -> None:
         new = NewObject(name="shop_a", stack="shop", machine_rights="a bind mount of /")
         assert "a bind mount of /" in why(user, new)
         plain = NewObject(name="shop_a", stack="shop")
-        known = Known(id="1", stack="shop", machine_rights="a bind mount of /")
+        known = KnownObject(id="1", stack="shop", machine_rights="a bind mount of /")
         assert "which only administrators may give" in why(user, plain, known)
 
 
@@ -207,16 +209,16 @@ def test_operators_of_single_stacks_put_no_service_before_those_of_others() -> N
     raised = NewObject(name="shop_a", stack="shop", raised_priority=10)
     refusal = "priority 10: only users with a role in the whole cluster may give more than 0"
     assert why(a_user("operator:shop"), raised) == refusal
-    assert why(a_user("operator:shop"), raised, Known(id="1", stack="shop")) == refusal
+    assert why(a_user("operator:shop"), raised, KnownObject(id="1", stack="shop")) == refusal
     assert why(a_user("operator"), raised) == ""
 
 
 def test_no_object_goes_to_another_stack() -> None:
     shopper = a_user("operator:shop", "viewer")
     assert "belongs to the stack blog" in why(
-        shopper, NewObject(name="shop_a", stack="shop"), Known(id="1", stack="blog")
+        shopper, NewObject(name="shop_a", stack="shop"), KnownObject(id="1", stack="blog")
     )
-    known, moved = Known(id="1", stack="shop_eu"), NewObject(name="shop_eu_web", stack="shop")
+    known, moved = KnownObject(id="1", stack="shop_eu"), NewObject(name="shop_eu_web", stack="shop")
     for user in (a_user("operator:shop", "operator:shop_eu"), a_user("operator")):
         assert why(user, moved, known) == "only administrators may move a service to another stack"
         assert "to another stack" in why(user, NewObject(name="shop_eu_web"), known)
@@ -224,9 +226,9 @@ def test_no_object_goes_to_another_stack() -> None:
     admin = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
     assert why(admin, moved, known) == ""
     assert "to another stack" in why(
-        shopper, NewObject(name="blog_a", stack="blog"), Known(id="1", stack="shop")
+        shopper, NewObject(name="blog_a", stack="blog"), KnownObject(id="1", stack="shop")
     )
-    assert "belongs to no stack" in why(shopper, NewObject(name="shop_a", stack="shop"), Known(id="1"))
+    assert "belongs to no stack" in why(shopper, NewObject(name="shop_a", stack="shop"), KnownObject(id="1"))
 
 
 @given(st.lists(st.sampled_from(["viewer:shop", "operator:shop", "operator:blog"]), min_size=1))
@@ -235,9 +237,9 @@ def test_roles_in_stacks_never_reach_what_is_of_none(roles: list[str]) -> None:
     assert not sees(user, "")
     assert not sees(user, "other")
     for rule in RULES:
-        if rule.scope is Scope.OBJECT:
-            assert may(user, rule, Facts(known=Known(id="x"))) is not None
-        if rule.scope is Scope.CLUSTER:
+        if rule.scope is PermissionScope.OBJECT:
+            assert may(user, rule, RequestFacts(known=KnownObject(id="x"))) is not None
+        if rule.scope is PermissionScope.CLUSTER:
             assert may(user, rule) is not None
 
 
@@ -245,4 +247,7 @@ def test_a_role_in_the_cluster_reaches_every_stack() -> None:
     viewer = Identity(name="v", origin=Origin.NODE, bindings=(Binding(Role.VIEWER),))
     assert sees(viewer, "")
     assert sees(viewer, "shop")
-    assert may(viewer, rule_for("GET", "/services/{id}"), Facts(known=Known(id="x", stack="shop"))) is None
+    assert (
+        may(viewer, rule_for("GET", "/services/{id}"), RequestFacts(known=KnownObject(id="x", stack="shop")))
+        is None
+    )

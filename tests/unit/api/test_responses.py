@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from skep.api.responses import KnownJson
+from skep.api.http.responses import KnownJson
 
 
 class Thing(Struct):

@@ -8,7 +8,7 @@ from aiohttp import ClientPayloadError, ClientSession, UnixConnector, web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
-from skep.api.server import (
+from skep.api.http.server import (
     ApiVersion,
     Routes,
     application,

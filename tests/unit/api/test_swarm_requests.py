@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from skep.api.swarm_requests import Interface, founding, joining, merged_spec
+from skep.api.formats.swarm_requests import Interface, founding, joining, merged_spec
 from skep.errors import InvalidArgument
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig, InitRequest, JoinRequest, SwarmSpec

@@ -3,10 +3,10 @@
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application
-from skep.api.tables import Table
+from skep.api.http.server import application
+from skep.api.http.tables import RouteTable
 
-table = Table[list[str]]()
+table = RouteTable[list[str]]()
 
 
 @table.get("/words")

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from skep.api.timestamps import parse_time
-from skep.engine.api.container_responses import age
+from skep.api.formats.timestamps import parse_time
+from skep.engine.api.responses.container_responses import age
 from skep.errors import InvalidArgument
-from skep.model.times import duration_ns
+from skep.model.values.times import duration_ns
 
 NOW = 1_800_000_000_000_000_000
 SECOND = 1_000_000_000

@@ -3,7 +3,7 @@
 import pytest
 
 from skep.api.errors import Untranslated
-from skep.api.timestamps import parse_unix_time
+from skep.api.formats.timestamps import parse_unix_time
 
 
 @pytest.mark.parametrize(

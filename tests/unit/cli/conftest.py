@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.manager.routes import ManagerApi
 from skep.manager.routes import application as manager_application
 from tests.conformance.manager import a_manager_api
@@ -19,8 +19,8 @@ class Host:
     def __init__(self, socket: Path) -> None:
         self.socket = socket
 
-    def client(self) -> Client:
-        return Client.local(self.socket, "the manager")
+    def client(self) -> ApiClient:
+        return ApiClient.local(self.socket, "the manager")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What ``skep backup`` says that a backup holds."""
 
-from skep.cli.backup import _described
+from skep.cli.maintain.backup import _described
 
 
 def test_one_of_a_kind_is_not_called_many() -> None:

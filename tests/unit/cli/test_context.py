@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from skep.cli.main import main
+from skep.cli.maintain.version import versions
 from skep.cli.passthrough import find_docker
-from skep.cli.version import versions
 
 
 def skep(folder: Path, *words: str, **environment: str) -> Any:

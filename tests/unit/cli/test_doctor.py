@@ -6,7 +6,7 @@ from click import unstyle
 from click.testing import CliRunner
 
 from skep.cli import main as cli
-from skep.cli.doctor import has_problem, is_too_early, shown, verdict
+from skep.cli.maintain.doctor import has_problem, is_too_early, shown, verdict
 from skep.cli.output import Screen
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from skep.api.ssh import Destination
+from skep.api.client.ssh import SshDestination
 from skep.cli.endpoint import DEFAULT_HOST, HostOptions
 from skep.errors import InvalidArgument
 
@@ -109,10 +109,10 @@ def test_a_host_that_is_none_is_refused_in_a_sentence(tmp_path: Path, host: str)
 
 
 def test_the_address_determines_the_arguments_of_ssh() -> None:
-    destination = Destination.of("ssh://me@bee:2222/run/other.sock")
+    destination = SshDestination.of("ssh://me@bee:2222/run/other.sock")
     words = destination.command(Path("/tmp/x/api.sock"))
     assert words[-2:] == ["--", "bee"]
     assert words[words.index("-l") + 1] == "me"
     assert words[words.index("-p") + 1] == "2222"
     assert words[words.index("-L") + 1] == "/tmp/x/api.sock:/run/other.sock"
-    assert Destination.of("ssh://bee").socket == "/run/skep/skep.sock"
+    assert SshDestination.of("ssh://bee").socket == "/run/skep/skep.sock"

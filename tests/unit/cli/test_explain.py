@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from skep.cli.explain import about_network, about_node, about_service, about_task
+from skep.cli.see.explain import about_network, about_node, about_service, about_task
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""

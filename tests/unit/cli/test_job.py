@@ -1,12 +1,12 @@
 """``skep job ls`` and the schedule in ``skep runs``: what people read."""
 
-from skep.cli.explain import about_service
-from skep.cli.job import shown as shown_jobs
-from skep.cli.job import until
+from skep.cli.apps.job import shown as shown_jobs
+from skep.cli.apps.job import until
 from skep.cli.output import Screen
-from skep.cli.runs import shown as shown_runs
-from skep.cli.status import is_service_healthy
-from skep.model.times import SECOND_NS, unix_ns
+from skep.cli.see.explain import about_service
+from skep.cli.see.runs import shown as shown_runs
+from skep.cli.see.status import is_service_healthy
+from skep.model.values.times import SECOND_NS, unix_ns
 
 NOW = unix_ns("2026-11-24T10:00:00Z") / SECOND_NS
 SKIPPED = "not run at 2026-11-24T09:00:00Z: run 3 is still going"

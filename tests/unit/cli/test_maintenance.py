@@ -6,20 +6,28 @@ from typing import Any, cast
 
 import pytest
 
-from skep.api.requests import Requests
-from skep.cli.maintenance import Holder, change_by_nodes, described, overdue, read, taken, written
-from skep.cli.upgrade_plan import Member
+from skep.api.client.requests import Requests
+from skep.cli.maintain.maintenance import (
+    LockHolder,
+    change_by_nodes,
+    described,
+    overdue,
+    read,
+    taken,
+    written,
+)
+from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, OutOfSequence
-from skep.model.labels import MAINTENANCE
+from skep.model.options.labels import MAINTENANCE
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
-WORKERS = [Member(id=f"id-{name}", name=name) for name in ("w1", "w2")]
-MANAGERS = [Member(id=f"id-{name}", name=name, is_manager=True) for name in ("m1", "m2", "m3")]
+WORKERS = [UpgradableNode(id=f"id-{name}", name=name) for name in ("w1", "w2")]
+MANAGERS = [UpgradableNode(id=f"id-{name}", name=name, is_manager=True) for name in ("m1", "m2", "m3")]
 MEMBERS = [*MANAGERS, *WORKERS]
 
 
-def a_holder(node: str, *, minutes: float = 30, is_upgrade: bool = False, by: str = "ops@desk") -> Holder:
-    return Holder(
+def a_holder(node: str, *, minutes: float = 30, is_upgrade: bool = False, by: str = "ops@desk") -> LockHolder:
+    return LockHolder(
         node=node and f"id-{node}", by=by, until=NOW + timedelta(minutes=minutes), is_upgrade=is_upgrade
     )
 
@@ -63,7 +71,7 @@ def test_a_second_upgrade_is_refused_and_the_same_one_renews() -> None:
 
 
 def test_a_manager_is_refused_while_another_is_away_or_may_be() -> None:
-    away = [Member(id="id-m2", name="m2", is_manager=True, is_ready=False)]
+    away = [UpgradableNode(id="id-m2", name="m2", is_manager=True, is_ready=False)]
     with pytest.raises(FailedPrecondition, match="the manager m2 is unreachable"):
         taken((), a_holder("m1"), [MANAGERS[0], *away, MANAGERS[2]], NOW)
     with pytest.raises(FailedPrecondition, match="the manager m2 is unreachable"):
@@ -71,7 +79,7 @@ def test_a_manager_is_refused_while_another_is_away_or_may_be() -> None:
 
 
 def test_the_longer_it_is_overdue_the_louder_it_is_shown() -> None:
-    gone = [Member(id="id-w1", name="w1", is_ready=False)]
+    gone = [UpgradableNode(id="id-w1", name="w1", is_ready=False)]
     assert described(a_holder("w1", minutes=-5), gone, NOW).endswith("for w1, overdue for 5 minutes")
     assert described(a_holder("w1", minutes=-150), gone, NOW).endswith(
         "OVERDUE for 2 hours: THE NODE IS STILL NOT READY"
@@ -119,7 +127,7 @@ class Racing:
 async def test_each_attempt_to_take_the_lock_decides_by_the_present_nodes_and_time() -> None:
     client, seen = Racing(), list[tuple[bool, datetime]]()
 
-    def decide(text: str, members: Sequence[Member], now: datetime) -> str:
+    def decide(text: str, members: Sequence[UpgradableNode], now: datetime) -> str:
         seen.append((members[0].is_ready, now))
         return f"held until {now:%H}"
 

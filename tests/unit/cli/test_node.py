@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
+from skep.cli.cluster.node import _drain, _Progress, left_behind, named, without_node
 from skep.cli.main import main
-from skep.cli.node import _drain, _Progress, left_behind, named, without_node
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from skep.cli.job import shown as jobs_shown
-from skep.cli.output import Cell, Output, Screen, Shown, filled, shortened, shows, table, width_of
-from skep.cli.runs import shown as runs_shown
-from skep.cli.stack_lists import stacks
-from skep.cli.status import Cluster, Status, lines_of
+from skep.cli.apps.job import shown as jobs_shown
+from skep.cli.output import Cell, OutputOptions, Screen, Shown, filled, shortened, shows, table, width_of
+from skep.cli.see.runs import shown as runs_shown
+from skep.cli.see.status import ClusterStatus, StatusScreen, lines_of
+from skep.cli.stack.stack_lists import stacks
 from skep.errors import InvalidArgument, Unavailable
 
 NOW = 1_769_860_800.0
@@ -37,7 +37,7 @@ REPORT = Shown(data={"Services": ROWS}, rows=ROWS, lines=lines, exit_code=3)
 def a_command() -> click.Command:
     @click.command()
     @shows
-    def command(output: Output) -> None:
+    def command(output: OutputOptions) -> None:
         """Shows a report."""
 
         async def fetch() -> Shown:
@@ -120,7 +120,7 @@ def test_a_watch_goes_on_when_the_node_does_not_answer(
             raise response
         return response
 
-    output = Output(watches=True, template="{{.Name}}")
+    output = OutputOptions(watches=True, template="{{.Name}}")
     monkeypatch.setattr("skep.cli.output.WATCH_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         output.show(fetch)
@@ -130,14 +130,19 @@ def test_a_watch_goes_on_when_the_node_does_not_answer(
 def test_a_template_may_be_one_of_dockers_words() -> None:
     assert ran("--format", "json").output.splitlines() == [msgspec.json.encode(row).decode() for row in ROWS]
     assert ran("--format", "table {{.Name}}\\t{{.Tasks}}").output == "NAME  TASKS\nweb   2\ndb    1\n"
-    assert Output(template="table {{.CurrentState}}").lines(
+    assert OutputOptions(template="table {{.CurrentState}}").lines(
         Shown(data=None, rows=[{"CurrentState": "Running"}], lines=lines)
     ) == ["CURRENT STATE", "Running"]
 
 
 def test_what_happens_is_shown_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     """For people, what they need not see has no line; programs see everything."""
-    for output in (Output(), Output(form="json"), Output(form="yaml"), Output(template="{{.Name}}")):
+    for output in (
+        OutputOptions(),
+        OutputOptions(form="json"),
+        OutputOptions(form="yaml"),
+        OutputOptions(template="{{.Name}}"),
+    ):
         output.show_next(ROWS[0], "a line")
         output.show_next(ROWS[1], "")
     shown = capsys.readouterr().out
@@ -152,7 +157,7 @@ def test_a_table_without_rows_is_a_sentence_with_a_command() -> None:
         jobs_shown([], Screen(), NOW),
         stacks([]).lines(Screen()),
         runs_shown({"Runs": []}, Screen(), NOW),
-        lines_of(Status(health="healthy", node=(("node", "m1"),), cluster=Cluster()), Screen()),
+        lines_of(StatusScreen(health="healthy", node=(("node", "m1"),), cluster=ClusterStatus()), Screen()),
     ):
         *_, last = shown
         assert re.search(r"^No .*\. .*\bskep [a-z]+ [a-z]+", last), last

@@ -2,10 +2,10 @@
 
 import pytest
 
-from skep.cli.port_forward import Forward, parse_forward
-from skep.cli.run import run_spec
-from skep.cli.targets import Target
-from skep.cli.through_docker import _of_copy, arguments_of, rewritten
+from skep.cli.apps.port_forward import Forward, parse_forward
+from skep.cli.apps.run import run_spec
+from skep.cli.apps.targets import CommandTarget
+from skep.cli.apps.through_docker import _of_copy, arguments_of, rewritten
 from skep.errors import FailedPrecondition, InvalidArgument
 
 
@@ -44,7 +44,7 @@ def test_what_is_no_port_is_refused(word):
     ],
 )
 def test_what_docker_asks_about_a_task_goes_to_its_managers(target, sent):
-    assert rewritten(target, {"web.1": Target(task_id="t1", node_id="n1", name="web.1")}) == sent
+    assert rewritten(target, {"web.1": CommandTarget(task_id="t1", node_id="n1", name="web.1")}) == sent
 
 
 def test_the_words_that_may_mean_tasks_are_found_among_options():

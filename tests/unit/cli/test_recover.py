@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from skep.cli.recover import Kept, afterwards, check, lost, plan
+from skep.cli.cluster.recover import StoredCluster, afterwards, check, lost, plan
 from skep.errors import FailedPrecondition
 
 
@@ -40,7 +40,7 @@ def shown(*args: Any) -> list[str]:
 def test_the_lost_managers_are_named_and_so_is_the_state_that_is_kept() -> None:
     info, quorum = an_info(), a_quorum("m2", "m3")
     check(info, quorum)
-    lines = shown(info, quorum, Kept(revision=1234, counts={"services": 4, "nodes": 5}))
+    lines = shown(info, quorum, StoredCluster(revision=1234, counts={"services": 4, "nodes": 5}))
     assert lines[:5] == [
         "NO LEADER 1 of 3 managers responds, 2 are needed",
         "here m1 (192.0.2.1:2377)",
@@ -54,7 +54,7 @@ def test_the_lost_managers_are_named_and_so_is_the_state_that_is_kept() -> None:
 
 
 def test_another_manager_that_answers_may_have_more() -> None:
-    lines = shown(an_info(), a_quorum("m3", "m4", "m5", managers=5), Kept(revision=7))
+    lines = shown(an_info(), a_quorum("m3", "m4", "m5", managers=5), StoredCluster(revision=7))
     assert (
         "compare Also run it with --dry-run on m2. Recover on the manager with the highest revision." in lines
     )
@@ -87,7 +87,7 @@ def test_a_manager_that_does_not_serve_is_recovered_from_its_disk() -> None:
         RemoteManagers=[{"Addr": "192.0.2.2:2377"}],
     )
     check(info, None)
-    lines = shown(info, None, Kept())
+    lines = shown(info, None, StoredCluster())
     assert lines[0] == "here m1 is not serving: the store's log is damaged"
     assert "192.0.2.2:2377" in lines[1]
     assert lost(info, None) == []

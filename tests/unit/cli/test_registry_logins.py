@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from skep.cli.registry_logins import RegistryLogins
+from skep.cli.apps.registry_logins import RegistryLogins
 from skep.errors import InvalidArgument
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.api import waiting
-from skep.api.permissions import STACK_LABEL
-from skep.cli.rotation import (
+from skep.api.access.permissions import STACK_LABEL
+from skep.api.client import waiting
+from skep.cli.apps.rotation import (
     CONFIG,
     SECRET,
     VersionProgress,
@@ -26,8 +26,8 @@ from skep.cli.rotation import (
 )
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.manager.routes import ManagerApi
-from skep.model.labels import ROTATION_OF
-from skep.model.schedules import CRON
+from skep.model.options.labels import ROTATION_OF
+from skep.model.options.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.model.task import TaskState, TaskStatus
@@ -255,7 +255,7 @@ class _Late(_Services):
 async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not_be_updated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.0)
+    monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.0)
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
     waited = "web: 0 of 2 tasks have key-v2. Run skep explain web."
     problems = "broken: no such mount; stuck: paused. Run skep explain stuck."
@@ -295,7 +295,7 @@ class _Failing(_Late):
 async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, is_given_up: bool, why: str
 ) -> None:
-    monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.01)
+    monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.01)
     host: Any = _Failing(is_given_up=is_given_up)
     with pytest.raises(Unavailable) as ended:
         await _rotate(host, SECRET, "key", None, 9)

@@ -3,11 +3,11 @@
 import click
 import pytest
 
-from skep.cli import runs
-from skep.cli.explain import about_service, about_task
+from skep.cli.apps.port_forward import failure_of
 from skep.cli.output import Screen
-from skep.cli.port_forward import failure_of
 from skep.cli.running import errors_shown
+from skep.cli.see import runs
+from skep.cli.see.explain import about_service, about_task
 from skep.errors import Unavailable
 
 BAD = "a\x1b]0;owned\x07\x9bb\r\n"

@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 import pytest
 
-from skep.cli.stack_builds import build_images
-from skep.stack.conversion import stack_of
-from skep.stack.document import parse
+from skep.cli.stack.stack_builds import build_images
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import parse
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.project import Stack
-from skep.stack.reading import Report
 
 TEXT = """
 services:
@@ -21,7 +21,7 @@ services:
 
 
 def a_stack() -> Stack:
-    report = Report()
+    report = ProblemReport()
     return stack_of(parse(TEXT, "f"), "shop", {}, report)
 
 

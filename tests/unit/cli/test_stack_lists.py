@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from skep.cli.output import Output, Screen
-from skep.cli.stack_lists import NAMESPACE, services_listed, stacks, task_rows
-from skep.cli.stack_screens import revisions
-from skep.stack.revisions import Revision
+from skep.cli.output import OutputOptions, Screen
+from skep.cli.stack.stack_lists import NAMESPACE, services_listed, stacks, task_rows
+from skep.cli.stack.stack_screens import revisions
+from skep.stack.revisions import StackRevision
 
 NOW = 1_769_860_800.0  # 2026-01-31T12:00:00Z
 
@@ -41,7 +41,7 @@ def test_stacks_are_those_of_the_labels_of_services() -> None:
         "blog  1         1/1",
         "shop  2         2/3",
     ]
-    assert Output(template="{{.Name}} {{.Services}}").lines(found) == ["blog 1", "shop 2"]
+    assert OutputOptions(template="{{.Name}} {{.Services}}").lines(found) == ["blog 1", "shop 2"]
 
 
 def test_services_have_dockers_fields() -> None:
@@ -51,7 +51,7 @@ def test_services_have_dockers_fields() -> None:
     job["ServiceStatus"]["CompletedTasks"] = 3
     found = services_listed([web, job])
     template = "{{.Name}}|{{.Mode}}|{{.Replicas}}|{{.Image}}|{{.Ports}}"
-    assert Output(template=template).lines(found) == [
+    assert OutputOptions(template=template).lines(found) == [
         "shop_nightly|replicated job|0/0 (3/3 completed)|registry.example.com/web:2|",
         "shop_web|replicated|1/2|registry.example.com/web:2|*:8080->80/tcp",
     ]
@@ -77,7 +77,7 @@ def test_tasks_are_named_by_service_and_slot_the_latest_of_a_slot_first() -> Non
 def test_revisions_have_their_ages_and_for_programs_their_times() -> None:
     labels = {"skep.stack.state": "interrupted", "skep.stack.changes": "1 created"}
     created = "2026-01-31T11:56:00Z"
-    one = Revision(number=7, id="c", version=1, created_at=created, labels=labels, data="", of="shop")
+    one = StackRevision(number=7, id="c", version=1, created_at=created, labels=labels, data="", of="shop")
     found = revisions([one], NOW)
     assert list(found.lines(Screen())) == [
         "REVISION  DEPLOYED  CHANGES    STATE",

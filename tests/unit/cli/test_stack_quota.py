@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.cli.stack_quota import _body, _check_is_set
+from skep.cli.stack.stack_quota import _body, _check_is_set
 from skep.errors import FailedPrecondition
 
 NONE = {"tasks": 0, "ports": 0, "networks": 0, "addresses": 0, "secrets": 0, "configs": 0, "services": 0}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.cli.stack_screens import line_of, lines_of, shortened
+from skep.cli.stack.stack_screens import line_of, lines_of, shortened
 from skep.stack.planning import Difference, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
 

@@ -4,12 +4,12 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from skep.cli.output import Screen, width_of
-from skep.cli.quorum import no_leader, way_out
-from skep.cli.status import (
+from skep.cli.see.quorum import no_leader, way_out
+from skep.cli.see.status import (
     DEGRADED,
     LEADERLESS,
-    Cluster,
-    Status,
+    ClusterStatus,
+    StatusScreen,
     about_node,
     as_of,
     is_cluster_healthy,
@@ -20,7 +20,7 @@ from skep.cli.status import (
     status_of_state,
 )
 from skep.model.node import UNKNOWN_STATE
-from skep.node.swarm_info import NO_LEADER, lost_quorum
+from skep.node.cluster.swarm_info import NO_LEADER, lost_quorum
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
@@ -59,21 +59,21 @@ def test_the_reason_why_a_node_is_not_well_is_shown() -> None:
     assert rows["error"] == "the manager crashed 5 times"
 
 
-def a_status(nodes: list[Any], services: list[Any], explained: dict[str, Any]) -> Status:
-    cluster = Cluster(
+def a_status(nodes: list[Any], services: list[Any], explained: dict[str, Any]) -> StatusScreen:
+    cluster = ClusterStatus(
         id="c1",
         leader="m1",
         nodes=tuple(node_rows(nodes, ["m1", "m1", "w1"])),
         services=tuple(service_rows(services, explained, NOW)),
     )
-    return Status(
+    return StatusScreen(
         health="healthy" if is_cluster_healthy(cluster) else "degraded",
         node=(("node", "m1, skep 0.1.0"),),
         cluster=cluster,
     )
 
 
-def a_degraded_one() -> Status:
+def a_degraded_one() -> StatusScreen:
     nodes = [a_node("w1", "down") | {"Load": 0.2}, a_node("m1", leader=True) | {"Load": 0.9}]
     nodes[0]["Status"]["Message"] = "heartbeat failure"
     web = a_service("web", 2, 2)
@@ -249,7 +249,7 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         node["ManagerStatus"] = {"Reachability": "reachable"}
     found = a_status(nodes, [a_service("web", 0, 2)], {})
     assert found.cluster is not None
-    stale = Status(
+    stale = StatusScreen(
         health="no leader",
         node=found.node,
         notes=tuple(no_leader(quorum)),

@@ -6,7 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from skep.cli import ui
+from skep.cli.see import ui
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from skep.cli.machines import PORTS, PREFLIGHT, START, Facts, facts_of, problems
 from skep.cli.main import main
-from skep.cli.stack_screens import Progress
-from skep.cli.up import Machine, Wanted, install, join
+from skep.cli.stack.stack_screens import ProgressPrinter
+from skep.cli.start.machines import PORTS, PREFLIGHT, START, PreflightFacts, facts_of, problems
+from skep.cli.start.up import DesiredCluster, TargetMachine, install, join
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 NOW = 1_800_000_000.0
-GOOD = Facts(
+GOOD = PreflightFacts(
     uid=0, kernel="6.1.0-18-amd64", time_s=NOW, os="Debian 12", free_kib=50 << 20, skep="0.1.0", has_systemd=True,
     has_apt=True, is_whole=True,
 )  # fmt: skip
@@ -84,14 +84,14 @@ def test_each_problem_names_what_to_do(changes: dict[str, object], said: str) ->
 
 
 def test_a_machine_is_named_as_for_ssh_and_options_cannot_be_smuggled() -> None:
-    command = Machine.of("root@m1").command(["sh", "-s"])
+    command = TargetMachine.of("root@m1").command(["sh", "-s"])
     assert command[-4:] == ["--", "m1", "sh", "-s"]
     assert command[command.index("-l") + 1] == "root"
     assert "BatchMode=yes" in command
-    assert Machine.of("ssh://root@m1:2222/x.sock").destination.port == 2222
+    assert TargetMachine.of("ssh://root@m1:2222/x.sock").destination.port == 2222
     for word in ("-oProxyCommand=x", "root@-oProxyCommand=x"):
         with pytest.raises(InvalidArgument):
-            Machine.of(word)
+            TargetMachine.of(word)
 
 
 @pytest.mark.parametrize(
@@ -183,22 +183,22 @@ async def test_the_package_is_sent_installed_without_a_question_and_the_node_is_
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     start = START.replace("-S /run/skep/skep.sock", f"-e {tmp_path}/skep.sock").replace("-gt 60", "-gt 1")
-    monkeypatch.setattr("skep.cli.up.START", start)
+    monkeypatch.setattr("skep.cli.start.up.START", start)
     package = tmp_path / "skep_1.deb"
     package.write_bytes(os.urandom(300_000))
-    wanted = Wanted(package=package)
-    await install(Machine.of("root@m1"), replace(GOOD, skep=""), wanted, Progress())
+    wanted = DesiredCluster(package=package)
+    await install(TargetMachine.of("root@m1"), replace(GOOD, skep=""), wanted, ProgressPrinter())
     mode, _, words = (tmp_path / "installed").read_text().strip().partition(" ")
     assert (mode, (tmp_path / "content").read_bytes()) == ("644", package.read_bytes())
     assert " install -y " in words
     assert not Path(words.rpartition(" ")[2]).exists(), "the package is removed"
     assert (tmp_path / "started").read_text() == "enable --now skep\n"
-    await install(Machine.of("root@m1"), replace(GOOD, runs=True), wanted, Progress())
+    await install(TargetMachine.of("root@m1"), replace(GOOD, runs=True), wanted, ProgressPrinter())
     assert (tmp_path / "started").read_text() == "enable --now skep\n", "a node that runs is left"
     (tmp_path / "skep.sock").unlink()
     (tmp_path / "broken").touch()
     with pytest.raises(Unavailable, match=r"^Skep does not start\. Run journalctl -u skep on the machine\.$"):
-        await install(Machine.of("root@m1"), GOOD, wanted, Progress())
+        await install(TargetMachine.of("root@m1"), GOOD, wanted, ProgressPrinter())
 
 
 class Node:
@@ -221,13 +221,13 @@ class Node:
 async def test_a_machine_of_another_cluster_is_refused_and_one_of_this_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Machine, "client", lambda _: Node("active"))
-    rest = (Machine.of("m2"), "Manager", "192.0.2.1:2377", {})
+    monkeypatch.setattr(TargetMachine, "client", lambda _: Node("active"))
+    rest = (TargetMachine.of("m2"), "Manager", "192.0.2.1:2377", {})
     with pytest.raises(
         FailedPrecondition, match=r"it is in another cluster \(active\)\. Run docker swarm leave there"
     ):
-        await join(*rest, {"ours"}, Wanted(), Progress())
-    await join(*rest, {"theirs"}, Wanted(), Progress())
+        await join(*rest, {"ours"}, DesiredCluster(), ProgressPrinter())
+    await join(*rest, {"theirs"}, DesiredCluster(), ProgressPrinter())
     assert (
         "m2: already in the cluster as a worker. To make it a manager, run docker node promote theirs"
         in capsys.readouterr().err
@@ -241,19 +241,19 @@ async def test_of_what_a_machine_writes_the_end_is_kept_alone(
     ssh.write_text("#!/bin/sh\ncat >/dev/null; head -c 20000000 /dev/zero; echo end yes\n")
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    text = await Machine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=60)
+    text = await TargetMachine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=60)
     assert text.endswith("end yes\n")
     assert len(text) <= 64 << 10
     ssh.write_text("#!/bin/sh\nexec >&-; head -c 20000000 /dev/zero >&2; printf '\\nwhy\\n' >&2; exit 1\n")
     with pytest.raises(Unavailable, match=r"\Awhy\Z"):
-        await Machine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=60)
+        await TargetMachine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=60)
     ssh.write_text("#!/bin/sh\nexec cat /dev/zero\n")
     with pytest.raises(Unavailable, match=r"not done within 0\.5 s"):
-        await Machine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=0.5)
+        await TargetMachine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=0.5)
 
 
 def test_what_a_machine_says_of_itself_reaches_no_terminal_uncleaned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Progress().show("m1", f"suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
+    ProgressPrinter().show("m1", f"suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
     assert "m1: suitable: Debian[2J, kernel" in capsys.readouterr().err

@@ -9,14 +9,14 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from skep.api.client import Client
-from skep.cli import maintenance, upgrade
+from skep.api.client.client import ApiClient
 from skep.cli.endpoint import HostOptions
-from skep.cli.maintenance import Holder
-from skep.cli.upgrade import Means, _Upgrade
-from skep.cli.upgrade_plan import Member
+from skep.cli.maintain import maintenance, upgrade
+from skep.cli.maintain.maintenance import LockHolder
+from skep.cli.maintain.upgrade import Means, _Upgrade
+from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import Unavailable
-from skep.model.labels import MAINTENANCE
+from skep.model.options.labels import MAINTENANCE
 from tests.support.upgraded_clusters import Installing, UpgradedCluster
 
 OLD, NEW = "1.0.0", "1.1.0"
@@ -29,7 +29,7 @@ class MadeUp(UpgradedCluster):
         super().__init__(*names, version=OLD)
 
     @property
-    def holders(self) -> tuple[Holder, ...]:
+    def holders(self) -> tuple[LockHolder, ...]:
         return maintenance.read(self.swarm["Spec"]["Labels"].get(MAINTENANCE, ""))
 
     def availability(self, name: str) -> str:
@@ -38,7 +38,7 @@ class MadeUp(UpgradedCluster):
 
 def a_run(cluster: MadeUp, **options: Any) -> _Upgrade:
     means = Installing(version=NEW, command="true", cluster=cluster, **options)
-    return _Upgrade(cast("Client", cluster), means, drains=True, within_s=0.05)
+    return _Upgrade(cast("ApiClient", cluster), means, drains=True, within_s=0.05)
 
 
 async def test_a_paused_node_is_paused_again() -> None:
@@ -111,7 +111,7 @@ async def test_a_command_gets_no_host_name_that_is_an_option(
 ) -> None:
     """A worker chooses its host name, and the operator's command runs on the operator's machine."""
     means = Means(version=NEW, command=f'printf %s "$SKEP_NODE" >{tmp_path}/name')
-    await means.upgrade(Member(id="id1", name=hostname))
+    await means.upgrade(UpgradableNode(id="id1", name=hostname))
     assert (tmp_path / "name").read_text() == shown
 
 
@@ -120,7 +120,7 @@ async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
     run = a_run(cluster)
     await run.take(continues=False)
     run._holder = replace(run._holder, node="w1", availability="active")
-    other = Holder(
+    other = LockHolder(
         node="w1",
         by="other",
         until=datetime(2026, 1, 2, 4, tzinfo=UTC),

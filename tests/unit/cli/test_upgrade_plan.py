@@ -7,22 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.cli.upgrade_plan import Member, Running, members_of, plan, running_of
+from skep.cli.maintain.upgrade_plan import RunningService, UpgradableNode, members_of, plan, running_of
 
 OLD, NEW = "1.0.0", "1.1.0"
 
 
-def a_member(name: str, **fields: Any) -> Member:
-    return Member(id=f"id-{name}", name=name, **{"version": OLD, **fields})
+def a_member(name: str, **fields: Any) -> UpgradableNode:
+    return UpgradableNode(id=f"id-{name}", name=name, **{"version": OLD, **fields})
 
 
-def managers(count: int) -> list[Member]:
+def managers(count: int) -> list[UpgradableNode]:
     return [a_member(f"m{number}", is_manager=True, is_leader=number == 1) for number in range(1, count + 1)]
 
 
-def a_service(name: str, on: dict[str, int], *, away_max: int = 1, replicas: int | None = None) -> Running:
+def a_service(
+    name: str, on: dict[str, int], *, away_max: int = 1, replicas: int | None = None
+) -> RunningService:
     count = sum(on.values()) if replicas is None else replicas
-    return Running(
+    return RunningService(
         id=f"id-{name}",
         name=name,
         replicas=count,
@@ -34,7 +36,9 @@ def a_service(name: str, on: dict[str, int], *, away_max: int = 1, replicas: int
 CLUSTER = [*managers(3), a_member("w2"), a_member("w1")]
 
 
-def names(members: Sequence[Member], services: Sequence[Running] = (), **options: Any) -> list[str]:
+def names(
+    members: Sequence[UpgradableNode], services: Sequence[RunningService] = (), **options: Any
+) -> list[str]:
     return [step.node.name for step in plan(members, services, NEW, **{"drains": True, **options}).steps]
 
 
@@ -127,7 +131,7 @@ def test_tasks_need_another_node_to_go_to() -> None:
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> tuple[list[Member], list[Running]]:
+def clusters(draw: st.DrawFn) -> tuple[list[UpgradableNode], list[RunningService]]:
     members = managers(draw(st.integers(1, 5))) + [
         a_member(f"w{number}") for number in range(draw(st.integers(0, 4)))
     ]
@@ -145,11 +149,11 @@ def clusters(draw: st.DrawFn) -> tuple[list[Member], list[Running]]:
 
 @given(clusters(), st.booleans())
 def test_carried_out_it_keeps_the_quorum_and_every_services_policy(
-    cluster: tuple[list[Member], list[Running]], drains: bool
+    cluster: tuple[list[UpgradableNode], list[RunningService]], drains: bool
 ) -> None:
     """Step by step, each planned anew; tasks of a drained node go to another one and stay there."""
     members, services = cluster
-    turns: list[Member] = []
+    turns: list[UpgradableNode] = []
     spread: tuple[str, ...] = ()
     while (found := plan(members, services, NEW, drains=drains, spread=spread)).steps and not found.refusals:
         step = found.steps[0]
@@ -174,7 +178,7 @@ def test_carried_out_it_keeps_the_quorum_and_every_services_policy(
     assert order == sorted(order)
 
 
-def moved(service: Running, away: Member, members: Sequence[Member]) -> Running:
+def moved(service: RunningService, away: UpgradableNode, members: Sequence[UpgradableNode]) -> RunningService:
     on = dict(service.on)
     count = on.pop(away.id, 0)
     others = [one.id for one in members if one.is_ready and one.id != away.id]
@@ -183,7 +187,7 @@ def moved(service: Running, away: Member, members: Sequence[Member]) -> Running:
     return replace(service, on=on)
 
 
-def distributed(service: Running, members: Sequence[Member]) -> Running:
+def distributed(service: RunningService, members: Sequence[UpgradableNode]) -> RunningService:
     ready = [one.id for one in members if one.is_ready]
     on = {
         id: service.replicas // len(ready) + (place < service.replicas % len(ready))
@@ -201,7 +205,7 @@ def test_what_the_api_shows_is_read() -> None:
         "ManagerStatus": {"Leader": True, "Reachability": "unreachable"},
     }
     assert members_of([node]) == [
-        Member(
+        UpgradableNode(
             id="n1",
             name="m1",
             version=OLD,
@@ -232,6 +236,6 @@ def test_what_the_api_shows_is_read() -> None:
         {"ServiceID": "s1", "NodeID": "n1", "Status": {"State": state}, "DesiredState": "running"}
         for state in states
     ]
-    s3, s4 = (Running(id=id, name=id, replicas=1, away_max=1, on={}) for id in ("s3", "s4"))
-    web = Running(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})
+    s3, s4 = (RunningService(id=id, name=id, replicas=1, away_max=1, on={}) for id in ("s3", "s4"))
+    web = RunningService(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})
     assert running_of(services, tasks) == [replace(s3, returns=True), s4, web]

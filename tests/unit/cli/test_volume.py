@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.cli.volume import _forget
+from skep.cli.cluster.volume import _forget
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
+from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.service import TaskSpec
-from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.task import Task
-from skep.model.times import Timestamp
+from skep.model.values.times import Timestamp
 from tests.support.builders import a_node, a_task
 
 

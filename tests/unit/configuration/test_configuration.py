@@ -9,12 +9,14 @@ from msgspec.structs import replace
 from skep.configuration.configuration import AddressPool, Configuration, ConfigurationError, TcpHost, UnixHost
 from skep.configuration.reload import reload
 from skep.configuration.settings import SETTINGS
-from skep.configuration.sources import Arguments, Loaded, combine, load, parse_arguments
+from skep.configuration.sources import Arguments, LoadedConfiguration, combine, load, parse_arguments
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import DEFAULT_DATA
 
 
-def combined(*argv: str, toml: dict[str, Any] | None = None, docker: dict[str, Any] | None = None) -> Loaded:
+def combined(
+    *argv: str, toml: dict[str, Any] | None = None, docker: dict[str, Any] | None = None
+) -> LoadedConfiguration:
     return combine(parse_arguments(argv), toml or {}, docker or {})
 
 
@@ -163,7 +165,7 @@ def test_every_setting_has_a_field_of_the_configuration() -> None:
 
 def test_files_that_are_there_by_default_may_be_missing(tmp_path: Path) -> None:
     arguments = Arguments(toml=tmp_path / "skep.toml", daemon_json=tmp_path / "daemon.json")
-    assert load(arguments) == Loaded(Configuration())
+    assert load(arguments) == LoadedConfiguration(Configuration())
 
 
 @pytest.mark.parametrize(
@@ -195,9 +197,9 @@ def test_a_named_file_that_cannot_be_used_is_refused(
 
 def test_an_empty_daemon_json_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "daemon.json").write_text("\n")
-    assert load(Arguments(toml=tmp_path / "none", daemon_json=tmp_path / "daemon.json")) == Loaded(
-        Configuration()
-    )
+    assert load(
+        Arguments(toml=tmp_path / "none", daemon_json=tmp_path / "daemon.json")
+    ) == LoadedConfiguration(Configuration())
 
 
 # --- bad values -----------------------------------------------------------------------------------------------------

@@ -4,19 +4,27 @@ from itertools import count
 
 import pytest
 
-from skep.dashboard.sessions import ATTEMPTS, LIFE_S, OF_USER_MAX, Attempts, Names, Session, Sessions
-from skep.model.access import Credential
-from skep.model.addresses import is_public
+from skep.dashboard.sessions import (
+    ATTEMPTS,
+    LIFE_S,
+    OF_USER_MAX,
+    Attempts,
+    BrowserSession,
+    BrowserSessions,
+    CertificateNames,
+)
+from skep.model.networks.addresses import is_public
+from skep.model.permissions.access import Credential
 
 ANN, BOB = Credential.of_token(b"ann"), Credential.of_token(b"bob")
 
 
-def some_sessions() -> Sessions:
+def some_sessions() -> BrowserSessions:
     numbers = count()
-    return Sessions(lambda: f"{next(numbers):032}")
+    return BrowserSessions(lambda: f"{next(numbers):032}")
 
 
-def cookie_of(session: Session, name: str) -> str:
+def cookie_of(session: BrowserSession, name: str) -> str:
     return session.cookie if name == session.cookie_name else ""
 
 
@@ -79,7 +87,9 @@ def test_logins_of_an_address_are_bounded_and_those_of_others_go_on() -> None:
     ],
 )
 def test_a_host_is_one_of_the_certificate_or_the_address_that_was_reached(host: str, expected: bool) -> None:
-    names = Names(frozenset({"m1.example.com", "*.lab.example"}), frozenset({"10.0.0.5", "fd00::5"}))
+    names = CertificateNames(
+        frozenset({"m1.example.com", "*.lab.example"}), frozenset({"10.0.0.5", "fd00::5"})
+    )
     assert names.has(host, "::ffff:10.0.0.9") is expected
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from skep.api.errors import Forbidden
-from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.api.formats.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.bridge_request import bridge_of
 from skep.dataplane.local.objects import LocalNetwork, flat_form, head_of
 from skep.dataplane.plan.gateway import between_table
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, SkepError, Unimplemented
-from skep.model.times import ZERO_TIME
+from skep.model.values.times import ZERO_TIME
 
 TAKEN = (
     *map(IPv4Network, ("172.18.0.0/16", "192.168.1.0/24", "0.0.0.0/0")),

@@ -12,11 +12,11 @@ from msgspec.structs import replace
 
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
-from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.nft import NftFailed
+from skep.dataplane.netns.kernel.namespaces import Namespaces
+from skep.dataplane.netns.kernel.nft import NftFailed
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION
-from skep.model.ids import ContainerId
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
+from skep.model.values.ids import ContainerId
 from skep.paths import Paths
 from tests.support.oci_rig import QuickClock
 from tests.support.reservations import OwnReservations

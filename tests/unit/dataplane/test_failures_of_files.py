@@ -16,35 +16,42 @@ import pytest
 from structlog.testing import capture_logs
 
 from skep.aio.failures import retry
-from skep.api.networks import SubnetBody
-from skep.dataplane.dns.networks import Networks
+from skep.api.formats.networks import SubnetBody
+from skep.dataplane.dns.networks import NetworkFiles
 from skep.dataplane.gateway import stored_subnet
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import LocalNetwork
-from skep.dataplane.netns import namespaces
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.net_process.protocol import Named, Reservation, SocketLabel
+from skep.dataplane.net_process.served_container import ContainerRecord, namespace_at
+from skep.dataplane.net_process.served_containers import ServedContainers
+from skep.dataplane.netns.kernel import namespaces
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.ports import Reservations, bind, reopened
 from skep.dataplane.probe.measurements import Measurements
 from skep.dataplane.probe.prober import PathProber, SavedState, load_state, save_state
-from skep.dataplane.protocol import Label, Named, Reservation
-from skep.dataplane.proxy.relay import Relays
+from skep.dataplane.proxy.relay import ConnectionRelays
 from skep.dataplane.proxy.relays import RelayPort
-from skep.dataplane.served_container import ContainerRecord, namespace_at
-from skep.dataplane.served_containers import ServedContainers
 from skep.dataplane.wireguard import keys
-from skep.dataplane.wireguard.tunnels import Options, Tunnels
+from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
 from skep.errors import SkepError, Unavailable
 from skep.linux.mounting import mount_targets
-from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
-from skep.model.paths import PathPeer, ProbeTargets
-from skep.model.publishing import PublishOptions
-from skep.model.sandbox import EndpointRequest, SandboxConfig
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TablePort, TableService
-from skep.model.times import Timestamp
-from skep.model.wireguard import Method, published_keys
+from skep.model.networks.paths import PathPeer, ProbeTargets
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.sandbox import EndpointRequest, SandboxConfig
+from skep.model.networks.tables import (
+    NetworkHead,
+    NetworkTable,
+    Segment,
+    TableEndpoint,
+    TablePort,
+    TableService,
+)
+from skep.model.networks.wireguard import EncryptionMethod, published_keys
+from skep.model.values.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
+from skep.model.values.times import Timestamp
 from skep.paths import Paths
 from tests.support.file_faults import Faults, file_faults, walk
 from tests.support.oci_rig import QuickClock
@@ -79,7 +86,7 @@ class OneNetwork:
 
 def names_in(path: Path) -> set[str]:
     try:
-        table = msgspec.msgpack.decode(path.read_bytes(), type=Table)
+        table = msgspec.msgpack.decode(path.read_bytes(), type=NetworkTable)
     except FileNotFoundError:
         return set()
     return {endpoint.name for endpoint in table.endpoints.values()}
@@ -204,7 +211,7 @@ async def test_the_gateways_subnet_stays_or_is_not_used(tmp_path: Path) -> None:
 async def test_relays_follow_their_plan(tmp_path: Path) -> None:
     async def life(place: Path, faults: Faults) -> None:
         plan = place / "relays/plan"
-        relays = Relays(
+        relays = ConnectionRelays(
             plan, QuickClock(), Random(1).random, lambda: [(Reservation("tcp", 0, "", host), own)]
         )
         running = asyncio.create_task(retry(relays.run, "relays of ports failed", clock=QuickClock()))
@@ -254,7 +261,7 @@ async def test_relayed_ports_are_those_before_or_those_now(tmp_path: Path) -> No
     assert await walk(tmp_path, life) > 4
 
 
-def published(port: int) -> Table:
+def published(port: int) -> NetworkTable:
     """Relayed: it has no backends at this node, and speaks the proxy protocol."""
     service = TableService(
         id=ServiceId("web"),
@@ -263,7 +270,7 @@ def published(port: int) -> Table:
             TablePort(protocol="tcp", published=port, target=80, options=PublishOptions(proxy_protocol=2)),
         ),
     )
-    return Table(
+    return NetworkTable(
         head=NetworkHead(id=NET, name="ingress", is_ingress=True), services={ServiceId("web"): service}
     )
 
@@ -350,13 +357,13 @@ async def test_a_table_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_pat
             for name in names
         }
         head = NetworkHead(id=NET, name="net", segments=(Segment("10.5.0.0/24", "10.5.0.1", 4097),))
-        (directory / NET).write_bytes(msgspec.msgpack.encode(Table(head=head, endpoints=endpoints)))
+        (directory / NET).write_bytes(msgspec.msgpack.encode(NetworkTable(head=head, endpoints=endpoints)))
 
-    def known(networks: Networks) -> set[str]:
+    def known(networks: NetworkFiles) -> set[str]:
         return {name for name in ("old", "new") if networks.index(NET).find(name) is not None}
 
     async def life(place: Path, faults: Faults) -> None:
-        networks = Networks(place)
+        networks = NetworkFiles(place)
         known(networks)
         real_write(place)
         networks.refresh([NET])
@@ -385,7 +392,9 @@ async def test_a_table_that_cannot_be_read_fails_no_change_of_another_network(tm
     paths.tables.mkdir(parents=True)
     other = NetworkId("net2")
     for id in (NET, other):
-        (paths.tables / id).write_bytes(msgspec.msgpack.encode(Table(head=NetworkHead(id=id, name=id))))
+        (paths.tables / id).write_bytes(
+            msgspec.msgpack.encode(NetworkTable(head=NetworkHead(id=id, name=id)))
+        )
     serving = ServedContainers(
         paths,
         cast("Namespaces", None),
@@ -408,9 +417,9 @@ async def test_a_table_that_cannot_be_read_fails_no_change_of_another_network(tm
 
 async def test_the_backends_of_a_table_that_is_readable_again_are_changed_ones(tmp_path: Path) -> None:
     service = TableService(id=ServiceId("web"), name="web", virtual_ips=("10.5.0.2",))
-    table = Table(head=NetworkHead(id=NET, name="net"), services={service.id: service})
+    table = NetworkTable(head=NetworkHead(id=NET, name="net"), services={service.id: service})
     (tmp_path / NET).write_bytes(msgspec.msgpack.encode(table))
-    networks = Networks(tmp_path)
+    networks = NetworkFiles(tmp_path)
     with file_faults(tmp_path) as faults, capture_logs():
         faults.plan(0, errno.EMFILE, 100)
         assert not networks.backends(NET)
@@ -503,7 +512,7 @@ async def test_a_record_that_cannot_be_read_keeps_no_other_container_from_its_na
                 new_id=lambda: 1,
                 start_task=start,
             )
-            given = {Label(id, kind): bound(kind) for id in ids for kind in ("udp", "tcp")}
+            given = {SocketLabel(id, kind): bound(kind) for id in ids for kind in ("udp", "tcp")}
             serving.take_over(given, ())
             read = any(f"names/{id}" in hit for hit in faults.hits for id in ids)
             assert len(serving.list()) >= (1 if read else 0 if faults.hits else 2)
@@ -542,13 +551,13 @@ ENCRYPTED = a_secure_table({"n1": (KEPT_PAIR,), "n2": (a_pair(2),)})
 
 
 @asynccontextmanager
-async def a_nodes_tunnels(place: Path) -> AsyncIterator[Tunnels]:
+async def a_nodes_tunnels(place: Path) -> AsyncIterator[WireGuardTunnels]:
     """Of node n1, in a process of its own."""
     paths = Paths(place / "data", place / "run")
-    options = Options(method=Method.USER_SPACE, since_boot=lambda: 1.0)
+    options = Options(method=EncryptionMethod.USER_SPACE, since_boot=lambda: 1.0)
     pins, spaces = Namespaces(paths.tunnels), Namespaces(paths.netns)
     try:
-        yield Tunnels(paths, spaces, options, Repairs(), QuickClock())
+        yield WireGuardTunnels(paths, spaces, options, Repairs(), QuickClock())
     finally:
         for name in pins.pinned():
             await pins.destroy(name)
@@ -556,7 +565,7 @@ async def a_nodes_tunnels(place: Path) -> AsyncIterator[Tunnels]:
         spaces.close()
 
 
-def keys_of(tunnels: Tunnels) -> list[bytes]:
+def keys_of(tunnels: WireGuardTunnels) -> list[bytes]:
     return [one.key for one in published_keys(tunnels.labels())]
 
 

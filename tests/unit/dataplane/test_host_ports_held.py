@@ -6,9 +6,9 @@ from typing import Any
 
 from skep.dataplane.netns.nft_table import NftTable
 from skep.errors import AlreadyExists
-from skep.model.ids import ContainerId
-from skep.model.sandbox import PublishedPort, Sandbox
+from skep.model.networks.sandbox import PublishedPort, Sandbox
 from skep.model.service import PublishMode
+from skep.model.values.ids import ContainerId
 from tests.support.container_networks import MemoryGateway, NetPorts, nothing
 
 ONE = ContainerId("c" * 64)

@@ -5,7 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from skep.dataplane.ipc import framed, read_frame, serve
+from skep.dataplane.net_process.ipc import framed, read_frame, serve
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -20,7 +20,7 @@ from skep.dataplane.addresses import (
     unique_local,
 )
 from skep.dataplane.gateway import gateway_state, stored_subnet
-from skep.dataplane.netns.forwarding import forward_ipv6
+from skep.dataplane.netns.kernel.forwarding import forward_ipv6
 from skep.dataplane.netns.nft_table import changes, whole
 from skep.dataplane.plan.gateway import HostPort, gateway_table, gateway_table_ipv6
 from skep.errors import ResourceExhausted

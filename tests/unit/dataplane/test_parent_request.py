@@ -7,17 +7,17 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.api.errors import Forbidden
-from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.api.formats.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, flat_form, head_of
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import NotFound, SkepError
-from skep.model.ids import ContainerId, new_container_id
 from skep.model.network import ConfigReference
-from skep.model.sandbox import EndpointConfig, SandboxConfig
-from skep.model.tables import ParentLink
-from skep.model.times import Timestamp
+from skep.model.networks.sandbox import EndpointConfig, SandboxConfig
+from skep.model.networks.tables import ParentLink
+from skep.model.values.ids import ContainerId, new_container_id
+from skep.model.values.times import Timestamp
 
 LAN = IPAMBody(config=(SubnetBody(subnet="10.77.0.0/24", ip_range="10.77.0.64/26"),))
 

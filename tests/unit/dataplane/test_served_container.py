@@ -10,20 +10,20 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.dns.networks import Networks
-from skep.dataplane.dns.server import Sockets
-from skep.dataplane.dns.upstream import Forwarder
-from skep.dataplane.protocol import Named, NameServer, Place
-from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
+from skep.dataplane.dns.networks import NetworkFiles
+from skep.dataplane.dns.server import DnsSockets
+from skep.dataplane.dns.upstream import QueryForwarder
+from skep.dataplane.net_process.protocol import ContainerEndpoint, Named, NameServer
+from skep.dataplane.net_process.served_container import ContainerRecord, ServedContainer, SharedResources
 from skep.errors import Unavailable
-from skep.model.ids import NetworkId
-from skep.model.tables import NetworkHead, Segment, Table
+from skep.model.networks.tables import NetworkHead, NetworkTable, Segment
+from skep.model.values.ids import NetworkId
 
 
 class SlowNamespaces:
     """A thread that is in the namespace until ``go``, and then has opened what it was to open."""
 
-    def __init__(self, opened: tuple[Sockets, socket.socket, socket.socket | None]) -> None:
+    def __init__(self, opened: tuple[DnsSockets, socket.socket, socket.socket | None]) -> None:
         self.opened = opened
         self.writer = "skep-1"
         self.is_inside = asyncio.Event()
@@ -37,11 +37,11 @@ class SlowNamespaces:
 
 def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces", **more: Any) -> ServedContainer:
     named = Named(**{"id": "c1", "netns": str(tmp_path / "ns"), "networks": (), **more})
-    environment = Environment(
+    environment = SharedResources(
         tmp_path,
         namespaces,  # type: ignore[arg-type]
-        Networks(tmp_path),
-        Forwarder(SystemClock(), lambda: 1),
+        NetworkFiles(tmp_path),
+        QueryForwarder(SystemClock(), lambda: 1),
         lambda: 0.5,
         asyncio.ensure_future,
     )
@@ -55,7 +55,7 @@ def datagrams() -> socket.socket:
 async def test_what_was_opened_for_a_container_that_is_gone_is_closed_and_nothing_written(
     tmp_path: Path,
 ) -> None:
-    opened = Sockets(datagrams(), datagrams()), datagrams(), datagrams()
+    opened = DnsSockets(datagrams(), datagrams()), datagrams(), datagrams()
     namespaces = SlowNamespaces(opened)
     served = a_served(tmp_path, namespaces)
     opening = asyncio.ensure_future(served.open())
@@ -71,7 +71,7 @@ async def test_what_was_opened_for_a_container_that_is_gone_is_closed_and_nothin
 
 
 async def test_sockets_that_have_another_owner_by_then_stay_open(tmp_path: Path) -> None:
-    sockets = Sockets(datagrams(), datagrams())
+    sockets = DnsSockets(datagrams(), datagrams())
     namespaces = SlowNamespaces((sockets, datagrams(), None))
     served = a_served(tmp_path, namespaces)
     served.sockets = sockets
@@ -91,7 +91,7 @@ class QuickNamespaces:
 
     def __init__(self) -> None:
         self.writer = "skep-1"
-        self.sockets = Sockets(datagrams(), datagrams())
+        self.sockets = DnsSockets(datagrams(), datagrams())
         self.opened = [self.sockets.udp, self.sockets.tcp]
 
     async def run(self, namespace: Path, call: Callable[..., Any], /, *args: Any) -> Any:
@@ -116,12 +116,12 @@ async def test_a_name_server_is_asked_from_inside_once_the_containers_network_ha
     """The container may be served before its network's table is there, and subnets are added to networks in use."""
     network = NetworkId("front")
     servers = (NameServer("10.0.9.3"), NameServer("192.0.2.53"))
-    served = a_served(tmp_path, QuickNamespaces(), networks=(Place(network),), servers=servers)
+    served = a_served(tmp_path, QuickNamespaces(), networks=(ContainerEndpoint(network),), servers=servers)
     networks = served._environment.networks
 
     async def asked_inside(*subnets: str) -> list[str]:
         segments = tuple(Segment(subnet, "", 4097) for subnet in subnets)
-        table = Table(head=NetworkHead(id=network, name=network, segments=segments))
+        table = NetworkTable(head=NetworkHead(id=network, name=network, segments=segments))
         (tmp_path / network).write_bytes(msgspec.msgpack.encode(table))
         networks.refresh([network])
         assert served.has_other_subnets()

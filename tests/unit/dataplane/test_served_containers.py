@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.dataplane import served_containers
-from skep.dataplane.protocol import Named, Place
-from skep.dataplane.served_container import ContainerRecord
-from skep.dataplane.served_containers import ServedContainers
+from skep.dataplane.net_process import served_containers
+from skep.dataplane.net_process.protocol import ContainerEndpoint, Named
+from skep.dataplane.net_process.served_container import ContainerRecord
+from skep.dataplane.net_process.served_containers import ServedContainers
 from skep.errors import Unavailable
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.tables import NetworkHead, Table, TableService
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableService
+from skep.model.values.ids import NetworkId, ServiceId
 from skep.paths import Paths
 from tests.support.oci_rig import QuickClock
 
@@ -73,7 +73,7 @@ def serving(tmp_path: Path, spaces: Spaces) -> ServedContainers:
     paths.tables.mkdir(parents=True)
     for id in (FIRST, SECOND):
         service = TableService(id=WEB, name="web", virtual_ips=("10.5.0.2",))
-        table = Table(head=NetworkHead(id=id, name=id), services={WEB: service})
+        table = NetworkTable(head=NetworkHead(id=id, name=id), services={WEB: service})
         (paths.tables / id).write_bytes(msgspec.msgpack.encode(table))
     made = ServedContainers(
         paths,
@@ -85,7 +85,7 @@ def serving(tmp_path: Path, spaces: Spaces) -> ServedContainers:
     )
     for id, networks, used in (("both", (FIRST, SECOND), FIRST), ("one", (SECOND,), SECOND)):
         (tmp_path / id).touch()
-        named = Named(id=id, netns=str(tmp_path / id), networks=tuple(map(Place, networks)))
+        named = Named(id=id, netns=str(tmp_path / id), networks=tuple(map(ContainerEndpoint, networks)))
         made._served[id] = made._new(ContainerRecord(named, loaded=((used, WEB),)))
     return made
 

@@ -6,8 +6,8 @@ import msgspec
 
 from skep.dataplane.plan.overlay import Underlay, mtu_of
 from skep.dataplane.underlays import Underlays
-from skep.model.ids import NetworkId, NodeId
-from skep.model.tables import NetworkHead, Segment, Table, TableNode
+from skep.model.networks.tables import NetworkHead, NetworkTable, Segment, TableNode
+from skep.model.values.ids import NetworkId, NodeId
 
 ME, NEAR, FAR = NodeId("me"), NodeId("near"), NodeId("far")
 
@@ -20,8 +20,8 @@ class FarIsNarrow:
         return msgspec.structs.replace(underlay, mtu=1400) if FAR in nodes else underlay
 
 
-def a_table(name: str, *nodes: NodeId, is_encrypted: bool = False) -> Table:
-    return Table(
+def a_table(name: str, *nodes: NodeId, is_encrypted: bool = False) -> NetworkTable:
+    return NetworkTable(
         head=NetworkHead(id=NetworkId(name), name=name, is_encrypted=is_encrypted),
         nodes={id: TableNode(id=id, underlay=f"192.0.2.{number}") for number, id in enumerate(nodes, 1)},
     )
@@ -42,7 +42,7 @@ def test_each_network_has_the_mtu_between_its_own_nodes() -> None:
 def test_a_node_without_an_address_on_a_network_has_no_underlay_there() -> None:
     assert narrow().of(ME, None) is None
     assert narrow().of(ME, a_table("a", NEAR)) is None
-    assert narrow().of(ME, Table(head=NetworkHead(id=NetworkId("a"), name="a"))) is None
+    assert narrow().of(ME, NetworkTable(head=NetworkHead(id=NetworkId("a"), name="a"))) is None
 
 
 def test_tunnels_lie_on_the_nodes_own_device_whatever_arrives_at_other_nodes() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from skep.api.exposition import render
-from skep.engine.action_times import ActionTimes, timed
+from skep.api.telemetry.exposition import render
+from skep.engine.metrics.action_times import ActionTimes, timed
 from tests.unit.manager.membership.test_votes import HandClock
 
 

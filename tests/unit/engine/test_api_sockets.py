@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine import processes
 from skep.engine.api_sockets import NONE, ApiSockets, Given
-from skep.engine.container import Container, ContainerConfig, MountPoint
+from skep.engine.containers.container import Container, ContainerConfig, MountPoint
+from skep.engine.runtime import processes
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.container import Mount
-from skep.model.ids import ContainerId
-from skep.model.rights import ApiAccess
+from skep.model.permissions.rights import ApiAccess
+from skep.model.values.ids import ContainerId
 from tests.support.file_faults import Faults, file_faults, walk
 
 

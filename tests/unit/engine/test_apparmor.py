@@ -10,12 +10,12 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.executor.adapter import _security_options
-from skep.engine import apparmor
 from skep.engine.capacity import Programs, capacity_of, is_in_user_namespace, thermal_throttles
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import ExecConfig
-from skep.engine.runtime_spec import exec_process
-from skep.engine.users import Identity
+from skep.engine.confinement import apparmor
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.confinement.users import ProcessUser
+from skep.engine.containers.container import ExecConfig
+from skep.engine.runtime.runtime_spec import exec_process
 from skep.errors import FailedPrecondition
 from skep.model.container import AppArmorOpts, Privileges
 from tests.support.oci_rig import Machine, memory_engine, new_container
@@ -154,7 +154,7 @@ def test_a_container_and_its_execs_get_the_profile() -> None:
     with pytest.raises(FailedPrecondition, match="AppArmor is not enabled on this machine: no profile mine"):
         built(apparmor="mine")
     requested = ExecConfig(command=("true",))
-    process = exec_process(a_container(), requested, Identity(), CONFINING)
+    process = exec_process(a_container(), requested, ProcessUser(), CONFINING)
     assert process["apparmorProfile"] == "docker-default"
 
 

@@ -2,8 +2,8 @@
 
 import socket
 
-from skep.engine.attachment import Attachment
-from skep.engine.container import Stream
+from skep.engine.containers.attachment import Attachment
+from skep.engine.containers.container import StandardStream
 
 
 def connected() -> tuple[Attachment, socket.socket]:
@@ -20,8 +20,8 @@ async def test_output_is_read_to_its_end_where_the_input_was_not() -> None:
     conmon.send(b"\x03err")
     await attachment.write(b"nobody reads this")
     conmon.close()
-    assert await attachment.read() == (Stream.STDOUT, b"out")
-    assert await attachment.read() == (Stream.STDERR, b"err")
+    assert await attachment.read() == (StandardStream.STDOUT, b"out")
+    assert await attachment.read() == (StandardStream.STDERR, b"err")
     assert await attachment.read() is None
     assert await attachment.read() is None
     attachment.close()
@@ -32,6 +32,6 @@ async def test_packets_of_no_known_stream_are_passed_over() -> None:
     conmon.send(b"\x09?")
     conmon.send(b"\x02out")
     conmon.close()
-    assert await attachment.read() == (Stream.STDOUT, b"out")
+    assert await attachment.read() == (StandardStream.STDOUT, b"out")
     assert await attachment.read() is None
     attachment.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skep.engine.api_sockets import NONE
-from skep.engine.bind_sources import BindSources
+from skep.engine.volumes.bind_sources import BindSources
 from skep.errors import InvalidArgument
 from skep.model.container import Mount
 

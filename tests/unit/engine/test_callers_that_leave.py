@@ -13,13 +13,13 @@ from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.api import server
-from skep.api.versions import ApiVersion
+from skep.api.http import server
+from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
-from skep.engine.container import ContainerState, MountPoint
+from skep.engine.containers.container import ContainerState, MountPoint
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 Run: TypeAlias = Callable[[Body], None]
@@ -48,7 +48,7 @@ def requested(stubs: StubEngine, action: str, seconds: int) -> Coroutine[Any, An
     request = make_mocked_request("POST", f"/containers/{ID}/{action}?t={seconds}", match_info={"id": ID})
     request[server._VERSION] = ApiVersion("1.41")
     handler = getattr(containers, action)
-    return handler(containers.Served(stubs.engine, stubs.engine._clock), request)
+    return handler(containers.ContainerRoutes(stubs.engine, stubs.engine._clock), request)
 
 
 async def abandoned(work: Coroutine[Any, Any, Any]) -> None:

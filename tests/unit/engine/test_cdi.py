@@ -7,8 +7,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.engine.cdi import Hook, described, edits_for, names_of, oci_hooks
-from skep.engine.machine import DeviceRequest
+from skep.engine.confinement.cdi import Hook, described, edits_for, names_of, oci_hooks
+from skep.engine.confinement.machine import DeviceRequest
 from skep.errors import FailedPrecondition, InvalidArgument
 
 KNOWN = ("acme.com/gpu=0", "acme.com/gpu=1", "acme.com/gpu=all", "acme.com/net=eth9")

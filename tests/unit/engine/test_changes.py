@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from skep.engine.bundle import Bundles
-from skep.engine.container import Container, ContainerConfig
-from skep.model.ids import ContainerId
+from skep.engine.containers.container import Container, ContainerConfig
+from skep.engine.runtime.bundle import Bundles
+from skep.model.values.ids import ContainerId
 
 
 @pytest.mark.parametrize(

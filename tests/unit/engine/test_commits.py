@@ -4,8 +4,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from skep.engine import commits
-from skep.engine.container import ContainerState
+from skep.engine.containers import commits
+from skep.engine.containers.container import ContainerState
 
 
 class Freezing:

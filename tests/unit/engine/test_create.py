@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.api.gosyntax import parse_size
-from skep.engine.container import ContainerConfig, RestartPolicy
-from skep.engine.create import (
+from skep.api.formats.gosyntax import parse_size
+from skep.engine.containers.container import ContainerConfig, RestartPolicy
+from skep.engine.containers.create import (
     NodeDefaults,
     container_config,
     invocation,
@@ -18,13 +18,13 @@ from skep.engine.create import (
     mounts,
     plain_options,
 )
+from skep.engine.containers.request import CreateRequest, TaskOptions, read_create
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.log_drivers.options import log_config
-from skep.engine.request import CreateRequest, TaskOptions, read_create
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
-from skep.model.meta import Driver
-from skep.model.sandbox import EndpointRequest, NetworkMode
-from skep.model.times import SECOND_NS
+from skep.model.networks.sandbox import EndpointRequest, NetworkMode
+from skep.model.values.meta import Driver
+from skep.model.values.times import SECOND_NS
 
 IMAGE = ContainerDefaults(cmd=("sh",), env=("A=1", "B=2"), exposed_ports={"80/tcp": {}})
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from skep.engine import engine as engine_module
+from skep.engine.containers.request import CreateRequest
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import with_attributes
-from skep.engine.request import CreateRequest
 from skep.errors import SkepError
 from tests.support.oci_rig import Machine, memory_engine
 from tests.support.runc_lab import IMAGE, TreeImages

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine import capabilities, seccomp, seccomp_default
+from skep.engine.confinement import capabilities, seccomp, seccomp_default
 
 # SHA-256 of the verdicts of moby/profiles' seccomp/default.json (v0.2.3) as ``verdicts`` lists them, worked out from
 # that file by an evaluation of its own, after moby's seccomp_linux.go.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine import devices
-from skep.engine.devices import device_paths, look_up
-from skep.engine.machine import DeviceMapping, MachineOptions
+from skep.engine.confinement import devices
+from skep.engine.confinement.devices import device_paths, look_up
+from skep.engine.confinement.machine import DeviceMapping, MachineOptions
 from skep.errors import FailedPrecondition
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import msgspec
 import pytest
 
-from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
+from skep.engine.containers.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
 from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time

@@ -9,12 +9,12 @@ from typing import cast
 
 import pytest
 
-from skep.engine.bundle import Bundles
 from skep.engine.capacity import Capacity
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container
-from skep.engine.processes import find, wait_gone
-from skep.engine.runtime import Runtime
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.processes import find, wait_gone
+from skep.engine.runtime.runtime import Runtime
 from tests.unit.engine.test_specification import a_container
 
 EXEC_ID = "e" * 64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.exec_limits import held, open_files_of
+from skep.engine.containers.exec_limits import held, open_files_of
 from tests.support.playground_rig import wait_until
 
 OPEN_FILES = {"type": "RLIMIT_NOFILE", "soft": 200, "hard": 300}

@@ -11,14 +11,14 @@ import pytest
 
 from sim.time import VirtualLoop
 from skep.aio.clock import SystemClock
-from skep.engine.attachment import Attachment
-from skep.engine.bundle import Bundles
-from skep.engine.conmon import StartError
-from skep.engine.container import Container, ContainerState, ExecConfig
+from skep.engine.containers.attachment import Attachment
+from skep.engine.containers.container import Container, ContainerState, ExecConfig
+from skep.engine.containers.execs import SLOW_MAX, SLOW_S, STARTS_MAX, STARTS_MAX_PER_CONTAINER, Execs
 from skep.engine.events import Events
-from skep.engine.execs import SLOW_MAX, SLOW_S, STARTS_MAX, STARTS_MAX_PER_CONTAINER, Execs
-from skep.engine.runtime import Runtime
-from skep.model.ids import ContainerId
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.conmon import StartError
+from skep.engine.runtime.runtime import Runtime
+from skep.model.values.ids import ContainerId
 from tests.support.wire_rig import until
 from tests.unit.engine.test_specification import a_container
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, ContainerConfig
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 from tests.support.file_faults import Faults, walk
 
 CONTAINER = Container(

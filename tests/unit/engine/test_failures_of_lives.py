@@ -12,11 +12,9 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.engine.bundle import Bundles, Found
 from skep.engine.capacity import Capacity
-from skep.engine.cgroups import Cgroups
-from skep.engine.conmon import RuntimeFailed, StartError
-from skep.engine.container import (
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import (
     Container,
     ContainerConfig,
     ContainerState,
@@ -26,12 +24,14 @@ from skep.engine.container import (
     RestartPolicy,
     WaitCondition,
 )
-from skep.engine.runtime import Runtime
-from skep.engine.volumes import Volumes
+from skep.engine.runtime.bundle import Bundles, FoundContainers
+from skep.engine.runtime.conmon import RuntimeFailed, StartError
+from skep.engine.runtime.runtime import Runtime
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId
-from skep.model.sandbox import NetworkMode, Sandbox, SandboxConfig
-from skep.model.times import ZERO_TIME
+from skep.model.networks.sandbox import NetworkMode, Sandbox, SandboxConfig
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import ZERO_TIME
 from tests.support.stub_engine import (
     ID,
     Body,
@@ -496,7 +496,7 @@ def test_an_adoption_that_fails_at_first_leaves_a_container_its_name(
             raise Unavailable("no memory")
         return False
 
-    monkeypatch.setattr(StubBundles, "load", lambda _: Found(unreadable=[ID]))
+    monkeypatch.setattr(StubBundles, "load", lambda _: FoundContainers(unreadable=[ID]))
     monkeypatch.setattr(StubBundles, "read", lambda *_: found, raising=False)
     monkeypatch.setattr(StubRuntime, "delete_unknown", StubRuntime.clear, raising=False)
     monkeypatch.setattr(StubBundles, "is_mounted", lambda _, id_: adopted_later(id_))

@@ -5,11 +5,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from skep.engine import logs
-from skep.engine.cdi import described
-from skep.engine.container import LogConfig, LogFilter
+from skep.engine.confinement.cdi import described
+from skep.engine.containers.container import LogConfig, LogFilter
 from skep.engine.log_drivers.spool import Spool
-from skep.engine.log_files import rotate
+from skep.engine.logs import logs
+from skep.engine.logs.log_files import rotate
 from tests.support.file_faults import Faults, walk
 from tests.unit.engine.test_cdi import a_file
 

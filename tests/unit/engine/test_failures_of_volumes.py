@@ -5,7 +5,7 @@ attempt works.
 from contextlib import suppress
 from pathlib import Path
 
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError
 from tests.support.file_faults import Faults, walk
 

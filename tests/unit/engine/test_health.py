@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.container import Health, HealthStatus, Probe
-from skep.engine.health import (
+from skep.engine.containers.container import Health, HealthStatus, Probe
+from skep.engine.containers.health import (
     LOG_MAX,
     after_probe,
     command,
@@ -15,7 +15,7 @@ from skep.engine.health import (
     timeout_s,
 )
 from skep.model.container import HealthConfig
-from skep.model.times import SECOND_NS, ZERO_TIME
+from skep.model.values.times import SECOND_NS, ZERO_TIME
 
 STARTING, HEALTHY, UNHEALTHY = HealthStatus
 

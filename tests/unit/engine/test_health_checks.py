@@ -10,21 +10,27 @@ from typing import cast
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine import health
-from skep.engine.attachment import Attachment
-from skep.engine.bundle import Bundles
-from skep.engine.container import Container, ContainerConfig, ContainerState, ExecConfig, ProcessName
+from skep.engine.containers import health
+from skep.engine.containers.attachment import Attachment
+from skep.engine.containers.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    ExecConfig,
+    ProcessName,
+)
+from skep.engine.containers.execs import STARTS_MAX, Execs
+from skep.engine.containers.health import HealthMonitor
+from skep.engine.containers.state import ContainerStore
 from skep.engine.events import Events
-from skep.engine.execs import STARTS_MAX, Execs
-from skep.engine.health import HealthMonitor
 from skep.engine.lifecycle import machine
 from skep.engine.lifecycle.life_events import Probed
-from skep.engine.runtime import Runtime, StartedExec
-from skep.engine.state import ContainerStore
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.runtime import Runtime, StartedExec
 from skep.errors import NotFound
 from skep.model.container import HealthConfig
-from skep.model.ids import ContainerId
-from skep.model.times import timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 from tests.support.wire_rig import until
 
 ID = ContainerId("c" * 64)

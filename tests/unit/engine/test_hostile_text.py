@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from skep.api.gosyntax import parse_size
-from skep.engine import seccomp
+from skep.api.formats.gosyntax import parse_size
 from skep.engine.api.builds import _credentials
 from skep.engine.buildkit.routes import _json, _Output
-from skep.engine.images.endpoints import Policy
-from skep.engine.images.registry import Credentials, decode_credentials
+from skep.engine.confinement import seccomp
+from skep.engine.confinement.machine import device_rule
+from skep.engine.images.registry.endpoints import RegistryPolicy
+from skep.engine.images.registry.registry import RegistryCredentials, decode_credentials
 from skep.engine.log_drivers.transport import host_and_port
-from skep.engine.machine import device_rule
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, SkepError
 from tests.unit.engine.test_create import configured
 
@@ -54,7 +54,7 @@ def test_what_is_no_number_of_this_world_is_refused(read: Callable[[str], object
     "header", ["\udcff", "²", "A", encoded(DEEP), encoded(json.dumps({"a": 1})[:-1] + f', "b": {DEEP}}}')]
 )
 def test_credentials_that_cannot_be_read_are_none(header: str) -> None:
-    assert decode_credentials(header) == Credentials()
+    assert decode_credentials(header) == RegistryCredentials()
     assert _credentials(header) == {}
 
 
@@ -65,12 +65,12 @@ def test_nested_credentials_of_a_registry_are_none() -> None:
 @pytest.mark.parametrize("domain", [f"localhost:{DIGITS}", "a.b:65536", "a.b:²", "[::1]:99999"])
 def test_a_registry_at_no_port_is_an_error_of_the_registry(domain: str) -> None:
     with pytest.raises(SkepError, match=r"dial tcp: address .*: invalid port"):
-        Policy().endpoints(domain)
+        RegistryPolicy().endpoints(domain)
 
 
 @pytest.mark.parametrize("domain", ["localhost:5000", "a.b", "[::1]", "[::1]:5000", "a.b:65535"])
 def test_other_registries_have_an_address(domain: str) -> None:
-    assert Policy().endpoints(domain)[0].url == f"https://{domain}"
+    assert RegistryPolicy().endpoints(domain)[0].url == f"https://{domain}"
 
 
 def test_no_volume_has_a_zero_byte_in_its_name(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import cast
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.bundle import Bundles
 from skep.engine.capacity import Capacity
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Interruption, ProcessName
-from skep.engine.runtime import EXIT_CODE_UNKNOWN, Runtime
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Interruption, ProcessName
+from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.runtime import EXIT_CODE_UNKNOWN, Runtime
 from skep.linux.processes import boot_id
 from tests.support.stub_engine import a_container
 

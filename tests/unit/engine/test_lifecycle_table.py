@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.container import ContainerState, Health, HealthStatus, PlainOptions, RestartPolicy
+from skep.engine.containers.container import ContainerState, Health, HealthStatus, PlainOptions, RestartPolicy
 from skep.engine.lifecycle import life_events, machine
 from skep.engine.lifecycle.driver import LifecycleDriver
 from skep.engine.lifecycle.effects import Effects
-from skep.engine.lifecycle.life_events import Event, Failure
-from skep.engine.lifecycle.machine import BEST_EFFORT, INTERRUPTIBLE, TABLE, Effect, Rule, Saving, State
-from skep.model.sandbox import EndpointRequest
+from skep.engine.lifecycle.life_events import EffectFailed, LifeEvent
+from skep.engine.lifecycle.machine import BEST_EFFORT, INTERRUPTIBLE, TABLE, Effect, LifeRule, Saving, State
+from skep.model.networks.sandbox import EndpointRequest
 from tests.support.stub_engine import StubEngine, a_container, a_process, on_virtual_time
 
 PAGE = Path(__file__).parents[3] / "docs" / "design" / "runtime.md"
@@ -25,7 +25,7 @@ def words(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()
 
 
-def states(rule: Rule) -> str:
+def states(rule: LifeRule) -> str:
     return "any" if rule.states == machine.ANY else ", ".join(state.value for state in rule.states)
 
 
@@ -69,7 +69,7 @@ def test_the_page_shows_the_changes_of_state() -> None:
     assert f"```mermaid\nstateDiagram-v2\n{drawn_picture()}```" in PAGE.read_text()
 
 
-def event_of(kind: type[Event]) -> Event:
+def event_of(kind: type[LifeEvent]) -> LifeEvent:
     """Return an event, whatever its fields are."""
     fields: dict[str, Any] = {
         "process": a_process(),
@@ -92,14 +92,16 @@ def event_of(kind: type[Event]) -> Event:
 
 REQUESTS = (
     *(life_events.UserStarts, life_events.UserStops, life_events.Start, life_events.Pause),
-    *(life_events.Unpause, life_events.Retire, life_events.Remove, life_events.Adopted),
+    *(life_events.Unpause, life_events.Retire, life_events.RemoveContainer, life_events.Adopted),
     *(life_events.Exec, life_events.Update, life_events.Rename, life_events.Signal, life_events.Probed),
 )
 
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("change", [life_events.Connect, life_events.Disconnect])
-def test_a_change_of_networks_has_a_rule_in_every_state(state: ContainerState, change: type[Event]) -> None:
+def test_a_change_of_networks_has_a_rule_in_every_state(
+    state: ContainerState, change: type[LifeEvent]
+) -> None:
     machine.rule_for(a_container(state=state), event_of(change))
 
 
@@ -107,7 +109,7 @@ def test_a_change_of_networks_has_a_rule_in_every_state(state: ContainerState, c
 @pytest.mark.parametrize("request_", REQUESTS)
 @pytest.mark.parametrize("plain", [None, PlainOptions()])
 def test_a_request_has_a_rule_in_every_state(
-    state: ContainerState, request_: type[Event], plain: PlainOptions | None
+    state: ContainerState, request_: type[LifeEvent], plain: PlainOptions | None
 ) -> None:
     machine.rule_for(a_container(state=state, plain=plain), event_of(request_))
 
@@ -116,7 +118,7 @@ def test_every_event_has_a_rule_and_every_rule_an_event_that_comes() -> None:
     kinds = {
         one
         for one in vars(life_events).values()
-        if isinstance(one, type) and issubclass(one, Event) and one not in (Event, Failure)
+        if isinstance(one, type) and issubclass(one, LifeEvent) and one not in (LifeEvent, EffectFailed)
     }
     assert {rule.event for rule in TABLE} == kinds
 
@@ -171,7 +173,7 @@ def test_nothing_that_is_being_removed_starts() -> None:
 
 def test_what_frees_a_resource_never_stops_at_a_failure() -> None:
     for rule in TABLE:
-        if issubclass(rule.event, Failure) and rule.event is not life_events.CreateFailed:
+        if issubclass(rule.event, EffectFailed) and rule.event is not life_events.CreateFailed:
             quiet = {Effect.REFUSE_CLIENTS, Effect.FORGET_SECRETS, Effect.SEE_FROZEN, Effect.RELEASE_NAME}
             assert set(rule.effects) <= BEST_EFFORT | quiet
 

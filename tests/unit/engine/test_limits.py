@@ -6,9 +6,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from skep.engine.container import ContainerConfig
-from skep.engine.limits import block_io, check_cpus, resources
-from skep.engine.machine import MachineOptions, ThrottleDevice, WeightDevice, check, device_rule, numbers
+from skep.engine.confinement.limits import block_io, check_cpus, resources
+from skep.engine.confinement.machine import (
+    MachineOptions,
+    ThrottleDevice,
+    WeightDevice,
+    check,
+    device_rule,
+    numbers,
+)
+from skep.engine.containers.container import ContainerConfig
 from skep.errors import InvalidArgument
 from tests.unit.engine.test_specification import ALL_CAPACITY
 

@@ -6,13 +6,21 @@ from pathlib import Path
 import pytest
 
 from skep.aio.time_slices import run_at_once
-from skep.engine.container import LogConfig
-from skep.engine.log_files import Files, Position, compress, generations, identity, lines_in, rotate
+from skep.engine.containers.container import LogConfig
+from skep.engine.logs.log_files import (
+    LogPosition,
+    LogReader,
+    compress,
+    generations,
+    identity,
+    lines_in,
+    rotate,
+)
 
 STAMP = "2026-01-31T12:00:00.{:09d}+00:00"
 
 
-def lines_from(files: Files) -> list[str]:
+def lines_from(files: LogReader) -> list[str]:
     found: list[str] = []
     while lines := run_at_once(files.read_lines()):
         found += [line.decode().rsplit(" ", 1)[1] for line in lines]
@@ -41,7 +49,7 @@ def test_what_conmon_has_left_is_compressed_and_read_all_the_same(tmp_path: Path
     rotated(current)
     written(current, 5)
     assert names(current) == ["current.2.gz", "current.1.gz", "current"]
-    files = Files(current)
+    files = LogReader(current)
     assert lines_from(files) == ["1", "2", "3", "4", "5"]
     assert run_at_once(files.open_for_tail(2))
     assert lines_from(files)[-2:] == ["4", "5"]
@@ -51,7 +59,7 @@ def test_what_conmon_has_left_is_compressed_and_read_all_the_same(tmp_path: Path
 def test_a_reader_goes_on_after_its_file_was_renamed_and_compressed(tmp_path: Path) -> None:
     current = tmp_path / "current"
     written(current, 1, 2)
-    files = Files(current)
+    files = LogReader(current)
     assert lines_from(files) == ["1", "2"]
     written(current, 3)
     rotated(current)
@@ -63,7 +71,7 @@ def test_a_reader_goes_on_after_its_file_was_renamed_and_compressed(tmp_path: Pa
 def test_a_copy_reads_the_same_lines_after_the_file_was_rotated_away(tmp_path: Path) -> None:
     current = tmp_path / "current"
     written(current, 1, 2, 3)
-    files = Files(current)
+    files = LogReader(current)
     assert run_at_once(files.open_for_tail(2))
     copy = files.copy()
     current.unlink()
@@ -76,14 +84,14 @@ def test_a_copy_reads_the_same_lines_after_the_file_was_rotated_away(tmp_path: P
 def test_a_later_reader_goes_on_where_an_earlier_one_stopped(tmp_path: Path) -> None:
     current = tmp_path / "current"
     written(current, 1, 2)
-    first = Files(current)
+    first = LogReader(current)
     assert lines_from(first) == ["1", "2"]
     position = first.position
     first.close()
     written(current, 3)
     rotated(current)
     written(current, 4)
-    later = Files(current)
+    later = LogReader(current)
     assert later.open_at(position)
     assert lines_from(later) == ["3", "4"]
     later.close()
@@ -92,8 +100,8 @@ def test_a_later_reader_goes_on_where_an_earlier_one_stopped(tmp_path: Path) -> 
 def test_a_place_that_was_rotated_away_is_not_found(tmp_path: Path) -> None:
     current = tmp_path / "current"
     written(current, 1)
-    files = Files(current)
-    assert not files.open_at(Position(b"2020-01-01T00:00:00.000000000+00:00 stdout F 0", 5))
+    files = LogReader(current)
+    assert not files.open_at(LogPosition(b"2020-01-01T00:00:00.000000000+00:00 stdout F 0", 5))
     assert lines_from(files) == ["1"], "what is left is read"
     files.close()
 
@@ -109,7 +117,7 @@ def test_an_attempt_to_compress_that_was_cut_off_leaves_no_line_twice(tmp_path: 
     assert names(current) == ["current.2.gz", "current.1", "current"]
     written(current, 3)
     rotated(current)
-    files = Files(current)
+    files = LogReader(current)
     assert lines_from(files) == ["1", "2", "3"]
     files.close()
 
@@ -123,7 +131,7 @@ def test_an_empty_compressed_file_is_passed_over(tmp_path: Path) -> None:
     written(current, 3)
     for content in (b"", gzip.compress(b"")):  # what a power loss leaves
         (tmp_path / "current.1.gz").write_bytes(content)
-        files = Files(current)
+        files = LogReader(current)
         assert lines_from(files) == ["1", "3"]
         files.close()
 
@@ -141,7 +149,7 @@ def test_what_is_left_of_a_damaged_file_is_read_and_what_follows_it(tmp_path: Pa
     else:
         content[{"head": 0, "middle": -16, "checksum": -5}[at]] ^= 0xFF
     packed.write_bytes(content)
-    files = Files(current)
+    files = LogReader(current)
     found = lines_from(files)
     assert found[-1] == "3"
     assert found == ["1", "2", "3"] if at == "checksum" else set(found) <= {"1", "2", "3"}

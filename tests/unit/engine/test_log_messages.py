@@ -3,12 +3,12 @@
 import msgspec
 import pytest
 
-from skep.engine.container import LogEntry, Stream
+from skep.engine.containers.container import LogEntry, StandardStream
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.fluentd import Fluentd
 from skep.engine.log_drivers.gelf import Gelf
 from skep.engine.log_drivers.journald import Journald, field_name
-from skep.engine.log_drivers.message import Message, Pieces, Undeliverable, text_of
+from skep.engine.log_drivers.message import LogMessage, Pieces, Undeliverable, text_of
 from skep.engine.log_drivers.splunk import Splunk
 from tests.support.log_receivers import fluentd_messages, gelf_messages, journal_fields
 
@@ -25,12 +25,12 @@ FACTS = LogFacts(
 )
 
 
-def message(line: bytes, stream: Stream = Stream.STDOUT) -> Message:
-    return Message(MOMENT_NS, stream, line)
+def message(line: bytes, stream: StandardStream = StandardStream.STDOUT) -> LogMessage:
+    return LogMessage(MOMENT_NS, stream, line)
 
 
 def test_pieces_of_a_line_are_counted_and_have_the_time_of_the_first() -> None:
-    out, err = Stream.STDOUT, Stream.STDERR
+    out, err = StandardStream.STDOUT, StandardStream.STDERR
     entries = [
         LogEntry(1, out, b"whole\n"),
         LogEntry(2, out, b"a"),
@@ -59,7 +59,7 @@ def test_bytes_that_are_no_utf8_are_replaced_one_by_one_as_in_go() -> None:
 
 def test_a_line_in_the_journal_has_its_container_and_may_have_newlines_in_its_fields() -> None:
     sink = Journald({"tag": "{{.Name}}"}, FACTS)
-    fields = journal_fields(sink.datagram(message(b"wrong\xff", Stream.STDERR)))
+    fields = journal_fields(sink.datagram(message(b"wrong\xff", StandardStream.STDERR)))
     assert fields["MESSAGE"] == b"wrong\xff"
     assert fields["PRIORITY"] == b"3"
     assert fields["CONTAINER_NAME"] == fields["CONTAINER_TAG"] == fields["SYSLOG_IDENTIFIER"] == b"web"

@@ -2,13 +2,13 @@
 
 import pytest
 
-from skep.engine.container import Container, ContainerConfig, LogConfig
+from skep.engine.containers.container import Container, ContainerConfig, LogConfig
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import all_attributes, attributes_of, facts_of, tag_of
 from skep.engine.log_drivers.options import buffer_bytes, log_config, with_defaults
 from skep.errors import InvalidArgument
-from skep.model.ids import ContainerId
-from skep.model.meta import Driver
+from skep.model.values.ids import ContainerId
+from skep.model.values.meta import Driver
 
 ID = ContainerId("0123456789abcdef" * 4)
 ENV = ("COLOUR=red", "SHAPE=round=ish", "bare")

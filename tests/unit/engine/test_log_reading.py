@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from skep.aio.time_slices import run_at_once
-from skep.engine import logs
-from skep.engine.container import LogConfig, LogEntry, LogFilter, Stream
-from skep.engine.log_files import SLICE_BYTES, Assembler, Files, compress, rotate
+from skep.engine.containers.container import LogConfig, LogEntry, LogFilter, StandardStream
+from skep.engine.logs import logs
+from skep.engine.logs.log_files import SLICE_BYTES, Assembler, LogReader, compress, rotate
 
 SECOND_NS = 1_000_000_000
 BEGAN_NS = 1_769_860_800 * SECOND_NS
@@ -22,7 +22,7 @@ NEVER = LogFilter(since_ns=BEGAN_NS + 10**6 * SECOND_NS)
 """Wants no line of these logs."""
 PIECE_BYTES_MAX = 5 << 20
 LARGE_BYTES = 12 << 20
-STREAMS = (Stream.STDOUT, Stream.STDOUT, Stream.STDERR)
+STREAMS = (StandardStream.STDOUT, StandardStream.STDOUT, StandardStream.STDERR)
 
 
 def line(number: int, text: str = "", *, kind: str = "F") -> bytes:
@@ -213,7 +213,7 @@ async def test_a_thread_whose_reader_has_gone_stops_and_opens_nothing_again(tmp_
 def test_files_that_were_closed_give_no_lines(tmp_path: Path) -> None:
     current = tmp_path / "ctr.log"
     current.write_bytes(line(1) + line(2))
-    files = Files(current)
+    files = LogReader(current)
     assert len(run_at_once(files.read_lines())) == 2
     files.close()
     assert run_at_once(files.read_lines()) == []
@@ -222,7 +222,7 @@ def test_files_that_were_closed_give_no_lines(tmp_path: Path) -> None:
 
 FILTERS = [
     LogFilter(streams=streams, tail=tail, since_ns=since, until_ns=until)
-    for streams in (frozenset(Stream), frozenset({Stream.STDERR}))
+    for streams in (frozenset(StandardStream), frozenset({StandardStream.STDERR}))
     for tail in (None, 0, 1, 7, 60, 999_999_999)
     for since in (0, BEGAN_NS + 80 * SECOND_NS)
     for until in (0, BEGAN_NS + 85 * SECOND_NS)

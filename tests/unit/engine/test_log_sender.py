@@ -15,24 +15,24 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine.container import LogConfig
+from skep.engine.containers.container import LogConfig
 from skep.engine.log_drivers import transport
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.forwarder import Forwarder
-from skep.engine.log_drivers.message import Message
+from skep.engine.log_drivers.message import LogMessage
 from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Peers, Report, Response
 from skep.engine.log_drivers.sender import LINE_BYTES_MAX, Sender
 from skep.engine.log_drivers.spool import Spool
 from skep.engine.log_drivers.transport import (
     ANYWHERE,
     FILE_BYTES_MAX,
-    Endpoint,
-    TlsFiles,
+    RemoteAddress,
+    RemoteTlsFiles,
     client_context,
     connect,
 )
-from skep.engine.log_files import compress, rotate
-from skep.engine.log_forwarding import encoded
+from skep.engine.logs.log_files import compress, rotate
+from skep.engine.logs.log_forwarding import encoded
 from skep.linux.filewatch import FileWatch
 
 ID = "0123456789abcdef" * 4
@@ -52,7 +52,7 @@ class Collected:
     async def open(self) -> None:
         """Nothing."""
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LogMessage) -> None:
         self.lines.append(message.line.decode())
 
     async def flush(self) -> None:
@@ -206,7 +206,7 @@ def test_certificates_are_regular_files_of_a_bounded_size(tmp_path: Path, field:
         file.truncate(FILE_BYTES_MAX + 1)
     for path in (str(fifo), "/dev/zero", str(large)):
         with pytest.raises(OSError, match=path):
-            client_context(TlsFiles(**{field: path}))
+            client_context(RemoteTlsFiles(**{field: path}))
 
 
 def test_an_authority_is_trusted_beside_the_systems_or_alone(tmp_path: Path) -> None:
@@ -216,12 +216,12 @@ def test_an_authority_is_trusted_beside_the_systems_or_alone(tmp_path: Path) -> 
     subprocess.run(["openssl", *command.split()], check=True, cwd=tmp_path, capture_output=True)
     ca = str(tmp_path / "ca")
     systems = len(ssl.create_default_context().get_ca_certs())
-    assert len(client_context(TlsFiles(ca=ca)).get_ca_certs()) == systems + 1
-    alone = client_context(TlsFiles(ca=ca, is_ca_alone=True))
+    assert len(client_context(RemoteTlsFiles(ca=ca)).get_ca_certs()) == systems + 1
+    alone = client_context(RemoteTlsFiles(ca=ca, is_ca_alone=True))
     assert [dict(part[0] for part in one["subject"]) for one in alone.get_ca_certs()] == [
         {"commonName": "one"}
     ]
-    client_context(TlsFiles(certificate=ca, key=str(tmp_path / "key")))
+    client_context(RemoteTlsFiles(certificate=ca, key=str(tmp_path / "key")))
 
 
 @pytest.mark.parametrize("has_failed", [True, False])
@@ -231,7 +231,7 @@ async def test_a_connection_whose_remote_hangs_is_given_up_with_what_it_has_not_
     """At once after an error, otherwise a while after it was closed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         before = len(os.listdir("/proc/self/fd"))
-        endpoint = Endpoint(network="tcp", host="127.0.0.1", port=server.getsockname()[1])
+        endpoint = RemoteAddress(network="tcp", host="127.0.0.1", port=server.getsockname()[1])
         connection = await connect(endpoint, ANYWHERE)
         monkeypatch.setattr(transport, "SEND_S", 0.05 if has_failed else 3600)
         with pytest.raises(TimeoutError):

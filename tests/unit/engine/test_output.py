@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.container import LogConfig, LogEntry, Stream
-from skep.engine.log_files import PIECE_BYTES_MAX, Assembler, generations, rotate
-from skep.engine.signals import signal_number
-from skep.engine.stats import NetworkStats, flat_keyed, network_counters
-from skep.engine.top import parse
+from skep.engine.containers.container import LogConfig, LogEntry, StandardStream
+from skep.engine.containers.signals import signal_number
+from skep.engine.logs.log_files import PIECE_BYTES_MAX, Assembler, generations, rotate
+from skep.engine.metrics.stats import NetworkStats, flat_keyed, network_counters
+from skep.engine.metrics.top import parse
 from skep.errors import InvalidArgument
 from skep.linux.name_files import forwarded_to, hosts_file, resolver_file, sets_ndots
 
@@ -25,7 +25,7 @@ def entries(*lines: bytes) -> list[LogEntry]:
 
 def test_a_line_has_its_time_stream_and_newline() -> None:
     assert entries(STAMP + b" stdout F hello  world") == [
-        LogEntry(STAMP_NS, Stream.STDOUT, b"hello  world\n")
+        LogEntry(STAMP_NS, StandardStream.STDOUT, b"hello  world\n")
     ]
 
 
@@ -36,8 +36,8 @@ def test_pieces_are_joined_per_stream() -> None:
         STAMP + b" stdout P two ",
         STAMP + b" stdout F three",
     ) == [
-        LogEntry(STAMP_NS, Stream.STDERR, b"other\n"),
-        LogEntry(STAMP_NS, Stream.STDOUT, b"one two three\n"),
+        LogEntry(STAMP_NS, StandardStream.STDERR, b"other\n"),
+        LogEntry(STAMP_NS, StandardStream.STDOUT, b"one two three\n"),
     ]
 
 

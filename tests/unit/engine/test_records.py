@@ -5,12 +5,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.engine import records
-from skep.engine.container import Container, ContainerConfig, PlainOptions, RestartPolicy
+from skep.engine.containers import records
+from skep.engine.containers.container import Container, ContainerConfig, PlainOptions, RestartPolicy
 from skep.errors import Unavailable
-from skep.model.ids import ContainerId, NetworkId, TaskId
-from skep.model.sandbox import Endpoint, EndpointConfig, PublishedPort, Sandbox
-from skep.model.tables import NetworkHead
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, PublishedPort, Sandbox
+from skep.model.networks.tables import NetworkHead
+from skep.model.values.ids import ContainerId, NetworkId, TaskId
 
 
 def a_container(**fields: object) -> Container:

@@ -10,12 +10,12 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 from aiohttp.web import StreamResponse
 
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api import volumes as routes
-from skep.engine.container import Container, ContainerConfig, MountPoint
+from skep.engine.containers.container import Container, ContainerConfig, MountPoint
 from skep.engine.engine import Engine
-from skep.engine.volume_plugins import VolumePlugins
-from skep.engine.volumes import Listing, VolumeInUse, Volumes
+from skep.engine.volumes.volume_plugins import VolumePlugins
+from skep.engine.volumes.volumes import Listing, VolumeInUse, Volumes
 from skep.errors import NotFound
 from skep.linux import mounting, trees
 from skep.model.container import Mount
@@ -47,7 +47,7 @@ class Gate:
         self.reached.set()
         while not self._opened.wait(0.005):
             if stop is not None and stop.is_set():
-                raise trees.Stopped
+                raise trees.RemovalStopped
         remove_tree(path, stop, keep)
 
 
@@ -73,7 +73,7 @@ async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 async def removed(volumes: Volumes, containers: Listing = list) -> StreamResponse:
     """The response to ``DELETE /volumes/data``."""
     request = make_mocked_request("DELETE", "/volumes/data", match_info={"name": "data"})
-    return await routes.remove_volume(routes.Served(volumes, containers), request)
+    return await routes.remove_volume(routes.VolumeRoutes(volumes, containers), request)
 
 
 def a_user(name: str = "data") -> Container:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.container import Container, PlainOptions
+from skep.engine.containers.container import Container, PlainOptions
 from skep.engine.engine import Engine
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError, Unavailable
-from skep.model.sandbox import Sandbox, SandboxConfig
+from skep.model.networks.sandbox import Sandbox, SandboxConfig
 from tests.support.oci_rig import Machine, MemoryNetwork, memory_engine, new_container
 from tests.support.wire_rig import until
 

@@ -12,7 +12,7 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock
-from skep.engine.container import (
+from skep.engine.containers.container import (
     BeingRemoved,
     Container,
     ContainerState,
@@ -21,10 +21,10 @@ from skep.engine.container import (
     StillRunning,
 )
 from skep.engine.events import Events
-from skep.engine.restart import FIRST_DELAY_S, LONGEST_DELAY_S, RestartMonitor
+from skep.engine.lifecycle.restart import FIRST_DELAY_S, LONGEST_DELAY_S, RestartMonitor
 from skep.errors import NotFound, Unavailable
-from skep.model.ids import ContainerId
-from skep.model.times import timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 from tests.support.stub_engine import (
     ID,
     StubEngine,

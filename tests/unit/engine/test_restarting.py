@@ -13,12 +13,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
-from skep.api import server
 from skep.api.errors import NotModified
-from skep.api.versions import NEWEST
-from skep.engine.api import container_output, containers
-from skep.engine.conmon import StartError
-from skep.engine.container import (
+from skep.api.http import server
+from skep.api.http.versions import NEWEST
+from skep.engine.api import containers
+from skep.engine.api.streams import container_output
+from skep.engine.containers.container import (
     Container,
     ContainerState,
     ExecConfig,
@@ -28,12 +28,13 @@ from skep.engine.container import (
     StillRunning,
     WaitCondition,
 )
-from skep.engine.request import read_update
-from skep.engine.sharing import shared_by
-from skep.engine.updates import updated
+from skep.engine.containers.request import read_update
+from skep.engine.containers.sharing import shared_by
+from skep.engine.containers.updates import updated
+from skep.engine.runtime.conmon import StartError
 from skep.errors import AlreadyExists
-from skep.model.ids import ContainerId
-from skep.model.times import timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time, restart_policies
 
 Run: TypeAlias = Callable[..., None]
@@ -68,7 +69,7 @@ async def asked(stubs: StubEngine, name: str, method: str = "POST", path: str = 
     """What the handler ``name`` of the container ``c`` responds."""
     request = make_mocked_request(method, path, match_info={"id": "c"})
     request[server._VERSION] = NEWEST
-    served = containers.Served(stubs.engine, stubs.engine._clock)
+    served = containers.ContainerRoutes(stubs.engine, stubs.engine._clock)
     response: web.StreamResponse = await getattr(containers, name)(served, request)
     return response
 
@@ -162,7 +163,7 @@ def test_what_needs_a_process_is_told_to_wait_for_one(simulated: Run) -> None:
         with pytest.raises(NotRunning, match=f"^{WAIT}$"):
             shared_by(sharing, stubs.engine.get, lambda _: Path())
         request = make_mocked_request("POST", "/?stream=1", match_info={"id": "c"})
-        served = container_output.Served(stubs.engine, stubs.engine._clock)
+        served = container_output.OutputRoutes(stubs.engine, stubs.engine._clock)
         with pytest.raises(AlreadyExists, match=r"^container c is restarting, wait until the container is"):
             await container_output.attach(served, request)
 

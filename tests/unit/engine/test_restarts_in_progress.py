@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.container import ContainerState, PlainOptions, RestartPolicy
+from skep.engine.containers.container import ContainerState, PlainOptions, RestartPolicy
 from skep.errors import Unavailable
-from skep.model.sandbox import Sandbox, SandboxConfig
+from skep.model.networks.sandbox import Sandbox, SandboxConfig
 from tests.support.stub_engine import ID, StubEngine, a_container, on_virtual_time, restart_policies
 
 

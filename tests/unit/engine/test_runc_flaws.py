@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.runc_flaws import changelog_of, flaws_of, warning
+from skep.engine.runtime.runc_flaws import changelog_of, flaws_of, warning
 
 OF_2024, OF_2025 = ["CVE-2024-21626"], ["CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"]
 CHANGELOG = (

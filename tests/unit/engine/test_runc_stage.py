@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from skep.engine.runc_state import RuncState
-from skep.model.ids import ContainerId
+from skep.engine.runtime.runc_state import RuncState
+from skep.model.values.ids import ContainerId
 
 ID = ContainerId("c" * 64)
 

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine import capabilities, seccomp
 from skep.engine.capacity import Capacity
-from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime_spec import Built, build, exec_process, merged_environment
-from skep.engine.users import Identity, resolve
+from skep.engine.confinement import capabilities, seccomp
+from skep.engine.confinement.users import ProcessUser, resolve
+from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
+from skep.engine.runtime.runtime_spec import Built, build, exec_process, merged_environment
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 
 ALL_CAPACITY = Capacity(
     capabilities=frozenset(capabilities.ALL),
@@ -36,7 +36,7 @@ def a_container(**config: object) -> Container:
 
 
 def built(capacity: Capacity = ALL_CAPACITY, **config: object) -> Built:
-    return build(a_container(**config), Identity(), capacity, rootfs="/r", cgroup="/skep/ctr/c", files=())
+    return build(a_container(**config), ProcessUser(), capacity, rootfs="/r", cgroup="/skep/ctr/c", files=())
 
 
 # --- capabilities ------------------------------------------------------------------------------------------------
@@ -156,19 +156,19 @@ def test_a_profile_that_is_none_is_an_invalid_argument(profile: bytes) -> None:
 @pytest.mark.parametrize(
     ("user", "expected"),
     [
-        ("", Identity(0, 0, (), "/root")),
-        ("alice", Identity(1000, 1001, (50,), "/home/alice")),
-        ("1000", Identity(1000, 1001, (50,), "/home/alice")),
-        ("alice:video", Identity(1000, 44, (), "/home/alice")),
-        ("alice:", Identity(1000, 1001, (50,), "/home/alice")),
-        ("4321", Identity(4321, 0, (), "/")),
-        ("4321:99", Identity(4321, 99, (), "/")),
-        ("1234", Identity(1234, 0, (), "/")),  # a number is no name
-        ("0000", Identity(0, 0, (), "/root")),
-        ("alice:1234", Identity(1000, 1234, (), "/home/alice")),
+        ("", ProcessUser(0, 0, (), "/root")),
+        ("alice", ProcessUser(1000, 1001, (50,), "/home/alice")),
+        ("1000", ProcessUser(1000, 1001, (50,), "/home/alice")),
+        ("alice:video", ProcessUser(1000, 44, (), "/home/alice")),
+        ("alice:", ProcessUser(1000, 1001, (50,), "/home/alice")),
+        ("4321", ProcessUser(4321, 0, (), "/")),
+        ("4321:99", ProcessUser(4321, 99, (), "/")),
+        ("1234", ProcessUser(1234, 0, (), "/")),  # a number is no name
+        ("0000", ProcessUser(0, 0, (), "/root")),
+        ("alice:1234", ProcessUser(1000, 1234, (), "/home/alice")),
     ],
 )
-def test_users_are_looked_up_as_docker_does(user: str, expected: Identity) -> None:
+def test_users_are_looked_up_as_docker_does(user: str, expected: ProcessUser) -> None:
     assert resolve(user, (), PASSWD, GROUP) == expected
 
 
@@ -298,13 +298,16 @@ def test_a_shared_mount_makes_the_root_shared() -> None:
 
 def test_an_exec_inherits_the_containers_surroundings() -> None:
     container = a_container(env=("A=1",), working_dir="/w", capability_drop=("ALL",))
-    process = exec_process(container, ExecConfig(command=("x",), env=("B=2",)), Identity(5, 6), ALL_CAPACITY)
+    process = exec_process(
+        container, ExecConfig(command=("x",), env=("B=2",)), ProcessUser(5, 6), ALL_CAPACITY
+    )
     assert (process["args"], process["cwd"]) == (["x"], "/w")
     assert process["env"][-2:] == ["A=1", "B=2"]
     assert process["capabilities"]["effective"] == []
     privileged = ExecConfig(command=("x",), privileged=True)
     assert (
-        len(exec_process(container, privileged, Identity(), ALL_CAPACITY)["capabilities"]["effective"]) == 41
+        len(exec_process(container, privileged, ProcessUser(), ALL_CAPACITY)["capabilities"]["effective"])
+        == 41
     )
 
 

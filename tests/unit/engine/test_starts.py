@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.container import (
+from skep.engine.containers.container import (
     BeingRemoved,
     Container,
     MountPoint,
@@ -19,10 +19,10 @@ from skep.engine.container import (
     StillRunning,
 )
 from skep.engine.engine import Engine
-from skep.engine.volumes import MountFailed, Part
+from skep.engine.volumes.volumes import MountFailed, VolumeSubpath
 from skep.errors import SkepError, Unavailable
-from skep.model.ids import ContainerId
-from skep.model.sandbox import EndpointRequest, NetworkMode
+from skep.model.networks.sandbox import EndpointRequest, NetworkMode
+from skep.model.values.ids import ContainerId
 from tests.support.oci_rig import Machine, memory_engine, new_container
 from tests.support.wire_rig import until
 
@@ -51,12 +51,14 @@ class Rig:
         for name in names:
             self.gates[name].set()
 
-    async def mount(self, user: str, points: Iterable[MountPoint], parts: Sequence[Part] = ()) -> None:
+    async def mount(
+        self, user: str, points: Iterable[MountPoint], parts: Sequence[VolumeSubpath] = ()
+    ) -> None:
         self.calls.append(("mount", user))
         if user not in self.free:
             await self._pass("mount")
 
-    async def unmount(self, user: str, parts: Iterable[Part] = ()) -> None:
+    async def unmount(self, user: str, parts: Iterable[VolumeSubpath] = ()) -> None:
         await self._pass("unmount")
         self.calls.append(("unmounted", user))
 

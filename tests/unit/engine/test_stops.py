@@ -10,11 +10,11 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
-from skep.api import server
 from skep.api.errors import Untranslated
-from skep.api.versions import ApiVersion
+from skep.api.http import server
+from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
-from skep.engine.container import Container, ContainerConfig, PlainOptions
+from skep.engine.containers.container import Container, ContainerConfig, PlainOptions
 from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 DAY_S = 86_400
@@ -40,7 +40,7 @@ async def ask(stubs: StubEngine, action: str, query: str, version: str = "1.42")
     request = make_mocked_request("POST", f"/containers/{ID}/{action}?{query}", match_info={"id": ID})
     request[server._VERSION] = ApiVersion(version)
     handler = getattr(containers, action)
-    response = await handler(containers.Served(stubs.engine, stubs.engine._clock), request)
+    response = await handler(containers.ContainerRoutes(stubs.engine, stubs.engine._clock), request)
     return int(response.status)
 
 

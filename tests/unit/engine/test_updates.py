@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.api.versions import ApiVersion
-from skep.engine.container import Conflicting, Container, ContainerConfig, PlainOptions, RestartPolicy
+from skep.api.http.versions import ApiVersion
+from skep.engine.confinement.machine import MachineOptions
+from skep.engine.containers.container import (
+    Conflicting,
+    Container,
+    ContainerConfig,
+    PlainOptions,
+    RestartPolicy,
+)
+from skep.engine.containers.request import UpdateRequest, read_update
+from skep.engine.containers.updates import updated
 from skep.engine.engine import Engine
-from skep.engine.machine import MachineOptions
-from skep.engine.request import UpdateRequest, read_update
-from skep.engine.restart import Rest, StartAgain, after_end
-from skep.engine.updates import updated
+from skep.engine.lifecycle.restart import RestartContainer, StayEnded, after_end
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from tests.support.oci_rig import Machine, memory_engine, new_container
 from tests.support.stub_engine import a_container
@@ -218,10 +224,10 @@ def test_the_limit_of_memory_and_swap_does_not_follow_that_of_memory() -> None:
 def test_a_restart_policy_holds_for_the_next_end() -> None:
     container = updated(asked(RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 2}), a_plain())
     assert container.plain is not None
-    assert isinstance(after_end(container.plain, 1, 1.0), StartAgain)
+    assert isinstance(after_end(container.plain, 1, 1.0), RestartContainer)
     container = updated(asked(RestartPolicy={"Name": "no"}), container)
     assert container.plain is not None
-    assert after_end(container.plain, 1, 1.0) == Rest()
+    assert after_end(container.plain, 1, 1.0) == StayEnded()
 
 
 def test_a_container_that_is_removed_at_its_end_gets_no_restart_policy() -> None:

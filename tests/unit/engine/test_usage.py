@@ -5,10 +5,10 @@ import time
 
 from msgspec.structs import replace
 
-from skep.api.exposition import render
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, ContainerState
-from skep.engine.stats import (
+from skep.api.telemetry.exposition import render
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState
+from skep.engine.metrics.stats import (
     BlkioEntry,
     BlkioStats,
     CPUStats,
@@ -18,9 +18,9 @@ from skep.engine.stats import (
     PidsStats,
     Stats,
 )
-from skep.engine.usage import REQUESTED_S, ROUND_S, Usage, Used, families
-from skep.model.ids import ContainerId
-from skep.model.times import Timestamp
+from skep.engine.metrics.usage import REQUESTED_S, ROUND_S, UsagePage, Used, families
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import Timestamp
 from tests.unit.api.test_exposition import read
 
 
@@ -114,7 +114,7 @@ async def test_containers_are_read_in_rounds_while_there_are_requests_and_never_
         rounds.append(clock.at)
         return [a_used(1).container]
 
-    usage = Usage(containers, Cgroups("none"), clock)  # type: ignore[arg-type]  # no more of a clock is used
+    usage = UsagePage(containers, Cgroups("none"), clock)  # type: ignore[arg-type]  # no more of a clock is used
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         running = group.create_task(usage.run())
         await asyncio.sleep(0)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine import users
-from skep.engine.users import Identity
+from skep.engine.confinement import users
+from skep.engine.confinement.users import ProcessUser
 
 pytestmark = pytest.mark.needs("root")
 
@@ -24,10 +24,10 @@ def test_what_is_no_regular_file_is_not_opened_for_users(
     read = []
     resolve = users.resolve
 
-    def noted(user: str, extra: tuple[str, ...], passwd: str, group: str) -> Identity:
+    def noted(user: str, extra: tuple[str, ...], passwd: str, group: str) -> ProcessUser:
         read.append(passwd)
         return resolve(user, extra, passwd, group)
 
     monkeypatch.setattr(users, "resolve", noted)
-    assert users.identity(tmp_path, "5:staff") == Identity(uid=5, gid=7)
+    assert users.identity(tmp_path, "5:staff") == ProcessUser(uid=5, gid=7)
     assert read == [""]

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine import volume_plugins
-from skep.engine.volume_plugins import CALLS_MAX, Endpoint, VolumePlugin, VolumePlugins, checked_path
-from skep.engine.volumes import Volumes
+from skep.engine.volumes import volume_plugins
+from skep.engine.volumes.volume_plugins import (
+    CALLS_MAX,
+    PluginEndpoint,
+    VolumePlugin,
+    VolumePlugins,
+    checked_path,
+)
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
 from tests.support.oci_rig import Machine, memory_engine
 from tests.support.volume_plugin import TestPlugin
@@ -22,7 +28,7 @@ async def test_a_plugin_that_is_busy_counts_as_one_that_responds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock"):
-        plugin = VolumePlugin("disks", Endpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
+        plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
         for _ in range(CALLS_MAX):
             await plugin._calls.acquire()  # by calls that take long
         monkeypatch.setattr(volume_plugins, "LIST_S", 0.01)
@@ -50,7 +56,7 @@ async def test_a_plugin_that_hangs_is_asked_again_after_a_while_and_not_before(
     monkeypatch.setattr(volume_plugins, "LIST_S", 0.05)
     clock = StoppedClock()
     async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock") as server:
-        plugin = VolumePlugin("disks", Endpoint(addr=f"unix://{tmp_path}/disks.sock"), clock)
+        plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), clock)
         server.answers["VolumeDriver.List"] = None
         with pytest.raises(Unavailable, match=r"plugin disks: no response within 0\.05 s"):
             await plugin.list()
@@ -76,7 +82,7 @@ async def test_no_more_is_read_of_an_endless_response_than_one_may_have(
 
     monkeypatch.setattr(volume_plugins, "LIST_S", 5.0)
     async with await asyncio.start_unix_server(respond, tmp_path / "disks.sock"):
-        plugin = VolumePlugin("disks", Endpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
+        plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
         with pytest.raises(Unavailable, match="its response is larger than 1048576 bytes"):
             await plugin.list()
 

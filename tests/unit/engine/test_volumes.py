@@ -6,14 +6,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.engine.mounts import check_local_options, check_subpath, mount_point
-from skep.engine.volume_store import ANONYMOUS
-from skep.engine.volumes import Volumes
+from skep.engine.volumes.mounts import check_local_options, check_subpath, mount_point
+from skep.engine.volumes.volume_store import ANONYMOUS
+from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
 from skep.model.history import STACK_LABEL
-from skep.model.meta import Driver
+from skep.model.values.meta import Driver
 
 
 def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_servers_name_without_an_address_is_named(monkeypatch: pytest.MonkeyPa
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with pytest.raises(mounting.MountFailed, match=r"lookup nosuch\.example: no such host"):
+    with pytest.raises(mounting.KernelMountFailed, match=r"lookup nosuch\.example: no such host"):
         mounting.resolved("nfs", ":/x", "addr=nosuch.example")
 
 

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.errors import InvalidArgument
 from skep.gotemplate import (
-    Budget,
+    BoundedText,
     CallError,
     Function,
     Struct,
+    TemplateBudget,
     TemplateError,
-    Text,
     Value,
     expand,
     to_bytes,
     to_text,
 )
 from skep.gotemplate.functions import BUILTINS
-from skep.model import templates
 from skep.model.container import ContainerSpec
+from skep.model.options import templates
 
 DATA = Struct("*template.Context", {"Name": "web", "Labels": {"a": "1", "b": "2"}})
 
@@ -147,7 +147,7 @@ def test_a_tag_of_log_lines_takes_little_memory(tag):
 
 
 def test_what_is_not_text_is_counted_as_its_text():
-    budget = Budget(produced=20)
+    budget = TemplateBudget(produced=20)
     assert expand("{{.}}", DATA, budget=budget) == "{web map[a:1 b:2]}"
     assert budget.produced == 2
     with pytest.raises(TemplateError, match="it handles too much text"):
@@ -186,9 +186,9 @@ _ACTIONS = st.one_of(
 @example("{{printf `%300d` 1}}" * 2, 400)
 def test_all_text_of_any_template_stays_within_the_budget(text, most):
     made = 0
-    write = Text.write
+    write = BoundedText.write
 
-    def counting(self: Text, piece: str) -> None:
+    def counting(self: BoundedText, piece: str) -> None:
         nonlocal made
         write(self, piece)
         made += len(piece)
@@ -206,9 +206,9 @@ def test_all_text_of_any_template_stays_within_the_budget(text, most):
         return function._replace(call=call)
 
     functions = {name: counted(function) for name, function in BUILTINS.items()}
-    budget = Budget(produced=most, output=most)
+    budget = TemplateBudget(produced=most, output=most)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Text, "write", counting)
+        patch.setattr(BoundedText, "write", counting)
         try:
             expanded = expand(text, DATA, functions, budget=budget)
         except TemplateError:
@@ -232,7 +232,7 @@ def test_what_costs_too_much_ends_with_an_error_or_little_text(what):
 
 
 def test_a_budget_is_shared():
-    budget = Budget(steps=15)
+    budget = TemplateBudget(steps=15)
     expand("{{range 3}}{{.}}{{end}}", DATA, budget=budget)
     with pytest.raises(TemplateError, match="too many steps"):
         expand("{{range 3}}{{.}}{{end}}", DATA, budget=budget)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skep.gotemplate import Struct, TemplateError, expand
-from skep.model import templates
+from skep.model.options import templates
 from tests.conformance.templates import LABELS, SERVICE, TEMPLATES
 
 RECORDED = Path(__file__).parents[2] / "conformance/recorded/templates.json"

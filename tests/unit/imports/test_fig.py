@@ -5,7 +5,7 @@ import pytest
 from skep.errors import InvalidArgument
 from skep.imports.document import read_back
 from skep.imports.fig import imported
-from skep.stack.document import Problems
+from skep.stack.compose.document import FileProblems
 
 FIG = """
 web:
@@ -63,11 +63,11 @@ def test_a_file_of_version_1_is_a_stack() -> None:
 
 
 def test_a_file_of_another_version_is_refused_with_its_place() -> None:
-    with pytest.raises(Problems, match=r"^fig\.yml:2:1: version: this file is not of version 1"):
+    with pytest.raises(FileProblems, match=r"^fig\.yml:2:1: version: this file is not of version 1"):
         imported("# old\nversion: '3'\nservices: {}\n", "fig.yml", "shop")
-    with pytest.raises(Problems, match=r"^fig\.yml:1:1: web: a service of version 1 has an image"):
+    with pytest.raises(FileProblems, match=r"^fig\.yml:1:1: web: a service of version 1 has an image"):
         imported("web: {command: x}\n", "fig.yml", "shop")
-    with pytest.raises(Problems, match="there are no services"):
+    with pytest.raises(FileProblems, match="there are no services"):
         imported("{}", "fig.yml", "shop")
 
 

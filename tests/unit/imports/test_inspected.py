@@ -8,12 +8,12 @@ import pytest
 from skep.errors import InvalidArgument
 from skep.imports.document import read_back
 from skep.imports.inspected import imported, specs_in, stack_name_of
-from skep.model.encoding import to_json
-from skep.stack.conversion import stack_of
-from skep.stack.document import parse
-from skep.stack.merging import canonical
+from skep.model.values.encoding import to_json
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import parse
+from skep.stack.compose.merging import canonical
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.project import Stack
-from skep.stack.reading import Report
 
 NAMESPACE = {"com.docker.stack.namespace": "shop"}
 SERVICES = [
@@ -76,7 +76,7 @@ IDS = {one["Name"]: id for id, one in NETWORKS.items()}
 
 
 def a_stack(service: str) -> Stack:
-    report = Report()
+    report = ProblemReport()
     document = canonical(parse(f"services:\n  web: {{image: w, {service}}}{REST}", "f"))
     stack = stack_of(document, "shop", {}, report)
     assert not report.problems, [str(one) for one in report.problems]

@@ -7,7 +7,7 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.imports.document import read_back
-from skep.imports.swarm import Objects, move_of
+from skep.imports.swarm import SwarmObjects, move_of
 
 
 def a_service(name: str, stack: str, **container: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ CONFIG = {
     "ConfigID": "c1",
     "File": {"Name": "/site", "UID": "0", "GID": "0", "Mode": 0o444},
 }
-SWARM = Objects(
+SWARM = SwarmObjects(
     services=(
         a_service(
             "shop_web",
@@ -129,7 +129,7 @@ def test_every_stack_is_a_file_and_the_page_has_what_files_cannot_hold() -> None
 def test_names_that_begin_with_a_dash_are_no_options_of_the_steps() -> None:
     nodes = ({"ID": "x", "Spec": {"Role": "manager"}, "Description": {"Hostname": "-m1"}},)
     networks = ({"Id": "n", "Name": "--net", "Scope": "swarm", "Driver": "overlay"},)
-    objects = Objects(secrets=({"Spec": {"Name": "-k"}},), networks=networks, nodes=nodes)
+    objects = SwarmObjects(secrets=({"Spec": {"Name": "-k"}},), networks=networks, nodes=nodes)
     page = move_of(objects).files["MOVING.md"].decode().split("\n")
     assert "docker secret create -- -k FILE" in page
     assert "docker network create --driver overlay -- --net" in page
@@ -138,7 +138,7 @@ def test_names_that_begin_with_a_dash_are_no_options_of_the_steps() -> None:
 
 def test_a_stack_that_is_called_services_keeps_its_services_apart_from_those_of_no_stack() -> None:
     services = (a_service("services_web", "services"), a_service("web", ""), a_service("x_web", "services-2"))
-    move = move_of(Objects(services=services, networks=SWARM.networks))
+    move = move_of(SwarmObjects(services=services, networks=SWARM.networks))
     assert {name: list(one.document["services"]) for name, one in move.stacks.items()} == {
         "services": ["web"],
         "services-2": ["x_web"],
@@ -150,6 +150,6 @@ def test_a_stack_that_is_called_services_keeps_its_services_apart_from_those_of_
 
 
 def test_an_empty_swarm_is_a_page_and_no_file_leaves_the_directory() -> None:
-    assert set(move_of(Objects()).files) == {"MOVING.md"}
+    assert set(move_of(SwarmObjects()).files) == {"MOVING.md"}
     with pytest.raises(InvalidArgument, match="a name that no file can have"):
-        move_of(Objects(services=(a_service("x_web", "../x"),)))
+        move_of(SwarmObjects(services=(a_service("x_web", "../x"),)))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from skep.dataplane.netns import nft
+from skep.dataplane.netns.kernel import nft
 from skep.linux.descriptors import SELECT_MAX, Listener, lowest_free, set_aside
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from skep.linux.ports import read_listening_ports
+from skep.linux.network.ports import read_listening_ports
 
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 TCP = f"""{HEAD}\

@@ -3,7 +3,7 @@
 from ipaddress import ip_network
 from pathlib import Path
 
-from skep.linux.routes import read_routes
+from skep.linux.network.routes import read_routes
 
 ROUTE = """\
 Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.linux.mounting import MountFailed, _split, _with_opened_layers
+from skep.linux.mounting import KernelMountFailed, _split, _with_opened_layers
 
 
 @pytest.mark.parametrize(
@@ -25,5 +25,5 @@ def test_a_backslash_hides_the_next_character_and_a_hidden_one_hides_none(
 
 
 def test_no_layer_is_hidden_behind_another_option(tmp_path: Path) -> None:
-    with pytest.raises(MountFailed, match="has sockets of this node"):
+    with pytest.raises(KernelMountFailed, match="has sockets of this node"):
         _with_opened_layers(rf"context=x\\,lowerdir={tmp_path}", [str(tmp_path)])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skep.aio import trees as beside
-from skep.linux.trees import NotRemoved, Stopped, remove_tree, walk
+from skep.linux.trees import NotRemoved, RemovalStopped, remove_tree, walk
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_removal_is_stopped_and_goes_on_later(tmp_path: Path):
     nest(tmp_path / "tree", 10)
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Stopped):
+    with pytest.raises(RemovalStopped):
         remove_tree(tmp_path / "tree", stop)
     assert (tmp_path / "tree").exists()
     remove_tree(tmp_path / "tree")

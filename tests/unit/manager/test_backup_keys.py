@@ -10,10 +10,10 @@ from skep.aio.clock import SystemClock
 from skep.api.backups import BackupRequest, Opener, key_of, new_header
 from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
-from skep.manager import backup
-from skep.manager.backup import Backups
-from skep.model.ids import NodeId
-from skep.store.etcd.cipher import KEY_BYTES
+from skep.manager.storage import backup
+from skep.manager.storage.backup import Backups
+from skep.model.values.ids import NodeId
+from skep.store.etcd.encryption.cipher import KEY_BYTES
 from tests.support.wire_rig import Cluster
 
 PRESENT, NEXT = b"a" * KEY_BYTES, b"b" * KEY_BYTES

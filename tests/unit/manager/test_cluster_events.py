@@ -8,18 +8,25 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.filters import Filters
+from skep.api.formats.filters import Filters
 from skep.errors import InvalidArgument
-from skep.manager.events import BEHIND_MAX, KEPT, ClusterEvents, EventsLost, Message, messages_of
 from skep.manager.routes.events import fits
-from skep.model.encoding import to_json
-from skep.model.ids import ConfigId, NodeId, SecretId, VolumeId
+from skep.manager.telemetry.events import (
+    BEHIND_MAX,
+    KEPT,
+    ClusterEvents,
+    EventMessage,
+    EventsLost,
+    messages_of,
+)
 from skep.model.node import Availability, CutOff, FailingPath, Node, NodeSpec, NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState
 from skep.model.task_end import TaskEnd
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.values.encoding import to_json
+from skep.model.values.ids import ConfigId, NodeId, SecretId, VolumeId
+from skep.model.values.times import SECOND_NS, Timestamp
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAvailability, VolumeSpec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.memory import MemoryStore
@@ -217,7 +224,7 @@ def test_filters_of_events(filters, is_taken):
     assert fits(message, Filters(filters)) is is_taken
 
 
-def everything(_: Message) -> bool:
+def everything(_: EventMessage) -> bool:
     return True
 
 
@@ -304,7 +311,7 @@ class Named:
         return [task for task in self._tasks if task.node_id == by["node_id"]]
 
 
-def told(event, *tasks: Task) -> list[Message]:
+def told(event, *tasks: Task) -> list[EventMessage]:
     return list(messages_of(event, NOW_NS, Named(WEB, *tasks)))
 
 
@@ -377,15 +384,15 @@ def test_docker_events_has_those_of_tasks_only_when_they_are_asked_for():
     assert fits(drain, Filters())
 
 
-def reported_drain() -> list[Message]:
+def reported_drain() -> list[EventMessage]:
     place = NetworkAttachment(network=an_overlay("net1"), addresses=("10.0.1.7/24",))
     runs = replace(RUNS, networks_attachments=(place,))
     return list(messages_of(Updated(runs, replace(runs, desired_state=TaskState.SHUTDOWN)), NOW_NS))
 
 
-async def read_after(events: ClusterEvents, cursor: str, count: int) -> list[Message]:
+async def read_after(events: ClusterEvents, cursor: str, count: int) -> list[EventMessage]:
     """The next ``count`` events after ``cursor``."""
-    found: list[Message] = []
+    found: list[EventMessage] = []
     async with aclosing(events.subscribe_after(events.revision_after(cursor), None, everything)) as stream:
         async for message in stream:
             if message.type != "stream":

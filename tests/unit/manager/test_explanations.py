@@ -3,24 +3,24 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.explanations import (
+from skep.manager.diagnosis.explanations import (
     explain_autoscaling,
     explain_service,
     explain_task,
     next_attempt,
     summary,
 )
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.explain import NodeVerdict, reserve_for, verdict
-from skep.manager.scheduler.requirements import requirements_of
-from skep.model.autoscaling import TaskUsage
+from skep.manager.scheduler.explaining.explain import NodeVerdict, reserve_for, verdict
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.container import ContainerSpec
-from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.autoscaling import TaskUsage
 from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, Service, ServiceMode
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd, signal_of
-from skep.model.times import timestamp
+from skep.model.values.meta import Version
+from skep.model.values.times import timestamp
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 

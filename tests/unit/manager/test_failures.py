@@ -8,9 +8,15 @@ from structlog.testing import capture_logs
 from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
-from skep.manager.failures import BadObject, Failures, for_each_isolated, isolating_errors, write_each
-from skep.model.ids import ConfigId, NodeId
+from skep.manager.control_loops.failures import (
+    BadObject,
+    Failures,
+    for_each_isolated,
+    isolating_errors,
+    write_each,
+)
 from skep.model.secret import Config, ConfigSpec
+from skep.model.values.ids import ConfigId, NodeId
 from skep.store.interface import NotLeader, Transaction
 from skep.store.memory import MemoryStore
 
@@ -117,7 +123,7 @@ def test_many_refusals_at_once_are_not_gone_through_for_each_of_them(monkeypatch
             self.asked += 1
             return 0.0
 
-    monkeypatch.setattr("skep.manager.failures.WRITE_FAILURES_MAX", 100)
+    monkeypatch.setattr("skep.manager.control_loops.failures.WRITE_FAILURES_MAX", 100)
     clock = CountingClock()
     failures = Failures(clock, Random(1))
     for number in range(1000):

@@ -1,10 +1,10 @@
 from msgspec.structs import replace
 
-from skep.manager.heartbeats import configured_heartbeats, grace_period
-from skep.model.ids import ClusterId
-from skep.model.labels import HEARTBEAT_GRACE
+from skep.manager.nodes.heartbeats import configured_heartbeats, grace_period
+from skep.model.options.labels import HEARTBEAT_GRACE
 from skep.model.swarm import DispatcherConfig, Swarm, SwarmSpec
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId
+from skep.model.values.times import SECOND_NS
 from skep.store.state import State
 
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.manager.image_directory import (
+from skep.manager.nodes.image_directory import (
     ANSWERED_S,
     SOURCES_MAX,
     ImageDirectory,
@@ -17,12 +17,12 @@ from skep.manager.image_directory import (
     needed_images,
 )
 from skep.model.container import ContainerSpec
-from skep.model.data_planes import IMAGES_LABEL
-from skep.model.ids import ClusterId, NodeId
+from skep.model.networks.data_planes import IMAGES_LABEL
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeRole, NodeState
 from skep.model.service import Service, ServiceSpec, TaskSpec
 from skep.model.task import Task, TaskState
-from skep.security.identity import Identity
+from skep.model.values.ids import ClusterId, NodeId
+from skep.security.identity import NodeIdentity
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
@@ -162,7 +162,7 @@ async def test_many_nodes_that_ask_for_one_image_cost_one_look_at_its_tasks_a_se
 
     async def ask(node: str, image: str = "app:1") -> list[str]:
         caller = Caller(
-            identity=Identity(node_id=NodeId(node), cluster_id=ClusterId("c"), role=NodeRole.WORKER),
+            identity=NodeIdentity(node_id=NodeId(node), cluster_id=ClusterId("c"), role=NodeRole.WORKER),
             address="127.0.0.1",
             disconnect=lambda: None,
         )

@@ -10,7 +10,7 @@ from skep.aio.clock import SystemClock
 from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.errors import FailedPrecondition
 from skep.manager.control.nodes import remove_node, update_node
-from skep.manager.incarnation import (
+from skep.manager.storage.incarnation import (
     Incarnation,
     Incarnations,
     Superseded,
@@ -18,9 +18,7 @@ from skep.manager.incarnation import (
     read_incarnations,
     write_incarnations,
 )
-from skep.manager.recovery import finish_recovery, show_survivor
-from skep.model.ids import NodeId, TaskId, VolumeId
-from skep.model.meta import Driver
+from skep.manager.storage.recovery import finish_recovery, show_survivor
 from skep.model.node import (
     CSIInfo,
     ManagerStatus,
@@ -33,6 +31,8 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.values.ids import NodeId, TaskId, VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.paths import Paths
 from skep.store.interface import Transaction

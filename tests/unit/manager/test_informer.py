@@ -7,9 +7,9 @@ from random import Random
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.failures import Failures
-from skep.manager.informer import BATCH, CatchUp, run_exact_informer, run_informer
-from skep.model.ids import NodeId
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.informer import BATCH, CatchUp, run_exact_informer, run_informer
+from skep.model.values.ids import NodeId
 from skep.store.interface import Commit, Created, Term, Transaction
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore

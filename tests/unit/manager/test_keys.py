@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skep.errors import FailedPrecondition, InvalidArgument
-from skep.manager.keys import WrappingKeys, load_wrapping_keys, save_wrapping_keys
+from skep.manager.storage.keys import WrappingKeys, load_wrapping_keys, save_wrapping_keys
 from skep.paths import Paths
 
 KEY = b"k" * 32

@@ -3,14 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.link.last_seen import SILENT_S, LastSeen
-from skep.model.ids import NodeId
+from skep.manager.link.last_seen import SILENT_S, ManagersLastSeen
+from skep.model.values.ids import NodeId
 
 A, B = NodeId("a"), NodeId("b")
 
 
 def test_a_manager_is_silent_two_seconds_after_its_last_message() -> None:
-    reachable = LastSeen()
+    reachable = ManagersLastSeen()
     reachable.expect([A, B], 10.0)
     reachable.note(A, 11.0)
     assert reachable.silent(11.9) == {}
@@ -20,7 +20,7 @@ def test_a_manager_is_silent_two_seconds_after_its_last_message() -> None:
 
 
 def test_a_manager_without_any_message_is_neither_silent_nor_reachable() -> None:
-    reachable = LastSeen()
+    reachable = ManagersLastSeen()
     reachable.expect([A, B], 10.0)
     reachable.note_answer(A, 10.5, 110.4)
     assert reachable.reachable(111.0) == {A}
@@ -33,7 +33,7 @@ def test_a_manager_without_any_message_is_neither_silent_nor_reachable() -> None
 
 
 def test_a_ping_that_was_long_on_its_way_makes_a_manager_no_longer_reachable() -> None:
-    reachable = LastSeen()
+    reachable = ManagersLastSeen()
     reachable.expect([A], 0.0)
     reachable.note_answer(A, 1.0, 1.0)
     reachable.note(A, 9.0)
@@ -42,7 +42,7 @@ def test_a_ping_that_was_long_on_its_way_makes_a_manager_no_longer_reachable() -
 
 
 def test_time_in_which_this_manager_stood_still_makes_an_answer_older() -> None:
-    reachable = LastSeen()
+    reachable = ManagersLastSeen()
     reachable.expect([A], 0.0)
     reachable.note_answer(A, 1.0, 1.0)
     assert reachable.silent(1.4) == {}, "it was not silent for longer than this loop could observe"
@@ -50,7 +50,7 @@ def test_time_in_which_this_manager_stood_still_makes_an_answer_older() -> None:
 
 
 def test_only_known_managers_count() -> None:
-    reachable = LastSeen()
+    reachable = ManagersLastSeen()
     reachable.expect([A], 0.0)
     reachable.note(B, 0.0)
     reachable.expect([], 0.0)
@@ -58,7 +58,7 @@ def test_only_known_managers_count() -> None:
 
 
 def test_being_named_again_is_no_sign_of_life() -> None:
-    reachable = LastSeen()
+    reachable = ManagersLastSeen()
     reachable.expect([A], 0.0)
     reachable.expect([A, B], 1.9)
     assert reachable.silent(2.0) == {A: 2.0}
@@ -66,7 +66,7 @@ def test_being_named_again_is_no_sign_of_life() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1)), max_size=30))
 def test_a_manager_with_a_recent_message_is_never_silent(words: list[tuple[NodeId, float]]) -> None:
-    now, reachable = 0.0, LastSeen()
+    now, reachable = 0.0, ManagersLastSeen()
     last = {A: 0.0, B: 0.0}
     reachable.expect([A, B], now)
     for id, gap_s in words:

@@ -2,12 +2,12 @@
 
 from msgspec.structs import replace
 
-from skep.api.exposition import render
-from skep.manager.etcd_metrics import chosen
-from skep.manager.metrics import StartTimes, service_families
-from skep.model.ids import ServiceId
+from skep.api.telemetry.exposition import render
+from skep.manager.telemetry.etcd_metrics import chosen
+from skep.manager.telemetry.metrics import StartTimes, service_families
 from skep.model.service import GlobalService, ServiceMode
 from skep.model.task import TaskState
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Commit, Created, Deleted, Updated
 from tests.support.builders import a_service, a_service_spec, a_task
 

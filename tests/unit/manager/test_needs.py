@@ -13,17 +13,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.cli.rotation import CONFIG, SECRET, unused
+from skep.cli.apps.rotation import CONFIG, SECRET, unused
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.files import remove_config, remove_secret
 from skep.manager.control.jobs import retry_job
 from skep.manager.control.networks import remove_network
-from skep.manager.image_directory import needed_images
+from skep.manager.nodes.image_directory import needed_images
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.dry_run import DryRun
-from skep.manager.scheduler.filters import filters_for
-from skep.manager.scheduler.requirements import requirements_of
+from skep.manager.scheduler.explaining.dry_run import DryRun
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.filters import filters_for
+from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.container import (
     ConfigReference,
     ContainerSpec,
@@ -32,10 +32,9 @@ from skep.model.container import (
     SecretReference,
     VolumeOptions,
 )
-from skep.model.encoding import to_json
-from skep.model.ids import ConfigId, NetworkId, SecretId, ServiceId, TaskId
-from skep.model.needs import Needs, Usage, holds_of, host_ports, may_block, needs_of, references_of
+from skep.model.needs import Holdings, Needs, holds_of, host_ports, may_block, needs_of, references_of
 from skep.model.network import Network, NetworkSpec
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import (
     DiscreteResource,
@@ -54,9 +53,10 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
 )
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState, VolumeAttachment
-from skep.model.times import ZERO_TIME
+from skep.model.values.encoding import to_json
+from skep.model.values.ids import ConfigId, NetworkId, SecretId, ServiceId, TaskId
+from skep.model.values.times import ZERO_TIME
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, VolumeSharing
 from skep.stack.planning import superseded
 from skep.stack.project import NAMESPACE, Stack
@@ -64,7 +64,7 @@ from skep.store.interface import Object
 from skep.store.level import SCHEDULES
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, with_disks
 
 GPU = GenericResource(discrete_resource_spec=DiscreteResource(kind="gpu", value=1))
@@ -225,7 +225,7 @@ def a_cluster(spec: ServiceSpec) -> LocalTransaction:
     return a_store((service,), (after,))
 
 
-def holding(resource: str) -> Usage:
+def holding(resource: str) -> Holdings:
     spec, volume = CASES[resource], a_cluster_volume(SOURCE)
     return holds_of(a_running_task(a_service(spec=spec), volume), host_ports(spec))
 

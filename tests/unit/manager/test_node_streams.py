@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 
 from skep.errors import InvalidArgument, Unavailable
-from skep.manager.node_session import StreamSignal
-from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
-from skep.model.ids import NodeId
+from skep.manager.nodes.node_session import StreamWaker
+from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
+from skep.model.values.ids import NodeId
 
 NODE = NodeId("node")
 
@@ -32,7 +32,7 @@ class ASession:
     def require_open(self) -> None:
         """It stays open."""
 
-    def signal(self) -> AbstractContextManager[StreamSignal]:
+    def signal(self) -> AbstractContextManager[StreamWaker]:
         return nullcontext(ALine())
 
 

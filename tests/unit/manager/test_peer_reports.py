@@ -1,7 +1,7 @@
 """What managers report to each other counts for a moment, and the last report of each."""
 
 from skep.manager.peer_reports import REPORT_VALID_S, PeerReport, PeerReports
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 M2, M3 = NodeId("m2"), NodeId("m3")
 

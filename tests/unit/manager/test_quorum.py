@@ -4,9 +4,9 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.quorum import quorum
-from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus
-from skep.model.times import Timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
 

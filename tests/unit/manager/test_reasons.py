@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.explanations import ServiceExplanation, explain_service, explain_task
-from skep.manager.reasons import Kind, Problem
-from skep.manager.scheduler.explain import NodeVerdict
+from skep.manager.diagnosis.explanations import ServiceExplanation, explain_service, explain_task
+from skep.manager.diagnosis.reasons import CauseKind, TaskProblem
+from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.model.container import ContainerSpec, HealthConfig
-from skep.model.ids import NodeId, TaskId
 from skep.model.needs import host_ports
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
@@ -28,7 +27,8 @@ from skep.model.service import (
 )
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, KeptLine, TaskEnd
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from tests.support.builders import a_node, a_service, a_task
 
 FAILED, READY = TaskState.FAILED, TaskState.READY
@@ -90,7 +90,7 @@ def explained(
     return explain_service(service, tasks, wanted=wanted, nodes=by_id, now_ns=int(now_s * SECOND_NS))
 
 
-def problem(*tasks: Task, service: Service = WEB) -> Problem:
+def problem(*tasks: Task, service: Service = WEB) -> TaskProblem:
     found = explained(*tasks, service=service).problem
     assert found is not None
     return found
@@ -103,30 +103,30 @@ UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
 @pytest.mark.parametrize(
     ("task", "kind", "reason"),
     [
-        (ended(1, BOOM), Kind.EXIT, 'exit 1, last line "boom: no db"'),
-        (ended(3), Kind.EXIT, "exit 3"),
-        (ended(1, replace(BOOM, lines=BOTH_LINES)), Kind.EXIT, 'exit 1, last line "only red"'),
-        (ended(139, TaskEnd(cause="signal", signal="SIGSEGV")), Kind.SIGNAL, "exit 139 (SIGSEGV)"),
+        (ended(1, BOOM), CauseKind.EXIT, 'exit 1, last line "boom: no db"'),
+        (ended(3), CauseKind.EXIT, "exit 3"),
+        (ended(1, replace(BOOM, lines=BOTH_LINES)), CauseKind.EXIT, 'exit 1, last line "only red"'),
+        (ended(139, TaskEnd(cause="signal", signal="SIGSEGV")), CauseKind.SIGNAL, "exit 139 (SIGSEGV)"),
         (
             ended(0, state=TaskState.COMPLETE),
-            Kind.COMPLETED,
+            CauseKind.COMPLETED,
             "its process ends with code 0 soon after its start; a service needs a command that keeps running",
         ),
         (
             ended(137, SICK, "task: non-zero exit (137): dockerexec: unhealthy container"),
-            Kind.UNHEALTHY,
+            CauseKind.UNHEALTHY,
             UNHEALTHY,
         ),
         (
             ended(
                 137, replace(SICK, health_exit_code=None, health_output="Health check exceeded timeout (1s)")
             ),
-            Kind.UNHEALTHY,
+            CauseKind.UNHEALTHY,
             f"{CHECK}Health check exceeded timeout (1s)",
         ),
         (
             ended(137, replace(SICK, health_output="")),
-            Kind.UNHEALTHY,
+            CauseKind.UNHEALTHY,
             f"{CHECK}exit 7, no output",
         ),
         (
@@ -135,12 +135,12 @@ UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
                 TaskEnd(cause="out-of-memory", signal="SIGKILL"),
                 "task: non-zero exit (137): out of memory",
             ),
-            Kind.OUT_OF_MEMORY,
+            CauseKind.OUT_OF_MEMORY,
             "out of memory",
         ),
         (
             ended(127, err='starting container failed: exec: "nosuch": executable file not found in $PATH'),
-            Kind.START_FAILED,
+            CauseKind.START_FAILED,
             'its process could not be started: exec: "nosuch": executable file not found in $PATH',
         ),
         (
@@ -149,21 +149,21 @@ UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
                 err="starting container failed: OCI runtime create failed: runc create failed: unable to start "
                 'container process: exec: "nosuch": executable file not found in $PATH: unknown',
             ),
-            Kind.START_FAILED,
+            CauseKind.START_FAILED,
             'its process could not be started: exec: "nosuch": executable file not found in $PATH',
         ),
         (
             ended(0, err="No such image: nope:1", state=TaskState.REJECTED),
-            Kind.REJECTED,
+            CauseKind.REJECTED,
             "No such image: nope:1",
         ),
     ],
 )
-def test_a_failure_is_said_in_words(task: Task, kind: Kind, reason: str) -> None:
+def test_a_failure_is_said_in_words(task: Task, kind: CauseKind, reason: str) -> None:
     found = explained(task, attempt(READY))
     assert (found.reason, problem(task, attempt(READY)).kind) == (reason, kind.value)
     assert found.summary.startswith(reason)
-    if kind in (Kind.UNHEALTHY, Kind.OUT_OF_MEMORY):
+    if kind in (CauseKind.UNHEALTHY, CauseKind.OUT_OF_MEMORY):
         assert "137" not in found.summary
         assert "SIGKILL" not in found.summary
 
@@ -284,15 +284,15 @@ def test_the_oldest_failure_is_named_before_others_and_before_what_is_on_its_way
 @pytest.mark.parametrize(
     ("err", "kind", "reason", "code"),
     [
-        ("task: non-zero exit (3)", Kind.EXIT, "exit 3", 3),
-        ("task: non-zero exit (3): no db", Kind.EXIT, "exit 3: no db", 3),
-        ("task: non-zero exit (139)", Kind.SIGNAL, "exit 139 (SIGSEGV)", 139),
-        ("task: non-zero exit", Kind.EXIT, "task: non-zero exit", None),
-        ("its executor is not there", Kind.START_FAILED, "its executor is not there", None),
+        ("task: non-zero exit (3)", CauseKind.EXIT, "exit 3", 3),
+        ("task: non-zero exit (3): no db", CauseKind.EXIT, "exit 3: no db", 3),
+        ("task: non-zero exit (139)", CauseKind.SIGNAL, "exit 139 (SIGSEGV)", 139),
+        ("task: non-zero exit", CauseKind.EXIT, "task: non-zero exit", None),
+        ("its executor is not there", CauseKind.START_FAILED, "its executor is not there", None),
     ],
 )
 def test_a_process_without_a_container_that_ended_was_started(
-    err: str, kind: Kind, reason: str, code: int | None
+    err: str, kind: CauseKind, reason: str, code: int | None
 ) -> None:
     task = ended(1)
     found = problem(replace(task, status=TaskStatus(state=FAILED, err=err)), attempt(READY))
@@ -453,7 +453,7 @@ def test_a_task_that_no_node_takes_names_what_it_needs(
 
 
 def test_a_task_that_is_given_up_is_in_no_crash_loop() -> None:
-    found = Problem(failures=7, node="w2", since=Timestamp("2026-11-27T00:36:00Z"), is_given_up=True)
+    found = TaskProblem(failures=7, node="w2", since=Timestamp("2026-11-27T00:36:00Z"), is_given_up=True)
     assert found.restart_summary == "gave up after 7 failures in a row since 00:36:00 UTC, the last on w2"
 
 
@@ -463,7 +463,7 @@ def test_a_task_without_addresses_is_not_called_a_wait_for_another_service() -> 
     task = replace(task, status=replace(task.status, err=words), node_id=NodeId(""))
     found = explained(task).problem
     assert found is not None
-    assert (found.kind, found.reason) == (Kind.NOT_ALLOCATED.value, words)
+    assert (found.kind, found.reason) == (CauseKind.NOT_ALLOCATED.value, words)
 
 
 @pytest.mark.parametrize(

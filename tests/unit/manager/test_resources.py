@@ -3,8 +3,8 @@
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.manager.control.service_rules import check_service_spec
-from skep.manager.resources import GenericStock
+from skep.manager.control.validation.service_rules import check_service_spec
+from skep.manager.services.resources import GenericStock
 from skep.model.service import DiscreteResource, GenericResource, NamedResource, Resources
 from tests.support.builders import a_service_spec
 

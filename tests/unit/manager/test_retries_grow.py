@@ -11,15 +11,15 @@ from msgspec.structs import replace
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.ca.loop import CertificateAuthority
-from skep.manager.dispatcher.adoption import Adoption
-from skep.manager.gossip.rotation import KeyRotation
+from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
+from skep.manager.gossip.rotation import GossipKeyRotation
 from skep.manager.manager_status import ManagerStatusWriter
-from skep.manager.membership.loop import Managers
+from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
 from skep.manager.probes.loop import OverlayAvoidance
-from skep.model.ids import ClusterId, NodeId, SessionId, new_id
-from skep.model.node import CutOff, ManagerStatus, Node, NodeRole, NodeSession, NodeSpec
+from skep.model.node import CutOff, ManagerStatus, Node, NodeRole, NodeSpec, SessionOwner
 from skep.model.swarm import RootRotation, Swarm, SwarmSpec
+from skep.model.values.ids import ClusterId, NodeId, SessionId, new_id
 from skep.security.authority import Authority
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
@@ -71,12 +71,12 @@ LOOPS: dict[str, Loop] = {
         store, OWN, "a:1", "a:2", clock, random
     ).run(),
     "certificates": lambda store, clock, random: CertificateAuthority(store, clock, new_id, random).run(),
-    "gossip": lambda store, clock, random: KeyRotation(store, clock, new_id, random).run(),
+    "gossip": lambda store, clock, random: GossipKeyRotation(store, clock, new_id, random).run(),
     "paths": lambda store, clock, random: OverlayAvoidance(store, clock, random).run(),
-    "adoption": lambda store, clock, random: Adoption(
+    "adoption": lambda store, clock, random: SessionAdoption(
         store, OWN, Hearing().silent, clock, new_id, random
     ).run(),
-    "managers": lambda store, clock, random: Managers(
+    "managers": lambda store, clock, random: ManagerReconciler(
         store, OWN, cast("Any", store), Hearing(), clock, random
     ).run(),
     "addresses": lambda store, clock, random: sync_peer_addresses(
@@ -88,7 +88,7 @@ LOOPS: dict[str, Loop] = {
 async def founded(store: MemoryStore) -> None:
     authority, following = Authority.create(), Authority.create()
     root = authority.root_pem
-    lost = NodeSession(manager_id=NodeId("m2"), session_id=SessionId("s"))
+    lost = SessionOwner(manager_id=NodeId("m2"), session_id=SessionId("s"))
     swarm = Swarm(
         id=ClusterId("c"),
         spec=SwarmSpec(),

@@ -11,29 +11,29 @@ from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied, ResourceExhausted, Unavailable
 from skep.manager.ca.admission import SERIALS_MAX, Issued, issued_certificate, record_issue, stamp
 from skep.manager.ca.caller_check import UNKNOWN_MAX, UNKNOWN_S, CallerCheck, check_caller
-from skep.manager.revocation import expired, forget, issue_not_before_s, revoke
-from skep.model.ids import ClusterId, NodeId
+from skep.manager.nodes.revocation import expired, forget, issue_not_before_s, revoke
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import SECOND_NS
 from skep.security.authority import BACKDATE, Authority
 from skep.security.crl import revocation_list
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keys import new_private_key
 from skep.security.trust import issuer_digest, tls_info
 from skep.store.kinds import Revocation
 from skep.store.memory import MemoryStore
-from skep.store.proposal import Proposal
-from skep.wire.methods import Access
+from skep.store.transactions.proposal import Proposal
+from skep.wire.methods import MethodAccess
 
 NOW = datetime.now(UTC)
 NOW_NS = int(NOW.timestamp()) * SECOND_NS
 ROOT = Authority.create()
-MANAGER = Identity(node_id=NodeId("m1"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
+MANAGER = NodeIdentity(node_id=NodeId("m1"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
 
 
 def a_certificate(role: NodeRole, days: int = 90) -> x509.Certificate:
-    identity = Identity(node_id=NodeId("m1"), cluster_id=ClusterId("c"), role=role)
+    identity = NodeIdentity(node_id=NodeId("m1"), cluster_id=ClusterId("c"), role=role)
     chain = ROOT.issue(new_private_key().public_key(), identity, timedelta(days=days))
     return x509.load_pem_x509_certificate(chain)
 
@@ -91,9 +91,9 @@ async def test_a_demotion_that_becomes_a_removal_keeps_what_was_taken_back(store
 @pytest.mark.parametrize(
     ("role", "access", "passes"),
     [
-        (NodeRole.MANAGER, Access.MANAGER, True),
-        (NodeRole.WORKER, Access.MANAGER, False),
-        (NodeRole.WORKER, Access.NODE, True),
+        (NodeRole.MANAGER, MethodAccess.MANAGER, True),
+        (NodeRole.WORKER, MethodAccess.MANAGER, False),
+        (NodeRole.WORKER, MethodAccess.NODE, True),
     ],
 )
 async def test_a_certificate_counts_for_the_role_that_the_cluster_says(store, role, access, passes):
@@ -127,36 +127,36 @@ def standing(store, times) -> CallerCheck:
 def test_a_manager_that_is_not_known_does_nothing_that_only_managers_may(standing, times):
     """At first it may have come in through another manager; later it was minted with a stolen root key."""
     with pytest.raises(Unavailable, match="not known to this manager yet"):
-        standing.require(MANAGER, Access.MANAGER)
+        standing.require(MANAGER, MethodAccess.MANAGER)
     times.now += UNKNOWN_S + 0.1
     with pytest.raises(PermissionDenied, match="not part of the swarm"):
-        standing.require(MANAGER, Access.MANAGER)
+        standing.require(MANAGER, MethodAccess.MANAGER)
 
 
 async def test_a_node_that_came_in_elsewhere_passes_for_a_few_seconds_and_then_if_it_is_known(
     standing, times, store
 ):
-    standing.require(MANAGER, Access.NODE)
+    standing.require(MANAGER, MethodAccess.NODE)
     times.now += UNKNOWN_S + 0.1
     with pytest.raises(PermissionDenied):
-        standing.require(MANAGER, Access.NODE)
+        standing.require(MANAGER, MethodAccess.NODE)
     await store.update(lambda tx: tx.put(Node(id=NodeId("m1"))))
-    standing.require(MANAGER, Access.NODE)
+    standing.require(MANAGER, MethodAccess.NODE)
 
 
 def test_a_manager_that_was_cut_off_gives_what_it_does_not_know_its_time_anew(standing, times):
-    standing.require(MANAGER, Access.NODE)
+    standing.require(MANAGER, MethodAccess.NODE)
     times.is_current = False
     times.now += 60
     with pytest.raises(Unavailable, match="lost contact"):
-        standing.require(MANAGER, Access.NODE)
+        standing.require(MANAGER, MethodAccess.NODE)
     times.is_current = True
-    standing.require(MANAGER, Access.NODE)
+    standing.require(MANAGER, MethodAccess.NODE)
 
 
 def test_unknown_nodes_fill_no_memory(standing):
     for number in range(UNKNOWN_MAX + 10):
-        standing.require(replace(MANAGER, node_id=NodeId(f"n{number}")), Access.NODE)
+        standing.require(replace(MANAGER, node_id=NodeId(f"n{number}")), MethodAccess.NODE)
     assert len(standing._unknown) == UNKNOWN_MAX
 
 
@@ -169,9 +169,9 @@ async def test_certificates_from_before_a_demotion_count_for_nothing_after_the_n
     await store.update(lambda tx: tx.put(node))  # it is a manager again
     for issued_s in (demoted_s - 3600, demoted_s):
         with pytest.raises(PermissionDenied, match="revoked"):
-            check_caller(store.view(), replace(MANAGER, issued_s=issued_s), Access.MANAGER)
+            check_caller(store.view(), replace(MANAGER, issued_s=issued_s), MethodAccess.MANAGER)
     earliest_s = issue_not_before_s(store.view().lookup(Revocation, "m1"))
-    assert check_caller(store.view(), replace(MANAGER, issued_s=earliest_s), Access.MANAGER)
+    assert check_caller(store.view(), replace(MANAGER, issued_s=earliest_s), MethodAccess.MANAGER)
 
 
 def test_an_issuer_whose_clock_is_behind_issues_nothing_that_is_taken_back_already():
@@ -215,8 +215,8 @@ async def test_a_removal_that_cannot_be_read_counts(store):
     await store.update(lambda tx: tx.put(Node(id=NodeId("m2"))))
     view = store.view()
     with pytest.raises(PermissionDenied):
-        check_caller(view, MANAGER, Access.NODE)
-    check_caller(view, replace(MANAGER, node_id=NodeId("m2")), Access.NODE)
+        check_caller(view, MANAGER, MethodAccess.NODE)
+    check_caller(view, replace(MANAGER, node_id=NodeId("m2")), MethodAccess.NODE)
 
 
 def test_the_list_for_etcd_holds_the_serial_numbers():

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.service_warnings import label_warnings, placement_warnings
+from skep.manager.diagnosis.service_warnings import label_warnings, placement_warnings
 from skep.model.container import ContainerSpec
 from skep.model.service import PortConfig, PublishMode, ServiceSpec, UpdateConfig, UpdateOrder
 from tests.support.builders import a_node, a_service_spec

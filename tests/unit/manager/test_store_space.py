@@ -7,11 +7,11 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
-from skep.manager.store_space import StoreSpace
-from skep.model.ids import NodeId
+from skep.manager.storage.store_space import StoreSpace
+from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
-from skep.store.space import Space
-from skep.wire.client import Channel
+from skep.store.space import MemberSpace
+from skep.wire.client import ManagerChannel
 
 OWN, OTHER = NodeId("m1"), NodeId("m2")
 
@@ -47,8 +47,8 @@ class FullStore:
         self.defragmented: list[float] = []
         self.is_disk_full = False
 
-    async def space(self) -> Space:
-        return Space(size=self.size, in_use=self.in_use, quota=100)
+    async def space(self) -> MemberSpace:
+        return MemberSpace(size=self.size, in_use=self.in_use, quota=100)
 
     async def compact(self, kept_revisions: int) -> bool:
         self.compacted.append(self._clock.now)
@@ -73,7 +73,7 @@ class Members:
         self.handed_over.append(to.name)
 
 
-def nobody(_: NodeId) -> Channel:
+def nobody(_: NodeId) -> ManagerChannel:
     raise Unavailable("there is no other manager")
 
 
@@ -109,7 +109,7 @@ async def test_history_is_cut_as_soon_as_it_grows_where_that_is_enough():
         store.in_use = 10
         return await FullStore.compact(store, kept_revisions)
 
-    async def space() -> Space:
+    async def space() -> MemberSpace:
         store.in_use += 15
         return await FullStore.space(store)
 
@@ -131,8 +131,8 @@ async def test_an_alarm_that_comes_back_at_once_is_not_cleared_without_an_end():
     store = FullStore(clock, size=10, in_use=5)
     disarmed = []
 
-    async def space() -> Space:
-        return Space(size=10, in_use=5, quota=100, has_alarm=True)
+    async def space() -> MemberSpace:
+        return MemberSpace(size=10, in_use=5, quota=100, has_alarm=True)
 
     async def disarm() -> None:
         disarmed.append(clock.now)
@@ -147,8 +147,8 @@ async def test_an_alarm_that_comes_back_at_once_is_not_cleared_without_an_end():
 
 async def test_a_leader_that_is_reelected_at_once_transfers_leadership_again():
     class Keeper(StoreSpace):
-        async def _others(self, names: Sequence[str]) -> dict[NodeId, Space]:
-            return {OTHER: Space(size=10, in_use=10, quota=100)}
+        async def _others(self, names: Sequence[str]) -> dict[NodeId, MemberSpace]:
+            return {OTHER: MemberSpace(size=10, in_use=10, quota=100)}
 
     clock, members = QuickClock(30), Members(OWN, OTHER)
     async with asyncio.timeout(5):

@@ -6,11 +6,11 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.traces import TaskSpans, spans_of_request
-from skep.model.ids import NodeId
-from skep.model.meta import Version
+from skep.manager.telemetry.traces import TaskSpans, spans_of_request
 from skep.model.node import ManagerStatus
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
 from skep.store.interface import Commit, Created, Deleted, Updated
 from skep.tracing import Part, Span, recording, trace_id, within
 from tests.support.builders import a_node, a_service, a_task

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.service_form import settled
-from skep.manager.control.new_objects import machine_rights
+from skep.api.formats.service_form import settled
 from skep.manager.control.services import create_service, rollback_service, update_service
-from skep.manager.trust import repository_of, trust_of
-from skep.model.ids import ClusterId, UserId, new_id
-from skep.model.labels import ALLOW_CREDENTIAL_HELPERS, ALLOW_MACHINE_LOGS, check_swarm_labels
-from skep.model.meta import Driver
+from skep.manager.control.validation.new_objects import machine_rights
+from skep.manager.nodes.trust import repository_of, trust_of
+from skep.model.options.labels import ALLOW_CREDENTIAL_HELPERS, ALLOW_MACHINE_LOGS, check_swarm_labels
+from skep.model.permissions.user import User, UserSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Trust
-from skep.model.times import Timestamp
-from skep.model.user import User, UserSpec
+from skep.model.values.ids import ClusterId, UserId, new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task
 

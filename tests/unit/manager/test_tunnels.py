@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, NotFound, Unavailable, Unimplemented
-from skep.manager.tunnels import container_of
+from skep.manager.nodes.tunnels import container_of
 from skep.model.node import NodeState
 from skep.model.task import ContainerStatus, TaskState
 from tests.support.builders import a_docker_node, a_node, a_task

@@ -9,15 +9,15 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.allocator.loop import Allocator
-from skep.manager.loops import loops
+from skep.manager.control_loops.loops import loops
 from skep.manager.orchestrator.loop import Orchestrator
-from skep.model.ids import NodeId, ServiceId
 from skep.model.network import Network
 from skep.model.service import NetworkAttachmentConfig, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, ServiceId
 from skep.store.interface import Term
 from skep.store.memory import MemoryStore
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 LARGE = 100_000

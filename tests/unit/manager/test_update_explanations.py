@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.cli.explain import about_service
-from skep.manager.explanations import UpdateExplanation, explain_service
-from skep.model.encoding import to_json
+from skep.cli.see.explain import about_service
+from skep.manager.diagnosis.explanations import UpdateExplanation, explain_service
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.values.encoding import to_json
+from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 from tests.support.builders import a_node, a_service, a_task
 
 STARTED = Timestamp("2026-01-31T12:00:00Z")

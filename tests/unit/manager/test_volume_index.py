@@ -5,8 +5,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.assignments import difference, everything
-from skep.manager.volume_index import VolumeIndex
-from skep.model.ids import NodeId, VolumeId
+from skep.manager.services.volume_index import VolumeIndex
+from skep.model.values.ids import NodeId, VolumeId
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.store.interface import View
 from skep.store.memory import MemoryStore

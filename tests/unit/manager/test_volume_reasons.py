@@ -5,11 +5,11 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.control.tasks import known_status
-from skep.manager.dispatcher.statuses import Report, record_status
-from skep.manager.explanations import explain_task
-from skep.model.ids import NodeId, SessionId, TaskId, VolumeId
-from skep.model.node import NodeSession
+from skep.manager.diagnosis.explanations import explain_task
+from skep.manager.dispatcher.statuses import StatusReport, record_status
+from skep.model.node import SessionOwner
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.values.ids import NodeId, SessionId, TaskId, VolumeId
 from skep.model.volume import NOT_PUBLISHED, PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
@@ -22,7 +22,7 @@ N1, SESSION = NodeId("n1"), SessionId("s")
 async def stored(state: PublishState, message: str) -> tuple[MemoryStore, Task]:
     """A task that prepares on n1, with a volume there."""
     store = MemoryStore(SystemClock())
-    session = NodeSession(manager_id=NodeId("m1"), session_id=SESSION)
+    session = SessionOwner(manager_id=NodeId("m1"), session_id=SESSION)
     statuses = (PublishStatus(node_id=N1, state=state, message=message),)
     volume = Volume(
         id=VolumeId("v1"),
@@ -73,6 +73,6 @@ async def test_a_task_that_failed_for_want_of_its_volume_keeps_what_the_driver_s
 ) -> None:
     store, _ = await stored(PublishState.PENDING, WORDS)
     status = TaskStatus(state=TaskState.FAILED, err=said)
-    report = Report(node_id=N1, session_id=SESSION, task_id=TaskId("t1"), status=status)
+    report = StatusReport(node_id=N1, session_id=SESSION, task_id=TaskId("t1"), status=status)
     assert await store.update(record_status, report)
     assert store.view().get(Task, "t1").status.err == kept

@@ -8,15 +8,15 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
-from skep.manager import watchdog
-from skep.manager.watchdog import Watchdog
+from skep.manager.telemetry import watchdog
+from skep.manager.telemetry.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "TICK_S", 0.02)
-    monkeypatch.setattr("skep.aio.hang_detection.HAND_OVER_S", 0.2)
-    monkeypatch.setattr("skep.aio.hang_detection.END_S", 0.6)
+    monkeypatch.setattr("skep.aio.event_loop.hang_detection.HAND_OVER_S", 0.2)
+    monkeypatch.setattr("skep.aio.event_loop.hang_detection.END_S", 0.6)
 
 
 class Observed:

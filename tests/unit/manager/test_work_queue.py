@@ -4,7 +4,7 @@ import asyncio
 import math
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.work_queue import WorkQueue
+from skep.manager.control_loops.work_queue import WorkQueue
 
 
 def run(work: "asyncio.Future[object] | object", loop: VirtualLoop) -> object:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.errors import InvalidArgument
-from skep.model.access import EVERY_STACK, Binding, Identity, Origin, Role, parse_binding, weaker
+from skep.model.permissions.access import EVERY_STACK, Binding, Identity, Origin, Role, parse_binding, weaker
 
 
 def a_user(*bindings: str) -> Identity:

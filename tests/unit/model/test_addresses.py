@@ -1,6 +1,6 @@
 import pytest
 
-from skep.model.addresses import host_of, joined, parted
+from skep.model.networks.addresses import host_of, joined, parted
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@
 import pytest
 
 from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted
-from skep.model.attaching import (
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.networks.attaching import (
     ATTACH_LABEL,
     attach_constraints,
     require_attachable,
     require_share,
     require_subnets,
 )
-from skep.model.ids import NetworkId, NodeId
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import EngineDescription, Node, NodeDescription, NodeRole, NodeSpec
+from skep.model.values.ids import NetworkId, NodeId
 
 
 def a_network(**labels: str) -> Network:

@@ -3,9 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.errors import InvalidArgument
-from skep.model.autoscaling import (
+from skep.model.options.autoscaling import (
     Autoscaling,
     TaskUsage,
     autoscaling_of,

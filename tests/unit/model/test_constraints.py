@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.model.constraints import Constraint, is_satisfied, label_of, parse
 from skep.model.node import EngineDescription, Node, NodeRole
+from skep.model.options.constraints import Constraint, is_satisfied, label_of, parse
 from skep.model.service import Platform
 from tests.support.builders import a_node
 

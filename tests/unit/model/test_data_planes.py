@@ -2,7 +2,8 @@
 
 from msgspec.structs import replace
 
-from skep.model.data_planes import (
+from skep.model.network import NetworkSpec
+from skep.model.networks.data_planes import (
     DOCKER,
     NODE_LABEL,
     PLANE_OPTION,
@@ -11,9 +12,8 @@ from skep.model.data_planes import (
     plane_of,
     plane_of_node,
 )
-from skep.model.meta import Driver
-from skep.model.network import NetworkSpec
 from skep.model.node import EngineDescription, NodeCertificate
+from skep.model.values.meta import Driver
 from tests.support.builders import a_docker_node, a_node, an_overlay
 
 

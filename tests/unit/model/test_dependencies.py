@@ -3,11 +3,11 @@
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.model.dependencies import (
+from skep.model.options.dependencies import (
     DEPENDENCIES_MAX,
     DEPENDS_ON,
-    Condition,
     Dependency,
+    DependencyCondition,
     dependencies_of,
     label_of,
     parsed_dependencies,
@@ -16,9 +16,9 @@ from skep.model.dependencies import (
 
 def test_what_is_written_is_read() -> None:
     given = (
-        Dependency("db", Condition.HEALTHY, restarts=True),
-        Dependency("log", Condition.STARTED, is_required=False),
-        Dependency("migrate", Condition.COMPLETED, is_required=False, restarts=True),
+        Dependency("db", DependencyCondition.HEALTHY, restarts=True),
+        Dependency("log", DependencyCondition.STARTED, is_required=False),
+        Dependency("migrate", DependencyCondition.COMPLETED, is_required=False, restarts=True),
     )
     label = label_of(reversed(given))
     assert label == {

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.model.conditions import condition_messages
-from skep.model.description_size import DESCRIPTION_BYTES_MAX, size_condition, within_size
-from skep.model.encoding import to_json
-from skep.model.meta import TLSInfo
+from skep.model.networks.used_ports import ports_label, used_ports_of
 from skep.model.node import CSIInfo, EngineDescription, EnginePlugin, Node, NodeDescription, Topology
+from skep.model.node_reports.conditions import condition_messages
+from skep.model.node_reports.description_size import DESCRIPTION_BYTES_MAX, size_condition, within_size
+from skep.model.options.slot_volumes import SlotVolume, slot_volumes_label, slot_volumes_of
 from skep.model.service import DiscreteResource, GenericResource, Platform, Resources
-from skep.model.slot_volumes import SlotVolume, slot_volumes_label, slot_volumes_of
-from skep.model.used_ports import ports_label, used_ports_of
-from skep.node.description import listed
+from skep.model.values.encoding import to_json
+from skep.model.values.meta import TLSInfo
+from skep.node.host.description import listed
 from tests.support.builders import a_node
 
 

@@ -7,15 +7,15 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec import inspect
 
-from skep.api.bodies import decode_body
+from skep.api.formats.bodies import decode_body
 from skep.manager.routes import application
-from skep.model.encoding import to_json
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import InitRequest, JoinRequest, Swarm
 from skep.model.task import Task
+from skep.model.values.encoding import to_json
 from tests.conformance.manager import a_manager_api
 
 

@@ -9,8 +9,9 @@ import pytest
 from docs.reference.label_table import LABELS, LabelTarget
 from skep.engine.log_drivers import fluentd, gelf, splunk, syslog
 from skep.engine.log_drivers.options import COMMON, EVERYWHERE, FILES
-from skep.model.encoding import ApiObject
-from skep.model.field_rights import (
+from skep.model.network import NetworkSpec
+from skep.model.options.labels import FORMER_VOLUMES
+from skep.model.permissions.field_rights import (
     CONFIG_LABELS,
     CONTAINER_LABELS,
     FIELDS,
@@ -19,11 +20,10 @@ from skep.model.field_rights import (
     SERVICE_LABELS,
     admin_rights,
 )
-from skep.model.labels import FORMER_VOLUMES
-from skep.model.network import NetworkSpec
+from skep.model.permissions.value_rights import LOG_OPTIONS, is_loopback_registry
 from skep.model.secret import ConfigSpec, SecretSpec
 from skep.model.service import ServiceSpec
-from skep.model.value_rights import LOG_OPTIONS, is_loopback_registry
+from skep.model.values.encoding import ApiObject
 
 SPECS = (ServiceSpec, NetworkSpec, SecretSpec, ConfigSpec)
 

@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from skep.model.ids import ID_LENGTH, base36
+from skep.model.values.ids import ID_LENGTH, base36
 
 
 @given(st.integers(0, 2**128 - 1), st.integers(1, 30))

@@ -3,7 +3,7 @@
 import pytest
 
 from skep.engine.images.reference import DEFAULT_DOMAIN, parse_reference
-from skep.model.images import registry_of
+from skep.model.values.images import registry_of
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.model.labels import (
+from skep.model.options.labels import (
     ALLOW_CREDENTIAL_HELPERS,
     VolumeAffinity,
     allowed_repositories,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.model.node_refusals import (
+from skep.model.node_reports.node_refusals import (
     NO_NODE,
     NodeRefusal,
     is_no_node,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from skep.model.ids import NodeId
-from skep.model.node_removal import NodeRemoval, removal_in
-from skep.model.times import Timestamp
+from skep.model.node_reports.node_removal import NodeRemoval, removal_in
+from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 
 W1 = NodeId("w1")
 AT = Timestamp("2026-01-02T03:04:05.123456789Z")

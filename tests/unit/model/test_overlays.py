@@ -2,11 +2,11 @@
 
 from msgspec.structs import replace
 
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions
-from skep.model.overlays import VXLAN_OPTION, head_of, vxlan_ids
-from skep.model.tables import Segment
+from skep.model.networks.overlays import VXLAN_OPTION, head_of, vxlan_ids
+from skep.model.networks.tables import Segment
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 from tests.support.builders import an_overlay
 
 

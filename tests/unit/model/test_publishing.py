@@ -5,7 +5,13 @@ import re
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.model.publishing import LABELS_MAX, PORTS_MAX, PublishOptions, check_publishing, publish_options
+from skep.model.networks.publishing import (
+    LABELS_MAX,
+    PORTS_MAX,
+    PublishOptions,
+    check_publishing,
+    publish_options,
+)
 from skep.model.service import EndpointSpec, PortConfig, PublishMode, ServiceSpec
 
 WEB = PortConfig(protocol="tcp", target_port=80, published_port=8080)

@@ -2,9 +2,9 @@
 
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId
+from skep.model.networks.reserved_ports import of_cluster, of_data_path
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription
-from skep.model.reserved_ports import of_cluster, of_data_path
+from skep.model.values.ids import NodeId
 
 
 def a_node(label: str, status: ManagerStatus | None = None) -> Node:

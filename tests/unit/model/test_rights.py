@@ -4,8 +4,8 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
-from skep.model.labels import check_swarm_labels
-from skep.model.rights import (
+from skep.model.options.labels import check_swarm_labels
+from skep.model.permissions.rights import (
     ALL_RIGHTS,
     CDI_LABEL,
     DEVICES_LABEL,

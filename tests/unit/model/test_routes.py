@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.model.node import EngineDescription, Node
-from skep.model.routes import (
+from skep.model.networks.routes import (
     ROUTES_LABEL,
     ROUTES_MAX,
     MachineRoute,
@@ -16,6 +15,7 @@ from skep.model.routes import (
     routes_of,
     routes_of_all,
 )
+from skep.model.node import EngineDescription, Node
 from tests.support.builders import a_node
 
 

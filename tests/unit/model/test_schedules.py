@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.errors import InvalidArgument
-from skep.model.labels import JOB_TTL
-from skep.model.schedules import (
+from skep.model.options.labels import JOB_TTL
+from skep.model.options.schedules import (
     CRON,
     CRON_CONCURRENCY,
     CRON_DEADLINE,

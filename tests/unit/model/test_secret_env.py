@@ -4,8 +4,7 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, SecretFileTarget, SecretReference
-from skep.model.ids import SecretId
-from skep.model.secret_env import (
+from skep.model.options.secret_env import (
     SECRET_ENV_LABEL,
     VALUE_BYTES_MAX,
     VARIABLES_MAX,
@@ -14,6 +13,7 @@ from skep.model.secret_env import (
     secret_env_warning,
     secret_variables,
 )
+from skep.model.values.ids import SecretId
 
 
 def a_container(label: str, *targets: str, env: tuple[str, ...] = ()) -> ContainerSpec:

@@ -5,24 +5,24 @@ from collections.abc import Mapping
 import pytest
 from msgspec.structs import replace
 
-from skep.model import slot_volumes
 from skep.model.container import ContainerSpec, Mount, VolumeOptions
-from skep.model.meta import Driver
 from skep.model.node import EngineDescription, Node
-from skep.model.service import TaskSpec
-from skep.model.slot_volumes import (
+from skep.model.options import slot_volumes
+from skep.model.options.slot_volumes import (
     FORGOTTEN_LABEL,
     LABEL_CHARACTERS_MAX,
     SLOT_VOLUMES_LABEL,
     Home,
     SlotVolume,
-    VolumeIndex,
+    SlotVolumeIndex,
     homes_of,
     local_volumes,
     slot_volumes_label,
     slot_volumes_of,
 )
+from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
+from skep.model.values.meta import Driver
 from tests.support.builders import a_node, a_task
 
 
@@ -42,7 +42,7 @@ def mounting(task: Task, *sources: str, options: Mapping[str, str] | None = None
 
 
 def homes(task: Task, *, past: tuple[Task, ...] = (), nodes: tuple[Node, ...] = ()) -> list[str]:
-    return [home.node_id for home in homes_of(task, "web", past, VolumeIndex(nodes))]
+    return [home.node_id for home in homes_of(task, "web", past, SlotVolumeIndex(nodes))]
 
 
 def test_what_a_node_reports_is_read_again() -> None:
@@ -140,7 +140,7 @@ def test_a_volume_with_a_name_of_its_slot_is_found() -> None:
 
 
 def test_the_index_follows_its_nodes() -> None:
-    index = VolumeIndex()
+    index = SlotVolumeIndex()
     task = mounting(a_task(slot=2), "data")
     index.set_node(reporting("n1", "data=web.2@100"))
     index.set_node(reporting("n2", "data=web.2@200"))
@@ -160,7 +160,7 @@ def test_a_forgotten_volume_attracts_no_task_until_it_is_used_again() -> None:
     def homes(until_ms: int, *past: Task) -> list[str]:
         node = reporting("n1", "data-2=web.2@5000")
         labels = {FORGOTTEN_LABEL: f"data-2@{until_ms} broken @ x@y"} if until_ms else {}
-        index = VolumeIndex([replace(node, spec=replace(node.spec, labels=labels))])
+        index = SlotVolumeIndex([replace(node, spec=replace(node.spec, labels=labels))])
         return [home.node_id for home in homes_of(task, "web", past, index)]
 
     assert homes(0) == ["n1"]
@@ -173,7 +173,7 @@ def test_a_forgotten_volume_attracts_no_task_until_it_is_used_again() -> None:
 
 def test_a_node_is_remembered_again_when_nothing_of_it_is_forgotten() -> None:
     node = reporting("n1", "data=web.1@5000")
-    index = VolumeIndex([replace(node, spec=replace(node.spec, labels={FORGOTTEN_LABEL: "data@5000"}))])
+    index = SlotVolumeIndex([replace(node, spec=replace(node.spec, labels={FORGOTTEN_LABEL: "data@5000"}))])
     assert index.is_forgotten(node.id, "data", 5000)
     index.set_node(node)
     assert not index.is_forgotten(node.id, "data", 5000)

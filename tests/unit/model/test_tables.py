@@ -3,11 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.tables import (
+from skep.model.networks.tables import (
     NetworkHead,
+    NetworkTable,
     Segment,
-    Table,
     TableEndpoint,
     TableNode,
     TableService,
@@ -15,6 +14,7 @@ from skep.model.tables import (
     difference,
     whole,
 )
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 WORDS = st.sampled_from(["a", "b", "c", "d"])
 HEADS = st.builds(
@@ -29,8 +29,8 @@ SERVICES = st.dictionaries(WORDS.map(ServiceId), WORDS)
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> Table:
-    return Table(
+def tables(draw: st.DrawFn) -> NetworkTable:
+    return NetworkTable(
         head=draw(HEADS),
         revision=draw(st.integers(1, 9)),
         nodes={id: TableNode(id=id, underlay=underlay) for id, underlay in draw(NODES).items()},
@@ -43,7 +43,7 @@ def tables(draw: st.DrawFn) -> Table:
 
 
 @given(tables(), tables())
-def test_the_difference_makes_the_old_table_the_new_one(old: Table, new: Table) -> None:
+def test_the_difference_makes_the_old_table_the_new_one(old: NetworkTable, new: NetworkTable) -> None:
     change = difference(old, new)
 
     if change is None:
@@ -58,7 +58,7 @@ def test_the_difference_makes_the_old_table_the_new_one(old: Table, new: Table) 
 
 
 @given(tables(), tables())
-def test_a_whole_table_replaces_whatever_there_was(old: Table, new: Table) -> None:
+def test_a_whole_table_replaces_whatever_there_was(old: NetworkTable, new: NetworkTable) -> None:
     assert changed(old, whole(new)) == new
     assert changed(None, whole(new)) == new
 
@@ -66,14 +66,16 @@ def test_a_whole_table_replaces_whatever_there_was(old: Table, new: Table) -> No
 def test_a_table_that_differs_only_in_its_revision_is_unchanged() -> None:
     head = NetworkHead(id=NetworkId("n"), name="net")
 
-    assert difference(Table(head=head, revision=1), Table(head=head, revision=2)) is None
+    assert difference(NetworkTable(head=head, revision=1), NetworkTable(head=head, revision=2)) is None
 
 
 def test_a_change_of_nothing_known_gives_what_it_names() -> None:
     head = NetworkHead(id=NetworkId("n"), name="net")
     change = difference(
-        Table(head=head),
-        Table(head=head, revision=3, services={ServiceId("s"): TableService(id=ServiceId("s"), name="web")}),
+        NetworkTable(head=head),
+        NetworkTable(
+            head=head, revision=3, services={ServiceId("s"): TableService(id=ServiceId("s"), name="web")}
+        ),
     )
     assert change is not None
 

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.model.encoding import to_json
-from skep.model.labels import check_service_labels, check_swarm_labels, last_lines
+from skep.model.options.labels import check_service_labels, check_swarm_labels, last_lines
 from skep.model.task_end import (
     HEALTH_OUTPUT_BYTES_MAX,
     LAST_LINES_BYTES_MAX,
@@ -19,6 +18,7 @@ from skep.model.task_end import (
     printable,
     words_of,
 )
+from skep.model.values.encoding import to_json
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.sampled_from(["\0" * 3000, "x" * 9000])

@@ -4,9 +4,9 @@ import pytest
 
 from skep.errors import InvalidArgument, NotFound
 from skep.gotemplate import TemplateError
-from skep.model import templates
 from skep.model.container import ContainerSpec, Mount, VolumeOptions
-from skep.model.meta import Driver
+from skep.model.options import templates
+from skep.model.values.meta import Driver
 
 SEEN = templates.context(
     service_id="s1",

@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from skep.model import used_ports
-from skep.model.used_ports import PORTS_MAX, ports_label, used_ports_of
+from skep.model.networks import used_ports
+from skep.model.networks.used_ports import PORTS_MAX, ports_label, used_ports_of
 from tests.support.builders import a_node
 
 

@@ -1,6 +1,6 @@
 """Public keys of WireGuard in a node's description."""
 
-from skep.model.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label, published_keys
+from skep.model.networks.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label, published_keys
 
 OLD, NEW = PublicKey(bytes(range(32)), 4799), PublicKey(bytes(range(1, 33)), 4800)
 

@@ -6,9 +6,9 @@ from typing import cast
 import pytest
 from msgspec.structs import replace
 
-from skep.api.permissions import STACK_LABEL
+from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, NotFound
-from skep.model.access import Identity, Origin, parse_binding
+from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.node.authorization import NodeObjects
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.visible_containers import visible_container

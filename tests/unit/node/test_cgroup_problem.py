@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.node.requirements import cgroup_problem
+from skep.node.host.requirements import cgroup_problem
 
 
 @pytest.mark.parametrize("name", ["", "missing"])

@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
-from skep.cli.status import node_rows
-from skep.manager.events import messages_of
+from skep.cli.see.status import node_rows
 from skep.manager.routes.representations import Problems, shown_node
-from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
+from skep.manager.telemetry.events import messages_of
 from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
-from skep.node.cluster_work import NodeWork
-from skep.node.conditions import LABEL_SECONDS_MIN, Conditions
+from skep.model.node_reports.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
+from skep.node.cluster.cluster_work import NodeWork
+from skep.node.host.conditions import LABEL_SECONDS_MIN, Conditions
 from skep.store.interface import Updated
 from tests.support.builders import a_node
 

@@ -8,13 +8,13 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
 from skep.engine.log_drivers import journald
-from skep.model.conditions import condition_messages
 from skep.model.node import NodeDescription
-from skep.node.conditions import Conditions
-from skep.node.description import NodeDescriber, within_bounds
-from skep.node.features import Features
-from skep.node.machine import Machine
-from skep.node.machine_resources import ResourceReader
+from skep.model.node_reports.conditions import condition_messages
+from skep.node.host.conditions import Conditions
+from skep.node.host.description import NodeDescriber, within_bounds
+from skep.node.host.features import Features
+from skep.node.host.machine import Machine
+from skep.node.host.machine_resources import ResourceReader
 
 MACHINE = Machine(
     hostname="w1",

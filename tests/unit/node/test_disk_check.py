@@ -8,9 +8,9 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.manager.process import _write_mark
-from skep.node import disk_check
-from skep.node.conditions import Conditions
-from skep.node.disk_check import DiskCheck
+from skep.node.host import disk_check
+from skep.node.host.conditions import Conditions
+from skep.node.host.disk_check import DiskCheck
 from tests.support.file_faults import ERRNOS, file_faults
 
 

@@ -10,24 +10,32 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.exposition import render
+from skep.api.telemetry.exposition import render
 from skep.configuration.configuration import Configuration
-from skep.engine.container import ContainerConfig, ContainerState, MountPoint
+from skep.engine.containers.container import ContainerConfig, ContainerState, MountPoint
 from skep.errors import Unavailable
-from skep.model.conditions import DISK_PRESSURE, DISK_PRESSURE_LABEL, DISK_SPACE
-from skep.node import disk_space
-from skep.node.conditions import Conditions
-from skep.node.disk_space import DiskSpace, Fullness, Marks, Space, mount_point_of, sources_of, space_of
-from skep.node.metrics import disk_families
+from skep.model.node_reports.conditions import DISK_PRESSURE, DISK_PRESSURE_LABEL, DISK_SPACE
+from skep.node.host import disk_space
+from skep.node.host.conditions import Conditions
+from skep.node.host.disk_space import (
+    DiskMarks,
+    DiskSpace,
+    FileSystemUse,
+    Fullness,
+    mount_point_of,
+    sources_of,
+    space_of,
+)
+from skep.node.telemetry.metrics import disk_families
 from tests.support.stub_engine import a_container
 
-MARKS = Marks(full=95)
+MARKS = DiskMarks(full=95)
 
 
 def a_disk(
     percent: float, *, inodes: float = 0.0, device: int = 1, is_own: bool = True, path: str = "/d"
-) -> Space:
-    return Space(
+) -> FileSystemUse:
+    return FileSystemUse(
         path=path,
         device=device,
         free_bytes=1 << 30,
@@ -44,7 +52,7 @@ def a_statvfs(**fields: int) -> Any:
     return SimpleNamespace(**{**found, **inodes, **fields})
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, **fields: int) -> Space | None:
+def measured(monkeypatch: pytest.MonkeyPatch, **fields: int) -> FileSystemUse | None:
     monkeypatch.setattr(os, "statvfs", lambda _: a_statvfs(**fields))
     return space_of("/")
 
@@ -101,7 +109,7 @@ def test_the_words_change_with_every_second_percent_at_most() -> None:
 def test_only_the_nodes_own_disk_keeps_tasks_away_and_zero_means_never() -> None:
     near, full = Fullness().judge([replace(a_disk(99, is_own=False), mount_point="/mnt")], MARKS)
     assert (near.startswith("the disk at /mnt is 99 % full"), full) == (True, "")
-    assert Fullness().judge([a_disk(99)], Marks(full=0))[1] == ""
+    assert Fullness().judge([a_disk(99)], DiskMarks(full=0))[1] == ""
 
 
 def test_several_disks_are_named_the_fullest_first() -> None:
@@ -150,7 +158,7 @@ async def test_a_full_disk_of_a_bind_mount_does_not_show_its_source(
     configuration, conditions = Configuration(data_dir=tmp_path), Conditions(SystemClock())
     device = os.stat("/proc").st_dev
 
-    def measure(path: str, *, is_own: bool) -> Space:
+    def measure(path: str, *, is_own: bool) -> FileSystemUse:
         return a_disk(10) if is_own else a_disk(90, device=device, is_own=False, path=path)
 
     monkeypatch.setattr(disk_space, "space_of", measure)
@@ -219,7 +227,7 @@ async def test_a_disk_that_does_not_answer_hides_no_other(
         SystemClock(),
     )
 
-    def measure(path: str, *, is_own: bool) -> Space:
+    def measure(path: str, *, is_own: bool) -> FileSystemUse:
         if path == "/nfs":
             raise OSError(5, "Input/output error")
         return a_disk(10, path=path)
@@ -241,7 +249,7 @@ async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
     )
     may_end, looks = threading.Event(), []
 
-    def measure(path: str, *, is_own: bool) -> Space:
+    def measure(path: str, *, is_own: bool) -> FileSystemUse:
         if path == "/nfs":
             looks.append(path)
             may_end.wait(30)
@@ -267,7 +275,7 @@ async def test_an_own_disk_that_does_not_answer_is_as_full_as_before(
     check = checking(tmp_path, conditions)
     outcomes: list[Exception | None] = [None, error, FileNotFoundError()]
 
-    def measure(path: str, *, is_own: bool) -> Space:
+    def measure(path: str, *, is_own: bool) -> FileSystemUse:
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome
         return a_disk(97, path=path)

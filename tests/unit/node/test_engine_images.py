@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from skep.node.engine_images import merged, theirs_is_newer
+from skep.node.docker.engine_images import merged, theirs_is_newer
 
 A, B, C = "sha256:a", "sha256:b", "sha256:c"
 UNTAGGED = {"RepoTags": ["<none>:<none>"], "RepoDigests": ["<none>@<none>"]}

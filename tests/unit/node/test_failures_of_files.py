@@ -18,38 +18,39 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from skep.agent.managers import Peer
-from skep.agent.revisions import SeenRevision
-from skep.api.networks import NetworkBody
+from skep.agent.session.managers import KnownManager
+from skep.agent.session.revisions import SeenRevision
+from skep.api.formats.networks import NetworkBody
 from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
 from skep.configuration.configuration import UnixHost
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.engine.images import layers, pulling
+from skep.engine.images import layers
+from skep.engine.images.archives.workers import Unpacked
 from skep.engine.images.reference import Reference
-from skep.engine.images.registry import DOCKER_MANIFEST, Document
+from skep.engine.images.registry import pulling
+from skep.engine.images.registry.registry import DOCKER_MANIFEST, Document
 from skep.engine.images.store import ImageStore
-from skep.engine.images.workers import Unpacked
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles
-from skep.manager.incarnation import Incarnations, read_incarnations, write_incarnations
-from skep.manager.keys import load_wrapping_keys, save_wrapping_keys
 from skep.manager.process import refusal_in
 from skep.manager.process import run as run_manager
-from skep.model.ids import ClusterId, NodeId, new_container_id
+from skep.manager.storage.incarnation import Incarnations, read_incarnations, write_incarnations
+from skep.manager.storage.keys import load_wrapping_keys, save_wrapping_keys
 from skep.model.node import NodeRole
-from skep.model.revisions import Revision
+from skep.model.node_reports.revisions import Revision
+from skep.model.values.ids import ClusterId, NodeId, new_container_id
+from skep.node.cluster.local import LocalNode, read_local_node, write_local_node
+from skep.node.cluster.membership import Membership
 from skep.node.front.server import _listening_socket
-from skep.node.local import LocalNode, read_local_node, write_local_node
-from skep.node.membership import Membership
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.crl import listed_serials
 from skep.security.locking import KeyLock
-from skep.store.etcd.peers import Peer as EtcdPeer
+from skep.store.etcd.peers import EtcdPeer as EtcdPeer
 from skep.store.etcd.peers import load_peers, save_peers
 from tests.support.archives import a_config, a_file, a_tar, sha256
 from tests.support.file_faults import Faults, file_faults, walk
@@ -172,7 +173,7 @@ MOVED = LocalNode(
     node_id=NodeId("n1"),
     cluster_id=ClusterId("c1"),
     is_manager=False,
-    managers=(Peer(NodeId("m1"), "10.0.0.1:2377"),),
+    managers=(KnownManager(NodeId("m1"), "10.0.0.1:2377"),),
 )
 
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from skep.agent.task_files import TaskFiles
-from skep.agent.worker import Worker
-from skep.engine.container import ContainerState
+from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.worker import Worker
+from skep.engine.containers.container import ContainerState
 from skep.errors import Unavailable
 from skep.model.task import TaskState
 from tests.support.fake_worker import a_session

@@ -1,6 +1,6 @@
 """What a machine that lacks something says about it."""
 
-from skep.node.features import Features, labels, warnings
+from skep.node.host.features import Features, labels, warnings
 
 WHOLE = Features(controllers=frozenset({"memory", "cpu", "pids"}), open_files_max=1 << 20)
 

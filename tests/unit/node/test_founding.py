@@ -10,9 +10,9 @@ import pytest
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.swarm import CAConfig, DispatcherConfig, SwarmSpec
-from skep.model.times import SECOND_NS
-from skep.node import founding
-from skep.node.founding import check_listening, check_settings, chosen_peer_addr, peer_warning
+from skep.model.values.times import SECOND_NS
+from skep.node.cluster import founding
+from skep.node.cluster.founding import check_listening, check_settings, chosen_peer_addr, peer_warning
 
 
 @pytest.mark.parametrize(

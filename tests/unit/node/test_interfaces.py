@@ -2,17 +2,17 @@
 
 from ipaddress import ip_address
 
-from skep.api.swarm_requests import Interface
-from skep.node.interfaces import Link, interfaces_of, read_interfaces
+from skep.api.formats.swarm_requests import Interface
+from skep.node.host.interfaces import KernelLink, interfaces_of, read_interfaces
 
 UP, LOOPBACK = 0x1, 0x8
 
 
 def test_interfaces_have_what_decides_about_them() -> None:
     links = [
-        Link(1, "lo", UP | LOOPBACK),
-        Link(7, "eth0", UP, "veth"),
-        Link(9, "skep-gw", kind="bridge"),
+        KernelLink(1, "lo", UP | LOOPBACK),
+        KernelLink(7, "eth0", UP, "veth"),
+        KernelLink(9, "skep-gw", kind="bridge"),
     ]
     addresses = [(1, "127.0.0.1"), (7, "192.0.2.7"), (1, "::1"), (7, "fe80::1")]
     assert interfaces_of(links, addresses) == {

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.engine import apparmor
-from skep.node.conditions import Conditions
-from skep.node.isolation import check_isolation, keep_profile
+from skep.engine.confinement import apparmor
+from skep.node.host.conditions import Conditions
+from skep.node.host.isolation import check_isolation, keep_profile
 from tests.support.oci_rig import QuickClock
 
 

@@ -7,21 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
-from skep.engine.cgroups import Cgroups
-from skep.node import load as module
-from skep.node.load import (
+from skep.engine.confinement.cgroups import Cgroups
+from skep.node.host.machine import this_machine
+from skep.node.telemetry import load as module
+from skep.node.telemetry.load import (
     SAMPLE_S,
     TIME_CONSTANT_S,
     LoadMeter,
+    LoadReading,
     Measured,
-    Reading,
     measured,
     reader_of,
     reading_of_machine,
     share,
     smoothed,
 )
-from skep.node.machine import this_machine
 
 STAT = "cpu  100 20 30 700 50 5 5 90 11 2\ncpu0 1 2 3 4 5 6 7 8 9 10\nctxt 12\n"
 MEMINFO = (
@@ -47,15 +47,15 @@ def test_files_that_look_otherwise_are_refused(stat: str, meminfo: str) -> None:
 
 
 def test_the_tighter_resource_counts() -> None:
-    before = Reading(busy=10, capacity=100, memory=0.9)
-    assert share(before, Reading(busy=60, capacity=200, memory=0.2)) == 0.5
-    assert share(before, Reading(busy=60, capacity=200, memory=0.7)) == 0.7
+    before = LoadReading(busy=10, capacity=100, memory=0.9)
+    assert share(before, LoadReading(busy=60, capacity=200, memory=0.2)) == 0.5
+    assert share(before, LoadReading(busy=60, capacity=200, memory=0.7)) == 0.7
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), SHARES)
 def test_a_share_is_a_share_whatever_the_counters_do(busy: float, capacity: float, memory: float) -> None:
-    before = Reading(busy=0, capacity=0, memory=0)
-    assert 0 <= share(before, Reading(busy=busy, capacity=capacity, memory=memory)) <= 1
+    before = LoadReading(busy=0, capacity=0, memory=0)
+    assert 0 <= share(before, LoadReading(busy=busy, capacity=capacity, memory=memory)) <= 1
 
 
 @given(SHARES, SHARES, TIMES, TIMES)
@@ -74,13 +74,13 @@ def test_after_one_time_constant_a_change_is_known_to_63_percent() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), SHARES, SHARES), min_size=1, max_size=20))
 def test_the_reported_load_lies_between_measured_values(steps: list[tuple[float, float, float]]) -> None:
-    now, state, parts = 0.0, measured(None, Reading(busy=0, capacity=0, memory=0), 0.0), []
+    now, state, parts = 0.0, measured(None, LoadReading(busy=0, capacity=0, memory=0), 0.0), []
     busy = capacity = 0.0
     assert state.load is None
     for elapsed_s, processors, memory in steps:
         now += elapsed_s
         busy, capacity = busy + processors * elapsed_s, capacity + elapsed_s
-        state = measured(state, Reading(busy=busy, capacity=capacity, memory=memory), now)
+        state = measured(state, LoadReading(busy=busy, capacity=capacity, memory=memory), now)
         parts.append(max(processors, memory))
         assert state.load is not None
         assert min(parts) - 1e-6 <= state.load <= max(parts) + 1e-6
@@ -110,13 +110,13 @@ class Counters:
         self.readings = 0
         self.is_broken = False
 
-    def read(self, now: float) -> Reading:
+    def read(self, now: float) -> LoadReading:
         if self.is_broken:
             raise OSError("gone")
         self.readings += 1
         self.busy += (now - self.read_at) * self.part
         self.read_at = now
-        return Reading(busy=self.busy, capacity=now, memory=0.0)
+        return LoadReading(busy=self.busy, capacity=now, memory=0.0)
 
 
 def beats(meter: LoadMeter, clock: HandClock, seconds: float) -> list[float | None]:
@@ -179,7 +179,7 @@ def per_sample(average: float, share: float, elapsed_s: float) -> float:
 @pytest.mark.parametrize("twin", [undamped, per_sample])
 def test_wrong_twins_are_rejected(twin: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "smoothed", twin)
-    state: Measured = measured(None, Reading(busy=0, capacity=0, memory=0), 0.0)
-    state = measured(state, Reading(busy=0, capacity=30, memory=0), 30.0)
-    state = measured(state, Reading(busy=1, capacity=31, memory=0), 31.0)
+    state: Measured = measured(None, LoadReading(busy=0, capacity=0, memory=0), 0.0)
+    state = measured(state, LoadReading(busy=0, capacity=30, memory=0), 30.0)
+    state = measured(state, LoadReading(busy=1, capacity=31, memory=0), 31.0)
     assert state.load != pytest.approx(-math.expm1(-1 / TIME_CONSTANT_S))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from skep.agent.managers import Peer
-from skep.model.ids import ClusterId, NodeId
-from skep.node.local import LocalNode
+from skep.agent.session.managers import KnownManager
+from skep.model.values.ids import ClusterId, NodeId
+from skep.node.cluster.local import LocalNode
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,5 @@ from skep.node.local import LocalNode
 def test_a_nodes_own_manager_is_reached_where_it_listens(listen_addr: str, own: str) -> None:
     """Behind address translation a machine need not reach itself where others do."""
     node = LocalNode(node_id=NodeId("a"), cluster_id=ClusterId("c"), is_manager=True, listen_addr=listen_addr)
-    assert node.reach(Peer(NodeId("a"), "203.0.113.1:2377")) == own
-    assert node.reach(Peer(NodeId("b"), "203.0.113.2:2377")) == "203.0.113.2:2377"
+    assert node.reach(KnownManager(NodeId("a"), "203.0.113.1:2377")) == own
+    assert node.reach(KnownManager(NodeId("b"), "203.0.113.2:2377")) == "203.0.113.2:2377"

@@ -10,8 +10,8 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
-from skep.node import machine_resources
-from skep.node.machine_resources import ResourceReader
+from skep.node.host import machine_resources
+from skep.node.host.machine_resources import ResourceReader
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from skep.model.node import NodeRole
-from skep.node.manager_supervisor import ManagerSupervisor
-from skep.node.membership_states import State
+from skep.node.cluster.manager_supervisor import ManagerSupervisor
+from skep.node.cluster.membership_states import MembershipState
 from skep.paths import Paths
 from skep.security.locking import KeyLock, new_unlock_key
 
@@ -80,7 +80,7 @@ class Rig:
         self.is_manager = is_manager
 
     def _renew_certificate(self) -> None:
-        assert self.supervisor.state is State.REMOVED
+        assert self.supervisor.state is MembershipState.REMOVED
         self.renewals += 1
 
 
@@ -116,7 +116,7 @@ async def test_a_manager_that_was_removed_starts_over_with_nothing(tmp_path: Pat
         await rig.wait_processes(2)
         assert not (rig.paths.manager / "old").exists()
         assert not rig.supervisor.error
-        assert rig.supervisor.state is State.MANAGER
+        assert rig.supervisor.state is MembershipState.MANAGER
         assert rig.renewals == 1
 
 

@@ -9,13 +9,19 @@ import pytest
 
 from skep.aio.trees import discard_tree_now
 from skep.model.node import NodeRole
-from skep.node import manager_supervisor
-from skep.node.manager_supervisor import ManagerSupervisor
-from skep.node.membership_states import TRANSITIONS, Event, State, after, docker_state
+from skep.node.cluster import manager_supervisor
+from skep.node.cluster.manager_supervisor import ManagerSupervisor
+from skep.node.cluster.membership_states import (
+    TRANSITIONS,
+    MembershipEvent,
+    MembershipState,
+    after,
+    docker_state,
+)
 from skep.paths import Paths
 
 PAGE = Path(__file__).parents[3] / "docs" / "design" / "node.md"
-INITIAL = {State.STARTING, State.PENDING, State.WORKER, State.MANAGER}
+INITIAL = {MembershipState.STARTING, MembershipState.PENDING, MembershipState.WORKER, MembershipState.MANAGER}
 
 
 def test_the_drawing_is_the_table() -> None:
@@ -30,37 +36,42 @@ def test_every_state_is_reached_and_every_event_is_used() -> None:
     reached = set(INITIAL)
     while found := {to for (state, _), to in TRANSITIONS.items() if state in reached} - reached:
         reached |= found
-    assert reached == set(State)
-    assert {event for _, event in TRANSITIONS} == set(Event)
+    assert reached == set(MembershipState)
+    assert {event for _, event in TRANSITIONS} == set(MembershipEvent)
 
 
 def test_a_node_leaves_from_wherever_it_is_a_member_or_may_be_one() -> None:
-    for state in (State.MEMBER, State.FAILED, State.LOCKED, State.UNREADABLE):
-        assert after(after(state, Event.LEAVE), Event.LEFT) is State.OUTSIDE
+    for state in (
+        MembershipState.MEMBER,
+        MembershipState.FAILED,
+        MembershipState.LOCKED,
+        MembershipState.UNREADABLE,
+    ):
+        assert after(after(state, MembershipEvent.LEAVE), MembershipEvent.LEFT) is MembershipState.OUTSIDE
 
 
 def test_an_event_that_a_state_does_not_have_is_an_error_of_the_program() -> None:
     with pytest.raises(AssertionError, match="LEAVE in state OUTSIDE"):
-        after(State.OUTSIDE, Event.LEAVE)
+        after(MembershipState.OUTSIDE, MembershipEvent.LEAVE)
 
 
 @pytest.mark.parametrize(
     ("membership", "session", "error", "shown"),
     [
-        (State.STARTING, None, "", "inactive"),
-        (State.OUTSIDE, None, "", "inactive"),
-        (State.UNREADABLE, None, "disk", "error"),
-        (State.LOCKED, None, "", "locked"),
-        (State.ENTERING, State.PENDING, "", "pending"),
-        (State.MEMBER, State.PENDING, "", "pending"),
-        (State.MEMBER, State.ACTIVE, "", "active"),
-        (State.MEMBER, State.ACTIVE, "manager given up", "error"),
-        (State.FAILED, State.ACTIVE, "removed", "error"),
-        (State.LEAVING, None, "", "inactive"),
+        (MembershipState.STARTING, None, "", "inactive"),
+        (MembershipState.OUTSIDE, None, "", "inactive"),
+        (MembershipState.UNREADABLE, None, "disk", "error"),
+        (MembershipState.LOCKED, None, "", "locked"),
+        (MembershipState.ENTERING, MembershipState.PENDING, "", "pending"),
+        (MembershipState.MEMBER, MembershipState.PENDING, "", "pending"),
+        (MembershipState.MEMBER, MembershipState.ACTIVE, "", "active"),
+        (MembershipState.MEMBER, MembershipState.ACTIVE, "manager given up", "error"),
+        (MembershipState.FAILED, MembershipState.ACTIVE, "removed", "error"),
+        (MembershipState.LEAVING, None, "", "inactive"),
     ],
 )
 def test_docker_is_shown_one_of_its_states(
-    membership: State, session: State | None, error: str, shown: str
+    membership: MembershipState, session: MembershipState | None, error: str, shown: str
 ) -> None:
     assert docker_state(membership, session, error) == shown
 
@@ -158,12 +169,12 @@ async def live(disk: Disk, role: NodeRole, *, is_removed: bool = False) -> bool:
     running = asyncio.create_task(supervisor.run())
     try:
         async with asyncio.timeout(20):
-            while supervisor.state is State.MANAGER and not (disk.processes or running.done()):  # noqa: ASYNC110
+            while supervisor.state is MembershipState.MANAGER and not (disk.processes or running.done()):  # noqa: ASYNC110
                 await asyncio.sleep(0)
             if is_removed:
                 for process in disk.processes:
                     process.removed.set()
-                while supervisor.state is State.MANAGER and not running.done():  # noqa: ASYNC110
+                while supervisor.state is MembershipState.MANAGER and not running.done():  # noqa: ASYNC110
                     await asyncio.sleep(0)
             disk.certificate = role
             supervisor.set_role(role)

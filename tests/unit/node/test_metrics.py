@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.api.exposition import render
+from skep.api.telemetry.exposition import render
 from skep.configuration.values import listening_addr
-from skep.dataplane.protocol import Listing, NameCounts
-from skep.model.ids import NodeId
-from skep.model.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
-from skep.node.metrics import KEPT_S, NodeMetrics, Sources, dns_families, network_families
-from skep.node.metrics_server import targets
+from skep.dataplane.net_process.protocol import NameCounts, ServedListing
+from skep.model.networks.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
+from skep.model.values.ids import NodeId
+from skep.node.telemetry.metrics import KEPT_S, NodeMetrics, Sources, dns_families, network_families
+from skep.node.telemetry.metrics_server import targets
 
 
 def test_each_node_is_a_target_with_its_labels() -> None:
@@ -65,14 +65,14 @@ def test_name_servers_are_counted_by_what_they_answered() -> None:
     names = NameCounts(
         (("A", 3),), (("network", "NOERROR", 2), ("forwarded", "SERVFAIL", 1)), upstream_timeouts=4
     )
-    text = render(dns_families(Listing((), (), 5, names))).decode()
+    text = render(dns_families(ServedListing((), (), 5, names))).decode()
     assert 'skep_dns_requests_total{type="A"} 3' in text
     assert 'skep_dns_responses_total{source="network",code="NOERROR"} 2' in text
     assert 'skep_dns_responses_total{source="forwarded",code="SERVFAIL"} 1' in text
     assert 'skep_dns_upstream_errors_total{reason="timeout"} 4' in text
     assert 'skep_network_repairs_total{kind="container rules"} 5' in text
     older = msgspec.msgpack.decode(
-        msgspec.msgpack.encode({"type": "Listing", "reservations": ()}), type=Listing
+        msgspec.msgpack.encode({"type": "Listing", "reservations": ()}), type=ServedListing
     )
     assert "skep_dns_containers 0" in render(dns_families(older)).decode(), "a process of the version before"
 

@@ -8,13 +8,13 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.filters import Filters
-from skep.engine.container import Container, ContainerConfig
+from skep.api.formats.filters import Filters
+from skep.engine.containers.container import Container, ContainerConfig
 from skep.engine.events import Events
 from skep.engine.images.local import ImageEvent
 from skep.errors import PermissionDenied, SkepError, Unavailable
-from skep.manager import node_events
-from skep.model.ids import ContainerId
+from skep.manager.telemetry import node_events
+from skep.model.values.ids import ContainerId
 from skep.node.events import (
     FOLLOWED,
     KEPT,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.node import requirements
+from skep.node.host import requirements
 
 
 def test_a_daemon_without_root_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from skep.agent.task_files import RememberedTask, TaskFiles
+from skep.agent.tasks.task_files import RememberedTask, TaskFiles
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.files import StoredTables
 from skep.engine.images.store import ImageStore
 from skep.linux.detached import read_pid_file
 from skep.linux.trees import remove_tree
-from skep.model.ids import TaskId
 from skep.model.task import TaskStatus
+from skep.model.values.ids import TaskId
 from tests.support.oci_rig import EngineExecutor, Machine, memory_engine, new_container
 from tests.unit.agent.test_worker import assigned
 from tests.unit.linux.test_trees import nest

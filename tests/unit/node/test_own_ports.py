@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.bootstrap import ManagerConfig, encode
 from skep.configuration.configuration import Configuration, TcpHost, UnixHost
 from skep.dataplane.ports import UnreservedPorts
 from skep.errors import AlreadyExists
-from skep.model.ids import ClusterId, NodeId
-from skep.node.local import LocalNode, write_local_node
-from skep.node.own_ports import OwnPorts, own_ports
+from skep.model.values.ids import ClusterId, NodeId
+from skep.node.cluster.local import LocalNode, write_local_node
+from skep.node.host.own_ports import OwnPorts, own_ports
 from skep.paths import Paths
 from tests.support.container_networks import NetPorts
 from tests.support.oci_rig import QuickClock

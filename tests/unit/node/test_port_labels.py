@@ -1,6 +1,6 @@
 """Ports in a node's description."""
 
-from skep.node.description import port_labels
+from skep.node.host.description import port_labels
 
 
 def test_a_port_of_the_routing_mesh_changes_no_nodes_description() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.node.requirements import CONMON, NFT, RUNC, Tool, tool_problem, version_in
+from skep.node.host.requirements import CONMON, NFT, RUNC, Tool, tool_problem, version_in
 
 
 @pytest.mark.parametrize(

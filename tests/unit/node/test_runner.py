@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from skep.agent.managers import Peer
+from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.configuration.configuration import Configuration
-from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import NodeRole
-from skep.node.local import LocalNode
-from skep.node.manager_files import ManagerFiles
-from skep.node.membership import Membership
-from skep.node.runner import Dependencies, NodeRunner
+from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.node.cluster.local import LocalNode
+from skep.node.cluster.manager_files import ManagerFiles
+from skep.node.cluster.membership import Membership
+from skep.node.cluster.runner import Dependencies, NodeRunner
 from skep.paths import Paths
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 
@@ -27,7 +27,7 @@ from skep.security.keys import new_private_key, private_pem, signing_request
 class FakeAgent:
     """Has a session when the test says so."""
 
-    managers: tuple[Peer, ...] = ()
+    managers: tuple[KnownManager, ...] = ()
     removal = ""
 
     def __init__(self, role: NodeRole) -> None:
@@ -93,7 +93,7 @@ class Fakes:
         self.has_looked = False
         """Whether the machine was looked at before the agent ran."""
         self.processes = FakeProcesses()
-        self.save_managers: Callable[[tuple[Peer, ...]], None] = lambda _: None
+        self.save_managers: Callable[[tuple[KnownManager, ...]], None] = lambda _: None
         configuration = Configuration(data_dir=paths.data, run_dir=paths.run)
         self.dependencies = Dependencies(
             paths=paths,
@@ -112,7 +112,7 @@ class Fakes:
     def _new_agent(
         self,
         node: LocalNode,
-        save_managers: Callable[[tuple[Peer, ...]], None],
+        save_managers: Callable[[tuple[KnownManager, ...]], None],
         set_role: Callable[[NodeRole], None],
     ) -> FakeAgent:
         self.save_managers = save_managers
@@ -180,14 +180,14 @@ async def test_the_machine_is_looked_at_before_its_first_description(paths: Path
     fakes.agent.registered.set()
     authority, key = Authority.create(), new_private_key()
     node = local_node(NodeRole.WORKER)
-    identity = Identity(node_id=node.node_id, cluster_id=node.cluster_id, role=NodeRole.WORKER)
+    identity = NodeIdentity(node_id=node.node_id, cluster_id=node.cluster_id, role=NodeRole.WORKER)
     pair = KeyPair(
         certificate_pem=authority.sign(signing_request(key), identity),
         key_pem=private_pem(key),
         root_pem=authority.root_pem,
     )
     membership = Membership(
-        fakes.dependencies, manager_api=Client.local(paths.manager_socket, "m"), new_id=new_id
+        fakes.dependencies, manager_api=ApiClient.local(paths.manager_socket, "m"), new_id=new_id
     )
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         running = group.create_task(membership.run())

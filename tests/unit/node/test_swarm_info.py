@@ -2,13 +2,13 @@
 
 import pytest
 
-from skep.agent.managers import Peer
-from skep.model.ids import ClusterId, NodeId
-from skep.node.local import LocalNode
-from skep.node.swarm_info import local_section
+from skep.agent.session.managers import KnownManager
+from skep.model.values.ids import ClusterId, NodeId
+from skep.node.cluster.local import LocalNode
+from skep.node.cluster.swarm_info import local_section
 
-LOOPBACK = Peer(NodeId("m1"), "127.0.0.1:2377")
-NOWHERE = Peer(NodeId("m2"), "manager.invalid:2377")
+LOOPBACK = KnownManager(NodeId("m1"), "127.0.0.1:2377")
+NOWHERE = KnownManager(NodeId("m2"), "manager.invalid:2377")
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,12 @@ NOWHERE = Peer(NodeId("m2"), "manager.invalid:2377")
         ("10.0.0.5:2377", "10.0.0.5", (LOOPBACK,), "10.0.0.5"),
         ("", "10.0.0.5", (LOOPBACK,), "10.0.0.5"),
         ("", "0.0.0.0", (NOWHERE, LOOPBACK), "127.0.0.1"),
-        ("", "::", (Peer(NodeId("m1"), "[::1]:2377"),), "::1"),
+        ("", "::", (KnownManager(NodeId("m1"), "[::1]:2377"),), "::1"),
         ("", "0.0.0.0", (NOWHERE,), "0.0.0.0"),
     ],
 )
 def test_a_worker_that_listens_everywhere_has_the_address_that_managers_see(
-    advertised: str, local: str, managers: tuple[Peer, ...], address: str
+    advertised: str, local: str, managers: tuple[KnownManager, ...], address: str
 ) -> None:
     node = LocalNode(
         node_id=NodeId("w1"),

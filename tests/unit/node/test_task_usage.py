@@ -8,22 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, ContainerState
-from skep.engine.stats import cpu_and_memory
-from skep.model.autoscaling import TaskUsage
-from skep.model.ids import ContainerId, TaskId
-from skep.node.task_usage import VALID_S, WINDOW_S, Reading, TaskUsageMeter, kept, usage_of
+from skep.engine.confinement.cgroups import Cgroups
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState
+from skep.engine.metrics.stats import cpu_and_memory
+from skep.model.options.autoscaling import TaskUsage
+from skep.model.values.ids import ContainerId, TaskId
+from skep.node.telemetry.task_usage import VALID_S, WINDOW_S, TaskUsageMeter, UsageReading, kept, usage_of
 
 CPU = 1_000_000_000
 
 
-def reading(at: float, cpu_s: float, container: str = "c", memory: int = 5) -> Reading:
-    return Reading(container=ContainerId(container), at=at, cpu_ns=round(cpu_s * CPU), memory_bytes=memory)
+def reading(at: float, cpu_s: float, container: str = "c", memory: int = 5) -> UsageReading:
+    return UsageReading(
+        container=ContainerId(container), at=at, cpu_ns=round(cpu_s * CPU), memory_bytes=memory
+    )
 
 
-def after(*readings: Reading) -> tuple[Reading, ...]:
-    found: tuple[Reading, ...] = ()
+def after(*readings: UsageReading) -> tuple[UsageReading, ...]:
+    found: tuple[UsageReading, ...] = ()
     for one in readings:
         found = kept(found, one)
     return found

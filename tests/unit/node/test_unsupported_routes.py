@@ -3,7 +3,7 @@
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.node.routes.system import unsupported_routes
 
 

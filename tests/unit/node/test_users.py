@@ -13,17 +13,17 @@ from cryptography.hazmat.primitives import serialization
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.errors import Unauthenticated, Unavailable
 from skep.manager.control.users import ROOT_NAME, digest_of, new_token
-from skep.model.access import Credential, Origin, parse_binding
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.model.times import SECOND_NS
-from skep.model.user import AccessTable, Credentials
-from skep.node.front.users import SILENT_S, ApiTls, Users, bearer
+from skep.model.permissions.access import Credential, Origin, parse_binding
+from skep.model.permissions.user import AccessTable, UserCredentials
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import SECOND_NS
+from skep.node.front.users import SILENT_S, ApiTls, KnownUsers, bearer
 from skep.security.authority import Authority
-from skep.security.identity import Identity as NodeIdentity
+from skep.security.identity import NodeIdentity as NodeIdentity
 from skep.security.identity import identity_of
 from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
@@ -79,7 +79,7 @@ def a_table(
     *, serials: dict[str, int] | None = None, tokens: dict[str, int] | None = None, **fields: Any
 ) -> AccessTable:
     bindings = (parse_binding(fields.pop("role", "viewer")),)
-    ann = Credentials(name="ann", bindings=bindings, serials=serials or {}, tokens=tokens or {})
+    ann = UserCredentials(name="ann", bindings=bindings, serials=serials or {}, tokens=tokens or {})
     return AccessTable(root_pem=ROOT.root_pem.decode(), users=(ann,), **fields)
 
 
@@ -89,18 +89,18 @@ def clock() -> AClock:
 
 
 @pytest.fixture
-def users(clock: AClock) -> Users:
-    return Users(Client.local(Path("/nonexistent"), "no manager"), clock, lambda: 0.5, None)
+def users(clock: AClock) -> KnownUsers:
+    return KnownUsers(ApiClient.local(Path("/nonexistent"), "no manager"), clock, lambda: 0.5, None)
 
 
 LATER = SystemClock().now_ns() + 3600 * SECOND_NS
 
 
-def proved(users: Users, certificate: bytes | None) -> Credential | None:
+def proved(users: KnownUsers, certificate: bytes | None) -> Credential | None:
     return users.proved_by(AConnection(certificate))  # type: ignore[arg-type]
 
 
-def test_a_users_certificate_is_known_by_its_serial_number(users: Users) -> None:
+def test_a_users_certificate_is_known_by_its_serial_number(users: KnownUsers) -> None:
     serial, certificate = a_certificate()
     users._take(a_table(serials={serial: LATER}))
     credential = proved(users, certificate)
@@ -109,7 +109,7 @@ def test_a_users_certificate_is_known_by_its_serial_number(users: Users) -> None
     assert (identity.name, identity.serial) == ("ann", serial)
 
 
-def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: Users) -> None:
+def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: KnownUsers) -> None:
     _, certificate = a_certificate()
     users._take(a_table())
     credential = proved(users, certificate)
@@ -118,7 +118,7 @@ def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: 
         users.identify(credential)
 
 
-def test_a_users_certificate_of_another_authority_is_never_an_administrators(users: Users) -> None:
+def test_a_users_certificate_of_another_authority_is_never_an_administrators(users: KnownUsers) -> None:
     """As of a cluster that the machine has left: its authority may still have been trusted at the handshake."""
     _, certificate = a_certificate(Authority.create(name=ROOT_NAME))
     users._take(a_table())
@@ -126,7 +126,7 @@ def test_a_users_certificate_of_another_authority_is_never_an_administrators(use
         proved(users, certificate)
 
 
-def test_a_token_of_the_dashboard_is_no_credential_of_the_api(users: Users) -> None:
+def test_a_token_of_the_dashboard_is_no_credential_of_the_api(users: KnownUsers) -> None:
     token = new_token()
     table = a_table(tokens={digest_of(token): LATER})
     (ann,) = table.users
@@ -136,7 +136,7 @@ def test_a_token_of_the_dashboard_is_no_credential_of_the_api(users: Users) -> N
     assert users.identify(Credential.of_token(token.encode(), is_login=True)).name == "ann"
 
 
-def test_a_certificate_and_a_token_end(users: Users, clock: AClock) -> None:
+def test_a_certificate_and_a_token_end(users: KnownUsers, clock: AClock) -> None:
     serial, certificate = a_certificate()
     token = new_token()
     users._take(a_table(serials={serial: LATER}, tokens={digest_of(token): LATER}))
@@ -154,7 +154,7 @@ def test_what_is_no_token_is_refused(header: bytes) -> None:
         bearer(header)
 
 
-def test_a_token_is_found_by_its_digest_alone(users: Users) -> None:
+def test_a_token_is_found_by_its_digest_alone(users: KnownUsers) -> None:
     token = new_token()
     digest = digest_of(token)
     users._take(a_table(tokens={digest: LATER}))
@@ -164,7 +164,7 @@ def test_a_token_is_found_by_its_digest_alone(users: Users) -> None:
             users.identify(bearer(b"Bearer " + wrong.encode("latin-1")))
 
 
-def test_users_are_not_believed_for_long_without_a_current_manager(users: Users, clock: AClock) -> None:
+def test_users_are_not_believed_for_long_without_a_current_manager(users: KnownUsers, clock: AClock) -> None:
     token = new_token()
     users._take(a_table(tokens={digest_of(token): LATER}))
     clock.ahead_s = SILENT_S + 1
@@ -175,7 +175,9 @@ def test_users_are_not_believed_for_long_without_a_current_manager(users: Users,
 
 
 @pytest.mark.parametrize("change", [{"tokens": {}}, {"role": "operator"}])
-def test_open_connections_end_with_the_rights_of_their_user(users: Users, change: dict[str, Any]) -> None:
+def test_open_connections_end_with_the_rights_of_their_user(
+    users: KnownUsers, change: dict[str, Any]
+) -> None:
     token = new_token()
     tokens = {digest_of(token): LATER}
     users._take(a_table(tokens=tokens))
@@ -218,7 +220,7 @@ def test_a_damaged_file_of_tls_delays_the_authority_of_users_and_is_read_again(
     save(KeyPair(certificate_pem=certificate, key_pem=private_pem(key), root_pem=cluster.root_pem), tmp_path)
     files = [tmp_path / name for name in (CERTIFICATE_FILE, KEY_FILE, ROOT_FILE)]
     tls = ApiTls(*files)
-    users = Users(Client.local(Path("/nonexistent"), "no manager"), clock, lambda: 1.0, tls)
+    users = KnownUsers(ApiClient.local(Path("/nonexistent"), "no manager"), clock, lambda: 1.0, tls)
     serial, _ = a_certificate()
     table = a_table(serials={serial: LATER})
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.volume_plugins import VolumePlugins
+from skep.engine.volumes.volume_plugins import VolumePlugins
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.node.description import volume_labels, with_plugins
+from skep.node.host.description import volume_labels, with_plugins
 from tests.support.oci_rig import Machine, memory_engine
 from tests.support.volume_plugin import TestPlugin
 

@@ -6,12 +6,19 @@ import tarfile
 
 import msgspec
 
-from skep.playground.archive import Archive, Directory, Entry, File, Link, image_archive
+from skep.playground.images.archive import (
+    Archive,
+    ArchivedDirectory,
+    Entry,
+    File,
+    SymbolicLink,
+    image_archive,
+)
 
 ENTRIES: dict[str, Entry] = {
-    "bin/sh": Link("busybox"),
+    "bin/sh": SymbolicLink("busybox"),
     "bin/busybox": File(b"\x7fELF", 0o755),
-    "tmp": Directory(0o1777),
+    "tmp": ArchivedDirectory(0o1777),
 }
 
 

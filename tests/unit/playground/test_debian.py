@@ -1,6 +1,6 @@
 """Which packages bring a program's libraries."""
 
-from skep.playground.debian import libraries_named
+from skep.playground.images.debian import libraries_named
 
 SHOWN = """\
 nginx

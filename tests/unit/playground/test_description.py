@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from skep.errors import NotFound
-from skep.playground.description import Cluster
+from skep.playground.description import PlaygroundDescription
 from skep.playground.node import described
 
-CLUSTER = Cluster(name="bees").with_node(
+CLUSTER = PlaygroundDescription(name="bees").with_node(
     described(Path("/var/tmp/bees"), "bees", "m1", "manager", "192.168.100.11")
 )
 

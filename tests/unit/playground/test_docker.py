@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from skep.playground import commands, docker, names
-from skep.playground.description import Node
+from skep.playground.description import PlaygroundNode
 from skep.playground.node import described
 
 
-def a_docker_node(directory: Path) -> Node:
+def a_docker_node(directory: Path) -> PlaygroundNode:
     return described(directory, "demo", "d1", "worker", "192.168.100.13", "docker")
 
 

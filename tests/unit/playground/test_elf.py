@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import binary, integers
 
-from skep.playground import elf
+from skep.playground.images import elf
 
 PYTHON = Path(sys.executable).resolve().read_bytes()
 

@@ -44,11 +44,11 @@ def test_no_address_is_given_twice(count: int, subnets: int) -> None:
 
 
 def test_a_full_network_is_said_to_be_full() -> None:
-    taken = [names.Address(subnet=0, host=host).ip for host in range(2, 255)]
+    taken = [names.UnderlayAddress(subnet=0, host=host).ip for host in range(2, 255)]
     with pytest.raises(FailedPrecondition, match="full"):
         names.free_address(taken, subnets=1)
 
 
 def test_an_address_leads_back_to_its_place() -> None:
-    address = names.Address(subnet=3, host=42)
+    address = names.UnderlayAddress(subnet=3, host=42)
     assert names.address_of(address.ip) == address

@@ -6,13 +6,13 @@ from msgspec.structs import replace
 
 from skep.dataplane.proxy.relays import backend_order
 from skep.linux.processes import start_ticks_of
-from skep.playground.description import Cluster, Node
+from skep.playground.description import PlaygroundDescription, PlaygroundNode
 from skep.playground.relay import relay_port, targets
 
 
-def a_node(name: str, addr: str, *, is_up: bool = True) -> Node:
+def a_node(name: str, addr: str, *, is_up: bool = True) -> PlaygroundNode:
     pids = (os.getpid(),) if is_up else ()
-    return Node(
+    return PlaygroundNode(
         name=name,
         role="manager",
         endpoint="unix:///x",
@@ -27,7 +27,9 @@ def a_node(name: str, addr: str, *, is_up: bool = True) -> Node:
     )
 
 
-CLUSTER = Cluster(name="p", nodes=(a_node("m1", "a1"), a_node("w1", "a2"), a_node("w2", "a3", is_up=False)))
+CLUSTER = PlaygroundDescription(
+    name="p", nodes=(a_node("m1", "a1"), a_node("w1", "a2"), a_node("w2", "a3", is_up=False))
+)
 NODES = [{"ID": f"id-{name}", "Description": {"Hostname": name}} for name in ("m1", "w1", "w2")]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skep.rpc import frames, headers
 from skep.rpc.client import RESPONSES_WHILE_PAUSED_MAX, Bounds, ClientConnection, ClientStream
 from skep.rpc.frames import Code
-from skep.rpc.status import CallFailed, Lost, Status
+from skep.rpc.status import CallFailed, Lost, StatusCode
 from tests.support.http2_rig import BROKEN, Wire
 
 BOUNDS = Bounds(stream_window=100_000, connection_window=250_000, message=150_000)
@@ -179,7 +179,7 @@ async def test_a_refusal_counts_for_more_than_the_reset_after_it(connection: Cli
     connection.data_received(refusal + frames.reset(stream.id, Code.NO_ERROR))
     with pytest.raises(CallFailed, match="too ä") as failed:
         await sending
-    assert failed.value.status is Status.RESOURCE_EXHAUSTED
+    assert failed.value.status is StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(CallFailed):
         stream.send(b"more")
 
@@ -207,7 +207,7 @@ async def test_an_unassigned_status_code_is_unknown(connection: ClientConnection
     connection.data_received(block(stream, ("grpc-status", "4711"), is_last=True))
     with pytest.raises(CallFailed) as failed:
         await stream.only_message()
-    assert failed.value.status is Status.UNKNOWN
+    assert failed.value.status is StatusCode.UNKNOWN
 
 
 @given(st.lists(st.binary(max_size=100), max_size=10))

@@ -7,7 +7,7 @@ import pytest
 
 from skep import errors
 from skep.rpc.errors import STATUS_OF, from_status, peer_errors, to_status
-from skep.rpc.status import CallFailed, Lost, Status
+from skep.rpc.status import CallFailed, Lost, StatusCode
 
 
 @pytest.mark.parametrize(("error", "status"), STATUS_OF, ids=str)
@@ -16,7 +16,7 @@ def test_an_error_keeps_its_meaning_over_the_wire(error, status):
     assert reported.status is status
     received = from_status(reported)
     assert str(received) == "the reason"
-    if status is not Status.UNKNOWN:
+    if status is not StatusCode.UNKNOWN:
         assert type(received) is error
 
 
@@ -24,7 +24,7 @@ def test_a_subclass_travels_as_what_it_is_a_kind_of():
     class Special(errors.NotFound):
         pass
 
-    assert to_status(Special("x")).status is Status.NOT_FOUND
+    assert to_status(Special("x")).status is StatusCode.NOT_FOUND
 
 
 def test_a_long_message_is_cut_because_it_travels_as_a_header():
@@ -39,7 +39,7 @@ def test_a_long_message_is_cut_because_it_travels_as_a_header():
         Lost("gone"),
         ssl.SSLError("handshake"),
         asyncio.IncompleteReadError(b"", 1),
-        CallFailed(Status.DEADLINE_EXCEEDED),
+        CallFailed(StatusCode.DEADLINE_EXCEEDED),
     ],
     ids=lambda failure: type(failure).__name__,
 )

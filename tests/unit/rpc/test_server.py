@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from skep.rpc import frames, headers
 from skep.rpc.frames import Code, Violation
-from skep.rpc.headers import Request
+from skep.rpc.headers import CallHeaders
 from skep.rpc.server import ServerConnection, ServerStream
-from skep.rpc.status import CallFailed, Status
+from skep.rpc.status import CallFailed, StatusCode
 from tests.support.http2_rig import BROKEN, LIMITS, REQUEST, Rig, Wire, framed, of
 
 
@@ -37,7 +37,7 @@ async def test_a_call_is_answered_with_headers_message_and_status(rig):
     stream_id = rig.open()
     rig.client.send_data(stream_id, framed(b"hello"), end_stream=True)
     received = await rig.turn()
-    assert rig.calls[0].request == Request("POST", "/a/B", "application/grpc", "5S")
+    assert rig.calls[0].request == CallHeaders("POST", "/a/B", "application/grpc", "5S")
     assert of(ResponseReceived, received)[0].headers == [
         (":status", "200"),
         ("content-type", "application/grpc+proto"),
@@ -49,7 +49,7 @@ async def test_a_call_is_answered_with_headers_message_and_status(rig):
 
 async def test_a_refused_client_gets_the_reason_and_a_reset(rig):
     async def refuse(stream: ServerStream) -> None:
-        await stream.send_status(CallFailed(Status.NOT_FOUND, "no such node: ä%"))
+        await stream.send_status(CallFailed(StatusCode.NOT_FOUND, "no such node: ä%"))
 
     rig.answer = refuse
     rig.open()
@@ -198,7 +198,7 @@ async def test_streams_that_were_reset_count_until_their_handlers_have_ended(rig
 
 async def test_data_for_a_call_that_has_ended_is_dropped(rig):
     async def refuse(stream: ServerStream) -> None:
-        await stream.send_status(CallFailed(Status.UNIMPLEMENTED))
+        await stream.send_status(CallFailed(StatusCode.UNIMPLEMENTED))
 
     rig.answer = refuse
     stream_id = rig.open()
@@ -290,7 +290,7 @@ def test_header_blocks_do_not_depend_on_other_connections(connections):
         for path, number in calls:
             block = encoder.encode([*REQUEST[:2], (":path", path), ("grpc-timeout", f"{number}S")])
             request, table = headers.decoded(table, block)
-            assert request == Request("POST", path, "", f"{number}S")
+            assert request == CallHeaders("POST", path, "", f"{number}S")
 
 
 def test_a_decoder_shrinks_its_table_on_request():

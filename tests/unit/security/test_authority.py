@@ -10,11 +10,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, Unauthenticated
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import SECOND_NS
 from skep.security.authority import Authority
-from skep.security.identity import Identity, identity_of
+from skep.security.identity import NodeIdentity, identity_of
 from skep.security.keys import new_private_key, signing_request
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -27,8 +27,8 @@ class AtNoon(SystemClock):
         return int(NOW.timestamp()) * SECOND_NS
 
 
-WORKER = Identity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
-MANAGER = Identity(node_id=NodeId("m1"), cluster_id=ClusterId("c1"), role=NodeRole.MANAGER)
+WORKER = NodeIdentity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
+MANAGER = NodeIdentity(node_id=NodeId("m1"), cluster_id=ClusterId("c1"), role=NodeRole.MANAGER)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def authority():
     return Authority.create(AtNoon())
 
 
-def issued(authority: Authority, identity: Identity, **more: object) -> x509.Certificate:
+def issued(authority: Authority, identity: NodeIdentity, **more: object) -> x509.Certificate:
     csr = signing_request(new_private_key())
     return x509.load_pem_x509_certificate(authority.sign(csr, identity, **more))
 

@@ -7,16 +7,16 @@ import pytest
 
 from skep.errors import FailedPrecondition, NotFound
 from skep.linux.files import NEW_SUFFIX
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
 from skep.security import keypair
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 
 AUTHORITY = Authority.create()
-IDENTITY = Identity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
+IDENTITY = NodeIdentity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
 
 
 def a_pair() -> KeyPair:

@@ -10,11 +10,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from skep.errors import InvalidArgument
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import CAConfig
+from skep.model.values.ids import ClusterId, NodeId
 from skep.security.authority import Authority
-from skep.security.identity import Identity
+from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import PrivateKey, new_private_key, private_pem
 from skep.security.rotation import NextRoot, Roots, requested_roots
@@ -22,7 +22,7 @@ from skep.security.tls import ServerTls, client_context
 from skep.security.trust import is_issued_by, tls_info, tls_info_of
 
 NOW = datetime.now(UTC)
-NODE = Identity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.MANAGER)
+NODE = NodeIdentity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.MANAGER)
 OLD, NEW = Authority.create(), Authority.create()
 ROOTS = Roots(root_pem=OLD.root_pem, key_pem=OLD.key_pem)
 

@@ -7,11 +7,11 @@ from msgspec.structs import replace
 
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig
 from skep.stack.address_needs import shortages
-from skep.stack.document import Place
+from skep.stack.compose.document import FilePosition
 from skep.stack.project import Stack, StackNetwork, StackService
 from tests.support.builders import a_service_spec
 
-PLACE = Place("compose.yaml", 5, 3)
+PLACE = FilePosition("compose.yaml", 5, 3)
 
 
 def a_stack(replicas: int, config: dict[str, Any] | None, *, mode: str = "") -> Stack:

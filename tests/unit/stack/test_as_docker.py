@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from skep.model.encoding import to_json
-from skep.stack.conversion import stack_of
-from skep.stack.loading import Choices, Files, load
-from skep.stack.reading import Report
+from skep.model.values.encoding import to_json
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.loading import FileReader, LoadOptions, load
+from skep.stack.compose.reading import ProblemReport
 
 RECORDED = Path(__file__).parent / "recorded"
 DELIBERATE = {
@@ -45,9 +45,9 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def test_every_key_becomes_the_field_that_it_becomes_by_docker() -> None:
-    report = Report()
-    choices = Choices(environment={}, env_files=(), profiles=(), directory=None)
-    loaded = load((str(RECORDED / "full.yml"),), choices, Files(""), report)
+    report = ProblemReport()
+    choices = LoadOptions(environment={}, env_files=(), profiles=(), directory=None)
+    loaded = load((str(RECORDED / "full.yml"),), choices, FileReader(""), report)
     stack = stack_of(loaded.document, "c", loaded.contents, report)
     report.raise_problems()
     ours = {one.spec.name: json.loads(to_json(one.spec)) for one in stack.services.values()}

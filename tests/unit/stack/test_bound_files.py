@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from skep.model.labels import STACK_FILES
-from skep.stack.bound_files import with_bound_files
-from skep.stack.planning import Action, Existing, Plan, plan_of
-from skep.stack.reading import Report
+from skep.model.options.labels import STACK_FILES
+from skep.stack.compose.bound_files import with_bound_files
+from skep.stack.compose.reading import ProblemReport
+from skep.stack.planning import Existing, PlanAction, StackPlan, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
 
 
 def files(folder: Path, *mounts: str) -> str:
-    stack = with_bound_files(a_stack(text(*mounts)), folder, Report())
+    stack = with_bound_files(a_stack(text(*mounts)), folder, ProblemReport())
     container = stack.services["web"].spec.task_template.container_spec
     assert container is not None
     return container.labels.get(STACK_FILES, "")
@@ -39,15 +39,15 @@ def test_changed_content_replaces_the_tasks_and_the_plan_names_the_file(tmp_path
     (tmp_path / "a.conf").write_text("one")
     mounts = text(f"{tmp_path}/a.conf:/a")
 
-    def plan(existing: Existing) -> Plan:
+    def plan(existing: Existing) -> StackPlan:
         return plan_of(
-            with_bound_files(a_stack(mounts), tmp_path, Report()), existing, images={}, prune=False
+            with_bound_files(a_stack(mounts), tmp_path, ProblemReport()), existing, images={}, prune=False
         )
 
-    before = deployed(with_bound_files(a_stack(mounts), tmp_path, Report()))
+    before = deployed(with_bound_files(a_stack(mounts), tmp_path, ProblemReport()))
     assert not plan(before).effective
     (tmp_path / "a.conf").write_text("two")
-    (change,) = plan(before).of("service", Action.UPDATE)
+    (change,) = plan(before).of("service", PlanAction.UPDATE)
     assert change.restarts
     (difference,) = change.differences
     assert difference.path == f"TaskTemplate.ContainerSpec.Labels.{STACK_FILES}"
@@ -59,7 +59,7 @@ def test_a_file_that_is_not_followed_is_named(tmp_path: Path) -> None:
     for number in range(51):
         (tmp_path / f"{number:02}").write_text("x")
     (tmp_path / "00").write_bytes(b"x" * ((8 << 20) + 1))
-    report = Report()
+    report = ProblemReport()
     mounts = [f"{tmp_path}/{number:02}:/{number}" for number in range(51)]
     with_bound_files(a_stack(text(*mounts)), tmp_path, report)
     assert [(one.path, one.text) for one in report.warnings] == [

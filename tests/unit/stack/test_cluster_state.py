@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 from skep.stack.cluster_state import check, kept_images, pinned_images
 from skep.stack.planning import Existing, plan_of
@@ -19,7 +19,7 @@ _MANY = InvalidArgument("too much at once: at most 2000 objects")
 _BUSY = ResourceExhausted("too many checks")
 
 
-class Refusing(Client):
+class Refusing(ApiClient):
     """Refuses every request."""
 
     def __init__(self, error: SkepError) -> None:

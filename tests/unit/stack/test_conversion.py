@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from skep.model.encoding import to_json
-from skep.stack.conversion import find_cycle, stack_of
-from skep.stack.document import parse
-from skep.stack.merging import canonical
+from skep.model.values.encoding import to_json
+from skep.stack.compose.conversion import find_cycle, stack_of
+from skep.stack.compose.document import parse
+from skep.stack.compose.merging import canonical
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.project import Stack
-from skep.stack.reading import Report
 
 
-def read(text: str, contents: dict[tuple[str, str], bytes] | None = None) -> tuple[Stack, Report]:
-    report = Report()
+def read(text: str, contents: dict[tuple[str, str], bytes] | None = None) -> tuple[Stack, ProblemReport]:
+    report = ProblemReport()
     return stack_of(canonical(parse(text, "f")), "shop", contents or {}, report), report
 
 

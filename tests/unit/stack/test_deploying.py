@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.api.errors import Untranslated
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.stack.cluster_state import check, with_placements
+from skep.stack.compose.document import FileProblems
 from skep.stack.deploying import Deployment
-from skep.stack.document import Problems
 from skep.stack.planning import Existing, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
 
 TEXT = "services: {a: {image: a, depends_on: [b]}, b: {image: b}, c: {image: c}}"
 
 
-class Cluster(Client):
+class Cluster(ApiClient):
     """Notes requests.  ``batch``: its answer, by names, to many changes at once; None: it knows no such request."""
 
     def __init__(self, batch: dict[str, str] | None, refused: tuple[str, ...] = ()) -> None:
@@ -168,7 +168,7 @@ async def test_labels_of_files_are_updated() -> None:
 async def test_other_content_of_a_secret_with_a_name_of_its_own_is_refused_before_anything_is_done() -> None:
     cluster, existing = Cluster({}), deployed(a_stack(FILES, named=b"one", versioned=b"v"))
     cluster.refusal = "rpc error: code = InvalidArgument desc = only updates to Labels are allowed"
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(FileProblems) as caught:
         await deploy_files(cluster, existing, FILES.replace("image: a", "image: b"), b"two")
     assert str(caught.value) == (
         "f:3:18: secrets.pw: the secret exists with other content, which cannot be changed: leave out its name, "

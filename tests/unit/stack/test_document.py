@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.stack.document import Problems, parse, resolved
+from skep.stack.compose.document import FileProblems, parse, resolved
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(text: str, problem: str) -> None:
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(FileProblems) as caught:
         parse(text, "f")
     assert str(caught.value) == problem
 
 
 def test_a_file_that_is_too_large_or_no_text_is_refused() -> None:
-    with pytest.raises(Problems, match="larger than 8 MiB: split it"):
+    with pytest.raises(FileProblems, match="larger than 8 MiB: split it"):
         parse(b"#" * (9 << 20), "f")
-    with pytest.raises(Problems, match=r"^f:2:1: the file is not UTF-8 text$"):
+    with pytest.raises(FileProblems, match=r"^f:2:1: the file is not UTF-8 text$"):
         parse(b"a: 1\nb: \xff\n", "f")
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from skep.stack.document import Problems, parse
-from skep.stack.dotenv import parse as parse_variables
-from skep.stack.interpolation import Substitution, interpolated
+from skep.stack.compose.document import FileProblems, parse
+from skep.stack.compose.dotenv import parse as parse_variables
+from skep.stack.compose.interpolation import Substitution, interpolated
 
 VARIABLES = {"A": "a", "EMPTY": "", "B_1": "b"}
 
@@ -67,7 +67,7 @@ def test_values_are_replaced_where_they_stand_and_missing_names_are_warned_of_on
 
 
 def test_errors_have_their_places() -> None:
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(FileProblems) as caught:
         interpolated(parse("a:\n  - b: ${X:?give X}\nc: $", "f"), {}, lambda _: None)
     assert str(caught.value).splitlines() == [
         "f:2:8: a[0].b: the variable X has no value: give X",

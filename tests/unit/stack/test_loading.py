@@ -8,24 +8,33 @@ from typing import Any
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.stack.document import Problems
-from skep.stack.loading import Choices, Files, Loaded, load
-from skep.stack.reading import Report
+from skep.stack.compose.document import FileProblems
+from skep.stack.compose.loading import FileReader, LoadedStack, LoadOptions, load
+from skep.stack.compose.reading import ProblemReport
 
 
 def loaded(
-    folder: Path, *names: str, environment: Mapping[str, str] = {}, report: Report | None = None, **files: str
-) -> Loaded:
+    folder: Path,
+    *names: str,
+    environment: Mapping[str, str] = {},
+    report: ProblemReport | None = None,
+    **files: str,
+) -> LoadedStack:
     """The document of the files ``names`` (``a``: all of ``a.yml``), written from ``files`` before."""
     for name, text in files.items():
         path = folder / (name.replace("__", "/") + ("" if "_env" in name else ".yml"))
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
     paths = [folder / f"{name}.yml" for name in names]
-    return load(paths, Choices(environment=environment, profiles=("extra",)), Files(), report or Report())
+    return load(
+        paths,
+        LoadOptions(environment=environment, profiles=("extra",)),
+        FileReader(),
+        report or ProblemReport(),
+    )
 
 
-def services(one: Loaded) -> Any:
+def services(one: LoadedStack) -> Any:
     return one.document.plain()["services"]
 
 
@@ -135,7 +144,7 @@ services:
 
 
 def test_two_included_files_do_not_change_each_other(tmp_path: Path) -> None:
-    report = Report()
+    report = ProblemReport()
     loaded(
         tmp_path,
         "main",
@@ -144,7 +153,9 @@ def test_two_included_files_do_not_change_each_other(tmp_path: Path) -> None:
         a="services: {web: {image: a}}",
         b="services: {web: {image: b}}",
     )
-    with pytest.raises(Problems, match=r"b\.yml:1:17: services\.web: .*a\.yml:1:17 has another web already"):
+    with pytest.raises(
+        FileProblems, match=r"b\.yml:1:17: services\.web: .*a\.yml:1:17 has another web already"
+    ):
         report.raise_problems()
 
 
@@ -196,15 +207,17 @@ def test_files_that_cannot_be_joined_are_an_error(tmp_path: Path, files: dict[st
 def test_services_of_other_profiles_are_left_out(tmp_path: Path) -> None:
     text = "services: {a: {image: a}, b: {image: b, profiles: [extra]}, c: {image: c, profiles: [other]}}"
     assert sorted(services(loaded(tmp_path, "main", main=text))) == ["a", "b"]
-    every = load([tmp_path / "main.yml"], Choices(environment={}, profiles=("*",)), Files(), Report())
+    every = load(
+        [tmp_path / "main.yml"], LoadOptions(environment={}, profiles=("*",)), FileReader(), ProblemReport()
+    )
     assert sorted(services(every)) == ["a", "b", "c"]
 
 
 def test_a_file_of_variables_and_a_variable_that_are_not_there_are_errors(tmp_path: Path) -> None:
-    report = Report()
+    report = ProblemReport()
     text = "services: {w: {image: w, env_file: no_env, label_file: no}}\nsecrets: {s: {environment: NO}}"
     loaded(tmp_path, "main", report=report, main=text)
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(FileProblems) as caught:
         report.raise_problems()
     assert [str(one).replace(f"{tmp_path}/", "") for one in caught.value.problems] == [
         "main.yml:1:36: services.w.env_file[0].path: no_env cannot be read: no such file or directory",
@@ -215,7 +228,7 @@ def test_a_file_of_variables_and_a_variable_that_are_not_there_are_errors(tmp_pa
 
 def test_variables_come_from_the_environment_before_the_file_beside(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("A=file\nB=file\n")
-    report = Report()
+    report = ProblemReport()
     one = loaded(
         tmp_path, "main", environment={"A": "out"}, report=report, main="services: {w: {image: '$A-$B-$C'}}"
     )
@@ -253,9 +266,9 @@ def test_secrets_come_from_files_and_the_environment(tmp_path: Path) -> None:
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    report = Report()
+    report = ProblemReport()
     loaded(tmp_path, "main", report=report, main="configs: {a: {file: pipe}, b: {file: no}}\nservices: {}")
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(FileProblems) as caught:
         report.raise_problems()
     assert [str(one).split(": ", 2)[2] for one in caught.value.problems] == [
         f"{tmp_path}/pipe is not a regular file",
@@ -266,5 +279,5 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_service_that_is_reset_is_not_there_and_all_files_cannot_be(tmp_path: Path) -> None:
     text = "services: {a: !reset {extends: c}, b: {image: b}}"
     assert services(loaded(tmp_path, "main", main=text)) == {"b": {"image": "b"}}
-    with pytest.raises(Problems, match="!reset removes a value, not all files before this one"):
+    with pytest.raises(FileProblems, match="!reset removes a value, not all files before this one"):
         loaded(tmp_path, "main", "none", none="!reset {services: {}}")

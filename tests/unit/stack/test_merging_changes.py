@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.model.autoscaling import with_replicas
 from skep.model.container import ContainerSpec, SecretFileTarget, SecretReference
-from skep.model.ids import SecretId
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import ReplicatedService, ServiceMode, ServiceSpec, TaskSpec
+from skep.model.values.ids import SecretId
 from skep.stack.planning import is_still, merged
 
 

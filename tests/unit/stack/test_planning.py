@@ -6,27 +6,27 @@ import pytest
 from click import unstyle
 from msgspec.structs import replace
 
-from skep.api.service_form import settled
-from skep.cli.stack_screens import lines_of, placement_lines
-from skep.model.autoscaling import with_replicas
-from skep.model.ids import ServiceId
+from skep.api.formats.service_form import settled
+from skep.cli.stack.stack_screens import lines_of, placement_lines
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import Service
-from skep.stack.conversion import stack_of
-from skep.stack.document import Problems, parse
+from skep.model.values.ids import ServiceId
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import FileProblems, parse
+from skep.stack.compose.reading import ProblemReport
 from skep.stack.planning import (
-    Action,
     Existing,
-    NodeRefusal,
     NodeShare,
-    Placement,
-    Plan,
+    PlacementRefusal,
+    PlanAction,
+    PredictedPlacement,
+    StackPlan,
     plan_of,
     planned_again,
     superseded,
     waves,
 )
 from skep.stack.project import NAMESPACE, Stack
-from skep.stack.reading import Report
 
 TEXT = """
 services:
@@ -46,7 +46,7 @@ LABELS = {"com.docker.stack.namespace": "shop"}
 
 def a_stack(text: str = TEXT, **secrets: bytes) -> Stack:
     """``secrets``: the content of those with a file."""
-    report = Report()
+    report = ProblemReport()
     contents = {("secrets", name): content for name, content in secrets.items()}
     made = stack_of(parse(text, "f"), "shop", contents, report)
     report.raise_problems()
@@ -79,11 +79,11 @@ def deployed(stack: Stack, **images: str) -> Existing:
     return Existing(services=tuple(services), networks=networks, configs=configs, secrets=secrets)
 
 
-def plan(text: str, existing: Existing, **options: Any) -> Plan:
+def plan(text: str, existing: Existing, **options: Any) -> StackPlan:
     return plan_of(a_stack(text), existing, **{"images": {}, "prune": False} | options)
 
 
-def signs(made: Plan) -> list[str]:
+def signs(made: StackPlan) -> list[str]:
     return [f"{one.action.value}{one.kind} {one.name}" for one in made.effective]
 
 
@@ -126,7 +126,7 @@ def test_a_change_is_one_field_and_says_whether_tasks_are_replaced(
     made = plan(TEXT.replace(before, after), deployed(a_stack()))
     web = next(one for one in made.effective if one.name == "shop_web")
     assert path in [one.path for one in web.differences]
-    assert (web.action, web.restarts) == (Action.UPDATE, restarts)
+    assert (web.action, web.restarts) == (PlanAction.UPDATE, restarts)
     assert all(one.name != "shop_db" for one in made.effective)
 
 
@@ -136,12 +136,12 @@ def test_the_number_of_an_autoscaled_service_is_the_clusters_whatever_the_file_s
     (service,) = existing.services
     scaled = replace(existing, services=(replace(service, spec=with_replicas(service.spec, 7)),))
     assert signs(plan(text, scaled)) == []
-    (change,) = plan(text.replace("image: w", "image: v"), scaled).of("service", Action.UPDATE)
+    (change,) = plan(text.replace("image: w", "image: v"), scaled).of("service", PlanAction.UPDATE)
     assert change.spec is not None
     assert change.spec.replicas == 7
     assert not [one for one in change.differences if "Replicas" in one.path]
     off = "services: {web: {image: w, deploy: {replicas: 2}}}"
-    (change,) = plan(off, scaled).of("service", Action.UPDATE)
+    (change,) = plan(off, scaled).of("service", PlanAction.UPDATE)
     assert ("Mode.Replicated.Replicas", "7", "2") in [
         (one.path, one.before, one.after) for one in change.differences
     ]
@@ -149,7 +149,7 @@ def test_the_number_of_an_autoscaled_service_is_the_clusters_whatever_the_file_s
 
 def test_a_new_autoscaled_service_begins_with_the_fewest() -> None:
     made = plan("services: {web: {image: w, x-skep: {autoscale: 3..9}}}", Existing())
-    (change,) = made.of("service", Action.CREATE)
+    (change,) = made.of("service", PlanAction.CREATE)
     assert change.spec is not None
     assert change.spec.replicas == 3
 
@@ -281,7 +281,7 @@ def test_a_forced_update_by_others_is_no_change() -> None:
 def test_what_cannot_be_made_true_is_refused_before_anything_is_done(
     text: str, existing: Existing, problem: str
 ) -> None:
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(FileProblems) as caught:
         plan(text, existing)
     assert [one.text for one in caught.value.problems] == [problem]
 
@@ -312,7 +312,7 @@ def test_what_has_the_name_of_this_stacks_content_and_is_anothers_is_refused(lab
     stack = a_stack("services: {w: {image: w, secrets: [c]}}\nsecrets: {c: {file: f}}", c=b"x")
     (name,) = (one.name for one in stack.secrets.values())
     existing = replace(deployed(stack), secrets=({"ID": "x", "Spec": {"Name": name, "Labels": labels}},))
-    with pytest.raises(Problems, match="belongs to another stack or none"):
+    with pytest.raises(FileProblems, match="belongs to another stack or none"):
         plan_of(stack, existing, images={}, prune=True)
 
 
@@ -321,7 +321,7 @@ def test_the_image_that_a_service_has_counts_only_if_it_is_the_files_with_a_dige
     stack = a_stack("services: {w: {image: 'w:1'}}")
     for image in ("evil.example/w@sha256:1", "w:1.evil@sha256:1", "w:1"):
         plan = plan_of(stack, deployed(stack, w=image), images={}, prune=False)
-        (change,) = plan.of("service", *Action)
+        (change,) = plan.of("service", *PlanAction)
         assert change.spec is not None
         assert change.spec.task_template.container_spec is not None
         assert change.spec.task_template.container_spec.image == "w:1"
@@ -363,16 +363,16 @@ def test_a_plan_reads_like_a_list_of_changes() -> None:
 
 def test_a_plan_says_where_services_would_run_and_why_not() -> None:
     made = plan(TEXT, Existing())
-    fits = Placement("shop_web", 3, (NodeShare("n1", 1), NodeShare("n2", 2)))
-    refused = (NodeRefusal("n1", ("insufficient resources: 2 CPUs requested, 1 not reserved",)),)
-    assert [unstyle(line) for line in placement_lines(Placement("a", 0, error="no"))] == [
+    fits = PredictedPlacement("shop_web", 3, (NodeShare("n1", 1), NodeShare("n2", 2)))
+    refused = (PlacementRefusal("n1", ("insufficient resources: 2 CPUs requested, 1 not reserved",)),)
+    assert [unstyle(line) for line in placement_lines(PredictedPlacement("a", 0, error="no"))] == [
         "would be refused: no"
     ]
-    hostile = Placement(
-        "a", 1, (NodeShare("\x1b[2Jn", 1),), "\x1b]0;x\x07", (NodeRefusal("\x1bm", ("\x1bn",)),)
+    hostile = PredictedPlacement(
+        "a", 1, (NodeShare("\x1b[2Jn", 1),), "\x1b]0;x\x07", (PlacementRefusal("\x1bm", ("\x1bn",)),)
     )
     assert not any("\x1b" in unstyle(line) for line in placement_lines(hostile))
-    full = Placement(
+    full = PredictedPlacement(
         "shop_db", 2, (NodeShare("n2", 1),), "no suitable node (insufficient resources)", refused
     )
     lines = [
@@ -385,7 +385,7 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
         "        no suitable node (insufficient resources)",
         "        n1: insufficient resources: 2 CPUs requested, 1 not reserved",
     ]
-    alike = replace(full, verdicts=(*refused, NodeRefusal("n2", refused[0].reasons)))
+    alike = replace(full, verdicts=(*refused, PlacementRefusal("n2", refused[0].reasons)))
     assert [unstyle(line) for line in placement_lines(alike)][2:] == [
         "  all 2 nodes: insufficient resources: 2 CPUs requested, 1 not reserved",
     ]

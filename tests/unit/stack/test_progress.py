@@ -6,8 +6,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec
-from skep.model.ids import ServiceId, TaskId
-from skep.model.meta import Version
 from skep.model.service import (
     EndpointSpec,
     JobStatus,
@@ -24,13 +22,15 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.meta import Version
 from skep.stack.progress import (
     FAILURES_MAX,
     GIVEN_UP_S,
     TOO_LARGE_S,
     UNPLACED_S,
     Explanation,
-    Problem,
+    ServiceProblem,
     ServiceProgress,
     explained,
     explanation_of,
@@ -268,7 +268,7 @@ def test_the_time_until_the_next_attempt_is_no_cause() -> None:
 def test_waiting_ends_where_it_cannot_help(
     kind: str, failures: int, unplaced_s: float, is_hopeless: bool
 ) -> None:
-    problem = Problem(kind=kind, failures=failures)
+    problem = ServiceProblem(kind=kind, failures=failures)
     assert bool(why_hopeless(problem, FAILURES_MAX, unplaced_s)) is is_hopeless
     assert not why_hopeless(problem, 0, unplaced_s), "0: it never ends early"
 

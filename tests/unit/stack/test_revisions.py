@@ -8,15 +8,15 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.stack.conversion import stack_of
-from skep.stack.document import parse
-from skep.stack.planning import Existing, Plan, plan_of
+from skep.stack.compose.conversion import stack_of
+from skep.stack.compose.document import parse
+from skep.stack.compose.reading import ProblemReport
+from skep.stack.planning import Existing, StackPlan, plan_of
 from skep.stack.project import Stack
-from skep.stack.reading import Report
 from skep.stack.revisions import (
     KEPT,
     KEPT_BYTES,
-    Revision,
+    StackRevision,
     before,
     body_of,
     kept_of,
@@ -33,11 +33,11 @@ configs: {c: {content: hidden-%s}}
 secrets: {s: {file: f}}
 """
 
-EMPTY = Plan(stack="shop", changes=())
+EMPTY = StackPlan(stack="shop", changes=())
 
 
 def a_stack(content: str = "1") -> Stack:
-    return stack_of(parse(TEXT % content, "f"), "shop", {("secrets", "s"): b"hidden"}, Report())
+    return stack_of(parse(TEXT % content, "f"), "shop", {("secrets", "s"): b"hidden"}, ProblemReport())
 
 
 def body(number: int = 1, content: str = "1", **images: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def config(made: dict[str, Any], **labels: str) -> dict[str, Any]:
     return {"ID": made["Name"], "Version": {"Index": 5}, "CreatedAt": "2026-01-01T00:00:00Z", "Spec": spec}
 
 
-def revisions(*configs: dict[str, Any]) -> list[Revision]:
+def revisions(*configs: dict[str, Any]) -> list[StackRevision]:
     return revisions_of("shop", configs)
 
 
@@ -156,9 +156,9 @@ def test_stacks_with_long_names_have_revisions_of_their_own() -> None:
 def test_large_revisions_are_fewer_and_the_one_to_return_to_is_kept() -> None:
     """Every manager has all configs in memory."""
 
-    def found(size: int, *states: str) -> list[Revision]:
+    def found(size: int, *states: str) -> list[StackRevision]:
         return [
-            Revision(
+            StackRevision(
                 number=number,
                 id=str(number),
                 version=1,
@@ -170,7 +170,7 @@ def test_large_revisions_are_fewer_and_the_one_to_return_to_is_kept() -> None:
             for number, state in enumerate(states, 1)
         ]
 
-    def numbers(revisions: list[Revision]) -> list[int]:
+    def numbers(revisions: list[StackRevision]) -> list[int]:
         return [one.number for one in kept_of(revisions)]
 
     assert numbers(found(1000, *["deployed"] * 12)) == list(range(3, 13))

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from skep.api.client import Client
+from skep.api.client.client import ApiClient
 from skep.errors import InvalidArgument, PermissionDenied
-from skep.stack.planning import Existing, Plan, plan_of
+from skep.stack.planning import Existing, StackPlan, plan_of
 from skep.stack.recording import _record, undo
 from tests.unit.stack.test_revisions import a_stack, body, config
 
 
-class Cluster(Client):
+class Cluster(ApiClient):
     """Has configs, and notes what would be changed."""
 
     def __init__(self, *configs: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ class Cluster(Client):
 
 
 async def undone(cluster: Cluster) -> str:
-    plan = Plan(stack="shop", changes=(), is_new=False)
+    plan = StackPlan(stack="shop", changes=(), is_new=False)
     return await undo(cluster, plan, lambda *_: None, 1.0, lambda _: None)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from sim.time import VirtualLoop
-from skep.api import waiting as api_waiting
-from skep.api.client import Client
+from skep.api.client import waiting as api_waiting
+from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
-from skep.stack.progress import STEADY_S, UNPLACED_S, Problem, ServiceProgress
+from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress
 from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done
 
 
@@ -81,13 +81,13 @@ async def test_an_error_has_the_causes_of_all_services_that_are_not_done() -> No
 
 def test_a_job_that_completes_after_a_failure_is_done_at_once() -> None:
     steadiness = Steadiness()
-    failing = ServiceProgress("2 of 3 tasks completed", "exit 1", problem=Problem(failures=1))
+    failing = ServiceProgress("2 of 3 tasks completed", "exit 1", problem=ServiceProblem(failures=1))
     assert not steadiness.is_steady("job", failing, 1.0)
     done = ServiceProgress("3 of 3 tasks completed", is_done=True, is_final=True)
     assert steadiness.is_steady("job", done, 1.5)
 
 
-class Explaining(Client):
+class Explaining(ApiClient):
     """Explains services.  ``explanations``: by id; one that is missing is not found."""
 
     def __init__(self, explanations: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
 def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
     runs = ServiceProgress("1 of 1 tasks run", is_done=True)
     starts = ServiceProgress("0 of 1 tasks run")
-    failed = ServiceProgress("0 of 1 tasks run", "exit 1", problem=Problem(kind="exit", failures=1))
+    failed = ServiceProgress("0 of 1 tasks run", "exit 1", problem=ServiceProblem(kind="exit", failures=1))
     steadiness = Steadiness()
     assert not steadiness.is_steady("web", starts, 0.0)
     assert steadiness.is_steady("web", runs, 0.5)
@@ -231,7 +231,7 @@ def test_a_service_that_is_given_up_at_two_looks_is_not_waited_for() -> None:
 
 
 def test_a_task_that_no_node_accepts_is_waited_for_a_minute() -> None:
-    refused = ServiceProgress("0 of 1 tasks run", "no suitable node", problem=Problem(kind="no-node"))
+    refused = ServiceProgress("0 of 1 tasks run", "no suitable node", problem=ServiceProblem(kind="no-node"))
     waits = ServiceProgress("0 of 1 tasks run")
 
     async def ends() -> list[bool]:

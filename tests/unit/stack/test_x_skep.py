@@ -3,8 +3,8 @@
 import pytest
 
 from docs.reference.label_table import LABELS, LabelTarget
-from skep.model.autoscaling import AUTOSCALE
-from skep.model.dependencies import DEPENDS_ON
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.dependencies import DEPENDS_ON
 from tests.unit.stack.test_conversion import read, spec
 
 

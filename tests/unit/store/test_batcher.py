@@ -21,13 +21,13 @@ from skep.store.etcd.batcher import (
     QueuedProposal,
     fill_batch,
 )
-from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
 from skep.store.etcd.client import WRITE_S_MAX
+from skep.store.etcd.encryption.cipher import Cipher, new_key_ring, new_wrapping_key
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key
 from skep.store.leadership import TermState
-from skep.store.proposal import Committed, Exists, Footprint, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
+from skep.store.transactions.proposal import Committed, Exists, Footprint, NothingSince, Proposal, Unchanged
 
 
 def proposals() -> st.SearchStrategy[Proposal]:

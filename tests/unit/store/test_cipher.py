@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.errors import FailedPrecondition
-from skep.store.etcd.cipher import (
+from skep.store.etcd.encryption.cipher import (
     WRAPPING_KEYS_MAX,
     Cipher,
-    Unreadable,
+    Undecryptable,
     decoded_ring,
     new_key_ring,
     new_wrapping_key,
@@ -22,7 +22,7 @@ def test_a_value_is_read_back_under_its_own_key_only(value, key):
     stored = cipher.encrypt(key, value)
     assert cipher.decrypt(key, stored) == value
     assert cipher.encrypt(key, value) != stored
-    with pytest.raises(Unreadable):
+    with pytest.raises(Undecryptable):
         cipher.decrypt(key + b"x", stored)
 
 
@@ -31,13 +31,13 @@ def test_any_changed_byte_is_noticed(position, flip):
     cipher = Cipher(new_key_ring(KEY), KEY)
     stored = bytearray(cipher.encrypt(b"key", b"a value of some length here"))
     stored[position % len(stored)] ^= flip
-    with pytest.raises(Unreadable):
+    with pytest.raises(Undecryptable):
         cipher.decrypt(b"key", bytes(stored))
 
 
 @pytest.mark.parametrize("stored", [b"", b"\x01", b"\x01\x00\x00\x00\x01short", b"{}"])
 def test_what_is_no_encrypted_value_is_refused(stored):
-    with pytest.raises(Unreadable):
+    with pytest.raises(Undecryptable):
         Cipher(new_key_ring(KEY), KEY).decrypt(b"key", stored)
 
 

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from skep.store.etcd.deadlines import SILENT_S, Deadlines, end_connections
+from skep.store.etcd.process.deadlines import SILENT_S, Deadlines, end_connections
 
 
 def timeout_ms(one: socket.socket) -> int:

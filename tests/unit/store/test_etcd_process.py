@@ -9,11 +9,19 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from skep.errors import FailedPrecondition, SkepError
-from skep.store.etcd import damage
-from skep.store.etcd.binary import check_upgrade, check_version, find_binary
-from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, error_of
-from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
-from skep.store.etcd.output import Output
+from skep.store.etcd.errors import (
+    Busy,
+    Compacted,
+    InvalidRequest,
+    NotServing,
+    OutOfSpace,
+    Uncertain,
+    error_of,
+)
+from skep.store.etcd.process import damage
+from skep.store.etcd.process.binary import check_upgrade, check_version, find_binary
+from skep.store.etcd.process.flags import MemberSettings, PeerFiles, arguments, environment
+from skep.store.etcd.process.output import EtcdOutput
 from tests.support.etcd_rig import member_settings
 
 
@@ -134,9 +142,9 @@ def test_minor_versions_change_one_step_at_a_time_and_upwards(served_by, version
         ("etcdserver: rpc not supported for learner", NotServing),
         ("etcdserver: mvcc: required revision has been compacted", Compacted),
         ("etcdserver: mvcc: required revision is a future revision", Compacted),
-        ("etcdserver: duplicate key given in txn request", Refused),
-        ("etcdserver: request is too large", Refused),
-        ("etcdserver: too many operations in txn request", Refused),
+        ("etcdserver: duplicate key given in txn request", InvalidRequest),
+        ("etcdserver: request is too large", InvalidRequest),
+        ("etcdserver: too many operations in txn request", InvalidRequest),
         ("raft proposal dropped", Busy),
         ("etcdserver: not leader", Uncertain),
         ("a sentence of a later etcd", Uncertain),
@@ -149,11 +157,11 @@ def test_a_refusal_is_translated_by_its_text(text: str, meaning: type[SkepError]
 
 def test_lines_are_logged_with_their_level_and_details():
     with capture_logs() as logs:
-        Output().take(b'{"level":"warn","ts":"t","caller":"c","msg":"slow fdatasync","took":"1.2s"}\n')
-        Output().take(b"plain words\n")
-        Output().take(b'{"level":"warn","msg":"Running http and grpc server on single port"}\n')
+        EtcdOutput().take(b'{"level":"warn","ts":"t","caller":"c","msg":"slow fdatasync","took":"1.2s"}\n')
+        EtcdOutput().take(b"plain words\n")
+        EtcdOutput().take(b'{"level":"warn","msg":"Running http and grpc server on single port"}\n')
         for error in ("EOF", "tls: bad certificate"):
-            Output().take(
+            EtcdOutput().take(
                 b'{"level":"warn","msg":"rejected connection on peer endpoint","error":"%b"}\n'
                 % error.encode()
             )
@@ -169,7 +177,7 @@ def test_lines_are_logged_with_their_level_and_details():
 
 
 def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
-    output = Output()
+    output = EtcdOutput()
     assert output.reason == "no output"
     output.take(b'{"level":"warn","msg":"something"}')
     assert output.reason == "something"
@@ -183,7 +191,7 @@ def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
 @given(st.binary(max_size=100))
 def test_no_output_confuses_the_reader(line):
     with capture_logs():
-        Output().take(line)
+        EtcdOutput().take(line)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
+from skep.store.etcd.encryption.cipher import Cipher, new_key_ring, new_wrapping_key
 from skep.store.etcd.reflector import PAGE_BYTES, PAGE_KEYS_FIRST, PAGE_KEYS_MAX, Reflector, next_limit
 from skep.store.etcd.requests import by_revision, etcd_key
 from skep.store.level import LEVEL

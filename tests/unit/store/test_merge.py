@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.model.meta import Version
-from skep.model.node import Node, NodeSession
+from skep.model.node import Node, SessionOwner
 from skep.model.service import Service, TaskSpec, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.values.meta import Version
 from skep.store.codec import PartCodec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.keys import object_key
 from skep.store.kinds import SpecVersion, has_unknown_spec, has_unreadable_spec, spec_of
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State, differences
-from skep.store.tables import KeyChange, Table
-from skep.store.transaction import LocalTransaction
+from skep.store.tables import KeyChange, ObjectTable
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
 
 
@@ -27,8 +27,8 @@ def parts_of(object: msgspec.Struct) -> dict[str, bytes | None]:
     return {part: PartCodec(schema, part).encode(object) for part in ("", *schema.parts)}
 
 
-def a_table(kind: type[msgspec.Struct]) -> Table:
-    return Table(SCHEMA_BY_TYPE[kind])
+def a_table(kind: type[msgspec.Struct]) -> ObjectTable:
+    return ObjectTable(SCHEMA_BY_TYPE[kind])
 
 
 def change(part: str, value: bytes | None, revision: int, created: int = 0) -> dict[str, KeyChange]:
@@ -161,7 +161,7 @@ def test_parts_and_kinds_of_a_newer_version_are_passed_over():
 
 def test_a_removed_part_takes_its_defaults():
     table = a_table(Node)
-    node = replace(a_node("n1"), session=NodeSession(manager_id="m1"))  # type: ignore[arg-type]
+    node = replace(a_node("n1"), session=SessionOwner(manager_id="m1"))  # type: ignore[arg-type]
     table.apply("n1", whole(node))
     event = table.apply("n1", change("session", None, 2))
     assert event == Updated(node, replace(node, session=None))

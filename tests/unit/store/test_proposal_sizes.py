@@ -5,10 +5,17 @@ from hypothesis import strategies as st
 
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
-from skep.store.etcd.flags import MAX_REQUEST_BYTES
+from skep.store.etcd.encryption.cipher import Cipher, new_key_ring, new_wrapping_key
+from skep.store.etcd.process.flags import MAX_REQUEST_BYTES
 from skep.store.etcd.requests import fill_txn, guard
-from skep.store.proposal import MAX_BYTES, MAX_OPERATIONS, Exists, NothingSince, Proposal, Unchanged
+from skep.store.transactions.proposal import (
+    MAX_BYTES,
+    MAX_OPERATIONS,
+    Exists,
+    NothingSince,
+    Proposal,
+    Unchanged,
+)
 
 KEY = new_wrapping_key()
 CIPHER = Cipher(new_key_ring(KEY), KEY, 1)

@@ -3,12 +3,12 @@
 import asyncio
 import weakref
 
-from skep.model.ids import SecretId
 from skep.model.secret import Secret, SecretSpec
+from skep.model.values.ids import SecretId
 from skep.store.replica import Replica
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 
 
 async def test_waiters_for_a_revision_run_before_watchers():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.store.space import (
     ALARM_GAIN,
     COMPACT_AT,
@@ -12,7 +12,7 @@ from skep.store.space import (
     Defragment,
     Disarm,
     HandOver,
-    Space,
+    MemberSpace,
     next_step,
     refusal,
     warning,
@@ -22,8 +22,8 @@ QUOTA = 1000
 A, B, C = map(NodeId, "abc")
 
 
-def space(size: int, in_use: int, *, has_alarm: bool = False) -> Space:
-    return Space(size=size, in_use=in_use, quota=QUOTA, has_alarm=has_alarm)
+def space(size: int, in_use: int, *, has_alarm: bool = False) -> MemberSpace:
+    return MemberSpace(size=size, in_use=in_use, quota=QUOTA, has_alarm=has_alarm)
 
 
 SMALL, SPARSE = space(100, 90), space(800, 300)

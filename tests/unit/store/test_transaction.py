@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import ResourceExhausted, SkepError
-from skep.model.ids import ConfigId, SecretId, ServiceId
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import (
@@ -26,14 +25,15 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.values.ids import ConfigId, SecretId, ServiceId
+from skep.model.values.times import ZERO_TIME, Timestamp
 from skep.store.interface import Transaction
 from skep.store.keys import covering_prefix, parsed_object_key, reference_key, shared_key
 from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryCluster, MemoryStore
-from skep.store.proposal import Exists, NothingSince, Unchanged
 from skep.store.state import State, differences
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Exists, NothingSince, Unchanged
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
 
 NOW = Timestamp("2026-01-01T00:00:00Z")

@@ -12,20 +12,20 @@ from msgspec import inspect
 from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec, Mount, SecretReference
-from skep.model.ids import SecretId
 from skep.model.network import IPAMConfig
 from skep.model.node import EngineDescription, EnginePlugin, Node, NodeDescription
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import PortConfig, Service, TaskSpec
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.unknown import divided, joined, leniently
+from skep.model.values.ids import SecretId
+from skep.model.values.unknown import divided, joined, leniently
 from skep.store.interface import Object
 from skep.store.keys import object_key
 from skep.store.kinds import SpecVersion
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.store.test_merge import changes_of, parts_of
 

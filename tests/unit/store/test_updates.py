@@ -10,10 +10,10 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.store.interface import Transaction
 from skep.store.leadership import SETTLE_S, TermState
-from skep.store.proposal import Committed, Conflict, Proposal
 from skep.store.replica import Replica
 from skep.store.state import State
-from skep.store.updates import DEADLINE_S, SHOWN_S, TERM_DEADLINE_S, Updater
+from skep.store.transactions.proposal import Committed, Proposal, WriteConflict
+from skep.store.transactions.updates import DEADLINE_S, SHOWN_S, TERM_DEADLINE_S, Updater
 from tests.support.builders import a_node
 
 REVISION = 7
@@ -155,9 +155,9 @@ class Contested(Late):
 
     async def propose(  # type: ignore[override]
         self, proposals: Sequence[Proposal], term: TermState | None
-    ) -> Sequence[Committed | Conflict]:
+    ) -> Sequence[Committed | WriteConflict]:
         self.proposed += len(proposals)
-        return [Conflict(0) for _ in proposals]
+        return [WriteConflict(0) for _ in proposals]
 
 
 @pytest.mark.parametrize("many", [False, True])

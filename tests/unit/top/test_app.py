@@ -15,8 +15,8 @@ from textual.widgets import Input, Static
 from skep.errors import FailedPrecondition
 from skep.top.app import TopApp
 from skep.top.dialogs import Ask, Confirm, Show
-from skep.top.logs import LogLine
-from skep.top.snapshot import Connection, Link
+from skep.top.logs import ShownLine
+from skep.top.snapshot import Connection, LinkStatus
 from skep.top.table import RowTable
 from tests.support.top_clusters import (
     StillCluster,
@@ -188,7 +188,7 @@ async def test_names_logs_and_errors_are_never_markup_nor_control_characters() -
             {"Type": HOSTILE, "Action": HOSTILE, "Actor": {"ID": HOSTILE, "Attributes": {HOSTILE: HOSTILE}}},
         ),
     )
-    app = TopApp(StillCluster(snapshot, (LogLine(HOSTILE, "t"),)))
+    app = TopApp(StillCluster(snapshot, (ShownLine(HOSTILE, "t"),)))
     async with app.run_test(size=(200, 30)) as pilot:
         await settled(pilot)
         for keys in ("1", "2", "3", "4", "s", "escape", "u", "enter", "escape", "1", "l"):
@@ -232,7 +232,7 @@ async def test_an_empty_view_shows_a_command(key: str, command: str) -> None:
 
 
 async def test_a_lost_connection_is_said_and_what_was_seen_stays() -> None:
-    lost = Connection(Link.LOST, "connection refused", 4.0)
+    lost = Connection(LinkStatus.LOST, "connection refused", 4.0)
     app = TopApp(StillCluster(a_shop()))
     async with app.run_test(size=(80, 24)) as pilot:
         await settled(pilot)
@@ -263,7 +263,7 @@ async def test_the_cursor_stays_on_its_row_while_others_come_and_go() -> None:
 
 async def test_logs_are_bounded_and_followed_to_their_end() -> None:
     lines = tuple(
-        LogLine(f"line {number}", "id-web-1-m1", "2026-01-02T03:04:05.1Z") for number in range(5000)
+        ShownLine(f"line {number}", "id-web-1-m1", "2026-01-02T03:04:05.1Z") for number in range(5000)
     )
     app = TopApp(StillCluster(a_shop(), lines))
     async with app.run_test(size=(80, 24)) as pilot:

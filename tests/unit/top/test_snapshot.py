@@ -4,10 +4,10 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.api.responses import OutputStream
-from skep.top.logs import LogLine, line_of
-from skep.top.rows import COLUMNS, KnownRow, Tone, View, age_of, chosen, laid_out, rows_of, task_rows
-from skep.top.snapshot import Health, Snapshot, Touched, headline, states_of, summary, touched_by
+from skep.api.http.responses import OutputStream
+from skep.top.logs import ShownLine, line_of
+from skep.top.rows import COLUMNS, KnownRow, ScreenView, Tone, age_of, chosen, laid_out, rows_of, task_rows
+from skep.top.snapshot import ClusterHealth, Snapshot, Touched, headline, states_of, summary, touched_by
 from skep.top.watching import tasks_in
 from tests.support.top_clusters import a_node, a_service, a_shop, a_snapshot, a_task, an_explanation
 
@@ -32,19 +32,19 @@ def test_what_happens_before_a_task_runs_has_no_event_so_it_is_not_settled() -> 
 NOW = 1_767_326_645.0
 
 
-def health(snapshot: Snapshot) -> tuple[Health, str]:
+def health(snapshot: Snapshot) -> tuple[ClusterHealth, str]:
     return headline(snapshot, states_of(snapshot, NOW))
 
 
 def test_the_headline_names_the_worst_first_and_why() -> None:
     assert health(a_shop()) == (
-        Health.DEGRADED,
+        ClusterHealth.DEGRADED,
         "Node w2 is down: heartbeat failure. 2 services are degraded (orders, report). Service api is converging.",
     )
     crash = an_explanation("exit 3; crash loop, 4 failures in a row")
     shop = a_snapshot((a_node("m1"),), (a_service("orders", 0, 1),), explained={"id-orders": crash})
     assert health(shop) == (
-        Health.DEGRADED,
+        ClusterHealth.DEGRADED,
         "Service orders is degraded: exit 3; crash loop, 4 failures in a row.",
     )
 
@@ -52,22 +52,26 @@ def test_the_headline_names_the_worst_first_and_why() -> None:
 def test_a_cluster_with_all_it_should_have_is_healthy_even_with_a_warning() -> None:
     nodes = (a_node("m1"), a_node("w1", message="disk pressure"))
     assert health(a_snapshot(nodes[:1])) == (
-        Health.HEALTHY,
+        ClusterHealth.HEALTHY,
         "All nodes and services are in their desired state.",
     )
-    assert health(a_snapshot(nodes)) == (Health.HEALTHY, "Node w1 is ready with a warning: disk pressure.")
+    assert health(a_snapshot(nodes)) == (
+        ClusterHealth.HEALTHY,
+        "Node w1 is ready with a warning: disk pressure.",
+    )
 
 
 def test_a_service_that_only_starts_or_updates_is_converging() -> None:
     starting = an_explanation("m1 starts it", weight=4)
     begun = a_snapshot(services=(a_service("web", 0, 1),), explained={"id-web": starting})
-    assert health(begun) == (Health.CONVERGING, "Service web is converging: m1 starts it.")
+    assert health(begun) == (ClusterHealth.CONVERGING, "Service web is converging: m1 starts it.")
     assert (
-        health(a_snapshot(services=(a_service("web", update={"State": "updating"}),)))[0] is Health.CONVERGING
+        health(a_snapshot(services=(a_service("web", update={"State": "updating"}),)))[0]
+        is ClusterHealth.CONVERGING
     )
     paused = a_service("web", update={"State": "paused", "Message": "update paused due to failure"})
     assert health(a_snapshot(services=(paused,))) == (
-        Health.DEGRADED,
+        ClusterHealth.DEGRADED,
         "Service web is degraded: update paused due to failure.",
     )
 
@@ -79,7 +83,7 @@ def test_many_objects_are_counted_and_some_named() -> None:
 
 def test_without_a_leader_the_headline_says_so() -> None:
     lines = ("NO LEADER since 12:00 UTC: 1 of 3 managers responds", "the state of that time", "more")
-    assert health(a_snapshot(without_leader=lines)) == (Health.LEADERLESS, f"{lines[0]}. {lines[1]}.")
+    assert health(a_snapshot(without_leader=lines)) == (ClusterHealth.LEADERLESS, f"{lines[0]}. {lines[1]}.")
 
 
 def test_the_summary_counts_what_is_ready_healthy_and_reserved() -> None:
@@ -93,21 +97,21 @@ def test_the_summary_counts_what_is_ready_healthy_and_reserved() -> None:
 
 
 def test_nodes_and_services_show_the_cpus_and_memory_that_their_tasks_reserve() -> None:
-    def cells(view: View) -> dict[str, str]:
+    def cells(view: ScreenView) -> dict[str, str]:
         place = [column.title for column in COLUMNS[view]].index("RESERVED")
         return {row.cells[0]: row.cells[place] for row in rows_of(view, a_shop(), NOW)}
 
-    assert cells(View.NODES) == {
+    assert cells(ScreenView.NODES) == {
         "m1": "1/4 CPUs, 1/8 GiB",
         "w1": "0.5/4 CPUs, 2.2/8 GiB",
         "w2": "0/4 CPUs, 0/8 GiB",
     }
-    services = cells(View.SERVICES)
+    services = cells(ScreenView.SERVICES)
     assert (services["web"], services["api"], services["agent"]) == ("1.5 CPUs, 768 MiB", "2.5 GiB", "")
 
 
 def test_what_is_wrong_comes_first_or_rows_come_by_name() -> None:
-    rows = rows_of(View.SERVICES, a_shop(), NOW)
+    rows = rows_of(ScreenView.SERVICES, a_shop(), NOW)
     assert [row.cells[0] for row in chosen(rows, "")] == ["orders", "report", "api", "agent", "web"]
     assert [row.cells[0] for row in chosen(rows, "", by_name=True)] == [
         "agent",
@@ -119,7 +123,7 @@ def test_what_is_wrong_comes_first_or_rows_come_by_name() -> None:
 
 
 def test_a_filter_wants_every_word_in_any_cell() -> None:
-    rows = rows_of(View.TASKS, a_shop(), NOW)
+    rows = rows_of(ScreenView.TASKS, a_shop(), NOW)
     assert [row.cells[0] for row in chosen(rows, "W1 web")] == ["web.2"]
     assert chosen(rows, "web nowhere") == []
 
@@ -132,8 +136,8 @@ def test_ended_tasks_are_shown_when_they_should_not_have_ended() -> None:
         a_task("once", 1, state="failed"),
     )
     snapshot = a_snapshot(services=(a_service("once"),), tasks=tasks)
-    assert [row.cells[:2] for row in rows_of(View.TASKS, snapshot, NOW)] == [("once.1", "failed")]
-    assert len(rows_of(View.TASKS, snapshot, NOW, with_ended=True)) == 4
+    assert [row.cells[:2] for row in rows_of(ScreenView.TASKS, snapshot, NOW)] == [("once.1", "failed")]
+    assert len(rows_of(ScreenView.TASKS, snapshot, NOW, with_ended=True)) == 4
 
 
 def test_the_row_of_a_task_is_made_again_when_the_task_or_a_name_of_it_changes() -> None:
@@ -154,12 +158,12 @@ def test_a_task_of_a_global_service_has_the_name_of_its_node() -> None:
     snapshot = a_snapshot(
         (a_node("m1"),), (a_service("agent", mode={"Global": {}}),), (a_task("agent", 0, "m1"),)
     )
-    assert rows_of(View.TASKS, snapshot, NOW)[0].cells[0] == "agent.m1"
+    assert rows_of(ScreenView.TASKS, snapshot, NOW)[0].cells[0] == "agent.m1"
 
 
 def test_a_node_that_is_drained_or_has_a_message_says_so() -> None:
     nodes = (a_node("a"), a_node("b", availability="drain"), a_node("c", state="down"))
-    tones = {row.cells[0]: row.tone for row in rows_of(View.NODES, a_snapshot(nodes), NOW)}
+    tones = {row.cells[0]: row.tone for row in rows_of(ScreenView.NODES, a_snapshot(nodes), NOW)}
     assert tones == {"a": Tone.GOOD, "b": Tone.WARNING, "c": Tone.BAD}
 
 
@@ -169,14 +173,14 @@ def test_a_task_that_cannot_be_read_is_left_out_of_the_list() -> None:
 
 
 def test_narrow_screens_leave_out_the_columns_of_the_highest_rank() -> None:
-    columns = COLUMNS[View.SERVICES]
+    columns = COLUMNS[ScreenView.SERVICES]
     naturals = [20, 5, 8, 17, 30, 10, 10, 60]
     assert laid_out(columns, naturals, 200) == [20, 5, 8, 17, 30, 10, 10, 86]
     assert laid_out(columns, naturals, 80) == [20, 5, 0, 0, 0, 0, 0, 51]
 
 
 def test_the_reason_comes_before_other_columns_up_to_a_share_of_the_width() -> None:
-    columns = COLUMNS[View.SERVICES]
+    columns = COLUMNS[ScreenView.SERVICES]
     assert laid_out(columns, [8, 5, 0, 17, 12, 9, 10, 300], 120) == [8, 5, 0, 17, 0, 0, 0, 84]
     assert laid_out(columns, [8, 5, 0, 17, 12, 9, 10, 10], 120) == [8, 5, 0, 17, 12, 9, 10, 47]
 
@@ -185,7 +189,7 @@ def test_the_reason_comes_before_other_columns_up_to_a_share_of_the_width() -> N
 def test_no_row_is_wider_than_a_screen_that_has_room_for_its_first_columns(
     naturals: list[int], width: int
 ) -> None:
-    widths = laid_out(COLUMNS[View.SERVICES], naturals, width)
+    widths = laid_out(COLUMNS[ScreenView.SERVICES], naturals, width)
     assert sum(one + 2 for one in widths[:-1] if one) + widths[-1] <= max(width, 32 + 11 + 4)
 
 
@@ -199,6 +203,8 @@ def test_ages_are_the_largest_unit() -> None:
 def test_a_line_of_a_log_is_its_time_its_task_and_its_text() -> None:
     details = "com.docker.swarm.node.id=n,com.docker.swarm.service.id=s,com.docker.swarm.task.id=t1"
     text = f"2026-01-02T03:04:05.000000000Z {details} \x1b[31mred\x1b[0m alert"
-    assert line_of(text, OutputStream.STDOUT) == LogLine("red alert", "t1", "2026-01-02T03:04:05.000000000Z")
-    assert line_of("no details", OutputStream.STDERR) == LogLine("no details", is_error=True)
+    assert line_of(text, OutputStream.STDOUT) == ShownLine(
+        "red alert", "t1", "2026-01-02T03:04:05.000000000Z"
+    )
+    assert line_of("no details", OutputStream.STDERR) == ShownLine("no details", is_error=True)
     assert line_of("Error grabbing logs: gone", OutputStream.SYSTEM).is_error

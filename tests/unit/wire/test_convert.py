@@ -28,9 +28,7 @@ from skep.model.container import (
     RuntimeTarget,
     SeccompOpts,
 )
-from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
-from skep.model.meta import Driver
 from skep.model.network import ConfigReference as NodeNetwork
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import (
@@ -61,7 +59,9 @@ from skep.model.service import (
 )
 from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState, TaskStatus, Trust
 from skep.model.task_end import LAST_LINES_MAX, KeptLine, TaskEnd
-from skep.model.times import ZERO_TIME, Timestamp, timestamp
+from skep.model.values.ids import NetworkId, NodeId, TaskId
+from skep.model.values.meta import Driver
+from skep.model.values.times import ZERO_TIME, Timestamp, timestamp
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb, revised_from_pb

@@ -6,12 +6,14 @@ from google.protobuf import descriptor_pb2
 from skep.protobuf.compile import WIRE
 from skep.wire import methods
 from skep.wire.descriptors import POOL
-from skep.wire.methods import Access
+from skep.wire.methods import MethodAccess
 
 TABLE = {
     entry.path: entry
     for entry in vars(methods).values()
-    if isinstance(entry, methods.Unary | methods.ServerStream | methods.ClientStream | methods.BothStream)
+    if isinstance(
+        entry, methods.UnaryMethod | methods.ServerStreaming | methods.ClientStreaming | methods.BothStream
+    )
 }
 
 
@@ -26,9 +28,9 @@ def rpcs():
 def test_every_call_of_the_proto_files_is_in_the_table_with_its_types(path, rpc):
     entry = TABLE[path]
     kinds = {
-        (False, False): methods.Unary,
-        (False, True): methods.ServerStream,
-        (True, False): methods.ClientStream,
+        (False, False): methods.UnaryMethod,
+        (False, True): methods.ServerStreaming,
+        (True, False): methods.ClientStreaming,
         (True, True): methods.BothStream,
     }
     assert type(entry) is kinds[rpc.client_streaming, rpc.server_streaming]
@@ -37,7 +39,9 @@ def test_every_call_of_the_proto_files_is_in_the_table_with_its_types(path, rpc)
 
 
 def test_only_joining_and_coming_back_are_open_to_strangers():
-    assert {path.rpartition("/")[2] for path, entry in TABLE.items() if entry.access is Access.OPEN} == {
+    assert {
+        path.rpartition("/")[2] for path, entry in TABLE.items() if entry.access is MethodAccess.OPEN
+    } == {
         "GetRootCACertificate",
         "IssueNodeCertificate",
         "NodeCertificateStatus",

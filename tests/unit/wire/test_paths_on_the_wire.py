@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.model.ids import NetworkId, NodeId
-from skep.model.paths import (
+from skep.model.networks.paths import (
     DETAIL_CHARACTERS_MAX,
     DiagnosticsRequest,
     NetworkNames,
@@ -14,6 +13,7 @@ from skep.model.paths import (
     PathReport,
     ProbeTargets,
 )
+from skep.model.values.ids import NetworkId, NodeId
 from skep.wire import skep_pb2 as pb
 from skep.wire.convert import paths as convert
 

@@ -7,19 +7,19 @@ import pytest
 from h2.events import ResponseReceived, StreamReset
 
 from skep.errors import PermissionDenied
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.security.identity import Identity
+from skep.model.values.ids import ClusterId, NodeId
+from skep.security.identity import NodeIdentity
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.methods import Access
+from skep.wire.methods import MethodAccess
 from skep.wire.server import _Connection, _Server
 from skep.wire.service import unary
 from tests.support.http2_rig import Rig, of
 
 CLUSTER = ClusterId("cluster")
-WORKER = Identity(node_id=NodeId("n1"), cluster_id=CLUSTER, role=NodeRole.WORKER)
+WORKER = NodeIdentity(node_id=NodeId("n1"), cluster_id=CLUSTER, role=NodeRole.WORKER)
 
 
 async def never(_request: pb.HeartbeatRequest, _caller: Caller) -> pb.HeartbeatResponse:
@@ -28,7 +28,7 @@ async def never(_request: pb.HeartbeatRequest, _caller: Caller) -> pb.HeartbeatR
 
 
 async def answer_to(
-    check_certificate=lambda *_: None, identity: Identity | None = WORKER, **headers: str
+    check_certificate=lambda *_: None, identity: NodeIdentity | None = WORKER, **headers: str
 ) -> dict[str, str]:
     """The headers that end a call of ``Heartbeat`` with an empty message, whose handler would wait for ever."""
     server = _Server([unary(methods.HEARTBEAT, never)], CLUSTER, check_certificate)
@@ -80,14 +80,14 @@ async def test_a_stranger_is_refused():
 
 
 async def test_a_caller_with_a_revoked_certificate_is_refused():
-    def removed(_identity: Identity, _access: Access) -> None:
+    def removed(_identity: NodeIdentity, _access: MethodAccess) -> None:
         raise PermissionDenied("removed")
 
     assert (await answer_to(check_certificate=removed))["grpc-message"] == "removed"
 
 
 async def test_a_mistake_of_ours_is_not_explained():
-    def broken(_identity: Identity, _access: Access) -> None:
+    def broken(_identity: NodeIdentity, _access: MethodAccess) -> None:
         raise ZeroDivisionError("secret")
 
     response = await answer_to(check_certificate=broken)

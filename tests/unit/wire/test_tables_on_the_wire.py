@@ -5,12 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.errors import InvalidArgument
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import (
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
     NetworkHead,
+    NetworkTable,
     Segment,
-    Table,
     TableChange,
     TableEndpoint,
     TableNode,
@@ -18,7 +17,8 @@ from skep.model.tables import (
     TableService,
     changed,
 )
-from skep.model.wireguard import PublicKey
+from skep.model.networks.wireguard import PublicKey
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.wire import skep_pb2 as pb
 from skep.wire.convert import tables as convert
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
@@ -98,7 +98,7 @@ CHANGES = st.builds(
     message_bytes=st.sampled_from([1, 300, 10**6]),
 )
 def test_pieces_lead_where_the_whole_leads(
-    change: TableChange, before: Table, piece_bytes: int, message_bytes: int
+    change: TableChange, before: NetworkTable, piece_bytes: int, message_bytes: int
 ) -> None:
     usual, convert.PIECE_BYTES = convert.PIECE_BYTES, piece_bytes
     try:

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.model.autoscaling import TaskUsage
-from skep.model.ids import TaskId
+from skep.model.options.autoscaling import TaskUsage
+from skep.model.values.ids import TaskId
 from skep.wire import skep_pb2 as pb
 from skep.wire.convert.usages import usages_from_pb, usages_to_pb
 

@@ -3,8 +3,8 @@
 import pytest
 
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import VolumeId
-from skep.model.meta import Driver
+from skep.model.values.ids import VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import (
     AccessMode,
     TypeBlock,

@@ -13,11 +13,11 @@ removed node).
 from collections.abc import Iterable, Sequence
 
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
-from skep.model.meta import Version
 from skep.model.node import Node
-from skep.model.schedules import max_attempts_of
+from skep.model.options.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.meta import Version
 from skep.store.kinds import SpecVersion
 
 DEFAULT_LIMIT = 5

@@ -9,13 +9,11 @@ The leader cannot know that, so it removes a node only if it is certain that not
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from skep.manager.orchestrator.disconnection import policy_on, replaced_at
-from skep.model.description_size import size_condition
-from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import OnDisconnect, VolumeAffinity, volume_affinity
+from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.model.node import Node
-from skep.model.service import Service
-from skep.model.slot_volumes import (
+from skep.model.node_reports.description_size import size_condition
+from skep.model.options.labels import OnDisconnect, VolumeAffinity, volume_affinity
+from skep.model.options.slot_volumes import (
     FORGOTTEN_LABEL,
     LABEL_CHARACTERS_MAX,
     SLOT_VOLUMES_LABEL,
@@ -24,7 +22,9 @@ from skep.model.slot_volumes import (
     may_be,
     slot_volumes_of,
 )
+from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import has_unknown_service, specs_in_use

@@ -7,12 +7,12 @@ from skep.aio.clock import Clock
 from skep.manager.loop_driver import LoopDriver
 from skep.manager.orchestrator.reaper.removals import write
 from skep.manager.orchestrator.reaper.state import Key, ReaperState
-from skep.model.ids import IdSource
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.times import timestamp
+from skep.model.values.ids import IdSource
+from skep.model.values.times import timestamp
 from skep.store.interface import LoopStore
 from skep.store.kinds import SpecVersion
 

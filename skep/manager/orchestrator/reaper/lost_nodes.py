@@ -14,9 +14,9 @@ a down worker is removed.  Exceptions:
 
 from collections.abc import Callable, Iterable, Sequence
 
-from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole, NodeState
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.values.ids import NodeId
+from skep.model.values.times import SECOND_NS, unix_ns
 
 OBSERVED_S_MAX = 3600.0
 """Maximum seconds for which a leader must have seen a node down.  The node's own record covers longer times."""

@@ -7,14 +7,14 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.informer import run_informer
+from skep.manager.control_loops.informer import run_informer
+from skep.manager.nodes.revocation import revoke
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
-from skep.manager.revocation import revoke
-from skep.model.ids import IdSource, NodeId
-from skep.model.labels import forget_nodes_s
 from skep.model.node import Node
+from skep.model.options.labels import forget_nodes_s
 from skep.model.swarm import Swarm
+from skep.model.values.ids import IdSource, NodeId
 from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Transaction, Updated, View
 
 log = structlog.get_logger(__name__)

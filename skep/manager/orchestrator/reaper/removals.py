@@ -10,7 +10,7 @@ from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
-from skep.model.times import Timestamp
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import SpecVersion, has_unreadable_status
 

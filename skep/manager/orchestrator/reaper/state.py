@@ -6,8 +6,9 @@ from random import Random
 from typing import NewType
 
 from skep.aio.clock import Clock
-from skep.manager.failures import Failures
-from skep.manager.informer import batches_of
+from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.informer import batches_of
+from skep.manager.control_loops.work_queue import WorkQueue
 from skep.manager.loop_driver import Decision, Recheck
 from skep.manager.orchestrator.reaper.history import (
     attempts_kept,
@@ -28,13 +29,12 @@ from skep.manager.orchestrator.reaper.removals import (
     Removal,
 )
 from skep.manager.orchestrator.reaper.unreported import keeps_data, unreported
-from skep.manager.work_queue import WorkQueue
-from skep.model.ids import NodeId, ServiceId
-from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.meta import Version
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import SpecVersion, as_run, has_unreadable_run
 

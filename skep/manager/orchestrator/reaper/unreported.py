@@ -9,12 +9,10 @@ have seen (decision 81).  So a slot's last task with data on a node must not be 
 from collections.abc import Callable, Iterable
 
 from skep.manager.orchestrator.reaper.kept_nodes import has_cut_report
-from skep.model.data_planes import is_docker_node
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import VolumeAffinity, volume_affinity
+from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Node
-from skep.model.service import Service
-from skep.model.slot_volumes import (
+from skep.model.options.labels import VolumeAffinity, volume_affinity
+from skep.model.options.slot_volumes import (
     FORGOTTEN_LABEL,
     created_ms,
     forgotten_in,
@@ -22,7 +20,9 @@ from skep.model.slot_volumes import (
     may_be,
     slot_volumes_of,
 )
+from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
 
 _STARTED = (TaskState.COMPLETE, TaskState.FAILED)
 """Ends that a node reports only for a container that it has started.  For the others, the container's ID counts."""

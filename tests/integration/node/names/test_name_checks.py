@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.checks import NameChecks
-from skep.model.paths import NetworkNames, PathCheck
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
-from skep.model.tables import NetworkHead
+from skep.model.networks.paths import NetworkNames, PathCheck
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox
+from skep.model.networks.tables import NetworkHead
 from tests.support.names_lab import NamesLab
 from tests.support.tables import a_network, a_served
 

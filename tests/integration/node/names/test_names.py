@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from dnslib import RCODE, DNSHeader, DNSQuestion, DNSRecord
 
-from skep.dataplane.protocol import Named, NameServer, Place
+from skep.dataplane.net_process.protocol import ContainerEndpoint, Named, NameServer
 from skep.errors import FailedPrecondition
 from tests.support.names_lab import NamesLab, net_process, shell, wait_until
 from tests.support.tables import a_network, a_served
@@ -178,7 +178,7 @@ async def test_names_of_a_container_without_a_default_route_are_not_forwarded(la
         return knows("192.0.2.7")(question)
 
     async with upstream(noted) as there:
-        places = (Place(FRONT.head.id),)
+        places = (ContainerEndpoint(FRONT.head.id),)
         named = Named(id="c1", netns=str(path), networks=places, servers=(there,), forwards=False)
         await lab.client.serve(named)
         resolver = await lab.resolver("c1")

@@ -9,10 +9,10 @@ from typing import Any
 from dnslib import DNSRecord
 from msgspec.structs import replace
 
-from skep.dataplane.name_registration import NameRegistration, named_of
-from skep.dataplane.protocol import NameServer
-from skep.model.ids import ContainerId, TaskId
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
+from skep.dataplane.net_process.name_registration import NameRegistration, named_of
+from skep.dataplane.net_process.protocol import NameServer
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
+from skep.model.values.ids import ContainerId, TaskId
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process
 from tests.support.tables import a_network, a_served

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.netns import nft
-from skep.dataplane.netns.namespaces import inside
-from skep.dataplane.plan.vip import FAMILIES, NAME, Plan, VipBackends, noted, plan
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.namespaces import inside
+from skep.dataplane.plan.vip import FAMILIES, NAME, VipBackends, VipPlan, noted, plan
 from skep.dataplane.vip.elements import ElementSocket
 from tests.support.names_lab import NamesLab
 
@@ -42,7 +42,7 @@ def listed() -> str:
     return "".join(nft.run(f"list table {family} {NAME}\n") for family in FAMILIES)
 
 
-def change(planned: Plan) -> None:
+def change(planned: VipPlan) -> None:
     assert planned.elements is not None
     elements = ElementSocket()
     try:

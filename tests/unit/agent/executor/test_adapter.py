@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.cluster_volumes import PublishedVolume
 from skep.agent.executor.adapter import NodeFacts, container_spec, create_request, task_options
 from skep.agent.executor.interface import Rejected
-from skep.engine.container import ContainerConfig
-from skep.engine.create import NodeDefaults, container_config, mounts
+from skep.agent.tasks.cluster_volumes import PublishedVolume
+from skep.engine.containers.container import ContainerConfig
+from skep.engine.containers.create import NodeDefaults, container_config, mounts
 from skep.engine.images.image import ContainerDefaults
 from skep.model.container import (
     AppArmorOpts,
@@ -21,12 +21,12 @@ from skep.model.container import (
     SELinuxContext,
 )
 from skep.model.history import STACK_LABEL
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
-from skep.model.rights import Right
+from skep.model.permissions.rights import Right
 from skep.model.service import DiscreteResource, GenericResource, NamedResource, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment, Trust
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 from tests.support.builders import a_task
 
 NODE = NodeFacts(hostname="n")

@@ -7,13 +7,13 @@ from msgspec.structs import replace
 
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, SessionRequests
 from skep.agent.executor.interface import Rejected
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
-from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
-from skep.model.sandbox import EndpointRequest
+from skep.model.networks.sandbox import EndpointRequest
 from skep.model.service import NetworkAttachmentSpec, TaskSpec
 from skep.model.task import AssignedTask, NetworkAttachment
+from skep.model.values.ids import ContainerId, NetworkId, NodeId, TaskId
 from tests.support.builders import a_task, an_overlay
 
 BOX = ContainerId("b" * 64)

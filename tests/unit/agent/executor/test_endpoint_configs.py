@@ -4,11 +4,11 @@ import pytest
 
 from skep.agent.executor.adapter import endpoint_configs, network_head
 from skep.agent.executor.interface import Rejected
-from skep.model.ids import NetworkId, TaskId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
-from skep.model.tables import Segment
+from skep.model.networks.tables import Segment
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.ids import NetworkId, TaskId
+from skep.model.values.meta import Driver
 
 VXLAN = "com.docker.network.driver.overlay.vxlanid_list"
 MTU = "com.docker.network.driver.mtu"

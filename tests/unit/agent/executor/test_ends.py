@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.executor.ends import end_of
-from skep.engine.container import (
+from skep.engine.containers.container import (
     Container,
     ContainerConfig,
     ContainerState,
@@ -14,9 +14,9 @@ from skep.engine.container import (
     Probe,
 )
 from skep.model.container import HealthConfig
-from skep.model.ids import ContainerId
 from skep.model.task_end import TaskEnd, signal_of
-from skep.model.times import SECOND_NS, ZERO_TIME, timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import SECOND_NS, ZERO_TIME, timestamp
 
 CONFIG = ContainerConfig(path="sh", stop_grace_ns=2 * SECOND_NS)
 ENDED = Container(

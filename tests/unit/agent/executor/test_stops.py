@@ -6,10 +6,10 @@ from typing import cast
 import pytest
 
 from skep.agent.executor.oci import OciController, OciExecutor
-from skep.engine.container import Container, ContainerState
+from skep.engine.containers.container import Container, ContainerState
 from skep.errors import NotFound, SkepError, Unavailable
-from skep.model.ids import ContainerId
 from skep.model.task import AssignedTask
+from skep.model.values.ids import ContainerId
 from tests.support.builders import a_task
 from tests.support.oci_rig import QuickClock
 from tests.support.stub_engine import a_container

@@ -7,8 +7,8 @@ from msgspec.structs import replace
 
 from skep.agent.executor.interface import Rejected
 from skep.agent.executor.traced import TracedExecutor
-from skep.model.meta import Version
 from skep.model.task import AssignedTask
+from skep.model.values.meta import Version
 from skep.tracing import Span, span_id, trace_id, within
 from tests.support.builders import a_task
 

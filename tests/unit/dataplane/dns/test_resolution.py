@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.dns.messages import AAAA, MX, PTR, SRV, A, Query, encoded
-from skep.dataplane.dns.resolution import Decision, Foreign, Found, Missing, decide, links_of, rotated
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.tables import Table
+from skep.dataplane.dns.resolution import Decision, Foreign, FoundName, Missing, decide, links_of, rotated
+from skep.model.networks.tables import NetworkTable
+from skep.model.values.ids import NetworkId, ServiceId
 from tests.support.tables import a_container, a_network, a_served
 
 TXT = 16
@@ -35,18 +35,22 @@ BACK = a_network(
 )
 
 
-def decided(name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), rng: float = 0) -> Decision:
+def decided(
+    name: str, type: int = A, *, tables: Sequence[NetworkTable] = (FRONT, BACK), rng: float = 0
+) -> Decision:
     return decide(Query(1, 0, name, type, 1, b""), [Index(table) for table in tables], rng)
 
 
-def found(name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), rng: float = 0) -> Found:
+def found(
+    name: str, type: int = A, *, tables: Sequence[NetworkTable] = (FRONT, BACK), rng: float = 0
+) -> FoundName:
     decision = decided(name, type, tables=tables, rng=rng)
-    assert isinstance(decision, Found), decision
+    assert isinstance(decision, FoundName), decision
     return decision
 
 
 def addresses(
-    name: str, type: int = A, *, tables: Sequence[Table] = (FRONT, BACK), rng: float = 0
+    name: str, type: int = A, *, tables: Sequence[NetworkTable] = (FRONT, BACK), rng: float = 0
 ) -> list[str]:
     family = socket.AF_INET6 if type == AAAA else socket.AF_INET
     answers = found(name, type, tables=tables, rng=rng).answers
@@ -121,7 +125,7 @@ def test_a_link_is_a_name_of_one_container_alone_on_its_network() -> None:
 
     for name in ("friend", "friend.front"):
         answer = linked(name)
-        assert isinstance(answer, Found)
+        assert isinstance(answer, FoundName)
         assert [socket.inet_ntop(socket.AF_INET, one.data) for one in answer.answers] == ["10.0.1.40"]
     assert isinstance(linked("friend.back"), Foreign)
     assert isinstance(decided("friend"), Foreign)
@@ -153,18 +157,18 @@ def test_a_name_without_addresses_of_the_ip_version_is_asked_for_on_the_next_net
 
 
 def test_the_name_of_one_network_is_asked_for_there_alone() -> None:
-    assert found("web.front", AAAA, tables=(FRONT, SIX)) == Found()
+    assert found("web.front", AAAA, tables=(FRONT, SIX)) == FoundName()
     assert addresses("web.six", AAAA, tables=(FRONT, SIX)) == ["fd00:2::2"]
-    assert found("2.web", AAAA, tables=(FRONT, SIX)) == Found()  # of the second, which has one slot
+    assert found("2.web", AAAA, tables=(FRONT, SIX)) == FoundName()  # of the second, which has one slot
 
 
 def test_a_name_without_any_address_is_not_asked_for_on_the_next_network() -> None:
-    assert found("idle", tables=(SIX, FRONT)) == Found()
+    assert found("idle", tables=(SIX, FRONT)) == FoundName()
 
 
 @pytest.mark.parametrize("type", [AAAA, MX, TXT, SRV])
 def test_a_name_of_ours_is_never_asked_for_elsewhere(type: int) -> None:
-    assert found("web", type) == Found()
+    assert found("web", type) == FoundName()
     assert found("1.web", type).answers == ()
 
 
@@ -265,7 +269,7 @@ names = st.text("abw.1_", max_size=12) | st.sampled_from(
 def test_addresses_given_away_are_the_tables(name: str, type: int, rng: float) -> None:
     """Whatever is asked: only addresses of tasks that run, or of services, and virtual ones are owned up to."""
     decision = decided(name, type, rng=rng)
-    if not isinstance(decision, Found) or type == PTR:
+    if not isinstance(decision, FoundName) or type == PTR:
         return
     given_away = {
         socket.inet_ntop(socket.AF_INET6 if record.type == AAAA else socket.AF_INET, record.data)

@@ -8,8 +8,8 @@ import socket
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.resolution import Decision, Missing
-from skep.dataplane.dns.server import ACCEPT_PAUSE_S, ContainerServer, Forwarding, Services, Sockets
-from skep.dataplane.dns.upstream import Forwarder
+from skep.dataplane.dns.server import ACCEPT_PAUSE_S, ContainerServer, DnsSockets, Forwarding, Services
+from skep.dataplane.dns.upstream import QueryForwarder
 
 WAIT_S = 5.0
 QUESTION = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"\x03web\x05front\x00" + b"\x00\x01\x00\x01"
@@ -57,10 +57,10 @@ async def test_a_connection_that_finds_no_descriptor_is_taken_later_and_not_trie
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
     async with asyncio.TaskGroup() as group:
-        forwarder = Forwarder(SystemClock(), lambda: random.randrange(1 << 16))
+        forwarder = QueryForwarder(SystemClock(), lambda: random.randrange(1 << 16))
         server = ContainerServer(
             "c1",
-            Sockets(udp, tcp),
+            DnsSockets(udp, tcp),
             Nothing(),
             forwarder,
             Forwarding((), unused),
@@ -88,9 +88,9 @@ async def test_a_server_that_is_stopped_meanwhile_takes_nothing_more() -> None:
     tcp.listen()
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
-    forwarder = Forwarder(SystemClock(), lambda: 1)
+    forwarder = QueryForwarder(SystemClock(), lambda: 1)
     server = ContainerServer(
-        "c1", Sockets(udp, tcp), Nothing(), forwarder, Forwarding((), unused), asyncio.ensure_future
+        "c1", DnsSockets(udp, tcp), Nothing(), forwarder, Forwarding((), unused), asyncio.ensure_future
     )
     server.start()
     _, writer = await asyncio.open_connection(*tcp.getsockname())

@@ -11,7 +11,7 @@ from dnslib import DNSRecord
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns import upstream
 from skep.dataplane.dns.messages import REFUSED, Query, parse, response_code
-from skep.dataplane.dns.upstream import CONTAINERS_MIN, Forwarded, Forwarder, NameServer
+from skep.dataplane.dns.upstream import CONTAINERS_MIN, ForwardedQuery, QueryForwarder, UpstreamServer
 from tests.support import upstream as lab
 from tests.support.upstream import knows
 
@@ -19,9 +19,9 @@ QUESTION = bytes(DNSRecord.question("example.org").pack())
 
 
 @asynccontextmanager
-async def serving(answer: Callable[[DNSRecord], bytes | None]) -> AsyncIterator[NameServer]:
+async def serving(answer: Callable[[DNSRecord], bytes | None]) -> AsyncIterator[UpstreamServer]:
     async with lab.upstream(answer) as server:
-        yield NameServer(server.address, server.port)
+        yield UpstreamServer(server.address, server.port)
 
 
 ALL_S = 0.5
@@ -32,10 +32,10 @@ class Asking:
     """Containers with one forwarder."""
 
     def __init__(self) -> None:
-        self.forwarder = Forwarder(SystemClock(), lambda: 7)
+        self.forwarder = QueryForwarder(SystemClock(), lambda: 7)
 
     def ask(
-        self, container: str, server: NameServer, deadline_s: float = 60.0
+        self, container: str, server: UpstreamServer, deadline_s: float = 60.0
     ) -> "asyncio.Task[bytes | None]":
         query = parse(QUESTION)
         assert isinstance(query, Query)
@@ -45,7 +45,7 @@ class Asking:
 
         return asyncio.create_task(
             self.forwarder.forward(
-                Forwarded(container, query, QUESTION, inside, is_tcp=False), [server], deadline_s
+                ForwardedQuery(container, query, QUESTION, inside, is_tcp=False), [server], deadline_s
             )
         )
 
@@ -56,7 +56,7 @@ class Asking:
 
 
 @pytest.fixture
-async def silent() -> AsyncIterator[NameServer]:
+async def silent() -> AsyncIterator[UpstreamServer]:
     async with serving(lambda _: None) as server:
         yield server
 
@@ -69,7 +69,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-async def test_containers_that_ask_much_leave_room_for_others(silent: NameServer) -> None:
+async def test_containers_that_ask_much_leave_room_for_others(silent: UpstreamServer) -> None:
     asking = Asking()
     hogs = [asking.ask(container, silent) for container in ("a", "b") for _ in range(4)]
     await asking.under_way(8)
@@ -94,7 +94,7 @@ async def test_containers_that_ask_much_leave_room_for_others(silent: NameServer
 
 @pytest.mark.usefixtures("few")
 async def test_a_client_with_the_largest_share_is_refused_when_all_slots_are_in_use(
-    silent: NameServer,
+    silent: UpstreamServer,
 ) -> None:
     asking = Asking()
     under_way = [asking.ask(container, silent) for container in "abcd" for _ in range(2)]
@@ -112,7 +112,7 @@ async def test_a_client_with_the_largest_share_is_refused_when_all_slots_are_in_
 
 @pytest.mark.usefixtures("few")
 async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has_not_left_yet(
-    silent: NameServer,
+    silent: UpstreamServer,
 ) -> None:
     asking, loop = Asking(), asyncio.get_running_loop()
     hogs = [asking.ask(container, silent, deadline_s=60.0) for container in ("a", "b") for _ in range(4)]
@@ -135,7 +135,7 @@ async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has
 
 
 async def test_a_server_that_leaves_one_containers_questions_is_silent_for_that_one_alone(
-    silent: NameServer,
+    silent: UpstreamServer,
 ) -> None:
     asking = Asking()
     for number in range(CONTAINERS_MIN):
@@ -143,7 +143,7 @@ async def test_a_server_that_leaves_one_containers_questions_is_silent_for_that_
         assert await asking.ask(f"c{number}", silent, deadline_s=ALL_S) is None
         assert asking.forwarder.are_unresponsive([silent], f"c{number}")
     assert asking.forwarder.are_unresponsive([silent], "other")
-    inside = NameServer(silent.address, silent.port, is_inside=True)
+    inside = UpstreamServer(silent.address, silent.port, is_inside=True)
     for number in range(CONTAINERS_MIN):
         assert await asking.ask(f"c{number}", inside, deadline_s=ALL_S) is None
     assert not asking.forwarder.are_unresponsive([inside], "other")

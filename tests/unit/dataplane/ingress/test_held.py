@@ -11,14 +11,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.netns.forwarding import ipv6_nat_refusal
+from skep.dataplane.netns.kernel.forwarding import ipv6_nat_refusal
 from skep.dataplane.netns.nft_table import NftTable
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.proxy.relays import RelayPort
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TablePort, TableService
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
+    NetworkHead,
+    NetworkTable,
+    Segment,
+    TableEndpoint,
+    TablePort,
+    TableService,
+)
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 from tests.support.container_networks import NetPorts
 from tests.support.oci_rig import QuickClock
 
@@ -133,7 +140,7 @@ class Replies:
 
 def a_table(
     ports: Mapping[tuple[str, int], PublishOptions], addresses: tuple[str, ...] | None = None
-) -> Table:
+) -> NetworkTable:
     """One service with these ports and a task with ``addresses``; None: without a task."""
     published = tuple(
         TablePort(
@@ -147,14 +154,14 @@ def a_table(
     task = TableEndpoint(
         task_id=TaskId("t"), node_id=NodeId("n2"), service_id=WEB, addresses=addresses or (), is_serving=True
     )
-    return Table(
+    return NetworkTable(
         head=HEAD,
         services={WEB: TableService(id=WEB, name="web", ports=published)},
         endpoints={task.task_id: task} if addresses is not None else {},
     )
 
 
-async def publish(mesh: Mesh, table: Table) -> None:
+async def publish(mesh: Mesh, table: NetworkTable) -> None:
     await mesh.apply(NodeId("n1"), {NETWORK: table}, frozenset({NETWORK}))
 
 
@@ -193,7 +200,7 @@ machines = st.fixed_dictionaries(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(life=st.lists(st.tuples(tables, machines), min_size=1, max_size=4))
 def test_what_is_led_refused_or_relayed_is_held_whatever_others_have(
-    tmp_path: Path, life: list[tuple[Table, dict[str, Any]]]
+    tmp_path: Path, life: list[tuple[NetworkTable, dict[str, Any]]]
 ) -> None:
     async def run() -> None:
         net = NetProcess()
@@ -216,7 +223,9 @@ def test_what_is_led_refused_or_relayed_is_held_whatever_others_have(
     asyncio.run(run())
 
 
-def assert_in_force_where_held(table: Table, held: set[Key], kernel: Kernel, relayed: set[Key]) -> None:
+def assert_in_force_where_held(
+    table: NetworkTable, held: set[Key], kernel: Kernel, relayed: set[Key]
+) -> None:
     """Each held port is led to a task, relayed or refused; nothing is held that no service publishes."""
     acts = {key for one in kernel.tables for _, key in sockets_of(one)} | relayed
     refused = {key for one in kernel.tables for name, key in sockets_of(one) if "refused" in name}

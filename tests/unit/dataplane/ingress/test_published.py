@@ -9,23 +9,23 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.netns import nft
-from skep.dataplane.netns.forwarding import ipv6_nat_refusal, ipv6_refusal
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.forwarding import ipv6_nat_refusal, ipv6_refusal
 from skep.dataplane.netns.nft_table import NftTable
 from skep.dataplane.ports import PortReservations
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
-from skep.model.ids import NetworkId, NodeId, ServiceId
-from skep.model.tables import NetworkHead, Table, TablePort, TableService
+from skep.model.networks.tables import NetworkHead, NetworkTable, TablePort, TableService
+from skep.model.values.ids import NetworkId, NodeId, ServiceId
 from tests.support.container_networks import NetPorts
 from tests.support.oci_rig import QuickClock
 
 NETWORK, SERVICE = NetworkId("ingress"), ServiceId("web")
 
 
-def ports_table(*ports: tuple[str, int]) -> Table:
+def ports_table(*ports: tuple[str, int]) -> NetworkTable:
     """The ingress network's, with a service that publishes these."""
     published = tuple(TablePort(protocol=protocol, published=port, target=80) for protocol, port in ports)
-    return Table(
+    return NetworkTable(
         head=NetworkHead(id=NETWORK, name="ingress", is_ingress=True),
         services={SERVICE: TableService(id=SERVICE, name="web", ports=published)},
     )
@@ -160,7 +160,7 @@ def a_mesh(directory: Path, ports: PortReservations, kernel: Kernel | None = Non
     )
 
 
-async def publish(mesh: Mesh, *tables: Table) -> None:
+async def publish(mesh: Mesh, *tables: NetworkTable) -> None:
     await mesh.apply(NodeId("n1"), {one.head.id: one for one in tables}, frozenset({NETWORK}))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from skep.dataplane.netns import conntrack, netlink
-from skep.dataplane.netns.conntrack import Refused
+from skep.dataplane.netns.kernel import conntrack, netlink
+from skep.dataplane.netns.kernel.conntrack import ConntrackRefused
 from skep.dataplane.netns.state import Tuple
 
 ENTRY = 0x0100
@@ -62,7 +62,7 @@ def test_a_kernel_without_conntrack_listing_is_distinguished_from_an_empty_table
 ) -> None:
     ours, kernel = ends
     kernel.send(refusal(errno.EOPNOTSUPP))
-    with pytest.raises(Refused, match="cannot be listed"):
+    with pytest.raises(ConntrackRefused, match="cannot be listed"):
         list(conntrack.flows(ours, socket.AF_INET))
 
 
@@ -76,7 +76,7 @@ def test_a_flow_that_cannot_be_deleted_is_reported_after_all_were_tried(
     kernel.recv(1 << 16)
     for number in (errno.EBUSY, errno.ENOENT, 0):
         kernel.send(refusal(number))
-    with pytest.raises(Refused, match="cannot be deleted") as raised:
+    with pytest.raises(ConntrackRefused, match="cannot be deleted") as raised:
         conntrack.delete(ours, socket.AF_INET, found)
     assert raised.value.errno == errno.EBUSY
     asked = [kernel.recv(1 << 16) for _ in found]

@@ -17,7 +17,7 @@ from skep.dataplane.netns.diff import (
     SetSysctl,
     difference,
 )
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State, Vxlan
+from skep.dataplane.netns.state import Address, EntryKind, Link, NamespaceState, NeighborEntry, Route, Vxlan
 
 BRIDGES, DEVICES, PORTS = ("br0", "br1"), ("vx1", "vx2"), ("vs1", "vs2", "vs3")
 MACS = ("02:42:0a:00:00:02", "02:42:0a:00:00:03")
@@ -27,7 +27,7 @@ NODES = ("192.0.2.1", "192.0.2.2")
 class Kernel:
     """One namespace.  Raises AssertionError where the kernel would answer with an error, or do it wrongly."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: NamespaceState) -> None:
         self.links = dict(state.links)
         self.addresses = set(state.addresses)
         self.routes = set(state.routes)
@@ -35,8 +35,8 @@ class Kernel:
         self.sysctls = dict(state.sysctls)
 
     @property
-    def state(self) -> State:
-        return State(
+    def state(self) -> NamespaceState:
+        return NamespaceState(
             links=self.links,
             addresses=frozenset(self.addresses),
             routes=frozenset(self.routes),
@@ -85,7 +85,7 @@ class Kernel:
             case Put(item):
                 assert item.link in self.links, "ENODEV"
                 match item:
-                    case Entry(EntryKind.PORT, link, mac):
+                    case NeighborEntry(EntryKind.PORT, link, mac):
                         bridge = self.links[link].master
                         assert bridge, "EINVAL: no port"
                         taken = {
@@ -94,14 +94,14 @@ class Kernel:
                             if one.kind is EntryKind.PORT and self.links[one.link].master == bridge
                         }
                         assert mac not in taken, "a bridge has one port for an address"
-                    case Entry(EntryKind.FORWARD, link, mac):
+                    case NeighborEntry(EntryKind.FORWARD, link, mac):
                         # Written with NLM_F_REPLACE: a VXLAN device has one node for an address.
                         self.entries = {
                             one
                             for one in self.entries
                             if (one.kind, one.link, one.mac) != (EntryKind.FORWARD, link, mac)
                         }
-                    case Entry(kind, link, mac, address):
+                    case NeighborEntry(kind, link, mac, address):
                         key = mac if kind is EntryKind.FORWARD else address
                         held = {
                             one.mac if kind is EntryKind.FORWARD else one.address
@@ -116,9 +116,11 @@ class Kernel:
     def _leave_bridge(self, port: str) -> None:
         self.entries = {one for one in self.entries if not (one.kind is EntryKind.PORT and one.link == port)}
 
-    def _held(self, item: Address | Route | Entry) -> "set[Address] | set[Route] | set[Entry] | set[object]":
+    def _held(
+        self, item: Address | Route | NeighborEntry
+    ) -> "set[Address] | set[Route] | set[NeighborEntry] | set[object]":
         match item:
-            case Entry():
+            case NeighborEntry():
                 return self.entries
             case Address():
                 return self.addresses
@@ -127,7 +129,7 @@ class Kernel:
 
 
 @st.composite
-def states(draw: st.DrawFn) -> State:
+def states(draw: st.DrawFn) -> NamespaceState:
     """A namespace that can be: entries only where they make sense, and one answer to each question."""
     bridges = draw(st.sets(st.sampled_from(BRIDGES), min_size=1))
     links = {
@@ -138,14 +140,14 @@ def states(draw: st.DrawFn) -> State:
         links[name] = _port(draw, name, "vxlan", bridges, vxlan)
     for name in draw(st.sets(st.sampled_from(PORTS))):
         links[name] = _port(draw, name, "veth", bridges, None)
-    entries: dict[object, Entry] = {}
+    entries: dict[object, NeighborEntry] = {}
     for name, link in links.items():
         for mac in draw(st.sets(st.sampled_from(MACS))) if link.kind != "bridge" else ():
-            entries.setdefault((link.master, mac), Entry(EntryKind.PORT, name, mac))
+            entries.setdefault((link.master, mac), NeighborEntry(EntryKind.PORT, name, mac))
             if link.kind == "vxlan":
                 node, address = draw(st.sampled_from(NODES)), f"10.0.0.{draw(st.integers(2, 4))}"
-                entries[(name, mac)] = Entry(EntryKind.FORWARD, name, mac, node)
-                entries[(name, address)] = Entry(EntryKind.NEIGHBOR, name, mac, address)
+                entries[(name, mac)] = NeighborEntry(EntryKind.FORWARD, name, mac, node)
+                entries[(name, address)] = NeighborEntry(EntryKind.NEIGHBOR, name, mac, address)
     addresses = {
         Address(draw(st.sampled_from(sorted(bridges))), f"10.0.{number}.1/24")
         for number in draw(st.sets(st.integers(0, 3)))
@@ -154,7 +156,7 @@ def states(draw: st.DrawFn) -> State:
         Route(name, f"10.1.{number}.0/24")
         for number, name in draw(st.dictionaries(st.integers(0, 3), st.sampled_from(sorted(links)))).items()
     }
-    return State(
+    return NamespaceState(
         links=links,
         addresses=frozenset(addresses),
         routes=frozenset(routes),
@@ -177,7 +179,7 @@ def _port(draw: st.DrawFn, name: str, kind: str, bridges: set[str], vxlan: Vxlan
 
 
 @given(wanted=states(), actual=states())
-def test_applying_the_difference_gives_what_is_wanted(wanted: State, actual: State) -> None:
+def test_applying_the_difference_gives_what_is_wanted(wanted: NamespaceState, actual: NamespaceState) -> None:
     kernel = Kernel(actual)
     kernel.apply(difference(wanted, actual))
     assert kernel.state == wanted
@@ -185,7 +187,9 @@ def test_applying_the_difference_gives_what_is_wanted(wanted: State, actual: Sta
 
 
 @given(wanted=states(), actual=states())
-def test_in_a_namespace_of_others_nothing_of_theirs_is_lost(wanted: State, actual: State) -> None:
+def test_in_a_namespace_of_others_nothing_of_theirs_is_lost(
+    wanted: NamespaceState, actual: NamespaceState
+) -> None:
     operations = difference(wanted, actual, is_exclusive=False)
     assert not [one for one in operations if isinstance(one, Remove)]
     deleted = {one.name for one in operations if isinstance(one, DeleteLink)}
@@ -196,32 +200,32 @@ def test_in_a_namespace_of_others_nothing_of_theirs_is_lost(wanted: State, actua
 
 
 @given(wanted=states(), actual=states())
-def test_what_goes_goes_before_anything_comes(wanted: State, actual: State) -> None:
+def test_what_goes_goes_before_anything_comes(wanted: NamespaceState, actual: NamespaceState) -> None:
     operations = difference(wanted, actual)
     comes = [isinstance(one, AddLink | Put | ChangeLink | SetSysctl) for one in operations]
     assert comes == sorted(comes)
 
 
 @given(actual=states())
-def test_nothing_wanted_leaves_nothing(actual: State) -> None:
+def test_nothing_wanted_leaves_nothing(actual: NamespaceState) -> None:
     kernel = Kernel(actual)
-    kernel.apply(difference(State(), actual))
-    assert kernel.state == State()
+    kernel.apply(difference(NamespaceState(), actual))
+    assert kernel.state == NamespaceState()
 
 
 def test_a_sysctl_that_the_kernel_does_not_have_is_left_out() -> None:
-    wanted = State(sysctls={"net/bridge/bridge-nf-call-iptables": "0"})
-    assert difference(wanted, State()) == []
+    wanted = NamespaceState(sysctls={"net/bridge/bridge-nf-call-iptables": "0"})
+    assert difference(wanted, NamespaceState()) == []
 
 
 @pytest.mark.parametrize("change", [{"port": 4790}, {"vni": 2}, {"local": "192.0.2.9"}])
 def test_a_vxlan_with_other_numbers_is_made_anew_with_all_that_is_on_it(change: dict[str, object]) -> None:
     old = Vxlan(vni=1, port=4789, local="192.0.2.1")
     device = Link(name="vx1", kind="vxlan", vxlan=old)
-    entry = Entry(EntryKind.FORWARD, "vx1", MACS[0], NODES[1])
+    entry = NeighborEntry(EntryKind.FORWARD, "vx1", MACS[0], NODES[1])
     new = msgspec.structs.replace(device, vxlan=msgspec.structs.replace(old, **change))
-    actual = State(links={"vx1": device}, entries=frozenset({entry}))
-    wanted = State(links={"vx1": new}, entries=frozenset({entry}))
+    actual = NamespaceState(links={"vx1": device}, entries=frozenset({entry}))
+    wanted = NamespaceState(links={"vx1": new}, entries=frozenset({entry}))
     assert difference(wanted, actual) == [DeleteLink("vx1"), AddLink(new), Put(entry)]
 
 
@@ -229,10 +233,10 @@ def test_a_changed_device_is_not_set_to_the_address_it_has() -> None:
     """The kernel forgets a device's neighbors when its address is set, to the same one even."""
     link = Link(name="probe", kind="vxlan", mtu=1450, mac="02:42:0a:00:00:01", offloads=True)
     smaller = msgspec.structs.replace(link, mtu=1350)
-    (change,) = difference(State(links={"probe": smaller}), State(links={"probe": link}))
+    (change,) = difference(NamespaceState(links={"probe": smaller}), NamespaceState(links={"probe": link}))
     assert change == ChangeLink(msgspec.structs.replace(smaller, mac=""))
     other = msgspec.structs.replace(link, mac="02:42:0a:00:00:02")
-    (change,) = difference(State(links={"probe": other}), State(links={"probe": link}))
+    (change,) = difference(NamespaceState(links={"probe": other}), NamespaceState(links={"probe": link}))
     assert change == ChangeLink(other)
 
 
@@ -240,5 +244,7 @@ def test_checksum_offload_stays_unless_it_is_configured() -> None:
     link = Link(name="vx", kind="vxlan", offloads=False)
     as_it_is = msgspec.structs.replace(link, offloads=None)
     left = msgspec.structs.replace(link, offloads=True)
-    assert difference(State(links={"vx": as_it_is}), State(links={"vx": link})) == []
-    assert difference(State(links={"vx": link}), State(links={"vx": left})) == [ChangeLink(link)]
+    assert difference(NamespaceState(links={"vx": as_it_is}), NamespaceState(links={"vx": link})) == []
+    assert difference(NamespaceState(links={"vx": link}), NamespaceState(links={"vx": left})) == [
+        ChangeLink(link)
+    ]

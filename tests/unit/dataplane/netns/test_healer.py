@@ -10,16 +10,16 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from skep.dataplane.netns import nft
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.diff import AddLink, DeleteLink, Put, SetSysctl
 from skep.dataplane.netns.healer import ROUND_SECONDS_MIN, SHARE, Healer
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import nft
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import NftTable, changes, fits, whole
 from skep.dataplane.netns.read import ReadState
 from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs, kind_of
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State
+from skep.dataplane.netns.state import Address, EntryKind, Link, NamespaceState, NeighborEntry, Route
 from skep.dataplane.overlays import Overlays
 from skep.errors import Unavailable
 from tests.unit.dataplane.plan.test_overlay import HEAD
@@ -270,9 +270,9 @@ async def test_deferred_repairs_run_once_and_a_failure_delays_no_other_namespace
         (SetSysctl("net/ipv4/ip_forward", "1"), "sysctl"),
         (Put(Address("br0", "10.0.0.1/24")), "address"),
         (Put(Route("br0", "10.0.0.0/24")), "route"),
-        (Put(Entry(EntryKind.FORWARD, "vx", "02:42:0a:00:00:05", "192.0.2.1")), "forwarding"),
-        (Put(Entry(EntryKind.PORT, "vx", "02:42:0a:00:00:05")), "bridge entry"),
-        (Put(Entry(EntryKind.NEIGHBOR, "vx", "02:42:0a:00:00:05", "10.0.0.5")), "neighbor"),
+        (Put(NeighborEntry(EntryKind.FORWARD, "vx", "02:42:0a:00:00:05", "192.0.2.1")), "forwarding"),
+        (Put(NeighborEntry(EntryKind.PORT, "vx", "02:42:0a:00:00:05")), "bridge entry"),
+        (Put(NeighborEntry(EntryKind.NEIGHBOR, "vx", "02:42:0a:00:00:05", "10.0.0.5")), "neighbor"),
     ],
 )
 def test_repairs_are_counted_by_kind(operation: AddLink | SetSysctl | Put, kind: str) -> None:
@@ -338,7 +338,7 @@ def test_a_listing_that_lacks_something_is_no_measure(missing: str) -> None:
 
 def test_the_wanted_state_is_the_sum_of_its_parts() -> None:
     reconciler = NetnsReconciler("d", Path("/none"), Namespaces(Path("/none")), Repairs(), CONTAINER)
-    reconciler.set_part("one", State(links={"a": Link(name="a", kind="bridge")}), TABLE)
+    reconciler.set_part("one", NamespaceState(links={"a": Link(name="a", kind="bridge")}), TABLE)
     more = NftTable(
         name=TABLE.name,
         sets=TABLE.sets,
@@ -346,7 +346,7 @@ def test_the_wanted_state_is_the_sum_of_its_parts() -> None:
         rules=TABLE.rules,
         elements=frozenset({("ports", "9")}),
     )
-    reconciler.set_part("other", State(sysctls={"net/x": "1"}), more)
+    reconciler.set_part("other", NamespaceState(sysctls={"net/x": "1"}), more)
     assert (list(reconciler.wanted.links), reconciler.wanted.sysctls) == (["a"], {"net/x": "1"})
     assert reconciler.wanted_tables["inet t"].elements == TABLE.elements | {("ports", "9")}
     reconciler.remove_part("one")
@@ -356,10 +356,10 @@ def test_the_wanted_state_is_the_sum_of_its_parts() -> None:
 def test_a_link_that_is_going_is_not_wanted_by_the_next_change_of_another_part() -> None:
     reconciler = NetnsReconciler("node", Path("/none"), Namespaces(Path("/none")), Repairs(), CONTAINER)
     going, staying = Link(name="vs1", kind="veth"), Link(name="vs2", kind="veth")
-    reconciler.set_part("network", State(links={"vs1": going, "vs2": staying}))
+    reconciler.set_part("network", NamespaceState(links={"vs1": going, "vs2": staying}))
     reconciler.adopt()
     reconciler.expect_removal("vs1")
-    reconciler.set_part("strangers", State())
+    reconciler.set_part("strangers", NamespaceState())
     assert reconciler.wanted.links == {"vs2": staying}
 
 
@@ -384,8 +384,8 @@ async def test_a_table_that_the_kernel_refuses_keeps_no_other_table_back() -> No
     namespaces: Any = Refusing("ip6 strange")
     reconciler = NetnsReconciler("node", Path("/none"), namespaces, Repairs(), EXCLUSIVE)
     strange = msgspec.structs.replace(TABLE, name="ip6 strange", elements=frozenset())
-    reconciler.set_part("published ports", State(), strange)
-    reconciler.set_part("gateway", State(), TABLE)
+    reconciler.set_part("published ports", NamespaceState(), strange)
+    reconciler.set_part("gateway", NamespaceState(), TABLE)
     for bring_about in (reconciler.apply, reconciler.heal):
         namespaces.written.clear()
         reconciler.reset()
@@ -397,7 +397,7 @@ async def test_a_table_that_the_kernel_refuses_keeps_no_other_table_back() -> No
 class Departing:
     """In the place of ``Namespaces``: while it works, a container ends whose link is ``vs1``."""
 
-    def __init__(self, holds: State) -> None:
+    def __init__(self, holds: NamespaceState) -> None:
         self.reconciler: NetnsReconciler | None = None
         self._holds = holds
 
@@ -421,15 +421,15 @@ async def test_a_link_that_departs_during_a_change_is_neither_made_nor_deleted(
 
     monkeypatch.setattr("skep.dataplane.netns.reconciler.apply_operations", note)
     old = {name: Link(name=name, kind="veth") for name in ("vs1", "vs2")}
-    held = State(links={"vs2": old["vs2"]} if is_gone else old)
+    held = NamespaceState(links={"vs2": old["vs2"]} if is_gone else old)
     namespaces: Any = Departing(held)
     reconciler = NetnsReconciler("net", Path("/none"), namespaces, Repairs(), EXCLUSIVE)
     namespaces.reconciler = reconciler
-    reconciler.set_part("network", State(links=old))
+    reconciler.set_part("network", NamespaceState(links=old))
     reconciler.adopt()
     if is_known:
-        reconciler.assume(State(links=old))
+        reconciler.assume(NamespaceState(links=old))
     new = Link(name="vs3", kind="veth")
-    reconciler.set_part("network", State(links={**old, "vs3": new}), TABLE)
+    reconciler.set_part("network", NamespaceState(links={**old, "vs3": new}), TABLE)
     await reconciler.apply()
     assert [one for one in done if isinstance(one, AddLink | DeleteLink)] == [AddLink(new)]

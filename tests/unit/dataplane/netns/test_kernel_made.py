@@ -2,20 +2,31 @@
 
 from skep.dataplane.netns.diff import ChangeLink, Put, difference
 from skep.dataplane.netns.kernel_made import RULES_4, completed
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, RouteKind, State
+from skep.dataplane.netns.state import (
+    Address,
+    EntryKind,
+    Link,
+    NamespaceState,
+    NeighborEntry,
+    Route,
+    RouteKind,
+)
 from skep.dataplane.plan.overlay import just_made
 
 LO = Link(name="lo", kind="loopback")
 ETH = Link(name="eth0", kind="veth", mac="02:42:0a:00:01:05")
 WANTED = completed(
-    State(links={"lo": LO, "eth0": ETH}, addresses=frozenset({Address("eth0", "10.0.1.5/24")})), RULES_4
+    NamespaceState(links={"lo": LO, "eth0": ETH}, addresses=frozenset({Address("eth0", "10.0.1.5/24")})),
+    RULES_4,
 )
 NETWORK = Route("eth0", "10.0.1.0/24", source="10.0.1.5", is_kernels=True)
 
 
 def routes_of(*addresses: Address, **sysctls: str) -> set[tuple[RouteKind, str]]:
     names = {f"net/ipv6/conf/eth0/{name}": value for name, value in sysctls.items()}
-    state = completed(State(links={"lo": LO, "eth0": ETH}, addresses=frozenset(addresses), sysctls=names))
+    state = completed(
+        NamespaceState(links={"lo": LO, "eth0": ETH}, addresses=frozenset(addresses), sysctls=names)
+    )
     return {(route.kind, route.destination) for route in state.routes}
 
 
@@ -51,7 +62,7 @@ def test_with_ipv6_come_a_link_local_address_and_multicast() -> None:
 
 
 def test_a_router_answers_to_the_address_of_all_routers() -> None:
-    state = State(
+    state = NamespaceState(
         links={"eth0": ETH},
         addresses=frozenset({Address("eth0", "fd04::5/64")}),
         sysctls={"net/ipv6/conf/all/forwarding": "1"},
@@ -61,16 +72,16 @@ def test_a_router_answers_to_the_address_of_all_routers() -> None:
 
 
 def test_a_missing_route_of_the_kernels_is_put_back() -> None:
-    found = State(
+    found = NamespaceState(
         links=WANTED.links, addresses=WANTED.addresses, routes=WANTED.routes - {NETWORK}, rules=RULES_4
     )
     assert difference(WANTED, found, is_exclusive=False) == [Put(NETWORK)]
 
 
 def test_what_the_kernel_makes_with_an_address_or_a_link_is_left_to_it() -> None:
-    bare = State(links=WANTED.links, rules=RULES_4)
+    bare = NamespaceState(links=WANTED.links, rules=RULES_4)
     assert difference(WANTED, bare, is_exclusive=False) == [Put(Address("eth0", "10.0.1.5/24"))]
-    down = State(
+    down = NamespaceState(
         links={"lo": LO, "eth0": Link(name="eth0", kind="veth", mac=ETH.mac, is_up=False)},
         addresses=WANTED.addresses,
         rules=RULES_4,
@@ -80,7 +91,7 @@ def test_what_the_kernel_makes_with_an_address_or_a_link_is_left_to_it() -> None
 
 
 def test_missing_rules_come_before_all_routes() -> None:
-    found = State(links=WANTED.links, addresses=WANTED.addresses, routes=WANTED.routes - {NETWORK})
+    found = NamespaceState(links=WANTED.links, addresses=WANTED.addresses, routes=WANTED.routes - {NETWORK})
     assert difference(WANTED, found) == [*(Put(rule) for rule in sorted(RULES_4)), Put(NETWORK)]
 
 
@@ -99,4 +110,6 @@ def test_a_bridge_has_an_entry_for_itself():
         "br1": Link(name="br1", kind="bridge"),
         "eth0": Link(name="eth0", kind="veth", mac="02:42:0a:00:01:05"),
     }
-    assert completed(State(links=links)).entries == {Entry(EntryKind.OWN, "br0", "02:42:0a:00:01:01")}
+    assert completed(NamespaceState(links=links)).entries == {
+        NeighborEntry(EntryKind.OWN, "br0", "02:42:0a:00:01:01")
+    }

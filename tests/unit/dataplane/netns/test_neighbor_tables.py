@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.netns.neighbor_tables import (
+from skep.dataplane.netns.kernel.neighbor_tables import (
     CALM_SECONDS,
     LIMITS,
     WATCH_SECONDS,
@@ -16,9 +16,9 @@ from skep.dataplane.netns.neighbor_tables import (
     overflows,
     raised,
 )
-from skep.model.conditions import NEIGHBORS, condition_label, network_conditions
 from skep.model.node import EngineDescription, NodeDescription
-from skep.node.conditions import Conditions
+from skep.model.node_reports.conditions import NEIGHBORS, condition_label, network_conditions
+from skep.node.host.conditions import Conditions
 
 HEAD = (
     "entries allocs destroys hash_grows lookups hits res_failed rcv_m rcv_u periodic forced unres table_fulls"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from threading import Event, Thread
 
-from skep.dataplane.netns.nft import SharedLock
+from skep.dataplane.netns.kernel.nft import SharedLock
 
 _DEADLINE_S = 10
 

@@ -5,7 +5,7 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.netns.nft_changes import ForeignChanges
+from skep.dataplane.netns.kernel.nft_changes import ForeignChanges
 
 NEW_TABLE, NEW_RULE, DELETE_ELEMENT, NEW_GENERATION = 0, 6, 14, 15
 

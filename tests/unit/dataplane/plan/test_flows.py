@@ -7,7 +7,7 @@ import pytest
 from skep.dataplane.netns.state import Flow, Tuple
 from skep.dataplane.plan.flows import is_stale, stale_host_ports
 from skep.dataplane.stale_flows import is_local_address
-from skep.model.sandbox import PublishedPort
+from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
 
 SUBNET = "172.18.0.0/16"

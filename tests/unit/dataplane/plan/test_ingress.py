@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.netns.nft_table import NftTable, changes, fresh, whole, with_spare_chains
-from skep.dataplane.netns.state import Flow, Route, Rule, Tuple
+from skep.dataplane.netns.state import Flow, Route, RoutingRule, Tuple
 from skep.dataplane.plan.flows import StalePort, is_stale
 from skep.dataplane.plan.ingress import (
     IPV4,
@@ -17,8 +17,8 @@ from skep.dataplane.plan.ingress import (
     Backend,
     Family,
     IngressNode,
+    IngressPlan,
     MeshPort,
-    Plan,
     ingress_table,
     plan,
     stale_ports,
@@ -26,17 +26,17 @@ from skep.dataplane.plan.ingress import (
 )
 from skep.dataplane.plan.reply_routing import IngressEndpoint, reply_routing
 from skep.dataplane.proxy.relays import RelayPort, relay_ports, sticky_slot
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import (
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
     NetworkHead,
+    NetworkTable,
     Segment,
-    Table,
     TableEndpoint,
     TableNode,
     TablePort,
     TableService,
 )
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 N1, N2 = NodeId("n1"), NodeId("n2")
 WEB, API = ServiceId("web"), ServiceId("api")
@@ -48,8 +48,8 @@ def endpoint(name: str, node: NodeId, address: str, *more: str, serving: bool = 
     )
 
 
-def table(*endpoints: TableEndpoint, **options: object) -> Table:
-    return Table(
+def table(*endpoints: TableEndpoint, **options: object) -> NetworkTable:
+    return NetworkTable(
         head=NetworkHead(
             id=NetworkId("ingress0"),
             name="ingress",
@@ -147,9 +147,11 @@ def a_port(*names: str, published: int = 80, protocol: str = "tcp", **options: o
     )
 
 
-def held(*ports: MeshPort, subnets: tuple[str, ...] = ()) -> Plan:
+def held(*ports: MeshPort, subnets: tuple[str, ...] = ()) -> IngressPlan:
     """A plan whose ports the node holds."""
-    return Plan(ports=ports, subnets=subnets, held=frozenset(key for port in ports for key in port.keys))
+    return IngressPlan(
+        ports=ports, subnets=subnets, held=frozenset(key for port in ports for key in port.keys)
+    )
 
 
 def elements_of(table: NftTable) -> dict[str, set[str]]:
@@ -244,7 +246,7 @@ class Kernel:
 
 
 @given(st.lists(plans, min_size=1, max_size=4), st.sampled_from([IPV4, IPV6]))
-def test_any_row_of_changes_leads_to_what_the_last_plan_says(made: list[Plan], family: Family) -> None:
+def test_any_row_of_changes_leads_to_what_the_last_plan_says(made: list[IngressPlan], family: Family) -> None:
     kernel, direct = Kernel(), Kernel()
     now = ingress_table(made[0], family)
     kernel.run(fresh(now))
@@ -299,7 +301,7 @@ def test_the_mark_of_a_connection_is_the_node_it_came_by() -> None:
         'iifname "eth0" ip saddr != { 10.0.0.0/24 } ct state new ct mark set ether saddr map @gates' in text
     )
     assert "meta l4proto udp dnat to 172.18.0.9" in text
-    assert state.rules == {Rule(4, 1042, mark, mark) for mark in (167772361, 167772362)}
+    assert state.rules == {RoutingRule(4, 1042, mark, mark) for mark in (167772361, 167772362)}
     assert state.routes == {
         Route("eth0", "0.0.0.0/0", "10.0.0.201", table=167772361),
         Route("eth0", "0.0.0.0/0", "10.0.0.202", table=167772362),
@@ -309,11 +311,11 @@ def test_the_mark_of_a_connection_is_the_node_it_came_by() -> None:
 def test_a_container_with_a_default_route_by_ipv6_replies_as_by_ipv4() -> None:
     """Its default route would choose another address for a reply over UDP."""
     own = IngressNode("10.0.0.201", "fd00::1")
-    six = Plan(subnets=("10.0.0.0/24", "fd00::/64"), nodes=(own,), own=own)
+    six = IngressPlan(subnets=("10.0.0.0/24", "fd00::/64"), nodes=(own,), own=own)
     without, (_, refusing) = reply_routing(six, IngressEndpoint("eth0", "172.18.0.9"))
     having, (_, leading) = reply_routing(six, IngressEndpoint("eth0", "172.18.0.9", "fd12::9"))
     assert "reject with icmpv6 no-route" in whole(refusing)
-    assert Rule(6, 32999, 1042, protocol=17) in without.rules
+    assert RoutingRule(6, 32999, 1042, protocol=17) in without.rules
     assert "ip6 saddr != { fd00::/64 } meta l4proto udp dnat to fd12::9" in whole(leading)
     assert "reject" not in whole(leading)
     assert not any(rule.protocol for rule in having.rules)
@@ -391,7 +393,7 @@ def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> Non
 def test_flows_of_a_udp_port_that_is_not_published_any_more_are_stale_whatever_their_task() -> None:
     subnets = ("10.0.0.0/24",)
     before = held(a_port("t1", protocol="udp"), a_port("t1", published=81), subnets=subnets)
-    for after in (Plan(), held(a_port("t1"), subnets=("10.0.9.0/24",))):
+    for after in (IngressPlan(), held(a_port("t1"), subnets=("10.0.9.0/24",))):
         assert stale_ports(before, after, 4) == (StalePort(80, frozenset(), subnets),)
 
 

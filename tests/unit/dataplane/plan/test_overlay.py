@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.addresses import mac_for
-from skep.dataplane.netns.state import Address, Entry, EntryKind, Route, State
+from skep.dataplane.netns.state import Address, EntryKind, NamespaceState, NeighborEntry, Route
 from skep.dataplane.plan.overlay import (
     LocalEndpoint,
     Underlay,
@@ -19,9 +19,9 @@ from skep.dataplane.plan.overlay import (
 )
 from skep.dataplane.plan.packet_filter import link_local, owner, spoofing_filter, vxlan_filter
 from skep.dataplane.plan.wireguard import tunnelled
-from skep.model.ids import NetworkId, NodeId, TaskId
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox
+from skep.model.networks.tables import NetworkHead, NetworkTable, Segment, TableEndpoint, TableNode
+from skep.model.values.ids import NetworkId, NodeId, TaskId
 
 ME, OTHER, THIRD = NodeId("me"), NodeId("other"), NodeId("third")
 HEAD = NetworkHead(
@@ -33,8 +33,8 @@ UNDERLAYS = {ME: "192.0.2.1", OTHER: "192.0.2.2", THIRD: "192.0.2.3"}
 MINE = Underlay("192.0.2.1")
 
 
-def a_table(*endpoints: tuple[NodeId, str], head: NetworkHead = HEAD) -> Table:
-    return Table(
+def a_table(*endpoints: tuple[NodeId, str], head: NetworkHead = HEAD) -> NetworkTable:
+    return NetworkTable(
         head=head,
         nodes={id: TableNode(id=id, underlay=underlay) for id, underlay in UNDERLAYS.items()},
         endpoints={
@@ -52,7 +52,9 @@ def a_place(*addresses: str, port: str = "vs1", head: NetworkHead = HEAD) -> Loc
     return LocalEndpoint("/netns", Endpoint(config=place, interface="eth0", port=port, mac_address=mac))
 
 
-def state(table: Table | None, *places: LocalEndpoint, underlay: Underlay | None = MINE) -> State:
+def state(
+    table: NetworkTable | None, *places: LocalEndpoint, underlay: Underlay | None = MINE
+) -> NamespaceState:
     head = table.head if table is not None else HEAD
     remote = remote_entries(table, ME, underlay) if table is not None else frozenset()
     return network_state(head, table, places, node_id=ME, underlay=underlay, remote=remote)
@@ -62,9 +64,9 @@ def test_a_remote_endpoint_has_its_three_entries_on_the_device_of_its_subnet() -
     found = state(a_table((OTHER, "10.0.2.5")))
     mac = "02:42:0a:00:02:05"
     assert found.entries == {
-        Entry(EntryKind.FORWARD, "vx4098", mac, "192.0.2.2"),
-        Entry(EntryKind.PORT, "vx4098", mac),
-        Entry(EntryKind.NEIGHBOR, "vx4098", mac, "10.0.2.5"),
+        NeighborEntry(EntryKind.FORWARD, "vx4098", mac, "192.0.2.2"),
+        NeighborEntry(EntryKind.PORT, "vx4098", mac),
+        NeighborEntry(EntryKind.NEIGHBOR, "vx4098", mac, "10.0.2.5"),
     }
     assert sorted(found.links) == ["br0", "vx4097", "vx4098"]
     assert found.addresses == {Address("br0", "10.0.1.1/24"), Address("br0", "10.0.2.1/24")}
@@ -72,7 +74,7 @@ def test_a_remote_endpoint_has_its_three_entries_on_the_device_of_its_subnet() -
 
 def test_a_local_container_is_a_port_and_nothing_more() -> None:
     found = state(a_table((ME, "10.0.1.5")), a_place("10.0.1.5/24"))
-    assert found.entries == {Entry(EntryKind.PORT, "vs1", "02:42:0a:00:01:05")}
+    assert found.entries == {NeighborEntry(EntryKind.PORT, "vs1", "02:42:0a:00:01:05")}
     assert found.links["vs1"].master == "br0"
 
 
@@ -93,7 +95,7 @@ def test_an_encrypted_network_sends_from_the_tunnels_namespace_to_addresses_insi
     }
     assert {link.mtu for link in found.links.values()} == {1370}
     mac = mac_for(["10.0.1.5"])
-    assert Entry(EntryKind.FORWARD, "vx4097", mac, "fd73::2") in found.entries
+    assert NeighborEntry(EntryKind.FORWARD, "vx4097", mac, "fd73::2") in found.entries
     unreachable = tunnelled(secure, ME, {})
     assert not [one for one in state(unreachable, underlay=underlay).entries if one.kind is EntryKind.FORWARD]
     assert sorted(state(table, underlay=None).links) == ["br0"]
@@ -107,10 +109,10 @@ def test_an_address_that_the_table_gives_to_another_node_is_there() -> None:
     """The container that had it here has not been stopped yet."""
     place = a_place("10.0.1.5/24")
     moved = state(a_table((OTHER, "10.0.1.5")), place)
-    assert Entry(EntryKind.PORT, "vx4097", "02:42:0a:00:01:05") in moved.entries
-    assert Entry(EntryKind.PORT, "vs1", "02:42:0a:00:01:05") not in moved.entries
+    assert NeighborEntry(EntryKind.PORT, "vx4097", "02:42:0a:00:01:05") in moved.entries
+    assert NeighborEntry(EntryKind.PORT, "vs1", "02:42:0a:00:01:05") not in moved.entries
     both = state(a_table((OTHER, "10.0.1.5"), (ME, "10.0.1.5")), place)
-    assert both.entries == {Entry(EntryKind.PORT, "vs1", "02:42:0a:00:01:05")}
+    assert both.entries == {NeighborEntry(EntryKind.PORT, "vs1", "02:42:0a:00:01:05")}
 
 
 def test_nodes_with_another_version_of_ip_are_left_out() -> None:

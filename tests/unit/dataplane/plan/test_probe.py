@@ -4,12 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.netns.diff import difference
-from skep.dataplane.netns.state import EntryKind, State
+from skep.dataplane.netns.state import EntryKind, NamespaceState
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.packet_filter import probe_filter
 from skep.dataplane.plan.probe import DEVICE, address_of, probe_state, reached
-from skep.model.ids import NodeId
-from skep.model.paths import PROBE_VNI, PathPeer, ProbeTargets
+from skep.model.networks.paths import PROBE_VNI, PathPeer, ProbeTargets
+from skep.model.values.ids import NodeId
 
 IDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=25).map(NodeId)
 
@@ -47,7 +47,7 @@ def test_a_peer_has_its_entries_and_the_device_never_fragments() -> None:
         (EntryKind.NEIGHBOR, address_of(NodeId("two"))),
     }
     assert difference(state, state) == []
-    assert difference(state, State()) != []
+    assert difference(state, NamespaceState()) != []
 
 
 @given(st.lists(IDS, min_size=1, max_size=8, unique=True))

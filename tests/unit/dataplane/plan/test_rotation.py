@@ -12,49 +12,57 @@ from hypothesis import strategies as st
 from skep.dataplane.plan.rotation import (
     ALIVE_S,
     Handshake,
-    Limits,
+    KeyLifetimes,
+    KeyUsage,
     Overlap,
-    Usage,
     handshakes_of,
     next_pairs,
     noted,
     observed,
     usage_of_older,
 )
-from skep.dataplane.plan.wireguard import FoundDevice, FoundPeer, KeyPair, Peer, Session, chosen, plan_of
-from skep.model.ids import NodeId
+from skep.dataplane.plan.wireguard import (
+    FoundDevice,
+    FoundPeer,
+    Session,
+    WireGuardKey,
+    WireGuardPeer,
+    chosen,
+    plan_of,
+)
+from skep.model.values.ids import NodeId
 from tests.support.wireguard import a_pair, a_secure_table, numbered_keys
 
 N1, N2, N3 = NodeId("n1"), NodeId("n2"), NodeId("n3")
-LIMITS = Limits()
+LIMITS = KeyLifetimes()
 OWN, OWN_NEXT = a_pair(1), a_pair(11, slot=1)
 THEIRS, THEIRS_NEXT, THIRD = a_pair(2), a_pair(12, slot=1), a_pair(3)
 BOTH = (OWN, OWN_NEXT)
 
 
-def peers_of(**pairs: tuple[KeyPair, ...]) -> dict[NodeId, tuple[Peer, ...]]:
+def peers_of(**pairs: tuple[WireGuardKey, ...]) -> dict[NodeId, tuple[WireGuardPeer, ...]]:
     table = a_secure_table({"n1": (OWN,), **pairs})
     return dict(plan_of(N1, (OWN,), [table]).peers)
 
 
-def at(now: float, *sessions: tuple[KeyPair, KeyPair]) -> dict[Session, Handshake]:
+def at(now: float, *sessions: tuple[WireGuardKey, WireGuardKey]) -> dict[Session, Handshake]:
     return {(own.public, peer.public): Handshake(stamp=now, changed_at=now) for own, peer in sessions}
 
 
 class Machine:
     """The keys of one node, looked at as often as ``look`` is called."""
 
-    def __init__(self, limits: Limits = LIMITS, start: int = 1) -> None:
+    def __init__(self, limits: KeyLifetimes = LIMITS, start: int = 1) -> None:
         self.limits = limits
         self.make = numbered_keys(start)
-        self.pairs: tuple[KeyPair, ...] = ()
+        self.pairs: tuple[WireGuardKey, ...] = ()
         self.overlap = Overlap()
         self.now = self.boot_s = 0.0
         self.look()
 
     def look(
         self,
-        peers: dict[NodeId, tuple[Peer, ...]] | None = None,
+        peers: dict[NodeId, tuple[WireGuardPeer, ...]] | None = None,
         handshakes: dict[Session, Handshake] | None = None,
         after: float = 0.0,
         suspended: float = 0.0,
@@ -73,7 +81,7 @@ class Machine:
         self.overlap = Overlap()
 
 
-def rotating() -> tuple[Machine, KeyPair, KeyPair]:
+def rotating() -> tuple[Machine, WireGuardKey, WireGuardKey]:
     """A node whose second key was just made."""
     machine = Machine()
     assert machine.look(after=LIMITS.period_s) == (0, 1)
@@ -99,7 +107,7 @@ def test_without_peers_keys_follow_each_other_in_turns_of_the_slots() -> None:
 
 def test_a_key_from_another_boot_is_replaced() -> None:
     """It was made later than now, in seconds since boot."""
-    foreign = KeyPair(private=OWN.private, slot=0, made_at=5000.0)
+    foreign = WireGuardKey(private=OWN.private, slot=0, made_at=5000.0)
     pairs = next_pairs((foreign,), Overlap(), numbered_keys(), boot_s=10.0, now=10.0, limits=LIMITS)
     assert [pair.made_at for pair in pairs] == [5000.0, 10.0]
 
@@ -128,7 +136,7 @@ def test_a_peer_that_falls_back_begins_the_time_anew() -> None:
     rebooted = peers_of(n2=(THEIRS_NEXT,))
     late = LIMITS.overlap_s + 1
     assert machine.look(rebooted, at(machine.now + late, (old, THEIRS_NEXT)), after=late) == (0, 1)
-    assert machine.overlap.usage is Usage.ALIVE
+    assert machine.overlap.usage is KeyUsage.ALIVE
     both = at(machine.now, (old, THEIRS_NEXT), (new, THEIRS_NEXT))
     assert machine.look(rebooted, both, after=1.0) == (0, 1)
     assert machine.look(rebooted, both, after=LIMITS.overlap_s) == (1,)
@@ -164,7 +172,7 @@ def test_a_peer_that_is_down_for_hours_finds_the_older_key_for_one_period_and_ho
     hours = LIMITS.period_s - 1
     machine.look(peers, sessions)
     assert machine.look(peers, sessions, after=hours) == (0, 1)
-    assert machine.overlap.usage is Usage.SILENT
+    assert machine.overlap.usage is KeyUsage.SILENT
     assert machine.look(peers, sessions, after=1.0) == (1,)
     assert machine.look(peers, sessions, after=1.0) == (1, 0)
 
@@ -180,10 +188,12 @@ def test_a_session_with_another_key_than_the_one_that_is_sent_to_is_not_enough()
     """Both sides rotate at once: by (new, old) and (old, new) either could remove what the other counts on."""
     peers = peers_of(n2=(THEIRS, THEIRS_NEXT))
     crossed = at(0.0, (OWN_NEXT, THEIRS), (OWN, THEIRS_NEXT))
-    assert usage_of_older(BOTH, peers, crossed, 1.0) is Usage.ALIVE
-    assert usage_of_older(BOTH, peers, crossed | at(0.0, (OWN_NEXT, THEIRS_NEXT)), 1.0) is Usage.UNUSED
+    assert usage_of_older(BOTH, peers, crossed, 1.0) is KeyUsage.ALIVE
+    assert usage_of_older(BOTH, peers, crossed | at(0.0, (OWN_NEXT, THEIRS_NEXT)), 1.0) is KeyUsage.UNUSED
     only_old = at(0.0, (OWN, THEIRS), (OWN_NEXT, THEIRS))
-    assert usage_of_older(BOTH, peers, only_old, 1.0) is Usage.UNUSED, "nothing is sent to its newer key yet"
+    assert usage_of_older(BOTH, peers, only_old, 1.0) is KeyUsage.UNUSED, (
+        "nothing is sent to its newer key yet"
+    )
 
 
 def test_a_node_process_that_starts_in_the_middle_waits_again_and_makes_no_key() -> None:
@@ -199,7 +209,7 @@ def test_a_node_process_that_starts_in_the_middle_waits_again_and_makes_no_key()
 def test_keys_that_were_not_looked_at_are_not_removed() -> None:
     """After a start, until the devices were read."""
     assert next_pairs(BOTH, Overlap(), numbered_keys(), boot_s=1e9, now=1e9, limits=LIMITS) == BOTH
-    other = Overlap(newest=OWN.public, usage=Usage.UNUSED, unused_since=0.0)
+    other = Overlap(newest=OWN.public, usage=KeyUsage.UNUSED, unused_since=0.0)
     assert next_pairs(BOTH, other, numbered_keys(), boot_s=10.0, now=1e9, limits=LIMITS) == BOTH
 
 
@@ -208,7 +218,7 @@ def test_a_machine_that_was_suspended_for_hours_keeps_what_its_peers_used_before
     machine, old, _ = rotating()
     peers, sessions = peers_of(n2=(THEIRS,)), at(machine.now, (old, THEIRS))
     assert machine.look(peers, sessions, after=1.0, suspended=3 * LIMITS.period_s) == (0, 1)
-    assert machine.overlap.usage is Usage.ALIVE
+    assert machine.overlap.usage is KeyUsage.ALIVE
 
 
 @pytest.mark.parametrize("jump", [-1e9, -3600.0, 3600.0, 1e9])
@@ -221,13 +231,13 @@ def test_a_jump_of_the_wall_clock_is_only_another_stamp(jump: float) -> None:
 
 def test_a_peer_is_silent_when_its_handshake_was_not_renewed() -> None:
     peers, sessions = peers_of(n2=(THEIRS,)), at(100.0, (OWN, THEIRS))
-    assert usage_of_older(BOTH, peers, sessions, 100.0 + ALIVE_S - 1) is Usage.ALIVE
-    assert usage_of_older(BOTH, peers, sessions, 100.0 + ALIVE_S) is Usage.SILENT
-    assert usage_of_older((OWN,), peers, sessions, 100.0) is Usage.UNUSED
+    assert usage_of_older(BOTH, peers, sessions, 100.0 + ALIVE_S - 1) is KeyUsage.ALIVE
+    assert usage_of_older(BOTH, peers, sessions, 100.0 + ALIVE_S) is KeyUsage.SILENT
+    assert usage_of_older((OWN,), peers, sessions, 100.0) is KeyUsage.UNUSED
 
 
 def test_handshakes_count_for_the_key_that_the_device_has() -> None:
-    def device(pair: KeyPair) -> FoundDevice:
+    def device(pair: WireGuardKey) -> FoundDevice:
         found = {THEIRS.public: FoundPeer(handshake_at=7.0), THIRD.public: FoundPeer()}
         return FoundDevice(private=pair.private, peers=found)
 
@@ -244,7 +254,7 @@ class SimulatedNode:
     def __init__(self, id: NodeId, other: NodeId, start: int) -> None:
         self.id, self.other = id, other
         self.machine = Machine(LIMITS, start)
-        self.known: tuple[KeyPair, ...] = ()
+        self.known: tuple[WireGuardKey, ...] = ()
         """The other's pairs, as of the last table; of which a node has the public part alone."""
         self.handshakes: dict[Session, Handshake] = {}
 
@@ -252,7 +262,7 @@ class SimulatedNode:
         own = self.machine.pairs
         return plan_of(self.id, own, [a_secure_table({self.id: own, self.other: self.known})])
 
-    def hears(self, own: KeyPair, theirs: KeyPair, now: float) -> None:
+    def hears(self, own: WireGuardKey, theirs: WireGuardKey, now: float) -> None:
         """A handshake is completed."""
         self.handshakes[own.public, theirs.public] = Handshake(stamp=now, changed_at=now)
 
@@ -280,7 +290,7 @@ class SimulatedNode:
         }
 
 
-def _cheap_public(pair: KeyPair) -> bytes:
+def _cheap_public(pair: WireGuardKey) -> bytes:
     """In place of the real one, which takes most of the time."""
     return sha256(pair.private).digest()
 
@@ -289,7 +299,7 @@ def _cheap_public(pair: KeyPair) -> bytes:
 @given(st.integers(0, 2**32), st.floats(0.0, 6 * LIMITS.period_s))
 def test_no_packet_is_lost_however_late_tables_are(seed: int, late_s: float) -> None:
     """Both nodes rotate all the time; a table arrives up to six days late."""
-    with patch.object(KeyPair, "public", property(_cheap_public)):
+    with patch.object(WireGuardKey, "public", property(_cheap_public)):
         keys = _rotated_against_each_other(Random(seed), late_s)
     assert len(keys) >= 4
 

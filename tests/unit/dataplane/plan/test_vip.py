@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.dataplane.netns.nft_table import absent, fresh
-from skep.dataplane.plan.vip import Elements, VipBackends, Written, in_place, plan, vip_backends, vip_table
-from skep.model.ids import ServiceId
+from skep.dataplane.plan.vip import (
+    Elements,
+    VipBackends,
+    WrittenTable,
+    in_place,
+    plan,
+    vip_backends,
+    vip_table,
+)
+from skep.model.values.ids import ServiceId
 from tests.support.tables import a_network, a_served
 
 
@@ -96,7 +104,7 @@ def test_whatever_was_there_the_plan_leads_where_it_should(
 ) -> None:
     kernel, there = Kernel(), None
     for requested, forgotten in zip(wanted, forgets, strict=False):
-        before: Mapping[str, Written] | None = None if forgotten else there
+        before: Mapping[str, WrittenTable] | None = None if forgotten else there
         planned = plan(before, requested)
         kernel.apply(planned.text)
         there = planned.after

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from skep.dataplane.plan import wireguard
 from skep.dataplane.plan.wireguard import (
-    Change,
-    Device,
+    DeviceChange,
     FoundDevice,
     FoundPeer,
     Session,
+    WireGuardDevice,
     changes,
     chosen,
     device_name,
@@ -22,7 +22,7 @@ from skep.dataplane.plan.wireguard import (
     tunnel_mtu,
     tunnelled,
 )
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.paths import DEFAULT_RUN
 from tests.support.wireguard import a_pair, a_secure_table
 
@@ -131,7 +131,7 @@ def test_a_node_that_left_every_encrypted_network_is_removed_at_once() -> None:
     before = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,), "n3": (THIRD,)})])
     after = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n3": (THIRD,)})])
     change = changes(_as_made(before.devices[0]), after.devices[0], before.devices[0])
-    assert change == Change(removed=(THEIRS.public,))
+    assert change == DeviceChange(removed=(THEIRS.public,))
 
 
 def test_traffic_moves_to_a_peers_new_key_when_its_session_is_there() -> None:
@@ -188,7 +188,7 @@ def test_the_tunnelled_table_has_tunnel_addresses_and_a_port_of_its_own() -> Non
 def test_a_bare_device_is_configured_whole_and_then_needs_nothing() -> None:
     device = plan_of(N1, (OWN,), [a_secure_table({"n1": (OWN,), "n2": (THEIRS,)})]).devices[0]
     change = changes(FoundDevice(), device, None)
-    assert change == Change(private=OWN.private, port=4799, put=tuple(device.peers.values()))
+    assert change == DeviceChange(private=OWN.private, port=4799, put=tuple(device.peers.values()))
     assert not changes(_as_made(device), device, device).is_needed
 
 
@@ -199,12 +199,12 @@ def test_what_was_changed_by_hand_is_put_right_and_sessions_go_on() -> None:
     for found, expected in (
         (
             msgspec.structs.replace(made, peers={**made.peers, THIRD.public: other}),
-            Change(put=(device.peers[THIRD.public],)),
+            DeviceChange(put=(device.peers[THIRD.public],)),
         ),
-        (msgspec.structs.replace(made, port=1), Change(port=4799)),
+        (msgspec.structs.replace(made, port=1), DeviceChange(port=4799)),
         (
             msgspec.structs.replace(made, peers={**made.peers, OWN_NEXT.public: FoundPeer()}),
-            Change(removed=(OWN_NEXT.public,)),
+            DeviceChange(removed=(OWN_NEXT.public,)),
         ),
     ):
         assert changes(found, device, device) == expected
@@ -245,7 +245,7 @@ def test_devices_have_names_that_the_kernel_takes_and_no_two_run_directories_sha
     assert all(len(name) <= 15 for name in names)
 
 
-def _as_made(device: Device) -> FoundDevice:
+def _as_made(device: WireGuardDevice) -> FoundDevice:
     return FoundDevice(
         private=device.private,
         port=device.port,

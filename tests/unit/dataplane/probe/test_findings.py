@@ -12,8 +12,8 @@ from skep.dataplane.probe.findings import (
     port_finding,
 )
 from skep.dataplane.probe.packets import Outcome
-from skep.model.ids import NodeId
-from skep.model.paths import DETAIL_CHARACTERS_MAX, PathCheck, PathPeer, PathReport
+from skep.model.networks.paths import DETAIL_CHARACTERS_MAX, PathCheck, PathPeer, PathReport
+from skep.model.values.ids import NodeId
 
 PEER = PathPeer(node_id=NodeId("p"), hostname="worker2", data_path="192.0.2.2")
 LOST, WELL = Outcome(sent=3, answered=0), Outcome(sent=3, answered=3, round_trip_s=0.0012)

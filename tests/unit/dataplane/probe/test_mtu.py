@@ -16,8 +16,8 @@ from skep.dataplane.probe.measurements import (
     recheck_sizes,
 )
 from skep.dataplane.probe.packets import PeerMeasurements
-from skep.model.ids import NodeId
-from skep.model.paths import MTU_MIN
+from skep.model.networks.paths import MTU_MIN
+from skep.model.values.ids import NodeId
 
 A, B, C, D = (NodeId(name) for name in "abcd")
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from skep.dataplane.probe.measurements import TRIALS, Offload, after_success, after_trials, is_suspect
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 
 PEER, OTHER = NodeId("p"), NodeId("o")
 

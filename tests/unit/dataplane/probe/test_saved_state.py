@@ -7,8 +7,8 @@ import msgspec
 from skep.dataplane.probe.measurements import Measurements
 from skep.dataplane.probe.packets import PeerMeasurements
 from skep.dataplane.probe.prober import SavedState, load_state, save_state
-from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, ProbeTargets
+from skep.model.networks.paths import PathPeer, ProbeTargets
+from skep.model.values.ids import NodeId
 
 STATE = SavedState(
     ProbeTargets(

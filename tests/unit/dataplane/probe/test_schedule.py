@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sim.time import VirtualClock, VirtualLoop
 from skep.dataplane.probe.measurements import Measurements, Offload
 from skep.dataplane.probe.prober import PEERS_AT_FULL_RATE, PERIOD_S, URGENT_S, PathProber, pause_s
-from skep.model.ids import NodeId
-from skep.model.paths import PathFinding, PathPeer, ProbeTargets
+from skep.model.networks.paths import PathFinding, PathPeer, ProbeTargets
+from skep.model.values.ids import NodeId
 
 CHANCES = st.floats(0, 1)
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.packet_filter import probe_filter
 from skep.dataplane.plan.probe import PEERS_MAX, host_and_port, probe_state, sound
-from skep.model.ids import NodeId
-from skep.model.paths import PathPeer, ProbeTargets
+from skep.model.networks.paths import PathPeer, ProbeTargets
+from skep.model.values.ids import NodeId
 
 TEXTS = st.one_of(
     st.sampled_from(

@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.ports import bind
-from skep.dataplane.protocol import Reservation
 from skep.dataplane.proxy import tcp
-from skep.dataplane.proxy.relay import Relays
+from skep.dataplane.proxy.relay import ConnectionRelays
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
@@ -50,7 +50,7 @@ async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other
     plan, first, second = tmp_path / "relays", free_port(), free_port()
     plan.write_bytes(msgspec.json.encode([a_relay(70000), a_relay(first), a_relay(1, "odd\0address")]))
     held = [a_held(first), a_held(second)]
-    relays = Relays(plan, QuickClock(), lambda: 0.5, lambda: held)
+    relays = ConnectionRelays(plan, QuickClock(), lambda: 0.5, lambda: held)
     running = asyncio.create_task(relays.run())
     async with asyncio.timeout(30):
         while not await answers(first):  # noqa: ASYNC110
@@ -72,7 +72,7 @@ async def test_a_relay_serves_on_the_socket_that_holds_its_port_and_leaves_it_he
     plan, port = tmp_path / "relays", free_port()
     plan.write_bytes(msgspec.json.encode([a_relay(port)]))
     held: list[tuple[Reservation, socket.socket]] = []
-    relays = Relays(plan, QuickClock(), lambda: 0.5, lambda: held)
+    relays = ConnectionRelays(plan, QuickClock(), lambda: 0.5, lambda: held)
     await relays._apply()
     assert not await answers(port), "a port that is not held is not relayed"
     held.append(a_held(port))

@@ -7,15 +7,23 @@ from msgspec.structs import replace
 
 from skep.dataplane.tables.network_tables import merged
 from skep.errors import InvalidArgument
-from skep.model.ids import NetworkId, NodeId
-from skep.model.tables import NetworkHead, Table, TableChange, TableNode, TableSet, difference, whole
+from skep.model.networks.tables import (
+    NetworkHead,
+    NetworkTable,
+    TableChange,
+    TableNode,
+    TableSet,
+    difference,
+    whole,
+)
+from skep.model.values.ids import NetworkId, NodeId
 
 IDS = [NetworkId(name) for name in ("a", "b", "c")]
 
 
-def a_table(id: str, *nodes: str, revision: int = 1) -> Table:
+def a_table(id: str, *nodes: str, revision: int = 1) -> NetworkTable:
     known = {NodeId(one): TableNode(id=NodeId(one), underlay="192.168.0.1") for one in nodes}
-    return Table(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
+    return NetworkTable(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
 
 
 def reported(*changes: TableChange, is_complete: bool = False, removed: tuple[str, ...] = ()) -> TableSet:

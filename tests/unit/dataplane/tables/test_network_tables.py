@@ -13,24 +13,24 @@ from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables import files
-from skep.dataplane.tables.files import Kept, SharedTables, StoredTables
+from skep.dataplane.tables.files import SharedTables, StoredTable, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables, TableListener
 from skep.errors import FailedPrecondition, Unavailable
 from skep.linux.files import replace_file
-from skep.model.ids import NetworkId, NodeId
-from skep.model.revisions import Revision
-from skep.model.tables import NetworkHead, Table, TableNode, TableSet, difference, whole
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableNode, TableSet, difference, whole
+from skep.model.node_reports.revisions import Revision
+from skep.model.values.ids import NetworkId, NodeId
 from tests.support.tables import a_member
 
 A, B = NetworkId("a"), NetworkId("b")
 
 
-def a_table(id: str, *nodes: str, revision: int = 1) -> Table:
+def a_table(id: str, *nodes: str, revision: int = 1) -> NetworkTable:
     known = {NodeId(one): TableNode(id=NodeId(one), underlay="192.168.0.1") for one in nodes}
-    return Table(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
+    return NetworkTable(head=NetworkHead(id=NetworkId(id), name=id), revision=revision, nodes=known)
 
 
-def received(*tables: Table, is_complete: bool = True) -> TableSet:
+def received(*tables: NetworkTable, is_complete: bool = True) -> TableSet:
     revision = max((table.revision for table in tables), default=1)
     return TableSet(revision=revision, is_complete=is_complete, changes=tuple(map(whole, tables)))
 
@@ -42,7 +42,7 @@ class Part:
         self.name = name
         self.order = order if order is not None else []
         self.asked: list[frozenset[NetworkId]] = []
-        self.tables: Mapping[NetworkId, Table] = {}
+        self.tables: Mapping[NetworkId, NetworkTable] = {}
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -56,7 +56,7 @@ class Part:
                 await self._moved.wait()
 
     async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
+        self, node_id: NodeId, tables: Mapping[NetworkId, NetworkTable], changed: frozenset[NetworkId]
     ) -> None:
         self.order.append(self.name)
         self.asked.append(changed)
@@ -200,7 +200,7 @@ async def test_tables_are_found_again_and_each_file_is_a_table(tmp_path: Path) -
         network_tables.update(received(a, b), 2)
         await until(network_tables, lambda: network_tables.applied)
         shared = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-        assert {name: msgspec.msgpack.decode(data, type=Table) for name, data in shared.items()} == {
+        assert {name: msgspec.msgpack.decode(data, type=NetworkTable) for name, data in shared.items()} == {
             "a": a,
             "b": b,
         }
@@ -223,8 +223,8 @@ async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
     """A process that is killed has written its disk up to a second before."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    (disk / "a").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("a", revision=5))))
-    (disk / "b").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("b", revision=5))))
+    (disk / "a").write_bytes(msgspec.msgpack.encode(StoredTable(2, a_table("a", revision=5))))
+    (disk / "b").write_bytes(msgspec.msgpack.encode(StoredTable(2, a_table("b", revision=5))))
     shared = SharedTables(tmp_path / "run")
     newer = a_table("a", "n1", revision=7)
     await shared.apply(NodeId("n1"), {A: newer}, frozenset({A}))
@@ -243,7 +243,7 @@ async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_logged_and_dropped(tmp_path: Path) -> None:
-    good = msgspec.msgpack.encode(Kept(1, a_table("a")))
+    good = msgspec.msgpack.encode(StoredTable(1, a_table("a")))
     (tmp_path / "a").write_bytes(good)
     (tmp_path / "b").write_bytes(good)  # of another network
     (tmp_path / "c").write_bytes(good[: len(good) // 2])
@@ -277,7 +277,7 @@ class NetProcess:
             raise self.error
         for id in networks:
             if (path := self._directory / id).exists():
-                self.read[id] = msgspec.msgpack.decode(path.read_bytes(), type=Table).revision
+                self.read[id] = msgspec.msgpack.decode(path.read_bytes(), type=NetworkTable).revision
 
 
 async def test_a_table_is_acknowledged_once_the_net_process_has_read_what_was_written(
@@ -341,4 +341,4 @@ async def test_tables_that_are_run_again_go_on_writing(tmp_path: Path) -> None:
 def _kept_revision(directory: Path) -> int:
     """Without ``load``, which takes a file that is being written for a damaged one."""
     file = directory / A
-    return msgspec.msgpack.decode(file.read_bytes(), type=Kept).table.revision if file.exists() else 0
+    return msgspec.msgpack.decode(file.read_bytes(), type=StoredTable).table.revision if file.exists() else 0

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import cast
 
-from skep.agent.session_state import SessionState
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.dataplane.tables.unreachable import (
     FRESH_SECONDS,
@@ -17,13 +17,13 @@ from skep.dataplane.tables.unreachable import (
     watch,
     without,
 )
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.paths import PathCheck, PathFinding, PathReport
-from skep.model.tables import NetworkHead, Table, TableEndpoint
-from skep.wire.client import Channel
+from skep.model.networks.paths import PathCheck, PathFinding, PathReport
+from skep.model.networks.tables import NetworkHead, NetworkTable, TableEndpoint
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.wire.client import ManagerChannel
 from tests.unit.dataplane.tables.test_network_tables import Part, received, running, some_tables
 
-CHANNEL = cast("Channel", object())
+CHANNEL = cast("ManagerChannel", object())
 
 
 def nodes(*names: str) -> frozenset[NodeId]:
@@ -39,9 +39,9 @@ def reports(**fails: bool) -> dict[NodeId, PathReport]:
     return {NodeId(name): a_report(fails=one) for name, one in fails.items()}
 
 
-def a_table(*endpoints: TableEndpoint, is_encrypted: bool = False) -> Table:
+def a_table(*endpoints: TableEndpoint, is_encrypted: bool = False) -> NetworkTable:
     head = NetworkHead(id=NetworkId("net"), name="net", is_encrypted=is_encrypted)
-    return Table(head=head, revision=1, endpoints={one.task_id: one for one in endpoints})
+    return NetworkTable(head=head, revision=1, endpoints={one.task_id: one for one in endpoints})
 
 
 def serving(task: str, node: str, service: str = "web", *, is_serving: bool = True) -> TableEndpoint:
@@ -54,7 +54,7 @@ def serving(task: str, node: str, service: str = "web", *, is_serving: bool = Tr
     )
 
 
-def serves(table: Table) -> set[str]:
+def serves(table: NetworkTable) -> set[str]:
     return {str(id) for id, one in table.endpoints.items() if one.is_serving}
 
 

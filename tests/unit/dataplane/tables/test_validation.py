@@ -11,12 +11,11 @@ from msgspec.structs import replace
 from skep.dataplane.plan.overlay import Underlay, remote_entries
 from skep.dataplane.plan.packet_filter import vxlan_filter
 from skep.dataplane.tables.validation import valid_set, valid_table
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
-from skep.model.publishing import PublishOptions
-from skep.model.tables import (
+from skep.model.networks.publishing import PublishOptions
+from skep.model.networks.tables import (
     NetworkHead,
+    NetworkTable,
     Segment,
-    Table,
     TableChange,
     TableEndpoint,
     TableNode,
@@ -26,7 +25,8 @@ from skep.model.tables import (
     changed,
     whole,
 )
-from skep.model.wireguard import PublicKey
+from skep.model.networks.wireguard import PublicKey
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
 
 NET = NetworkId("net1")
 HEAD = NetworkHead(id=NET, name="net1", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4096),))
@@ -38,7 +38,7 @@ VIP = TableService(
     virtual_ips=("10.0.1.2",),
     ports=(TablePort(protocol="tcp", published=80, target=80),),
 )
-TABLE = Table(head=HEAD, nodes={GOOD.id: GOOD}, endpoints={WEB.task_id: WEB}, services={VIP.id: VIP})
+TABLE = NetworkTable(head=HEAD, nodes={GOOD.id: GOOD}, endpoints={WEB.task_id: WEB}, services={VIP.id: VIP})
 
 WORDS = st.one_of(
     st.sampled_from(["", "fe80::1%x", "fd00::1%x }", "::", "0.0.0.0", "224.0.0.1", "ff02::1", "10.0.0.1/8"]),

@@ -4,23 +4,23 @@ from collections.abc import Mapping
 
 import pytest
 
-from skep.dataplane.plan.vip import Plan, VipBackends
+from skep.dataplane.plan.vip import VipBackends, VipPlan
 from skep.dataplane.vip.virtual_addresses import VirtualAddresses
-from skep.model.ids import NetworkId, ServiceId
+from skep.model.values.ids import NetworkId, ServiceId
 
 NETWORK, WEB = NetworkId("front"), ServiceId("web")
 
 
 async def test_a_change_that_could_not_be_planned_is_written_with_the_next_one() -> None:
     errors = [ValueError("a bug")]
-    written: list[Plan] = []
+    written: list[VipPlan] = []
 
     def backends_of(network: NetworkId) -> Mapping[ServiceId, VipBackends]:
         if errors:
             raise errors.pop()
         return {WEB: {"10.0.1.2": ("10.0.1.9",)}}
 
-    async def write(plan: Plan) -> None:
+    async def write(plan: VipPlan) -> None:
         written.append(plan)
 
     addresses = VirtualAddresses(backends_of, write)

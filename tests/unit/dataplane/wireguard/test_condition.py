@@ -7,7 +7,7 @@ from skep.daemon import end_forwarder
 from skep.dataplane.plan.wireguard import plan_of
 from skep.dataplane.wireguard.tunnels import unreachable
 from skep.linux.detached import identify, write_pid_file
-from skep.model.ids import NodeId
+from skep.model.values.ids import NodeId
 from skep.paths import Paths
 from tests.support.wireguard import a_pair, a_secure_table
 

@@ -5,17 +5,17 @@ import socket
 import msgspec
 import pytest
 
-from skep.dataplane.plan.wireguard import Change, FoundDevice, FoundPeer, Peer
+from skep.dataplane.plan.wireguard import DeviceChange, FoundDevice, FoundPeer, WireGuardPeer
 from skep.dataplane.wireguard.devices import parsed_device, socket_message
 from skep.dataplane.wireguard.kernel import decoded, encoded
 from skep.errors import Unavailable
 
 KEY, OTHER, PRIVATE = bytes(range(32)), bytes(range(1, 33)), bytes(range(2, 34))
-CHANGE = Change(
+CHANGE = DeviceChange(
     private=PRIVATE,
     port=4799,
     removed=(OTHER,),
-    put=(Peer(public=KEY, endpoint="192.0.2.7", port=4800, inner="fd73::7"),),
+    put=(WireGuardPeer(public=KEY, endpoint="192.0.2.7", port=4800, inner="fd73::7"),),
 )
 RESPONSE = f"""private_key={PRIVATE.hex()}
 listen_port=4799
@@ -53,7 +53,7 @@ def test_the_sockets_message_sets_the_device_first_and_removes_before_it_adds() 
         "allowed_ip=fd73::7/128",
         "",
     ]
-    v6 = Change(put=(Peer(public=KEY, endpoint="fd09::1", port=1, inner="fd73::7"),))
+    v6 = DeviceChange(put=(WireGuardPeer(public=KEY, endpoint="fd09::1", port=1, inner="fd73::7"),))
     assert "endpoint=[fd09::1]:1\n" in socket_message(v6)
 
 
@@ -62,23 +62,25 @@ def test_what_is_written_to_the_kernel_is_what_is_read_from_it() -> None:
     own, removal = encoded("wg0", msgspec.structs.replace(CHANGE, put=()))
     assert decoded([own[4:]]) == FoundDevice(private=PRIVATE, port=4799)
     assert OTHER in removal
-    v4, v6 = CHANGE.put[0], Peer(public=OTHER, endpoint="fd09::1", port=1, inner="fd73::8")
-    (put,) = encoded("wg0", Change(put=(v4, v6)))
+    v4, v6 = CHANGE.put[0], WireGuardPeer(public=OTHER, endpoint="fd09::1", port=1, inner="fd73::8")
+    (put,) = encoded("wg0", DeviceChange(put=(v4, v6)))
     assert decoded([put[4:]]).peers == {
         KEY: FoundPeer(inner=("fd73::7",), keepalive_s=25, has_endpoint=True),
         OTHER: FoundPeer(inner=("fd73::8",), keepalive_s=25, has_endpoint=True),
     }
     assert socket.inet_aton("192.0.2.7") in put
     assert (4800).to_bytes(2, "big") + socket.inet_aton("192.0.2.7") in put
-    assert list(encoded("wg0", Change())) == []
+    assert list(encoded("wg0", DeviceChange())) == []
 
 
 def test_many_peers_go_in_several_messages_that_fit() -> None:
     peers = tuple(
-        Peer(public=number.to_bytes(32, "big"), endpoint="192.0.2.7", port=1, inner=f"fd73::{number:x}")
+        WireGuardPeer(
+            public=number.to_bytes(32, "big"), endpoint="192.0.2.7", port=1, inner=f"fd73::{number:x}"
+        )
         for number in range(1, 1001)
     )
-    messages = list(encoded("wg0", Change(put=peers)))
+    messages = list(encoded("wg0", DeviceChange(put=peers)))
     assert len(messages) == 10
     assert max(map(len, messages)) < 1 << 16
     assert len(decoded(one[4:] for one in messages).peers) == 1000

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.dataplane.plan.wireguard import KeyPair
+from skep.dataplane.plan.wireguard import WireGuardKey
 from skep.dataplane.wireguard.keys import load, new_private_key, save
 from tests.support.wireguard import a_pair
 
@@ -13,7 +13,7 @@ def test_a_private_key_is_clamped_and_its_public_key_has_32_bytes() -> None:
     private = new_private_key()
     assert private[0] & 7 == 0
     assert private[31] & 0xC0 == 0x40
-    assert len(KeyPair(private=private, slot=0, made_at=0.0).public) == 32
+    assert len(WireGuardKey(private=private, slot=0, made_at=0.0).public) == 32
     assert private != new_private_key()
 
 

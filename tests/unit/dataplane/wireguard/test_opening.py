@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from skep.dataplane.netns import pinned
-from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.kernel import pinned
+from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.plan.overlay import Underlay
-from skep.dataplane.wireguard.tunnels import Options, Tunnels
-from skep.model.ids import NodeId
-from skep.model.wireguard import Method
+from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
+from skep.model.networks.wireguard import EncryptionMethod
+from skep.model.values.ids import NodeId
 from skep.paths import Paths
 from tests.support.oci_rig import QuickClock
 from tests.support.wireguard import a_pair, a_secure_table
@@ -41,12 +41,12 @@ class Removal:
 
 
 @pytest.fixture
-async def tunnels(tmp_path: Path) -> AsyncIterator[Tunnels]:
+async def tunnels(tmp_path: Path) -> AsyncIterator[WireGuardTunnels]:
     paths = Paths(tmp_path / "data", tmp_path / "run")
     paths.run.mkdir()
     pins, spaces = Namespaces(paths.tunnels), Namespaces(paths.netns)
-    options = Options(method=Method.USER_SPACE, since_boot=lambda: 1.0)
-    made = Tunnels(paths, spaces, options, Repairs(), QuickClock())
+    options = Options(method=EncryptionMethod.USER_SPACE, since_boot=lambda: 1.0)
+    made = WireGuardTunnels(paths, spaces, options, Repairs(), QuickClock())
     running = asyncio.create_task(made.run(_moved))
     try:
         yield made
@@ -64,7 +64,7 @@ async def _moved() -> None:
 
 
 async def test_networks_that_come_back_while_the_tunnels_are_removed_have_them(
-    tunnels: Tunnels, monkeypatch: pytest.MonkeyPatch
+    tunnels: WireGuardTunnels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removal = Removal(monkeypatch)
     await tunnels.apply(OWN, [SECURE], HERE)
@@ -79,7 +79,7 @@ async def test_networks_that_come_back_while_the_tunnels_are_removed_have_them(
 
 
 async def test_the_tunnels_are_there_for_a_container_that_comes_before_its_table(
-    tunnels: Tunnels, monkeypatch: pytest.MonkeyPatch
+    tunnels: WireGuardTunnels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removal = Removal(monkeypatch)
     removal.may_go_on.set()

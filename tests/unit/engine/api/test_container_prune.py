@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.engine.api import containers
-from skep.engine.container import Container, ContainerState
+from skep.engine.containers.container import Container, ContainerState
 from skep.errors import InvalidArgument
-from skep.model.ids import ContainerId
-from skep.model.times import timestamp
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import timestamp
 from tests.support.stub_engine import StubEngine, a_container, disk_full
 
 ENDED = a_container(state=ContainerState.EXITED, process=None, finished_at=timestamp(2))
@@ -44,7 +44,7 @@ def pruning(directory: Path, body: Callable[[StubEngine], Coroutine[Any, Any, No
 
 async def pruned(stubs: StubEngine) -> list[str]:
     """The first digits of what a prune has removed."""
-    served = containers.Served(stubs.engine, stubs.engine._clock)
+    served = containers.ContainerRoutes(stubs.engine, stubs.engine._clock)
     response = await containers.prune(served, make_mocked_request("POST", "/containers/prune"))
     assert isinstance(response, web.Response)
     assert isinstance(response.body, bytes)
@@ -94,7 +94,7 @@ def test_what_is_removed_or_started_meanwhile_keeps_no_other(
 def test_a_wrong_time_is_refused_though_there_is_nothing_to_remove(tmp_path: Path) -> None:
     """As Docker Engine 28.5.  It would go unnoticed until the first container ends."""
     loop = VirtualLoop()
-    served = containers.Served(StubEngine(VirtualClock(loop), tmp_path).engine, VirtualClock(loop))
+    served = containers.ContainerRoutes(StubEngine(VirtualClock(loop), tmp_path).engine, VirtualClock(loop))
     request = make_mocked_request("POST", '/containers/prune?filters={"until":["x"]}')
     with pytest.raises(InvalidArgument):
         loop.run_until_complete(containers.prune(served, request))

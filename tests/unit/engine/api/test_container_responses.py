@@ -1,7 +1,7 @@
 """How containers are rendered for the Engine API."""
 
-from skep.engine.api.container_responses import config_of, extra_hosts
-from skep.engine.container import ContainerConfig
+from skep.engine.api.responses.container_responses import config_of, extra_hosts
+from skep.engine.containers.container import ContainerConfig
 from tests.support.stub_engine import a_container
 
 

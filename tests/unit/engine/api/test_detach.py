@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.api.detach import DEFAULT_KEYS, DetachKeys, parse_keys
+from skep.engine.api.streams.detach import DEFAULT_KEYS, DetachKeys, parse_keys
 from skep.errors import InvalidArgument
 
 

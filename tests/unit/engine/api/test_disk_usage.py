@@ -8,9 +8,9 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.aio.clock import SystemClock
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api import disk_usage
-from skep.engine.build.cache import CacheMounts
+from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
 from tests.support.oci_rig import Machine, memory_engine

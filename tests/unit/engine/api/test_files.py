@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.api import files, uploads
+from skep.engine.api import files
+from skep.engine.api.streams import uploads
 
 
 async def test_a_client_that_takes_nothing_of_an_archive_is_given_up(

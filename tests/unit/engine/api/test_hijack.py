@@ -8,9 +8,9 @@ import docker
 import pytest
 from aiohttp import web
 
-from skep.api.responses import Hijacked
-from skep.api.server import OutputStream, Routes, application, frame, runner
-from skep.engine.api.hijack import hijack
+from skep.api.http.responses import Hijacked
+from skep.api.http.server import OutputStream, Routes, application, frame, runner
+from skep.engine.api.streams.hijack import hijack
 
 
 class Server:

@@ -3,12 +3,12 @@
 import msgspec
 import pytest
 
-from skep.engine.api.network_settings import network_settings, networks_in_lists
-from skep.engine.container import Container, ContainerConfig, ContainerState, PlainOptions
-from skep.model.ids import ContainerId, NetworkId
-from skep.model.sandbox import Endpoint, EndpointConfig, NetworkMode, Sandbox
-from skep.model.tables import NetworkHead
-from skep.model.times import Timestamp
+from skep.engine.api.responses.network_settings import network_settings, networks_in_lists
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
+from skep.model.networks.sandbox import Endpoint, EndpointConfig, NetworkMode, Sandbox
+from skep.model.networks.tables import NetworkHead
+from skep.model.values.ids import ContainerId, NetworkId
+from skep.model.values.times import Timestamp
 
 
 def connected(name: str, *addresses: str, is_ingress: bool = False) -> Endpoint:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from skep.api.filters import Filters
+from skep.api.formats.filters import Filters
 from skep.engine.api.pruning import has_prunable_labels, is_prunable, until_of
 from skep.errors import InvalidArgument
-from skep.model.times import timestamp
+from skep.model.values.times import timestamp
 
 
 @pytest.mark.parametrize(

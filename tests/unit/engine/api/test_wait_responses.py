@@ -9,9 +9,9 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.server import application
+from skep.api.http.server import application
 from skep.engine.api.containers import container_routes
-from skep.engine.container import WaitCondition
+from skep.engine.containers.container import WaitCondition
 from tests.unit.engine.test_specification import a_container
 
 REASON = "exec: nosuch: executable file not found in $PATH"

@@ -7,8 +7,8 @@ import pytest
 from aiohttp import WSServerHandshakeError, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import Routes, application
-from skep.engine.api.websocket import check_handshake, open_websocket
+from skep.api.http.server import Routes, application
+from skep.engine.api.streams.websocket import check_handshake, open_websocket
 from skep.errors import PermissionDenied
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.engine.build.builder import Builder
-from skep.engine.build.config import expanded
-from skep.engine.build.instructions import Instruction
+from skep.engine.build.dockerfile.config import expanded
+from skep.engine.build.dockerfile.instructions import Instruction
 from skep.engine.build.interface import BuildRequest
 from skep.engine.images.store import ImageStore
 

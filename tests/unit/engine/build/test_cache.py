@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.trees import discard_tree
-from skep.engine.build import cache
-from skep.engine.build.cache import CacheKey, CacheMounts, StepCache, keys_of
+from skep.engine.build.cache import cache
+from skep.engine.build.cache.cache import CacheKey, CacheMounts, StepCache, keys_of
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
 from skep.linux.files import replace_file

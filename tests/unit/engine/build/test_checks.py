@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from skep.engine.build.checks import Checks, Choice, Finding, parse_choice, suggested
-from skep.engine.build.dockerfile import parse
-from skep.engine.build.instructions import stages_of
-from skep.engine.build.targets import automatic_arguments
+from skep.engine.build.dockerfile.checks import Checks, CheckSelection, Finding, parse_choice, suggested
+from skep.engine.build.dockerfile.dockerfile import parse
+from skep.engine.build.dockerfile.instructions import stages_of
+from skep.engine.build.dockerfile.targets import automatic_arguments
 from skep.errors import InvalidArgument
 
 
@@ -122,8 +122,8 @@ def test_a_dockerfile_chooses_its_checks() -> None:
     text = "# check=skip=MaintainerDeprecated,JSONArgsRecommended\nFROM busybox:1\nMAINTAINER me\nCMD x\nENV a b\n"
     assert [one.partition(":")[0] for one in found(text)] == ["LegacyKeyValueFormat"]
     assert found(text.replace("MaintainerDeprecated,JSONArgsRecommended", "all")) == []
-    assert parse_choice("skip=a, b;error=true") == Choice(False, frozenset({"a", "b"}), True)
-    assert parse_choice("error=false") == Choice()
+    assert parse_choice("skip=a, b;error=true") == CheckSelection(False, frozenset({"a", "b"}), True)
+    assert parse_choice("error=false") == CheckSelection()
     for wrong, message in (
         ("skip", 'invalid check option "skip"'),
         ("error=maybe", "failed to parse"),

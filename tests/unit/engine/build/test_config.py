@@ -2,8 +2,8 @@
 
 import pytest
 
-from skep.engine.build.config import (
-    Arguments,
+from skep.engine.build.dockerfile.config import (
+    BuildArguments,
     StageState,
     adapted,
     apply_changes,
@@ -13,12 +13,12 @@ from skep.engine.build.config import (
     expanded,
     variables_of,
 )
-from skep.engine.build.dockerfile import parse
-from skep.engine.build.instructions import instruction_of
+from skep.engine.build.dockerfile.dockerfile import parse
+from skep.engine.build.dockerfile.instructions import instruction_of
 from skep.engine.images.image import ContainerDefaults
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 
 
 def after(*lines: str, base: ContainerDefaults | None = None) -> tuple[StageState, str]:
@@ -122,7 +122,7 @@ def test_variables_that_grow_without_end_are_refused() -> None:
 
 
 def test_arguments_have_the_users_value_then_the_defaults() -> None:
-    arguments = Arguments({"A": "given", "B": None, "UNUSED": "x"}, {})
+    arguments = BuildArguments({"A": "given", "B": None, "UNUSED": "x"}, {})
     arguments.declare("A", "before", before_stages=True)
     arguments.declare("C", "c", before_stages=True)
     assert dict(arguments.of_stages) == {"A": "given", "C": "c"}
@@ -136,7 +136,7 @@ def test_arguments_have_the_users_value_then_the_defaults() -> None:
 
 
 def test_a_step_is_named_by_the_arguments_that_it_sees_but_not_by_undeclared_proxies() -> None:
-    arguments = Arguments({"http_proxy": "http://p", "B": "2"}, {})
+    arguments = BuildArguments({"http_proxy": "http://p", "B": "2"}, {})
     arguments.declare("B", None)
     assert command_of_step(("sh", "-c", "x"), arguments, arguments.visible(())) == (
         "|1",
@@ -152,7 +152,7 @@ def test_a_step_is_named_by_the_arguments_that_it_sees_but_not_by_undeclared_pro
 
 
 def test_buildkits_proxies_reach_commands_alone_in_both_spellings() -> None:
-    arguments = Arguments({"http_proxy": "http://p", "NO_PROXY": "x"}, {}, is_buildkit=True)
+    arguments = BuildArguments({"http_proxy": "http://p", "NO_PROXY": "x"}, {}, is_buildkit=True)
     assert dict(arguments.visible(())) == {}
     assert dict(arguments.proxies) == {
         "http_proxy": "http://p",
@@ -160,12 +160,12 @@ def test_buildkits_proxies_reach_commands_alone_in_both_spellings() -> None:
         "no_proxy": "x",
         "NO_PROXY": "x",
     }
-    assert dict(Arguments({"http_proxy": "http://p"}, {}).proxies) == {}
+    assert dict(BuildArguments({"http_proxy": "http://p"}, {}).proxies) == {}
 
 
 def test_the_later_one_of_arg_and_env_wins_in_buildkit_and_env_in_the_classic_builder() -> None:
     for is_buildkit in (True, False):
-        arguments = Arguments({}, {}, is_buildkit=is_buildkit)
+        arguments = BuildArguments({}, {}, is_buildkit=is_buildkit)
         arguments.declare("A", "arg")
         arguments.hide(["A"])
         assert dict(arguments.visible(["A=env"])) == {}
@@ -176,7 +176,7 @@ def test_the_later_one_of_arg_and_env_wins_in_buildkit_and_env_in_the_classic_bu
 def test_a_stage_has_the_arguments_of_the_stage_that_it_is_based_on_but_the_variables_of_its_image_win() -> (
     None
 ):
-    arguments = Arguments({}, {}, is_buildkit=True)
+    arguments = BuildArguments({}, {}, is_buildkit=True)
     arguments.declare("A", "1")
     arguments.declare("E", "arg")
     base = arguments.stage

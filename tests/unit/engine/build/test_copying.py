@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.build.copies import prepare
-from skep.engine.build.copying import Copier, Ownership, destination_of
-from skep.engine.build.instructions import Copy
-from skep.engine.build.modes import parse_mode
-from skep.engine.build.sources import Source, digest_of, find
-from skep.engine.build.trees import CopyLimits, Stopped, Tree, Work
+from skep.engine.build.dockerfile.instructions import Copy
+from skep.engine.build.dockerfile.modes import parse_mode
+from skep.engine.build.files.copies import prepare
+from skep.engine.build.files.copying import Copier, Ownership, destination_of
+from skep.engine.build.files.sources import CopySource, digest_of, find
+from skep.engine.build.files.trees import BuildCancelled, CopyLimits, Tree, Work
+from skep.engine.confinement.users import ProcessUser
 from skep.engine.images.store import ImageStore
-from skep.engine.users import Identity
 from skep.errors import InvalidArgument, ResourceExhausted
 
 pytestmark = pytest.mark.needs("root")
@@ -46,11 +46,11 @@ def target(tmp_path: Path) -> Path:
     return root
 
 
-def sources(tree: Path, *names: str) -> Sequence[Source]:
+def sources(tree: Path, *names: str) -> Sequence[CopySource]:
     return find(tree, names, work(), is_context=True)
 
 
-def digest_of_all(found: Sequence[Source]) -> str:
+def digest_of_all(found: Sequence[CopySource]) -> str:
     return digest_of([one.digest for one in found])
 
 
@@ -59,7 +59,7 @@ def copied(
 ) -> list[str]:
     """What is in ``target`` after a copy."""
     with Tree(target) as opened:
-        copier = Copier(opened, ownership or Ownership(owner=Identity()), work())
+        copier = Copier(opened, ownership or Ownership(owner=ProcessUser()), work())
         for source in sources(tree, *names):
             copier.copy(source, destination)
     return sorted(str(path.relative_to(target)) for path in target.rglob("*"))
@@ -201,7 +201,7 @@ def test_owner_mode_and_time(tree: Path, target: Path) -> None:
         target,
         "/p/mine",
         "one",
-        ownership=Ownership(owner=Identity(uid=3, gid=4), mode=parse_mode("600")),
+        ownership=Ownership(owner=ProcessUser(uid=3, gid=4), mode=parse_mode("600")),
     )
     kept, mine, parent = ((target / name).stat() for name in ("kept", "p/mine", "p"))
     assert (kept.st_uid, kept.st_gid, stat.S_IMODE(kept.st_mode)) == (7, 8, 0o4755)
@@ -237,6 +237,6 @@ def test_a_copy_ends_at_its_limit_and_when_it_is_stopped(tree: Path, target: Pat
     stopped.stop()
     with Tree(target) as opened:
         with pytest.raises(ResourceExhausted, match="more than 12 bytes"):
-            Copier(opened, Ownership(owner=Identity()), limited).copy(source, "/x")
-        with pytest.raises(Stopped):
-            Copier(opened, Ownership(owner=Identity()), stopped).copy(source, "/x")
+            Copier(opened, Ownership(owner=ProcessUser()), limited).copy(source, "/x")
+        with pytest.raises(BuildCancelled):
+            Copier(opened, Ownership(owner=ProcessUser()), stopped).copy(source, "/x")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.build.dockerfile import parse
-from skep.engine.build.instructions import (
+from skep.engine.build.dockerfile.dockerfile import parse
+from skep.engine.build.dockerfile.instructions import (
     STEPS_MAX,
     Arg,
     Copy,

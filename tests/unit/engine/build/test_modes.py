@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.engine.build.modes import parse_mode
+from skep.engine.build.dockerfile.modes import parse_mode
 from skep.errors import InvalidArgument
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.engine.build.mounts import RunMount, mount_origin, parse_mount
+from skep.engine.build.dockerfile.mounts import RunMount, mount_origin, parse_mount
 from skep.errors import InvalidArgument, SkepError
 
 

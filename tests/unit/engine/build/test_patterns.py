@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.engine.build.patterns import (
+from skep.engine.build.dockerfile.patterns import (
     PATTERNS_MAX,
     PathPatterns,
     Pattern,

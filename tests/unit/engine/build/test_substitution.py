@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted, substituted_document
+from skep.engine.build.dockerfile.substitution import (
+    VALUE_BYTES_MAX,
+    Budget,
+    split,
+    substituted,
+    substituted_document,
+)
 from skep.errors import InvalidArgument
 
 VARIABLES = {"A": "one", "EMPTY": "", "PATH": "/usr/bin:/bin", "F": "a.tar.gz", "PORTS": "80 443"}

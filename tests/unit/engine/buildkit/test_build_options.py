@@ -6,11 +6,11 @@ from multidict import MultiDict
 from skep.engine.build.interface import StepLimits
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.definitions import definition_of, image_of
-from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, History
+from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, BuildHistory
 from skep.engine.buildkit.options import (
+    BuildOutput,
     CacheEntry,
-    Output,
-    Source,
+    ClientDirectory,
     check_entitlements,
     check_network,
     check_syntax,
@@ -58,7 +58,7 @@ def test_every_option_that_is_honored_reaches_the_build() -> None:
     )
     assert (build.use_cache, build.pull, build.network) == (False, True, "host")
     assert build.images == {"base": "busybox:1"}
-    assert build.directories == {"more": Source("dir", "shared2")}
+    assert build.directories == {"more": ClientDirectory("dir", "shared2")}
     assert build.hosts == ("one:10.0.0.1", "two:::1")
     assert build.limits == StepLimits(
         memory_bytes=2000,
@@ -67,7 +67,10 @@ def test_every_option_that_is_honored_reaches_the_build() -> None:
         ulimits=(Ulimit(name="nofile", soft=10, hard=20), Ulimit(name="nproc", soft=5, hard=5)),
     )
     assert build.platform == "linux/amd64"
-    assert (build.context, build.dockerfile) == (Source("ctx", "shared"), Source("dockerfile"))
+    assert (build.context, build.dockerfile) == (
+        ClientDirectory("ctx", "shared"),
+        ClientDirectory("dockerfile"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,11 +145,11 @@ def test_another_front_end_is_refused_by_name(image: str) -> None:
 
 def test_outputs_are_images_files_or_nothing() -> None:
     image = exported([("moby", {"name": "a,b:1", "push": "true"})])
-    assert image.output is Output.IMAGE
+    assert image.output is BuildOutput.IMAGE
     assert image.tags == (parse_reference("a:latest"), parse_reference("b:1"))
-    assert exported([]).output is Output.NONE
-    assert exported([("local", {"dest": "x"})]).output is Output.LOCAL
-    assert exported([("tar", {})]).output is Output.TAR
+    assert exported([]).output is BuildOutput.NONE
+    assert exported([("local", {"dest": "x"})]).output is BuildOutput.LOCAL
+    assert exported([("tar", {})]).output is BuildOutput.TAR
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_the_hosts_network_needs_its_entitlement() -> None:
 
 
 def test_records_of_builds_are_bounded_together() -> None:
-    history = History()
+    history = BuildHistory()
     for number in range(RECORDS_MAX + 2):
         history.keep(pb.BuildHistoryRecord(ref=f"small-{number}"))
     assert len(history._records) == RECORDS_MAX

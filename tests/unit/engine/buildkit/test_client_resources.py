@@ -12,11 +12,11 @@ import pytest
 from google.protobuf.message import Message
 
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.contexts import Contexts
-from skep.engine.buildkit.filesync import Selection, receive
+from skep.engine.buildkit.contexts import ContextStore
+from skep.engine.buildkit.protocol.filesync import SyncSelection, receive
 from skep.engine.buildkit.provider import ClientProvider
 from skep.engine.buildkit.tree import Contents, TreeLimits
-from skep.engine.images.workers import Limits
+from skep.engine.images.archives.workers import ImageLimits
 
 _STAYS_S = 0.3
 _LIMIT_S = 60.0
@@ -52,7 +52,9 @@ class Client:
 
 def received(client: Any, root: Path) -> "asyncio.Task[object]":
     limits = TreeLimits(bytes=1 << 20)
-    return asyncio.ensure_future(receive(client, Selection(name="context"), root, limits, room_bytes=1 << 20))
+    return asyncio.ensure_future(
+        receive(client, SyncSelection(name="context"), root, limits, room_bytes=1 << 20)
+    )
 
 
 async def test_a_cancelled_transfer_closes_its_files_after_the_last_write(
@@ -106,7 +108,7 @@ async def test_a_long_listing_lets_other_tasks_run(tmp_path: Path) -> None:
 
 
 async def test_the_socket_of_an_agent_outlives_the_contexts_of_other_builds(tmp_path: Path) -> None:
-    contexts = Contexts(tmp_path / "contexts", Limits())
+    contexts = ContextStore(tmp_path / "contexts", ImageLimits())
     client: Any = Client()
     async with ClientProvider(client, contexts.scratch).ssh("default") as socket:
         await contexts.prune()

@@ -3,7 +3,7 @@
 import tarfile
 from pathlib import Path
 
-from skep.engine.buildkit.filesend import listed
+from skep.engine.buildkit.protocol.filesend import listed
 from tests.support.archives import a_file, a_tar, an_entry
 
 

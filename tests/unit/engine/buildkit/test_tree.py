@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.tree import Contents, Entry, KeptTree, Listing, TreeLimits, write_tree
+from skep.engine.buildkit.tree import Contents, KeptTree, Listing, TreeEntry, TreeLimits, write_tree
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 
 DIRECTORY, SYMLINK, PIPE, SOCKET, DEVICE = 1 << 31, 1 << 27, 1 << 25, 1 << 24, 1 << 26
@@ -30,14 +30,14 @@ def a_link(path: str, target: str) -> pb.Stat:
     return pb.Stat(path=os.fsencode(path), mode=SYMLINK | 0o777, linkname=target.encode())
 
 
-def listed(*stats: pb.Stat) -> Sequence[Entry]:
+def listed(*stats: pb.Stat) -> Sequence[TreeEntry]:
     listing = Listing(LIMITS)
     for entry in stats:
         listing.add(entry)
     return listing.entries
 
 
-def written(root: Path, *stats: pb.Stat) -> Sequence[Entry]:
+def written(root: Path, *stats: pb.Stat) -> Sequence[TreeEntry]:
     """A tree of ``stats``; each file has as many ``x`` as its size says."""
     entries = listed(*stats)
     needed = write_tree(root, entries)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.images.collecting import AGE_S_MIN, Candidate, Disk, Marks, to_collect
+from skep.engine.images.collecting import AGE_S_MIN, Disk, Marks, UnusedImage, to_collect
 from skep.engine.images.digest import Digest
 
 NOW = 1_000_000.0
@@ -13,14 +13,14 @@ MARKS = Marks(high=85, low=80)
 FULL = Disk(size=1000, used=900)
 
 
-def an_image(id: str, *, age_s: float = 2 * AGE_S_MIN, layers: str = "", **fields: bool) -> Candidate:
-    image = Candidate(
+def an_image(id: str, *, age_s: float = 2 * AGE_S_MIN, layers: str = "", **fields: bool) -> UnusedImage:
+    image = UnusedImage(
         id=Digest(id), layers=tuple(layers or id), used_at_s=NOW - age_s, is_needed=False, is_fetched=True
     )
     return msgspec.structs.replace(image, **fields)
 
 
-def collected(*images: Candidate, disk: Disk = FULL, marks: Marks = MARKS, size: int = 50) -> str:
+def collected(*images: UnusedImage, disk: Disk = FULL, marks: Marks = MARKS, size: int = 50) -> str:
     sizes = dict.fromkeys("abcdefghijklmnopqrstuvwxyz", size)
     return "".join(to_collect(images, sizes, disk, marks, NOW))
 
@@ -47,7 +47,7 @@ def test_a_high_mark_of_zero_means_never() -> None:
         pytest.param(an_image("k", age_s=AGE_S_MIN - 1), id="used a moment ago"),
     ],
 )
-def test_what_may_be_needed_stays(kept: Candidate) -> None:
+def test_what_may_be_needed_stays(kept: UnusedImage) -> None:
     assert collected(kept, an_image("a"), disk=Disk(size=1000, used=1000)) == "a"
 
 
@@ -61,7 +61,7 @@ def test_a_layer_counts_with_the_last_image_that_has_it() -> None:
 @given(
     st.lists(
         st.builds(
-            Candidate,
+            UnusedImage,
             id=st.text("0123456789abcdef", min_size=8, max_size=8).map(Digest),
             layers=st.lists(st.sampled_from("abcdef"), unique=True).map(tuple),
             used_at_s=st.floats(0, NOW),
@@ -72,7 +72,7 @@ def test_a_layer_counts_with_the_last_image_that_has_it() -> None:
     ),
     st.integers(0, 1000),
 )
-def test_what_is_removed_was_not_needed_and_no_more_than_wanted(images: list[Candidate], used: int) -> None:
+def test_what_is_removed_was_not_needed_and_no_more_than_wanted(images: list[UnusedImage], used: int) -> None:
     sizes = dict.fromkeys("abcdef", 50)
     gone = to_collect(images, sizes, Disk(size=1000, used=used), MARKS, NOW)
     by_id = {one.id: one for one in images}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from skep.engine.images.manifests import Descriptor, Manifest, require_image
-from skep.engine.images.registry import DOCKER_MANIFEST, OCI_MANIFEST
+from skep.engine.images.registry.manifests import Descriptor, Manifest, require_image
+from skep.engine.images.registry.registry import DOCKER_MANIFEST, OCI_MANIFEST
 from skep.errors import InvalidArgument
 
 

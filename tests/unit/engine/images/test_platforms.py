@@ -5,9 +5,8 @@ import pytest
 from skep.engine.images import platforms
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image, ImageConfig
-from skep.engine.images.manifests import Descriptor
 from skep.engine.images.platforms import (
-    Platform,
+    ImagePlatform,
     amd64_variant,
     best_platform,
     choose,
@@ -16,6 +15,7 @@ from skep.engine.images.platforms import (
     parse_platform,
     require_platform,
 )
+from skep.engine.images.registry.manifests import Descriptor
 from skep.errors import NotFound
 
 V2 = ["cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"]
@@ -83,8 +83,8 @@ def test_the_variant_of_a_processor_is_in_its_flags(flags: list[str], variant: s
 
 def test_without_a_platform_it_is_what_this_machine_runs_at_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_platform() == normalized(best_platform())
-    monkeypatch.setattr(platforms, "best_platform", lambda: Platform("linux", "amd64", "v3"))
-    monkeypatch.setattr(platforms, "this_platform", lambda: Platform("linux", "amd64"))
+    monkeypatch.setattr(platforms, "best_platform", lambda: ImagePlatform("linux", "amd64", "v3"))
+    monkeypatch.setattr(platforms, "this_platform", lambda: ImagePlatform("linux", "amd64"))
     offered = [entry("linux/amd64/v4"), entry("linux/amd64"), entry("linux/amd64/v3")]
     assert choose(offered).digest == "linux/amd64/v3"
     with pytest.raises(NotFound, match=r"^no matching manifest for linux/amd64 in"):
@@ -94,22 +94,22 @@ def test_without_a_platform_it_is_what_this_machine_runs_at_best(monkeypatch: py
 def test_what_a_registry_calls_a_platform_may_be_anything() -> None:
     odd = Descriptor(digest="x", size=1, platform={"os": ["linux"], "architecture": 7, "variant": None})
     with pytest.raises(NotFound):
-        choose([odd], Platform("linux", "amd64"))
+        choose([odd], ImagePlatform("linux", "amd64"))
 
 
 @pytest.mark.parametrize(
     ("text", "platform"),
     [
-        ("linux/x86_64", Platform("linux", "amd64")),
-        ("aarch64", Platform("linux", "arm64")),
-        ("linux/arm64/v8", Platform("linux", "arm64", "v8")),
-        ("linux/armhf", Platform("linux", "arm")),
-        ("linux/armel", Platform("linux", "arm", "v6")),
-        ("linux/amd64/v1", Platform("linux", "amd64")),
-        ("linux/arm/7", Platform("linux", "arm", "v7")),
+        ("linux/x86_64", ImagePlatform("linux", "amd64")),
+        ("aarch64", ImagePlatform("linux", "arm64")),
+        ("linux/arm64/v8", ImagePlatform("linux", "arm64", "v8")),
+        ("linux/armhf", ImagePlatform("linux", "arm")),
+        ("linux/armel", ImagePlatform("linux", "arm", "v6")),
+        ("linux/amd64/v1", ImagePlatform("linux", "amd64")),
+        ("linux/arm/7", ImagePlatform("linux", "arm", "v7")),
     ],
 )
-def test_platforms_have_other_names(text: str, platform: Platform) -> None:
+def test_platforms_have_other_names(text: str, platform: ImagePlatform) -> None:
     assert parse_platform(text) == platform
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from skep.engine.images.slots import UnpackSlots
+from skep.engine.images.archives.slots import UnpackSlots
 
 NEVER = 1e6
 

@@ -10,22 +10,22 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.engine.images.digest import digest_of
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import DOCKER_MANIFEST, Document
-from skep.engine.images.serving import (
+from skep.engine.images.registry.registry import DOCKER_MANIFEST, Document
+from skep.engine.images.sharing.serving import (
     COPIES_MAX,
     UPLOADS_MAX,
     UPLOADS_OF_LAYER_MAX,
     UPLOADS_OF_NODE_MAX,
+    BlobResponse,
     Load,
-    Upload,
     upload_decision,
 )
-from skep.engine.images.spreading import (
+from skep.engine.images.sharing.spreading import (
     ROUNDS_WITHOUT_MAX,
-    Outcome,
+    FetchOutcome,
+    ImageSpread,
     SourceRecord,
-    Spread,
-    Step,
+    SpreadStep,
     after_round,
     in_order,
 )
@@ -74,15 +74,17 @@ class Peer:
         yield pieces()
 
 
-def a_spread(*peers: Peer, text: str = str(REFERENCE), distrusted: dict[str, float] | None = None) -> Spread:
+def a_spread(
+    *peers: Peer, text: str = str(REFERENCE), distrusted: dict[str, float] | None = None
+) -> ImageSpread:
     async def find() -> Sequence[Peer]:
         return peers
 
     known = {} if distrusted is None else distrusted
-    return Spread(parse_reference(text), find, SystemClock(), random.Random(1).random, known)
+    return ImageSpread(parse_reference(text), find, SystemClock(), random.Random(1).random, known)
 
 
-async def fetched(spread: Spread) -> bytes:
+async def fetched(spread: ImageSpread) -> bytes:
     async with spread.blob("sha256:blob") as (start, pieces):
         assert start == 0
         return b"".join([piece async for piece in pieces])
@@ -176,35 +178,37 @@ def test_the_quickest_come_first_and_those_that_fail_last() -> None:
 @pytest.mark.parametrize(
     ("outcomes", "empty_rounds", "step"),
     [
-        ([Outcome.BUSY, Outcome.ARRIVING], 0, Step.WAIT),
-        ([Outcome.BUSY, Outcome.ABSENT], 0, Step.INSIST),
-        ([Outcome.BUSY, Outcome.FAILED], 0, Step.WAIT),
-        ([Outcome.ABSENT, Outcome.FAILED], 0, Step.WAIT),
-        ([Outcome.ABSENT], ROUNDS_WITHOUT_MAX - 1, Step.GIVE_UP),
-        ([], ROUNDS_WITHOUT_MAX - 1, Step.GIVE_UP),
-        ([Outcome.ARRIVING], ROUNDS_WITHOUT_MAX, Step.WAIT),
+        ([FetchOutcome.BUSY, FetchOutcome.ARRIVING], 0, SpreadStep.WAIT),
+        ([FetchOutcome.BUSY, FetchOutcome.ABSENT], 0, SpreadStep.INSIST),
+        ([FetchOutcome.BUSY, FetchOutcome.FAILED], 0, SpreadStep.WAIT),
+        ([FetchOutcome.ABSENT, FetchOutcome.FAILED], 0, SpreadStep.WAIT),
+        ([FetchOutcome.ABSENT], ROUNDS_WITHOUT_MAX - 1, SpreadStep.GIVE_UP),
+        ([], ROUNDS_WITHOUT_MAX - 1, SpreadStep.GIVE_UP),
+        ([FetchOutcome.ARRIVING], ROUNDS_WITHOUT_MAX, SpreadStep.WAIT),
     ],
 )
-def test_after_a_round_without_a_blob(outcomes: list[Outcome], empty_rounds: int, step: Step) -> None:
+def test_after_a_round_without_a_blob(
+    outcomes: list[FetchOutcome], empty_rounds: int, step: SpreadStep
+) -> None:
     assert after_round(outcomes, empty_rounds) is step
 
 
 @pytest.mark.parametrize(
     ("load", "is_present", "is_arriving", "last_resort", "upload"),
     [
-        (Load(), True, False, False, Upload.SENT),
-        (Load(), False, True, False, Upload.ARRIVING),
-        (Load(), False, False, True, Upload.ABSENT),
-        (Load(copies=COPIES_MAX - 1), True, False, False, Upload.SENT),
-        (Load(copies=COPIES_MAX), True, False, False, Upload.BUSY),
-        (Load(copies=COPIES_MAX), True, False, True, Upload.SENT),
-        (Load(of_layer=UPLOADS_OF_LAYER_MAX), True, False, True, Upload.BUSY),
-        (Load(uploads=UPLOADS_MAX), True, False, True, Upload.BUSY),
-        (Load(of_node=UPLOADS_OF_NODE_MAX), True, False, True, Upload.BUSY),
+        (Load(), True, False, False, BlobResponse.SENT),
+        (Load(), False, True, False, BlobResponse.ARRIVING),
+        (Load(), False, False, True, BlobResponse.ABSENT),
+        (Load(copies=COPIES_MAX - 1), True, False, False, BlobResponse.SENT),
+        (Load(copies=COPIES_MAX), True, False, False, BlobResponse.BUSY),
+        (Load(copies=COPIES_MAX), True, False, True, BlobResponse.SENT),
+        (Load(of_layer=UPLOADS_OF_LAYER_MAX), True, False, True, BlobResponse.BUSY),
+        (Load(uploads=UPLOADS_MAX), True, False, True, BlobResponse.BUSY),
+        (Load(of_node=UPLOADS_OF_NODE_MAX), True, False, True, BlobResponse.BUSY),
     ],
 )
 def test_what_a_node_sends(
-    load: Load, is_present: bool, is_arriving: bool, last_resort: bool, upload: Upload
+    load: Load, is_present: bool, is_arriving: bool, last_resort: bool, upload: BlobResponse
 ) -> None:
     assert (
         upload_decision(load, is_present=is_present, is_arriving=is_arriving, last_resort=last_resort)

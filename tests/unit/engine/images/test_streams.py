@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.images.streams import Malformed, plain_chunks
+from skep.engine.images.archives.streams import MalformedArchive, plain_chunks
 
 FORMS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -40,12 +40,12 @@ def test_streams_that_follow_each_other_are_one(form: str):
 
 @pytest.mark.parametrize("form", ["gzip", "bzip2", "xz"])
 def test_a_stream_that_ends_too_early_is_malformed(form: str):
-    with pytest.raises(Malformed, match="unexpected EOF"):
+    with pytest.raises(MalformedArchive, match="unexpected EOF"):
         plain(FORMS[form](CONTENT)[:-12])
 
 
 def test_what_follows_a_stream_and_is_none_is_malformed():
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedArchive):
         plain(gzip.compress(CONTENT) + b"garbage")
 
 
@@ -55,7 +55,7 @@ def test_padding_behind_a_stream_is_no_content():
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_plain_stream_or_malformed(data: bytes):
-    with suppress(Malformed):
+    with suppress(MalformedArchive):
         plain(data)
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.allocator.addresses import AddressAllocations, NoAddress
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.values.meta import Driver
 from tests.support.builders import an_overlay
 
 NET = an_overlay("net1", subnet="10.0.1.0/29")

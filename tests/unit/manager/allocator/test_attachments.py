@@ -3,12 +3,12 @@
 from msgspec.structs import replace
 
 from skep.manager.allocator.addresses import AddressAllocations
-from skep.manager.allocator.attachments import Attached, Networks, NotAttached, attachments_for
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
+from skep.manager.allocator.attachments import AttachableNetworks, AttachedTask, NotAttached, attachments_for
 from skep.model.network import IPAMConfig, Network, NetworkSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, PortConfig, PublishMode, ServiceSpec
 from skep.model.task import NetworkAttachment
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 from tests.support.builders import a_service_spec, an_overlay
 
 HOST = Network(id=NetworkId("host"), spec=NetworkSpec(name="host", driver_configuration=Driver(name="host")))
@@ -16,7 +16,7 @@ OVERLAY = an_overlay("net1", subnet="10.0.1.0/24")
 BARE = an_overlay("bare", subnet="")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
 KNOWN = {network.id: network for network in (HOST, OVERLAY, BARE, INGRESS)}
-NETWORKS = Networks(find=KNOWN.get, failure=lambda _: "all numbers are taken")
+NETWORKS = AttachableNetworks(find=KNOWN.get, failure=lambda _: "all numbers are taken")
 
 
 def attached_to(*targets: str) -> ServiceSpec:
@@ -26,8 +26,8 @@ def attached_to(*targets: str) -> ServiceSpec:
 
 
 def attachments(
-    spec: ServiceSpec, networks: Networks = NETWORKS, explicit: tuple[NetworkAttachment, ...] = ()
-) -> Attached | NotAttached:
+    spec: ServiceSpec, networks: AttachableNetworks = NETWORKS, explicit: tuple[NetworkAttachment, ...] = ()
+) -> AttachedTask | NotAttached:
     allocations = AddressAllocations()
     return attachments_for(
         spec, networks, lambda network, address: allocations.allocate_all("task", network, address), explicit
@@ -35,22 +35,24 @@ def attachments(
 
 
 def test_a_task_without_networks_goes_on_at_once() -> None:
-    assert attachments(a_service_spec()) == Attached()
+    assert attachments(a_service_spec()) == AttachedTask()
 
 
 def test_a_network_of_the_node_needs_nothing_from_the_cluster() -> None:
-    assert attachments(attached_to("host")) == Attached((NetworkAttachment(network=HOST, aliases=("db",)),))
+    assert attachments(attached_to("host")) == AttachedTask(
+        (NetworkAttachment(network=HOST, aliases=("db",)),)
+    )
 
 
 def test_on_an_overlay_a_task_has_an_address_of_its_own() -> None:
     expected = NetworkAttachment(network=OVERLAY, addresses=("10.0.1.2/24",), aliases=("db",))
-    assert attachments(attached_to("net1")) == Attached((expected,))
+    assert attachments(attached_to("net1")) == AttachedTask((expected,))
 
 
 def test_a_requested_address_is_given_if_it_is_free() -> None:
     explicit = (NetworkAttachment(network=OVERLAY, addresses=("10.0.1.77",)),)
     given = attachments(attached_to("net1"), explicit=explicit)
-    assert isinstance(given, Attached)
+    assert isinstance(given, AttachedTask)
     assert given.attachments[0].addresses == ("10.0.1.77/24",)
     outside = (NetworkAttachment(network=OVERLAY, addresses=("10.9.9.9",)),)
     assert attachments(attached_to("net1"), explicit=outside) == NotAttached(
@@ -63,9 +65,9 @@ def test_an_address_of_each_version_is_given_as_requested() -> None:
     configs = (*OVERLAY.ipam_options.configs, IPAMConfig(subnet="fd00::/64", gateway="fd00::1"))
     dual = replace(OVERLAY, ipam_options=replace(OVERLAY.ipam_options, configs=configs))
 
-    def given(network: Network, *addresses: str) -> Attached | NotAttached:
+    def given(network: Network, *addresses: str) -> AttachedTask | NotAttached:
         explicit = (NetworkAttachment(network=network, addresses=addresses),)
-        return attachments(attached_to("net1"), Networks(find=lambda _: network), explicit)
+        return attachments(attached_to("net1"), AttachableNetworks(find=lambda _: network), explicit)
 
     for requested, expected in (
         (("10.0.1.77", "fd00::77"), ("10.0.1.77/24", "fd00::77/64")),
@@ -73,7 +75,7 @@ def test_an_address_of_each_version_is_given_as_requested() -> None:
         (("10.0.1.77",), ("10.0.1.77/24", "fd00::2/64")),
     ):
         found = given(dual, *requested)
-        assert isinstance(found, Attached)
+        assert isinstance(found, AttachedTask)
         assert found.attachments[0].addresses == expected
     assert given(OVERLAY, "fd00::77") == NotAttached(
         "address fd00::77 is not in a subnet of network net1", NetworkId("net1")
@@ -92,7 +94,7 @@ def test_a_task_waits_for_a_network_that_is_not_there() -> None:
 
 def test_a_task_waits_when_every_address_is_taken() -> None:
     tiny = an_overlay("net1", subnet="10.0.1.0/30")
-    networks = Networks(find=lambda _: tiny)
+    networks = AttachableNetworks(find=lambda _: tiny)
     allocations = AddressAllocations()
     allocations.allocate("other", tiny)
     waiting = attachments_for(
@@ -107,8 +109,8 @@ def test_published_ports_attach_a_task_to_the_ingress_network_first_if_needed() 
     port = PortConfig(target_port=80, publish_mode=PublishMode.INGRESS)
     spec = replace(attached_to("net1"), endpoint_spec=EndpointSpec(ports=(port,)))
     with_ingress = attachments(spec, replace(NETWORKS, ingress=INGRESS))
-    assert isinstance(with_ingress, Attached)
+    assert isinstance(with_ingress, AttachedTask)
     assert [one.network and one.network.id for one in with_ingress.attachments] == ["ingress", "net1"]
     without = attachments(spec)
-    assert isinstance(without, Attached)
+    assert isinstance(without, AttachedTask)
     assert [one.network and one.network.id for one in without.attachments] == ["net1"]

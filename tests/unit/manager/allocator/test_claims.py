@@ -11,16 +11,16 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import AlreadyExists, SkepError, Unavailable
-from skep.manager.allocator.changes import Claim
+from skep.manager.allocator.changes import WriteClaims
 from skep.manager.allocator.loop import Allocator
-from skep.manager.failures import LONGEST_DELAY_S, UNAVAILABLE_S_MAX
-from skep.model.meta import Driver
+from skep.manager.control_loops.failures import LONGEST_DELAY_S, UNAVAILABLE_S_MAX
 from skep.model.network import Network
-from skep.model.overlays import VXLAN_OPTION
+from skep.model.networks.overlays import VXLAN_OPTION
+from skep.model.values.meta import Driver
 from skep.store.interface import Transaction
 from skep.store.keys import subnet_claim, vxlan_claim
 from skep.store.memory import MemoryStore
-from skep.store.proposal import Proposal
+from skep.store.transactions.proposal import Proposal
 from tests.support.builders import an_overlay
 
 CLAIMED = (vxlan_claim(4097), subnet_claim("10.0.1.0/24"))
@@ -40,7 +40,7 @@ class Reluctant(MemoryStore):
         self, body: Callable[[Transaction, Any], Any], items: Iterable[Any], /
     ) -> Sequence[Any]:
         items = list(items)
-        if any(isinstance(item, Claim) for item in items):
+        if any(isinstance(item, WriteClaims) for item in items):
             self.asked.append(self.loop.time())
             if len(self.asked) <= self._refusals:
                 return [self._error for _ in items]

@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.loop import Allocator
-from skep.model.ids import new_id
 from skep.model.network import Network
 from skep.model.service import NetworkAttachmentConfig, Service
 from skep.model.task import TaskState, TaskStatus
+from skep.model.values.ids import new_id
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task, an_overlay
 from tests.support.wire_rig import until

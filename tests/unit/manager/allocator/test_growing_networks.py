@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, is_allocated
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
-from skep.model.overlays import vxlan_ids
-from skep.model.routes import overlap
+from skep.model.networks.overlays import vxlan_ids
+from skep.model.networks.routes import overlap
+from skep.model.values.meta import Driver
 from tests.support.builders import an_overlay
 
 POOLS = ("10.0.0.0/24", "10.0.4.0/25")

@@ -12,8 +12,8 @@ from skep.manager.allocator.ports import (
     PortsExhausted,
     endpoint_for,
 )
-from skep.model.ids import ServiceId
 from skep.model.service import EndpointSpec, PortConfig, PublishMode
+from skep.model.values.ids import ServiceId
 from tests.support.builders import a_service, a_service_spec
 
 

@@ -14,11 +14,11 @@ from skep.manager.allocator.subnets import (
     free_subnet,
     is_allocated,
 )
-from skep.model.data_planes import DOCKER, PLANE_OPTION, SKEP
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
-from skep.model.overlays import VXLAN_OPTION
+from skep.model.networks.data_planes import DOCKER, PLANE_OPTION, SKEP
+from skep.model.networks.overlays import VXLAN_OPTION
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 from tests.support.builders import an_overlay
 
 POOLS = ("10.0.0.0/8",)

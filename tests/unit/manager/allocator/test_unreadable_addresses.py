@@ -12,10 +12,10 @@ from skep.aio.clock import SystemClock
 from skep.manager.allocator.allocations import node_owner, service_owner
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.unreadable_addresses import Unread, check_known, unread_addresses
-from skep.model.ids import new_id
 from skep.model.network import Network
 from skep.model.service import Endpoint, EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.values.ids import new_id
 from skep.store.interface import Store, View
 from skep.store.kinds import UNKNOWN_SPEC
 from tests.support.builders import a_node, a_service_spec, a_task, an_overlay

@@ -15,18 +15,18 @@ from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
 from skep.manager.allocator import state as allocator_module
 from skep.manager.allocator.addresses import _Pool
-from skep.manager.allocator.changes import Release
+from skep.manager.allocator.changes import ReleaseTask
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.state import AllocatorState
 from skep.manager.allocator.subnets import allocated
-from skep.model import routes
-from skep.model.ids import new_id
 from skep.model.network import IPAMConfig, Network
+from skep.model.networks import routes
+from skep.model.networks.routes import ROUTES_LABEL
 from skep.model.node import Node, NodeState
-from skep.model.routes import ROUTES_LABEL
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import new_id
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec, a_task, an_overlay
@@ -126,7 +126,7 @@ class Reluctant(MemoryStore):
         self, body: Callable[[Transaction, Any], Any], items: Iterable[Any], /
     ) -> Sequence[Any]:
         items = list(items)
-        if self.refuses and any(isinstance(item, Release) for item in items):
+        if self.refuses and any(isinstance(item, ReleaseTask) for item in items):
             return [Unavailable("not now") for _ in items]
         return await super().update_each(body, items)
 

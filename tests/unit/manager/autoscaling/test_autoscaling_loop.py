@@ -4,17 +4,17 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.permissions import STACK_LABEL
+from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.manager.autoscaling.state import Scaling, write_replicas
 from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import rollback_service, update_service
-from skep.manager.quotas import replicas_within_quota
-from skep.model.autoscaling import autoscaling_of
-from skep.model.ids import new_id
+from skep.manager.services.quotas import replicas_within_quota
+from skep.model.options.autoscaling import autoscaling_of
 from skep.model.quota import QuotaSpec
 from skep.model.service import Autoscaled, Service, ServiceSpec, UpdateState
-from skep.model.times import Timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from skep.store.memory import MemoryCluster, MemoryStore
 from tests.support.builders import a_service, a_service_spec

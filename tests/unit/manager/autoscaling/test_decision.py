@@ -11,16 +11,16 @@ from msgspec.structs import replace
 from skep.manager.autoscaling.decision import (
     PERIOD_S,
     TOLERANCE,
-    Decision,
-    History,
     Measure,
     Readings,
+    Recommendations,
+    ScalingDecision,
     decide,
     readings_of,
     shown_reason,
     wanted,
 )
-from skep.model.autoscaling import Autoscaling, TaskUsage, with_replicas
+from skep.model.options.autoscaling import Autoscaling, TaskUsage, with_replicas
 from skep.model.service import (
     Limits,
     ResourceRequirements,
@@ -53,9 +53,9 @@ def decided(
     percents: list[float | None],
     *,
     scaling: Autoscaling = RANGE,
-    history: History | None = None,
+    history: Recommendations | None = None,
     now: float = 1000.0,
-) -> Decision:
+) -> ScalingDecision:
     """The decision when the tasks use so many percent of a processor; None: not measured."""
     tasks = tasks_of(service, len(percents))
     usages = {
@@ -64,7 +64,7 @@ def decided(
         if percent is not None
     }
     readings = readings_of(service, scaling, tasks, usages)
-    return decide(service, scaling, readings, history or History(service.spec.replicas, 0.0), now)
+    return decide(service, scaling, readings, history or Recommendations(service.spec.replicas, 0.0), now)
 
 
 def test_as_many_tasks_as_the_load_needs_at_the_target() -> None:
@@ -87,7 +87,7 @@ def test_a_small_difference_changes_nothing(percent: float) -> None:
 
 
 def test_fewer_tasks_come_when_they_would_have_done_for_a_whole_window() -> None:
-    service, history = a_scaled(8), History(8, 0.0)
+    service, history = a_scaled(8), Recommendations(8, 0.0)
     for now in range(15, 300, 15):
         early = decided(service, [10.0] * 8, history=history, now=float(now))
         assert early.replicas is None
@@ -96,7 +96,7 @@ def test_fewer_tasks_come_when_they_would_have_done_for_a_whole_window() -> None
 
 
 def test_the_highest_need_within_the_window_counts() -> None:
-    service, history = a_scaled(8), History(8, 0.0)
+    service, history = a_scaled(8), Recommendations(8, 0.0)
     for now in range(15, 300, 15):
         decided(service, [31.0 if now == 150 else 10.0] * 8, history=history, now=float(now))
     assert decided(service, [10.0] * 8, history=history, now=300.0).replicas == 5
@@ -108,12 +108,12 @@ def test_tasks_without_data_count_as_idle_on_the_way_up() -> None:
 
 
 def test_tasks_that_do_not_run_yet_count_as_busy_on_the_way_down() -> None:
-    held = decided(a_scaled(4), [0.0], history=History(4, 0.0))
+    held = decided(a_scaled(4), [0.0], history=Recommendations(4, 0.0))
     assert held.replicas == 3, "one idle task, and three that may need what they have"
 
 
 def test_a_running_task_that_is_not_measured_holds_the_number() -> None:
-    assert decided(a_scaled(4), [0.0, 0.0, 0.0, None], history=History(4, 0.0)).replicas is None
+    assert decided(a_scaled(4), [0.0, 0.0, 0.0, None], history=Recommendations(4, 0.0)).replicas is None
     nothing = decided(a_scaled(4), [None] * 4)
     assert nothing.replicas is None
     assert nothing.reason == "none of its 4 tasks is measured"
@@ -157,7 +157,7 @@ def test_the_measure_that_needs_the_most_decides() -> None:
     tasks = tasks_of(service)
     usages = {task.id: TaskUsage(nano_cpus=0, memory_bytes=120 << 20) for task in tasks}
     readings = readings_of(service, scaling, tasks, usages)
-    decision = decide(service, scaling, readings, History(2, 0.0), 1000.0)
+    decision = decide(service, scaling, readings, Recommendations(2, 0.0), 1000.0)
     assert decision.replicas == 3
     assert "memory 120%, target 80%, over 2 of 2 tasks" in decision.reason
 
@@ -229,7 +229,7 @@ def test_data_that_is_missing_never_moves_the_number_further(
 def test_the_maximum_of_a_window_is_that_of_all_that_was_recommended_in_it(
     steps: list[tuple[float, int]], window_s: float
 ) -> None:
-    now, history, said = 0.0, History(0, -10_000.0), []
+    now, history, said = 0.0, Recommendations(0, -10_000.0), []
     for pause, number in steps:
         now += pause
         said.append((now, number))
@@ -246,7 +246,7 @@ def simulated(
     load: Load, *, start: int, scaling: Autoscaling, minutes: float
 ) -> list[tuple[float, int, int]]:
     """Changes over time as (second, before, after): the load in percent is spread over the tasks."""
-    service, history, changes = with_number(a_scaled(1), start), History(start, 0.0), []
+    service, history, changes = with_number(a_scaled(1), start), Recommendations(start, 0.0), []
     for step in range(1, round(minutes * 60 / PERIOD_S) + 1):
         now, present = step * PERIOD_S, service.spec.replicas
         measure = Measure(name="cpu", target=scaling.cpu or 0, sum=load(now), known=present)

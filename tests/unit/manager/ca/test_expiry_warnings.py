@@ -7,10 +7,10 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.ca.admission import stamp
 from skep.manager.ca.expiry import expiring
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Node, NodeCertificate, NodeDescription
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import SECOND_NS
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
 from skep.store.memory import MemoryStore

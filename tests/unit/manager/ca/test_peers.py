@@ -3,8 +3,8 @@
 import pytest
 
 from skep.manager.ca.peers import SETTLED_S, RestartTurn, is_my_turn
-from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, Reachability
+from skep.model.values.ids import NodeId
 
 
 def a_manager(id: str, *, has_new: bool = False, leads: bool = False, is_there: bool = True) -> Node:

@@ -3,9 +3,9 @@
 from msgspec.structs import replace
 
 from skep.manager.ca.rotation import RENEWAL_S, REQUESTED_MAX, Finish, RequestRenewals, next_step
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Node, NodeCertificate, NodeDescription, NodeState, NodeStatus
 from skep.model.swarm import RootRotation, Swarm
+from skep.model.values.ids import ClusterId, NodeId
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
 

@@ -9,9 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
 from skep.manager.control.nodes import NodeUpdateBody, node_spec, remove_node, update_node
 from skep.manager.control.swarm import Rotations, found_swarm, unlock_key_of, update_swarm
-from skep.manager.orchestrator.disruption_mode import end_freeze
-from skep.model.ids import ClusterId, NodeId, VolumeId, new_id
-from skep.model.meta import TLSInfo
+from skep.manager.orchestrator.replacement.disruption_mode import end_freeze
 from skep.model.network import Network
 from skep.model.node import (
     Availability,
@@ -25,7 +23,9 @@ from skep.model.node import (
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, EncryptionConfig, Freeze, JoinTokens, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import ClusterId, NodeId, VolumeId, new_id
+from skep.model.values.meta import TLSInfo
+from skep.model.values.times import Timestamp
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeSpec
 from skep.security.tokens import check_root, parse_token
 from skep.store.interface import Transaction

@@ -4,12 +4,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.manager import dependents
-from skep.manager.dependents import RESTARTED_MAX
 from skep.manager.orchestrator.changes import RollBack, apply
-from skep.model.dependencies import DEPENDS_ON, dependencies_of
-from skep.model.ids import new_id
-from skep.model.meta import Version
+from skep.manager.services import dependents
+from skep.manager.services.dependents import RESTARTED_MAX
+from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.service import (
     Placement,
     ReplicatedJob,
@@ -19,6 +17,8 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
+from skep.model.values.ids import new_id
+from skep.model.values.meta import Version
 from tests.support.builders import a_service_spec
 from tests.unit.manager.control.test_control_services import NOW, create, rollback, store, update
 

@@ -7,10 +7,10 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.control.networks import create_network
 from skep.manager.control.nodes import update_node
-from skep.model.data_planes import PLANE_OPTION
-from skep.model.ids import new_id
+from skep.model.networks.data_planes import PLANE_OPTION
 from skep.model.node import NodeRole
-from skep.model.times import ZERO_TIME
+from skep.model.values.ids import new_id
+from skep.model.values.times import ZERO_TIME
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, an_overlay
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.bodies import decode_body
-from skep.api.service_form import settled
+from skep.api.formats.bodies import decode_body
+from skep.api.formats.service_form import settled
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -26,12 +26,12 @@ from skep.manager.control.files import (
 from skep.manager.control.networks import create_network, first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
-from skep.model.ids import SecretId, new_id
-from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import NetworkAttachmentConfig, PortConfig, ServiceSpec, TaskSpec
-from skep.model.times import Timestamp
+from skep.model.values.ids import SecretId, new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec

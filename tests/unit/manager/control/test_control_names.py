@@ -5,9 +5,9 @@ from random import Random
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.manager.control.names import check_dns_name, check_file_name
-from skep.manager.control.service_rules import is_image_reference
-from skep.model.name_generator import names_from
+from skep.manager.control.validation.names import check_dns_name, check_file_name
+from skep.manager.control.validation.service_rules import is_image_reference
+from skep.model.values.name_generator import names_from
 from tests.support.own_time import own_time
 
 

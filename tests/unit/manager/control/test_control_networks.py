@@ -4,19 +4,19 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.allocator.subnets import NetworkAllocations, allocated, is_allocated
 from skep.manager.control.networks import add_subnets, create_network, first_networks, remove_network
 from skep.manager.control.services import create_service
-from skep.model.ids import NetworkId, NodeId, TaskId, new_id
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.networks.routes import ROUTES_LABEL
 from skep.model.node import EngineDescription, Node
-from skep.model.routes import ROUTES_LABEL
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
 from skep.model.task import Task
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId, NodeId, TaskId, new_id
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec
 

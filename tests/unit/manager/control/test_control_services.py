@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -21,9 +21,8 @@ from skep.errors import (
 from skep.manager.control.networks import first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.model.container import ContainerSpec, Mount
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import ClusterId, new_id
-from skep.model.registry_auth import decoded_auth
+from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.permissions.registry_auth import decoded_auth
 from skep.model.service import (
     EndpointSpec,
     GlobalService,
@@ -38,7 +37,8 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.swarm import Swarm
-from skep.model.times import Timestamp
+from skep.model.values.ids import ClusterId, new_id
+from skep.model.values.times import Timestamp
 from skep.model.volume import VolumeSharing
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore

@@ -7,7 +7,7 @@ from skep.aio.clock import SystemClock
 from skep.manager.control.tasks import known_status
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.times import Timestamp
 from skep.store.interface import View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task

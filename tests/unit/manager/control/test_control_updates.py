@@ -3,14 +3,14 @@
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.errors import FailedPrecondition, NotFound, OutOfSequence
 from skep.manager.control.services import create_service, remove_service, update_service
 from skep.manager.control.updates import abort_update, pause_update, resume_update
-from skep.model.ids import new_id
 from skep.model.service import Service, UpdateState
 from skep.model.task import Task
-from skep.model.times import Timestamp
+from skep.model.values.ids import new_id
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task
 

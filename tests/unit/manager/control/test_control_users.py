@@ -5,9 +5,9 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument, NotFound
 from skep.manager.control import users as control
-from skep.model.ids import new_id
-from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
-from skep.model.user import User, UserSpec
+from skep.model.permissions.user import User, UserSpec
+from skep.model.values.ids import new_id
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, signing_request
 from skep.store.level import USERS

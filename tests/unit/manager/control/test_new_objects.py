@@ -3,8 +3,8 @@
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.permissions import STACK_LABEL
-from skep.manager.control.new_objects import (
+from skep.api.access.permissions import STACK_LABEL
+from skep.manager.control.validation.new_objects import (
     known_service,
     known_task,
     new_service,
@@ -12,11 +12,11 @@ from skep.manager.control.new_objects import (
     stacks_of,
 )
 from skep.model.container import Mount, SecretReference
-from skep.model.ids import QuotaId, ServiceId, UserId, VolumeId
+from skep.model.permissions.user import User, UserSpec
 from skep.model.quota import QuotaSpec, StackQuota
 from skep.model.service import JobStatus, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import Task
-from skep.model.user import User, UserSpec
+from skep.model.values.ids import QuotaId, ServiceId, UserId, VolumeId
 from skep.model.volume import Volume, VolumeSpec
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_service_spec, a_task

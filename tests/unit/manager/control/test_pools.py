@@ -6,12 +6,12 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
 from skep.manager.control.pools import PoolChange, change_pools
-from skep.model.ids import ClusterId
-from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.networks.routes import ROUTES_LABEL
 from skep.model.node import Node
-from skep.model.routes import ROUTES_LABEL
 from skep.model.swarm import Swarm
+from skep.model.values.ids import ClusterId
+from skep.model.values.meta import Driver
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, an_overlay
 

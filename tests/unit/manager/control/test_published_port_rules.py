@@ -3,7 +3,7 @@
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.manager.control.service_rules import check_service_spec
+from skep.manager.control.validation.service_rules import check_service_spec
 from skep.model.container import ContainerSpec
 from skep.model.service import EndpointSpec, PortConfig, ServiceSpec, TaskSpec
 

@@ -4,12 +4,12 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.control.new_objects import known_service, machine_rights
-from skep.manager.control.reserved_ports import reserved_ports
-from skep.model.ids import ClusterId, ServiceId
+from skep.manager.control.validation.new_objects import known_service, machine_rights
+from skep.manager.control.validation.reserved_ports import reserved_ports
 from skep.model.node import ManagerStatus
 from skep.model.service import EndpointSpec, PortConfig, PublishMode, Service, ServiceSpec
 from skep.model.swarm import Swarm
+from skep.model.values.ids import ClusterId, ServiceId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec
 from tests.support.store_transactions import put

@@ -5,9 +5,9 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, NotFound
-from skep.manager.control.targets import Target, target_of, task_named
-from skep.model.ids import ServiceId
+from skep.manager.control.targets import TaskTarget, target_of, task_named
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
@@ -77,10 +77,10 @@ def test_what_means_no_running_task_is_explained(view, word, error, text):
 
 
 def test_a_target_is_shown_by_the_name_that_means_it(view):
-    assert Target.of(view, target_of(view, "web")) == Target(
+    assert TaskTarget.of(view, target_of(view, "web")) == TaskTarget(
         task_id="two", service_id="s1web", node_id="n2", name="web.2", hostname="n2", state="running"
     )
-    everywhere = Target.of(view, target_of(view, "agent.n2"))
+    everywhere = TaskTarget.of(view, target_of(view, "agent.n2"))
     assert everywhere.name == "agent.n2"
     assert target_of(view, everywhere.name).id == "there"
 

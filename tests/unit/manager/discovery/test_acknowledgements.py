@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.manager.discovery.acknowledgements import Acknowledgements
-from skep.model.ids import NetworkId, NodeId
+from skep.model.values.ids import NetworkId, NodeId
 
 NET, OTHER = NetworkId("net"), NetworkId("other")
 N1, N2 = NodeId("n1"), NodeId("n2")

@@ -7,10 +7,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.model.data_planes import DATA_PATH_LABEL, underlay_of
-from skep.model.ids import ServiceId, TaskId
-from skep.model.meta import Driver
 from skep.model.network import Network
+from skep.model.networks.data_planes import DATA_PATH_LABEL, underlay_of
+from skep.model.networks.tables import NetworkTable, TablePort
+from skep.model.networks.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
 from skep.model.service import (
     Endpoint,
@@ -22,10 +22,10 @@ from skep.model.service import (
     Service,
     TaskSpec,
 )
-from skep.model.tables import Table, TablePort
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
-from skep.model.times import Timestamp
-from skep.model.wireguard import PUBLIC_KEYS_LABEL, PublicKey, public_keys_label
+from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
 from tests.support.derived_tables import table_of
@@ -48,8 +48,8 @@ def on(network: Network, task: Task, address: str = "10.0.1.5/24", aliases: tupl
     return replace(task, networks_attachments=(*task.networks_attachments, place))
 
 
-def derived(network: Network, *objects: Any) -> Table:
-    async def run() -> Table:
+def derived(network: Network, *objects: Any) -> NetworkTable:
+    async def run() -> NetworkTable:
         store = MemoryStore(SystemClock())
         await store.update(lambda tx: [tx.put(one) for one in (network, *objects)])
         return table_of(store.view(), network)

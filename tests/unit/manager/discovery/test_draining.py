@@ -12,16 +12,16 @@ from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
-from skep.model.ids import ConfigId, NodeId, SessionId
-from skep.model.node import Node, NodeSession, NodeState, NodeStatus
+from skep.model.node import Node, NodeState, NodeStatus, SessionOwner
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import Endpoint, PortConfig
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.values.ids import ConfigId, NodeId, SessionId
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel
+from skep.wire.client import ManagerChannel
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.support.wire_rig import until
 
@@ -57,7 +57,7 @@ class Rig:
             self.store,
             OWN,
             self.discovery,
-            lambda manager: cast("Channel", self.links[manager]),
+            lambda manager: cast("ManagerChannel", self.links[manager]),
             clock,
             Random(1),
         )
@@ -80,7 +80,7 @@ class Rig:
         return tasks[0]
 
     async def move(self, manager: NodeId, session: str) -> None:
-        own = NodeSession(manager_id=manager, session_id=SessionId(session))
+        own = SessionOwner(manager_id=manager, session_id=SessionId(session))
         await self.other.update(lambda tx: tx.put(replace(tx.get(Node, N2), session=own)))
 
     async def join(self, id: str, manager: NodeId, like: Task) -> None:
@@ -89,7 +89,7 @@ class Rig:
         await self.attach(id, like)
 
     async def register(self, id: str, manager: NodeId) -> None:
-        session = NodeSession(manager_id=manager, session_id=SessionId(f"of {id}"))
+        session = SessionOwner(manager_id=manager, session_id=SessionId(f"of {id}"))
         await self.other.update(lambda tx: tx.put(replace(a_node(id), session=session)))
 
     async def attach(self, id: str, like: Task) -> None:

@@ -11,17 +11,17 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.discovery import versioned_table
 from skep.manager.discovery.derive import is_publishing, overlay_attachments, table_session
-from skep.manager.discovery.network_tables import KINDS, NetworkTables
-from skep.model.data_planes import NODE_LABEL, is_docker_node
-from skep.model.ids import NetworkId, NodeId, ServiceId, SessionId, TaskId
-from skep.model.meta import Driver
+from skep.manager.discovery.network_tables import KINDS, TableBuilder
 from skep.model.network import Network
-from skep.model.node import EngineDescription, Node, NodeSession, NodeState
+from skep.model.networks.data_planes import NODE_LABEL, is_docker_node
+from skep.model.networks.tables import NetworkTable, changed
+from skep.model.node import EngineDescription, Node, NodeState, SessionOwner
 from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
 from skep.model.swarm import Swarm
-from skep.model.tables import Table, changed
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NetworkId, NodeId, ServiceId, SessionId, TaskId
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
@@ -56,7 +56,7 @@ def put_node(
             description=replace(node.description, engine=engine),
             status=replace(node.status, addr=address),
             attachments=own,
-            session=NodeSession(manager_id=NodeId(manager), session_id=SessionId("s")) if manager else None,
+            session=SessionOwner(manager_id=NodeId(manager), session_id=SessionId("s")) if manager else None,
         )
     )
 
@@ -136,7 +136,7 @@ STEPS = st.one_of(
 )
 
 
-def from_scratch(view: View) -> dict[NetworkId, Table]:
+def from_scratch(view: View) -> dict[NetworkId, NetworkTable]:
     """Tables of the networks that there are, and of those that were removed while tasks use them."""
     networks = {network.id: network for network in view.find(Network)}
     for task in view.find(Task):
@@ -165,7 +165,7 @@ def managers_on(view: View, network_id: NetworkId, nodes: Iterable[NodeId]) -> s
     return {session.manager_id for session in sessions if session is not None}
 
 
-def sessions_of(tables: NetworkTables) -> dict[NodeId, NodeSession | None]:
+def sessions_of(tables: TableBuilder) -> dict[NodeId, SessionOwner | None]:
     return {NodeId(id): tables.table_sessions.of(NodeId(id)) for id in NODES}
 
 
@@ -173,10 +173,10 @@ class Reader:
     """Knows one table as of some revision, and catches up now and then."""
 
     def __init__(self) -> None:
-        self.tables: dict[NetworkId, Table] = {}
+        self.tables: dict[NetworkId, NetworkTable] = {}
         self.reported: dict[NetworkId, int] = {}
 
-    def catch_up(self, tables: NetworkTables) -> None:
+    def catch_up(self, tables: TableBuilder) -> None:
         for id in self.tables.keys() - tables.tables.keys():
             del self.tables[id], self.reported[id]
         for id, table in tables.tables.items():
@@ -186,7 +186,7 @@ class Reader:
             self.reported[id] = tables.revision
 
 
-def without_revision(tables: dict[NetworkId, Table]) -> dict[NetworkId, Table]:
+def without_revision(tables: dict[NetworkId, NetworkTable]) -> dict[NetworkId, NetworkTable]:
     return {id: replace(table, revision=0) for id, table in tables.items()}
 
 
@@ -241,7 +241,7 @@ def test_what_is_kept_up_is_what_is_derived_from_scratch(
         for steps, _ in batches[:begin]:
             await store.update(lambda tx, steps=steps: [step(tx) for step in steps])
         async with store.watch(*KINDS) as watch:
-            tables = NetworkTables()
+            tables = TableBuilder()
             for _ in tables.begin(watch.snapshot):
                 pass
             often.catch_up(tables)
@@ -298,7 +298,7 @@ def test_a_tasks_report_costs_no_look_at_the_others() -> None:
         store = MemoryStore(SystemClock())
         await store.update(lambda tx: tx.put(NETWORKS[0]))
         await store.update(lambda tx: put_node("n1", NodeState.READY, False, False, "192.168.0.1")(tx))
-        tables = NetworkTables()
+        tables = TableBuilder()
         for number in range(500):
             service = replace(a_service(f"s{number}"), id=ServiceId(f"s{number:03}"))
             await store.update(lambda tx, service=service: tx.put(service))
@@ -333,13 +333,13 @@ def test_docker_engines_get_no_tables() -> None:
     """A docker node's tasks are in no table, and the node gets no tables."""
     engine = put_node("n1", NodeState.READY, True, False, "192.168.0.1")
 
-    async def run() -> Table:
+    async def run() -> NetworkTable:
         store = MemoryStore(SystemClock())
         await store.update(
             lambda tx: [engine(tx), tx.put(NETWORKS[0]), put_task("t1", "a", "n1", STATES[2], True, {0})(tx)]
         )
         assert is_docker_node(store.view().get(Node, "n1"))
-        tables = NetworkTables()
+        tables = TableBuilder()
         for _ in tables.begin(store.view()):
             pass
         return tables.tables[NETWORKS[0].id].table(0)

@@ -7,17 +7,17 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import RetryLater
-from skep.manager.dispatcher.admission import (
+from skep.manager.dispatcher.node_sessions.admission import (
     AT_ONCE_MAX,
     FIRST_RATE,
     HOLD_S,
     LONGEST_S,
     SHORTEST_S,
-    Admission,
+    RegistrationQueue,
     next_retry_at,
     rate,
 )
-from skep.manager.dispatcher.liveness import SUSPENDED_S_MAX, suspension_left
+from skep.manager.dispatcher.node_sessions.liveness import SUSPENDED_S_MAX, suspension_left
 
 NODES = 5000
 
@@ -58,7 +58,7 @@ class Crowded:
         self.loop = VirtualLoop()
         clock = VirtualClock(self.loop)
         self.random = Random(1)
-        self.admission = Admission(clock, self.random)
+        self.admission = RegistrationQueue(clock, self.random)
         self.write_s = write_s
         self.obedient = obedient
         self.at_work = self.most_at_work = self.reported = self.asked = 0

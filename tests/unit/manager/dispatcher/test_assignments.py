@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.assignments import SentState, affects_node, difference, everything
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
-from skep.model.ids import ConfigId, NodeId, SecretId
-from skep.model.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, drain_s
-from skep.model.meta import Driver
+from skep.model.options.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, drain_s
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import timestamp
+from skep.model.values.ids import ConfigId, NodeId, SecretId
+from skep.model.values.meta import Driver
+from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
 from skep.store.memory import MemoryCluster, MemoryStore
-from skep.store.proposal import Proposal
+from skep.store.transactions.proposal import Proposal
 from tests.support.builders import a_service, a_service_spec, a_task, an_auth
 from tests.support.damage_rigs import damage
 

@@ -7,11 +7,11 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.dispatcher.balancing import Balancing
-from skep.manager.dispatcher.sessions import Sessions
-from skep.model.ids import ClusterId, NodeId
-from skep.model.node import ManagerStatus, Node, NodeRole, NodeSession, Reachability
+from skep.manager.dispatcher.node_sessions.balancing import Balancing
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.model.node import ManagerStatus, Node, NodeRole, Reachability, SessionOwner
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
+from skep.model.values.ids import ClusterId, NodeId
 from skep.security.authority import Authority
 from skep.security.trust import root_digest, tls_info
 from skep.store.memory import MemoryStore
@@ -41,7 +41,7 @@ def test_no_node_is_sent_on_while_an_etcd_has_to_restart_for_a_new_root(loop: Vi
     store = MemoryStore(clock)
     swarm = Swarm(id=ClusterId("s1"), spec=DEFAULT_SWARM_SPEC, tls_info=tls_info(ROOT))
     present, former = root_digest(ROOT), "the former"
-    workers = [replace(a_node(id), session=NodeSession(manager_id=M1)) for id in WORKERS]
+    workers = [replace(a_node(id), session=SessionOwner(manager_id=M1)) for id in WORKERS]
     sent_on: list[NodeId] = []
     balancing = Balancing(store, M1, Sessions(), clock, redirect=sent_on.append, movable=lambda: WORKERS)
 

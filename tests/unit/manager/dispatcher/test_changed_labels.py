@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import STEP
 from skep.manager.dispatcher.changed_labels import ChangedLabels
-from skep.model.ids import NodeId, TaskId
-from skep.model.labels import ON_DISCONNECT
+from skep.model.options.labels import ON_DISCONNECT
 from skep.model.service import Service
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId, TaskId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
 from tests.support.damage_rigs import put_all

@@ -12,16 +12,16 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument
 from skep.manager.dispatcher.delayed_stops import RESTART_S_MAX, Stops, drain_of
-from skep.manager.dispatcher.sessions import Sessions
-from skep.model.ids import ClusterId, NodeId
-from skep.model.labels import check_service_labels
-from skep.model.meta import Driver
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.model.network import Network
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
+from skep.model.options.labels import check_service_labels
 from skep.model.service import Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.meta import Driver
+from skep.model.values.times import Timestamp
 from skep.security.authority import Authority
 from skep.security.trust import root_digest, tls_info
 from skep.store.memory import MemoryStore

@@ -15,10 +15,10 @@ from skep.manager.dispatcher.loads import (
     record_load,
     reports,
 )
-from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.dispatcher.sessions import LiveSession
-from skep.model.ids import NodeId, SessionId
-from skep.model.node import Node, NodeSession
+from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
+from skep.model.node import Node, SessionOwner
+from skep.model.values.ids import NodeId, SessionId
 from skep.store.memory import MemoryCluster, MemoryStore
 from tests.support.builders import a_node
 
@@ -32,7 +32,7 @@ def a_session(node: str, load: float | None) -> LiveSession:
 async def a_store(*nodes: Node) -> MemoryStore:
     store = MemoryStore(SystemClock(), MemoryCluster())
     for node in nodes:
-        session = NodeSession(manager_id=NodeId("m1"), session_id=SessionId(f"of-{node.id}"))
+        session = SessionOwner(manager_id=NodeId("m1"), session_id=SessionId(f"of-{node.id}"))
         await store.update(lambda tx, node=node, session=session: tx.put(replace(node, session=session)))
     return store
 

@@ -10,10 +10,10 @@ import pytest
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.model.ids import ClusterId, NodeId, new_id
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.model.node import Node, NodeRole
-from skep.security.identity import Identity
+from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.security.identity import NodeIdentity
 from skep.store.memory import MemoryStore
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
@@ -47,7 +47,7 @@ def test_no_session_begins_at_a_manager_that_lost_contact_while_it_was_written()
     clock = VirtualClock(loop)
     store = LaggingStore(clock)
     dispatcher = Dispatcher(store, ManagerPeer(node_id=NodeId("m1"), addr=""), clock, new_id, Random(1))
-    identity = Identity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
+    identity = NodeIdentity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
     caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
 
     async def register() -> None:

@@ -2,11 +2,11 @@
 
 import msgspec
 
-from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
-from skep.model.ids import ClusterId, NodeId, SessionId
-from skep.model.meta import TLSInfo
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer, managers_of, session_message
 from skep.model.node import ManagerStatus, NodeCertificate
 from skep.model.swarm import Swarm
+from skep.model.values.ids import ClusterId, NodeId, SessionId
+from skep.model.values.meta import TLSInfo
 from skep.wire import swarm_pb2 as pb
 from tests.support.builders import a_node
 

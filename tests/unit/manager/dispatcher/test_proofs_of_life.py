@@ -2,9 +2,9 @@
 
 from msgspec.structs import replace
 
-from skep.manager.dispatcher.adoption import KEEP_S, KEEP_S_MAX, LivingManagers, orphans
-from skep.model.ids import NodeId, SessionId
-from skep.model.node import ManagerStatus, Node, NodeSession
+from skep.manager.dispatcher.node_sessions.adoption import KEEP_S, KEEP_S_MAX, LivingManagers, orphans
+from skep.model.node import ManagerStatus, Node, SessionOwner
+from skep.model.values.ids import NodeId, SessionId
 from tests.support.builders import a_node
 
 LEADER, CUT, DEAD = NodeId("m1"), NodeId("m2"), NodeId("m3")
@@ -12,7 +12,9 @@ MANAGERS = [replace(a_node(id), manager_status=ManagerStatus()) for id in (LEADE
 
 
 def held(node: str, manager: NodeId, session: int) -> Node:
-    return replace(a_node(node), session=NodeSession(manager_id=manager, session_id=SessionId(f"s{session}")))
+    return replace(
+        a_node(node), session=SessionOwner(manager_id=manager, session_id=SessionId(f"s{session}"))
+    )
 
 
 def test_sessions_of_before_the_silence_prove_nothing() -> None:

@@ -1,10 +1,15 @@
 """Taking a session: by managers whose replicas are behind too."""
 
 from skep.aio.clock import SystemClock
-from skep.manager.dispatcher.registration import Registration, SilentNode, mark_down, take_session
-from skep.model.ids import NodeId, SessionId
+from skep.manager.dispatcher.node_sessions.registration import (
+    Registration,
+    SilentNode,
+    mark_down,
+    take_session,
+)
 from skep.model.node import Node, NodeDescription, NodeState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryCluster, MemoryStore
 

@@ -7,12 +7,12 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.manager.dispatcher.repeated_reports import AT_ONCE, PER_S, RepeatedReports
-from skep.manager.dispatcher.sessions import LiveSession
-from skep.manager.dispatcher.statuses import Report, record_status
-from skep.model.ids import NodeId, SessionId, TaskId
-from skep.model.node import NodeSession
+from skep.manager.dispatcher.statuses import StatusReport, record_status
+from skep.model.node import SessionOwner
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import NodeId, SessionId, TaskId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_task
 
@@ -26,9 +26,9 @@ def loop() -> Iterator[VirtualLoop]:
     loop.close()
 
 
-def a_report(state: TaskState, words: str, task: str = "t1") -> Report:
+def a_report(state: TaskState, words: str, task: str = "t1") -> StatusReport:
     status = TaskStatus(state=state, message=words)
-    return Report(node_id=NODE, session_id=SESSION, task_id=TaskId(task), status=status)
+    return StatusReport(node_id=NODE, session_id=SESSION, task_id=TaskId(task), status=status)
 
 
 def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word_is_kept(
@@ -42,7 +42,7 @@ def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word
         session = LiveSession(NODE, SESSION, lambda: None, deadline=0.0)
         live_sessions: dict[NodeId, LiveSession] = {NODE: session}
         repeats = RepeatedReports(store, live_sessions.get, clock)
-        held = NodeSession(manager_id=NodeId("m1"), session_id=SESSION)
+        held = SessionOwner(manager_id=NodeId("m1"), session_id=SESSION)
         await store.update(lambda tx: tx.put(replace(a_node("n1"), session=held)))
         await store.update(lambda tx: [tx.put(a_task(id, node="n1")) for id in ("t1", "t2")])
         running = asyncio.create_task(repeats.run())

@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.dispatcher.sessions import LiveSession, Sessions
-from skep.manager.dispatcher.shares import WEIGHT, WEIGHT_HEAVY, WEIGHT_LIGHT, held, to_redirect, weights
-from skep.model.ids import NodeId, SessionId
-from skep.model.node import ManagerStatus, Node, NodeSession, NodeState, NodeStatus, Reachability
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
+from skep.manager.dispatcher.node_sessions.shares import (
+    WEIGHT,
+    WEIGHT_HEAVY,
+    WEIGHT_LIGHT,
+    held,
+    to_redirect,
+    weights,
+)
+from skep.model.node import ManagerStatus, Node, NodeState, NodeStatus, Reachability, SessionOwner
+from skep.model.values.ids import NodeId, SessionId
 from tests.support.builders import a_node
 
 M1, M2, M3 = NodeId("m1"), NodeId("m2"), NodeId("m3")
@@ -25,7 +32,7 @@ def a_worker(id: str, session: NodeId, state: NodeState = NodeState.READY) -> No
     return msgspec.structs.replace(
         a_node(id),
         status=NodeStatus(state=state),
-        session=NodeSession(manager_id=session, session_id=SessionId(f"of-{id}")),
+        session=SessionOwner(manager_id=session, session_id=SessionId(f"of-{id}")),
     )
 
 

@@ -4,11 +4,11 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.dispatcher.registration import Registration, describe_node, take_session
-from skep.model.ids import NodeId, SessionId
+from skep.manager.dispatcher.node_sessions.registration import Registration, describe_node, take_session
 from skep.model.node import EngineDescription, Node, NodeDescription
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, created_ms
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, created_ms
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, SessionId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
 

@@ -9,12 +9,12 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.manager.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS
 from skep.manager.peer_reports import REPORT_VALID_S, PeerReports
-from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import Node, NodeRole, NodeState
-from skep.security.identity import Identity
+from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.security.identity import NodeIdentity
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
@@ -45,7 +45,7 @@ class Rig:
         own = ManagerPeer(node_id=NodeId("m1"), addr="")
         self.reports = PeerReports()
         self.dispatcher = Dispatcher(self.store, own, self.clock, new_id, Random(1), reports=self.reports)
-        identity = Identity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
+        identity = NodeIdentity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
         self.caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
 
     async def register(self) -> None:

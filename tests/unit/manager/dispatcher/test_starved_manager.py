@@ -7,8 +7,8 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.loop import Dispatcher
-from skep.manager.dispatcher.messages import ManagerPeer
-from skep.model.ids import NodeId, new_id
+from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
+from skep.model.values.ids import NodeId, new_id
 from skep.store.memory import MemoryStore
 
 

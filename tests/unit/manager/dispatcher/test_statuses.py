@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied, Unavailable
-from skep.manager.dispatcher.registration import (
+from skep.manager.dispatcher.node_sessions.registration import (
     Registration,
     RegistrationRate,
     SessionInvalid,
@@ -16,22 +16,28 @@ from skep.manager.dispatcher.registration import (
     mark_down,
     take_session,
 )
-from skep.manager.dispatcher.statuses import STATUS_BYTES_MAX, Report, bounded, newer_status, record_status
+from skep.manager.dispatcher.statuses import (
+    STATUS_BYTES_MAX,
+    StatusReport,
+    bounded,
+    newer_status,
+    record_status,
+)
 from skep.manager.routes.warnings import data_path_warnings
-from skep.model.conditions import condition_messages
-from skep.model.data_planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
-from skep.model.description_size import DESCRIPTION_BYTES_MAX
-from skep.model.encoding import to_json
-from skep.model.ids import NodeId, SessionId, TaskId
+from skep.model.networks.data_planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
+from skep.model.networks.used_ports import ports_label
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
+from skep.model.node_reports.conditions import condition_messages
+from skep.model.node_reports.description_size import DESCRIPTION_BYTES_MAX
 from skep.model.service import PortConfig
 from skep.model.task import ContainerStatus, PortStatus, Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, timestamp
-from skep.model.used_ports import ports_label
+from skep.model.values.encoding import to_json
+from skep.model.values.ids import NodeId, SessionId, TaskId
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.memory import MemoryStore
-from skep.store.proposal import Unchanged
 from skep.store.state import State
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Unchanged
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
 from tests.unit.store.test_transaction import written
 
@@ -120,8 +126,8 @@ async def store():
     return store
 
 
-def report(session: str, node: str = "n1", task: str = "t1") -> Report:
-    return Report(
+def report(session: str, node: str = "n1", task: str = "t1") -> StatusReport:
+    return StatusReport(
         node_id=NodeId(node),
         session_id=SessionId(session),
         task_id=TaskId(task),

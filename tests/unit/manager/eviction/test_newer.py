@@ -7,7 +7,7 @@ from typing import Any, cast
 from skep.aio.clock import SystemClock
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import EVICTION_ID
-from skep.model.ids import NodeId, new_id
+from skep.model.values.ids import NodeId, new_id
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 

@@ -23,8 +23,7 @@ from skep.manager.eviction.steps import (
     replace_gossip_keys,
 )
 from skep.manager.gossip.keys import first_keys
-from skep.model.gossip import decoded_keys
-from skep.model.ids import ClusterId, NodeId, VolumeId
+from skep.model.networks.gossip import decoded_keys
 from skep.model.node import (
     EngineDescription,
     IssuedSerial,
@@ -39,7 +38,8 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import RootRotation, Swarm
-from skep.model.times import timestamp
+from skep.model.values.ids import ClusterId, NodeId, VolumeId
+from skep.model.values.times import timestamp
 from skep.model.volume import AccessMode, PublishState, PublishStatus, Volume, VolumeScope, VolumeSpec
 from skep.security.authority import Authority
 from skep.security.trust import tls_info

@@ -3,8 +3,8 @@
 from itertools import count
 
 from skep.manager.gossip.keys import ROTATION_S, SUBSYSTEMS, first_keys, rotated, seconds_to_rotation
-from skep.model.gossip import GossipKeys, decoded_keys
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.networks.gossip import GossipKeys, decoded_keys
+from skep.model.values.times import SECOND_NS, timestamp
 
 NOW = timestamp(1_700_000_000 * SECOND_NS)
 

@@ -6,9 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.journal.changes import entries_of, folded, folded_requests
-from skep.model.conditions import DISK_PRESSURE_LABEL
-from skep.model.history import By, Entry, Kind, Severity
-from skep.model.ids import SecretId, TaskId
+from skep.model.history import By, EntryType, JournalEntry, Severity
 from skep.model.node import (
     Availability,
     EngineDescription,
@@ -18,11 +16,13 @@ from skep.model.node import (
     NodeState,
     NodeStatus,
 )
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Autoscaled, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, Preemption, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.values.ids import SecretId, TaskId
+from skep.model.values.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Event, Updated
 from skep.store.kinds import Payload
 from skep.store.state import State
@@ -41,7 +41,7 @@ class Known(State):
             self.table_by_type[type(one)].store(one.id, None, one, moves=True)  # type: ignore[arg-type, attr-defined]
 
 
-def entries(event: Event, *known: object) -> Sequence[Entry]:
+def entries(event: Event, *known: object) -> Sequence[JournalEntry]:
     return list(entries_of(event, Known(*known)))
 
 
@@ -62,7 +62,7 @@ def test_the_first_task_of_a_slot_has_an_entry_when_it_runs() -> None:
     assert told(Created(task), web, task) == []
     (entry,) = entries(Updated(task, replace(task, status=at(TaskState.RUNNING))), web, node)
     assert (entry.action, entry.name, entry.service, entry.node_id) == ("start", "web.2", "web", "n1")
-    assert (entry.kind, entry.severity) == (Kind.CHANGE, Severity.INFO)
+    assert (entry.kind, entry.severity) == (EntryType.CHANGE, Severity.INFO)
 
 
 def test_a_task_that_fails_has_an_entry_with_its_end() -> None:
@@ -148,10 +148,10 @@ def test_credentials_in_what_a_node_reports_are_masked() -> None:
 
 def test_a_thousand_tasks_of_one_service_are_a_few_entries() -> None:
     many = [
-        Entry(type="task", action="start", service_id="s", service="web", message=f"m{n}", revision=n)
+        JournalEntry(type="task", action="start", service_id="s", service="web", message=f"m{n}", revision=n)
         for n in range(1000)
     ]
-    lone = Entry(type="task", action="fail", service_id="s", message="why")
+    lone = JournalEntry(type="task", action="fail", service_id="s", message="why")
     found = folded([*many[:500], lone, *many[500:]])
     assert len(found) == 21
     assert lone in found
@@ -225,7 +225,9 @@ def test_of_secrets_only_their_names_are_recorded() -> None:
 
 
 def test_the_same_request_many_times_is_one_entry() -> None:
-    ask = Entry(kind=Kind.REQUEST, method="POST", path="/services/x/update", status=404, by=By(uid=0))
+    ask = JournalEntry(
+        kind=EntryType.REQUEST, method="POST", path="/services/x/update", status=404, by=By(uid=0)
+    )
     other = replace(ask, by=By(uid=7))
     found = folded_requests([replace(ask, id="1"), other, replace(ask, id="2"), replace(ask, id="3")])
     assert [(one.id, one.count) for one in found] == [("", 1), ("3", 3)]

@@ -12,23 +12,23 @@ from skep.manager.journal.pending import Pending
 from skep.manager.journal.reading import (
     CHUNKS_AT_ONCE,
     TIME_MAX,
-    Query,
+    HistoryQuery,
     page,
     position_of,
     revision_at,
     time_of,
 )
-from skep.model.history import Entry, HistoryPage, Kind, bounded
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.history import EntryType, HistoryPage, JournalEntry, bounded
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.kinds import JournalChunk
-from skep.store.proposal import MAX_BYTES
 from skep.store.state import State
+from skep.store.transactions.proposal import MAX_BYTES
 from tests.support.counted_calls import counting_calls_of_callbacks
 
 
-def an_entry(number: int, kind: Kind = Kind.CHANGE, **fields: object) -> Entry:
-    revision = number if kind is Kind.CHANGE else 0
-    return Entry(
+def an_entry(number: int, kind: EntryType = EntryType.CHANGE, **fields: object) -> JournalEntry:
+    revision = number if kind is EntryType.CHANGE else 0
+    return JournalEntry(
         id=f"{number}-{kind.value}",
         time=timestamp(number * SECOND_NS),
         revision=revision,
@@ -62,8 +62,8 @@ def test_a_chunk_that_cannot_be_read_has_no_entries() -> None:
 
 
 def test_requests_after_the_clock_was_set_back_fill_the_newest_chunk() -> None:
-    (last,) = chunks.with_requests(None, [an_entry(9000 + n, Kind.REQUEST) for n in range(50)], "m1")
-    (fresh,) = chunks.with_requests(last, [an_entry(1, Kind.REQUEST)], "m1")
+    (last,) = chunks.with_requests(None, [an_entry(9000 + n, EntryType.REQUEST) for n in range(50)], "m1")
+    (fresh,) = chunks.with_requests(last, [an_entry(1, EntryType.REQUEST)], "m1")
     assert chunks.last_of_requests(view_of(last, fresh), "m1") == fresh
     assert chunks.surplus([last, fresh], 2) == [last.id]
 
@@ -125,11 +125,11 @@ async def test_no_step_reads_all_marks_of_a_full_journal() -> None:
 
 def kept(changes: int, requests: int) -> State:
     one = [an_entry(n, service="web" if n % 2 else "db") for n in range(1, changes + 1)]
-    other = [an_entry(n, Kind.REQUEST, node="m1") for n in range(1, requests + 1)]
+    other = [an_entry(n, EntryType.REQUEST, node="m1") for n in range(1, requests + 1)]
     return view_of(*chunks.with_changes(None, one, changes, ()), *chunks.with_requests(None, other, "m1"))
 
 
-def pages(view: State, query: Query) -> list[HistoryPage]:
+def pages(view: State, query: HistoryQuery) -> list[HistoryPage]:
     found = [asyncio.run(page(view, query))]
     while found[-1].next:
         found.append(asyncio.run(page(view, replace(query, cursor=found[-1].next))))
@@ -140,7 +140,7 @@ def pages(view: State, query: Query) -> list[HistoryPage]:
 @pytest.mark.parametrize("limit", [1, 7, 200])
 def test_pages_have_every_entry_once_and_in_order(limit: int, *, is_ascending: bool) -> None:
     view = kept(120, 80)
-    found = pages(view, Query(limit=limit, is_ascending=is_ascending))
+    found = pages(view, HistoryQuery(limit=limit, is_ascending=is_ascending))
     assert all(len(one.entries) == limit for one in found[:-1])
     entries = [entry for one in found for entry in one.entries]
     places = [(position_of(entry), entry.kind.value) for entry in entries]
@@ -152,24 +152,24 @@ def test_pages_have_every_entry_once_and_in_order(limit: int, *, is_ascending: b
 def test_a_page_has_what_was_asked_for() -> None:
     view = kept(120, 80)
 
-    def count(query: Query) -> int:
+    def count(query: HistoryQuery) -> int:
         return sum(len(one.entries) for one in pages(view, query))
 
-    assert count(Query(services=frozenset({"web"}))) == 60
-    assert count(Query(nodes=frozenset({"m1"}))) == 80
-    assert count(Query(about=frozenset({"web"}))) == 60
-    assert count(Query(kinds=frozenset({Kind.REQUEST}))) == 80
-    assert count(Query(since_ns=100 * SECOND_NS)) == 21
-    assert count(Query(until_ns=10 * SECOND_NS)) == 20
+    assert count(HistoryQuery(services=frozenset({"web"}))) == 60
+    assert count(HistoryQuery(nodes=frozenset({"m1"}))) == 80
+    assert count(HistoryQuery(about=frozenset({"web"}))) == 60
+    assert count(HistoryQuery(kinds=frozenset({EntryType.REQUEST}))) == 80
+    assert count(HistoryQuery(since_ns=100 * SECOND_NS)) == 21
+    assert count(HistoryQuery(until_ns=10 * SECOND_NS)) == 20
     with pytest.raises(InvalidArgument, match="cursor"):
-        asyncio.run(page(view, Query(cursor="x")))
+        asyncio.run(page(view, HistoryQuery(cursor="x")))
 
 
 # -- what is not written yet -----------------------------
 
 
 def test_what_does_not_fit_is_reported_by_an_entry() -> None:
-    pending = Pending(Kind.CHANGE, most=3)
+    pending = Pending(EntryType.CHANGE, most=3)
     for number in range(1, 6):
         pending.add(an_entry(number))
     first = pending.first(10, Timestamp("2026-01-31T12:00:00Z"))
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_reported_by_an_entry() -> None:
 
 
 def test_what_is_being_written_is_not_lost_when_more_comes_than_fits() -> None:
-    pending = Pending(Kind.CHANGE, most=3)
+    pending = Pending(EntryType.CHANGE, most=3)
     for number in (1, 2, 3):
         pending.add(an_entry(number))
     taken = pending.first(2, Timestamp(""))
@@ -195,7 +195,7 @@ def test_what_is_being_written_is_not_lost_when_more_comes_than_fits() -> None:
 
 
 def test_what_no_leader_writes_stays_within_its_bound() -> None:
-    pending = Pending(Kind.CHANGE, most=3)
+    pending = Pending(EntryType.CHANGE, most=3)
     for number in range(100):
         pending.add(an_entry(number))
         if number == 10:
@@ -207,14 +207,14 @@ def test_what_no_leader_writes_stays_within_its_bound() -> None:
 
 
 def test_all_entries_of_a_revision_are_taken_together() -> None:
-    pending = Pending(Kind.CHANGE)
+    pending = Pending(EntryType.CHANGE)
     for number, id in ((1, "a"), (2, "b"), (2, "c"), (3, "d")):
         pending.add(replace(an_entry(number), id=id))
     assert [one.id for one in pending.first(2, Timestamp(""))] == ["a", "b", "c"]
 
 
 def test_what_another_manager_has_written_is_dropped() -> None:
-    pending = Pending(Kind.CHANGE)
+    pending = Pending(EntryType.CHANGE)
     for number in (1, 2, 3):
         pending.add(an_entry(number))
     pending.written_until(2)
@@ -222,22 +222,24 @@ def test_what_another_manager_has_written_is_dropped() -> None:
 
 
 def test_an_entry_is_bounded() -> None:
-    entry = bounded(Entry(message="x" * 5000, path="/" * 5000, name="n" * 5000, service="s" * 5000))
+    entry = bounded(JournalEntry(message="x" * 5000, path="/" * 5000, name="n" * 5000, service="s" * 5000))
     assert len(entry.message) == 500
     assert len(entry.path) == 200
     assert len(entry.name) == len(entry.service) == 100
 
 
 def test_words_of_a_path_are_bounded() -> None:
-    entry = bounded(Entry(type="t" * 5000, action="a" * 5000, method="m" * 5000))
+    entry = bounded(JournalEntry(type="t" * 5000, action="a" * 5000, method="m" * 5000))
     assert len(entry.type) == len(entry.action) == len(entry.method) == 100
 
 
 def test_a_write_of_the_longest_entries_fits_a_transaction() -> None:
-    pending, rng = Pending(Kind.REQUEST), Random(1)
+    pending, rng = Pending(EntryType.REQUEST), Random(1)
     for number in range(1000):
         text = "".join(map(chr, rng.choices(range(0x20000, 0x2A000), k=1000)))
-        entry = an_entry(number, Kind.REQUEST, message=text[:500], path=text[500:700], name=text[700:800])
+        entry = an_entry(
+            number, EntryType.REQUEST, message=text[:500], path=text[500:700], name=text[700:800]
+        )
         pending.add(replace(entry, type=text[800:900], action=text[900:]))
     taken = pending.first(1000, Timestamp(""))
     assert sum(len(chunk.data) for chunk in chunks.with_requests(None, taken, "m1")) < MAX_BYTES

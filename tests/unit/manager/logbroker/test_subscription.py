@@ -4,10 +4,10 @@ import asyncio
 
 from skep.aio.clock import SystemClock
 from skep.manager.logbroker.selection import Selection, matches, selected, shortfall
-from skep.manager.logbroker.subscription import LINES_MAX, Subscription
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.manager.logbroker.subscription import LINES_MAX, LogSubscription
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
@@ -48,7 +48,7 @@ async def test_what_is_missing_is_said_in_swarmkits_words_with_names():
 
 
 async def test_a_node_waits_while_the_reader_is_behind():
-    subscription = Subscription("s", LogQuery())
+    subscription = LogSubscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):
         assert await subscription.put([line], N1)
@@ -60,7 +60,7 @@ async def test_a_node_waits_while_the_reader_is_behind():
 
 
 async def test_a_node_does_not_wait_for_a_reader_that_has_gone():
-    subscription = Subscription("s", LogQuery())
+    subscription = LogSubscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):
         await subscription.put([line], N1)
@@ -72,10 +72,10 @@ async def test_a_node_does_not_wait_for_a_reader_that_has_gone():
 
 
 async def test_a_subscription_is_complete_when_every_node_has_finished_and_never_while_following():
-    subscription = Subscription("s", LogQuery())
+    subscription = LogSubscription("s", LogQuery())
     subscription.pending = {N1}
     assert not subscription.is_complete
     subscription.finish(N1)
     await subscription.wait_update()
     assert subscription.is_complete
-    assert not Subscription("s", LogQuery(follow=True)).is_complete
+    assert not LogSubscription("s", LogQuery(follow=True)).is_complete

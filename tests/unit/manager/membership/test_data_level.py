@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from skep.manager.membership.loop import SOUND_S, Managers
+from skep.manager.membership.loop import SOUND_S, ManagerReconciler
 from skep.model.node import ManagerStatus, Node, NodeState, NodeStatus
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL, LOWEST
@@ -11,7 +11,7 @@ from tests.unit.manager.membership.test_withdrawals import OTHER, OWN, THIRD, VO
 IDS = (OWN, OTHER, THIRD)
 
 
-async def a_leader(rig: Rig) -> Managers:
+async def a_leader(rig: Rig) -> ManagerReconciler:
     managers = await rig.managers(Consensus(VOTERS, VOTERS), *IDS)
 
     def report(tx: Transaction) -> None:
@@ -26,7 +26,7 @@ async def show(rig: Rig, state: NodeState) -> None:
     await rig.store.update(lambda tx: tx.put(replace(tx.get(Node, THIRD), status=NodeStatus(state=state))))
 
 
-async def check_after(rig: Rig, managers: Managers, seconds: float) -> int:
+async def check_after(rig: Rig, managers: ManagerReconciler, seconds: float) -> int:
     rig.clock.time += seconds
     await managers._check()
     return rig.store.view().level

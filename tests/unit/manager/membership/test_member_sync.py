@@ -2,10 +2,10 @@
 
 from skep.manager.manager_status import write_manager_status
 from skep.manager.membership.member_sync import ReachabilityChange, reachability_changes
-from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
+from skep.model.values.ids import NodeId
 from skep.store.state import State
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 

@@ -6,10 +6,10 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.manager.membership.peer_addresses import PeerAddresses, addresses_in, full_address, peers_of
-from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node
+from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
-from skep.store.etcd.peers import HOSTS_FILE, Peer, hosts_content, load_peers, save_peers
+from skep.store.etcd.peers import HOSTS_FILE, EtcdPeer, hosts_content, load_peers, save_peers
 
 
 def a_manager(id: str, addr: str) -> Node:
@@ -23,8 +23,8 @@ def a_member(name: str) -> RaftMember:
 def test_the_addresses_are_those_of_members_and_those_about_to_become_one() -> None:
     nodes = [a_manager("a", "10.0.0.1:2377"), a_manager("b", "[fd00::2]:2377"), Node(id=NodeId("w"))]
     assert peers_of(addresses_in(nodes), [a_member("a")], []) == (
-        Peer(name="a", url="https://a:2378", ip="10.0.0.1", manager_port=2377),
-        Peer(name="b", url="", ip="fd00::2", manager_port=2377),
+        EtcdPeer(name="a", url="https://a:2378", ip="10.0.0.1", manager_port=2377),
+        EtcdPeer(name="b", url="", ip="fd00::2", manager_port=2377),
     )
 
 
@@ -33,18 +33,18 @@ def test_the_manager_beside_a_member_is_where_its_node_says_whatever_the_members
     (peer,) = peers_of(addresses_in(nodes), [RaftMember(name="a", url="https://a:2380", id=1)], [])
     assert (peer.manager_addr, peer.peer_addr) == ("10.0.0.1:2377", "10.0.0.1:2380")
     # As a manager of before wrote it.
-    assert Peer(name="b", url="https://b:2378", ip="fd00::2").manager_addr == "[fd00::2]:2377"
-    assert Peer(name="c", url="", ip="10.0.0.3").manager_addr == ""
+    assert EtcdPeer(name="b", url="https://b:2378", ip="fd00::2").manager_addr == "[fd00::2]:2377"
+    assert EtcdPeer(name="c", url="", ip="10.0.0.3").manager_addr == ""
 
 
 def test_a_member_of_which_nothing_is_said_keeps_the_address_it_had() -> None:
-    known = [Peer(name="a", url="", ip="10.0.0.9"), Peer(name="gone", url="", ip="10.0.0.8")]
-    assert peers_of({}, [a_member("a")], known) == (Peer(name="a", url="https://a:2378", ip="10.0.0.9"),)
+    known = [EtcdPeer(name="a", url="", ip="10.0.0.9"), EtcdPeer(name="gone", url="", ip="10.0.0.8")]
+    assert peers_of({}, [a_member("a")], known) == (EtcdPeer(name="a", url="https://a:2378", ip="10.0.0.9"),)
 
 
 def test_the_hosts_file_is_written_in_place(tmp_path: Path) -> None:
     """It is mounted in etcd's namespace by its inode; a shorter content leaves nothing of the longer one."""
-    a, b = Peer(name="a", url="u", ip="10.0.0.1"), Peer(name="b", url="u", ip="10.0.0.2")
+    a, b = EtcdPeer(name="a", url="u", ip="10.0.0.1"), EtcdPeer(name="b", url="u", ip="10.0.0.2")
     save_peers(tmp_path, [b, a])
     file = tmp_path / HOSTS_FILE
     inode = file.stat().st_ino
@@ -77,9 +77,9 @@ class Saved:
     """What was saved last."""
 
     def __init__(self) -> None:
-        self.peers: tuple[Peer, ...] = ()
+        self.peers: tuple[EtcdPeer, ...] = ()
 
-    def __call__(self, peers: tuple[Peer, ...]) -> None:
+    def __call__(self, peers: tuple[EtcdPeer, ...]) -> None:
         self.peers = peers
 
     @property
@@ -131,10 +131,10 @@ def test_a_managers_address_is_an_address_and_nothing_else(said: str) -> None:
 
 def test_a_hosts_file_has_addresses_and_names_only() -> None:
     peers = [
-        Peer(name="a", url="", ip="10.0.0.1"),
-        Peer(name="b", url="", ip="10.0.0.2\n6.6.6.6 a"),
-        Peer(name="c\n6.6.6.6 a", url="", ip="10.0.0.3"),
-        Peer(name="d", url="", ip="fd00::1"),
+        EtcdPeer(name="a", url="", ip="10.0.0.1"),
+        EtcdPeer(name="b", url="", ip="10.0.0.2\n6.6.6.6 a"),
+        EtcdPeer(name="c\n6.6.6.6 a", url="", ip="10.0.0.3"),
+        EtcdPeer(name="d", url="", ip="fd00::1"),
     ]
     lines = hosts_content(peers).decode().splitlines()[2:]
     assert lines == ["10.0.0.1 a", "fd00::1 d"]

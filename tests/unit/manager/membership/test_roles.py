@@ -9,15 +9,15 @@ from skep.manager.membership.quorum import keeps_quorum
 from skep.manager.membership.roles import (
     LEARNING_S,
     Demote,
-    HandOver,
     Keep,
     Learners,
     Promote,
+    TransferLeadership,
     Withdraw,
     next_steps,
 )
-from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeRole, NodeSpec, Reachability
+from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
 
 WORKER, MANAGER = NodeRole.WORKER, NodeRole.MANAGER
@@ -76,7 +76,7 @@ def test_the_leader_hands_over_before_it_goes() -> None:
     nodes = [a_node("a", WORKER, MANAGER, is_shown=True), *managers("bc")]
     abc = members("abc")
     assert next_steps(nodes, abc, {"a", "c"}, OWN) == [Keep(abc[0])]
-    assert next_steps(nodes, abc, set("abc"), OWN) == [HandOver(abc[1])]
+    assert next_steps(nodes, abc, set("abc"), OWN) == [TransferLeadership(abc[1])]
 
 
 def test_of_several_that_go_the_leader_goes_last_and_never_to_one_that_goes_too() -> None:
@@ -85,7 +85,7 @@ def test_of_several_that_go_the_leader_goes_last_and_never_to_one_that_goes_too(
     assert next_steps(nodes, all_of_them, set("abcde"), OWN) == [Withdraw(all_of_them[1])]
     assert next_steps(nodes, all_of_them, set("abcde"), NodeId("c")) == [Withdraw(all_of_them[0])]
     rest = members("acde")
-    assert next_steps(nodes, rest, set("acde"), OWN)[-1] == HandOver(rest[1])
+    assert next_steps(nodes, rest, set("acde"), OWN)[-1] == TransferLeadership(rest[1])
 
 
 def test_a_member_whose_node_was_removed_goes_too() -> None:
@@ -110,7 +110,7 @@ def test_no_sequence_of_role_changes_costs_the_quorum(
     for _ in range(2 * len(voters)):
         steps = next_steps(nodes, members("".join(sorted(voters))), reachable, own)
         going = [step.member.name for step in steps if isinstance(step, Withdraw)]
-        handed = [step.to.name for step in steps if isinstance(step, HandOver)]
+        handed = [step.to.name for step in steps if isinstance(step, TransferLeadership)]
         assert len(going) + len(handed) <= 1
         if not going and not handed:
             break

@@ -10,19 +10,19 @@ from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.membership.peer_addresses import PeerAddresses
 from skep.manager.membership.peer_ports import unreachable_peers
 from skep.manager.membership.service import CATCH_UP_S, MembersService
-from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
-from skep.security.identity import Identity
+from skep.model.values.ids import ClusterId, NodeId
+from skep.security.identity import NodeIdentity
 from skep.store.etcd.errors import NoMember, StillLearning
 from skep.store.etcd.membership import RaftMember
-from skep.store.etcd.peers import Peer
+from skep.store.etcd.peers import EtcdPeer
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as pb
 from skep.wire.access import Caller
 
 M2 = NodeId("m2")
 CALLER = Caller(
-    identity=Identity(node_id=M2, cluster_id=ClusterId("c"), role=NodeRole.MANAGER),
+    identity=NodeIdentity(node_id=M2, cluster_id=ClusterId("c"), role=NodeRole.MANAGER),
     address="127.0.0.1",
     disconnect=lambda: None,
 )
@@ -72,7 +72,7 @@ class Learning:
 
 def asked(clock: HandClock, consensus: Learning, port: int = 0) -> MembersService:
     store = MemoryStore(clock)
-    known = (Peer(name=M2, url=f"https://m2:{port}", ip="127.0.0.1"),) if port else ()
+    known = (EtcdPeer(name=M2, url=f"https://m2:{port}", ip="127.0.0.1"),) if port else ()
     return MembersService(
         store, consensus, PeerAddresses(known, _forget), bytes, _keep, ClusterId("c"), clock
     )
@@ -133,7 +133,7 @@ async def test_a_manager_names_the_ways_that_are_closed_from_it() -> None:
         ports = {"m1": server.getsockname()[1], "m3": closed.getsockname()[1], M2: 1}
         closed.close()
         peers = [
-            Peer(name=name, url=f"https://{name}:{port}", ip="127.0.0.1") for name, port in ports.items()
+            EtcdPeer(name=name, url=f"https://{name}:{port}", ip="127.0.0.1") for name, port in ports.items()
         ]
         assert await unreachable_peers(peers, M2) == (
             f"this manager cannot reach 127.0.0.1:{ports['m3']} (etcd's peers): connection refused: "

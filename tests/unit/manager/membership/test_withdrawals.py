@@ -6,10 +6,10 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.membership.loop import Managers
+from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.membership.roles import LEARNING_S
-from skep.model.ids import NodeId
 from skep.model.node import NodeRole
+from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
 from skep.store.interface import NotLeader
 from skep.store.memory import MemoryCluster, MemoryStore
@@ -73,7 +73,7 @@ class Rig:
 
     async def managers(
         self, consensus: Consensus, *wanted: NodeId, hearing: Hearing | None = None
-    ) -> Managers:
+    ) -> ManagerReconciler:
         for id in (OWN, OTHER, THIRD, FOURTH):
             role = NodeRole.MANAGER if id in wanted else NodeRole.WORKER
             node = a_node(id)
@@ -81,7 +81,9 @@ class Rig:
             await self.store.update(
                 lambda tx, node=node, role=role: tx.put(replace(node, spec=replace(node.spec, role=role)))  # type: ignore[misc]
             )
-        return Managers(await anext(self.terms), OWN, consensus, hearing or Hearing(), self.clock, Random(1))
+        return ManagerReconciler(
+            await anext(self.terms), OWN, consensus, hearing or Hearing(), self.clock, Random(1)
+        )
 
 
 VOTERS = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3))

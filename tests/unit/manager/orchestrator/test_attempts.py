@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.ids import NodeId, TaskId
 from skep.model.node import Availability, NodeState
 from skep.model.service import Placement, RestartCondition, RestartPolicy
 from skep.model.task import Preemption, Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 

@@ -19,7 +19,7 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import a_spec, a_world, advance, state, wanted
 from tests.support.worlds import World

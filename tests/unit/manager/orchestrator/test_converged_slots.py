@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.orchestrator import convergence, restart
+from skep.manager.orchestrator import convergence
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, Step
 from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement import restart
 from skep.manager.orchestrator.slots import Slot
-from skep.model.ids import NodeId, TaskId
-from skep.model.meta import Version
 from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.worlds import World
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.manager.orchestrator.disconnection import UNCERTAIN_S, policy_on, replaced_at
+from skep.manager.orchestrator.replacement.disconnection import UNCERTAIN_S, policy_on, replaced_at
 from skep.model.container import ContainerSpec
-from skep.model.labels import (
+from skep.model.node import RESPONSE_SECONDS_MAX, NodeState
+from skep.model.options.labels import (
     DEFAULT_STOP_DELAY_S,
     DisconnectPolicy,
     OnDisconnect,
@@ -19,9 +20,8 @@ from skep.model.labels import (
     disconnect_policy,
     heartbeat_grace_s,
 )
-from skep.model.node import RESPONSE_SECONDS_MAX, NodeState
 from skep.model.service import PastDisconnect, Service
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.times import SECOND_NS, timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.disruption import (
+from skep.manager.orchestrator.replacement.disruption import (
     Disruption,
     NodeDown,
     NodeHistory,
@@ -15,8 +15,8 @@ from skep.manager.orchestrator.disruption import (
     held_until,
     is_over,
 )
-from skep.model.ids import NodeId, SessionId
-from skep.model.node import Node, NodeSession, NodeState, NodeStatus
+from skep.model.node import Node, NodeState, NodeStatus, SessionOwner
+from skep.model.values.ids import NodeId, SessionId
 from skep.store.interface import Commit, Deleted, Updated
 from tests.support.builders import a_node
 
@@ -98,7 +98,7 @@ def down(node: Node) -> Updated:
 
 
 def ready_nodes(count: int) -> list[Node]:
-    session = NodeSession(manager_id=NodeId("m1"), session_id=SessionId("s"))
+    session = SessionOwner(manager_id=NodeId("m1"), session_id=SessionId("s"))
     return [replace(a_node(id), session=session) for id in nodes(count)]
 
 

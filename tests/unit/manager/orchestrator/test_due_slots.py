@@ -12,10 +12,8 @@ from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import RemoveService, Step
 from skep.manager.orchestrator.convergence import deciding_all, deciding_some
 from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key
-from skep.model.ids import NodeId
-from skep.model.labels import JOB_TTL, ON_DISCONNECT, ON_DISCONNECT_DELAY
-from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import JOB_TTL, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.service import (
     GlobalJob,
     GlobalService,
@@ -31,7 +29,9 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Updated
 from tests.support.builders import a_node, a_service, a_service_spec
 from tests.support.worlds import World

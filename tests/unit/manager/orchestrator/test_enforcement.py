@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask
-from skep.manager.orchestrator.enforcement import overcommitted
-from skep.model.ids import TaskId
+from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Availability, Node
 from skep.model.service import (
     DiscreteResource,
@@ -18,7 +17,8 @@ from skep.model.service import (
     RestartPolicy,
 )
 from skep.model.task import Preemption, Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import TaskId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 

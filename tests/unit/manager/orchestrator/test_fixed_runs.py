@@ -6,15 +6,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.job_runs import COMPLETED, FAILED, is_going, outcome, retried
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import FillSlot, RemoveService, SettleRun
 from skep.manager.schedules.due import decided
-from skep.model.ids import NodeId
-from skep.model.labels import JOB_TTL
-from skep.model.meta import Version
+from skep.manager.services.job_runs import COMPLETED, FAILED, is_going, outcome, retried
 from skep.model.node import Availability, Node, NodeState
-from skep.model.schedules import CRON, CRON_DEADLINE, parsed_schedule
+from skep.model.options.labels import JOB_TTL
+from skep.model.options.schedules import CRON, CRON_DEADLINE, parsed_schedule
 from skep.model.service import (
     GlobalJob,
     JobStart,
@@ -27,7 +25,9 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, Timestamp, unix_ns
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task

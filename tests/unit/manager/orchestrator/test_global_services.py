@@ -8,11 +8,11 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import Cause, FillSlot, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.ids import TaskId
 from skep.model.node import Availability, Node, NodeDescription, NodeState, NodeStatus
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import TaskId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 

@@ -6,9 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import RetireTask
-from skep.model.ids import NodeId
 from skep.model.service import PortConfig, PublishMode, Resources, UpdateConfig, UpdateOrder
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import wanted
 from tests.support.worlds import World

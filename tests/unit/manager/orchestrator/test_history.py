@@ -13,9 +13,9 @@ from skep.manager.orchestrator.reaper.history import (
     surplus_history,
     unused_versions,
 )
-from skep.model.meta import Version
 from skep.model.service import RestartPolicy
 from skep.model.task import Task, TaskState
+from skep.model.values.meta import Version
 from skep.store.kinds import SpecVersion
 from tests.support.builders import a_node, a_service, a_task
 

@@ -3,9 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.job_runs import FAILED
-from skep.manager.reasons import problems_of
-from skep.model.schedules import CRON
+from skep.manager.diagnosis.reasons import problems_of
+from skep.manager.services.job_runs import FAILED
+from skep.model.options.schedules import CRON
 from skep.model.service import (
     GlobalJob,
     JobStatus,
@@ -17,7 +17,7 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.task_end import INTERRUPTIONS, EndCause, TaskEnd
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.values.times import SECOND_NS, Timestamp
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 

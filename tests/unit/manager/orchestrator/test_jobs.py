@@ -7,15 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.job_runs import COMPLETED, FAILED
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Cause, FillSlot, RemoveService, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import attempts_kept, surplus_history
 from skep.manager.orchestrator.slots import age
-from skep.model.ids import NodeId
-from skep.model.meta import Version
+from skep.manager.services.job_runs import COMPLETED, FAILED
 from skep.model.node import Availability, Node, NodeState
-from skep.model.schedules import CRON, CRON_MAX_ATTEMPTS
+from skep.model.options.schedules import CRON, CRON_MAX_ATTEMPTS
 from skep.model.service import (
     GlobalJob,
     JobStatus,
@@ -27,7 +25,9 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 

@@ -10,20 +10,25 @@ from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import AT_ONCE, removable
 from skep.manager.orchestrator.reaper.node_loop import remove_lost
 from skep.manager.routes.representations import problems_of, shown_node
-from skep.model.conditions import condition_label
 from skep.model.container import ContainerSpec, Mount
-from skep.model.description_size import SIZE_CONDITION
-from skep.model.ids import ClusterId, NodeId
-from skep.model.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
+from skep.model.node_reports.conditions import condition_label
+from skep.model.node_reports.description_size import SIZE_CONDITION
+from skep.model.options.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
+from skep.model.options.slot_volumes import (
+    FORGOTTEN_LABEL,
+    SLOT_VOLUMES_LABEL,
+    SlotVolume,
+    slot_volumes_label,
+)
 from skep.model.service import Service
-from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Task, TaskState, VolumeAttachment
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, VolumeSharing
 from skep.store.state import State
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_task
 
 NOW_NS = 1_800_000_000 * SECOND_NS

@@ -11,10 +11,9 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.control.jobs import run_job
 from skep.manager.control.services import create_service
-from skep.manager.job_runs import is_candidate, joined_at, retried
-from skep.model.ids import ClusterId, NodeId, ServiceId
+from skep.manager.services.job_runs import is_candidate, joined_at, retried
 from skep.model.node import Node
-from skep.model.schedules import CRON
+from skep.model.options.schedules import CRON
 from skep.model.service import (
     GlobalJob,
     JobStatus,
@@ -28,7 +27,8 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.values.ids import ClusterId, NodeId, ServiceId
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec

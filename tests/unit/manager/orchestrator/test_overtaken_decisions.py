@@ -17,7 +17,6 @@ from skep.manager.orchestrator.changes import (
     cause_to_leave,
 )
 from skep.manager.orchestrator.state import OrchestratorState
-from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     GlobalJob,
@@ -31,7 +30,8 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.rollouts import a_spec, a_world, wanted

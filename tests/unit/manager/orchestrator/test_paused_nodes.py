@@ -3,7 +3,6 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId, TaskId
 from skep.model.node import Availability, Node, NodeDescription, NodeStatus
 from skep.model.service import (
     Resources,
@@ -15,7 +14,8 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import AT_ONCE, advance, state, wanted
 from tests.support.worlds import World

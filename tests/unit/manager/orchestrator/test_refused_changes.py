@@ -14,10 +14,10 @@ from skep.manager.orchestrator import changes
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.container import ContainerSpec, SecretReference
-from skep.model.ids import SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, TaskSpec, UpdateConfig, UpdateFailureAction, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import SecretId
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from msgspec.structs import replace
 
-from skep.model.dependencies import WAITS_FOR
-from skep.model.labels import PROGRESS_DEADLINE
+from skep.model.options.dependencies import WAITS_FOR
+from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import PortConfig, PublishMode, Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task, TaskState
 from tests.support.builders import a_service, a_service_spec

@@ -14,11 +14,10 @@ from skep.manager.control.services import create_service
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.scheduler.dependencies import awaited
-from skep.model.dependencies import DEPENDS_ON, is_wait
-from skep.model.ids import ClusterId, NodeId, ServiceId
-from skep.model.labels import JOB_TTL
 from skep.model.node import Node
-from skep.model.schedules import CRON
+from skep.model.options.dependencies import DEPENDS_ON, is_wait
+from skep.model.options.labels import JOB_TTL
+from skep.model.options.schedules import CRON
 from skep.model.service import (
     GlobalJob,
     ReplicatedJob,
@@ -33,7 +32,8 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import timestamp
+from skep.model.values.ids import ClusterId, NodeId, ServiceId
+from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec, a_task

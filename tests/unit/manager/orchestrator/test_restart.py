@@ -12,11 +12,11 @@ from skep.aio.clock import SystemClock
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, apply
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.ids import NodeId, new_id
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, ZERO_TIME, timestamp, unix_ns
+from skep.model.values.ids import NodeId, new_id
+from skep.model.values.times import SECOND_NS, ZERO_TIME, timestamp, unix_ns
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.worlds import World

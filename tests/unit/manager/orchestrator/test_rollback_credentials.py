@@ -6,10 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.services import rollback_service
-from skep.model.registry_auth import decoded_auth
+from skep.model.permissions.registry_auth import decoded_auth
 from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
-from skep.model.times import timestamp
+from skep.model.values.times import timestamp
 from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
 from tests.support.builders import a_service, a_service_spec, an_auth
 from tests.unit.manager.orchestrator.test_refused_changes import Led

@@ -4,13 +4,13 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, RetireTask
-from skep.manager.orchestrator.enforcement import overcommitted
-from skep.model.ids import NodeId, TaskId
-from skep.model.meta import Version
+from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, RestartPolicy
 from skep.model.task import Restart, Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import advance
 from tests.support.worlds import World

@@ -3,8 +3,8 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import Resources, ServiceSpec, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
 from tests.support.builders import a_node, a_service, a_service_spec, a_task

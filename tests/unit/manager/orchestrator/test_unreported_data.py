@@ -10,18 +10,18 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.unreported import unreported
-from skep.model.conditions import condition_label
 from skep.model.container import ContainerSpec, Mount
-from skep.model.data_planes import NODE_LABEL
-from skep.model.description_size import SIZE_CONDITION
-from skep.model.ids import NodeId, TaskId
-from skep.model.ids import new_id as a_new_id
-from skep.model.labels import VOLUME_AFFINITY
+from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, Node
+from skep.model.node_reports.conditions import condition_label
+from skep.model.node_reports.description_size import SIZE_CONDITION
+from skep.model.options.labels import VOLUME_AFFINITY
+from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL, created_ms
 from skep.model.service import Service
-from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL, created_ms
 from skep.model.task import ContainerStatus, Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.ids import new_id as a_new_id
+from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.damage_rigs import damage

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import RetireTask, SetUpdateStatus, apply
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import TaskId
 from skep.model.node import Availability, Node
 from skep.model.service import (
     PortConfig,
@@ -26,13 +25,14 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.task import NetworkAttachment, Task, TaskState, VolumeAttachment
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import TaskId
+from skep.model.values.times import SECOND_NS
 from skep.model.volume import Volume, VolumeScope, VolumeSharing
 from skep.store.keys import object_key
-from skep.store.proposal import Unchanged
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Unchanged
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.support.worlds import World

@@ -7,9 +7,8 @@ from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.manager.orchestrator.slots import age
-from skep.model.dependencies import WAITS_FOR
-from skep.model.ids import NodeId, TaskId
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import (
     RestartCondition,
     RestartPolicy,
@@ -21,7 +20,8 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import TaskState, TaskStatus
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
 from tests.support.worlds import World

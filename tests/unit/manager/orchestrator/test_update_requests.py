@@ -7,10 +7,10 @@ from skep.manager.control.updates import PAUSED_BY_USER, abort_update, pause_upd
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.update import step_seconds_max
-from skep.model.meta import Version
 from skep.model.service import UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp
 from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
 from tests.support.worlds import World
 

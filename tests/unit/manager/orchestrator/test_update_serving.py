@@ -8,8 +8,6 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import ReplaceTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.update import step_seconds_max
-from skep.model.ids import NodeId
-from skep.model.meta import Version
 from skep.model.service import (
     PortConfig,
     PublishMode,
@@ -20,7 +18,9 @@ from skep.model.service import (
     UpdateState,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import NodeId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import AT_ONCE, a_spec, state, wanted
 from tests.support.worlds import World

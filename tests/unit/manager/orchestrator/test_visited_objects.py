@@ -9,15 +9,15 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.loop import Orchestrator
-from skep.model.autoscaling import with_replicas
-from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.autoscaling import with_replicas
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GlobalJob, JobStatus, Service, ServiceMode
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
-from skep.store.updates import batched
+from skep.store.transactions.updates import batched
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import AT_ONCE
 from tests.support.visited_objects import CountingStore

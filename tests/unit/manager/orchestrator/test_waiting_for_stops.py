@@ -10,12 +10,12 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import StartTask
 from skep.manager.orchestrator.loop import Orchestrator
-from skep.model.ids import ClusterId, NodeId, TaskId
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartPolicy
 from skep.model.swarm import DispatcherConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.ids import ClusterId, NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task

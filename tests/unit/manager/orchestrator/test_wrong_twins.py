@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
 from skep.manager.loop_driver import Recheck
-from skep.manager.orchestrator import convergence, replicated, restart, slots, update
+from skep.manager.orchestrator import convergence, replicated, slots, update
 from skep.manager.orchestrator.changes import (
     Change,
     FillSlot,
@@ -27,6 +27,7 @@ from skep.manager.orchestrator.changes import (
     StartTask,
     decided_for,
 )
+from skep.manager.orchestrator.replacement import restart
 from skep.manager.orchestrator.slots import group_by_slot, is_unusable
 from skep.model.node import Availability, NodeState
 from skep.model.service import (
@@ -40,7 +41,7 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.worlds import World
 

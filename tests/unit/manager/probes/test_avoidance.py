@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.probes.avoidance import avoidances, avoided
-from skep.model.data_planes import NODE_LABEL, PATHS_LABEL
-from skep.model.ids import NodeId
+from skep.model.networks.data_planes import NODE_LABEL, PATHS_LABEL
 from skep.model.node import Availability, CutOff, EngineDescription, FailingPath, Node, NodeState, NodeStatus
-from skep.model.times import timestamp
+from skep.model.values.ids import NodeId
+from skep.model.values.times import timestamp
 from tests.support.builders import a_docker_node, a_node
 
 NODES = st.lists(st.integers(0, 12).map(lambda number: f"n{number:02}"), unique=True, min_size=1)

@@ -3,11 +3,11 @@
 from msgspec.structs import replace
 
 from skep.manager.probes.directory import changes_directory, directory_of, managers_for, targets_for
-from skep.manager.probes.plan import ALL_PAIRS_MAX, Plan
-from skep.model.data_planes import PATHS_LABEL
-from skep.model.ids import NodeId
+from skep.manager.probes.plan import ALL_PAIRS_MAX, ProbePlan
+from skep.model.networks.data_planes import PATHS_LABEL
+from skep.model.networks.paths import PathPeer
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
-from skep.model.paths import PathPeer
+from skep.model.values.ids import NodeId
 
 
 def a_node(name: str, number: int = 1, manager: ManagerStatus | None = None) -> Node:
@@ -29,7 +29,7 @@ def a_manager(name: str, number: int, peer_port: int | None = 2378) -> Node:
 def etcds(*nodes: Node, reported: str) -> dict[str, str]:
     """The addresses of the others' etcd in the node's targets."""
     directory = directory_of(nodes, 4789)
-    requested = targets_for(NodeId(reported), directory, Plan(directory.peers, {}), lambda _: ())
+    requested = targets_for(NodeId(reported), directory, ProbePlan(directory.peers, {}), lambda _: ())
     assert requested is not None
     return {peer.node_id: peer.etcd for peer in requested.peers}
 

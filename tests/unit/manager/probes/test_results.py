@@ -2,9 +2,9 @@
 
 from skep.manager.probes.records import WRITTEN_MAX
 from skep.manager.probes.streams import ProbeResults
-from skep.model.ids import NodeId
+from skep.model.networks.paths import PathCheck, PathFinding, PathPeer, PathReport
 from skep.model.node import FailingPath
-from skep.model.paths import PathCheck, PathFinding, PathPeer, PathReport
+from skep.model.values.ids import NodeId
 
 PEERS = {NodeId(id): PathPeer(node_id=NodeId(id), hostname=id) for id in ("n2", "n3")}
 

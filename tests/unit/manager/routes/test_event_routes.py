@@ -8,11 +8,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.node_events import AllEvents
 from skep.manager.routes import application
 from skep.manager.routes.access import OF_WORKER
-from skep.model.ids import NodeId
+from skep.manager.telemetry.node_events import AllEvents
 from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.values.ids import NodeId
 from tests.conformance.manager import a_manager_api
 
 

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from skep.manager.routes import application
 from skep.model.node import Availability
-from skep.model.node_refusals import NodeRefusal, no_node_text
+from skep.model.node_reports.node_refusals import NodeRefusal, no_node_text
 from skep.model.service import Resources
 from skep.model.task import Task, TaskState
 from skep.store.interface import Object

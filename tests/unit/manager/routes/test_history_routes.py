@@ -9,16 +9,16 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
-from skep.api.permissions import STACK_LABEL
+from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument
-from skep.manager.control.new_objects import visible_to
-from skep.manager.journal.reading import Query
-from skep.manager.routes import audit
-from skep.manager.routes.audit import about, with_outcome
-from skep.manager.routes.history import limited, query_of
-from skep.model.access import ALL, Binding, Identity, Origin, Role
-from skep.model.history import By, Entry, Kind, Severity, masked, masked_text, without_credentials
-from skep.model.ids import ServiceId
+from skep.manager.control.validation.new_objects import visible_to
+from skep.manager.journal.reading import HistoryQuery
+from skep.manager.routes.extensions.history import limited, query_of
+from skep.manager.routes.guard import audit
+from skep.manager.routes.guard.audit import about, with_outcome
+from skep.model.history import By, EntryType, JournalEntry, Severity, masked, masked_text, without_credentials
+from skep.model.permissions.access import ALL, Binding, Identity, Origin, Role
+from skep.model.values.ids import ServiceId
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_service_spec
 
@@ -37,18 +37,18 @@ def an_identity(*bindings: Binding) -> Identity:
 
 
 def test_only_administrators_see_requests() -> None:
-    assert limited(Query(), an_identity(*ALL)) == Query()
-    viewer = limited(Query(), an_identity(Binding(Role.VIEWER)))
-    assert (viewer.kinds, viewer.stacks) == (frozenset({Kind.CHANGE}), None)
+    assert limited(HistoryQuery(), an_identity(*ALL)) == HistoryQuery()
+    viewer = limited(HistoryQuery(), an_identity(Binding(Role.VIEWER)))
+    assert (viewer.kinds, viewer.stacks) == (frozenset({EntryType.CHANGE}), None)
 
 
 def test_a_user_of_a_stack_sees_that_stack() -> None:
-    query = limited(Query(), an_identity(Binding(Role.ADMIN, "shop")))
-    assert query.kinds == {Kind.CHANGE}
-    assert query.matches(Entry(stack="shop"))
-    assert not query.matches(Entry(stack="other"))
-    assert not query.matches(Entry())
-    assert not limited(Query(), an_identity()).matches(Entry(stack="shop"))
+    query = limited(HistoryQuery(), an_identity(Binding(Role.ADMIN, "shop")))
+    assert query.kinds == {EntryType.CHANGE}
+    assert query.matches(JournalEntry(stack="shop"))
+    assert not query.matches(JournalEntry(stack="other"))
+    assert not query.matches(JournalEntry())
+    assert not limited(HistoryQuery(), an_identity()).matches(JournalEntry(stack="shop"))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,9 @@ def test_a_request_is_about_the_object_that_its_client_sees() -> None:
 
 
 def test_a_refusal_is_recorded_without_what_it_quotes() -> None:
-    entry = with_outcome(Entry(type="service", action="create"), 400, "invalid env DB_PASSWORD=hunter2: no")
+    entry = with_outcome(
+        JournalEntry(type="service", action="create"), 400, "invalid env DB_PASSWORD=hunter2: no"
+    )
     assert entry.message == "create service: refused with 400: invalid env DB_PASSWORD=*** no"
     assert (entry.status, entry.severity) == (400, Severity.WARNING)
     assert with_outcome(entry, 503).severity is Severity.ERROR
@@ -147,9 +149,9 @@ def test_errors_with_urls_are_masked_and_services_of_then_as_well() -> None:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[JournalEntry]:
     """What the journal of a manager is given."""
-    entries: list[Entry] = []
+    entries: list[JournalEntry] = []
     manager = SimpleNamespace(
         journal=SimpleNamespace(record=entries.append), store=SimpleNamespace(view=a_view), own="m1"
     )
@@ -158,7 +160,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
     return entries
 
 
-async def test_a_response_does_not_wait_for_its_entry(recorded: list[Entry]) -> None:
+async def test_a_response_does_not_wait_for_its_entry(recorded: list[JournalEntry]) -> None:
     async def respond(_: web.Request) -> web.StreamResponse:
         return web.json_response({"ID": "s1"}, status=201)
 
@@ -168,7 +170,7 @@ async def test_a_response_does_not_wait_for_its_entry(recorded: list[Entry]) -> 
     assert [(one.status, one.object_id) for one in recorded] == [(201, "s1")]
 
 
-async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[Entry]) -> None:
+async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[JournalEntry]) -> None:
     async def wait(_: web.Request) -> web.StreamResponse:
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
@@ -185,7 +187,7 @@ async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[Entry]
     assert "refused" not in entry.message
 
 
-async def test_a_route_that_is_none_is_no_internal_error(recorded: list[Entry]) -> None:
+async def test_a_route_that_is_none_is_no_internal_error(recorded: list[JournalEntry]) -> None:
     async def refuse(_: web.Request) -> web.StreamResponse:
         raise web.HTTPNotFound
 

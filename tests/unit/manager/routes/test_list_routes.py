@@ -7,7 +7,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
-from skep.api.service_form import settled
+from skep.api.formats.service_form import settled
 from skep.errors import Unavailable
 from skep.manager.control.services import create_service
 from skep.manager.routes import application
@@ -25,8 +25,8 @@ from skep.model.service import (
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.model.times import Timestamp
-from skep.store.updates import NO_LEADER
+from skep.model.values.times import Timestamp
+from skep.store.transactions.updates import NO_LEADER
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service_spec, a_task
 from tests.support.own_time import own_time

@@ -3,11 +3,11 @@
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.responses import OutputStream, frame
+from skep.api.http.responses import OutputStream, frame
 from skep.errors import SkepError
 from skep.manager.routes import application
-from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.logs import LogLine, LogStream
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from tests.conformance.manager import CannedLogs, a_manager_api
 from tests.conformance.script import service
 

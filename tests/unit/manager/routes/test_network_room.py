@@ -7,9 +7,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.manager.routes import ManagerApi, application
-from skep.model.ids import NetworkId
-from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
+from skep.model.values.ids import NetworkId
+from skep.model.values.meta import Driver
 from tests.conformance.manager import a_manager_api
 
 

@@ -9,11 +9,12 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import STEP
-from skep.api.service_form import settled
-from skep.manager.routes import ManagerApi, application, placement
-from skep.manager.routes.placement import accounting_of
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.dry_run import BATCH, DryRun
+from skep.api.formats.service_form import settled
+from skep.manager.routes import ManagerApi, application
+from skep.manager.routes.extensions import placement
+from skep.manager.routes.extensions.placement import accounting_of
+from skep.manager.scheduler.explaining.dry_run import BATCH, DryRun
+from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
 from skep.model.service import Placement, ResourceRequirements, Resources, Service, UpdateConfig, UpdateOrder

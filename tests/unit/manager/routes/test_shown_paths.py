@@ -3,9 +3,9 @@
 from msgspec.structs import replace
 
 from skep.manager.routes.representations import Problems, shown_node
-from skep.model.ids import NodeId
-from skep.model.labels import IGNORE_PATHS
 from skep.model.node import CutOff, FailingPath, NodeState
+from skep.model.options.labels import IGNORE_PATHS
+from skep.model.values.ids import NodeId
 from tests.support.builders import a_node
 
 NO_PROBLEMS = Problems(freeze=None, damages={})

@@ -7,12 +7,12 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from skep.manager.control.quotas import set_quota
 from skep.manager.routes import application
-from skep.model.ids import new_id
 from skep.model.network import Network
 from skep.model.quota import QuotaSpec
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
-from skep.model.times import ZERO_TIME
+from skep.model.values.ids import new_id
+from skep.model.values.times import ZERO_TIME
 from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 

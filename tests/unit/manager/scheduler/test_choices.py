@@ -13,20 +13,19 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
-from skep.manager.scheduler import accounting as accounting_module
-from skep.manager.scheduler import candidates as candidates_module
-from skep.manager.scheduler import ranking as ranking_module
-from skep.manager.scheduler import spread as spread_module
-from skep.manager.scheduler.accounting import Account, Accounting
-from skep.manager.scheduler.candidates import fill, shape_of
-from skep.manager.scheduler.filters import filters_for
+from skep.manager.scheduler.nodes import accounting as accounting_module
+from skep.manager.scheduler.nodes import candidates as candidates_module
+from skep.manager.scheduler.nodes import ranking as ranking_module
+from skep.manager.scheduler.nodes import spread as spread_module
+from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.candidates import fill, shape_of
+from skep.manager.scheduler.nodes.filters import filters_for
+from skep.manager.scheduler.nodes.requirements import Requirements, requirements_of
+from skep.manager.scheduler.nodes.spread import MAX_FAILURES, CachedSpreads, failing_nodes
 from skep.manager.scheduler.placement import Assignment, place
-from skep.manager.scheduler.requirements import Requirements, requirements_of
-from skep.manager.scheduler.spread import MAX_FAILURES, Choices, failing_nodes
-from skep.model.constraints import label_of
-from skep.model.ids import NodeId
-from skep.model.needs import Usage, host_ports
+from skep.model.needs import Holdings, host_ports
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.constraints import label_of
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -37,6 +36,7 @@ from skep.model.service import (
     Service,
 )
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from tests.support.builders import a_node, a_service, a_task
 
 GIB = 1 << 30
@@ -85,7 +85,7 @@ class History:
         self.random = Random(seed)
         self.now = 0.0
         self.accounting = Accounting()
-        self.choices = Choices(self.accounting)
+        self.choices = CachedSpreads(self.accounting)
         self.nodes: dict[str, Node] = {}
         self.tasks: dict[str, Task] = {}
         for number in range(self.random.randint(1, 8)):
@@ -216,7 +216,7 @@ def check_a_batch_is_its_tasks_one_by_one(seed: int) -> None:
             tasks, requirements, together.choices, now=together.now, limit=len(tasks), is_last=is_last
         )
         fresh = [
-            place([task], others_need, Choices(alone.accounting), now=alone.now, limit=1).assignments
+            place([task], others_need, CachedSpreads(alone.accounting), now=alone.now, limit=1).assignments
             for task in others
         ]
         assert [one.node_id for one in batch.assignments] == [one.node_id for some in fresh for one in some]
@@ -274,7 +274,7 @@ def check_the_order_of_nodes_does_not_matter(seed: int) -> None:
         for node in some:
             books.set_node(node)
         requirements = requirements_of(tasks[0], service.spec)
-        placed = place(tasks, requirements, Choices(books), now=0.0, limit=len(tasks))
+        placed = place(tasks, requirements, CachedSpreads(books), now=0.0, limit=len(tasks))
         results.append([(one.task.id, one.node_id, one.generic_resources) for one in placed.assignments])
     assert results[0] == results[1] == results[2]
 
@@ -393,7 +393,7 @@ def inventive(patch: pytest.MonkeyPatch) -> None:
     """What a task gives back is free, whether the node still has it or not."""
     real = accounting_module.Account.remove
 
-    def remove(account: Account, usage: Usage) -> None:
+    def remove(account: Account, usage: Holdings) -> None:
         real(account, usage)
         account.generic.give_back(usage.generic)
         patch.setattr(account, "update", lambda node, held: None)

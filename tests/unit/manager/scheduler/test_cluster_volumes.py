@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.scheduler.volumes import VolumeUses, still_fits
-from skep.model.ids import NodeId, TaskId, VolumeId
-from skep.model.meta import Driver
+from skep.manager.scheduler.nodes.volumes import VolumeUses, still_fits
 from skep.model.needs import ClusterMount, VolumeUse
 from skep.model.node import CSIInfo, Node, Topology
+from skep.model.values.ids import NodeId, TaskId, VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import (
     AccessMode,
     PublishState,

@@ -2,12 +2,12 @@
 
 from msgspec.structs import replace
 
-from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
+from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import Placed, place
-from skep.manager.scheduler.requirements import planes_of, requirements_of
-from skep.manager.scheduler.spread import Choices
-from skep.model.data_planes import DOCKER, SKEP
 from skep.model.network import Network
+from skep.model.networks.data_planes import DOCKER, SKEP
 from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
@@ -24,7 +24,7 @@ def placed_on(accounting: Accounting, *networks: Network) -> Placed:
     task = on_network(service, *networks)
     known = {network.id: network for network in networks}
     requirements = requirements_of(task, service.spec, planes_of(task, known.get))
-    return place([task], requirements, Choices(accounting), now=0.0, limit=ALL)
+    return place([task], requirements, CachedSpreads(accounting), now=0.0, limit=ALL)
 
 
 def test_tasks_of_an_overlay_stay_on_nodes_of_its_data_plane() -> None:

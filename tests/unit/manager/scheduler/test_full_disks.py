@@ -4,13 +4,13 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.scheduler.explain import verdict
-from skep.manager.scheduler.requirements import requirements_of
-from skep.model.conditions import DISK_PRESSURE_LABEL
-from skep.model.meta import Version
+from skep.manager.scheduler.explaining.explain import verdict
+from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.node import EngineDescription, Node
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.service import JobStatus, Service
 from skep.model.task import ContainerStatus, Task, TaskState
+from skep.model.values.meta import Version
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.unit.manager.scheduler.test_placement import accounting_of, nodes_of, placed, reason

@@ -8,7 +8,7 @@ import pytest
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.scheduler import group_queue
 from skep.manager.scheduler.group_queue import GroupQueue
-from skep.manager.scheduler.priorities import HELD_S
+from skep.manager.scheduler.preemption.priorities import HELD_S
 
 
 def run(work: Callable[[GroupQueue], Awaitable[object]]) -> object:

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.scheduler import candidates as candidates_module
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.load import LOAD_MAX, MeanLoad, effective_tasks, used_share
+from skep.manager.scheduler.nodes import candidates as candidates_module
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.load import LOAD_MAX, MeanLoad, effective_tasks, used_share
+from skep.manager.scheduler.nodes.requirements import requirements_of
+from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import place
-from skep.manager.scheduler.requirements import requirements_of
-from skep.manager.scheduler.spread import Choices
-from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import Resources
 from skep.model.task import TaskState
+from skep.model.values.ids import NodeId
 from tests.support.builders import a_docker_node, a_node, a_service, a_task
 
 GIB = 1 << 30
@@ -38,7 +38,7 @@ def placed(
     books: Accounting, services: int, *, first: int = 0, replicas: int = 1, memory: int = 0
 ) -> Counter[str]:
     """How many tasks of new services each node got, as one burst between two reports of load."""
-    choices, counts = Choices(books), Counter[str]()
+    choices, counts = CachedSpreads(books), Counter[str]()
     for number in range(first, first + services):
         service = a_service(f"s{number}", reserve=Resources(memory_bytes=memory))
         tasks = [a_task(slot=n + 1, service=service, state=TaskState.PENDING) for n in range(replicas)]
@@ -90,7 +90,7 @@ def test_a_node_without_a_load_counts_as_the_mean_of_the_others() -> None:
 
 def test_a_load_that_changes_counts_for_the_next_task() -> None:
     books = accounting_of(loaded("a", 0.0), loaded("b", 0.0))
-    choices = Choices(books)
+    choices = CachedSpreads(books)
 
     def next_node(number: int) -> str:
         service = a_service(f"n{number}")

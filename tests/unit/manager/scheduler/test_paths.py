@@ -2,17 +2,17 @@
 
 from msgspec.structs import replace
 
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.explain import verdict
+from skep.manager.scheduler.explaining.explain import verdict
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.requirements import requirements_of
+from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import place
-from skep.manager.scheduler.requirements import requirements_of
-from skep.manager.scheduler.spread import Choices
-from skep.model.labels import IGNORE_PATHS
-from skep.model.meta import Driver
 from skep.model.network import Network
+from skep.model.networks.overlays import ENCRYPTED_OPTION
 from skep.model.node import CutOff, EngineDescription, EnginePlugin, Node
-from skep.model.overlays import ENCRYPTED_OPTION
+from skep.model.options.labels import IGNORE_PATHS
 from skep.model.task import NetworkAttachment, Task
+from skep.model.values.meta import Driver
 from tests.support.builders import a_node, a_service, a_task, an_overlay
 from tests.unit.manager.scheduler.test_placement import ALL, PENDING, accounting_of, nodes_of, reason
 
@@ -70,7 +70,7 @@ def test_a_task_that_finds_no_node_says_why_and_each_node_which_way_fails() -> N
     accounting = accounting_of([a_node_with_overlays("w1", OVERLAY)])
     task = a_task_on(NET)
     requirements = requirements_of(task, SERVICE.spec)
-    refused = place([task], requirements, Choices(accounting), now=0.0, limit=ALL)
+    refused = place([task], requirements, CachedSpreads(accounting), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (overlay traffic fails on 1 node)"
     (words,) = verdict(requirements, accounting.accounts[a_node("w1").id], 0).reasons
     assert words == (
@@ -80,7 +80,7 @@ def test_a_task_that_finds_no_node_says_why_and_each_node_which_way_fails() -> N
 
 def test_a_node_that_is_well_again_is_chosen_at_once() -> None:
     accounting = accounting_of([a_node_with_overlays("w1", OVERLAY)])
-    choices, task = Choices(accounting), a_task_on(NET)
+    choices, task = CachedSpreads(accounting), a_task_on(NET)
     requirements = requirements_of(task, SERVICE.spec)
     assert nodes_of(place([task], requirements, choices, now=0.0, limit=ALL)) == {}
     accounting.set_node(a_node_with_overlays("w1"))

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.placement import Placed, Refusal, confirm, place
-from skep.manager.scheduler.requirements import requirements_of
-from skep.manager.scheduler.spread import MAX_FAILURES, Choices
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.requirements import requirements_of
+from skep.manager.scheduler.nodes.spread import MAX_FAILURES, CachedSpreads
+from skep.manager.scheduler.placement import Placed, PlacementRefused, confirm, place
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NodeId
 from skep.model.node import Availability, EngineDescription, EnginePlugin, Node, NodeRole, NodeState
 from skep.model.service import (
     DiscreteResource,
@@ -26,6 +25,7 @@ from skep.model.service import (
     Service,
 )
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
 from tests.support.builders import a_docker_node, a_node, a_service, a_task
 
 PENDING = TaskState.PENDING
@@ -46,7 +46,9 @@ def placed(service: Service, accounting: Accounting, *, count: int | None = None
         a_task(slot=slot + 1, service=service, state=PENDING)
         for slot in range(service.spec.replicas if count is None else count)
     ]
-    return place(tasks, requirements_of(tasks[0], service.spec), Choices(accounting), now=0.0, limit=limit)
+    return place(
+        tasks, requirements_of(tasks[0], service.spec), CachedSpreads(accounting), now=0.0, limit=limit
+    )
 
 
 def nodes_of(result: Placed) -> Counter[str]:
@@ -172,7 +174,7 @@ def test_a_task_that_is_to_leave_counts_for_the_limit_for_as_long_as_it_is_there
     new = [a_task(slot=slot, service=service, state=PENDING) for slot in (1, 2)]
     requirements = requirements_of(new[0], service.spec)
     result = place(
-        new, requirements, Choices(accounting), now=0.0, limit=ALL, leaving=Counter({NodeId("n1"): 1})
+        new, requirements, CachedSpreads(accounting), now=0.0, limit=ALL, leaving=Counter({NodeId("n1"): 1})
     )
     assert nodes_of(result) == {"n2": 1}
     assert reason(result) == "no suitable node (max replicas per node limit exceed)"
@@ -248,11 +250,19 @@ def test_platforms_accept_either_spelling_of_an_architecture() -> None:
     amd, arm = Platform(architecture="amd64", os="linux"), Platform(architecture="arm64", os="linux")
     task = [a_task(service=web, state=PENDING)]
     fits = place(
-        task, replace(requirements, platforms=(arm, amd)), Choices(accounting_of([node])), now=0.0, limit=ALL
+        task,
+        replace(requirements, platforms=(arm, amd)),
+        CachedSpreads(accounting_of([node])),
+        now=0.0,
+        limit=ALL,
     )
     assert nodes_of(fits) == {"n1": 1}
     refused = place(
-        task, replace(requirements, platforms=(arm,)), Choices(accounting_of([node])), now=0.0, limit=ALL
+        task,
+        replace(requirements, platforms=(arm,)),
+        CachedSpreads(accounting_of([node])),
+        now=0.0,
+        limit=ALL,
     )
     assert reason(refused) == "no suitable node (unsupported platform on 1 node)"
 
@@ -265,17 +275,19 @@ def test_plugins_are_looked_for_with_and_without_latest() -> None:
     task = [a_task(service=web, state=PENDING)]
     requirements = requirements_of(task[0], web.spec)
     volume = replace(requirements, plugins=(("Volume", "nfs"), ("Log", "json-file")))
-    assert nodes_of(place(task, volume, Choices(accounting_of([node])), now=0.0, limit=ALL)) == {"n1": 1}
+    assert nodes_of(place(task, volume, CachedSpreads(accounting_of([node])), now=0.0, limit=ALL)) == {
+        "n1": 1
+    }
     logs = (*engine.plugins, EnginePlugin(type="Log", name="json-file"))
     announcing = replace(node, description=replace(node.description, engine=replace(engine, plugins=logs)))
-    assert nodes_of(place(task, volume, Choices(accounting_of([announcing])), now=0.0, limit=ALL)) == {
+    assert nodes_of(place(task, volume, CachedSpreads(accounting_of([announcing])), now=0.0, limit=ALL)) == {
         "n1": 1
     }
     driver = replace(requirements, plugins=(("Log", "journald"),))
-    refused = place(task, driver, Choices(accounting_of([announcing])), now=0.0, limit=ALL)
+    refused = place(task, driver, CachedSpreads(accounting_of([announcing])), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (missing plugin on 1 node)"
     network = replace(requirements, plugins=(("Network", "weave"),))
-    refused = place(task, network, Choices(accounting_of([node])), now=0.0, limit=ALL)
+    refused = place(task, network, CachedSpreads(accounting_of([node])), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (missing plugin on 1 node)"
 
 
@@ -284,8 +296,8 @@ def test_a_global_task_is_assigned_to_its_node_or_gets_the_reason() -> None:
     accounting = accounting_of([a_node("n1", has=Resources(memory_bytes=100))])
     tasks = [a_task(slot=0, node="n1", service=service, state=PENDING) for _ in range(2)]
     requirements = requirements_of(tasks[0], service.spec)
-    assert not isinstance(confirm(tasks[0], requirements, accounting), Refusal)
-    assert confirm(tasks[1], requirements, accounting) == Refusal(
+    assert not isinstance(confirm(tasks[0], requirements, accounting), PlacementRefused)
+    assert confirm(tasks[1], requirements, accounting) == PlacementRefused(
         tasks[1], "insufficient resources on 1 node"
     )
 

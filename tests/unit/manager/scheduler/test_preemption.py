@@ -10,11 +10,12 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.decision_writer import DecisionWriter
-from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.groups import group_of
-from skep.manager.scheduler.preemption import (
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.filters import filters_for
+from skep.manager.scheduler.nodes.requirements import Requirements, requirements_of
+from skep.manager.scheduler.preemption.preemption import (
     AT_ONCE,
     Candidate,
     Nomination,
@@ -25,14 +26,12 @@ from skep.manager.scheduler.preemption import (
     making_nominations,
     reserve_candidate,
 )
-from skep.manager.scheduler.preemptor import STOPPING_S, Preemptor
-from skep.manager.scheduler.priorities import Priorities
-from skep.manager.scheduler.requirements import Requirements, requirements_of
+from skep.manager.scheduler.preemption.preemptor import STOPPING_S, Preemptor
+from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import ClusterId, NodeId, TaskId, VolumeId
-from skep.model.labels import PREEMPTION, PRIORITY
 from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
+from skep.model.options.labels import PREEMPTION, PRIORITY
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -44,14 +43,15 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Preemption, Task, TaskState
-from skep.model.times import ZERO_TIME
+from skep.model.values.ids import ClusterId, NodeId, TaskId, VolumeId
+from skep.model.values.times import ZERO_TIME
 from skep.store.interface import View
 from skep.store.keys import object_key
 from skep.store.memory import MemoryStore
-from skep.store.proposal import Unchanged
 from skep.store.state import State
 from skep.store.tables import KeyChange
-from skep.store.transaction import LocalTransaction
+from skep.store.transactions.proposal import Unchanged
+from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_task, with_disks
 from tests.support.counted_calls import most_calls_between_pauses
 from tests.unit.manager.scheduler.test_scheduler_loop import put

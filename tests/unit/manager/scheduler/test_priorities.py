@@ -4,8 +4,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.state import BATCH
-from skep.model.labels import PREEMPTION, PRIORITY
 from skep.model.node import Availability, Node
+from skep.model.options.labels import PREEMPTION, PRIORITY
 from skep.model.service import Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState

@@ -1,7 +1,7 @@
 """Nodes in order of preference, however often they change."""
 
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.ranking import STALE_MAX, Ranking, rank_of
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.ranking import STALE_MAX, Ranking, rank_of
 from tests.support.builders import a_node
 
 

@@ -9,18 +9,19 @@ from msgspec.structs import replace
 
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
-from skep.manager.failures import Failures
-from skep.manager.scheduler import filters, group_queue, loop, placement, spread, state
-from skep.manager.scheduler.accounting import Accounting
+from skep.manager.control_loops.failures import Failures
+from skep.manager.scheduler import group_queue, loop, placement, state
 from skep.manager.scheduler.decision_writer import TOGETHER, write_decisions
+from skep.manager.scheduler.explaining.pending_reasons import Texts, Why
 from skep.manager.scheduler.groups import Groups
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.scheduler.pending_reasons import Texts, Why
-from skep.model.ids import new_id
-from skep.model.labels import PRIORITY
+from skep.manager.scheduler.nodes import filters, spread
+from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.node import Availability, Node
+from skep.model.options.labels import PRIORITY
 from skep.model.service import Resources, Service
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import new_id
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task

@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.scheduler.state import SchedulerState
 from skep.model.container import ContainerSpec, Mount
-from skep.model.labels import VOLUME_AFFINITY
 from skep.model.node import Availability, EngineDescription, Node, NodeState
+from skep.model.options.labels import VOLUME_AFFINITY
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task

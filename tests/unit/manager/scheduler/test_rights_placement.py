@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from skep.manager.scheduler.nodes.requirements import requirements_of
+from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import place
-from skep.manager.scheduler.requirements import requirements_of
-from skep.manager.scheduler.spread import Choices
 from skep.model.container import ContainerSpec
-from skep.model.data_planes import NODE_LABEL
+from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, Node
-from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL
+from skep.model.permissions.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import Service
 from skep.model.task import TaskState
 from tests.support.builders import a_docker_node, a_node, a_service, a_task
@@ -36,7 +36,7 @@ def placed(labels: Mapping[str, str], *nodes: Node):
     service = a_service_with(labels)
     task = replace(a_task(service=service, state=TaskState.PENDING), spec=service.spec.task_template)
     requirements = requirements_of(task, service.spec)
-    return place([task], requirements, Choices(accounting_of(nodes)), now=0.0, limit=100)
+    return place([task], requirements, CachedSpreads(accounting_of(nodes)), now=0.0, limit=100)
 
 
 def test_a_task_with_a_right_runs_where_the_node_gives_it() -> None:

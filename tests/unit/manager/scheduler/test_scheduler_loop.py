@@ -13,19 +13,20 @@ from msgspec.structs import replace
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
-from skep.manager import failures
-from skep.manager.scheduler import dependencies, filters, placement, spread
-from skep.manager.scheduler.accounting import Account
+from skep.manager.control_loops import failures
+from skep.manager.scheduler import dependencies, placement
 from skep.manager.scheduler.decision_writer import Decision, DecisionWriter
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.scheduler.nodes import filters, spread
+from skep.manager.scheduler.nodes.accounting import Account
 from skep.manager.scheduler.state import SchedulerState
 from skep.model.container import Mount
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import NodeId, VolumeId, new_id
-from skep.model.meta import Driver
 from skep.model.node import Node
+from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.service import Resources, Service, UpdateState
 from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId, VolumeId, new_id
+from skep.model.values.meta import Driver
 from skep.model.volume import PublishStatus, Volume, VolumeSpec
 from skep.store.interface import Commit, Object, Transaction, Updated
 from skep.store.memory import MemoryStore

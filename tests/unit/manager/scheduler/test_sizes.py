@@ -4,11 +4,11 @@ from random import Random
 
 import pytest
 
-from skep.manager.scheduler import candidates as candidates_module
-from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.nodes import candidates as candidates_module
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.requirements import requirements_of
+from skep.manager.scheduler.nodes.spread import CachedSpreads
 from skep.manager.scheduler.placement import place
-from skep.manager.scheduler.requirements import requirements_of
-from skep.manager.scheduler.spread import Choices
 from skep.model.service import Resources
 from skep.model.task import TaskState
 from tests.support.builders import a_node, a_service, a_task
@@ -22,7 +22,7 @@ def largest_difference_of_fill() -> float:
     for number in range(10):
         books.set_node(a_node(f"small{number}", has=Resources(memory_bytes=8 * GIB)))
         books.set_node(a_node(f"large{number}", has=Resources(memory_bytes=32 * GIB)))
-    choices = Choices(books)
+    choices = CachedSpreads(books)
     random = Random(1)
     for number in range(300):
         service = a_service(f"s{number}", reserve=Resources(memory_bytes=random.randint(1, 8) * GIB // 10))
@@ -48,7 +48,7 @@ def test_services_of_one_task_use_all_branches_of_a_preference() -> None:
     books = Accounting()
     for number in range(6):
         books.set_node(a_node(f"n{number}", labels={"zone": f"z{number % 3}"}))
-    choices = Choices(books)
+    choices = CachedSpreads(books)
     counts = dict.fromkeys("012", 0)
     for number in range(30):
         service = a_service(f"s{number}", spread=("node.labels.zone",))

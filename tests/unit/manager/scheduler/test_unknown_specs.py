@@ -9,11 +9,11 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.scheduler.accounting import Usages, usage_in
 from skep.manager.scheduler.loop import Scheduler
-from skep.model.ids import new_id
+from skep.manager.scheduler.nodes.accounting import HoldingsCache, usage_in
 from skep.model.service import PortConfig, PublishMode, Resources, Service, ServiceSpec
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.values.ids import new_id
 from skep.store.interface import Store
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
 from tests.support.builders import a_node, a_service_spec, a_task
@@ -89,6 +89,6 @@ async def test_the_present_version_is_known_by_its_service() -> None:
     service, old = store.view().get(Service, "web"), store.view().get(Task, "old")
     present = replace(old, spec_version=service.spec_version)
     assert usage_in(store.view(), old).is_unknown
-    assert Usages().of(present, store.view()) == usage_in(store.view(), present)
+    assert HoldingsCache().of(present, store.view()) == usage_in(store.view(), present)
     assert usage_in(store.view(), present).host_ports == (("tcp", 8081),)
     assert not usage_in(store.view(), present).is_unknown

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.scheduler import volumes as volumes_module
-from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.candidates import Candidates
-from skep.manager.scheduler.requirements import Requirements
-from skep.manager.scheduler.volumes import VolumeUses
-from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
-from skep.model.meta import Driver
+from skep.manager.scheduler.nodes import volumes as volumes_module
+from skep.manager.scheduler.nodes.accounting import Accounting
+from skep.manager.scheduler.nodes.candidates import Candidates
+from skep.manager.scheduler.nodes.requirements import Requirements
+from skep.manager.scheduler.nodes.volumes import VolumeUses
 from skep.model.needs import ClusterMount, VolumeUse, holds_of
 from skep.model.node import CSIInfo, Node, Topology
 from skep.model.task import VolumeAttachment
+from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import (
     GROUP_PREFIX,
     AccessMode,

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.dependencies import REPORTED_S, Waits, awaited
-from skep.model.dependencies import DEPENDS_ON
-from skep.model.node import Availability, Node, NodeSession, NodeState
+from skep.model.node import Availability, Node, NodeState, SessionOwner
+from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.service import GlobalService, RestartCondition, RestartPolicy, Service, ServiceMode
 from skep.model.task import Restart, Task, TaskState
 from skep.store.interface import Commit, Transaction, Updated
@@ -160,7 +160,7 @@ def happen(what: str, which: int, variant: int) -> Callable[[Transaction], objec
                 new = a_task(node=node.id, slot=which % 2, state=TaskState.PREPARING, service=owner)
                 tx.put(replace(new, restart=Restart(failures=1) if variant > 2 else None))
             case "register":
-                session = NodeSession(session_id=f"s{which}{variant}{tx.revision}")  # type: ignore[arg-type]
+                session = SessionOwner(session_id=f"s{which}{variant}{tx.revision}")  # type: ignore[arg-type]
                 tx.put(replace(node, session=session, status=replace(node.status, state=NodeState.READY)))
             case "down" | "up":
                 state = NodeState.DOWN if what == "down" else NodeState.READY

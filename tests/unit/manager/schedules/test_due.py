@@ -7,21 +7,19 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.api.exposition import render
-from skep.manager.events import messages_of
-from skep.manager.explanations import explain_service
-from skep.manager.job_listing import failure, next_run, note, schedule_words, shown_job
-from skep.manager.job_runs import COMPLETED, FAILED
+from skep.api.telemetry.exposition import render
+from skep.manager.diagnosis.explanations import explain_service
 from skep.manager.journal.changes import entries_of
-from skep.manager.metrics import job_family
 from skep.manager.orchestrator.changes import FillSlot, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import unused_versions
 from skep.manager.schedules.due import decided, next_due_ns
+from skep.manager.services.job_listing import failure, next_run, note, schedule_words, shown_job
+from skep.manager.services.job_runs import COMPLETED, FAILED
+from skep.manager.telemetry.events import messages_of
+from skep.manager.telemetry.metrics import job_family
 from skep.model.history import Severity
-from skep.model.ids import TaskId
-from skep.model.labels import JOB_TTL
-from skep.model.meta import Version
-from skep.model.schedules import CRON, CRON_SUSPEND, parsed_schedule
+from skep.model.options.labels import JOB_TTL
+from skep.model.options.schedules import CRON, CRON_SUSPEND, parsed_schedule
 from skep.model.service import (
     JobStart,
     JobStatus,
@@ -33,7 +31,9 @@ from skep.model.service import (
     ServiceMode,
 )
 from skep.model.task import TaskState
-from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.values.ids import TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Updated
 from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryStore

@@ -7,9 +7,9 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.manager.schedules.loop import Schedules
-from skep.model.schedules import CRON
+from skep.model.options.schedules import CRON
 from skep.model.service import JobStatus, ReplicatedJob, ScheduleStatus, Service, ServiceMode
-from skep.model.times import timestamp
+from skep.model.values.times import timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service
 

@@ -7,8 +7,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.view.past import snapshot_of
-from skep.model.ids import ClusterId
 from skep.model.swarm import Swarm
+from skep.model.values.ids import ClusterId
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task

@@ -6,15 +6,15 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.view.building import Builder, affected_by
+from skep.manager.view.building import RowBuilder, affected_by
 from skep.manager.view.rows import node_row, stack_row, task_row
 from skep.manager.view.table import Key
-from skep.model.ids import ConfigId, NodeId
 from skep.model.node import EngineDescription, FailingPath, NodeState, NodeStatus
+from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import PortConfig, PublishMode, Resources
-from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import PortStatus, TaskState, TaskStatus
+from skep.model.values.ids import ConfigId, NodeId
 from skep.store.interface import Updated
 from skep.store.memory import MemoryStore
 from skep.store.state import State
@@ -69,7 +69,7 @@ def test_a_node_has_the_paths_that_fail_and_the_volumes_with_data() -> None:
 
 
 def test_a_stack_has_its_revisions_with_the_plan_and_the_end_of_each_deploy() -> None:
-    store, builder = MemoryStore(SystemClock()), Builder()
+    store, builder = MemoryStore(SystemClock()), RowBuilder()
 
     def config(number: int, state: str) -> Config:
         labels = {

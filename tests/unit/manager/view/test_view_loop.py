@@ -18,8 +18,6 @@ from skep.manager.view.building import WATCHED
 from skep.manager.view.loop import LINGER_S, VIEWERS_MAX, ClusterView
 from skep.manager.view.rows import ClusterRow, ManagersRow
 from skep.model.container import ContainerSpec, HealthConfig, SecretReference
-from skep.model.ids import ConfigId, SecretId
-from skep.model.meta import Version
 from skep.model.node import NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import (
@@ -33,7 +31,9 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.values.ids import ConfigId, SecretId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.manager.view.rows import StackRow
-from skep.manager.view.table import CLUSTER, CLUSTER_KEY, KINDS, STEPS_MAX, Key, Table
+from skep.manager.view.table import CLUSTER, CLUSTER_KEY, KINDS, STEPS_MAX, Key, RowTableState
 
 INCARNATION = 3
 
@@ -21,7 +21,7 @@ class Page:
         self.rows: dict[str, dict[str, Any]] = {}
         self.cluster: Any = None
 
-    def read(self, table: Table) -> str:
+    def read(self, table: RowTableState) -> str:
         """Take what there is; what it was: snapshot or change."""
         change = table.change_after(self.number) if self.number is not None else None
         sent = msgspec.json.decode(change if change is not None else table.snapshot())
@@ -45,7 +45,7 @@ def a_row(id: str, revision: int) -> StackRow:
     return StackRow(id=id, name=f"at {revision}", services=(), revision=revision, revisions=())
 
 
-def fresh(table: Table) -> Page:
+def fresh(table: RowTableState) -> Page:
     page = Page()
     page.read(table)
     return page
@@ -65,7 +65,7 @@ actions = st.lists(
 
 @given(actions)
 def test_a_snapshot_with_the_differences_after_it_is_the_later_snapshot(actions: list[Any]) -> None:
-    table, revision = Table(INCARNATION), 7
+    table, revision = RowTableState(INCARNATION), 7
     table.step(revision, 0.0)
     pages = [fresh(table), fresh(table)]
     for what, one, two in actions:
@@ -88,7 +88,7 @@ def test_a_snapshot_with_the_differences_after_it_is_the_later_snapshot(actions:
 
 
 def test_a_row_that_is_the_same_again_is_no_change() -> None:
-    table = Table(INCARNATION)
+    table = RowTableState(INCARNATION)
     table.put(KEYS[0], a_row("a", 1))
     assert table.step(1, 0.0)
     table.put(KEYS[0], a_row("a", 1))
@@ -97,7 +97,7 @@ def test_a_row_that_is_the_same_again_is_no_change() -> None:
 
 
 def test_what_a_reader_lacks_is_merged_by_id_however_long_it_was_away() -> None:
-    table = Table(INCARNATION)
+    table = RowTableState(INCARNATION)
     table.step(1, 0.0)
     page = fresh(table)
     for revision in range(2, 500):
@@ -112,7 +112,7 @@ def test_what_a_reader_lacks_is_merged_by_id_however_long_it_was_away() -> None:
 
 
 def test_a_reader_that_is_too_far_behind_is_given_a_snapshot() -> None:
-    table = Table(INCARNATION)
+    table = RowTableState(INCARNATION)
     table.step(1, 0.0)
     page = fresh(table)
     for revision in range(2, STEPS_MAX + 4):
@@ -123,7 +123,7 @@ def test_a_reader_that_is_too_far_behind_is_given_a_snapshot() -> None:
 
 
 def test_a_difference_of_very_many_rows_is_a_snapshot() -> None:
-    table = Table(INCARNATION)
+    table = RowTableState(INCARNATION)
     table.step(1, 0.0)
     page = fresh(table)
     for number in range(5001):
@@ -134,7 +134,7 @@ def test_a_difference_of_very_many_rows_is_a_snapshot() -> None:
 
 
 def test_a_cursor_of_another_life_of_an_earlier_time_or_of_nothing_needs_a_snapshot() -> None:
-    table = Table(INCARNATION)
+    table = RowTableState(INCARNATION)
     table.step(10, 0.0)
     assert table.number_of("3-10") == 1
     assert table.number_of("3-11") == 1

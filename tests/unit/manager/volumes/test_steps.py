@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.csi.driver import MAP_BYTES_MAX
 from skep.manager.volumes.loop import MESSAGE_CHARACTERS_MAX
 from skep.manager.volumes.steps import (
-    Create,
+    CreateVolume,
     Delete,
     Forget,
     Publish,
@@ -18,9 +18,9 @@ from skep.manager.volumes.steps import (
     settled,
     steps,
 )
-from skep.model.ids import NodeId, VolumeId
-from skep.model.meta import Driver
 from skep.model.node import CSIInfo, Node, NodeState
+from skep.model.values.ids import NodeId, VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import (
     ENTRIES_BYTES_MAX,
     AccessMode,
@@ -62,7 +62,7 @@ def states(volume: Volume, needed: frozenset[NodeId], find: Any = node) -> dict[
 
 
 def test_a_call_that_makes_something_is_announced_first() -> None:
-    assert list(steps(a_volume(info=None), NONE)) == [Create()]
+    assert list(steps(a_volume(info=None), NONE)) == [CreateVolume()]
     (status,) = settled(a_volume(), frozenset({N1}), node).publish_status
     assert (status.state, status.driver_node_id) == (PENDING, "d-n1")
 
@@ -72,7 +72,7 @@ def test_what_was_never_asked_of_the_driver_is_forgotten_and_what_may_have_been_
 ):
     assert list(steps(settled(a_volume(info=None, pending_delete=True), NONE, node), NONE)) == [Forget()]
     unknown = settled(a_volume(info=None, pending_delete=True, is_creating=True), NONE, node)
-    assert list(steps(unknown, NONE)) == [Create()]
+    assert list(steps(unknown, NONE)) == [CreateVolume()]
     assert list(steps(a_volume(pending_delete=True), NONE)) == [Delete()]
 
 
@@ -192,7 +192,7 @@ def test_a_volume_for_several_nodes_is_published_while_others_are_asked_and_one_
     volume = doubted(a_volume(on(N1, PUBLISHED), multi=True), {N1}, [node(N1), node(N2)])
     assert list(steps(settled(volume, {N1}, node), {N1})) == [Publish(N1, "d-n1")]
     unmade = doubted(a_volume(info=None, pending_delete=True), NONE, [node(N1)])
-    assert (unmade.is_creating, list(steps(unmade, NONE))) == (True, [Create()])
+    assert (unmade.is_creating, list(steps(unmade, NONE))) == (True, [CreateVolume()])
 
 
 def test_of_a_volume_that_may_be_anywhere_no_more_is_kept_than_the_store_takes() -> None:

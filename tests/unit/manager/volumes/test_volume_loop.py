@@ -13,14 +13,14 @@ from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.control.nodes import remove_node
 from skep.manager.control.volumes import remove_volume
 from skep.manager.volumes.driver_calls import ControllerDriver
-from skep.manager.volumes.loop import ClusterVolumes
+from skep.manager.volumes.loop import VolumeManager
 from skep.manager.volumes.state import SETTLED_S, VolumesState
 from skep.manager.volumes.steps import REMOVED_S
-from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
-from skep.model.meta import Driver
 from skep.model.node import CSIInfo, NodeState
 from skep.model.secret import Secret
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.values.ids import NodeId, SecretId, TaskId, VolumeId
+from skep.model.values.meta import Driver
 from skep.model.volume import (
     AccessMode,
     CapacityRange,
@@ -103,7 +103,7 @@ class Rig:
         return self.store.view().get(Volume, name)
 
     async def run_for(self, seconds: float) -> None:
-        volumes = ClusterVolumes(self.store, self.clock, Random(1), self.find, self.confirm)
+        volumes = VolumeManager(self.store, self.clock, Random(1), self.find, self.confirm)
         running = asyncio.ensure_future(volumes.run())
         await self.clock.sleep(seconds)
         running.cancel()
@@ -335,7 +335,7 @@ def test_a_volume_for_one_node_is_taken_from_a_removed_node_once_its_containers_
     simulated: Callable[[Body], None], scope: VolumeScope
 ) -> None:
     async def body(rig: Rig) -> None:
-        volumes = ClusterVolumes(rig.store, rig.clock, Random(1), rig.find, rig.confirm)
+        volumes = VolumeManager(rig.store, rig.clock, Random(1), rig.find, rig.confirm)
         running = asyncio.ensure_future(volumes.run())
         mode = AccessMode(scope=scope, sharing=VolumeSharing.ALL, mount_volume=TypeMount())
         await rig.put("a", access_mode=mode)

@@ -6,9 +6,9 @@ import socket
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.model.access import Identity
-from skep.model.ids import ContainerId
-from skep.model.rights import ApiAccess
+from skep.model.permissions.access import Identity
+from skep.model.permissions.rights import ApiAccess
+from skep.model.values.ids import ContainerId
 from skep.node.container_apis.exchange import Exchanges
 
 A, B = ContainerId("a" * 64), ContainerId("b" * 64)

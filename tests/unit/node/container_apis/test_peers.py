@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.model.ids import ContainerId
+from skep.model.values.ids import ContainerId
 from skep.node.container_apis.peers import container_in
 
 ONE, TWO = "1" * 64, "2" * 64

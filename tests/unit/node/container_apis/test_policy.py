@@ -7,11 +7,11 @@ import pytest
 
 from skep.aio.time_slices import run_at_once
 from skep.errors import PermissionDenied, Unavailable
-from skep.model.encoding import to_json
-from skep.model.rights import ApiAccess
+from skep.model.permissions.rights import ApiAccess
 from skep.model.task import TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
-from skep.node.container_apis.policy import Passing, check
+from skep.model.values.encoding import to_json
+from skep.node.container_apis.policy import ResponsePassing, check
 from skep.node.container_apis.redaction import redacted
 
 READ, INSPECT, FULL = ApiAccess
@@ -19,7 +19,7 @@ READ, INSPECT, FULL = ApiAccess
 
 @pytest.mark.parametrize("path", ["/_ping", "/version", "/events?since=1", "/containers/a/stats?stream=1"])
 def test_what_has_no_secrets_is_passed_as_it_is(path: str) -> None:
-    assert check(READ, "GET", f"/v1.41{path}") is Passing.AS_IT_IS
+    assert check(READ, "GET", f"/v1.41{path}") is ResponsePassing.AS_IT_IS
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_what_has_no_secrets_is_passed_as_it_is(path: str) -> None:
     ],
 )
 def test_documents_are_shown_without_secrets(path: str) -> None:
-    assert check(READ, "GET", path) is Passing.REDACTED
-    assert check(READ, "HEAD", path) is Passing.REDACTED
-    expected = Passing.REDACTED if path == "/swarm" else Passing.AS_IT_IS
+    assert check(READ, "GET", path) is ResponsePassing.REDACTED
+    assert check(READ, "HEAD", path) is ResponsePassing.REDACTED
+    expected = ResponsePassing.REDACTED if path == "/swarm" else ResponsePassing.AS_IT_IS
     assert check(INSPECT, "GET", path) is expected
 
 
@@ -90,7 +90,7 @@ def test_what_others_may_keep_secret_needs_inspect(path: str) -> None:
 def test_everything_else_is_refused(access: ApiAccess, method: str, path: str) -> None:
     with pytest.raises(PermissionDenied, match=f"limited to {access.value} access"):
         check(access, method, path)
-    assert check(FULL, method, path) is Passing.AS_IT_IS
+    assert check(FULL, method, path) is ResponsePassing.AS_IT_IS
 
 
 def cleaned(document: Any) -> Any:

@@ -3,11 +3,11 @@
 import pytest
 from aiohttp import web
 
-from skep.api.framing import read_head, with_target
-from skep.api.permissions import rule_for, sees
+from skep.api.access.permissions import rule_for, sees
+from skep.api.http.framing import read_head, with_target
 from skep.errors import NotFound, PermissionDenied
 from skep.manager.routes.reach import routes
-from skep.model.access import Identity, Origin, Role, parse_binding
+from skep.model.permissions.access import Identity, Origin, Role, parse_binding
 from skep.node.front.task_requests import TaskContainer, as_task_request
 
 

@@ -1,0 +1,1 @@
+"""Incoming connections: how many are admitted, their TLS handshakes, and their memory."""

@@ -1,0 +1,1 @@
+"""The event loop of a process: its lag, hangs, garbage collection, and child processes."""

@@ -1,0 +1,1 @@
+"""Formats of the Engine API: bodies, filters and times, decoded with Go's rules and checked."""

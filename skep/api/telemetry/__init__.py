@@ -1,0 +1,1 @@
+"""Metrics in Prometheus' format, and spans for OpenTelemetry."""

@@ -1,0 +1,1 @@
+"""Commands about services, jobs, secrets and the containers of tasks."""

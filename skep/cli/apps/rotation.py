@@ -1,0 +1,444 @@
+"""``skep secret`` and ``skep config``: docker's commands, and rotate and prune.
+
+Secrets and configs are immutable.  A rotation creates the next version, an object ``NAME-v2`` with the labels of the
+first version, and updates every service that uses an older version, each by its own update policy.  In the containers
+the file keeps its name.
+"""
+
+import asyncio
+import base64
+import copy
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, BinaryIO
+
+import click
+import msgspec
+from msgspec.structs import replace
+
+from skep.api.client.client import ApiClient
+from skep.api.client.updates import update
+from skep.api.client.waiting import persistently
+from skep.cli import options, passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests, say
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
+from skep.model.options.labels import ROTATION_OF
+from skep.model.options.schedules import CRON
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.values.unknown import leniently
+from skep.stack.progress import FAILURES_MAX, progress_of
+from skep.stack.project import NAMESPACE
+from skep.stack.waiting import Reasons, look_at, unfinished
+
+_RESPONSE_TIMEOUT_S = 20.0
+_LOOK_S = 0.5
+_FILE_BYTES_MAX = 1 << 20
+_STUCK = ("paused", "rollback_started", "rollback_paused", "rollback_completed")
+
+
+class FileKind(msgspec.Struct, frozen=True):
+    """Secrets or configs, as the API spells them."""
+
+    noun: str
+    example: str
+    """A name for the examples in the help."""
+
+    @property
+    def path(self) -> str:
+        """Return their path in the API."""
+        return f"/{self.noun}s"
+
+    @property
+    def field(self) -> str:
+        """Return the field of a container's spec with the references."""
+        return f"{self.noun.title()}s"
+
+    @property
+    def id_key(self) -> str:
+        """Return the key of the id in a reference."""
+        return f"{self.noun.title()}ID"
+
+    @property
+    def name_key(self) -> str:
+        """Return the key of the name in a reference."""
+        return f"{self.noun.title()}Name"
+
+
+def root_of(found: Mapping[str, Any]) -> str:
+    """Return the name of an object's first version.
+
+    The label counts only if the object's name is that of a version.  Every user who may create secrets in a stack can
+    set the label, but only on names that begin with the stack's name.
+    """
+    spec = found["Spec"]
+    root = str(_labels(found).get(ROTATION_OF) or "")
+    return root if root and re.fullmatch(_version_pattern(root), spec["Name"]) else str(spec["Name"])
+
+
+def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """Return all versions of the object ``name``, which may be any of them, oldest first.
+
+    Objects of other stacks with such a name are ignored.
+
+    Raises: NotFound.
+    """
+    named = next((one for one in objects if one["Spec"]["Name"] == name), None)
+    if named is None:
+        raise NotFound(f"{name} does not exist. Create it with skep secret create or skep config create.")
+    root, stack = root_of(named), _labels(named).get(NAMESPACE)
+    found = [one for one in objects if root_of(one) == root and _labels(one).get(NAMESPACE) == stack]
+    return sorted(found, key=lambda one: _number(one, root))
+
+
+def _labels(found: Mapping[str, Any]) -> Mapping[str, str]:
+    labels: Mapping[str, str] = found["Spec"].get("Labels") or {}
+    return labels
+
+
+def _version_pattern(root: str) -> str:
+    return re.escape(root) + r"-v([0-9]{1,9})"
+
+
+def _number(found: Mapping[str, Any], root: str) -> int:
+    match = re.fullmatch(_version_pattern(root), found["Spec"]["Name"])
+    return int(match[1]) if match else 1
+
+
+def next_name(objects: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> str:
+    """Return an unused name for the version after ``known``."""
+    root = root_of(known[-1])
+    taken = {one["Spec"]["Name"] for one in objects}
+    number = max(_number(one, root) for one in known) + 1
+    while f"{root}-v{number}" in taken:
+        number += 1
+    return f"{root}-v{number}"
+
+
+def moved(kind: FileKind, spec: Mapping[str, Any], old: Collection[str], new: Mapping[str, Any]) -> Any:
+    """Return a service's spec with references to ``old`` replaced by ``new``, or None without such references."""
+    made = copy.deepcopy(spec)
+    touched = False
+    for reference in _references(kind, made):
+        if reference[kind.id_key] in old:
+            reference[kind.id_key], reference[kind.name_key] = new["ID"], new["Spec"]["Name"]
+            touched = True
+    return made if touched else None
+
+
+def _references(kind: FileKind, spec: Mapping[str, Any] | None) -> Sequence[dict[str, Any]]:
+    container = ((spec or {}).get("TaskTemplate") or {}).get("ContainerSpec") or {}
+    return container.get(kind.field) or ()
+
+
+class VersionProgress(msgspec.Struct, frozen=True):
+    """A service's progress: the number of its tasks with the new version, the number of all its tasks, and the reason
+    why it is ``stuck``, or empty.
+    """
+
+    done: int
+    wanted: int
+    is_complete: bool = False
+    stuck: str = ""
+    cause: str = ""
+    """Reason why tasks with the new version do not run.  Empty if unknown."""
+
+
+def version_progress(
+    kind: FileKind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
+) -> VersionProgress:
+    """Return a service's progress.  A job with a schedule is done at once, because its next run will use the new
+    version.
+
+    Args:
+        tasks: the service's tasks that are desired to run.
+        new: the id of the version.
+    """
+    if _is_scheduled(service):
+        return VersionProgress(0, 0, is_complete=True)
+    on_it = [task for task in tasks if any(r[kind.id_key] == new for r in _references_of(kind, task))]
+    done = sum(task["Status"]["State"] == "running" for task in on_it)
+    replicated = service["Spec"]["Mode"].get("Replicated")
+    wanted = max(len(tasks), replicated.get("Replicas", 1) if replicated is not None else 0)
+    update = service.get("UpdateStatus") or {}
+    state = update.get("State", "")
+    if state in _STUCK:
+        return VersionProgress(done, wanted, stuck=update.get("Message") or state)
+    return VersionProgress(done, wanted, is_complete=done == wanted == len(tasks) and state != "updating")
+
+
+def _is_scheduled(service: Mapping[str, Any]) -> bool:
+    """Return whether it is a job with a schedule.  An update does not run such a job."""
+    return CRON in _labels(service)
+
+
+def _references_of(kind: FileKind, task: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    return _references(kind, {"TaskTemplate": task["Spec"]})
+
+
+def unused(
+    kind: FileKind, objects: Sequence[Mapping[str, Any]], services: Sequence[Mapping[str, Any]], *, all: bool
+) -> list[Mapping[str, Any]]:
+    """Return objects that neither a service's spec nor its previous spec uses.  Without ``all``, return only old
+    versions.
+    """
+    used = {
+        reference[kind.id_key]
+        for service in services
+        for spec in (service["Spec"], service.get("PreviousSpec"))
+        for reference in _references(kind, spec)
+    }
+    return [
+        one
+        for one in sorted(objects, key=lambda one: str(one["Spec"]["Name"]))
+        if one["ID"] not in used and (all or one is not versions(objects, one["Spec"]["Name"])[-1])
+    ]
+
+
+class _Rotation:
+    """A running rotation."""
+
+    def __init__(self, kind: FileKind, client: ApiClient) -> None:
+        self._kind = kind
+        self._client = client
+        self._shown: dict[str, str] = {}
+        self._open: set[str] = set()
+        """Names of services that are not done."""
+        self.problems: list[str] = []
+        """A line for each service that cannot be updated or is stuck."""
+        self._reasons = Reasons(client, FAILURES_MAX)
+
+    async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
+        """Return the target version and the ids of older ones.  Without ``data``, the latest version is the target."""
+        objects = await self._client.get(self._kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
+        known = versions(objects, name)
+        if data is None:
+            return known[-1], {one["ID"] for one in known[:-1]}
+        first = known[0]["Spec"]
+        spec = {key: value for key, value in first.items() if key != "Data"} | {
+            "Name": next_name(objects, known),
+            "Labels": {**_labels(known[0]), ROTATION_OF: root_of(known[-1])},
+            "Data": base64.b64encode(data).decode(),
+        }
+        made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=_RESPONSE_TIMEOUT_S)
+        click.echo(f"{spec['Name']} created", err=True)
+        return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
+
+    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
+        """Update the services that use an older version, and return the ids of the services that use ``new`` now.
+
+        A service that cannot be updated becomes a problem and does not stop the others.
+        """
+        using = list[str]()
+        for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
+            name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
+            is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
+            try:
+                if is_job and not _is_scheduled(service):
+                    if moved(self._kind, service["Spec"], old, new) is not None:
+                        await self._leave(service, new["Spec"]["Name"])
+                    continue
+                await self._move_one(service["ID"], old, new)
+                current = await self._client.get(f"/services/{service['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
+            except SkepError as error:
+                if not (isinstance(error, NotFound) and await self._is_gone(service["ID"])):
+                    self.problems.append(f"{name}: {error}")
+                continue
+            if any(one[self._kind.id_key] == new["ID"] for one in _references(self._kind, current["Spec"])):
+                using.append(service["ID"])
+        return using
+
+    async def _leave(self, service: Mapping[str, Any], new: str) -> None:
+        """Report a job that is not updated because that would run it again.  It is a problem unless the job has
+        completed.
+        """
+        name = service["Spec"]["Name"]
+        tasks = await self._client.get(
+            "/tasks", filters={"service": [service["ID"]]}, timeout_s=_RESPONSE_TIMEOUT_S
+        )
+        job = leniently(msgspec.json.encode(service), Service)
+        found = [leniently(msgspec.json.encode(one), Task) for one in tasks]
+        if progress_of(job, found).is_done:
+            click.echo(f"{name}: completed job, keeps the previous {self._kind.noun}", err=True)
+            return
+        self.problems.append(
+            f"{name}: this job is not complete, and an update would run it again, so it keeps the previous "
+            f"{self._kind.noun}. Update it to {new} yourself."
+        )
+
+    async def _is_gone(self, id: str) -> bool:
+        """Return whether the service was removed meanwhile; otherwise its update misses another object."""
+        try:
+            await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
+        except NotFound:
+            return True
+        except SkepError:
+            pass
+        return False
+
+    async def _move_one(self, id: str, old: Collection[str], new: Mapping[str, Any]) -> None:
+        await update(
+            self._client,
+            "services",
+            id,
+            lambda service: moved(self._kind, service["Spec"], old, new),
+            timeout_s=_RESPONSE_TIMEOUT_S,
+        )
+
+    async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> None:
+        """Show progress until every task has ``new``.  Services that are stuck become problems."""
+        waiting = list(ids)
+        while waiting:
+            for id in tuple(waiting):
+                service, found = await persistently(partial(self._look, id, new), say)
+                if found is None:
+                    waiting.remove(id)
+                    continue
+                name, version = service["Spec"]["Name"], new["Spec"]["Name"]
+                text = f"{found.done} of {found.wanted} tasks have {version}"
+                text += f": {found.cause}" if found.cause and not found.stuck else ""
+                self._show(name, f"its next run has {version}" if _is_scheduled(service) else text)
+                if found.stuck:
+                    self.problems.append(f"{name}: {found.stuck}. Run skep explain {name}.")
+                if found.stuck or found.is_complete:
+                    waiting.remove(id)
+                    self._open.discard(name)
+            if waiting:
+                await asyncio.sleep(_LOOK_S)
+
+    async def _look(
+        self, id: str, new: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], VersionProgress | None]:
+        """Return the service and its progress, or None as progress if it was removed meanwhile."""
+        try:
+            service = await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
+        except NotFound:
+            return {}, None
+        filters = {"service": [id], "desired-state": ["running"]}
+        tasks = await self._client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+        found = version_progress(self._kind, service, tasks, new["ID"])
+        if not (found.is_complete or found.stuck):
+            look = await look_at(self._client, id)
+            explained = (await self._reasons.explain({id: look}))[id]
+            found = replace(found, stuck=explained.text if explained.is_stuck else "", cause=explained.cause)
+        return service, found
+
+    def _show(self, name: str, text: str) -> None:
+        self._open.add(name)
+        if self._shown.get(name) != text:
+            self._shown[name] = text
+            say(f"{name}: {text}")
+
+    def unfinished(self) -> dict[str, str]:
+        """Return the last shown progress of each service that is not done, by name."""
+        return {name: self._shown[name] for name in sorted(self._open)}
+
+
+async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | None, timeout_s: float) -> str:
+    async with host.client() as client:
+        rotation = _Rotation(kind, client)
+        new, old = await rotation.next_version(name, data)
+        ids = await rotation.move(old, new)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await rotation.wait(ids, new)
+        except TimeoutError:
+            text = "; ".join([unfinished(rotation.unfinished(), timeout_s), *rotation.problems])
+            raise Unavailable(text) from None
+        if rotation.problems:
+            raise Unavailable("; ".join(rotation.problems))
+        return str(new["Spec"]["Name"])
+
+
+async def _prune(host: HostOptions, kind: FileKind, *, all: bool) -> None:
+    async with host.client() as client:
+        objects = await client.get(kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
+        services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+        for one in unused(kind, objects, services, all=all):
+            try:
+                await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
+            except SkepError as error:  # a service has just started to use it
+                click.echo(f"{one['Spec']['Name']}: {error}", err=True)
+            else:
+                click.echo(one["Spec"]["Name"])
+
+
+_ROTATE_HELP = """Replace the content of a {noun} in every service.
+
+Creates a new version from FILE (- for standard input) and updates the services by their update policies. The command
+returns when all tasks have the new version. Previous versions stay for rollbacks until you prune them.
+
+Without FILE, resumes an interrupted rotation.
+
+\b
+Examples:
+  skep {noun} rotate {example} new.txt
+  skep {noun} rotate {example}
+"""
+
+
+def _commands(kind: FileKind) -> click.Group:
+    """Return docker's commands of ``kind``, with rotate and prune."""
+
+    @click.group(
+        kind.noun,
+        cls=passthrough.WithDockers,
+        help=f"""Manage {kind.noun}s.
+
+        \b
+        Examples:
+          skep {kind.noun} ls
+          skep {kind.noun} rotate {kind.example} new.txt
+        """,
+    )
+    def group() -> None:
+        pass
+
+    @group.command(help=_ROTATE_HELP.format(noun=kind.noun, example=kind.example))
+    @options.timeout()
+    @click.argument("name", metavar=kind.noun.upper())
+    @click.argument("file", type=click.File("rb"), required=False)
+    @click.pass_obj
+    def rotate(host: HostOptions, name: str, file: BinaryIO | None, timeout: float) -> None:
+        data = file.read(_FILE_BYTES_MAX + 1) if file is not None else None
+        if data is not None and len(data) > _FILE_BYTES_MAX:
+            raise click.ClickException(
+                str(
+                    InvalidArgument(
+                        f"the file is larger than {_FILE_BYTES_MAX >> 20} MiB. Use a smaller one."
+                    )
+                )
+            )
+        click.echo(run_requests(_rotate(host, kind, name, data, timeout)))
+
+    @group.command(
+        cls=options.accepting({"--force": "--yes", "-f": "--yes"}),
+        help=f"""Remove unused {kind.noun}s.
+
+        A {kind.noun} is unused if neither the current nor the previous spec of a service uses it. Without --all, only
+        previous versions of rotated {kind.noun}s are removed.
+
+        \b
+        Examples:
+          skep {kind.noun} prune
+        """,
+    )
+    @click.option(
+        "--all", "-a", "is_all", is_flag=True, help=f"Also remove {kind.noun}s that were never rotated."
+    )
+    @options.yes
+    @click.pass_obj
+    def prune(host: HostOptions, is_all: bool, yes: bool) -> None:
+        if not yes:
+            which = "all unused" if is_all else "all unused previous versions of"
+            click.confirm(f"Remove {which} {kind.noun}s?", abort=True, err=True)
+        run_requests(_prune(host, kind, all=is_all))
+
+    return group
+
+
+SECRET, CONFIG = FileKind("secret", "password"), FileKind("config", "nginx.conf")
+secret = _commands(SECRET)
+config = _commands(CONFIG)

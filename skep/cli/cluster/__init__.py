@@ -1,0 +1,1 @@
+"""Commands about nodes, networks, volumes, users and the cluster itself."""

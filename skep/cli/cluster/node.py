@@ -1,0 +1,325 @@
+"""``skep node``: docker's commands, and drain, forget and evict.  Evict replaces every key that a node has had."""
+
+import asyncio
+import getpass
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+import click
+import msgspec
+
+from skep.api.client.client import ApiClient
+from skep.api.client.updates import update
+from skep.api.client.waiting import persistently
+from skep.cli import options, passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
+from skep.cli.running import run_requests, say
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.model.node_reports.node_refusals import is_no_node
+from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
+from skep.model.options.slot_volumes import local_volumes
+from skep.model.service import TaskSpec
+from skep.model.values.encoding import to_json
+from skep.model.values.unknown import leniently
+
+_RESPONSE_TIMEOUT_S = 15.0
+_LOOK_S = 0.5
+_PATH = "/skep/cluster/evict"
+_NAMED_MAX = 5
+_CONTAINERS = {
+    False: "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
+    True: "Its containers keep running until you run docker swarm leave --force on the node.",
+}
+"""Texts about an evicted node's containers, by whether they are kept."""
+_ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
+
+
+class _Node(passthrough.WithDockers):
+    dockers = "ls, inspect, ps, update, rm"
+
+
+@click.group(cls=_Node)
+def node() -> None:
+    """Manage nodes.
+
+    \b
+    Examples:
+      skep node ls
+      skep node drain w2
+      skep node evict m3
+    """
+
+
+@node.command()
+@click.option(
+    "--detach/--wait",
+    "-d/",
+    default=False,
+    help="Return at once instead of waiting until the tasks have stopped.",
+)
+@options.timeout()
+@click.argument("name", metavar="NODE")
+@click.pass_obj
+def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
+    """Drain a node and wait until its tasks have stopped.
+
+    You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
+
+    The command first lists services that will be down until their tasks run elsewhere, and services whose local volumes
+    stay on the node. To spread the tasks of such a service before, run skep service update --force SERVICE.
+
+    \b
+    Examples:
+      skep node drain w2
+    """
+    run_requests(_drain(host, name, None if detach else timeout))
+    if not detach:
+        click.echo(f"{name} is drained: no tasks are left")
+
+
+async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
+    async with host.client() as client:
+        for line in await _consequences(client, name):
+            say(line)
+        if wait_s is None:
+            await _set_draining(client, name)
+            return
+        moved = {str(task.get("ServiceID", "")) for task in await _tasks_of(client, name)}
+        await drain_and_wait(client, name, wait_s)
+        services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+        filters = {"desired-state": ["running"]}
+        tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+        for line in without_node([one for one in services if one["ID"] in moved], tasks):
+            say(line)
+
+
+def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each of the services whose tasks no other node takes."""
+    waiting = Counter(
+        task.get("ServiceID", "")
+        for task in tasks
+        if task["Status"]["State"] == "pending" and is_no_node(task["Status"].get("Err", ""))
+    )
+    names = sorted((str(one["Spec"]["Name"]), waiting[one["ID"]]) for one in services)
+    return [
+        f"{name}: no other node takes {counted(number, 'task')}. Run skep explain {name}."
+        for name, number in names
+        if number
+    ]
+
+
+async def _consequences(client: ApiClient, name: str) -> Sequence[str]:
+    """Return the effects of a drain: services that have no task elsewhere, and services with local volumes on the
+    node.
+    """
+    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
+    services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=_RESPONSE_TIMEOUT_S)
+    homes: dict[str, set[str]] = {}
+    for task in tasks:
+        homes.setdefault(task.get("ServiceID", ""), set()).add(task.get("NodeID", ""))
+    there = [
+        one
+        for one in sorted(services, key=lambda one: str(one["Spec"]["Name"]))
+        if "Replicated" in one["Spec"]["Mode"] and node["ID"] in homes.get(one["ID"], set())
+    ]
+    away = [
+        f"{one['Spec']['Name']} has all its tasks on {name}, and is down until they run elsewhere"
+        for one in there
+        if homes[one["ID"]] == {node["ID"]}
+    ]
+    return [*away, *filter(None, (left_behind(one["Spec"], name) for one in there))]
+
+
+def left_behind(spec: Mapping[str, Any], node: str) -> str:
+    """Return what happens to a replicated service's local volumes when ``node`` is drained; empty if it has none."""
+    try:
+        task = leniently(to_json(spec.get("TaskTemplate") or {}), TaskSpec)
+    except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
+        return ""
+    volumes = local_volumes(task)
+    if not volumes:
+        return ""
+    has = f"{spec['Name']} has local volumes on {node} ({named(volumes)})"
+    if volume_affinity(spec.get("Labels") or {}) is VolumeAffinity.REQUIRED:
+        return f"{has}, and waits until {node} accepts tasks again ({VOLUME_AFFINITY}={VolumeAffinity.REQUIRED.value})"
+    return f"{has}: it starts elsewhere with empty volumes, and the data stays on {node}"
+
+
+def named(words: Sequence[str]) -> str:
+    """Return the first few of ``words``, such as ``a, b and 2 more``."""
+    more = len(words) - _NAMED_MAX
+    return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+async def _set_draining(client: ApiClient, name: str) -> None:
+    await update(
+        client,
+        "nodes",
+        name,
+        lambda node: node["Spec"] | {"Availability": "drain"},
+        timeout_s=_RESPONSE_TIMEOUT_S,
+    )
+
+
+async def drain_and_wait(client: ApiClient, name: str, within_s: float) -> None:
+    """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
+    await _set_draining(client, name)
+    services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+    names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
+    shown, first = "", name
+    try:
+        async with asyncio.timeout(within_s):
+            while left := await persistently(partial(_tasks_of, client, name), say):
+                some = sorted(_task_name(task, names) for task in left)
+                first = some[0]
+                text = f"{counted(len(left), 'task')} left: {named(some)}"
+                if text != shown:
+                    say(text)
+                shown = text
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain {first}.") from None
+
+
+async def _tasks_of(client: ApiClient, name: str) -> Sequence[Mapping[str, Any]]:
+    """Return the tasks on a node that have not ended."""
+    tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=_RESPONSE_TIMEOUT_S)
+    return [task for task in tasks if task["Status"]["State"] not in _ENDED]
+
+
+def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
+    """Return a task's name: ``web.3``, ``web`` for a global service, or the task's id if its service was removed."""
+    name, slot = services.get(task.get("ServiceID", "")), task.get("Slot")
+    return f"{name}.{slot}" if name and slot else name or str(task["ID"])
+
+
+@node.command()
+@click.argument("names", metavar="NODE...", nargs=-1, required=True)
+@click.pass_obj
+def forget(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Remove nodes that left or are lost for good.
+
+    Deletes everything that the cluster knows about them. A forgotten node has to join again.
+
+    Only nodes that are down can be forgotten. To remove a node that you no longer trust, use skep node evict.
+
+    \b
+    Examples:
+      skep node forget w2 w3
+    """
+    for name in run_requests(_forget(host, names)):
+        click.echo(name)
+
+
+async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
+    done: list[str] = []
+    async with host.client() as client:
+        for name in names:
+            found = await client.get(f"/nodes/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
+            state = found["Status"]["State"]
+            if state != "down":
+                raise FailedPrecondition(
+                    f"{name} is {state}, not down. Drain it and run docker swarm leave there, or run skep node "
+                    f"evict {name}."
+                )
+            await client.delete(f"/nodes/{found['ID']}", force="1", timeout_s=_RESPONSE_TIMEOUT_S)
+            done.append(name)
+    return done
+
+
+@node.command()
+@click.option("--keep", is_flag=True, help="Keep the containers on the node running.")
+@options.yes
+@click.argument("name", metavar="NODE")
+@click.pass_obj
+def evict(host: HostOptions, name: str, keep: bool, yes: bool) -> None:
+    """Remove an untrusted node and rotate all its keys.
+
+    Replaces the managers' keys, the root certificate, the join tokens and the unlock key. The node's tasks start
+    elsewhere, and the node stops its containers when it reaches a manager.
+
+    If you interrupt the command, the managers continue. Rerun it to see the progress. Use the full ID for a node that
+    was already removed. Afterwards, rotate the secrets that the node had (skep secret rotate).
+
+    \b
+    Examples:
+      skep node evict m3
+      skep node evict --yes 4pwj9jbl5hxo2wadgmuzktzve
+    """
+    if not yes:
+        click.confirm(
+            f"Remove {name}, and replace the managers' keys, the root certificate, join tokens and the unlock key?",
+            abort=True,
+            err=True,
+        )
+    if unlock_key := run_requests(_evict(host, name, keep)):
+        click.echo(
+            "To unlock a swarm manager after it restarts, run the `docker swarm unlock`\n"
+            f"command and provide the following key:\n\n    {unlock_key}\n\n"
+            "Please remember to store this key in a password manager, since without it you\n"
+            "will not be able to restart the manager."
+        )
+
+
+async def _evict(host: HostOptions, name: str, keep: bool) -> str:
+    """Evict a node, wait for the end, and return the new unlock key, or an empty text."""
+    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    async with host.client() as client:
+        progress = _Progress()
+        # Former names too, for managers of earlier versions.
+        body: dict[str, Any] = {"Node": name, "RequestedBy": by, "By": by}
+        if keep:
+            body |= {"KeepContainers": True, "Keep": True}
+        state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
+        while not progress.show(state):
+            await asyncio.sleep(_LOOK_S)
+            # Requests are repeated, because the manager's etcd restarts during the eviction.
+            state = await persistently(
+                partial(client.get, _PATH, timeout_s=_RESPONSE_TIMEOUT_S), progress.note
+            )
+        try:
+            response = await client.get("/swarm/unlockkey", timeout_s=_RESPONSE_TIMEOUT_S)
+        except SkepError as error:
+            raise Unavailable(
+                f"the node is evicted, but the unlock key could not be read: {error}. Run docker swarm unlock-key."
+            ) from error
+        return str(response.get("UnlockKey") or "")
+
+
+class _Progress:
+    """Prints steps and notes when they change."""
+
+    def __init__(self) -> None:
+        self._done: set[str] = set()
+        self._damaged: set[str] = set()
+        self._last_note = ""
+
+    def show(self, state: Mapping[str, Any]) -> bool:
+        """Print the new steps, and return whether the eviction is complete."""
+        for step in state["Steps"]:
+            if step["Done"] and step["Text"] not in self._done:
+                self._done.add(step["Text"])
+                click.echo(f"done: {step['Text']}")
+        if damaged := [key for key in state.get("Damaged") or () if key not in self._damaged]:
+            self._damaged.update(damaged)
+            click.echo(f"      could not be read and stay unchanged: {', '.join(damaged)}", err=True)
+        if state["Complete"]:
+            click.echo(
+                f"{state['Hostname'] or state['NodeID']} is evicted. All its keys are revoked or replaced."
+            )
+            click.echo(_CONTAINERS[bool(state.get("KeepContainers"))])
+            return True
+        self.note(str(state.get("WaitingFor") or ""))
+        return False
+
+    def note(self, reason: str) -> None:
+        """Print the reason for the wait, if it has changed."""
+        if reason and reason != self._last_note:
+            click.echo(f"      {reason}", err=True)
+        self._last_note = reason

@@ -1,0 +1,1 @@
+"""Commands for maintenance: upgrades, backups, reboots and diagnosis."""

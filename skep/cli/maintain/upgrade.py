@@ -1,0 +1,605 @@
+"""``skep upgrade``: installs a new version on one node after the other, drained by default.
+
+The command stores in the cluster which node it is upgrading (``maintenance``).  So a second upgrade is refused while it
+runs, and an interrupted one can be resumed or aborted.
+"""
+
+import asyncio
+import os
+import re
+import subprocess
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from skep.api.client.client import ApiClient
+from skep.api.client.updates import update
+from skep.api.client.waiting import persistently
+from skep.cli import options
+from skep.cli.cluster.node import drain_and_wait
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
+from skep.cli.maintain import maintenance
+from skep.cli.maintain.maintenance import RESPONSE_TIMEOUT_S, LockHolder
+from skep.cli.maintain.reboot_lock import whoami
+from skep.cli.maintain.upgrade_plan import (
+    UpgradableNode,
+    UpgradePlan,
+    UpgradeStep,
+    lines_of,
+    plan,
+    running_of,
+)
+from skep.cli.running import errors_shown, say
+from skep.cli.start.up import APT_INSTALL, INSTALLS_WITHIN_S, TargetMachine, quoted
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unavailable
+
+T = TypeVar("T")
+
+_LEASE_S_MIN = 1800.0
+_CHECKED_WITHIN_S = 30.0
+_UNSET = datetime.max.replace(tzinfo=UTC)
+_LOOK_S = 0.5
+_LEVEL_UNKNOWN = 4
+"""Level of the last version that does not report its level."""
+_REPAIR = "Repair the node and rerun with --continue, or use --abort."
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+FORMER = "/var/cache/skep/former.deb"
+
+_WORK = """set -e
+umask 022
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"""
+_KEEP = f"""mkdir -p "$work/root/DEBIAN" "$(dirname {FORMER})"
+dpkg-query -L skep | grep -v '^/etc/' | while read -r path; do
+    if [ -h "$path" ] || [ -f "$path" ]; then
+        mkdir -p "$work/root$(dirname "$path")"
+        cp -a "$path" "$work/root$path"
+    fi
+done
+dpkg-query -s skep | awk '/^[^ ]/ {{ kept = !/^(Status|Conffiles):/ }} kept' >"$work/root/DEBIAN/control"
+for script in postinst prerm postrm; do
+    cp "/var/lib/dpkg/info/skep.$script" "$work/root/DEBIAN/$script"
+done
+dpkg-deb --root-owner-group -Zgzip -z1 --build "$work/root" "$work/former.deb" >&2
+mv "$work/former.deb" {FORMER}
+"""
+KEEP_FORMER = _WORK + _KEEP
+"""Packs the installed version, because its package file has usually been removed.
+
+Settings are left out, and dpkg keeps them.  Otherwise the operator's changes would become the package's own settings,
+which the next version replaces.
+"""
+_INSTALL = f"""if ! {APT_INSTALL} "$package" >"$work/log" 2>&1 </dev/null; then
+    tail -n 5 "$work/log" >&2
+    exit 1
+fi
+"""
+"""Writes its output to a file, so that a lost ssh connection cannot end the installation at its next write."""
+REPLACE = f"""{_WORK}
+package=$work/new.deb
+cat >"$package"
+chmod 755 "$work"
+case "$(dpkg-query -W -f '${{db:Status-Status}} ${{Version}}' skep)" in
+"installed $(dpkg-deb -f "$package" Version)") ;;
+installed\\ *)
+{_KEEP};;
+esac
+{_INSTALL}"""
+"""It does not pack a version that an interrupted upgrade has installed, because a rollback would then install the new
+version.
+"""
+_GO_BACK = f"{_WORK}package={FORMER}\n{_INSTALL}"
+_CHECK = """[ "$(id -u)" = 0 ] || { echo "this user is not root" >&2; exit 1; }
+dpkg-query -s skep >/dev/null 2>&1 || { echo "skep is not installed as a Debian package" >&2; exit 1; }
+"""
+
+
+class Means(msgspec.Struct, frozen=True, kw_only=True):
+    """The means of upgrading a node: a package over ssh, or the operator's commands, run on this machine."""
+
+    version: str
+    package: Path | None = None
+    ssh_user: str = "root"
+    command: str = ""
+    rollback: str = ""
+
+    async def check(self, node: UpgradableNode) -> None:
+        """Check that the node can be upgraded, before it is drained.  Raises: Unavailable."""
+        if self.package is not None:
+            await self._machine(node).run(["sh", "-c", quoted(_CHECK)], b"", timeout_s=_CHECKED_WITHIN_S)
+
+    async def upgrade(self, node: UpgradableNode) -> None:
+        """Upgrade the node.  Raises: Unavailable: the upgrade failed."""
+        if self.package is None:
+            await _run_here(self.command, node)
+            return
+        content = await asyncio.to_thread(self.package.read_bytes)
+        await self._machine(node).run(["sh", "-c", quoted(REPLACE)], content, timeout_s=INSTALLS_WITHIN_S)
+
+    async def roll_back(self, node: UpgradableNode) -> None:
+        """Install the former version again.  Raises: Unavailable."""
+        if self.package is None:
+            await _run_here(self.rollback, node)
+            return
+        await self._machine(node).run(["sh", "-c", quoted(_GO_BACK)], b"", timeout_s=INSTALLS_WITHIN_S)
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Return whether a node can be rolled back."""
+        return self.package is not None or bool(self.rollback)
+
+    def _machine(self, node: UpgradableNode) -> TargetMachine:
+        address = f"[{node.address}]" if ":" in node.address else node.address
+        return TargetMachine.of(f"ssh://{self.ssh_user}@{address}")
+
+
+async def _run_here(command: str, node: UpgradableNode) -> None:
+    # The node chooses its host name, and a name like "-oProxyCommand=..." would be an option of ssh on this machine.
+    name = node.name if _HOST_NAME.fullmatch(node.name) else node.id
+    environment = {**os.environ, "SKEP_NODE": name, "SKEP_ADDRESS": node.address}
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", command), stdin=subprocess.DEVNULL, stdout=2, env=environment
+    )
+    try:
+        async with asyncio.timeout(INSTALLS_WITHIN_S):
+            code = await process.wait()
+    except TimeoutError:
+        raise Unavailable(f"the command did not finish within {INSTALLS_WITHIN_S:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if code:
+        raise Unavailable(f"the command ended with code {code}")
+
+
+@click.command(cls=options.accepting({"--plan": "--dry-run"}))
+@click.option(
+    "--package",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Debian package to install over SSH on each node.",
+)
+@click.option("--ssh-user", default="root", show_default=True, metavar="USER", help="SSH user for --package.")
+@click.option(
+    "--command",
+    default="",
+    metavar="COMMAND",
+    help="Upgrade each node by running this command here. It gets SKEP_NODE and SKEP_ADDRESS.",
+)
+@click.option(
+    "--rollback-command", "rollback", default="", metavar="COMMAND", help="Command that undoes --command."
+)
+@click.option(
+    "--to",
+    "version",
+    default="",
+    metavar="VERSION",
+    help="Version that nodes report after --command.",
+)
+@click.option("--keep-running", is_flag=True, help="Keep containers running instead of draining each node.")
+@click.option(
+    "--within",
+    type=options.Duration(),
+    default="3m",
+    show_default=True,
+    metavar="DURATION",
+    help="Longest time for a node to become healthy.",
+)
+@options.dry_run("Show the steps without taking them. Exit code 2: blocked.")
+@click.option("--continue", "continues", is_flag=True, help="Resume an interrupted upgrade.")
+@click.option(
+    "--abort",
+    "aborts",
+    is_flag=True,
+    help="Abort an interrupted upgrade and activate its node.",
+)
+@click.pass_obj
+def upgrade(
+    host: HostOptions,
+    package: Path | None,
+    ssh_user: str,
+    command: str,
+    rollback: str,
+    version: str,
+    *,
+    keep_running: bool,
+    within: float,
+    dry_run: bool,
+    continues: bool,
+    aborts: bool,
+) -> None:
+    """Upgrade all nodes one after the other.
+
+    Drains each node, upgrades it, waits until it is healthy, and activates it. Workers come first, then managers, the
+    leader last.
+
+    If a node is not healthy in time, its previous version is installed again and the upgrade stops. The upgrade does
+    not start while a manager is unreachable or a service is degraded.
+
+    \b
+    Examples:
+      skep upgrade --dry-run --package skep_0.2.0_amd64.deb
+      skep upgrade --package skep_0.2.0_amd64.deb
+      skep upgrade --to 0.2.0 --command 'ssh root@$SKEP_ADDRESS skep-install 0.2.0'
+      skep upgrade --abort
+    """
+    with errors_shown():
+        if aborts:
+            asyncio.run(_abort(host))
+            return
+        means = Means(
+            version=_version(package, command, version),
+            package=package,
+            ssh_user=ssh_user,
+            command=command,
+            rollback=rollback,
+        )
+        if dry_run:
+            raise SystemExit(asyncio.run(show_plan(host, means, drains=not keep_running)))
+        asyncio.run(carry_out(host, means, drains=not keep_running, within_s=within, continues=continues))
+
+
+def _version(package: Path | None, command: str, version: str) -> str:
+    """Return the version that nodes report afterwards.  Raises: InvalidArgument."""
+    if (package is None) == (not command):
+        raise InvalidArgument("Specify --package or --command.")
+    if package is None:
+        if not version:
+            raise InvalidArgument("--command needs --to VERSION.")
+        return version
+    done = subprocess.run(
+        ["dpkg-deb", "-f", package, "Version"], capture_output=True, text=True, timeout=30, check=False
+    )
+    if done.returncode:
+        raise InvalidArgument(f"{package} is not a Debian package: {done.stderr.strip()}")
+    return version or version_of(done.stdout.strip())
+
+
+def version_of(debian: str) -> str:
+    """Return the version that a node with this Debian version of the package reports (``setup/package.sh``)."""
+    return debian.replace("~", "")
+
+
+class _Upgrade:
+    """One run of the command."""
+
+    def __init__(self, client: ApiClient, means: Means, *, drains: bool, within_s: float) -> None:
+        self._client = client
+        self._means = means
+        self._drains = drains
+        self._within_s = within_s
+        self._holder = LockHolder(
+            node="", by=f"{whoami()}, process {os.getpid()}", until=_UNSET, is_upgrade=True
+        )
+        self._spread: set[str] = set()
+
+    async def take(self, *, continues: bool) -> None:
+        """Take the lock.  Raises: FailedPrecondition: another upgrade, or a node's reboot, has it."""
+        members, now = await maintenance.nodes_and_time(self._client)
+        former = next((one for one in await maintenance.holders_of(self._client) if one.is_upgrade), None)
+        if former is not None:
+            if not continues and not former.is_overdue(now):
+                held = maintenance.described(former, members, now)
+                raise FailedPrecondition(f"{held}. Use --continue to take over, or --abort to end it.")
+            self._holder = msgspec.structs.replace(
+                self._holder, node=former.node, availability=former.availability
+            )
+        await self._hold(former)
+
+    async def _hold(self, former: LockHolder | None = None, **changes: Any) -> None:
+        """Renew the lock with ``changes`` of its contents, or take it over from ``former``.
+
+        Raises: FailedPrecondition: another holder has the lock, perhaps because it took it over from this one.
+        """
+        self._holder = msgspec.structs.replace(self._holder, **changes)
+
+        def decide(text: str, members: Sequence[UpgradableNode], now: datetime) -> str:
+            # The lock is renewed before a drain, and before an installation, which may be rolled back.
+            lease = timedelta(seconds=max(_LEASE_S_MIN, 3 * self._within_s + 2 * INSTALLS_WITHIN_S))
+            renewed = msgspec.structs.replace(self._holder, until=now + lease)
+            holders = [one for one in maintenance.read(text) if one != former]
+            return maintenance.written(maintenance.taken(holders, renewed, members, now))
+
+        await self._retry(lambda: maintenance.change_by_nodes(self._client, decide))
+
+    async def release(self) -> None:
+        """Release the lock if this upgrade holds it."""
+
+        def decide(text: str) -> str:
+            holders = maintenance.read(text)
+            return maintenance.written([one for one in holders if not maintenance.is_same(one, self._holder)])
+
+        await self._retry(lambda: maintenance.change(self._client, decide))
+
+    async def end(self) -> None:
+        """Activate a node that was not upgraded and release the lock, unless another upgrade holds it now."""
+        holders = await self._retry(lambda: maintenance.holders_of(self._client))
+        if any(maintenance.is_same(one, self._holder) for one in holders):
+            if self._holder.node and self._holder.availability:
+                await self._restore_availability()
+            await self.release()
+
+    async def run(self) -> int:
+        """Upgrade node after node, and return their number.
+
+        Raises: FailedPrecondition: the next step is not permitted; Unavailable: a node did not become healthy.
+        """
+        count = 0
+        while True:
+            step = await self._next()
+            if self._holder.node and (step is None or step.node.id != self._holder.node):
+                await self._finish_interrupted()
+                continue
+            if step is None:
+                return count
+            if spread := [name for name in step.spread if name not in self._spread]:
+                await self._distribute(spread)
+                self._spread.update(spread)
+                continue
+            await self._make(step)
+            self._spread.clear()
+            count += 1
+
+    async def _next(self) -> UpgradeStep | None:
+        """Return the next step.  If it is not permitted, wait, because tasks may still start elsewhere.
+
+        Raises: FailedPrecondition: the step is still not permitted after the wait.
+        """
+        found = await self._plan()
+        shown: tuple[str, ...] = ()
+        try:
+            async with asyncio.timeout(self._within_s):
+                while found.refusals:
+                    if found.refusals != shown:
+                        shown = found.refusals
+                        say(f"waiting up to {self._within_s:g} s: {'; '.join(shown)}")
+                    await asyncio.sleep(_LOOK_S)
+                    found = await self._plan()
+        except TimeoutError:
+            raise FailedPrecondition("\n".join(found.refusals)) from None
+        return found.steps[0] if found.steps else None
+
+    async def _plan(self) -> UpgradePlan:
+        return await self._retry(
+            lambda: plan_now(
+                self._client,
+                self._means.version,
+                drains=self._drains,
+                spread=self._spread,
+                first=self._holder.node,
+            )
+        )
+
+    async def _make(self, step: UpgradeStep) -> None:
+        node = step.node
+        try:
+            await self._means.check(node)
+        except Unavailable as error:
+            if self._holder.node:
+                raise Unavailable(f"{node.name}: {error}. {_REPAIR}") from error
+            await self.release()
+            raise Unavailable(f"{node.name} cannot be upgraded and is unchanged: {error}") from error
+        drains = (
+            step.drains and node.is_ready
+        )  # the node of an interrupted upgrade may be down and have no tasks
+        before = self._holder.availability or (node.availability if drains else "")
+        await self._hold(node=node.id, availability=before)
+        if drains:
+            say(f"{node.name}: draining")
+            try:
+                await drain_and_wait(self._client, node.id, self._within_s * 3)
+            except Unavailable:
+                await self._activate()
+                await self.release()
+                raise
+        await self._hold()
+        supported = (await self._levels()).get(node.id, _LEVEL_UNKNOWN)
+        say(f"{node.name}: upgrading from {node.version} to {self._means.version}")
+        try:
+            await self._means.upgrade(node)
+            await self._comes_back(node, self._means.version)
+        except Unavailable as error:
+            raise Unavailable(await self._rolled_back(node, str(error), supported)) from error
+        await self._activate()
+        say(f"{node.name}: upgraded to {self._means.version}")
+
+    async def _levels(self) -> Mapping[str, int]:
+        """Return the level of data that each manager supports, by id, and the level of the cluster as ``""``.
+
+        Returns nothing if no manager responds, or their version does not report it.
+        """
+        try:
+            found = await self._client.get("/skep/cluster/level", timeout_s=RESPONSE_TIMEOUT_S)
+        except SkepError:
+            return {}
+        return {**(found.get("Managers") or {}), "": found["Level"]}
+
+    async def _rolled_back(self, node: UpgradableNode, reason: str, supported: int) -> str:
+        """Roll the node back, and return the result as a sentence.
+
+        Args:
+            supported: the level of data that its former version can read.
+        """
+        text = f"{node.name} did not become healthy with {self._means.version}: {reason}"
+        if not self._means.can_roll_back:
+            return f"{text}. It stays drained. {_REPAIR}"
+        # If no manager responds, none uses the data. A manager that never became ready has not raised the level.
+        level = (await self._levels()).get("", supported)
+        if node.is_manager and level > supported:
+            return (
+                f"{text}. It keeps {self._means.version}, because the cluster's data has level {level} and "
+                f"{node.version} reads level {supported} at most. It stays drained. {_REPAIR}"
+            )
+        say(f"{node.name}: not healthy, rolling back to {node.version}")
+        try:
+            await self._means.roll_back(node)
+            await self._comes_back(node, node.version)
+        except Unavailable as error:
+            return f"{text}. The rollback to {node.version} failed: {error}. It stays drained. {_REPAIR}"
+        await self._activate()
+        await self.release()
+        return f"{text}. It has {node.version} again, and the upgrade stops. Run journalctl -u skep on {node.name}."
+
+    async def _comes_back(self, node: UpgradableNode, version: str) -> None:
+        """Wait until the node is healthy with ``version``.  Raises: Unavailable."""
+        seen = node
+        try:
+            async with asyncio.timeout(self._within_s):
+                while True:
+                    members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
+                    seen = next((one for one in members if one.id == node.id), seen)
+                    if seen.is_ready and seen.version == version:
+                        return
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            state = "ready" if seen.is_ready else "not ready"
+            raise Unavailable(f"after {self._within_s:g} s it is {state} with {seen.version}") from None
+
+    async def _activate(self) -> None:
+        if self._holder.node and self._holder.availability:
+            await self._restore_availability()
+        await self._hold(node="", availability="")
+
+    async def _restore_availability(self) -> None:
+        node, word = self._holder.node, self._holder.availability
+        await self._retry(lambda: _set_availability(self._client, node, word))
+
+    async def _finish_interrupted(self) -> None:
+        """Finish the interrupted upgrade of a node that has the version.  Raises: Unavailable: it is not healthy."""
+        members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
+        node = next((one for one in members if one.id == self._holder.node), None)
+        if node is None:
+            await self._hold(node="", availability="")
+            return
+        try:
+            await self._comes_back(node, self._means.version)
+        except Unavailable as error:
+            text = f"the interrupted upgrade of {node.name} did not succeed: {error}"
+            raise Unavailable(f"{text}. {_REPAIR}") from error
+        await self._activate()
+
+    async def _distribute(self, names: Sequence[str]) -> None:
+        """Force updates of services, by their own policy, so that the scheduler spreads tasks after a drain."""
+        for name in names:
+            say(f"{name}: redistributing its tasks")
+            await update(self._client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(self._within_s):
+                left = list(names)
+                while left:
+                    left = [
+                        one for one in left if not await self._retry(partial(_is_updated, self._client, one))
+                    ]
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            raise Unavailable(
+                f"{', '.join(names)}: not redistributed within {self._within_s:g} s. Run skep explain {names[0]}."
+            ) from None
+
+    async def _retry(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request while the manager restarts.  Raises: Unavailable: no response in time."""
+        try:
+            async with asyncio.timeout(self._within_s):
+                return await persistently(request, say)
+        except TimeoutError:
+            raise Unavailable(
+                f"no manager has responded for {self._within_s:g} s. Run skep status on another manager."
+            ) from None
+
+
+async def plan_now(
+    client: ApiClient, version: str, *, drains: bool, spread: Iterable[str] = (), first: str = ""
+) -> UpgradePlan:
+    """Return the plan for the present state of the cluster."""
+    members, _ = await maintenance.nodes_and_time(client)
+    services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
+    return plan(members, running_of(services, tasks), version, drains=drains, spread=spread, first=first)
+
+
+async def _set_availability(client: ApiClient, node: str, word: str) -> None:
+    with suppress(NotFound):  # it was removed meanwhile
+        await update(
+            client,
+            "nodes",
+            node,
+            lambda found: found["Spec"] | {"Availability": word},
+            timeout_s=RESPONSE_TIMEOUT_S,
+        )
+
+
+def _forced(service: Mapping[str, Any]) -> Mapping[str, Any]:
+    spec: dict[str, Any] = service["Spec"]
+    task = spec["TaskTemplate"]
+    return spec | {"TaskTemplate": task | {"ForceUpdate": task.get("ForceUpdate", 0) + 1}}
+
+
+async def _is_updated(client: ApiClient, name: str) -> bool:
+    service = await client.get(f"/services/{name}", timeout_s=RESPONSE_TIMEOUT_S)
+    state = (service.get("UpdateStatus") or {}).get("State", "completed")
+    if state not in ("updating", "completed"):
+        raise FailedPrecondition(
+            f"{name} could not be redistributed, because its update is {state}. Run skep explain {name}."
+        )
+    return bool(state == "completed")
+
+
+async def carry_out(
+    host: HostOptions, means: Means, *, drains: bool, within_s: float, continues: bool
+) -> None:
+    """Upgrade all nodes.
+
+    Raises: FailedPrecondition: a step is not permitted; Unavailable: a node did not become healthy.
+    """
+    async with host.client() as client:
+        run = _Upgrade(client, means, drains=drains, within_s=within_s)
+        await run.take(continues=continues)
+        try:
+            count = await run.run()
+        except FailedPrecondition:
+            await run.end()
+            raise
+        except asyncio.CancelledError:
+            say("Interrupted. Rerun the command with --continue, or run skep upgrade --abort.")
+            raise
+        await run.release()
+    click.echo(f"{counted(count, 'node')} upgraded to {means.version}")
+
+
+async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
+    """Print the steps and the reasons that forbid them, and return the exit code."""
+    async with host.client() as client:
+        found = await plan_now(client, means.version, drains=drains)
+        members, now = await maintenance.nodes_and_time(client)
+        held = [maintenance.described(one, members, now) for one in await maintenance.holders_of(client)]
+    for line in lines_of(found, means.version):
+        click.echo(line)
+    for reason in (*held, *found.refusals):
+        click.echo(f"blocked: {reason}", err=True)
+    return 2 if held or found.refusals else 0
+
+
+async def _abort(host: HostOptions) -> None:
+    async with host.client() as client:
+        former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
+        if former is None:
+            raise FailedPrecondition("No upgrade is running. Run skep reboot-lock status.")
+        if former.node and former.availability:
+            await _set_availability(client, former.node, former.availability)
+
+        def decide(text: str) -> str:
+            return maintenance.written([one for one in maintenance.read(text) if not one.is_upgrade])
+
+        await maintenance.change(client, decide)
+    click.echo(
+        "The upgrade is aborted. Nodes keep their present versions. Run skep version --all to see them."
+    )

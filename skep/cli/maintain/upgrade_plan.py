@@ -1,0 +1,224 @@
+"""The next steps of ``skep upgrade``, and the reasons that forbid them.  Pure.
+
+Nodes are upgraded one at a time: workers, then managers, the leader last, since every transfer of leadership takes a
+moment.  The plan is computed from the cluster's state before every step, so an interrupted upgrade can resume.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from skep.model.networks.data_planes import NODE_LABEL
+from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
+from skep.model.options.slot_volumes import local_volumes
+from skep.model.service import TaskSpec
+
+_RUNNING = "running"
+
+
+class UpgradableNode(msgspec.Struct, frozen=True, kw_only=True):
+    """The properties of a node that the plan needs."""
+
+    id: str
+    name: str
+    version: str = ""
+    address: str = ""
+    is_manager: bool = False
+    is_leader: bool = False
+    is_ready: bool = True
+    """Whether the node is ready, and reachable if it is a manager."""
+    is_ours: bool = True
+    """Whether it is a skep node instead of a Docker Engine."""
+    availability: str = "active"
+
+
+class RunningService(msgspec.Struct, frozen=True, kw_only=True):
+    """A replicated service and the nodes of its tasks."""
+
+    id: str
+    name: str
+    replicas: int
+    away_max: int
+    """Number of tasks that its update policy replaces at a time, or 0 for all."""
+    on: Mapping[str, int]
+    """Running tasks by node id."""
+    returns: bool = False
+    """Whether its tasks return to the nodes with their local volumes, so that an update does not spread them."""
+
+    def excess(self, node: str) -> int:
+        """Return by how many tasks the loss of ``node`` would exceed the limit of the update policy."""
+        away = self.replicas - sum(self.on.values()) + self.on.get(node, 0)
+        return max(away - (self.away_max or self.replicas), 0)
+
+
+class UpgradeStep(msgspec.Struct, frozen=True, kw_only=True):
+    """The upgrade of one node.  ``spread``: services to redistribute first, as the node has too many of their tasks."""
+
+    node: UpgradableNode
+    drains: bool
+    spread: tuple[str, ...] = ()
+
+
+class UpgradePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The steps in their order.  With ``refusals``, none of them may be taken now."""
+
+    steps: tuple[UpgradeStep, ...]
+    done: tuple[str, ...]
+    """Nodes that already have the version."""
+    left_out: tuple[str, ...]
+    """Docker nodes, and workers that are down."""
+    refusals: tuple[str, ...]
+
+
+def plan(
+    members: Iterable[UpgradableNode],
+    services: Sequence[RunningService],
+    version: str,
+    *,
+    drains: bool,
+    spread: Iterable[str] = (),
+    first: str = "",
+) -> UpgradePlan:
+    """Return the steps until all nodes have ``version``.
+
+    Args:
+        drains: drain each node before its upgrade; otherwise its tasks keep running while its daemon restarts.
+        spread: services that were already redistributed for the next step.  If the node still has too many of their
+            tasks, the step is refused.
+        first: the node whose upgrade was interrupted, which comes next and may be down already.
+    """
+    nodes = sorted(members, key=_turn)
+    ours = [one for one in nodes if one.is_ours]
+    left_out = [
+        one for one in nodes if not one.is_ours or not (one.is_manager or one.is_ready or one.id == first)
+    ]
+    due = [one for one in ours if one.version != version and one not in left_out]
+    due.sort(key=lambda one: one.id != first)
+    refusals = list(refusals_of_quorum(nodes, due[0], first) if due else ())
+    steps = []
+    for node in due:
+        crowded = [one for one in services if drains and one.excess(node.id) and not one.returns]
+        steps.append(UpgradeStep(node=node, drains=drains, spread=tuple(one.name for one in crowded)))
+    if steps and drains:
+        refusals += _refusals_of_replicas(steps[0].node, nodes, services, frozenset(spread))
+    return UpgradePlan(
+        steps=tuple(steps),
+        done=tuple(one.name for one in ours if one.version == version),
+        left_out=tuple(one.name for one in left_out),
+        refusals=tuple(refusals),
+    )
+
+
+def _turn(node: UpgradableNode) -> tuple[bool, bool, str, str]:
+    return (node.is_manager, node.is_leader, node.name, node.id)
+
+
+def refusals_of_quorum(
+    nodes: Iterable[UpgradableNode], away: UpgradableNode, first: str = ""
+) -> Iterator[str]:
+    """Yield the reasons why ``away`` may not go down now, because the managers need it.
+
+    ``first``: the node whose upgrade was interrupted, which may be down already.
+    """
+    managers = [one for one in nodes if one.is_manager]
+    for one in managers:
+        if not one.is_ready and one.id not in (away.id, first):
+            yield f"the manager {one.name} is unreachable. Restart it first."
+    if away.is_manager and len(managers) == 2:
+        yield (f"two managers need each other. Demote one (docker node demote {away.name}), or add a third.")
+
+
+def _refusals_of_replicas(
+    away: UpgradableNode,
+    nodes: Sequence[UpgradableNode],
+    services: Sequence[RunningService],
+    spread: frozenset[str],
+) -> Iterator[str]:
+    others = [one for one in nodes if one.id != away.id and one.is_ready and one.availability == "active"]
+    if any(away.id in one.on for one in services) and not others:
+        yield f"no other node can run the tasks of {away.name}. Use --keep-running to keep them on the node."
+        return
+    for one in services:
+        running = sum(one.on.values())
+        if running < one.replicas and away.availability == "active":
+            yield f"{one.name} runs {running} of {one.replicas} tasks. Run skep explain {one.name}."
+        elif one.excess(away.id) and (one.returns or one.name in spread):
+            text = (
+                f"{one.name} has {one.on[away.id]} of its {one.replicas} tasks on {away.name}, but its update policy "
+                f"stops {one.away_max} at a time. Raise --update-parallelism of the service, or use --keep-running."
+            )
+            if one.returns:
+                text += (
+                    " Its tasks stay with their local volumes. The label "
+                    f"{VOLUME_AFFINITY}={VolumeAffinity.NONE.value} allows them to move."
+                )
+            yield text
+
+
+def lines_of(found: UpgradePlan, version: str) -> Iterator[str]:
+    """Yield the steps of an upgrade to ``version`` for people."""
+    for number, step in enumerate(found.steps, 1):
+        role = "leader" if step.node.is_leader else "manager" if step.node.is_manager else "worker"
+        how = "drain, upgrade, activate" if step.drains else "upgrade while containers keep running"
+        yield f"{number}. {step.node.name} ({role}): {how}, from {step.node.version or 'unknown'} to {version}"
+        if step.spread:
+            yield f"   redistribute before: {', '.join(step.spread)}"
+    if found.done:
+        yield f"up to date: {', '.join(found.done)}"
+    if found.left_out:
+        yield f"skipped (Docker nodes, workers that are down): {', '.join(found.left_out)}"
+
+
+def members_of(nodes: Iterable[Mapping[str, Any]]) -> list[UpgradableNode]:
+    """Return the members for a response to ``GET /nodes``."""
+    return [_member(node) for node in nodes]
+
+
+def _member(node: Mapping[str, Any]) -> UpgradableNode:
+    manager, engine = node.get("ManagerStatus"), node["Description"].get("Engine") or {}
+    is_reachable = manager is None or manager.get("Reachability") == "reachable"
+    return UpgradableNode(
+        id=node["ID"],
+        name=node["Description"].get("Hostname") or node["ID"],
+        version=engine.get("EngineVersion", ""),
+        address=node["Status"].get("Addr", ""),
+        is_manager=manager is not None or node["Spec"].get("Role") == "manager",
+        is_leader=bool(manager and manager.get("Leader")),
+        is_ready=node["Status"]["State"] == "ready" and is_reachable,
+        is_ours=NODE_LABEL in (engine.get("Labels") or {}),
+        availability=node["Spec"].get("Availability", "active"),
+    )
+
+
+def running_of(
+    services: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[str, Any]]
+) -> list[RunningService]:
+    """Return the replicated services for responses to ``GET /services`` and ``GET /tasks``.
+
+    Tasks of global services and jobs do not move, so these are left out.
+    """
+    on: dict[str, dict[str, int]] = {}
+    for task in tasks:
+        if task["Status"]["State"] == _RUNNING and task["DesiredState"] == _RUNNING:
+            counts = on.setdefault(task.get("ServiceID", ""), {})
+            counts[task["NodeID"]] = counts.get(task["NodeID"], 0) + 1
+    found = []
+    for service in services:
+        replicated = service["Spec"].get("Mode", {}).get("Replicated")
+        if replicated is None:
+            continue
+        policy = service["Spec"].get("UpdateConfig") or {}
+        template = msgspec.convert(service["Spec"].get("TaskTemplate") or {}, TaskSpec)
+        is_free = volume_affinity(service["Spec"].get("Labels") or {}) is VolumeAffinity.NONE
+        found.append(
+            RunningService(
+                id=service["ID"],
+                name=service["Spec"]["Name"],
+                replicas=replicated.get("Replicas", 1),
+                away_max=policy.get("Parallelism", 1),
+                on=on.get(service["ID"], {}),
+                returns=bool(local_volumes(template)) and not is_free,
+            )
+        )
+    return sorted(found, key=lambda one: one.name)

@@ -1,0 +1,247 @@
+"""``skep explain``: the reason why an object is not in its desired state."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import age, duration, seconds_since
+from skep.cli.output import OutputOptions, Screen, Shown, shows
+from skep.cli.see.quorum import headers_for
+from skep.errors import NotFound
+from skep.model.node import plain_message
+from skep.model.task_end import printable
+
+_RESPONSE_TIMEOUT_S = 10.0
+_PAUSED = ("paused", "rollback_paused")
+_KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
+"""Causes after which Skep itself sends the signal."""
+
+
+@click.command()
+@click.argument("name")
+@shows
+@click.pass_obj
+def explain(host: HostOptions, name: str, output: OutputOptions) -> None:
+    """Explain why an object is not in its desired state.
+
+    NAME is a service, a task (web.2), a node or a network. IDs and their prefixes also work.
+
+    \b
+    Examples:
+      skep explain web
+      skep explain web.3
+      skep explain w1 --watch
+    """
+    output.show(lambda: _ask(host, name))
+
+
+async def _ask(host: HostOptions, name: str) -> Shown:
+    """Return the explanation of the object ``name``.  Raises: NotFound: no object has this name."""
+    async with host.requests() as client:
+        headers = await headers_for(client)
+        get = partial(client.get, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
+        now = time.time()
+        for path, about in (
+            (f"/skep/services/{name}/explain", about_service),
+            (f"/skep/tasks/{name}/explain", about_task),
+        ):
+            try:
+                found = await get(path)
+            except NotFound:
+                continue
+            return _report(name, found, about, now)
+        try:
+            node = await get(f"/nodes/{name}")
+        except NotFound:
+            pass
+        else:
+            tasks = await get("/tasks", filters={"node": [node["ID"]]})
+            states = Counter(task["Status"]["State"] for task in tasks)
+            return _report(name, {**node, "TaskStates": dict(states)}, about_node, now)
+        try:
+            network = await get(f"/networks/{name}")
+        except NotFound:
+            raise NotFound(
+                f"no such service, task, node or network: {name}. Run skep status to list services and nodes."
+            ) from None
+        services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
+        return _report(name, {**network, "ServiceNames": sorted(services)}, about_network, now)
+
+
+_About = Callable[[str, Mapping[str, Any], float], Iterator[str]]
+
+
+def _report(name: str, found: Mapping[str, Any], about: _About, now: float) -> Shown:
+    def lines(screen: Screen) -> Iterator[str]:
+        for number, line in enumerate(about(name, found, now)):
+            indent = len(line) - len(line.lstrip()) + 2
+            for part in screen.fitted(line, indent=indent):
+                yield screen.styled(part, bold=number == 0)
+
+    return Shown(data=found, lines=lines)
+
+
+def _targets(service: Mapping[str, Any]) -> list[str]:
+    spec = service["Spec"]
+    attached = spec["TaskTemplate"].get("Networks") or spec.get("Networks") or ()
+    return [one["Target"] for one in attached]
+
+
+def about_node(_: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Return a node as text, without control characters: its state and its properties."""
+    return map(printable, _node_lines(node, now))
+
+
+def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
+    description, status, spec = node["Description"], node["Status"], node["Spec"]
+    message = plain_message(status.get("Message", ""), node.get("SilentSince") or "")
+    yield f"{description.get('Hostname') or node['ID']}: {status['State']}" + (
+        f": {message}" if message else ""
+    )
+    if status["State"] == "down":
+        yield (
+            "  its tasks move to other nodes after the grace period. If the node is lost for good, run skep node "
+            "forget."
+        )
+    if spec["Availability"] != "active":
+        word = spec["Availability"]
+        yield (
+            f"  it gets no tasks, because its availability is {word}. Run skep node update --availability active "
+            "NODE."
+        )
+    manager = node.get("ManagerStatus")
+    role = spec["Role"] if manager is None else "manager, leader" if manager.get("Leader") else "manager"
+    if manager is not None and manager.get("Reachability") != "reachable":
+        role += f", {manager.get('Reachability')}"
+    resources = description.get("Resources") or {}
+    cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
+    engine = (description.get("Engine") or {}).get("EngineVersion", "")
+    yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
+    tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
+    yield f"  tasks: {tasks or 'none'}"
+    yield f"  joined {age(node['CreatedAt'], now)} ago, ID {node['ID']}"
+
+
+def about_network(_: str, network: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Return a network as text, without control characters."""
+    return map(printable, _network_lines(network, now))
+
+
+def _network_lines(network: Mapping[str, Any], now: float) -> Iterator[str]:
+    services = network["ServiceNames"]
+    used = f"used by {', '.join(services)}" if services else "no service uses it"
+    yield f"{network['Name']}: {network['Driver']} network of the {network['Scope']}, {used}"
+    for subnet in (network.get("IPAM") or {}).get("Config") or ():
+        yield f"  {subnet.get('Subnet')}" + (
+            f", gateway {subnet['Gateway']}" if subnet.get("Gateway") else ""
+        )
+    kinds = [
+        word for word, key in (("internal", "Internal"), ("attachable", "Attachable")) if network.get(key)
+    ]
+    if kinds:
+        yield f"  {', '.join(kinds)}"
+    yield f"  created {age(network['Created'], now)} ago, ID {network['Id']}"
+
+
+def about_service(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Return a service's explanation as text, without control characters.  ``now``: seconds since the epoch."""
+    return map(printable, _service_lines(name, explanation, now))
+
+
+def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    ended = explanation.get("EndedAt", "")
+    ago = f", {age(ended, now)} ago" if ended else ""
+    yield f"{name}: {explanation['Summary']}{ago}"
+    update = explanation.get("UpdateStatus") or {}
+    if update.get("Message"):
+        yield f"  update: {update['Message']}"
+    if (state := update.get("State")) in _PAUSED:
+        other = f", or skep update abort {name}" if state == "paused" else ""
+        yield f"  it is paused. Run skep update resume {name}{other}."
+    if progress := explanation.get("Update"):
+        left = seconds_since(progress.get("Deadline", ""), now)
+        until = f", for {duration(-left)} more" if left is not None else ""
+        yield f"  update: {progress['Step']}, waiting for {progress['WaitingFor']}{until}"
+    yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
+    if schedule := explanation.get("Schedule"):
+        yield f"  schedule: {schedule}"
+    main = explanation.get("Reason", "")
+    for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
+        for reason in reasons:
+            example = reason.get("Name") or reason["Example"]
+            # The headline already has this reason.
+            words = "" if reason["Summary"] == main else f": {reason['Summary']}"
+            yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
+    yield from (f"  {line}" for line in _output((explanation.get("Problem") or {}).get("End") or {}))
+
+
+def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Yield lines about a service's autoscaling: targets, present measures and the last change."""
+    if not found:
+        return
+    metrics = ", ".join(
+        f"{one['Name']} {one['Average']:.0f}%, target {one['Target']}%"
+        if one.get("Average") is not None
+        else f"{one['Name']} not known, target {one['Target']}%"
+        for one in found.get("Metrics") or ()
+    )
+    yield f"  autoscaling, {found['Min']} to {found['Max']} tasks: {metrics}"
+    yield f"    now: {found['Summary']}"
+    if last := found.get("LastChange"):
+        before, after = last.get("Before", 0), last.get("After", 0)
+        yield f"    last: {before} → {after}, {age(last['At'], now)} ago: {last['Reason']}"
+
+
+def about_task(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Return a task's explanation as text, without control characters, with a table of nodes if it waits for one."""
+    return map(printable, _task_lines(name, explanation, now))
+
+
+def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    yield f"{name}: {explanation['Summary']}"
+    state, wanted = explanation["State"], explanation["DesiredState"]
+    yield f"  {state} for {age(explanation['Since'], now)}" + (
+        f", desired: {wanted}" if wanted != state else ""
+    )
+    yield from (f"  {line}" for line in _end(explanation.get("End") or {}))
+    rows = sorted(_row(node) for node in explanation.get("Nodes") or ())
+    reasons = {reason for _, reason in rows}
+    if len(rows) > 1 and len(reasons) == 1:
+        yield f"  all {len(rows)} nodes: {reasons.pop()}"
+    else:
+        yield from (f"  {line}" for line in _table(rows))
+
+
+def _end(end: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the reason of a task's end."""
+    if cause := end.get("Cause"):
+        is_named = end.get("Signal") and cause not in _KILLED_BY_SKEP
+        yield f"cause: {cause}" + (f" ({end['Signal']})" if is_named else "")
+    yield from _output(end)
+
+
+def _output(end: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the last output of a task and of its health check."""
+    if output := end.get("HealthOutput", "").strip():
+        yield "last failed health check:"
+        yield from (f"  | {line}" for line in output.splitlines())
+    if lines := end.get("Lines"):
+        yield "last lines of output:"
+        yield from (f"  | {line['Text']}" for line in lines)
+
+
+def _row(node: Mapping[str, Any]) -> tuple[str, str]:
+    return node["Hostname"] or node["NodeID"], "; ".join(node["Reasons"]) or "suitable"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    if not rows:
+        return
+    width = max(len(title) for title, _ in (*rows, ("NODE", "")))
+    for title, text in (("NODE", "REASON"), *rows):
+        yield f"{title.ljust(width)}  {text}"

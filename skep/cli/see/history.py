@@ -1,0 +1,167 @@
+"""``skep history``: changes of the cluster with their reasons, and the requests of users."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import msgspec
+
+from skep.api.client.requests import Requests
+from skep.cli.endpoint import HostOptions
+from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
+from skep.cli.running import errors_shown, say
+from skep.cli.see.moments import moment_of
+from skep.model.values.times import SECOND_NS, unix_ns
+
+_RESPONSE_TIMEOUT_S = 20.0
+_PAGE = 1000
+_COLORS = {"error": "red", "warning": "yellow"}
+
+
+@click.command()
+@click.argument("name", required=False, default="", metavar="[SERVICE|NODE|STACK]")
+@click.option(
+    "--since",
+    default="",
+    metavar="TIME",
+    help="Start time: '1 hour ago', 'yesterday 14:00', '14:00', RFC 3339.",
+)
+@click.option("--until", default="", metavar="TIME", help="End time, written as for --since.")
+@click.option("--requests", "only", flag_value="request", help="Show only requests: the audit log.")
+@click.option("--changes", "only", flag_value="change", help="Show only changes, without requests.")
+@click.option(
+    "--limit",
+    "-n",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1, _PAGE),
+    metavar="N",
+    help="Number of newest entries to show.",
+)
+@click.option(
+    "--export",
+    metavar="FILE",
+    help="Write all entries to FILE as JSON lines, oldest first. - is stdout.",
+)
+@shows
+@click.pass_obj
+def history(
+    host: HostOptions,
+    name: str,
+    since: str,
+    until: str,
+    only: str | None,
+    limit: int,
+    export: str | None,
+    output: OutputOptions,
+) -> None:
+    """Show what happened in the cluster, and why.
+
+    Without a name, shows the whole cluster. Includes the audit log: which users made which requests.
+
+    \b
+    Examples:
+      skep history web
+      skep history --requests --since '1 hour ago'
+      skep history w1 --since 'yesterday 14:00' --until 'yesterday 15:00'
+      skep history --export history.ndjson
+    """
+    now = datetime.now().astimezone()
+
+    async def fetch() -> Shown:
+        query = query_of(name, since, until, only, now)
+        async with host.requests() as client:
+            found = await _page(client, {**query, "limit": str(limit)})
+        found["Entries"].reverse()
+        return Shown(data=found, rows=found["Entries"], lines=lambda screen: lines_of(found, screen, now))
+
+    if export is None:
+        output.show(fetch)
+        return
+    with errors_shown():
+        pages = _pages(host, query_of(name, since, until, only, now))
+        if export == "-":
+            asyncio.run(_export(pages, sys.stdout.buffer))
+            return
+        partial = Path(f"{export}.partial")
+        with partial.open("wb") as file:
+            count = asyncio.run(_export(pages, file))
+        partial.replace(export)  # The file appears once it is complete.
+    say(f"Wrote {count} {'entry' if count == 1 else 'entries'} to {export}")
+
+
+def query_of(name: str, since: str, until: str, kind: str | None, now: datetime) -> dict[str, str]:
+    """Return the parameters of ``GET /skep/history``.  Raises: InvalidArgument: a time is invalid."""
+    times = {"since": since, "until": until}
+    return {
+        **{word: moment_of(text, now) for word, text in times.items() if text},
+        **({"kind": kind} if kind else {}),
+        **({"about": name} if name else {}),
+    }
+
+
+async def _page(client: Requests, query: Mapping[str, str]) -> Any:
+    return await client.request("GET", "/skep/history", query=query, timeout_s=_RESPONSE_TIMEOUT_S)
+
+
+async def _pages(host: HostOptions, query: Mapping[str, str]) -> AsyncIterator[Sequence[Mapping[str, Any]]]:
+    """Yield all entries in pages, oldest first."""
+    wanted = {**query, "order": "asc", "limit": str(_PAGE)}
+    async with host.requests() as client:
+        while True:
+            page = await _page(client, wanted)
+            yield page["Entries"]
+            if not page["Next"]:
+                return
+            wanted["cursor"] = page["Next"]
+
+
+async def _export(pages: AsyncIterator[Sequence[Mapping[str, Any]]], file: IO[bytes]) -> int:
+    """Write every entry, a page at a time, and return their number."""
+    written = 0
+    async for entries in pages:
+        for entry in entries:
+            file.write(msgspec.json.encode(entry) + b"\n")
+        written += len(entries)
+    return written
+
+
+def lines_of(page: Mapping[str, Any], screen: Screen, now: datetime) -> Iterator[str]:
+    """Yield the table, oldest first, with times in the zone of ``now``."""
+    if not page["Entries"]:
+        yield "No entries match. Try an earlier --since." if page["Total"] else "No entries yet."
+        return
+    more = ("ID",) if screen.is_wide else ()
+    rows = [_row(entry, screen, now) for entry in page["Entries"]]
+    yield from table(("TIME", *more, "BY", "EVENT"), rows, screen)
+    if page["Next"]:
+        yield f"Earlier entries: skep history --until {page['Entries'][0]['Time']} (oldest: {page['Oldest']})"
+
+
+def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | Cell]:
+    at = datetime.fromtimestamp(unix_ns(entry["Time"]) / SECOND_NS, now.tzinfo)
+    is_today = at.date() == now.date()
+    times = f" (×{entry['Count']})" if entry.get("Count", 1) > 1 else ""
+    return [
+        at.strftime("%H:%M:%S" if is_today and not screen.is_wide else "%Y-%m-%d %H:%M:%S"),
+        *((str(entry.get("ObjectID", "")),) if screen.is_wide else ()),
+        _by(entry),
+        Cell(f"{entry['Message']}{times}", _COLORS.get(entry["Severity"], "")),
+    ]
+
+
+def _by(entry: Mapping[str, Any]) -> str:
+    """Return the client of a request and its node, or the cluster for a change."""
+    by = entry.get("By")
+    if by is None:
+        return "-"
+    client = (
+        by.get("User")
+        or by.get("Certificate")
+        or (f"uid {by['UID']}" if "UID" in by else by.get("Through", "?"))
+    )
+    return f"{client}@{by['Node']}" if by.get("Node") else str(client)

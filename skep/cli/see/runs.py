@@ -1,0 +1,118 @@
+"""``skep runs``: ended tasks of a service or job, with exit codes and last lines."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import age
+from skep.cli.output import OutputOptions, Screen, Shown, shows, table
+from skep.model.task_end import printable
+
+_RESPONSE_TIMEOUT_S = 20.0
+_HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
+
+
+@click.command()
+@click.argument("service")
+@click.option(
+    "--tail",
+    "-n",
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Show this many last output lines per task.",
+)
+@shows
+@click.pass_obj
+def runs(host: HostOptions, service: str, tail: int, output: OutputOptions) -> None:
+    """List ended tasks with exit codes and last lines.
+
+    \b
+    Examples:
+      skep runs nightly
+      skep runs nightly --tail 20
+      skep runs nightly --format '{{.Name}} {{.ExitCode}}'
+    """
+
+    async def fetch() -> Shown:
+        found = await _runs(host, service, tail)
+        return Shown(data=found, rows=found["Runs"], lines=lambda screen: shown(found, screen, time.time()))
+
+    output.show(fetch)
+
+
+async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
+    async with host.client() as client:
+        path = f"/skep/services/{service}/runs"
+        response: dict[str, Any] = await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S, tail=str(tail))
+        nodes = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
+        found = await client.get(f"/services/{service}", timeout_s=_RESPONSE_TIMEOUT_S)
+    hostnames = {node["ID"]: node["Description"].get("Hostname") or node["ID"] for node in nodes}
+    mode = found["Spec"].get("Mode") or {}
+    is_global = "Global" in mode or "GlobalJob" in mode
+    for run in response["Runs"]:
+        run["Hostname"] = hostnames.get(run.get("NodeID", ""), run.get("NodeID", ""))
+        run["Name"] = f"{found['Spec']['Name']}.{run['Hostname'] if is_global else run['Slot']}"
+    return response
+
+
+def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
+    """Yield the table, with each run's output below its row.  ``now``: seconds since the epoch."""
+    more = ("ID",) if screen.is_wide else ()
+    if not response["Runs"]:
+        yield "No task has ended yet. Run skep service ps SERVICE to see its tasks."
+        yield from _schedule(response, screen, now)
+        return
+    lines = table((*_HEAD, *more), [_row(run, screen, now) for run in response["Runs"]], screen)
+    yield next(lines)
+    for run, line in zip(response["Runs"], lines, strict=True):
+        yield line
+        if run.get("Err") and not run["Err"].startswith(
+            "task: non-zero exit"
+        ):  # which the column EXIT already shows
+            yield f"    {printable(run['Err'])}"
+        yield from (f"    | {printable(line)}" for line in run["Lines"])
+    yield from _schedule(response, screen, now)
+    if response.get("Incomplete"):
+        yield f"Some lines may be missing: {printable(response['Incomplete'])}"
+
+
+def _schedule(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
+    """Yield lines about the runs of a scheduled job: their times, reasons, and skipped runs."""
+    if not response.get("Schedule"):
+        return
+    yield ""
+    yield f"schedule: {printable(response['Schedule'])}"
+    rows = [_start(one, now) for one in response.get("Starts") or ()]
+    if rows:
+        yield from table(("RUN", "DUE", "STARTED", "OUTCOME"), rows, screen)
+
+
+def _start(start: Mapping[str, Any], now: float) -> tuple[str, ...]:
+    due, missed = start.get("ScheduledAt", ""), start.get("MissedSince", "")
+    is_skipped = bool(start.get("Skipped"))
+    outcome = f"skipped: {start['Skipped']}" if is_skipped else start.get("Outcome", "")
+    since = f"; due times since {missed} had no leader" if missed else ""
+    return (
+        "" if is_skipped else str((start.get("Iteration") or {}).get("Index", 0)),
+        due or "on request",
+        "" if is_skipped else f"{age(start['At'], now)} ago",
+        f"{outcome}{since}".removeprefix("; "),
+    )
+
+
+def _row(run: Mapping[str, Any], screen: Screen, now: float) -> tuple[str, ...]:
+    iteration = run.get("JobIteration")
+    cells = (
+        run["Name"],
+        run["Hostname"],
+        str(iteration.get("Index", 0)) if iteration is not None else "",
+        run["State"],
+        " ".join(filter(None, (str(run.get("ExitCode", "")), (run.get("End") or {}).get("Signal", "")))),
+        f"{age(run['EndedAt'], now)} ago",
+        *((run["TaskID"],) if screen.is_wide else ()),
+    )
+    return tuple(map(printable, cells))

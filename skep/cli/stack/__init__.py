@@ -1,0 +1,1 @@
+"""``skep stack``: commands about Compose stacks."""

@@ -1,0 +1,291 @@
+"""``skep stack ls``, ``services`` and ``ps``: list services and tasks of stacks, whichever command has deployed these.
+
+The options, and the fields for ``--format``, are the same as in docker's commands.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from skep.api.client.requests import Filters, Requests, filters_of
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import age
+from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
+from skep.cli.see.status import is_service_healthy
+from skep.errors import NotFound
+
+NAMESPACE = "com.docker.stack.namespace"
+_RESPONSE_TIMEOUT_S = 15.0
+_NO_STACKS = "No stacks. Deploy one with skep stack deploy -c compose.yaml NAME."
+_PROBLEMS = ("failed", "rejected", "orphaned")
+_MODES = {
+    "Global": "global",
+    "ReplicatedJob": "replicated job",
+    "GlobalJob": "global job",
+    "Replicated": "replicated",
+}
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Show only IDs.")
+_filter = click.option(
+    "-f", "--filter", "words", multiple=True, metavar="KEY=VALUE", help="Filter as in docker."
+)
+
+Objects = Sequence[Mapping[str, Any]]
+
+
+@click.command()
+@shows
+@click.pass_obj
+def ls(host: HostOptions, output: OutputOptions) -> None:
+    """List stacks with their services and running tasks.
+
+    \b
+    Examples:
+      skep stack ls
+      skep stack ls --format '{{.Name}} {{.Services}}'
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            filters = {"label": [NAMESPACE]}
+            found = await client.get(
+                "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
+            )
+        return stacks(found)
+
+    output.show(fetch)
+
+
+def stacks(services: Objects) -> Shown:
+    """Return the list of stacks, found by the labels of their services."""
+    rows: dict[str, dict[str, Any]] = {}
+    for service in services:
+        name = service["Spec"]["Labels"][NAMESPACE]
+        row = rows.setdefault(
+            name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "IsHealthy": True}
+        )
+        running, desired = _counts(service)
+        row["Services"] += 1
+        row["Running"] += running
+        row["Desired"] += desired
+        row["IsHealthy"] = row["IsHealthy"] and is_service_healthy(service)
+    listed = [rows[name] for name in sorted(rows)]
+    cells = [
+        (
+            str(row["Name"]),
+            str(row["Services"]),
+            Cell(f"{row['Running']}/{row['Desired']}", "" if row["IsHealthy"] else "red"),
+        )
+        for row in listed
+    ]
+    head = ("NAME", "SERVICES", "TASKS")
+    return Shown(data=listed, rows=listed, lines=lambda screen: table(head, cells, screen, empty=_NO_STACKS))
+
+
+@click.command()
+@_quiet
+@_filter
+@click.argument("name", metavar="STACK")
+@shows
+@click.pass_obj
+def services(
+    host: HostOptions, name: str, words: tuple[str, ...], *, quiet: bool, output: OutputOptions
+) -> None:
+    """List the services of a stack.
+
+    \b
+    Examples:
+      skep stack services shop
+      skep stack services --filter name=shop_web -o json shop
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            return services_listed(await _services(client, name, words), is_quiet=quiet)
+
+    output.show(fetch)
+
+
+async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> Objects:
+    """Return the services of a stack.  Raises: NotFound: the stack has no services."""
+    filters = _filters(stack, words)
+    found: Objects = await client.get(
+        "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
+    )
+    if not found and not words:
+        raise NotFound(f"stack {stack} has no services. List stacks with skep stack ls.")
+    return found
+
+
+def _filters(stack: str, words: Sequence[str]) -> Filters:
+    filters = filters_of(words)
+    filters.setdefault("label", []).append(f"{NAMESPACE}={stack}")
+    return filters
+
+
+def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:
+    """Return the list of a stack's services, by name."""
+    ordered = sorted(found, key=lambda service: str(service["Spec"]["Name"]))
+    rows = [_service_row(service) for service in ordered]
+
+    def lines(screen: Screen) -> Iterator[str]:
+        if is_quiet:
+            return iter([row["ID"] for row in rows])
+        more = ("ID",) if screen.is_wide else ()
+        cells = [
+            (
+                row["Name"],
+                row["Mode"],
+                Cell(row["Replicas"], "" if is_service_healthy(service) else "red"),
+                *((row["ID"],) if screen.is_wide else ()),
+                row["Ports"],
+                row["Image"],
+            )
+            for row, service in zip(rows, ordered, strict=True)
+        ]
+        return table(("NAME", "MODE", "REPLICAS", *more, "PORTS", "IMAGE"), cells, screen)
+
+    return Shown(data=rows, rows=rows, lines=lines)
+
+
+def _service_row(service: Mapping[str, Any]) -> dict[str, str]:
+    spec = service["Spec"]
+    running, desired = _counts(service)
+    mode = spec.get("Mode") or {}
+    job = mode.get("ReplicatedJob")
+    replicas = f"{running}/{desired}"
+    if job is not None:
+        completed = (service.get("ServiceStatus") or {}).get("CompletedTasks", 0)
+        replicas += f" ({completed}/{job.get('TotalCompletions') or 0} completed)"
+    return {
+        "ID": service["ID"],
+        "Name": spec["Name"],
+        "Mode": next((word for key, word in _MODES.items() if mode.get(key) is not None), "replicated"),
+        "Replicas": replicas,
+        "Image": _image(spec["TaskTemplate"]),
+        "Ports": ", ".join(
+            f"*:{port['PublishedPort']}->{port['TargetPort']}/{port.get('Protocol', 'tcp')}"
+            for port in (service.get("Endpoint") or {}).get("Ports") or ()
+            if port.get("PublishedPort")
+        ),
+    }
+
+
+def _counts(service: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the numbers of running and of desired tasks."""
+    status = service.get("ServiceStatus") or {}
+    return int(status.get("RunningTasks") or 0), int(status.get("DesiredTasks") or 0)
+
+
+def _image(template: Mapping[str, Any]) -> str:
+    """Return the image without the digest."""
+    return str((template.get("ContainerSpec") or {}).get("Image", "")).partition("@")[0]
+
+
+@click.command()
+@_quiet
+@_filter
+@click.option("--no-trunc", is_flag=True, help="Same as -o wide.")
+@click.option("--no-resolve", is_flag=True, help="Show IDs of nodes and services instead of names.")
+@click.argument("name", metavar="STACK")
+@shows
+@click.pass_obj
+def ps(
+    host: HostOptions,
+    name: str,
+    words: tuple[str, ...],
+    *,
+    quiet: bool,
+    no_trunc: bool,
+    no_resolve: bool,
+    output: OutputOptions,
+) -> None:
+    """List the tasks of a stack.
+
+    \b
+    Examples:
+      skep stack ps shop
+      skep stack ps --filter desired-state=running --format '{{.Name}} {{.Node}}' shop
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            found = await _services(client, name)
+            tasks = await client.get("/tasks", filters=_filters(name, words), timeout_s=_RESPONSE_TIMEOUT_S)
+            nodes = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
+        hostnames = {one["ID"]: one["Description"].get("Hostname") or one["ID"] for one in nodes}
+        names = {one["ID"]: one["Spec"]["Name"] for one in found}
+        if no_resolve:
+            hostnames, names = {}, {}
+        rows = task_rows(tasks, names, hostnames, time.time())
+        return Shown(
+            data=rows,
+            rows=rows,
+            lines=lambda screen: _task_lines(rows, screen, is_whole=no_trunc, is_quiet=quiet),
+        )
+
+    output.show(fetch)
+
+
+def task_rows(
+    tasks: Objects, services: Mapping[str, str], hostnames: Mapping[str, str], now: float
+) -> list[dict[str, str]]:
+    """Return the tasks by name, the latest of a slot first.
+
+    ``services``, ``hostnames``: names by id.  ``now``: seconds since the epoch.
+    """
+    rows = []
+    for task in sorted(tasks, key=lambda task: str(task["CreatedAt"]), reverse=True):
+        status, node = task["Status"], task.get("NodeID", "")
+        where = task.get("Slot") or hostnames.get(node, node) or task["ID"]
+        rows.append(
+            {
+                "ID": task["ID"],
+                "Name": f"{services.get(task['ServiceID'], task['ServiceID'])}.{where}",
+                "Image": _image(task["Spec"]),
+                "Node": hostnames.get(node, node),
+                "DesiredState": task["DesiredState"].capitalize(),
+                "CurrentState": f"{status['State'].capitalize()} {age(status['Timestamp'], now)} ago",
+                "Error": status.get("Err", ""),
+                "Ports": ", ".join(
+                    f"*:{port['PublishedPort']}->{port['TargetPort']}/{port.get('Protocol', 'tcp')}"
+                    for port in (status.get("PortStatus") or {}).get("Ports") or ()
+                ),
+            }
+        )
+    return sorted(rows, key=lambda row: _by_number(row["Name"]))
+
+
+def _by_number(name: str) -> tuple[str, int, str]:
+    service, _, slot = name.rpartition(".")
+    return service, int(slot) if slot.isdigit() else 0, slot
+
+
+def _task_lines(
+    rows: Sequence[Mapping[str, str]], screen: Screen, *, is_whole: bool, is_quiet: bool
+) -> Iterator[str]:
+    if is_quiet:
+        return iter([row["ID"] for row in rows])
+    is_wide = screen.is_wide or is_whole
+    seen: Counter[str] = Counter()
+    cells = []
+    for row in rows:
+        is_earlier = (
+            seen[row["Name"]] > 0
+        )  # an earlier task of the same slot, which docker marks the same way
+        seen[row["Name"]] += 1
+        state = row["CurrentState"]
+        cells.append(
+            (
+                f"\\_ {row['Name']}" if is_earlier else row["Name"],
+                row["Node"],
+                row["DesiredState"],
+                Cell(state, "red" if state.partition(" ")[0].lower() in _PROBLEMS else ""),
+                *((row["ID"], row["Image"], row["Ports"]) if is_wide else ()),
+                row["Error"],
+            )
+        )
+    more = ("ID", "IMAGE", "PORTS") if is_wide else ()
+    return table(("NAME", "NODE", "DESIRED STATE", "CURRENT STATE", *more, "ERROR"), cells, screen)

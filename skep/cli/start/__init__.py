@@ -1,0 +1,1 @@
+"""Commands that start a cluster, and the endpoints that commands connect to."""

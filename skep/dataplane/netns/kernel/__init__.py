@@ -1,0 +1,1 @@
+"""The kernel's networking interfaces: netlink, nftables, connection tracking, namespaces."""

@@ -1,0 +1,1 @@
+"""The engine's objects as the Engine API shows them. Pure."""

@@ -1,0 +1,1 @@
+"""Responses of the engine that are streams: hijacked connections, WebSockets, progress."""

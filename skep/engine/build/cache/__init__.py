@@ -1,0 +1,1 @@
+"""The cache of build steps, on this node and in registries."""

@@ -1,0 +1,1 @@
+"""The language of Dockerfiles: parsing, variables, patterns, checks. Pure."""

@@ -1,0 +1,1 @@
+"""The confinement of containers: capabilities, seccomp, AppArmor, devices, limits and cgroups."""

@@ -1,0 +1,1 @@
+"""Containers: their records, requests, execs, health checks and commits."""

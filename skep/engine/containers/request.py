@@ -1,0 +1,363 @@
+"""Request to create a container: the supported part of Docker's body of ``POST /containers/create``.
+
+A client's body is decoded here.  Options that the engine does not support are refused by name and never ignored.
+Clients send every option, even if the user has not set it, but then with a neutral value.  So an unsupported option is
+refused only with another value.
+
+Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import msgspec
+
+from skep.api.formats.bodies import from_builtins, parse
+from skep.api.http.versions import NEWEST, ApiVersion
+from skep.engine.confinement.machine import MachineOptions
+from skep.engine.containers.container import MountPoint
+from skep.errors import InvalidArgument, Unimplemented
+from skep.model.container import HealthConfig, Mount, Ulimit
+from skep.model.networks.sandbox import EndpointConfig, PublishedPort
+from skep.model.values.encoding import ApiObject, GoInt, Words
+from skep.model.values.times import Nanoseconds
+
+_WITH_PIDS_LIMIT = ApiVersion("1.40")
+BODY_EMPTY = "Config cannot be empty in order to create a container"
+
+
+class LogOptions(ApiObject):
+    """``--log-driver`` and ``--log-opt``."""
+
+    __go_name__: ClassVar[str | None] = "container.LogConfig"
+
+    type: str = ""
+    config: Mapping[str, str] = {}
+
+
+class RestartOptions(ApiObject):
+    """``--restart``."""
+
+    __go_name__: ClassVar[str | None] = "container.RestartPolicy"
+
+    name: str = ""
+    maximum_retry_count: GoInt = 0
+
+
+class PortBinding(ApiObject):
+    """The node's address and port for a published port.  If ``host_port`` is empty or 0, a free port is chosen."""
+
+    __go_name__: ClassVar[str | None] = "nat.PortBinding"
+
+    host_ip: str = msgspec.field(name="HostIp", default="")
+    host_port: str = ""
+
+
+class HostConfig(MachineOptions):
+    """Options that depend on the host."""
+
+    __go_name__: ClassVar[str | None] = "container.HostConfig"
+
+    binds: tuple[str, ...] = ()
+    log_config: LogOptions = LogOptions()
+    network_mode: str = ""
+    port_bindings: Mapping[str, tuple[PortBinding, ...] | None] = {}
+    publish_all_ports: bool = False
+    restart_policy: RestartOptions = RestartOptions()
+    auto_remove: bool = False
+    cap_add: Words = ()
+    cap_drop: Words = ()
+    dns: tuple[str, ...] = msgspec.field(name="Dns", default=())
+    dns_options: tuple[str, ...] = msgspec.field(name="DnsOptions", default=())
+    dns_search: tuple[str, ...] = msgspec.field(name="DnsSearch", default=())
+    extra_hosts: tuple[str, ...] = ()
+    group_add: tuple[str, ...] = ()
+    oom_score_adj: GoInt = 0
+    readonly_rootfs: bool = False
+    security_opt: tuple[str, ...] = ()
+    tmpfs: Mapping[str, str] = {}
+    mounts: tuple[Mount, ...] = ()
+    shm_size: int = 0
+    sysctls: Mapping[str, str] = {}
+    memory: int = 0
+    memory_reservation: int = 0
+    nano_cpus: int = msgspec.field(name="NanoCpus", default=0)
+    pids_limit: int | None = None
+    ulimits: tuple[Ulimit, ...] = ()
+    init: bool | None = None
+    volumes_from: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+
+
+class UpdateRequest(HostConfig):
+    """The body of ``POST /containers/{id}/update``.  Zero, null and an empty text leave a value unchanged."""
+
+    __go_name__: ClassVar[str | None] = "container.UpdateConfig"
+
+
+class EndpointIPAM(ApiObject):
+    """Addresses that the user chose for an endpoint."""
+
+    __go_name__: ClassVar[str | None] = "network.EndpointIPAMConfig"
+
+    ipv4_address: str = msgspec.field(name="IPv4Address", default="")
+    ipv6_address: str = msgspec.field(name="IPv6Address", default="")
+
+
+class EndpointSettings(ApiObject):
+    """Options of a container on one network."""
+
+    __go_name__: ClassVar[str | None] = "network.EndpointSettings"
+
+    ipam_config: EndpointIPAM | None = None
+    aliases: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    mac_address: str = ""
+
+
+class NetworkingConfig(ApiObject):
+    """``EndpointsConfig``: options by network name or id."""
+
+    __go_name__: ClassVar[str | None] = "network.NetworkingConfig"
+
+    endpoints_config: Mapping[str, EndpointSettings | None] = {}
+
+
+class CreateRequest(ApiObject):
+    """Docker's ``Config``, including ``HostConfig`` and ``NetworkingConfig``."""
+
+    __go_name__: ClassVar[str | None] = "runconfig.ContainerConfigWrapper"
+
+    hostname: str = ""
+    user: str = ""
+    attach_stdin: bool = False
+    attach_stdout: bool = False
+    attach_stderr: bool = False
+    exposed_ports: Mapping[str, Any] = {}
+    tty: bool = msgspec.field(name="Tty", default=False)
+    open_stdin: bool = False
+    stdin_once: bool = False
+    env: tuple[str, ...] = ()
+    cmd: Words = ()
+    entrypoint: Words | None = None
+    healthcheck: HealthConfig | None = None
+    image: str = ""
+    volumes: Mapping[str, Any] = {}
+    working_dir: str = ""
+    labels: Mapping[str, str] = {}
+    stop_signal: str = ""
+    stop_timeout: GoInt | None = None
+    mac_address: str = ""
+    host_config: HostConfig = HostConfig()
+    networking_config: NetworkingConfig = NetworkingConfig()
+
+
+class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Additions to the request for a task: values that the cluster assigns and that Docker's request has no fields
+    for.
+    """
+
+    labels: Mapping[str, str] = {}
+    """Labels that identify the task."""
+    endpoints: tuple[EndpointConfig, ...] = ()
+    ports: tuple[PublishedPort, ...] = ()
+    mounts: tuple[MountPoint, ...] = ()
+    """Files that the agent provides: secrets and configs."""
+    hosts: tuple[str, ...] = ()
+    """Lines of /etc/hosts: ``address name...``."""
+    stop_grace_ns: Nanoseconds
+    stack: str = ""
+    """Stack of the task's service."""
+    may_log_anywhere: bool = False
+    """Whether an administrator chose the log driver (see ``LogConfig.is_restricted``)."""
+
+
+class ConnectRequest(ApiObject):
+    """The body of ``POST /networks/{id}/connect``."""
+
+    __go_name__: ClassVar[str | None] = "types.NetworkConnect"
+
+    container: str = ""
+    endpoint_config: EndpointSettings = EndpointSettings()
+
+
+def read_create(body: bytes) -> CreateRequest:
+    """Decode a client's request.
+
+    Raises: InvalidArgument: it cannot be decoded, in Go's words; Unimplemented: an option is not supported.
+    """
+    value = parse(body)
+    if not isinstance(value, dict):
+        raise InvalidArgument(BODY_EMPTY)
+    folded = {str(name).casefold(): one for name, one in value.items()}
+    _check_config(value)
+    _check_host(folded.get("hostconfig"))
+    networking = folded.get("networkingconfig")
+    endpoints = networking.get("EndpointsConfig") if isinstance(networking, dict) else None
+    for endpoint in endpoints.values() if isinstance(endpoints, dict) else ():
+        _check_endpoint(endpoint)
+    return from_builtins(value, CreateRequest)
+
+
+def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
+    """Decode a client's update.
+
+    Raises: as ``read_create``.  Docker ignores options that it cannot change; Skep refuses them.
+
+    Source: moby, api/server/router/container/container_routes.go (postContainerUpdate).
+    """
+    value = parse(body)
+    for name, _ in _given(value):
+        if name not in _UPDATE_OPTIONS:
+            raise Unimplemented(f"docker update cannot change {_FLAGS.get(name, name)}: omit it")
+    request = from_builtins(value, UpdateRequest)
+    # Older clients always send a number.
+    return request if version >= _WITH_PIDS_LIMIT else msgspec.structs.replace(request, pids_limit=None)
+
+
+def read_connect(body: bytes) -> ConnectRequest:
+    """Decode a client's request to connect a network.  Raises: as ``read_create``."""
+    value = parse(body)
+    if isinstance(value, dict):
+        _check_endpoint(value.get("EndpointConfig"))
+    return from_builtins(value, ConnectRequest)
+
+
+_HOST_OPTIONS: Final = frozenset(
+    {
+        *(
+            "binds",
+            "logconfig",
+            "networkmode",
+            "portbindings",
+            "publishallports",
+            "restartpolicy",
+            "autoremove",
+        ),
+        *("capadd", "capdrop", "dns", "dnsoptions", "dnssearch", "extrahosts", "groupadd", "oomscoreadj"),
+        *("readonlyrootfs", "securityopt", "tmpfs", "mounts", "shmsize", "sysctls", "memory"),
+        *("memoryreservation", "nanocpus", "cpuperiod", "cpuquota", "pidslimit", "ulimits", "init"),
+        *(
+            "volumesfrom",
+            "links",
+            "privileged",
+            "devices",
+            "devicecgrouprules",
+            "devicerequests",
+            "pidmode",
+            "ipcmode",
+        ),
+        *("utsmode", "usernsmode", "cgroupnsmode", "cpushares", "cpusetcpus", "cpusetmems", "blkioweight"),
+        *("blkioweightdevice", "blkiodevicereadbps", "blkiodevicewritebps", "blkiodevicereadiops"),
+        *("blkiodevicewriteiops", "memoryswap", "memoryswappiness", "oomkilldisable", "annotations"),
+        *("maskedpaths", "readonlypaths", "cgroupparent"),
+        # Only clients use these fields.
+        *("containeridfile", "consolesize"),
+    }
+)
+_UPDATE_OPTIONS: Final = frozenset(
+    {
+        *("memory", "memoryreservation", "memoryswap", "nanocpus", "cpuperiod", "cpuquota", "cpushares"),
+        *("cpusetcpus", "cpusetmems", "blkioweight", "pidslimit", "restartpolicy"),
+    }
+)
+_CONFIG_OPTIONS: Final = frozenset(
+    {
+        *("hostname", "user", "attachstdin", "attachstdout", "attachstderr", "exposedports", "tty"),
+        *(
+            "openstdin",
+            "stdinonce",
+            "env",
+            "cmd",
+            "entrypoint",
+            "healthcheck",
+            "image",
+            "volumes",
+            "workingdir",
+        ),
+        *("labels", "stopsignal", "stoptimeout", "hostconfig", "networkingconfig", "macaddress"),
+        # Fields of images.  ``docker build`` reads them, but they do not matter for running a container.
+        *("onbuild", "shell", "argsescaped"),
+    }
+)
+_ENDPOINT_OPTIONS: Final = frozenset(
+    {
+        *("ipamconfig", "aliases", "links", "macaddress"),
+        # Fields that an engine sets.  Clients that copy a response send them back.
+        *(
+            "networkid",
+            "endpointid",
+            "gateway",
+            "ipaddress",
+            "ipprefixlen",
+            "ipv6gateway",
+            "globalipv6address",
+        ),
+        *("globalipv6prefixlen", "dnsnames"),
+    }
+)
+_NOTHING: Final[tuple[Any, ...]] = (None, "", 0, False, [], {})
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "isolation": (None, "", "default"),
+    "runtime": (None, "", "runc"),
+    "volumedriver": (None, "", "local"),
+    "memoryswappiness": (None, -1),
+}
+_FLAGS: Final[Mapping[str, str]] = {
+    "volumedriver": "--volume-driver",
+    "links": "--link",
+    "runtime": "--runtime",
+    "cpurealtimeperiod": "--cpu-rt-period",
+    "cpurealtimeruntime": "--cpu-rt-runtime",
+    "kernelmemory": "--kernel-memory",
+    "storageopt": "--storage-opt",
+    "isolation": "--isolation",
+    "domainname": "--domainname",
+    "driveropts": "--network driver-opt",
+    "linklocalips": "--link-local-ip",
+}
+
+
+def _check_host(host: Any) -> None:
+    """Check ``host``, the JSON of ``HostConfig``.  Raises: Unimplemented."""
+    for name, _ in _given(host):
+        if name not in _HOST_OPTIONS:
+            raise refused(name)
+
+
+def _check_config(config: Any) -> None:
+    """Check ``config``, the whole JSON.  Raises: Unimplemented."""
+    for name, _ in _given(config):
+        if name not in _CONFIG_OPTIONS:
+            raise refused(name)
+
+
+def _check_endpoint(endpoint: Any) -> None:
+    """Check ``endpoint``, the JSON of one network.  Raises: Unimplemented."""
+    for name, value in _given(endpoint):
+        if name not in _ENDPOINT_OPTIONS:
+            raise refused(name)
+        if name == "ipamconfig":
+            for inner, _ in _given(value):
+                if inner not in ("ipv4address", "ipv6address"):
+                    raise refused(inner)
+
+
+def refused(name: str) -> Unimplemented:
+    """Return the error for an unsupported option, by its field name in lower case or its flag."""
+    return Unimplemented(
+        f"Skep's own containers do not support {_FLAGS.get(name, name)}: omit it, or give skep a Docker "
+        "Engine (--engine-socket) for plain containers"
+    )
+
+
+def _given(value: Any) -> list[tuple[str, Any]]:
+    """Return the fields whose value is not neutral, with their names in lower case."""
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for name, one in value.items():
+        folded = str(name).casefold()
+        if not any(one == nothing for nothing in _NEUTRAL.get(folded, _NOTHING)):
+            found.append((folded, one))
+    return found

@@ -1,0 +1,1 @@
+"""Images as archives, and the confined workers that read and write them."""

@@ -1,0 +1,1 @@
+"""Registries: the distribution protocol, credentials, pulls and pushes."""

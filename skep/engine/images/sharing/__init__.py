@@ -1,0 +1,1 @@
+"""Images that the nodes of a cluster fetch from each other."""

@@ -1,0 +1,79 @@
+"""Locks that serialize the operations on one container."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+from skep.aio.race import run_unless
+from skep.model.values.ids import ContainerId
+
+
+class ContainerLocks:
+    """All locks of containers.
+
+    *operation*: creation, start, pause, update, change of networks, retirement and removal exclude each other.  Without
+    it, a removal during the creation would leave behind the namespace that is being made.
+
+    *networks*: the networks of a run change, or are freed at its end.  An operation cannot guard the end, because a
+    removal waits for that.  Taken after the first.
+    """
+
+    def __init__(self) -> None:
+        self._operations = WeakValueDictionary[ContainerId, asyncio.Lock]()
+        """Locks by container.  Each exists while it is held or waited for."""
+        self._networks = WeakValueDictionary[ContainerId, asyncio.Lock]()
+
+    def is_held(self, id: ContainerId) -> bool:
+        """Return whether an operation on the container is running, or its networks change."""
+        locks = (self._operations.get(id), self._networks.get(id))
+        return any(lock is not None and lock.locked() for lock in locks)
+
+    @asynccontextmanager
+    async def operation(self, id: ContainerId) -> AsyncIterator[None]:
+        """Hold the lock of the container's operations for the block."""
+        async with self._operations.setdefault(id, asyncio.Lock()):
+            yield
+
+    @asynccontextmanager
+    async def networks(self, id: ContainerId) -> AsyncIterator[None]:
+        """Hold the lock of the container's networks for the block."""
+        async with self._networks.setdefault(id, asyncio.Lock()):
+            yield
+
+
+class ForcedRemovals:
+    """Forced removals, which interrupt the mount of a start instead of waiting for it, since that may take minutes.
+
+    Each side cleans up only its own work, so a cancelled or failed one takes nothing from another.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = Counter[ContainerId]()
+        self._mounting: dict[ContainerId, asyncio.Event] = {}
+        """Set to interrupt the mount of a start, by container."""
+
+    @contextmanager
+    def removing(self, id: ContainerId) -> Iterator[None]:
+        """Prevent mounts of the container for the block."""
+        self._waiting[id] += 1
+        if (mounting := self._mounting.get(id)) is not None:
+            mounting.set()
+        try:
+            yield
+        finally:
+            self._waiting[id] -= 1
+            if not self._waiting[id]:
+                del self._waiting[id]
+
+    async def mount(self, id: ContainerId, work: Coroutine[Any, Any, None]) -> None:
+        """Do ``work``, the mount of a start that holds the container's lock.  Raises: Preempted: it was interrupted."""
+        removed = self._mounting[id] = asyncio.Event()
+        if self._waiting[id]:
+            removed.set()
+        try:
+            await run_unless(work, removed.wait())
+        finally:
+            del self._mounting[id]

@@ -1,0 +1,1 @@
+"""The output of containers: log files, and the process that forwards lines to log drivers."""

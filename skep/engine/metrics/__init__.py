@@ -1,0 +1,1 @@
+"""Resource usage of containers, and the processes in them."""

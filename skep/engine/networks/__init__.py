@@ -1,0 +1,1 @@
+"""The networks of containers, as the engine sees them. The data plane implements them."""

@@ -1,0 +1,1 @@
+"""The processes of containers: the runtime specification, runc, conmon, and a container's directories."""

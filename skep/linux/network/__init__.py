@@ -1,0 +1,1 @@
+"""The machine's ports and routes, from the kernel."""

@@ -1,0 +1,1 @@
+"""Validation of specs and names, with SwarmKit's texts."""

@@ -1,0 +1,1 @@
+"""Shared parts of all control loops: the informer, the work queue, error handling per object."""

@@ -1,0 +1,67 @@
+"""The control loops of one leader.  They communicate only through the store."""
+
+from random import Random
+from typing import Protocol
+
+from skep.aio.clock import Clock
+from skep.manager.allocator.loop import Allocator
+from skep.manager.autoscaling.loop import Autoscaler, Collect
+from skep.manager.autoscaling.state import AutoscalingCounts, Quota
+from skep.manager.ca.loop import CertificateAuthority
+from skep.manager.control.quotas import check_quota
+from skep.manager.gossip.rotation import GossipKeyRotation
+from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.orchestrator.reaper.loop import Reaper
+from skep.manager.orchestrator.reaper.node_loop import LostNodes
+from skep.manager.probes.loop import OverlayAvoidance
+from skep.manager.scheduler.loop import Scheduler
+from skep.manager.schedules.loop import Schedules
+from skep.manager.services.quotas import replicas_within_quota
+from skep.manager.telemetry.task_usages import no_usages
+from skep.manager.volumes.driver_calls import Confirm, FindDriver, no_drivers, skip_confirmation
+from skep.manager.volumes.loop import VolumeManager
+from skep.model.values.ids import IdSource
+from skep.store.interface import LoopStore
+
+
+class Loop(Protocol):
+    """Runs until cancelled.  Raises ``NotLeader`` (in an ExceptionGroup) once its term is over."""
+
+    async def run(self) -> None: ...
+
+
+def loops(
+    term: LoopStore,
+    clock: Clock,
+    new_id: IdSource,
+    random: Random,
+    incarnation: int = 0,
+    *,
+    find_driver: FindDriver = no_drivers,
+    confirm: Confirm = skip_confirmation,
+    collect_usages: Collect = no_usages,
+    counts: AutoscalingCounts | None = None,
+) -> list[Loop]:
+    """Return the loops of one term.  Each runs as a task of its own.
+
+    Args:
+        incarnation: Incarnation of the cluster.
+        find_driver: Finds drivers of cluster volumes on this machine.
+        confirm: Confirms the term before an action that no fence covers.
+        collect_usages: Collects the resource usage of tasks of autoscaled services.
+        counts: Counters of changes by autoscaling.
+    """
+    kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, GossipKeyRotation, CertificateAuthority)
+    return [
+        *(kind(term, clock, new_id, random) for kind in kinds),
+        OverlayAvoidance(term, clock, random),
+        Schedules(term, clock, random, incarnation),
+        VolumeManager(term, clock, random, find_driver, confirm),
+        Autoscaler(
+            term,
+            clock,
+            collect_usages,
+            Quota(replicas_within_quota, check_quota),
+            counts or AutoscalingCounts(),
+        ),
+    ]

@@ -1,0 +1,506 @@
+"""Explains, in sentences and figures, why a task or service is not in its desired state.
+
+Everything is derived from the stored objects.  The sentences come from ``reasons``.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
+from skep.manager.diagnosis.reasons import (
+    LOOP_FROM,
+    CauseKind,
+    TaskProblem,
+    exit_code,
+    failure_of,
+    hostname,
+    last_failure,
+    loop_ends_ns,
+    name_of,
+    problem_of,
+    problems_of,
+    slot_of,
+)
+from skep.manager.orchestrator.jobs import is_done
+from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
+from skep.manager.orchestrator.slots import wanted as wanted_of
+from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
+from skep.manager.orchestrator.update import step_seconds_max
+from skep.manager.scheduler.explaining.explain import NodeVerdict
+from skep.manager.services.job_listing import schedule_words
+from skep.manager.services.job_runs import of_present_run
+from skep.model.needs import HostPort, host_ports
+from skep.model.node import Node
+from skep.model.options.autoscaling import TaskUsage, autoscaling_of
+from skep.model.options.dependencies import WAITS_FOR, is_wait
+from skep.model.service import PAUSED, UNDER_WAY, Autoscaled, Service, UpdateStatus
+from skep.model.task import Restart, Task, TaskState
+from skep.model.task_end import EndCause, TaskEnd, signal_of
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
+
+REASONS_MAX = 10
+"""Largest number of different reasons in the explanation of a service.  The most frequent come first."""
+
+
+class TaskExplanation(ApiObject):
+    """Response of ``GET /skep/tasks/{id}/explain``.
+
+    ``nodes`` is set for a task that waits for a node, ``exit_code`` and ``signal`` for a task whose process ended.
+    """
+
+    task_id: TaskId
+    since: Timestamp
+    service_id: ServiceId = ServiceId("")
+    state: TaskState = always(TaskState.NEW)
+    desired_state: TaskState = always(TaskState.RUNNING)
+    summary: str = always("")
+    message: str = ""
+    err: str = ""
+    node_id: NodeId = NodeId("")
+    exit_code: int | None = None
+    signal: str = ""
+    end: TaskEnd | None = None
+    """Reason why the task ended, with its last log lines.  For a task that does not run yet, the reason why its
+    predecessor failed.
+    """
+    nodes: tuple[NodeVerdict, ...] = ()
+
+
+class Reason(ApiObject):
+    """A reason why some of a service's tasks are not running."""
+
+    example: TaskId
+    name: str = ""
+    """The example's name: ``web.2``, or ``web.w1`` for a global service."""
+    summary: str = always("")
+    tasks: int = always(0)
+
+
+class UpdateExplanation(ApiObject):
+    """Progress of an update or a rollback."""
+
+    deadline: Timestamp | None = None
+    """Time at which the update fails without progress.  None while the update waits for a period to pass."""
+    step: str = always("")
+    waiting_for: str = always("")
+
+
+class MetricExplanation(ApiObject):
+    """One metric that autoscaling uses, ``cpu`` or ``memory``, in percent, as the average of the measured tasks."""
+
+    name: str = ""
+    target: int = 0
+    average: float | None = None
+    """None if no task is measured."""
+
+
+class AutoscalingExplanation(ApiObject):
+    """State of a service's autoscaling."""
+
+    min: int = 0
+    max: int = 0
+    metrics: tuple[MetricExplanation, ...] = ()
+    unmeasured: int = always(0)
+    """Tasks without a measurement."""
+    summary: str = always("")
+    """The reason for the current number of tasks."""
+    last_change: Autoscaled | None = None
+    """The last change by autoscaling."""
+
+
+class ServiceExplanation(ApiObject):
+    """Response of ``GET /skep/services/{id}/explain``."""
+
+    service_id: ServiceId
+    summary: str = always("")
+    """The reason, how often tasks failed, and how many run."""
+    reason: str = always("")
+    """Reason why the service is not in its desired state.  It does not change between two attempts.
+
+    Empty if the service is in its desired state and no update is paused.
+    """
+    problem: TaskProblem | None = None
+    """The task problem that ``reason`` describes."""
+    restart_summary: str = ""
+    """How often the task failed, and when the next attempt starts."""
+    is_healthy: bool = always(False)
+    """Whether all desired tasks run, or the job has completed."""
+    running: int = always(0)
+    desired: int = always(0)
+    completed: int = 0
+    """Slots of a one-shot service whose task ended with exit code 0."""
+    ended_at: Timestamp = Timestamp("")
+    """When the job completed."""
+    reasons: tuple[Reason, ...] = always(())
+    """Reasons why desired tasks do not run, the most important first."""
+    failures: tuple[Reason, ...] = always(())
+    """Failures of tasks that ended by themselves and are kept as history."""
+    schedule: str = ""
+    """The next run of a scheduled job, as a sentence."""
+    update_status: UpdateStatus | None = None
+    update: UpdateExplanation | None = None
+    """Progress of the current update."""
+    autoscaling: AutoscalingExplanation | None = None
+
+
+def explain_task(
+    task: Task,
+    node: Node | None,
+    verdicts: Sequence[NodeVerdict] = (),
+    slot: Iterable[Task] = (),
+    nodes: Mapping[NodeId, Node] | None = None,
+    now_ns: int = 0,
+    ports: Sequence[HostPort] = (),
+) -> TaskExplanation:
+    """Return the explanation of ``task``.
+
+    Args:
+        verdicts: Verdicts of all nodes, for a task that waits for a node.
+        slot: Tasks of the same slot.
+        nodes: Nodes of the cluster.
+        now_ns: Unix time.  With 0, no running task is in a crash loop.
+        ports: Host-mode ports of its service.
+    """
+    code = exit_code(task)
+    return TaskExplanation(
+        task_id=task.id,
+        service_id=task.service_id,
+        state=task.status.state,
+        desired_state=task.desired_state,
+        since=task.status.timestamp,
+        summary=_with_verdicts(task, verdicts, nodes or {}, ports)
+        if verdicts
+        else summary(task, node, slot, nodes, now_ns, ports),
+        message=task.status.message,
+        err=task.status.err,
+        node_id=task.node_id,
+        exit_code=code,
+        signal=signal_of(code) if code is not None and not _is_killed_by_skep(task) else "",
+        end=task.status.end or _last_end_of(task, slot),
+        nodes=tuple(verdicts),
+    )
+
+
+def _last_end_of(task: Task, slot: Iterable[Task]) -> TaskEnd | None:
+    """Return the end of the failed task that ``task`` replaces, if ``task`` is active but not running yet."""
+    failed = (
+        last_failure(task, slot) if task.is_active and task.status.state is not TaskState.RUNNING else None
+    )
+    return failed.status.end if failed is not None else None
+
+
+def _is_killed_by_skep(task: Task) -> bool:
+    """Return whether Skep itself sent the signal that ended the task.  The signal then explains nothing."""
+    ends = (EndCause.UNHEALTHY.value, EndCause.STOP_TIMEOUT.value)
+    return task.status.end is not None and task.status.end.cause in ends
+
+
+def explain_service(
+    service: Service,
+    tasks: Sequence[Task],
+    *,
+    wanted: int,
+    nodes: Mapping[NodeId, Node],
+    now_ns: int,
+    is_new: Callable[[Task], bool] = lambda _: True,
+    done: int = 0,
+) -> ServiceExplanation:
+    """Return why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
+
+    Args:
+        now_ns: Unix time.  Running tasks of a crash loop need it (``reasons.loop_ends_ns``).
+        done: Slots of a one-shot service that are done, which need no running task.
+        is_new: Returns whether a task matches the current spec.
+    """
+    is_job = service.job_status is not None
+    if is_job:
+        tasks = of_present_run(service, tasks)
+    running = sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
+    problems = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns)
+    failed = [
+        (task, failure_of(task)[1])
+        for task in tasks
+        if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
+    ]
+    if is_job:
+        text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
+    else:
+        text, reason, is_healthy = _of_service(running, wanted, done, problems)
+    worst = problems[0] if problems and not is_healthy else None
+    return ServiceExplanation(
+        service_id=service.id,
+        summary=text,
+        reason=_with_update(service, reason, worst),
+        problem=worst,
+        restart_summary=worst.restart_summary if worst is not None else "",
+        is_healthy=is_healthy,
+        ended_at=_last_end(tasks) if is_job and is_healthy else Timestamp(""),
+        running=running,
+        desired=wanted,
+        completed=done,
+        reasons=_counted_problems(one for one in problems if one.pending_task_id),
+        failures=_counted(failed),
+        schedule=schedule_words(service),
+        update_status=service.update_status,
+        update=explain_update(
+            service,
+            tasks,
+            is_new=is_new,
+            nodes=nodes,
+            summary=lambda task, node: summary(
+                task, node, _slot_of(task, tasks), nodes, now_ns, host_ports(service.spec)
+            ),
+        ),
+    )
+
+
+def _slot_of(task: Task, tasks: Iterable[Task]) -> list[Task]:
+    return [one for one in tasks if slot_of(one) == slot_of(task)]
+
+
+def _with_update(service: Service, reason: str, worst: TaskProblem | None) -> str:
+    """Add to ``reason`` that the update is paused.  A task's failure comes first."""
+    update = service.update_status
+    if update is None or update.state not in PAUSED:
+        return reason
+    if worst is not None and CauseKind(worst.kind).is_failure:
+        return f"{reason}; its {'rollback' if 'rollback' in update.state.value else 'update'} is paused"
+    return update.message or reason
+
+
+def summary(
+    task: Task,
+    node: Node | None,
+    slot: Iterable[Task] = (),
+    nodes: Mapping[NodeId, Node] | None = None,
+    now_ns: int = 0,
+    ports: Sequence[HostPort] = (),
+) -> str:
+    """Return a sentence about ``task``: why it does not run, and how often it failed.
+
+    Earlier failures are not mentioned once a task runs so long that the crash loop of its slot has ended.
+    """
+    status = task.status
+    match status.state:
+        case TaskState.RUNNING if task.preemption is not None:
+            return f"it leaves {hostname(node, task)}: {task.preemption.words}"
+        case TaskState.RUNNING if loop_ends_ns(task, now_ns) is None:
+            return f"it runs on {hostname(node, task)}"
+        case TaskState.SHUTDOWN if task.preemption is not None:
+            return f"it was {task.preemption.words}"
+        case TaskState.FAILED | TaskState.REJECTED:
+            return failure_of(task)[1]
+        case _ if status.state.is_terminal:
+            return status.err or status.message or status.state.value
+    known = nodes if nodes is not None else {node.id: node} if node is not None else {}
+    problem = problem_of(task, slot, known, ports=ports)
+    return "; ".join(filter(None, (problem.reason, problem.restart_summary)))
+
+
+def next_attempt(task: Task, now_ns: int) -> str:
+    """Return when the next task of a failing slot starts, like ``next attempt in 6 s (crash loop, 5th)``, or an empty
+    text.
+    """
+    restart = task.restart
+    is_held = task.desired_state is TaskState.READY and not task.status.state.is_terminal
+    if restart is None or not restart.delay or not is_held:
+        return ""
+    seconds = max((unix_ns(restart.not_before) - now_ns) / SECOND_NS, 0)
+    return f"next attempt in {seconds:.0f} s{loop_words(restart)}"
+
+
+def loop_words(restart: Restart) -> str:
+    """Return the crash loop's part of the sentence, or an empty text without a crash loop."""
+    return f" (crash loop, {_ordinal(restart.failures)})" if restart.failures >= LOOP_FROM else ""
+
+
+def _ordinal(number: int) -> str:
+    """``1st``, ``2nd``, ``11th``."""
+    is_teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+
+
+def _with_verdicts(
+    task: Task, verdicts: Sequence[NodeVerdict], nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
+) -> str:
+    if task.status.err.startswith(WAITS_FOR):
+        return f"it {task.status.err}"
+    willing = sum(not one.reasons for one in verdicts)
+    if willing:
+        return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
+    if not task.status.err:
+        return f"none of {len(verdicts)} nodes can take it"
+    return problem_of(task, (), nodes, ports=ports).reason
+
+
+def _of_service(
+    running: int, wanted: int, done: int, problems: Sequence[TaskProblem]
+) -> tuple[str, str, bool]:
+    """Return the summary, the reason, and whether the service is in its desired state.
+
+    ``done`` counts the tasks that ended and that their restart policy does not restart.
+    """
+    if running + done >= wanted and not problems:
+        if done:
+            return f"{done} of {wanted} tasks done" + (f", {running} running" if running else ""), "", True
+        return f"{running} of {wanted} tasks run: healthy", "", True
+    count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
+    if not problems:
+        reason = "its tasks are not created yet" if running < wanted else "its tasks are not replaced yet"
+        return f"{reason}; {count}", reason, False
+    worst = problems[0]
+    return "; ".join(filter(None, (worst.reason, worst.restart_summary, count))), worst.reason, False
+
+
+def _of_job(
+    service: Service,
+    tasks: Sequence[Task],
+    running: int,
+    problems: Sequence[TaskProblem],
+    nodes: Mapping[NodeId, Node],
+) -> tuple[str, str, bool]:
+    """Return the summary, the reason, and whether the job is in its desired state.
+
+    A job has completed, has failed with a cause, or makes progress.  ``tasks`` belong to its current iteration.
+    """
+    if service.job_status is not None and service.job_status.awaits_first_run:
+        return "it waits for its first run", "", True
+    job = service.spec.mode.replicated_job
+    slots: Mapping[int, Slot] | Mapping[NodeId, Slot] = (
+        group_by_slot(tasks) if job is not None else group_by_node(tasks)
+    )
+    done = sum(is_done(slot) for slot in slots.values())
+    total = (job.total_completions or 0) if job is not None else len(slots)
+    completed = f"{done} of {total} completed"
+    given_up = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
+    if done >= total:
+        return completed, "", True
+    if given_up:
+        key, slot = min(given_up.items(), key=lambda item: str(item[0]))
+        where = f"slot {key}" if job is not None else hostname(nodes.get(slot[-1].node_id), slot[-1])
+        others = f" and {len(given_up) - 1} more" if len(given_up) > 1 else ""
+        attempts = f"{len(slot)} attempt{'' if len(slot) == 1 else 's'}"
+        last = summary(slot[-1], nodes.get(slot[-1].node_id))
+        text = f"FAILED: {last}; {where}{others} gave up after {attempts}; {completed}"
+        return text, f"failed: {last}", False
+    progress = f"{completed}, {running} running"
+    if not problems:
+        return progress, f"{running} running" if running else "its tasks are not created yet", False
+    worst = problems[0]
+    return "; ".join(filter(None, (worst.reason, worst.restart_summary, progress))), worst.reason, False
+
+
+def _last_end(tasks: Iterable[Task]) -> Timestamp:
+    stamps = (task.status.timestamp for task in tasks if task.status.state is TaskState.COMPLETE)
+    return max(stamps, key=unix_ns, default=Timestamp(""))
+
+
+def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
+    counts: Counter[str] = Counter()
+    examples: dict[str, TaskId] = {}
+    for task, words in tasks:
+        counts[words] += 1
+        examples.setdefault(words, task.id)
+    return tuple(
+        Reason(summary=words, tasks=number, example=examples[words])
+        for words, number in counts.most_common(REASONS_MAX)
+    )
+
+
+def _counted_problems(problems: Iterable[TaskProblem]) -> tuple[Reason, ...]:
+    """Count the reasons of problems, in the given order: the most important first."""
+    found = list(problems)
+    counts: Counter[str] = Counter(one.reason for one in found)
+    examples = {one.reason: one for one in reversed(found)}
+    return tuple(
+        Reason(
+            summary=words,
+            tasks=number,
+            example=examples[words].pending_task_id,
+            name=examples[words].name,
+        )
+        for words, number in list(counts.items())[:REASONS_MAX]
+    )
+
+
+# -- the progress of an update ---------------------------------------------------------------------------------------
+
+
+def explain_update(
+    service: Service,
+    tasks: Iterable[Task],
+    *,
+    is_new: Callable[[Task], bool],
+    nodes: Mapping[NodeId, Node],
+    summary: Callable[[Task, Node | None], str],
+) -> UpdateExplanation | None:
+    """Return the progress of the service's update, or None without a current update.
+
+    Args:
+        is_new: Returns whether a task matches the current spec.
+        summary: Returns a sentence about a task.
+    """
+    if service.update_status is None or service.update_status.state not in UNDER_WAY:
+        return None
+    wanted = [task for task in tasks if task.is_wanted]
+    new = [task for task in wanted if is_new(task)]
+    slots = set(map(slot_of, wanted))
+    done = {slot_of(task) for task in new if task.status.state is TaskState.RUNNING}
+    step = f"{len(done)} of {len(slots)} tasks are new" if slots else "its tasks have ended"
+    leads = [task for task in new if task.status.state is not TaskState.RUNNING]
+    if not leads:
+        is_last = len(done) == len(slots)
+        words = "the monitor time of the last step" if is_last else "the delay before the next step"
+        return UpdateExplanation(step=step, waiting_for=words)
+    first = min(leads, key=lambda task: (task.created_at, task.id))
+    # The deadline starts once the previous tasks of the slot have stopped.
+    is_held = first.desired_state is TaskState.READY and all(
+        one is first or slot_of(one) != slot_of(first) for one in wanted
+    )
+    seconds = step_seconds_max(service.spec)
+    if fails_early(first, service.spec, nodes.values):
+        seconds = min(seconds, UNPLACEABLE_S)
+    due_ns = unix_ns(first.created_at) + round(seconds * SECOND_NS)
+    return UpdateExplanation(
+        step=step,
+        waiting_for=f"task {name_of(first, service, nodes)}: {summary(first, nodes.get(first.node_id))}",
+        deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
+    )
+
+
+def explain_autoscaling(
+    service: Service,
+    tasks: Sequence[Task],
+    usages: Mapping[TaskId, TaskUsage],
+    within_quota: Callable[[int], tuple[int, str]],
+) -> AutoscalingExplanation | None:
+    """Return the inputs of autoscaling, or None if the service is not autoscaled.
+
+    The stabilization window is missing: only the leader has it.
+
+    Args:
+        within_quota: Returns how many of N tasks the quota of the service's stack allows, and why not more.
+    """
+    scaling = autoscaling_of(service.spec.labels)
+    if scaling is None:
+        return None
+    readings = readings_of(service, scaling, tasks, usages)
+    asked = recommendation(service.spec.replicas, scaling, readings)
+    reason = blocked(service) or shown_reason(service.spec.replicas, scaling, readings)
+    if not blocked(service) and asked.replicas > service.spec.replicas:
+        reason = within_quota(asked.replicas)[1] or reason
+    return AutoscalingExplanation(
+        min=scaling.least,
+        max=scaling.most,
+        metrics=tuple(
+            MetricExplanation(
+                name=one.name, target=one.target, average=round(one.average, 1) if one.known else None
+            )
+            for one in readings.measures
+        ),
+        unmeasured=readings.unknown,
+        summary=reason,
+        last_change=service.autoscaled,
+    )

@@ -1,0 +1,60 @@
+"""Finds settings of a created or updated service that cannot work, for the warnings in the response."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+
+from skep.model.needs import host_ports
+from skep.model.node import Node
+from skep.model.options.constraints import is_satisfied
+from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
+from skep.model.service import ServiceSpec, UpdateOrder
+
+_OURS = "skep."
+"""Start of the labels that Skep defines."""
+_PUBLISH = "skep.publish."
+"""Start of labels with a port in their name.  Creating a service refuses unknown ones."""
+
+
+def spec_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
+    """Yield a warning for each setting that has no effect, or cannot work on the nodes of the cluster."""
+    yield from label_warnings(spec)
+    yield from placement_warnings(spec, nodes)
+
+
+def label_warnings(spec: ServiceSpec) -> Iterator[str]:
+    """Yield a warning for each label that begins with ``skep.`` and has no effect where it is.
+
+    Managers of another version may know the label, so it is only a warning.
+    """
+    container = spec.task_template.container_spec
+    yield from _unknown(spec.labels, SERVICE_LABELS, CONTAINER_LABELS, "container", "service")
+    if container is not None:
+        yield from _unknown(container.labels, CONTAINER_LABELS, SERVICE_LABELS, "service", "container")
+
+
+def _unknown(
+    labels: Mapping[str, str], known: Collection[str], others: Collection[str], owner: str, here: str
+) -> Iterator[str]:
+    for name in sorted(labels):
+        if not name.startswith(_OURS) or name in known or (here == "service" and name.startswith(_PUBLISH)):
+            continue
+        if name in others or (owner == "service" and name.startswith(_PUBLISH)):
+            yield f"label {name} has no effect on a {here}: it is a label of the {owner}"
+        else:
+            near = get_close_matches(name, known, n=1)
+            yield f"unknown label {name}: it has no effect" + (f", did you mean {near[0]}?" if near else "")
+
+
+def placement_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
+    """Yield a warning if no node meets the constraints, and one if start-first cannot work on a single node."""
+    placement = spec.task_template.placement
+    constraints = placement.constraints if placement is not None else ()
+    if constraints and not any(is_satisfied(constraints, node) for node in nodes):
+        yield f"no node meets the constraints ({', '.join(constraints)}): new tasks wait until one does"
+    update, ports = spec.update_config, host_ports(spec)
+    if ports and update is not None and update.order is UpdateOrder.START_FIRST:
+        named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)
+        yield (
+            f"order start-first: two tasks cannot have the host-mode port {named} on one node, so without a further "
+            "node the old task is stopped first"
+        )

@@ -1,0 +1,93 @@
+"""Adds to the reason why a task has no node what the task needs, read from its spec.
+
+The scheduler stores only how many nodes each filter refused, like SwarmKit.  Pure.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Final
+
+from skep.manager.services.resources import GenericStock
+from skep.model.needs import CPU_NANO, HostPort, kind_and_amount, reservations_of
+from skep.model.node import Node
+from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.service import GenericResource, Placement
+from skep.model.task import Task
+
+_MEBIBYTE: Final = 1 << 20
+
+
+def too_large(task: Task, nodes: Collection[Node]) -> str:
+    """Return that no node is as large as a pending ``task`` needs, or an empty text if it waits for another reason.
+
+    Such a task waits for a new node, because the end of another task does not help.
+    """
+    if not nodes or NodeRefusal.RESOURCES not in node_refusals_in(task.status.err):
+        return ""
+    needs = reservations_of(task.spec)
+    by_name = sorted(nodes, key=lambda node: (node.description.hostname, node.id))
+    sizes: list[tuple[int, Callable[[Node], int], Callable[[int], str], str]] = [
+        (needs.nano_cpus, lambda node: node.description.resources.nano_cpus, _cpus, " CPUs"),
+        (needs.memory_bytes, lambda node: node.description.resources.memory_bytes, _memory, " of memory"),
+    ]
+    for kind, amount in _amounts(needs.generic_resources).items():
+        sizes.append((amount, lambda node, kind=kind: _offered(node, kind), str, f" {kind}"))  # type: ignore[misc]
+    for wanted, size, words, unit in sizes:
+        largest = max(by_name, key=size)
+        most = size(largest)
+        if wanted <= most:
+            continue
+        name = largest.description.hostname or largest.id
+        has = f"the largest node, {name}, has {words(most)}" if most else "no node has any"
+        return f"needs {words(wanted)}{unit}; {has}"
+    return ""
+
+
+def with_needs(task: Task, ports: Collection[HostPort] = ()) -> str:
+    """Return the error of a pending ``task`` that no node takes, with its needs of the kinds that the error names.
+
+    Args:
+        ports: Host-mode ports of its service, which its own spec does not have.
+    """
+    needs = ", ".join(_needs(task, node_refusals_in(task.status.err), ports))
+    return f"{task.status.err}; it needs {needs}" if needs else task.status.err
+
+
+def _needs(task: Task, refusals: Collection[NodeRefusal], ports: Collection[HostPort]) -> Iterator[str]:
+    placement, reserved = task.spec.placement or Placement(), reservations_of(task.spec)
+    if NodeRefusal.RESOURCES in refusals:
+        if reserved.nano_cpus:
+            yield f"{_cpus(reserved.nano_cpus)} CPUs"
+        if reserved.memory_bytes:
+            yield f"{_memory(reserved.memory_bytes)} of memory"
+        yield from (f"{amount} {kind}" for kind, amount in _amounts(reserved.generic_resources).items())
+    if NodeRefusal.CONSTRAINTS in refusals:
+        yield from placement.constraints
+    if NodeRefusal.HOST_PORT in refusals and ports:
+        named = ", ".join(f"{number}/{protocol}" for protocol, number in ports)
+        yield f"port{'s' if len(ports) > 1 else ''} {named}"
+    if NodeRefusal.MAX_REPLICAS in refusals and placement.max_replicas:
+        yield f"at most {placement.max_replicas} of its service per node"
+    if NodeRefusal.PLATFORM in refusals:
+        yield " or ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in placement.platforms)
+
+
+def _amounts(resources: Iterable[GenericResource]) -> Counter[str]:
+    """Return the amount of each kind of generic resource."""
+    found: Counter[str] = Counter()
+    for one in resources:
+        kind, amount = kind_and_amount(one)
+        found[kind] += amount
+    return found
+
+
+def _offered(node: Node, kind: str) -> int:
+    return GenericStock(node.description.resources.generic_resources).free(kind)
+
+
+def _cpus(nano: int) -> str:
+    return f"{nano / CPU_NANO:g}"
+
+
+def _memory(size: int) -> str:
+    return f"{size // _MEBIBYTE} MiB"

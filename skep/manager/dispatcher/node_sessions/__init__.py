@@ -1,0 +1,1 @@
+"""The nodes' sessions: registration, heartbeats, balance, and their adoption after a manager is lost."""

@@ -1,0 +1,199 @@
+"""The parts of a node that the dispatcher writes: its session's owner, its description, and whether it is up.
+
+Registering is a compare-and-swap: a manager without a quorum cannot take a session, and the new owner's messages are at
+least as new as the messages of any earlier manager.
+"""
+
+import msgspec
+
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
+from skep.manager.dispatcher.slot_reports import with_seen_volumes
+from skep.manager.nodes.revocation import removal_of
+from skep.model.networks.addresses import host_of, parsed
+from skep.model.networks.data_planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
+from skep.model.node import Node, NodeDescription, NodeState, NodeStatus, SessionOwner
+from skep.model.node_reports.description_size import within_size
+from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.times import SECOND_NS, timestamp
+from skep.store.interface import Transaction
+from skep.store.kinds import Revocation
+
+RATE_PERIOD_S = 8.0
+"""Seconds of the period in which registrations are counted."""
+RATE_MAX = 5
+"""Maximum registrations of one node within the period."""
+RATE_NODES_MAX = 10_000
+"""Above this number, nodes without a registration in the last period are dropped."""
+
+HEARTBEAT_FAILURE = "heartbeat failure"
+"""Message of a node that is down, in SwarmKit's words."""
+
+
+class SessionInvalid(InvalidArgument):
+    """The node has registered again since.  An engine registers again on this error."""
+
+    def __init__(self) -> None:
+        super().__init__("session invalid")
+
+
+class NotRegistered(NotFound):
+    """This manager has no session of the node.  An engine registers again on this error."""
+
+    def __init__(self) -> None:
+        super().__init__("node not registered")
+
+
+class RegistrationRate:
+    """Limits how often each node registers or describes itself, so that it cannot fill the store.
+
+    Source: swarmkit, manager/dispatcher/nodes.go (rateLimitPeriod, rateLimitCount).
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[NodeId, list[float]] = {}
+
+    def note(self, node_id: NodeId, now: float) -> None:
+        """Record a registration at ``now`` (monotonic seconds).  Raises Unavailable if there are too many."""
+        recent = [at for at in self._times.get(node_id, ()) if at > now - RATE_PERIOD_S]
+        if len(recent) >= RATE_MAX:
+            raise Unavailable(f"node {node_id} registers too often")
+        self._times[node_id] = [*recent, now]
+        if len(self._times) > RATE_NODES_MAX:
+            self._times = {id: times for id, times in self._times.items() if times[-1] > now - RATE_PERIOD_S}
+
+
+class Registration(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's request for a session with this manager."""
+
+    node_id: NodeId
+    manager_id: NodeId
+    session_id: SessionId
+    description: NodeDescription
+    address: str
+    """IP address the node connects from."""
+
+
+def take_session(tx: Transaction, registration: Registration) -> Node:
+    """Make this manager the owner of the node's session, and mark the node ready.
+
+    Raises:
+        PermissionDenied: The node was removed, or the store has no such node because it is older than the node.
+    """
+    # The status counts too: a replica that does not show the node as down yet would write nothing there.
+    node = tx.rely_on(Node, registration.node_id, "session", "status")
+    if node is None:
+        id = registration.node_id
+        removal = removal_of(tx.lookup(Revocation, id))
+        # A node that stops its containers must know that it was removed: a restored store has no newer nodes either.
+        unknown = f"Permission denied: node {id} is not part of the swarm"
+        raise PermissionDenied(removal.refusal(id) if removal is not None else unknown)
+    status = NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address))
+    return tx.put(
+        msgspec.structs.replace(
+            node,
+            description=_believed(tx, node, status.addr, registration.description),
+            status=status,
+            silent_since=None,
+            silent_together=False,
+            session=SessionOwner(manager_id=registration.manager_id, session_id=registration.session_id),
+        )
+    )
+
+
+class SilentNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node whose grace period has passed without a heartbeat."""
+
+    node_id: NodeId
+    session_id: SessionId
+    silent_s: float = 0.0
+    """Own time in seconds since its last heartbeat."""
+    with_others: bool = False
+    """Whether other nodes miss heartbeats too."""
+
+
+def mark_down(tx: Transaction, silent_node: SilentNode, now_ns: int) -> bool:
+    """Write that the node is down.  Returns False if another session replaced this one meanwhile."""
+    node = tx.rely_on(Node, silent_node.node_id, "session")
+    if node is None or node.session is None or node.session.session_id != silent_node.session_id:
+        return False
+    if node.status.state is not NodeState.DOWN:
+        status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
+        since = timestamp(now_ns - round(silent_node.silent_s * SECOND_NS))
+        silence = {"silent_since": since, "silent_together": silent_node.with_others}
+        tx.put(msgspec.structs.replace(node, status=status, **silence))
+    return True
+
+
+def revert_down(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
+    """Revert ``mark_down`` after a heartbeat that arrived while it was being written."""
+    node = tx.rely_on(Node, node_id, "session", "status")
+    if node is None or node.session is None or node.session.session_id != session_id:
+        return
+    if node.status.state is NodeState.DOWN:
+        status = NodeStatus(state=NodeState.READY, addr=node.status.addr)
+        tx.put(msgspec.structs.replace(node, status=status, silent_since=None, silent_together=False))
+
+
+def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
+    """Return the node, if ``session_id`` is still its session when the transaction commits.
+
+    Raises:
+        SessionInvalid: Another manager has the session, or the node has a later one.
+    """
+    node = tx.rely_on(Node, node_id, "session")
+    if node is None or node.session is None or node.session.session_id != session_id:
+        raise SessionInvalid
+    return node
+
+
+def describe_node(
+    tx: Transaction, node_id: NodeId, session_id: SessionId, description: NodeDescription
+) -> None:
+    """Write a node's description.  Raises SessionInvalid."""
+    node = require_session(tx, node_id, session_id)
+    description = _believed(tx, node, node.status.addr, description)
+    tx.put(msgspec.structs.replace(node, description=description))
+
+
+def _believed(
+    tx: Transaction, node: Node, connects_from: str, description: NodeDescription
+) -> NodeDescription:
+    """Return ``description`` within its size limit, without claims that a node may not make.
+
+    Nodes cut it to the same size, except for nodes of earlier versions.
+    """
+    description = with_seen_volumes(tx, node, within_size(description))
+    return _without_others_address(tx, node.id, connects_from, description)
+
+
+def _without_others_address(
+    tx: Transaction, id: NodeId, connects_from: str, description: NodeDescription
+) -> NodeDescription:
+    """Return ``description`` with a refused data-path label if another node already has that address.
+
+    If two nodes announce an address at the same moment, ``planes.holder`` chooses one.
+    """
+    labels = dict(description.engine.labels)
+    labels.pop(REFUSED_DATA_PATH_LABEL, None)
+    announced = labels.get(DATA_PATH_LABEL)
+    if announced is not None:
+        others = [one.id for one in tx.find(Node, underlay=_normalized(announced)) if one.id != id]
+        if others and _normalized(announced) != connects_from:
+            labels[REFUSED_DATA_PATH_LABEL] = labels.pop(DATA_PATH_LABEL)
+    engine = msgspec.structs.replace(description.engine, labels=labels)
+    return msgspec.structs.replace(description, engine=engine)
+
+
+def _normalized(text: str) -> str:
+    try:
+        return str(parsed(text))
+    except ValueError:
+        return text
+
+
+def _reachable(node: Node, address: str) -> str:
+    """Return the address at which others reach the node.  A manager's own agent connects over loopback."""
+    is_loopback = address.startswith("127.") or address == "::1"
+    if is_loopback and node.manager_status is not None:
+        return host_of(node.manager_status.addr) or address
+    return address

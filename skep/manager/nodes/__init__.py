@@ -1,0 +1,1 @@
+"""Services of a manager for nodes: streams, tunnels, images, network attachments, revocation."""

@@ -1,0 +1,372 @@
+"""Tunnels from this manager to containers on any node.
+
+A node connects to its manager, but the manager may be unable to connect to the node.  Therefore the node opens the
+tunnel.  The manager sends an order on the node's stream of orders, and the node responds with a call that names the
+order.  If another manager has the node's session, the tunnel leads through that manager.  Only managers have such
+streams, so no worker can reach a container of another node.
+"""
+
+import asyncio
+import secrets
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import structlog
+
+from skep.aio.groups import first_alone
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SkepError,
+    Unavailable,
+    Unimplemented,
+)
+from skep.manager.nodes.node_session import NodeSession, StreamWaker
+from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
+from skep.model.networks.data_planes import is_docker_node
+from skep.model.node import Node, NodeState
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
+from skep.rpc.errors import LOST_PEER
+from skep.store.interface import Store, View
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.client import ManagerChannel
+from skep.wire.service import Handler, duplex
+from skep.wire.tunnel import Tunnel, copy, over_requests
+
+log = structlog.get_logger(__name__)
+
+OPEN_S_MAX = 10.0
+"""Seconds from the order until the node has opened the tunnel.  A relay has the same limit."""
+OF_NODE_MAX = 64
+"""Largest number of simultaneous tunnels of one node.  It is smaller than the number of streams that one connection
+allows.
+"""
+TUNNELS_MAX = 512
+"""Largest number of simultaneous tunnels of all nodes connected to this manager."""
+PIECES_WAITING = 4
+"""Largest number of pieces that are read from a node before its client takes them."""
+
+
+def container_of(task: Task, node: Node | None) -> str:
+    """Return the id of the container of ``task`` for a tunnel.
+
+    Raises:
+        FailedPrecondition: The task is not running.
+        NotFound: The task's node was removed.
+        Unavailable: The task's node is not ready.
+        Unimplemented: No tunnel can lead to the task.
+    """
+    if task.status.state is not TaskState.RUNNING:
+        raise FailedPrecondition(f"task {task.id} is not running: it is {task.status.state.value}")
+    if node is None:
+        raise NotFound(f"task {task.id} runs on node {task.node_id}, which is no longer part of this swarm")
+    name = node.description.hostname or node.id
+    if is_docker_node(node):
+        raise Unimplemented(
+            f"task {task.id} runs on node {name}, which is a Docker Engine: managers cannot reach its "
+            "containers; use docker on that node"
+        )
+    if node.status.state is not NodeState.READY:
+        raise Unavailable(f"task {task.id} runs on node {name}, which is {node.status.state.value}")
+    if task.status.container_status is None or not task.status.container_status.container_id:
+        raise Unimplemented(f"task {task.id} has no container: node {name} runs it as a process")
+    return task.status.container_status.container_id
+
+
+class NodeTunnels:
+    """Tunnels to nodes connected to this manager, and through other managers to their nodes."""
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        session: Callable[[NodeId, str], NodeSession],
+        channel: Callable[[NodeId], ManagerChannel],
+    ) -> None:
+        """
+        Args:
+            session: Returns a node's session here by its id, or raises SkepError.
+            channel: Returns the link's connection to another manager, or raises Unavailable.
+        """
+        self._store = store
+        self._own = own
+        self._session = session
+        self._channel = channel
+        self._streams: NodeStreams[_Orders] = NodeStreams("tunnel orders")
+        self._expected: dict[str, _Expected] = {}
+        self._open: Counter[NodeId] = Counter()
+
+    def services(self) -> Sequence[Handler]:
+        """Return the handlers for ``wire.server.serve``."""
+        return (
+            duplex(methods.TUNNEL_ORDERS, self._orders),
+            duplex(methods.TUNNEL, self._tunnel),
+            duplex(methods.RELAY_TUNNEL, self._relay),
+        )
+
+    @asynccontextmanager
+    async def open(
+        self, task: Task, *, head: bytes = b"", port: int = 0, is_admin: bool = False
+    ) -> AsyncIterator[Tunnel]:
+        """Open a tunnel to the container of ``task`` for the block.
+
+        It is an HTTP exchange that starts with ``head``, or a connection to ``port``.
+
+        Args:
+            is_admin: Whether the client is an administrator.  The node needs this, because it checks the request again.
+
+        Raises:
+            SkepError: No tunnel can be opened, with the reason.
+        """
+        node = self._store.view().lookup(Node, task.node_id)
+        container_id = container_of(task, node)
+        assert node is not None, "a task without a node has no container"
+        async with self._open_to(
+            node,
+            skep.TunnelRequest(
+                node_id=node.id,
+                task_id=task.id,
+                container_id=container_id,
+                head=head,
+                port=port,
+                admin=is_admin,
+            ),
+        ) as tunnel:
+            yield tunnel
+
+    @asynccontextmanager
+    async def open_events(self, node: Node, head: bytes) -> AsyncIterator[Tunnel]:
+        """Open a tunnel to the events of ``node`` for the block: an HTTP exchange that starts with ``head``.
+
+        Raises:
+            SkepError: No tunnel can be opened, with the reason.
+        """
+        async with self._open_to(node, skep.TunnelRequest(node_id=node.id, head=head)) as tunnel:
+            yield tunnel
+
+    @asynccontextmanager
+    async def _open_to(self, node: Node, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
+        manager = node.session.manager_id if node.session is not None else NodeId("")
+        if node.id in self._streams or manager in ("", self._own):
+            async with self._open_here(request) as tunnel:
+                yield tunnel
+        else:
+            async with self._open_through(manager, request) as tunnel:
+                yield tunnel
+
+    # -- through another manager ----------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _open_through(self, manager: NodeId, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
+        async with self._channel(manager).stream(methods.RELAY_TUNNEL) as call:
+            try:
+                async with asyncio.timeout(OPEN_S_MAX):
+                    await call.send(skep.TunnelPiece(request=request))
+                    if await call.receive() is None:
+                        raise Unavailable(f"manager {manager} closed the tunnel")
+            except Unimplemented as error:
+                raise Unimplemented(
+                    f"manager {_name(self._store.view(), manager)}, which has the node's session, runs a version "
+                    "of Skep without tunnels: upgrade it"
+                ) from error
+            except TimeoutError as error:
+                raise Unavailable(f"manager {manager} has not opened a tunnel in {OPEN_S_MAX:g} s") from error
+            yield Tunnel(call.receive, call.send)
+
+    async def _relay(
+        self,
+        pieces: AsyncIterator[skep.TunnelPiece],
+        send: Callable[[skep.TunnelPiece], Awaitable[None]],
+        _caller: Caller,
+    ) -> None:
+        """Open a tunnel for another manager."""
+        first = await _first(pieces)
+        async with self._open_here(first.request) as tunnel:
+            await send(skep.TunnelPiece())
+            remote = over_requests(pieces, send)
+            with first_alone(SkepError):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(copy(remote, tunnel), name="to the node")
+                    # The other manager decides when this direction ends, by ending the call.
+                    group.create_task(copy(tunnel, remote), name="from the node")
+
+    # -- nodes of this manager ------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _open_here(self, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
+        node_id = NodeId(request.node_id)
+        stream = self._streams.get(node_id)
+        if stream is None:
+            raise self._why_unreachable(node_id)
+        if self._open[node_id] >= OF_NODE_MAX or self._open.total() >= TUNNELS_MAX:
+            raise ResourceExhausted(
+                f"too many connections to containers of node {node_id} or of this manager are open: close some"
+            )
+        expected, id = _Expected(node_id), secrets.token_hex(16)
+        self._expected[id] = expected
+        self._open[node_id] += 1
+        try:
+            stream.order(skep.TunnelOrder(id=id, request=request))
+            try:
+                async with asyncio.timeout(OPEN_S_MAX):
+                    tunnel = await expected.opened
+            except TimeoutError as error:
+                name = _name(self._store.view(), node_id)
+                raise Unavailable(f"node {name} has not opened a connection in {OPEN_S_MAX:g} s") from error
+            yield tunnel
+            expected.is_complete = True
+        finally:
+            del self._expected[id]
+            self._open[node_id] -= 1
+            if not self._open[node_id]:
+                del self._open[node_id]
+            expected.done.set()
+
+    def _why_unreachable(self, node_id: NodeId) -> SkepError:
+        node = self._store.view().lookup(Node, node_id)
+        if node is None or node.session is None or node.session.manager_id != self._own:
+            return Unavailable(f"node {node_id} has no session with a manager now")
+        version = node.description.engine.engine_version if node.description.engine is not None else ""
+        return Unavailable(
+            f"node {_name(self._store.view(), node_id)} cannot be reached through the managers: its Skep {version} "
+            "has no tunnels, or its connection has just been made; upgrade it, or use docker on that node"
+        )
+
+    async def _orders(
+        self,
+        messages: AsyncIterator[skep.TunnelUpdate],
+        send: Callable[[skep.TunnelOrder], Awaitable[None]],
+        caller: Caller,
+    ) -> None:
+        session = self._session(caller.node_id, await session_named(messages))
+        with (
+            session.signal() as signal,
+            self._streams.open(_Orders(caller.node_id, session, signal)) as stream,
+        ):
+            await run_stream(
+                stream, messages, lambda one: self._refused(caller.node_id, one), stream.send_orders(send)
+            )
+
+    def _refused(self, node_id: NodeId, message: skep.TunnelUpdate) -> None:
+        expected = self._expected.get(message.id)
+        if expected is not None and expected.node_id == node_id and not expected.opened.done():
+            expected.opened.set_exception(Unavailable(message.error or "the node has refused the connection"))
+
+    async def _tunnel(
+        self,
+        pieces: AsyncIterator[skep.TunnelPiece],
+        send: Callable[[skep.TunnelPiece], Awaitable[None]],
+        caller: Caller,
+    ) -> None:
+        """Serve a tunnel that a node opens by order."""
+        first = await _first(pieces)
+        expected = self._expected.get(first.id)
+        if expected is None or expected.node_id != caller.node_id or expected.opened.done():
+            raise NotFound("no such order")
+        waiting = _Pieces()
+        expected.opened.set_result(Tunnel(waiting.take, send))
+        # This task reads instead of the client's task, because only the task that reads a generator can close it.
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(_read_pieces(pieces, waiting), name="read from a node")
+            await expected.done.wait()
+            reading.cancel()
+        if not expected.is_complete:
+            raise Unavailable("the client has disconnected")
+
+
+class _Expected:
+    """A tunnel that was ordered."""
+
+    def __init__(self, node_id: NodeId) -> None:
+        self.node_id = node_id
+        self.opened: asyncio.Future[Tunnel] = asyncio.get_running_loop().create_future()
+        self.done = asyncio.Event()
+        """Set when its user has finished with the tunnel."""
+        self.is_complete = False
+        """Whether the tunnel was used to its end."""
+
+
+class _Pieces:
+    """A bounded queue of pieces between the call's handler and the tunnel's user."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[skep.TunnelPiece] = deque()
+        self._has_ended = False
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def put(self, piece: skep.TunnelPiece) -> None:
+        while len(self._pieces) >= PIECES_WAITING:
+            self._room.clear()
+            await self._room.wait()
+        self._pieces.append(piece)
+        self._changed.set()
+
+    def end(self) -> None:
+        self._has_ended = True
+        self._changed.set()
+
+    async def take(self) -> skep.TunnelPiece | None:
+        """Return the next piece, or None after the last one."""
+        while not self._pieces:
+            if self._has_ended:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        self._room.set()
+        return self._pieces.popleft()
+
+
+async def _read_pieces(pieces: AsyncIterator[skep.TunnelPiece], waiting: _Pieces) -> None:
+    try:
+        async for piece in pieces:
+            await waiting.put(piece)
+    except (SkepError, TimeoutError, *LOST_PEER) as error:
+        log.info("tunnel to a node was lost", reason=str(error))
+    finally:
+        waiting.end()
+
+
+class _Orders(NodeStream):
+    """The stream of orders to one node."""
+
+    def __init__(self, node_id: NodeId, session: NodeSession, signal: StreamWaker) -> None:
+        super().__init__(node_id, session, signal)
+        self._unsent: deque[skep.TunnelOrder] = deque()
+
+    def order(self, order: skep.TunnelOrder) -> None:
+        """Queue an order to open a tunnel.  At most ``OF_NODE_MAX`` wait.  Raises: the error that ended the stream."""
+        self.require_open()
+        self._unsent.append(order)
+        self.signal.wake()
+
+    async def send_orders(self, send: Callable[[skep.TunnelOrder], Awaitable[None]]) -> None:
+        """Send orders as they are queued.  Raises: the error that ended the stream."""
+        while True:
+            self.require_open()
+            while self._unsent:
+                await send(self._unsent.popleft())
+            await self.signal.wait()
+
+
+async def _first(pieces: AsyncIterator[skep.TunnelPiece]) -> skep.TunnelPiece:
+    """Return the first piece.  Raises: InvalidArgument: it did not come in time."""
+    try:
+        async with asyncio.timeout(OPEN_S_MAX):
+            first = await anext(pieces, None)
+    except TimeoutError:
+        first = None
+    if first is None:
+        raise InvalidArgument("the tunnel's first message is missing or late")
+    return first
+
+
+def _name(view: View, node_id: NodeId) -> str:
+    node = view.lookup(Node, node_id)
+    return (node.description.hostname if node is not None else "") or node_id

@@ -1,0 +1,1 @@
+"""When a task is replaced: restarts, down nodes, and disruptions."""

@@ -1,0 +1,1 @@
+"""Routes that Docker does not have, below ``/skep``."""

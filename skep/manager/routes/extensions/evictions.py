@@ -1,0 +1,109 @@
+"""``/skep/cluster/evict``: removes a node and revokes every secret it has had.  A Skep extension."""
+
+import structlog
+from aiohttp import web
+
+from skep.api.http.server import Routes, json_response, read_json
+from skep.errors import NotFound
+from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
+from skep.manager.routes.access import current_view, manager_of
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.times import Timestamp
+
+log = structlog.get_logger(__name__)
+
+BY_CHARACTERS_MAX = 200
+"""Characters of the requesting user's name."""
+
+routes = Routes()
+
+
+class EvictionBody(ApiObject):
+    """Body of the request: the node to evict, and the user who requests it."""
+
+    node: str = ""
+    """Id or name.  For a node that was already removed, its full id."""
+    requested_by: str = ""
+    keep_containers: bool = False
+    """Keep the node's containers running alongside their replacements."""
+    by: str = ""
+    keep: bool = False
+    """Former names of the two fields, which commands of earlier versions send."""
+
+    @property
+    def user(self) -> str:
+        """The user who requests the eviction."""
+        return self.requested_by or self.by
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the node's containers keep running."""
+        return self.keep_containers or self.keep
+
+
+class ShownStep(ApiObject):
+    """One step, described by its result."""
+
+    text: str = always("")
+    done: bool = always(False)
+
+
+class ShownEviction(ApiObject):
+    """An eviction and its progress.  ``requested_*`` tell which user requested it, through which manager, and when."""
+
+    node_id: str = always("")
+    hostname: str = always("")
+    requested_by: str = always("")
+    requested_via: str = always("")
+    requested_at: Timestamp = always(Timestamp(""))
+    steps: tuple[ShownStep, ...] = always(())
+    waiting_for: str = always("")
+    damaged: tuple[str, ...] = always(())
+    """Keys of unreadable values in the store, which are not changed."""
+    keep_containers: bool = always(False)
+    """Whether the node's containers keep running."""
+    complete: bool = always(False)
+
+
+@routes.post("/skep/cluster/evict")
+async def evict(request: web.Request) -> web.StreamResponse:
+    """Start an eviction, or resume an interrupted one."""
+    manager = manager_of(request)
+    body = await read_json(request, EvictionBody)
+    by = "".join(filter(str.isprintable, body.user))[:BY_CHARACTERS_MAX] or "a client of the API"
+    eviction = await manager.update(
+        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.is_kept
+    )
+    log.warning(
+        "eviction requested",
+        node=eviction.node_id,
+        name=eviction.hostname,
+        by=by,
+        manager=manager.own,
+    )
+    return json_response(shown(eviction))
+
+
+@routes.get("/skep/cluster/evict")
+async def show_eviction(request: web.Request) -> web.StreamResponse:
+    """Show the last eviction.  Raises: NotFound: no node was evicted yet."""
+    eviction = eviction_of(await current_view(request))
+    if eviction is None:
+        raise NotFound("no node was evicted yet")
+    return json_response(shown(eviction))
+
+
+def shown(eviction: Eviction) -> ShownEviction:
+    """Return ``eviction`` for a response."""
+    return ShownEviction(
+        node_id=eviction.node_id,
+        hostname=eviction.hostname,
+        requested_by=eviction.asked_by,
+        requested_via=eviction.asked_through,
+        requested_at=eviction.asked_at,
+        steps=tuple(ShownStep(text=TEXTS[step], done=step in eviction.done) for step in eviction.steps),
+        waiting_for=eviction.waits_for,
+        damaged=eviction.damaged,
+        keep_containers=eviction.node_id in eviction.keeping,
+        complete=eviction.next_step is None,
+    )

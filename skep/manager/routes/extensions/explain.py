@@ -1,0 +1,163 @@
+"""``/skep/tasks/{id}/explain`` and ``/skep/services/{id}/explain``: why an object is not in its desired state."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import result_in_slices
+from skep.api.access.identity import identity_of
+from skep.api.http.server import Routes, json_response
+from skep.manager.control.targets import task_named
+from skep.manager.control.tasks import is_up_to_date, known_status
+from skep.manager.diagnosis.explanations import (
+    ServiceExplanation,
+    explain_autoscaling,
+    explain_service,
+    explain_task,
+)
+from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.extensions.placement import accounting_of, names_for
+from skep.manager.routes.representations import damage_of, service_status, slot_in, with_damage
+from skep.manager.scheduler.explaining.explain import (
+    NodeVerdict,
+    ServiceNames,
+    closest_node,
+    explaining_priority,
+    verdict,
+)
+from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
+from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
+from skep.manager.services.quotas import replicas_within_quota
+from skep.model.needs import host_ports
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.dependencies import WAITS_FOR
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
+from skep.store.interface import View
+from skep.store.kinds import as_run, spec_of
+
+routes = Routes()
+
+
+class _Verdicts(msgspec.Struct, frozen=True):
+    """Results of the scheduler's filters for a task that waits for a node.
+
+    If no node accepts it, ``priority`` explains how priorities affect it, and ``closest`` names the node with most of
+    the resources that it needs.
+    """
+
+    verdicts: Sequence[NodeVerdict] = ()
+    priority: str = ""
+    closest: str = ""
+
+
+@routes.get("/skep/tasks/{id}/explain")
+async def explain_one_task(request: web.Request) -> web.StreamResponse:
+    """Explain the state of a task.  For a task that waits for a node, the response has each node's refusals."""
+    view = await current_view(request)
+    task = task_named(view, request.match_info["id"])
+    named = names_for(identity_of(request))
+    is_pending = task.status.state is TaskState.PENDING
+    found = await _read_verdicts(view, task, named) if is_pending else _Verdicts()
+    verdicts, priority = list(found.verdicts), found.priority
+    elsewhere = volumes_elsewhere(task, view)
+    if elsewhere and must_wait(task, view) and not task.node_id:
+        verdicts = [_with_home(one, *elsewhere[0]) for one in verdicts]
+    task = with_damage(view, replace(task, status=known_status(view, task)))
+    nodes = {node.id: node for node in view.find(Node)}
+    slot, now_ns = slot_in(view, task), SystemClock().now_ns()
+    explanation = explain_task(
+        task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, host_ports(spec_of(view, task))
+    )
+    if priority:
+        explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
+    if task.node_id and elsewhere:
+        summary = f"{explanation.summary}; earlier data: {elsewhere[0][1]}"
+        explanation = replace(explanation, summary=summary)
+    return json_response(explanation)
+
+
+@routes.get("/skep/services/{id}/explain")
+async def explain_one_service(request: web.Request) -> web.StreamResponse:
+    """Explain why a service has fewer tasks than desired, and why its tasks failed."""
+    view = await current_view(request)
+    service = view.resolve(Service, request.match_info["id"])
+    status = await service_status(view, service)
+    view = manager_of(request).store.view()
+    service = as_run(view, service)
+    tasks = [with_damage(view, task) for task in view.find(Task, service_id=service.id)]
+    nodes = {node.id: node for node in view.find(Node)}
+    explanation = explain_service(
+        service,
+        [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks],
+        wanted=status.desired_tasks,
+        done=status.completed_tasks if service.job_status is None else 0,
+        nodes=nodes,
+        now_ns=SystemClock().now_ns(),
+        is_new=lambda task: is_up_to_date(view, task),
+    )
+    usages = await manager_of(request).collect_usages() if AUTOSCALE in service.spec.labels else {}
+    explanation = replace(
+        explanation,
+        autoscaling=explain_autoscaling(
+            service, tasks, usages, partial(replicas_within_quota, manager_of(request).store.view(), service)
+        ),
+    )
+    waiting = next((one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING), None)
+    if waiting is not None:
+        explanation = _with_figures(
+            explanation, await _read_verdicts(view, waiting, names_for(identity_of(request)))
+        )
+    damage = damage_of(view, Service, service.id)
+    return json_response(
+        replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation
+    )
+
+
+def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:
+    """Add what other services have reserved if that is the reason, and how priorities affect the waiting task.
+
+    Rows of the dashboard and of ``skep top`` have no such figures: they need a count of the cluster's tasks.
+    """
+    reason, summary = explanation.reason, explanation.summary
+    if found.closest and NodeRefusal.RESOURCES in node_refusals_in(reason):
+        reason = f"{reason}; {found.closest}"
+        summary = summary.replace(explanation.reason, reason, 1)
+    if found.priority:
+        summary = f"{summary}; {found.priority}"
+    return replace(explanation, reason=reason, summary=summary)
+
+
+def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
+    """Return ``one`` for a task that waits for the node ``home``, on which its volume is."""
+    return one if one.node_id == home else replace(one, reasons=(*one.reasons, words))
+
+
+async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdicts:
+    """Apply the scheduler's filters to ``task``, on all nodes or only on the node that it was created for."""
+    own_spec = spec_of(view, task)
+    accounting = await accounting_of(view)
+    planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
+    requirements = requirements_of(task, own_spec, planes)
+    copies = accounting.copies(task.service_id)
+    verdicts = [
+        verdict(requirements, account, copies[account.node.id])
+        for account in accounting.accounts.values()
+        if task.node_id in ("", account.node.id)
+    ]
+    if task.status.err.startswith(WAITS_FOR) or not all(one.reasons for one in verdicts):
+        return _Verdicts(verdicts)
+    work = explaining_priority(task, requirements, accounting, view, named)
+    return _Verdicts(
+        verdicts,
+        priority=await result_in_slices(work, SystemClock()),
+        closest="" if task.node_id else closest_node(requirements, accounting),
+    )

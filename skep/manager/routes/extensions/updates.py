@@ -1,0 +1,40 @@
+"""``/skep/services/{id}/update/{verb}``: pauses, resumes or aborts a service's update.  A Skep extension."""
+
+from aiohttp import web
+
+from skep.api.http.server import Routes, json_response
+from skep.manager.control import updates as control
+from skep.manager.routes.access import current_view, manager_of, version_parameter
+from skep.manager.routes.representations import problems_of, shown_service
+from skep.model.service import Service
+
+routes = Routes()
+
+
+@routes.post("/skep/services/{id}/update/pause")
+async def pause_update(request: web.Request) -> web.StreamResponse:
+    """Pause an update, so that it starts no further task.  It stays paused when the leader changes."""
+    manager = manager_of(request)
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    return _shown(request, await manager.update(control.pause_update, service.id, now=manager.now()))
+
+
+@routes.post("/skep/services/{id}/update/resume")
+async def resume_update(request: web.Request) -> web.StreamResponse:
+    """Resume a paused update.  Earlier failures no longer count."""
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    return _shown(request, await manager_of(request).update(control.resume_update, service.id))
+
+
+@routes.post("/skep/services/{id}/update/abort")
+async def abort_update(request: web.Request) -> web.StreamResponse:
+    """Return to the previous spec.  ``version`` is the version of the service as it was read."""
+    manager = manager_of(request)
+    version = version_parameter(request, "service")
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    changed = await manager.update(control.abort_update, service.id, version, now=manager.now())
+    return _shown(request, changed)
+
+
+def _shown(request: web.Request, service: Service) -> web.StreamResponse:
+    return json_response(shown_service(problems_of(manager_of(request).store.view(), Service), service))

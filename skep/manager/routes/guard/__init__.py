@@ -1,0 +1,1 @@
+"""Authorization of requests, and the audit log."""

@@ -1,0 +1,1 @@
+"""Why a task has no node, and where a service would run."""

@@ -1,0 +1,135 @@
+"""Explains why one node refuses one task, with the compared values."""
+
+from collections.abc import Iterator
+
+from skep.manager.scheduler.nodes.accounting import Account
+from skep.manager.scheduler.nodes.requirements import Requirements
+from skep.model.needs import CPU_NANO, kind_and_amount
+from skep.model.networks.data_planes import is_docker_node
+from skep.model.node import NodeState
+from skep.model.node_reports.conditions import disk_pressure
+from skep.model.options.constraints import meets
+from skep.model.options.labels import IGNORE_PATHS
+from skep.model.permissions.rights import missing_devices, rights_text
+
+_MEBIBYTE = 1024**2
+
+
+def readiness(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the node's state, or its availability if that is the reason."""
+    node = account.node
+    if node.status.state is not NodeState.READY:
+        return f"the node is {node.status.state.value}" + (
+            f" ({node.status.message})" if node.status.message else ""
+        )
+    return f"the node's availability is {node.spec.availability.value}"
+
+
+def disk(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the node's own description of its full disk."""
+    return f"disk full: {disk_pressure(account.node.description)}"
+
+
+def shortages(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the amounts that the task needs, and the amounts that the node has left."""
+    return f"insufficient resources: {amounts_missing(requirements, account)}"
+
+
+def amounts_missing(requirements: Requirements, account: Account) -> str:
+    """Return the resources of which the node has too little left, with both amounts."""
+    return "; ".join(
+        f"{wanted} requested, {free} not reserved" for wanted, free, _ in _shortages(requirements, account)
+    )
+
+
+def amounts_left(requirements: Requirements, account: Account) -> str:
+    """Return the node's remaining amounts of the resources of which it has too little."""
+    return (
+        ", ".join(f"{free} {unit}" for _, free, unit in _shortages(requirements, account)) + " not reserved"
+    )
+
+
+def unmet_constraints(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the constraints that the node does not meet."""
+    unmet = [one for one in requirements.constraints if not meets((one,), account.node)]
+    words = (f"{one.key} {'!=' if one.negated else '=='} {one.value}" for one in unmet)
+    return f"constraints not satisfied: {', '.join(words)}"
+
+
+def plugins(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the required plugins, of which at least one is missing."""
+    return f"missing plugin: it needs {', '.join(f'{kind} {name}' for kind, name in requirements.plugins)}"
+
+
+def data_plane(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the kind of nodes that the task's overlay networks belong to."""
+    return f"its overlay networks belong to {' and '.join(sorted(requirements.planes))} nodes"
+
+
+def paths(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return which overlay traffic to which nodes fails, and the label that allows the task nevertheless."""
+    failing = [one.summary for one in account.node.cut_off if one.check in requirements.paths]
+    return f"{'; '.join(failing)} (set the node's label {IGNORE_PATHS}=true to allow it)"
+
+
+def platform(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the required platforms and the node's platform."""
+    wanted = ", ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in requirements.platforms)
+    actual = account.node.description.platform
+    return f"unsupported platform: {wanted} required, the node is {actual.os}/{actual.architecture}"
+
+
+def rights(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the rights over the machine that the node does not allow."""
+    refused = requirements.rights.kinds - account.given_rights
+    if is_docker_node(account.node):
+        return f"rights over the machine not allowed: {rights_text(refused)} (a Docker Engine allows none)"
+    return f"rights over the machine not allowed: {rights_text(refused)} (the node's setting `allow`)"
+
+
+def devices(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the devices that the node does not have."""
+    missing = missing_devices(requirements.rights, account.node.description.engine.labels)
+    return f"missing device: {', '.join(missing)}"
+
+
+def ports(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the host-mode ports that are in use on the node, and by what."""
+    taken = [
+        f"{number}/{protocol}"
+        + ("" if account.host_ports[protocol, number] else " (by a plain container or another program)")
+        for protocol, number in requirements.host_ports
+        if account.has_port((protocol, number))
+    ]
+    return f"host-mode port already in use: {', '.join(taken)}"
+
+
+def unknown(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the number of the node's tasks that may hold something that the task needs."""
+    tasks = "1 task" if account.unknown == 1 else f"{account.unknown} tasks"
+    return f"the reservations of {tasks} are unreadable: they may include the ports and resources it needs"
+
+
+def replicas(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return how many tasks of the service the node has."""
+    return f"max replicas per node: the node runs {copies} of {requirements.max_replicas}"
+
+
+def cluster_volumes(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return why the node cannot mount the task's cluster volumes."""
+    chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
+    return chosen if isinstance(chosen, str) else ""
+
+
+def _shortages(requirements: Requirements, account: Account) -> Iterator[tuple[str, str, str]]:
+    """Yield the wanted amount with its unit, the amount that is left, and the unit."""
+    if requirements.nano_cpus > account.free_nano_cpus:
+        wanted, free = requirements.nano_cpus / CPU_NANO, max(account.free_nano_cpus, 0) / CPU_NANO
+        yield f"{wanted:g} CPUs", f"{free:g}", "CPUs"
+    if requirements.memory_bytes > account.free_memory_bytes:
+        wanted, free = requirements.memory_bytes / _MEBIBYTE, max(account.free_memory_bytes, 0) / _MEBIBYTE
+        yield f"{wanted:.0f} MiB of memory", f"{free:.0f}", "MiB of memory"
+    for resource in requirements.generic:
+        if not account.generic.has(resource):
+            kind, amount = kind_and_amount(resource)
+            yield f"{amount} {kind}", f"{max(account.generic.free(kind), 0)}", kind

@@ -1,0 +1,1 @@
+"""The choice of a node: accounting, filters, spread and ranking."""

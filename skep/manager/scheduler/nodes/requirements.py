@@ -1,0 +1,166 @@
+"""The requirements that a task has of a node.  Tasks of one service and version share them, so they are derived
+once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import msgspec
+
+from skep.model.needs import ClusterMount, HostPort, cluster_mounts, host_ports, reservations_of
+from skep.model.network import Network
+from skep.model.networks.data_planes import is_overlay, plane_of
+from skep.model.networks.overlays import is_encrypted
+from skep.model.networks.paths import PathCheck
+from skep.model.options.constraints import Constraint, parsed
+from skep.model.options.secret_env import PLUGIN as SECRET_ENV_PLUGIN
+from skep.model.options.secret_env import SECRET_ENV_LABEL
+from skep.model.permissions.rights import MachineRights, rights_of
+from skep.model.service import (
+    GenericResource,
+    Placement,
+    Platform,
+    ServiceSpec,
+)
+from skep.model.task import NetworkAttachment, Task
+from skep.model.values.ids import NetworkId, ServiceId
+from skep.model.values.meta import Version
+from skep.store.interface import View
+from skep.store.kinds import spec_of
+
+Plugin: TypeAlias = tuple[str, str]
+"""Type (Volume, Network, Log) and name."""
+
+
+class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
+    """Inputs of filters and preferences."""
+
+    service_id: ServiceId
+    version: int
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    generic: tuple[GenericResource, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    spread_over: tuple[str, ...] = ()
+    platforms: tuple[Platform, ...] = ()
+    plugins: tuple[Plugin, ...] = ()
+    host_ports: tuple[HostPort, ...] = ()
+    max_replicas: int = 0
+    planes: tuple[str, ...] = ()
+    """Data planes of the task's overlay networks.  Empty while none of these networks has one."""
+    paths: tuple[PathCheck, ...] = ()
+    """Checks of overlay and ingress traffic that must pass on the node."""
+    rights: MachineRights = MachineRights()
+    """Rights over the node that the task's containers need, such as ``privileged``."""
+    cluster_volumes: tuple[ClusterMount, ...] = ()
+    needs_disk: bool = True
+    """Whether the node's disk must have free space.  True for every new task (``staying``)."""
+
+
+def requirements_of(
+    task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...] = ()
+) -> Requirements:
+    """Return the requirements of ``task``.
+
+    Args:
+        service_spec: The spec it was made from, for its host-mode ports.
+        planes: Current data planes of its overlay networks (``planes_of``).
+
+    Raises:
+        InvalidArgument: A constraint or a label cannot be parsed.  The API rejects such specs.
+    """
+    spec = task.spec
+    placement = spec.placement or Placement()
+    reservations = reservations_of(spec)
+    return Requirements(
+        service_id=task.service_id,
+        version=(task.spec_version or Version()).index,
+        nano_cpus=reservations.nano_cpus,
+        memory_bytes=reservations.memory_bytes,
+        generic=reservations.generic_resources,
+        constraints=parsed(placement.constraints),
+        spread_over=tuple(over.spread.spread_descriptor for over in placement.preferences if over.spread),
+        platforms=placement.platforms,
+        plugins=tuple(_plugins(task)),
+        host_ports=host_ports(service_spec),
+        max_replicas=placement.max_replicas,
+        planes=planes,
+        paths=_paths(task.networks_attachments),
+        rights=rights_of(spec.container_spec),
+        cluster_volumes=cluster_mounts(spec),
+    )
+
+
+class RequirementsCache:
+    """Cache of the last ``requirements_of``, because tasks without a service often come in series with equal specs."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
+        self._attachments: tuple[NetworkAttachment, ...] = ()
+        self._revision = 0
+        self._planes: tuple[str, ...] = ()
+        """Data planes of ``_attachments`` at ``_revision``."""
+
+    def of(self, task: Task, view: View) -> Requirements:
+        """Return the requirements of ``task`` in ``view``."""
+        service_spec = spec_of(view, task) if task.spec_version is not None else None
+        planes = self._planes_of(task, view) if task.networks_attachments else ()
+        if self._last is not None:
+            known, known_spec, requirements = self._last
+            if (
+                service_spec is known_spec
+                and planes == requirements.planes
+                and task.spec == known.spec
+                and task.service_id == known.service_id
+                and task.spec_version == known.spec_version
+                and task.networks_attachments == known.networks_attachments
+            ):
+                return requirements
+        requirements = requirements_of(task, service_spec, planes)
+        self._last = task, service_spec, requirements
+        return requirements
+
+    def _planes_of(self, task: Task, view: View) -> tuple[str, ...]:
+        if task.networks_attachments is not self._attachments or view.revision != self._revision:
+            self._planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
+            self._attachments, self._revision = task.networks_attachments, view.revision
+        return self._planes
+
+
+def overlays_of(attachments: Iterable[NetworkAttachment]) -> Iterator[NetworkId]:
+    """Yield the overlay networks among a task's networks, except the ingress network, which is on both data planes."""
+    for attachment in attachments:
+        network = attachment.network
+        if network is not None and is_overlay(network) and not network.spec.ingress:
+            yield network.id
+
+
+def _paths(attachments: Iterable[NetworkAttachment]) -> tuple[PathCheck, ...]:
+    networks = (one.network for one in attachments)
+    overlays = (network for network in networks if network is not None and is_overlay(network))
+    return tuple(
+        sorted({PathCheck.ENCRYPTED if is_encrypted(one) else PathCheck.OVERLAY for one in overlays})
+    )
+
+
+def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tuple[str, ...]:
+    """Return the data planes of the task's overlay networks, sorted, without undecided networks."""
+    found = (network(id) for id in overlays_of(task.networks_attachments))
+    return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
+
+
+def _plugins(task: Task) -> Iterator[Plugin]:
+    container = task.spec.container_spec
+    if container is not None and SECRET_ENV_LABEL in container.labels:
+        yield SECRET_ENV_PLUGIN
+    for mount in container.mounts if container else ():
+        driver = mount.volume_options.driver_config if mount.volume_options else None
+        if mount.type == "volume" and driver is not None and driver.name not in ("", "local"):
+            yield "Volume", driver.name
+    for attachment in task.networks_attachments:
+        network = attachment.network
+        if network is not None and network.driver_state.name and not network.spec.ingress:
+            yield "Network", network.driver_state.name
+    log_driver = task.spec.log_driver
+    if log_driver is not None and log_driver.name not in ("", "none"):
+        yield "Log", log_driver.name

@@ -1,0 +1,1 @@
+"""Rules about services: jobs, quotas, reservations, credentials, dependents."""

@@ -1,0 +1,1 @@
+"""A manager's stored data: keys, backups, recovery, and free space."""

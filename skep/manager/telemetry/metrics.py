@@ -1,0 +1,228 @@
+"""Prometheus metrics of a manager: cluster objects, task start times, sessions, store and event loop.
+
+A metric that SwarmKit has keeps SwarmKit's name.  Source: swarmkit, manager/metrics/collector.go,
+manager/dispatcher/dispatcher.go.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+from skep.aio.clock import Clock
+from skep.aio.event_loop.loop_lag import LoopLag
+from skep.api.telemetry.exposition import Histogram, MetricFamily, Sample, by_label, gauge, label_text
+from skep.api.telemetry.process_metrics import process_families
+from skep.errors import SkepError
+from skep.manager.autoscaling.state import AutoscalingCounts
+from skep.manager.control_loops.informer import batches_of
+from skep.manager.orchestrator.slots import DoneSlots
+from skep.manager.services.job_runs import has_last_failed
+from skep.manager.telemetry.starting_tasks import StartingTasks
+from skep.model.network import Network
+from skep.model.node import Node, NodeState
+from skep.model.secret import Config, Secret
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import ServiceId
+from skep.store.interface import Store
+
+_START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+"""Upper bounds of the histogram's buckets: starts take from a tenth of a second to minutes of pulling."""
+_STORE_S = 2.0
+"""Timeout in seconds for the store's figures.  Without them, the page is served nevertheless."""
+_STARTING_MAX = 100_000
+"""Number of starting tasks that are timed."""
+
+
+class StartTimes(StartingTasks[float]):
+    """Measures the time from a task's creation to the commit that shows it running, by this manager's clock."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        super().__init__(store, _STARTING_MAX)
+        self._clock = clock
+        self.histogram = Histogram(_START_BOUNDS_S)
+
+    def created(self) -> float:
+        """See ``StartingTasks``."""
+        return self._clock.monotonic()
+
+    def changed(self, task: Task, value: float) -> float | None:
+        """See ``StartingTasks``.  Observes the duration once the task runs."""
+        if task.status.state is TaskState.RUNNING:
+            self.histogram.observe(self._clock.monotonic() - value)
+        return value if task.status.state < TaskState.RUNNING else None
+
+
+class ClusterMetrics:
+    """Metric families of one manager.
+
+    Args:
+        leads: Returns whether the manager leads and has a quorum.
+        sessions: Returns the number of nodes that have their session with the manager.
+        of_store: Returns the metrics of the store's process.
+        of_others: Returns the metrics of other parts of the manager.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        leads: Callable[[], bool],
+        starts: StartTimes,
+        sessions: Callable[[], int],
+        lag: LoopLag,
+        of_store: Callable[[], Awaitable[list[MetricFamily]]],
+        of_others: Callable[[], list[MetricFamily]] = list,
+    ) -> None:
+        self._store = store
+        self._leads = leads
+        self._starts = starts
+        self._sessions = sessions
+        self._lag = lag
+        self._of_store = of_store
+        self._of_others = of_others
+
+    async def families(self) -> list[MetricFamily]:
+        """Return the families from this replica.  Yields to other work between batches of tasks."""
+        states: Counter[str] = Counter({state.value: 0 for state in TaskState})
+        running: Counter[ServiceId] = Counter()
+        wanted: Counter[ServiceId] = Counter()
+        slots, one_shots = DoneSlots(), set(_one_shots(self._store.view().find(Service)))
+        for piece in batches_of(self._store.view, Task):
+            for task in piece:
+                if task.service_id in one_shots:
+                    slots.add(task)
+                states[task.status.state.value] += 1
+                if task.is_wanted:
+                    wanted[task.service_id] += 1
+                    running[task.service_id] += task.status.state is TaskState.RUNNING
+            await asyncio.sleep(0)
+        view = self._store.view()
+        nodes, services = view.find(Node), view.find(Service)
+        return [
+            gauge("swarm_manager_leader", "Whether this manager leads.", int(self._leads())),
+            by_label("swarm_manager_nodes", "gauge", "The number of nodes.", "state", _node_states(nodes)),
+            by_label("swarm_manager_tasks_total", "gauge", "The number of tasks.", "state", states),
+            gauge("swarm_manager_services_total", "The number of services.", len(services)),
+            gauge("swarm_manager_networks_total", "The number of networks.", len(view.ids(Network))),
+            gauge("swarm_manager_secrets_total", "The number of secrets.", len(view.ids(Secret))),
+            gauge("swarm_manager_configs_total", "The number of configs.", len(view.ids(Config))),
+            *service_families(services, running, wanted, Counter(id for id, _ in slots.done())),
+            job_family(services),
+            self._starts.histogram.family(
+                "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
+            ),
+            self._starts.histogram.family(
+                "swarm_dispatcher_scheduling_delay_seconds", "The same under SwarmKit's name."
+            ),
+            gauge("skep_manager_sessions", "Nodes that have their session with this manager.", self._sessions()),
+            gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),
+            *await self._space(),
+            *process_families("manager", self._lag),
+            *self._of_others(),
+        ]  # fmt: skip
+
+    async def _space(self) -> list[MetricFamily]:
+        try:
+            async with asyncio.timeout(_STORE_S):
+                space, counted = await self._store.space(), await self._of_store()
+        except (SkepError, TimeoutError):
+            return []
+        if space is None:
+            return counted
+        return [
+            *counted,
+            gauge("skep_store_size_bytes", "The file of this manager's store.", space.size),
+            gauge("skep_store_in_use_bytes", "What is in use of that file.", space.in_use),
+            gauge("skep_store_quota_bytes", "The largest size of that file.", space.quota),
+        ]
+
+
+def autoscaling_families(counts: AutoscalingCounts) -> list[MetricFamily]:
+    """Return the metrics of autoscaling.  A manager that does not lead shows the changes of its own earlier terms."""
+    return [
+        by_label(
+            "skep_autoscale_changes_total",
+            "counter",
+            "Times that autoscaling on this manager changed a service's number of tasks.",
+            "direction",
+            counts.changes,
+        ),
+        gauge("skep_autoscale_services", "Autoscaled services, on the leader.", counts.services),
+        gauge(
+            "skep_autoscale_unmeasured_tasks",
+            "Their tasks that were not measured at the last decision, on the leader.",
+            counts.unknown,
+        ),
+    ]
+
+
+def _node_states(nodes: Iterable[Node]) -> Mapping[str, float]:
+    found = Counter({state.value: 0 for state in NodeState})
+    found.update(node.status.state.value for node in nodes)
+    return found
+
+
+def service_families(
+    services: Iterable[Service],
+    running: Mapping[ServiceId, int],
+    wanted: Mapping[ServiceId, int],
+    done: Mapping[ServiceId, int],
+) -> list[MetricFamily]:
+    """Return the running and desired tasks of each service.  Jobs, whose tasks end, are left out.
+
+    Args:
+        done: Number of done slots of each replicated one-shot service.  They should not run.
+    """
+    rows = [
+        (
+            label_text({"service": one.spec.name}),
+            running.get(one.id, 0),
+            max(_desired(one, wanted) - done.get(one.id, 0), 0),
+        )
+        for one in services
+        if one.spec.mode.replicated_job is None and one.spec.mode.global_job is None
+    ]
+    return [
+        MetricFamily(
+            "skep_service_running_tasks",
+            "gauge",
+            "Tasks of the service that run.",
+            [Sample(labels, count) for labels, count, _ in rows],
+        ),
+        MetricFamily(
+            "skep_service_desired_tasks",
+            "gauge",
+            "Tasks of the service that should run.",
+            [Sample(labels, count) for labels, _, count in rows],
+        ),
+    ]
+
+
+def job_family(services: Iterable[Service]) -> MetricFamily:
+    """Return for each job whether its last ended run failed."""
+    return MetricFamily(
+        "skep_job_last_run_failed",
+        "gauge",
+        "Whether the last run of the job that has ended failed.",
+        [
+            Sample(label_text({"service": one.spec.name}), int(has_last_failed(one)))
+            for one in services
+            if one.job_status is not None
+        ],
+    )
+
+
+def _one_shots(services: Iterable[Service]) -> Iterable[ServiceId]:
+    """Return the ids of replicated services whose tasks end on success.
+
+    Global services are left out, because only their desired tasks count anyway.
+    """
+    return (
+        one.id
+        for one in services
+        if one.spec.mode.replicated is not None and one.spec.task_template.ends_on_success
+    )
+
+
+def _desired(service: Service, wanted: Mapping[ServiceId, int]) -> int:
+    return wanted.get(service.id, 0) if service.spec.mode.global_ is not None else service.spec.replicas

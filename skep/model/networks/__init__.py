@@ -1,0 +1,1 @@
+"""Networks and ports in the model: addresses, endpoints, routes, tables, published ports."""

@@ -1,0 +1,1 @@
+"""Reports of nodes about themselves, and their refusals of tasks."""

@@ -1,0 +1,1 @@
+"""Settings of services in ``skep.*`` labels."""

@@ -1,0 +1,1 @@
+"""Values in all objects: ids, times, names, unknown fields."""

@@ -1,0 +1,1 @@
+"""The machine's Docker Engine beside Skep."""

@@ -1,0 +1,1 @@
+"""The machine: its features, disks, devices, ports and conditions."""

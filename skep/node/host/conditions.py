@@ -1,0 +1,104 @@
+"""Conditions of this node: its present problems.  Each has a name, a message, and one part that sets it.
+
+Level-triggered: ``set`` reports the present state and may be repeated.  Each condition appears at once as a warning in
+``/info`` (and so in ``skep status``).  The node's description carries it to the managers as an engine label.  They show
+it in the node's status message and events, and a placement constraint can avoid the node
+(``engine.labels.skep.condition.disk``).
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.model.node_reports.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_label
+
+log = structlog.get_logger()
+
+LABEL_SECONDS_MIN = 30.0
+"""Shortest time in seconds that a condition's label stays.
+
+Each change of the labels is a write in the cluster's store, and a condition may come and go often.
+"""
+
+
+class _Condition(msgspec.Struct):
+    message: str
+    cleared_at: float | None = None
+
+
+class Conditions:
+    """The conditions of one node.  Any thread may set and clear them."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._conditions: dict[str, _Condition] = {}
+        self._lock = threading.Lock()
+
+    def set(self, name: str, message: str) -> None:
+        """Set a condition.
+
+        A condition that continues may get another message.  Each changed message is logged.
+
+        Args:
+            name: Lower-case words with dashes.
+            message: A sentence about the problem and what to do, without a full stop.
+        """
+        message = message[:CHARACTERS_MAX]
+        with self._lock:
+            before = self._conditions.get(name)
+            self._conditions[name] = _Condition(message)
+        if before is None or before.cleared_at is not None or before.message != message:
+            log.warning("condition", name=name, message=message)
+
+    def clear(self, name: str) -> None:
+        """Clear the condition.  Does nothing if it is not set."""
+        with self._lock:
+            condition = self._conditions.get(name)
+            if condition is None or condition.cleared_at is not None:
+                return
+            condition.cleared_at = self._clock.monotonic()
+        log.info("condition cleared", name=name)
+
+    def forget_ended(self) -> None:
+        """Drop the labels of cleared conditions.
+
+        Called for a new cluster, whose managers have not seen the conditions.
+        """
+        with self._lock:
+            self._conditions = {name: one for name, one in self._conditions.items() if one.cleared_at is None}
+
+    def reporter(self, name: str) -> Callable[[str], None]:
+        """Return a function that sets the condition's message to its argument, and clears the condition if that is
+        empty.
+        """
+        return partial(self.report, name)
+
+    def report(self, name: str, message: str) -> None:
+        """Set the condition to ``message``, or clear it if that is empty."""
+        if message:
+            self.set(name, message)
+        else:
+            self.clear(name)
+
+    def present(self) -> Mapping[str, str]:
+        """Return the messages of present conditions by name."""
+        with self._lock:
+            return {name: one.message for name, one in self._conditions.items() if one.cleared_at is None}
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return the present conditions' messages for ``/info``."""
+        return tuple(message for _, message in sorted(self.present().items()))
+
+    def labels(self) -> Mapping[str, str]:
+        """Return the engine labels of present and recently cleared conditions."""
+        oldest = self._clock.monotonic() - LABEL_SECONDS_MIN
+        with self._lock:
+            for name, one in list(self._conditions.items()):
+                if one.cleared_at is not None and one.cleared_at <= oldest:
+                    del self._conditions[name]
+            labeled = sorted(self._conditions.items())[:CONDITIONS_MAX]
+            return {condition_label(name): one.message for name, one in labeled}

@@ -1,0 +1,1 @@
+"""The node's metrics, load, and the usage of its tasks."""

@@ -1,0 +1,1 @@
+"""Images for playgrounds, made from the distribution's programs."""

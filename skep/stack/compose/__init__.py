@@ -1,0 +1,1 @@
+"""Compose files: reading, merging, interpolation, and conversion into a stack."""

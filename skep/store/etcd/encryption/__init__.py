@@ -1,0 +1,1 @@
+"""Encryption of the stored values, and the rotation of its key."""

@@ -1,0 +1,1 @@
+"""The etcd process of this manager: its program, flags, supervision and output."""

@@ -1,0 +1,1 @@
+"""Transactions: the proposal that each becomes, and the retries until it commits."""
