@@ -829,7 +829,7 @@ def cluster_actions() -> set[str]:
         match call:
             case ast.Call(func=ast.Name(id="_message" | "_task"), args=[ast.Constant(value=str(action)), *_]):
                 found.add(action)
-            case ast.Call(func=ast.Name(id="Message"), keywords=keywords):
+            case ast.Call(func=ast.Name(id="EventMessage"), keywords=keywords):
                 found |= {
                     word.value.value
                     for word in keywords

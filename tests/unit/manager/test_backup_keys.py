@@ -40,7 +40,7 @@ class Snapshots:
 async def a_backup(monkeypatch: pytest.MonkeyPatch, before: bytes, during: bytes) -> bytes:
     """The wrapping keys in a backup that is whole; ``during``: those on the disk from the snapshot on."""
     kept = [before]
-    monkeypatch.setattr(backup, "Client", lambda _: Snapshots(lambda: kept.append(during)))
+    monkeypatch.setattr(backup, "EtcdClient", lambda _: Snapshots(lambda: kept.append(during)))
     cluster = Cluster()
     await cluster.store.update(cluster._found)
     config = ManagerConfig(
