@@ -21,7 +21,7 @@ _ROLES = {name: role for role, name in ROLE_NAMES.items()}
 
 
 class NodeIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of a cluster in a role, from its certificate's subject (CN, O, OU).
+    """A node's id, its cluster and its role, as named in the subject of its certificate (CN, O, OU).
 
     Source: swarmkit, ca/certificates.go (the subject), design/tls.md.
     """

@@ -33,7 +33,7 @@ class TableSink(Protocol):
         """
 
     async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
-        """Wait until ``applied`` differs from ``known``, and return it."""
+        """Wait until the applied revisions differ from ``known``, and return them."""
 
 
 class TableStream:

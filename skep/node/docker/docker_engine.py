@@ -31,7 +31,7 @@ _VERSION_PERIOD_S = 30.0
 
 
 class DockerHandler(Protocol):
-    """A handler of the application."""
+    """A handler of an HTTP request, as aiohttp calls it."""
 
     async def __call__(self, request: web.Request) -> web.StreamResponse: ...
 

@@ -87,7 +87,7 @@ class Committed(msgspec.Struct, frozen=True, gc=False):
 
 
 class WriteConflict(msgspec.Struct, frozen=True, gc=False):
-    """A compare failed.  The conflicting write is visible at this revision at the latest."""
+    """Another write came first, so a compare of the proposal failed.  A view of at least this revision shows that write."""
 
     revision: int
 
