@@ -3,7 +3,7 @@
 Hand-over is the exception.  ``HandedOver`` is followed by single bytes that carry the sockets in ancillary data
 (``SCM_RIGHTS``): first the sockets of ``labels``, in their order, then the sockets of reservations.  A socket's address
 identifies its reservation.  The two processes may be of consecutive versions, so fields are only ever added, and
-requests and responses keep their names, which are their tags.
+a request or response keeps its tag even if its class is renamed.
 """
 
 from typing import cast
@@ -88,7 +88,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     target: tuple[str, int] | None = None
 
 
-class ReleasePort(msgspec.Struct, frozen=True, tag=True):
+class ReleasePort(msgspec.Struct, frozen=True, tag="Release"):
     """Release a port if it is held.  Answered with ``Done``."""
 
     protocol: str
@@ -108,7 +108,7 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
     named: Named
 
 
-class ForgetContainer(msgspec.Struct, frozen=True, tag=True):
+class ForgetContainer(msgspec.Struct, frozen=True, tag="Forget"):
     """Stop serving a container, because its namespace is removed or needs no names.  Answered with ``Done``."""
 
     id: str
@@ -123,7 +123,7 @@ class Refresh(msgspec.Struct, frozen=True, tag=True):
     networks: tuple[NetworkId, ...] = ()
 
 
-class HandOverSockets(msgspec.Struct, frozen=True, tag=True):
+class HandOverSockets(msgspec.Struct, frozen=True, tag="HandOver"):
     """Hand everything over to the client and exit.  Answered with ``HandedOver``."""
 
 
@@ -133,7 +133,7 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
     port: int
 
 
-class RequestRefused(msgspec.Struct, frozen=True, tag=True):
+class RequestRefused(msgspec.Struct, frozen=True, tag="Refused"):
     """The request failed.
 
     Args:
@@ -167,7 +167,7 @@ class NameCounts(msgspec.Struct, frozen=True):
     in_flight: int = 0
 
 
-class ServedListing(msgspec.Struct, frozen=True, tag=True):
+class ServedListing(msgspec.Struct, frozen=True, tag="Listing"):
     """Everything that the process holds and serves.
 
     Args:
