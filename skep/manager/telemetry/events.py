@@ -282,7 +282,7 @@ def messages_of(event: Event, now_ns: int, view: View | None = None) -> Iterator
     """Yield the messages about one object's change.  Internal objects have none.
 
     Args:
-        view: The view from which names are read.  Without it, only events of the Engine API and draining tasks have messages.
+        view: Where names are read.  Without it, only events of the Engine API and draining tasks have messages.
     """
     if view is not None:
         yield from _messages_of_tasks(event, now_ns, view)

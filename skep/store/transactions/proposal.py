@@ -87,7 +87,7 @@ class Committed(msgspec.Struct, frozen=True, gc=False):
 
 
 class WriteConflict(msgspec.Struct, frozen=True, gc=False):
-    """Another write came first, so a compare of the proposal failed.  A view of at least this revision shows that write."""
+    """A compare failed, because another write came first.  A view of at least this revision shows that write."""
 
     revision: int
 

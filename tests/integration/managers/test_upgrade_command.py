@@ -70,9 +70,8 @@ def test_every_node_is_upgraded_under_load_and_a_bad_version_is_taken_back(
         "100ms",
     )
     wait_running(m1, "web", 4, 90)
-    change = (
-        f"{sys.executable} -m tests.support.versions {cluster.directory} {cluster.name} {tmp_path} $SKEP_NODE"
-    )
+    arguments = f"{cluster.directory} {cluster.name} {tmp_path} $SKEP_NODE"
+    change = f"{sys.executable} -m tests.support.versions {arguments}"
     back = ("--to", __version__, "--rollback-command", f"{change} earlier")
 
     failed = skep(cluster, "upgrade", "--command", "false", *back, within_s=300)
