@@ -36,7 +36,7 @@ from skep.model.node import Node
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of
 from skep.model.options.slot_volumes import has_other_properties
-from skep.model.service import Service
+from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume
@@ -136,6 +136,7 @@ class OrchestratorState:
                         _is_relevant(old, new)
                         or self._is_on_unusable_node(old, new)
                         or self._holds_place_of_update(old, new)
+                        or self._is_refused_otherwise(old, new)
                     ):
                         yield new.service_id, self._slot_of_event(new)
                 case Created(Node() as node):
@@ -184,6 +185,14 @@ class OrchestratorState:
             return False
         service = self._view().lookup(Service, new.service_id)
         return service is not None and new.spec_version != service.spec_version
+
+    def _is_refused_otherwise(self, old: Task, new: Task) -> bool:
+        """Whether nodes refuse the task for other reasons, which may fail the service's update early."""
+        if old.status.err == new.status.err or not _is_refused(new):
+            return False
+        service = self._view().lookup(Service, new.service_id)
+        status = service.update_status if service is not None else None
+        return status is not None and status.state in UNDER_WAY
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
         """Whether the task was just assigned to a node that it must leave: the node changed at the same moment."""
