@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from tests.support.alone import Turns
@@ -19,6 +20,14 @@ from tests.support.whole_run import WholeRun
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("skep", deadline=None)
 settings.load_profile("skep")
+
+# The default renders every logged error with its source and variables, which takes a second for each.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 INTEGRATION_NEEDS = ("root", "runc", "conmon", "nft", "ip", "tini-static", "busybox", "docker", "etcd")
 """What every test in tests/integration needs; others say so by ``pytest.mark.needs(...)``."""

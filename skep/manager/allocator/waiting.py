@@ -76,6 +76,9 @@ class WaitingTasks:
         Tasks may be added, removed and parked during the iteration.  Each task stays new until it is removed or parked
         again, because its decision may not be written.
         """
+        left = self._unchecked.get(service_id, 0)
+        # Chosen before the parked tasks become new, so that no task is checked twice.
+        new = list(islice(self._new.get(service_id, ()), min(limit, left)))
         for network_id in self._full_networks_of(service_id):
             while (parked := self._parked_on(network_id, service_id)) and not is_full(network_id):
                 if limit <= 0:
@@ -85,13 +88,12 @@ class WaitingTasks:
                 self._unpark(network_id, service_id, task_id)
                 self.add(service_id, task_id)
                 yield task_id
-        left = self._unchecked.get(service_id, 0)
-        for task_id in list(islice(self._new.get(service_id, ()), min(limit, left))):
+        for task_id in new[:limit]:
             tasks = self._new.get(service_id, {})
             if task_id in tasks:
                 del tasks[task_id]
                 tasks[task_id] = None  # the next turn begins with the others
-            yield task_id
+                yield task_id
         if limit < left:
             self._unchecked[service_id] = left - limit
         else:

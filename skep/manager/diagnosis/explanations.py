@@ -21,15 +21,15 @@ from skep.manager.diagnosis.reasons import (
     problems_of,
     slot_of,
 )
+from skep.manager.orchestrator.early_failures import step_seconds_max
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
-from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.manager.services.job_listing import schedule_words
 from skep.manager.services.job_runs import of_present_run
-from skep.model.needs import HostPort, host_ports
+from skep.model.needs import HostPort, host_ports, needs_of
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.options.dependencies import WAITS_FOR, is_wait
@@ -460,7 +460,7 @@ def explain_update(
         one is first or slot_of(one) != slot_of(first) for one in wanted
     )
     seconds = step_seconds_max(service.spec)
-    if fails_early(first, service.spec, nodes.values):
+    if fails_early(first, service.spec, needs_of(service.spec), nodes.values):
         seconds = min(seconds, UNPLACEABLE_S)
     due_ns = unix_ns(first.created_at) + round(seconds * SECOND_NS)
     return UpdateExplanation(

@@ -89,7 +89,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         node = self.node(task.node_id)
         if node is None:
             return True
-        if _is_down_only(node):
+        if is_down_only(node):
             return self.leaves_at(task) <= self.now
         if is_unusable(node) or any(self.is_drained(one.id) for one in task.volumes):
             return True
@@ -112,7 +112,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         Infinity means that it is not replaced for now, or that its node is not down.
         """
         node = self.node_of(task)
-        if node is None or not _is_down_only(node) or self.is_frozen:
+        if node is None or not is_down_only(node) or self.is_frozen:
             return inf
         policy = policy_on(node, self.service)
         return max(replaced_at(policy, task, self.seen.down(node)), self.replaces_from)
@@ -133,9 +133,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     def keeps_slot(self, task: Task) -> bool:
         """Whether the task keeps its slot although its node is down."""
         node = self.node_of(task)
-        return node is not None and _is_down_only(node) and not self.is_misplaced(task)
+        return node is not None and is_down_only(node) and not self.is_misplaced(task)
 
 
-def _is_down_only(node: Node) -> bool:
+def is_down_only(node: Node) -> bool:
     """Whether a node is down and not drained."""
     return node.status.state is NodeState.DOWN and node.spec.availability is not Availability.DRAIN

@@ -58,6 +58,8 @@ class Orchestrator:
         for id in due:
             with self.state.failures.caught(f"error of {id}"):
                 await self._write_error(id, self.state.error_of(id))
+            if (failure := self.state.failures.of(f"error of {id}")) is not None:
+                self.state.queue.add_at(id, failure.retry_at)
         await self._write(self.state.next_writes(WRITES))
 
     async def _write_error(self, service_id: ServiceId, error: str | None) -> None:

@@ -35,6 +35,10 @@ class ObservedTimes:
         self._created: dict[TaskId, float] = {}
         self._waited: dict[TaskId, float] = {}
         """Times at which tasks stopped waiting for other services or, if they were prepared, for their start."""
+        self._placeable: set[TaskId] = set()
+        """Tasks without a node that some node could take at the last decision, maybe after a wait."""
+        self._unplaceable: dict[TaskId, float] = {}
+        """Times at which the last node was lost that could take a task."""
         self._running: dict[TaskId, float] = {}
         self._ran_at_start: set[TaskId] = set()
         """Tasks that were running when the term began."""
@@ -53,6 +57,19 @@ class ObservedTimes:
         if is_waiting(task):
             return None
         return self._waited.get(task.id, self.created(task))
+
+    def unplaceable(self, task: Task) -> float:
+        """Return when the last node was lost that could take the task, or minus infinity if there was never one."""
+        return self._unplaceable.get(task.id, -inf)
+
+    def note_unplaceable(self, task: Task, *, is_unplaceable: bool, now: float) -> None:
+        """Record whether no node can take the task, which the caller has found out from the nodes."""
+        if not is_unplaceable:
+            self._placeable.add(task.id)
+            self._unplaceable.pop(task.id, None)
+        elif task.id in self._placeable:
+            self._placeable.discard(task.id)
+            self._unplaceable[task.id] = now
 
     def running(self, task: Task) -> float | None:
         """Return when the task was first observed running, or None if this leader never saw it running."""
@@ -142,8 +159,16 @@ class ObservedTimes:
                 case Deleted(Service() as service):
                     self._resumed.pop(service.id, None)
                 case Deleted(Task() as task):
-                    for stamps in (self._created, self._waited, self._running, self._retired, self._ended):
+                    for stamps in (
+                        self._created,
+                        self._waited,
+                        self._unplaceable,
+                        self._running,
+                        self._retired,
+                        self._ended,
+                    ):
                         stamps.pop(task.id, None)
+                    self._placeable.discard(task.id)
                     self._ran_at_start.discard(task.id)
 
     def _record_state(self, task: Task, now: float) -> None:

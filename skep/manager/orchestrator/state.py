@@ -1,6 +1,7 @@
 """State of the orchestrator: which services and slots are due, and the changes of a service (``convergence``)."""
 
 from collections.abc import Iterator, Sequence, Set
+from math import inf
 from random import Random
 
 from skep.aio.clock import Clock
@@ -21,10 +22,11 @@ from skep.manager.orchestrator.changes import (
     fallback_for,
 )
 from skep.manager.orchestrator.convergence import deciding_all, deciding_some
-from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.decision_inputs import Situation, is_down_only
 from skep.manager.orchestrator.due_slots import DueSlots, SlotKey, slot_key
 from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
+from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.replacement.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.replicated import retire_all
@@ -34,7 +36,7 @@ from skep.model.node import Node
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of
 from skep.model.options.slot_volumes import has_other_properties
-from skep.model.service import Service
+from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume
@@ -134,6 +136,7 @@ class OrchestratorState:
                         _is_relevant(old, new)
                         or self._is_on_unusable_node(old, new)
                         or self._holds_place_of_update(old, new)
+                        or self._is_refused_otherwise(old, new)
                     ):
                         yield new.service_id, self._slot_of_event(new)
                 case Created(Node() as node):
@@ -182,6 +185,14 @@ class OrchestratorState:
             return False
         service = self._view().lookup(Service, new.service_id)
         return service is not None and new.spec_version != service.spec_version
+
+    def _is_refused_otherwise(self, old: Task, new: Task) -> bool:
+        """Whether nodes refuse the task for other reasons, which may fail the service's update early."""
+        if old.status.err == new.status.err or not _is_refused(new):
+            return False
+        service = self._view().lookup(Service, new.service_id)
+        status = service.update_status if service is not None else None
+        return status is not None and status.state in UNDER_WAY
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
         """Whether the task was just assigned to a node that it must leave: the node changed at the same moment."""
@@ -337,15 +348,28 @@ class OrchestratorState:
     # -- writes --------------------------------------------------------------------------------------------------
 
     def is_held(self, service_id: ServiceId, change: Change) -> bool:
-        """Whether a disruption may have begun since ``change`` was decided.  It is decided again afterwards."""
+        """Whether ``change`` is decided again later, because its task may still return with its node.
+
+        Since the decision a disruption may have begun, or the node may have been back for a while.
+        """
         if not isinstance(change, ReplaceTask | RetireTask) or change.cause is not Cause.NODE_IS_LOST:
             return False
         if self.disruption.is_frozen:
             return True  # its end queues all services
-        if self.disruption.replaces_from <= self._clock.monotonic():
+        until = max(self.disruption.replaces_from, self._replaced_at(service_id, change.task))
+        if until <= self._clock.monotonic():
             return False
-        self.queue.add_at(service_id, self.disruption.replaces_from)
+        if until < inf:
+            self.queue.add_at(service_id, until)
         return True
+
+    def _replaced_at(self, service_id: ServiceId, task: Task) -> float:
+        """Return until when a task on a node that is down keeps its slot, by the policy of its service."""
+        view = self._view()
+        service, node = view.lookup(Service, service_id), view.lookup(Node, task.node_id)
+        if service is None or node is None or not is_down_only(node):
+            return -inf
+        return replaced_at(policy_on(node, service), task, self.seen.down(node))
 
     def on_results(
         self, changes: Sequence[tuple[ServiceId, Change]], results: Sequence[object]

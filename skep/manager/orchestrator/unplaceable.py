@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from skep.model.needs import Needs, kind_and_amount, needs_of
+from skep.model.needs import Needs, kind_and_amount
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
@@ -33,26 +33,28 @@ _CHECKED: Final = frozenset({NodeRefusal.NOT_READY, NodeRefusal.RESOURCES})
 """Refusals of nodes that may take the task later, unless they are too small or do not meet its constraints."""
 
 
-def fails_early(task: Task, spec: ServiceSpec, nodes: Callable[[], Iterable[Node]]) -> bool:
+def fails_early(task: Task, spec: ServiceSpec, needs: Needs, nodes: Callable[[], Iterable[Node]]) -> bool:
     """Whether an update waits for ``task`` for ``UNPLACEABLE_S`` only.
 
     A deadline that the service sets itself always counts, so that a service can wait for nodes that will join.
 
     Args:
-        spec: The spec that the task was made from.
-        nodes: Returns all nodes of the cluster.
+        spec: The service's present spec.
+        needs: Needs of the spec that the task was made from.
+        nodes: Returns at least the nodes that the task may run on.
     """
-    return PROGRESS_DEADLINE not in spec.labels and is_unplaceable(task, needs_of(spec), nodes)
+    return PROGRESS_DEADLINE not in spec.labels and is_unplaceable(task, needs, nodes)
 
 
 def is_unplaceable(task: Task, needs: Needs, nodes: Callable[[], Iterable[Node]]) -> bool:
     """Whether the scheduler refused ``task``, and no node can take it later without an operator's action.
 
-    A down or drained node counts if it meets the constraints and is large enough, because it may come back.
+    A down or drained node counts if it meets the constraints and is large enough, because it may come back.  A task of
+    a global service can run on its own node only.
 
     Args:
         needs: Needs of the spec that the task was made from.
-        nodes: Returns all nodes of the cluster.
+        nodes: Returns at least the nodes that the task may run on.
     """
     if task.status.state is not TaskState.PENDING:
         return False
@@ -62,7 +64,11 @@ def is_unplaceable(task: Task, needs: Needs, nodes: Callable[[], Iterable[Node]]
     if not refusals & _CHECKED:
         return True
     constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
-    return not any(is_satisfied(constraints, node) and is_large_enough(node, needs) for node in nodes())
+    return not any(
+        is_satisfied(constraints, node) and is_large_enough(node, needs)
+        for node in nodes()
+        if task.node_id in ("", node.id)
+    )
 
 
 def is_large_enough(node: Node, needs: Needs) -> bool:

@@ -65,8 +65,9 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
+from skep.manager.orchestrator.early_failures import EarlyFailures
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.manager.orchestrator.replacement.held_places import blocks, excludes, holds, spec_of
+from skep.manager.orchestrator.replacement.held_places import blocks, excludes, holds
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import is_held
 from skep.manager.orchestrator.slots import (
@@ -76,13 +77,10 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
-from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
-from skep.model.options.labels import progress_deadline_s
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
     Service,
-    ServiceSpec,
     UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
@@ -127,14 +125,6 @@ class _SlotView(msgspec.Struct, frozen=True):
     def stops(self) -> bool:
         """Whether a task of the slot is stopping, or would have to be stopped."""
         return any(map(is_assigned, self.slot))
-
-
-def step_seconds_max(spec: ServiceSpec) -> float:
-    """Return how many seconds a step may make no progress before the update fails.
-
-    The stop grace period is added because the new task may have to wait for tasks of other slots to stop.
-    """
-    return progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
 
 
 def monitor_s(config: UpdateConfig) -> float:
@@ -191,8 +181,7 @@ class _Rollout:
         """Future deadlines of tasks that have neither run nor ended."""
         self._stopped = 0
         """Number of slots that have no running task and whose new task is not settled."""
-        self._early: dict[str, bool] = {}
-        """Whether leads fail early because no node can take them, by their error."""
+        self._early = EarlyFailures(situation)
         self._held = {task.id for view in views for task in view.held}
         self._seen = situation.seen
         self._now = situation.now
@@ -201,12 +190,10 @@ class _Rollout:
         self._has_unknown_status = situation.has_unknown_status
         self.state = service.update_status.state if service.update_status else None
         self._is_rollback = self.state in ROLLBACKS
-        config, spec = situation.rollout_config, service.spec
-        self._config = config
+        self._config = config = situation.rollout_config
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
         self._monitor_s = monitor_s(config)
-        self._deadline_s = step_seconds_max(spec)
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
         """Retire the outdated tasks that a current task of the same slot replaces."""
@@ -430,7 +417,7 @@ class _Rollout:
         settled_at = min((at for at in moments if at is not None), default=None)
         since = self._could_start(lead)
         if settled_at is None and since is not None:
-            due_at = since + self._deadline_of(lead)
+            due_at = self._early.due_at(lead, since)
             return due_at if due_at <= self._now else None
         return settled_at
 
@@ -446,21 +433,7 @@ class _Rollout:
         """
         since = self._could_start(lead)
         resumed_at = self._seen.resumed(self._service.id)
-        return inf if since is None else max(since, resumed_at) + self._deadline_of(lead)
-
-    def _deadline_of(self, lead: Task) -> float:
-        """Return how many seconds the lead may make no progress: few if no node of the cluster can take it."""
-        return min(self._deadline_s, UNPLACEABLE_S) if self._fails_early(lead) else self._deadline_s
-
-    def _fails_early(self, lead: Task) -> bool:
-        if lead.status.state is not TaskState.PENDING:
-            return False
-        # Leads of a version have the same needs, so those with the same refusals share the answer.
-        found = self._early.get(lead.status.err)
-        if found is None:
-            found = fails_early(lead, spec_of(lead, self._situation), self._situation.nodes)
-            self._early[lead.status.err] = found
-        return found
+        return inf if since is None else self._early.due_at(lead, max(since, resumed_at))
 
     def _could_start(self, lead: Task) -> float | None:
         """Return when the lead could start, or None while it waits for another service or for earlier tasks to stop."""
@@ -475,10 +448,10 @@ class _Rollout:
     def _reason(self, lead: Task) -> str:
         """Return Docker's message, with the cause, which Docker omits."""
         status = lead.status
-        if self._is_overdue(lead) and self._fails_early(lead):
+        if self._is_overdue(lead) and self._early.includes(lead):
             return f"because no node can take task {lead.id}: {with_needs(lead)}"
         if self._is_overdue(lead):
-            words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
+            words = f"because task {lead.id} made no progress within {self._early.deadline_s:g} s"
             return f"{words}: it is {status.state.value}" + (f", {status.err}" if status.err else "")
         words = f"due to failure or early termination of task {lead.id}"
         cause = failure_of(lead)[1] if status.err else ""

@@ -198,13 +198,15 @@ class Sessions:
         return tuple(islice(self._registering, limit))
 
     def extend(self, node_id: NodeId, seen_at: float, grace_s: float) -> None:
-        """Record that a node was seen, whether or not it has a session here."""
+        """Record that a node is alive, whether or not it has a session here.
+
+        The time of its last heartbeat stays, because a node that registers receives nothing yet, such as new labels.
+        """
         deadline = seen_at + grace_s
         if (session := self._live.get(node_id)) is not None:
-            session.last_seen, session.deadline = seen_at, max(session.deadline, deadline)
+            session.deadline = max(session.deadline, deadline)
         if (absence := self._absent.get(node_id)) is not None:
-            deadline = max(absence.deadline, deadline)
-            self._absent[node_id] = replace(absence, last_seen=seen_at, deadline=deadline)
+            self._absent[node_id] = replace(absence, deadline=max(absence.deadline, deadline))
 
     def require(self, node_id: NodeId, session_id: str) -> LiveSession:
         """Return the node's session.  Raises NotRegistered, or SessionInvalid if it has a later one."""

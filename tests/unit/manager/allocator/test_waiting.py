@@ -19,6 +19,7 @@ from skep.manager.allocator.changes import ReleaseTask
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.state import AllocatorState
 from skep.manager.allocator.subnets import allocated
+from skep.manager.allocator.waiting import WaitingTasks
 from skep.model.network import IPAMConfig, Network
 from skep.model.networks import routes
 from skep.model.networks.routes import ROUTES_LABEL
@@ -26,7 +27,7 @@ from skep.model.node import Node, NodeState
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import new_id
+from skep.model.values.ids import NetworkId, ServiceId, TaskId, new_id
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec, a_task, an_overlay
@@ -286,3 +287,36 @@ async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts:
         await end(store, last)
         assert attempts["networks"] == 1
         assert store.view().get(Network, "second").ipam_options is not None
+
+
+def test_no_task_is_checked_twice_in_a_turn_although_others_end_meanwhile() -> None:
+    """The second check would give its address to another task, while the first one's release is written."""
+    waiting, service, full = WaitingTasks(), ServiceId("s1"), NetworkId("net1")
+    for name in ("parked1", "parked2"):
+        waiting.park(service, TaskId(name), full)
+    for name in ("new1", "new2", "new3"):
+        waiting.add(service, TaskId(name))
+    waiting.begin(service)
+    checked = []
+    for id in waiting.due(service, lambda _: False, 10):
+        checked.append(id)
+        if id == "parked1":  # the allocator pauses after each task
+            waiting.remove(service, TaskId("new1"))
+            waiting.remove(service, TaskId("new2"))
+    assert checked == ["parked1", "parked2", "new3"]
+    assert not waiting.is_checking
+
+
+def test_tasks_that_become_new_during_a_turn_are_left_to_the_next_one() -> None:
+    waiting, service = WaitingTasks(), ServiceId("s1")
+    for name in ("new1", "new2", "new3"):
+        waiting.add(service, TaskId(name))
+    waiting.begin(service)
+    assert [*waiting.due(service, lambda _: False, 2)] == ["new1", "new2"]
+    waiting.begin(service)
+    assert [*waiting.due(service, lambda _: False, 2)] == ["new3", "new1"], (
+        "first those that were not checked"
+    )
+    assert waiting.is_checking
+    assert [*waiting.due(service, lambda _: False, 2)] == ["new2"]
+    assert not waiting.is_checking

@@ -14,6 +14,7 @@ from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS
 from skep.manager.peer_reports import REPORT_VALID_S, PeerReports
 from skep.model.node import Node, NodeRole, NodeState
 from skep.model.values.ids import ClusterId, NodeId, new_id
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.security.identity import NodeIdentity
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire import swarm_pb2 as pb
@@ -47,6 +48,7 @@ class Rig:
         self.dispatcher = Dispatcher(self.store, own, self.clock, new_id, Random(1), reports=self.reports)
         identity = NodeIdentity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
         self.caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
+        self.registered_ns = 0
 
     async def register(self) -> None:
         await self.dispatcher._register(pb.SessionRequest(), self.caller)
@@ -66,6 +68,7 @@ def rig() -> Iterator[Rig]:
     running = loop.create_task(rig.dispatcher.run())
     rig.after(1)
     loop.run_until_complete(rig.register())
+    rig.registered_ns = rig.clock.now_ns()
     yield rig
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -150,3 +153,18 @@ def test_a_node_that_gives_up_at_another_manager_has_its_grace_and_no_more(rig: 
     registering.cancel()
     assert rig.after(GRACE_S - 1) is NodeState.READY
     assert rig.after(REPORT_VALID_S + 2) is NodeState.DOWN
+
+
+def test_a_node_was_last_heard_at_its_heartbeat_and_not_while_it_registered_in_vain(
+    rig: Rig, two: Two
+) -> None:
+    """It gets no new labels of services then.  The leader goes by that time (``disconnection.policy_on``)."""
+    two.store.delay_s = 3 * GRACE_S
+    heard_ns = rig.registered_ns
+    registering = rig.loop.create_task(two.register())
+    assert rig.after(1.5 * GRACE_S) is NodeState.READY
+    registering.cancel()
+    assert rig.after(GRACE_S + REPORT_VALID_S + 1) is NodeState.DOWN
+    node = rig.store.view().get(Node, N1)
+    assert node.silent_since is not None
+    assert abs(unix_ns(node.silent_since) - heard_ns) < SECOND_NS

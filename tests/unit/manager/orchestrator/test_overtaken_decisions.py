@@ -32,8 +32,9 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import Timestamp
+from skep.store.interface import Commit, Updated
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import a_spec, a_world, wanted
 from tests.support.worlds import World
 
@@ -156,6 +157,36 @@ def test_no_task_of_a_lost_node_is_replaced_while_a_disruption_may_begin_but_aft
     assert loop.run_until_complete(orchestrator.queue.take(10)) == [service.id]
     assert clock.monotonic() >= orchestrator.disruption.replaces_from
     assert not orchestrator.is_held(service.id, lost)
+    loop.close()
+
+
+@pytest.mark.parametrize(("action", "is_held"), [("stop", True), ("keep", True), ("replace", False)])
+def test_a_node_that_was_back_between_decision_and_write_has_its_whole_delay_once_more(
+    action: str, is_held: bool
+) -> None:
+    """Changes of a large service may wait for minutes.  Meanwhile its tasks may run on the node again."""
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+    orchestrator = OrchestratorState(store, clock, Random(1))
+    labels = {"skep.on-disconnect": action} | (
+        {"skep.on-disconnect-delay": "60s"} if action == "stop" else {}
+    )
+    service = a_service(spec=replace(a_service_spec(), labels=labels))
+    ready, down = a_node("n1"), a_node("n1", state=NodeState.DOWN)
+    loop.run_until_complete(store.update(lambda tx: [tx.put(service), tx.put(down)]))
+    lost = ReplaceTask(a_task(node="n1", service=service), FillSlot(service, 1), Cause.NODE_IS_LOST)
+    loop.run_until_complete(clock.sleep(200.0))
+    if action != "keep":
+        assert not orchestrator.is_held(service.id, lost), "it is down for longer than the delay"
+    orchestrator.on_commit(Commit(1, (Updated(down, ready),)))
+    orchestrator.on_commit(Commit(2, (Updated(ready, down),)))
+    orchestrator.queue.take_due(10)
+    assert orchestrator.is_held(service.id, lost) is is_held
+    if action == "stop":
+        assert loop.run_until_complete(orchestrator.queue.take(10)) == [service.id]
+        assert clock.monotonic() >= 260.0
+        assert not orchestrator.is_held(service.id, lost)
     loop.close()
 
 

@@ -9,15 +9,15 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.errors import PortTaken, ResourceExhausted
-from skep.manager.orchestrator import changes
+from skep.errors import PortTaken, ResourceExhausted, Unavailable
+from skep.manager.orchestrator import changes, decision_errors
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.container import ContainerSpec, SecretReference
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, TaskSpec, UpdateConfig, UpdateFailureAction, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import SecretId
+from skep.model.values.ids import SecretId, ServiceId
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec
@@ -142,6 +142,25 @@ def test_an_error_leaves_what_a_paused_update_says(led: Led, monkeypatch: pytest
     led.run_for(61)
     assert len(led.store.view().find(Task)) == 2
     assert led.service.update_status == status
+
+
+def test_an_error_that_the_store_does_not_clear_is_cleared_later(
+    led: Led, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    def clear(tx: Transaction, id: ServiceId) -> None:
+        tried.append(led.loop.time())
+        if len(tried) == 1:
+            raise Unavailable("no response in time")
+        decision_errors.clear_error(tx, id)
+
+    monkeypatch.setattr("skep.manager.orchestrator.loop.clear_error", clear)
+    status = UpdateStatus(message="orchestration failed: ResourceExhausted: transaction too large")
+    led.write(lambda tx: tx.put(replace(a_service(replicas=0), update_status=status)))
+    led.run_for(5)
+    assert led.service.update_status is None
+    assert len(tried) == 2
 
 
 @pytest.mark.parametrize(("stack", "is_named"), [("shop", True), ("blog", False)])

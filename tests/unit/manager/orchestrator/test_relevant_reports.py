@@ -76,3 +76,24 @@ def test_the_progress_deadline_of_a_task_begins_when_it_no_longer_waits_for_anot
     report(led, lambda task: True, TaskState.PREPARING, node="n1")
     led.run_for(30)
     assert led.service.update_status.state is UpdateState.PAUSED
+
+
+def test_an_update_fails_soon_after_the_refusal_of_its_task_becomes_lasting(led: Led) -> None:
+    """The first refusal names something that may come free, and the next one no longer does."""
+
+    def a_spec_of(image: str) -> ServiceSpec:
+        return a_service_spec(image=image, update=UpdateConfig(parallelism=1), restart=AT_ONCE)
+
+    led.write(lambda tx: tx.put(a_service(spec=a_spec_of("app:1"))))
+    led.run_for(1)
+    report(led, lambda task: True, TaskState.RUNNING, node="n1")
+    update(led, a_spec_of("app:2"))
+    for refusal in ("disk full on 1 node", "missing plugin on 1 node"):
+        report(
+            led, lambda task: image_of(task) == "app:2", TaskState.PENDING, f"no suitable node ({refusal})"
+        )
+        led.run_for(5)
+    assert led.service.update_status is not None
+    assert led.service.update_status.state is UpdateState.UPDATING
+    led.run_for(8)
+    assert led.service.update_status.state is UpdateState.PAUSED

@@ -3,6 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
+from skep.manager.orchestrator.early_failures import step_seconds_max
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import Resources, ServiceSpec, UpdateConfig, UpdateFailureAction, UpdateState
@@ -115,3 +116,73 @@ def test_an_unavailable_node_that_does_not_meet_the_constraint_helps_no_update()
     world.now = 10.0
     world.settle()
     assert state(world) is UpdateState.PAUSED
+
+
+def refuse(world: World, refusal: str) -> None:
+    """The scheduler writes another refusal of the new task."""
+    (lead,) = wanted(world, "app:2")
+    world.put(replace(lead, status=replace(lead.status, err=refusal)))
+    world.settle()
+
+
+def test_a_task_of_a_global_service_fails_early_if_its_own_node_is_too_small() -> None:
+    spec = a_service_spec(image="app:1", is_global=True)
+    world = World(
+        a_service(spec=spec), nodes=(a_node("n1", has=Resources(nano_cpus=64 * 10**9)), a_node("n2"))
+    )
+    for node in ("n1", "n2"):
+        world.put(a_task(node=node, slot=0, service=world.service))
+    reserve = Resources(nano_cpus=32 * 10**9)
+    update = UpdateConfig(parallelism=0)
+    world.update(a_service_spec(image="app:2", is_global=True, update=update, reserve=reserve))
+    world.settle()
+    for task in wanted(world, "app:2"):
+        err = "no suitable node (insufficient resources on 1 node)"
+        world.put(replace(task, status=replace(task.status, state=TaskState.PENDING, err=err)))
+    world.settle()
+    world.now = 10.0
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    assert [task.id in message(world) for task in wanted(world, "app:2") if task.node_id == "n2"] == [True]
+
+
+def test_the_ten_seconds_begin_when_the_last_node_that_may_take_the_task_is_gone() -> None:
+    """A machine is replaced: its node is removed, and the new one joins and gets its label a few seconds later."""
+    north = a_node("n2", state=NodeState.DOWN, labels={"zone": "nowhere"})
+    waits = "no suitable node (scheduling constraints not satisfied on 1 node; 1 node not available for new tasks)"
+    world = a_refused_update(a_spec(), waits, nodes=(a_node("n1"), north))
+    world.now = 60.0
+    del world.nodes[north.id]
+    refuse(world, "no suitable node (scheduling constraints not satisfied on 1 node)")
+    assert state(world) is UpdateState.UPDATING
+    world.now = 69.9
+    world.settle()
+    assert state(world) is UpdateState.UPDATING
+    world.now = 70.0
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+
+
+def test_the_progress_deadline_counts_also_if_it_passes_earlier() -> None:
+    north = a_node("n2", state=NodeState.DOWN, labels={"zone": "nowhere"})
+    waits = "no suitable node (scheduling constraints not satisfied on 1 node; 1 node not available for new tasks)"
+    world = a_refused_update(a_spec(), waits, nodes=(a_node("n1"), north))
+    world.now = deadline_s = step_seconds_max(a_spec())
+    world.now -= 1.0
+    del world.nodes[north.id]
+    refuse(world, "no suitable node (scheduling constraints not satisfied on 1 node)")
+    assert state(world) is UpdateState.UPDATING
+    world.now = deadline_s
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+
+
+def test_a_deadline_that_is_set_during_the_update_counts_for_tasks_that_wait_already() -> None:
+    """The task stays, because its spec is the same, and no other slot is stopped for the update before the deadline."""
+    world = a_refused_update(a_spec())
+    world.now = 5.0
+    world.update(a_spec(labels={PROGRESS_DEADLINE: "30m"}))
+    world.settle()
+    world.now = 1_000.0
+    world.settle()
+    assert len(wanted(world, "app:2")) == 1
