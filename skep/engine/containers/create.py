@@ -303,7 +303,7 @@ def mounts(request: CreateRequest) -> list[Mount]:
 def container_config(
     request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None, node: NodeDefaults
 ) -> ContainerConfig:
-    """Return the container's configuration.  Of its mounts, only those of the task's secrets and configs are included.
+    """Return the container's configuration.  Its mounts are only the task's secrets and configs.
 
     ``task`` is None for a plain container.  Raises: InvalidArgument, Unimplemented, FailedPrecondition.
     """
@@ -351,7 +351,7 @@ def container_config(
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
         machine=machine_options(host),
-        api=api_access(request.labels),  # only the request's labels count, not those of the image
+        api=api_access(request.labels),  # only the request's labels count, not the image's
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         binds=host.binds,

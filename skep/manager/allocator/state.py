@@ -454,7 +454,7 @@ class AllocatorState:
     # -- writes ------------------------------------------------------------------------------------------------
 
     def resync(self, changes: Iterable[Change]) -> Iterator[None]:
-        """Resync with the store, whatever the results of the changes: one that was not written is not allocated."""
+        """Resync with the store, whatever the results of the changes. An unwritten change is not allocated."""
         for change in changes:
             self._resync(change)
             yield

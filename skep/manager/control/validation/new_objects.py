@@ -113,7 +113,7 @@ def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
 def known_service(view: View, service: Service) -> KnownObject:
     """Return the facts about a service.
 
-    Its rights include those of a job's current run, and of the spec that a rollback would restore.
+    Its rights include the rights of a job's current run, and of the spec that a rollback would restore.
     """
     specs = specs_in_use(view, service)
     rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")
