@@ -22,7 +22,8 @@ from sim.committed import Change
 from sim.random_specs import BROKEN
 from sim.trace import COMMAND
 from skep.cli.apps.rotation import FileKind, _Rotation
-from skep.cli.maintain.upgrade import Means, _Upgrade
+from skep.cli.maintain.upgrade import _Upgrade
+from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.tasks import is_up_to_date

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import zip_longest
@@ -23,6 +24,10 @@ WORDLESS_MAX = 78
 """Tuning constants without a reason.  The number only falls."""
 TUNING = re.compile(r"_(S|MS|NS|SECONDS|BYTES|MIB|MAX|MIN|SIZE|LENGTH|LINES|TRIES|SHARE|PERIOD|TIMEOUT)\b")
 """Names of constants that somebody chose, other than numbers of a protocol."""
+MODULES_MAX = 15
+"""Modules in a folder, which a reader takes in at one look (decision 174)."""
+REPEATED_NAMES_MAX = 16
+"""Names of public classes that two modules define.  The number only falls."""
 GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
 
 CLOCK = {
@@ -179,6 +184,22 @@ def test_every_folder_is_a_package() -> None:
     """A folder without ``__init__.py`` is invisible to the import contracts and missing from a wheel."""
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     assert sorted(str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").exists()) == []
+
+
+def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
+    folders = Counter(path.parent for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    full = {str(folder.relative_to(ROOT)): count for folder, count in folders.items() if count > MODULES_MAX}
+    assert full == {}
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {}
+    for path, tree in modules():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    repeated = {name: paths for name, paths in places.items() if len(paths) > 1}
+    assert len(repeated) <= REPEATED_NAMES_MAX, repeated
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:

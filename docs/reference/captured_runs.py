@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from sim.time import VirtualLoop
 from skep.api.client.requests import Filters, Requests
 from skep.cli.endpoint import HostOptions
-from skep.cli.maintain.upgrade import Means, carry_out, show_plan
+from skep.cli.maintain.upgrade import carry_out, show_plan
+from skep.cli.maintain.upgrade_means import Means
 from skep.cli.output import Screen
 from skep.cli.running import errors_shown
 from skep.cli.see.events import line_of

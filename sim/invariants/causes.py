@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from sim.committed import Change
 from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
-from skep.manager.orchestrator.early_failures import step_seconds_max
+from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import Service, ServiceSpec, UpdateStatus

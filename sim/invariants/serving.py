@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from sim.committed import Change
 from sim.invariants.placement import constraints_of, meets
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS
-from skep.manager.orchestrator.early_failures import step_seconds_max
+from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateConfig
 from skep.model.task import Task, TaskState

@@ -179,7 +179,7 @@ class ImagePort:
 
 
 class ClusterSources:
-    """Finds other nodes from which images can be fetched.  Implements ``spreading.Neighbours``."""
+    """Finds other nodes from which images can be fetched.  Implements ``spreading.Neighbors``."""
 
     def __init__(self, session: SessionState) -> None:
         self._session = session

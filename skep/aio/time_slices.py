@@ -15,7 +15,7 @@ STEP = 100
 """Number of items, of a few microseconds each, between two points at which work can pause."""
 
 SLICE_S = 0.005
-"""Length of a slice.  It is so short that requests stay fast even beside several such computations."""
+"""Length of a slice.  It is so short that requests stay fast even during several such computations."""
 
 
 class TimeSlices:

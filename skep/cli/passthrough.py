@@ -55,7 +55,7 @@ def execute(host: HostOptions, nouns: Sequence[str], words: Sequence[str]) -> No
 
 
 def find_docker() -> str:
-    """Return the path of the docker command: the system's, or the one that ``make setup`` installs.
+    """Return the path of the docker command: the system's, or the command that ``make setup`` installs.
 
     Raises: click.ClickException: docker is not installed.
     """

@@ -2,7 +2,7 @@
 
 Off unless the setting ``dashboard`` names an address.  Connections to a public address of this machine are closed
 unless ``dashboard-public`` is set.  A token is exchanged for a session: a cookie that no script can read, ``Secure``,
-``SameSite=Strict``, for one random path.  Requests are then the same as those of the relay (``dashboard.passing``),
+``SameSite=Strict``, for one random path.  Requests are then the same as the relay's (``dashboard.passing``),
 sent as the token's user.  If the user's roles do not allow one, the API refuses it with the reason.
 """
 

@@ -8,7 +8,7 @@ from skep.model.permissions.access import Identity
 
 
 def visible_container(engine: Engine | None, identity: Identity, word: str) -> Container:
-    """Return the container that ``word`` means, among those that ``docker ps`` shows to ``identity``.
+    """Return the container that ``word`` means, among the containers that ``docker ps`` shows to ``identity``.
 
     Any other container is reported as missing.  Otherwise its id could be found letter by letter, because ``word`` may
     be an id prefix.

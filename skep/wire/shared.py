@@ -2,7 +2,7 @@
 one.
 
 A peer allows 100 streams on a connection, and many streams delay the heartbeats and pings on it.  These connections are
-therefore separate from those of sessions and links.
+therefore separate from the connections of sessions and links.
 """
 
 import asyncio

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.dashboard.pages import pages
-from skep.dashboard.script import joined
+from skep.dashboard.pages import joined, pages
 from tests.support.browser import NODE
 
 HERE = Path(__file__).parent

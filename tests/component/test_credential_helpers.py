@@ -16,9 +16,9 @@ from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import SystemClock
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import credentials
-from skep.engine.images.registry.credentials import CredentialHelpers
+from skep.engine.images.registry.credentials import CredentialHelpers, RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
-from skep.engine.images.registry.registry import DOCKER_MANIFEST, RegistryCredentials
+from skep.engine.images.registry.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, SkepError
 from tests.support.archives import sha256

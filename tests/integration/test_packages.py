@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from skep.cli.maintain import upgrade
+from skep.cli.maintain import upgrade_means
 from skep.playground.images.busybox import busybox_archive
 from tests.support.booted_machine import BootedMachine, a_booted_machine, build_package
 from tests.support.playground_rig import wait_until
@@ -111,10 +111,10 @@ def test_the_package_is_installed_upgraded_removed_and_purged(machine: BootedMac
     pid = with_a_service(machine)
 
     machine.run("echo 'labels = [\"kept=yes\"]' >>/etc/skep/skep.toml")
-    machine.run(upgrade.KEEP_FORMER)
+    machine.run(upgrade_means.KEEP_FORMER)
     for package, version in (
         (f"/root/{second}.deb", second),
-        (upgrade.FORMER, first),
+        (upgrade_means.FORMER, first),
         (f"/root/{second}.deb", second),
     ):
         machine.run(f"{INSTALL} {package}")

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from skep.api.client.client import ApiClient
 from skep.api.client.requests import Filters, Requests
-from skep.cli.maintain.upgrade import Means
+from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import NotFound, Unavailable
 

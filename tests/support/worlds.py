@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Change, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.decision_inputs import Situation

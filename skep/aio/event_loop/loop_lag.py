@@ -66,7 +66,7 @@ class LoopLag:
     """Measures the lag of its event loop.  To describe a period, subtract the counts of two calls of ``seen``."""
 
     def __init__(self, times: "ThreadTimes | None" = None) -> None:
-        """``times`` are those of the thread that runs the loop."""
+        """``times`` belong to the thread that runs the loop."""
         self._times = times or ThreadTimes()
         self._counts = [0] * (len(BOUNDS_MS) + 1)
         self._ms_max = 0.0

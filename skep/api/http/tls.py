@@ -20,6 +20,6 @@ def server_context(certificate: Path, key: Path, authority: Path | None = None) 
     except (OSError, ssl.SSLError) as error:
         files = ", ".join(str(one) for one in (certificate, key, authority) if one is not None)
         raise FailedPrecondition(
-            f"TLS cannot be served with {files}: {error}; they must be PEM files, the key that of the certificate"
+            f"TLS cannot be served with {files}: {error}; they must be PEM files, and the key must be the certificate's"
         ) from error
     return context

@@ -31,7 +31,7 @@ def exec_command(ctx: click.Context, /, target: str, command: Sequence[str], **o
     """Run a command in a task's container on any node.
 
     SERVICE alone means its running task with the lowest slot. For a global service, use SERVICE.NODE. Any other name is
-    a container of this node, as in docker exec. The exit code is that of COMMAND.
+    a container of this node, as in docker exec. The exit code is COMMAND's.
 
     \b
     Examples:

@@ -70,7 +70,7 @@ class FileKind(msgspec.Struct, frozen=True):
 def root_of(found: Mapping[str, Any]) -> str:
     """Return the name of an object's first version.
 
-    The label counts only if the object's name is that of a version.  Every user who may create secrets in a stack can
+    The label counts only if the object's name is a version's name.  Every user who may create secrets in a stack can
     set the label, but only on names that begin with the stack's name.
     """
     spec = found["Spec"]

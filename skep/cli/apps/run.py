@@ -80,7 +80,7 @@ def run(
     """Run a one-off command with a service's settings.
 
     COMMAND runs with the image, environment, networks, secrets, configs and mounts of SERVICE, in a new task on any
-    node. The task publishes no ports and is removed afterwards. The exit code is that of COMMAND.
+    node. The task publishes no ports and is removed afterwards. The exit code is COMMAND's.
 
     Any other name is an image, as in docker run.
 

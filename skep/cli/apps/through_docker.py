@@ -45,7 +45,7 @@ async def run_docker(
 ) -> int | None:
     """Run ``docker COMMAND WORDS``, in which ``names`` may name tasks, and return its exit code.
 
-    Returns None without running docker if none of the names is that of a task, because docker then needs no such
+    Returns None without running docker if none of the names is a task's, because docker then needs no such
     socket.
     """
     async with host.raw_client() as client:

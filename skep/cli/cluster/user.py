@@ -152,7 +152,7 @@ async def _wait_known(options: HostOptions) -> None:
     """Wait until the node of a new context accepts its user, or print the reason why it does not.
 
     It does not raise, because the user exists, and because the new token is printed afterwards.  The context may name
-    another node than the one that added the user, which learns of the user a moment later.
+    another node than the node that added the user.  It learns of the user a moment later.
     """
     endpoint, backoff, error = options.endpoint(), Backoff(0.05, 1.0), ""
     try:
@@ -345,7 +345,8 @@ def renew(
 ) -> None:
     """Renew a certificate.
 
-    Renews your own certificate, or as an administrator that of NAME. The old certificate stays valid until it expires.
+    Renews your own certificate, or as an administrator the certificate of NAME. The old certificate
+    stays valid until it expires.
 
     \b
     Examples:

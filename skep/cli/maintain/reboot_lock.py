@@ -74,7 +74,9 @@ def take(host: HostOptions, node: str, ttl: float, at_once: int) -> None:
 
 
 @reboot_lock.command()
-@click.option("--all", "everything", is_flag=True, help="Release all locks, including that of an upgrade.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Release all locks, including the lock of an upgrade."
+)
 @click.argument("node", metavar="[NODE]", default="")
 @click.pass_obj
 def release(host: HostOptions, node: str, everything: bool) -> None:

@@ -78,7 +78,7 @@ def _checked_out() -> tuple[str, str]:
 def version(host: HostOptions, all_nodes: bool, output: OutputOptions) -> None:
     """Show version information.
 
-    Shows Skep's version, commit, date and API versions, then those of docker and the server.
+    Shows Skep's version, commit, date and API versions, then docker's and the server's.
 
     Exit code 3, with --all: nodes have different versions.
 

@@ -486,7 +486,7 @@ def history(host: HostOptions, name: str, output: OutputOptions) -> None:
     "--to",
     type=click.IntRange(1),
     metavar="N",
-    help="Revision to deploy. Default: the previous one that was deployed.",
+    help="Revision to deploy. Default: the revision deployed before.",
 )
 @click.option("--as-admin", is_flag=True, help="Use all your rights, not the revision author's.")
 @options.timeout()

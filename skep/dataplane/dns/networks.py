@@ -51,7 +51,7 @@ class NetworkFiles:
         return self._of(id).backends
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read the tables of ``ids``, and those that were unreadable, again.
+        """Read the tables of ``ids`` again, and all unreadable tables.
 
         Return the services whose backends have changed.
 
@@ -77,7 +77,7 @@ class NetworkFiles:
         return tuple(self._read)
 
     def keep(self, ids: Iterable[NetworkId]) -> None:
-        """Drop all tables except those of ``ids``."""
+        """Drop all tables except the tables of ``ids``."""
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
         self.unread &= wanted

@@ -198,7 +198,7 @@ def _settled(config: SubnetBody, subnet: Subnet) -> SubnetBody:
 
 
 def shown_configs(configs: Iterable[SubnetBody]) -> tuple[SubnetBody, ...]:
-    """Return the subnets that ``inspect`` shows: those that the user requested, or none to show the chosen ones.
+    """Return the subnets that ``inspect`` shows: the user's request, or none to show the chosen ones.
 
     Source: moby 20.10, daemon/network.go, buildIPAMResources.
     """

@@ -140,9 +140,7 @@ def parent_of(network: LocalNetwork) -> ParentLink | None:
 
 
 def device_of(network: LocalNetwork) -> str:
-    """Return the name of a network's parent device: the one that the user named, else a dummy device for this
-    network.
-    """
+    """Return the name of a network's parent device: the user's choice, else a dummy device for this network."""
     return network.options.get(PARENT_OPTION) or f"{DUMMIES[network.driver]}-{network.id[:12]}"
 
 

@@ -2,7 +2,7 @@
 
 A router between two nodes may have a smaller MTU than their devices, and often sends no error.  Packets of full size
 are then dropped, and connections hang after their first small packets.  The MTU is therefore found by trying sizes.
-Sizes are those of whole underlay packets, including the IP header.
+A size is the size of a whole underlay packet, including the IP header.
 
 If packets without a checksum arrive and packets whose checksum is left to the network card do not, there are two
 explanations: the card computes wrong checksums, or something on the path drops packets with a checksum.  Only in the

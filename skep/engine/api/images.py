@@ -36,7 +36,8 @@ from skep.engine.images.listing import ImageFilter, Listed, prunable, select
 from skep.engine.images.platforms import ImagePlatform, require_platform
 from skep.engine.images.progress import ProgressMessage, Report
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
-from skep.engine.images.registry.registry import RegistryCredentials, decode_credentials, login
+from skep.engine.images.registry.credentials import RegistryCredentials, decode_credentials
+from skep.engine.images.registry.registry import login
 from skep.engine.images.registry.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore, Removed

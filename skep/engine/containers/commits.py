@@ -32,7 +32,7 @@ class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
     pauses: bool = True
     """Whether the container's processes are frozen during the commit."""
     config: ContainerDefaults | None = None
-    """Default options for containers of the new image, or None to use those of the committed container."""
+    """Default options for containers of the new image, or None to use the committed container's."""
     changes: tuple[str, ...] = ()
     """Dockerfile instructions that change ``config``."""
 

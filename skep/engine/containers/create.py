@@ -5,16 +5,17 @@ Sources: moby 20.10, daemon/create.go, daemon/commit.go (merge), volume/mounts/l
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from ipaddress import IPv6Address
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from skep.api.formats.gosyntax import BOOLEANS, parse_port
-from skep.engine.confinement import apparmor, machine
+from skep.api.formats.gosyntax import parse_port
+from skep.engine.confinement import machine
 from skep.engine.confinement.limits import nano_cpus_of
 from skep.engine.confinement.machine import MachineOptions
+from skep.engine.confinement.security_options import security_options
 from skep.engine.containers import health
 from skep.engine.containers.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.containers.request import (
@@ -303,7 +304,7 @@ def mounts(request: CreateRequest) -> list[Mount]:
 def container_config(
     request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None, node: NodeDefaults
 ) -> ContainerConfig:
-    """Return the container's configuration.  Of its mounts, only those of the task's secrets and configs are included.
+    """Return the container's configuration.  Its mounts are only the task's secrets and configs.
 
     ``task`` is None for a plain container.  Raises: InvalidArgument, Unimplemented, FailedPrecondition.
     """
@@ -342,7 +343,7 @@ def container_config(
         sysctls=host.sysctls,
         capability_add=host.cap_add,
         capability_drop=host.cap_drop,
-        **_security(host.security_opt)._asdict(),
+        **security_options(host.security_opt)._asdict(),
         oom_score_adj=host.oom_score_adj,
         hosts=_hosts(task, host, node),
         nameservers=host.dns,
@@ -351,7 +352,7 @@ def container_config(
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
         machine=machine_options(host),
-        api=api_access(request.labels),  # only the request's labels count, not those of the image
+        api=api_access(request.labels),  # only the request's labels count, not the image's
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         binds=host.binds,
@@ -449,52 +450,6 @@ def restart_policy(host: HostConfig) -> RestartPolicy:
     if most and name != "on-failure":
         raise InvalidArgument(f"maximum retry count cannot be used with restart policy '{name}'")
     return RestartPolicy(name=name, attempts_max=most)
-
-
-_SECURITY_FLAGS: Final = {
-    "no-new-privileges": "no-new-privileges=true",
-    "writable-cgroups": "writable-cgroups=true",
-    "disable": "label=disable",
-}
-"""Full form of options that may be written without a value."""
-
-
-class _Security(NamedTuple):
-    """Parsed ``--security-opt`` options."""
-
-    seccomp: str = "default"
-    apparmor: str = "default"
-    no_new_privileges: bool = False
-
-
-def _security(options: Sequence[str]) -> _Security:
-    """Parse security options.  Raises: InvalidArgument; Unimplemented: an option is not supported.
-
-    Source: moby, daemon/daemon_unix.go (parseSecurityOpt).
-    """
-    found = _Security()
-    for given in options:
-        option = _SECURITY_FLAGS.get(given, given)
-        name, separator, value = option.partition("=" if "=" in option else ":")
-        if not separator:
-            raise InvalidArgument(f'invalid --security-opt 1: "{given}"')
-        match name, BOOLEANS.get(value):
-            case "no-new-privileges", bool() as is_on:
-                found = found._replace(no_new_privileges=is_on)
-            case "seccomp", _:
-                found = found._replace(seccomp="default" if value in ("", "builtin") else value)
-            case "apparmor", _:
-                found = found._replace(
-                    apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
-                )
-            case ("label", _) | ("writable-cgroups", True):
-                if value != "disable":  # SELinux labels are not supported here
-                    raise refused(f"--security-opt {name}")
-            case "writable-cgroups", False:
-                pass
-            case _:
-                raise InvalidArgument(f'invalid --security-opt 2: "{given}"')
-    return found
 
 
 def _nano_cpus(host: HostConfig) -> int:

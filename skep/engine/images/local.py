@@ -163,7 +163,7 @@ class LocalImages:
         if not isinstance(named, Reference):
             return self._images.get(named)
         if named.digest:
-            named = named.with_digest(named.digest)  # the digest decides, and a tag beside it is ignored
+            named = named.with_digest(named.digest)  # the digest decides, and a tag is then ignored
         found = self._by_reference.get(named.with_default_tag())
         return found or self._by_prefix(word)
 

@@ -27,16 +27,14 @@ from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.progress import Report, quiet
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry import pulling, pushing
-from skep.engine.images.registry.credentials import CredentialHelpers
+from skep.engine.images.registry.credentials import CredentialHelpers, RegistryCredentials, decode_credentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.registry.registry import (
     Denied,
     NoCredentials,
-    RegistryCredentials,
     RegistryError,
     RegistryRepository,
     at_endpoints,
-    decode_credentials,
 )
 from skep.engine.images.removal import Users, ancestors_to_prune, removal
 from skep.engine.images.sharing.spreading import NodeFetcher

@@ -88,9 +88,9 @@ class Adoption:
         self._connected: frozenset[ContainerId] = frozenset()
         """Containers whose networks were restored."""
         self._has_networks = asyncio.Event()
+        """Set once the networks of earlier processes are restored.  Restoring frees unknown networks."""
         self.is_complete = asyncio.Event()
         """Set once all containers are adopted, so their volumes have users."""
-        """Set once the networks of earlier processes are restored.  Restoring frees those that it does not know."""
 
     async def restore(self, clock: Clock) -> None:
         """Read the records and adopt their containers.  Errors are retried."""
@@ -121,7 +121,7 @@ class Adoption:
         await self._persist(partial(self._network.restore, live), "networks not restored", clock)
         self._connected = frozenset(config.id for config, _ in live)
         self._has_networks.set()
-        for container in found.known:  # those that were created meanwhile have nothing to adopt
+        for container in found.known:  # containers created meanwhile have nothing to adopt
             await isolate(
                 self._adopt(container.id),
                 "container not adopted",

@@ -89,7 +89,7 @@ Action: TypeAlias = Callable[[Container, Program], Awaitable[LifeEvent | None]]
 
 
 class Effects:
-    """Carries out effects, except those that only the driver can."""
+    """Carries out effects, except the driver's own."""
 
     def __init__(
         self, runtime: Runtime, network: Networking, volumes: Volumes, store: ContainerStore, clock: Clock

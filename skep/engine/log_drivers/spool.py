@@ -12,7 +12,7 @@ from skep.engine.logs.log_files import Assembler, LogPosition, LogReader, genera
 from skep.linux.files import is_no_file, replace_file
 
 POSITION = "sent"
-"""File beside the log files with the position up to which the output was sent."""
+"""File next to the log files with the position up to which the output was sent."""
 
 
 class _Saved(msgspec.Struct, frozen=True):

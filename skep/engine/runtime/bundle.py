@@ -465,7 +465,7 @@ class Bundles:
         points = []
         for name, content in self._name_files(container).items():
             file = path / name
-            # Keep the file of a task's container, which may have changed it.  Write that of a plain container again,
+            # Keep the file of a task's container, which may have changed it.  Rewrite a plain container's file,
             # because it may be on other networks now.
             if container.plain is not None or not file.exists():
                 file.write_text(content)

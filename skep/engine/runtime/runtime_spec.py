@@ -115,7 +115,7 @@ def build(
 def exec_process(
     container: Container, exec: ExecConfig, user: ProcessUser, capacity: Capacity
 ) -> dict[str, Any]:
-    """Return the process specification of an exec: that of the container, changed by the exec's options."""
+    """Return an exec's process specification: the container's, changed by the exec's options."""
     config = msgspec.structs.replace(
         container.config,
         env=merged_environment(container.config.env, exec.env),

@@ -8,7 +8,7 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import run_in_slices
 from skep.manager.allocator.changes import NETWORK, NODE, Change, apply
 from skep.manager.allocator.state import CLAIMS, ENDPOINTS, TASKS, AllocatorState
-from skep.manager.loop_driver import Decision, LoopDriver
+from skep.manager.control_loops.loop_driver import Decision, LoopDriver
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.service import Service

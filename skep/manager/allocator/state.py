@@ -43,8 +43,8 @@ from skep.manager.allocator.waiting import WaitingTasks
 from skep.manager.cluster import reserved_ports_of
 from skep.manager.control_loops.failures import Failures, for_each_isolated
 from skep.manager.control_loops.informer import batches_of
+from skep.manager.control_loops.loop_driver import Decision
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.loop_driver import Decision
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.networks.routes import differ_in_routes, routes_of, routes_of_all
@@ -454,7 +454,7 @@ class AllocatorState:
     # -- writes ------------------------------------------------------------------------------------------------
 
     def resync(self, changes: Iterable[Change]) -> Iterator[None]:
-        """Resync with the store, whatever the results of the changes: one that was not written is not allocated."""
+        """Resync with the store, whatever the results of the changes. An unwritten change is not allocated."""
         for change in changes:
             self._resync(change)
             yield

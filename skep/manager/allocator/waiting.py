@@ -54,7 +54,7 @@ class WaitingTasks:
         return bool(self._unchecked)
 
     def begin(self, service_id: ServiceId) -> None:
-        """Check all tasks of a service: those that a network may help, and all new ones."""
+        """Check all tasks of a service: tasks that a network may help, and all new ones."""
         self._unchecked[service_id] = len(self._new.get(service_id, ()))
 
     def end(self, service_id: ServiceId) -> None:

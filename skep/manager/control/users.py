@@ -1,7 +1,7 @@
 """Operations on users and their credentials.
 
-The certificates of users come from a different authority than those of nodes.  Nodes and managers do not trust that
-authority, so a user's certificate never works between them, even if a check were forgotten.
+Certificates of users come from a different authority than certificates of nodes.  Nodes and managers do not trust the
+users' authority, so a user's certificate never works between them, even if a check were forgotten.
 """
 
 import hashlib

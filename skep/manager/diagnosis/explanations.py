@@ -21,8 +21,8 @@ from skep.manager.diagnosis.reasons import (
     problems_of,
     slot_of,
 )
-from skep.manager.orchestrator.early_failures import step_seconds_max
 from skep.manager.orchestrator.jobs import is_done
+from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early

@@ -1,7 +1,7 @@
 """Finds out whether any node may still send new connections to a task that is about to stop.
 
 A task is unused once every node of its networks has applied tables in which the task does not serve.  Each manager has
-the acknowledgements of its own nodes, and requests those of other nodes from their managers over the link, once for all
+the acknowledgements of its own nodes, and requests other nodes' from their managers over the link, once for all
 tasks that wait for the same revision.  If a node switches managers meanwhile, both might miss it, so its new manager is
 asked as well.
 """

@@ -5,16 +5,19 @@ table.  So a slow reader gets fewer messages and nothing twice.
 """
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from skep.aio.clock import Clock
 from skep.aio.event import Event
+from skep.aio.time_slices import TimeSlices
 from skep.errors import Unavailable
-from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.network_tables import AffectedStreams
 from skep.manager.discovery.state import DiscoveryState
+from skep.manager.discovery.versioned_table import VersionedTable
 from skep.manager.nodes.node_session import NodeSession, StreamWaker
 from skep.manager.nodes.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.model.values.ids import NetworkId, NodeId
@@ -22,7 +25,7 @@ from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.convert.tables import messages_of
+from skep.wire.convert.tables import messages_of, pieces_of
 from skep.wire.service import Handler, duplex
 
 PAUSE_S = 0.01
@@ -184,3 +187,45 @@ class _Stream(NodeStream):
         super().__init__(node_id, session, signal)
         self.sent: dict[NetworkId, int] = {}
         """The networks sent to the node, with their revisions."""
+
+
+CACHED_MAX = 4
+"""Cached changes per network: the whole table, and the changes since the last few revisions sent to streams."""
+
+
+class Encoder:
+    """Caches encoded changes until the table changes."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._encoded: WeakKeyDictionary[VersionedTable, _Encoded] = WeakKeyDictionary()
+
+    async def pieces(
+        self, table: VersionedTable, sent: int | None, revision: int
+    ) -> Sequence[skep.NetworkChange]:
+        """Return the change from revision ``sent`` of the table to the current one, perhaps later than ``revision``."""
+        kept = self._encoded.get(table)
+        if kept is None or kept.changed_at != table.changed_at:
+            kept = self._encoded[table] = _Encoded(table.changed_at)
+        async with kept.one_at_a_time:
+            if sent not in kept.pieces:
+                slices = TimeSlices(self._clock)
+                pieces = []
+                for piece in pieces_of(table.since(sent, revision)):
+                    pieces.append(piece)
+                    await slices.yield_if_due()
+                kept.pieces[sent] = pieces
+                if len(kept.pieces) > CACHED_MAX:
+                    kept.pieces.popitem(last=False)
+            return kept.pieces[sent]
+
+
+class _Encoded:
+    """The encoded changes of one table, as of its last change."""
+
+    def __init__(self, changed_at: int) -> None:
+        self.changed_at = changed_at
+        self.pieces: OrderedDict[int | None, Sequence[skep.NetworkChange]] = OrderedDict()
+        """Encoded changes by the revision sent before."""
+        self.one_at_a_time = asyncio.Lock()
+        """A thousand streams may need the same change at once.  The first one encodes it."""

@@ -5,21 +5,21 @@ matter later become entries.  For a task, these are its start, its end and the r
 other states.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
-from skep.manager.journal.service_changes import spec_changes
 from skep.manager.services.job_runs import FAILED, of_present_run
+from skep.model.container import ContainerSpec
 from skep.model.history import JournalEntry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
 from skep.model.node_reports.conditions import disk_pressure
 from skep.model.secret import Config, Secret
-from skep.model.service import Service, UpdateState
+from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import words_of
@@ -462,3 +462,62 @@ def folded_requests(entries: Iterable[JournalEntry]) -> list[JournalEntry]:
         before = last.pop(key, None)
         last[key] = replace(entry, count=entry.count + before.count) if before is not None else entry
     return list(last.values())
+
+
+_NAMES_MAX = 5
+"""Names that one line lists."""
+_NAMED = frozenset({"image", "env", "secrets", "configs", "labels"})
+
+
+def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
+    """Yield one phrase per difference."""
+    before, after = (one.task_template.container_spec or ContainerSpec() for one in (old, new))
+    if before.image != after.image:
+        yield f"image {_short(before.image, after.image)} → {_short(after.image, before.image)}"
+    if old.mode.name != new.mode.name:
+        yield f"mode {old.mode.name} → {new.mode.name}"
+    elif old.mode.name == "replicated" and old.replicas != new.replicas:
+        yield f"replicas {old.replicas} → {new.replicas}"
+    yield from _phrase("environment", _variables(before.env), _variables(after.env))
+    yield from _phrase(
+        "secrets", *({one.secret_name: one for one in each.secrets} for each in (before, after))
+    )
+    yield from _phrase(
+        "configs", *({one.config_name: one for one in each.configs} for each in (before, after))
+    )
+    yield from _phrase("labels", old.labels, new.labels)
+    template = old.task_template, new.task_template
+    if template[0].force_update != template[1].force_update:
+        yield "all tasks will be replaced"
+    others = [
+        *_differing(before, after, _NAMED),
+        *_differing(*template, {"container_spec", "force_update"}),
+        *_differing(old, new, {"task_template", "mode", "labels"}),
+    ]
+    if others:
+        yield f"changed: {', '.join(others)}"
+
+
+def _short(image: str, other: str) -> str:
+    """Return the image without its digest, unless only the digest differs."""
+    name = image.partition("@")[0]
+    return name if name != other.partition("@")[0] else image
+
+
+def _variables(env: Iterable[str]) -> Mapping[str, Any]:
+    return {name: value for name, _, value in (variable.partition("=") for variable in env)}
+
+
+def _phrase(noun: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a phrase such as ``environment +A -B ~C``, with added, removed and changed names."""
+    marks = [f"+{name}" for name in after if name not in before]
+    marks += [f"-{name}" for name in before if name not in after]
+    marks += [f"~{name}" for name in after if name in before and before[name] != after[name]]
+    if marks:
+        more = f" and {len(marks) - _NAMES_MAX} more" if len(marks) > _NAMES_MAX else ""
+        yield f"{noun} {' '.join(marks[:_NAMES_MAX])}{more}"
+
+
+def _differing(old: Any, new: Any, said: Iterable[str]) -> list[str]:
+    names = [name for name in old.__struct_fields__ if name not in said]
+    return [name.replace("_", " ") for name in names if getattr(old, name) != getattr(new, name)]

@@ -172,7 +172,7 @@ class LogBroker:
         return subscription
 
     def _instead(self, subscription: LogSubscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
-        """Return lines that replace those of nodes that do not respond.
+        """Return lines that replace the lines of nodes that do not respond.
 
         They are the stored last lines of the nodes' tasks, unless the nodes have already sent lines, and a line that
         names each silent node.  Only followers get the latter, except for removed nodes, whose absence is never

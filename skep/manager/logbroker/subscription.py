@@ -61,7 +61,7 @@ class LogSubscription:
         self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._lines: MergeQueue[LogLine] = MergeQueue(attrgetter("timestamp_ns"), LINES_MAX)
         self._streams: dict[NodeId, Hashable] = {}
-        """The stream with the lines of each unfinished node.  It is the node's own stream, or that of its manager."""
+        """The stream with the lines of each unfinished node.  It is the stream of the node or of its manager."""
         self._holding_since: float | None = None
         self._is_present_reached = False
 

@@ -9,7 +9,7 @@ class Consensus(Protocol):
     """The members of the consensus, as this manager sees and changes them."""
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
-        """Return all members that this member knows, or with ``is_current`` those that a quorum knows.  Raises
+        """Return all members that this member knows, or with ``is_current`` the members that a quorum knows.  Raises
         Unavailable.
         """
 

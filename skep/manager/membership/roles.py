@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import msgspec
 
-from skep.manager.membership.quorum import keeps_quorum
 from skep.model.node import Node, NodeRole
 from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
@@ -133,3 +132,32 @@ class Learners:
         learners = [member for member in members if member.is_learner]
         self._since = {member.id: self._since.get(member.id, now) for member in learners}
         return [member for member in learners if now - self._since[member.id] >= LEARNING_S]
+
+
+def quorum(voters: int) -> int:
+    """Return how many of ``voters`` must agree, which is more than half.
+
+    ====== ====== =========
+    voters quorum tolerated
+    ====== ====== =========
+    1      1      0
+    2      2      0
+    3      2      1
+    4      3      1
+    5      3      2
+    6      4      2
+    7      4      3
+    ====== ====== =========
+
+    An even number of voters tolerates no more failures than the next smaller odd number.
+    """
+    return voters // 2 + 1
+
+
+def keeps_quorum(voters: Collection[str], reachable: Collection[str], leaving: str) -> bool:
+    """Whether the remaining voters still have a quorum once ``leaving`` has no vote.
+
+    Source: swarmkit, manager/state/raft/raft.go (CanRemoveMember).
+    """
+    staying = set(voters) - {leaving}
+    return bool(staying) and len(staying & set(reachable)) >= quorum(len(staying))

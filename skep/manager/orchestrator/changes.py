@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import NamesAnother, SkepError, Unavailable
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.services.dependents import requiring, restart_dependents

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, run_at_once
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import (
     FillSlot,

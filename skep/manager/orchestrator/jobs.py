@@ -21,7 +21,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     FillSlot,
     RemoveService,

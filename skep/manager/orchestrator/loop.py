@@ -1,19 +1,22 @@
-"""The orchestrator's loop: decides due services (``state``) and writes their changes."""
+"""The orchestrator's loop: decides due services (``state``) and writes their changes.
+
+The error of a decision is shown in the message of the service's update, before the update's own message.
+"""
 
 from random import Random
 
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import run_in_slices
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import write_each
-from skep.manager.loop_driver import LoopDriver
+from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.orchestrator.changes import Change, apply
-from skep.manager.orchestrator.decision_errors import clear_error, has_error, set_error
 from skep.manager.orchestrator.state import OrchestratorState
 from skep.model.node import Node
-from skep.model.service import Service
+from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import IdSource, ServiceId
@@ -85,3 +88,42 @@ class Orchestrator:
                     "write failed, will retry", what="changes", count=len(failed), reason=str(failed[0])
                 )
             changes = self.state.on_results(changes, results)
+
+
+FAILED = "orchestration failed"
+"""First words of a service's message when its decision raised an error."""
+UPDATE_SEPARATOR = "; the update: "
+"""Separates such an error from the message of the service's update."""
+
+
+def has_error(service: Service | None, error: str = "") -> bool:
+    """Whether the service shows ``error``, or by default any error of an earlier decision."""
+    status = service.update_status if service is not None else None
+    return status is not None and status.message.startswith(f"{FAILED}: {error}")
+
+
+def _own_message(status: UpdateStatus) -> str:
+    """Return the message of the update itself, such as a pause, whose cause is stored nowhere else."""
+    if not status.message.startswith(FAILED):
+        return status.message
+    return status.message.rpartition(UPDATE_SEPARATOR)[2] if UPDATE_SEPARATOR in status.message else ""
+
+
+def set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
+    """Write the error of a decision to the service, before the update's own message."""
+    service = tx.lookup(Service, service_id)
+    if service is not None:
+        status = service.update_status or UpdateStatus()
+        own = _own_message(status)
+        message = f"{FAILED}: {error}" + (f"{UPDATE_SEPARATOR}{own}" if own else "")
+        tx.put(replace(service, update_status=replace(status, message=message)))
+
+
+def clear_error(tx: Transaction, service_id: ServiceId) -> None:
+    """Clear the error and keep the update's own message."""
+    service = tx.lookup(Service, service_id)
+    if service is not None and service.update_status is not None and has_error(service):
+        status = service.update_status
+        own = _own_message(status) or ("update in progress" if status.state is UpdateState.UPDATING else "")
+        status = replace(status, message=own)
+        tx.put(replace(service, update_status=status if status.state is not None else None))

@@ -89,6 +89,15 @@ class ObservedTimes:
         """Whether the task ended in this term."""
         return task.id in self._ended
 
+    def is_unseen(self, task: Task, monitor_s: float) -> bool:
+        """Whether this leader does not know how long an ended task ran, because it ran or ended before the term."""
+        if not self.saw_end(task):
+            return task.status.state.is_terminal
+        ran_at, ended_at = self.running(task), self.ended(task)
+        if ran_at is None or ended_at is None or self.saw_start(task):
+            return False
+        return ended_at - ran_at <= monitor_s
+
     def retired(self, task: Task) -> float:
         """Return when the task was first observed to be retired.  Only valid for retired tasks."""
         return self._retired.get(task.id, self._began)

@@ -9,8 +9,8 @@ from skep.aio.time_slices import SlicedWork
 from skep.errors import SkepError, Unavailable
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.informer import batches_of
+from skep.manager.control_loops.loop_driver import Decision, Recheck
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.loop_driver import Decision, Recheck
 from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.orchestrator.changes import (
     Cause,
@@ -25,13 +25,12 @@ from skep.manager.orchestrator.convergence import deciding_all, deciding_some
 from skep.manager.orchestrator.decision_inputs import Situation, is_down_only
 from skep.manager.orchestrator.due_slots import DueSlots, SlotKey, slot_key
 from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
-from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.replacement.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
-from skep.manager.orchestrator.unwritten_changes import UnwrittenChanges
+from skep.manager.orchestrator.unwritten_changes import Refusals, UnwrittenChanges
 from skep.model.node import Node
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of

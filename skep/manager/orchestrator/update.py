@@ -51,9 +51,9 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork, collect_in_slices
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.diagnosis.unmet_needs import with_needs
-from skep.manager.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     ROLLED_BACK,
     Cause,
@@ -65,8 +65,7 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.decision_inputs import ROLLBACKS, Situation
-from skep.manager.orchestrator.early_failures import EarlyFailures
-from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.replacement.early_failures import EarlyFailures
 from skep.manager.orchestrator.replacement.held_places import blocks, excludes, holds
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import is_held
@@ -465,7 +464,7 @@ class _Rollout:
             return False
         if self._is_overdue(lead):
             return True
-        if not lead.ended_by_itself or lead.is_done or _is_unseen(lead, self._seen, self._monitor_s):
+        if not lead.ended_by_itself or lead.is_done or self._seen.is_unseen(lead, self._monitor_s):
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
@@ -515,16 +514,6 @@ def _may_serve(task: Task, situation: Situation) -> bool:
     return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
 
 
-def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
-    """Whether this leader does not know how long an ended task ran, because it ran or ended before the term."""
-    if not seen.saw_end(task):
-        return task.status.state.is_terminal
-    ran_at, ended_at = seen.running(task), seen.ended(task)
-    if ran_at is None or ended_at is None or seen.saw_start(task):
-        return False
-    return ended_at - ran_at <= monitor_s
-
-
 def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task | None, Task | None]:
     """Return the first attempt at the current version, and the first attempt that counts.
 
@@ -545,7 +534,7 @@ def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task
         if not _says_something(task, situation):
             continue
         first = first or task
-        is_unseen = is_past and _is_unseen(task, situation.seen, monitor_s(situation.rollout_config))
+        is_unseen = is_past and situation.seen.is_unseen(task, monitor_s(situation.rollout_config))
         if not (is_unseen or (is_past and situation.is_tolerated(task))):
             return first, task
     if is_given_up and made[-1].status.state.is_terminal and not _says_something(made[-1], situation):

@@ -113,7 +113,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     _refuse_templating(request, spec, "config")
     await manager.require_room(creates=True)
     if STACK_REVISION in spec.labels:
-        # The transaction marks deploys in progress, so this view must show those that other managers served.
+        # The transaction marks deploys in progress, so this view must include deploys that other managers served.
         await current_view(request)
     config = await manager.update(
         control.create_config,

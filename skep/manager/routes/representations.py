@@ -216,7 +216,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
 
     A slot of a one-shot service is done if its youngest task is.
 
-    For a global service, the desired number is that of its eligible nodes.  SwarmKit counts the service's tasks
+    For a global service, the desired number is the number of its eligible nodes.  SwarmKit counts the service's tasks
     instead, so it misses tasks that wait for their restart, and counts slots twice during an update.
 
     Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).

@@ -19,7 +19,7 @@ class GroupQueue(WorkQueue[Group]):
 
     Refused groups are set aside and become due again together.  Thousands of them, of any priority, may still not fit,
     and each decision may check every node.  So while other groups are due, refused groups get at most half of each
-    take, and those that are not decided within ``RETRIES_S`` wait for the next take.
+    take, and groups that are not decided within ``RETRIES_S`` wait for the next take.
     """
 
     def __init__(self, clock: Clock, priority: Callable[[Group], int]) -> None:

@@ -13,7 +13,7 @@ from random import Random
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
-from skep.manager.loop_driver import LoopDriver
+from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.scheduler.decision_writer import write_decisions
 from skep.manager.scheduler.groups import Group
 from skep.manager.scheduler.state import BATCH, WRITTEN, SchedulerState

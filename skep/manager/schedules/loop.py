@@ -6,7 +6,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.loop_driver import LoopDriver
+from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.schedules.state import Restored, SchedulesState, note_incarnation, write_decision
 from skep.model.service import Service
 from skep.model.values.ids import ServiceId

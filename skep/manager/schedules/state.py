@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.manager.control_loops.failures import Failures
+from skep.manager.control_loops.loop_driver import Decision, Recheck
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.loop_driver import Decision, Recheck
 from skep.manager.schedules.due import decided, next_due_ns, skipped_until
 from skep.model.options.schedules import CRON, parsed_schedule
 from skep.model.service import JobStatus, ScheduleStatus, Service

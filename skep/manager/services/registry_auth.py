@@ -65,7 +65,7 @@ def dropped_warnings(view: View, service: Service, given: str, kept: str) -> lis
 def follow_rollback(tx: Transaction, service: Service) -> None:
     """Select the credentials of ``service`` for its rollback, before it returns to its previous spec.
 
-    The newest credentials stay, because those of the previous spec, which Docker would restore, may have expired.  If
+    The newest credentials stay, because the previous spec's, which Docker would restore, may have expired.  If
     the previous image is in another registry, the credentials of the previous spec are restored.
     """
     assert service.previous_spec is not None, "a rollback needs a previous spec"

@@ -16,7 +16,7 @@ from skep.aio.failures import describe_error, log_error
 from skep.aio.groups import first_alone
 from skep.errors import FailedPrecondition, SkepError
 from skep.manager.control_loops.failures import Reported
-from skep.manager.loop_driver import LoopDriver
+from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.volumes.driver_calls import Confirm, DriverCalls, FindDriver
 from skep.manager.volumes.records import mark_doubtful, note, settle
 from skep.manager.volumes.state import VolumesState

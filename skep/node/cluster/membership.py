@@ -436,7 +436,7 @@ class Membership:
             await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
         except BaseException:
             if node.is_manager and self._runner is not None:
-                # Remove the raft member: one that does not run would make it harder for the next manager to reach a
+                # Remove the raft member. A stopped member would make it harder for the next manager to reach a
                 # quorum.
                 await self._leave_manager_group(self._runner)
             self._apply(MembershipEvent.ENTER_FAILED)
@@ -445,8 +445,8 @@ class Membership:
         self._apply(MembershipEvent.ENTERED)
 
     async def _look(self) -> None:
-        """Read the machine's networks again, because the cluster's networks must avoid those that have just
-        appeared.
+        """Read the machine's networks again, because the cluster's networks must avoid networks that have
+        just appeared.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_S):

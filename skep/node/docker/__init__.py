@@ -1,1 +1,1 @@
-"""The machine's Docker Engine beside Skep."""
+"""The machine's own Docker Engine."""

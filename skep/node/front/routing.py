@@ -51,7 +51,7 @@ class OwnObjects(Protocol):
 
     @property
     def has_volumes(self) -> bool:
-        """Whether this node stores volumes itself, at least those of services."""
+        """Whether this node stores volumes itself, at least volumes of services."""
 
 
 class LocalObjects:

@@ -155,7 +155,7 @@ class NodeSystem:
     def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Return the lines of a manager's response.
 
-        The manager is this node's own, or else the one that its session is with.
+        The manager is this node's own, or else the manager of its session.
         """
         return (self.reads.own if self._membership.is_manager else self.reads).lines(path, query)
 

@@ -30,7 +30,7 @@ class GiveUp(msgspec.Struct, frozen=True):
 
 
 def recent(ends: Sequence[float], now: float) -> tuple[float, ...]:
-    """Return those of ``ends`` (monotonic seconds) that are within ``CRASH_WINDOW_S`` before ``now``."""
+    """Return the ``ends`` (monotonic seconds) that are within ``CRASH_WINDOW_S`` before ``now``."""
     return tuple(end for end in ends if now - end < CRASH_WINDOW_S)
 
 

@@ -381,7 +381,7 @@ def _status_of(pid: int) -> int:
 
 
 _KEPT = 3
-"""The only descriptor besides the standard ones that a forked process may inherit."""
+"""The only descriptor that a forked process may inherit in addition to the standard ones."""
 
 
 def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:

@@ -44,7 +44,7 @@ class UsageReading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kept(readings: Sequence[UsageReading], new: UsageReading) -> tuple[UsageReading, ...]:
-    """Return ``readings`` and ``new``, the oldest first, without those that the average over the window does not need.
+    """Return ``readings`` and ``new``, the oldest first, without readings that the average does not need.
 
     If the container has changed or a counter has decreased, only ``new`` is kept.
     """

@@ -117,7 +117,7 @@ def _check_names(stack: Stack, report: ProblemReport) -> None:
             first = keys.setdefault(one.name, key)
             if first != key:
                 text = (
-                    f"its name in the cluster is {one.name}, which is that of {first}: give it another name"
+                    f"its name in the cluster is {one.name}, which {first} already uses: give it another name"
                 )
                 report.problems.append(FileProblem(one.place, f"{kind}.{key}", text))
 

@@ -1,7 +1,7 @@
 """Reads and changes the members of etcd's cluster, one at a time.
 
 A member joins as a learner, which does not count for the quorum, and is promoted when it has caught up.
-``manager.membership.quorum`` checks beforehand that a change leaves a quorum. etcd's own check is off, because it
+``manager.membership.roles`` checks beforehand that a change leaves a quorum. etcd's own check is off, because it
 refuses every join while any member is down.
 """
 

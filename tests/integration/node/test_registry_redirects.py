@@ -11,8 +11,9 @@ from aiohttp.test_utils import TestServer
 from yarl import URL
 
 from skep.engine.images.reference import parse_reference
+from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy
-from skep.engine.images.registry.registry import RegistryCredentials, RegistryError, RegistryRepository
+from skep.engine.images.registry.registry import RegistryError, RegistryRepository
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from tests.integration.node.test_image_pulls import Rogue, auth, wants_token

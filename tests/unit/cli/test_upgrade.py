@@ -11,9 +11,10 @@ from msgspec.structs import replace
 
 from skep.api.client.client import ApiClient
 from skep.cli.endpoint import HostOptions
-from skep.cli.maintain import maintenance, upgrade
+from skep.cli.maintain import maintenance, upgrade, upgrade_means
 from skep.cli.maintain.maintenance import LockHolder
-from skep.cli.maintain.upgrade import Means, _Upgrade
+from skep.cli.maintain.upgrade import _Upgrade
+from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import Unavailable
 from skep.model.options.labels import MAINTENANCE
@@ -177,7 +178,9 @@ def test_the_way_back_is_packed_from_the_former_version_alone(
     for name, text in programs.items():
         (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
         (binaries / name).chmod(0o755)
-    script = upgrade.REPLACE.replace(upgrade.FORMER, str(former)).replace("/var/lib/dpkg/info", str(info))
+    script = upgrade_means.REPLACE.replace(upgrade_means.FORMER, str(former)).replace(
+        "/var/lib/dpkg/info", str(info)
+    )
     done = subprocess.run(
         ["sh", "-c", f"umask 077\n{script}"],
         input=b"new",

@@ -12,8 +12,8 @@ from skep.engine.api.builds import _credentials
 from skep.engine.buildkit.routes import _json, _Output
 from skep.engine.confinement import seccomp
 from skep.engine.confinement.machine import device_rule
+from skep.engine.images.registry.credentials import RegistryCredentials, decode_credentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
-from skep.engine.images.registry.registry import RegistryCredentials, decode_credentials
 from skep.engine.log_drivers.transport import host_and_port
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import InvalidArgument, SkepError

@@ -6,8 +6,7 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.imports.document import read_back
-from skep.imports.fleet import imported
-from skep.imports.units import unit_of
+from skep.imports.fleet import imported, unit_of
 
 APACHE = """
 [Unit]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.link.last_seen import SILENT_S, ManagersLastSeen
+from skep.manager.link.loop import SILENT_S, ManagersLastSeen
 from skep.model.values.ids import NodeId
 
 A, B = NodeId("a"), NodeId("b")

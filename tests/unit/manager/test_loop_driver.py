@@ -12,8 +12,8 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.aio import time_slices
 from skep.errors import FailedPrecondition
 from skep.manager.control_loops.failures import LONGEST_DELAY_S, Failures
+from skep.manager.control_loops.loop_driver import Decision, LoopDriver, Recheck
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.loop_driver import Decision, LoopDriver, Recheck
 from skep.store.interface import Commit, Created, Transaction, View
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore

@@ -441,11 +441,11 @@ volumes: {orders: {external: true}, data: {}}
         ),
         (
             "services: {w: {image: w}}\nconfigs: {a: {name: c, content: x}, b: {name: c, content: y}}",
-            "f:2:40: configs.b: its name in the cluster is c, which is that of a: give it another name",
+            "f:2:40: configs.b: its name in the cluster is c, which a already uses: give it another name",
         ),
         (
             "services: {w: {image: w, networks: [a, b]}}\nnetworks: {a: {name: n}, b: {name: n}}",
-            "f:2:29: networks.b: its name in the cluster is n, which is that of a: give it another name",
+            "f:2:29: networks.b: its name in the cluster is n, which a already uses: give it another name",
         ),
         (
             "services: {w: {image: w, deploy: {mode: global, replicas: 2}}}",

@@ -21,7 +21,7 @@ from skep.store.etcd.errors import (
 from skep.store.etcd.process import damage
 from skep.store.etcd.process.binary import check_upgrade, check_version, find_binary
 from skep.store.etcd.process.flags import MemberSettings, PeerFiles, arguments, environment
-from skep.store.etcd.process.output import EtcdOutput
+from skep.store.etcd.process.member import EtcdOutput
 from tests.support.etcd_rig import member_settings
 
 

@@ -1,6 +1,6 @@
 """Raises the limits of the kernel's neighbor tables, which all network namespaces of a machine share.
 
-Each container needs an entry for each other one that it talks to.  Linux keeps 1,024 entries, so some forty containers
+A container needs an entry for each container that it talks to.  Linux keeps 1,024 entries, so some forty containers
 that all talk to each other fill the table, and connections then fail at random.  Entries that Skep adds for overlays
 are permanent and do not count.  So the limits are raised at start (never lowered), and the counter of overflows is
 watched.

@@ -1,7 +1,7 @@
 """Build checks: constructions in a Dockerfile that are valid but probably a mistake.  Pure.
 
 Names, texts and order are BuildKit's.  ``# check=skip=NAME,...;error=true`` selects the checks of a Dockerfile.  A
-comment ``# check=skip=NAME`` selects those of the next instruction.
+comment ``# check=skip=NAME`` selects the checks of the next instruction.
 
 Source: buildkit, frontend/dockerfile/linter (ruleset.go, linter.go), dockerfile2llb/validations.go, convert.go.
 """

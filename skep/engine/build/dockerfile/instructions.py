@@ -1,6 +1,6 @@
 """Typed instructions of a Dockerfile, and its stages.
 
-Messages are those of moby 20.10 for the instructions that it has.
+Messages are moby 20.10's for the instructions that it has.
 
 Source: buildkit, frontend/dockerfile/instructions (parse.go, commands.go, commands_runmount.go, bflag.go).
 """

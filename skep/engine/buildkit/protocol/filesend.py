@@ -1,6 +1,6 @@
 """Sends the result of a build to its client: as an archive, or file by file in fsutil's protocol.
 
-The engine lists the files of the result, and the client requests the contents of those that it does not have.  They are
+The engine lists the files of the result, and the client requests the contents of files that it does not have.  They are
 read from one archive, a file of the engine, so the result is never unpacked here.
 
 Source: moby/buildkit, session/filesync, exporter/local, exporter/tar; tonistiigi/fsutil, send.go, walker.go, stat.go.

@@ -333,7 +333,7 @@ def _next_member(
 ) -> tarfile.TarInfo | None:
     """Return the member after ``last``, or None after the last one.
 
-    An archive may end with the content of its last file, as that of ``docker build -f -`` does: Go's reader requires
+    An archive may end with the content of its last file, as it does from ``docker build -f -``: Go's reader requires
     neither the padding nor the end marker.
     """
     try:

@@ -1,8 +1,9 @@
-"""Gets registry credentials from helper programs (``docker-credential-NAME``) that the node's configuration names.
+"""Registry credentials, as clients send them or helper programs provide them.
 
-Tokens of large registries expire within hours, so the token that a service was created with does not help a task that
-is placed later.  A program on the node provides a fresh token whenever an image is pulled.  Its output is kept in
-memory for some seconds, so many tasks that start together run it once.
+The node's configuration names the programs (``docker-credential-NAME``).  Tokens of large registries expire within
+hours, so the token that a service was created with does not help a task that is placed later.  A program on the node
+provides a fresh token whenever an image is pulled.  Its output is kept in memory for some seconds, so many tasks that
+start together run it once.
 
 Source: docker/docker-credential-helpers, README (Development), client/client.go, credentials/error.go; docker/cli,
 cli/config/credentials/native_store.go.
@@ -21,7 +22,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.race import unless_done
 from skep.engine.images.reference import DEFAULT_DOMAIN
-from skep.engine.images.registry.registry import RegistryCredentials
+from skep.model.permissions.registry_auth import decoded_auth, registry_at
 
 log = structlog.get_logger()
 
@@ -42,6 +43,38 @@ _TOKEN_USER = "<token>"
 """User name that marks the secret as an identity token."""
 _INDEX = "https://index.docker.io/v1/"
 """Name of Docker Hub in credential stores."""
+
+
+class RegistryCredentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "")):
+    """Credentials from ``X-Registry-Auth``.  Never stored, never logged."""
+
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""
+    registry_token: str = ""
+    server_address: str = ""
+    """Address of the registry that they are for.  Empty if the client sent them with the image's name."""
+
+    def for_registry(self, domain: str) -> "RegistryCredentials":
+        """Return these credentials if they may be sent to the registry ``domain``, else none."""
+        if not self.server_address or registry_at(self.server_address) == registry_at(domain):
+            return self
+        return RegistryCredentials()
+
+    def __repr__(self) -> str:
+        return f"Credentials(username={self.username!r})"
+
+    def __bool__(self) -> bool:
+        """Whether there are any credentials."""
+        return bool(self.username or self.identity_token or self.registry_token)
+
+
+def decode_credentials(header: str) -> RegistryCredentials:
+    """Return the credentials in ``X-Registry-Auth``.  An invalid value means none, as in Docker."""
+    try:
+        return msgspec.convert(decoded_auth(header), RegistryCredentials)
+    except (ValueError, RecursionError):
+        return RegistryCredentials()
 
 
 class Provided(msgspec.Struct, frozen=True):

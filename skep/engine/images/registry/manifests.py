@@ -61,7 +61,7 @@ def decoded(document: Document) -> Manifest:
 
 
 def require_image(manifest: Manifest) -> None:
-    """Refuse manifests that do not describe an image, such as those of plugins and charts.
+    """Refuse manifests that do not describe an image, such as manifests of plugins and charts.
 
     Raises: InvalidArgument: with Docker's texts.
 

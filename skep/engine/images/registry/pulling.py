@@ -28,6 +28,7 @@ from skep.engine.images.local import LocalImages
 from skep.engine.images.platforms import ImagePlatform, choose, parse_platform, require_platform
 from skep.engine.images.progress import ProgressMessage, Report, quiet, step, transfer
 from skep.engine.images.reference import Reference
+from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.registry.manifests import Descriptor, Manifest, decoded, require_image
 from skep.engine.images.registry.registry import (
@@ -35,7 +36,6 @@ from skep.engine.images.registry.registry import (
     Absent,
     Denied,
     Document,
-    RegistryCredentials,
     RegistryError,
     at_endpoints,
 )

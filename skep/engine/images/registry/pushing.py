@@ -22,6 +22,7 @@ from skep.engine.images.layers import Blob
 from skep.engine.images.local import LocalImages
 from skep.engine.images.progress import ProgressMessage, Report, quiet, step, transfer
 from skep.engine.images.reference import Reference
+from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.registry.manifests import Manifest, decoded
 from skep.engine.images.registry.pulling import run_with_retries
@@ -32,7 +33,6 @@ from skep.engine.images.registry.registry import (
     SHORT_TIMEOUT,
     Document,
     NoCredentials,
-    RegistryCredentials,
     RegistryRepository,
     at_endpoints,
 )

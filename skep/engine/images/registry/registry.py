@@ -29,6 +29,7 @@ from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
 from skep.engine.images.reference import Reference
+from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.endpoints import (
     RegistryEndpoint,
     RegistryPolicy,
@@ -38,7 +39,6 @@ from skep.engine.images.registry.endpoints import (
 )
 from skep.engine.images.registry.refusals import NOT_JSON, read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
-from skep.model.permissions.registry_auth import decoded_auth, registry_at
 
 T = TypeVar("T")
 
@@ -99,30 +99,6 @@ class Denied(Absent):
     """The registry denies access, or has no such image: its message is the same in both cases."""
 
 
-class RegistryCredentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "")):
-    """Credentials from ``X-Registry-Auth``.  Never stored, never logged."""
-
-    username: str = ""
-    password: str = ""
-    identity_token: str = ""
-    registry_token: str = ""
-    server_address: str = ""
-    """Address of the registry that they are for.  Empty if the client sent them with the image's name."""
-
-    def for_registry(self, domain: str) -> "RegistryCredentials":
-        """Return these credentials if they may be sent to the registry ``domain``, else none."""
-        if not self.server_address or registry_at(self.server_address) == registry_at(domain):
-            return self
-        return RegistryCredentials()
-
-    def __repr__(self) -> str:
-        return f"Credentials(username={self.username!r})"
-
-    def __bool__(self) -> bool:
-        """Whether there are any credentials."""
-        return bool(self.username or self.identity_token or self.registry_token)
-
-
 class _Tags(msgspec.Struct, frozen=True):
     tags: tuple[str, ...] | None = None
 
@@ -144,14 +120,6 @@ class Document(msgspec.Struct, frozen=True):
     def digest(self) -> Digest:
         """Digest of its bytes, by which the registry addresses it."""
         return digest_of(self.content)
-
-
-def decode_credentials(header: str) -> RegistryCredentials:
-    """Return the credentials in ``X-Registry-Auth``.  An invalid value means none, as in Docker."""
-    try:
-        return msgspec.convert(decoded_auth(header), RegistryCredentials)
-    except (ValueError, RecursionError):
-        return RegistryCredentials()
 
 
 class RegistryConnection:

@@ -12,14 +12,10 @@ import aiohttp
 import msgspec
 
 from skep.engine.images.reference import DEFAULT_DOMAIN
+from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy, session_for
 from skep.engine.images.registry.refusals import NOT_JSON, read_bounded
-from skep.engine.images.registry.registry import (
-    SHORT_TIMEOUT,
-    RegistryConnection,
-    RegistryCredentials,
-    RegistryError,
-)
+from skep.engine.images.registry.registry import SHORT_TIMEOUT, RegistryConnection, RegistryError
 from skep.errors import InvalidArgument, SkepError
 
 LIMIT_DEFAULT = 25

@@ -75,7 +75,7 @@ FindSources: TypeAlias = Callable[[], Awaitable[Sequence[ImageSource]]]
 """Returns the nodes that may have an image by now.  The same node is always the same object.  Raises: SkepError."""
 
 
-class Neighbours(Protocol):
+class Neighbors(Protocol):
     """Other nodes of the cluster (``agent.images.ClusterSources``)."""
 
     def sources(self, reference: Reference) -> AbstractAsyncContextManager[FindSources]:
@@ -144,10 +144,8 @@ class NodeFetcher:
     ``rng`` returns random numbers from 0 to 1.
     """
 
-    def __init__(
-        self, neighbours: Neighbours, clock: Clock, rng: Callable[[], float] = random.random
-    ) -> None:
-        self._neighbours = neighbours
+    def __init__(self, neighbors: Neighbors, clock: Clock, rng: Callable[[], float] = random.random) -> None:
+        self._neighbors = neighbors
         self._clock = clock
         self._rng = rng
         self._distrusted: dict[str, float] = {}
@@ -161,7 +159,7 @@ class NodeFetcher:
         For ``only_own`` see ``ImageSpread``.  Raises: Unavailable: this node is not in a cluster, or reaches no
         manager.
         """
-        async with self._neighbours.sources(reference) as find:
+        async with self._neighbors.sources(reference) as find:
             yield ImageSpread(reference, find, self._clock, self._rng, self._distrusted, only_own=only_own)
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from skep.api.access.permissions import STACK_LABEL, KnownObject, NewObject, sees
 from skep.api.formats.networks import PREDEFINED_LABEL
 from skep.errors import SkepError
-from skep.manager.control.validation.reserved_ports import reserved_ports
+from skep.manager.cluster import reserved_ports_of
 from skep.manager.nodes.trust import machine_log, trusted_of
 from skep.model.container import ContainerSpec
 from skep.model.needs import sources_of
@@ -113,7 +113,7 @@ def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
 def known_service(view: View, service: Service) -> KnownObject:
     """Return the facts about a service.
 
-    Its rights include those of a job's current run, and of the spec that a rollback would restore.
+    Its rights include the rights of a job's current run, and of the spec that a rollback would restore.
     """
     specs = specs_in_use(view, service)
     rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")
@@ -206,3 +206,14 @@ def _by_name(view: View, kind: type[Secret] | type[Config], name: str) -> KnownO
 
 def _by_id(found: Any) -> KnownObject | None:
     return KnownObject(id=found.id, stack=stack_of(found.spec.labels)) if found is not None else None
+
+
+def reserved_ports(view: View, spec: ServiceSpec) -> Iterator[str]:
+    """Yield the reserved ports that a service would publish, in ingress or host mode, with their uses."""
+    ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
+    if not any(port.published_port for port in ports):
+        return
+    reserved = reserved_ports_of(view)
+    for port in ports:
+        if use := reserved.get((port.protocol, port.published_port)):
+            yield f"the reserved port {port.published_port}/{port.protocol} ({use})"

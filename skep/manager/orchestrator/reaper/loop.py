@@ -4,7 +4,7 @@ from functools import partial
 from random import Random
 
 from skep.aio.clock import Clock
-from skep.manager.loop_driver import LoopDriver
+from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.orchestrator.reaper.removals import write
 from skep.manager.orchestrator.reaper.state import Key, ReaperState
 from skep.model.node import Node

@@ -8,8 +8,8 @@ from typing import NewType
 from skep.aio.clock import Clock
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.informer import batches_of
+from skep.manager.control_loops.loop_driver import Decision, Recheck
 from skep.manager.control_loops.work_queue import WorkQueue
-from skep.manager.loop_driver import Decision, Recheck
 from skep.manager.orchestrator.reaper.history import (
     attempts_kept,
     history_limit,

@@ -28,7 +28,7 @@ from math import inf
 
 from msgspec.structs import replace
 
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
     FillSlot,
     ReplaceTask,

@@ -161,7 +161,7 @@ class VolumeUses:
             self._enter(known)
 
     def release(self, task_id: TaskId, uses: Iterable[VolumeUse]) -> Sequence[VolumeId]:
-        """Remove a task's volumes.  Returns those of them that a node may be able to use now although it could not
+        """Remove a task's volumes.  Returns volumes that a node may be able to use now although it could not
         before.
         """
         freed = []

@@ -100,7 +100,7 @@ def reserve_candidate(
 
 
 class Occupants:
-    """Finds the tasks on nodes that may be stopped for a task of priority ``below``, and those that leave anyway."""
+    """Finds the tasks on nodes that may be stopped for a task of priority ``below``, and tasks that leave anyway."""
 
     def __init__(
         self, view: Callable[[], View], priorities: Priorities, below: int, least: int = -PRIORITY_MAX

@@ -4,9 +4,9 @@ import json
 import pytest
 
 from skep.engine.images.platforms import ImagePlatform, choose, parse_platform
+from skep.engine.images.registry.credentials import RegistryCredentials, decode_credentials
 from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy
 from skep.engine.images.registry.manifests import Descriptor
-from skep.engine.images.registry.registry import RegistryCredentials, decode_credentials
 from skep.errors import InvalidArgument, NotFound
 
 

@@ -4,8 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.control.validation.new_objects import known_service, machine_rights
-from skep.manager.control.validation.reserved_ports import reserved_ports
+from skep.manager.control.validation.new_objects import known_service, machine_rights, reserved_ports
 from skep.model.node import ManagerStatus
 from skep.model.service import EndpointSpec, PortConfig, PublishMode, Service, ServiceSpec
 from skep.model.swarm import Swarm

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.manager.membership.quorum import keeps_quorum, quorum
+from skep.manager.membership.roles import keeps_quorum, quorum
 
 TABLE = {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2, 7: 3, 8: 3, 9: 4}
 

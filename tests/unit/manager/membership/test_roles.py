@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.membership.quorum import keeps_quorum
 from skep.manager.membership.roles import (
     LEARNING_S,
     Demote,
@@ -14,6 +13,7 @@ from skep.manager.membership.roles import (
     Promote,
     TransferLeadership,
     Withdraw,
+    keeps_quorum,
     next_steps,
 )
 from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeRole, NodeSpec, Reachability

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.time_slices import run_at_once
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import RemoveService, Step
 from skep.manager.orchestrator.convergence import deciding_all, deciding_some
 from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import FillSlot, RemoveService, SettleRun
 from skep.manager.schedules.due import decided
 from skep.manager.services.job_runs import COMPLETED, FAILED, is_going, outcome, retried

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import Cause, FillSlot, RemoveService, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import attempts_kept, surplus_history
 from skep.manager.orchestrator.slots import age

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import PortTaken, ResourceExhausted, Unavailable
-from skep.manager.orchestrator import changes, decision_errors
+from skep.manager.orchestrator import changes
+from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.container import ContainerSpec, SecretReference
@@ -148,14 +149,15 @@ def test_an_error_that_the_store_does_not_clear_is_cleared_later(
     led: Led, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[float] = []
+    clear_error = orchestrator_loop.clear_error
 
     def clear(tx: Transaction, id: ServiceId) -> None:
         tried.append(led.loop.time())
         if len(tried) == 1:
             raise Unavailable("no response in time")
-        decision_errors.clear_error(tx, id)
+        clear_error(tx, id)
 
-    monkeypatch.setattr("skep.manager.orchestrator.loop.clear_error", clear)
+    monkeypatch.setattr(orchestrator_loop, "clear_error", clear)
     status = UpdateStatus(message="orchestration failed: ResourceExhausted: transaction too large")
     led.write(lambda tx: tx.put(replace(a_service(replicas=0), update_status=status)))
     led.run_for(5)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, apply
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, Node, NodeState

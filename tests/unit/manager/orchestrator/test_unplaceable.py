@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.early_failures import step_seconds_max
+from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import Resources, ServiceSpec, UpdateConfig, UpdateFailureAction, UpdateState

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import RetireTask, SetUpdateStatus, apply
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node

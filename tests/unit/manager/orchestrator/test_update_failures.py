@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.manager.orchestrator.slots import age

@@ -4,9 +4,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.updates import PAUSED_BY_USER, abort_update, pause_update, resume_update
-from skep.manager.loop_driver import Recheck
-from skep.manager.orchestrator.early_failures import step_seconds_max
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.model.service import UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
 from skep.model.values.meta import Version

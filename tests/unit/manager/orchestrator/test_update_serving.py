@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import ReplaceTask
-from skep.manager.orchestrator.early_failures import step_seconds_max
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.model.service import (
     PortConfig,
     PublishMode,

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import StartTask
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.node import Availability, NodeState

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork
-from skep.manager.loop_driver import Recheck
+from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator import convergence, replicated, slots, update
 from skep.manager.orchestrator.changes import (
     Change,

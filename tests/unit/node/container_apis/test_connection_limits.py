@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.model.values.ids import ContainerId
-from skep.node.container_apis.connection_limits import AdmissionDecision, Evict, decide
+from skep.node.container_apis.server import AdmissionDecision, Evict, decide
 
 A, B, C = (ContainerId(one * 64) for one in "abc")
 

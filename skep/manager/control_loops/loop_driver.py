@@ -75,10 +75,10 @@ class LoopDriver(Generic[K]):
     async def run(
         self,
         work: Callable[[list[K]], Awaitable[None]],
-        *beside: Callable[[], Coroutine[None, None, None]],
+        *jobs: Callable[[], Coroutine[None, None, None]],
         has_rest: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Pass due keys to ``work`` until cancelled, with ``beside`` running too.
+        """Pass due keys to ``work`` until cancelled, and run ``jobs`` at the same time.
 
         All of them start again from a new snapshot if the watch lagged.
 
@@ -91,7 +91,7 @@ class LoopDriver(Generic[K]):
             self._catch_up = catch_up
             await run_in_slices(self._loading, self._clock)
             async with asyncio.TaskGroup() as self._jobs:
-                for job in beside:
+                for job in jobs:
                     self.spawn(job(), job.__name__)
                 while True:
                     queue = self._state.queue
@@ -112,7 +112,7 @@ class LoopDriver(Generic[K]):
         next(self._loading, None)
 
     def spawn(self, job: Coroutine[None, None, None], name: str) -> None:
-        """Run ``job`` beside the passes.  It is cancelled if the watch lagged."""
+        """Run ``job`` concurrently with the passes.  It is cancelled if the watch lagged."""
         self._jobs.create_task(job, name=name)
 
     async def catch_up(self) -> None:
