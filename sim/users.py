@@ -34,6 +34,7 @@ from sim.random_specs import (
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
+from sim.role_users import RoleUsers
 from sim.storage import DRIVER
 from sim.upgrades import Upgrades
 from skep.api.errors import status_of
@@ -123,6 +124,7 @@ class Users:
             if extensions is not None
             else None
         )
+        self._role_users = RoleUsers(cluster, extensions, self._note) if extensions is not None else None
         if extensions is not None:
             self._actions += (
                 *(self._create, self._scale, self._update),
@@ -130,6 +132,7 @@ class Users:
                 *(self._reprioritize, self._rotate, self._quota, self._quota),
                 *(self._volume, self._set_cluster, self._user, self._load, self._rotate_root),
                 *(self._upgrade, self._upgrade),
+                *(self._act_in_role,) * 4,
             )
 
     def act(self) -> None:
@@ -149,7 +152,7 @@ class Users:
         """Make the first requests: create a service, or several with volumes to share and settings of the cluster."""
         actions = [self._create]
         if self._extensions is not None:
-            first = (self._volume, self._volume, self._set_cluster, self._quota)
+            first = (self._volume, self._volume, self._set_cluster, self._quota, self._user)
             actions = [*first, *[self._create] * FIRST_SERVICES]
         for action in actions:
             self._begin(action)
@@ -431,6 +434,8 @@ class Users:
         self._cluster.nano_cpus = lambda _: None
         if self._upgrades is not None:
             await self._upgrades.end()
+        if self._role_users is not None:
+            await self._role_users.end()
         for service in self._cluster.view.find(Service):
             attempts = 0
             while CRON in service.spec.labels and not self._is_suspended(service.id):
@@ -453,7 +458,7 @@ class Users:
             await asyncio.sleep(0.2)
 
     def a_free_spec(self, is_usable: Callable[[ServiceSpec], bool]) -> ServiceSpec | None:
-        """Draw specs until one is usable and has a free name.  Return None if there is none after many draws."""
+        """Draw specs, and return the first usable one with a free name, or None after ``DRAWS_MAX`` draws."""
         view = self._cluster.view
         taken = {one.spec.name.lower() for one in view.find(Service)}
         drawn = (self._draw(view) for _ in range(DRAWS_MAX))
@@ -580,6 +585,11 @@ class Users:
         """Begin ``skep upgrade`` of all workers."""
         if self._upgrades is not None:
             self._upgrades.act()
+
+    async def _act_in_role(self) -> None:
+        """Let a user with roles send a request."""
+        if self._role_users is not None:
+            self._role_users.act()
 
     async def _user(self) -> None:
         """Create a user, change a user's roles, or remove a user."""
