@@ -18,7 +18,13 @@ from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
-from skep.agent.executor.simulated import Behavior, SimulatedController, SimulatedExecutor, SimulatedMachine
+from skep.agent.executor.simulated import (
+    Behavior,
+    SimulatedController,
+    SimulatedExecutor,
+    SimulatedMachine,
+    container_id_of,
+)
 from skep.agent.session.last_seen import LastSeen
 from skep.agent.session.managers import KnownManager, ManagerList
 from skep.agent.session.reports import Reports
@@ -36,7 +42,7 @@ from skep.model.node import NodeDescription
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.options.autoscaling import TaskUsage
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
-from skep.model.task import AssignedTask, Task
+from skep.model.task import AssignedTask, ContainerStatus, Task
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.values.ids import ContainerId, NodeId, TaskId
 from skep.node.telemetry.task_usage import UsageReading, kept, usage_of
@@ -311,6 +317,12 @@ class _ImageController(SimulatedController):
         self._task = task
         self._clock = executor.clock
         self._image = image_of(task.task)
+
+    def observed(self) -> Running | None:
+        if (running := super().observed()) is not None or self._id not in self._node.machine.interrupted:
+            return running
+        # A power loss ends the process, but the container with its ID stays on the disk.
+        return Running(container=ContainerStatus(container_id=container_id_of(self._id)))
 
     async def prepare(self) -> None:
         if self._image in self._node.broken_images:

@@ -10,6 +10,9 @@ from sim.invariants.placement import homes_of
 from sim.users import Users, forced
 from skep.manager.routes.extensions.placement import accounting_of
 from skep.manager.scheduler.explaining.dry_run import DryRun, PlannedPlacement
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.labels import OnDisconnect, VolumeAffinity, disconnect_policy, volume_affinity
 from skep.model.service import Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId
@@ -23,9 +26,15 @@ EARLIER_LEADER_S = 75.0
 
 
 def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> None:
-    """Force an update of a steady service.  If the dry run accepts it, no task may stay without a node."""
-    services = [one for one in cluster.view.find(Service) if _can_be_tried(cluster, one)]
-    if not services:
+    """Force an update of a steady service.  If the dry run accepts it, no task may stay without a node.
+
+    Most runs end without a steady service, because images are broken, jobs have ended, or numbers of tasks change.
+    Then users create a service that can be steady, and its creation is tried in the same way.
+    """
+    if not (services := _tryable(cluster)):
+        _try_a_service(cluster, users)
+        services = _tryable(cluster)
+    if not services or cluster.observer.violations:
         return
     # A task with a cluster volume competes with the task that it replaces.
     sharing = [one for one in services if any(task.volumes for task in cluster.wanted(one.id))]
@@ -33,6 +42,18 @@ def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> No
     check_planned(
         cluster, id, forced(cluster.view.get(Service, id).spec), lambda: cluster.do(users.force(id))
     )
+
+
+def _tryable(cluster: SimulatedCluster) -> list[Service]:
+    return [one for one in cluster.view.find(Service) if _can_be_tried(cluster, one)]
+
+
+def _try_a_service(cluster: SimulatedCluster, users: Users) -> None:
+    """Create a service.  If the dry run accepts it, no task may stay without a node."""
+    if (spec := users.a_free_spec(_can_be_steady)) is None:
+        return
+    id = users.next_id()
+    check_planned(cluster, id, spec, lambda: cluster.do(users.create(id, spec)))
 
 
 def check_planned(
@@ -59,6 +80,18 @@ def check_planned(
 def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:
     tasks = cluster.view.find(Task, service_id=id)
     return [task for task in tasks if task.is_wanted and task.status.state is TaskState.PENDING]
+
+
+def _can_be_steady(spec: ServiceSpec) -> bool:
+    """Return whether the dry run considers everything that decides on the placement of a new service's tasks."""
+    update, labels = spec.update_config, spec.labels
+    return (
+        spec.mode.name in ("replicated", "global")
+        and (update is None or update.order is UpdateOrder.STOP_FIRST)
+        and not labels.keys() & {AUTOSCALE, DEPENDS_ON}
+        and volume_affinity(labels) is not VolumeAffinity.REQUIRED
+        and disconnect_policy(labels).action is not OnDisconnect.STOP
+    )
 
 
 def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:

@@ -34,6 +34,7 @@ from sim.random_specs import (
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
+from sim.role_users import RoleUsers
 from sim.storage import DRIVER
 from sim.upgrades import Upgrades
 from skep.api.errors import status_of
@@ -69,7 +70,7 @@ from skep.model.values.meta import Driver
 from skep.model.values.times import moment, timestamp
 from skep.model.volume import AccessMode, TypeMount, Volume, VolumeScope, VolumeSharing, VolumeSpec
 from skep.store.etcd.store import EtcdStore
-from skep.store.interface import Transaction
+from skep.store.interface import Transaction, View
 from skep.store.space import refusal
 
 T = TypeVar("T")
@@ -88,6 +89,8 @@ ACCESS_MODES = (
     AccessMode(sharing=VolumeSharing.ONE_WRITER, mount_volume=TypeMount()),
     AccessMode(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL, mount_volume=TypeMount()),
 )
+DRAWS_MAX = 100
+"""Draws of a spec.  About one in ten is of a service that can be steady."""
 LATE = 0.1
 """Probability that a change is based on the previous version of an object."""
 
@@ -121,6 +124,7 @@ class Users:
             if extensions is not None
             else None
         )
+        self._role_users = RoleUsers(cluster, extensions, self._note) if extensions is not None else None
         if extensions is not None:
             self._actions += (
                 *(self._create, self._scale, self._update),
@@ -128,6 +132,7 @@ class Users:
                 *(self._reprioritize, self._rotate, self._quota, self._quota),
                 *(self._volume, self._set_cluster, self._user, self._load, self._rotate_root),
                 *(self._upgrade, self._upgrade),
+                *(self._act_in_role,) * 4,
             )
 
     def act(self) -> None:
@@ -147,7 +152,7 @@ class Users:
         """Make the first requests: create a service, or several with volumes to share and settings of the cluster."""
         actions = [self._create]
         if self._extensions is not None:
-            first = (self._volume, self._volume, self._set_cluster, self._quota)
+            first = (self._volume, self._volume, self._set_cluster, self._quota, self._user)
             actions = [*first, *[self._create] * FIRST_SERVICES]
         for action in actions:
             self._begin(action)
@@ -222,11 +227,14 @@ class Users:
             return
         since = self._responses.present
         store = await self._store(creates=True)
-        id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
-        await self._request_service(store, since, id, self._a_spec(store))
+        id = self.next_id()
+        await self._request_service(store, since, id, self._draw(store.view()))
 
-    def _a_spec(self, store: EtcdStore) -> ServiceSpec:
-        view = store.view()
+    def next_id(self) -> ServiceId:
+        """Return the ID of the next service."""
+        return ServiceId(f"s{len(self._acknowledgements.services) + 1}")
+
+    def _draw(self, view: View) -> ServiceSpec:
         networks = [one.id for one in view.find(Network) if one.spec.name.startswith(NETWORK)]
         dependencies = Dependencies(
             networks=tuple(networks),
@@ -302,8 +310,8 @@ class Users:
         since = self._responses.present
         if self._random.random() < 0.5:
             store = await self._store(creates=True)
-            id = ServiceId(f"s{len(self._acknowledgements.services) + 1}")
-            await self._request_service(store, since, id, invalidated(self._a_spec(store), self._random))
+            id = self.next_id()
+            await self._request_service(store, since, id, invalidated(self._draw(store.view()), self._random))
             return
         await self._change(self._random.choice((self._invalidated, _of_another_mode, _renamed)))
 
@@ -426,6 +434,8 @@ class Users:
         self._cluster.nano_cpus = lambda _: None
         if self._upgrades is not None:
             await self._upgrades.end()
+        if self._role_users is not None:
+            await self._role_users.end()
         for service in self._cluster.view.find(Service):
             attempts = 0
             while CRON in service.spec.labels and not self._is_suspended(service.id):
@@ -446,6 +456,31 @@ class Users:
             with suppress(SkepError):
                 await self._change(forced, id)
             await asyncio.sleep(0.2)
+
+    def a_free_spec(self, is_usable: Callable[[ServiceSpec], bool]) -> ServiceSpec | None:
+        """Draw specs, and return the first usable one with a free name, or None after ``DRAWS_MAX`` draws."""
+        view = self._cluster.view
+        taken = {one.spec.name.lower() for one in view.find(Service)}
+        drawn = (self._draw(view) for _ in range(DRAWS_MAX))
+        return next((one for one in drawn if one.name.lower() not in taken and is_usable(one)), None)
+
+    async def create(self, id: ServiceId, spec: ServiceSpec) -> None:
+        """Create a service once a manager serves.  A refusal is recorded in the trace.
+
+        Its outcome may be unknown, so it is not repeated: the repetition of a committed request would be refused.
+        """
+        since = self._responses.present
+        for _ in range(ATTEMPTS_MAX):
+            try:
+                store = await self._store(creates=True)
+            except Unavailable:
+                await asyncio.sleep(0.2)
+                continue
+            try:
+                await self._request_service(store, since, id, spec)
+            except SkepError as error:
+                self._cluster.trace.add(f"user: {type(error).__name__}: {error}")
+            return
 
     def _is_suspended(self, id: ServiceId) -> bool:
         service = self._cluster.view.lookup(Service, id)
@@ -550,6 +585,11 @@ class Users:
         """Begin ``skep upgrade`` of all workers."""
         if self._upgrades is not None:
             self._upgrades.act()
+
+    async def _act_in_role(self) -> None:
+        """Let a user with roles send a request."""
+        if self._role_users is not None:
+            self._role_users.act()
 
     async def _user(self) -> None:
         """Create a user, change a user's roles, or remove a user."""

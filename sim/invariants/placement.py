@@ -121,8 +121,18 @@ def homes_of(task: Task, service: Service, view: View) -> set[NodeId]:
         if mark in node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
     }
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
-    had = {one.node_id for one in slot if one.id != task.id and one.node_id}
+    had = {one.node_id for one in slot if one.id != task.id and has_left_data(one)}
     return reported | {id for id in had if view.lookup(Node, id) is not None}
+
+
+def has_left_data(task: Task) -> bool:
+    """Return whether the task's status shows that its container was created on its node."""
+    match task.status.state:
+        case TaskState.READY | TaskState.STARTING | TaskState.RUNNING | TaskState.COMPLETE | TaskState.FAILED:
+            return bool(task.node_id)
+        case _:
+            container = task.status.container_status
+            return bool(task.node_id) and container is not None and bool(container.container_id)
 
 
 def _is_local(mount: Mount) -> bool:

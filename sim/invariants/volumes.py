@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from math import inf
 
 from sim.committed import Change
-from sim.invariants.placement import could_take
+from sim.invariants.placement import could_take, has_left_data
 from skep.model.node import Node
 from skep.model.options.labels import VolumeAffinity, volume_affinity
 from skep.model.service import Service
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Deleted, Updated, View
@@ -29,8 +29,6 @@ class LocalVolumesStay:
     def __init__(self) -> None:
         self._since: dict[TaskId, float] = {}
         """Time at which a task had its volumes."""
-        self._may_have: set[TaskId] = set()
-        """Tasks that perhaps had their volumes, although only their shutdown was reported."""
         self._able: dict[NodeId, float] = {}
         """Time since which a node has been in its current state."""
         self._freed: dict[NodeId, tuple[float, str]] = {}
@@ -49,15 +47,12 @@ class LocalVolumesStay:
                     state = task.status.state
                     if state.is_terminal and not old.status.state.is_terminal:
                         self._freed[task.node_id] = change.time_s, _slot(task)
-                    if state >= TaskState.READY and state is not TaskState.REJECTED:
-                        self._may_have.add(task.id)
-                    if TaskState.READY <= state <= TaskState.FAILED and state is not TaskState.SHUTDOWN:
+                    if has_left_data(task):
                         self._since.setdefault(task.id, change.time_s)
                     if not old.node_id and task.node_id and task.slot:
                         yield from self._misplaced(task, change.time_s, view)
                 case Deleted(Task() as task):
                     self._since.pop(task.id, None)
-                    self._may_have.discard(task.id)
 
     def _misplaced(self, task: Task, now: float, view: View) -> Iterator[str]:
         service, names = view.lookup(Service, task.service_id), _volumes(task)
@@ -88,7 +83,7 @@ class LocalVolumesStay:
         return {
             other.node_id
             for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
-            if other.id != task.id and names & _volumes(other) and other.id in self._may_have
+            if other.id != task.id and names & _volumes(other) and other.id in self._since
         }
 
     def _was_just_freed(self, id: NodeId, task: Task, now: float) -> bool:

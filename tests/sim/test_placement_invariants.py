@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from sim.convergence import unmet
 from sim.invariants.containers import Containers
 from sim.invariants.disconnection import DisconnectPolicies
-from sim.invariants.placement import global_jobs_run_once, meets, port_violations
+from sim.invariants.placement import global_jobs_run_once, homes_of, meets, port_violations
 from sim.invariants.volumes import LocalVolumesStay
 from sim.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
@@ -28,7 +28,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.values.meta import Driver, Version
 from skep.model.values.times import SECOND_NS, timestamp
@@ -343,6 +343,7 @@ def a_slot_with_data(policy: str, **node: object) -> tuple[History, Task]:
     return history.after(60), after
 
 
+CREATED = ContainerStatus(container_id="c1")
 DRAINED = NodeSpec(availability=Availability.DRAIN)
 
 
@@ -386,13 +387,28 @@ def test_a_task_does_not_return_to_its_data_while_its_cluster_volume_is_publishe
     assert history.violations == ([words] if is_wrong else [])
 
 
-def test_a_task_that_was_stopped_before_it_was_prepared_has_no_data() -> None:
+@pytest.mark.parametrize(("container", "is_wrong"), [(None, False), (CREATED, True)])
+def test_a_task_that_was_stopped_has_data_if_it_had_a_container(
+    container: ContainerStatus | None, is_wrong: bool
+) -> None:
     history, task = a_slot_with_data("required")
     stopped = replace(task, id=TaskId("t3"), slot=2)
-    for node, state in (("", TaskState.NEW), (W2, TaskState.ASSIGNED), (W2, TaskState.SHUTDOWN)):
-        history.put(replace(stopped, node_id=NodeId(node), status=TaskStatus(state=state)))
+    end = TaskStatus(state=TaskState.SHUTDOWN, container_status=container)
+    for node, status in (("", TaskStatus()), (W2, TaskStatus(state=TaskState.ASSIGNED)), (W2, end)):
+        history.put(replace(stopped, node_id=NodeId(node), status=status))
     history.after(60)
     successor = replace(task, id=TaskId("t4"), slot=2)
     history.put(successor)
     history.put(replace(successor, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)))
-    assert history.violations == []
+    assert bool(history.violations) is is_wrong
+
+
+def test_a_task_does_not_wait_for_a_node_without_its_data() -> None:
+    history, task = a_slot_with_data("required")
+    stopped = replace(task, id=TaskId("t3"), slot=2, node_id=W2, status=TaskStatus(state=TaskState.SHUTDOWN))
+    successor = replace(task, id=TaskId("t4"), slot=2)
+    service = history.state.get(Service, ServiceId("web"))
+    history.put(stopped, successor)
+    assert homes_of(successor, service, history.state) == set()
+    history.put(replace(stopped, status=replace(stopped.status, container_status=CREATED)))
+    assert homes_of(successor, service, history.state) == {W2}

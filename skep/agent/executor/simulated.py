@@ -124,7 +124,7 @@ class SimulatedController:
         is_alive = process.started and process.exit_code is None
         return Running(
             container=ContainerStatus(
-                container_id=f"simulated-{self._id}",
+                container_id=container_id_of(self._id),
                 pid=process.pid if is_alive else 0,
                 exit_code=process.exit_code or 0,
             )
@@ -195,3 +195,8 @@ class SimulatedController:
         if process is None:
             raise NotFound(f"No such process: {self._id}")
         return process
+
+
+def container_id_of(id: TaskId) -> str:
+    """Return the container ID that the simulated container of a task has."""
+    return f"simulated-{id}"

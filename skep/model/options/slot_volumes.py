@@ -212,7 +212,7 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: SlotVol
     if not volumes or not task.slot:
         return ()
     found: dict[NodeId, Home] = {}
-    for other in sorted((one for one in past if _had_volumes(one)), key=created_ms, reverse=True):
+    for other in sorted((one for one in past if had_volumes(one)), key=created_ms, reverse=True):
         shared = next((one for one in local_volumes(other.spec) if one in volumes), None)
         if other.id != task.id and shared is not None:
             name = shared.replace("{{.Task.Slot}}", str(task.slot))
@@ -232,10 +232,17 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: SlotVol
     return tuple(found.values())
 
 
-def _had_volumes(task: Task) -> bool:
-    """Return whether the task got so far on its node that its volumes were created."""
-    state = task.status.state
-    return bool(task.node_id) and state >= TaskState.READY and state is not TaskState.REJECTED
+def had_volumes(task: Task) -> bool:
+    """Return whether the task's container, and with it the task's volumes, was created on its node.
+
+    A task that was stopped or rejected may have ended before that.  Only a container ID shows that it did not.
+    """
+    status = task.status
+    if not task.node_id:
+        return False
+    if TaskState.READY <= status.state < TaskState.SHUTDOWN or status.state is TaskState.FAILED:
+        return True
+    return status.container_status is not None and bool(status.container_status.container_id)
 
 
 def may_be(volume: str, name: str) -> bool:

@@ -21,7 +21,7 @@ from skep.model.options.slot_volumes import (
     slot_volumes_of,
 )
 from skep.model.service import TaskSpec
-from skep.model.task import Task, TaskState
+from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.meta import Driver
 from tests.support.builders import a_node, a_task
 
@@ -39,6 +39,11 @@ def mounting(task: Task, *sources: str, options: Mapping[str, str] | None = None
         for number, source in enumerate(sources)
     )
     return replace(task, spec=TaskSpec(container_spec=ContainerSpec(image="app:1", mounts=mounts)))
+
+
+def created(task: Task) -> Task:
+    """Return the task with the container that its node has reported."""
+    return replace(task, status=replace(task.status, container_status=ContainerStatus(container_id="c1")))
 
 
 def homes(task: Task, *, past: tuple[Task, ...] = (), nodes: tuple[Node, ...] = ()) -> list[str]:
@@ -107,13 +112,22 @@ def test_local_volumes_are_those_whose_data_stays_on_the_node() -> None:
 def test_a_slots_data_is_where_its_last_task_was() -> None:
     past = (
         mounting(a_task(slot=2, node="n1", state=TaskState.FAILED), "data"),
-        mounting(a_task(slot=2, node="n2", state=TaskState.SHUTDOWN), "data"),
+        created(mounting(a_task(slot=2, node="n2", state=TaskState.SHUTDOWN), "data")),
         mounting(a_task(slot=2, node="n3", state=TaskState.REJECTED), "data"),
         mounting(a_task(slot=2, node="n4", state=TaskState.PREPARING), "data"),
         mounting(a_task(slot=2, node="n5"), "other"),
     )
     assert homes(mounting(a_task(slot=2), "data", "logs"), past=past) == ["n2", "n1"]
     assert homes(mounting(a_task(slot=2), "new"), past=past) == []
+
+
+@pytest.mark.parametrize("state", [TaskState.SHUTDOWN, TaskState.REJECTED, TaskState.ORPHANED])
+def test_a_task_that_ended_before_its_container_was_created_has_no_data(state: TaskState) -> None:
+    older = mounting(a_task(slot=2, node="n1", state=TaskState.FAILED), "data")
+    stopped = mounting(a_task(slot=2, node="n2", state=state), "data")
+    assert homes(mounting(a_task(slot=2), "data"), past=(older, stopped)) == ["n1"]
+    assert homes(mounting(a_task(slot=2), "data"), past=(stopped,)) == []
+    assert homes(mounting(a_task(slot=2), "data"), past=(older, created(stopped))) == ["n2", "n1"]
 
 
 def test_a_slot_without_tasks_is_found_by_what_nodes_report() -> None:

@@ -16,16 +16,14 @@ from skep.model.options.slot_volumes import (
     FORGOTTEN_LABEL,
     created_ms,
     forgotten_in,
+    had_volumes,
     local_volumes,
     may_be,
     slot_volumes_of,
 )
 from skep.model.service import Service
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.values.ids import NodeId, TaskId
-
-_STARTED = (TaskState.COMPLETE, TaskState.FAILED)
-"""Ends that a node reports only for a container that it has started.  For the others, the container's ID counts."""
 
 
 def unreported(
@@ -54,10 +52,9 @@ def keeps_data(service: Service) -> bool:
 
 
 def _has_data(task: Task) -> bool:
-    if not task.slot or not task.node_id or not task.status.state.is_terminal or not local_volumes(task.spec):
-        return False
-    container = task.status.container_status
-    return task.status.state in _STARTED or (container is not None and bool(container.container_id))
+    """Return whether the task has ended and has left local volumes on its node."""
+    is_over = bool(task.slot) and task.status.state.is_terminal
+    return is_over and had_volumes(task) and bool(local_volumes(task.spec))
 
 
 def _is_reported(task: Task, service: Service, node: Node) -> bool:

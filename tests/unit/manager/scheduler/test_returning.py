@@ -13,12 +13,13 @@ from skep.model.node import Availability, EngineDescription, Node, NodeState
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
-from skep.model.task import Task, TaskState
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 from tests.unit.manager.scheduler.test_scheduler_loop import a_store, put, scheduling, wait_for
 
 PENDING, SHUTDOWN = TaskState.PENDING, TaskState.SHUTDOWN
+CREATED = ContainerStatus(container_id="c1")
 
 
 def a_stateful_service(policy: str = "", *, source: str = "data", **requested: object) -> Service:
@@ -30,8 +31,9 @@ def a_stateful_service(policy: str = "", *, source: str = "data", **requested: o
 
 
 def past(service: Service, node: str, *, slot: int = 1) -> Task:
-    """A task of the slot that has ended."""
-    return a_task(service=service, slot=slot, node=node, state=SHUTDOWN, desired=SHUTDOWN)
+    """Return an ended task of the slot that had a container."""
+    task = a_task(service=service, slot=slot, node=node, state=SHUTDOWN, desired=SHUTDOWN)
+    return replace(task, status=replace(task.status, container_status=CREATED))
 
 
 def waiting(service: Service, *, slot: int = 1) -> Task:
@@ -160,7 +162,9 @@ async def test_a_task_waits_for_what_its_predecessor_holds() -> None:
     async with scheduling(store):
         await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
         assert "insufficient resources" in store.view().get(Task, task.id).status.err
-        await store.update_each(put, [replace(before, status=replace(before.status, state=SHUTDOWN))])
+        await store.update_each(
+            put, [replace(before, status=TaskStatus(state=SHUTDOWN, container_status=CREATED))]
+        )
         await wait_for(store, lambda: bool(on(store, task)))
     assert on(store, task) == "n3"
 
