@@ -160,9 +160,9 @@ class SimulatedRuntime(Part):
         def update() -> tuple[str, ...]:
             if container.id in self._world.processes:
                 self._world.limits[container.id] = container.config.pids
+                self._world.unfreed.add(("limit", container.id))  # until its record has it
             return ()
 
-        self._world.unfreed.add(("limit", container.id))
         return await self._call("update", update)
 
     def expect_exec(self) -> None:

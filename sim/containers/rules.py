@@ -13,8 +13,6 @@ from skep.model.values.times import SECOND_NS, unix_ns
 
 PROBED_S_MAX = 120.0
 """Seconds between two probes at most: interval, deadline, and the wait for a killed probe."""
-WRITTEN_S_MAX = 10.0
-"""Seconds until a record that could not be written is written."""
 STARTING = frozenset({"start", "restart"})
 STOPPING = frozenset({"stop", "kill"})
 CHANGES = frozenset({"rename", "update", "connect", "disconnect"})
@@ -116,17 +114,14 @@ def unprobed(containers: Sequence[Container], now_ns: int) -> Iterator[str]:
             yield f"{one.id[:4]} is not probed"
 
 
-def unchanged(
-    containers: Sequence[Container], requests: Sequence[Request], crashes_s: Sequence[float]
-) -> Iterator[str]:
+def unchanged(containers: Sequence[Container], requests: Sequence[Request]) -> Iterator[str]:
     """Yield containers that are not as their user's last change wants them.
 
-    A record that could not be written is written later, so a crash at once after the change may lose it.
+    A change that could not be written fails, so no crash loses one that was done.
     """
 
     def is_certain(last: Request, others: Sequence[Request]) -> bool:
-        has_crashed = any(last.ended_s <= at <= last.ended_s + WRITTEN_S_MAX for at in crashes_s)
-        return _is_alone(last, others) and last.outcome == "done" and not has_crashed
+        return _is_alone(last, others) and last.outcome == "done"
 
     for one in containers:
         own = sorted((r for r in requests if r.id == one.id and r.kind in CHANGES), key=lambda r: r.issued_s)

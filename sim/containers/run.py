@@ -16,7 +16,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from sim.containers.faults import Crash, Faults
-from sim.containers.node import NodeProcess, port_of
+from sim.containers.node import NodeProcess, is_up, port_of
 from sim.containers.rules import Request, leftovers, unchanged, unprobed, unwanted
 from sim.containers.world import World
 from sim.run import RunResult
@@ -142,7 +142,7 @@ class Run:
         await self._calm()
         self.violations += leftovers(self.world, engine.list())
         self.violations += unprobed(engine.list(), self.clock.now_ns())
-        self.violations += unchanged(engine.list(), self.requests, self.crashes_s)
+        self.violations += unchanged(engine.list(), self.requests)
         for name in {str(one.wanted) for one in self.requests if one.kind == "rename"}:
             if engine.has(name) and engine.get(name).name != name:
                 self.violations.append(f"the name {name} is taken by a container with another")
@@ -162,13 +162,24 @@ class Run:
 
     async def _calm(self) -> None:
         """Wait until no container is starting or ending."""
-        for _ in range(200):
-            processes = self.world.processes.values()
-            if all(one.exit_code is None and one.is_started for one in processes):
-                await self.clock.sleep(0.2)
-                if all(one.exit_code is None and one.is_started for one in processes):
-                    return
+        for _ in range(400):
+            if self._is_calm():
+                return
             await self.clock.sleep(0.05)
+
+    def _is_calm(self) -> bool:
+        """Return whether no operation or end of a run is in progress: resources may have no owner meanwhile."""
+        assert self.node is not None, "it is running"
+        lifecycle = self.node.engine._lifecycle
+        return not any(
+            lifecycle.locks.is_held(one.id) or lifecycle.is_watched(one.id) != is_up(one) or self._ends(one)
+            for one in self.node.engine.list()
+        )
+
+    def _ends(self, container: Container) -> bool:
+        """Return whether the process has ended and the record does not show that yet."""
+        process = self.world.processes.get(container.id)
+        return is_up(container) and process is not None and process.exit_code is not None
 
     async def _supervise(self) -> None:
         """Run one node process after the other."""

@@ -65,11 +65,11 @@ FOUND = (
     *(
         "Create: nothing",
         "Attached: nothing",
-        "Written: nothing",
+        "BundleWritten: nothing",
         "ProcessCreated: nothing",
         "Started: nothing",
     ),
-    *("UserStops: nothing", "RunEnded: nothing", "Exited: nothing", "Release: without unmount root"),
+    *("UserStops: nothing", "RunEnded: nothing", "Exited: nothing", "ReleaseRun: without unmount root"),
     *("Discard: without remove directories", "Discarded: nothing"),
 )
 

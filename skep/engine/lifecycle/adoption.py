@@ -88,9 +88,9 @@ class Adoption:
         self._connected: frozenset[ContainerId] = frozenset()
         """Containers whose networks were restored."""
         self._has_networks = asyncio.Event()
+        """Set once the networks of earlier processes are restored.  Restoring frees those that it does not know."""
         self.is_complete = asyncio.Event()
         """Set once all containers are adopted, so their volumes have users."""
-        """Set once the networks of earlier processes are restored.  Restoring frees those that it does not know."""
 
     async def restore(self, clock: Clock) -> None:
         """Read the records and adopt their containers.  Errors are retried."""

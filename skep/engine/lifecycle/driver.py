@@ -353,10 +353,14 @@ class LifecycleDriver:
         program.event = event
         try:
             program.last = self._write(step)
-        except OSError:
-            if program.fails is not None:  # its cleanup frees a resource that the record names
+        except OSError as error:
+            if step.rule.saving is Saving.REPORTED:
                 self._store.keep(step.container)
-            raise
+                program.last, program.error = step.container, error
+            else:
+                if program.fails is not None:  # its cleanup frees a resource that the record names
+                    self._store.keep(step.container)
+                raise
         if step.rule.effects:
             program.fails = step.rule.fails
         following = (*step.rule.effects, *(() if step.then is None else (step.then,)))
@@ -366,7 +370,7 @@ class LifecycleDriver:
         """Write the record of a step, unless nothing has changed.  Raises: OSError: it had to be on disk."""
         container = step.container
         match step.rule.saving:
-            case Saving.FIRST:
+            case Saving.FIRST | Saving.REPORTED:
                 self._store.put(container)
             case Saving.IF_WRITTEN:
                 with suppress(OSError):
