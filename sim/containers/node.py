@@ -158,7 +158,7 @@ class SimulatedRuntime(Part):
 
     async def update(self, container: Container) -> Sequence[str]:
         def update() -> tuple[str, ...]:
-            if container.id in self._world.processes:
+            if container.is_running and container.id in self._world.processes:
                 self._world.limits[container.id] = container.config.pids
                 self._world.unfreed.add(("limit", container.id))  # until its record has it
             return ()

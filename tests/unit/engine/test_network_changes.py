@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.containers.container import PlainOptions
+from skep.engine.containers.container import ContainerState, PlainOptions
+from skep.errors import Unavailable
 from skep.model.networks.sandbox import (
     Endpoint,
     EndpointConfig,
@@ -18,7 +19,15 @@ from skep.model.networks.sandbox import (
 )
 from skep.model.networks.tables import NetworkHead
 from skep.model.values.ids import NetworkId
-from tests.support.stub_engine import ID, StubEngine, StubNetwork, a_container, on_virtual_time
+from skep.model.values.times import ZERO_TIME
+from tests.support.stub_engine import (
+    ID,
+    StubEngine,
+    StubNetwork,
+    StubRuntime,
+    a_container,
+    on_virtual_time,
+)
 
 
 class Networks(StubNetwork):
@@ -35,7 +44,8 @@ class Networks(StubNetwork):
 
     async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
         self._change(f"disconnect {network_id}")
-        return replace(sandbox, endpoints=())
+        kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
+        return replace(sandbox, endpoints=kept)
 
     async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
         self._change("bridge")
@@ -125,13 +135,72 @@ def test_a_network_with_this_id_is_left_before_one_with_this_name(
         an_endpoint("front", "a1"),
         an_endpoint("other", "b2"),
     )
-    requests = tuple(EndpointRequest(network=one.network_name) for one in endpoints)
+    name_left = {"a1": "front", "b2": "other"}[left]
+    requests = tuple(EndpointRequest(network=one) for one in ("c3", "front", "other"))
 
     async def body(stubs: StubEngine) -> None:
         networks = networks_of(stubs, fills=False, monkeypatch=monkeypatch)
         await stubs.engine.networks.disconnect(ID, word, network_id)
         assert networks.changes == [f"disconnect {left}"]
+        changed = stubs.engine.get(ID)
+        assert changed.plain is not None
+        assert {one.network for one in changed.plain.networks} == {"c3", "front", "other"} - {name_left}
 
     plain = PlainOptions(mode=NetworkMode.NETWORKS, networks=requests)
     sandbox = Sandbox(netns="/nonexistent", endpoints=tuple(endpoints))
     on_virtual_time(body, tmp_path, replace(RUNNING, plain=plain, sandbox=sandbox))
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("word", ["front", "5d3f0c8b9a7e", "5d3f0c8b9a7e" + "0" * 52])
+def test_a_network_that_was_connected_by_its_short_id_is_left_by_any_word(
+    word: str, is_running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next start would connect it again.  ``5d`` is the name of another network."""
+    id = "5d3f0c8b9a7e" + "0" * 52
+
+    async def body(stubs: StubEngine) -> None:
+        networks_of(stubs, fills=False, monkeypatch=monkeypatch)
+        await stubs.engine.networks.disconnect(ID, word, id)
+        changed = stubs.engine.get(ID)
+        assert changed.plain is not None
+        assert [one.network for one in changed.plain.networks] == ["5d"]
+
+    requests = (EndpointRequest(network=id[:12]), EndpointRequest(network="5d"))
+    container = replace(
+        RUNNING,
+        plain=PlainOptions(mode=NetworkMode.NETWORKS, networks=requests),
+        sandbox=Sandbox(netns="/nonexistent", endpoints=(an_endpoint("front", id), an_endpoint("5d", "c3"))),
+    )
+    if not is_running:
+        container = replace(container, state=ContainerState.EXITED, process=None, sandbox=None)
+    on_virtual_time(body, tmp_path, container)
+
+
+def test_a_change_adopts_a_run_that_earlier_processes_have_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the run would keep its old limits, name and networks, and its record would have the new ones."""
+    is_seen = False
+
+    async def status(*_: object) -> str:
+        if not is_seen:
+            raise Unavailable("slow")
+        return "running"
+
+    monkeypatch.setattr(StubRuntime, "status", status, raising=False)
+    monkeypatch.setattr(StubNetwork, "is_present", lambda *_: True)
+
+    async def body(stubs: StubEngine) -> None:
+        nonlocal is_seen
+        networks = networks_of(stubs, fills=False, monkeypatch=monkeypatch)
+        with pytest.raises(Unavailable):
+            await change(stubs, "connect back")
+        assert not stubs.engine.get(ID).is_running
+        is_seen = True
+        await change(stubs, "connect back")
+        assert networks.changes == ["connect back"]
+        assert stubs.engine.get(ID).is_running
+
+    started = replace(RUNNING, state=ContainerState.CREATED, started_at=ZERO_TIME)
+    on_virtual_time(body, tmp_path, started)
