@@ -232,7 +232,12 @@ class SimulatedBundles(Part):
         self._now("make", lambda: self._world.directories.add(container.id))
 
     def save(self, container: Container) -> None:
-        self._now("save", lambda: self._world.save(container))
+        try:
+            self._now("save", lambda: self._world.save(container))
+        except OSError:
+            self._world.unwritten.add(container.id)
+            self._world.refused_writes[container.id] += 1
+            raise
 
     def prepare(self, container: Container, shared: object) -> tuple[str, ...]:
         def prepare() -> None:

@@ -16,8 +16,8 @@ PROBED_S_MAX = 120.0
 STARTING = frozenset({"start", "restart"})
 STOPPING = frozenset({"stop", "kill"})
 CHANGES = frozenset({"rename", "update", "connect", "disconnect"})
-DECISIVE = STARTING | STOPPING | {"remove"}
-"""Requests that decide whether a container runs."""
+DECISIVE = STARTING | STOPPING | {"remove", "signal"}
+"""Requests that decide whether a container runs.  A process may ignore a signal."""
 
 
 class Request(msgspec.Struct):
@@ -154,7 +154,8 @@ def unwanted(
                 continue
             later = next((other for other in decisive[number + 1 :] if other.kind in STARTING), None)
             runs = world.starts[id] if later is None else later.starts_before
-            if one.kind in STOPPING and not _starts_at_boot(by_id.get(id), one, later, crashes_s):
+            may_start = id in world.lost or _starts_at_boot(by_id.get(id), one, later, crashes_s)
+            if one.kind in STOPPING and not may_start:
                 if runs > one.starts_before + _running_start(one):
                     yield f"{id[:4]} was started after its user had stopped it"
                 if number == len(decisive) - 1 and id in by_id and by_id[id].is_active:
@@ -162,7 +163,8 @@ def unwanted(
             if one.kind == "remove" and id in by_id:
                 yield f"{id[:4]} exists although its user has removed it"
         yield from _kept_going(by_id.get(id), decisive)
-        yield from _restarts(world, id, decisive, by_id.get(id), len(crashes_s))
+        uncounted = len(crashes_s) + world.refused_writes[id]
+        yield from _restarts(world, id, decisive, by_id.get(id), uncounted)
 
 
 def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Iterator[str]:
@@ -179,22 +181,25 @@ def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Ite
 
 
 def _restarts(
-    world: World, id: ContainerId, decisive: Sequence[Request], container: Container | None, crashes: int
+    world: World, id: ContainerId, decisive: Sequence[Request], container: Container | None, uncounted: int
 ) -> Iterator[str]:
-    """Yield a violation if a container was started more often than its user and its policy allow."""
+    """Yield a violation if a container was started more often than its user and its policy allow.
+
+    ``uncounted`` starts may be missing in its record, because of a crash or a full disk.
+    """
     if container is None or not decisive:
         return
     by_user = sum(one.kind in STARTING for one in decisive)
     plain = container.plain
     name = "no" if plain is None else plain.restart.name
     tries = plain.restart.attempts_max if plain is not None else 0
-    most = {"no": by_user, "on-failure": by_user * (tries + 1) + crashes}.get(name)
+    most = {"no": by_user, "on-failure": by_user * (tries + 1) + uncounted}.get(name)
     if most is not None and world.starts[id] > most:
         yield f"{id[:4]} was started {world.starts[id]} times, {most} at most by its user and policy {name}"
     last = decisive[-1]
     if name == "on-failure" and last.kind in STARTING and _is_alone(last, decisive):
         runs = world.starts[id] - last.starts_before
-        if runs > tries + 1 + crashes:
+        if runs > tries + 1 + uncounted:
             yield f"{id[:4]} was started {runs} times since its user did, and its policy has {tries} attempts"
 
 
