@@ -28,8 +28,30 @@ SILENT = frozenset(
 """Effects that the rules of the simulation do not observe.  Other tests cover them."""
 
 
-SHOWN_ELSEWHERE: Mapping[str, str] = {}
-"""Mutants that no rule of the simulation shows, and the test that does."""
+_CHANGES = "created or exited or running or paused"
+_TASK = "Start in created, a task's with its networks"
+_LEFT = "StartFailed in created or exited, the caller has left"
+_PLACES = "starts.py::test_no_more_than_the_places_start_at_the_same_moment"
+_ENDS = "ends_during_operations.py"
+SHOWN_ELSEWHERE: Mapping[str, str] = {
+    "Start in removing: nothing": "starts.py::test_a_start_that_has_waited_for_a_removal_that_failed_is_refused",
+    f"{_TASK}, without secret variables: without take a start slot": _PLACES,
+    f"{_TASK}: without take a start slot": _PLACES,
+    "Start in created or exited: without its record": "restart_monitor.py",
+    f"{_LEFT}: nothing": _PLACES,
+    f"{_LEFT}: without unmount volumes": _PLACES,
+    "Signal in paused, the signal ends a container: without see whether it is frozen": _ENDS,
+    "Pause in any state: nothing": _ENDS,
+    "Unpause in any state: nothing": _ENDS,
+    "Frozen in any state: nothing": _ENDS,
+    "Thawed in any state: nothing": _ENDS,
+    f"Updated in {_CHANGES}: without publish update": "updates.py",
+    "NetworksChanged in running or paused: without publish networks": "network_changes.py",
+    f"Rename in {_CHANGES}: without publish rename": "renames.py",
+    f"RenameFailed in {_CHANGES}: without its record": "renames.py",
+    f"RenameFailed in {_CHANGES}: without rename back on its networks": "renames.py",
+}
+"""Mutants that no rule of the simulation shows, and the test in ``tests/unit/engine/test_`` that does."""
 
 
 def mutants() -> Iterator[Mutant]:
