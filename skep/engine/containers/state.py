@@ -208,7 +208,7 @@ class ContainerStore:
     ) -> Container:
         """Wait until ``condition`` holds, and return the container.
 
-        ``since`` is an earlier record, whose run counts although it may have ended and another one may have begun.
+        ``since`` is an earlier record, whose run counts although it may have ended and another run may have begun.
         If it was removed, return its last state.  Raises: NotFound: it does not exist, without ``since``.
         """
         first = self.require(id) if since is None else since
