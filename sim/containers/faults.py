@@ -31,6 +31,13 @@ class Fate(Enum):
     HANG = "hang"
 
 
+CALLS = (
+    *("create", "start", "status", "delete", "clear", "pause", "resume", "update", "exec", "wait", "signal"),
+    *("make", "save", "prepare", "release", "discard", "name files", "mount", "unmount", "prepare exec"),
+    *("attach", "detach", "connect", "disconnect", "bridge", "rename", "restore", "free"),
+)
+FOCUSED_RATE = 0.25
+"""Share of the calls of one name that a fault affects in runs that focus on it."""
 SHORT = (Fate.CRASH_BEFORE, Fate.CRASH_AFTER, Fate.FAIL_BEFORE)
 """Possible fates of calls that do not wait."""
 
@@ -40,12 +47,14 @@ class Faults:
 
     Args:
         rate: Share of the calls that a fault affects.
+        focus: Name of a call that has more faults, or "".
     """
 
-    def __init__(self, random: Random, clock: Clock, rate: float) -> None:
+    def __init__(self, random: Random, clock: Clock, rate: float, focus: str = "") -> None:
         self._random = random
         self._clock = clock
         self.rate = rate
+        self._focus = focus
         self.seen = Counter[tuple[str, Fate]]()
         """Faults by call."""
         self.on_crash: Callable[[], None] = lambda: None
@@ -87,7 +96,8 @@ class Faults:
         return result
 
     def _fate(self, name: str, fates: tuple[Fate, ...]) -> Fate | None:
-        if self._random.random() >= self.rate:
+        is_focused = self.rate > 0 and name == self._focus
+        if self._random.random() >= (FOCUSED_RATE if is_focused else self.rate):
             return None
         fate = self._random.choice(fates)
         self.seen[name, fate] += 1

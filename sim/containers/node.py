@@ -158,11 +158,11 @@ class SimulatedRuntime(Part):
 
     async def update(self, container: Container) -> Sequence[str]:
         def update() -> tuple[str, ...]:
-            if container.id in self._world.processes:
+            if container.is_running and container.id in self._world.processes:
                 self._world.limits[container.id] = container.config.pids
+                self._world.unfreed.add(("limit", container.id))  # until its record has it
             return ()
 
-        self._world.unfreed.add(("limit", container.id))
         return await self._call("update", update)
 
     def expect_exec(self) -> None:
@@ -232,7 +232,12 @@ class SimulatedBundles(Part):
         self._now("make", lambda: self._world.directories.add(container.id))
 
     def save(self, container: Container) -> None:
-        self._now("save", lambda: self._world.save(container))
+        try:
+            self._now("save", lambda: self._world.save(container))
+        except OSError:
+            self._world.unwritten.add(container.id)
+            self._world.refused_writes[container.id] += 1
+            raise
 
     def prepare(self, container: Container, shared: object) -> tuple[str, ...]:
         def prepare() -> None:

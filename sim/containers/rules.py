@@ -13,13 +13,11 @@ from skep.model.values.times import SECOND_NS, unix_ns
 
 PROBED_S_MAX = 120.0
 """Seconds between two probes at most: interval, deadline, and the wait for a killed probe."""
-WRITTEN_S_MAX = 10.0
-"""Seconds until a record that could not be written is written."""
 STARTING = frozenset({"start", "restart"})
 STOPPING = frozenset({"stop", "kill"})
 CHANGES = frozenset({"rename", "update", "connect", "disconnect"})
-DECISIVE = STARTING | STOPPING | {"remove"}
-"""Requests that decide whether a container runs."""
+DECISIVE = STARTING | STOPPING | {"remove", "signal"}
+"""Requests that decide whether a container runs.  A process may ignore a signal."""
 
 
 class Request(msgspec.Struct):
@@ -116,17 +114,14 @@ def unprobed(containers: Sequence[Container], now_ns: int) -> Iterator[str]:
             yield f"{one.id[:4]} is not probed"
 
 
-def unchanged(
-    containers: Sequence[Container], requests: Sequence[Request], crashes_s: Sequence[float]
-) -> Iterator[str]:
+def unchanged(containers: Sequence[Container], requests: Sequence[Request]) -> Iterator[str]:
     """Yield containers that are not as their user's last change wants them.
 
-    A record that could not be written is written later, so a crash at once after the change may lose it.
+    A change that could not be written fails, so no crash loses one that was done.
     """
 
     def is_certain(last: Request, others: Sequence[Request]) -> bool:
-        has_crashed = any(last.ended_s <= at <= last.ended_s + WRITTEN_S_MAX for at in crashes_s)
-        return _is_alone(last, others) and last.outcome == "done" and not has_crashed
+        return _is_alone(last, others) and last.outcome == "done"
 
     for one in containers:
         own = sorted((r for r in requests if r.id == one.id and r.kind in CHANGES), key=lambda r: r.issued_s)
@@ -159,7 +154,8 @@ def unwanted(
                 continue
             later = next((other for other in decisive[number + 1 :] if other.kind in STARTING), None)
             runs = world.starts[id] if later is None else later.starts_before
-            if one.kind in STOPPING and not _starts_at_boot(by_id.get(id), one, later, crashes_s):
+            may_start = id in world.lost or _starts_at_boot(by_id.get(id), one, later, crashes_s)
+            if one.kind in STOPPING and not may_start:
                 if runs > one.starts_before + _running_start(one):
                     yield f"{id[:4]} was started after its user had stopped it"
                 if number == len(decisive) - 1 and id in by_id and by_id[id].is_active:
@@ -167,7 +163,8 @@ def unwanted(
             if one.kind == "remove" and id in by_id:
                 yield f"{id[:4]} exists although its user has removed it"
         yield from _kept_going(by_id.get(id), decisive)
-        yield from _restarts(world, id, decisive, by_id.get(id), len(crashes_s))
+        uncounted = len(crashes_s) + world.refused_writes[id]
+        yield from _restarts(world, id, decisive, by_id.get(id), uncounted)
 
 
 def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Iterator[str]:
@@ -184,22 +181,25 @@ def _kept_going(container: Container | None, decisive: Sequence[Request]) -> Ite
 
 
 def _restarts(
-    world: World, id: ContainerId, decisive: Sequence[Request], container: Container | None, crashes: int
+    world: World, id: ContainerId, decisive: Sequence[Request], container: Container | None, uncounted: int
 ) -> Iterator[str]:
-    """Yield a violation if a container was started more often than its user and its policy allow."""
+    """Yield a violation if a container was started more often than its user and its policy allow.
+
+    ``uncounted`` starts may be missing in its record, because of a crash or a full disk.
+    """
     if container is None or not decisive:
         return
     by_user = sum(one.kind in STARTING for one in decisive)
     plain = container.plain
     name = "no" if plain is None else plain.restart.name
     tries = plain.restart.attempts_max if plain is not None else 0
-    most = {"no": by_user, "on-failure": by_user * (tries + 1) + crashes}.get(name)
+    most = {"no": by_user, "on-failure": by_user * (tries + 1) + uncounted}.get(name)
     if most is not None and world.starts[id] > most:
         yield f"{id[:4]} was started {world.starts[id]} times, {most} at most by its user and policy {name}"
     last = decisive[-1]
     if name == "on-failure" and last.kind in STARTING and _is_alone(last, decisive):
         runs = world.starts[id] - last.starts_before
-        if runs > tries + 1 + crashes:
+        if runs > tries + 1 + uncounted:
             yield f"{id[:4]} was started {runs} times since its user did, and its policy has {tries} attempts"
 
 

@@ -80,6 +80,12 @@ class World:
         """Resources that could not be freed at the last attempt.  The record of their container stays, and a later
         attempt follows.
         """
+        self.unwritten: set[ContainerId] = set()
+        """Containers whose last record could not be written yet."""
+        self.refused_writes = Counter[ContainerId]()
+        """Number of failed writes of the record.  An attempt of the restart policy counts only if it is written."""
+        self.lost: set[ContainerId] = set()
+        """Containers of which a crash has lost a record.  A stop counts at once, although the disk is full."""
         self.violations: list[str] = []
 
     # --- processes ----------------------------------------------------------------------------------------------
@@ -189,6 +195,7 @@ class World:
         if container.id not in self.directories:
             raise FileNotFoundError(2, "No such file or directory")
         self.records[container.id] = container
+        self.unwritten.discard(container.id)
         if self.limits.get(container.id) == container.config.pids:
             self.unfreed.discard(("limit", container.id))
 

@@ -1,14 +1,19 @@
 """Simulated lives of containers: random runs, and broken rules of the table that they find."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from sim.containers.faults import Fate
-from sim.containers.mutants import MUTANTS
+from sim.containers.mutants import MUTANTS, SHOWN_ELSEWHERE
 from sim.containers.run import STEPS, Run, simulate
 from sim.mutants import judge
 from sim.seeds import chunked, quiet, report, results
+from tests.support import broken_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # of a crashed process
 
@@ -30,10 +35,11 @@ def test_nothing_is_left_without_an_owner_and_the_last_request_counts(first: int
     assert not failed, "\n\n".join(failed)
 
 
+@pytest.mark.timeout(300)
 def test_each_call_crashes_fails_and_hangs_in_some_run() -> None:
     seen = Counter[tuple[str, Fate]]()
     with quiet():
-        for seed in range(500):
+        for seed in range(200):
             run = Run(seed, STEPS)
             try:
                 run.result()
@@ -65,11 +71,11 @@ FOUND = (
     *(
         "Create: nothing",
         "Attached: nothing",
-        "Written: nothing",
+        "BundleWritten: nothing",
         "ProcessCreated: nothing",
         "Started: nothing",
     ),
-    *("UserStops: nothing", "RunEnded: nothing", "Exited: nothing", "Release: without unmount root"),
+    *("UserStops: nothing", "RunEnded: nothing", "Exited: nothing", "ReleaseRun: without unmount root"),
     *("Discard: without remove directories", "Discarded: nothing"),
 )
 
@@ -85,3 +91,27 @@ def test_a_broken_rule_is_found(name: str) -> None:
     assert broken
     for mutant in broken:
         assert judge(mutant).seed is not None
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if number else ())
+        for number, name in enumerate(SHOWN_ELSEWHERE)
+    ],
+)
+def test_a_rule_that_no_simulation_breaks_is_broken_for_another_test(name: str) -> None:
+    assert name in {one.name for one in MUTANTS}
+    test = f"tests/unit/engine/test_{SHOWN_ELSEWHERE[name]}"
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-x", "-p", "tests.support.broken_rule", test]
+    ended = subprocess.run(
+        command,
+        env={**os.environ, broken_rule.VARIABLE: name},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == pytest.ExitCode.TESTS_FAILED, ended.stdout + ended.stderr

@@ -199,12 +199,20 @@ class ContainerStore:
         self._pending.discard(id)
         self._notify(id)
 
-    async def wait(self, id: ContainerId, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
+    async def wait(
+        self,
+        id: ContainerId,
+        condition: WaitCondition = WaitCondition.NOT_RUNNING,
+        *,
+        since: Container | None = None,
+    ) -> Container:
         """Wait until ``condition`` holds, and return the container.
 
-        If it was removed, return its last state.  Raises: NotFound.
+        ``since`` is an earlier record, whose run counts although it may have ended and another run may have begun.
+        If it was removed, return its last state.  Raises: NotFound: it does not exist, without ``since``.
         """
-        container = first = self.require(id)
+        first = self.require(id) if since is None else since
+        container = self._containers.get(id, first)
         while True:
             match condition:
                 case WaitCondition.NOT_RUNNING if not container.is_active or _has_ended(first, container):
@@ -234,4 +242,5 @@ def _has_ended(before: Container, present: Container) -> bool:
     Source: moby, container/state.go (SetRestarting, SetStopped).
     """
     was_given_up = before.is_active and not present.is_active
-    return was_given_up or present.finished_at not in (before.finished_at, ZERO_TIME)
+    runs_again = before.is_running and present.process != before.process
+    return was_given_up or runs_again or present.finished_at not in (before.finished_at, ZERO_TIME)

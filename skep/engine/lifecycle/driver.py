@@ -161,6 +161,7 @@ class LifecycleDriver:
         memory nodes; RuntimeFailed.
         """
         async with self.locks.operation(id):
+            await self.adoption.adopt_first(id)  # its processes would keep the old limits
             return await self.run(id, event)
 
     async def change_networks(
@@ -170,8 +171,10 @@ class LifecycleDriver:
 
         The end of its run waits meanwhile.  Raises: NotFound; OSError; SkepError, in Docker's words.
         """
-        async with self.locks.operation(id), self.locks.networks(id):
-            return await self.run(id, event)
+        async with self.locks.operation(id):
+            await self.adoption.adopt_first(id)  # a run would keep its old networks or name
+            async with self.locks.networks(id):
+                return await self.run(id, event)
 
     async def pause(self, container: Container) -> None:
         """Freeze the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
@@ -217,7 +220,7 @@ class LifecycleDriver:
         await self.signal(container, number)
         try:
             async with asyncio.timeout(grace_s if grace_s >= 0 else None):
-                ended = await self._store.wait(id)
+                ended = await self._store.wait(id, since=container)
         except TimeoutError:
             present = self._store.lookup(id)
             ended = container if present is None else await self.kill(present)
@@ -234,7 +237,7 @@ class LifecycleDriver:
         await self.signal(container, signal.SIGKILL)
         try:
             async with asyncio.timeout(KILLED_S_MAX):
-                return await self._store.wait(container.id)
+                return await self._store.wait(container.id, since=container)
         except TimeoutError as error:
             raise Unavailable("tried to kill container, but did not receive an exit event") from error
 
@@ -353,10 +356,14 @@ class LifecycleDriver:
         program.event = event
         try:
             program.last = self._write(step)
-        except OSError:
-            if program.fails is not None:  # its cleanup frees a resource that the record names
+        except OSError as error:
+            if step.rule.saving is Saving.REPORTED:
                 self._store.keep(step.container)
-            raise
+                program.last, program.error = step.container, error
+            else:
+                if program.fails is not None:  # its cleanup frees a resource that the record names
+                    self._store.keep(step.container)
+                raise
         if step.rule.effects:
             program.fails = step.rule.fails
         following = (*step.rule.effects, *(() if step.then is None else (step.then,)))
@@ -366,7 +373,7 @@ class LifecycleDriver:
         """Write the record of a step, unless nothing has changed.  Raises: OSError: it had to be on disk."""
         container = step.container
         match step.rule.saving:
-            case Saving.FIRST:
+            case Saving.FIRST | Saving.REPORTED:
                 self._store.put(container)
             case Saving.IF_WRITTEN:
                 with suppress(OSError):

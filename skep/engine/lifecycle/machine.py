@@ -159,6 +159,8 @@ class Saving(Enum):
     """It must be on disk before the next effect.  Otherwise the effects fail."""
     IF_WRITTEN = "if written"
     """It counts only if it is written."""
+    REPORTED = "reported"
+    """It counts at once.  A failed write is retried, and the request fails although the effects follow."""
 
 
 class LifeRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,13 +317,26 @@ TABLE = (
     on(KEPT, Updated, (E.PUBLISH_UPDATE,), record=changes.updated, saving=Saving.FIRST),
     on(REMOVING, Connect, refusal=conditions.networks_kept),
     on(KEPT, Connect, when=conditions.cannot_connect, refusal=conditions.networks_refused),
-    on(LIVE, Connect, (E.AWAIT_NETWORKS, E.CHANGE_NETWORKS)),
+    # A run's networks are changed only if the disk takes records, since a crash must not lose a change that was done.
+    on(LIVE, Connect, (E.AWAIT_NETWORKS, E.CHANGE_NETWORKS), saving=Saving.FIRST),
     on(AT_REST, Connect, record=changes.with_next_networks, saving=Saving.FIRST),
     on(REMOVING, Disconnect, refusal=conditions.networks_kept),
     on(KEPT, Disconnect, when=conditions.cannot_connect, refusal=conditions.networks_refused),
-    on(LIVE, Disconnect, (E.AWAIT_NETWORKS, E.CHANGE_NETWORKS), when=conditions.is_connected),
+    on(
+        LIVE,
+        Disconnect,
+        (E.AWAIT_NETWORKS, E.CHANGE_NETWORKS),
+        when=conditions.is_connected,
+        saving=Saving.FIRST,
+    ),
     on(KEPT, Disconnect, record=changes.with_next_networks, saving=Saving.FIRST),
-    on(LIVE, NetworksChanged, (E.WRITE_NAME_FILES, E.PUBLISH_NETWORKS), record=changes.with_networks),
+    on(
+        LIVE,
+        NetworksChanged,
+        (E.WRITE_NAME_FILES, E.PUBLISH_NETWORKS),
+        record=changes.with_networks,
+        saving=Saving.REPORTED,
+    ),
     # Both names are its own until the networks have one of them.
     on(REMOVING, Rename, refusal=conditions.rename_refused),
     on(

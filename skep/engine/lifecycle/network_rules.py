@@ -19,6 +19,8 @@ from skep.model.networks.sandbox import Endpoint, NetworkMode
 NO_ALIASES = "network-scoped alias is supported only for containers in user defined networks"
 NO_ADDRESS = "user specified IP address is supported on user defined networks only"
 _BUILTIN = {mode.value: mode for mode in (NetworkMode.BRIDGE, NetworkMode.HOST, NetworkMode.NONE)}
+_SHORT_ID_LENGTH = 12
+"""Docker's number of digits.  A shorter word could be the name of another network, such as ``db``."""
 _HAS_ANOTHERS = (
     "container sharing network namespace with another container or host cannot be connected to any other "
     "network"
@@ -50,10 +52,12 @@ def options_after(container: Container, event: Connect | Disconnect) -> PlainOpt
         return replace(plain, networks=(*plain.networks, request))
     if is_builtin(event):
         return replace(plain, mode=NetworkMode.NETWORKS)
-    names, left = {event.network, event.network_id}, endpoint(container, event)
+    left = endpoint(container, event)
+    id, names = event.network_id, {event.network, event.network_id}
     if left is not None:
-        names |= {left.network_id, left.network_name}
-    return replace(plain, networks=tuple(one for one in plain.networks if one.network not in names))
+        id, names = left.network_id, {left.network_id, left.network_name}
+    kept = (one for one in plain.networks if not (one.network in names or _is_short_id(one.network, id)))
+    return replace(plain, networks=tuple(kept))
 
 
 def is_builtin(event: Connect | Disconnect) -> bool:
@@ -68,6 +72,11 @@ def endpoint(container: Container, event: Disconnect) -> Endpoint | None:
     by_id = (one for one in endpoints if one.network_id in (event.network_id, event.network))
     by_name = (one for one in endpoints if one.network_name == event.network)
     return next(chain(by_id, by_name), None)
+
+
+def _is_short_id(word: str, id: str) -> bool:
+    """Return whether ``word`` is a network's id as ``docker network ls`` shows it, or longer."""
+    return len(word) >= _SHORT_ID_LENGTH and id.startswith(word)
 
 
 def _connection_refusal(container: Container, plain: PlainOptions, event: Connect) -> SkepError | None:

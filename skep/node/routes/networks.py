@@ -248,6 +248,8 @@ class _NodeNetworks:
         body = read_connect(raw)
         if own is not None and own.name in BUILTIN:
             name = own.name
+        elif own is not None and name != own.name:
+            name = own.id  # its record must not depend on which other ids begin with the same digits
         if is_disconnect:
             await engine.networks.disconnect(body.container, name, own.id if own is not None else "")
         else:

@@ -222,3 +222,20 @@ def test_nothing_is_kept_of_a_container_that_was_removed(simulated: Run) -> None
         assert not lifecycle.locks._networks
 
     simulated(body)
+
+
+def test_a_signal_that_resumes_a_container_records_that_although_the_command_fails(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.engine.pause(ID)
+
+        async def fail(*_: object) -> None:
+            raise Unavailable("it did not end in time")
+
+        monkeypatch.setattr(stubs.runtime, "resume", fail)
+        monkeypatch.setattr(stubs.runtime, "is_frozen", lambda *_: False)
+        await stubs.engine.kill(ID, "SIGTERM")
+        assert stubs.engine.get(ID).state is ContainerState.RUNNING
+
+    simulated(body)

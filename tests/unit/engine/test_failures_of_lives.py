@@ -111,7 +111,7 @@ def test_a_container_that_ends_at_the_end_of_its_grace_period_was_stopped(
         store = stubs.engine._store
         wait = store.wait
 
-        async def woken_late(id: ContainerId) -> Container:
+        async def woken_late(id: ContainerId, **_since: object) -> Container:
             monkeypatch.setattr(store, "wait", wait)
             await wait(id)
             return await asyncio.Future()

@@ -138,10 +138,13 @@ async def test_a_start_that_waits_for_its_mount_takes_no_place(rig: Rig) -> None
     assert all(start.result().is_running for start in starts)
 
 
-async def test_no_more_than_the_places_start_at_the_same_moment(rig: Rig) -> None:
+@pytest.mark.parametrize("secret_env", [(), ("A=b",)])
+async def test_no_more_than_the_places_start_at_the_same_moment(
+    rig: Rig, secret_env: tuple[str, ...]
+) -> None:
     rig.gates["start"].clear()
     containers = await rig.containers(PLACES + 1)
-    starts = [asyncio.create_task(rig.engine.start(one.id)) for one in containers]
+    starts = [asyncio.create_task(rig.engine.start(one.id, secret_env=secret_env)) for one in containers]
     await until(lambda: len(rig.calls) == PLACES + 1 and rig.waiting["start"] == PLACES)
     starts[-1].cancel()  # it waits for a place
     await asyncio.wait(starts[-1:])

@@ -14,7 +14,7 @@ from skep.api.errors import Untranslated
 from skep.api.http import server
 from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
-from skep.engine.containers.container import Container, ContainerConfig, PlainOptions
+from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
 from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 DAY_S = 86_400
@@ -88,3 +88,24 @@ def test_a_negative_time_kills_never(
     container = a_container()
     config = replace(container.config, stop_grace_ns=of_container_s * 10**9)
     simulated(body, replace(container, config=config))
+
+
+@pytest.mark.parametrize("grace_s", [10.0, 0.0])
+def test_a_stop_ends_although_its_user_starts_the_container_again_at_once(
+    simulated: Run, grace_s: float
+) -> None:
+    """The signal ends a paused container while it is thawed, and the stop is still busy with that."""
+
+    async def body(stubs: StubEngine) -> None:
+        async def end_and_start() -> None:
+            stubs.runtime.during = None
+            await stubs.end(137)
+            await stubs.engine.start(ID)
+
+        stubs.runtime.during = end_and_start
+        async with asyncio.timeout(1):
+            await stubs.engine.stop(ID, grace_s)
+        await asyncio.sleep(100)
+        assert stubs.engine.get(ID).is_running
+
+    simulated(body, a_container(state=ContainerState.PAUSED))
