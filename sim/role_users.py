@@ -1,6 +1,6 @@
 """Users below root: requests with a role, some of them beyond it, concurrent with everything else.
 
-Each request goes through the production API with the user's roles.  It may be killed before or after it, or lose its
+The production API serves each request with the user's roles.  It may be killed before or after it, or lose its
 response.  Every object that a user sends carries the user's role in the label ``ROLE_LABEL``, so that a rule finds in
 the commits what a role has changed, also if nobody read the response.
 

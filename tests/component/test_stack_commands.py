@@ -78,10 +78,9 @@ async def test_a_deploy_waits_or_is_detached_and_names_what_does_not_run(cluster
     cluster.write(FILE % HANGS)
     code, _, err = await cluster.deploy("--timeout", "1")
     assert code == 1
-    assert (
-        err.splitlines()[-1]
-        == "Error: not done within 1 s: shop_db: 0 of 1 tasks run. Run skep explain shop_db."
-    )
+    # The deadline may end before the node has received the task, or after it.
+    said = r"Error: not done within 1 s: shop_db: 0 of 1 tasks run(: m1 has not received it yet)?\. Run skep explain shop_db\."
+    assert re.fullmatch(said, err.splitlines()[-1]), err
     cluster.write(FILE.replace("web", "api") % HANGS)
     code, _, err = await cluster.deploy("--detach")
     assert (code, "shop_api created" in err.replace(":", ""), "tasks run" in err) == (0, True, False), err
@@ -240,7 +239,7 @@ async def test_a_task_that_fails_again_and_again_ends_the_deploy_with_the_cause(
     )
     code, _, err = await cluster.deploy("--max-failures", "3", *words)
     assert code == 1
-    hint = "" if words else r"\. Run skep explain shop_db\."
+    hint = r"\." if words else r"\. Run skep explain shop_db\."
     said = rf"shop_db: 0 of 1 tasks run: [3-5] failures in a row: exit 3{hint}$"
     assert re.search(said, err.splitlines()[-1]), err
     assert cluster.names() == ([] if words else ["shop_db", "shop_web"])
@@ -288,7 +287,7 @@ async def test_a_plan_without_changes_names_what_does_not_run_and_a_diff_has_the
     code, _, err = await cluster.deploy()
     assert code == 0, err
     code, _, err = await cluster.run("stack", "diff", "shop")
-    assert (code, "the stack has only revision 1" in err) == (1, True), err
+    assert (code, "shop has only revision 1" in err) == (1, True), err
     cluster.write(FILE % HANGS)
     code, _, err = await cluster.deploy("--detach")
     assert code == 0, err
