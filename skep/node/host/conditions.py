@@ -99,7 +99,7 @@ class Conditions:
         return tuple(message for _, message in sorted(self.present().items()))
 
     def labels(self) -> Mapping[str, str]:
-        """Return the engine labels of present conditions, and of those that were short and have just ended."""
+        """Return the engine labels of present conditions, and of short conditions that have just ended."""
         with self._lock:
             self._drop_ended()
             labeled = sorted(self._conditions.items())[:CONDITIONS_MAX]
