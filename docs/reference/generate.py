@@ -388,6 +388,11 @@ class Limit(NamedTuple):
 LIMITS: Mapping[str, Sequence[Limit]] = {
     "Objects of the cluster": (
         Limit("replicas of a service", "skep.model.service:REPLICAS_MAX", "refused"),
+        Limit(
+            "tasks of a stack without a quota, for users below administrator",
+            "skep.manager.services.quotas:USERS_TASKS_MAX",
+            "refused",
+        ),
         Limit("published ports of a service", "skep.model.networks.publishing:PORTS_MAX", "refused"),
         Limit("labels `skep.publish.*` of a service", "skep.model.networks.publishing:LABELS_MAX", "refused"),
         Limit("an object, encoded", "skep.store.interface:KindSchema.max_bytes", "refused", "bytes"),

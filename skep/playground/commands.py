@@ -61,13 +61,22 @@ async def ip(*words: str, batch: Sequence[str] = ()) -> bytes:
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within_s: float) -> None:
-    """Poll until ``condition`` returns True.  Raises: Unavailable: the message ``what``, after ``within_s`` seconds."""
+    """Poll until ``condition`` returns True.
+
+    Args:
+        what: The condition as a sentence without a full stop, for the error.
+
+    Raises: Unavailable: it did not return True within ``within_s`` seconds.
+    """
     try:
         async with asyncio.timeout(within_s):
             while not await condition():  # noqa: ASYNC110 - what is waited for lies in other processes
                 await asyncio.sleep(_POLL_S)
     except TimeoutError as error:
-        raise Unavailable(f"{what}: not within {within_s:g} s") from error
+        raise Unavailable(
+            f"This did not happen in time ({within_s:g} s): {what}. "
+            "Run skep playground ps to see which nodes respond, then rerun the command."
+        ) from error
 
 
 async def together(*steps: Coroutine[Any, Any, object]) -> None:

@@ -217,7 +217,7 @@ class Authority:
     def issue_server(
         self, public_key: PublicKey, name: str, addresses: Iterable[str], lifetime: timedelta
     ) -> bytes:
-        """Return a certificate (PEM) for a TLS server that is not a node, for servers only.
+        """Return a certificate (PEM) for a TLS server that is not a node.  Clients cannot identify themselves with it.
 
         Args:
             name: The subject, and the first name that clients may use.

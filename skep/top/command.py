@@ -20,7 +20,7 @@ _LIGHT_BACKGROUNDS = ("7", "15")
     type=click.Choice(["auto", "dark", "light"]),
     default="auto",
     show_default=True,
-    help="Background of the terminal. auto reads COLORFGBG, and is dark without it.",
+    help="Background of the terminal. auto reads COLORFGBG and uses dark if it is unset.",
 )
 @click.pass_obj
 def top(host: HostOptions, theme: str) -> None:

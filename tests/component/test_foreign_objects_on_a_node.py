@@ -26,6 +26,7 @@ from skep.api.http.server import application, runner
 from skep.engine.api.commits import commit_routes
 from skep.engine.api.containers import container_routes
 from skep.engine.api.images import image_routes
+from skep.engine.api.routes import absent_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.containers.container import ExecConfig
 from skep.engine.engine import Engine
@@ -128,6 +129,7 @@ async def a_node(
             *commit_routes(engine, clock),
             *volume_routes(engine.volumes, engine.list),
             *image_routes(engine.images, tuple, clock=clock),
+            *absent_routes(),
         )
         if has_docker_engine:
             routes = with_containers_of(cast("DockerEngine", OwnEngine()), routes)
@@ -200,6 +202,26 @@ async def test_an_object_of_others_is_answered_as_a_missing_one(
         own = await one.answer("viewer:shop", "GET /containers/json?limit=2")
         assert re.findall(r'"Names":\["/([^"]+)"\]', own) == ["shop.2", "shop.1"], "others do not count"
     assert not different, "\n".join(map(str, different))
+
+
+async def test_docker_inspect_of_a_service_name_passes_each_kind_that_its_user_may_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command stops its search at the first error other than 404."""
+    search = {
+        "/containers/shop_web/json": "No such container: shop_web",
+        "/images/shop_web/json": "No such image: shop_web (the role viewer of the whole cluster is needed",
+        "/images/blog/app:1/json": "No such image: blog/app:1 (the role viewer of the whole cluster is needed",
+        "/volumes/shop_web": "get shop_web: no such volume",
+        "/plugins/shop_web/json": 'plugin \\"shop_web\\" not found (the role viewer of the whole cluster is needed',
+    }
+    async with a_node(tmp_path, monkeypatch, has_foreign=True, has_docker_engine=False) as node:
+        for path, message in search.items():
+            answer = await node.answer("operator:shop", f"GET {path}")
+            assert answer.startswith("HTTP/1.1 404 "), (path, answer)
+            assert message in answer
+        for path in ("/images/json", "/plugins", "/images/shop_web/history"):
+            assert (await node.answer("operator:shop", f"GET {path}")).startswith("HTTP/1.1 403 "), path
 
 
 async def test_names_of_a_nodes_networks_cannot_be_tried(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
+from skep.model.values.ids import TaskId
 from skep.model.values.times import timestamp
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -97,6 +98,53 @@ async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
             pass
     assert f"node {pair.identity.node_id} is not available" in str(caught.value)
     assert f"task {service.spec.name}.1 has not been scheduled" in str(caught.value)
+
+
+async def read_into(found: list[bytes], cluster: Cluster, query: LogQuery) -> None:
+    async for line in cluster.logs.subscribe(query):
+        found.append(line.data)  # noqa: PERF401 - the lines before an error count
+
+
+async def test_lines_of_nodes_that_answer_come_before_the_error_that_names_the_others(cluster, tmp_path):
+    pair, away = await a_worker(cluster, tmp_path / "w1"), await a_worker(cluster, tmp_path / "w2")
+    gone = away.identity.node_id
+    async with an_agent(cluster, pair, tmp_path / "w1") as (agent, worker):
+        service, task = service_task(agent.node_id)
+        end = TaskEnd(cause="exit", lines=(KeptLine(timestamp=timestamp(1), text="kept"),))
+        lost = replace(
+            task,
+            id=TaskId("t-away"),
+            slot=2,
+            node_id=gone,
+            status=TaskStatus(state=TaskState.FAILED, end=end),
+        )
+        node = cluster.store.view().get(Node, gone)
+        named = replace(node, description=replace(node.description, hostname="w2"))
+        await put(cluster, service, task, lost, named)
+        worker.lines = [a_line(task, f"{number}\n".encode()) for number in range(500)]
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        found: list[bytes] = []
+        with pytest.raises(IncompleteLogs) as caught:
+            await read_into(found, cluster, LogQuery(services=(service.id,)))
+    assert found[:500] == [f"{number}\n".encode() for number in range(500)]
+    assert found[-1] == b"kept\n"
+    assert str(caught.value).endswith("for the following reasons: node w2 is not available")
+
+
+async def test_a_node_that_listens_and_sends_nothing_is_named(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(broker, "RESPONSE_SECONDS_MAX", 0.05)
+    pair = await a_worker(cluster, tmp_path)
+    node = cluster.store.view().get(Node, pair.identity.node_id)
+    service, task = service_task(node.id)
+    await put(cluster, service, task)
+    async with a_session(cluster, pair) as (channel, _), channel.stream(methods.LISTEN_SUBSCRIPTIONS) as call:
+        await call.send(pb.ListenSubscriptionsRequest(), end=True)
+        await until(lambda: node.id in cluster.logs._listeners)
+        node = cluster.store.view().get(Node, node.id)
+        await put(cluster, replace(node, description=replace(node.description, hostname="w1")))
+        with pytest.raises(IncompleteLogs, match="node w1 did not respond in time"):
+            async for _ in cluster.logs.subscribe(LogQuery(services=(service.id,))):
+                pass
 
 
 @pytest.mark.parametrize(

@@ -523,7 +523,7 @@ async def test_ten_thousand_networks_of_one_operator_are_refused_before_the_pool
     for role in (OPERATOR, "operator:shop"):
         status, text, _ = await rig.exchange(role, "POST /networks/create", body)
         assert status == 403
-        assert "the stack shop has 100 networks and may have 100 without a quota, 1 wanted" in text
+        assert "the stack shop has 100 networks and may have 100 without a quota, 1 more wanted" in text
     others = await rig.exchange(
         "operator:blog", "POST /networks/create", body | {"Name": "blog_n", "Labels": {STACK_LABEL: "blog"}}
     )

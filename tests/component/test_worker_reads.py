@@ -93,6 +93,15 @@ async def test_nothing_is_shown_unless_the_cluster_allows_it(cluster, reads):
     assert cluster.asked == []
 
 
+async def test_the_task_of_a_container_is_shown_without_the_cluster_s_permission(cluster, reads):
+    for word in ("3f2a" * 16, "3f2a" * 3, f"web.2.{'t' * 25}"):
+        await reads.body(f"/skep/tasks/{word}/target")
+    for word in ("web.2", "3f2a", "web", f"../services/web.{'t' * 25}", f"{'3f2a' * 16}/target?x="):
+        with pytest.raises(PermissionDenied, match="does not allow clients of workers"):
+            await reads.body(f"/skep/tasks/{word}/target")
+    assert len(cluster.asked) == 3
+
+
 async def test_a_response_comes_whole_and_the_request_as_it_was_sent(cluster, reads):
     await cluster.allow("true")
     target = "/v1.41/services?filters=%7B%22name%22%3A%7B%22a%20b%22%3Atrue%7D%7D&status=true"

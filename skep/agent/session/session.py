@@ -421,7 +421,9 @@ class ManagerSession:
                 self._host.accept_revision(Revision(revised.incarnation, revised.revision))
                 await self._services.sink.assign(revised_from_pb(revised))
                 applied = revised.message.results_in
-        raise Unavailable(f"{self._channel.address} ended the assignments")
+        raise Unavailable(
+            f"the manager {self._channel.address} ended the stream of assignments: the node reconnects by itself"
+        )
 
     async def _read_assignments(self) -> None:
         applied = ""
@@ -432,7 +434,9 @@ class ManagerSession:
                     return
                 await self._services.sink.assign(assignments_from_pb(message))
                 applied = message.results_in
-        raise Unavailable(f"{self._channel.address} ended the assignments")
+        raise Unavailable(
+            f"the manager {self._channel.address} ended the stream of assignments: the node reconnects by itself"
+        )
 
     # -- statuses -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from skep.api.access.permissions import (
     PermissionScope,
     RequestFacts,
     may,
+    missing,
     rule_for,
     sees,
     shown_error,
@@ -53,6 +54,7 @@ async def respond_if_authorized(
 
     Raises:
         PermissionDenied: The client may not send it.
+        NotFound: The client may not read objects of the kind (see ``missing``).
         SkepError: An error of ``Objects.facts``.
     """
     resource = request.match_info.route.resource
@@ -70,6 +72,8 @@ async def respond_if_authorized(
     if why is None and resource.canonical.startswith("/distribution/"):
         why = why_not_image(request.match_info["name"]) or None
     if why is not None:
+        if (error := missing(rule, request.match_info.get("name", ""), why)) is not None:
+            raise error
         raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
     try:
         response = await handler(request)

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from skep.errors import NamesAnother, SkepError
+from skep.errors import NamesAnother, NotFound, SkepError
 from skep.model.permissions.access import EVERY_STACK, Identity, Role
 from skep.model.permissions.rights import ApiAccess
 from skep.model.permissions.value_rights import image_rights
@@ -146,6 +146,23 @@ def shown_error(identity: Identity, error: SkepError) -> SkepError:
     if isinstance(error, NamesAnother) and not sees(identity, error.stack):
         return error.without_name()
     return error
+
+
+def missing(rule: PermissionRule, name: str, why: str) -> NotFound | None:
+    """Return the error for a user who may not read objects of this kind, or None if ``rule`` reads no single object.
+
+    ``docker inspect NAME`` tries one kind after the other, and continues only after 404.
+
+    Args:
+        why: The reason from ``may``.
+    """
+    match rule.kind, rule.scope:
+        case "image", PermissionScope.CLUSTER:
+            return NotFound(f"No such image: {name} ({why})")
+        case "plugin", PermissionScope.CLUSTER:
+            return NotFound(f'plugin "{name}" not found ({why})')
+        case _:
+            return None
 
 
 def why_not_ps(arguments: str) -> str:
@@ -380,11 +397,13 @@ RULES: Final = (
     _rule("GET", rf"/volumes/{_NAME}", _VIEWER, PermissionScope.OBJECT, "volume", container=_READ),
     _rule("GET", r"/skep/cluster/volumes", _VIEWER, PermissionScope.LIST, "volume"),
     _rule("GET", r"/skep/cluster/volumes/[^/]+", _VIEWER, PermissionScope.OBJECT, "volume"),
-    _rule("GET", r"/images/json|/images/.+/json", _VIEWER, PermissionScope.CLUSTER, container=_READ),
+    _rule("GET", r"/images/json", _VIEWER, PermissionScope.CLUSTER, container=_READ),
+    _rule("GET", r"/images/.+/json", _VIEWER, PermissionScope.CLUSTER, "image", container=_READ),
     # The history contains the values of ENV and ARG.
     _rule("GET", r"/images/.+/history", _VIEWER, PermissionScope.CLUSTER, container=_INSPECT),
     _rule("GET", r"/exec/[^/]+/json", _VIEWER, PermissionScope.CLUSTER, container=_INSPECT),
     _rule("GET", r"/system/df", _VIEWER, PermissionScope.CLUSTER, container=_INSPECT),
-    _rule("GET", r"/plugins(?:/.+/json)?", _VIEWER, PermissionScope.CLUSTER),
+    _rule("GET", r"/plugins", _VIEWER, PermissionScope.CLUSTER),
+    _rule("GET", r"/plugins/.+/json", _VIEWER, PermissionScope.CLUSTER, "plugin"),
 )
 """The first matching rule applies."""

@@ -134,6 +134,11 @@ def application(
     return app
 
 
+def insert_in_errors(app: web.Application, middleware: Any) -> None:
+    """Insert a middleware that may replace the errors of all others, before they become responses."""
+    app.middlewares.insert(app.middlewares.index(_translate_errors) + 1, middleware)
+
+
 class _Versioned(AbstractResource):
     """All routes under ``/v<version>``, and without it if slashes are doubled or at the end.
 

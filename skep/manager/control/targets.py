@@ -1,16 +1,22 @@
 """Finds the task that a user names to reach its container: by a service, one of its slots, or a task."""
 
+import re
 from collections.abc import Callable, Iterable
+from typing import Final
 
 import msgspec
 
 from skep.errors import FailedPrecondition, NotFound
+from skep.model.history import stack_of
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.encoding import ApiObject
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import View
+
+_CONTAINER_ID: Final = re.compile(r"[0-9a-f]{12,64}")
+"""A container's id, at least as many characters of it as ``docker ps`` shows.  Shorter ones may be a name."""
 
 
 class TaskTarget(ApiObject):
@@ -24,6 +30,8 @@ class TaskTarget(ApiObject):
     hostname: str = ""
     """Host name of the task's node."""
     state: str = ""
+    stack: str = ""
+    """Stack of its service, or empty without one."""
 
     @classmethod
     def of(cls, view: View, task: Task) -> "TaskTarget":
@@ -38,6 +46,7 @@ class TaskTarget(ApiObject):
             f"{task.shown_slot or hostname or task.node_id}",
             hostname=hostname,
             state=task.status.state.value,
+            stack=stack_of(service.spec.labels) if service is not None else "",
         )
 
 
@@ -48,9 +57,9 @@ Among = Callable[[Service | Task], bool]
 def target_of(view: View, word: str, among: Among | None = None) -> Task:
     """Return the task that ``word`` names.
 
-    ``word`` is a task's id or a prefix of it, ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` for a global service, or
-    the name of a task's container (``SERVICE.SLOT.TASK``).  For a service or slot, the result is the running task with
-    the lowest slot, and the newest of several.
+    ``word`` is a task's id or a prefix of it, ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` for a global service, the
+    name of a task's container (``SERVICE.SLOT.TASK``), or the container's id as docker shows it.  For a service or
+    slot, the result is the running task with the lowest slot, and the newest of several.
 
     Raises:
         NotFound: The service or task does not exist.
@@ -64,6 +73,8 @@ def target_of(view: View, word: str, among: Among | None = None) -> Task:
         try:
             return _by_prefix(view, word, among)
         except NotFound as error:
+            if (task := _by_container(view, word, among)) is not None:
+                return task
             raise NotFound(
                 f"no such service or task: {word} (skep service ls; skep service ps SERVICE)"
             ) from error
@@ -116,6 +127,20 @@ def _by_prefix(view: View, word: str, among: Among | None) -> Task:
     if (task := _by_id(view, id, among)) is not None:
         return task
     raise NotFound(f"task {word} not found")
+
+
+def _by_container(view: View, word: str, among: Among | None) -> Task | None:
+    """Return the task whose container has the id or the short id ``word``, or None if no or several tasks have it."""
+    if not _CONTAINER_ID.fullmatch(word):
+        return None
+    found = [
+        task
+        for task in view.find(Task)
+        if task.status.container_status is not None
+        and task.status.container_status.container_id.startswith(word)
+        and (among is None or among(task))
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _service_and_slot(view: View, word: str, among: Among | None) -> tuple[Service | None, str]:

@@ -22,6 +22,7 @@ from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.model.history import masked_text
 from skep.model.needs import HostPort, host_ports
 from skep.model.node import Availability, Node, NodeState
+from skep.model.node_reports.conditions import disk_pressure
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.dependencies import WAITS_FOR
@@ -412,7 +413,9 @@ def _no_node(task: Task, nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]
     if largest := too_large(task, nodes.values()):
         return CauseKind.TOO_LARGE, largest
     return CauseKind.NO_NODE, "; ".join(
-        filter(None, (with_needs(task, ports), _unavailable(task, nodes.values())))
+        filter(
+            None, (with_needs(task, ports), _unavailable(task, nodes.values()), _full(task, nodes.values()))
+        )
     )
 
 
@@ -427,6 +430,22 @@ def _unavailable(task: Task, nodes: Collection[Node]) -> str:
     named = [f"{node.description.hostname or node.id} is {_state(node)}" for node in fitting[:_NODES_MAX]]
     more = f" and {len(fitting) - _NODES_MAX} more" if len(fitting) > _NODES_MAX else ""
     return f"no node that meets this is available: {', '.join(named)}{more}"
+
+
+def _full(task: Task, nodes: Collection[Node]) -> str:
+    """Return the nodes whose disk is too full for ``task``, or an empty text if another reason keeps it away."""
+    if NodeRefusal.DISK not in node_refusals_in(task.status.err):
+        return ""
+    constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
+    names = sorted(
+        node.description.hostname or node.id
+        for node in nodes
+        if disk_pressure(node.description) and not _state(node) and is_satisfied(constraints, node)
+    )
+    if not names:
+        return ""
+    more = f" and {len(names) - _NODES_MAX} more" if len(names) > _NODES_MAX else ""
+    return f"free disk space on {', '.join(names[:_NODES_MAX])}{more}"
 
 
 def _state(node: Node) -> str:

@@ -111,7 +111,8 @@ class LogBroker:
     async def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
         """Yield lines of all tasks that ``query`` matches, some at a time.
 
-        Existing lines are merged in the order of their times.  New lines for a follower are not, and a silent node
+        Existing lines are merged in the order of their times.  Stored lines of nodes that do not respond come after
+        them, or first for a follower, whose stream has no end.  New lines for a follower are not, and a silent node
         delays the others for at most ``subscription.HOLD_S``.  Ends once every node has sent everything.  With
         ``follow``, it ends only when the iterator is closed.
 
@@ -125,7 +126,7 @@ class LogBroker:
             self._request(subscription, nodes)
             for node_id in nodes:
                 self._check_state(subscription, node_id)
-            if instead := self._instead(subscription, subscription.take_silent()):
+            if query.follow and (instead := self._instead(subscription, subscription.take_silent())):
                 yield instead
             while True:
                 while lines := subscription.take_many(READ_LINES):
@@ -205,7 +206,7 @@ class LogBroker:
             if subscription.query.follow:
                 return
             for node_id in sorted(subscription.pending):
-                subscription.finish(node_id, f"node {node_id} did not respond in time")
+                subscription.finish(node_id, f"node {self._name(node_id)} did not respond in time")
 
     def _on_snapshot(self, view: View) -> None:
         for subscription in self._subscriptions.values():
@@ -271,9 +272,7 @@ class LogBroker:
                         subscription.finish(node_id)
                         subscription.lose(node_id)
                     else:
-                        subscription.finish(
-                            node_id, f"node {node_name(self._store.view(), node_id)} is not available"
-                        )
+                        subscription.finish(node_id, f"node {self._name(node_id)} is not available")
                 case manager:
                     elsewhere[manager, subscription.is_resumed(node_id)].append(node_id)
         for (manager, _), nodes in elsewhere.items():
@@ -290,6 +289,9 @@ class LogBroker:
 
     def _owner(self, node_id: NodeId) -> NodeId:
         return _manager_of(self._store.view().lookup(Node, node_id))
+
+    def _name(self, node_id: NodeId) -> str:
+        return node_name(self._store.view(), node_id)
 
     def _close(self, subscription: LogSubscription) -> None:
         """Cancel the requests at the nodes and the relaying managers."""
@@ -308,9 +310,7 @@ class LogBroker:
         if self._group is None:
             for node_id in nodes:
                 subscription.sources[node_id] = None
-                subscription.finish(
-                    node_id, f"node {node_name(self._store.view(), node_id)} is not available"
-                )
+                subscription.finish(node_id, f"node {self._name(node_id)} is not available")
             return
         query = subscription.remaining(nodes)
         relay = _Relay(manager, nodes)
@@ -326,7 +326,7 @@ class LogBroker:
     async def _read_relay(self, subscription: LogSubscription, relay: "_Relay", query: LogQuery) -> None:
         assert self._relays is not None, "only called with relays"
         is_followed = subscription.query.follow
-        reason = f"manager {relay.manager} disconnected unexpectedly"
+        reason = f"manager {self._name(relay.manager)} disconnected unexpectedly"
         try:
             async with aclosing(
                 self._relays.relay_logs(relay.manager, query, sorted(relay.nodes))
@@ -349,7 +349,7 @@ class LogBroker:
             reason = str(error)
         finally:
             for node_id in sorted(relay.nodes):
-                subscription.finish(node_id, f"node {node_id} did not respond: {reason}")
+                subscription.finish(node_id, f"node {self._name(node_id)} did not respond: {reason}")
         if is_followed:
             await self._replace_relay(subscription, relay)
 
@@ -407,7 +407,8 @@ class LogBroker:
                 del self._listeners[node_id]
                 for subscription in self._subscriptions.values():
                     if node_id in subscription.pending and not subscription.query.follow:
-                        subscription.finish(node_id, f"node {node_id} disconnected unexpectedly")
+                        name = self._name(node_id)
+                        subscription.finish(node_id, f"node {name} disconnected unexpectedly")
 
     async def _publish(
         self, messages: AsyncIterator[pb.PublishLogsMessage], caller: Caller
@@ -416,7 +417,7 @@ class LogBroker:
         node_id = caller.node_id
         subscription: LogSubscription | None = None
         source: object = None
-        reason = f"node {node_id} disconnected unexpectedly"
+        reason = f"node {self._name(node_id)} disconnected unexpectedly"
         try:
             async for message in messages:
                 if subscription is None:

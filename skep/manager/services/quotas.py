@@ -4,7 +4,7 @@ A quota is checked in the transaction that creates or changes an object.  The le
 request.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
@@ -13,16 +13,23 @@ from msgspec.structs import replace
 from skep.model.history import stack_of
 from skep.model.network import IPAMOptions, Network, NetworkSpec, network_of
 from skep.model.node import Node
-from skep.model.options.autoscaling import with_replicas
+from skep.model.options.autoscaling import autoscaling_of, with_replicas
 from skep.model.quota import QuotaSpec, StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import DEFAULT_SUBNET_SIZE, Swarm
+from skep.model.values.ids import ServiceId
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload
 
 _MEBIBYTE = 1 << 20
+USERS_TASKS_MAX = 20_000
+"""Tasks of a stack's services for users below administrator, if the stack has no quota of tasks.
+
+A manager loads each task in its memory, and a service may have 100,000 replicas.
+"""
 _OF_USERS = QuotaSpec(
+    tasks=USERS_TASKS_MAX,
     networks=100,
     addresses=1 << 16,
     secrets=1_000,
@@ -188,36 +195,79 @@ def claim_service(tx: Transaction, spec: ServiceSpec, present: Service | None = 
 
 
 class UserBounds:
-    """Bounds for users below administrator.  A stack's usage is counted once for all objects of a request."""
+    """Bounds for users below administrator.  A stack's usage is counted once for all objects of a request.
 
-    def __init__(self, view: View) -> None:
+    Args:
+        removed: Services that do not count, because the request removes them first.
+    """
+
+    def __init__(self, view: View, removed: Collection[ServiceId] = ()) -> None:
         self._view = view
-        self._used: dict[tuple[str, bool], StackUsage] = {}
+        self._removed = frozenset(removed)
+        self._used: dict[str, StackUsage] = {}
+        self._tasks: dict[str, dict[str, int]] = {}
+        """Tasks of each service by stack and name, with the services that the request has so far."""
 
     def refusal(self, stack: str, wanted: StackUsage) -> str:
         """Return why only an administrator may add an object to a stack, or an empty string."""
-        key = stack, bool(wanted.services)
-        if key not in self._used:
-            if wanted.services:
-                self._used[key] = StackUsage(services=sum(1 for _ in _services(self._view, stack)))
-            else:
-                self._used[key] = _usage_of_others(self._view, stack)
-        return _refusal_of_users(self._view, stack, wanted, self._used[key])
+        if stack not in self._used:
+            self._used[stack] = _usage_of_others(self._view, stack)
+        return _refusal_of_users(self._view, stack, StackUsage(), wanted, self._used[stack])
+
+    def service_refusal(self, spec: ServiceSpec) -> str:
+        """Return why only an administrator may create or change a service, or an empty string.
+
+        A service with the name of ``spec`` in its stack counts as the one to change.
+        """
+        stack, nodes = stack_of(spec.labels), len(self._view.ids(Node))
+        if stack not in self._tasks:
+            self._tasks[stack] = {
+                one.spec.name: tasks_at_most(one.spec, nodes)
+                for one in _services(self._view, stack)
+                if one.id not in self._removed
+            }
+        tasks = self._tasks[stack]
+        # A service without a name gets one later.  Names have no spaces.
+        name = spec.name or f"unnamed {len(tasks)}"
+        before = StackUsage(tasks=tasks.get(name, 0), services=int(name in tasks))
+        others = StackUsage(tasks=sum(tasks.values()) - before.tasks, services=len(tasks) - before.services)
+        wanted = StackUsage(tasks=tasks_at_most(spec, nodes), services=1)
+        tasks[name] = wanted.tasks
+        return _refusal_of_users(self._view, stack, before, wanted, others)
 
 
-def _refusal_of_users(view: View, stack: str, wanted: StackUsage, others: StackUsage) -> str:
-    """Return why a user may not add an object.  If the stack's quota has a bound, it replaces the default bound."""
+def tasks_at_most(spec: ServiceSpec, nodes: int) -> int:
+    """Return the largest number of tasks that a service may get without another request.
+
+    Autoscaling may create as many as its label allows.  The store keeps the record of each completed task of a job's
+    run, so all completions count and not only the concurrent ones.
+    """
+    tasks = usage_of(spec, nodes).tasks
+    scaling, job = autoscaling_of(spec.labels), spec.mode.replicated_job
+    if scaling is not None and spec.mode.replicated is not None:
+        return max(tasks, scaling.most)
+    return max(tasks, job.total_completions or 0) if job is not None else tasks
+
+
+def _refusal_of_users(
+    view: View, stack: str, before: StackUsage, wanted: StackUsage, others: StackUsage
+) -> str:
+    """Return why a user may not add or change an object.  It never refuses less than ``before``.
+
+    If the stack's quota has a bound, it replaces the default bound.
+    """
     quota = quota_of(view, stack)
     own = quota.spec if quota is not None else QuotaSpec()
     left = {name: getattr(_OF_USERS, name) for name, *_ in BOUNDS if not getattr(own, name)}
     for name, noun, scale, _ in BOUNDS:
-        bound, used, want = left.get(name, 0), getattr(others, name), getattr(wanted, name)
-        if bound and want and used + want > bound:
+        bound, present = left.get(name, 0), getattr(before, name)
+        used, more = getattr(others, name) + present, getattr(wanted, name) - present
+        if bound and more > 0 and used + more > bound:
             who = f"the stack {stack}" if stack else "the cluster outside of stacks"
             remedy = "an administrator can set a quota" if stack else "only administrators may add more"
             return (
-                f"{who} has {used / scale:g} {noun} and may have {bound / scale:g} without a quota, "
-                f"{want / scale:g} wanted: {remedy}"
+                f"{who} has {used / scale:.9g} {noun} and may have {bound / scale:g} without a quota, "
+                f"{more / scale:.9g} more wanted: {remedy}"
             )
     return ""
 

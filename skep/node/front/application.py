@@ -8,6 +8,7 @@ from aiohttp import web
 
 from skep.api.http.server import runner
 from skep.configuration.configuration import Configuration
+from skep.node.container_places import PLACES, Naming, unnamed
 from skep.node.front.users import ApiTls
 
 Ping = Callable[[str, str | None], bytes | None]
@@ -25,10 +26,12 @@ class Application(msgspec.Struct, frozen=True):
     """The node's own application.
 
     ``server`` closes the connection after each response, because the next request may be for another process.
+    ``named`` adds the place of a container to an error.
     """
 
     server: web.Server
     ping: Ping = no_ping
+    named: Naming = unnamed
 
 
 @asynccontextmanager
@@ -38,7 +41,8 @@ async def serving(app: web.Application, ping: Ping) -> AsyncIterator[Application
     await here.setup()
     try:
         assert here.server is not None, "set up just now"
-        yield Application(here.server, ping)
+        places = app.get(PLACES)
+        yield Application(here.server, ping, places.named if places is not None else unnamed)
     finally:
         await here.cleanup()
 

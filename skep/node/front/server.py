@@ -28,7 +28,7 @@ from skep.api.http.framing import (
     with_target,
 )
 from skep.configuration.configuration import Host, TcpHost, UnixHost
-from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
+from skep.errors import FailedPrecondition, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.permissions.access import Identity
 from skep.node.front.application import Application
@@ -391,11 +391,14 @@ class Front:
         """Pass a request to its destination.  Raises: SkepError."""
         request = read_head(raw)
         identity = properties.identity
-        if identity is not None and (
-            target := as_task_request(identity, request.method, request.target, self._ownership)
-        ):
-            raw = with_target(raw, target)
-            request = read_head(raw)
+        if identity is not None:
+            try:
+                target = as_task_request(identity, request.method, request.target, self._ownership)
+            except NotFound as error:
+                raise await self._here.named(error, request.target, identity) from error
+            if target:
+                raw = with_target(raw, target)
+                request = read_head(raw)
         match route(request.method, request.target, self._ownership, identity):
             case Destination.MANAGER:
                 if (reason := self._membership.manager_refusal()) is not None:

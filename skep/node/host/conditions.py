@@ -19,14 +19,17 @@ from skep.model.node_reports.conditions import CHARACTERS_MAX, CONDITIONS_MAX, c
 log = structlog.get_logger()
 
 LABEL_SECONDS_MIN = 30.0
-"""Shortest time in seconds that a condition's label stays.
+"""Shortest time in seconds from the start of a condition to the end of its label.
 
-Each change of the labels is a write in the cluster's store, and a condition may come and go often.
+Each change of the labels is a write in the cluster's store, and a condition may come and go often.  The label of a
+condition that lasted longer ends at once.  Otherwise a node would get no tasks although its disk has space again.
 """
 
 
 class _Condition(msgspec.Struct):
     message: str
+    labeled_at: float
+    """When its label appeared."""
     cleared_at: float | None = None
 
 
@@ -49,8 +52,10 @@ class Conditions:
         """
         message = message[:CHARACTERS_MAX]
         with self._lock:
+            self._drop_ended()
             before = self._conditions.get(name)
-            self._conditions[name] = _Condition(message)
+            labeled_at = before.labeled_at if before is not None else self._clock.monotonic()
+            self._conditions[name] = _Condition(message, labeled_at)
         if before is None or before.cleared_at is not None or before.message != message:
             log.warning("condition", name=name, message=message)
 
@@ -94,11 +99,17 @@ class Conditions:
         return tuple(message for _, message in sorted(self.present().items()))
 
     def labels(self) -> Mapping[str, str]:
-        """Return the engine labels of present and recently cleared conditions."""
-        oldest = self._clock.monotonic() - LABEL_SECONDS_MIN
+        """Return the engine labels of present conditions, and of short conditions that have just ended."""
         with self._lock:
-            for name, one in list(self._conditions.items()):
-                if one.cleared_at is not None and one.cleared_at <= oldest:
-                    del self._conditions[name]
+            self._drop_ended()
             labeled = sorted(self._conditions.items())[:CONDITIONS_MAX]
             return {condition_label(name): one.message for name, one in labeled}
+
+    def _drop_ended(self) -> None:
+        """Drop cleared conditions whose label has been there for long enough."""
+        oldest = self._clock.monotonic() - LABEL_SECONDS_MIN
+        self._conditions = {
+            name: one
+            for name, one in self._conditions.items()
+            if one.cleared_at is None or one.labeled_at > oldest
+        }

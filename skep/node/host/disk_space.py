@@ -45,6 +45,11 @@ store.
 """
 PERIOD_S = 15.0
 """Seconds between two measurements.  A fast disk may receive some gigabytes in this time."""
+FULL_PERIOD_S = 5.0
+"""Seconds between two measurements while the node gets no new tasks because of its disk.
+
+A session compares the node's description every 10 s.  So managers know within ``PERIOD_S`` that there is space again.
+"""
 SILENT_S = 5.0
 """Seconds after which a disk that does not respond is left out, for example a network file system without its server.
 """
@@ -247,9 +252,10 @@ class DiskSpace:
         return self.run
 
     async def run(self) -> None:
-        """Measure every ``PERIOD_S`` until cancelled."""
+        """Measure every ``PERIOD_S``, or ``FULL_PERIOD_S`` while the disk is full, until cancelled."""
         while True:
-            await self._clock.sleep(PERIOD_S)
+            is_full = DISK_PRESSURE in self._conditions.present()
+            await self._clock.sleep(FULL_PERIOD_S if is_full else PERIOD_S)
             await self.measure()
 
     async def measure(self) -> None:

@@ -45,6 +45,13 @@ class Call:
         return await self.receive()
 
 
+class EndedCall(Call):
+    """A stream that the manager has ended without a message."""
+
+    async def __anext__(self) -> Any:
+        raise StopAsyncIteration
+
+
 class Manager:
     """The channel to a manager that cannot write for some calls."""
 
@@ -53,6 +60,8 @@ class Manager:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self.failing: dict[Any, int] = {}
+        self.ending: Any = None
+        """The method whose streams the manager ends at once."""
         self.calls: list[tuple[Any, Any, float]] = []
 
     @asynccontextmanager
@@ -61,6 +70,8 @@ class Manager:
             yield Call([pb.SessionMessage(session_id="s1")])
         elif method is methods.HEARTBEATS:
             yield Call(reply=skep.HeartbeatPeriod(period=timedelta(seconds=5)))
+        elif method is self.ending:
+            yield EndedCall()
         else:
             yield Call()
 
@@ -158,11 +169,12 @@ REPORTS: Mapping[Any, Callable[[Node], object]] = {
 }
 
 
-def run(body: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
+def run(body: Callable[[Node], Coroutine[Any, Any, None]], *, ending: Any = None) -> None:
     loop = VirtualLoop()
 
     async def whole() -> None:
         node = Node(loop)
+        node.manager.ending = ending
         await node.clock.sleep(1)
         await body(node)
         node.running.cancel()
@@ -251,3 +263,13 @@ def test_a_slot_is_reported_in_the_end() -> None:
         assert last.description.engine.labels[SLOT_VOLUMES_LABEL] == "data=web.1@1"
 
     run(body)
+
+
+def test_a_node_says_that_it_reconnects_when_a_manager_ends_the_assignments() -> None:
+    async def body(node: Node) -> None:
+        await asyncio.wait([node.running])
+        assert "m1:2377 ended the stream of assignments: the node reconnects by itself" in str(
+            node.running.exception()
+        )
+
+    run(body, ending=methods.REVISED_ASSIGNMENTS)

@@ -13,6 +13,7 @@ from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.model.container import ContainerSpec, HealthConfig
 from skep.model.needs import host_ports
 from skep.model.node import Availability, Node, NodeState
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -357,6 +358,33 @@ def test_unavailable_nodes_that_meet_a_constraint_are_named_with_their_states(
     )
     other = a_node("w2", labels={"ssd": "yes"})
     assert "available:" not in explained(task, service=service, nodes=(other, fitting)).reason
+
+
+@pytest.mark.parametrize(
+    ("full", "words"),
+    [
+        (("w1",), "w1"),
+        (("w3", "w1", "w2"), "w1, w2, w3"),
+        (("w1", "w2", "w3", "w4", "w5"), "w1, w2, w3 and 2 more"),
+    ],
+)
+def test_nodes_with_a_full_disk_are_named(full: tuple[str, ...], words: str) -> None:
+    refused = f"no suitable node (disk full on {len(full)} nodes)"
+    task = a_task(service=WEB, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    nodes = [a_full_node(name) for name in full]
+    drained = replace(
+        a_full_node("w9"), spec=replace(a_full_node("w9").spec, availability=Availability.DRAIN)
+    )
+    reason = explained(task, nodes=(M1, *nodes, drained)).reason
+    assert reason == f"{refused}; free disk space on {words}"
+
+
+def a_full_node(name: str) -> Node:
+    node = a_node(name)
+    labels = {DISK_PRESSURE_LABEL: "the disk at /var/lib/skep is 96 % full"}
+    engine = replace(node.description.engine, labels=labels)
+    return replace(node, description=replace(node.description, engine=engine))
 
 
 def test_a_credential_in_the_last_line_or_in_the_check_is_masked() -> None:

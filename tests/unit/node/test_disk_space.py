@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
+from skep.agent.session.session import DESCRIPTION_CHECK_S
 from skep.aio.clock import SystemClock
 from skep.api.telemetry.exposition import render
 from skep.configuration.configuration import Configuration
@@ -18,6 +21,7 @@ from skep.model.node_reports.conditions import DISK_PRESSURE, DISK_PRESSURE_LABE
 from skep.node.host import disk_space
 from skep.node.host.conditions import Conditions
 from skep.node.host.disk_space import (
+    PERIOD_S,
     DiskMarks,
     DiskSpace,
     FileSystemUse,
@@ -201,10 +205,43 @@ async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
         await check.measure()
         found.append(sorted(conditions.present()))
     assert found == [[DISK_SPACE], [DISK_PRESSURE], []]
-    assert DISK_PRESSURE_LABEL in conditions.labels()  # for half a minute more
+    assert DISK_PRESSURE_LABEL in conditions.labels()  # until it has been there for half a minute
     page = render(disk_families(check.disks)).decode()
     assert 'skep_disk_used_ratio{disk="data"} 0.5' in page
     assert str(tmp_path) not in page
+
+
+def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session compares the node's description with the last one every ``DESCRIPTION_CHECK_S``."""
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    percents = [97.0]
+    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(percents[0], path=path))
+    conditions = Conditions(clock)
+    configuration = Configuration(data_dir=tmp_path)
+    check = DiskSpace({"data": tmp_path}, tuple, lambda: configuration, conditions, clock)
+
+    async def call(work: Callable[[], FileSystemUse], within_s: float) -> FileSystemUse:
+        return work()
+
+    monkeypatch.setattr(check._own_calls, "call", call)
+
+    async def space_again() -> float:
+        running = loop.create_task(check.run())
+        await clock.sleep(120)
+        assert DISK_PRESSURE_LABEL in conditions.labels()
+        percents[0], freed_at = 40.0, clock.monotonic()
+        while DISK_PRESSURE_LABEL in conditions.labels():
+            await clock.sleep(DESCRIPTION_CHECK_S)
+        running.cancel()
+        return clock.monotonic() - freed_at
+
+    try:
+        assert loop.run_until_complete(space_again()) <= PERIOD_S
+    finally:
+        loop.close()
 
 
 async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Looks up the objects that requests refer to, for authorization."""
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -40,11 +39,12 @@ from skep.manager.routes.extensions.stack_checks import SizedConfig, SizedSecret
 from skep.manager.routes.files import SecretBody
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange, read_changes, read_spec
-from skep.manager.services.quotas import StackUsage, UserBounds, usage_of_file, usage_of_network
+from skep.manager.services.quotas import UserBounds, usage_of_file, usage_of_network
 from skep.model.network import Network, NetworkSpec
 from skep.model.permissions.access import Identity
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
+from skep.model.values.ids import ServiceId
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
@@ -89,14 +89,16 @@ class ClusterObjects:
         is_new = rule.scope is PermissionScope.NEW
         is_placement = _path(request).endswith("/placement")
         is_plan = is_placement or _path(request).endswith("/stacks/check")
-        added: Counter[str] = Counter()
-        """Number of services per stack that the bodies so far create."""
-        bounds, slices, new = UserBounds(view), TimeSlices(SystemClock()), []
+        # A plan removes these services before it changes others.
+        removed = (await read_check(request)).removed if rule.kind == "stack" and bodies else ()
+        bounds, slices, new = UserBounds(view, removed), TimeSlices(SystemClock()), []
         for one in bodies:
             if isinstance(one, ServiceSpec):
                 found = planned_service(view, one, among) if is_plan else new_service(view, one, among)
-                is_counted = is_new and not is_placement
-                new.append(_bounded(view, one, found, added, bounds) if is_counted else found)
+                if not is_placement:
+                    excess = bounds.service_refusal(_written(request, view, known, one))
+                    found = replace(found, excess=excess)
+                new.append(found)
             else:
                 new.append(_new_object(view, one, bounds, is_new=is_new))
             await slices.yield_if_due()
@@ -133,14 +135,12 @@ def _known(view: View, kind: str, word: str, identity: Identity) -> KnownObject:
             return KnownObject(id=found.id, stack=stack_of(found.spec.labels))
 
 
-def _bounded(
-    view: View, spec: ServiceSpec, new: NewObject, added: Counter[str], bounds: UserBounds
-) -> NewObject:
-    """Return ``new`` with its excess over the number of services that a stack may have without a quota."""
-    if any(one.removed_at is None for one in view.find(Service, name=spec.name)):
-        return new
-    added[new.stack] += 1
-    return replace(new, excess=bounds.refusal(new.stack, StackUsage(services=added[new.stack])))
+def _written(request: web.Request, view: View, known: KnownObject | None, spec: ServiceSpec) -> ServiceSpec:
+    """Return the spec that the request writes: ``spec``, or for a rollback the service's previous one."""
+    service = view.lookup(Service, ServiceId(known.id)) if known is not None else None
+    if service is None or request.query.get("rollback") != "previous":
+        return spec
+    return service.previous_spec or spec
 
 
 def _new_object(view: View, body: Any, bounds: UserBounds, *, is_new: bool) -> NewObject:

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.control.targets import TaskTarget, target_of, task_named
-from skep.model.task import Task, TaskState
+from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.ids import ServiceId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
@@ -74,6 +74,23 @@ def test_a_word_means_a_running_task(view, word, task):
 def test_what_means_no_running_task_is_explained(view, word, error, text):
     with pytest.raises(error, match=text):
         target_of(view, word)
+
+
+async def test_the_id_of_a_container_means_its_task(store):
+    def start(tx):
+        for task, id in (("two", "3f2a" * 16), ("three", "3f2a" * 8 + "b" * 32)):
+            status = replace(tx.get(Task, task).status, container_status=ContainerStatus(container_id=id))
+            tx.put(replace(tx.get(Task, task), status=status))
+
+    await store.update(start)
+    view = store.view()
+    assert target_of(view, "3f2a" * 16).id == "two"
+    assert target_of(view, "3f2a" * 8 + "b").id == "three"
+    for word in ("3f2a" * 8, "3f2a3f2a3f2", "3f2a" * 17):  # of two containers, too short, too long
+        with pytest.raises(NotFound, match="no such service or task"):
+            target_of(view, word)
+    with pytest.raises(NotFound):
+        target_of(view, "3f2a" * 16, lambda one: False)
 
 
 def test_a_target_is_shown_by_the_name_that_means_it(view):

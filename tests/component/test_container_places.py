@@ -1,0 +1,203 @@
+"""What a node says about a container that it does not have: where it runs, to those who may know."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.agent.session.session_state import SessionState
+from skep.aio.clock import SystemClock
+from skep.api.access.identity import identify
+from skep.api.access.permissions import STACK_LABEL
+from skep.api.client.client import ApiClient
+from skep.api.http.server import application as api_application
+from skep.api.http.server import runner
+from skep.engine.api.containers import container_routes
+from skep.errors import NotFound
+from skep.manager.routes import application
+from skep.model.permissions.access import ALL, Identity, Origin, parse_binding
+from skep.model.service import Service
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.node import container_places
+from skep.node.authorization import NodeObjects
+from skep.node.cluster.cluster_reads import ClusterReads
+from skep.node.container_places import ContainerPlaces, name_places
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.oci_rig import Machine, memory_engine
+from tests.support.store_transactions import put
+
+ID, GONE = "3f2a" * 16, "beef" * 16
+TASK = "t" * 25
+ROOT = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
+PLACE = "It is a container of task shop_web.2 on node w2. Run"
+
+
+_BODY = '{"Cmd":["id"]}'
+
+
+def a_user(*roles: str) -> Identity:
+    return Identity(name="ann", origin=Origin.TOKEN, bindings=tuple(map(parse_binding, roles)))
+
+
+def at_w2(service: Service, id: str, container: str, slot: int, state: TaskState) -> Task:
+    status = TaskStatus(state=state, container_status=ContainerStatus(container_id=container))
+    return replace(a_task(id, service=service.id, slot=slot, node="w2"), status=status)
+
+
+class Node:
+    """A node whose manager is on another socket."""
+
+    def __init__(self, new_handler: Any, places: ContainerPlaces) -> None:
+        self._new_handler = new_handler
+        self.places = places
+
+    async def answer(self, identity: Identity, request: str) -> tuple[int, str]:
+        ours, theirs = socket.socketpair()
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(self._new_handler, theirs)
+        identify(transport, identity)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.write(
+            f"{request} HTTP/1.1\r\nHost: n\r\nContent-Type: application/json\r\nContent-Length: {len(_BODY)}\r\n"
+            f"Connection: close\r\n\r\n{_BODY}".encode()
+        )
+        try:
+            async with asyncio.timeout(10):
+                head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+        finally:
+            writer.close()
+            transport.abort()
+        return int(head.split()[1]), msgspec.json.decode(body)["message"]
+
+
+@asynccontextmanager
+async def a_cluster(
+    directory: Path,
+    patch: pytest.MonkeyPatch,
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None,
+) -> AsyncIterator[Node]:
+    """A node next to a manager with two tasks on w2.  ``answer`` is a manager of another kind."""
+    async with a_manager_api() as api:
+        service = a_service("shop_web")
+        service = replace(service, spec=replace(service.spec, labels={STACK_LABEL: "shop"}))
+        for one in (
+            service,
+            a_node("w2"),
+            at_w2(service, TASK, ID, 2, TaskState.RUNNING),
+            at_w2(service, "u" * 25, GONE, 3, TaskState.FAILED),
+        ):
+            await api.store.update(put, one)
+        manager_app = application(api)
+        if answer is not None:
+            manager_app = web.Application()
+            manager_app.router.add_route("*", "/{tail:.*}", answer)
+        manager = runner(manager_app)
+        await manager.setup()
+        await web.UnixSite(manager, str(directory / "manager.sock")).start()
+        engine = memory_engine(directory, Machine(), patch)
+        async with engine.running(), ApiClient.local(directory / "manager.sock", "the manager") as own:
+            clock = SystemClock()
+            member = SimpleNamespace(node=SimpleNamespace(node_id="m1", is_manager=True))
+            places = ContainerPlaces(cast("Any", member), ClusterReads(SessionState(clock), own))
+            app = api_application(
+                container_routes(engine, clock), objects=NodeObjects(engine, cast("Any", None))
+            )
+            name_places(app, places)
+            served = runner(app)
+            await served.setup()
+            yield Node(served.server, places)
+            await served.cleanup()
+        await manager.cleanup()
+
+
+async def test_each_command_is_named_that_reaches_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = {
+        "POST /v1.41/containers/{}/exec": "skep exec shop_web.2 COMMAND",
+        "GET /containers/{}/logs?stdout=1": "skep logs shop_web.2",
+        "POST /containers/{}/attach?stream=1": "skep attach shop_web.2",
+        "GET /containers/{}/archive?path=/": "skep cp",
+        "GET /containers/{}/top": "skep task top shop_web.2",
+        "GET /containers/{}/stats?stream=0": "skep stats shop_web.2",
+        "GET /v1.41/containers/{}/json": "skep exec shop_web.2 COMMAND, skep logs shop_web.2, "
+        "skep attach shop_web.2, skep cp or skep stats shop_web.2",
+    }
+    async with a_cluster(tmp_path, monkeypatch) as node:
+        for word in (ID, ID[:12], f"shop_web.2.{TASK}"):
+            for request, command in commands.items():
+                status, text = await node.answer(ROOT, request.format(word))
+                assert (status, text) == (
+                    404,
+                    f"No such container: {word} on this node. {PLACE} {command}",
+                ), request
+        _, text = await node.answer(ROOT, f"POST /containers/{ID}/kill")
+        assert text.startswith(f"Cannot kill container: {ID}: No such container: {ID} on this node. {PLACE} ")
+        assert (await node.answer(ROOT, f"GET /containers/{GONE}/logs?stdout=1"))[1].endswith(
+            "It is a container of task shop_web.3 on node w2, and the task is failed. Run skep explain shop_web"
+        )
+
+
+async def test_a_container_that_no_task_has_is_missing_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_cluster(tmp_path, monkeypatch) as node:
+        for word in ("nosuch", ID[:11], "a" * 64, f"shop_web.2.{'x' * 25}", "shop_web"):
+            for request in (f"GET /containers/{word}/json", f"GET /containers/{word}/logs?stdout=1"):
+                assert await node.answer(ROOT, request) == (404, f"No such container: {word}")
+
+
+async def test_a_user_learns_only_where_containers_of_its_stacks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_cluster(tmp_path, monkeypatch) as node:
+        request = f"GET /containers/{ID}/logs?stdout=1"
+        for roles in (("viewer",), ("viewer:shop",), ("operator:blog", "viewer:shop")):
+            assert PLACE in (await node.answer(a_user(*roles), request))[1]
+        for roles in (("operator:blog",), ("viewer:news", "operator:blog")):
+            assert await node.answer(a_user(*roles), request) == (404, f"No such container: {ID}")
+            error = NotFound(f"No such container: {ID}")
+            target = f"/v1.41/containers/{ID}/exec"  # refused by the front
+            assert await node.places.named(error, target, a_user(*roles)) is error
+        named = await node.places.named(NotFound(f"No such container: {ID}"), target, a_user("operator:shop"))
+        assert str(named).endswith(f"{PLACE} skep exec shop_web.2 COMMAND")
+
+
+async def test_a_silent_manager_does_not_delay_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def never(_request: web.Request) -> web.StreamResponse:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(container_places, "WITHIN_S", 0.05)
+    async with a_cluster(tmp_path, monkeypatch, never) as node:
+        plain = (404, f"No such container: {ID}")
+        assert await node.answer(ROOT, f"GET /containers/{ID}/json") == plain
+        assert asked.is_set()
+        # Nor do many errors at one moment ask many times.
+        monkeypatch.setattr(container_places, "WITHIN_S", 30.0)
+        monkeypatch.setattr(container_places, "ASKED_MAX", 0)
+        assert await node.answer(ROOT, f"GET /containers/{ID}/json") == plain
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"Name": 5}', b"no json"])
+async def test_an_odd_answer_of_a_manager_changes_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    async def odd(_request: web.Request) -> web.StreamResponse:
+        return web.Response(body=body)
+
+    async with a_cluster(tmp_path, monkeypatch, odd) as node:
+        assert await node.answer(ROOT, f"GET /containers/{ID}/json") == (404, f"No such container: {ID}")
