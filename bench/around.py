@@ -41,7 +41,7 @@ from bench.scenarios import (
 )
 from bench.skep_lab import SkepLab
 from skep.playground.images.busybox import busybox_archive
-from tests.support.plugins import plugin
+from tests.support.machines.plugins import plugin
 
 Lab = DockerLab | SkepLab
 TURNS = 5

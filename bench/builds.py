@@ -38,9 +38,9 @@ from bench.scenarios import Metrics, clear, start
 from bench.skep_lab import SkepLab
 from skep.engine.images.reference import parse_reference
 from skep.playground.images.busybox import busybox_archive
-from tests.support.images_rig import APP, ImageCluster, an_image, give
-from tests.support.playground_rig import CLIS
-from tests.support.registry_rig import registry_program
+from tests.support.images.images_rig import APP, ImageCluster, an_image, give
+from tests.support.images.registry_rig import registry_program
+from tests.support.machines.playground_rig import CLIS
 
 PORT = 5000
 BIG = f"127.0.0.1:{PORT}/big"

@@ -34,7 +34,7 @@ from bench.soak_users import Log
 from skep import __version__
 from skep.playground.description import PlaygroundNode
 from skep.playground.playground import Playground
-from tests.support.versions import ROOT, Versions, package_of
+from tests.support.machines.versions import ROOT, Versions, package_of
 
 MANAGERS, WORKERS = 3, 5
 FAULTS, OPERATIONS = 0.25, 0.15
@@ -339,7 +339,7 @@ def day(directory: Path, minutes: float, rng: random.Random, log: Log, report: R
     nodes = directory / "nodes"
     playground = Playground(nodes, "day", lambda _: None)
     asyncio.run(playground.down())
-    change = f"{sys.executable} -m tests.support.versions {nodes} day {folder} $SKEP_NODE present"
+    change = f"{sys.executable} -m tests.support.machines.versions {nodes} day {folder} $SKEP_NODE present"
     upgrade = ("upgrade", "--to", __version__, "--command", change)
     run: Day | None = None
     try:

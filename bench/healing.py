@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from bench.run import commit, measure_alone
-from tests.support.healing_lab import PLACES, healing_lab, taken_away
+from tests.support.networks.healing_lab import PLACES, healing_lab, taken_away
 
 LIMIT_S = 5.0
 SHOWN = 5

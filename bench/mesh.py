@@ -1,10 +1,10 @@
 """The routing mesh of Skep nodes: the time that it adds to a request, compared with a request to the task's own node.
 
 Three nodes and a client are network namespaces on one bridge, with the product's rules
-(``tests/support/mesh_lab.py``).  A pair is one kept connection from the client in each way: *direct* to the task on
-node 3 by a port in host mode of that node, and by the *mesh* through node 1 to the same task.  The servers are an HTTP
-server in Python, where the network is a small part of the time, and an echo, where it is nearly all. *Update* is the
-time from a changed table until the rules of one node are in force.
+(``tests/support/networks/mesh_lab.py``).  A pair is one kept connection from the client in each way: *direct* to the
+task on node 3 by a port in host mode of that node, and by the *mesh* through node 1 to the same task.  The servers are
+an HTTP server in Python, where the network is a small part of the time, and an echo, where it is nearly all. *Update*
+is the time from a changed table until the rules of one node are in force.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from skep.dataplane.netns import nft_table
 from skep.dataplane.plan.gateway import HostPort, gateway_table
-from tests.support.mesh_lab import NETWORK, LabNode, MeshLab
+from tests.support.networks.mesh_lab import NETWORK, LabNode, MeshLab
 
 REQUESTS = 1500
 TURNS = 5

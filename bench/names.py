@@ -19,8 +19,8 @@ from bench.machine import processor_s
 from skep.linux.detached import read_pid_file
 from skep.model.networks.tables import NetworkTable
 from skep.paths import Paths
-from tests.support.names_lab import NamesLab, Resolver, forks
-from tests.support.tables import a_network, a_served
+from tests.support.networks.names_lab import NamesLab, Resolver, forks
+from tests.support.networks.tables import a_network, a_served
 
 SERVICES = 500
 RATE = 5000

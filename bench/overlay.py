@@ -25,7 +25,7 @@ from skep.dataplane.dataplane import DataPlane
 from skep.model.networks.sandbox import Sandbox
 from skep.model.networks.tables import NetworkHead, Segment, TableEndpoint
 from skep.model.values.ids import NetworkId, TaskId
-from tests.support.overlay_lab import LabNode, OverlayLab, place, shell
+from tests.support.networks.overlay_lab import LabNode, OverlayLab, place, shell
 
 SECONDS = 1.0
 FEW, MANY = 5, 500

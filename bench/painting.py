@@ -34,8 +34,8 @@ from bench.run import commit, measure_alone
 from bench.thousands import fill
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig
 from skep.model.values.times import SECOND_NS
-from tests.support.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
-from tests.support.dashboard_rig import skep_ui
+from tests.support.clients.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
+from tests.support.clients.dashboard_rig import skep_ui
 
 NODES, TASKS, TIMES = 500, 10_000, 10
 HEARTBEAT_S = 5

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.playground_rig import CLIS
+from tests.support.machines.playground_rig import CLIS
 
 _IDLE = ["sh", "-c", "while :; do sleep 3600; done"]
 _BODY = {"AttachStdout": True, "AttachStderr": True, "Cmd": ["true"]}

@@ -17,8 +17,8 @@ from statistics import median
 from bench.figures import Figure, alternate, ratio, run_alone, run_undisturbed
 from bench.machine import processor_s
 from bench.names import a_table, names_lab, net_pid
-from tests.support.names_lab import NamesLab
-from tests.support.tables import a_network, a_served
+from tests.support.networks.names_lab import NamesLab
+from tests.support.networks.tables import a_network, a_served
 
 VIRTUAL, BACKEND, CLIENT = "10.0.1.2", "10.0.1.11", "10.0.1.5"
 LIMIT_RATIO = 1.1

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from playwright.async_api import Browser, Page, expect
 
-from tests.support.browser import a_browser, a_page
-from tests.support.dashboard_rig import skep_ui
-from tests.support.playground_rig import IMAGE, SKEP, TestCluster, TestNode, a_playground, wait_until
+from tests.support.clients.browser import a_browser, a_page
+from tests.support.clients.dashboard_rig import skep_ui
+from tests.support.machines.playground_rig import IMAGE, SKEP, TestCluster, TestNode, a_playground, wait_until
 
 GUIDE = Path(__file__).with_name("guide")
 QUALITY = 82

@@ -12,10 +12,10 @@ import pytest
 import structlog
 from hypothesis import settings
 
-from tests.support.alone import Turns
-from tests.support.second_attempts import SecondAttempts
-from tests.support.tracebacks import ShownTracebacks
-from tests.support.whole_run import WholeRun
+from tests.support.harness.alone import Turns
+from tests.support.harness.second_attempts import SecondAttempts
+from tests.support.harness.tracebacks import ShownTracebacks
+from tests.support.harness.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("skep", deadline=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.alone import Turns
+from tests.support.harness.alone import Turns
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import ROOT
+from tests.support.harness.documents import ROOT
 
 FOLDER = ROOT / "changes"
 APART = {"README.md", "template.md.jinja"}

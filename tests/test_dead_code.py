@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from vulture.core import Vulture
 
-from tests.support.documents import ROOT
+from tests.support.harness.documents import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 """Everything is parsed: ten seconds on an idle machine, minutes on one that runs other tests beside."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from skep.configuration.sources import Arguments, combine
-from tests.support.documents import (
+from tests.support.harness.documents import (
     PAGES,
     ROOT,
     fragments,
@@ -19,7 +19,7 @@ from tests.support.documents import (
     quoted,
     shell_blocks,
 )
-from tests.support.promises import exists
+from tests.support.harness.promises import exists
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from skep.cli.main import main
-from tests.support.sources import parsed
+from tests.support.harness.sources import parsed
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("skep/cli", "skep/stack")

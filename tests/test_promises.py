@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.promises import HARDENING, ROOT, Outcomes, exists, not_shown, rows, shown_by
+from tests.support.harness.promises import HARDENING, ROOT, Outcomes, exists, not_shown, rows, shown_by
 
 A, B = "tests/unit/test_a.py", "tests/unit/test_b.py"
 

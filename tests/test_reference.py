@@ -23,7 +23,7 @@ from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import Created
 from skep.store.memory import MemoryStore
-from tests.support.sources import parsed
+from tests.support.harness.sources import parsed
 
 ROOT = Path(__file__).parents[1]
 _OUR_LABEL = re.compile(r"skep(\.[a-z][a-z-]*)+\.?")

@@ -10,7 +10,7 @@ import pytest
 TREE = Path(__file__).parents[1]
 
 CONFTEST = """
-from tests.support.second_attempts import SecondAttempts
+from tests.support.harness.second_attempts import SecondAttempts
 
 def pytest_configure(config):
     config.pluginmanager.register(SecondAttempts())

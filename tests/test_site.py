@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from docs.site.hooks import OUTSIDE, linked, navigation
-from tests.support.documents import PAGES, ROOT
+from tests.support.harness.documents import PAGES, ROOT
 
 _LOADED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"' >]+)""")
 _STYLED = re.compile(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)")

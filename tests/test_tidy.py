@@ -8,7 +8,7 @@ from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
-from tests.support.sources import parsed
+from tests.support.harness.sources import parsed
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "skep"

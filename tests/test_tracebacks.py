@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tracebacks import ShownTracebacks, related, with_lines
+from tests.support.harness.tracebacks import ShownTracebacks, related, with_lines
 
 
 class Lock:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tests.support.promises import exists
+from tests.support.harness.promises import exists
 
 PAGE = Path(__file__).parents[1] / "docs" / "untested.md"
 ROW = re.compile(r"^\| (?P<what>[^|]+) \| `(?P<test>[^`]+)` \| (?P<machine>[^|]+) \| (?P<date>[^|]+) \|$")

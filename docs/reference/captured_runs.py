@@ -45,7 +45,7 @@ from skep.stack.planning import plan_of
 from skep.stack.project import Stack
 from skep.stack.recording import carry_out as deploy
 from skep.store.interface import Created, Event, Updated, View
-from tests.support.upgraded_clusters import Installing, UpgradedCluster
+from tests.support.managers.upgraded_clusters import Installing, UpgradedCluster
 
 _NOW = 1_769_860_800
 _AT = "2026-01-31T12:00:00Z"

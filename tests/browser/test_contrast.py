@@ -10,7 +10,7 @@ from playwright.async_api import Page, expect
 from tests.browser.made_up_cluster import KINDS, MadeUpCluster, in_every_state, without_services
 from tests.browser.served_cluster import served
 from tests.browser.test_looks_and_speed import PAGES
-from tests.support.browser import a_browser, a_page
+from tests.support.clients.browser import a_browser, a_page
 
 pytestmark = pytest.mark.chromium
 

@@ -9,7 +9,7 @@ from playwright.async_api import Page, expect
 
 from tests.browser.made_up_cluster import KINDS, MadeUpCluster, make
 from tests.browser.served_cluster import served
-from tests.support.browser import a_browser, a_page
+from tests.support.clients.browser import a_browser, a_page
 
 pytestmark = pytest.mark.chromium
 

@@ -10,9 +10,9 @@ from playwright.async_api import Page, expect
 from tests.browser.made_up_cluster import make
 from tests.browser.served_cluster import app_of
 from tests.browser.test_looks_and_speed import SIZES, findings
-from tests.support.api_authority import an_authority
-from tests.support.browser import a_browser, a_page
-from tests.support.dashboard_rig import Clock, a_dashboard_server
+from tests.support.clients.browser import a_browser, a_page
+from tests.support.clients.dashboard_rig import Clock, a_dashboard_server
+from tests.support.security.api_authority import an_authority
 
 pytestmark = pytest.mark.chromium
 

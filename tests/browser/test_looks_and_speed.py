@@ -14,7 +14,7 @@ from playwright.async_api import Page, expect
 
 from tests.browser.made_up_cluster import KINDS, make, step
 from tests.browser.served_cluster import served
-from tests.support.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
+from tests.support.clients.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
 
 pytestmark = pytest.mark.chromium
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skep.dashboard.pages import joined, pages
-from tests.support.browser import NODE
+from tests.support.clients.browser import NODE
 
 HERE = Path(__file__).parent
 STATIC = HERE.parents[1] / "skep" / "dashboard" / "static"

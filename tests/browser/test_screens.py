@@ -9,9 +9,9 @@ from playwright.async_api import CDPSession, Locator, Page, expect
 from tests.browser.made_up_cluster import KINDS, MadeUpCluster, Row, in_every_state, make, without_services
 from tests.browser.served_cluster import app_of, served
 from tests.browser.test_looks_and_speed import PAGES, SIZES
-from tests.support.api_authority import an_authority
-from tests.support.browser import a_browser, a_page, until_true
-from tests.support.dashboard_rig import Clock, a_dashboard_server
+from tests.support.clients.browser import a_browser, a_page, until_true
+from tests.support.clients.dashboard_rig import Clock, a_dashboard_server
+from tests.support.security.api_authority import an_authority
 
 pytestmark = pytest.mark.chromium
 

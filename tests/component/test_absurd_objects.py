@@ -20,8 +20,8 @@ from skep.model.task import Task
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
-from tests.support.control_loops import leading, wait_for
-from tests.support.damage_rigs import a_good_service_converges, cluster_with
+from tests.support.managers.control_loops import leading, wait_for
+from tests.support.store.damage_rigs import a_good_service_converges, cluster_with
 
 pytestmark = pytest.mark.timeout(30)
 

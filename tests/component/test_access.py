@@ -22,7 +22,7 @@ from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import open_channel, split_address
-from tests.support.wire_rig import Cluster, a_worker
+from tests.support.managers.wire_rig import Cluster, a_worker
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import UNPACKED
-from tests.support.prometheus_rig import RULES
+from tests.support.machines.playground_rig import UNPACKED
+from tests.support.telemetry.prometheus_rig import RULES
 
 pytestmark = [pytest.mark.needs("promtool"), pytest.mark.timeout(60)]
 

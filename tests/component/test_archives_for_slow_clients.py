@@ -10,8 +10,8 @@ from skep.api.http.server import application
 from skep.engine.api.images import image_routes
 from skep.engine.api.streams import uploads
 from skep.engine.images.store import ImageStore
-from tests.support.images_rig import APP, an_image, give
-from tests.support.wire_rig import until
+from tests.support.images.images_rig import APP, an_image, give
+from tests.support.managers.wire_rig import until
 
 pytestmark = pytest.mark.needs("root")
 

@@ -26,7 +26,7 @@ from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from tests.support.wire_rig import (
+from tests.support.managers.wire_rig import (
     Cluster,
     FakeWorker,
     a_session,

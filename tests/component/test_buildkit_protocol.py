@@ -26,9 +26,7 @@ from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
 from skep.rpc.status import CallFailed, StatusCode
-from tests.support.archives import a_file as archived
-from tests.support.archives import a_tar, an_entry
-from tests.support.buildkit_client import (
+from tests.support.builds.buildkit_client import (
     FileServer,
     Tree,
     a_file,
@@ -37,6 +35,8 @@ from tests.support.buildkit_client import (
     session,
     session_by_call,
 )
+from tests.support.images.archives import a_file as archived
+from tests.support.images.archives import a_tar, an_entry
 
 IMAGE = Digest("sha256:" + "1" * 64)
 DOCKERFILE = a_file("Dockerfile", "FROM scratch\nCOPY . /\n")

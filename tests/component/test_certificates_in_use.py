@@ -15,7 +15,7 @@ from skep.wire.access import Caller
 from skep.wire.client import open_channel
 from skep.wire.server import serve
 from skep.wire.service import unary
-from tests.support.wire_rig import Cluster, until
+from tests.support.managers.wire_rig import Cluster, until
 
 
 async def answer(_: pb.HeartbeatRequest, _caller: Caller) -> pb.HeartbeatResponse:

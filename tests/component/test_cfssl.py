@@ -12,8 +12,8 @@ from skep.agent.certificates import renew
 from skep.security.authority import Authority
 from skep.store.kinds import ROOT_KEY_ID, Payload
 from tests.component.test_external_ca import CLOCK, join_worker, leader, named, rotated, rotating_to, update
-from tests.support.external_ca import ExternalAuthority, cfssl_command
-from tests.support.wire_rig import Cluster, a_worker, an_agent, pair_of
+from tests.support.managers.wire_rig import Cluster, a_worker, an_agent, pair_of
+from tests.support.security.external_ca import ExternalAuthority, cfssl_command
 
 
 @pytest.fixture

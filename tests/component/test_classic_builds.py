@@ -20,8 +20,8 @@ from skep.engine.api import builds
 from skep.engine.build.builder import Builder
 from skep.engine.build.files.remotes import repository_address
 from skep.engine.images.store import ImageStore
-from tests.support.archives import a_file, a_tar
-from tests.support.wire_rig import until
+from tests.support.images.archives import a_file, a_tar
+from tests.support.managers.wire_rig import until
 
 pytestmark = pytest.mark.needs("root")
 

@@ -22,7 +22,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_service, a_task
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 
 RELAYED = {"X-Skep-UI": "1"}
 

@@ -14,7 +14,7 @@ from skep.model.volume import PublishState, PublishStatus, Volume
 from skep.store.interface import Transaction
 from skep.store.level import CLUSTER_VOLUMES, LOWEST
 from tests.support.builders import a_task
-from tests.support.network_rigs import Rig, a_rig
+from tests.support.networks.network_rigs import Rig, a_rig
 
 MOUNT: dict[str, Any] = {"Scope": "single", "Sharing": "none", "MountVolume": {}}
 

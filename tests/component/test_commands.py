@@ -8,7 +8,7 @@ import pytest
 
 from skep.model.service import Service
 from skep.model.task import Task
-from tests.support.command_rig import HANGS, Cluster, a_cluster
+from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from skep.stack.compose.document import FilePosition, YamlNode, mapping, scalar
 from skep.stack.compose.loading import FileReader, LoadOptions, load
 from skep.stack.compose.merging import canonical
 from skep.stack.compose.reading import ProblemReport
-from tests.support.plugins import plugin
+from tests.support.machines.plugins import plugin
 
 PLACE = FilePosition("f", 1, 1)
 

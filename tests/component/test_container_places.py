@@ -32,8 +32,8 @@ from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.container_places import ContainerPlaces, name_places
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.oci_rig import Machine, memory_engine
-from tests.support.store_transactions import put
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.store.store_transactions import put
 
 ID, GONE = "3f2a" * 16, "beef" * 16
 TASK = "t" * 25

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from skep.errors import InvalidArgument
-from tests.support.build_rig import BuildRig, a_tar, fill
+from tests.support.builds.build_rig import BuildRig, a_tar, fill
 
 pytestmark = pytest.mark.needs("root")
 

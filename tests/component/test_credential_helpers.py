@@ -21,9 +21,9 @@ from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.registry.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, SkepError
-from tests.support.archives import sha256
-from tests.support.bent_registry import Registry
-from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.images.archives import sha256
+from tests.support.images.bent_registry import Registry
+from tests.support.images.registry_rig import BLOBS, CONFIG, a_manifest
 
 
 class Helper:

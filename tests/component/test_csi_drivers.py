@@ -33,8 +33,8 @@ from skep.model.volume import (
     VolumeSpec,
 )
 from skep.rpc import frames
-from tests.support.csi_driver import NAME
-from tests.support.csi_storage import Storage
+from tests.support.storage.csi_driver import NAME
+from tests.support.storage.csi_storage import Storage
 
 pytestmark = pytest.mark.needs("root")
 MODE = AccessMode(mount_volume=TypeMount())
@@ -58,7 +58,7 @@ class Process:
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Process]:
     made = Process(tmp_path)
-    command = [sys.executable, "-m", "tests.support.csi_driver", str(made.sockets / "d.sock")]
+    command = [sys.executable, "-m", "tests.support.storage.csi_driver", str(made.sockets / "d.sock")]
     with subprocess.Popen([*command, str(made.storage), "node-1", "a"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -194,7 +194,7 @@ def another(driver: Process, socket: Path) -> Iterator[None]:
     command = [
         sys.executable,
         "-m",
-        "tests.support.csi_driver",
+        "tests.support.storage.csi_driver",
         str(socket),
         str(driver.storage),
         "node-1",

@@ -18,8 +18,8 @@ from skep.store.interface import Store
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.wire.convert.tables import messages_of, pieces_of, table_set_from_pb
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.damage_rigs import damage
-from tests.support.derived_tables import table_of
+from tests.support.networks.derived_tables import table_of
+from tests.support.store.damage_rigs import damage
 
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
 WEB = a_service("web")

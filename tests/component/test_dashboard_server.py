@@ -16,8 +16,8 @@ from aiohttp import web
 from skep.dashboard import passing
 from skep.dashboard import server as server_module
 from skep.dashboard import sessions as sessions_module
-from tests.support.api_authority import an_authority
-from tests.support.dashboard_rig import Clock, People, a_dashboard_server, user_of
+from tests.support.clients.dashboard_rig import Clock, People, a_dashboard_server, user_of
+from tests.support.security.api_authority import an_authority
 
 
 class Rig:

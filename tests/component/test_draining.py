@@ -29,8 +29,16 @@ from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.wire.client import ManagerChannel, open_channel
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
-from tests.support.tables import a_member
-from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
+from tests.support.managers.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    FakeWorker,
+    an_agent_of,
+    put,
+    until,
+    with_all_methods,
+)
+from tests.support.networks.tables import a_member
 
 NET = an_overlay("net1")
 SECOND = NodeId("manager0000000000000000m2")

@@ -36,7 +36,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import ManagerChannel, StreamCall, open_channel
 from skep.wire.convert.node import description_to_pb
 from tests.support.builders import a_docker_node, a_service, a_task, an_overlay
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, describe, put
 
 NET = an_overlay("net1", subnet="10.0.1.0/24", attachable=True)
 

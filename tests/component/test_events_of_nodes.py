@@ -24,8 +24,8 @@ from skep.node.container_access import TaskContainers
 from skep.node.events import NodeEvents
 from skep.wire import skep_pb2 as skep
 from tests.component.test_one_exchange import OneContainer
-from tests.support.fake_worker import FakeWorker
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, until
+from tests.support.managers.fake_worker import FakeWorker
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, until
 
 
 class Stream:

@@ -26,7 +26,7 @@ from skep.security.tls import joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import open_channel
-from tests.support.wire_rig import CLOCK, Cluster, a_worker, an_agent, pair_of, put
+from tests.support.managers.wire_rig import CLOCK, Cluster, a_worker, an_agent, pair_of, put
 
 
 class Earlier:

@@ -17,7 +17,7 @@ from skep.model.values.ids import NodeId
 from skep.node.cluster.swarm_info import cluster_section
 from skep.security import keypair
 from tests.conformance.manager import a_manager_api
-from tests.support.wire_rig import CLOCK, MANAGER_ID, Cluster, put
+from tests.support.managers.wire_rig import CLOCK, MANAGER_ID, Cluster, put
 
 LATE = Node(
     id=NodeId("late"),

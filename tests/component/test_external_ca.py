@@ -31,8 +31,8 @@ from skep.store.interface import Store
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from tests.support.external_ca import Certificate, ExternalAuthority
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of
+from tests.support.security.external_ca import Certificate, ExternalAuthority
 
 CLOCK = SystemClock()
 OWN = Authority.create()

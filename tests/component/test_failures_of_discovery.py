@@ -27,9 +27,9 @@ from skep.errors import SkepError, Unavailable
 from skep.model.values.ids import ContainerId
 from skep.node.host import machine_resources
 from skep.node.host.machine_resources import MachineResources, ResourceReader
+from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, walk
-from tests.support.oci_rig import QuickClock
-from tests.support.volume_plugin import TestPlugin
+from tests.support.storage.volume_plugin import TestPlugin
 from tests.unit.engine.test_specification import a_container
 
 ROUTES = (

@@ -24,9 +24,9 @@ from skep.engine.images.registry import pulling
 from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
-from tests.support.archives import a_docker_archive, a_file, a_tar
 from tests.support.file_faults import Faults, walk
-from tests.support.images_rig import APP, CLOCK, ImageCluster, an_image, give
+from tests.support.images.archives import a_docker_archive, a_file, a_tar
+from tests.support.images.images_rig import APP, CLOCK, ImageCluster, an_image, give
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.timeout(300)]
 

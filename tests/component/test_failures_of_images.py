@@ -17,9 +17,9 @@ from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.model.values.times import Timestamp
-from tests.support.archives import a_file, a_tar
+from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, walk
-from tests.support.oci_rig import QuickClock
+from tests.support.images.archives import a_file, a_tar
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 BASE, COMMITTED, TAGGED = "base:1", "committed:1", "tagged:1"

@@ -17,7 +17,7 @@ from aiohttp import web
 from skep.engine.build.files.remotes import is_git, is_remote
 from skep.engine.build.files.repositories import RepositoryAddress, address_of
 from skep.errors import InvalidArgument, SkepError
-from tests.support.build_rig import BuildRig, a_tar
+from tests.support.builds.build_rig import BuildRig, a_tar
 
 pytestmark = pytest.mark.needs("root")
 

@@ -10,7 +10,7 @@ from skep.agent.session.revisions import SeenRevision
 from skep.agent.session.session import NodeServices
 from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
-from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
 
 
 class StandingClock(SystemClock):

@@ -31,7 +31,7 @@ from skep.store.interface import Store
 from tests.component.test_users_on_a_manager import NoTunnels, running
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_cluster_volume, a_node, a_service
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 ROLES = ("viewer:shop", "operator:shop", "viewer:shop operator:news")
 SHARED = "5ame"

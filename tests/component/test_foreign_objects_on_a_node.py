@@ -39,7 +39,7 @@ from skep.node.front.routing import Destination, LocalObjects, route
 from skep.node.front.server import refusal
 from skep.node.front.task_requests import as_task_request
 from skep.node.routes.cluster_networks import ClusterNetworks
-from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
 
 ROLES = ("viewer:shop", "operator:shop", "viewer:shop operator:news")
 FOREIGN = ("blog.1", "tool")

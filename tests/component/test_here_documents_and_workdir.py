@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skep.errors import InvalidArgument
-from tests.support.build_rig import BuildRig, fill
+from tests.support.builds.build_rig import BuildRig, fill
 
 pytestmark = pytest.mark.needs("root")
 

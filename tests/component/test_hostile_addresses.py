@@ -25,8 +25,8 @@ from tests.component.test_network_tables import (
     placed,
 )
 from tests.support.builders import a_service
-from tests.support.tables import a_member
-from tests.support.wire_rig import Cluster, a_session, a_worker, put, until
+from tests.support.managers.wire_rig import Cluster, a_session, a_worker, put, until
+from tests.support.networks.tables import a_member
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from skep.engine.api import builds
 from skep.engine.build.builder import Builder
 from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.store import ImageStore
-from tests.support.archives import a_file, a_tar
+from tests.support.images.archives import a_file, a_tar
 
 pytestmark = pytest.mark.needs("root")
 

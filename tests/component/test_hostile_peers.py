@@ -23,8 +23,8 @@ from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import open_channel, split_address
 from skep.wire.server import NODE_CONNECTIONS_MAX
-from tests.support.wire_calls import METHODS, call
-from tests.support.wire_rig import Cluster, a_session, a_worker, put, service_task, until
+from tests.support.managers.wire_calls import METHODS, call
+from tests.support.managers.wire_rig import Cluster, a_session, a_worker, put, service_task, until
 
 MEBIBYTE = 1 << 20
 

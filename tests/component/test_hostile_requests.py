@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from skep.model.service import Service
-from tests.support.command_rig import Cluster, a_cluster
-from tests.support.raw_calls import Answered, connected, received
+from tests.support.clients.command_rig import Cluster, a_cluster
+from tests.support.clients.raw_calls import Answered, connected, received
 
 DIGITS = "9" * 400
 

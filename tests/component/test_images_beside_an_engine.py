@@ -27,7 +27,7 @@ from skep.errors import NotFound, SkepError
 from skep.node.docker.docker_engine import DockerEngine
 from skep.node.docker.engine_images import EngineImages
 from skep.node.routes.docker_objects import with_objects_of
-from tests.support.archives import a_config, a_docker_archive, a_file, a_tar, sha256
+from tests.support.images.archives import a_config, a_docker_archive, a_file, a_tar, sha256
 
 CLOCK = SystemClock()
 

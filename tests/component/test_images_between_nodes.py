@@ -26,10 +26,10 @@ from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel, open_channel
-from tests.support.archives import sha256
-from tests.support.bent_registry import Registry, Respond
-from tests.support.images_rig import APP, CLOCK, ImageCluster, ImageNode, MadeImage, an_image, give
-from tests.support.wire_rig import until
+from tests.support.images.archives import sha256
+from tests.support.images.bent_registry import Registry, Respond
+from tests.support.images.images_rig import APP, CLOCK, ImageCluster, ImageNode, MadeImage, an_image, give
+from tests.support.managers.wire_rig import until
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from skep.security.tokens import join_token
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import open_channel
-from tests.support.wire_rig import Cluster, a_worker
+from tests.support.managers.wire_rig import Cluster, a_worker
 
 CLOCK = SystemClock()
 

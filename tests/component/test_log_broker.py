@@ -20,7 +20,7 @@ from skep.model.values.times import timestamp
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from tests.support.builders import a_service, a_task
-from tests.support.wire_rig import (
+from tests.support.managers.wire_rig import (
     MANAGER_ID,
     Cluster,
     a_session,

@@ -27,7 +27,15 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import open_channel
 from skep.wire.server import serve
-from tests.support.wire_rig import Cluster, FakeWorker, a_worker, an_agent_of, put, service_task, until
+from tests.support.managers.wire_rig import (
+    Cluster,
+    FakeWorker,
+    a_worker,
+    an_agent_of,
+    put,
+    service_task,
+    until,
+)
 
 
 class Manager:

@@ -11,7 +11,7 @@ from skep.model.node import NodeRole
 from skep.model.values.ids import new_id
 from skep.paths import Paths
 from skep.security import keypair
-from tests.support.wire_rig import Cluster
+from tests.support.managers.wire_rig import Cluster
 
 RUN = """
 import sys

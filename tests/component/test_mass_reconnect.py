@@ -22,7 +22,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.client import open_channel
 from tests.support.builders import a_node
-from tests.support.wire_rig import Cluster, Random, a_worker, an_agent, until
+from tests.support.managers.wire_rig import Cluster, Random, a_worker, an_agent, until
 
 HELD_S_MAX = 0.25
 

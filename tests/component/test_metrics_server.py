@@ -9,7 +9,7 @@ import pytest
 from skep.configuration.configuration import Configuration
 from skep.node.telemetry import metrics_server
 from skep.node.telemetry.metrics_server import serving_metrics
-from tests.support.log_receivers import free_port
+from tests.support.engine.log_receivers import free_port
 
 
 async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_not(monkeypatch):

@@ -20,8 +20,8 @@ from skep.store.interface import Store
 from skep.store.memory import MemoryStore
 from skep.store.transactions.proposal import Proposal
 from tests.support.builders import a_node, a_service_spec
-from tests.support.control_loops import leading
-from tests.support.store_rigs import memory_rig
+from tests.support.managers.control_loops import leading
+from tests.support.store.store_rigs import memory_rig
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 

@@ -27,9 +27,9 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.methods import MESSAGE_BYTES_MAX
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.derived_tables import table_of
-from tests.support.tables import a_member
-from tests.support.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.managers.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.networks.derived_tables import table_of
+from tests.support.networks.tables import a_member
 
 NET1, NET2 = an_overlay("net1"), an_overlay("net2", subnet="10.0.2.0/24")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)

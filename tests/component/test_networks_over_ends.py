@@ -24,9 +24,9 @@ from skep.errors import SkepError, Unavailable
 from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from skep.model.values.ids import ContainerId
-from tests.support.container_networks import PORT, Lab, NetPorts, nothing
-from tests.support.oci_rig import Machine
-from tests.support.stub_engine import disk_full
+from tests.support.engine.container_networks import PORT, Lab, NetPorts, nothing
+from tests.support.engine.oci_rig import Machine
+from tests.support.engine.stub_engine import disk_full
 
 
 @pytest.fixture

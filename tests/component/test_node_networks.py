@@ -29,7 +29,7 @@ from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState
 from skep.model.values.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
 from skep.node.cluster.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.network_rigs import Rig, a_rig
+from tests.support.networks.network_rigs import Rig, a_rig
 
 
 @pytest.fixture

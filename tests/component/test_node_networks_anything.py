@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.network_rigs import Rig, a_rig
+from tests.support.networks.network_rigs import Rig, a_rig
 
 OURS = "internal error"
 words = st.text(max_size=8) | st.sampled_from(

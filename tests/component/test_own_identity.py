@@ -21,8 +21,8 @@ from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import open_channel
 from tests.support.builders import a_task
-from tests.support.wire_calls import GUARDED
-from tests.support.wire_rig import Cluster, a_session, a_worker, an_agent, put, service_task, until
+from tests.support.managers.wire_calls import GUARDED
+from tests.support.managers.wire_rig import Cluster, a_session, a_worker, an_agent, put, service_task, until
 
 IN_A_SESSION = sorted(
     name

@@ -22,8 +22,8 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel
 from tests.support.builders import a_docker_node
-from tests.support.path_rig import ScriptedProbes, a_finding, a_report
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.networks.path_rig import ScriptedProbes, a_finding, a_report
 
 
 @pytest.fixture

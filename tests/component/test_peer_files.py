@@ -24,8 +24,8 @@ from skep.security.trust import root_digest
 from skep.store.kinds import Payload, Revocation
 from skep.wire.client import open_channel
 from tests.component.test_root_rotation import rotate, rotated
-from tests.support.wire_calls import call
-from tests.support.wire_rig import CLOCK, MANAGER_ID, Cluster, a_worker, an_agent, put, until
+from tests.support.managers.wire_calls import call
+from tests.support.managers.wire_rig import CLOCK, MANAGER_ID, Cluster, a_worker, an_agent, put, until
 
 
 class Etcd:

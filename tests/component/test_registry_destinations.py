@@ -16,7 +16,7 @@ from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.security.authority import Authority
 from tests.support.builders import an_auth
-from tests.support.external_ca import server_certificate
+from tests.support.security.external_ca import server_certificate
 
 
 class Server:

@@ -16,9 +16,9 @@ from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPoli
 from skep.engine.images.registry.registry import DOCKER_LIST, DOCKER_MANIFEST, RegistryError
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound
-from tests.support.archives import sha256
-from tests.support.bent_registry import Registry, Respond
-from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.images.archives import sha256
+from tests.support.images.bent_registry import Registry, Respond
+from tests.support.images.registry_rig import BLOBS, CONFIG, a_manifest
 
 AUTH = base64.urlsafe_b64encode(json.dumps({"username": "user", "password": "secret"}).encode()).decode()
 

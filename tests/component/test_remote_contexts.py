@@ -11,8 +11,8 @@ from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.rpc.server import ServerStream
 from skep.rpc.status import CallFailed
 from tests.component.test_buildkit_protocol import Rig, built, rig
-from tests.support.build_rig import a_tar
-from tests.support.buildkit_client import FileServer, a_file
+from tests.support.builds.build_rig import a_tar
+from tests.support.builds.buildkit_client import FileServer, a_file
 
 __all__ = ["rig"]
 

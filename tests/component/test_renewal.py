@@ -16,7 +16,7 @@ from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 from tests.component.test_expired import Earlier
-from tests.support.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
+from tests.support.managers.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from skep.store.kinds import Revocation
 from skep.wire import server
 from skep.wire.client import open_channel
 from skep.wire.methods import MethodAccess
-from tests.support.wire_calls import GUARDED, call
-from tests.support.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.managers.wire_calls import GUARDED, call
+from tests.support.managers.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
 
 NOW_NS = CLOCK.now_ns()
 FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is not MethodAccess.NODE)

@@ -23,8 +23,17 @@ from skep.security.tls import client_context
 from skep.security.trust import is_issued_by, root_digest, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 from skep.wire.client import open_channel
-from tests.support.wire_calls import call
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
+from tests.support.managers.wire_calls import call
+from tests.support.managers.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    a_worker,
+    an_agent,
+    pair_of,
+    put,
+    service_task,
+    until,
+)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from grpclib.server import Server
 
 from skep.rpc.status import CallFailed, Lost
 from skep.store.etcd.client import BOUNDS, EtcdClient
-from tests.support.etcd_rig import Relay
+from tests.support.store.etcd_rig import Relay
 
 MEGABYTE = bytes(range(256)) * 4096
 TIMEOUT_S = 10.0

@@ -27,7 +27,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import ManagerChannel
-from tests.support.wire_rig import (
+from tests.support.managers.wire_rig import (
     MANAGER_ID,
     Cluster,
     FakeWorker,

@@ -23,7 +23,7 @@ from skep.stack.planning import plan_of
 from skep.stack.recording import carry_out
 from skep.stack.revisions import KEPT
 from skep.store.level import SCHEDULES
-from tests.support.command_rig import FAILS, HANGS, Cluster, a_cluster
+from tests.support.clients.command_rig import FAILS, HANGS, Cluster, a_cluster
 
 FILE = "name: shop\nservices: {web: {image: busybox}, db: {image: %s}}\n"
 

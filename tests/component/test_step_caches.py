@@ -32,8 +32,9 @@ from skep.engine.images.registry.registry import OCI_MANIFEST
 from skep.engine.images.registry.uploads import BlobUpload
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, SkepError
-from tests.support.bent_registry import Registry
-from tests.support.cache_artifact import Artifact
+from tests.support.builds.cache_artifact import Artifact
+from tests.support.images.bent_registry import Registry
+from tests.support.images.registry_rig import docker_registry, guarded_registry
 from tests.support.lying_records import (
     give_impossible_times,
     give_odd_digests,
@@ -44,7 +45,6 @@ from tests.support.lying_records import (
     swap_parents,
     tie_rings,
 )
-from tests.support.registry_rig import docker_registry, guarded_registry
 
 pytestmark = pytest.mark.needs("root")
 

@@ -28,8 +28,8 @@ from skep.store.space import REFUSE_AT, MemberSpace, refusal
 from skep.store.transactions.transaction import LocalTransaction
 from skep.wire.client import ManagerChannel
 from tests.support.builders import a_service
-from tests.support.etcd_rig import a_member, member_settings
-from tests.support.store_rigs import found
+from tests.support.store.etcd_rig import a_member, member_settings
+from tests.support.store.store_rigs import found
 
 pytestmark = [pytest.mark.needs("etcd", "setpriv"), pytest.mark.timeout(120)]
 

@@ -27,9 +27,17 @@ from skep.security.tls import ServerTls
 from skep.store.memory import MemoryStore
 from skep.wire.server import serve
 from tests.support.builders import a_service, a_task, an_overlay
-from tests.support.derived_tables import table_of
-from tests.support.tables import a_member
-from tests.support.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
+from tests.support.managers.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    FakeWorker,
+    an_agent_of,
+    put,
+    until,
+    with_all_methods,
+)
+from tests.support.networks.derived_tables import table_of
+from tests.support.networks.tables import a_member
 
 NET = an_overlay("net1", subnet="10.0.0.0/16")
 SECOND = NodeId("manager0000000000000000m2")

@@ -12,7 +12,7 @@ from skep.model.values.ids import NodeId
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from tests.support.builders import a_service, a_service_spec, a_task
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from skep.store.level import USERS
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labeled
 from tests.component.test_users_on_a_manager import rig as rig
 from tests.support.builders import a_node, a_service
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 OF_SHOP = "operator:shop"
 HALF = USERS_TASKS_MAX // 2

@@ -15,7 +15,7 @@ from skep.api.telemetry import otlp
 from skep.api.telemetry.exposition import render
 from skep.api.telemetry.otlp import WAITING_MAX, TraceExporter
 from skep.tracing import Span
-from tests.support.otlp_receiver import Receiver
+from tests.support.telemetry.otlp_receiver import Receiver
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import open_channel
 from tests.support.builders import a_task
-from tests.support.fake_worker import FakeWorker
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, until
+from tests.support.managers.fake_worker import FakeWorker
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent_of, until
 
 HEAD = b"GET / HTTP/1.1\r\n\r\n"
 

@@ -36,7 +36,7 @@ from skep.model.values.times import Timestamp
 from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 OPERATOR = "operator"
 SHOP = {STACK_LABEL: "shop"}

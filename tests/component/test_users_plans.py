@@ -17,7 +17,7 @@ from skep.model.volume import Volume, VolumeSpec
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labeled, rig
 from tests.support.builders import a_service
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 __all__ = ("rig",)
 

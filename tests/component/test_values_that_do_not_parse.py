@@ -23,7 +23,7 @@ from skep.model.values.ids import NodeId, new_id
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 
 CLOCK = SystemClock()
 NETWORK = an_overlay("net1", subnet="10.0.1.0/24")

@@ -23,7 +23,7 @@ from skep.store.interface import Commit, Object, Transaction
 from skep.store.level import SCHEDULES
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.control_loops import leading, wait_for
+from tests.support.managers.control_loops import leading, wait_for
 
 NODES, REPLICAS = 20, 10
 

@@ -25,7 +25,7 @@ from skep.node.cluster.cluster_reads import ClusterReads
 from skep.security.identity import NodeIdentity
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from tests.support.wire_rig import Cluster, a_session, a_worker, until
+from tests.support.managers.wire_rig import Cluster, a_session, a_worker, until
 
 
 class ReadableCluster(Cluster):

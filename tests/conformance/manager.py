@@ -36,7 +36,7 @@ from skep.store.etcd.initialize import initialize
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.memory import MemoryStore
-from tests.support.etcd_rig import a_member, member_settings
+from tests.support.store.etcd_rig import a_member, member_settings
 
 
 class CannedLogs:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from tests.conformance.record import RECORDED, UnixConnection, run, wait_for
-from tests.support.archives import GOOD, HOSTILE
+from tests.support.images.archives import GOOD, HOSTILE
 
 NAMESPACE = "skep-image-loads"
 HANGS = ("layer is a named pipe",)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skep.store.interface import Store
-from tests.support.store_rigs import Rig, etcd_rig, memory_rig
+from tests.support.store.store_rigs import Rig, etcd_rig, memory_rig
 
 
 @pytest.fixture(params=["memory", pytest.param("etcd", marks=pytest.mark.needs("etcd", "setpriv"))])

@@ -10,8 +10,8 @@ from skep.model.task import Task, TaskState
 from skep.model.values.times import Timestamp
 from skep.store.interface import NotLeader, Store, Transaction
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.control_loops import leading, wait_for
-from tests.support.store_rigs import Rig
+from tests.support.managers.control_loops import leading, wait_for
+from tests.support.store.store_rigs import Rig
 
 REPLICAS = 50
 

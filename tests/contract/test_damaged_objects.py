@@ -47,8 +47,8 @@ from skep.store.schema import SCHEMAS
 from skep.store.transactions.proposal import Proposal
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
-from tests.support.control_loops import leading, wait_for
-from tests.support.damage_rigs import (
+from tests.support.managers.control_loops import leading, wait_for
+from tests.support.store.damage_rigs import (
     DamageRig,
     a_good_service_converges,
     cluster_with,

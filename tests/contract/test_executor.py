@@ -19,7 +19,7 @@ from skep.model.service import TaskSpec
 from skep.model.task import AssignedTask, Task
 from skep.model.values.ids import ServiceId, TaskId, new_id
 from skep.model.values.times import SECOND_NS
-from tests.support.runc_lab import IMAGE, Lab
+from tests.support.engine.runc_lab import IMAGE, Lab
 
 FOREVER = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
 DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")

@@ -19,7 +19,7 @@ from skep.model.values.ids import NetworkId, new_id
 from skep.model.values.times import Timestamp
 from skep.store.interface import Store, View
 from tests.support.builders import a_docker_node, a_node, a_service, an_overlay
-from tests.support.store_rigs import FIRST
+from tests.support.store.store_rigs import FIRST
 
 MESH = PortConfig(target_port=80, published_port=8080)
 HOST = PortConfig(target_port=81, published_port=8081, publish_mode=PublishMode.HOST)

@@ -25,8 +25,8 @@ from skep.store.interface import HistoryGone, NotLeader, Store, Term, Transactio
 from skep.store.kinds import JournalChunk
 from skep.store.level import JOURNAL
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store_rigs import FIRST, SECOND, EtcdRig, MemoryRig, Rig, etcd_rig, found, memory_rig
-from tests.support.store_transactions import a_secret, change, eventually, put
+from tests.support.store.store_rigs import FIRST, SECOND, EtcdRig, MemoryRig, Rig, etcd_rig, found, memory_rig
+from tests.support.store.store_transactions import a_secret, change, eventually, put
 
 pytestmark = pytest.mark.timeout(60)
 

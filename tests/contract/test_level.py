@@ -26,8 +26,8 @@ from skep.store.interface import Transaction
 from skep.store.level import LEVEL, VOLUME_AFFINITIES
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec
-from tests.support.etcd_rig import a_member, member_settings
-from tests.support.store_rigs import Rig, found
+from tests.support.store.etcd_rig import a_member, member_settings
+from tests.support.store.store_rigs import Rig, found
 
 
 def a_manager(tx: Transaction, id: str, level: int) -> None:

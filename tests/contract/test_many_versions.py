@@ -14,7 +14,7 @@ from skep.model.values.times import Timestamp
 from skep.store.interface import Store, Transaction
 from skep.store.kinds import SpecVersion
 from tests.support.builders import a_service
-from tests.support.store_rigs import FIRST
+from tests.support.store.store_rigs import FIRST
 
 VERSIONS = 1100
 """More than one transaction removes."""

@@ -49,8 +49,8 @@ from skep.store.tables import KeyChange
 from skep.store.transactions.proposal import Proposal, Unchanged
 from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, an_overlay
-from tests.support.control_loops import leading, wait_for
-from tests.support.damage_rigs import a_good_service_converges, cluster_with, damage
+from tests.support.managers.control_loops import leading, wait_for
+from tests.support.store.damage_rigs import a_good_service_converges, cluster_with, damage
 
 pytestmark = pytest.mark.timeout(30)
 

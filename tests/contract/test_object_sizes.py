@@ -22,7 +22,7 @@ from skep.store.interface import Object, Store, Transaction
 from skep.store.kinds import Payload
 from skep.store.schema import SCHEMA_BY_TYPE
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 from tests.unit.store.test_merge import parts_of
 
 

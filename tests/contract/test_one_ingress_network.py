@@ -13,8 +13,8 @@ from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp
 from skep.store.interface import Store
 from tests.support.builders import a_service_spec
-from tests.support.store_rigs import Rig
-from tests.support.store_transactions import outcome
+from tests.support.store.store_rigs import Rig
+from tests.support.store.store_transactions import outcome
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 RACES = 20

@@ -25,8 +25,8 @@ from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
 from skep.store.level import USERS
 from tests.support.builders import a_service, a_service_spec
-from tests.support.store_rigs import Rig
-from tests.support.store_transactions import outcome
+from tests.support.store.store_rigs import Rig
+from tests.support.store.store_transactions import outcome
 
 NOW = Timestamp("2026-01-01T00:00:00Z")
 WRITERS = 20

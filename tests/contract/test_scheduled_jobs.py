@@ -31,8 +31,8 @@ from skep.store.kinds import Payload, as_run
 from skep.store.level import SCHEDULES
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task
-from tests.support.control_loops import wait_for
-from tests.support.store_rigs import Rig
+from tests.support.managers.control_loops import wait_for
+from tests.support.store.store_rigs import Rig
 
 TEN, ELEVEN, NOON = (Timestamp(f"2026-11-24T{hour}:00:00Z") for hour in (10, 11, 12))
 CREATED = Timestamp("2026-11-24T09:30:00Z")

@@ -24,8 +24,8 @@ from skep.store.interface import (
 )
 from skep.store.kinds import Payload
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.store_rigs import FIRST, Rig
-from tests.support.store_transactions import (
+from tests.support.store.store_rigs import FIRST, Rig
+from tests.support.store.store_transactions import (
     a_secret,
     change,
     delete,

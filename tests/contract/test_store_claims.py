@@ -30,8 +30,8 @@ from skep.store.interface import (
     Transaction,
 )
 from tests.support.builders import a_service_spec
-from tests.support.store_rigs import Rig
-from tests.support.store_transactions import (
+from tests.support.store.store_rigs import Rig
+from tests.support.store.store_transactions import (
     a_network,
     a_secret,
     change,

@@ -26,8 +26,8 @@ from skep.store.interface import (
     Transaction,
 )
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store_rigs import FIRST, Rig
-from tests.support.store_transactions import (
+from tests.support.store.store_rigs import FIRST, Rig
+from tests.support.store.store_transactions import (
     a_secret,
     delete,
     eventually,

@@ -20,8 +20,8 @@ from skep.store.interface import (
 )
 from skep.store.kinds import SpecVersion
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store_rigs import Rig
-from tests.support.store_transactions import (
+from tests.support.store.store_rigs import Rig
+from tests.support.store.store_transactions import (
     a_secret,
     change,
     delete,

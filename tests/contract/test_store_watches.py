@@ -16,8 +16,8 @@ from skep.store.interface import (
     Watch,
 )
 from tests.support.builders import a_task
-from tests.support.store_rigs import Rig
-from tests.support.store_transactions import (
+from tests.support.store.store_rigs import Rig
+from tests.support.store.store_transactions import (
     a_secret,
     change,
     delete,

@@ -4,8 +4,14 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.support import last_logs as last_words
-from tests.support.playground_rig import TestCluster, TestNode, a_playground, remove_services, wait_until
+from tests.support.harness import last_logs as last_words
+from tests.support.machines.playground_rig import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    remove_services,
+    wait_until,
+)
 
 
 @pytest.hookimpl(wrapper=True)

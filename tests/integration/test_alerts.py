@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon_rig import wait_until
-from tests.support.playground_rig import a_playground
-from tests.support.prometheus_rig import Prometheus
+from tests.support.machines.daemon_rig import wait_until
+from tests.support.machines.playground_rig import a_playground
+from tests.support.telemetry.prometheus_rig import Prometheus
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("prometheus"), pytest.mark.timeout(400)]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import CLIS, IDLE, TestNode
-from tests.support.plugins import plugin
+from tests.support.machines.playground_rig import CLIS, IDLE, TestNode
+from tests.support.machines.plugins import plugin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.docker_engines import FOR_ENGINES, attachments, inside, wait_inside
-from tests.support.playground_rig import (
+from tests.support.machines.docker_engines import FOR_ENGINES, attachments, inside, wait_inside
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,
@@ -70,7 +70,7 @@ def impostor(cluster: TestCluster, network: str, attachment: str) -> dict[str, s
         f"--net={w2.description['netns']}",
         sys.executable,
         "-m",
-        "tests.support.impostor",
+        "tests.support.security.impostor",
     )
     done = subprocess.run(
         [*enter, str(files), manager, "w1", network, attachment],

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.plain_engine import plain_engine
-from tests.support.playground_rig import (
+from tests.support.clients.terminal import Terminal, terminal
+from tests.support.machines.plain_engine import plain_engine
+from tests.support.machines.playground_rig import (
     CLIS,
     IDLE,
     IMAGE,
@@ -20,8 +21,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.plugins import let_find
-from tests.support.terminal import Terminal, terminal
+from tests.support.machines.plugins import let_find
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(120)]
 

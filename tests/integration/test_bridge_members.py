@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.docker_engines import inside, wait_inside
-from tests.support.playground_rig import IDLE, IMAGE, TestNode, wait_until
+from tests.support.machines.docker_engines import inside, wait_inside
+from tests.support.machines.playground_rig import IDLE, IMAGE, TestNode, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import IMAGE, TestNode
-from tests.support.plugins import let_find, plugin
+from tests.support.machines.playground_rig import IMAGE, TestNode
+from tests.support.machines.plugins import let_find, plugin
 
 pytestmark = pytest.mark.timeout(300)
 

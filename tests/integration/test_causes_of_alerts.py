@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
-from tests.support.prometheus_rig import Prometheus
-from tests.support.store_disks import mounted, store_on_a_disk
+from tests.support.machines.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
+from tests.support.store.store_disks import mounted, store_on_a_disk
+from tests.support.telemetry.prometheus_rig import Prometheus
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("prometheus", "mkfs.ext4"), pytest.mark.timeout(400)]
 

@@ -12,8 +12,7 @@ from cryptography import x509
 
 from skep.security.authority import Authority
 from skep.security.tokens import join_token
-from tests.support.external_ca import cfssl_command
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -23,7 +22,8 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.roots import expire
+from tests.support.security.external_ca import cfssl_command
+from tests.support.security.roots import expire
 
 pytestmark = pytest.mark.timeout(240)
 

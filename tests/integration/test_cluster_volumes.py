@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.csi_driver import NAME
-from tests.support.csi_storage import Storage
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -25,6 +23,8 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.storage.csi_driver import NAME
+from tests.support.storage.csi_storage import Storage
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 WRITE_ONCE = ("sh", "-c", "[ -e /data/who ] || cat /etc/hostname >/data/who; exec sleep 1000")
@@ -74,7 +74,7 @@ def trio() -> Iterator[TestCluster]:
                 f"--mount=/proc/{pid}/ns/mnt",
                 sys.executable,
                 "-m",
-                "tests.support.csi_driver",
+                "tests.support.storage.csi_driver",
             ]
             process = stack.enter_context(
                 subprocess.Popen([*command, *words], stdout=subprocess.PIPE, env=environment)

@@ -12,7 +12,7 @@ from tests.conformance.exchange import Memory, Recorded
 from tests.conformance.record import ask
 from tests.conformance.script import Step
 from tests.conformance.test_replay import DIFFERENCES, OF_LOOPS, recording
-from tests.support.daemon_rig import DaemonRig, daemon_rig
+from tests.support.machines.daemon_rig import DaemonRig, daemon_rig
 
 NODE_DIFFERENCES = {
     "broken JSON before init": "a node that is no manager does not read what is meant for one",

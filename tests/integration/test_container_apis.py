@@ -9,7 +9,8 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.clients.raw_calls import Answered, call, connected, received
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,
@@ -21,7 +22,6 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.raw_calls import Answered, call, connected, received
 
 SOCKET = "/var/run/docker.sock"
 MOUNT = ("--mount", f"type=bind,source={SOCKET},target={SOCKET}")

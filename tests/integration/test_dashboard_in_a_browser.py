@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.support.browser import a_browser, a_page, require_chromium
-from tests.support.dashboard_rig import skep_ui
-from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
+from tests.support.clients.browser import a_browser, a_page, require_chromium
+from tests.support.clients.dashboard_rig import skep_ui
+from tests.support.machines.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 
 pytestmark = [pytest.mark.chromium, pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -13,8 +13,8 @@ import pytest
 
 from skep.aio.trees import discard_tree_now
 from skep.playground.demo import free_port
-from tests.support.footprint import inhabitants, machine, survivors
-from tests.support.playground_rig import TestCluster, wait_running, wait_until
+from tests.support.machines.footprint import inhabitants, machine, survivors
+from tests.support.machines.playground_rig import TestCluster, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -5,7 +5,15 @@ import re
 
 import pytest
 
-from tests.support.playground_rig import CLIS, IDLE, IMAGE, TestNode, create, wait_running, wait_until
+from tests.support.machines.playground_rig import (
+    CLIS,
+    IDLE,
+    IMAGE,
+    TestNode,
+    create,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.compose import Compose
-from tests.support.playground_rig import TestNode, wait_until
+from tests.support.clients.compose import Compose
+from tests.support.machines.playground_rig import TestNode, wait_until
 
 
 def _is_version_1() -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.compose import Compose
-from tests.support.playground_rig import TestNode, wait_until
-from tests.support.plugins import plugin
+from tests.support.clients.compose import Compose
+from tests.support.machines.playground_rig import TestNode, wait_until
+from tests.support.machines.plugins import plugin
 
 pytestmark = pytest.mark.timeout(300)
 

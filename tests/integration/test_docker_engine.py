@@ -20,8 +20,8 @@ from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from tests.support.builders import a_service, a_service_spec, a_task
-from tests.support.engine_rig import ADDRESS, IMAGE, Engine, an_engine, network_namespace
-from tests.support.wire_rig import MANAGER_ID, Cluster, until
+from tests.support.machines.engine_rig import ADDRESS, IMAGE, Engine, an_engine, network_namespace
+from tests.support.managers.wire_rig import MANAGER_ID, Cluster, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(240)]
 

@@ -13,8 +13,8 @@ from skep.model.logs import LogLine
 from skep.model.node import NodeRole
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
-from tests.support.engine_rig import ADDRESS, IMAGE, an_engine, network_namespace
-from tests.support.wire_rig import FakeWorker, an_agent_of, until
+from tests.support.machines.engine_rig import ADDRESS, IMAGE, an_engine, network_namespace
+from tests.support.managers.wire_rig import FakeWorker, an_agent_of, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(180)]
 

@@ -8,7 +8,7 @@ import pytest
 
 from skep.model.networks.data_planes import NODE_LABEL
 from skep.playground.docker import NO_IPVS, has_ipvs
-from tests.support.docker_engines import (
+from tests.support.machines.docker_engines import (
     ENGINES,
     FOR_ENGINES,
     answers,
@@ -20,7 +20,7 @@ from tests.support.docker_engines import (
     places,
     wait_inside,
 )
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,

@@ -19,7 +19,7 @@ from docker.types import (
     UpdateConfig,
 )
 
-from tests.support.playground_rig import IMAGE, TestNode, wait_running, wait_until
+from tests.support.machines.playground_rig import IMAGE, TestNode, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

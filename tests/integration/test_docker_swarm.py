@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.playground_rig import CLIS, IMAGE, TestCluster, TestNode, create, wait_running, wait_until
+from tests.support.machines.playground_rig import (
+    CLIS,
+    IMAGE,
+    TestCluster,
+    TestNode,
+    create,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.parametrize("cli", CLIS)]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import PAGES, ROOT, shell_blocks
-from tests.support.playground_rig import (
+from tests.support.harness.documents import PAGES, ROOT, shell_blocks
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,

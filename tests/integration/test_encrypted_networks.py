@@ -11,8 +11,8 @@ import pytest
 
 from skep.model.networks.paths import PROBE_VNI
 from tests.integration.test_overlay_networks import addresses, create_global, fetches, inside, kernel
-from tests.support.encrypted_traffic import captured_in, udp_to
-from tests.support.playground_rig import (
+from tests.support.encryption.encrypted_traffic import captured_in, udp_to
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IMAGE,
     SKEP,
     TestNode,

@@ -26,7 +26,7 @@ from skep.store.etcd.process.deadlines import end_peer_connections
 from skep.store.etcd.process.flags import MemberSettings
 from skep.store.etcd.process.member import EtcdMember, MemberFailed, MemberRemoved
 from skep.store.etcd.process.orphans import write_pid
-from tests.support.etcd_calls import (
+from tests.support.store.etcd_calls import (
     CLOCK,
     a_fake_etcd,
     a_new_cluster,
@@ -35,7 +35,7 @@ from tests.support.etcd_calls import (
     until,
     wait_ended,
 )
-from tests.support.etcd_rig import a_member, member_settings, peer_files
+from tests.support.store.etcd_rig import a_member, member_settings, peer_files
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ async def test_etcd_dies_with_its_manager(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from tests.support.etcd_rig import a_member, member_settings\n"
+        "from tests.support.store.etcd_rig import a_member, member_settings\n"
         "async def main():\n"
         "    async with a_member(member_settings(Path(sys.argv[1]))).running() as member:\n"
         "        print('pid', member.pid, flush=True)\n"

@@ -24,7 +24,7 @@ from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from skep.store.leadership import LeaderRecord
-from tests.support.etcd_calls import (
+from tests.support.store.etcd_calls import (
     CLOCK,
     KEY,
     NODE,
@@ -36,7 +36,7 @@ from tests.support.etcd_calls import (
     put_secret,
     until,
 )
-from tests.support.etcd_rig import a_member, member_settings
+from tests.support.store.etcd_rig import a_member, member_settings
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.playground_rig import TestNode, a_playground, create, wait_running
+from tests.support.machines.playground_rig import TestNode, a_playground, create, wait_running
 
 BUSY = "while True: pass"
 

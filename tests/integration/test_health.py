@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.playground_rig import IMAGE, TestNode, containers, wait_running, wait_until
+from tests.support.machines.playground_rig import IMAGE, TestNode, containers, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

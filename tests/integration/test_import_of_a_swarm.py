@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.plain_engine import docker, plain_engine
-from tests.support.playground_rig import SKEP
+from tests.support.machines.plain_engine import docker, plain_engine
+from tests.support.machines.playground_rig import SKEP
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.needs("root", "dockerd")]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.integration.test_published_ports import in_namespace
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,

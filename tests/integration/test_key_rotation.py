@@ -19,8 +19,8 @@ from skep.store.etcd.process.flags import MemberSettings
 from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
 from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import NotLeader, Term
-from tests.support.etcd_calls import CLOCK, KEY, a_new_cluster, put_secret
-from tests.support.etcd_rig import member_settings
+from tests.support.store.etcd_calls import CLOCK, KEY, a_new_cluster, put_secret
+from tests.support.store.etcd_rig import member_settings
 
 pytestmark = pytest.mark.timeout(60)
 

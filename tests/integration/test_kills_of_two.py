@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kills import PAIRS, strike, wait_started_again
-from tests.support.playground_rig import (
+from tests.support.machines.kills import PAIRS, strike, wait_started_again
+from tests.support.machines.playground_rig import (
     TestNode,
     container_pids,
     containers,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lab import efk_images, shop_images
-from tests.support.playground_rig import (
+from tests.support.machines.lab import efk_images, shop_images
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -19,8 +19,8 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.stand_ins import load
-from tests.support.talks import deploy, fetched
+from tests.support.machines.stand_ins import load
+from tests.support.machines.talks import deploy, fetched
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

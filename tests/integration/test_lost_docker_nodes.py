@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.docker_engines import ENGINES, FOR_ENGINES, inside
-from tests.support.playground_rig import (
+from tests.support.machines.docker_engines import ENGINES, FOR_ENGINES, inside
+from tests.support.machines.playground_rig import (
     IMAGE,
     TestCluster,
     containers,

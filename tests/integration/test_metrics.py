@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.support.daemon_rig import Connection
-from tests.support.documents import ROOT
-from tests.support.playground_rig import TestNode, create, wait_running, wait_until
+from tests.support.harness.documents import ROOT
+from tests.support.machines.daemon_rig import Connection
+from tests.support.machines.playground_rig import TestNode, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

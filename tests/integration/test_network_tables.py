@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from skep.model.networks.tables import NetworkTable
-from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
+from tests.support.machines.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 
 NODES = ("m1", "m2", "m3", "w1", "w2")
 

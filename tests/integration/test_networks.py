@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon_rig import daemon_rig
-from tests.support.playground_rig import (
+from tests.support.machines.daemon_rig import daemon_rig
+from tests.support.machines.playground_rig import (
     CLIS,
     IDLE,
     IMAGE,

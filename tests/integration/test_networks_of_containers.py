@@ -13,8 +13,8 @@ import pytest
 
 from skep.dataplane.netns.kernel import conntrack
 from tests.integration.test_published_ports import in_namespace
-from tests.support.docker_engines import inside, wait_inside
-from tests.support.playground_rig import (
+from tests.support.machines.docker_engines import inside, wait_inside
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     TestCluster,

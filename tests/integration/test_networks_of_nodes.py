@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     SKEP,

@@ -11,7 +11,7 @@ import pytest
 
 from skep.node.telemetry.load import TIME_CONSTANT_S
 from skep.playground import cgroups, names
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestCluster, TestNode, a_playground, wait_until
-from tests.support.playground_rig import containers as listed
+from tests.support.machines.playground_rig import (
+    IDLE,
+    IMAGE,
+    SKEP,
+    TestCluster,
+    TestNode,
+    a_playground,
+    wait_until,
+)
+from tests.support.machines.playground_rig import containers as listed
 from tests.unit.linux.test_trees import nest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

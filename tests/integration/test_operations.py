@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,

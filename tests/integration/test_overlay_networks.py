@@ -9,7 +9,7 @@ import docker
 import pytest
 import requests
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IMAGE,
     TestCluster,
     TestNode,

@@ -13,8 +13,8 @@ import pytest
 
 from skep.cli.maintain import upgrade_means
 from skep.playground.images.busybox import busybox_archive
-from tests.support.booted_machine import BootedMachine, a_booted_machine, build_package
-from tests.support.playground_rig import wait_until
+from tests.support.machines.booted_machine import BootedMachine, a_booted_machine, build_package
+from tests.support.machines.playground_rig import wait_until
 
 pytestmark = [
     pytest.mark.slow,

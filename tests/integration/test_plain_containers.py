@@ -11,8 +11,8 @@ import pytest
 
 from skep.engine.confinement import apparmor
 from tests.integration.test_published_ports import in_namespace
-from tests.support.docker_engines import attachments, inside, wait_inside
-from tests.support.playground_rig import (
+from tests.support.machines.docker_engines import attachments, inside, wait_inside
+from tests.support.machines.playground_rig import (
     CLIS,
     IDLE,
     IMAGE,

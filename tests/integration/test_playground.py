@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from skep.linux.processes import stat_of
-from tests.support.footprint import inhabitants, machine, survivors
-from tests.support.playground_rig import (
+from tests.support.machines.footprint import inhabitants, machine, survivors
+from tests.support.machines.playground_rig import (
     CLIS,
     IMAGE,
     SKEP,

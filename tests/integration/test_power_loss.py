@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from skep.model.values.times import unix_ns
-from tests.support.daemon_rig import INIT, DaemonRig, daemon_rig
-from tests.support.playground_rig import (
+from tests.support.machines.daemon_rig import INIT, DaemonRig, daemon_rig
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     SKEP,

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.support.playground_rig import IMAGE, SKEP, TestNode, wait_running, wait_until
+from tests.support.machines.playground_rig import IMAGE, SKEP, TestNode, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IMAGE,
     TestCluster,
     TestNode,

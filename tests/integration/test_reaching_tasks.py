@@ -19,7 +19,8 @@ from urllib.request import urlopen
 import pytest
 from docker.types import ContainerSpec, RestartPolicy, TaskTemplate
 
-from tests.support.playground_rig import (
+from tests.support.clients.terminal import Terminal, terminal
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     SKEP,
@@ -31,7 +32,6 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.terminal import Terminal, terminal
 
 pytestmark = pytest.mark.timeout(180)
 

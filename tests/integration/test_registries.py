@@ -14,7 +14,8 @@ import pytest
 from skep.playground.commands import find
 from skep.playground.images.archive import ArchivedDirectory, Entry, File, image_archive
 from skep.playground.images.busybox import PATH, applets
-from tests.support.playground_rig import (
+from tests.support.images.registry_rig import registry_image
+from tests.support.machines.playground_rig import (
     CLIS,
     SKEP,
     TestCluster,
@@ -25,7 +26,6 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.registry_rig import registry_image
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.needs("docker-registry")]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -48,7 +48,7 @@ class Watch:
 def watching(cluster: TestCluster, stolen: Path, inside: str, *addresses: str) -> Iterator[Watch]:
     """Ask ``addresses`` with a stolen certificate from inside a node, until they have refused for good."""
     netns = cluster.node(inside).description["netns"]
-    command = [sys.executable, "-m", "tests.support.certificate_probe", str(stolen), *addresses]
+    command = [sys.executable, "-m", "tests.support.security.certificate_probe", str(stolen), *addresses]
     probe = subprocess.Popen(
         ["nsenter", f"--net={netns}", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

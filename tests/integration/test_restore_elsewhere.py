@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import SKEP, TestNode, a_playground, create, ready, wait_running, wait_until
+from tests.support.machines.playground_rig import (
+    SKEP,
+    TestNode,
+    a_playground,
+    create,
+    ready,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 

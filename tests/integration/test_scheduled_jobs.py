@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from skep.model.values.times import SECOND_NS, unix_ns
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IMAGE,
     SKEP,
     TestCluster,

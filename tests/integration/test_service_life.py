@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     CLIS,
     IMAGE,
     TestNode,

@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from tests.support.playground_rig import CLIS, IMAGE, SKEP, TestNode, wait_until
+from tests.support.machines.playground_rig import CLIS, IMAGE, SKEP, TestNode, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

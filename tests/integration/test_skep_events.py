@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import IMAGE, SKEP, TestNode, create, wait_running, wait_until
+from tests.support.machines.playground_rig import IMAGE, SKEP, TestNode, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -19,7 +19,7 @@ from skep.api.client.client import ApiClient
 from skep.top.actions import image_of, roll_back, scale, set_availability, update_image
 from skep.top.snapshot import LinkStatus, Snapshot
 from skep.top.watching import LiveCluster
-from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestNode
+from tests.support.machines.playground_rig import IDLE, IMAGE, SKEP, TestNode
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.dashboard_rig import skep_ui
-from tests.support.playground_rig import IDLE, IMAGE, TestNode
+from tests.support.clients.dashboard_rig import skep_ui
+from tests.support.machines.playground_rig import IDLE, IMAGE, TestNode
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -13,8 +13,8 @@ import docker
 import pytest
 
 from tests.conftest import SEARCHED
-from tests.support.playground_rig import CLIS, SKEP, TestNode, wait_until
-from tests.support.ssh_client import a_forwarded_socket, write_client
+from tests.support.clients.ssh_client import a_forwarded_socket, write_client
+from tests.support.machines.playground_rig import CLIS, SKEP, TestNode, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("ssh", "sshd"), pytest.mark.timeout(180)]
 

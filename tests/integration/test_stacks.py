@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import SKEP, TestNode, running, wait_until
+from tests.support.machines.playground_rig import SKEP, TestNode, running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 

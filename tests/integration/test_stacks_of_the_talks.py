@@ -20,7 +20,8 @@ import pytest
 
 from skep.playground.images.archive import SymbolicLink
 from tests.conftest import SEARCHED
-from tests.support.playground_rig import (
+from tests.support.clients.raw_calls import call
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -29,9 +30,8 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.raw_calls import call
-from tests.support.stand_ins import image, load, script
-from tests.support.talks import deploy, fetched
+from tests.support.machines.stand_ins import image, load, script
+from tests.support.machines.talks import deploy, fetched
 
 pytestmark = pytest.mark.timeout(240)
 

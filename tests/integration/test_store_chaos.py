@@ -13,8 +13,8 @@ from skep.model.secret import Secret
 from skep.store.interface import Store, Transaction
 from skep.store.state import State, differences
 from tests.support.builders import a_node
-from tests.support.store_rigs import Rig, etcd_rig
-from tests.support.store_transactions import a_secret, put
+from tests.support.store.store_rigs import Rig, etcd_rig
+from tests.support.store.store_transactions import a_secret, put
 
 pytestmark = pytest.mark.slow
 

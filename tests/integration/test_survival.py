@@ -7,7 +7,7 @@ import docker
 import pytest
 import requests
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestNode,
     container_pids,
     containers,

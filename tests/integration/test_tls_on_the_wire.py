@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 
-from tests.support.packet_capture import captured_on_loopback
-from tests.support.playground_rig import TestNode, create, wait_running, wait_until
+from tests.support.machines.playground_rig import TestNode, create, wait_running, wait_until
+from tests.support.networks.packet_capture import captured_on_loopback
 
 CLUSTER_PORT = 2377
 TLS_RECORD_TYPES = {20, 21, 22, 23}

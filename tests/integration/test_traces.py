@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import otlp_receiver
-from tests.support.playground_rig import TestNode, a_playground, create, wait_running, wait_until
+from tests.support.machines.playground_rig import TestNode, a_playground, create, wait_running, wait_until
+from tests.support.telemetry import otlp_receiver
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import ROOT, shell_blocks
-from tests.support.lab import efk_images, shop_images
-from tests.support.playground_rig import SKEP
-from tests.support.plugins import plugin
-from tests.support.registry_rig import registry_image
+from tests.support.harness.documents import ROOT, shell_blocks
+from tests.support.images.registry_rig import registry_image
+from tests.support.machines.lab import efk_images, shop_images
+from tests.support.machines.playground_rig import SKEP
+from tests.support.machines.plugins import plugin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(620)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from tests.support.playground_rig import SKEP, TestCluster, a_playground, nodes_by_name
-from tests.support.ssh_client import write_client
+from tests.support.clients.ssh_client import write_client
+from tests.support.machines.playground_rig import SKEP, TestCluster, a_playground, nodes_by_name
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow, pytest.mark.needs("ssh")]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.booted_machine import BootedMachine, a_booted_machine, build_package
-from tests.support.playground_rig import CLIS, SKEP
-from tests.support.ssh_client import a_forwarded_socket, write_client
+from tests.support.clients.ssh_client import a_forwarded_socket, write_client
+from tests.support.machines.booted_machine import BootedMachine, a_booted_machine, build_package
+from tests.support.machines.playground_rig import CLIS, SKEP
 
 pytestmark = [
     pytest.mark.slow,

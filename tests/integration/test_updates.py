@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import IMAGE, TestNode, wait_until
+from tests.support.machines.playground_rig import IMAGE, TestNode, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.archives import a_docker_archive, a_file, a_tar, sha256
-from tests.support.playground_rig import (
+from tests.support.images.archives import a_docker_archive, a_file, a_tar, sha256
+from tests.support.machines.playground_rig import (
     IMAGE,
     SKEP,
     TestCluster,

@@ -43,7 +43,7 @@ from skep.store.interface import Transaction
 from skep.store.level import CLUSTER_VOLUMES
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
-from tests.support.csi_storage import Refused, Storage
+from tests.support.storage.csi_storage import Refused, Storage
 
 NODES = ("n1", "n2", "n3")
 SESSION = SessionId("s")

@@ -13,7 +13,7 @@ from sim.containers.mutants import MUTANTS, SHOWN_ELSEWHERE
 from sim.containers.run import STEPS, Run, simulate
 from sim.mutants import judge
 from sim.seeds import chunked, quiet, report, results
-from tests.support import broken_rule
+from tests.support.harness import broken_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # of a crashed process
 
@@ -104,7 +104,17 @@ def test_a_broken_rule_is_found(name: str) -> None:
 def test_a_rule_that_no_simulation_breaks_is_broken_for_another_test(name: str) -> None:
     assert name in {one.name for one in MUTANTS}
     test = f"tests/unit/engine/test_{SHOWN_ELSEWHERE[name]}"
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-x", "-p", "tests.support.broken_rule", test]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "-x",
+        "-p",
+        "tests.support.harness.broken_rule",
+        test,
+    ]
     ended = subprocess.run(
         command,
         env={**os.environ, broken_rule.VARIABLE: name},

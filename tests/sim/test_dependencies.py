@@ -26,7 +26,7 @@ from skep.model.values.ids import ServiceId
 from skep.model.values.times import SECOND_NS, Timestamp
 from tests.sim.histories import W1, History, a_task
 from tests.support.builders import a_service_spec
-from tests.support.sim_services import with_image
+from tests.support.managers.sim_services import with_image
 
 SEEDS = range(6)
 LATER = Timestamp("2999-01-01T00:00:00Z")

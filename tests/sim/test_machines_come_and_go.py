@@ -16,7 +16,7 @@ from skep.model.values.ids import NodeId
 from skep.store.state import State
 from skep.store.tables import KeyChange
 from tests.support.builders import a_service_spec
-from tests.support.sim_services import with_replicas
+from tests.support.managers.sim_services import with_replicas
 
 W1, W9, M2, M9 = NodeId("w1"), NodeId("w9"), NodeId("m2"), NodeId("m9")
 

@@ -9,7 +9,7 @@ from skep.model.task import TaskState
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from tests.support.builders import a_service_spec
-from tests.support.sim_services import state_of, with_image
+from tests.support.managers.sim_services import state_of, with_image
 
 SEEDS = range(8)
 REPLICAS = 8

@@ -46,7 +46,7 @@ from skep.store.level import CLUSTER_VOLUMES
 from skep.store.memory import MemoryStore
 from tests.sim.test_cluster_volumes import MODES, SESSION, FakeNode, FaultyDriver, _reach
 from tests.support.builders import a_node, a_service_spec
-from tests.support.csi_storage import Storage
+from tests.support.storage.csi_storage import Storage
 
 NODES = tuple(f"n{number}" for number in range(1, 6))
 AWAY_MAX = 2

@@ -20,7 +20,7 @@ from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_service_spec
-from tests.support.sim_services import state_of, with_image, with_replicas
+from tests.support.managers.sim_services import state_of, with_image, with_replicas
 
 SEEDS = range(8)
 AT_ONCE = RestartPolicy(delay=0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon_rig import DaemonRig, daemon_rig
-from tests.support.front_rig import Rig
+from tests.support.clients.front_rig import Rig
+from tests.support.machines.daemon_rig import DaemonRig, daemon_rig
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from skep.node.cluster.swarm_info import LEAVING_LOCKED, LOCKED
-from tests.support.daemon_rig import INIT, DaemonRig, wait_until
+from tests.support.machines.daemon_rig import INIT, DaemonRig, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon_rig import INIT, SKEP, DaemonRig, daemon_rig, wait_until
+from tests.support.machines.daemon_rig import INIT, SKEP, DaemonRig, daemon_rig, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

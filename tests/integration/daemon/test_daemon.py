@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 
 from skep.playground.images.busybox import busybox_archive
-from tests.support.daemon_rig import INIT, DaemonRig, children_named, daemon_rig, is_running, wait_until
-from tests.support.playground_rig import CLIS
-from tests.support.runc_lab import remove_cgroups
+from tests.support.engine.runc_lab import remove_cgroups
+from tests.support.machines.daemon_rig import (
+    INIT,
+    DaemonRig,
+    children_named,
+    daemon_rig,
+    is_running,
+    wait_until,
+)
+from tests.support.machines.playground_rig import CLIS
 
 # --- starting -------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from tests.support.daemon_rig import DaemonRig, wait_until
+from tests.support.machines.daemon_rig import DaemonRig, wait_until
 
 
 @contextmanager

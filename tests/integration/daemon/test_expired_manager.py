@@ -4,8 +4,8 @@ import pytest
 
 from skep.security import keypair
 from skep.security.authority import Authority
-from tests.support.daemon_rig import INIT, DaemonRig, wait_until
-from tests.support.roots import expire
+from tests.support.machines.daemon_rig import INIT, DaemonRig, wait_until
+from tests.support.security.roots import expire
 
 pytestmark = [pytest.mark.needs("root", "etcd", "setpriv"), pytest.mark.timeout(120)]
 

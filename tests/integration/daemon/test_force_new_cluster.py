@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon_rig import INIT, DaemonRig, wait_until
+from tests.support.machines.daemon_rig import INIT, DaemonRig, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from skep.errors import FailedPrecondition
-from tests.support.front_rig import MIB, Rig, echo
+from tests.support.clients.front_rig import MIB, Rig, echo
 
 # --- here -----------------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ from skep.security.authority import Authority
 from skep.security.identity import NodeIdentity
 from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
-from tests.support.api_authority import an_authority
-from tests.support.front_rig import Rig
+from tests.support.clients.front_rig import Rig
+from tests.support.security.api_authority import an_authority
 
 PATIENCE_S = 10.0
 

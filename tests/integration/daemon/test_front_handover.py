@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from tests.support.front_process import process
-from tests.support.front_rig import MIB, Rig, echo
+from tests.support.clients.front_process import process
+from tests.support.clients.front_rig import MIB, Rig, echo
 
 
 class Client:

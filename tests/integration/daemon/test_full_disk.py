@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.daemon_rig import INIT, DaemonRig, wait_until
+from tests.support.machines.daemon_rig import INIT, DaemonRig, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

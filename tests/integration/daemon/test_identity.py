@@ -9,7 +9,7 @@ from aiohttp import web
 
 from skep.api.access.identity import IDENTITY_HEADER, identity_of
 from skep.model.permissions.access import Identity, Origin
-from tests.support.front_rig import Rig
+from tests.support.clients.front_rig import Rig
 
 ROOT = '{"name":"root","origin":"socket","bindings":[{"role":3,"stack":"*"}]}'
 

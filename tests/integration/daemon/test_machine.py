@@ -9,10 +9,10 @@ import pytest
 
 from skep.engine.confinement.cgroups import Cgroups
 from skep.node.host import features
-from tests.support.api_authority import an_authority
-from tests.support.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
-from tests.support.documents import ROOT
-from tests.support.playground_rig import CLIS
+from tests.support.harness.documents import ROOT
+from tests.support.machines.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
+from tests.support.machines.playground_rig import CLIS
+from tests.support.security.api_authority import an_authority
 
 PORT = 2376
 

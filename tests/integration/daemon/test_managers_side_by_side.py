@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.support.daemon_rig import DaemonRig, daemon_rig, wait_until
+from tests.support.machines.daemon_rig import DaemonRig, daemon_rig, wait_until
 
 PORTS = (2477, 2478, 2479)
 

@@ -7,9 +7,9 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.support.daemon_rig import INIT, DaemonRig, wait_until
-from tests.support.playground_rig import UNPACKED
-from tests.support.prometheus_rig import RULES, Prometheus
+from tests.support.machines.daemon_rig import INIT, DaemonRig, wait_until
+from tests.support.machines.playground_rig import UNPACKED
+from tests.support.telemetry.prometheus_rig import RULES, Prometheus
 
 pytestmark = [pytest.mark.needs("prometheus", "promtool"), pytest.mark.timeout(150)]
 

@@ -20,7 +20,7 @@ from skep.linux.detached import identify
 from skep.linux.files import replace_file
 from skep.node.supervision.supervisor import terminate, wait_end
 from skep.paths import Paths
-from tests.support.names_lab import forks, net, net_process
+from tests.support.networks.names_lab import forks, net, net_process
 
 
 @pytest.fixture

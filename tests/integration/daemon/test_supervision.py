@@ -17,7 +17,7 @@ from skep.node.supervision import supervisor
 from skep.node.supervision.restart import CRASHES_MAX
 from skep.node.supervision.supervisor import SupervisionPolicy, Supervisor, terminate
 from skep.paths import Paths
-from tests.support.daemon_rig import INIT, DaemonRig, children_named, wait_until
+from tests.support.machines.daemon_rig import INIT, DaemonRig, children_named, wait_until
 
 # --- the supervisor alone ---------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from skep.model.networks.tables import NetworkTable
-from tests.support.daemon_rig import INIT, DaemonRig, is_running, wait_until
+from tests.support.machines.daemon_rig import INIT, DaemonRig, is_running, wait_until
 
 WEB = {
     "Name": "web",

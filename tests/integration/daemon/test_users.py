@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.api_authority import an_authority
-from tests.support.daemon_rig import INIT, SKEP, DaemonRig, wait_until
-from tests.support.documents import shell_blocks
-from tests.support.playground_rig import CLIS
+from tests.support.harness.documents import shell_blocks
+from tests.support.machines.daemon_rig import INIT, SKEP, DaemonRig, wait_until
+from tests.support.machines.playground_rig import CLIS
+from tests.support.security.api_authority import an_authority
 
 PORT = 2376
 DASHBOARD_PORT = 8443

@@ -14,9 +14,9 @@ import pytest
 
 from skep.linux.processes import start_ticks_of
 from skep.node.supervision import zygote
-from tests.support import zygote_rig
-from tests.support.daemon_rig import is_running, wait_until
-from tests.support.zygote_rig import StartedZygote
+from tests.support.engine import zygote_rig
+from tests.support.engine.zygote_rig import StartedZygote
+from tests.support.machines.daemon_rig import is_running, wait_until
 
 
 def _end(_: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mesh_lab import MeshLab
+from tests.support.networks.mesh_lab import MeshLab
 
 
 @pytest.fixture

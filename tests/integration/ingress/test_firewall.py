@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.integration.node.conftest import eventually
-from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
+from tests.support.networks.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skep.model.values.ids import ContainerId
-from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
+from tests.support.networks.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from tests.integration.node.conftest import eventually
-from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
+from tests.support.networks.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
 
 _PORT = 22
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
+from tests.support.networks.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
 

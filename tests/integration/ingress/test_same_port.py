@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
+from tests.support.networks.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
 
 PORT = 40_000
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from skep.playground.names import UNDERLAY
-from tests.support.managers_rig import secrets, wait_managers, write
-from tests.support.playground_rig import TestCluster, a_playground, wait_running, wait_until
+from tests.support.machines.playground_rig import TestCluster, a_playground, wait_running, wait_until
+from tests.support.managers.managers_rig import secrets, wait_managers, write
 
 ALL = ("m1", "m2", "m3")
 

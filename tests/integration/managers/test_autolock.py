@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.managers_rig import secrets, wait_managers, write
-from tests.support.playground_rig import TestCluster, TestNode, a_playground, wait_until
+from tests.support.machines.playground_rig import TestCluster, TestNode, a_playground, wait_until
+from tests.support.managers.managers_rig import secrets, wait_managers, write
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 

@@ -26,7 +26,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import EtcdClient, prefix_end
 from skep.store.etcd.encryption.cipher import Cipher, KeyRing
 from skep.store.etcd.requests import PREFIX, is_clear
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -52,9 +52,16 @@ def cluster() -> Iterator[TestCluster]:
 
 
 def inside(cluster: TestCluster, *words: str) -> list[str]:
-    """The command line of ``tests.support.stolen_certificates`` in the worker's network namespace."""
+    """The command line of ``tests.support.security.stolen_certificates`` in the worker's network namespace."""
     netns = cluster.node("w1").description["netns"]
-    return ["nsenter", f"--net={netns}", sys.executable, "-m", "tests.support.stolen_certificates", *words]
+    return [
+        "nsenter",
+        f"--net={netns}",
+        sys.executable,
+        "-m",
+        "tests.support.security.stolen_certificates",
+        *words,
+    ]
 
 
 def taken(cluster: TestCluster, certificates: Path) -> set[bool]:

@@ -17,18 +17,8 @@ from requests.exceptions import RequestException
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.requests import PREFIX
-from tests.support.kills import PAIRS, strike, wait_started_again
-from tests.support.managers_rig import (
-    UNREACHABLE,
-    WORKER,
-    can_write,
-    others,
-    roles,
-    secrets,
-    wait_managers,
-    write,
-)
-from tests.support.playground_rig import (
+from tests.support.machines.kills import PAIRS, strike, wait_started_again
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -40,6 +30,16 @@ from tests.support.playground_rig import (
     running,
     wait_running,
     wait_until,
+)
+from tests.support.managers.managers_rig import (
+    UNREACHABLE,
+    WORKER,
+    can_write,
+    others,
+    roles,
+    secrets,
+    wait_managers,
+    write,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

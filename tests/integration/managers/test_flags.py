@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.playground_rig import TestCluster, TestNode, a_playground, wait_until
+from tests.support.machines.playground_rig import TestCluster, TestNode, a_playground, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -10,8 +10,7 @@ from requests.exceptions import RequestException
 
 from skep.model.node_reports.conditions import condition_label
 from skep.store.etcd.client import EtcdClient
-from tests.support.managers_rig import leader, others, roles, wait_managers, write
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,
@@ -21,7 +20,8 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.store_disks import store_of, store_on_a_disk
+from tests.support.managers.managers_rig import leader, others, roles, wait_managers, write
+from tests.support.store.store_disks import store_of, store_on_a_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     SKEP,
@@ -22,7 +22,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.store_disks import mounted
+from tests.support.store.store_disks import mounted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

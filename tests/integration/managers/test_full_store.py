@@ -16,8 +16,7 @@ from requests.exceptions import RequestException
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.errors import OutOfSpace
-from tests.support.managers_rig import wait_managers
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -28,6 +27,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.managers.managers_rig import wait_managers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

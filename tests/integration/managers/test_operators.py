@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     CLIS,
     SKEP,
     TestCluster,

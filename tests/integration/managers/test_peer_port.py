@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.integration.test_path_failures import blocked, doctor, failing, in_network_of, message
-from tests.support.managers_rig import wait_managers, write
-from tests.support.playground_rig import TestNode, a_playground, wait_until
+from tests.support.machines.playground_rig import TestNode, a_playground, wait_until
+from tests.support.managers.managers_rig import wait_managers, write
 
 LISTENER = """
 import socket, time

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.support.managers_rig import (
+from tests.support.machines.playground_rig import (
+    SKEP,
+    TestCluster,
+    TestNode,
+    a_playground,
+    wait_running,
+    wait_until,
+)
+from tests.support.managers.managers_rig import (
     can_write,
     roles,
     secrets,
     wait_managers,
     write,
 )
-from tests.support.playground_rig import SKEP, TestCluster, TestNode, a_playground, wait_running, wait_until
 
 NO_LEADER = (
     "The swarm does not have a leader. It's possible that too few managers are online. "

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.managers_rig import can_write, secrets, wait_managers, write
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     SKEP,
     TestCluster,
     TestNode,
@@ -16,6 +15,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.managers.managers_rig import can_write, secrets, wait_managers, write
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IDLE,
     IMAGE,
     SKEP,

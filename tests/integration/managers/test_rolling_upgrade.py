@@ -13,9 +13,8 @@ import pytest
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
-from tests.support import playground_rig as rig
-from tests.support.managers_rig import wait_managers
-from tests.support.playground_rig import (
+from tests.support.machines import playground_rig as rig
+from tests.support.machines.playground_rig import (
     TestCluster,
     a_playground,
     container_pids,
@@ -25,7 +24,8 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.versions import Versions, package_of, restart
+from tests.support.machines.versions import Versions, package_of, restart
+from tests.support.managers.managers_rig import wait_managers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.integration.test_published_ports import WHOAMI, fetch, in_namespace
-from tests.support.managers_rig import wait_managers
-from tests.support.playground_rig import IMAGE, TestNode, a_playground, wait_running, wait_until
+from tests.support.machines.playground_rig import IMAGE, TestNode, a_playground, wait_running, wait_until
+from tests.support.managers.managers_rig import wait_managers
 
 REQUESTS = 16
 LEFT_OUT_WITHIN_S = 60

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from tests.support.managers_rig import roles, wait_managers, write
-from tests.support.playground_rig import TestNode, a_playground, wait_until
+from tests.support.machines.playground_rig import TestNode, a_playground, wait_until
+from tests.support.managers.managers_rig import roles, wait_managers, write
 
 PEER_PORT = 2378
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.managers_rig import (
+from tests.support.machines.playground_rig import TestCluster, a_playground, create, wait_running, wait_until
+from tests.support.managers.managers_rig import (
     LEADER,
     REACHABLE,
     UNREACHABLE,
@@ -20,7 +21,6 @@ from tests.support.managers_rig import (
     wait_managers,
     write,
 )
-from tests.support.playground_rig import TestCluster, a_playground, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,10 +11,10 @@ import pytest
 
 from skep import __version__
 from tests.integration.networks.lab import asking, outside, serve
-from tests.support import playground_rig as rig
-from tests.support.managers_rig import wait_managers
-from tests.support.playground_rig import SKEP, TestCluster, a_playground, nodes_by_name, wait_running
-from tests.support.versions import ROOT, Versions, package_of
+from tests.support.machines import playground_rig as rig
+from tests.support.machines.playground_rig import SKEP, TestCluster, a_playground, nodes_by_name, wait_running
+from tests.support.machines.versions import ROOT, Versions, package_of
+from tests.support.managers.managers_rig import wait_managers
 
 FORMER = "0.0.9"
 """What the earlier commit is called here, so that nodes tell the versions apart."""
@@ -71,7 +71,7 @@ def test_every_node_is_upgraded_under_load_and_a_bad_version_is_taken_back(
     )
     wait_running(m1, "web", 4, 90)
     arguments = f"{cluster.directory} {cluster.name} {tmp_path} $SKEP_NODE"
-    change = f"{sys.executable} -m tests.support.versions {arguments}"
+    change = f"{sys.executable} -m tests.support.machines.versions {arguments}"
     back = ("--to", __version__, "--rollback-command", f"{change} earlier")
 
     failed = skep(cluster, "upgrade", "--command", "false", *back, within_s=300)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skep.dataplane.netns.kernel.namespaces import inside
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     container_pids,

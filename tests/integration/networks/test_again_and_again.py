@@ -18,7 +18,7 @@ from tests.integration.networks.lab import (
 )
 from tests.integration.networks.resolving import ask, ask_all
 from tests.integration.networks.traces import leaving_nothing, run_directory
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.networks.lab import in_place, place_of
 from tests.integration.networks.resolving import ask
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,

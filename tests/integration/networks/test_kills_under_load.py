@@ -27,8 +27,8 @@ from tests.integration.networks.lab import (
 )
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing, run_directory, tables
-from tests.support.kills import strike, wait_started_again
-from tests.support.playground_rig import (
+from tests.support.machines.kills import strike, wait_started_again
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,

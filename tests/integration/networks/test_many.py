@@ -9,7 +9,7 @@ import pytest
 from tests.integration.networks.lab import SERVE, hostname_of, in_place, place_of
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     IMAGE,
     TestCluster,
     TestNode,

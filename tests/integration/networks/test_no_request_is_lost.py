@@ -20,7 +20,7 @@ from tests.integration.networks.lab import (
     wait_stopped,
 )
 from tests.integration.networks.resolving import ask
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,

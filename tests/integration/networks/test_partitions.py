@@ -18,7 +18,7 @@ from skep.store.etcd.process.deadlines import SILENT_S
 from tests.integration.networks.lab import SERVE, addresses, hostname_of, in_place, place_of, virtual_address
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing, tables
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     TestCluster,
     TestNode,
     a_playground,

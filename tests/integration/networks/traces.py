@@ -13,7 +13,7 @@ from pyroute2 import NFCTSocket
 
 from skep.model.networks.tables import NetworkTable
 from tests.integration.networks.lab import in_place, remove_all
-from tests.support.playground_rig import TestCluster, TestNode, wait_until
+from tests.support.machines.playground_rig import TestCluster, TestNode, wait_until
 
 _LISTINGS = {
     "links": "ip -o link",

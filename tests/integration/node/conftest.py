@@ -21,8 +21,8 @@ from skep.engine.containers.container import (
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
 from skep.engine.log_drivers.facts import with_attributes
-from tests.support.api_lab import Api, serving
-from tests.support.runc_lab import IMAGE, IMAGE_ID, Lab
+from tests.support.engine.api_lab import Api, serving
+from tests.support.engine.runc_lab import IMAGE, IMAGE_ID, Lab
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.node.test_dockerfile_language import Host
-from tests.support.build_lab import BASE, BuildLab, build_lab
-from tests.support.playground_rig import CLIS
-from tests.support.plugins import plugin
-from tests.support.registry_rig import docker_registry
+from tests.support.builds.build_lab import BASE, BuildLab, build_lab
+from tests.support.images.registry_rig import docker_registry
+from tests.support.machines.playground_rig import CLIS
+from tests.support.machines.plugins import plugin
 
 pytestmark = pytest.mark.timeout(300)
 

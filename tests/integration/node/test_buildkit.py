@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from skep.engine.images.listing import ImageFilter, select
-from tests.support.build_lab import BASE, LIMIT_S, BuildLab, CommandResult, build_lab
-from tests.support.playground_rig import CLIS, wait_until
-from tests.support.plugins import let_find
+from tests.support.builds.build_lab import BASE, LIMIT_S, BuildLab, CommandResult, build_lab
+from tests.support.machines.playground_rig import CLIS, wait_until
+from tests.support.machines.plugins import let_find
 
 pytestmark = pytest.mark.timeout(300)
 

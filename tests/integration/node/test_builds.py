@@ -25,9 +25,9 @@ from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
 from skep.errors import SkepError
 from tests.integration.node.conftest import eventually
-from tests.support.archives import a_file, a_tar, an_entry
-from tests.support.build_lab import BuildLab, build_lab
-from tests.support.playground_rig import CLIS
+from tests.support.builds.build_lab import BuildLab, build_lab
+from tests.support.images.archives import a_file, a_tar, an_entry
+from tests.support.machines.playground_rig import CLIS
 
 pytestmark = [pytest.mark.needs("root", "runc", "conmon", "docker"), pytest.mark.timeout(180)]
 

@@ -14,7 +14,7 @@ from skep.node.container_apis.peers import container_in
 from skep.node.container_apis.server import ContainerApis
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_devices import Plain
-from tests.support.runc_lab import Lab, remove_cgroups
+from tests.support.engine.runc_lab import Lab, remove_cgroups
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.runtime.conmon import Conmons, StartError, read_pid
-from tests.support.runc_lab import remove_cgroups
+from tests.support.engine.runc_lab import remove_cgroups
 
 
 async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(tmp_path: Path) -> None:

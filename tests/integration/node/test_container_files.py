@@ -19,9 +19,9 @@ from skep.agent.executor.oci import OciExecutor
 from skep.engine.api.streams import uploads
 from skep.engine.images.store import ImageStore
 from skep.playground.images.busybox import busybox_archive
-from tests.support.api_lab import Api
-from tests.support.archives import a_file, a_tar, an_entry
-from tests.support.runc_lab import Lab
+from tests.support.engine.api_lab import Api
+from tests.support.engine.runc_lab import Lab
+from tests.support.images.archives import a_file, a_tar, an_entry
 
 IMAGE = "busybox:1"
 

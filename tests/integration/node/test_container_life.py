@@ -13,7 +13,7 @@ from skep.engine.runtime.conmon import StartError
 from skep.engine.runtime.processes import is_alive
 from skep.errors import AlreadyExists, InvalidArgument, NotFound
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 POLITE = ("sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done")
 DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")

@@ -18,7 +18,7 @@ from skep.errors import AlreadyExists
 from skep.model.networks.sandbox import PublishedPort
 from skep.model.service import PublishMode
 from tests.integration.node.conftest import Runner
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
 

@@ -5,7 +5,7 @@ from skep.model.networks.sandbox import EndpointConfig
 from skep.model.networks.tables import NetworkHead, Segment
 from skep.model.values.ids import NetworkId, NodeId
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
 INNER = NetworkHead(

@@ -12,7 +12,7 @@ from skep.engine.containers.container import PlainOptions
 from skep.engine.images.platforms import this_platform
 from skep.model.networks.sandbox import NetworkMode
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.api_lab import Api
+from tests.support.engine.api_lab import Api
 
 # --- looking ----------------------------------------------------------------------------------------------------
 

@@ -30,8 +30,8 @@ from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import timestamp
 from tests.integration.node.conftest import Runner
-from tests.support.oci_rig import Machine, memory_engine
-from tests.support.runc_lab import Lab
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.engine.runc_lab import Lab
 
 
 async def everything(attachment: Attachment) -> dict[StandardStream, bytes]:

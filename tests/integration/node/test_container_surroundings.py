@@ -13,7 +13,7 @@ from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 DOCKERS_CAPABILITIES = 0xA80425FB
 """CapBnd of a container that a Docker Engine starts without options."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.node.test_buildkit import built
-from tests.support.build_lab import LIMIT_S, BuildLab, build_lab
-from tests.support.build_rig import a_tar, fill, listed
-from tests.support.plugins import plugin
+from tests.support.builds.build_lab import LIMIT_S, BuildLab, build_lab
+from tests.support.builds.build_rig import a_tar, fill, listed
+from tests.support.machines.plugins import plugin
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.needs("root")]
 

@@ -11,7 +11,7 @@ from skep.engine.containers.request import read_create
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import with_attributes
 from skep.errors import NotFound
-from tests.support.runc_lab import IMAGE
+from tests.support.engine.runc_lab import IMAGE
 
 
 async def created_while(

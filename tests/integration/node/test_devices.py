@@ -16,7 +16,7 @@ from skep.engine.engine import Engine
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_oci_tasks import a_task, output
-from tests.support.runc_lab import IMAGE, Lab
+from tests.support.engine.runc_lab import IMAGE, Lab
 
 ZERO = {"PathOnHost": "/dev/zero", "PathInContainer": "/dev/mine", "CgroupPermissions": "rwm"}
 FORBIDDEN = "Operation not permitted"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import dockerfile_oddities as oddities
-from tests.support import dockerfile_steps as steps
-from tests.support import dockerfile_table as table
-from tests.support.build_lab import BuildLab, build_lab
-from tests.support.dockerfile_cases import Case, Host, differences
-from tests.support.playground_rig import CLIS
-from tests.support.plugins import plugin
+from tests.support.builds import dockerfile_oddities as oddities
+from tests.support.builds import dockerfile_steps as steps
+from tests.support.builds import dockerfile_table as table
+from tests.support.builds.build_lab import BuildLab, build_lab
+from tests.support.builds.dockerfile_cases import Case, Host, differences
+from tests.support.machines.playground_rig import CLIS
+from tests.support.machines.plugins import plugin
 
 pytestmark = pytest.mark.timeout(300)
 

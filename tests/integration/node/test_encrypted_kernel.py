@@ -9,9 +9,9 @@ from skep.dataplane.plan.rotation import KeyLifetimes
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.node.host.features import detect
 from tests.integration.node import test_encrypted_overlay as by_process
-from tests.support.encrypted_traffic import CLOCK, TEXT, transfer
-from tests.support.overlay_lab import reaches, shell
-from tests.support.secure_lab import wait_reaches
+from tests.support.encryption.encrypted_traffic import CLOCK, TEXT, transfer
+from tests.support.encryption.secure_lab import wait_reaches
+from tests.support.networks.overlay_lab import reaches, shell
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter"), pytest.mark.timeout(600)]
 

@@ -8,8 +8,8 @@ import pytest
 from skep.dataplane.plan.wireguard import device_name
 from skep.dataplane.wireguard.methods import EncryptionRefusal
 from skep.errors import FailedPrecondition
-from tests.support.overlay_lab import carry, place, reaches, shell
-from tests.support.secure_lab import SECURE_DUAL, SECURE_TWO, secure_lab, wait_reaches
+from tests.support.encryption.secure_lab import SECURE_DUAL, SECURE_TWO, secure_lab, wait_reaches
+from tests.support.networks.overlay_lab import carry, place, reaches, shell
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest.mark.timeout(60)]
 

@@ -25,7 +25,7 @@ from skep.errors import SkepError
 from skep.model.networks.tables import NetworkHead, NetworkTable
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.values.ids import NodeId
-from tests.support.encrypted_traffic import (
+from tests.support.encryption.encrypted_traffic import (
     CLOCK,
     PORT,
     TEXT,
@@ -36,8 +36,8 @@ from tests.support.encrypted_traffic import (
     transfer,
     udp_to,
 )
-from tests.support.overlay_lab import LabNode, place, reaches, shell
-from tests.support.secure_lab import SECURE_TWO, SecureLab, secure_lab, wait_reaches
+from tests.support.encryption.secure_lab import SECURE_TWO, SecureLab, secure_lab, wait_reaches
+from tests.support.networks.overlay_lab import LabNode, place, reaches, shell
 
 pytestmark = [pytest.mark.needs("root", "ip", "nsenter", "wireguard-go"), pytest.mark.timeout(90)]
 

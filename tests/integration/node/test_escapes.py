@@ -13,7 +13,7 @@ from skep.engine.containers.container import ExecConfig, MountPoint
 from skep.engine.engine import Engine
 from skep.errors import SkepError
 from tests.integration.node.conftest import Runner
-from tests.support.escapes import (
+from tests.support.engine.escapes import (
     CALLS,
     EPERM,
     EROFS,
@@ -28,7 +28,7 @@ from tests.support.escapes import (
     lead_etc_out,
     spoil_users,
 )
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="calls have other numbers")
 

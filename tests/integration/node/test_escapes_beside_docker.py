@@ -22,15 +22,15 @@ from skep.errors import SkepError
 from tests.integration.node import test_escapes
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_apparmor import unload_default
-from tests.support.escapes import (
+from tests.support.engine.escapes import (
     WRITE_TO_ETC,
     is_as_it_was,
     lead_etc_out,
     outcomes,
     spoil_users,
 )
-from tests.support.plain_engine import docker, plain_engine
-from tests.support.runc_lab import Lab, busybox_tree
+from tests.support.engine.runc_lab import Lab, busybox_tree
+from tests.support.machines.plain_engine import docker, plain_engine
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.healing_lab import PLACES, healing_lab, taken_away
+from tests.support.networks.healing_lab import PLACES, healing_lab, taken_away
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.integration.node.conftest import Runner
-from tests.support.api_lab import Api
+from tests.support.engine.api_lab import Api
 
 
 async def an_exec(api: Api, id: str, *command: str, **config: Any) -> str:

@@ -13,7 +13,7 @@ from skep.model.container import HealthConfig
 from skep.model.values.times import SECOND_NS
 from tests.integration.node.conftest import Runner, eventually
 from tests.integration.node.test_oci_tasks import a_task
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 TENTH_NS = SECOND_NS // 10
 

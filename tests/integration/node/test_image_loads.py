@@ -27,7 +27,8 @@ from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
 from skep.errors import ResourceExhausted, SkepError
 from tests.conformance.record_image_loads import RECORDED, Answer, answer_of
-from tests.support.archives import (
+from tests.support.harness.own_time import own_time
+from tests.support.images.archives import (
     GOOD,
     HOSTILE,
     a_config,
@@ -38,7 +39,6 @@ from tests.support.archives import (
     an_entry,
     sha256,
 )
-from tests.support.own_time import own_time
 
 RESPONSES = msgspec.json.decode((RECORDED / "image_loads.json").read_bytes(), type=dict[str, Answer])
 IDS = msgspec.json.decode((RECORDED / "image_ids.json").read_bytes(), type=dict[str, str])

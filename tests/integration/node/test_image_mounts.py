@@ -12,9 +12,9 @@ import pytest
 from skep.engine.images.store import ImageStore
 from skep.playground.images.busybox import busybox_archive
 from tests.integration.node.conftest import eventually
-from tests.support.api_lab import Api
-from tests.support.archives import a_docker_archive, a_file, a_tar
-from tests.support.runc_lab import Lab
+from tests.support.engine.api_lab import Api
+from tests.support.engine.runc_lab import Lab
+from tests.support.images.archives import a_docker_archive, a_file, a_tar
 
 IMAGE = "busybox:1"
 DATA = "data:1"

@@ -25,8 +25,8 @@ from skep.engine.images.registry.registry import (
 )
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, SkepError
-from tests.support.archives import sha256
-from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.images.archives import sha256
+from tests.support.images.registry_rig import BLOBS, CONFIG, a_manifest
 
 DEEP = b'{"a": ' * 20_000
 """No JSON decoder goes so deep."""

@@ -11,8 +11,8 @@ from skep.engine.images.collecting import AGE_S_MIN, ImageCollector, Marks, disk
 from skep.engine.images.local import ImageEvent
 from skep.engine.images.removal import ImageUser
 from skep.errors import SkepError, Unavailable
-from tests.support.archives import sha256
-from tests.support.images_rig import ImageCluster, an_image, give
+from tests.support.images.archives import sha256
+from tests.support.images.images_rig import ImageCluster, an_image, give
 
 DISK_BYTES = 128 << 20
 IMAGE_BYTES = 4 << 20

@@ -17,7 +17,7 @@ from skep.model.networks.sandbox import EndpointConfig, Sandbox
 from skep.model.networks.tables import NetworkHead, Segment
 from skep.model.values.ids import NetworkId
 from tests.integration.node.conftest import Runner
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 DUAL = NetworkHead(
     id=NetworkId("dualnet"),

@@ -20,8 +20,8 @@ from skep.model.task import TaskState
 from skep.model.values.ids import new_container_id
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task
-from tests.support.fake_worker import a_session
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
+from tests.support.managers.fake_worker import a_session
 
 
 def held(lab: Lab, executor: OciExecutor) -> set[str]:

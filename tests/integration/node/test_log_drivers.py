@@ -20,8 +20,8 @@ from skep.engine.log_drivers.options import log_config
 from skep.errors import Unimplemented
 from skep.model.values.meta import Driver
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.log_receivers import datagrams, free_port, gelf_messages, streams
-from tests.support.runc_lab import Lab
+from tests.support.engine.log_receivers import datagrams, free_port, gelf_messages, streams
+from tests.support.engine.runc_lab import Lab
 
 COUNTING = "for i in $(seq 1 {}); do echo line $i; done"
 

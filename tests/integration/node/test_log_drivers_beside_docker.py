@@ -21,14 +21,14 @@ from skep.errors import InvalidArgument
 from skep.model.values.meta import Driver
 from skep.playground.images.busybox import busybox_archive
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.log_receivers import (
+from tests.support.engine.log_receivers import (
     datagrams,
     fluentd_messages,
     free_port,
     gelf_messages,
     streams,
 )
-from tests.support.plain_engine import docker, engine_in
+from tests.support.machines.plain_engine import docker, engine_in
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,8 +12,8 @@ from skep.dataplane.netns.kernel.checksums import offloads, set_offloads
 from skep.dataplane.plan.probe import address_of
 from skep.model.networks.paths import PathCheck, ProbeTargets
 from skep.model.networks.sandbox import Sandbox
-from tests.support.overlay_lab import WEB, LabNode, OverlayLab, carry, place, reaches, shell
-from tests.support.paths_lab import a_peer, report_until, set_all_targets
+from tests.support.networks.overlay_lab import WEB, LabNode, OverlayLab, carry, place, reaches, shell
+from tests.support.networks.paths_lab import a_peer, report_until, set_all_targets
 
 TEN_MEGABYTES = 10 << 20
 INNER_IP = 8 + 8 + 14

@@ -15,8 +15,8 @@ from skep.model.container import Mount
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
 from tests.integration.node.test_volumes import with_options
-from tests.support.file_servers import PASSWORD, SMB_PORT, Share, nfs_server, nfs_threads, samba
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
+from tests.support.storage.file_servers import PASSWORD, SMB_PORT, Share, nfs_server, nfs_threads, samba
 
 pytestmark = [
     pytest.mark.timeout(600),

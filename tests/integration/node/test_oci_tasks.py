@@ -38,7 +38,7 @@ from skep.model.service import (
 from skep.model.task import AssignedTask, Task
 from skep.model.values.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.values.meta import Driver
-from tests.support.runc_lab import IMAGE, Lab, with_defaults
+from tests.support.engine.runc_lab import IMAGE, Lab, with_defaults
 
 
 def a_task(*command: str, ports: tuple[PortConfig, ...] = (), slot: int = 2, **spec: object) -> AssignedTask:

@@ -22,7 +22,7 @@ from skep.dataplane.tables.validation import valid_table
 from skep.model.networks.sandbox import Sandbox
 from skep.model.networks.tables import TableNode
 from skep.model.values.ids import NodeId
-from tests.support.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
+from tests.support.networks.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0
 UNSTEADY = "s/@[^ :]*//; s/,LOWER_UP//; s/,M-DOWN//; s/NO-CARRIER,//; s/qdisc [a-z]*//; s/ state.*//"

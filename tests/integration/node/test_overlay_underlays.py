@@ -10,7 +10,7 @@ import pytest
 
 from skep.model.networks.sandbox import Sandbox
 from skep.model.networks.tables import TableNode
-from tests.support.overlay_lab import (
+from tests.support.networks.overlay_lab import (
     DUAL,
     INGRESS,
     TWO_SUBNETS,

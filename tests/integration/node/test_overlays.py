@@ -19,7 +19,7 @@ from skep.model.networks.sandbox import PublishedPort
 from skep.model.networks.tables import TableEndpoint
 from skep.model.service import PublishMode
 from skep.model.values.ids import NetworkId, TaskId, new_container_id
-from tests.support.overlay_lab import (
+from tests.support.networks.overlay_lab import (
     DUAL,
     INGRESS,
     TWO_SUBNETS,

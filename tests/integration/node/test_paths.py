@@ -20,9 +20,9 @@ from skep.dataplane.probe.packets import (
     encode_response,
 )
 from skep.model.networks.paths import PROBE_VNI, PathCheck, PathReport, ProbeTargets
-from tests.support.overlay_lab import OverlayLab, shell, try_shell
-from tests.support.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
-from tests.support.secure_lab import SecureLab, encrypt
+from tests.support.encryption.secure_lab import SecureLab, encrypt
+from tests.support.networks.overlay_lab import OverlayLab, shell, try_shell
+from tests.support.networks.paths_lab import a_peer, failing, report_until, served_ports, set_all_targets
 
 INSIDE = {PathCheck.OVERLAY, PathCheck.LARGE_PACKETS, PathCheck.CHECKSUM_OFFLOAD}
 EVERYTHING = INSIDE | {PathCheck.CONTROL, PathCheck.ETCD, PathCheck.GOSSIP, PathCheck.ENCRYPTED}

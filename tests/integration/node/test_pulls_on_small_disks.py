@@ -17,8 +17,8 @@ from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from skep.linux.files import allocate
 from tests.integration.node.test_image_pulls import Rogue
-from tests.support.archives import sha256
-from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
+from tests.support.images.archives import sha256
+from tests.support.images.registry_rig import BLOBS, CONFIG, a_manifest
 
 DISK_BYTES = 64 << 20
 

@@ -15,9 +15,9 @@ from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.registry import login
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
-from tests.support.archives import a_layer
-from tests.support.bent_registry import Registry, Respond, load_image
-from tests.support.registry_rig import LAYERS
+from tests.support.images.archives import a_layer
+from tests.support.images.bent_registry import Registry, Respond, load_image
+from tests.support.images.registry_rig import LAYERS
 
 
 def auth(**fields: str) -> str:

@@ -23,10 +23,17 @@ from skep.engine.images.registry.registry import DOCKER_MANIFEST, OCI_MANIFEST, 
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, SkepError
 from tests.conftest import SEARCHED
-from tests.support.archives import a_file, a_tar, sha256
-from tests.support.bent_registry import Registry, load_image
-from tests.support.playground_rig import CLIS
-from tests.support.registry_rig import BLOBS, CONFIG, LAYERS, a_manifest, docker_registry, guarded_registry
+from tests.support.images.archives import a_file, a_tar, sha256
+from tests.support.images.bent_registry import Registry, load_image
+from tests.support.images.registry_rig import (
+    BLOBS,
+    CONFIG,
+    LAYERS,
+    a_manifest,
+    docker_registry,
+    guarded_registry,
+)
+from tests.support.machines.playground_rig import CLIS
 
 needs_registry = pytest.mark.needs("docker-registry")
 

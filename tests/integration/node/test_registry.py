@@ -15,9 +15,9 @@ from skep.engine.api.images import image_routes
 from skep.engine.images.registry.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
-from tests.support.archives import sha256
-from tests.support.playground_rig import CLIS
-from tests.support.registry_rig import BLOBS, CONFIG, a_manifest, docker_registry
+from tests.support.images.archives import sha256
+from tests.support.images.registry_rig import BLOBS, CONFIG, a_manifest, docker_registry
+from tests.support.machines.playground_rig import CLIS
 
 pytestmark = pytest.mark.needs("docker-registry")
 

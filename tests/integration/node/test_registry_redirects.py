@@ -17,8 +17,8 @@ from skep.engine.images.registry.registry import RegistryError, RegistryReposito
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from tests.integration.node.test_image_pulls import Rogue, auth, wants_token
-from tests.support.archives import sha256
-from tests.support.registry_rig import CONFIG
+from tests.support.images.archives import sha256
+from tests.support.images.registry_rig import CONFIG
 
 
 @pytest.fixture

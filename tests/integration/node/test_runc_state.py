@@ -14,7 +14,7 @@ from skep.engine.runtime.processes import find, wait_gone
 from skep.engine.runtime.runc_state import ProcessEnded, RuncState
 from skep.model.values.ids import ContainerId
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 ID = ContainerId("c1")
 

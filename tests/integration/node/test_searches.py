@@ -15,7 +15,7 @@ from skep.engine.images.registry import searching
 from skep.engine.images.registry.endpoints import RegistryPolicy
 from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
-from tests.support.playground_rig import CLIS
+from tests.support.machines.playground_rig import CLIS
 
 RESULTS = [
     {

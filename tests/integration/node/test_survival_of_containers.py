@@ -20,7 +20,7 @@ from skep.engine.engine import Engine
 from skep.engine.runtime.processes import is_alive
 from skep.linux import syscalls
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.runc_lab import IMAGE, Lab
+from tests.support.engine.runc_lab import IMAGE, Lab
 
 ROOT = Path(__file__).parents[3]
 
@@ -91,9 +91,9 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
         from pathlib import Path
         from skep.dataplane.netns.kernel.namespaces import Namespaces
         from skep.engine.containers.container import ContainerConfig, NewContainer
-        from tests.support.reservations import OwnReservations
+        from tests.support.networks.reservations import OwnReservations
         from skep.paths import Paths
-        from tests.support.runc_lab import TreeImages, an_executor
+        from tests.support.engine.runc_lab import TreeImages, an_executor
 
         async def main():
             paths = Paths(Path({str(lab.paths.data)!r}), Path({str(lab.paths.run)!r}))

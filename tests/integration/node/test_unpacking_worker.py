@@ -14,7 +14,7 @@ import pytest
 
 from skep.engine.images.archives.workers import ImageLimits, unpack
 from skep.errors import InvalidArgument
-from tests.support.archives import a_file, a_tar
+from tests.support.images.archives import a_file, a_tar
 
 _INSIDE = """
 import ctypes, json, os, socket, sys

@@ -22,9 +22,9 @@ from skep.model.values.meta import Driver
 from skep.playground.images.busybox import busybox_archive
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
-from tests.support.plain_engine import docker, plain_engine
-from tests.support.runc_lab import Lab
-from tests.support.volume_plugin import TestPlugin
+from tests.support.engine.runc_lab import Lab
+from tests.support.machines.plain_engine import docker, plain_engine
+from tests.support.storage.volume_plugin import TestPlugin
 
 Api = TestClient[Any, Any]
 

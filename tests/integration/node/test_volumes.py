@@ -21,7 +21,7 @@ from skep.model.task import AssignedTask
 from skep.model.values.meta import Driver
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
-from tests.support.runc_lab import Lab
+from tests.support.engine.runc_lab import Lab
 
 MS_SHARED = 1 << 20
 MEMORY = {"type": "tmpfs", "device": "tmpfs", "o": "size=64k,noexec"}

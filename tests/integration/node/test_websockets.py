@@ -10,7 +10,7 @@ from aiohttp import WSMsgType
 from skep.engine.api.streams import hijack
 from skep.engine.containers.container import PlainOptions
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.api_lab import Api
+from tests.support.engine.api_lab import Api
 
 TALK = ("sh", "-c", 'echo up; while read line; do echo "got $line"; [ "$line" = end ] && exit 3; done')
 ALL = "logs=1&stream=1&stdin=1&stdout=1&stderr=1"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.lines import Place, by_line, comparable, groups, script
-from tests.support.playground_rig import (
+from tests.support.machines.playground_rig import (
     CLIS,
     TestCluster,
     TestNode,

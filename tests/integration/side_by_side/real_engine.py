@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from skep.playground.images.busybox import busybox_archive
-from tests.support.plain_engine import docker, engine_in
+from tests.support.machines.plain_engine import docker, engine_in
 
 ADDRESS = "10.98.0.11"
 

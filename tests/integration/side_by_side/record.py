@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.lines import Place, groups, script
 from tests.integration.side_by_side.real_engine import ADDRESS, real_engine
-from tests.support.playground_rig import CLIS, docker_version
+from tests.support.machines.playground_rig import CLIS, docker_version
 
 
 def main(clis: Sequence[str], wanted: Sequence[str]) -> None:

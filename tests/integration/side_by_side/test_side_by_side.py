@@ -11,7 +11,7 @@ from _pytest.mark import ParameterSet
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.compare import clear, differences, place_of, remove_volumes
 from tests.integration.side_by_side.lines import groups, script
-from tests.support.playground_rig import CLIS, TestCluster, TestNode, docker_version
+from tests.support.machines.playground_rig import CLIS, TestCluster, TestNode, docker_version
 
 RECORDED = records.load()
 KNOWN_CLIS = [cli for cli in CLIS if docker_version(cli) in RECORDED]

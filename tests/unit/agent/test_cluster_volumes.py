@@ -19,7 +19,7 @@ from skep.model.task import VolumeAttachment
 from skep.model.values.ids import VolumeId
 from skep.model.values.meta import Driver
 from skep.model.volume import AccessMode, TypeBlock, VolumeAssignment, VolumeSecret
-from tests.support.etcd_calls import until
+from tests.support.store.etcd_calls import until
 
 V1 = VolumeAssignment(id=VolumeId("v1"), volume_id="disk-1", driver=Driver(name="d"))
 V2 = VolumeAssignment(id=VolumeId("v2"), volume_id="disk-2", driver=Driver(name="slow"))

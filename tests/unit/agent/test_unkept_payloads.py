@@ -12,7 +12,7 @@ from skep.agent.tasks.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.values.ids import ConfigId, SecretId
-from tests.support.fake_worker import a_session
+from tests.support.managers.fake_worker import a_session
 from tests.unit.agent.test_worker import QUICK, Reports
 
 

@@ -21,7 +21,7 @@ from skep.model.options.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCO
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
 from skep.model.values.ids import ServiceId, TaskId
-from tests.support.fake_worker import a_session
+from tests.support.managers.fake_worker import a_session
 
 QUICK = Behavior(prepare_s=0.0, start_s=0.0, shutdown_s=0.0)
 RUNNING = TaskState.RUNNING

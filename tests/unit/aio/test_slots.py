@@ -6,7 +6,7 @@ import pytest
 
 from skep.aio.slots import Slots
 from skep.errors import ResourceExhausted
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 
 
 async def test_builds_beyond_the_slots_wait_in_their_order_and_beyond_the_bound_are_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from skep.api.http.tls import server_context
 from skep.errors import FailedPrecondition
-from tests.support.api_authority import an_authority
+from tests.support.security.api_authority import an_authority
 
 
 def test_files_that_cannot_be_served_with_are_named(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from skep.model.service import Service
 from skep.model.task import TaskState, TaskStatus
 from skep.store.level import SCHEDULES
 from tests.support import builders
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 
 def an_object(id: str, name: str, of: str = "") -> dict[str, Any]:

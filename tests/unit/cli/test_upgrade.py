@@ -18,7 +18,7 @@ from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import Unavailable
 from skep.model.options.labels import MAINTENANCE
-from tests.support.upgraded_clusters import Installing, UpgradedCluster
+from tests.support.managers.upgraded_clusters import Installing, UpgradedCluster
 
 OLD, NEW = "1.0.0", "1.1.0"
 

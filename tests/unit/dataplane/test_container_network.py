@@ -18,9 +18,9 @@ from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
 from skep.model.values.ids import ContainerId
 from skep.paths import Paths
-from tests.support.oci_rig import QuickClock
-from tests.support.reservations import OwnReservations
-from tests.support.runc_lab import no_cluster
+from tests.support.engine.oci_rig import QuickClock
+from tests.support.engine.runc_lab import no_cluster
+from tests.support.networks.reservations import OwnReservations
 from tests.unit.dataplane.plan.test_overlay import HEAD
 
 

@@ -47,8 +47,8 @@ from skep.model.networks.tables import (
 from skep.model.values.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 from skep.model.values.times import Timestamp
 from skep.paths import Paths
+from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, file_faults, walk
-from tests.support.oci_rig import QuickClock
 
 NETWORK = LocalNetwork(
     id="a" * 64,

@@ -9,7 +9,7 @@ from skep.errors import AlreadyExists
 from skep.model.networks.sandbox import PublishedPort, Sandbox
 from skep.model.service import PublishMode
 from skep.model.values.ids import ContainerId
-from tests.support.container_networks import MemoryGateway, NetPorts, nothing
+from tests.support.engine.container_networks import MemoryGateway, NetPorts, nothing
 
 ONE = ContainerId("c" * 64)
 WEB = PublishedPort(protocol="tcp", published_port=8080, target_port=80, publish_mode=PublishMode.HOST)

@@ -18,7 +18,7 @@ from skep.errors import Unavailable
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableService
 from skep.model.values.ids import NetworkId, ServiceId
 from skep.paths import Paths
-from tests.support.oci_rig import QuickClock
+from tests.support.engine.oci_rig import QuickClock
 
 FIRST, SECOND, WEB = NetworkId("first"), NetworkId("second"), ServiceId("web")
 

@@ -18,7 +18,7 @@ from skep.engine.containers.container import ExecConfig
 from skep.engine.runtime.runtime_spec import exec_process
 from skep.errors import FailedPrecondition
 from skep.model.container import AppArmorOpts, Privileges
-from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
 from tests.unit.engine.test_specification import ALL_CAPACITY, a_container, built
 
 CONFINING = replace(ALL_CAPACITY, has_apparmor=True)

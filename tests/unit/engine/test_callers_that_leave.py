@@ -20,7 +20,7 @@ from skep.engine.containers.container import ContainerState, MountPoint
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
 from skep.model.values.ids import ContainerId
-from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
+from tests.support.engine.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 Run: TypeAlias = Callable[[Body], None]
 

@@ -15,8 +15,8 @@ from skep.engine.containers.request import CreateRequest
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import with_attributes
 from skep.errors import SkepError
-from tests.support.oci_rig import Machine, memory_engine
-from tests.support.runc_lab import IMAGE, TreeImages
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.engine.runc_lab import IMAGE, TreeImages
 
 REQUEST = CreateRequest(image=IMAGE, cmd=("true",), volumes={"/data": {}})
 STAGES = ("attributes", "prepare", "pins", "fill")

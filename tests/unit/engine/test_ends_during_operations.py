@@ -12,7 +12,7 @@ import pytest
 from skep.engine.containers.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.lifecycle.driver import KILLED_S_MAX
 from skep.errors import Unavailable
-from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
+from tests.support.engine.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
 Run: TypeAlias = Callable[[Body], None]
 

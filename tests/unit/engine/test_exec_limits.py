@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from skep.engine.containers.exec_limits import held, open_files_of
-from tests.support.playground_rig import wait_until
+from tests.support.machines.playground_rig import wait_until
 
 OPEN_FILES = {"type": "RLIMIT_NOFILE", "soft": 200, "hard": 300}
 CHILD = """

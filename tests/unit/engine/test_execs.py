@@ -19,7 +19,7 @@ from skep.engine.runtime.bundle import Bundles
 from skep.engine.runtime.conmon import StartError
 from skep.engine.runtime.runtime import Runtime
 from skep.model.values.ids import ContainerId
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 from tests.unit.engine.test_specification import a_container
 
 

@@ -32,7 +32,7 @@ from skep.errors import Unavailable
 from skep.model.networks.sandbox import NetworkMode, Sandbox, SandboxConfig
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import ZERO_TIME
-from tests.support.stub_engine import (
+from tests.support.engine.stub_engine import (
     ID,
     Body,
     StubBundles,

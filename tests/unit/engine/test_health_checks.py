@@ -31,7 +31,7 @@ from skep.errors import NotFound
 from skep.model.container import HealthConfig
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import timestamp
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 
 ID = ContainerId("c" * 64)
 CHECK = HealthConfig(test=("CMD", "true"), interval=1_000_000)

@@ -12,7 +12,7 @@ from skep.engine.containers.container import Interruption, ProcessName
 from skep.engine.runtime.bundle import Bundles
 from skep.engine.runtime.runtime import EXIT_CODE_UNKNOWN, Runtime
 from skep.linux.processes import boot_id
-from tests.support.stub_engine import a_container
+from tests.support.engine.stub_engine import a_container
 
 GONE = 2**22
 """No process has this pid: it is the kernel's highest plus one."""

@@ -15,7 +15,7 @@ from skep.engine.lifecycle.effects import Effects
 from skep.engine.lifecycle.life_events import EffectFailed, LifeEvent
 from skep.engine.lifecycle.machine import BEST_EFFORT, INTERRUPTIBLE, TABLE, Effect, LifeRule, Saving, State
 from skep.model.networks.sandbox import EndpointRequest
-from tests.support.stub_engine import StubEngine, a_container, a_process, on_virtual_time
+from tests.support.engine.stub_engine import StubEngine, a_container, a_process, on_virtual_time
 
 PAGE = Path(__file__).parents[3] / "docs" / "design" / "runtime.md"
 

@@ -10,7 +10,7 @@ from skep.engine.log_drivers.gelf import Gelf
 from skep.engine.log_drivers.journald import Journald, field_name
 from skep.engine.log_drivers.message import LogMessage, Pieces, Undeliverable, text_of
 from skep.engine.log_drivers.splunk import Splunk
-from tests.support.log_receivers import fluentd_messages, gelf_messages, journal_fields
+from tests.support.engine.log_receivers import fluentd_messages, gelf_messages, journal_fields
 
 MOMENT_NS = 1_769_860_800_123_456_789
 FACTS = LogFacts(

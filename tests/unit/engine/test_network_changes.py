@@ -20,7 +20,7 @@ from skep.model.networks.sandbox import (
 from skep.model.networks.tables import NetworkHead
 from skep.model.values.ids import NetworkId
 from skep.model.values.times import ZERO_TIME
-from tests.support.stub_engine import (
+from tests.support.engine.stub_engine import (
     ID,
     StubEngine,
     StubNetwork,

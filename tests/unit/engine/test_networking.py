@@ -10,7 +10,7 @@ from skep.engine.networks.networking import sandbox_config
 from skep.model.networks.sandbox import EndpointRequest, NetworkMode
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.values.ids import ContainerId
-from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
 from tests.unit.dataplane.test_container_network import on_the_ingress_network
 from tests.unit.engine.test_records import a_container
 

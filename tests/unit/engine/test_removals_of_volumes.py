@@ -19,10 +19,10 @@ from skep.engine.volumes.volumes import Listing, VolumeInUse, Volumes
 from skep.errors import NotFound
 from skep.linux import mounting, trees
 from skep.model.container import Mount
-from tests.support.oci_rig import Machine, memory_engine
-from tests.support.stub_engine import ID, a_container
-from tests.support.volume_plugin import TestPlugin
-from tests.support.wire_rig import until
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.engine.stub_engine import ID, a_container
+from tests.support.managers.wire_rig import until
+from tests.support.storage.volume_plugin import TestPlugin
 
 DATA = Mount(type="volume", source="data", target="/data")
 

@@ -11,8 +11,8 @@ from skep.engine.containers.container import Container, PlainOptions
 from skep.engine.engine import Engine
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.networks.sandbox import Sandbox, SandboxConfig
-from tests.support.oci_rig import Machine, MemoryNetwork, memory_engine, new_container
-from tests.support.wire_rig import until
+from tests.support.engine.oci_rig import Machine, MemoryNetwork, memory_engine, new_container
+from tests.support.managers.wire_rig import until
 
 
 class Names(MemoryNetwork):

@@ -25,7 +25,7 @@ from skep.engine.lifecycle.restart import FIRST_DELAY_S, LONGEST_DELAY_S, Restar
 from skep.errors import NotFound, Unavailable
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import timestamp
-from tests.support.stub_engine import (
+from tests.support.engine.stub_engine import (
     ID,
     StubEngine,
     a_container,
@@ -33,7 +33,7 @@ from tests.support.stub_engine import (
     on_virtual_time,
     restart_policies,
 )
-from tests.support.stub_engine import Body as EngineBody
+from tests.support.engine.stub_engine import Body as EngineBody
 
 ALWAYS = PlainOptions(restart=RestartPolicy(name="always"))
 TO_REMOVE = PlainOptions(auto_remove=True)

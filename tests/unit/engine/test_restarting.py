@@ -35,7 +35,14 @@ from skep.engine.runtime.conmon import StartError
 from skep.errors import AlreadyExists
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import timestamp
-from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time, restart_policies
+from tests.support.engine.stub_engine import (
+    ID,
+    Body,
+    StubEngine,
+    a_container,
+    on_virtual_time,
+    restart_policies,
+)
 
 Run: TypeAlias = Callable[..., None]
 

@@ -8,7 +8,7 @@ import pytest
 from skep.engine.containers.container import ContainerState, PlainOptions, RestartPolicy
 from skep.errors import Unavailable
 from skep.model.networks.sandbox import Sandbox, SandboxConfig
-from tests.support.stub_engine import ID, StubEngine, a_container, on_virtual_time, restart_policies
+from tests.support.engine.stub_engine import ID, StubEngine, a_container, on_virtual_time, restart_policies
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -23,8 +23,8 @@ from skep.engine.volumes.volumes import MountFailed, VolumeSubpath
 from skep.errors import SkepError, Unavailable
 from skep.model.networks.sandbox import EndpointRequest, NetworkMode
 from skep.model.values.ids import ContainerId
-from tests.support.oci_rig import Machine, memory_engine, new_container
-from tests.support.wire_rig import until
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
+from tests.support.managers.wire_rig import until
 
 PLACES = 4
 """Of the rig's engine."""

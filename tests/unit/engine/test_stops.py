@@ -15,7 +15,7 @@ from skep.api.http import server
 from skep.api.http.versions import ApiVersion
 from skep.engine.api import containers
 from skep.engine.containers.container import Container, ContainerConfig, ContainerState, PlainOptions
-from tests.support.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
+from tests.support.engine.stub_engine import ID, Body, StubEngine, StubRuntime, a_container, on_virtual_time
 
 DAY_S = 86_400
 Run: TypeAlias = Callable[[Body, Container], None]

@@ -24,9 +24,9 @@ from skep.engine.containers.updates import updated
 from skep.engine.engine import Engine
 from skep.engine.lifecycle.restart import RestartContainer, StayEnded, after_end
 from skep.errors import InvalidArgument, SkepError, Unimplemented
-from tests.support.oci_rig import Machine, memory_engine, new_container
-from tests.support.stub_engine import a_container
-from tests.support.wire_rig import until
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.stub_engine import a_container
+from tests.support.managers.wire_rig import until
 
 MIB = 1 << 20
 PLAIN = PlainOptions()

@@ -20,8 +20,8 @@ from skep.engine.volumes.volume_plugins import (
 )
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
-from tests.support.oci_rig import Machine, memory_engine
-from tests.support.volume_plugin import TestPlugin
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.storage.volume_plugin import TestPlugin
 
 
 async def test_a_plugin_that_is_busy_counts_as_one_that_responds(

@@ -14,7 +14,7 @@ from skep.manager.storage import backup
 from skep.manager.storage.backup import Backups
 from skep.model.values.ids import NodeId
 from skep.store.etcd.encryption.cipher import KEY_BYTES
-from tests.support.wire_rig import Cluster
+from tests.support.managers.wire_rig import Cluster
 
 PRESENT, NEXT = b"a" * KEY_BYTES, b"b" * KEY_BYTES
 DATABASE = bytes(16) + bytes.fromhex("edda0ced") + bytes(1000)

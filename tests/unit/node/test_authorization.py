@@ -12,7 +12,7 @@ from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.node.authorization import NodeObjects
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.visible_containers import visible_container
-from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
 
 
 async def test_a_container_is_of_the_stack_of_its_service_whatever_its_labels_say(

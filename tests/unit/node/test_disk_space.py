@@ -31,7 +31,7 @@ from skep.node.host.disk_space import (
     space_of,
 )
 from skep.node.telemetry.metrics import disk_families
-from tests.support.stub_engine import a_container
+from tests.support.engine.stub_engine import a_container
 
 MARKS = DiskMarks(full=95)
 

@@ -52,11 +52,11 @@ from skep.security.crl import listed_serials
 from skep.security.locking import KeyLock
 from skep.store.etcd.peers import EtcdPeer as EtcdPeer
 from skep.store.etcd.peers import load_peers, save_peers
-from tests.support.archives import a_config, a_file, a_tar, sha256
+from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, file_faults, walk
-from tests.support.oci_rig import QuickClock
-from tests.support.registry_rig import a_manifest
-from tests.support.tables import a_member
+from tests.support.images.archives import a_config, a_file, a_tar, sha256
+from tests.support.images.registry_rig import a_manifest
+from tests.support.networks.tables import a_member
 from tests.unit.dataplane.tables.test_network_tables import Part, a_table, received
 from tests.unit.node.test_runner import Fakes, FakeWork
 from tests.unit.security.test_keypair import a_pair

@@ -17,9 +17,9 @@ from skep.agent.tasks.worker import Worker
 from skep.engine.containers.container import ContainerState
 from skep.errors import Unavailable
 from skep.model.task import TaskState
-from tests.support.fake_worker import a_session
+from tests.support.engine.oci_rig import EngineExecutor, Machine, QuickClock, memory_engine
 from tests.support.file_faults import ERRNOS, Faults, file_faults
-from tests.support.oci_rig import EngineExecutor, Machine, QuickClock, memory_engine
+from tests.support.managers.fake_worker import a_session
 from tests.unit.agent.test_worker import Reports, assigned, complete, difference
 
 DEADLINE_S = 30

@@ -9,7 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.engine.confinement import apparmor
 from skep.node.host.conditions import Conditions
 from skep.node.host.isolation import check_isolation, keep_profile
-from tests.support.oci_rig import QuickClock
+from tests.support.engine.oci_rig import QuickClock
 
 
 def a_runc(directory: Path, version: str) -> str:

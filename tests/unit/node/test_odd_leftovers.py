@@ -14,7 +14,7 @@ from skep.linux.detached import read_pid_file
 from skep.linux.trees import remove_tree
 from skep.model.task import TaskStatus
 from skep.model.values.ids import TaskId
-from tests.support.oci_rig import EngineExecutor, Machine, memory_engine, new_container
+from tests.support.engine.oci_rig import EngineExecutor, Machine, memory_engine, new_container
 from tests.unit.agent.test_worker import assigned
 from tests.unit.linux.test_trees import nest
 

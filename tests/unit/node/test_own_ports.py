@@ -13,8 +13,8 @@ from skep.model.values.ids import ClusterId, NodeId
 from skep.node.cluster.local import LocalNode, write_local_node
 from skep.node.host.own_ports import OwnPorts, own_ports
 from skep.paths import Paths
-from tests.support.container_networks import NetPorts
-from tests.support.oci_rig import QuickClock
+from tests.support.engine.container_networks import NetPorts
+from tests.support.engine.oci_rig import QuickClock
 
 WORKER = LocalNode(
     node_id=NodeId("n"), cluster_id=ClusterId("c"), is_manager=False, listen_addr="0.0.0.0:2377"

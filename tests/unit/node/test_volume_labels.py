@@ -7,8 +7,8 @@ import pytest
 from skep.engine.volumes.volume_plugins import VolumePlugins
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.node.host.description import volume_labels, with_plugins
-from tests.support.oci_rig import Machine, memory_engine
-from tests.support.volume_plugin import TestPlugin
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.storage.volume_plugin import TestPlugin
 
 
 def test_slots_with_data_in_volumes_are_reported() -> None:

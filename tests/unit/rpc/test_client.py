@@ -11,7 +11,7 @@ from skep.rpc import frames, headers
 from skep.rpc.client import RESPONSES_WHILE_PAUSED_MAX, Bounds, ClientConnection, ClientStream
 from skep.rpc.frames import Code
 from skep.rpc.status import CallFailed, Lost, StatusCode
-from tests.support.http2_rig import BROKEN, Wire
+from tests.support.clients.http2_rig import BROKEN, Wire
 
 BOUNDS = Bounds(stream_window=100_000, connection_window=250_000, message=150_000)
 

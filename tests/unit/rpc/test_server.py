@@ -23,7 +23,7 @@ from skep.rpc.frames import Code, Violation
 from skep.rpc.headers import CallHeaders
 from skep.rpc.server import ServerConnection, ServerStream
 from skep.rpc.status import CallFailed, StatusCode
-from tests.support.http2_rig import BROKEN, LIMITS, REQUEST, Rig, Wire, framed, of
+from tests.support.clients.http2_rig import BROKEN, LIMITS, REQUEST, Rig, Wire, framed, of
 
 
 @pytest.fixture

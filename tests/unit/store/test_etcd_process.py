@@ -22,7 +22,7 @@ from skep.store.etcd.process import damage
 from skep.store.etcd.process.binary import check_upgrade, check_version, find_binary
 from skep.store.etcd.process.flags import MemberSettings, PeerFiles, arguments, environment
 from skep.store.etcd.process.member import EtcdOutput
-from tests.support.etcd_rig import member_settings
+from tests.support.store.etcd_rig import member_settings
 
 
 def settings(*, is_solo: bool = True) -> MemberSettings:

@@ -12,7 +12,7 @@ from skep.model.values.times import ZERO_TIME, unix_ns
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec
-from tests.support.damage_rigs import put_all
+from tests.support.store.damage_rigs import put_all
 
 STOP = {ON_DISCONNECT: "stop"}
 

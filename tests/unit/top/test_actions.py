@@ -6,7 +6,7 @@ import pytest
 
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.top.actions import roll_back, scale, set_availability, update_image
-from tests.support.top_clusters import a_node, a_service, a_shop, a_snapshot, a_task
+from tests.support.clients.top_clusters import a_node, a_service, a_shop, a_snapshot, a_task
 
 
 def test_scaling_says_how_many_start_or_stop_and_changes_nothing_else() -> None:

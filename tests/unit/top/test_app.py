@@ -18,7 +18,7 @@ from skep.top.dialogs import Ask, Confirm, Show
 from skep.top.logs import ShownLine
 from skep.top.snapshot import Connection, LinkStatus
 from skep.top.table import RowTable
-from tests.support.top_clusters import (
+from tests.support.clients.top_clusters import (
     StillCluster,
     a_node,
     a_service,
@@ -27,7 +27,7 @@ from tests.support.top_clusters import (
     a_task,
     an_explanation,
 )
-from tests.support.top_screen import PICTURE, picture
+from tests.support.clients.top_screen import PICTURE, picture
 
 HOSTILE = "[red]x[/red]\x1b]0;owned\x07\u202e[@click=app.quit]go[/]"
 
@@ -335,4 +335,4 @@ async def test_five_hundred_nodes_and_ten_thousand_tasks_are_painted_as_few_are(
 
 
 async def test_the_picture_in_the_guide_is_the_present_screen() -> None:
-    assert PICTURE.read_text() == await picture(), "python -m tests.support.top_screen writes it"
+    assert PICTURE.read_text() == await picture(), "python -m tests.support.clients.top_screen writes it"

@@ -9,7 +9,7 @@ from skep.top.logs import ShownLine, line_of
 from skep.top.rows import COLUMNS, KnownRow, ScreenView, Tone, age_of, chosen, laid_out, rows_of, task_rows
 from skep.top.snapshot import ClusterHealth, Snapshot, Touched, headline, states_of, summary, touched_by
 from skep.top.watching import tasks_in
-from tests.support.top_clusters import a_node, a_service, a_shop, a_snapshot, a_task, an_explanation
+from tests.support.clients.top_clusters import a_node, a_service, a_shop, a_snapshot, a_task, an_explanation
 
 
 def test_a_tasks_event_has_its_service_read_again_too() -> None:

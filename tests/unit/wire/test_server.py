@@ -16,7 +16,7 @@ from skep.wire.access import Caller
 from skep.wire.methods import MethodAccess
 from skep.wire.server import _Connection, _Server
 from skep.wire.service import unary
-from tests.support.http2_rig import Rig, of
+from tests.support.clients.http2_rig import Rig, of
 
 CLUSTER = ClusterId("cluster")
 WORKER = NodeIdentity(node_id=NodeId("n1"), cluster_id=CLUSTER, role=NodeRole.WORKER)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skep.paths import Paths
-from tests.support.names_lab import NamesLab, forks
+from tests.support.networks.names_lab import NamesLab, forks
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from skep.dataplane.dns.checks import NameChecks
 from skep.model.networks.paths import NetworkNames, PathCheck
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox
 from skep.model.networks.tables import NetworkHead
-from tests.support.names_lab import NamesLab
-from tests.support.tables import a_network, a_served
+from tests.support.networks.names_lab import NamesLab
+from tests.support.networks.tables import a_network, a_served
 
 WEB = a_served("web", "10.0.1.2", ["10.0.1.3"], aliases=["www"])
 SIX = a_served("six", ["10.0.1.9", "fd00:1::9"], ["10.0.1.8"])

@@ -12,9 +12,9 @@ from dnslib import RCODE, DNSHeader, DNSQuestion, DNSRecord
 
 from skep.dataplane.net_process.protocol import ContainerEndpoint, Named, NameServer
 from skep.errors import FailedPrecondition
-from tests.support.names_lab import NamesLab, net_process, shell, wait_until
-from tests.support.tables import a_network, a_served
-from tests.support.upstream import fails, knows, upstream
+from tests.support.networks.names_lab import NamesLab, net_process, shell, wait_until
+from tests.support.networks.tables import a_network, a_served
+from tests.support.networks.upstream import fails, knows, upstream
 
 WEB = a_served("web", "10.0.1.2", ["10.0.1.3", "10.0.1.4"], aliases=["www"])
 FRONT = a_network(WEB)

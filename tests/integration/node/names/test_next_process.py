@@ -14,9 +14,9 @@ from skep.dataplane.net_process.protocol import NameServer
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
 from skep.model.values.ids import ContainerId, TaskId
 from skep.node.supervision.supervisor import wait_end
-from tests.support.names_lab import NamesLab, net_process
-from tests.support.tables import a_network, a_served
-from tests.support.upstream import knows, upstream
+from tests.support.networks.names_lab import NamesLab, net_process
+from tests.support.networks.tables import a_network, a_served
+from tests.support.networks.upstream import knows, upstream
 
 FRONT = a_network(a_served("web", "10.0.1.2", ["10.0.1.3", "10.0.1.4"]))
 

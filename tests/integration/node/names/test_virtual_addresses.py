@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from skep.node.supervision.supervisor import wait_end
-from tests.support.names_lab import Conversation, NamesLab, net_process, shell, wait_until
-from tests.support.tables import a_network, a_served
-from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, start_web, web, who
+from tests.support.networks.names_lab import Conversation, NamesLab, net_process, shell, wait_until
+from tests.support.networks.tables import a_network, a_served
+from tests.support.networks.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, start_web, web, who
 
 
 async def test_connections_are_spread_evenly_and_keep_the_source_address(lab: NamesLab) -> None:

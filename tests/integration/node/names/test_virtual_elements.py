@@ -8,7 +8,7 @@ from skep.dataplane.netns.kernel import nft
 from skep.dataplane.netns.kernel.namespaces import inside
 from skep.dataplane.plan.vip import FAMILIES, NAME, VipBackends, VipPlan, noted, plan
 from skep.dataplane.vip.elements import ElementSocket
-from tests.support.names_lab import NamesLab
+from tests.support.networks.names_lab import NamesLab
 
 MANY = tuple(f"10.0.{2 + number // 200}.{1 + number % 200}" for number in range(600))
 """More than one message takes."""

@@ -15,9 +15,9 @@ from skep.dataplane.netns.nft_table import whole
 from skep.dataplane.plan.vip import vip_table
 from skep.errors import Unavailable
 from skep.node.supervision.supervisor import wait_end
-from tests.support.names_lab import NamesLab, net_process, wait_until
-from tests.support.tables import a_network, a_served
-from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_has, start_web, web, who
+from tests.support.networks.names_lab import NamesLab, net_process, wait_until
+from tests.support.networks.tables import a_network, a_served
+from tests.support.networks.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_has, start_web, web, who
 
 
 async def test_rules_that_are_left_from_a_crash_are_replaced(lab: NamesLab) -> None:

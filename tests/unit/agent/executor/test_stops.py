@@ -11,8 +11,8 @@ from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.task import AssignedTask
 from skep.model.values.ids import ContainerId
 from tests.support.builders import a_task
-from tests.support.oci_rig import QuickClock
-from tests.support.stub_engine import a_container
+from tests.support.engine.oci_rig import QuickClock
+from tests.support.engine.stub_engine import a_container
 
 
 class Engine:

@@ -14,7 +14,7 @@ from skep.dataplane.dns.messages import AAAA, MX, PTR, SRV, A, Query, encoded
 from skep.dataplane.dns.resolution import Decision, Foreign, FoundName, Missing, decide, links_of, rotated
 from skep.model.networks.tables import NetworkTable
 from skep.model.values.ids import NetworkId, ServiceId
-from tests.support.tables import a_container, a_network, a_served
+from tests.support.networks.tables import a_container, a_network, a_served
 
 TXT = 16
 FRONT = a_network(

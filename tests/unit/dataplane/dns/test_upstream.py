@@ -12,8 +12,8 @@ from skep.aio.clock import SystemClock
 from skep.dataplane.dns import upstream
 from skep.dataplane.dns.messages import REFUSED, Query, parse, response_code
 from skep.dataplane.dns.upstream import CONTAINERS_MIN, ForwardedQuery, QueryForwarder, UpstreamServer
-from tests.support import upstream as lab
-from tests.support.upstream import knows
+from tests.support.networks import upstream as lab
+from tests.support.networks.upstream import knows
 
 QUESTION = bytes(DNSRecord.question("example.org").pack())
 

@@ -26,8 +26,8 @@ from skep.model.networks.tables import (
     TableService,
 )
 from skep.model.values.ids import NetworkId, NodeId, ServiceId, TaskId
-from tests.support.container_networks import NetPorts
-from tests.support.oci_rig import QuickClock
+from tests.support.engine.container_networks import NetPorts
+from tests.support.engine.oci_rig import QuickClock
 
 NETWORK, WEB = NetworkId("ingress"), ServiceId("web")
 HEAD = NetworkHead(

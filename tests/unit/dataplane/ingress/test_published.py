@@ -16,8 +16,8 @@ from skep.dataplane.ports import PortReservations
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.model.networks.tables import NetworkHead, NetworkTable, TablePort, TableService
 from skep.model.values.ids import NetworkId, NodeId, ServiceId
-from tests.support.container_networks import NetPorts
-from tests.support.oci_rig import QuickClock
+from tests.support.engine.container_networks import NetPorts
+from tests.support.engine.oci_rig import QuickClock
 
 NETWORK, SERVICE = NetworkId("ingress"), ServiceId("web")
 

@@ -31,7 +31,7 @@ from skep.dataplane.plan.wireguard import (
     plan_of,
 )
 from skep.model.values.ids import NodeId
-from tests.support.wireguard import a_pair, a_secure_table, numbered_keys
+from tests.support.encryption.wireguard import a_pair, a_secure_table, numbered_keys
 
 N1, N2, N3 = NodeId("n1"), NodeId("n2"), NodeId("n3")
 LIMITS = KeyLifetimes()

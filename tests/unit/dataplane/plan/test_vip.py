@@ -18,7 +18,7 @@ from skep.dataplane.plan.vip import (
     vip_table,
 )
 from skep.model.values.ids import ServiceId
-from tests.support.tables import a_network, a_served
+from tests.support.networks.tables import a_network, a_served
 
 
 class Kernel:

@@ -24,7 +24,7 @@ from skep.dataplane.plan.wireguard import (
 )
 from skep.model.values.ids import NodeId
 from skep.paths import DEFAULT_RUN
-from tests.support.wireguard import a_pair, a_secure_table
+from tests.support.encryption.wireguard import a_pair, a_secure_table
 
 N1, N2, N3 = NodeId("n1"), NodeId("n2"), NodeId("n3")
 OWN, OWN_NEXT = a_pair(1), a_pair(11, slot=1)

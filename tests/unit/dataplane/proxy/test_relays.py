@@ -18,7 +18,7 @@ from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
 from skep.errors import AlreadyExists
-from tests.support.oci_rig import QuickClock
+from tests.support.engine.oci_rig import QuickClock
 
 
 def free_port() -> int:

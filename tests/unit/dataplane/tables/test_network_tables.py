@@ -20,7 +20,7 @@ from skep.linux.files import replace_file
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableNode, TableSet, difference, whole
 from skep.model.node_reports.revisions import Revision
 from skep.model.values.ids import NetworkId, NodeId
-from tests.support.tables import a_member
+from tests.support.networks.tables import a_member
 
 A, B = NetworkId("a"), NetworkId("b")
 

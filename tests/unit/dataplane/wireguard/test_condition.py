@@ -9,7 +9,7 @@ from skep.dataplane.wireguard.tunnels import unreachable
 from skep.linux.detached import identify, write_pid_file
 from skep.model.values.ids import NodeId
 from skep.paths import Paths
-from tests.support.wireguard import a_pair, a_secure_table
+from tests.support.encryption.wireguard import a_pair, a_secure_table
 
 OWN, THEIRS = a_pair(1), a_pair(2)
 

@@ -15,9 +15,9 @@ from skep.errors import SkepError, Unavailable
 from skep.model.networks.wireguard import EncryptionMethod, published_keys
 from skep.model.values.ids import NodeId
 from skep.paths import Paths
+from tests.support.encryption.wireguard import a_pair, a_secure_table
+from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, walk
-from tests.support.oci_rig import QuickClock
-from tests.support.wireguard import a_pair, a_secure_table
 
 KEPT_PAIR = a_pair(1)
 ENCRYPTED = a_secure_table({"n1": (KEPT_PAIR,), "n2": (a_pair(2),)})

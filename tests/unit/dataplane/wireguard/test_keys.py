@@ -6,7 +6,7 @@ import msgspec
 
 from skep.dataplane.plan.wireguard import WireGuardKey
 from skep.dataplane.wireguard.keys import load, new_private_key, save
-from tests.support.wireguard import a_pair
+from tests.support.encryption.wireguard import a_pair
 
 
 def test_a_private_key_is_clamped_and_its_public_key_has_32_bytes() -> None:

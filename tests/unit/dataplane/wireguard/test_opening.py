@@ -15,8 +15,8 @@ from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.values.ids import NodeId
 from skep.paths import Paths
-from tests.support.oci_rig import QuickClock
-from tests.support.wireguard import a_pair, a_secure_table
+from tests.support.encryption.wireguard import a_pair, a_secure_table
+from tests.support.engine.oci_rig import QuickClock
 
 pytestmark = pytest.mark.needs("root")
 

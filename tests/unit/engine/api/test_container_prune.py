@@ -17,7 +17,7 @@ from skep.engine.containers.container import Container, ContainerState
 from skep.errors import InvalidArgument
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import timestamp
-from tests.support.stub_engine import StubEngine, a_container, disk_full
+from tests.support.engine.stub_engine import StubEngine, a_container, disk_full
 
 ENDED = a_container(state=ContainerState.EXITED, process=None, finished_at=timestamp(2))
 

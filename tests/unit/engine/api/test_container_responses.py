@@ -2,7 +2,7 @@
 
 from skep.engine.api.responses.container_responses import config_of, extra_hosts
 from skep.engine.containers.container import ContainerConfig
-from tests.support.stub_engine import a_container
+from tests.support.engine.stub_engine import a_container
 
 
 def test_extra_hosts_are_names_with_their_address() -> None:

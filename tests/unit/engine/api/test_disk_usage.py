@@ -13,7 +13,7 @@ from skep.engine.api import disk_usage
 from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
-from tests.support.oci_rig import Machine, memory_engine
+from tests.support.engine.oci_rig import Machine, memory_engine
 
 Api = TestClient[Any, Any]
 

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from tests.support import dockerfile_oddities as oddities
-from tests.support import dockerfile_steps as steps
-from tests.support import dockerfile_table as table
-from tests.support.dockerfile_cases import Case
+from tests.support.builds import dockerfile_oddities as oddities
+from tests.support.builds import dockerfile_steps as steps
+from tests.support.builds import dockerfile_table as table
+from tests.support.builds.dockerfile_cases import Case
 
 PAGE = Path(__file__).parents[4] / "docs" / "conformance" / "dockerfile.md"
 

@@ -4,7 +4,7 @@ import tarfile
 from pathlib import Path
 
 from skep.engine.buildkit.protocol.filesend import listed
-from tests.support.archives import a_file, a_tar, an_entry
+from tests.support.images.archives import a_file, a_tar, an_entry
 
 
 def test_entries_are_in_the_order_of_a_walk_and_the_first_name_of_a_file_has_its_content(

@@ -13,7 +13,7 @@ from skep.engine.images.reference import parse_reference
 from skep.engine.images.removal import Conflict, ImageUser
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound
-from tests.support.archives import a_config
+from tests.support.images.archives import a_config
 
 BASE, APP, OTHER = b"base", b"app", b"other"
 DAMAGED, NEIGHBOR = a_config(BASE, APP), a_config(BASE, OTHER)

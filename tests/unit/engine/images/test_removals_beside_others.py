@@ -16,8 +16,8 @@ from skep.engine.images.reference import parse_reference
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
 from skep.linux.files import replace_file
-from tests.support.archives import a_config
-from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.engine.oci_rig import Machine, memory_engine, new_container
+from tests.support.images.archives import a_config
 
 CONTENT = b"a layer"
 CONFIG = a_config(CONTENT)

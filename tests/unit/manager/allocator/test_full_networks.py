@@ -15,7 +15,7 @@ from skep.model.task import TaskState, TaskStatus
 from skep.model.values.ids import new_id
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task, an_overlay
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 
 ATTEMPTS = 20
 NET = an_overlay("a-net")

@@ -19,8 +19,8 @@ from skep.model.values.ids import new_id
 from skep.store.interface import Store, View
 from skep.store.kinds import UNKNOWN_SPEC
 from tests.support.builders import a_node, a_service_spec, a_task, an_overlay
-from tests.support.control_loops import wait_for
-from tests.support.damage_rigs import MemoryDamage
+from tests.support.managers.control_loops import wait_for
+from tests.support.store.damage_rigs import MemoryDamage
 
 NEW, RUNNING, SHUTDOWN = TaskState.NEW, TaskState.RUNNING, TaskState.SHUTDOWN
 NET = an_overlay("net1")

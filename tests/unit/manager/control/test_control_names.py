@@ -8,7 +8,7 @@ from skep.errors import InvalidArgument
 from skep.manager.control.validation.names import check_dns_name, check_file_name
 from skep.manager.control.validation.service_rules import is_image_reference
 from skep.model.values.name_generator import names_from
-from tests.support.own_time import own_time
+from tests.support.harness.own_time import own_time
 
 
 @pytest.mark.parametrize("name", ["web", "Web-1", "a", "a--b__c", "1", "w" * 63])

@@ -20,8 +20,8 @@ from skep.model.values.ids import QuotaId, ServiceId, UserId, VolumeId
 from skep.model.volume import Volume, VolumeSpec
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_service_spec, a_task
-from tests.support.damage_rigs import MemoryDamage
-from tests.support.store_transactions import put
+from tests.support.store.damage_rigs import MemoryDamage
+from tests.support.store.store_transactions import put
 
 BIND = "a bind mount of /"
 

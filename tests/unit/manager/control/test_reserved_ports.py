@@ -11,7 +11,7 @@ from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId, ServiceId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 MODES = pytest.mark.parametrize("mode", list(PublishMode))
 

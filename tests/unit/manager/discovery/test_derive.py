@@ -28,7 +28,7 @@ from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
-from tests.support.derived_tables import table_of
+from tests.support.networks.derived_tables import table_of
 
 NET = an_overlay("net1")
 INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)

@@ -23,7 +23,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.client import ManagerChannel
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.wire_rig import until
+from tests.support.managers.wire_rig import until
 
 NET = an_overlay("net1")
 OWN, SECOND, THIRD = NodeId("m1"), NodeId("m2"), NodeId("m3")

@@ -25,7 +25,7 @@ from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
-from tests.support.derived_tables import table_of
+from tests.support.networks.derived_tables import table_of
 
 NETWORKS = [
     an_overlay("net1"),

@@ -20,7 +20,7 @@ from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_i
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.transactions.proposal import Proposal
 from tests.support.builders import a_service, a_service_spec, a_task, an_auth
-from tests.support.damage_rigs import damage
+from tests.support.store.damage_rigs import damage
 
 N1 = NodeId("n1")
 replace = msgspec.structs.replace

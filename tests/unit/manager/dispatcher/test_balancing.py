@@ -16,7 +16,7 @@ from skep.security.authority import Authority
 from skep.security.trust import root_digest, tls_info
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
-from tests.support.damage_rigs import put_all
+from tests.support.store.damage_rigs import put_all
 
 M1, M2 = NodeId("m1"), NodeId("m2")
 ROOT = Authority.create().root_pem

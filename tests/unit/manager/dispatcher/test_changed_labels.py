@@ -15,7 +15,7 @@ from skep.model.task import TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
-from tests.support.damage_rigs import put_all
+from tests.support.store.damage_rigs import put_all
 
 WEB = a_service("web")
 

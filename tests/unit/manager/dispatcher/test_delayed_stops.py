@@ -26,7 +26,7 @@ from skep.security.authority import Authority
 from skep.security.trust import root_digest, tls_info
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
-from tests.support.damage_rigs import put_all
+from tests.support.store.damage_rigs import put_all
 
 NET = an_overlay("net1")
 WEB = a_service("web")

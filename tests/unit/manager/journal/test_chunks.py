@@ -23,7 +23,7 @@ from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.kinds import JournalChunk
 from skep.store.state import State
 from skep.store.transactions.proposal import MAX_BYTES
-from tests.support.counted_calls import counting_calls_of_callbacks
+from tests.support.managers.counted_calls import counting_calls_of_callbacks
 
 
 def an_entry(number: int, kind: EntryType = EntryType.CHANGE, **fields: object) -> JournalEntry:

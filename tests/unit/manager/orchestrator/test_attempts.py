@@ -12,7 +12,7 @@ from skep.model.task import Preemption, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 RUNNING, SHUTDOWN = TaskState.RUNNING, TaskState.SHUTDOWN
 

@@ -21,8 +21,8 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import a_spec, a_world, advance, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import a_spec, a_world, advance, state, wanted
+from tests.support.managers.worlds import World
 
 RUNNING, FAILED = TaskState.RUNNING, TaskState.FAILED
 FOR_EVER = 10_000

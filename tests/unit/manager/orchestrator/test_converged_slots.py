@@ -22,7 +22,7 @@ from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 NODES = (
     a_node("good", labels={"zone": "a"}),

@@ -34,7 +34,7 @@ from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Updated
 from tests.support.builders import a_node, a_service, a_service_spec
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 NODES: Final = ("n1", "n2", "n3", "n4")
 MODES: Final = {

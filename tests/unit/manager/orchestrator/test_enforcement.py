@@ -20,7 +20,7 @@ from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 NORTH = a_service("web", constraints=("node.labels.zone == north",))
 

@@ -31,7 +31,7 @@ from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 DUE = Timestamp("2026-11-24T10:00:00Z")
 DUE_NS = unix_ns(DUE)

@@ -14,7 +14,7 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 AGENT = a_service("agent", is_global=True)
 

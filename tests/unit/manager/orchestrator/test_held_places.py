@@ -10,8 +10,8 @@ from skep.model.service import PortConfig, PublishMode, Resources, UpdateConfig,
 from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import wanted
+from tests.support.managers.worlds import World
 
 ROOM = Resources(memory_bytes=1 << 30)
 HOST_PORT = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)

@@ -19,7 +19,7 @@ from skep.model.task import Task, TaskState
 from skep.model.task_end import INTERRUPTIONS, EndCause, TaskEnd
 from skep.model.values.times import SECOND_NS, Timestamp
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 
 def a_world(policy: RestartPolicy) -> World:

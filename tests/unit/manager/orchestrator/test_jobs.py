@@ -29,7 +29,7 @@ from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 ASKED_AT = Timestamp("2026-01-02T00:00:00Z")
 

@@ -32,7 +32,7 @@ from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 AHEAD = timestamp(3 * 10**18)
 """After everything that the decisions of ``World`` stamp: another leader's clock was ahead."""

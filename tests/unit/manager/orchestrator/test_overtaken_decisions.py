@@ -35,8 +35,8 @@ from skep.model.values.times import Timestamp
 from skep.store.interface import Commit, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import a_spec, a_world, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import a_spec, a_world, wanted
+from tests.support.managers.worlds import World
 
 N1 = NodeId("n1")
 ASKED_AT = Timestamp("2026-01-02T00:00:00Z")

@@ -17,8 +17,8 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import AT_ONCE, advance, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import AT_ONCE, advance, state, wanted
+from tests.support.managers.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
 N1 = NodeId("n1")

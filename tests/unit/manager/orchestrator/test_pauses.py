@@ -9,8 +9,8 @@ from skep.manager.orchestrator.convergence import deciding
 from skep.model.service import Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.counted_calls import most_calls_between_pauses
-from tests.support.worlds import World
+from tests.support.managers.counted_calls import most_calls_between_pauses
+from tests.support.managers.worlds import World
 
 SLOTS = 4000
 CALLS_MAX = 2 * SLOTS

@@ -10,7 +10,7 @@ from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import PortConfig, PublishMode, Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task, TaskState
 from tests.support.builders import a_service, a_service_spec
-from tests.support.rollouts import AT_ONCE, image_of
+from tests.support.managers.rollouts import AT_ONCE, image_of
 from tests.unit.manager.orchestrator.test_refused_changes import Led
 
 PORT = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)

@@ -9,7 +9,7 @@ from skep.manager.orchestrator.slots import group_by_slot
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
 from tests.support.builders import a_service, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 
 def test_a_new_service_gets_its_slots_from_one_up() -> None:

@@ -37,7 +37,7 @@ from skep.model.values.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec, a_task
-from tests.support.rollouts import a_spec, a_world, wanted
+from tests.support.managers.rollouts import a_spec, a_world, wanted
 
 ONCE = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
 EVERYWHERE = ServiceMode(global_job=GlobalJob())

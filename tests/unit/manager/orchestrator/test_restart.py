@@ -19,7 +19,7 @@ from skep.model.values.ids import NodeId, new_id
 from skep.model.values.times import SECOND_NS, ZERO_TIME, timestamp, unix_ns
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 READY, RUNNING, SHUTDOWN = TaskState.READY, TaskState.RUNNING, TaskState.SHUTDOWN
 AT_ONCE = RestartPolicy(delay=0)

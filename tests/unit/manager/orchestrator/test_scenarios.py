@@ -12,8 +12,8 @@ from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import advance
-from tests.support.worlds import World
+from tests.support.managers.rollouts import advance
+from tests.support.managers.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
 DELAYED = RestartPolicy(delay=3 * SECOND_NS)

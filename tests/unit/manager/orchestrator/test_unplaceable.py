@@ -9,8 +9,8 @@ from skep.model.options.labels import PROGRESS_DEADLINE
 from skep.model.service import Resources, ServiceSpec, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import message, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import message, state, wanted
+from tests.support.managers.worlds import World
 
 NO_NODE = "no suitable node (scheduling constraints not satisfied on 2 nodes)"
 NOWHERE = ("node.labels.zone==nowhere",)

@@ -24,7 +24,7 @@ from skep.model.values.ids import new_id as a_new_id
 from skep.model.values.times import Timestamp
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.damage_rigs import damage
+from tests.support.store.damage_rigs import damage
 
 REMOVE = TaskState.REMOVE
 CREATED = ContainerStatus(container_id="c1")

@@ -34,8 +34,8 @@ from skep.store.tables import KeyChange
 from skep.store.transactions.proposal import Unchanged
 from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
+from tests.support.managers.worlds import World
 
 RUNNING = TaskState.RUNNING
 

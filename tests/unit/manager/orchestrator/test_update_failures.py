@@ -23,8 +23,8 @@ from skep.model.task import TaskState, TaskStatus
 from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
+from tests.support.managers.worlds import World
 
 RUNNING = TaskState.RUNNING
 

@@ -11,8 +11,8 @@ from skep.model.service import UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp
-from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import a_spec, a_world, advance, message, state, wanted
+from tests.support.managers.worlds import World
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 

@@ -22,8 +22,8 @@ from skep.model.values.ids import NodeId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import AT_ONCE, a_spec, state, wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import AT_ONCE, a_spec, state, wanted
+from tests.support.managers.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
 

@@ -19,8 +19,8 @@ from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from skep.store.transactions.updates import batched
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import AT_ONCE
-from tests.support.visited_objects import CountingStore
+from tests.support.managers.rollouts import AT_ONCE
+from tests.support.managers.visited_objects import CountingStore
 
 NODES, GLOBALS, REPLICATED = 300, 4, 3
 OF_A_NODE = 25 * (GLOBALS + 1 + REPLICATED)

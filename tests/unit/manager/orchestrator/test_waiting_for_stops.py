@@ -19,8 +19,8 @@ from skep.model.values.times import SECOND_NS
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import wanted
-from tests.support.worlds import World
+from tests.support.managers.rollouts import wanted
+from tests.support.managers.worlds import World
 
 READY = TaskState.READY
 

@@ -43,7 +43,7 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
 Happening: TypeAlias = tuple[str, int, float]

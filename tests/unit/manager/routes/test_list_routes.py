@@ -29,7 +29,7 @@ from skep.model.values.times import Timestamp
 from skep.store.transactions.updates import NO_LEADER
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service_spec, a_task
-from tests.support.own_time import own_time
+from tests.support.harness.own_time import own_time
 
 
 @pytest.fixture

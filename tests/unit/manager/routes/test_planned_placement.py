@@ -25,8 +25,8 @@ from skep.store.interface import Object, View
 from skep.store.memory import MemoryStore
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, with_disks
-from tests.support.counted_calls import most_calls_between_pauses
-from tests.support.wire_rig import until
+from tests.support.managers.counted_calls import most_calls_between_pauses
+from tests.support.managers.wire_rig import until
 from tests.unit.manager.scheduler.test_full_disks import full
 
 GIB = 1 << 30

@@ -53,7 +53,7 @@ from skep.store.tables import KeyChange
 from skep.store.transactions.proposal import Unchanged
 from skep.store.transactions.transaction import LocalTransaction
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_task, with_disks
-from tests.support.counted_calls import most_calls_between_pauses
+from tests.support.managers.counted_calls import most_calls_between_pauses
 from tests.unit.manager.scheduler.test_scheduler_loop import put
 
 MIB = 1 << 20

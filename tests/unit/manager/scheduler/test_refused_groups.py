@@ -25,7 +25,7 @@ from skep.model.values.ids import new_id
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.counted_calls import counting_calls_of_callbacks
+from tests.support.managers.counted_calls import counting_calls_of_callbacks
 from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling, wait_for
 
 MIB = 1 << 20

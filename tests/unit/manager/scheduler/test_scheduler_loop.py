@@ -31,7 +31,7 @@ from skep.model.volume import PublishStatus, Volume, VolumeSpec
 from skep.store.interface import Commit, Object, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.counted_calls import counting_calls_of_callbacks
+from tests.support.managers.counted_calls import counting_calls_of_callbacks
 
 NODES = 1000
 

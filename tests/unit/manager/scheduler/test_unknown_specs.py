@@ -17,8 +17,8 @@ from skep.model.values.ids import new_id
 from skep.store.interface import Store
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
 from tests.support.builders import a_node, a_service_spec, a_task
-from tests.support.control_loops import wait_for
-from tests.support.damage_rigs import MemoryDamage
+from tests.support.managers.control_loops import wait_for
+from tests.support.store.damage_rigs import MemoryDamage
 
 PENDING, RUNNING = TaskState.PENDING, TaskState.RUNNING
 PORTS = (PortConfig(target_port=80, published_port=8081, publish_mode=PublishMode.HOST),)

@@ -31,7 +31,7 @@ from skep.model.volume import (
     fits_topology,
 )
 from tests.support.builders import a_node, a_task
-from tests.support.counted_calls import most_calls_between_pauses
+from tests.support.managers.counted_calls import most_calls_between_pauses
 
 ZONES = [Topology(segments={"zone": zone}) for zone in "ab"]
 ROOM = 3

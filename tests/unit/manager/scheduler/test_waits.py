@@ -19,8 +19,8 @@ from skep.model.task import Restart, Task, TaskState
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.counted_calls import counting_calls_of_callbacks
-from tests.support.visited_objects import CountingStore
+from tests.support.managers.counted_calls import counting_calls_of_callbacks
+from tests.support.managers.visited_objects import CountingStore
 from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling
 
 DB_NODES, OTHER_NODES = ("n1", "n2"), ("n3", "n4")

@@ -38,8 +38,8 @@ from skep.store.interface import Updated
 from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task
-from tests.support.store_transactions import put
-from tests.support.worlds import World
+from tests.support.managers.worlds import World
+from tests.support.store.store_transactions import put
 
 EMPTY = MemoryStore(SystemClock()).view()
 SETTLED = Timestamp("2026-11-24T09:30:00Z")

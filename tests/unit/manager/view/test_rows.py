@@ -19,7 +19,7 @@ from skep.store.interface import Updated
 from skep.store.memory import MemoryStore
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.store_transactions import put
+from tests.support.store.store_transactions import put
 
 
 def test_a_task_has_the_ports_that_its_node_gave_it() -> None:

@@ -12,7 +12,7 @@ from skep.node.front.application import Application
 from skep.node.front.handover import Handover
 from skep.node.front.server import DockerSocket, Front
 from skep.node.front.users import KnownUsers
-from tests.support.front_rig import Member, Owned
+from tests.support.clients.front_rig import Member, Owned
 
 
 class WithoutEngine(Owned):

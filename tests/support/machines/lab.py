@@ -1,0 +1,114 @@
+"""Images of the talks' larger stacks: small images of the distribution's programs with the names in the files.
+
+Rsyslog stands for Fluentd and Elasticsearch, and busybox's web server for Kibana and the applications.  RabbitMQ and
+HAProxy are real.
+"""
+
+from collections.abc import Sequence
+
+from skep.playground.images.archive import Archive, ArchivedDirectory, File
+from tests.support.machines.stand_ins import image, script
+
+STORE = """\
+(exec httpd -f -p 9200 -h /usr/share/elasticsearch/data) &
+exec rsyslogd -n -iNONE -f /etc/rsyslog.conf
+"""
+SHIPPER = "exec rsyslogd -n -iNONE -f /etc/rsyslog.conf\n"
+BEAT = """\
+api() { curl -s -N --unix-socket /var/run/docker.sock "http://docker/v1.41$1"; }
+follow() {
+    api "/containers/$1/logs?stdout=1&follow=1" | while read -r line; do
+        case $line in *report*) echo "<14>1 - $(hostname) $1 - - - report${line#*report}" ;; esac
+    done | nc elasticsearch 9300
+}
+while sleep 0.5; do
+    for id in $(api /containers/json | grep -o '"Id":"[0-9a-f]*"' | cut -d '"' -f 4); do
+        [ -e "/tmp/$id" ] || { : >"/tmp/$id"; (follow "$id"; rm "/tmp/$id") & }
+    done
+done
+"""
+SEARCH = """\
+printf 'Content-Type: text/plain\\r\\n\\r\\n'
+wget -q -O - "$ELASTICSEARCH_HOSTS/index" | grep "$QUERY_STRING"
+"""
+KIBANA = "exec httpd -f -p 5601 -h /w\n"
+RABBIT = """\
+export HOME=/var/lib/rabbitmq PATH=/usr/lib/erlang/bin:$PATH RABBITMQ_LOGS=-
+export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 1:1 +sbwt none"
+mkdir -p $HOME && cd $HOME && rm -f .erlang.cookie && cp /run/secrets/cookie .erlang.cookie && chmod 400 .erlang.cookie
+exec /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server
+"""
+ERLANG = "base crypto asn1 eldap inets mnesia os-mon parsetools public-key runtime-tools ssl syntax-tools tools xmerl"
+ORDERS = "exec httpd -f -p 5000 -h /w\n"
+ORDER = """\
+if amqp-publish -s haproxy -p -r orders -b "$QUERY_STRING" >/dev/null 2>&1; then
+    printf 'Content-Type: text/plain\\r\\n\\r\\naccepted\\n'
+else
+    printf 'Status: 502 Bad Gateway\\r\\n\\r\\n'
+fi
+"""
+INVOICES = """\
+(while ! amqp-declare-queue -s rabbit1 -d -q orders; do sleep 0.5; done
+: >/w/orders
+while :; do amqp-consume -s haproxy -q orders -- sh -c 'cat; echo' >>/w/orders; sleep 0.5; done) &
+exec httpd -f -p 8080 -h /w
+"""
+CLIENTS = """\
+: >/tmp/accepted; : >/tmp/refused; i=0
+while :; do
+    i=$((i+1))
+    if timeout 50 wget -q -O /dev/null "http://orders:5000/cgi-bin/order?$(hostname)-$i"; then
+        echo "$(hostname)-$i" >>/tmp/accepted
+    else
+        echo "$(hostname)-$i" >>/tmp/refused; sleep 0.1
+    fi
+done
+"""
+
+
+def efk_images() -> Sequence[Archive]:
+    """Return images for Elasticsearch, Fluentd, Filebeat and Kibana."""
+    rsyslog = (["rsyslog"], ["usr/sbin/rsyslogd", "usr/lib/*/rsyslog"])
+    index = {"usr/share/elasticsearch/data/index": File(b"")}
+    search = {"w/cgi-bin/search": script(SEARCH)}
+    return (
+        image(["elasticsearch:7.17.0"], index | {"bin/e": script(STORE)}, ["/bin/e"], *rsyslog),
+        image(["fluent/fluentd:v1.14"], {"bin/f": script(SHIPPER)}, ["/bin/f"], *rsyslog),
+        image(["elastic/filebeat:7.17.0"], {"bin/b": script(BEAT)}, ["/bin/b"], ["curl"], ["usr/bin/curl"]),
+        image(["kibana:7.17.0"], search | {"bin/k": script(KIBANA)}, ["/bin/k"]),
+    )
+
+
+def shop_images() -> Sequence[Archive]:
+    """Return images for RabbitMQ, HAProxy, and the applications of the shop."""
+    erlang = [f"erlang-{name}" for name in ERLANG.split()]
+    tools = (["amqp-tools"], ["usr/bin/amqp-*"])
+    return (
+        image(
+            ["rabbitmq:3-management"],
+            {"bin/rabbit": script(RABBIT)},
+            ["/bin/rabbit"],
+            ["rabbitmq-server", *erlang],
+            ["usr/lib/erlang", "usr/lib/rabbitmq"],
+        ),
+        image(
+            ["haproxy:2.6"],
+            {},
+            ["haproxy", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"],
+            ["haproxy"],
+            ["usr/sbin/haproxy"],
+        ),
+        image(
+            ["shop/orders-python:latest"],
+            {"bin/o": script(ORDERS), "w/cgi-bin/order": script(ORDER)},
+            ["/bin/o"],
+            *tools,
+        ),
+        image(
+            ["shop/invoices-spring:latest"],
+            {"w": ArchivedDirectory(), "bin/i": script(INVOICES)},
+            ["/bin/i"],
+            *tools,
+        ),
+        image(["shop/clients:latest"], {"bin/c": script(CLIENTS)}, ["/bin/c"]),
+    )
