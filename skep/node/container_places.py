@@ -53,7 +53,7 @@ class ContainerPlace(msgspec.Struct, frozen=True, rename="pascal"):
     stack: str = ""
 
 
-class ClusterMember(Protocol):
+class SessionMember(Protocol):
     """This node's membership of a cluster."""
 
     @property
@@ -64,7 +64,7 @@ class ClusterMember(Protocol):
 class ContainerPlaces:
     """Looks up where containers run that this node does not have."""
 
-    def __init__(self, member: ClusterMember, reads: ClusterReads) -> None:
+    def __init__(self, member: SessionMember, reads: ClusterReads) -> None:
         self._member = member
         self._reads = reads
         self._asked = 0
