@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from skep.errors import NamesAnother, SkepError, Unavailable
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
-from skep.manager.orchestrator.slots import is_lost, is_stopping
+from skep.manager.orchestrator.slots import is_assigned, is_lost, is_stopping
 from skep.manager.services.dependents import requiring, restart_dependents
 from skep.manager.services.job_runs import settled
 from skep.manager.services.quotas import claim_service
@@ -58,6 +58,7 @@ class Cause(Enum):
     NODE_IS_LOST = "its node is down or gone"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
     DOES_NOT_RUN = "it does not run"
+    IS_LATE = "no node took it before the run's deadline"
 
 
 class RetireTask(msgspec.Struct, frozen=True):
@@ -358,6 +359,9 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             if has_unreadable_status(tx, task):
                 raise Unavailable(f"the status of task {task.id} cannot be read")
             return current is not None and current.status.state is TaskState.RUNNING
+        case Cause.IS_LATE:
+            current = tx.rely_on(Task, task.id, "status")
+            return current is not None and is_assigned(current)
     assert_never(cause)
 
 

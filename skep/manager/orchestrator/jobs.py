@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import (
+    Cause,
     FillSlot,
     RemoveService,
     ReplaceTask,
@@ -246,7 +247,7 @@ def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
     if until_ns is None or not waiting:
         return []
     if _is_past_deadline(situation):
-        return [RetireTask(task) for task in waiting]
+        return [RetireTask(task, cause=Cause.IS_LATE) for task in waiting]
     return [Recheck(situation.now + (until_ns - situation.now_ns + 1) / SECOND_NS)]
 
 

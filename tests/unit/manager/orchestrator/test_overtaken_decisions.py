@@ -195,3 +195,14 @@ def test_tasks_leave_a_node_that_is_drained_while_it_is_down_whatever_is_frozen(
     assert cause_to_leave(task, a_node("n1", state=NodeState.DOWN)) is Cause.NODE_IS_LOST
     drained = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
     assert cause_to_leave(task, drained) is Cause.NODE_IS_UNFIT
+
+
+@pytest.mark.parametrize(("state", "stays"), [(TaskState.PENDING, False), (TaskState.ASSIGNED, True)])
+def test_a_task_that_got_a_node_before_it_was_retired_as_late_stays(state: TaskState, stays: bool) -> None:
+    """A slow store wrote the retirement four seconds after the assignment (simulated life 23)."""
+    world = a_world(replicas=1)
+    (task,) = world.tasks.values()
+    late = RetireTask(task, cause=Cause.IS_LATE)
+    world.put(replace(task, status=replace(task.status, state=state)))
+    world.apply([late])
+    assert world.tasks[task.id].is_wanted is stays
