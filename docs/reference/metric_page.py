@@ -91,7 +91,9 @@ def metrics() -> str:
 
 
 def made_in(module: ModuleType) -> list[Metric]:
-    """The families that a module makes: calls of ``gauge``, ``by_label``, ``Family`` and a histogram's ``family``."""
+    """Return the families that a module makes: calls of ``gauge``, ``by_label``, ``MetricFamily`` and a histogram's
+    ``family``.
+    """
     found: dict[str, Metric] = {}
     calls = [each for each in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(each, ast.Call)]
     for call in sorted(calls, key=lambda call: call.lineno):
@@ -105,7 +107,7 @@ def made_in(module: ModuleType) -> list[Metric]:
                 metric = Metric(name, "histogram", help)
             case "by_label", [name, kind, help, label]:
                 metric = Metric(name, kind, help, (label,))
-            case "Family", [name, kind, help]:
+            case "MetricFamily", [name, kind, help]:
                 metric = Metric(name, kind, help)
             case _:
                 continue

@@ -197,7 +197,7 @@ def test_a_limit_gives_no_rights() -> None:
             assert await roles(ADMIN, "operator:shop") == ["operator:shop"]
             assert await roles(ANN, "admin") == ["operator:shop"]
             assert await roles(ANN, "viewer") == ["viewer:shop"]
-            with pytest.raises(PermissionDenied, match="it has none"):
+            with pytest.raises(PermissionDenied, match="the user has none"):
                 await roles(ANN, "operator:payments")
             with pytest.raises(InvalidArgument, match="unknown role"):
                 await roles(ADMIN, "root")
