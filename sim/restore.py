@@ -27,7 +27,7 @@ WITHOUT_S = 5.0
 
 
 def restore(cluster: SimulatedCluster, revision: int) -> None:
-    """Restore one manager from the state at ``revision``, as ``manager.recovery`` does.
+    """Restore one manager from the state at ``revision``, as ``manager.storage.recovery`` does.
 
     Later acknowledged writes are lost, so only rules without state continue.
     """
@@ -52,7 +52,7 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
 
 
 async def _finish(cluster: SimulatedCluster, client: EtcdClient, survivor: NodeId) -> None:
-    """Finish the recovery before the manager serves, as ``manager.recovery.finish_recovery`` does.
+    """Finish the recovery before the manager serves, as ``manager.storage.recovery.finish_recovery`` does.
 
     Otherwise a node that it has registered would be shown as unknown.
     """

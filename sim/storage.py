@@ -64,7 +64,7 @@ class SimulatedStorage:
 class SimulatedVolumes:
     """The cluster volumes of one node process.  They are mounted as assigned, and released on request once out of use.
 
-    Has the methods of ``agent.cluster_volumes.ClusterVolumes`` that the worker and the session call.
+    Has the methods of ``agent.tasks.cluster_volumes.ClusterVolumes`` that the worker and the session call.
     """
 
     def __init__(self, tasks: Callable[[], Iterable[Task]], clock: Clock) -> None:

@@ -100,7 +100,9 @@ def encode(config: ManagerConfig) -> bytes:
 
 
 class Recovery(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to recover this manager as the only one of its cluster (``manager.recovery``), and its progress."""
+    """A request to recover this manager as the only one of its cluster (``manager.storage.recovery``), and its
+    progress.
+    """
 
     stage: Literal["wanted", "restored"] = "wanted"
     is_bare: bool = False

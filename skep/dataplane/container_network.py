@@ -37,7 +37,7 @@ _CONTAINER_SYSCTLS = {
 
 
 class ContainerNetwork:
-    """Creates and frees the network sandboxes of containers (``engine.networking.Networking``)."""
+    """Creates and frees the network sandboxes of containers (``engine.networks.networking.Networking``)."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ _MACHINE_PATH: Final = re.compile(r"[./~]")
 
 
 def imported(text: str, file: str, stack: str) -> Imported:
-    """Convert a file of version 1 to a stack file.  Raises: Problems: the file has another version."""
+    """Convert a file of version 1 to a stack file.  Raises: FileProblems: the file has another version."""
     document = parse(text, file)
     services = {name: _plain(node) for name, node in _services(document, file).items()}
     notes: list[Note] = []

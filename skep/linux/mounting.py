@@ -119,7 +119,7 @@ _LAYERS = ("lowerdir", "lowerdir+", "datadir+", "upperdir", "workdir")
 def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] = ()) -> None:
     """Mount ``options["device"]`` on ``target``, unless it contains one of ``refused`` or is inside one.
 
-    Raises: MountFailed, without passwords; OSError.
+    Raises: KernelMountFailed, without passwords; OSError.
     """
     kind, device = options.get("type", ""), options.get("device", "")
     if not device:
@@ -145,7 +145,7 @@ def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
 
     Returns its path in ``/proc``.
 
-    Raises: MountFailed; OSError.
+    Raises: KernelMountFailed; OSError.
     """
     descriptor = os.open(device, os.O_PATH | os.O_CLOEXEC)
     real = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -165,7 +165,7 @@ def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
     """Replace an overlay's directories in its options by opened ones, so that later changes of paths have no effect.
 
     A layer shows its directory without the mounts below it, unlike a recursive bind mount.
-    Raises: MountFailed; OSError.
+    Raises: KernelMountFailed; OSError.
     """
     words = _split(data, ",")
     for number, word in enumerate(words):
@@ -209,7 +209,7 @@ def resolved(type: str, device: str, options: str) -> tuple[str, str]:
     """Return device and options of a network file system with host names resolved, because the kernel accepts only
     addresses.
 
-    Raises: MountFailed: the name has no address.
+    Raises: KernelMountFailed: the name has no address.
     """
     named = next((word for word in options.split(",") if word.startswith("addr=")), "")
     host = named.removeprefix("addr=")
@@ -242,7 +242,7 @@ def _address_of(host: str) -> str:
 def bind_part(root: str, part: str, target: Path) -> None:
     """Bind the file or directory ``part`` of the tree ``root`` to ``target``.  Links cannot lead outside the tree.
 
-    Mounts the opened file, regardless of later changes of its path.  Raises: MountFailed; OSError.
+    Mounts the opened file, regardless of later changes of its path.  Raises: KernelMountFailed; OSError.
     """
     try:
         descriptor = syscalls.open_beneath(Path(root), part)
@@ -296,7 +296,7 @@ def bind_directory(source: str, target: Path, refused: list[str]) -> None:
 
     Refuses system directories and directories inside ``refused``, even if reached by links.  Mounts the opened
     directory.
-    Raises: MountFailed; OSError.
+    Raises: KernelMountFailed; OSError.
     """
     descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

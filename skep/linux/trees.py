@@ -55,7 +55,8 @@ def remove_tree(path: Path, stop: threading.Event | None = None, keep: str = "")
         stop: Another thread sets this event to stop the removal soon.
         keep: Name of an entry of ``path`` that is removed last, so that an interrupted removal leaves it.
 
-    Raises: NotRemoved: a part is left after everything else was removed; Stopped; OSError: ``path`` cannot be opened.
+    Raises: NotRemoved: a part is left after everything else was removed; RemovalStopped; OSError: ``path`` cannot be
+    opened.
     """
     try:
         parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -85,7 +85,7 @@ class EnginePlugin(ApiObject):
 
 
 class EngineDescription(ApiObject):
-    """The engine's properties.  Its labels also carry reports of skep nodes (``model.labels``)."""
+    """The engine's properties.  Its labels also carry reports of skep nodes (``model.options.labels``)."""
 
     engine_version: str = ""
     labels: Mapping[str, str] = {}
@@ -165,7 +165,7 @@ class NodeCertificate(ApiObject):
     serials: tuple[IssuedSerial, ...] = ()
     """Manager certificates that have not expired.  They are revoked when the node is demoted."""
     plane: str = ""
-    """The kind under which the node joined: ``docker`` or ``skep`` (``model.data_planes``).
+    """The kind under which the node joined: ``docker`` or ``skep`` (``model.networks.data_planes``).
 
     Empty if the node joined before this field existed.  Until it renews its certificate, its description decides.
     """

@@ -381,7 +381,7 @@ STARTS_KEPT = 20
 
 
 class ScheduleStatus(ApiObject):
-    """The status of a job with a schedule (``model.schedules``).
+    """The status of a job with a schedule (``model.options.schedules``).
 
     ``settled``: every due time up to this time has been decided once.  Later decisions concern later times only,
     whichever manager leads and whatever its clock shows.

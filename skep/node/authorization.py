@@ -31,7 +31,7 @@ from skep.node.visible_containers import visible_container
 
 
 class NodeObjects:
-    """The objects of a node (``api.authorization.Objects``).  ``engine`` is None on a node without containers."""
+    """The objects of a node (``api.access.authorization.Objects``).  ``engine``: None on a node without containers."""
 
     def __init__(self, engine: Engine | None, cluster: ClusterNetworks) -> None:
         self._engine = engine

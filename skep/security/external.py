@@ -186,7 +186,7 @@ def checked_node_certificate(
     """Return ``certificate`` if it matches the request: for this key, this identity, and nothing more.
 
     Args:
-        not_before_s: Unix seconds.  An earlier certificate counts as revoked (``manager.revocation``).
+        not_before_s: Unix seconds.  An earlier certificate counts as revoked (``manager.nodes.revocation``).
 
     Raises: Unavailable, with the reason why it is refused.
     """

@@ -172,7 +172,7 @@ async def check(client: Requests, stack: Stack, plan: StackPlan, warn: Callable[
     """Let the managers check the whole plan without writing anything.
 
     Raises:
-        Problems: the managers would refuse parts of the plan, all of which the error lists.
+        FileProblems: the managers would refuse parts of the plan, all of which the error lists.
         PermissionDenied: the user may not deploy this.
     """
     if not plan.effective:

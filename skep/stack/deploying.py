@@ -126,7 +126,7 @@ class Deployment:
             failures_max: consecutive failures of a task that end the wait, or 0 to wait in spite of failures.
 
         Raises:
-            Problems: a secret exists with other content.  No service was changed.
+            FileProblems: a secret exists with other content.  No service was changed.
             Replaced: a newer deploy of the stack has replaced this one.
             SkepError: a change was refused.  Earlier changes stay, and a repeated deploy continues after them.
             Unavailable: the services did not converge in time, or waiting cannot help.  The error names the cause.

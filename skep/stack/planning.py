@@ -161,7 +161,7 @@ def plan_of(
         removable: ids of the services that ``prune`` may remove, or None for all.
 
     Raises:
-        Problems: an external object does not exist, or the cluster has a different object with the same name.
+        FileProblems: an external object does not exist, or the cluster has a different object with the same name.
     """
     chosen = {name: one for name, one in stack.services.items() if not only or name in only}
     problems: list[FileProblem] = []
@@ -200,7 +200,7 @@ def plan_of(
 
 
 def planned_again(stack: Stack, plan: StackPlan, existing: Existing) -> StackPlan:
-    """Return a new plan of the same deploy for the present objects of the cluster.  Raises: Problems."""
+    """Return a new plan of the same deploy for the present objects of the cluster.  Raises: FileProblems."""
     return plan_of(
         stack, existing, images=plan.images, prune=plan.prune, only=plan.only, removable=plan.removable
     )

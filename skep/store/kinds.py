@@ -21,7 +21,7 @@ NEXT_ROOT_KEY_ID = "root-ca-next"
 """Id of the payload that holds the key (PEM) of the root to which the cluster rotates."""
 
 GOSSIP_KEYS_ID = "gossip-keys"
-"""Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
+"""Id of the payload that holds the keys of docker nodes' gossip (``model.networks.gossip``)."""
 
 USERS_ROOT_ID = "users-root-ca"
 """Id of the payload that holds key and root (PEM) of the authority that issues users' certificates."""

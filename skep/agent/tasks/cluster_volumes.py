@@ -44,7 +44,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
 """Limits in bytes for one driver, and for all drivers, in the node's description.
 
-A larger description would be cut (``model.description_size``).
+A larger description would be cut (``model.node_reports.description_size``).
 """
 USED_CHECK_S = 1.0
 """Seconds between two checks whether a container still uses a volume that a manager wants unmounted."""

@@ -49,7 +49,7 @@ _UNSIGNED = frozenset({"uint64", "uint32", "fs.FileMode"})
 
 
 _ONE_OR_SEVERAL = "strslice.StrSlice"
-"""Go type of a list that may also be one string (``model.encoding.Words``)."""
+"""Go type of a list that may also be one string (``model.values.encoding.Words``)."""
 
 
 class _Fraction(str):

@@ -73,7 +73,10 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None
 
     def read(self) -> tuple[Stack, LoadedStack]:
-        """Return the stack, and print warnings on stderr.  Raises: Problems; InvalidArgument: a file is unreadable."""
+        """Return the stack, and print warnings on stderr.
+
+        Raises: FileProblems; InvalidArgument: a file is unreadable.
+        """
         paths = self._paths()
         report = ProblemReport()
         choices = LoadOptions(

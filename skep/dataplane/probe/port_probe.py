@@ -173,7 +173,7 @@ class PortChecks:
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
         if peer.etcd:
             # No TLS hello, because etcd would log it.  etcd's log line for a mere connection is filtered out
-            # (``store.etcd.output``).
+            # (``store.etcd.process.member``).
             address, port = host_and_port(peer.etcd)
             outcome = await self._port_probe.connect(address, port)
             found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))

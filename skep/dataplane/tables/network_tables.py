@@ -54,7 +54,7 @@ class TableListener(Protocol):
 
 
 class ClusterIdentity(Protocol):
-    """The node's id in its cluster (``agent.session_state``)."""
+    """The node's id in its cluster (``agent.session.session_state``)."""
 
     @property
     def node_id(self) -> NodeId:

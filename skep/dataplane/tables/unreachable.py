@@ -37,7 +37,7 @@ LOOK_SECONDS = 1.0
 
 
 class Session(Protocol):
-    """The node's session with a manager (``agent.session_state``)."""
+    """The node's session with a manager (``agent.session.session_state``)."""
 
     @property
     def has_session(self) -> bool:

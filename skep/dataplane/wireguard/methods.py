@@ -23,7 +23,7 @@ _NEEDS = {
 
 
 class EncryptionFeatures(Protocol):
-    """Features of the machine (``node.features``)."""
+    """Features of the machine (``node.host.features``)."""
 
     @property
     def missing(self) -> Mapping[str, str]:

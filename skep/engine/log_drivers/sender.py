@@ -1,6 +1,6 @@
 """The process that sends containers' output to their log drivers' remotes.
 
-The node process (``engine.log_forwarding``) runs it while a container needs it.  It reads orders from its standard
+The node process (``engine.logs.log_forwarding``) runs it while a container needs it.  It reads orders from its standard
 input, and ends when the input ends.  The position in each log is on disk, so the next process continues there.
 """
 

@@ -441,9 +441,9 @@ class Volumes(VolumeStore):
     def _require_of_stack(self, name: str, stack: str) -> None:
         """Raise PermissionDenied if another stack has created the volume and an operator may have named it.
 
-        Operators may use volumes whose names start with their stack's name (``api.permissions``), but one stack's name
-        may be the start of another's.  Only administrators can use volumes with other names in a service, so these are
-        not checked.
+        Operators may use volumes whose names start with their stack's name (``api.access.permissions``), but one
+        stack's name may be the start of another's.  Only administrators can use volumes with other names in a service,
+        so these are not checked.
         """
         owner = (self.labels(name) or {}).get(STACK_LABEL, "") if stack and self.has(name) else ""
         if owner not in ("", stack) and name.startswith(f"{stack}_"):

@@ -34,7 +34,7 @@ CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """Limits for the services of a stack (``manager.quotas``)."""
+    """Limits for the services of a stack (``manager.services.quotas``)."""
 
     within: WithinQuota
     check: CheckQuota

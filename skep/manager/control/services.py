@@ -72,7 +72,7 @@ def create_service(
 
     Args:
         registry_auth: The ``X-Registry-Auth`` for pulling the image.  It is stored separately and never shown.
-        by_admin: Whether an administrator creates it (``manager.trust``).
+        by_admin: Whether an administrator creates it (``manager.nodes.trust``).
 
     Raises:
         InvalidArgument: The spec cannot work, a port is taken, or a secret or config is missing.

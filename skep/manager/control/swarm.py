@@ -1,6 +1,6 @@
 """Operations on the cluster as a whole.
 
-Founding the cluster is one transaction.  ``api.swarm_requests`` checks the requests that lead to it.
+Founding the cluster is one transaction.  ``api.formats.swarm_requests`` checks the requests that lead to it.
 
 Source: swarmkit, manager/controlapi/cluster.go; moby 20.10, daemon/cluster/swarm.go.
 """

@@ -319,10 +319,10 @@ SILENT_S = 2.0
 class ManagersLastSeen:
     """Times at which each other manager was last seen: which are silent, and which are certainly reachable.
 
-    Silence is measured in this loop's running time (``aio.hang_detection``), which excludes time in which the loop did
-    not run.  A received ping ends the silence, although it may have been in transit during a whole partition.  Only a
-    manager that has responded to a ping is certainly reachable, because it received that ping after this manager had
-    sent it.
+    Silence is measured in this loop's running time (``aio.event_loop.hang_detection``), which excludes time in which
+    the loop did not run.  A received ping ends the silence, although it may have been in transit during a whole
+    partition.  Only a manager that has responded to a ping is certainly reachable, because it received that ping after
+    this manager had sent it.
     """
 
     def __init__(self) -> None:

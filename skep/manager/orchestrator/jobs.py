@@ -8,8 +8,8 @@ same work, such as a backup, at the same time.
 
 Differences from swarmkit: a slot whose attempts are used up is not started again.  An iteration does not start while
 tasks of the previous one run.  A run of a scheduled global job is fixed to the nodes on which it started
-(``manager.job_runs``).  A task of a scheduled job has a default limit of attempts, so that a failing run ends before it
-delays later runs.
+(``manager.services.job_runs``).  A task of a scheduled job has a default limit of attempts, so that a failing run ends
+before it delays later runs.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """

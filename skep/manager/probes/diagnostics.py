@@ -30,7 +30,7 @@ from skep.wire.service import Handler, duplex
 log = structlog.get_logger(__name__)
 
 RESPONSE_SECONDS_MAX = 25.0
-"""Seconds to wait for the nodes.  Longer than a node takes (``agent.probe_stream``)."""
+"""Seconds to wait for the nodes.  Longer than a node takes (``agent.session.probe_stream``)."""
 AT_ONCE = 64
 """Nodes of one manager that run their probes at the same time.  Each probes some tens of other nodes."""
 

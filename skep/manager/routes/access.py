@@ -67,7 +67,7 @@ class Sent(msgspec.Struct, frozen=True):
 
 
 class Backing(Protocol):
-    """Creates backups (``manager.backup``)."""
+    """Creates backups (``manager.storage.backup``)."""
 
     def check(self) -> None:
         """Check that a backup could be restored.  Raises: FailedPrecondition."""
@@ -99,7 +99,7 @@ class ExternalRoots(Protocol):
 
 
 class Tunnelling(Protocol):
-    """Connections to the containers of all nodes (``manager.tunnels``)."""
+    """Connections to the containers of all nodes (``manager.nodes.tunnels``)."""
 
     def open(
         self, task: Task, *, head: bytes = b"", port: int = 0, is_admin: bool = False

@@ -1,8 +1,8 @@
 """``/skep/tasks/{id}/...``: the container of a task, on any node.
 
 Each request is one exchange with the Engine API of the task's node over a tunnel.  The client receives the response as
-the node sent it.  The manager forwards only those parts of a request that ``api.container_requests`` names, and encodes
-them again.  The node checks them again.
+the node sent it.  The manager forwards only those parts of a request that ``api.formats.container_requests`` names, and
+encodes them again.  The node checks them again.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Decides when a job's next run starts, with which spec, and whether the current run is over.  Pure.
 
-Docker's jobs run when they are created and with every update.  A scheduled job (``model.schedules``) runs at its due
-times, and on request: ``docker service update --force`` or ``skep job run``.  Any other update applies to later runs,
-and the current run keeps the spec that it started with.
+Docker's jobs run when they are created and with every update.  A scheduled job (``model.options.schedules``) runs at
+its due times, and on request: ``docker service update --force`` or ``skep job run``.  Any other update applies to later
+runs, and the current run keeps the spec that it started with.
 
 A run of a global job has a task on each node that existed when the run was requested.  Docker's jobs start late on a
 node that was down or drained at that time.  A scheduled run is fixed to the nodes on which it started.  Once each of

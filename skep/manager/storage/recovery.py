@@ -10,7 +10,7 @@ anything else.  Each step may be interrupted and repeated:
 
 The incarnation is the time in seconds, but at least one more than the last.  Two restores of one backup therefore have
 different incarnations, and the later one wins.  A manager of an earlier incarnation stops when it meets a later one
-(``manager.incarnation``).
+(``manager.storage.incarnation``).
 """
 
 import os

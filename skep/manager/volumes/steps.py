@@ -47,7 +47,7 @@ FindNode: TypeAlias = Callable[[NodeId], Node | None]
 REMOVED_S = 30.0
 """Seconds from the removal of a node until its single-writer volumes may be published elsewhere.
 
-The node reaches a manager within seconds, and stops its containers within ``agent.worker.REMOVED_GRACE_S``.
+The node reaches a manager within seconds, and stops its containers within ``agent.tasks.worker.REMOVED_GRACE_S``.
 """
 
 _NAMES_MAX = 5

@@ -28,7 +28,7 @@ PROXY_PROTOCOL = "proxy-protocol"
 
 PORTS_MAX = 1_000
 """Largest number of a service's published ports.  The transaction that claims them has no room for more
-(``store.proposal``).
+(``store.transactions.proposal``).
 """
 LABELS_MAX = 4_000
 """Largest number of a service's labels with these options: four for each port."""

@@ -1,8 +1,8 @@
 """Reserved ports of nodes: the cluster uses them itself, or administrators need them to reach the node.
 
 Only administrators may publish on them (``of_cluster``).  A node never publishes a container on its own reserved ports
-(``node.own_ports``).  A failed bind would not protect them all, because some are bound late, such as the data path's
-port with the first overlay network.
+(``node.host.own_ports``).  A failed bind would not protect them all, because some are bound late, such as the data
+path's port with the first overlay network.
 """
 
 from collections.abc import Iterable, Mapping

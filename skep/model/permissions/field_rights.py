@@ -3,7 +3,7 @@
 The table lists the reach of each field and label: the container, the node, or the cluster.  Everybody may set what
 reaches no further than the container.  A field or label that is missing in the table is reserved for administrators, so
 a new one stays restricted until it is classified here.  For a few fields, a function decides by value.
-``api.permissions`` checks the rights to other objects (the networks, secrets and volumes of a stack).
+``api.access.permissions`` checks the rights to other objects (the networks, secrets and volumes of a stack).
 """
 
 import re

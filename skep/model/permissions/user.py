@@ -14,7 +14,7 @@ class UserSpec(ApiObject):
 
     name: str = ""
     roles: tuple[str, ...] = always(())
-    """Role bindings as text (``model.access.Binding``), such as ``operator:shop``."""
+    """Role bindings as text (``model.permissions.access.Binding``), such as ``operator:shop``."""
 
 
 class UserCertificate(ApiObject):

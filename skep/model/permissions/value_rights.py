@@ -1,4 +1,4 @@
-"""Rules of ``model.field_rights`` for fields in which only some values need an administrator.
+"""Rules of ``model.permissions.field_rights`` for fields in which only some values need an administrator.
 
 Each rule takes the value of a field and the whole spec, and yields descriptions of the parts that only an administrator
 may set.  The page of rights in the reference shows the first line of its docstring.

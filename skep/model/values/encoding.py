@@ -22,7 +22,7 @@ Words = Annotated[tuple[str, ...], msgspec.Meta(extra={"go": "strslice.StrSlice"
 """A list of strings, for which clients may also write one string."""
 FileMode = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "fs.FileMode"})]
 """Integers with a range.  ``go`` is the type's name in Go, for the error about a value outside the range (see
-``api.bodies``).
+``api.formats.bodies``).
 """
 
 _INITIALISMS = {
@@ -59,9 +59,9 @@ class ApiObject(
 ):
     """Base of every object of the Engine API: immutable, keyword-only, with Docker's names.
 
-    Decoding rejects unknown fields at any depth, which costs nothing.  The store keeps such fields (``model.unknown``),
-    other readers of data from another version ignore them (``model.unknown.leniently``), and the API strips them from
-    request bodies before decoding.
+    Decoding rejects unknown fields at any depth, which costs nothing.  The store keeps such fields
+    (``model.values.unknown``), other readers of data from another version ignore them
+    (``model.values.unknown.leniently``), and the API strips them from request bodies before decoding.
 
     ``gc=False`` is safe because an immutable tree cannot hold a cycle; it halves the time to decode.
     """

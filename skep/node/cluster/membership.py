@@ -174,7 +174,7 @@ class Membership:
     async def init(self, request: InitRequest) -> NodeId:
         """Create a cluster.  Returns when its manager serves and this node is ready in it.
 
-        With ``force_new_cluster``, a manager continues its present cluster alone (``manager.recovery``).
+        With ``force_new_cluster``, a manager continues its present cluster alone (``manager.storage.recovery``).
         Raises: Unavailable: this node is in a swarm already; the errors of ``founding``; SkepError.
         """
         async with self._control:

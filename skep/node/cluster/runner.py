@@ -91,7 +91,7 @@ class Processes(Protocol):
 
 
 class ClusterWork(Protocol):
-    """The cluster's work on this node (``node.cluster_work``)."""
+    """The cluster's work on this node (``node.cluster.cluster_work``)."""
 
     async def release_attachments(self) -> None:
         """Detach plain containers from cluster networks while a manager can be reached."""

@@ -1,4 +1,4 @@
-"""Decides by ``api.permissions`` which requests a container may make on its socket of the Engine API."""
+"""Decides by ``api.access.permissions`` which requests a container may make on its socket of the Engine API."""
 
 from enum import Enum
 from urllib.parse import unquote

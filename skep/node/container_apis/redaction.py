@@ -13,7 +13,8 @@ from skep.aio.time_slices import SlicedWork
 from skep.errors import Unavailable
 
 _OUTPUT = re.compile(r"(last health check: |, last line |, last: ).*", re.DOTALL)
-"""Matches the part of a task's error that quotes output of a container or health check (``manager.reasons``)."""
+"""Matches the part of a task's error that quotes output of a container or health check (``manager.diagnosis.reasons``).
+"""
 _USER = re.compile(r"//[^/]*@")
 
 

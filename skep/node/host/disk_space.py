@@ -6,8 +6,8 @@ left.
 
 * The condition ``disk-space`` names each disk that is used to ``WARN_PERCENT`` or more.
 * The condition ``disk-pressure`` names each disk with the node's own files that is used to the percentage in the
-  setting ``disk-pressure`` or more.  Managers then assign no further tasks to the node (``scheduler.filters``).  Disks
-  that only have bind mounts or other volumes are never named, because other tasks do not need them.
+  setting ``disk-pressure`` or more.  Managers then assign no further tasks to the node (``scheduler.nodes.filters``).
+  Disks that only have bind mounts or other volumes are never named, because other tasks do not need them.
 
 Each condition is cleared ``HYSTERESIS`` percent below its mark.  Otherwise a disk near the mark would change the
 cluster's state with each file that is created or removed.

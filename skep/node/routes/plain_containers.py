@@ -5,7 +5,7 @@ on a network that only the cluster has: it runs in Skep, because the engine is n
 
 ``docker pull`` and ``docker load`` fill this node's own store, because services run from there.  ``docker run`` finds
 the same images: when a container is created, its image is copied to the engine if the engine lacks it or has an older
-version (``node.engine_images``).
+version (``node.docker.engine_images``).
 """
 
 from collections.abc import Awaitable, Callable

@@ -175,7 +175,7 @@ def resolved(text: str) -> Scalar:
 
 
 def parse(content: bytes | str, file: str) -> YamlNode:
-    """Parse a document and return the mapping at its top.  Raises: Problems."""
+    """Parse a document and return the mapping at its top.  Raises: FileProblems."""
     start = FilePosition(file, 1, 1)
     if len(content) > FILE_BYTES_MAX:
         raise FileProblems(
@@ -252,7 +252,7 @@ class _Builder:
         self._count = 0
 
     def build(self, events: Iterator[Any]) -> YamlNode | None:
-        """Return the top node.  Raises: Problems; yaml.YAMLError: the text is not YAML."""
+        """Return the top node.  Raises: FileProblems; yaml.YAMLError: the text is not YAML."""
         for event in events:
             self._handle(event)
         return self._top

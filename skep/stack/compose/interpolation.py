@@ -139,7 +139,7 @@ def _behind(text: str) -> str:
 
 
 def interpolated(node: YamlNode, variables: Mapping[str, str], warn: Callable[[str], None]) -> YamlNode:
-    """Return the tree with variables in its values, but not in its keys, replaced.  Raises: Problems: values are
+    """Return the tree with variables in its values, but not in its keys, replaced.  Raises: FileProblems: values are
     invalid.
     """
     substitution = Substitution(variables)

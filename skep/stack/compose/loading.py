@@ -90,7 +90,9 @@ class FileReader:
 def load(
     paths: Sequence[Path | str], choices: LoadOptions, files: FileReader, report: ProblemReport
 ) -> LoadedStack:
-    """Load a stack's files as one document.  Raises: Problems, InvalidArgument: the files are invalid or unreadable."""
+    """Load a stack's files as one document.  Raises: FileProblems, InvalidArgument: the files are invalid or
+    unreadable.
+    """
     first = Path(paths[0])
     directory = choices.directory or (Path.cwd() if str(first) == "-" else first.absolute().parent)
     variables = _variables(directory, choices, files, report)

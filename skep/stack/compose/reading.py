@@ -29,7 +29,7 @@ class ProblemReport:
         self.warnings: list[FileProblem] = []
 
     def raise_problems(self) -> None:
-        """Raise all collected errors, in the order of the files.  Raises: Problems."""
+        """Raise all collected errors, in the order of the files.  Raises: FileProblems."""
         if self.problems:
             raise FileProblems(sorted(set(self.problems), key=lambda one: msgspec.structs.astuple(one.place)))
 

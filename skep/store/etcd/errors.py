@@ -88,7 +88,7 @@ _ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
 def etcd_errors() -> Iterator[None]:
     """Translate the errors of a call to Skep's.
 
-    Raises Uncertain, Busy, OutOfSpace, NotServing, Compacted or Refused.
+    Raises Uncertain, Busy, OutOfSpace, NotServing, Compacted or InvalidRequest.
     """
     try:
         yield

@@ -113,7 +113,7 @@ async def cluster_in(client: EtcdClient) -> ClusterHeader:
     """Return the header of the cluster in this store, if this version can serve it.
 
     Raises:
-        Unfinished: The store holds no cluster.
+        InitUnfinished: The store holds no cluster.
         FailedPrecondition: Its format or level is unknown to this version.
         Unavailable: The store did not respond.
     """

@@ -33,7 +33,7 @@ def a_report(peer: str, *findings: PathFinding, rounds: int = SETTLED_ROUNDS) ->
 
 
 class ScriptedProbes:
-    """Implements ``agent.probe_stream.ProbeSource``."""
+    """Implements ``agent.session.probe_stream.ProbeSource``."""
 
     def __init__(self) -> None:
         self.requests: list[ProbeTargets | None] = []

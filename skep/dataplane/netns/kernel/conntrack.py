@@ -52,7 +52,8 @@ def flows(
     """Yield all flows of ``family``.  The connection cannot be used for another request until the last flow was read.
 
     ``concerns`` filters entries by their bytes, before they are decoded.  Blocks while the kernel reads the
-    entries of all namespaces (9 ms of processor time).  Raises: Refused: this kernel does not list flows; OSError.
+    entries of all namespaces (9 ms of processor time).  Raises: ConntrackRefused: this kernel does not list flows;
+    OSError.
     """
     connection.send(netlink.request(_GET, netlink.DUMP, _head(family)))
     while True:
@@ -68,8 +69,8 @@ def flows(
 def delete(connection: socket.socket, family: int, found: list[Flow]) -> None:
     """Delete the flows ``found``.  A flow that has already ended is not an error.
 
-    Tries all flows even if one fails.  Raises: Refused: some flow could not be deleted, for instance an offloaded one;
-    OSError.
+    Tries all flows even if one fails.  Raises: ConntrackRefused: some flow could not be deleted, for instance an
+    offloaded one; OSError.
     """
     refused = 0
     for number, flow in enumerate(found, start=1):
@@ -88,7 +89,8 @@ def delete_stale(
     """Delete stale flows of the calling thread's namespace, so that their next packet is sent to a present backend.
 
     Returns their number.  A UDP flow keeps its backend as long as packets arrive, even after the backend was removed.
-    A TCP connection ends by itself.  Blocks.  Raises: Refused: this kernel does not list flows or keeps one; OSError.
+    A TCP connection ends by itself.  Blocks.  Raises: ConntrackRefused: this kernel does not list flows or keeps one;
+    OSError.
     """
     with opened(_TIMEOUT_S) as connection:
         found = [flow for flow in flows(connection, family, concerns=concerns) if is_stale(flow)]

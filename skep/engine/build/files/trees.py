@@ -46,7 +46,7 @@ class Work:
         self._stop.set()
 
     def count(self, *, size: int = 0, entries: int = 0) -> None:
-        """Count work.  Raises: Stopped: the copy was stopped; ResourceExhausted: it exceeds a limit."""
+        """Count work.  Raises: BuildCancelled: the copy was stopped; ResourceExhausted: it exceeds a limit."""
         self._bytes += size
         self._entries += entries
         if self._stop.is_set():

@@ -85,12 +85,12 @@ class TarWriter:
         self.bytes_written = 0
 
     def require(self, size: int) -> None:
-        """Check that ``size`` more bytes are within the limit.  Raises: LimitExceeded."""
+        """Check that ``size`` more bytes are within the limit.  Raises: TreeTooLarge."""
         if self.bytes_written + size > self._bytes_max:
             raise TreeTooLarge(f"holds more than {self._bytes_max} bytes")
 
     def write(self, data: bytes) -> None:
-        """Write data.  Raises: LimitExceeded; OSError."""
+        """Write data.  Raises: TreeTooLarge; OSError."""
         self.require(len(data))
         self.bytes_written += len(data)
         self._hash.update(data)

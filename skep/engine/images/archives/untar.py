@@ -167,7 +167,7 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """Read the next header.  Raises: Malformed, in the words of Go's archive/tar."""
+        """Read the next header.  Raises: MalformedArchive, in the words of Go's archive/tar."""
         try:
             return super().fromtarfile(tarfile)
         except _Truncated as error:
@@ -201,7 +201,7 @@ class Unpacker:
         self._directories: list[tuple[str, tarfile.TarInfo]] = []
 
     def unpack(self, stream: PlainStream) -> None:
-        """Unpack everything in ``stream``.  Raises: Malformed, LimitExceeded, OSError."""
+        """Unpack everything in ``stream``.  Raises: MalformedArchive, ArchiveTooLarge, OSError."""
         try:
             with tarfile.TarFile(
                 fileobj=stream,  # type: ignore[arg-type]

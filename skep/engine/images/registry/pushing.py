@@ -231,7 +231,7 @@ async def put_blob(
         report: Called with the number of bytes sent.
         waiting: Called with the seconds until the next attempt after a network failure.
 
-    Raises: Refused, InvalidArgument, RegistryError.
+    Raises: ContentRefused, InvalidArgument, RegistryError.
     """
     key = f"{name} {upload.digest}"
     lock = _blobs.get(key)
@@ -245,7 +245,7 @@ async def put_blob(
 
 
 async def put_manifest(repository: RegistryRepository, tag: Reference, manifest: Document) -> None:
-    """Send a manifest whose blobs are there, under a tag.  Raises: Refused, RegistryError."""
+    """Send a manifest whose blobs are there, under a tag.  Raises: ContentRefused, RegistryError."""
 
     async def put() -> None:
         async with repository.request(

@@ -64,7 +64,7 @@ async def search(
     Raises:
         InvalidArgument: the limit or the term is not valid.
         RegistryError: the index cannot be reached.
-        Refusal: it responds with an error.
+        SearchRefusal: it responds with an error.
     """
     if not 1 <= limit <= _LIMIT_MAX:
         raise InvalidArgument(f"limit {limit} is outside the range of [1, {_LIMIT_MAX}]")

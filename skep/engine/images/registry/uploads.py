@@ -62,7 +62,7 @@ class BlobUpload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def has_blob(repository: RegistryRepository, digest: str, size: int) -> bool:
-    """Return whether the repository has the blob, with this size.  Raises: RegistryError, Refused."""
+    """Return whether the repository has the blob, with this size.  Raises: RegistryError, ContentRefused."""
     place = f"{repository.path}/blobs/{digest}"
     async with repository.request("HEAD", place, timeout=SHORT_TIMEOUT) as response:
         if response.status == 404:
@@ -86,7 +86,7 @@ async def send(
         waiting: Called with the seconds until the next attempt after a network failure.
 
     Raises:
-        Refused: the registry does not accept it.
+        ContentRefused: the registry does not accept it.
         InvalidArgument: the registry stored something else.
         RegistryError: several attempts failed.
     """
@@ -242,7 +242,7 @@ async def _pieces(upload: BlobUpload, start: int) -> AsyncIterator[tuple[bytes, 
 
 
 async def check(response: aiohttp.ClientResponse) -> None:
-    """Raise the error of a failed response, in Docker's words.  Raises: RegistryError, Refused."""
+    """Raise the error of a failed response, in Docker's words.  Raises: RegistryError, ContentRefused."""
     if response.status < 300:
         return
     _, cause = await refusal_of(response)

@@ -1,8 +1,8 @@
 """Decides when the tasks of a down node are replaced.
 
-By default they are replaced at once.  Labels of the service (``model.labels``) can delay or forbid that, or delay it
-until the node itself has certainly stopped the tasks.  Until then a task keeps its slot, and continues if the node
-reconnects.
+By default they are replaced at once.  Labels of the service (``model.options.labels``) can delay or forbid that, or
+delay it until the node itself has certainly stopped the tasks.  Until then a task keeps its slot, and continues if the
+node reconnects.
 """
 
 from math import inf

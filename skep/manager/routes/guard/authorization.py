@@ -56,7 +56,7 @@ They take half a second of a manager's time.  Larger deploys are not checked and
 
 
 class ClusterObjects:
-    """Objects of the cluster (``api.authorization.Objects``)."""
+    """Objects of the cluster (``api.access.authorization.Objects``)."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

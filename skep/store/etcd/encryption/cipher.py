@@ -164,7 +164,7 @@ class Cipher:
         return b"".join((_LAYOUT, self._current, nonce, self._keys[self._current].encrypt(nonce, value, key)))
 
     def decrypt(self, key: bytes, stored: bytes) -> bytes:
-        """Return the value that was encrypted for ``key``.  Raises Unreadable."""
+        """Return the value that was encrypted for ``key``.  Raises Undecryptable."""
         if stored[:1] != _LAYOUT:
             raise Undecryptable("unknown layout of an encrypted value")
         opener = self._keys.get(stored[1:5])
