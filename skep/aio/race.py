@@ -15,7 +15,7 @@ class LostRace(Exception):
 async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, Any, object]) -> T:
     """Return the result of ``work``, or raise its error, once both coroutines have ended.
 
-    Raises: Preempted: ``preempting`` returned first.
+    Raises: LostRace: ``preempting`` returned first.
     """
     async with asyncio.TaskGroup() as group:
         working = group.create_task(_outcome(work))
@@ -39,11 +39,11 @@ async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any
         return
 
 
-async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+async def run_to_end(work: Coroutine[Any, Any, T], on_cancelled: Callable[[], None] = lambda: None) -> T:
     """Run ``work`` to its end, even if the caller is cancelled once or several times, and return its result.
 
-    Use it for short work that would leave something behind if it were interrupted.  Raises: any error of ``work``;
-    CancelledError, once ``work`` has ended, if the caller was cancelled.
+    Use it for short work that would leave something behind if it were interrupted.  ``on_cancelled`` is called at each
+    cancellation.  Raises: any error of ``work``; CancelledError, once ``work`` has ended, if the caller was cancelled.
     """
     whole = asyncio.gather(_outcome(work))
     is_cancelled = False
@@ -52,6 +52,7 @@ async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
             await asyncio.wait((whole,))
         except asyncio.CancelledError:
             is_cancelled = True
+            on_cancelled()
     if is_cancelled:
         whole.exception()  # otherwise asyncio would log at the end of the loop that it was not retrieved
         raise asyncio.CancelledError
@@ -106,17 +107,4 @@ async def thread_to_end(act: Callable[[], T], stop: Callable[[], None] = lambda:
 
     ``stop`` lets it end soon after a cancellation.  Otherwise it would use what its caller frees.
     """
-    running = asyncio.gather(asyncio.to_thread(act), return_exceptions=True)
-    is_cancelled = False
-    while not running.done():
-        try:
-            await asyncio.wait((running,))
-        except asyncio.CancelledError:
-            is_cancelled = True
-            stop()
-    (result,) = running.result()
-    if is_cancelled:
-        raise asyncio.CancelledError
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    return await run_to_end(asyncio.to_thread(act), stop)

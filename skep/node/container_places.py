@@ -14,6 +14,7 @@ from aiohttp import web
 
 from skep.api.access.identity import IDENTITY_HEADER, identity_of, packed
 from skep.api.access.permissions import sees
+from skep.api.formats.container_requests import TASK_CONTAINER
 from skep.api.http.framing import path_of
 from skep.api.http.server import insert_in_errors
 from skep.errors import NotFound, SkepError
@@ -27,8 +28,8 @@ ASKED_MAX = 16
 """Largest number of simultaneous look-ups.  Further errors are returned without the place."""
 
 _REQUEST = re.compile(r"/containers/(?P<name>[^/]+)(?:/(?P<what>[a-z]+))?")
-_KNOWN_ELSEWHERE: Final = re.compile(r"[0-9a-f]{12,64}|[A-Za-z0-9_.-]+\.[0-9a-z]{25}")
-"""Ids and names of containers that another node may have.  A name ends with the whole task id."""
+_KNOWN_ELSEWHERE: Final = re.compile(TASK_CONTAINER)
+"""Ids and names of containers that another node may have."""
 _COMMANDS: Final[Mapping[str, str]] = {
     "exec": "skep exec {task} COMMAND",
     "logs": "skep logs {task}",

@@ -35,8 +35,7 @@ from skep.rpc.status import CallFailed, StatusCode
 from skep.security.authority import issued_s
 from skep.security.identity import NodeIdentity, peer_identity
 from skep.wire.access import Caller, CertificateCheck, accept_all, authorize
-from skep.wire.service import Handler, run_handler
-from skep.wire.service import HandlerStream as HandledStream
+from skep.wire.service import Handler, HandlerStream, run_handler
 
 log = structlog.get_logger(__name__)
 
@@ -260,7 +259,7 @@ class _Server:
     def _authorized(self, handler: Handler) -> Handler:
         """Return ``handler`` with authorization before it."""
 
-        def serve(stream: HandledStream, caller: Caller) -> Awaitable[None]:
+        def serve(stream: HandlerStream, caller: Caller) -> Awaitable[None]:
             authorize(caller, handler.method.access, self._cluster_id, self._check_certificate)
             return handler.serve(stream, caller)
 

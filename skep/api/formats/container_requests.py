@@ -14,6 +14,10 @@ from skep.api.access.permissions import why_not_ps
 from skep.model.options.labels import EXEC, ExecPolicy, exec_policy
 from skep.model.values.encoding import ApiObject
 
+TASK_CONTAINER: Final = r"[0-9a-f]{12,64}|[A-Za-z0-9_.-]+\.[0-9a-z]{25}"
+"""Pattern of the words that name a task's container on any node: an id with at least as many characters as
+``docker ps`` shows, or a name, which ends with the whole task id."""
+
 
 class ExecRequest(ApiObject):
     """The body of ``POST /containers/{id}/exec``."""

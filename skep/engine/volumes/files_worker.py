@@ -25,11 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from skep.engine.images.archives.confinement import Helper, confine
-from skep.engine.images.archives.pack import Packer, TarWriter, give_up_imports
-from skep.engine.images.archives.pack import TreeTooLarge as PackLimitExceeded
+from skep.engine.images.archives.pack import Packer, TarWriter, TreeTooLarge, give_up_imports
 from skep.engine.images.archives.streams import MalformedArchive
-from skep.engine.images.archives.untar import ArchiveTooLarge, PlainStream, Unpacker
-from skep.engine.images.archives.untar import UntarSettings as UntarSettings
+from skep.engine.images.archives.untar import ArchiveTooLarge, PlainStream, Unpacker, UntarSettings
 from skep.linux import confined_root
 from skep.linux.trees import remove_tree
 
@@ -144,7 +142,9 @@ def _write_all(data: bytes) -> None:
 
 
 def write(settings: FilesWorkerSettings, path: str, helper: Helper) -> None:
-    """Unpack stdin into the directory at ``path``.  Raises: Refused; Malformed; LimitExceeded; OSError."""
+    """Unpack stdin into the directory at ``path``.  Raises: ImpossibleRequest; MalformedArchive; ArchiveTooLarge;
+    OSError.
+    """
     target = os.path.realpath(path)
     if not stat.S_ISDIR(os.lstat(target).st_mode):
         raise ImpossibleRequest("extraction point is not a directory")
@@ -284,7 +284,7 @@ def main() -> None:
         _say({"error": str(error), "kind": "refused"})
     except MalformedArchive as error:
         _say({"error": f"Error processing tar file(exit status 1): {error}", "kind": "refused"})
-    except (ArchiveTooLarge, PackLimitExceeded) as error:
+    except (ArchiveTooLarge, TreeTooLarge) as error:
         _say({"error": f"the archive {error}, the limit of this node", "kind": "limit"})
     except MemoryError:
         _say({"error": "the archive takes more memory than is allowed", "kind": "limit"})

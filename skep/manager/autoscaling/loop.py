@@ -7,9 +7,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
-from skep.manager.autoscaling.decision import (
-    PERIOD_S,
-)
+from skep.manager.autoscaling.decision import PERIOD_S
 from skep.manager.autoscaling.state import AutoscalerState, AutoscalingCounts, Quota, Scaling, write_replicas
 from skep.manager.control_loops.failures import isolated
 from skep.manager.control_loops.informer import run_informer

@@ -83,9 +83,8 @@ class Draining:
                 for manager in sorted(managers):
                     group.create_task(self._wait_applied(manager, network_id, revision, sessions_at))
             if managers != {self._own}:
-                await (
-                    self._catch_up()
-                )  # another manager may have noticed before this one that a node has left
+                # Another manager may have noticed before this one that a node has left.
+                await self._catch_up()
             await self._discovery.wait_handled()
             managers = self._discovery.state.managers_of_moved(network_id, sessions_at)
             sessions_at = self._discovery.state.sessions_changed_at

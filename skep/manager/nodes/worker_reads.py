@@ -12,6 +12,7 @@ from typing import Final
 
 from skep.api.access.identity import IDENTITY_HEADER, packed
 from skep.api.client.client import ApiClient
+from skep.api.formats.container_requests import TASK_CONTAINER
 from skep.api.http.framing import is_readable, path_of
 from skep.errors import PermissionDenied, ResourceExhausted
 from skep.manager.routes.access import OF_WORKER
@@ -32,10 +33,8 @@ PIECE_BYTES = 32 << 10
 """Bytes in one message to a node."""
 TAKEN_S = 60.0
 """Timeout in seconds for a node to receive one piece."""
-
-
-_CONTAINER_TARGET: Final = re.compile(r"/skep/tasks/(?:[0-9a-f]{12,64}|[A-Za-z0-9_.-]+\.[0-9a-z]{25})/target")
-"""Requests for the task of a container.  They have the container's id, or its name with the whole task id."""
+_CONTAINER_TARGET: Final = re.compile(rf"/skep/tasks/(?:{TASK_CONTAINER})/target")
+"""Requests for the task of a container."""
 
 
 class WorkerReads:

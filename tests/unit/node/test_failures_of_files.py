@@ -50,8 +50,7 @@ from skep.paths import Paths
 from skep.security import keypair
 from skep.security.crl import listed_serials
 from skep.security.locking import KeyLock
-from skep.store.etcd.peers import EtcdPeer as EtcdPeer
-from skep.store.etcd.peers import load_peers, save_peers
+from skep.store.etcd.peers import EtcdPeer, load_peers, save_peers
 from tests.support.engine.oci_rig import QuickClock
 from tests.support.file_faults import Faults, file_faults, walk
 from tests.support.images.archives import a_config, a_file, a_tar, sha256

@@ -23,8 +23,7 @@ from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.times import SECOND_NS
 from skep.node.front.users import SILENT_S, ApiTls, KnownUsers, bearer
 from skep.security.authority import Authority
-from skep.security.identity import NodeIdentity as NodeIdentity
-from skep.security.identity import identity_of
+from skep.security.identity import NodeIdentity, identity_of
 from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import ServerTls
