@@ -95,6 +95,11 @@ LATE = 0.1
 """Probability that a change is based on the previous version of an object."""
 
 
+def _own_secrets(view: View) -> tuple[str, ...]:
+    """Return the ids of secrets that a spec may name by id.  Those of users with roles have other names."""
+    return tuple(one.id for one in view.find(Secret) if one.spec.name == one.id)
+
+
 class Users:
     """All users of one cluster."""
 

@@ -1,6 +1,6 @@
 """What the screens of the command look like: the code that prints them, on a cluster with something wrong."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -112,8 +112,11 @@ def _node(name: str, state: str = "ready", message: str = "", **more: Any) -> di
     return {"ID": name, "Description": {"Hostname": name, "Engine": engine}, "Status": status, **more}
 
 
-def _service(name: str, running: int, wanted: int, **more: Any) -> dict[str, Any]:
-    status = {"RunningTasks": running, "DesiredTasks": wanted}
+def _service(
+    name: str, running: int, wanted: int, problem: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    health = {"State": "degraded", **problem} if problem is not None else {"State": "healthy"}
+    status = {"RunningTasks": running, "DesiredTasks": wanted, "Health": health}
     return {"ID": name, "Spec": {"Name": name, "Mode": {}}, "ServiceStatus": status, **more}
 
 
@@ -128,21 +131,21 @@ def _status() -> StatusScreen:
     ]
     updated = {"State": "completed", "CompletedAt": "2026-01-31T11:57:00Z"}
     paused = {"State": "paused", "Message": "manually paused", "StartedAt": "2026-01-31T11:48:00Z"}
+    crash = {"Reason": _CRASH, "RestartSummary": _COURSE, "Since": "2026-01-31T11:48:02Z", "Weight": 0}
+    stuck = {"Reason": _REFUSED, "Weight": 1}
     services = [
-        _service("api", 3, 3, UpdateStatus=paused),
-        _service("boom", 0, 2),
-        _service("stuck", 0, 3),
+        _service(
+            "api", 3, 3, {"Reason": "manually paused", "Since": paused["StartedAt"]}, UpdateStatus=paused
+        ),
+        _service("boom", 0, 2, crash),
+        _service("stuck", 0, 3, stuck),
         _service("web", 4, 4, UpdateStatus=updated),
     ]
-    explained = {
-        "boom": _boom(),
-        "stuck": {"Summary": _REFUSED, "Reason": _REFUSED, "IsHealthy": False, "Problem": {"Weight": 1}},
-    }
     running = ["m1", "m1", "m2", "m2", "m2", "m3", "m3"]
     cluster = ClusterStatus(
         leader="m2",
         nodes=tuple(node_rows(nodes, running)),
-        services=tuple(service_rows(services, explained, NOW)),
+        services=tuple(service_rows(services, NOW)),
     )
     about = (
         ("node", "m1, skep 0.1.0, 2 CPUs, 23.5 GiB"),

@@ -300,7 +300,7 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
         "Services do not run, a newer deploy replaced this one, or the API rejected a change.",
     ),
     (1, "skep service wait", "A service does not run in time, or waiting cannot help."),
-    (3, "skep status", "A node or a service is degraded."),
+    (3, "skep status", "A node or a service is not in its desired state."),
     (4, "skep status", "The cluster has no leader."),
     (3, "skep version --all", "Nodes have different versions."),
     (2, "skep upgrade", "With --dry-run: the upgrade is blocked."),

@@ -52,6 +52,7 @@ _LABELS = {
     "engine_daemon_container_actions_seconds": ("action",),
     "swarm_node_info": ("node_id", "swarm_id"),
     "skep_dns_responses_total": ("source", "code"),
+    "skep_service_state": ("service", "state"),
     "skep_service_running_tasks": ("service",),
     "skep_service_desired_tasks": ("service",),
     "skep_job_last_run_failed": ("service",),

@@ -347,6 +347,33 @@ class UpdateStatus(ApiObject):
     not count as failures.  Not in Docker's API.  Managers of older versions keep the field and ignore it."""
 
 
+class HealthState(Enum):
+    """Whether a service is in its desired state."""
+
+    HEALTHY = "healthy"
+    CONVERGING = "converging"
+    """It is not yet in its desired state, and nothing failed."""
+    DEGRADED = "degraded"
+    """Something failed, no node suits a task, or an update is paused."""
+
+
+class ServiceHealth(ApiObject):
+    """Whether a service is in its desired state, and why not.
+
+    It is computed for a response and never stored.  Every view of the cluster shows it.
+    """
+
+    state: HealthState = always(HealthState.HEALTHY)
+    reason: str = always("")
+    """Does not change between two attempts to start a task.  Empty if the service is healthy."""
+    restart_summary: str = ""
+    """How often a task failed, and when the next attempt starts."""
+    since: Timestamp = Timestamp("")
+    """Start of the problem, or empty if unknown."""
+    weight: int = always(0)
+    """Rank of the problem (``CauseKind.weight``).  0 for failures, higher if the problem may resolve by itself."""
+
+
 class ServiceStatus(ApiObject):
     """Counts for ``service ls``; computed for a response, never stored."""
 
@@ -357,6 +384,8 @@ class ServiceStatus(ApiObject):
     Docker has 0."""
     total_tasks: int = 0
     """Number of tasks that the present run of a job has to complete.  Not in Docker's API."""
+    health: ServiceHealth | None = None
+    """Not in Docker's API, and only in a response to ``health=true``."""
 
 
 class JobStart(ApiObject):

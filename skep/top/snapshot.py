@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from skep.cli.formatting import counted
-from skep.cli.see.status import NodeLine, ServiceLine, is_service_healthy, node_rows, service_rows
+from skep.cli.see.status import NodeLine, ServiceLine, node_rows, service_rows
+from skep.model.service import HealthState
 from skep.model.values.encoding import go_name
 
 ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 _WANTED = frozenset({"running", "ready", "complete"})
 _TASK_SERVICE = "com.docker.swarm.service.id"
 _NO_NODES: Mapping[str, Mapping[str, Any]] = {}
-_WAITING = 3
-"""``Problem.Weight`` from which a task only waits or starts, so that its service may converge without help."""
 _NAMED_MAX = 3
 """Largest number of objects of a kind that the headline names.  It counts the others."""
 _NANO = 1e9
@@ -120,15 +119,13 @@ class ShownTask(msgspec.Struct, frozen=True, rename=go_name):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All shown objects.
 
-    Nodes and services are in the API's form.  ``explained`` has the explanations of services without their desired
-    number of tasks, by id, as in ``skep explain``.  ``without_leader`` has the text of ``skep status`` without a
-    leader, and is empty otherwise.
+    Nodes and services are in the API's form.  ``without_leader`` has the text of ``skep status`` without a leader, and
+    is empty otherwise.
     """
 
     nodes: Mapping[str, Mapping[str, Any]] = _NO_NODES
     services: Mapping[str, Mapping[str, Any]] = _NO_NODES
     tasks: Mapping[str, ShownTask] = {}
-    explained: Mapping[str, Mapping[str, Any]] = _NO_NODES
     events: tuple[Mapping[str, Any], ...] = ()
     without_leader: tuple[str, ...] = ()
     connection: Connection = Connection()
@@ -211,7 +208,7 @@ class ClusterHealth(Enum):
 
 def states_of(snapshot: Snapshot, now: float) -> list[ServiceLine]:
     """Return the services by name, with the verdict of ``skep status``.  ``now`` is Unix time in seconds."""
-    return list(service_rows(snapshot.services.values(), snapshot.explained, now))
+    return list(service_rows(snapshot.services.values(), now))
 
 
 def is_updating(row: ServiceLine) -> bool:
@@ -219,11 +216,16 @@ def is_updating(row: ServiceLine) -> bool:
     return row.update.startswith(("updating", "rollback started"))
 
 
+_HEALTH = {
+    HealthState.HEALTHY: ClusterHealth.HEALTHY,
+    HealthState.CONVERGING: ClusterHealth.CONVERGING,
+    HealthState.DEGRADED: ClusterHealth.DEGRADED,
+}
+
+
 def health_of(row: ServiceLine) -> ClusterHealth:
-    """Return the health of a service.  It is degraded if a task failed, no node suits it, or its update is paused."""
-    if row.is_healthy:
-        return ClusterHealth.CONVERGING if is_updating(row) else ClusterHealth.HEALTHY
-    return ClusterHealth.CONVERGING if row.weight >= _WAITING else ClusterHealth.DEGRADED
+    """Return the health of a service in the words of the headline."""
+    return _HEALTH[row.state]
 
 
 def headline(snapshot: Snapshot, services: Iterable[ServiceLine]) -> tuple[ClusterHealth, str]:
@@ -322,9 +324,3 @@ def _kind(task: ShownTask) -> str:
     if state == "running":
         return "running"
     return "pending" if state in ("new", "allocated", "pending") else "starting"
-
-
-def unexplained(services: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the ids of services that need an explanation, by name."""
-    wanting = (service for service in services if not is_service_healthy(service))
-    return [service["ID"] for service in sorted(wanting, key=lambda service: str(service["Spec"]["Name"]))]

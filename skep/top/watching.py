@@ -21,7 +21,7 @@ from skep.cli.see.quorum import STALE, no_leader, quorum_of
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable, reason_of
 from skep.top.actions import Action, perform
 from skep.top.logs import ShownLine, follow_logs
-from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot, Touched, touched_by, unexplained
+from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot, Touched, touched_by
 
 _RESPONSE_TIMEOUT_S = 20.0
 """Seconds to wait for a response."""
@@ -35,8 +35,6 @@ _ONE_BY_ONE = 50
 """Largest number of ids of a kind that are read individually.  If there are more, all objects are listed."""
 _AT_ONCE = 8
 """Largest number of concurrent requests for single objects."""
-_EXPLAINED = 20
-"""Largest number of services whose explanation is requested.  The others only show their numbers of tasks."""
 _GATHER_S = 0.15
 """Seconds for which changes are gathered before they are read."""
 _LOOK_S = 2.0
@@ -122,7 +120,6 @@ class _State:
         self.nodes: dict[str, Mapping[str, Any]] = {}
         self.services: dict[str, Mapping[str, Any]] = {}
         self.tasks: dict[str, ShownTask] = {}
-        self.explained: dict[str, Mapping[str, Any]] = {}
         self.events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.without_leader: tuple[str, ...] = ()
         self.cursor = ""
@@ -140,7 +137,6 @@ class _State:
                 nodes=dict(self.nodes),
                 services=dict(self.services),
                 tasks=dict(self.tasks),
-                explained=dict(self.explained),
                 events=tuple(self.events),
                 without_leader=self.without_leader,
                 connection=self._connection,
@@ -188,7 +184,6 @@ class _Connected:
         state = self._state
         await self._list_nodes_and_services()
         await self._list_tasks()
-        await self._explain_services()
         self._backoff.reset()
         state.connected(Connection(LinkStatus.LIVE), is_loaded=True)
         async with asyncio.TaskGroup() as group:
@@ -219,7 +214,6 @@ class _Connected:
             moving = [task.id for task in self._state.tasks.values() if not task.is_settled]
             await self._read_tasks(moving)
             await self._list_nodes_and_services()
-            await self._explain_services()
             self._state.publish()
             took_s = self._clock.monotonic() - begun
 
@@ -231,7 +225,7 @@ class _Connected:
 
     async def _list_nodes_and_services(self) -> None:
         nodes = await self._get("/nodes")
-        services = await self._get("/services", status="true")
+        services = await self._get("/services", status="true", health="true")
         self._state.nodes = {node["ID"]: node for node in nodes}
         self._state.services = {service["ID"]: service for service in services}
 
@@ -240,7 +234,7 @@ class _Connected:
         if len(ids) > _ONE_BY_ONE:
             await self._list_nodes_and_services()
             return
-        more = {"status": "true"} if kind == "services" else {}
+        more = {"status": "true", "health": "true"} if kind == "services" else {}
         found = {one["ID"]: one for one in await self._get(f"/{kind}", filters={"id": sorted(ids)}, **more)}
         for id in ids:
             if id in found:
@@ -287,20 +281,6 @@ class _Connected:
         self._state.tasks = tasks_in(bytes(body))
         now = self._clock.monotonic()
         self._tasks_again_at = now + (now - begun) * _LIST_SHARE
-
-    async def _explain_services(self) -> None:
-        wanted = unexplained(self._state.services.values())[:_EXPLAINED]
-        found: dict[str, Mapping[str, Any]] = {}
-        places = asyncio.Semaphore(_AT_ONCE)
-
-        async def explain(id: str) -> None:
-            with suppress(NotFound):  # it was removed in the meantime
-                found[id] = await self._get(f"/skep/services/{id}/explain")
-
-        async with asyncio.TaskGroup() as group:
-            for id in wanted:
-                group.create_task(self._within(places, explain(id)))
-        self._state.explained = found
 
     async def _get(self, path: str, **query: Any) -> Any:
         return await self._client.get(path, headers=self._headers, timeout_s=_RESPONSE_TIMEOUT_S, **query)

@@ -14,12 +14,12 @@ from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, InvalidArgument, Unavailable
 from skep.manager.control.networks import create_network
 from skep.manager.control.services import create_service
+from skep.manager.control.tasks import damage_of
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.dispatcher.node_sessions.registration import Registration, take_session
 from skep.manager.dispatcher.statuses import StatusReport, record_status
 from skep.manager.membership.service import resign
 from skep.manager.routes import application
-from skep.manager.routes.representations import damage_of
 from skep.manager.routes.warnings import damage_warnings
 from skep.model.container import ContainerSpec, SecretReference
 from skep.model.network import Network, NetworkSpec

@@ -17,7 +17,7 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.api.client.client import ApiClient
 from skep.top.actions import image_of, roll_back, scale, set_availability, update_image
-from skep.top.snapshot import LinkStatus, Snapshot
+from skep.top.snapshot import LinkStatus, Snapshot, states_of
 from skep.top.watching import LiveCluster
 from tests.support.machines.playground_rig import IDLE, IMAGE, SKEP, TestNode
 
@@ -42,7 +42,7 @@ class Seen:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            pytest.fail(f"not within 30 s: {what}; {self.last.connection}, {self.last.explained}")
+            pytest.fail(f"not within 30 s: {what}; {self.last.connection}, {states_of(self.last, 0.0)}")
         return self.last
 
 
@@ -130,7 +130,7 @@ async def test_a_cluster_is_followed_and_changed_over_a_lost_connection(m1: Test
         await relay.open()
         await seen.until(lambda one: one.connection.link is LinkStatus.LIVE, "the connection is made again")
         found = await seen.until(
-            lambda one: any("exit 3" in r["Reason"] for r in one.explained.values()), "the reason is shown"
+            lambda one: any("exit 3" in row.reason for row in states_of(one, 0.0)), "the reason is shown"
         )
         (crashed,) = (one["ID"] for one in found.services.values() if one["Spec"]["Name"] == "crash")
         details = await cluster.details("service", crashed, "crash")

@@ -16,11 +16,12 @@ from skep.cli.see.moments import moment_or_revision
 from skep.cli.see.quorum import STALE, clock_time, no_leader, quorum_of, way_out
 from skep.errors import PermissionDenied, SkepError
 from skep.model.node import plain_message
+from skep.model.service import HealthState, ServiceHealth
 from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, unix_ns
 
 DEGRADED, LEADERLESS = 3, 4
-"""Exit codes: degraded, and no leader.  0 means healthy, and 1 that the node does not respond."""
+"""Exit codes: not healthy, and no leader.  0 means healthy, and 1 that the node does not respond."""
 
 _RESPONSE_TIMEOUT_S = 10.0
 _EARLIER_WITHIN_S = 60.0
@@ -28,20 +29,23 @@ _AT = "at"
 """The word before the time of an earlier state."""
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
 """Rows of each table.  If there are more, unhealthy ones come first.  ``-o wide`` shows all."""
-_EXPLAINED = _SERVICES_SHOWN
-"""Largest number of services whose explanation is requested.  It is the number that is shown."""
 _TASKS_COUNTED_MAX = 5_000
 """Tasks are counted by node only if there are at most this many.  A longer list would take more time than all other
 requests.
 """
 _NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
-_PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
 UNREACHABLE = "unreachable"
 """State of a manager that does not respond while the cluster has no leader. Its machine may be up."""
 
 _NODE_LOST, _ON_ITS_WAY = 2, 4
-"""Weights of problems (``Problem.Weight`` of an explanation)."""
+"""Weights of problems (``ServiceHealth.weight``)."""
+COLORS: Mapping[HealthState, str] = {
+    HealthState.HEALTHY: "",
+    HealthState.CONVERGING: "yellow",
+    HealthState.DEGRADED: "red",
+}
+"""Colors of the counts of a service or a stack."""
 
 Row = tuple[str, str]
 T = TypeVar("T", "NodeLine", "ServiceLine")
@@ -75,9 +79,8 @@ class NodeLine(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 class ServiceLine(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """A service.
 
-    ``completed`` and ``total`` are set for a job, and for a service whose tasks have ended as intended.  ``weight``:
-    weight of the problem, 0 for failures, and more if the problem may resolve itself.  ``since``: its start, or empty
-    if unknown.
+    ``completed`` and ``total`` are set for a job, and for a service whose tasks have ended as intended.  ``state``,
+    ``weight`` and ``since`` are the manager's (``ServiceHealth``).
     """
 
     name: str
@@ -88,6 +91,7 @@ class ServiceLine(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     total: int = 0
     update: str = ""
     reason: str = ""
+    state: HealthState = HealthState.HEALTHY
     is_healthy: bool = True
     image: str = ""
     weight: int = _ON_ITS_WAY
@@ -113,7 +117,8 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 class StatusScreen(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """Everything that is shown; ``-o json`` has it in this form.
 
-    ``health``: ``healthy``, ``degraded`` or ``no leader``.  ``node``: facts about the node that responded.
+    ``health``: ``healthy``, ``converging``, ``degraded`` or ``no leader``.  ``node``: facts about the node that
+    responded.
     """
 
     health: str
@@ -127,7 +132,7 @@ class StatusScreen(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     @property
     def exit_code(self) -> int:
         """Return the exit code of the command."""
-        return {"healthy": 0, "degraded": DEGRADED}.get(self.health, LEADERLESS)
+        return {"healthy": 0, "converging": DEGRADED, "degraded": DEGRADED}.get(self.health, LEADERLESS)
 
 
 @click.command()
@@ -145,7 +150,7 @@ def status(host: HostOptions, when: str, output: OutputOptions) -> None:
 
     Lists nodes and services, and the reason if one is not healthy.
 
-    Exit code 0: healthy. 3: degraded. 4: the cluster has no leader. 1: the node does not respond.
+    Exit code 0: healthy. 3: converging or degraded. 4: the cluster has no leader. 1: the node does not respond.
 
     \b
     Examples:
@@ -185,7 +190,7 @@ async def _status(host: HostOptions) -> StatusScreen:
             notes.append(f"The state of the cluster could not be read: {error}")
         if cluster is not None and not is_led:
             cluster = as_of(cluster, quorum)
-        health = "no leader" if not is_led else "healthy" if is_cluster_healthy(cluster) else "degraded"
+        health = cluster_health(cluster).value if is_led else "no leader"
         further = "" if is_led else way_out(quorum)
         return StatusScreen(
             health=health, node=tuple(node), notes=tuple(notes), cluster=cluster, next=further
@@ -211,19 +216,24 @@ def status_of_state(state: Mapping[str, Any], now: datetime) -> StatusScreen:
     cluster = ClusterStatus(
         leader=next((row.name for row in rows if row.role == "leader"), ""),
         nodes=tuple(rows),
-        services=tuple(service_rows(state["Services"], {}, at.timestamp())),
+        services=tuple(service_rows(state["Services"], at.timestamp())),
     )
     when = f"{at:%Y-%m-%d %H:%M:%S %Z} (revision {state['Revision']})"
-    return StatusScreen(
-        health="healthy" if is_cluster_healthy(cluster) else "degraded", node=((_AT, when),), cluster=cluster
-    )
+    return StatusScreen(health=cluster_health(cluster).value, node=((_AT, when),), cluster=cluster)
 
 
-def is_cluster_healthy(cluster: ClusterStatus | None) -> bool:
-    """Return whether all nodes and services are healthy."""
-    if cluster is None:
-        return False
-    return all(row.is_healthy for row in cluster.nodes) and all(row.is_healthy for row in cluster.services)
+def cluster_health(cluster: ClusterStatus | None) -> HealthState:
+    """Return the health of the cluster: the worst of its nodes and services."""
+    if cluster is None or not all(row.is_healthy for row in cluster.nodes):
+        return HealthState.DEGRADED
+    return worst_health(row.state for row in cluster.services)
+
+
+def worst_health(states: Iterable[HealthState]) -> HealthState:
+    """Return the worst of ``states``, healthy if there is none."""
+    found = set(states)
+    worst = (state for state in (HealthState.DEGRADED, HealthState.CONVERGING) if state in found)
+    return next(worst, HealthState.HEALTHY)
 
 
 def as_of(cluster: ClusterStatus, quorum: Mapping[str, Any]) -> ClusterStatus:
@@ -262,14 +272,9 @@ async def _store(client: Requests) -> Row | None:
 async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[str, str]) -> ClusterStatus:
     """Read the cluster's nodes and services.  Raises: SkepError."""
     nodes = await client.get("/nodes", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
-    services = await client.get("/services", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S, status="true")
-    explained: dict[str, Mapping[str, Any]] = {}
-    for id in [service["ID"] for service in services if not is_service_healthy(service)][:_EXPLAINED]:
-        path = f"/skep/services/{id}/explain"
-        try:
-            explained[id] = await client.get(path, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
-        except SkepError:
-            continue  # the service was removed meanwhile
+    services = await client.get(
+        "/services", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S, status="true", health="true"
+    )
     running = None
     if sum(_count(service, "RunningTasks") for service in services) <= _TASKS_COUNTED_MAX:
         filters = {"desired-state": ["running"]}
@@ -281,7 +286,7 @@ async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[s
         id=str((info["Swarm"].get("Cluster") or {}).get("ID", "")),
         leader=next((row.name for row in rows if row.id in leaders and not headers), ""),
         nodes=tuple(rows),
-        services=tuple(service_rows(services, explained, time.time())),
+        services=tuple(service_rows(services, time.time())),
     )
 
 
@@ -351,35 +356,34 @@ def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None 
     return sorted(rows, key=lambda row: (row.role == "worker", row.name, row.id))
 
 
-def service_rows(
-    services: Iterable[Mapping[str, Any]], explained: Mapping[str, Mapping[str, Any]], now: float
-) -> Iterator[ServiceLine]:
-    """Yield the services by name.  ``explained``: explanations of unhealthy services, by id."""
+def health_of(service: Mapping[str, Any]) -> ServiceHealth:
+    """Return the manager's verdict on a service that was read with ``health=true``."""
+    found = (service.get("ServiceStatus") or {}).get("Health")
+    if found is None:
+        reason = "its manager is older than this command and does not report health"
+        return ServiceHealth(state=HealthState.CONVERGING, reason=reason, weight=_ON_ITS_WAY)
+    return msgspec.convert(found, ServiceHealth)
+
+
+def service_rows(services: Iterable[Mapping[str, Any]], now: float) -> Iterator[ServiceLine]:
+    """Yield the services by name."""
     for service in sorted(services, key=lambda service: str(service["Spec"]["Name"])):
-        found = explained.get(service["ID"])
-        running, wanted = _count(service, "RunningTasks"), _count(service, "DesiredTasks")
-        update = service.get("UpdateStatus") or {}
-        is_healthy = bool(found["IsHealthy"]) if found is not None else is_service_healthy(service)
-        why = "" if is_healthy or found is None else reason_in(found)
-        problem = (found or {}).get("Problem") or {}
-        weight, since = problem.get("Weight", _ON_ITS_WAY), problem.get("Since", "")
-        if update.get("State") in _PAUSED:
-            why, is_healthy = why or update.get("Message", ""), False
-            weight, since = 0, since or update.get("StartedAt", "")
+        health = health_of(service)
         completed, total = completion(service)
         yield ServiceLine(
             name=service["Spec"]["Name"],
             id=service["ID"],
-            running=running,
-            desired=wanted,
+            running=_count(service, "RunningTasks"),
+            desired=_count(service, "DesiredTasks"),
             completed=completed,
             total=total,
-            update=_update(update, now),
-            reason=why or ("" if is_healthy else "not in its desired state"),
-            is_healthy=is_healthy,
+            update=_update(service.get("UpdateStatus") or {}, now),
+            reason="; ".join(filter(None, (health.reason, health.restart_summary))),
+            state=health.state,
+            is_healthy=health.state is HealthState.HEALTHY,
             image=_image(service),
-            weight=weight,
-            since=since,
+            weight=health.weight,
+            since=health.since,
         )
 
 
@@ -387,12 +391,6 @@ def _image(service: Mapping[str, Any]) -> str:
     """Return the service's image without its digest."""
     container = (service["Spec"].get("TaskTemplate") or {}).get("ContainerSpec") or {}
     return str(container.get("Image", "")).partition("@")[0]
-
-
-def reason_in(explanation: Mapping[str, Any]) -> str:
-    """Return the reason why a service is unhealthy and how often it failed, without the counts of its tasks."""
-    parts = (explanation.get("Reason", ""), explanation.get("RestartSummary", ""))
-    return "; ".join(filter(None, parts)) or str(explanation["Summary"])
 
 
 def completion(service: Mapping[str, Any]) -> tuple[int, int]:
@@ -421,30 +419,6 @@ def _update(update: Mapping[str, Any], now: float) -> str:
     return words
 
 
-def is_service_healthy(service: Mapping[str, Any]) -> bool:
-    """Return whether the service has its desired number of running tasks, or for a job of completed tasks.
-
-    A global job's spec does not contain its number of tasks, but its explanation does.
-    """
-    mode = service["Spec"].get("Mode") or {}
-    if has_not_run(service):
-        return True
-    if (job := mode.get("ReplicatedJob")) is not None:
-        return _count(service, "CompletedTasks") >= int(job.get("TotalCompletions") or 0)
-    if mode.get("GlobalJob") is not None:
-        return 0 < _count(service, "TotalTasks") <= _count(service, "CompletedTasks")
-    # Slots of a one-shot service count as completed once they are done.
-    return _count(service, "RunningTasks") + _count(service, "CompletedTasks") == _count(
-        service, "DesiredTasks"
-    )
-
-
-def has_not_run(service: Mapping[str, Any]) -> bool:
-    """Return whether the service is a job with a schedule that waits for its first run."""
-    job = service.get("JobStatus") or {}
-    return bool(job.get("Schedule")) and not job.get("LastExecution")
-
-
 def _count(service: Mapping[str, Any], field: str) -> int:
     return int((service.get("ServiceStatus") or {}).get(field, 0))
 
@@ -455,7 +429,7 @@ def _count(service: Mapping[str, Any], field: str) -> int:
 def lines_of(status: StatusScreen, screen: Screen) -> Iterator[str]:
     """Yield the screen: headline, problems, nodes, services, and the command to run next."""
     health = status.health.upper()
-    color = {"healthy": "green", "degraded": "yellow"}.get(status.health, "red")
+    color = {"healthy": "green", "converging": "yellow", "degraded": "yellow"}.get(status.health, "red")
     first, *further = screen.fitted(_headline(status), indent=2)
     yield first.replace(health, screen.styled(health, color, bold=True), 1)
     yield from further
@@ -546,7 +520,7 @@ def _services(rows: Sequence[ServiceLine], screen: Screen, at: str, *, shows_ima
     cells: list[list[str | Cell]] = [
         [
             row.name,
-            Cell(row.tasks, "" if row.is_healthy else "red"),
+            Cell(row.tasks, COLORS[row.state]),
             row.update,
             *([row.id] if screen.is_wide else []),
             *([row.image] if shows_images else []),

@@ -14,8 +14,9 @@ from skep.api.client.requests import Filters, Requests, filters_of
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
-from skep.cli.see.status import is_service_healthy
+from skep.cli.see.status import COLORS, health_of, worst_health
 from skep.errors import NotFound
+from skep.model.service import HealthState
 
 NAMESPACE = "com.docker.stack.namespace"
 _RESPONSE_TIMEOUT_S = 15.0
@@ -51,7 +52,7 @@ def ls(host: HostOptions, output: OutputOptions) -> None:
         async with host.requests() as client:
             filters = {"label": [NAMESPACE]}
             found = await client.get(
-                "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
+                "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true", health="true"
             )
         return stacks(found)
 
@@ -64,19 +65,20 @@ def stacks(services: Objects) -> Shown:
     for service in services:
         name = service["Spec"]["Labels"][NAMESPACE]
         row = rows.setdefault(
-            name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "IsHealthy": True}
+            name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "State": HealthState.HEALTHY}
         )
         running, desired = _counts(service)
         row["Services"] += 1
         row["Running"] += running
         row["Desired"] += desired
-        row["IsHealthy"] = row["IsHealthy"] and is_service_healthy(service)
+        row["State"] = worst_health((row["State"], health_of(service).state))
+        row["IsHealthy"] = row["State"] is HealthState.HEALTHY
     listed = [rows[name] for name in sorted(rows)]
     cells = [
         (
             str(row["Name"]),
             str(row["Services"]),
-            Cell(f"{row['Running']}/{row['Desired']}", "" if row["IsHealthy"] else "red"),
+            Cell(f"{row['Running']}/{row['Desired']}", COLORS[row["State"]]),
         )
         for row in listed
     ]
@@ -112,7 +114,7 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
     """Return the services of a stack.  Raises: NotFound: the stack has no services."""
     filters = _filters(stack, words)
     found: Objects = await client.get(
-        "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
+        "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true", health="true"
     )
     if not found and not words:
         raise NotFound(f"stack {stack} has no services. List stacks with skep stack ls.")
@@ -138,7 +140,7 @@ def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:
             (
                 row["Name"],
                 row["Mode"],
-                Cell(row["Replicas"], "" if is_service_healthy(service) else "red"),
+                Cell(row["Replicas"], COLORS[health_of(service).state]),
                 *((row["ID"],) if screen.is_wide else ()),
                 row["Ports"],
                 row["Image"],

@@ -3,6 +3,7 @@
 Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTaskDirty).
 """
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from skep.manager.diagnosis.volume_reasons import unpublished
@@ -38,6 +39,22 @@ def known_status(view: View, task: Task) -> TaskStatus:
         err=status.err or f"node {name} is down",
         end=TaskEnd(cause=EndCause.NODE_LOST.value),
     )
+
+
+def damage_of(view: View, kind: type[Struct], id: str) -> str:
+    """Return the unreadable parts of an object as a sentence, or an empty text."""
+    parts = {f"its {part}": why for part, why in view.damaged(kind).get(id, {}).items()}
+    if (why := view.unreadable(kind).get(id)) is not None:
+        parts["it"] = why
+    return "; ".join(f"{part} cannot be read: {why}" for part, why in sorted(parts.items()))
+
+
+def with_damage(view: View, task: Task) -> Task:
+    """Return ``task`` with an error that names its unreadable parts."""
+    damage = damage_of(view, Task, task.id)
+    if not damage:
+        return task
+    return replace(task, status=replace(task.status, err="; ".join(filter(None, (damage, task.status.err)))))
 
 
 def is_up_to_date(view: View, task: Task) -> bool:

@@ -33,12 +33,20 @@ from skep.model.needs import HostPort, host_ports, needs_of
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.options.dependencies import WAITS_FOR, is_wait
-from skep.model.service import PAUSED, UNDER_WAY, Autoscaled, Service, UpdateStatus
+from skep.model.service import (
+    PAUSED,
+    UNDER_WAY,
+    Autoscaled,
+    HealthState,
+    Service,
+    ServiceHealth,
+    UpdateStatus,
+)
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
-from skep.model.values.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp, unix_ns
 
 REASONS_MAX = 10
 """Largest number of different reasons in the explanation of a service.  The most frequent come first."""
@@ -125,8 +133,11 @@ class ServiceExplanation(ApiObject):
     """The task problem that ``reason`` describes."""
     restart_summary: str = ""
     """How often the task failed, and when the next attempt starts."""
+    state: HealthState = always(HealthState.CONVERGING)
     is_healthy: bool = always(False)
-    """Whether all desired tasks run, or the job has completed."""
+    """Whether ``state`` is healthy."""
+    since: Timestamp = Timestamp("")
+    """Start of the problem or of the pause of an update, or empty if unknown."""
     running: int = always(0)
     desired: int = always(0)
     completed: int = 0
@@ -143,6 +154,19 @@ class ServiceExplanation(ApiObject):
     update: UpdateExplanation | None = None
     """Progress of the current update."""
     autoscaling: AutoscalingExplanation | None = None
+
+    @property
+    def health(self) -> ServiceHealth:
+        """The part that lists of services show."""
+        if self.is_healthy:
+            return ServiceHealth()
+        return ServiceHealth(
+            state=self.state,
+            reason=self.reason,
+            restart_summary=self.restart_summary,
+            since=self.since,
+            weight=_weight(self.state, self.problem),
+        )
 
 
 def explain_task(
@@ -206,42 +230,46 @@ def explain_service(
     now_ns: int,
     is_new: Callable[[Task], bool] = lambda _: True,
     done: int = 0,
+    running: int | None = None,
+    active: int | None = None,
 ) -> ServiceExplanation:
-    """Return why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
+    """Return why ``service`` is not in its desired state, or the result of a job.
 
     Args:
+        wanted: Number of tasks that should run.
         now_ns: Unix time.  Running tasks of a crash loop need it (``reasons.loop_ends_ns``).
         done: Slots of a one-shot service that are done, which need no running task.
         is_new: Returns whether a task matches the current spec.
+        running: Number of running tasks, including those that are being stopped.  Counted in ``tasks`` if None.
+        active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
     """
     is_job = service.job_status is not None
-    if is_job:
-        tasks = of_present_run(service, tasks)
-    running = sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
+    tasks = of_present_run(service, tasks) if is_job else tasks
+    running = _running(tasks) if running is None else running
+    active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
+    ports = host_ports(service.spec)
     problems = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns)
-    failed = [
-        (task, failure_of(task)[1])
-        for task in tasks
-        if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
-    ]
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_healthy = _of_service(running, wanted, done, problems)
+        text, reason, is_healthy = _of_service(running, wanted, done, problems, service.update_status, active)
     worst = problems[0] if problems and not is_healthy else None
+    state = _state(service.update_status, worst, is_healthy=is_healthy)
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
         reason=_with_update(service, reason, worst),
         problem=worst,
         restart_summary=worst.restart_summary if worst is not None else "",
-        is_healthy=is_healthy,
+        state=state,
+        is_healthy=state is HealthState.HEALTHY,
+        since=_since(service.update_status, worst),
         ended_at=_last_end(tasks) if is_job and is_healthy else Timestamp(""),
         running=running,
         desired=wanted,
         completed=done,
         reasons=_counted_problems(one for one in problems if one.pending_task_id),
-        failures=_counted(failed),
+        failures=_failures(tasks),
         schedule=schedule_words(service),
         update_status=service.update_status,
         update=explain_update(
@@ -249,11 +277,44 @@ def explain_service(
             tasks,
             is_new=is_new,
             nodes=nodes,
-            summary=lambda task, node: summary(
-                task, node, _slot_of(task, tasks), nodes, now_ns, host_ports(service.spec)
-            ),
+            summary=lambda task, node: summary(task, node, _slot_of(task, tasks), nodes, now_ns, ports),
         ),
     )
+
+
+def _running(tasks: Iterable[Task]) -> int:
+    return sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
+
+
+def _failures(tasks: Iterable[Task]) -> tuple[Reason, ...]:
+    return _counted(
+        [
+            (task, failure_of(task)[1])
+            for task in tasks
+            if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
+        ]
+    )
+
+
+def _state(update: UpdateStatus | None, worst: TaskProblem | None, *, is_healthy: bool) -> HealthState:
+    """Return the state of a service.  It is degraded if waiting alone may not help."""
+    is_paused = update is not None and update.state in PAUSED
+    if is_paused or (worst is not None and worst.weight < CauseKind.WAITING.weight):
+        return HealthState.DEGRADED
+    return HealthState.HEALTHY if is_healthy else HealthState.CONVERGING
+
+
+def _weight(state: HealthState, worst: TaskProblem | None) -> int:
+    if worst is not None:
+        return worst.weight
+    return 0 if state is HealthState.DEGRADED else CauseKind.PROGRESSING.weight
+
+
+def _since(update: UpdateStatus | None, worst: TaskProblem | None) -> Timestamp:
+    if worst is not None and worst.since != ZERO_TIME:
+        return worst.since
+    is_paused = update is not None and update.state in PAUSED
+    return (update.started_at or Timestamp("")) if update is not None and is_paused else Timestamp("")
 
 
 def _slot_of(task: Task, tasks: Iterable[Task]) -> list[Task]:
@@ -336,19 +397,32 @@ def _with_verdicts(
 
 
 def _of_service(
-    running: int, wanted: int, done: int, problems: Sequence[TaskProblem]
+    running: int,
+    wanted: int,
+    done: int,
+    problems: Sequence[TaskProblem],
+    update: UpdateStatus | None,
+    active: int,
 ) -> tuple[str, str, bool]:
     """Return the summary, the reason, and whether the service is in its desired state.
 
     ``done`` counts the tasks that ended and that their restart policy does not restart.
     """
-    if running + done >= wanted and not problems:
+    is_updating = update is not None and update.state in UNDER_WAY
+    is_paused = update is not None and update.state in PAUSED
+    has_numbers = wanted - done <= min(running, active) and running <= wanted
+    if has_numbers and not problems and not is_updating:
         if done:
             return f"{done} of {wanted} tasks done" + (f", {running} running" if running else ""), "", True
-        return f"{running} of {wanted} tasks run: healthy", "", True
+        return f"{running} of {wanted} tasks run" + ("" if is_paused else ": healthy"), "", True
     count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
     if not problems:
-        reason = "its tasks are not created yet" if running < wanted else "its tasks are not replaced yet"
+        if active + done < wanted:
+            reason = "its tasks are not created yet"
+        elif is_updating and update is not None and update.message:
+            reason = update.message
+        else:
+            reason = "its old tasks are being stopped" if running > wanted else "its tasks are being replaced"
         return f"{reason}; {count}", reason, False
     worst = problems[0]
     return "; ".join(filter(None, (worst.reason, worst.restart_summary, count))), worst.reason, False

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Final
+from typing import Final, TypeAlias
 
 from msgspec.structs import replace
 
@@ -46,6 +46,10 @@ _NODES_MAX: Final = 3
 """Nodes that a reason names.  It should fit a line."""
 LOOP_FROM: Final = 2
 """Number of consecutive failures from which on texts speak of a crash loop."""
+
+
+SlotId: TypeAlias = tuple[int, NodeId]
+"""A slot of a service: its number, or the node of a global service's task."""
 
 
 class CauseKind(Enum):
@@ -468,7 +472,7 @@ def problems_of(
         wanted: Desired number of tasks that run at the same time.
         now_ns: Unix time.  A task in a crash loop is a problem until it has run long enough.
     """
-    slots: dict[tuple[int, NodeId], list[Task]] = defaultdict(list)
+    slots: dict[SlotId, list[Task]] = defaultdict(list)
     for task in tasks:
         slots[slot_of(task)].append(task)
     found: list[TaskProblem] = []
@@ -507,7 +511,7 @@ def _is_present(task: Task, service: Service) -> bool:
     return task.spec_version == service.spec_version or task.spec == service.spec.task_template
 
 
-def slot_of(task: Task) -> tuple[int, NodeId]:
+def slot_of(task: Task) -> SlotId:
     """Return the slot of a task.  For a global service's task, the node is the slot."""
     return task.slot, NodeId("") if task.slot else task.node_id
 

@@ -14,7 +14,7 @@ from skep.api.formats.networks import PREDEFINED_LABEL, SWARM, NetworkFacts
 from skep.manager.allocator.addresses import usage_of
 from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
-from skep.manager.routes.representations import damage_of
+from skep.manager.control.tasks import damage_of
 from skep.model.network import Network, is_ingress
 from skep.model.networks.data_planes import is_overlay
 from skep.model.networks.routes import route_overlaps

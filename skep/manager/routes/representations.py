@@ -1,38 +1,28 @@
 """API representations of objects, without internal fields."""
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
-from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from skep.api.formats.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
-from skep.manager.control.tasks import known_status
+from skep.manager.control.tasks import damage_of, known_status, with_damage
 from skep.manager.diagnosis.explanations import next_attempt
 from skep.manager.diagnosis.reasons import failure_of, last_failure
-from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_lost_worker
-from skep.manager.orchestrator.slots import DoneSlots
 from skep.model.node import Node, NodeState
 from skep.model.node_reports.conditions import condition_messages
 from skep.model.options.labels import FORGET_NODES, forget_nodes_s, ignores_paths
 from skep.model.service import JobStatus, Service, ServiceStatus, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
-from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId
+from skep.model.task import Task
 from skep.store.interface import View
-from skep.store.kinds import as_run
 
 _PATHS_SHOWN = 4
 """Largest number of failing paths in a node's status message."""
-_PIECE = 5_000
-"""Number of objects counted between two pauses for the event loop."""
-
-T = TypeVar("T")
 
 
 class Problems(Struct, frozen=True):
@@ -71,14 +61,6 @@ def kept_nodes(view: View, labels: Mapping[str, str]) -> Mapping[str, str]:
         for node, reason in found
         if reason
     }
-
-
-def damage_of(view: View, kind: type[Struct], id: str) -> str:
-    """Return the unreadable parts of an object as a sentence, or an empty text."""
-    parts = {f"its {part}": why for part, why in view.damaged(kind).get(id, {}).items()}
-    if (why := view.unreadable(kind).get(id)) is not None:
-        parts["it"] = why
-    return "; ".join(f"{part} cannot be read: {why}" for part, why in sorted(parts.items()))
 
 
 def shown_service(
@@ -201,72 +183,6 @@ def slot_in(view: View, task: Task) -> Sequence[Task]:
     if not task.service_id or not (task.slot or task.node_id):
         return (task,)
     return view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
-
-
-def with_damage(view: View, task: Task) -> Task:
-    """Return ``task`` with an error that names its unreadable parts."""
-    damage = damage_of(view, Task, task.id)
-    if not damage:
-        return task
-    return replace(task, status=replace(task.status, err="; ".join(filter(None, (damage, task.status.err)))))
-
-
-async def service_status(view: View, service: Service) -> ServiceStatus:
-    """Return how many tasks of ``service`` run, are wanted, and are done.  Yields to the event loop between batches.
-
-    A slot of a one-shot service is done if its youngest task is.
-
-    For a global service, the desired number is the number of its eligible nodes.  SwarmKit counts the service's tasks
-    instead, so it misses tasks that wait for their restart, and counts slots twice during an update.
-
-    Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
-    """
-    iteration = service.job_status.job_iteration if service.job_status is not None else None
-    running = wanted = completed = 0
-    node_ids: set[NodeId] = set()
-    slots, is_one_shot = DoneSlots(), service.spec.task_template.ends_on_success
-    async for task in _in_turns(view.find(Task, service_id=service.id)):
-        if iteration is not None and task.job_iteration != iteration:
-            continue
-        state = known_status(view, task).state
-        if is_one_shot:
-            slots.add(task)
-        running += state is TaskState.RUNNING
-        completed += state is TaskState.COMPLETE
-        if task.is_wanted:
-            node_ids.add(task.node_id)
-            wanted += state is not TaskState.COMPLETE  # a completed task belongs to a global job
-    mode, total = as_run(view, service).spec.mode, 0
-    done = {slot for _, slot in slots.done()} if iteration is None else ()
-    if mode.replicated is not None:
-        wanted, completed = service.spec.replicas, len(done)
-    elif mode.replicated_job is not None:
-        is_idle = service.job_status is not None and service.job_status.awaits_first_run
-        wanted = 0 if is_idle else mode.replicated_job.max_concurrent or 0
-        total = mode.replicated_job.total_completions or 0
-    elif mode.global_job is not None:
-        total = wanted + completed
-    elif mode.global_ is not None:
-        wanted = completed = 0
-        async for node in _in_turns(view.find(Node)):
-            is_eligible_node = takes_new_tasks(node) or node.id in node_ids
-            if is_eligible_node and is_eligible(node, service):
-                wanted += 1
-                completed += node.id in done
-    return ServiceStatus(
-        running_tasks=running,
-        desired_tasks=wanted,
-        completed_tasks=completed,
-        total_tasks=total,
-    )
-
-
-async def _in_turns(objects: Sequence[T]) -> AsyncIterator[T]:
-    """Yield the objects one after the other, with pauses for the event loop."""
-    for start in range(0, len(objects), _PIECE):
-        for object in objects[start : start + _PIECE]:
-            yield object
-        await asyncio.sleep(0)
 
 
 def has_labels(labels: Mapping[str, str], wanted: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import shown_error
 from skep.api.errors import Untranslated
@@ -29,9 +30,10 @@ from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.control.deploys import fenced, require_current
 from skep.manager.control.validation.new_objects import stack_of, visible_to
+from skep.manager.diagnosis.service_health import service_status, status_with_health
 from skep.manager.diagnosis.service_warnings import spec_warnings
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
-from skep.manager.routes.representations import has_labels, problems_of, service_status, shown_service
+from skep.manager.routes.representations import has_labels, problems_of, shown_service
 from skep.manager.services.registry_auth import dropped_warnings, shown_auth
 from skep.model.container import ContainerSpec, Mount
 from skep.model.network import Network
@@ -54,7 +56,10 @@ _V1_44, _V1_46 = ApiVersion("1.44"), ApiVersion("1.46")
 
 @routes.get("/services")
 async def list_services(request: web.Request) -> web.StreamResponse:
-    """List the services that match the filters, in order of id.  With ``status``, include their task counts."""
+    """List the services that match the filters, in order of id.
+
+    With ``status``, include their task counts, and with ``health`` as well, a Skep extension, their health.
+    """
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "mode", "runtime")
     status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
@@ -65,13 +70,15 @@ async def list_services(request: web.Request) -> web.StreamResponse:
         return known_list_response(services, shown_service, problems, manager_of(request).services)
     if not status:
         return json_list_response(services, partial(shown_service, problems))
-    store = manager_of(request).store
-    return json_list_response(
-        [
-            shown_service(problems, service, status=await service_status(store.view(), service))
-            for service in services
+    store, clock = manager_of(request).store, SystemClock()
+    if wrapped_flag(request, "health"):
+        found = [
+            await status_with_health(store.view(), service, clock.now_ns(), clock) for service in services
         ]
-    )
+    else:
+        found = [await service_status(store.view(), service) for service in services]
+    shown = zip(services, found, strict=True)
+    return json_list_response([shown_service(problems, service, status=status) for service, status in shown])
 
 
 def _all(view: View) -> Iterator[Service]:

@@ -7,8 +7,8 @@ from aiohttp import web
 from skep.api.http.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.ca.expiry import expiring
+from skep.manager.control.tasks import damage_of
 from skep.manager.routes.access import manager_of
-from skep.manager.routes.representations import damage_of
 from skep.model.networks.data_planes import (
     DATA_PATH_LABEL,
     REFUSED_DATA_PATH_LABEL,

@@ -6,7 +6,7 @@ manager/dispatcher/dispatcher.go.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from skep.aio.clock import Clock
 from skep.aio.event_loop.loop_lag import LoopLag
@@ -15,15 +15,14 @@ from skep.api.telemetry.process_metrics import process_families
 from skep.errors import SkepError
 from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.control_loops.informer import batches_of
-from skep.manager.orchestrator.slots import DoneSlots
+from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.services.job_runs import has_last_failed
 from skep.manager.telemetry.starting_tasks import StartingTasks
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, Secret
-from skep.model.service import Service
+from skep.model.service import HealthState, Service, ServiceStatus
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import ServiceId
 from skep.store.interface import Store
 
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -39,17 +38,17 @@ class StartTimes(StartingTasks[float]):
 
     def __init__(self, store: Store, clock: Clock) -> None:
         super().__init__(store, _STARTING_MAX)
-        self._clock = clock
+        self.clock = clock
         self.histogram = Histogram(_START_BOUNDS_S)
 
     def created(self) -> float:
         """See ``StartingTasks``."""
-        return self._clock.monotonic()
+        return self.clock.monotonic()
 
     def changed(self, task: Task, value: float) -> float | None:
         """See ``StartingTasks``.  Observes the duration once the task runs."""
         if task.status.state is TaskState.RUNNING:
-            self.histogram.observe(self._clock.monotonic() - value)
+            self.histogram.observe(self.clock.monotonic() - value)
         return value if task.status.state < TaskState.RUNNING else None
 
 
@@ -84,17 +83,9 @@ class ClusterMetrics:
     async def families(self) -> list[MetricFamily]:
         """Return the families from this replica.  Yields to other work between batches of tasks."""
         states: Counter[str] = Counter({state.value: 0 for state in TaskState})
-        running: Counter[ServiceId] = Counter()
-        wanted: Counter[ServiceId] = Counter()
-        slots, one_shots = DoneSlots(), set(_one_shots(self._store.view().find(Service)))
         for piece in batches_of(self._store.view, Task):
             for task in piece:
-                if task.service_id in one_shots:
-                    slots.add(task)
                 states[task.status.state.value] += 1
-                if task.is_wanted:
-                    wanted[task.service_id] += 1
-                    running[task.service_id] += task.status.state is TaskState.RUNNING
             await asyncio.sleep(0)
         view = self._store.view()
         nodes, services = view.find(Node), view.find(Service)
@@ -106,7 +97,7 @@ class ClusterMetrics:
             gauge("swarm_manager_networks_total", "The number of networks.", len(view.ids(Network))),
             gauge("swarm_manager_secrets_total", "The number of secrets.", len(view.ids(Secret))),
             gauge("swarm_manager_configs_total", "The number of configs.", len(view.ids(Config))),
-            *service_families(services, running, wanted, Counter(id for id, _ in slots.done())),
+            *service_families(await self._statuses(services)),
             job_family(services),
             self._starts.histogram.family(
                 "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
@@ -120,6 +111,14 @@ class ClusterMetrics:
             *process_families("manager", self._lag),
             *self._of_others(),
         ]  # fmt: skip
+
+    async def _statuses(self, services: Iterable[Service]) -> list[tuple[Service, ServiceStatus]]:
+        clock = self._starts.clock
+        return [
+            (one, await status_with_health(self._store.view(), one, clock.now_ns(), clock))
+            for one in services
+            if one.removed_at is None
+        ]
 
     async def _space(self) -> list[MetricFamily]:
         try:
@@ -162,38 +161,36 @@ def _node_states(nodes: Iterable[Node]) -> Mapping[str, float]:
     return found
 
 
-def service_families(
-    services: Iterable[Service],
-    running: Mapping[ServiceId, int],
-    wanted: Mapping[ServiceId, int],
-    done: Mapping[ServiceId, int],
-) -> list[MetricFamily]:
-    """Return the running and desired tasks of each service.  Jobs, whose tasks end, are left out.
+def service_families(services: Sequence[tuple[Service, ServiceStatus]]) -> list[MetricFamily]:
+    """Return the health of each service, and its running and desired tasks.
 
-    Args:
-        done: Number of done slots of each replicated one-shot service.  They should not run.
+    Jobs, whose tasks end, have no numbers of tasks.  Done slots of a one-shot service should not run.
     """
-    rows = [
-        (
-            label_text({"service": one.spec.name}),
-            running.get(one.id, 0),
-            max(_desired(one, wanted) - done.get(one.id, 0), 0),
-        )
-        for one in services
-        if one.spec.mode.replicated_job is None and one.spec.mode.global_job is None
+    counted = [
+        (label_text({"service": one.spec.name}), status) for one, status in services if one.job_status is None
+    ]
+    states = [
+        Sample(label_text({"service": one.spec.name, "state": state.value}), int(health.state is state))
+        for one, status in services
+        if (health := status.health) is not None
+        for state in HealthState
     ]
     return [
+        MetricFamily("skep_service_state", "gauge", "Whether the service is in this state.", states),
         MetricFamily(
             "skep_service_running_tasks",
             "gauge",
             "Tasks of the service that run.",
-            [Sample(labels, count) for labels, count, _ in rows],
+            [Sample(labels, status.running_tasks) for labels, status in counted],
         ),
         MetricFamily(
             "skep_service_desired_tasks",
             "gauge",
             "Tasks of the service that should run.",
-            [Sample(labels, count) for labels, _, count in rows],
+            [
+                Sample(labels, max(status.desired_tasks - status.completed_tasks, 0))
+                for labels, status in counted
+            ],
         ),
     ]
 
@@ -210,19 +207,3 @@ def job_family(services: Iterable[Service]) -> MetricFamily:
             if one.job_status is not None
         ],
     )
-
-
-def _one_shots(services: Iterable[Service]) -> Iterable[ServiceId]:
-    """Return the ids of replicated services whose tasks end on success.
-
-    Global services are left out, because only their desired tasks count anyway.
-    """
-    return (
-        one.id
-        for one in services
-        if one.spec.mode.replicated is not None and one.spec.task_template.ends_on_success
-    )
-
-
-def _desired(service: Service, wanted: Mapping[ServiceId, int]) -> int:
-    return wanted.get(service.id, 0) if service.spec.mode.global_ is not None else service.spec.replicas

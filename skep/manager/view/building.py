@@ -5,24 +5,20 @@ Level-triggered: an event names keys, and each row is rebuilt from the current s
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from msgspec.structs import replace
-
-from skep.manager.control.tasks import is_up_to_date, known_status
-from skep.manager.diagnosis.explanations import explain_service
-from skep.manager.diagnosis.reasons import CauseKind, loop_ends_ns
-from skep.manager.routes.representations import service_status
+from skep.aio.clock import Clock
+from skep.manager.control.tasks import is_up_to_date
+from skep.manager.diagnosis.reasons import loop_ends_ns
+from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.view.rows import (
     STACK_LABEL,
     RevisionRow,
     Row,
-    TaskCounts,
     is_shown,
     network_row,
     networks_of,
     node_row,
     payload_row,
     revision_of,
-    seconds,
     service_row,
     stack_row,
     task_row,
@@ -33,21 +29,16 @@ from skep.model.network import Network
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.options.slot_volumes import differ_in_slots_alone
 from skep.model.secret import Config, Secret
-from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceStatus
+from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.values.ids import ConfigId, NetworkId, NodeId, SecretId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume
 from skep.store.interface import Event, Object, Updated, View
-from skep.store.kinds import as_run
 
 WATCHED: tuple[type[Object], ...] = (Service, Task, Node, Network, Secret, Config, Volume, Swarm)
 GLOBALS = Key("globals", "")
 """A pseudo key for all global services, whose wanted tasks depend on the nodes."""
-_EXPLAINED_MAX = 2_000
-"""Largest number of tasks with which a service's state is explained.  An explanation takes a few microseconds for each
-task.
-"""
 _KIND_OF: Mapping[type[Object], str] = {
     Node: "nodes",
     Task: "tasks",
@@ -107,7 +98,8 @@ class RowBuilder:
     which configs record revisions of a stack.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._named: dict[str, frozenset[Key]] = {}
         """The keys that a service names, by service."""
         self._users: dict[Key, set[str]] = {}
@@ -146,11 +138,11 @@ class RowBuilder:
             self._users.setdefault(key, set()).add(id)
         if service is None:
             return None, before ^ named
-        status = await service_status(view, service)
+        status = await status_with_health(view, service, now_ns, self._clock)
         ends = [loop_ends_ns(task, now_ns) for task in view.find(Task, service_id=service.id)]
         if found := [one for one in ends if one is not None]:
             self._loops_end[id] = min(found)
-        return service_row(service, _counts(view, service, status, now_ns)), before ^ named
+        return service_row(service, status), before ^ named
 
     def row(self, view: View, key: Key) -> tuple[Row | None, frozenset[Key]]:
         """Return the row of another kind, or None, and the keys of affected rows.  The cluster's row is built
@@ -221,80 +213,3 @@ def _named_by(service: Service) -> frozenset[Key]:
     if stack := service.spec.labels.get(STACK_LABEL):
         named.append(Key("stacks", stack))
     return frozenset(named)
-
-
-def _counts(view: View, service: Service, status: ServiceStatus, now_ns: int) -> TaskCounts:
-    """Count the tasks of a service and rate its state.
-
-    ``state`` is *healthy* in its desired state, *converging* while it converges, and *degraded* if something
-    failed or needs action.
-    """
-    update = service.update_status.state if service.update_status is not None else None
-    running, wanted = status.running_tasks, status.desired_tasks
-    tasks = view.find(Task, service_id=service.id)
-    done = status.completed_tasks if service.job_status is None else 0
-    is_well, reason, is_troubled, since = running + done >= wanted, "", False, 0.0
-    if len(tasks) <= _EXPLAINED_MAX:
-        is_troubled = any(_is_troubled(view, task, now_ns) for task in tasks)
-        if is_troubled or not is_well or service.job_status is not None:
-            explained = explain_service(
-                as_run(view, service),
-                _known(view, tasks),
-                wanted=wanted,
-                nodes=_nodes_of(view, tasks),
-                now_ns=now_ns,
-                done=done,
-            )
-            is_well, reason = explained.is_healthy and not is_troubled, explained.reason
-            if (problem := explained.problem) is not None:
-                since, is_troubled = seconds(problem.since), is_troubled or CauseKind(problem.kind).is_failure
-    elif not is_well:
-        reason = f"{running} of {wanted} tasks run"
-    if update in PAUSED or (is_troubled and not is_well):
-        state = "degraded"
-    else:
-        state = (
-            "healthy"
-            if is_well and update not in UNDER_WAY and not _is_surplus(service, status)
-            else "converging"
-        )
-    message = service.update_status.message if service.update_status is not None else ""
-    if not reason and (update in PAUSED or update in UNDER_WAY):
-        reason = message
-    return TaskCounts(
-        running=running,
-        desired=wanted,
-        completed=status.completed_tasks,
-        total=status.total_tasks,
-        state=state,
-        reason="" if state == "healthy" else reason,
-        since=0.0 if state == "healthy" else since,
-    )
-
-
-def _known(view: View, tasks: Sequence[Task]) -> list[Task]:
-    """Replace the status of tasks whose node is down by the known status."""
-    return [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
-
-
-def _nodes_of(view: View, tasks: Sequence[Task]) -> dict[NodeId, Node]:
-    """Return the nodes that a reason may name: all nodes if a task waits for one, else the nodes of the tasks."""
-    if any(task.status.state is TaskState.PENDING and task.status.err for task in tasks):
-        return {node.id: node for node in view.find(Node)}
-    found = (view.lookup(Node, id) for id in {task.node_id for task in tasks})
-    return {node.id: node for node in found if node is not None}
-
-
-def _is_surplus(service: Service, status: ServiceStatus) -> bool:
-    return service.job_status is None and status.running_tasks > status.desired_tasks
-
-
-def _is_troubled(view: View, task: Task, now_ns: int) -> bool:
-    """Return whether a wanted task has failed, cannot start, or runs in a crash loop."""
-    if not task.is_wanted or task.status.state is TaskState.COMPLETE:
-        return False
-    state = known_status(view, task).state
-    if state is TaskState.RUNNING:
-        return loop_ends_ns(task, now_ns) is not None
-    has_failed = task.restart is not None and task.restart.failures > 0
-    return state.is_terminal or state is TaskState.UNKNOWN or has_failed or bool(task.status.err)

@@ -56,7 +56,7 @@ class ClusterView:
         self._cluster = cluster
         self._table: RowTableState | None = None
         """None while nothing is followed."""
-        self._builder = RowBuilder()
+        self._builder = RowBuilder(self._clock)
         self._dirty: set[Key] = set()
         self._revision = 0
         """Revision of the last commit that was noted."""
@@ -80,7 +80,7 @@ class ClusterView:
                 following = group.create_task(self._follow(), name="follow the cluster")
                 await self._wait_left()
                 following.cancel()
-            self._table, self._builder, self._dirty = None, RowBuilder(), set()
+            self._table, self._builder, self._dirty = None, RowBuilder(self._clock), set()
 
     def prepare(self) -> None:
         """Start to follow the cluster for a viewer that is about to connect."""
@@ -173,7 +173,7 @@ class ClusterView:
         )
 
     def _begin(self, view: View) -> None:
-        self._table, self._builder = RowTableState(self._store.incarnation), RowBuilder()
+        self._table, self._builder = RowTableState(self._store.incarnation), RowBuilder(self._clock)
         self._dirty, self._revision = set(all_keys(view)), view.revision
 
     def _note(self, commit: Commit) -> None:

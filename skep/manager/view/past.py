@@ -15,7 +15,7 @@ from skep.store.interface import View
 async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -> bytes:
     """Return all rows of ``view`` as one JSON object.  ``at_s`` is its Unix time in seconds."""
     now_ns = int(at_s * SECOND_NS)
-    table, builder, slices = RowTableState(incarnation), RowBuilder(), TimeSlices(clock)
+    table, builder, slices = RowTableState(incarnation), RowBuilder(clock), TimeSlices(clock)
     keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
     stacks: set[Key] = set()
     for key in sorted(

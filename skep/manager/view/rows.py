@@ -23,7 +23,7 @@ from skep.model.node_reports.conditions import condition_messages
 from skep.model.options.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.options.slot_volumes import slot_volumes_of
 from skep.model.secret import Config, Secret
-from skep.model.service import PortConfig, Service, UpdateStatus
+from skep.model.service import PortConfig, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.volume import Volume
@@ -284,23 +284,23 @@ def _local_volumes(node: Node) -> tuple[LocalVolumeRow, ...]:
     return tuple(LocalVolumeRow(one.volume, one.service, one.slot, one.at_ms / 1000) for one in known)
 
 
-def service_row(service: Service, counts: "TaskCounts") -> ServiceRow:
-    """Return the row of ``service`` with the counts of its tasks."""
+def service_row(service: Service, status: ServiceStatus) -> ServiceRow:
+    """Return the row of ``service``.  ``status`` has its health."""
     spec = service.spec
-    container = spec.task_template.container_spec
+    container, health = spec.task_template.container_spec, status.health or ServiceHealth()
     return ServiceRow(
         id=service.id,
         name=spec.name,
         stack=spec.labels.get(STACK_LABEL, ""),
         image=_image(container.image if container is not None else ""),
         mode=spec.mode.name,
-        desired=counts.desired,
-        running=counts.running,
-        completed=counts.completed,
-        total=counts.total,
-        state=counts.state,
-        reason=_cut(counts.reason),
-        since=counts.since,
+        desired=status.desired_tasks,
+        running=status.running_tasks,
+        completed=status.completed_tasks,
+        total=status.total_tasks,
+        state=health.state.value,
+        reason=_cut(health.reason),
+        since=seconds(health.since),
         ports=_ports(service.endpoint.ports),
         networks=networks_of(service),
         secrets=tuple(one.secret_id for one in container.secrets) if container is not None else (),
@@ -317,19 +317,6 @@ def _ports(ports: Sequence[PortConfig]) -> tuple[PortRow, ...]:
         PortRow(port.published_port, port.target_port, port.protocol, port.publish_mode.value)
         for port in ports
     )
-
-
-class TaskCounts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Counts of a service's tasks, and the state that follows from them."""
-
-    running: int
-    desired: int
-    completed: int
-    total: int = 0
-    """Tasks that the current run of a job has to complete."""
-    state: str
-    reason: str
-    since: float
 
 
 def networks_of(service: Service) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import msgspec
 
 from skep.top.actions import Action
 from skep.top.logs import ShownLine
-from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot
+from skep.top.snapshot import Connection, LinkStatus, ShownTask, Snapshot, states_of
 from skep.top.watching import Publish
 
 
@@ -26,7 +26,8 @@ class StillCluster:
         publish(self.snapshot)
 
     async def details(self, kind: str, id: str, name: str) -> list[str]:
-        return [f"{kind} {name}: {self.snapshot.explained.get(id, {}).get('Reason', 'healthy')}"]
+        reasons = {one.id: one.reason for one in states_of(self.snapshot, 0.0)}
+        return [f"{kind} {name}: {reasons.get(id) or 'healthy'}"]
 
     async def perform(self, action: Action) -> None:
         if self.error is not None:
@@ -67,7 +68,9 @@ def a_node(name: str, **changes: Any) -> Mapping[str, Any]:
 
 
 def a_service(name: str, running: int = 2, wanted: int = 2, **changes: Any) -> Mapping[str, Any]:
-    """Return a replicated service.  ``changes``: ``image``, ``mode``, ``update``, ``previous``, ``settings``."""
+    """Return a replicated service.  ``changes``: ``image``, ``mode``, ``update``, ``previous``, ``settings``,
+    ``health``.
+    """
     spec = {
         "Name": name,
         "Labels": {},
@@ -80,7 +83,12 @@ def a_service(name: str, running: int = 2, wanted: int = 2, **changes: Any) -> M
         "Version": {"Index": 7},
         "Spec": spec,
         "Endpoint": {"Ports": changes.get("ports", [])},
-        "ServiceStatus": {"RunningTasks": running, "DesiredTasks": wanted, "CompletedTasks": 0},
+        "ServiceStatus": {
+            "RunningTasks": running,
+            "DesiredTasks": wanted,
+            "CompletedTasks": 0,
+            "Health": changes.get("health") or a_health("healthy" if running == wanted else "converging"),
+        },
     }
     if "update" in changes:
         found["UpdateStatus"] = changes["update"]
@@ -129,9 +137,9 @@ def a_snapshot(
     )
 
 
-def an_explanation(reason: str, *, weight: int = 0) -> Mapping[str, Any]:
-    """Return the explanation of a service that is not in its desired state."""
-    return {"IsHealthy": False, "Reason": reason, "Summary": reason, "Problem": {"Weight": weight}}
+def a_health(state: str, reason: str = "", *, weight: int = 0) -> Mapping[str, Any]:
+    """Return the health of a service as the API has it."""
+    return {"State": state, "Reason": reason, "Weight": weight}
 
 
 def a_shop() -> Snapshot:
@@ -140,6 +148,7 @@ def a_shop() -> Snapshot:
     refused = "no suitable node (insufficient resources on 2 nodes)"
     crash = 'exit 3, last line "panic: no database at db:5432"; crash loop, 4 failures in a row'
     update = {"State": "updating", "Message": "update in progress"}
+    prepares = a_health("converging", "m1 prepares it: image, mounts and networks", weight=4)
     return a_snapshot(
         nodes=(
             a_node("m1", role="manager", leader=True, load=0.31),
@@ -148,10 +157,10 @@ def a_shop() -> Snapshot:
         ),
         services=(
             a_service("web", 3, 3, image="shop/web:2.1", ports=[{"PublishedPort": 8080, "TargetPort": 80}]),
-            a_service("api", 4, 6, image="shop/api:7", update=update),
-            a_service("orders", 0, 1, image="shop/orders:3"),
+            a_service("api", 4, 6, image="shop/api:7", update=update, health=prepares),
+            a_service("orders", 0, 1, image="shop/orders:3", health=a_health("degraded", crash)),
             a_service("agent", 2, 2, image="shop/agent:1", mode={"Global": {}}),
-            a_service("report", 0, 2, image="shop/report:1"),
+            a_service("report", 0, 2, image="shop/report:1", health=a_health("degraded", refused, weight=1)),
         ),
         tasks=(
             *(
@@ -167,11 +176,6 @@ def a_shop() -> Snapshot:
             a_task("report", 1, state="pending", err=refused),
             a_task("report", 2, state="pending", err=refused),
         ),
-        explained={
-            "id-orders": an_explanation(crash),
-            "id-report": an_explanation(refused, weight=1),
-            "id-api": an_explanation("m1 prepares it: image, mounts and networks", weight=4),
-        },
         events=tuple(
             {
                 "Type": "task",

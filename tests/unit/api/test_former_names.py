@@ -14,7 +14,6 @@ from skep.api.client.requests import Filters, Requests
 from skep.cli.cluster.recover import check
 from skep.cli.see.explain import about_service, about_task
 from skep.cli.see.quorum import no_leader, quorum_of, way_out
-from skep.cli.see.status import service_rows
 from skep.errors import FailedPrecondition
 from skep.manager.diagnosis.explanations import ServiceExplanation, TaskExplanation
 from skep.manager.quorum import Quorum
@@ -104,16 +103,3 @@ async def test_the_commands_understand_an_earlier_manager() -> None:
         await client.post("/skep/services/placement"), tuple[PredictedPlacement, ...]
     )
     assert placements[0].error.startswith("no suitable node")
-
-
-async def test_the_status_of_an_earlier_manager_is_shown() -> None:
-    client = Earlier()
-    quorum = await quorum_of(client)
-    assert quorum is not None
-    service = {
-        "ID": "web",
-        "Spec": {"Name": "web", "TaskTemplate": {}, "Mode": {"Replicated": {"Replicas": 1}}},
-    }
-    rows = list(service_rows([service], {"web": await client.get("/skep/services/web/explain")}, 0.0))
-    assert not rows[0].is_healthy
-    assert "no suitable node" in rows[0].reason

@@ -5,7 +5,6 @@ from skep.cli.apps.job import until
 from skep.cli.output import Screen
 from skep.cli.see.explain import about_service
 from skep.cli.see.runs import shown as shown_runs
-from skep.cli.see.status import is_service_healthy
 from skep.model.values.times import SECOND_NS, unix_ns
 
 NOW = unix_ns("2026-11-24T10:00:00Z") / SECOND_NS
@@ -77,7 +76,7 @@ def test_runs_of_a_schedule_are_listed_with_their_reasons() -> None:
     assert lines[6] == ["0", "on", "request", "1h", "ago"]
 
 
-def test_explain_shows_the_schedule_and_status_does_not_complain_of_a_job_that_waits() -> None:
+def test_explain_shows_the_schedule_of_a_job_that_waits() -> None:
     explanation = {
         "Summary": "it waits for its first run",
         "Schedule": "@hourly (UTC), next run at 2026-11-24T11:00:00Z",
@@ -88,9 +87,3 @@ def test_explain_shows_the_schedule_and_status_does_not_complain_of_a_job_that_w
         "job: it waits for its first run",
         "  schedule: @hourly (UTC), next run at 2026-11-24T11:00:00Z",
     ]
-    service = {
-        "Spec": {"Mode": {"ReplicatedJob": {"TotalCompletions": 3}}},
-        "JobStatus": {"JobIteration": {}, "Schedule": {"Settled": "2026-11-24T10:00:00Z", "Starts": []}},
-    }
-    assert is_service_healthy(service)
-    assert not is_service_healthy({**service, "JobStatus": {"JobIteration": {}}})

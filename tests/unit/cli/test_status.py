@@ -12,8 +12,7 @@ from skep.cli.see.status import (
     StatusScreen,
     about_node,
     as_of,
-    is_cluster_healthy,
-    is_service_healthy,
+    cluster_health,
     lines_of,
     node_rows,
     service_rows,
@@ -41,7 +40,14 @@ def an_info(**swarm: Any) -> dict[str, Any]:
 
 def a_service(name: str, running: int, wanted: int, completed: int = 0, **mode: Any) -> dict[str, Any]:
     status = {"RunningTasks": running, "DesiredTasks": wanted, "CompletedTasks": completed}
-    return {"ID": f"id-{name}", "Spec": {"Name": name, "Mode": mode}, "ServiceStatus": status}
+    health = mode.pop("health", None) or {
+        "State": "healthy" if running + completed >= wanted else "converging"
+    }
+    return {
+        "ID": f"id-{name}",
+        "Spec": {"Name": name, "Mode": mode},
+        "ServiceStatus": {**status, "Health": health},
+    }
 
 
 def a_node(name: str, state: str = "ready", leader: bool = False) -> dict[str, Any]:
@@ -59,17 +65,15 @@ def test_the_reason_why_a_node_is_not_well_is_shown() -> None:
     assert rows["error"] == "the manager crashed 5 times"
 
 
-def a_status(nodes: list[Any], services: list[Any], explained: dict[str, Any]) -> StatusScreen:
+def a_status(nodes: list[Any], services: list[Any]) -> StatusScreen:
     cluster = ClusterStatus(
         id="c1",
         leader="m1",
         nodes=tuple(node_rows(nodes, ["m1", "m1", "w1"])),
-        services=tuple(service_rows(services, explained, NOW)),
+        services=tuple(service_rows(services, NOW)),
     )
     return StatusScreen(
-        health="healthy" if is_cluster_healthy(cluster) else "degraded",
-        node=(("node", "m1, skep 0.1.0"),),
-        cluster=cluster,
+        health=cluster_health(cluster).value, node=(("node", "m1, skep 0.1.0"),), cluster=cluster
     )
 
 
@@ -78,16 +82,8 @@ def a_degraded_one() -> StatusScreen:
     nodes[0]["Status"]["Message"] = "heartbeat failure"
     web = a_service("web", 2, 2)
     web["UpdateStatus"] = {"State": "completed", "CompletedAt": "2026-01-31T11:57:00Z"}
-    explained = {
-        "id-boom": {
-            "Summary": "-",
-            "Reason": REASON,
-            "RestartSummary": COURSE,
-            "IsHealthy": False,
-            "Problem": {"Weight": 0},
-        }
-    }
-    return a_status(nodes, [web, a_service("boom", 0, 2)], explained)
+    health = {"State": "degraded", "Reason": REASON, "RestartSummary": COURSE, "Weight": 0}
+    return a_status(nodes, [web, a_service("boom", 0, 2, health=health)])
 
 
 def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_is_not_well() -> None:
@@ -108,25 +104,26 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
     assert found.exit_code == DEGRADED
 
 
-def an_explanation(weight: int, since: str) -> dict[str, Any]:
-    return {"Summary": "-", "Reason": "r", "IsHealthy": False, "Problem": {"Weight": weight, "Since": since}}
+def a_problem(weight: int, since: str) -> dict[str, Any]:
+    state = "degraded" if weight < 3 else "converging"
+    return {"State": state, "Reason": "r", "Weight": weight, "Since": since}
 
 
-def next_command(nodes: list[Any], explained: dict[str, Any]) -> str:
-    services = [a_service(id.removeprefix("id-"), 0, 1) for id in explained]
-    return list(lines_of(a_status(nodes, services, explained), Screen()))[-1]
+def next_command(nodes: list[Any], problems: dict[str, Any]) -> str:
+    services = [a_service(name, 0, 1, health=health) for name, health in problems.items()]
+    return list(lines_of(a_status(nodes, services), Screen()))[-1]
 
 
 def test_next_names_the_oldest_failure_before_what_a_lost_node_has_left() -> None:
     m1 = a_node("m1", leader=True)
-    late, old = an_explanation(0, "2026-01-31T11:59:00Z"), an_explanation(0, "2026-01-31T11:20:00Z")
-    moving, lost = an_explanation(4, "2026-01-31T11:00:00Z"), an_explanation(2, "2026-01-31T11:00:00Z")
-    found = {"id-a": moving, "id-b": late, "id-c": old, "id-d": lost}
+    late, old = a_problem(0, "2026-01-31T11:59:00Z"), a_problem(0, "2026-01-31T11:20:00Z")
+    moving, lost = a_problem(4, "2026-01-31T11:00:00Z"), a_problem(2, "2026-01-31T11:00:00Z")
+    found = {"a": moving, "b": late, "c": old, "d": lost}
     assert next_command([m1], found) == "Next: skep explain c"
     down = [m1, a_node("w1", "down")]
     assert next_command(down, found) == "Next: skep explain c"
-    assert next_command(down, {"id-a": moving, "id-d": lost}) == "Next: skep explain w1"
-    assert next_command([m1], {"id-a": moving, "id-d": lost}) == "Next: skep explain d"
+    assert next_command(down, {"a": moving, "d": lost}) == "Next: skep explain w1"
+    assert next_command([m1], {"a": moving, "d": lost}) == "Next: skep explain d"
 
 
 def test_jobs_and_one_shot_services_show_what_is_done() -> None:
@@ -134,9 +131,8 @@ def test_jobs_and_one_shot_services_show_what_is_done() -> None:
     replicated, everywhere = a_service("a", 0, 0, 6, **total), a_service("b", 1, 1, 5, GlobalJob={})
     everywhere["ServiceStatus"]["TotalTasks"] = 6
     once, half = a_service("c", 0, 1, 1, Replicated={}), a_service("d", 1, 2, 1, Replicated={})
-    rows = list(service_rows([replicated, everywhere, once, half, a_service("e", 2, 3)], {}, NOW))
+    rows = list(service_rows([replicated, everywhere, once, half, a_service("e", 2, 3)], NOW))
     assert [row.tasks for row in rows] == ["6/6 done", "5/6 done", "1/1 done", "1/2", "2/3"]
-    assert [row.is_healthy for row in rows] == [True, False, True, True, False]
 
 
 def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> None:
@@ -160,32 +156,30 @@ def test_a_narrow_terminal_is_kept_to_and_has_colors() -> None:
 
 def test_a_large_cluster_shows_first_what_is_not_well() -> None:
     nodes = [a_node(f"n{number:03}") for number in range(100)] + [a_node("z", "down")]
-    services = [a_service(f"s{number:03}", 1, 1) for number in range(100)] + [a_service("zz", 0, 1)]
-    found = a_status(nodes, services, {})
+    services = [a_service(f"s{number:03}", 1, 1) for number in range(100)] + [
+        a_service("zz", 0, 1, health={"State": "converging", "Reason": "its tasks are not created yet"})
+    ]
+    found = a_status(nodes, services)
     lines = list(lines_of(found, Screen()))
     assert len(lines) < 62
     assert "81 more nodes. To show all, run skep status -o wide." in lines
     assert "71 more services. To show all, run skep status -o wide." in lines
     assert any(line.startswith("z ") for line in lines)
-    assert any(line.startswith("zz ") and "not in its desired state" in line for line in lines)
+    assert any(line.startswith("zz ") and "its tasks are not created yet" in line for line in lines)
     assert len(list(lines_of(found, Screen(is_wide=True)))) > 200
 
 
 def test_a_cluster_in_which_all_is_well_says_so_and_a_drained_node_is_well() -> None:
     node = a_node("m1", leader=True) | {"Spec": {"Availability": "drain"}}
-    found = a_status([node], [a_service("web", 1, 1)], {})
+    found = a_status([node], [a_service("web", 1, 1)])
     assert (found.health, found.exit_code) == ("healthy", 0)
     assert "ready, drain" in "\n".join(lines_of(found, Screen()))
 
 
 def test_a_paused_update_is_not_well() -> None:
-    web = a_service("web", 2, 2)
-    web["UpdateStatus"] = {
-        "State": "paused",
-        "Message": "manually paused",
-        "StartedAt": "2026-01-31T11:00:00Z",
-    }
-    (row,) = service_rows([web], {}, NOW)
+    web = a_service("web", 2, 2, health={"State": "degraded", "Reason": "manually paused"})
+    web["UpdateStatus"] = {"State": "paused", "StartedAt": "2026-01-31T11:00:00Z"}
+    (row,) = service_rows([web], NOW)
     assert (row.is_healthy, row.update, row.reason) == (False, "paused for 1h", "manually paused")
 
 
@@ -194,20 +188,21 @@ def test_a_manager_that_is_not_reached_is_not_well() -> None:
     assert (row.role, row.is_healthy, row.reason) == ("manager", False, "the manager is unreachable")
 
 
-def test_a_job_is_as_wanted_when_it_has_completed() -> None:
-    job = {"ReplicatedJob": {"MaxConcurrent": 1, "TotalCompletions": 3}}
-    assert is_service_healthy(a_service("job", 0, 1, completed=3, **job))
-    assert not is_service_healthy(a_service("job", 1, 1, completed=2, **job))
-    assert not is_service_healthy(a_service("job", 1, 1, **job))
-    assert is_service_healthy(a_service("web", 2, 2, Replicated={"Replicas": 2}))
+def test_a_cluster_that_only_converges_is_called_so_and_has_the_exit_code_of_an_unhealthy_one() -> None:
+    services = [a_service("web", 1, 1), a_service("new", 0, 1)]
+    found = a_status([a_node("m1", leader=True)], services)
+    assert (found.health, found.exit_code) == ("converging", DEGRADED)
+    services.append(a_service("bad", 0, 1, health={"State": "degraded"}))
+    assert a_status([a_node("m1", leader=True)], services).health == "degraded"
 
 
-def test_a_service_is_as_wanted_when_its_slots_run_or_are_done() -> None:
-    """As of a one-shot service, which ended with exit code 0."""
-    assert is_service_healthy(a_service("migrate", 0, 1, completed=1, Replicated={"Replicas": 1}))
-    assert not is_service_healthy(a_service("migrate", 0, 2, completed=1, Replicated={"Replicas": 2}))
-    found = a_status([a_node("m1", leader=True)], [a_service("migrate", 0, 1, completed=1)], {})
-    assert (found.health, found.exit_code) == ("healthy", 0)
+def test_a_service_without_a_health_is_not_called_healthy() -> None:
+    """An earlier manager does not report it."""
+    web = a_service("web", 2, 2)
+    del web["ServiceStatus"]["Health"]
+    (row,) = service_rows([web], NOW)
+    assert not row.is_healthy
+    assert "older than this command" in row.reason
 
 
 def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
@@ -247,7 +242,9 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
     nodes = [a_node(name, leader=name == "m1") for name in ("m1", "m2", "m3", "w1")]
     for node in nodes[1:3]:
         node["ManagerStatus"] = {"Reachability": "reachable"}
-    found = a_status(nodes, [a_service("web", 0, 2)], {})
+    found = a_status(
+        nodes, [a_service("web", 0, 2, health={"State": "converging", "Reason": "no node is ready"})]
+    )
     assert found.cluster is not None
     stale = StatusScreen(
         health="no leader",
@@ -267,7 +264,7 @@ def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> N
         "w1    worker   ready                  1      -",
         "",
         "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  REASON",
-        "web      0/2                            not in its desired state",
+        "web      0/2                            no node is ready",
         "Next: skep cluster recover --dry-run",
     ]
     assert stale.exit_code == LEADERLESS

@@ -5,9 +5,8 @@ from msgspec.structs import replace
 from skep.api.telemetry.exposition import render
 from skep.manager.telemetry.etcd_metrics import chosen
 from skep.manager.telemetry.metrics import StartTimes, service_families
-from skep.model.service import GlobalService, ServiceMode
+from skep.model.service import GlobalService, HealthState, ServiceHealth, ServiceMode, ServiceStatus
 from skep.model.task import TaskState
-from skep.model.values.ids import ServiceId
 from skep.store.interface import Commit, Created, Deleted, Updated
 from tests.support.builders import a_service, a_service_spec, a_task
 
@@ -85,14 +84,23 @@ def test_services_count_what_runs_and_what_should() -> None:
             "agent", id="s2", spec=replace(a_service_spec("agent"), mode=ServiceMode(global_=GlobalService()))
         ),
     ]
-    found = service_families(services, {ServiceId("s1"): 2, ServiceId("s2"): 4}, {ServiceId("s2"): 5}, {})
+    degraded = ServiceHealth(state=HealthState.DEGRADED)
+    counts = [
+        ServiceStatus(running_tasks=2, desired_tasks=3, health=degraded),
+        ServiceStatus(running_tasks=4, desired_tasks=5, health=ServiceHealth()),
+    ]
+    found = service_families(list(zip(services, counts, strict=True)))
     text = render(found).decode()
     assert 'skep_service_running_tasks{service="web"} 2' in text
     assert 'skep_service_desired_tasks{service="web"} 3' in text
     assert 'skep_service_desired_tasks{service="agent"} 5' in text
+    assert 'skep_service_state{service="web",state="degraded"} 1' in text
+    assert 'skep_service_state{service="web",state="healthy"} 0' in text
+    assert 'skep_service_state{service="agent",state="healthy"} 1' in text
 
 
 def test_a_slot_of_a_one_shot_service_that_is_done_is_not_expected_to_run() -> None:
     services = [a_service("migrate", id="s1", spec=a_service_spec("migrate", replicas=2))]
-    text = render(service_families(services, {}, {}, {ServiceId("s1"): 1})).decode()
+    status = ServiceStatus(desired_tasks=2, completed_tasks=1, health=ServiceHealth())
+    text = render(service_families([(services[0], status)])).decode()
     assert 'skep_service_desired_tasks{service="migrate"} 1' in text

@@ -20,12 +20,12 @@ from skep.top.snapshot import Connection, LinkStatus
 from skep.top.table import RowTable
 from tests.support.clients.top_clusters import (
     StillCluster,
+    a_health,
     a_node,
     a_service,
     a_shop,
     a_snapshot,
     a_task,
-    an_explanation,
 )
 from tests.support.clients.top_screen import PICTURE, picture
 
@@ -181,9 +181,8 @@ async def test_the_filter_narrows_every_view_and_escape_clears_it() -> None:
 async def test_names_logs_and_errors_are_never_markup_nor_control_characters() -> None:
     snapshot = a_snapshot(
         (a_node(f"n{HOSTILE}", message=HOSTILE, state="down"),),
-        (a_service(f"s{HOSTILE}", 0, 1, image=HOSTILE),),
+        (a_service(f"s{HOSTILE}", 0, 1, image=HOSTILE, health=a_health("degraded", HOSTILE)),),
         (a_task(f"s{HOSTILE}", 1, f"n{HOSTILE}", state="pending", err=HOSTILE),),
-        explained={f"id-s{HOSTILE}": an_explanation(HOSTILE)},
         events=(
             {"Type": HOSTILE, "Action": HOSTILE, "Actor": {"ID": HOSTILE, "Attributes": {HOSTILE: HOSTILE}}},
         ),

@@ -9,7 +9,7 @@ from skep.top.logs import ShownLine, line_of
 from skep.top.rows import COLUMNS, KnownRow, ScreenView, Tone, age_of, chosen, laid_out, rows_of, task_rows
 from skep.top.snapshot import ClusterHealth, Snapshot, Touched, headline, states_of, summary, touched_by
 from skep.top.watching import tasks_in
-from tests.support.clients.top_clusters import a_node, a_service, a_shop, a_snapshot, a_task, an_explanation
+from tests.support.clients.top_clusters import a_health, a_node, a_service, a_shop, a_snapshot, a_task
 
 
 def test_a_tasks_event_has_its_service_read_again_too() -> None:
@@ -41,8 +41,8 @@ def test_the_headline_names_the_worst_first_and_why() -> None:
         ClusterHealth.DEGRADED,
         "Node w2 is down: heartbeat failure. 2 services are degraded (orders, report). Service api is converging.",
     )
-    crash = an_explanation("exit 3; crash loop, 4 failures in a row")
-    shop = a_snapshot((a_node("m1"),), (a_service("orders", 0, 1),), explained={"id-orders": crash})
+    crash = a_health("degraded", "exit 3") | {"RestartSummary": "crash loop, 4 failures in a row"}
+    shop = a_snapshot((a_node("m1"),), (a_service("orders", 0, 1, health=crash),))
     assert health(shop) == (
         ClusterHealth.DEGRADED,
         "Service orders is degraded: exit 3; crash loop, 4 failures in a row.",
@@ -62,14 +62,10 @@ def test_a_cluster_with_all_it_should_have_is_healthy_even_with_a_warning() -> N
 
 
 def test_a_service_that_only_starts_or_updates_is_converging() -> None:
-    starting = an_explanation("m1 starts it", weight=4)
-    begun = a_snapshot(services=(a_service("web", 0, 1),), explained={"id-web": starting})
+    starting = a_health("converging", "m1 starts it", weight=4)
+    begun = a_snapshot(services=(a_service("web", 0, 1, health=starting),))
     assert health(begun) == (ClusterHealth.CONVERGING, "Service web is converging: m1 starts it.")
-    assert (
-        health(a_snapshot(services=(a_service("web", update={"State": "updating"}),)))[0]
-        is ClusterHealth.CONVERGING
-    )
-    paused = a_service("web", update={"State": "paused", "Message": "update paused due to failure"})
+    paused = a_service("web", health=a_health("degraded", "update paused due to failure"))
     assert health(a_snapshot(services=(paused,))) == (
         ClusterHealth.DEGRADED,
         "Service web is degraded: update paused due to failure.",

@@ -12,16 +12,16 @@ from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.http.server import Routes, json_response
 from skep.manager.control.targets import task_named
-from skep.manager.control.tasks import is_up_to_date, known_status
+from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
 from skep.manager.diagnosis.explanations import (
     ServiceExplanation,
     explain_autoscaling,
-    explain_service,
     explain_task,
 )
+from skep.manager.diagnosis.service_health import explanation_of, service_status
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.extensions.placement import accounting_of, names_for
-from skep.manager.routes.representations import damage_of, service_status, slot_in, with_damage
+from skep.manager.routes.representations import slot_in
 from skep.manager.scheduler.explaining.explain import (
     NodeVerdict,
     ServiceNames,
@@ -90,25 +90,24 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     """Explain why a service has fewer tasks than desired, and why its tasks failed."""
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
-    status = await service_status(view, service)
-    view = manager_of(request).store.view()
-    service = as_run(view, service)
-    tasks = [with_damage(view, task) for task in view.find(Task, service_id=service.id)]
-    nodes = {node.id: node for node in view.find(Node)}
-    explanation = explain_service(
+    clock = SystemClock()
+    explanation = await explanation_of(
+        view,
         service,
-        [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks],
-        wanted=status.desired_tasks,
-        done=status.completed_tasks if service.job_status is None else 0,
-        nodes=nodes,
-        now_ns=SystemClock().now_ns(),
+        await service_status(view, service),
+        clock.now_ns(),
+        clock,
         is_new=lambda task: is_up_to_date(view, task),
     )
+    tasks = view.find(Task, service_id=service.id)
     usages = await manager_of(request).collect_usages() if AUTOSCALE in service.spec.labels else {}
     explanation = replace(
         explanation,
         autoscaling=explain_autoscaling(
-            service, tasks, usages, partial(replicas_within_quota, manager_of(request).store.view(), service)
+            as_run(view, service),
+            tasks,
+            usages,
+            partial(replicas_within_quota, manager_of(request).store.view(), service),
         ),
     )
     waiting = next((one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING), None)

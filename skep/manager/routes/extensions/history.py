@@ -7,14 +7,16 @@ from contextlib import suppress
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.api.access.identity import identity_of
 from skep.api.formats.timestamps import parse_time
 from skep.api.http.server import Routes, json_response
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.control.tasks import known_status
+from skep.manager.diagnosis.service_health import status_with_health
 from skep.manager.journal.reading import LIMIT_MAX, TIME_MAX, HistoryQuery, page
 from skep.manager.routes.access import current_view, manager_of, past_of
-from skep.manager.routes.representations import problems_of, service_status, shown_node, shown_service
+from skep.manager.routes.representations import problems_of, shown_node, shown_service
 from skep.model.history import EntryType, without_credentials
 from skep.model.node import Node
 from skep.model.permissions.access import EVERY_STACK, Identity, Role
@@ -107,7 +109,11 @@ async def show_state(request: web.Request) -> web.Response:
     view = past.view
     nodes, services = problems_of(view, Node), problems_of(view, Service)
     shown = [
-        shown_service(services, without_credentials(service), status=await service_status(view, service))
+        shown_service(
+            services,
+            without_credentials(service),
+            status=await status_with_health(view, service, past.at_ns, SystemClock()),
+        )
         for service in view.find(Service)
         if service.removed_at is None
     ]

@@ -69,7 +69,7 @@ def test_a_node_has_the_paths_that_fail_and_the_volumes_with_data() -> None:
 
 
 def test_a_stack_has_its_revisions_with_the_plan_and_the_end_of_each_deploy() -> None:
-    store, builder = MemoryStore(SystemClock()), RowBuilder()
+    store, builder = MemoryStore(SystemClock()), RowBuilder(SystemClock())
 
     def config(number: int, state: str) -> Config:
         labels = {

@@ -1,0 +1,118 @@
+"""Every view shows the same health of a service, in situations of simulated clusters."""
+
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Mapping
+from random import Random
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+
+from sim.cluster import SimulatedCluster
+from sim.fault_injector import FaultInjector
+from sim.storage import SimulatedStorage
+from sim.users import Users
+from skep.aio.clock import SystemClock
+from skep.cli.see.status import service_rows
+from skep.cli.stack.stack_lists import NAMESPACE, stacks
+from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
+from skep.manager.routes.representations import problems_of, shown_service
+from skep.manager.telemetry.metrics import service_families
+from skep.manager.view.building import RowBuilder
+from skep.manager.view.rows import ServiceRow
+from skep.model.service import PAUSED, HealthState, Service
+from skep.store.interface import View
+from skep.top.snapshot import Snapshot, health_of, states_of
+
+CLUSTERS = 25
+SITUATIONS = 10
+"""Situations of each cluster, in which each service is compared."""
+
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work``, which only pauses, without an event loop beside that of the simulation."""
+    try:
+        while True:
+            work.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def situations(seed: int) -> Iterator[tuple[View, int]]:
+    """Yield states of a cluster with random services under random faults, each with its Unix time in nanoseconds."""
+    random = Random(seed)
+    with SimulatedCluster(managers=3, workers=4, seed=seed, storage=SimulatedStorage()) as cluster:
+        users, injector = Users(cluster, Random(seed)), FaultInjector(cluster)
+        users.begin()
+        for _ in range(SITUATIONS):
+            for _ in range(3):
+                users.act()
+            if random.random() < 0.5:
+                injector.inject()
+            cluster.run_for(random.choice((0.05, 0.4, 2.0, 8.0, 20.0)))
+            yield cluster.view, cluster.clocks[cluster.managers[0]].now_ns()
+            users.act()
+            cluster.run_for(0.01)
+
+
+async def shown(view: View, service: Service, now_ns: int) -> Mapping[str, str]:
+    """Return the state of ``service`` by the view that shows it."""
+    clock = SystemClock()
+    status = await status_with_health(view, service, now_ns, clock)
+    response = msgspec.json.decode(
+        msgspec.json.encode(shown_service(problems_of(view, Service), service, status=status))
+    )
+    (line,) = service_rows([response], now_ns / 1e9)
+    (top,) = states_of(Snapshot(services={service.id: response}), now_ns / 1e9)
+    stacked = {**response, "Spec": {**response["Spec"], "Labels": {NAMESPACE: "s"}}}
+    explained = await explanation_of(view, service, await service_status(view, service), now_ns, clock)
+    row, _ = await RowBuilder(clock).service(view, service.id, now_ns)
+    assert isinstance(row, ServiceRow)
+    states = next(one for one in service_families([(service, status)]) if one.name == "skep_service_state")
+    return {
+        "status": line.state.value,
+        "top": health_of(top).value.lower(),
+        "stack": stacks([stacked]).rows[0]["State"].value,
+        "explain": explained.state.value,
+        "dashboard": row.state,
+        "metrics": " ".join(state.value for state in HealthState if f'"{state.value}"' in metric(states)),
+    }
+
+
+def metric(family: Any) -> str:
+    """Return the labels of the samples that are 1."""
+    return " ".join(one.labels for one in family.samples if one.value == 1)
+
+
+@pytest.fixture(scope="module")
+def compared() -> list[tuple[Service, int, int, Mapping[str, str]]]:
+    """Services with their running and desired tasks, and what the views show."""
+    found = []
+    for seed in range(CLUSTERS):
+        for view, now_ns in situations(seed):
+            for service in view.find(Service):
+                if service.removed_at is None:
+                    status = run(service_status(view, service))
+                    states = run(shown(view, service, now_ns))
+                    found.append((service, status.running_tasks, status.desired_tasks, states))
+    return found
+
+
+def test_all_views_show_the_same_state(compared: list[tuple[Service, int, int, Mapping[str, str]]]) -> None:
+    assert len(compared) > 200
+    differ = [(one.spec.name, states) for one, _, _, states in compared if len(set(states.values())) > 1]
+    assert differ == []
+
+
+def test_the_situations_have_every_state_and_kind_of_service(
+    compared: list[tuple[Service, int, int, Mapping[str, str]]],
+) -> None:
+    states = Counter(states["explain"] for *_, states in compared)
+    assert set(states) == {state.value for state in HealthState}
+    assert {one.spec.mode.name for one, *_ in compared} >= {"replicated", "global", "replicated-job"}
+    updates = {one.update_status.state for one, *_ in compared if one.update_status is not None}
+    assert updates & set(PAUSED)
+    assert any(running > desired for _, running, desired, _ in compared), "surplus tasks"

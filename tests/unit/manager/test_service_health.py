@@ -1,0 +1,162 @@
+"""Whether a service is in its desired state, and why not."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
+from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.service import (
+    HealthState,
+    JobStatus,
+    ReplicatedJob,
+    RestartCondition,
+    RestartPolicy,
+    ScheduleStatus,
+    Service,
+    ServiceHealth,
+    ServiceMode,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.task import Restart, Task, TaskState, TaskStatus
+from skep.model.values.ids import TaskId
+from skep.model.values.meta import Version
+from skep.model.values.times import SECOND_NS, timestamp
+from skep.store.interface import View
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+
+CLOCK = SystemClock()
+RUNNING, STARTING, SHUTDOWN = TaskState.RUNNING, TaskState.STARTING, TaskState.SHUTDOWN
+NOW_NS = 1_800_000_000 * SECOND_NS
+M1 = a_node("m1")
+
+
+def web(replicas: int = 2, **changes: object) -> Service:
+    return replace(a_service("web", spec=a_service_spec("web", replicas=replicas)), **changes)
+
+
+def tasks(service: Service, *states: TaskState) -> list[Task]:
+    return [
+        a_task(service=service, slot=slot, node="m1", state=state) for slot, state in enumerate(states, 1)
+    ]
+
+
+async def stored(service: Service, found: list[Task], node: Node) -> View:
+    store = MemoryStore(CLOCK)
+
+    await store.update(lambda tx: [tx.put(one) for one in (node, service)])
+    await store.update_each(lambda tx, task: tx.put(task), found)
+    return store.view()
+
+
+async def health(service: Service, found: list[Task], node: Node = M1) -> ServiceHealth:
+    """Return the health, which an explanation of all tasks confirms."""
+    view = await stored(service, found, node)
+    status = await status_with_health(view, service, NOW_NS, CLOCK)
+    explained = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+    assert status.health == explained.health
+    assert status.health is not None
+    return status.health
+
+
+async def test_a_service_whose_tasks_run_is_healthy() -> None:
+    found = await health(web(), tasks(web(), RUNNING, RUNNING))
+    assert (found.state, found.reason) == (HealthState.HEALTHY, "")
+
+
+async def test_a_running_task_in_a_crash_loop_degrades_its_service() -> None:
+    """It runs at the moment, and will end again."""
+    one, two = tasks(web(), RUNNING, RUNNING)
+    began = timestamp(NOW_NS - SECOND_NS)
+    loops = replace(one, restart=Restart(failures=3), status=TaskStatus(state=RUNNING, timestamp=began))
+    assert (await health(web(), [loops, two])).state is HealthState.DEGRADED
+
+
+async def test_a_task_that_starts_or_waits_for_another_service_makes_it_converge() -> None:
+    assert (await health(web(), tasks(web(), RUNNING, STARTING))).state is HealthState.CONVERGING
+    one, two = tasks(web(), RUNNING, TaskState.PENDING)
+    waits = replace(
+        two, node_id="", status=replace(two.status, err="waits for service db, which has 0 of 1 tasks")
+    )
+    found = await health(web(), [one, waits])
+    assert (found.state, found.reason) == (
+        HealthState.CONVERGING,
+        "it waits for service db, which has 0 of 1 tasks",
+    )
+
+
+async def test_a_task_without_a_suitable_node_or_on_a_lost_node_degrades_its_service() -> None:
+    one, two = tasks(web(), RUNNING, TaskState.PENDING)
+    homeless = replace(
+        two,
+        node_id="",
+        status=replace(two.status, err="no suitable node (insufficient resources on 1 node)"),
+    )
+    assert (await health(web(), [one, homeless])).state is HealthState.DEGRADED
+    down = replace(M1, status=NodeStatus(state=NodeState.DOWN))
+    assert (await health(web(), tasks(web(), RUNNING, RUNNING), down)).state is HealthState.DEGRADED
+
+
+async def test_surplus_tasks_make_a_service_converge() -> None:
+    found = await health(web(1), tasks(web(1), RUNNING, RUNNING))
+    assert (found.state, found.reason) == (HealthState.CONVERGING, "its old tasks are being stopped")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (UpdateState.PAUSED, HealthState.DEGRADED),
+        (UpdateState.ROLLBACK_PAUSED, HealthState.DEGRADED),
+        (UpdateState.UPDATING, HealthState.CONVERGING),
+        (UpdateState.ROLLBACK_STARTED, HealthState.CONVERGING),
+        (UpdateState.COMPLETED, HealthState.HEALTHY),
+        (UpdateState.ROLLBACK_COMPLETED, HealthState.HEALTHY),
+    ],
+)
+async def test_an_update_counts_although_all_tasks_run(state: UpdateState, expected: HealthState) -> None:
+    service = web(update_status=UpdateStatus(state=state, message="why"))
+    found = await health(service, tasks(service, RUNNING, RUNNING))
+    assert (found.state, found.reason) == (expected, "" if expected is HealthState.HEALTHY else "why")
+
+
+async def test_a_slot_whose_task_is_only_being_stopped_is_not_healthy() -> None:
+    """Two tasks run, as many as should, but one of them will end and has no successor yet."""
+    one, two = tasks(web(), RUNNING, RUNNING)
+    assert (await health(web(), [one, replace(two, desired_state=SHUTDOWN)])).state is HealthState.CONVERGING
+
+
+async def test_of_a_large_service_the_task_with_a_problem_is_found() -> None:
+    service = web(3_000)
+    found = tasks(service, *[RUNNING] * 2_999)
+    failed = a_task(
+        service=service, slot=3_000, node="m1", state=TaskState.FAILED, desired=TaskState.SHUTDOWN
+    )
+    failed = replace(failed, status=replace(failed.status, err="task: non-zero exit (7)"))
+    starts = a_task(service=service, slot=3_000, node="m1", state=STARTING)
+    starts = replace(starts, id=TaskId("again"), restart=Restart(failures=1), created_at=timestamp(NOW_NS))
+    shown = await health(service, [*found, failed, starts])
+    assert (shown.state, shown.reason) == (HealthState.DEGRADED, "exit 7")
+
+
+async def test_a_job_converges_until_it_has_completed() -> None:
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=2))
+    job = web(spec=replace(a_service_spec("job"), mode=mode), job_status=JobStatus(job_iteration=Version(1)))
+
+    def of_job(*states: TaskState) -> list[Task]:
+        return [replace(task, job_iteration=Version(1)) for task in tasks(job, *states)]
+
+    assert (await health(job, of_job(TaskState.COMPLETE, RUNNING))).state is HealthState.CONVERGING
+    done = await health(job, of_job(TaskState.COMPLETE, TaskState.COMPLETE))
+    assert (done.state, done.reason) == (HealthState.HEALTHY, "")
+    waits = replace(job, job_status=JobStatus(job_iteration=Version(0), schedule=ScheduleStatus()))
+    assert (await health(waits, [])).state is HealthState.HEALTHY, "a scheduled job before its first run"
+
+
+async def test_a_slot_of_a_one_shot_service_that_is_done_needs_no_task() -> None:
+    spec = a_service_spec("migrate", replicas=2)
+    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE)
+    once = web(spec=replace(spec, task_template=replace(spec.task_template, restart_policy=policy)))
+    assert (await health(once, tasks(once, TaskState.COMPLETE, RUNNING))).state is HealthState.HEALTHY
+    assert (await health(once, tasks(once, TaskState.COMPLETE))).state is HealthState.CONVERGING
