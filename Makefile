@@ -3,6 +3,8 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
+# Images of containers set this.  Then each of the many processes that the tests start compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
 # Most tests wait for something most of the time. Files stay whole: their tests share a cluster.
