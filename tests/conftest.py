@@ -1,17 +1,19 @@
 """What all tests share: options, their order, needs of the machine."""
 
+import gc
 import os
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import structlog
 from hypothesis import settings
 
+from skep.aio.event_loop import gc_settings
 from tests.support.harness.alone import Turns
 from tests.support.harness.second_attempts import SecondAttempts
 from tests.support.harness.tracebacks import ShownTracebacks
@@ -86,6 +88,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if passing := [item.nodeid for item in items if NAME_OF_ONE_PROCESS.search(item.nodeid)]:
         raise pytest.UsageError(f"the name of a test differs from process to process: {passing[0]}")
     items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep all modules and collected tests out of garbage collections, which would scan millions of objects in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc_settings.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
