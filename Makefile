@@ -3,11 +3,14 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
+# Images of containers set this.  Then each of the many processes that the tests start compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
-# Most tests wait for something most of the time. Files stay whole: their tests share a cluster.
+# Most tests wait for something most of the time. Files stay whole: their tests share a cluster. Their order is that of
+# tests/support/harness/order.py.
 WORKERS ?= 3
-BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile
+BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What a busy machine did not do in time, and any failure of real processes, is tried once more; the first failure is shown at the
 # end (decisions 29 and 80).
 IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' --rerun-show-tracebacks -rfER
@@ -26,7 +29,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
+.PHONY: help setup setup-run demo demo-down install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -50,10 +53,15 @@ install: setup-run ## link the command into /usr/local/bin, install unit and man
 	@sed 's,/usr/local/bin/skep,$(PREFIX)/bin/skep,' packaging/skep.service >$(DESTDIR)/etc/systemd/system/skep.service
 
 check: setup ## format, lint, types, import contracts, wording
-	@$(BIN)/ruff format --check .
-	@$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync types lint
+
+types: # mypy uses one processor, so the other checks run beside it
 	@$(BIN)/mypy
 	@$(BIN)/mypy --config-file tests/mypy.ini
+
+lint:
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m docs.voice
 

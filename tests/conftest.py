@@ -1,17 +1,20 @@
 """What all tests share: options, their order, needs of the machine."""
 
+import gc
 import os
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import structlog
 from hypothesis import settings
 
+from skep.aio.event_loop import gc_settings
+from tests.support.harness import order
 from tests.support.harness.alone import Turns
 from tests.support.harness.second_attempts import SecondAttempts
 from tests.support.harness.tracebacks import ShownTracebacks
@@ -78,14 +81,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Integration tests come after all others; names are the same in every process."""
+    """Integration tests come after all others, or among them in workers; names are the same in every process."""
     if not may_have_chromium():
         left_out = [item for item in items if item.get_closest_marker("chromium")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     if passing := [item.nodeid for item in items if NAME_OF_ONE_PROCESS.search(item.nodeid)]:
         raise pytest.UsageError(f"the name of a test differs from process to process: {passing[0]}")
-    items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))
+    if hasattr(config, "workerinput"):
+        items[:] = order.spread(items)
+    else:
+        items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep all modules and collected tests out of garbage collections, which would scan millions of objects in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc_settings.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,9 +1,7 @@
 """A whole node, from its socket to its etcd, answers the script as the recorded engine did."""
 
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +11,7 @@ from tests.conformance.record import ask
 from tests.conformance.script import Step
 from tests.conformance.test_replay import DIFFERENCES, OF_LOOPS, recording
 from tests.support.machines.daemon_rig import DaemonRig, daemon_rig
+from tests.support.machines.directories import a_directory
 
 NODE_DIFFERENCES = {
     "broken JSON before init": "a node that is no manager does not read what is meant for one",
@@ -23,10 +22,7 @@ NODE_DIFFERENCES = {
 @pytest.fixture(scope="module")
 def answers() -> Iterator[dict[str, Recorded]]:
     """What a node answers to everything: before it is in a swarm, at the init, and after."""
-    with (
-        tempfile.TemporaryDirectory(prefix="skep-", dir="/var/tmp") as directory,
-        daemon_rig(Path(directory)) as rig,
-    ):
+    with a_directory("skep-") as directory, daemon_rig(directory) as rig:
         rig.start()
         add_address(rig, "10.77.0.1/24")
         yield ask_everything(rig)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -77,13 +78,19 @@ def test_service_logs_of_all_tasks(m1: TestNode, web: str, cli: str) -> None:
 
 
 def test_service_update_of_the_environment_rolls_every_task(m1: TestNode, web: str, cli: str) -> None:
-    # The command returns as soon as the update is completed, which may be before it saw every task run.
+    # The command returns once it has seen every task run for the monitor's time, or once the update is completed.
+    # Either may be first.
     shown = m1.docker("service", "update", "--env-add", "X=1", "--update-monitor", "10ms", web, cli=cli)
     assert "overall progress" in shown.stdout
-    (service,) = json.loads(m1.docker("service", "inspect", web, cli=cli).stdout)
+
+    def inspected() -> dict[str, Any]:
+        (service,) = json.loads(m1.docker("service", "inspect", web, cli=cli).stdout)
+        return service
+
+    wait_until(lambda: inspected()["UpdateStatus"]["State"] == "completed", "the update is completed")
+    service = inspected()
     assert service["Spec"]["TaskTemplate"]["ContainerSpec"]["Env"] == ["X=1"]
     assert service["PreviousSpec"]["TaskTemplate"]["ContainerSpec"].get("Env") is None
-    assert service["UpdateStatus"]["State"] == "completed"
 
 
 def test_containers_of_tasks_can_be_listed_inspected_and_entered(m1: TestNode, web: str, cli: str) -> None:

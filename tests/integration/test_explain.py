@@ -55,6 +55,8 @@ def test_a_failed_health_check_stays_the_reason_while_new_attempts_are_made(m1: 
         "web",
         "--restart-delay",
         "1s",
+        "--stop-grace-period",
+        "1s",
         *words,
         IMAGE,
         "sh",

@@ -4,13 +4,12 @@ import ipaddress
 import json
 import re
 import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.machines.daemon_rig import daemon_rig
+from tests.support.machines.directories import a_directory
 from tests.support.machines.playground_rig import (
     CLIS,
     IDLE,
@@ -202,10 +201,7 @@ def test_what_docker_predefines_is_there(m1: TestNode, words: tuple[str, ...]) -
 
 
 def test_the_first_networks_of_a_cluster_avoid_what_its_machine_has() -> None:
-    with (
-        tempfile.TemporaryDirectory(prefix="skep-", dir="/var/tmp") as directory,
-        daemon_rig(Path(directory)) as rig,
-    ):
+    with a_directory("skep-") as directory, daemon_rig(directory) as rig:
         rig.start()
         assert rig.process is not None
         for words in (

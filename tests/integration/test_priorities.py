@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.support.machines.playground_rig import IMAGE, SKEP, TestNode, wait_running, wait_until
+from tests.support.machines.playground_rig import IDLE, IMAGE, SKEP, TestNode, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -16,7 +16,7 @@ def skep(node: TestNode, *words: str) -> str:
 
 def create(node: TestNode, name: str, replicas: int, memory_bytes: int, *words: str) -> None:
     room = ("--reserve-memory", str(memory_bytes), "--replicas", str(replicas))
-    node.docker("service", "create", "--detach", "--name", name, *room, *words, IMAGE, "sleep", "600")
+    node.docker("service", "create", "--detach", "--name", name, *room, *words, IMAGE, *IDLE)
 
 
 def listed(node: TestNode, name: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from tests.support.machines.playground_rig import (
+    IDLE,
     IMAGE,
     TestCluster,
     TestNode,
@@ -263,14 +264,10 @@ def test_a_task_is_not_placed_where_a_plain_container_publishes_its_port(nodes: 
     try:
         wait_until(lambda: "8091" in used_ports(m1, "w1"), "the node has reported the port")
         port = ("--publish", "mode=host,target=80,published=8091")
-        m1.docker(
-            "service", "create", "-d", "--name", "host", "--mode", "global", *port, IMAGE, "sleep", "1000"
-        )
+        m1.docker("service", "create", "-d", "--name", "host", "--mode", "global", *port, IMAGE, *IDLE)
         wait_running(m1, "host", 2)
         m1.docker("service", "rm", "host")
-        m1.docker(
-            "service", "create", "-d", "--name", "web", "--replicas", "3", *port, IMAGE, "sleep", "1000"
-        )
+        m1.docker("service", "create", "-d", "--name", "web", "--replicas", "3", *port, IMAGE, *IDLE)
         wait_running(m1, "web", 2)
         explained = "host-mode port already in use on 3 nodes"
         wait_until(lambda: explained in m1.docker("service", "ps", "--no-trunc", "web").stdout, "the reason")

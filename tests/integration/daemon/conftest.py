@@ -1,6 +1,5 @@
 """Daemons of a test's own."""
 
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,15 +8,13 @@ import pytest
 
 from tests.support.clients.front_rig import Rig
 from tests.support.machines.daemon_rig import DaemonRig, daemon_rig
+from tests.support.machines.directories import a_directory
 
 
 @pytest.fixture
 def rig() -> Iterator[DaemonRig]:
-    """A daemon that is not started yet.  Its directory is short: sockets have short paths."""
-    with (
-        tempfile.TemporaryDirectory(prefix="skep-", dir="/var/tmp") as directory,
-        daemon_rig(Path(directory)) as rig,
-    ):
+    """A daemon that is not started yet."""
+    with a_directory("skep-") as directory, daemon_rig(directory) as rig:
         yield rig
 
 

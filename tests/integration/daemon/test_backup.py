@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.machines.daemon_rig import INIT, SKEP, DaemonRig, daemon_rig, wait_until
+from tests.support.machines.directories import a_directory
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -19,10 +19,7 @@ PASSPHRASE = "correct horse battery staple"
 @pytest.fixture
 def other() -> Iterator[DaemonRig]:
     """A second machine."""
-    with (
-        tempfile.TemporaryDirectory(prefix="skep-", dir="/var/tmp") as directory,
-        daemon_rig(Path(directory)) as rig,
-    ):
+    with a_directory("skep-") as directory, daemon_rig(directory) as rig:
         yield rig
 
 

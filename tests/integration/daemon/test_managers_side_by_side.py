@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.support.machines.daemon_rig import DaemonRig, daemon_rig, wait_until
+from tests.support.machines.directories import a_directory
 
 PORTS = (2477, 2478, 2479)
 
@@ -18,8 +17,8 @@ def machine() -> Iterator[tuple[DaemonRig, DaemonRig, DaemonRig]]:
     with ExitStack() as stack:
         made: list[DaemonRig] = []
         for _ in PORTS:
-            directory = stack.enter_context(TemporaryDirectory(prefix="skep-", dir="/var/tmp"))
-            rig = stack.enter_context(daemon_rig(Path(directory), made[0] if made else None))
+            directory = stack.enter_context(a_directory("skep-"))
+            rig = stack.enter_context(daemon_rig(directory, made[0] if made else None))
             rig.start()
             made.append(rig)
         yield made[0], made[1], made[2]

@@ -25,6 +25,8 @@ from skep.model.values.ids import NodeId
 from tests.support.networks.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0
+TWO_ROUNDS = 10
+"""Comparisons of a node in two rounds: its own namespace, those of two networks and of one or two containers."""
 UNSTEADY = "s/@[^ :]*//; s/,LOWER_UP//; s/,M-DOWN//; s/NO-CARRIER,//; s/qdisc [a-z]*//; s/ state.*//"
 
 
@@ -178,7 +180,7 @@ async def test_without_changes_nothing_is_repaired(scene: Scene) -> None:
         await node.detach(network, end)
     scene.lab.tell(DUAL)
     await scene.lab.apply([network, other], DUAL.id)
-    enough = repairs.comparisons + 20
+    enough = repairs.comparisons + TWO_ROUNDS
     while repairs.comparisons < enough:  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0.05)
     assert dict(repairs.counts) == {}
@@ -223,7 +225,7 @@ async def test_a_rule_that_cannot_be_is_left_out_alone(scene: Scene) -> None:
     said = [one["elements"] for one in logs if one["event"] == "elements refused by nftables left out"]
     assert said == [["peers6 fe80::1%x . 4100"]]
     repairs = network.repairs
-    enough = repairs.comparisons + 20
+    enough = repairs.comparisons + TWO_ROUNDS
     while repairs.comparisons < enough:  # noqa: ASYNC110  # there is no event
         await asyncio.sleep(0.05)
     assert dict(repairs.counts) == {}

@@ -16,17 +16,24 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SKEP = str(Path(sys.executable).with_name("skep"))
+PAUSE_S_MIN, PAUSE_S_MAX = 0.02, 0.1
+"""Seconds between two looks at a condition.  A tenth of the time that the test has waited lies between them."""
 INIT = {"ListenAddr": "127.0.0.1:2377", "AdvertiseAddr": "127.0.0.1"}
 
 
-def wait_until(condition: Callable[[], T], what: str, within_s: float = 20) -> T:
-    """Poll until ``condition`` returns a true value, and return it.  Fail the test after ``within_s``."""
-    deadline = time.monotonic() + within_s
+def wait_until(condition: Callable[[], T], what: str, within_s: float = 30) -> T:
+    """Poll until ``condition`` returns a true value, and return it.  Fail the test after ``within_s``.
+
+    The pauses grow to ``PAUSE_S_MAX``, because most conditions run a command or send a request, which would keep a
+    processor busy for as long as a test waits.
+    """
+    began = time.monotonic()
     while True:
         if result := condition():
             return result
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
-        time.sleep(0.02)
+        waited = time.monotonic() - began
+        assert waited < within_s, f"not within {within_s} s: {what}"
+        time.sleep(min(max(waited / 10, PAUSE_S_MIN), PAUSE_S_MAX))
 
 
 class Connection(HTTPConnection):

@@ -6,22 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
 from requests.exceptions import RequestException
 
-from skep.aio.trees import discard_tree_now
 from tests.support.harness import last_logs as last_words
-
-T = TypeVar("T")
+from tests.support.machines.daemon_rig import wait_until
+from tests.support.machines.directories import a_directory
 
 SKEP = str(Path(sys.executable).with_name("skep"))
 UNPACKED = Path(sys.prefix) / "libexec/skep"
@@ -46,16 +43,6 @@ CLIS = _docker_commands() or ("docker",)
 IMAGE = "busybox:1"
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
 """Command that idles, and exits at once on SIGTERM."""
-
-
-def wait_until(condition: Callable[[], T], what: str, within_s: float = 30) -> T:
-    """Poll until ``condition`` returns a true value, and return it.  Fail the test after ``within_s``."""
-    deadline = time.monotonic() + within_s
-    while True:
-        if result := condition():
-            return result
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
-        time.sleep(0.02)
 
 
 class TestNode:
@@ -169,7 +156,7 @@ def a_playground(
         configured: content of ``skep.toml``, by node.
         counts: see ``TestCluster.up``.
     """
-    with _directory() as directory:
+    with a_directory() as directory:
         cluster = _named(directory, name)
         for node, configuration in configured.items():
             (directory / node).mkdir()
@@ -189,21 +176,12 @@ def a_playground(
 @contextmanager
 def no_playground_yet(name: str) -> Iterator[TestCluster]:
     """Return a playground that is not up.  It is removed afterwards."""
-    with _directory() as directory:
+    with a_directory() as directory:
         cluster = _named(directory / "playground", name)
         try:
             yield cluster
         finally:
             cluster.skep("down", check=False)
-
-
-@contextmanager
-def _directory() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    try:
-        yield directory
-    finally:
-        discard_tree_now(directory)
 
 
 def _named(directory: Path, name: str) -> TestCluster:
