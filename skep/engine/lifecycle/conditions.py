@@ -1,4 +1,6 @@
-"""Conditions of rules in the table of a container's life, whose docstrings the page shows, and refusals.  Pure."""
+"""Conditions and refusals of the rules of ``machine.TABLE``.  docs/design/runtime.md shows the conditions' docstrings.
+Pure.
+"""
 
 from skep.engine.containers.container import (
     BeingRemoved,
