@@ -1,7 +1,7 @@
 """Relay between a browser and the API of a cluster, with which ``skep ui`` listens on this machine's loopback.
 
-The API has no defense against a browser, and grants root's rights.  So every request of a page, program or user of this
-machine is refused unless it comes from the dashboard's own page (``dashboard.passing``):
+The API has no defense against requests that a browser sends, and grants root's rights.  So the relay accepts only
+requests of the dashboard's own page (``dashboard.passing``), and refuses all others of this machine:
 
 * The printed address has a token, which works once and for some minutes.  It is exchanged for a cookie that no script
   can read and that is sent to one random path only, because a cookie is sent to every port of its host.
@@ -45,7 +45,7 @@ class Relay:
     """Forwards the requests of one browser to the API behind ``client``.
 
     Args:
-        new_secret: Returns another unguessable word of letters and digits with each call.
+        new_secret: Returns a new random word of letters and digits.
         clock: Returns monotonic seconds.
     """
 

@@ -79,7 +79,7 @@ _LOGIN_HEADERS = {
     "Content-Security-Policy": SECURITY_HEADERS["Content-Security-Policy"].replace(
         "form-action 'none'", "form-action 'self'"
     ),
-    "Referrer-Policy": "same-origin",  # without a referrer, browsers send a form's origin as null
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers send a form's origin as null
     "Cache-Control": "no-store",
 }
 _AGAIN = "log in again"
@@ -132,7 +132,7 @@ class DashboardServer:
 
     Args:
         serve: Serves one end of a new connection to the node's API as a client's connection.
-        new_secret: Returns another unguessable word of letters and digits with each call.
+        new_secret: Returns a new random word of letters and digits.
     """
 
     def __init__(

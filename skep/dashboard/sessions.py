@@ -13,11 +13,11 @@ from skep.model.networks.addresses import plain_address
 from skep.model.permissions.access import Credential
 
 LIFE_S: Final = 12 * 3600.0
-"""Seconds until a session ends: a working day."""
+"""Seconds until a session ends: the length of a working day."""
 OF_USER_MAX: Final = 8
 """Maximum number of sessions per token.  One more session ends the oldest."""
 ATTEMPTS: Final = 10
-"""Login attempts per minute from one address.  They may all come at once."""
+"""Login attempts per minute from one address, which may come all at once."""
 _SOURCES_MAX: Final = 4096
 """Maximum number of addresses whose login attempts are counted."""
 
@@ -39,7 +39,7 @@ class BrowserSession(msgspec.Struct, frozen=True, eq=False):
 
 
 class BrowserSessions:
-    """The sessions of one listener.  ``new_secret`` returns another unguessable word with each call."""
+    """The sessions of one listener.  ``new_secret`` returns a new random word."""
 
     def __init__(self, new_secret: Callable[[], str]) -> None:
         self._new_secret = new_secret
@@ -107,7 +107,8 @@ class CertificateNames(msgspec.Struct, frozen=True):
     def has(self, host: str, local: str) -> bool:
         """Return whether a request with the header ``Host: host`` is for this server.
 
-        A page of an attacker's name that resolves to this server (DNS rebinding) has that name as its host.
+        An attacker's name may resolve to this server (DNS rebinding).  Requests of such a page have that name as their
+        host.
 
         Args:
             local: Address of this machine that received the request.

@@ -17,7 +17,7 @@ from skep.api.client.raw import Exchange, RawClient, json
 from skep.errors import InvalidArgument, SkepError, Unavailable
 
 _MESSAGE_BYTES_MAX: Final = 64 * 1024
-"""Longest input: a paste that is larger is sent in parts by the page."""
+"""Largest message.  The page sends a larger paste in parts."""
 _TAKES_S: Final = 60.0
 """Seconds for the page to read written data."""
 _HEARTBEAT_S: Final = 30.0
@@ -27,7 +27,7 @@ _WORDS_MAX: Final = 64
 _SIDE_MAX: Final = 1000
 """Rows or columns of a terminal."""
 _HANG_UP: Final = b"\x03\x04"
-"""Input that is sent when the page disconnects.  It ends an idle shell, which nothing else would end."""
+"""Input that is sent when the page disconnects.  It ends an idle shell, which would otherwise keep running."""
 
 
 class _Size(msgspec.Struct, frozen=True):

@@ -137,7 +137,7 @@ class _Conversion:
             yield from (_with_mode(volume, mode) for volume in shared)
 
     def _name_volumes(self, source: str) -> None:
-        """Give the unnamed volumes of a service names, so that others can mount them."""
+        """Give names to the unnamed volumes of a service, so that other services can mount them."""
         if volumes := _texts(self._services.get(source, {}).get("volumes")):
             self._services[source]["volumes"] = [
                 volume if ":" in volume else f"{source}{volume}".replace("/", "-").strip("-") + f":{volume}"
@@ -160,7 +160,7 @@ class _Conversion:
 
 
 def _texts(found: Any) -> list[str]:
-    """Return a list of texts; one text alone becomes a list of one."""
+    """Return a list of texts.  A single text becomes a list of one."""
     if found is None:
         return []
     if isinstance(found, list | tuple):

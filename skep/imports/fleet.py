@@ -100,7 +100,7 @@ class _Service(msgspec.Struct, frozen=True):
     name: str
     unit: Unit
     instances: int
-    """Number of units of the same template among the files, or 0 without a template or with the template alone."""
+    """Number of instances of the unit's template among the files.  0 without a template or without instances."""
 
 
 def imported(texts: Mapping[str, str], stack: str) -> Imported:
@@ -339,7 +339,7 @@ class _Conversion:
     def _metadata(self, line: str) -> Iterator[str]:
         """Yield constraints for metadata.
 
-        In fleet, all keys must match, but any of the values of a key, which constraints cannot express.
+        In fleet, all keys must match, but only one of several values of a key, which constraints cannot express.
         """
         wanted: dict[str, list[str]] = {}
         for word in _words(line, self._unit.name):

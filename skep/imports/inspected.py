@@ -123,7 +123,7 @@ def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapp
 
 
 def _keys(names: Iterable[str], stack: str) -> dict[str, str]:
-    """Return keys by names: without the stack's prefix, unless two keys would be the same."""
+    """Return the keys of names: the names without the stack's prefix, unless two keys would then be equal."""
     made: dict[str, str] = {}
     for name in names:
         key = name.removeprefix(f"{stack}_") or name
@@ -219,7 +219,9 @@ def _volumes(specs: Sequence[ServiceSpec], names: ObjectKeys, stack: str) -> Ite
 
 
 def _expected(spec: ServiceSpec, key: str, stack: str) -> ServiceSpec:
-    """Return the spec that a stack would create: with its name, reachable by its key, and without explicit defaults."""
+    """Return the spec as a stack would create it: with its name, reachable by its key, and without explicit
+    defaults.
+    """
     template = spec.task_template
     attached = tuple(
         one if one.target in NODES_NETWORKS else replace(one, aliases=_aliases(one, key))

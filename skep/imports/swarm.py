@@ -54,7 +54,7 @@ class SwarmObjects(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SwarmExport(msgspec.Struct, frozen=True, kw_only=True):
-    """``files``: contents by path.  ``stacks``: by name, in the order to deploy them."""
+    """``files`` are contents by path.  ``stacks`` are in the order in which to deploy them, by name."""
 
     files: Mapping[str, bytes]
     stacks: Mapping[str, Imported]
@@ -114,11 +114,11 @@ def _contents(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes
             try:
                 yield name, base64.b64decode(data, validate=True)
             except (binascii.Error, TypeError, ValueError):
-                continue  # it stays a config that has to exist
+                continue  # an external config, which has to exist
 
 
 def _labels(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return entries with the ``labels`` of configs, apart from the stack's own labels, by config name."""
+    """Return entries with the ``labels`` of configs, without the stack's own labels, by config name."""
     found = {
         str((one.get("Spec") or {}).get("Name", "")): (one.get("Spec") or {}).get("Labels") for one in configs
     }
