@@ -65,7 +65,7 @@ class Links:
         both_ways: bool = True,
         port: Port | None = None,
     ) -> Cut:
-        """Drop all packets from ``sources`` to ``targets``.  Return the cut for ``mend``."""
+        """Drop all packets from ``sources`` to ``targets``.  Return the cut for ``restore``."""
         pairs = [pair for pair in product(list(sources), list(targets)) if pair[0] != pair[1]]
         back = [(target, source) for source, target in pairs] if both_ways else []
         cut = Cut(frozenset([*pairs, *back]), port)
@@ -73,7 +73,7 @@ class Links:
         self._notify()
         return cut
 
-    def mend(self, cut: Cut | None = None) -> None:
+    def restore(self, cut: Cut | None = None) -> None:
         """Restore one cut, or all cuts if ``cut`` is None.  Frozen machines stay frozen."""
         if cut is None:
             self._cuts.clear()

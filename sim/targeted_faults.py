@@ -59,7 +59,7 @@ def cut_off_for_long(cluster: SimulatedCluster) -> None:
     cluster.trace.add(f"fault: {id} is cut off for {CUT_OFF_S} s, in a cluster at rest")
     cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
     pass_time(cluster, CUT_OFF_S)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     pass_time(cluster, BACK_S)
 
 
@@ -178,7 +178,7 @@ def lose_a_node_for_long(cluster: SimulatedCluster) -> None:
     cut = cluster.links.cut([id], cluster.managers)
     pass_time(cluster, LOST_S)
     end_removed_nodes(cluster)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     pass_time(cluster, BACK_S)
 
 

@@ -26,7 +26,7 @@ HEAD_S: Final = 15.0
 """Seconds for the first request of a connection to arrive."""
 BODY_S: Final = 30.0
 """Seconds for a request's body to arrive."""
-TAKES_S: Final = 60.0
+BROWSER_READ_S: Final = 60.0
 """Seconds for the browser to read written data."""
 REQUESTS_MAX: Final = 64
 """Simultaneous requests of one browser."""
@@ -154,7 +154,7 @@ class FirstRequests:
             protocol.transport.abort()
 
 
-class Passing:
+class RequestForwarder:
     """Active requests and terminals of one browser."""
 
     def __init__(self) -> None:
@@ -196,13 +196,15 @@ async def _pass_on(request: web.BaseRequest, target: str, client: RawClient) -> 
             raise InvalidArgument("the body of a request has to be application/json")
         body = await body_of(request)
     try:
-        async with client.exchange(request.method, target, body, headers=_passed_headers(request)) as there:
+        async with client.exchange(
+            request.method, target, body, headers=_forwarded_headers(request)
+        ) as there:
             return await _pass_back(request, there)
     except NotModified:
         return web.Response(status=304, headers=SECURITY_HEADERS)
 
 
-def _passed_headers(request: web.BaseRequest) -> Mapping[str, str]:
+def _forwarded_headers(request: web.BaseRequest) -> Mapping[str, str]:
     """Return the headers to forward, without headers that the browser adds by itself, such as cookies or the origin."""
     passed = {RELAY_HEADER: "1"}
     for name, pattern in (("Last-Event-ID", _CURSOR), ("If-None-Match", _ETAG)):
@@ -220,7 +222,7 @@ async def _pass_back(request: web.BaseRequest, there: Exchange) -> web.StreamRes
     await response.prepare(request)
     try:
         async for piece in there.pieces():
-            async with asyncio.timeout(TAKES_S):
+            async with asyncio.timeout(BROWSER_READ_S):
                 await response.write(piece)
         await response.write_eof()
     except (SkepError, TimeoutError) as error:

@@ -22,7 +22,7 @@ from skep.dashboard.pages import SECURITY_HEADERS
 from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
-    Passing,
+    RequestForwarder,
     json_response,
     require_own_page,
     respond_or_refuse,
@@ -63,7 +63,7 @@ class Relay:
             self._handle, handler_cancellation=True, access_log=None, lingering_time=1.0
         )
         self._first = FirstRequests()
-        self._passing = Passing()
+        self._forwarder = RequestForwarder()
 
     @asynccontextmanager
     async def listening(self, port: int) -> AsyncIterator[str]:
@@ -109,7 +109,7 @@ class Relay:
         target = f"/{rest}"
         if request.method == "GET" and target == SESSION:
             return json_response({"user": "", "roles": [], "by_login": False})
-        return await self._passing.respond(request, target, self._client)
+        return await self._forwarder.respond(request, target, self._client)
 
     def _log_in(self, token: str) -> web.Response:
         """Exchange the token for the cookie.

@@ -8,13 +8,13 @@ from typing import Final
 import msgspec
 
 from skep.aio.token_bucket import TokenBucket
-from skep.dashboard.passing import Passing, same
+from skep.dashboard.passing import RequestForwarder, same
 from skep.model.networks.addresses import plain_address
 from skep.model.permissions.access import Credential
 
 LIFE_S: Final = 12 * 3600.0
 """Seconds until a session ends: the length of a working day."""
-OF_USER_MAX: Final = 8
+PER_TOKEN_MAX: Final = 8
 """Maximum number of sessions per token.  One more session ends the oldest."""
 ATTEMPTS: Final = 10
 """Login attempts per minute from one address, which may come all at once."""
@@ -27,7 +27,7 @@ class BrowserSession(msgspec.Struct, frozen=True, eq=False):
 
     ``key`` is the first path segment of all its pages, and the path of its cookie.  Browsers send a cookie to every
     port of its host, where a published service may listen, but only with requests under this unguessable path.
-    ``passing`` has its active requests.
+    ``forwarder`` has its active requests.
     """
 
     key: str
@@ -35,7 +35,7 @@ class BrowserSession(msgspec.Struct, frozen=True, eq=False):
     cookie: str
     credential: Credential
     ends_at: float
-    passing: Passing = msgspec.field(default_factory=Passing)
+    forwarder: RequestForwarder = msgspec.field(default_factory=RequestForwarder)
 
 
 class BrowserSessions:
@@ -50,7 +50,7 @@ class BrowserSessions:
         """Open a session.  Returns it, and the sessions that end because of it."""
         ended = self.end_expired(now)
         own = [one for one in self._by_key.values() if one.credential == credential]
-        surplus = tuple(own[: max(0, len(own) + 1 - OF_USER_MAX)])
+        surplus = tuple(own[: max(0, len(own) + 1 - PER_TOKEN_MAX)])
         for one in surplus:
             self.end(one)
         key, cookie, name = self._new_secret(), self._new_secret(), self._new_secret()

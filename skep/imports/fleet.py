@@ -18,7 +18,7 @@ from skep.imports.document import Imported, Note, accepted, escaped
 
 _FLEET: Final = "X-Fleet"
 _SECTIONS: Final = ("X-Fleet", "X-ConditionMachine")
-_OF_SYSTEMD: Final = {
+_SYSTEMD_SETTINGS: Final = {
     "User", "Group", "KillMode", "KillSignal", "TimeoutStartSec", "TimeoutSec", "RemainAfterExit", "Type",
     "NotifyAccess", "SyslogIdentifier", "StandardOutput", "StandardError", "StartLimitInterval", "StartLimitBurst",
     "LimitNOFILE",
@@ -28,7 +28,7 @@ _READ: Final = {
     "ExecStart", "ExecStartPre", "ExecStartPost", "ExecStop", "ExecStopPost", "ExecReload", "Environment",
     "EnvironmentFile", "Restart", "RestartSec", "TimeoutStopSec",
 }  # fmt: skip
-_OF_UNIT: Final = {
+_UNIT_SETTINGS: Final = {
     "Description",
     "Documentation",
     "After",
@@ -362,9 +362,9 @@ class _Conversion:
                 if not (is_docker and words[1] in _PREPARATIONS):
                     self._note(key, f"dropped: {command!r} is not part of the container")
         for section, key in self._unit.settings:
-            if section == "Service" and key not in _READ | _OF_SYSTEMD:
+            if section == "Service" and key not in _READ | _SYSTEMD_SETTINGS:
                 self._note(f"[Service] {key}", "dropped: it only affects the process of the docker command")
-            elif section == "Unit" and key not in _OF_UNIT:
+            elif section == "Unit" and key not in _UNIT_SETTINGS:
                 self._note(f"[Unit] {key}", "dropped: it only affects systemd units")
             elif section not in ("Unit", "Service", "Install", *_SECTIONS):
                 self._note(f"[{section}]", "not known, dropped")

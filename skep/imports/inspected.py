@@ -16,7 +16,7 @@ from skep.model.values.unknown import NOTHING, Unknown, UnknownOfItems, divided
 from skep.stack.planning import differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
-_OF_THE_STACK: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
+_STACK_LABELS: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
 """Labels that a stack sets on its objects."""
 
 
@@ -249,7 +249,7 @@ def _losses(before: ServiceSpec, after: ServiceSpec) -> Iterator[str]:
         yield "it had no network, and joins the stack's default network"
         after = replace(after, task_template=replace(after.task_template, networks=()))
     for one in differences(before, after):
-        if one.path.endswith(_OF_THE_STACK) or one.path.endswith(".Image"):
+        if one.path.endswith(_STACK_LABELS) or one.path.endswith(".Image"):
             continue
         if not one.after:
             yield f"{one.path}: {one.before!r} is dropped"
