@@ -165,7 +165,7 @@ class RequestForwarder:
         if request.method == "GET" and target.partition("?")[0] == TERMINAL:
             return await self._open_terminal(request, client)
         if not is_allowed(request.method, target):
-            raise PermissionDenied(f"the dashboard may not ask for {request.method} {path_of(target)[:200]}")
+            raise PermissionDenied(f"the dashboard may not send {request.method} {path_of(target)[:200]}")
         with self._counted_request():
             return await _pass_on(request, target, client)
 

@@ -88,7 +88,7 @@ def imported(
             read = made.services[key].spec
             notes += [Note(f"services.{key}", text) for text in _losses(_expected(spec, key, stack), read)]
         else:
-            notes.append(Note(f"services.{key}", "it installs a plug-in, which a stack does not: dropped"))
+            notes.append(Note(f"services.{key}", "dropped: it installs a plug-in, which a stack cannot do"))
             del document["services"][key]
     return Imported(document=document, notes=tuple(dict.fromkeys(notes)))
 

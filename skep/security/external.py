@@ -294,8 +294,8 @@ def checked_cross_signed(
         )
     if certificate.issuer == certificate.subject and not _has(certificate, x509.AuthorityKeyIdentifier):
         raise Unavailable(
-            "its certificate of the next root has the name of its issuer and no authority key identifier, so nodes "
-            "would take it for self-signed: use a root with a name of its own"
+            "its certificate of the next root has equal subject and issuer and lacks an authority key identifier, "
+            "so nodes would treat it as self-signed: use a root with a unique name"
         )
     if not certificate.not_valid_before_utc - CLOCK_SKEW <= now < certificate.not_valid_after_utc:
         raise Unavailable("its certificate of the next root is not valid now")

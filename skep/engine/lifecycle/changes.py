@@ -29,12 +29,12 @@ from skep.model.values.times import ZERO_TIME
 
 
 def wanted(container: Container, _: LifeEvent) -> Container:
-    """not stopped, no restarts, policy inactive until its end"""
+    """not stopped, no restarts, policy inactive until its exit"""
     return _with_plain(replace(container, is_at_rest=True), is_stopped=False, restarts=0)
 
 
 def stopped(container: Container, _: LifeEvent) -> Container:
-    """stopped by its user"""
+    """stopped by the user"""
     if container.plain is None or container.plain.is_stopped:
         return container
     return _with_plain(container, is_stopped=True)

@@ -48,7 +48,7 @@ class ModeChange(msgspec.Struct, frozen=True):
 
 
 class Mode(msgspec.Struct, frozen=True):
-    """Permissions for copied files.  ``number`` is None if ``changes`` derive them from each file's own."""
+    """Permissions for copied files.  If ``number`` is None, ``changes`` modify the permissions that each file has."""
 
     number: int | None = None
     changes: tuple[ModeChange, ...] = ()
