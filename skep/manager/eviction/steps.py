@@ -288,7 +288,7 @@ def _remove(tx: Transaction, node_id: NodeId, now_ns: int, *, keeps_containers: 
 
 
 def has_new_root(eviction: Eviction, swarm: Swarm) -> bool:
-    """Whether the cluster only trusts roots whose keys the node never had."""
+    """Whether the cluster trusts only roots whose keys the node never had."""
     return swarm.rotation is None and root_digest(swarm.tls_info.trust_root.encode()) not in eviction.roots
 
 

@@ -79,7 +79,7 @@ class Results:
 
     @property
     def place(self) -> tuple[StagePosition, int, bool, bool]:
-        """State of the current stage.  Assign it to continue with that stage."""
+        """Saved state of the current stage.  To return to a stage later, assign its state."""
         return self.position, self.inherited, self.uses_cache, self._is_known_here
 
     @place.setter
