@@ -303,7 +303,7 @@ def bind_directory(source: str, target: Path, refused: list[str]) -> None:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_KERNEL_DIRECTORIES, *refused))
         if real in _NO_VOLUMES or is_refused:
-            raise KernelMountFailed(f"{source} cannot be a volume: it is {real}")
+            raise KernelMountFailed(f"{source} cannot be a volume: it leads to {real}")
         syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
     finally:
         os.close(descriptor)

@@ -169,7 +169,7 @@ class _LocalSteps:
         self.name = name
 
     async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
-        """Raises: NotFound: the image was removed."""
+        """Check that the layer still exists.  Raises: NotFound: the image was removed."""
         self._images.layer_store.directory(chain_id)
 
 
