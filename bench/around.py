@@ -48,7 +48,7 @@ TURNS = 5
 """Number of runs of each way to execute a command, within one pair."""
 EXECS = 20
 PROBED = 20
-"""Number of probed containers.  Two processors are not enough for 100 probes per second in either system."""
+"""Number of probed containers.  In both systems, 100 probes per second would need more than two processors."""
 SETTLED_S, WINDOW_S = 3.0, 10.0
 TASKS, SECRET_BYTES = 100, 500_000
 SERVICES = 10

@@ -11,7 +11,8 @@ One Docker Engine and one playground node, each in its own namespaces, in altern
 * *spread*: ten nodes (image stores of one process, over mutual TLS) fetch an image of 300 MB from one node, all at
   once
 
-Before each timed part all written data is flushed to the disk, so that neither side waits for the other's writes.
+Before each timed part, all written data is flushed to the disk, so that one system does not wait for writes of the
+other.
 """
 
 import asyncio
@@ -290,7 +291,7 @@ def _build_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Fi
 
 
 class _LargeContext:
-    """A context whose directory has another name each time, so that no builder has it in its cache."""
+    """A context whose directory gets a new name each time, so that no builder has it in its cache."""
 
     def __init__(self, place: Path) -> None:
         """``place`` is the directory for the files."""

@@ -7,7 +7,7 @@
     python -m bench.cluster --pairs 3 --steps update    # rolling updates
 
 Each round creates fresh machines of one system, measures, and removes them.  The systems take turns, so only one is
-on the machine at a time.  A leader is lost by cutting its cable and then at once its power, so that it sends no last
+on the machine at a time.  To lose a leader, first its cable is cut and then its power, so that it cannot send a last
 packet.
 """
 

@@ -116,7 +116,7 @@ class ClusterLab:
         asyncio.run(self._playground.start(node.name))
 
     def cable(self, node: PlaygroundNode, *, connected: bool) -> None:
-        asyncio.run(self._playground.mend(node.name) if connected else self._playground.cut(node.name))
+        asyncio.run(self._playground.reconnect(node.name) if connected else self._playground.cut(node.name))
 
     # -- costs -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Runs a process with simulated agents, which executes commands from its standard input and answers each with a
+"""Runs a process with simulated agents, which reads commands from its standard input and responds to each with a
 number.
 """
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TypeAlias
 
 Ask: TypeAlias = Callable[[str], Awaitable[float]]
-"""Sends a command to the process and returns its number: seconds, unless the command is about another quantity."""
+"""Sends a command to the process and returns its number, usually the command's duration in seconds."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""A day in production: ten stacks under load on three managers and five workers, with everything that can happen.
+"""A day in production: ten stacks under load on three managers and five workers, with changes and faults of all kinds.
 
 Owners update, scale, rotate secrets and run jobs.  Operators rotate the root certificate, replace a worker, and
 upgrade every node from the previous commit (once, in the middle).  Daemons are killed, and machines lose power, hang
@@ -46,7 +46,7 @@ QUIET_S = 2.0
 
 
 class Event(msgspec.Struct):
-    """An event that happened repeatedly."""
+    """All occurrences of one kind of event."""
 
     count: int = 0
     took_s_max: float = 0.0
@@ -268,8 +268,8 @@ class Day(ClusterSoak):
     def _replace_a_worker(self) -> None:
         """Drain and remove a worker, and let the machine join as a new node.
 
-        A drain stops tasks before their replacements start, as Docker's does.  A service with all its tasks on one
-        node is away meanwhile, and ``skep upgrade`` refuses such a node.
+        A drain stops tasks before their replacements start, as Docker's does.  A service whose tasks all run on the
+        drained node is down meanwhile, and ``skep upgrade`` refuses such a node.
         """
         workers, homes = [one for one in self._there() if one.role == "worker"], self._only_homes()
         if not (others := [one for one in workers if one.name not in homes]):

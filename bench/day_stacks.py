@@ -27,7 +27,7 @@ from skep.playground.description import PlaygroundNode
 
 STACKS = 10
 REPLICAS = (2, 3, 4)
-"""Possible numbers of replicas.  Not one, because a single replica would be down while its node is drained."""
+"""Possible numbers of replicas, at least two, because a single replica would be down while its node is drained."""
 KEPT_MAX = 200
 """Limit for the created configs that are kept."""
 JOB_RUNS = 4

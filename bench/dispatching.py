@@ -4,9 +4,9 @@
 
     python -m bench.dispatching --agents 500,1000,2000
 
-The numbers to compare with are SwarmKit's (its dispatcher on its in-memory store, agents in the same process).  Here
-the store is also in memory, and the agents are a second process, because SwarmKit's used both processors.  Each agent
-has its own certificate and TLS connection and keeps its streams open. 50 register at a time.
+The results are compared with SwarmKit's dispatcher, which was measured on its in-memory store with the agents in the
+same process.  Here the store is also in memory.  The agents are a second process, because SwarmKit used both
+processors.  Each agent has its own certificate and TLS connection and keeps its streams open.  50 register at a time.
 """
 
 import argparse
@@ -202,8 +202,8 @@ async def _template(store: MemoryStore, secret_bytes: int) -> Task:
 
 
 def _spec() -> SwarmSpec:
-    """Return heartbeats as rare as SwarmKit's, because agents on one shared processor cannot be punctual to the
-    second.
+    """Return a spec with a heartbeat period as long as SwarmKit's, because agents on one shared processor cannot be
+    punctual to the second.
     """
     dispatcher = DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS)
     return msgspec.structs.replace(DEFAULT_SWARM_SPEC, dispatcher=dispatcher)

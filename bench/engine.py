@@ -1,7 +1,7 @@
 """A small Engine API client for measurements: standard library, one kept connection, nothing specific to a system.
 
-It is not `skep.api.client.client`, because it is synchronous, and its own cost, which is in every result, must be small
-and the same for each measured commit.
+It replaces `skep.api.client.client`, because every result includes the client's own cost.  So the client is
+synchronous, cheap, and the same for each measured commit.
 """
 
 import http.client

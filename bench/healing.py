@@ -24,7 +24,7 @@ SHOWN = 5
 
 
 class Object(msgspec.Struct):
-    """A kind of object.  ``seconds``: None if it was not back within a minute."""
+    """A kind of object.  ``seconds`` is None if it was not restored within a minute."""
 
     place: str
     name: str

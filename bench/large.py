@@ -5,8 +5,8 @@
     .venv/bin/python -m bench.large                 # kept in results/
     .venv/bin/python -m bench.large --dry           # only printed
 
-The leader's loops and the API run on a store in memory.  The benchmark measures the processor time of single
-callbacks, which a busy machine changes little.  It names the longest of each phase, and counts those over 20 ms.
+The leader's loops and the API run on a store in memory.  The benchmark measures the processor time of single callbacks,
+which other load hardly changes.  It names the longest callbacks of each phase, and counts all that take over 20 ms.
 """
 
 import argparse

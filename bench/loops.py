@@ -7,8 +7,8 @@
 
 A store in memory holds services of 20 running tasks on 1,000 nodes, and the production loops of one leader
 (orchestrator, allocator, scheduler, reaper, ...) run on it. *Change*: services are scaled from 20 to 25, one after
-another, each until its five tasks are assigned.  The result is processor time of the whole process per change.
-*Recovery*: all loops begin a term on this store, which has one service with a waiting task.  Measured is the time
+another, each until its five tasks are assigned.  The result is the processor time of the whole process per change.
+*Recovery*: all loops begin a term on this store, which has one service with a waiting task.  The results are the times
 until that task is assigned, and until no work is left.
 """
 

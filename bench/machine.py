@@ -13,7 +13,7 @@ from pathlib import Path
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 MONITORS = ("conmon", "containerd-shim")
 BUSY = 0.25
-"""Share of the machine (0 to 1) that may be busy when a pair begins.  Otherwise the pair is repeated."""
+"""If a larger share of the machine (0 to 1) is busy when a pair begins, the pair is repeated."""
 
 
 def busy_s() -> float:

@@ -1,11 +1,11 @@
 """Time until a cluster's networks follow a change: a backend that starts or stops on ten nodes, or a dead node.
 
 A manager and nine workers run in a playground.  Each node has a container that uses the service's virtual address, and
-the first worker has a hundred.  A backend *stops* from the moment when the manager has taken it out (its event
-``drain``), after a request that scales the service down.  It *starts* from the moment when its node sees it run.  Both
-end when the kernel has announced the new rules in the last of all the containers' namespaces.  A node is *dead* from
-the moment when the API first shows it as down, after its power was cut, until no other node sends frames there and no
-container directs its service there.
+the first worker has a hundred.  For a backend that *stops*, the time begins when the manager takes it out of use (its
+event ``drain``), after a request that scales the service down.  For a backend that *starts*, it begins when its node
+sees it run.  Both end when the kernel has announced the new rules in the last of all the containers' namespaces.  For a
+*dead* node, whose power was cut, the time begins when the API first shows it as down.  It ends when no other node sends
+frames to it and no container directs its service there.
 """
 
 import json

@@ -12,7 +12,7 @@ from skep.dataplane.netns.kernel.namespaces import inside
 
 PACKETS = 4000
 _FIRST = 200
-"""Number of packets at the start that are not counted, because the kernel first has to look up the path."""
+"""Number of packets that are sent first and not counted, because the kernel has to look up the path."""
 _PORT = 9
 _DATA = bytes(1000)
 

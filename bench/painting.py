@@ -6,11 +6,11 @@
     .venv/bin/python -m bench.painting --dry           # only printed
 
 The nodes join and report over the real wire, and have no containers (``simulated_nodes``).  Each page is opened by a
-separate ``skep ui``.  First paint is the frame after the first one that has the hive.  It is timed from before the
-browser requests the address that the command prints: login, page, snapshot, frame.  A change is an update of a
-service's labels.  It is timed from before the request until a frame that shows the page's new state: request, commit,
-view, stream and frame.  Changes are a second apart: after a step the view rests for fifty times as long as it took, so
-that viewers cost a manager at most 2 % of a processor.  The service is the largest, with 1,000 tasks.
+separate ``skep ui``.  *First paint* is the time from the request of the address that the command prints until the frame
+after the first with the hive.  It includes login, page, snapshot and frame.  *Change* is the time from an update of a
+service's labels until a frame with the new state.  It includes request, commit, view, stream and frame.  The service is
+the largest, with 1,000 tasks.  Changes are a second apart, because after a step the view pauses for fifty times as long
+as the step took, so that viewers cost a manager at most 2 % of a processor.
 """
 
 import asyncio

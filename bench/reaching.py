@@ -1,7 +1,7 @@
 """Measures a command in a container: on this node, on another node, and in a Docker Engine.
 
-The same docker command talks to both systems.  ``requests`` are the three of an exec (create, start, inspect) without
-a command around them.  ``runc`` is the command that both finally execute, by itself.
+The same docker command talks to both systems.  ``requests`` are the three requests of an exec (create, start, inspect)
+without the docker command.  ``runc`` is only the command that both systems finally execute.
 """
 
 import json

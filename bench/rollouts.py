@@ -10,7 +10,7 @@ from bench.engine import Engine
 
 REPLICAS, PARALLELISM = 10, 2
 MONITOR_S = 1.0
-"""Seconds for which each new task is monitored.  Short, because both systems wait equally long."""
+"""Seconds for which each new task is monitored.  Short, because both systems only wait."""
 ORDERS = ("stop-first", "start-first")
 TIMES = 2
 """Consecutive updates of each order.  The second one finds tasks of a previous update."""

@@ -1,6 +1,6 @@
 """Runs the scenarios on Docker Swarm and on Skep in alternating pairs and keeps the results.
 
-With ``--beside`` a clone of an earlier commit takes its turn as well, which shows regressions since then in one run.
+With ``--beside``, a clone of an earlier commit is measured in turn with them, which shows regressions since then.
 """
 
 import argparse

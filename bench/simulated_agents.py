@@ -1,7 +1,7 @@
 """The other process of ``bench.dispatching``: agents, each with a certificate, a TLS connection and three streams.
 
-It is a light load generator, so that the manager is measured instead of this process.  The protocol is real, but each
-agent makes the same calls in the same order, so their headers are encoded once for all.
+It must cost little, so that the manager is measured instead of this process.  The protocol is real, but each agent
+makes the same calls in the same order, so their headers are encoded only once.
 """
 
 import asyncio
@@ -268,7 +268,7 @@ class _PatientAgent(Agent):
         if self._assigned:
             return
         for change in message.changes:
-            if change.assignment.HasField("task"):  # the same message has everything that the task needs
+            if change.assignment.HasField("task"):  # the same message has all objects that the task needs
                 self._assigned = change.assignment.task.id
                 self._patients.note_assigned()
 

@@ -148,7 +148,7 @@ class _Node(Agent):
         """Calls with statuses that have a response but have not ended yet."""
         self._is_gone = False
         self._running: set[str] = set()
-        """Tasks that the manager knows as running, and does not want to end."""
+        """Tasks that the manager knows as running, and whose desired state is running."""
 
     @property
     def running(self) -> int:

@@ -3,9 +3,9 @@
 Each round makes a request (create, scale, update, remove) and sometimes injects a fault: a machine loses power or its
 cable or hangs, or a daemon is killed.  After each round the cluster has to reach the desired state within its
 deadline.  It has exactly the requested running tasks and containers.  Every service responds to every member of its
-networks, plain and encrypted, and at its published port on every node.  No address is held twice, no namespace is left
-over, and no counter of drops rises (``soak_networks.py``).  The daemons' memory is recorded every ten minutes.  At the
-end it may not have grown beyond its limit.
+networks, plain and encrypted, and at its published port on every node.  No two containers have the same address, no
+namespace is left over, and no drop counter rises (``soak_networks.py``).  The daemons' memory is recorded every ten
+minutes.  At the end, its growth must be within the limit.
 
     .venv/bin/python -m bench.soak --minutes 60
     .venv/bin/python -m bench.soak --alone --minutes 120 --seed 7 --faults 0    # one node

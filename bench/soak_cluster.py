@@ -173,7 +173,7 @@ class ClusterSoak:
     def _take_away(self, node: PlaygroundNode) -> str:
         ways = {
             "power off": (self._playground.kill, self._playground.start),
-            "cable out": (self._playground.cut, self._playground.mend),
+            "cable out": (self._playground.cut, self._playground.reconnect),
             "hung": (self._playground.pause, self._playground.resume),
         }
         way = self._random.choice(sorted(ways))

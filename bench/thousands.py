@@ -43,7 +43,7 @@ STEADY_S = 30.0
 LONGEST_S = 900.0
 LIMIT_MS = 100.0
 JUDGED = ("sessions", "steady", "node loss", "update")
-"""Phases in which the lag must keep its limit.  Not while 100,000 tasks are created at once."""
+"""Phases in which the lag must keep its limit.  The creation of 100,000 tasks at once is exempt."""
 
 
 class Phase(msgspec.Struct, kw_only=True):

@@ -60,6 +60,7 @@ PAGE_RULES: Mapping[str, re.Pattern[str]] = {
 }
 PARTICIPLE = "participle"
 """Coroutines that are named by a participle.  Counted, not a rate."""
+# Without "read", which is also the verb.
 _IRREGULAR = frozenset(
     {
         *(
@@ -81,7 +82,6 @@ _IRREGULAR = frozenset(
             "lost",
             "made",
             "owed",
-            "read",
             "said",
             "seen",
             "sent",

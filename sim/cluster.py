@@ -191,7 +191,7 @@ class SimulatedCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.links.mend()
+        self.links.restore()
         tasks = [*self._processes.values(), *(asyncio.all_tasks(self.loop) - set(self._processes.values()))]
         for task in tasks:
             task.cancel()

@@ -142,7 +142,7 @@ def _cut_off(cluster: SimulatedCluster) -> Lost:
     lost = _on(cluster, id) if lasts_s > WITHIN_GRACE_S else Counter[ServiceId]()
     cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
     pass_time(cluster, lasts_s)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     return lost
 
 

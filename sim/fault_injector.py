@@ -229,7 +229,7 @@ class FaultInjector:
             self._cluster.crash(id)
 
         def undo() -> None:
-            self._cluster.links.mend(cut)
+            self._cluster.links.restore(cut)
             for id in workers:
                 self._cluster.start_node(id)
             for id in managers:
@@ -249,7 +249,7 @@ class FaultInjector:
                     cut = self._cluster.links.cut(others, [id], both_ways=False)
                 case _:
                     cut = self._cluster.links.cut([id], others, both_ways=False)
-            self._begin("disconnected", [id], lambda: self._cluster.links.mend(cut), (0.3, 1.5, 6.0, 12.0))
+            self._begin("disconnected", [id], lambda: self._cluster.links.restore(cut), (0.3, 1.5, 6.0, 12.0))
 
     def _split(self) -> None:
         """Partition the machines into two sides."""
@@ -258,7 +258,7 @@ class FaultInjector:
         machines = self._machines()
         side = [id for id in machines if self._random.random() < 0.5]
         cut = self._cluster.links.cut(side, [id for id in machines if id not in side])
-        self._begin("partition", [], lambda: self._cluster.links.mend(cut), detail=",".join(side))
+        self._begin("partition", [], lambda: self._cluster.links.restore(cut), detail=",".join(side))
 
     def _most_nodes_lost(self) -> None:
         """A switch failure disconnects most workers."""
@@ -266,7 +266,7 @@ class FaultInjector:
         if len(workers) == len(self._cluster.workers) > 2:
             lost = self._random.sample(workers, len(workers) // 2 + 1)
             cut = self._cluster.links.cut(lost, [id for id in self._machines() if id not in lost])
-            self._begin("disconnected", lost, partial(self._cluster.links.mend, cut), (1.5, 6.0, 12.0))
+            self._begin("disconnected", lost, partial(self._cluster.links.restore, cut), (1.5, 6.0, 12.0))
 
     def _port_cut(self) -> None:
         """Managers reach each other's etcd members but not each other, or the other way round.
@@ -279,7 +279,7 @@ class FaultInjector:
             port = self._random.choice(list(Port))
             cut = self._cluster.links.cut([one], others, port=port)
             detail = f" {one} and {','.join(others)} at {port.value}"
-            self._begin("disconnected", [], partial(self._cluster.links.mend, cut), detail=detail)
+            self._begin("disconnected", [], partial(self._cluster.links.restore, cut), detail=detail)
 
     def _connections_reset(self) -> None:
         id = self._random.choice(self._machines())
@@ -302,7 +302,7 @@ class FaultInjector:
         manager = self._random.choice(self._cluster.managers)
         cut = self._cluster.links.cut([worker], [manager], both_ways=self._random.random() < 0.5)
         self._begin(
-            "disconnected", [], lambda: self._cluster.links.mend(cut), detail=f"{worker} to {manager}"
+            "disconnected", [], lambda: self._cluster.links.restore(cut), detail=f"{worker} to {manager}"
         )
 
     def _late_report(self) -> None:
@@ -320,7 +320,7 @@ class FaultInjector:
             return
         member.watch_lag_s = self._random.uniform(0.5, 1.8)
         cut = self._cluster.links.cut([worker], [old.manager_id], both_ways=self._random.random() < 0.5)
-        undo = partial(self._cluster.links.mend, cut)
+        undo = partial(self._cluster.links.restore, cut)
         lost = self._begin("disconnected", [worker], undo, (6.0,), detail=f" to {old.manager_id}")
         undo_lag = partial(setattr, member, "watch_lag_s", 0.0)
         self._begin("watch lags", [], undo_lag, (9.0,), detail=member.id)

@@ -303,7 +303,7 @@ def _lose_node(cluster: SimulatedCluster, random: Random) -> None:
     cut = cluster.links.cut([id], cluster.managers)
     cluster.run_until(lambda: not cluster.is_ready(id), within_s=30)
     cluster.run_for(random.uniform(0.0, GONE_S))
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
 
 
 def _drain_node(cluster: SimulatedCluster, random: Random) -> None:
@@ -351,7 +351,7 @@ def _cut_node_off(cluster: SimulatedCluster, random: Random) -> None:
         member.watch_lag_s = random.choice((0.0, *LAGS_S))
     cut = cluster.links.cut([id], cluster.managers)
     cluster.run_until(lambda: not cluster.is_ready(id), within_s=30)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     cluster.run_for(GONE_S)
 
 

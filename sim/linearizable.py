@@ -1,8 +1,8 @@
 """Checks that the operations on one register are linearizable.
 
-They are linearizable if there is an order in which each operation has the result it had, and in which an operation
-that returned before another one began comes first.  An operation of unknown outcome may take effect at any time after
-it began, or never.
+They are linearizable if they can be ordered so that each operation has its observed result, and comes after all
+operations that returned before it began.  An operation of unknown outcome may take effect at any time after it began,
+or never.
 
 Source: Wing & Gong, "Testing and verifying concurrent objects" (1993), with Lowe's cache of visited states.
 """
@@ -14,7 +14,7 @@ import msgspec
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation on a register, which holds a value or None.  ``returned``: infinity if the outcome is unknown."""
+    """One operation on a register, which holds a value or None.  ``returned`` is infinity if the outcome is unknown."""
 
     began: float
     returned: float
@@ -45,7 +45,7 @@ def is_linearizable(operations: Sequence[Operation], first: str | None = None) -
 
 
 def _next(ordered: Sequence[Operation], done: int, value: str | None) -> list[tuple[int, str | None]]:
-    """Return the operations that may be next: not ``done``, and begun before any other such operation returned."""
+    """Return the operations that may be next: those not ``done`` that began before any other of them returned."""
     left = [(place, one) for place, one in enumerate(ordered) if not done >> place & 1]
     until = min(one.returned for _, one in left)
     return [

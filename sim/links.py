@@ -1,6 +1,6 @@
 """Connectivity between machines.  Each direction can be cut and restored separately.
 
-A frozen machine (SIGSTOP, a hypervisor that does not schedule it) neither sends nor receives; messages to it wait.
+A frozen machine (SIGSTOP, or a hypervisor that does not schedule it) does not send or receive, and messages to it wait.
 On a machine whose manager process hangs, the etcd member continues.
 """
 
@@ -44,7 +44,7 @@ class Links:
         """Frozen machines of which only the manager process is stopped."""
 
     def reaches(self, source: Machine, target: Machine, port: Port = Port.API) -> bool:
-        """Return whether packets of ``source`` arrive at ``target``, in a connection to ``port`` of either."""
+        """Return whether packets of ``source`` arrive at ``target``, in a connection to ``port`` of one of the two."""
         if self.is_intact:
             return True
         if any(
@@ -65,7 +65,7 @@ class Links:
         both_ways: bool = True,
         port: Port | None = None,
     ) -> Cut:
-        """Drop all packets from ``sources`` to ``targets``.  Return the cut for ``mend``."""
+        """Drop all packets from ``sources`` to ``targets``.  Return the cut for ``restore``."""
         pairs = [pair for pair in product(list(sources), list(targets)) if pair[0] != pair[1]]
         back = [(target, source) for source, target in pairs] if both_ways else []
         cut = Cut(frozenset([*pairs, *back]), port)
@@ -73,7 +73,7 @@ class Links:
         self._notify()
         return cut
 
-    def mend(self, cut: Cut | None = None) -> None:
+    def restore(self, cut: Cut | None = None) -> None:
         """Restore one cut, or all cuts if ``cut`` is None.  Frozen machines stay frozen."""
         if cut is None:
             self._cuts.clear()
@@ -82,7 +82,7 @@ class Links:
         self._notify()
 
     def freeze(self, machine: Machine) -> None:
-        """Stop ``machine`` at any point of its work."""
+        """Stop ``machine`` wherever it is in its work."""
         self._frozen.setdefault(machine, asyncio.Event())
         self._notify()
 
@@ -114,7 +114,7 @@ class Links:
 
 
 class Isolation:
-    """The time since which each machine has been connected to none of certain others."""
+    """The time since which each machine has had no connection to certain others."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Uptime:
         self._since[machine] = self._began[machine] = self._now()
 
     def began(self, machine: Machine) -> float:
-        """Return the last start of the process, or minus infinity while an entry of the previous process is being
+        """Return the last start of the process.  Minus infinity while an entry of the previous process is being
         committed.
         """
         began = self._began[machine]

@@ -67,7 +67,7 @@ class SimulatedManager:
         """Create a manager process, which ``run`` starts.
 
         Args:
-            poisoned: services for which every decision raises an error.  The set may change at any time.
+            poisoned: Services for which every decision raises an error.  The set may change at any time.
             is_newer: whether it runs a newer version than the others.
             find_driver: returns the driver of cluster volumes on its machine.  If None, the machine has no driver, and
                 the manager keeps no journal and evicts no node.
@@ -152,7 +152,7 @@ class SimulatedManager:
         usages = TaskUsages(store, self._id, dispatcher.usages, link.channel)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         if self._find_driver is not None:
-            # The journal has its own random source, so that its draws change nothing in the rest of the manager.
+            # The journal has its own random source, so that its draws do not affect the rest of the manager.
             self._journal = Journal(store, self._id, self._clock, Random(f"journal of {self._id}"))
         handlers = (
             *dispatcher.services(),

@@ -1,4 +1,4 @@
-"""Mutation tests of the simulation: named rules of the product are broken, one at a time.
+"""Mutation tests of the simulation, which break named rules of the product, one at a time.
 
 Each mutant replaces production functions at run time.  Seeds are simulated until one has a violation, which kills the
 mutant.  A mutant that survives all seeds shows that the workload, the faults or the invariants of the simulation are
@@ -76,7 +76,7 @@ SEEDS = 200
 CROSSING_SEEDS = 3
 """Number of seeds for mutants that a run of ``crossings`` finds."""
 STORE_SEEDS = 2000
-"""Number of seeds for mutants of the store.  Runs of only the store cost a twentieth."""
+"""Number of seeds for mutants of the store.  A run of only the store costs a twentieth of a whole run."""
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -110,7 +110,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def judge(mutant: Mutant, seeds: int | None = None) -> Verdict:
-    """Simulate seeds with the rule broken until one has a violation.  ``seeds``: None for the mutant's number."""
+    """Simulate seeds with the rule broken until one has a violation.  ``seeds`` defaults to the mutant's own number."""
     clock = SystemClock()
     began = clock.monotonic()
     seeds = mutant.seeds if seeds is None else seeds
@@ -544,7 +544,7 @@ def _no_difference() -> list[Patch]:
 
 
 def _decides_on_the_past() -> list[Patch]:
-    """Broken: decisions do not wait until the replica shows an acknowledged write."""
+    """Broken rule: decisions wait until the replica shows all acknowledged writes."""
 
     async def at_once(self: Updater, *_: object) -> None:
         return None
@@ -555,7 +555,7 @@ def _decides_on_the_past() -> list[Patch]:
 
 
 def _any_term() -> list[Patch]:
-    """Broken: a manager whose member missed an election takes the leader key back."""
+    """Broken rule: a manager whose member missed an election does not take the leader key back."""
     real = msgspec.json.decode
 
     def decode(stored: bytes, type: Any) -> Any:

@@ -32,9 +32,9 @@ A = TypeVar("A", bound=Message)
 FIRST_RESEND_S = 1.0
 """TCP's first timeout of a SYN."""
 GAP_S = 1e-6
-"""Distance between two arrivals in one direction, so that the end of a call is processed after its messages."""
+"""Time between two arrivals in one direction, so that the end of a call is processed after its messages."""
 IN_FLIGHT_MAX = 100_000
-"""Limit of unread messages of one stream.  More means that its reader is stuck, which is a bug."""
+"""Limit of unread messages of one stream.  If there are more, its reader is stuck, which is a bug."""
 
 
 class _End(msgspec.Struct, frozen=True):
@@ -64,8 +64,8 @@ class _Pipe(Generic[T]):
         self._ready.set()
 
     async def get(self) -> T | None:
-        """Return the next item, or None after the last.  Raises: the error that ended the stream, on every further
-        call.
+        """Return the next item, or None after the last.  Raises: the error that ended the stream, also on all further
+        calls.
         """
         while not self._arrived:
             self._ready.clear()
@@ -145,7 +145,7 @@ class Network:
             try:
                 yield
             finally:
-                # Keep the listener of a process that has already replaced a killed one.
+                # Keep the listener of a process that has already replaced a killed process.
                 if self._listeners[address] is listener:
                     del self._listeners[address]
                 listener.close()

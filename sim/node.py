@@ -75,7 +75,7 @@ class SimulatedNode:
         """Images whose containers end after a time in seconds, with an exit code."""
         self.machine = WatchedMachine(self)
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
-        """Returns the current CPU use of a task's process, or None if it is not measured."""
+        """Returns the current CPU use of a task's process, or None to not measure it."""
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
         """The assignment of each process on the machine, for the observer."""
@@ -143,7 +143,7 @@ class SimulatedNode:
             reports=reports,
             clock=self._clock,
             session_state=session_state,
-            volumes=cast("ClusterVolumes", self.volumes),  # has the methods that are called
+            volumes=cast("ClusterVolumes", self.volumes),  # it has the methods that are called
         )
         tables = NetworkTables(
             StoredTables(None, self._clock), (), session_state, self._clock, self._random.random
@@ -292,7 +292,7 @@ class WatchedMachine(SimulatedMachine):
 
 
 class ImageExecutor(SimulatedExecutor):
-    """An executor whose containers behave as their image is configured on the node."""
+    """An executor whose containers behave as the node's settings for their image say."""
 
     def __init__(self, node: SimulatedNode, clock: Clock, rng: Random, behavior: Behavior) -> None:
         super().__init__(clock, rng, node.machine, behavior)
@@ -336,7 +336,7 @@ class _ImageController(SimulatedController):
         if self._id in self._node.machine.processes:
             await self._executor.take(
                 self._executor.behavior.prepare_s
-            )  # the time to detect that the image is already prepared
+            )  # detecting a prepared image takes time, too
         await super().prepare()
         self._node.note_local_volumes(self._task)
 

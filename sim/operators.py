@@ -1,7 +1,7 @@
 """Simulated operators: machines join and leave, nodes are removed, promoted and demoted, concurrently with faults.
 
-The steps of a node (renew its certificate, join, resign before it leaves) are simulated here.  They call the functions
-of the managers' request handlers directly.  The managers' part is production code.
+The managers' part is production code.  The steps of nodes (renew the certificate, join, resign before leaving) are
+simulated, and call the functions of the managers' request handlers directly.
 """
 
 import asyncio
@@ -259,9 +259,7 @@ class Operators:
             self._begin(self._renewed_until_issued(id), f"renew {id}")
 
     def _renew_managers(self, change: Change, _: View) -> None:
-        """Renew certificates of machines that run only a manager, because they have no agent that receives the
-        request.
-        """
+        """Renew certificates of machines with only a manager, which have no agent that receives the request."""
         for event in change.events:
             match event:
                 case Updated(_, Node(id=id) as node) if id not in self._cluster.nodes and _is_to_renew(node):
@@ -343,8 +341,8 @@ class Operators:
             task.result()
 
     def _choose(self, candidates: Sequence[NodeId], *, least: int = WORKERS_MIN) -> NodeId | None:
-        """Return a healthy machine of ``candidates``, marked as changing, or None if there are not more than
-        ``least``.
+        """Return a healthy machine of ``candidates`` and mark it as changing.  None if there are only ``least`` or
+        fewer.
         """
         healthy = [id for id in self._healthy() if id in candidates]
         if not healthy or len(candidates) <= least:
@@ -361,8 +359,8 @@ class Operators:
         return not any(id in self._cluster.changing for id in self._cluster.managers)
 
     def _has_left_voters(self) -> bool:
-        """Return whether a manager that left still has a vote.  If another one leaves then, the others may lose their
-        quorum.
+        """Return whether a manager that left still has a vote.  If another manager left then, the others might lose
+        their quorum.
         """
         return any(
             member.is_voter and member.id not in self._cluster.managers

@@ -50,7 +50,9 @@ from skep.model.values.ids import SecretId
 from skep.model.values.times import SECOND_NS
 
 BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
-"""Images whose preparation fails, whose containers fail soon, and whose preparation does not end."""
+"""Images whose preparation fails (BROKEN), whose containers fail soon (CRASHING), whose preparation never ends
+(HANGING).
+"""
 HOPELESS = (BROKEN, CRASHING, HANGING)
 IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
 JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
@@ -73,7 +75,7 @@ CONSTRAINTS = (
 
 
 OFF = 0.6
-"""Probability that a spec lacks an extension that its mode can have.  Many specs then combine two or three."""
+"""Probability that a spec lacks an extension that its mode can have, so that many specs combine two or three."""
 PRIORITIES = (-10, 5, 10)
 STACKS = ("shop", "blog")
 MEMORY_BYTES = 512 << 20
@@ -96,7 +98,7 @@ def a_spec(
 ) -> ServiceSpec:
     """Return the spec of a random service.
 
-    ``extensions``: draws the features that Docker does not have, or None for a spec without them.
+    ``extensions`` draws the features that Docker does not have, or is None for a spec without them.
     """
     spec = _a_plain_spec(name, random, dependencies, MODES if extensions is None else EXTENDED_MODES)
     return spec if extensions is None else extended(spec, extensions, dependencies)
@@ -260,7 +262,7 @@ def _a_stack(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
 
 
 def _a_dependency(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
-    """Depend on a name that comes later, so that there is no circle."""
+    """Depend on a name that comes later, so that there are no cycles."""
     all = (*NAMES, *MORE_NAMES)
     later = all[all.index(spec.name) + 1 :] if spec.name in all else ()
     if not (names := [name for name in later if name in known.services]):
@@ -304,7 +306,7 @@ def _a_range(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
 
 
 def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
-    """Limit the attempts to so few that a task which is moved a few times would use them up."""
+    """Limit the attempts to so few that a few moves of a task would use them up if they counted."""
     policy = RestartPolicy(
         condition=random.choice((RestartCondition.ANY, RestartCondition.ON_FAILURE)),
         delay=SECOND_NS // 2,
@@ -335,7 +337,7 @@ def with_mount(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
 
 
 def invalidated(spec: ServiceSpec, random: Random) -> ServiceSpec:
-    """Return ``spec`` with one change for which Docker refuses it."""
+    """Return ``spec`` with one change that makes Docker refuse it."""
     return random.choice(_INVALID)(spec)
 
 
@@ -366,7 +368,7 @@ def _negative_delay(spec: ServiceSpec) -> ServiceSpec:
 
 
 def _ratio_over_one(spec: ServiceSpec) -> ServiceSpec:
-    """Exceed a ratio.  A job may not have an update config at all."""
+    """Exceed a ratio.  A job is refused for any update config."""
     return replace(spec, update_config=UpdateConfig(max_failure_ratio=1.5))
 
 

@@ -1,11 +1,11 @@
-"""A record of simulated seeds, kept over many runs: one line for each range, with the commit that was simulated.
+"""A record of simulated seeds over many runs: one line for each range, with the simulated commit.
 
 ::
 
     whole 1a2b3c4d 5000000..5000099 failed: 5000057 (48 s)
     whole 1a2b3c4d 5000100..5000199 failed: none (51 s)
 
-Of seeds that one commit simulated again after a defect was mended, every line counts: the record says what was found.
+Seeds that were simulated again after a bug fix keep both lines, because the record also shows what was found.
 """
 
 import re
@@ -40,7 +40,7 @@ class Record:
             file.write(f"{self._kind} {_commit()} {seeds[0]}..{seeds[-1]} failed: {words} ({took_s:.0f} s)\n")
 
     def summary(self) -> str:
-        """Return a sentence about how many seeds the file has, and which failed."""
+        """Return a sentence with the number of seeds in the file, and the failed ones."""
         lived = sum(last - first + 1 for first, last, _ in self._ranges())
         failed = self.failed()
         return f"{lived} runs recorded, {len(failed)} failed" + (f": {failed}" if failed else "")

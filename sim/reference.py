@@ -19,7 +19,7 @@ from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, Up
 from skep.model.values.ids import NodeId, ServiceId
 
 BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501
-"""UNKNOWN: errors of SwarmKit that have no code, such as invalid constraints and updates out of sequence."""
+"""UNKNOWN is for errors of SwarmKit without a code, such as invalid constraints and updates out of sequence."""
 
 _NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
 _CONSTRAINT = re.compile(r"\s*[a-z_][\w.]*\s*(==|!=)\s*\w[\w.-]*\s*")
@@ -40,7 +40,7 @@ class ServiceState(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """All state on which a response depends."""
+    """The state on which responses depend."""
 
     services: Mapping[ServiceId, ServiceState] = {}
     nodes: Mapping[NodeId, tuple[NodeSpec, int]] = {}
@@ -50,7 +50,7 @@ class State(msgspec.Struct, frozen=True):
     quotas: Mapping[str, QuotaSpec] = {}
     """Quota of each stack."""
     unshared: frozenset[str] = frozenset()
-    """Names of the cluster volumes that one task at a time can have."""
+    """Names of the cluster volumes that only one task at a time can have."""
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -116,8 +116,8 @@ def respond(state: State, request: Request) -> Accepted | Refused:
 
 
 def automatic_rollback(held: ServiceState) -> ServiceState | None:
-    """Return the service after an automatic rollback, which leaves no previous spec, or None if its settings forbid
-    one.
+    """Return the service after an automatic rollback, which removes the previous spec.  None if its settings forbid
+    rollbacks.
     """
     config = held.spec.update_config
     if config is None or config.failure_action is not UpdateFailureAction.ROLLBACK or held.previous is None:
@@ -246,9 +246,9 @@ def _mode(spec: ServiceSpec) -> tuple[bool, bool, bool]:
 
 
 def _cannot_start_first(state: State, spec: ServiceSpec, present: ServiceSpec | None) -> bool:
-    """Return whether new tasks would have to run together with old ones that use their cluster volume.
+    """Return whether new tasks would have to run together with old tasks that use their cluster volume.
 
-    A service may still be scaled.
+    Scaling such a service is allowed.
     """
     container, configs = spec.task_template.container_spec, (spec.update_config, spec.rollback_config)
     if container is None:
@@ -268,7 +268,7 @@ def _next_run(held: ServiceState) -> int:
 
 
 def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> bool:
-    """Return whether the stack's quota forbids ``spec``.  It never forbids a spec that does not take more than
+    """Return whether the stack's quota forbids ``spec``.  A quota allows every spec that does not request more than
     before.
     """
     stack = spec.labels.get(_STACK, "")

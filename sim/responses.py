@@ -1,4 +1,4 @@
-"""Compares the responses to simulated users, and their effects, with Docker's (``reference``).
+"""Compares the responses to simulated users, and the effects of their requests, with Docker's (``reference``).
 
 Requests are concurrent, so a response is checked against all states between the request and the response.  A refusal
 is correct if the reference refuses with the same status in one of these states.  A change is correct if the reference
@@ -56,7 +56,7 @@ class PendingRequest(msgspec.Struct, eq=False):
 
 
 class ResponseCheck:
-    """A rule on commits, to which requests and their responses are reported."""
+    """A rule on commits, which also receives the requests and responses."""
 
     def __init__(self, view: View) -> None:
         """``view``: the state before the first request."""
@@ -160,7 +160,7 @@ class ResponseCheck:
                 yield f"the specs of service {new.id} were changed without a request"
 
     def _exchange(self, pending: PendingRequest, others: list[PendingRequest]) -> None:
-        """Swap ``pending`` with an equal request, because it is unknown which of the two took effect."""
+        """Swap ``pending`` with an equal request, because either of the two may have taken effect."""
         for other in others:
             if other.request == pending.request:
                 mine, its = (self._done, self._open) if pending.is_done else (self._open, self._done)

@@ -29,7 +29,7 @@ WITHOUT_S = 5.0
 def restore(cluster: SimulatedCluster, revision: int) -> None:
     """Restore one manager from the state at ``revision``, as ``manager.storage.recovery`` does.
 
-    Later acknowledged writes are lost, so only rules without state continue.
+    Later acknowledged writes are lost, so only stateless rules are checked from then on.
     """
     plain = [id for id in cluster.managers if id not in cluster.nodes]
     survivor = cluster.random.choice(plain or cluster.managers)
@@ -54,7 +54,7 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
 async def _finish(cluster: SimulatedCluster, client: EtcdClient, survivor: NodeId) -> None:
     """Finish the recovery before the manager serves, as ``manager.storage.recovery.finish_recovery`` does.
 
-    Otherwise a node that it has registered would be shown as unknown.
+    Otherwise it would show registered nodes as unknown.
     """
     members = RaftMembers(client, cast("EtcdMember", NoProcess()))
     await members.count()

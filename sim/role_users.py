@@ -1,8 +1,8 @@
-"""Users below root: requests with a role, some of them beyond it, concurrent with everything else.
+"""Users below root: requests with a role, some of which exceed it, concurrent with all other requests.
 
-The production API serves each request with the user's roles.  It may be killed before or after it, or lose its
-response.  Every object that a user sends carries the user's role in the label ``ROLE_LABEL``, so that a rule finds in
-the commits what a role has changed, also if nobody read the response.
+The production API serves each request with the user's roles.  A client may be killed before or after its request, or
+lose the response.  Every object that a user sends has the user's role in the label ``ROLE_LABEL``.  So the rule sees in
+the commits what a role has changed, even without a response.
 
 Rule: a viewer changes nothing, and an operator of a stack changes services, secrets and configs of that stack only.
 """
@@ -30,7 +30,7 @@ from skep.model.service import Service
 from skep.store.interface import Created, Updated, View
 
 ROLE_LABEL = "sim.role"
-"""Label with the role with which an object was sent."""
+"""Label with the role of the user who sent the object."""
 FILES_MAX = 4
 """Secrets and configs that users may create in a run, so that they do not fill the store."""
 _STACKED: tuple[type[Any], ...] = (Service, Secret, Config)
@@ -96,7 +96,7 @@ class RoleUsers:
         await client.post(f"/{kind}/create", {"Name": name, "Labels": labels, "Data": data})
 
     async def _service(self, client: ApiClient, binding: Binding, labels: Mapping[str, str]) -> None:
-        """Create a service that the role does not allow.  Those that it allows come from root."""
+        """Create a service that the role does not allow.  Allowed services are created by root."""
         if may(binding, labels):
             return
         name = f"{client._name}-{next(self._numbers)}"
@@ -143,7 +143,7 @@ def may(binding: Binding, labels: Mapping[str, str]) -> bool:
 
 
 def nothing_beyond_roles(change: Change, _: View) -> Iterator[str]:
-    """Check that no role has changed an object that it may not change."""
+    """Check that roles have changed only objects that they may change."""
     for event in change.events:
         match event:
             case Created(Service() | Secret() | Config() | Network() | Node() as new):

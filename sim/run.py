@@ -47,12 +47,12 @@ from skep.store.state import State
 STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 EXTENDED_PAUSES_S = (*PAUSES_S, 0.2, 0.8, 5.0, 20.0)
-"""Pauses in runs with extensions.  They include long ones, because schedules are due every minute."""
+"""Pauses in runs with extensions.  Some are long, because schedules are due every minute."""
 CONVERGED_S = 90.0
 """Time limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
-"""Iterations of the event loop in two minutes.  A whole run has 24,000 on average, so ten times that is a busy
-loop.
+"""Iterations of the event loop in two minutes.  A whole run has 24,000 on average, so ten times that number means a
+busy loop.
 """
 LONGEST_WAIT_S = LONGEST_DELAY_S + 10.0
 """Time limit for leftovers of finished work: the longest delay between two attempts, and a margin."""
@@ -73,7 +73,7 @@ class RunResult(msgspec.Struct):
 def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> RunResult:
     """Run the simulation of ``seed``.
 
-    ``extends``: whether users also request features that Docker does not have.  None: in every second run.
+    ``extends``: whether users also request features that Docker does not have.  By default, in every second run.
     """
     shape = Random(seed ^ 0x5EED)
     extends = seed % 2 == 1 if extends is None else extends
@@ -109,7 +109,7 @@ def extended(seed: int) -> RunResult:
 
 
 def _capacity(shape: Random) -> Resources:
-    """Return the resources of each worker, often too few for all services, so that priorities matter."""
+    """Return the resources of each worker, which are often too small for all services, so that priorities matter."""
     return Resources(nano_cpus=4_000_000_000, memory_bytes=shape.choice((3, 6, 16)) * MEMORY_BYTES)
 
 
@@ -169,7 +169,7 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
 
 
 def _check_due_times(cluster: SimulatedCluster) -> None:
-    """Check that every due time is decided, by the slowest clock, because any manager may lead."""
+    """Check that every due time is decided.  Uses the slowest clock, because any manager may lead."""
     cluster.run_for(DECIDED_S + 2 * STOPPED_S)
     slowest_ns = min(cluster.clocks[id].now_ns() for id in cluster.managers)
     now = timestamp(slowest_ns - round(DECIDED_S * SECOND_NS))
@@ -235,7 +235,7 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
     before, left = set(_rest_violations(cluster)), set(cluster.leftovers())
     cluster.run_for(STOPPED_S)
     note(now(), [violation for violation in _rest_violations(cluster) if violation in before])
-    # A write to a leader that has died, or a failed decision, waits for its timeout or its next attempt.
+    # A write to a dead leader waits for its timeout, and a failed decision for its next attempt.
     until = now() + LONGEST_WAIT_S
     while (left := left.intersection(cluster.leftovers())) and now() < until:
         cluster.run_for(POLL_S)

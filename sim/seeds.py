@@ -1,6 +1,6 @@
 """Simulates many seeds, and reports failures.
 
-Garbage is collected only between runs, since the objects of a run live until its end.
+Garbage is collected only between runs, because the objects of a run live until its end.
 """
 
 import gc
@@ -71,7 +71,7 @@ def quiet() -> Iterator[None]:
 
 
 class Endless(Exception):
-    """A run takes too long, because one turn of its loop does not end."""
+    """One iteration of a run's event loop does not end."""
 
 
 @contextmanager

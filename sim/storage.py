@@ -1,7 +1,8 @@
 """A simulated storage system with its CSI driver, and the cluster volumes of a simulated machine.
 
-The storage does not fence, like NFS or host paths.  Unpublishing a volume changes the driver's records, but a node
-that has it mounted can still write.  The machines alone determine the writers (``invariants.writers.SingleWriters``).
+The storage does not fence, like NFS or host paths.  Unpublishing a volume changes the driver's records, but a node that
+has the volume mounted can still write.  So the rule on writers counts tasks on machines
+(``invariants.writers.SingleWriters``).
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from skep.model.volume import Volume, VolumeInfo, VolumeScope
 
 DRIVER = "disks"
 LOOK_S = 0.5
-"""Interval at which a machine checks whether a requested volume is out of use."""
+"""Interval at which a machine checks whether a volume to release is still in use."""
 
 
 class SimulatedStorage:
@@ -62,7 +63,7 @@ class SimulatedStorage:
 
 
 class SimulatedVolumes:
-    """The cluster volumes of one node process.  They are mounted as assigned, and released on request once out of use.
+    """The cluster volumes of one node process.  They are mounted as assigned, and released on request once unused.
 
     Has the methods of ``agent.tasks.cluster_volumes.ClusterVolumes`` that the worker and the session call.
     """
@@ -73,7 +74,7 @@ class SimulatedVolumes:
         self._clock = clock
         self._mounted: set[VolumeId] = set()
         self._asked: set[VolumeId] = set()
-        """Volumes that managers have requested back."""
+        """Volumes that managers have asked to release."""
         self._changed = asyncio.Event()
 
     async def wait_ready(self) -> None:
@@ -94,7 +95,7 @@ class SimulatedVolumes:
             await self._changed.wait()
 
     async def take_reports(self) -> Sequence[VolumeId]:
-        """Wait for released volumes.  They are returned again until ``reported``."""
+        """Wait for released volumes.  Returns them again until ``reported`` is called."""
         while True:
             used = {VolumeId(one.id) for task in self._tasks() for one in task.volumes}
             if free := sorted(self._asked - used):
@@ -106,5 +107,5 @@ class SimulatedVolumes:
                 await self._changed.wait()
 
     def reported(self, ids: Iterable[VolumeId]) -> None:
-        """Take note that a manager has the reports."""
+        """Record that a manager has received the reports."""
         self._asked -= set(ids)

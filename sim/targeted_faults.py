@@ -1,4 +1,4 @@
-"""Faults that are injected into the situations in which they matter."""
+"""Faults that are injected in situations that random faults rarely hit."""
 
 from collections.abc import Iterable
 
@@ -25,7 +25,7 @@ LOOK_S = 0.02
 WAITED_S = 4.0
 AWAY_S = (0.01, 0.1)
 ATTEMPTED_S = 0.5
-"""Time until an update has begun and its first task was rejected."""
+"""Time within which an update has begun and its first task was rejected."""
 LAG_S = 3.0
 SLOW_MANAGER_S = 1.6
 SLOW_NODE_S = 0.4
@@ -37,7 +37,7 @@ PATIENCE_S = (0.6, 2.0)
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 FEW = 3
-"""Number of workers up to which the loss of one is a disruption, in which none is removed."""
+"""With at most this many workers, the loss of one counts as a disruption, in which no node is removed."""
 LOST_S = 110.0
 """Longer than the minute after which lost nodes can be removed, and longer than their tasks take to run elsewhere."""
 UNDECIDED_S = 3.0
@@ -45,7 +45,7 @@ UNDECIDED_S = 3.0
 
 
 def cut_off_for_long(cluster: SimulatedCluster) -> None:
-    """Partition a node until it has stopped the tasks that it has to stop.  Its other tasks continue."""
+    """Partition a node until it has stopped the tasks that ``skep.on-disconnect`` requires to stop."""
     stopping = {service.id for service in cluster.view.find(Service) if _is_to_stop(service)}
     nodes = _nodes_of(
         task
@@ -59,7 +59,7 @@ def cut_off_for_long(cluster: SimulatedCluster) -> None:
     cluster.trace.add(f"fault: {id} is cut off for {CUT_OFF_S} s, in a cluster at rest")
     cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
     pass_time(cluster, CUT_OFF_S)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     pass_time(cluster, BACK_S)
 
 
@@ -178,7 +178,7 @@ def lose_a_node_for_long(cluster: SimulatedCluster) -> None:
     cut = cluster.links.cut([id], cluster.managers)
     pass_time(cluster, LOST_S)
     end_removed_nodes(cluster)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     pass_time(cluster, BACK_S)
 
 

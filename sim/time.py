@@ -24,8 +24,7 @@ EPOCH_NS = 1_700_000_000 * SECOND_NS
 RESOLUTION_S = time.get_clock_info("monotonic").resolution
 JUMP_S_MAX = 24 * 3600.0
 TURNS_PERIOD_S = 120.0
-"""Seconds after which iterations are counted from 0 again.  A run of many minutes in which containers crash has
-many.
+"""Seconds after which iterations are counted from 0 again, because a long run with crashing containers has many.
 """
 CANCELLED_MIN = 100
 CANCELLED_SHARE = 0.5
@@ -43,8 +42,8 @@ class Spinning(Exception):
 class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop on virtual time, beginning at 0.
 
-    Callbacks run in the order of asyncio's own loop, without its system calls and debugging.  Two thirds of the turns
-    of a run do next to nothing, so the cost of a turn is a large part of the whole.
+    Callbacks run in the order of asyncio's own loop, without its system calls and debugging.  Two thirds of a run's
+    iterations do next to nothing, so the cost of an iteration matters.
     """
 
     def __init__(self, turns_max: int | None = None, seed: int = 0) -> None:
@@ -53,7 +52,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         Args:
             turns_max: number of iterations within ``TURNS_PERIOD_S`` after which ``Spinning`` is raised once, or None
                 for no limit.
-            seed: seed of ``random``, which back-offs without their own source use.
+            seed: Seed of ``random``, which back-offs without their own source use.
         """
         random.seed(seed)
         self._now = 0.0
@@ -102,7 +101,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> "asyncio.Future[T]":
-        """Run ``func`` at once, since a thread would run in real time."""
+        """Run ``func`` at once, because a thread would run in real time."""
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
@@ -119,7 +118,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return sum(not timer.cancelled() for _, timer in self._timers)
 
     def timer_cancelled(self) -> None:
-        """Take note that a timer that is still in the heap was cancelled."""
+        """Record that a timer in the heap was cancelled."""
         self._cancelled_timers += 1
 
     def _run_once(self) -> None:
@@ -150,7 +149,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 return
 
     def _forget_cancelled(self) -> None:
-        """Remove cancelled timers from the head of the heap, or all of them when they are many, as asyncio does."""
+        """Remove cancelled timers from the head of the heap, or all if there are many, as asyncio does."""
         timers = self._timers
         if len(timers) > CANCELLED_MIN and self._cancelled_timers / len(timers) > CANCELLED_SHARE:
             for _, timer in timers:

@@ -38,7 +38,7 @@ class Trace:
 
     @contextmanager
     def with_output_of_commands(self) -> Iterator[None]:
-        """Record what simulated commands print, instead of printing it."""
+        """Record the output of simulated commands instead of printing it."""
         with (
             redirect_stdout(_CommandOutput(self, sys.stdout)),
             redirect_stderr(_CommandOutput(self, sys.stderr)),

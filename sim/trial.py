@@ -1,4 +1,4 @@
-"""In a cluster at rest, an update that the dry run accepts gets nodes for all its tasks."""
+"""Checks in a cluster at rest that an update gets nodes for all its tasks if the dry run accepts it."""
 
 from collections.abc import Callable
 from random import Random
@@ -22,14 +22,14 @@ PLACED_S = 25.0
 """Time limit until all new tasks have nodes.  An update replaces them one after the other, with delays."""
 
 EARLIER_LEADER_S = 75.0
-"""Time by which a new leader may take a volume from a node.  The previous leader's calls have ended by then."""
+"""Time after which a new leader may take a volume from a node, because the previous leader's calls have ended."""
 
 
 def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> None:
     """Force an update of a steady service.  If the dry run accepts it, no task may stay without a node.
 
     Most runs end without a steady service, because images are broken, jobs have ended, or numbers of tasks change.
-    Then users create a service that can be steady, and its creation is tried in the same way.
+    In that case users create a service that can be steady, and its creation is checked in the same way.
     """
     if not (services := _tryable(cluster)):
         _try_a_service(cluster, users)
@@ -83,7 +83,7 @@ def _pending(cluster: SimulatedCluster, id: ServiceId) -> list[Task]:
 
 
 def _can_be_steady(spec: ServiceSpec) -> bool:
-    """Return whether the dry run considers everything that decides on the placement of a new service's tasks."""
+    """Return whether the dry run considers all criteria for the placement of a new service's tasks."""
     update, labels = spec.update_config, spec.labels
     return (
         spec.mode.name in ("replicated", "global")
@@ -95,7 +95,7 @@ def _can_be_steady(spec: ServiceSpec) -> bool:
 
 
 def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
-    """Return whether the dry run considers everything that decides on the placement of the service's tasks."""
+    """Return whether the dry run considers all criteria for the placement of the service's tasks."""
     view, update = cluster.view, service.spec.update_config
     return (
         is_steady(cluster, service)

@@ -1,7 +1,7 @@
 """Upgrades of all workers, concurrent with all other requests of users.
 
-Each upgrade is the production command.  It may be killed or suspended between any two requests, lose responses, find a
-node that does not come back, and be continued by another command.
+Each upgrade is the production command.  It may be killed or suspended between any two requests, lose responses, wait
+for a node that does not return, and be continued by another command.
 
 Rules: one upgrade has the lock, only one node is upgraded at a time, and an upgrade that has succeeded leaves no ready
 worker on another version.
@@ -44,7 +44,9 @@ WITHIN_S = 20.0
 AT_ONCE = 2
 """Number of commands that may run at the same time."""
 KILLED_BY = 60
-"""Last request at which a command is killed or suspended.  An upgrade of a node takes some 30 requests."""
+"""Largest number of the request at which a command is killed or suspended.  The upgrade of a node takes some 30
+requests.
+"""
 PAUSE_S = 20.0
 RETRY_S = 1.0
 
@@ -75,7 +77,7 @@ class Upgrades:
             show_version(cluster, id, "1")
 
     def act(self) -> None:
-        """Begin an upgrade, or continue an interrupted upgrade.  Begin two of them half of the time."""
+        """Begin an upgrade, or continue an interrupted one.  Half of the time, begin two."""
         for _ in range(self._random.randint(1, AT_ONCE)):
             self._begin()
 
@@ -148,7 +150,7 @@ class Upgrades:
         await upgrade.release()
 
     def _left_behind(self, version: str, began: float) -> Iterable[str]:
-        """Yield the workers that could be upgraded all the time, but were not."""
+        """Yield the workers that were not upgraded although that was possible all the time."""
         for id, since in self._eligible.items():
             node = self._cluster.view.get(Node, id)
             shown = node.description.engine.engine_version

@@ -1,7 +1,7 @@
 """Simulated users: requests to random managers, through the control functions that the API calls.
 
-Requests are concurrent with each other and with faults.  Their responses are recorded in ``Acknowledgements``, and
-compared with Docker's (``ResponseCheck``).
+Requests are concurrent with each other and with faults.  ``Acknowledgements`` records their responses, and
+``ResponseCheck`` compares them with Docker's.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ ACCESS_MODES = (
     AccessMode(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL, mount_volume=TypeMount()),
 )
 DRAWS_MAX = 100
-"""Draws of a spec.  About one in ten is of a service that can be steady."""
+"""Maximum number of drawn specs.  About one in ten is of a service that can be steady."""
 LATE = 0.1
 """Probability that a change is based on the previous version of an object."""
 
@@ -104,7 +104,7 @@ class Users:
     """All users of one cluster."""
 
     def __init__(self, cluster: SimulatedCluster, extensions: Random | None = None) -> None:
-        """``extensions``: draws features that Docker does not have, or None for users that request none of them."""
+        """``extensions`` draws features that Docker does not have.  None if users do not request such features."""
         self._extensions = extensions
         self._cluster = cluster
         self._random = cluster.random
@@ -203,7 +203,7 @@ class Users:
     async def _store(self, *, creates: bool | None = None) -> EtcdStore:
         """Return the store of a random manager after a barrier, and check that it shows all acknowledged requests.
 
-        ``creates``: whether the request creates an object, or None if the request does not make the store grow.
+        ``creates``: whether the request creates an object.  None if the request does not make the store grow.
 
         Raises: Unavailable: no manager serves, it has no quorum, or the store is nearly full.
         """
@@ -472,7 +472,8 @@ class Users:
     async def create(self, id: ServiceId, spec: ServiceSpec) -> None:
         """Create a service once a manager serves.  A refusal is recorded in the trace.
 
-        Its outcome may be unknown, so it is not repeated: the repetition of a committed request would be refused.
+        The outcome may be unknown, so the request is not repeated.  A repetition of a committed request would be
+        refused.
         """
         since = self._responses.present
         for _ in range(ATTEMPTS_MAX):

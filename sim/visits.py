@@ -1,6 +1,4 @@
-"""A run that counts the objects that the leader's loops look up for one event.  It counts decisions instead of
-time.
-"""
+"""Counts the objects that the leader's loops look up for one event, because a count does not depend on the machine."""
 
 from sim.cluster import SimulatedCluster
 from sim.run import RunResult
@@ -10,7 +8,7 @@ from skep.model.values.ids import NodeId
 
 FEW, MANY = 8, 32
 LOOKED_S = 10.0
-"""Seconds in which all loops have processed an event."""
+"""Seconds within which all loops have processed an event."""
 
 
 def simulate(seed: int) -> RunResult:

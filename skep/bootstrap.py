@@ -116,7 +116,9 @@ def load_recovery(paths: Paths) -> Recovery | None:
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FailedPrecondition(f"{paths.recovery} is damaged: ask for the new cluster again") from error
+        raise FailedPrecondition(
+            f"{paths.recovery} is damaged: run docker swarm init --force-new-cluster or skep restore again"
+        ) from error
 
 
 def save_recovery(paths: Paths, recovery: Recovery) -> None:

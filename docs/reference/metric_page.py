@@ -24,11 +24,11 @@ a dashboard.
 `__meta_skep_node_id`, `_name`, `_role`, `_leader`, `_availability`, `_state`, and `_label_KEY` for each node label. On
 a worker you need `skep cluster worker-reads on`. You can also use Prometheus' discovery of Docker Swarm.
 """
-_OF_MANAGERS = """
+_MANAGERS = """
 Every manager counts the whole cluster, so use `max by`, not `sum`. Names that begin with `swarm_` come from SwarmKit.
 Names that begin with `etcd_` come from etcd, and have the values of the manager's member.
 """
-_OF_CONTAINERS = """
+_CONTAINERS = """
 The names come from cAdvisor. The labels are `name` (the container's), `image`, `service`, `task` and `stack`. The last
 three are empty for plain containers. Network metrics also have `interface`. While there are requests, the values are
 sampled every ten seconds.
@@ -81,7 +81,7 @@ def metrics() -> str:
         "## Of a manager": (*made_in(manager_metrics), *_of_etcd()),
         "## Of containers": tuple(Metric(*family[:3]) for family in usage.families([])),
     }
-    below = {"## Of a manager": _OF_MANAGERS, "## Of containers": _OF_CONTAINERS}
+    below = {"## Of a manager": _MANAGERS, "## Of containers": _CONTAINERS}
     lines = ["# Metrics", "", _NOTICE, _HEAD]
     for title, found in sections.items():
         lines += [title, "", *_table(found)]

@@ -30,7 +30,7 @@ SILENT = frozenset(
 
 _CHANGES = "created or exited or running or paused"
 _TASK = "Start in created, a task's with its networks"
-_LEFT = "StartFailed in created or exited, the caller has left"
+_LEFT = "StartFailed in created or exited, the caller was cancelled"
 _PLACES = "starts.py::test_no_more_than_the_places_start_at_the_same_moment"
 _ENDS = "ends_during_operations.py"
 SHOWN_ELSEWHERE: Mapping[str, str] = {
@@ -40,7 +40,7 @@ SHOWN_ELSEWHERE: Mapping[str, str] = {
     "Start in created or exited: without its record": "restart_monitor.py",
     f"{_LEFT}: nothing": _PLACES,
     f"{_LEFT}: without unmount volumes": _PLACES,
-    "Signal in paused, the signal ends a container: without see whether it is frozen": _ENDS,
+    "Signal in paused, the signal ends a container: without check whether it is frozen": _ENDS,
     "Pause in any state: nothing": _ENDS,
     "Unpause in any state: nothing": _ENDS,
     "Frozen in any state: nothing": _ENDS,

@@ -1,4 +1,4 @@
-"""Rules on node status: no node is marked down without a fault, and no task is shown as running on a dead one."""
+"""Rules on node status: no node is marked down without a fault, and no task is shown as running on a dead node."""
 
 from collections.abc import Callable, Iterable
 
@@ -18,7 +18,7 @@ YOUNG_S = 2.0
 
 
 class NoFalseDown:
-    """No running node is marked down after a calm period, and no node by a manager that has just started."""
+    """No running node is marked down after a calm period.  A manager that has just started marks no node down."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Rules on objects at rest: live objects bound their number, and none refers to an object that was deleted."""
+"""Rules on objects at rest: their number is bounded by the live objects, and no object refers to a deleted one."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -16,11 +16,13 @@ from skep.store.interface import View
 from skep.store.kinds import Payload, SpecVersion
 
 EXTRA = 8
-"""Tasks of one slot beyond its history limit: wanted, stopping, and tasks that decide on the update."""
+"""Tasks of one slot in addition to its history limit: the desired task, a stopping task, and a task that decides on the
+update.
+"""
 
 
 def unbounded_objects(view: View) -> Iterable[str]:
-    """Yield leftovers of a cluster at rest.  The number of objects is at most f(services, slots, nodes)."""
+    """Yield leftovers of a cluster at rest, in which services, slots and nodes limit the number of objects."""
     yield from _tasks(view)
     yield from _versions(view)
     yield from _others(view)
@@ -56,7 +58,7 @@ def _tasks(view: View) -> Iterable[str]:
 
 
 def _waiting(view: View, service: Service, tasks: Sequence[Task]) -> Collection[TaskId]:
-    """Return tasks that stay until their node has reported their data."""
+    """Return tasks that are kept until their node has reported their data."""
     of_slot: dict[int, list[Task]] = {}
     for task in tasks:
         of_slot.setdefault(task.slot, []).append(task)

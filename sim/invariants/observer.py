@@ -133,9 +133,7 @@ class Observer:
         """Record violations."""
         try:
             found = [f"{time_s:.3f} s: {violation}" for violation in violations]
-        except (
-            Exception
-        ) as error:  # so that a failing rule does not look like a failure of the code that evaluates it
+        except Exception as error:  # otherwise a bug in a rule would look like a bug in the simulation
             found = [f"{time_s:.3f} s: a rule raised {type(error).__name__}: {error}"]
         if found and not self.violations:
             self.traced = self._trace.lines()

@@ -105,8 +105,8 @@ def is_unplaceable(task: Task, service: Service, view: View) -> bool:
 
 
 def homes_of(task: Task, service: Service, view: View) -> set[NodeId]:
-    """Return the nodes to which a task with ``skep.volume-affinity=required`` has to return.  Empty if it may
-    get any.
+    """Return the nodes to which a task with ``skep.volume-affinity=required`` has to return, or nothing if all are
+    allowed.
     """
     container = task.spec.container_spec
     mounts = container.mounts if container is not None and task.slot else ()
@@ -150,9 +150,7 @@ def _memory_bytes(task: Task) -> int:
 
 
 def _could_have_volumes(node: Node, task: Task, service: Service, view: View) -> bool:
-    """Return whether the task's cluster volumes exist, and it may use them on ``node`` together with their current
-    users.
-    """
+    """Return whether the task's cluster volumes exist, and their current users let the task use them on ``node``."""
     container, update = task.spec.container_spec, service.spec.update_config
     starts_first = update is not None and update.order is UpdateOrder.START_FIRST
     own = task.service_id, task.slot or task.node_id
@@ -184,7 +182,7 @@ def _could_have_volumes(node: Node, task: Task, service: Service, view: View) ->
 
 
 def could_take(node: Node, task: Task, service: Service, view: View) -> bool:
-    """Return whether ``node`` has what ``task`` needs, in addition to the tasks that are there."""
+    """Return whether ``node`` has enough resources for ``task`` in addition to its present tasks."""
     if not may_have_tasks(node, service.spec) or not _could_have_volumes(node, task, service, view):
         return False
     held = [

@@ -1,4 +1,4 @@
-"""Rules on priorities: which tasks are preempted, and which tasks have the resources in the end."""
+"""Rules on priorities: which tasks may be preempted, and which tasks get the resources."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ AT_ONCE_S = 1.0
 
 
 class PreemptionsAreJust:
-    """A task is preempted only for a task of a higher priority, where the cluster allows it, and few at a time.
+    """Tasks are preempted only for tasks of a higher priority, only if the cluster allows it, and few at a time.
 
-    It is not preempted just after it was placed while the other task already waited.
+    A task is not placed and preempted at once for a task that was already waiting.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class PreemptionsAreJust:
         self._placed_at: dict[TaskId, float] = {}
         self._refused_at: dict[TaskId, float] = {}
         self._disturbed_at = 0.0
-        """Time at which a node changed or a task was created last."""
+        """Time of the last change of a node or creation of a task."""
         self.count = 0
         """Number of preempted tasks."""
 

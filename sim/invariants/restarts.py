@@ -1,4 +1,4 @@
-"""A rule on restart policies: an ended task is replaced if its policy says so, and only then."""
+"""A rule on restart policies: an ended task is replaced exactly if its policy allows that."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -15,7 +15,7 @@ from skep.model.values.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
 SLACK_S = 5.0
-"""A leader may see the times of a restart window this much later than they were committed."""
+"""A leader may see changes this much later than they were committed, which shifts the restart window."""
 
 
 class _Begun(msgspec.Struct):
@@ -28,10 +28,10 @@ class _Begun(msgspec.Struct):
 
 
 class RestartPolicies:
-    """Tasks of one slot and spec version follow each other as the restart policy says.
+    """Restarts of the tasks of one slot and spec version follow the restart policy.
 
-    Checked at commits: no task follows a task that may not be restarted, and no more than ``max_attempts`` follow
-    tasks that ended by themselves (within the window, and within one leader's term).  Moves are not counted.
+    Each commit is checked.  A task that may not be restarted has no successor, and at most ``max_attempts`` tasks
+    follow tasks that ended by themselves (within the window, and within one leader's term).  Moves are not counted.
     ``is_given_up`` checks at rest that no restart is missing.  Jobs are not checked.
     """
 
@@ -118,7 +118,7 @@ def _attempts(made: list[_Begun]) -> list[_Begun]:
 def _replaces_another_version(task: Task, change: Change) -> bool:
     """Return whether the task replaces, in one commit, a task of another version that lost its node.
 
-    The slot has given-up attempts at the task's own version.  In SwarmKit that is not a restart of this version
+    The slot has given up earlier attempts at the task's own version.  SwarmKit does not count such a task as a restart
     either.
     """
     return any(
@@ -132,7 +132,7 @@ def _replaces_another_version(task: Task, change: Change) -> bool:
 
 
 def _is_final(policy: RestartPolicy, task: Task) -> bool:
-    """Return whether the policy forbids a restart after this end."""
+    """Return whether the policy forbids a restart of this ended task."""
     match policy.condition:
         case RestartCondition.NONE:
             return True

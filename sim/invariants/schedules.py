@@ -1,6 +1,6 @@
-"""Rules on scheduled jobs: every due time is decided once, by a run or with the reason why it is skipped.
+"""Rules on scheduled jobs: every due time is decided once, by a run or by a recorded reason to skip it.
 
-Due times are computed here without the code that is checked, for schedules of the form ``*/N * * * *`` in UTC, where N
+Due times are computed independently of the checked code, for schedules of the form ``*/N * * * *`` in UTC, where N
 divides an hour.
 """
 
@@ -19,12 +19,12 @@ from skep.store.interface import Created, Deleted, Updated, View
 from skep.store.kinds import spec_of
 
 DECIDED_S = 10.0
-"""A due time this long ago is decided if there was a leader since then."""
+"""A due time is decided within this time if there is a leader."""
 _EVERY = re.compile(r"\*/([0-9]+) \* \* \* \*")
 
 
 class DueTimesAreDecidedOnce:
-    """A due time has at most one run or a reason to skip it, and no run begins without a due time or a request."""
+    """A due time has one run at most, or a reason to skip it.  No run begins without a due time or a request."""
 
     def __init__(self) -> None:
         self._started: set[tuple[str, str]] = set()

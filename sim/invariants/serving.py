@@ -1,4 +1,4 @@
-"""A rule on updates: at most as many slots as the parallelism are out of service, whatever interrupts the update."""
+"""A rule on updates: the number of slots out of service is at most the parallelism, whatever interrupts the update."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,21 +16,20 @@ from skep.store.interface import Created, Deleted, Updated, View
 
 
 class UpdateParallelism:
-    """An update takes no slot out of service while as many as its parallelism are already out because of updates.
+    """Updates never take more slots out of service than their parallelism allows.
 
-    A slot is out of service from the retirement of its running task for a task of another spec until a task runs in it
-    again.  It no longer counts when its new task has failed or missed the progress deadline.  Nor does a slot that is
-    taken out for a further attempt after a failure that the update tolerates.
+    A slot is out of service while its running task is retired for a task of another spec, and no other task runs in it.
+    A slot whose new task has failed or missed the progress deadline no longer counts.  A slot that is retried after a
+    tolerated failure does not count either.
     """
 
     def __init__(self) -> None:
         self._out: defaultdict[ServiceId, dict[int, float]] = defaultdict(dict)
-        """Slots that are out of service, and the times at which their new tasks were created, where the deadline
-        begins.
+        """Slots out of service, with the creation times of their new tasks, at which the deadline begins.
         """
         self._created: dict[TaskId, float] = {}
         self._failed: dict[ServiceId, tuple[Version | None, set[int]]] = {}
-        """Last version with a failed task, and the slots in which one failed."""
+        """Last version with a failed task, and the slots in which tasks failed."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -74,7 +73,7 @@ class UpdateParallelism:
 
 
 def _is_taken_out(old: Task, new: Task, view: View) -> bool:
-    """Return whether an update is the only reason why the only running task of the slot was just retired."""
+    """Return whether only an update explains that the slot's only running task was just retired."""
     is_retired = old.is_wanted and new.desired_state is TaskState.SHUTDOWN
     if not is_retired or new.status.state is not TaskState.RUNNING or new.preemption is not None:
         return False
@@ -91,7 +90,7 @@ def _is_taken_out(old: Task, new: Task, view: View) -> bool:
 
 
 def _successors(task: Task, view: View) -> list[Task]:
-    """Return the wanted tasks of another spec in the slot."""
+    """Return the desired tasks of another spec in the slot."""
     slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
     return [one for one in slot if one.is_wanted and one.spec != task.spec]
 

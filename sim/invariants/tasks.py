@@ -38,10 +38,10 @@ def _transition_violations(old: Task, new: Task) -> Iterable[str]:
 
 
 def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
-    """Check that a slot (of a job: in each iteration) has one task with desired state running, and at most one in
-    reserve.
+    """Check that a slot has one task with desired state running, and at most one in reserve.  For jobs, in each
+    iteration.
 
-    With start-first both may have desired state running during an update.
+    During an update with start-first, both may have desired state running.
     """
     for event in change.events:
         match event:
@@ -111,15 +111,14 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 class TasksAreSpread:
     """A task is assigned to a node with the fewest tasks of its service, while no node changes.
 
-    A node may have one more task than the minimum.  Tasks that have ended within ``KNOWN_S`` count for a node that
-    could have had the task, because the leader's replica may not show their ends yet.  On the task's own node, old
-    tasks of slots with a newer task do not count, since they are retired when the newer tasks run.  The scheduler
-    disregards the old tasks of the slots that it fills at the same time.  Nodes that a manager cannot read
-    (``unreadable``) do not count either.
+    A node may have one more task than the minimum.  On other nodes, tasks that have ended within ``KNOWN_S`` count,
+    because the leader's replica may still show them as running.  On the task's own node, old tasks of slots with a
+    newer task do not count, because they are retired when the newer tasks run.  The scheduler ignores old tasks of
+    slots that it fills at the same time.  Nodes that a manager cannot read (``unreadable``) are not compared.
 
-    A task with cluster volumes is compared among the nodes that could have had the same volumes.  A node that is
-    releasing a volume, or was within ``KNOWN_S``, cannot have it: a release may take minutes and cannot be taken back,
-    so the scheduler does not wait for it.
+    For a task with cluster volumes, only nodes that could have had the same volumes are compared.  A node that was
+    releasing a volume within ``KNOWN_S`` cannot have it.  A release may take minutes and cannot be cancelled, so the
+    scheduler does not wait for it.
     """
 
     KNOWN_S = DEADLINE_S
@@ -131,7 +130,7 @@ class TasksAreSpread:
         self._changed_at = 0.0
         self._ended_at: dict[TaskId, float] = {}
         self._failed: set[ServiceId] = set()
-        """Services with a failed task, whose node is avoided even after the task's record is deleted."""
+        """Services with a failed task.  The scheduler avoids its node even after the task's record is deleted."""
         self._released_at: dict[tuple[str, NodeId], float] = {}
         """Last time at which a node was releasing a volume."""
 
@@ -167,7 +166,7 @@ class TasksAreSpread:
             or host_ports(service.spec)
             or _may_return_to_data(task, service)
         ):
-            return  # the spread is not the only criterion
+            return  # the scheduler considers more than the spread
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
         if task.service_id in self._failed:
             return  # nodes where tasks failed are avoided
@@ -196,7 +195,7 @@ class TasksAreSpread:
             )
 
     def _can_have(self, view: View, id: VolumeId, node: Node, now: float) -> bool:
-        """Whether the node could have had the volume.  Limits of drivers and volumes count as full."""
+        """Return whether the node could have had the volume.  Drivers and volumes with a limit count as full."""
         volume = view.lookup(Volume, id)
         if volume is None or volume.spec.group or volume.spec.access_mode.scope is VolumeScope.SINGLE:
             return False
@@ -210,10 +209,10 @@ class TasksAreSpread:
 
 
 class UpdatesKeepServing:
-    """The only running task of a slot is not retired before its replacement runs, with start-first.
+    """With start-first, the only running task of a slot is not retired before its replacement runs.
 
-    A task that has run for less than ``KNOWN_S``, or on a node that is back for less, may be retired.  The leader's
-    replica may not show it yet, and its disk may be slow.
+    Exempt are tasks that have run for less than ``KNOWN_S``, or whose node has returned within that time, because the
+    leader's replica may not show them yet.
     """
 
     KNOWN_S = DEADLINE_S
@@ -223,7 +222,7 @@ class UpdatesKeepServing:
         self._back_at: dict[NodeId, float] = {}
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
-        # Before the next loop: one commit may have both, and tasks come before nodes in it.
+        # Before the next loop, because a commit with both has its tasks before its nodes.
         for event in change.events:
             match event:
                 case Updated(Node() as before, Node() as after) if not _takes_tasks(before):
@@ -284,7 +283,7 @@ def _takes_tasks(node: Node) -> bool:
 
 
 def _may_return_to_data(task: Task, service: Service) -> bool:
-    """Return whether the task's slot may have data on a node, where its tasks go whatever is there."""
+    """Return whether the task's slot may have data on a node, because its tasks then ignore the spread."""
     container = task.spec.container_spec
     has_local = container is not None and any(one.type == "volume" for one in container.mounts)
     return has_local and volume_affinity(service.spec.labels) is not VolumeAffinity.NONE

@@ -14,21 +14,23 @@ from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Created, Deleted, Updated, View
 
 UNNOTICED_S = 10.0
-"""A leader whose replica lags may not know changes that are newer than this."""
+"""A leader whose replica lags may not show newer changes."""
 FREED_S = 1.0
-"""Time for which a leader may not know the end of another slot's task.  A longer time would exempt most placements."""
+"""Time for which a leader may not show that another slot's task has ended.  A longer time would exempt most
+placements.
+"""
 
 
 class LocalVolumesStay:
     """A task gets a node that has a volume of its slot, according to the slot's tasks in the store.
 
-    With ``keep`` it gets no other node.  With ``return``, the default, it gets another node only if none of these can
-    have tasks.
+    With ``keep`` it gets no other node.  With ``return``, the default, it gets another node only if none of these nodes
+    can have tasks.
     """
 
     def __init__(self) -> None:
         self._since: dict[TaskId, float] = {}
-        """Time at which a task had its volumes."""
+        """Time at which a task got its volumes."""
         self._able: dict[NodeId, float] = {}
         """Time since which a node has been in its current state."""
         self._freed: dict[NodeId, tuple[float, str]] = {}
@@ -87,9 +89,7 @@ class LocalVolumesStay:
         }
 
     def _was_just_freed(self, id: NodeId, task: Task, now: float) -> bool:
-        """Return whether a task of another slot has just ended, so that the leader may have considered the node
-        full.
-        """
+        """Return whether another slot's task has just ended, so that the leader may have considered the node full."""
         at, slot = self._freed.get(id, (-inf, ""))
         return slot != _slot(task) and now - at < FREED_S
 
@@ -107,7 +107,7 @@ Stored = set[tuple[str, str, int]]
 
 
 class OnlyCopiesStay:
-    """The leader never removes a node that has the only data of a slot whose tasks have to return to it."""
+    """The leader never removes a node with the only data of a slot whose tasks have to return to that data."""
 
     def __init__(self, stored: Callable[[NodeId], Stored], is_requested: Callable[[NodeId], bool]) -> None:
         """Observe removals of nodes.

@@ -21,7 +21,7 @@ def one_leader_writes(change: Change, view: View) -> Iterable[str]:
 
 
 def session_owners_report(change: Change, view: View) -> Iterable[str]:
-    """Check that only the manager with a node's session writes the node's reports, and that the node is down."""
+    """Check that only the manager with a node's session writes the node's reports and marks it down."""
     for event in change.events:
         match event:
             case Updated(Task() as old, Task() as new) if _is_report(old, new):
@@ -58,15 +58,15 @@ def _is_report(old: Task, new: Task) -> bool:
 
 
 class SingleWriters:
-    """A cluster volume has only the users that its access mode allows, judged by what the machines run.
+    """Running tasks use a cluster volume only as its access mode allows.
 
-    A machine that no manager reaches still writes.
+    Tasks on the machines count, not the records, because a machine that no manager reaches still writes.
     """
 
     def __init__(self) -> None:
         self._running: dict[TaskId, tuple[NodeId, Task]] = {}
         self.given_up: Container[NodeId] = ()
-        """Nodes that operators removed, and so declared to have no writers."""
+        """Nodes that operators removed, which declares that they have no writers."""
 
     def started(self, node_id: NodeId, task: Task, view: View) -> Iterable[str]:
         """Record that a container was started, and check its volumes."""

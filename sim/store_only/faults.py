@@ -123,12 +123,12 @@ class Faults:
             word = self._random.choice(("both", "in", "out"))
             sources, targets = (others, [id]) if word == "in" else ([id], others)
             cut = self._links.cut(sources, targets, both_ways=word == "both")
-            self._begin(f"cut off {id} {word}", partial(self._links.mend, cut), id)
+            self._begin(f"cut off {id} {word}", partial(self._links.restore, cut), id)
 
     def _split(self) -> None:
         side = [id for id in self._run.ids if self._random.random() < 0.5]
         cut = self._links.cut(side, [id for id in self._run.ids if id not in side])
-        self._begin(f"split {side}", partial(self._links.mend, cut))
+        self._begin(f"split {side}", partial(self._links.restore, cut))
 
     def _freeze(self) -> None:
         if id := self._victim():

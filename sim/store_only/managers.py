@@ -19,7 +19,7 @@ from skep.store.kinds import Payload
 
 WRAPPING_KEY = bytes(32)
 WANT = "want-"
-"""Prefix of payloads that get a unique number from the leader."""
+"""Payloads with this prefix get a unique number from the leader."""
 RETRY_S = 0.25
 
 
@@ -102,7 +102,7 @@ class Numbers:
         self._held: dict[str, bytes] = {}
         self._not_before: dict[str, float] = {}
         self._given: set[str] = set()
-        """Payloads that are not considered again, whatever the store shows, as in the allocator."""
+        """Payloads that are not considered again, even if they change in the store, as in the allocator."""
 
     async def allocate_all(self) -> None:
         """Allocate until every payload has a number.  Raises: NotLeader."""

@@ -1,4 +1,4 @@
-"""Operations of users on registers, which are the values of some keys, and their results."""
+"""Operations of users on registers, which are the values of some keys, with their results."""
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
@@ -69,7 +69,7 @@ class Registers:
         """Yield the registers whose history is not linearizable."""
         for key, operations in sorted(self._operations.items()):
             seen = {one.expects for one in operations if one.is_seen}
-            # An operation of unknown outcome whose value was never read need not have taken effect.
+            # An operation of unknown outcome whose value was never read may have had no effect.
             relevant = [one for one in operations if one.returned < inf or one.writes in seen]
             if not is_linearizable(relevant):
                 yield f"the operations on {key} are not linearizable: {relevant}"

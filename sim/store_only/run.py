@@ -2,8 +2,8 @@
 
 Managers consist of their store on a simulated etcd: the production updates, batcher, reflector, election, cipher and
 replica.  Users swap, compare, delete and read the values of a few registers.  The leader allocates numbers, as the
-allocator does, and watchers consume the commits.  Then all faults end, and the responses must be linearizable, with
-each write applied once.
+allocator does, and watchers consume the commits.  Finally all faults end.  Then the responses must be linearizable, and
+each write must have been applied once.
 
 ``simulate(seed)`` returns all violations.  The same seed produces the same run.
 """
@@ -172,8 +172,8 @@ class StoreRun:
         return start
 
     def restart_member(self, id: NodeId) -> Callable[[], None]:
-        """Kill a member with SIGKILL, without its manager.  Return a function that restarts it, with less applied at
-        first.
+        """Kill a member with SIGKILL, but not its manager.  Return a function that restarts it, with fewer entries
+        applied at first.
         """
         self.raft.crash(id)
         return lambda: self.raft.start(id, less=self.random.choice((0, 3, 20)))
@@ -244,7 +244,7 @@ class StoreRun:
         self.registers.record_read(key, began, found.data if found is not None else None)
 
     async def _want(self) -> None:
-        """Let one or two payloads at once need a number."""
+        """Request a number for one or two payloads at once."""
         store = self._store()
         names = [f"{WANT}{next(self._numbers)}" for _ in range(self.random.choice((1, 2)))]
         await store.update_each(lambda tx, name: tx.put(Payload(id=name)), names)

@@ -96,5 +96,5 @@ def daemon(ctx: click.Context, /, **_: Any) -> None:
       skep daemon --config /etc/skep/skep.toml --debug
       skep daemon --engine-socket /var/run/docker.sock --label zone=inner
     """
-    # In a new interpreter: all processes of the node would share click and these modules, which none of them uses.
+    # Use a new interpreter, because all forked node processes would otherwise hold click and these modules in memory.
     os.execv(sys.executable, (sys.executable, "-P", "-m", "skep.daemon", *ctx.meta[_WORDS]))

@@ -69,24 +69,27 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     listen_addr: str = ""
     peer_addr: str = ""
-    """``:port`` or ``ip:port``.  If empty: ``reserved_ports.default_peer_addr``, or another free address.  Read only
-    when a manager is made.
+    """``:port`` or ``ip:port``.  By default ``reserved_ports.default_peer_addr``, or another free port.  Read only when
+    the node becomes a manager.
     """
     advertise_addr: str = ""
     data_path_addr: str = ""
-    """Address or interface.  ``docker swarm init`` and ``join`` fall back to these addresses, except ``peer_addr``."""
+    """Address or interface.  ``docker swarm init`` and ``join`` use ``listen_addr``, ``advertise_addr`` and this one by
+    default.
+    """
     data_path_port: int = DEFAULT_DATA_PATH_PORT
     encryption: str = "auto"
     """The encryption of overlay networks: ``auto``, ``kernel`` or ``wireguard-go``."""
     wireguard_port: int = 0
-    """UDP port; the next port is used too.  0 chooses the port ten above the data path's."""
+    """The first of two consecutive UDP ports.  0 means ``data_path_port`` + 10."""
     image_gc_high: int = 85
     image_gc_low: int = 80
-    """Percent of the images' disk.  Above ``image_gc_high``, unused fetched images are removed until
-    ``image_gc_low`` is reached.
+    """Disk usage in percent.  Above ``image_gc_high``, the node removes unused pulled images until ``image_gc_low`` is
+    reached.
     """
     disk_pressure: int = 95
-    """Percent of the node's own disk from which the node receives no new tasks.  0 turns this limit off."""
+    """Usage of the data directory's disk in percent at which the node gets no new tasks, or 0 to turn this limit off.
+    """
     image_port: int = 0
     """TCP port where other nodes fetch images from this one.  0 chooses 2374, or any free port if 2374 is taken."""
 
@@ -98,7 +101,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """URL of a trace collector (OTLP over HTTP), or empty to send no traces."""
 
     managers: tuple[str, ...] = ()
-    """Further addresses to look for managers, for the case that the managers have moved."""
+    """Addresses where the node looks for managers if none of the managers it knows responds."""
 
     debug: bool = False
     log_format: str = "text"
@@ -115,7 +118,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     conmon: str = "conmon"
     nft: str = "nft"
     etcd_binary: Path | None = None
-    """If None, etcd is looked for next to the Python environment, then on the path."""
+    """If None, the node searches etcd next to the Python environment, then on ``PATH``."""
     store_quota: int = 4 * 1024**3
     """Largest size of a manager's store file in bytes."""
 

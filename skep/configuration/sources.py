@@ -150,7 +150,7 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
 def _unused_hosts(configuration: Configuration, toml: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the hosts in the file that flags have replaced.
 
-    They are worth a warning: a node that does not serve the host in its file looks broken.
+    The caller warns about them, because a node that ignores a host in its file looks broken.
     """
     try:
         written = values.hosts(toml.get("hosts", ()))

@@ -118,7 +118,7 @@ def host(value: Any) -> Host:
 
 
 def port(value: Any) -> int:
-    """1 to 65535.  Raises: ValueError, as all readers of values."""
+    """1 to 65535.  Raises: ValueError, like all parsers of this module."""
     number = _integer(value)
     if not 1 <= number <= 65535:
         raise ValueError(f"is {number}: choose a port from 1 to 65535")

@@ -1,8 +1,8 @@
 """The CSI drivers of this machine: the sockets in one folder, by driver name.
 
-A driver gets its volumes' secrets, so its name does not depend on its own word alone.  A driver in a container has a
-folder of its own, ``NAME/csi.sock``, and can only be the driver NAME.  Among the sockets ``*.sock``, which programs of
-the machine create, one with the driver's name takes precedence, then the oldest one.
+A driver gets its volumes' secrets, so the name that it claims is checked.  A driver in a container has its own folder,
+``NAME/csi.sock``, and can only be the driver NAME.  Programs of the machine create ``*.sock``.  If several of these
+sockets claim one name, ``NAME.sock`` wins, otherwise the oldest socket.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from skep.errors import NotFound, SkepError
 log = structlog.get_logger(__name__)
 
 SOCKETS_MAX = 64
-"""Sockets that are considered in one folder."""
+"""Maximum number of sockets in one folder.  Further sockets are ignored."""
 SOCKET_NAME = "csi.sock"
 """Name of the socket of a driver with its own folder, as in Kubernetes."""
 

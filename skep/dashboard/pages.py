@@ -1,8 +1,8 @@
 """The files of the dashboard, read once and served from memory by name.  No request reaches the file system.
 
 The modules of a page are joined into one script, so that a browser sends one request instead of forty in turn.  Each
-module but the page's own becomes a function that is called once, so its names stay private.  Its exports become an
-object named after the module.  The modules themselves stay separate in the sources and tests (``static/``).
+module except the page's own becomes a function that is called once, so its names stay private.  Its exports become an
+object named after the module.  The sources (``static/``) and their tests have separate modules.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 * A request that changes something, or opens a terminal, has the ``Origin`` of the page (CSRF).
 * Only the requests in ``ALLOWED`` are forwarded.
-* Bodies, connections, requests, terminals and the time for a head are bounded.
+* The number of connections, requests and terminals, the size of bodies, and the time for a head are limited.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ HEAD_S: Final = 15.0
 """Seconds for the first request of a connection to arrive."""
 BODY_S: Final = 30.0
 """Seconds for a request's body to arrive."""
-TAKES_S: Final = 60.0
+BROWSER_READ_S: Final = 60.0
 """Seconds for the browser to read written data."""
 REQUESTS_MAX: Final = 64
 """Simultaneous requests of one browser."""
@@ -63,7 +63,7 @@ _TARGET = re.compile(r"/[!-~]*")
 def is_allowed(method: str, target: str) -> bool:
     """Return whether the pages may request ``target``, which is path and query as sent."""
     sent, path = raw_path_of(target), path_of(target)
-    # The check uses the plain path, but the sent path is forwarded.
+    # The check uses the decoded path, but the path is forwarded as sent.
     if ".." in path or "#" in target or (plain_path(sent) != sent and sent != "/ui/"):
         return False
     return any(method == allowed and pattern.fullmatch(path) for allowed, pattern in ALLOWED)
@@ -91,7 +91,7 @@ def require_own_page(request: web.BaseRequest, scheme: str) -> None:
 
 
 def same(one: str, other: str) -> bool:
-    """Return whether two texts are equal, in a time that does not reveal how much of them is."""
+    """Return whether two texts are equal, in constant time."""
     return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())
 
 
@@ -139,7 +139,7 @@ class FirstRequests:
         self._waiting[protocol] = asyncio.get_running_loop().call_later(HEAD_S, self._drop, protocol)
 
     def arrived(self, protocol: asyncio.BaseProtocol) -> None:
-        """Stop the timer of a connection, on which a request arrived."""
+        """Stop the timer of a connection on which a request has arrived."""
         if (timer := self._waiting.pop(protocol, None)) is not None:
             timer.cancel()
 
@@ -154,7 +154,7 @@ class FirstRequests:
             protocol.transport.abort()
 
 
-class Passing:
+class RequestForwarder:
     """Active requests and terminals of one browser."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Passing:
         if request.method == "GET" and target.partition("?")[0] == TERMINAL:
             return await self._open_terminal(request, client)
         if not is_allowed(request.method, target):
-            raise PermissionDenied(f"the dashboard may not ask for {request.method} {path_of(target)[:200]}")
+            raise PermissionDenied(f"the dashboard may not send {request.method} {path_of(target)[:200]}")
         with self._counted_request():
             return await _pass_on(request, target, client)
 
@@ -196,14 +196,16 @@ async def _pass_on(request: web.BaseRequest, target: str, client: RawClient) -> 
             raise InvalidArgument("the body of a request has to be application/json")
         body = await body_of(request)
     try:
-        async with client.exchange(request.method, target, body, headers=_passed_headers(request)) as there:
+        async with client.exchange(
+            request.method, target, body, headers=_forwarded_headers(request)
+        ) as there:
             return await _pass_back(request, there)
     except NotModified:
         return web.Response(status=304, headers=SECURITY_HEADERS)
 
 
-def _passed_headers(request: web.BaseRequest) -> Mapping[str, str]:
-    """Return the forwarded headers, without any that the browser adds by itself, such as cookies or the origin."""
+def _forwarded_headers(request: web.BaseRequest) -> Mapping[str, str]:
+    """Return the headers to forward, without headers that the browser adds by itself, such as cookies or the origin."""
     passed = {RELAY_HEADER: "1"}
     for name, pattern in (("Last-Event-ID", _CURSOR), ("If-None-Match", _ETAG)):
         if pattern.fullmatch(value := request.headers.get(name, "")):
@@ -220,11 +222,11 @@ async def _pass_back(request: web.BaseRequest, there: Exchange) -> web.StreamRes
     await response.prepare(request)
     try:
         async for piece in there.pieces():
-            async with asyncio.timeout(TAKES_S):
+            async with asyncio.timeout(BROWSER_READ_S):
                 await response.write(piece)
         await response.write_eof()
     except (SkepError, TimeoutError) as error:
         if request.transport is not None:
-            request.transport.abort()  # the head was sent, so only the end of the connection can report the error
+            request.transport.abort()  # the head was sent, so only closing the connection can report the error
         raise ConnectionResetError("the response broke off") from error
     return response

@@ -1,7 +1,7 @@
 """Relay between a browser and the API of a cluster, with which ``skep ui`` listens on this machine's loopback.
 
-The API has no defense against a browser, and grants root's rights.  So every request of a page, program or user of this
-machine is refused unless it comes from the dashboard's own page (``dashboard.passing``):
+The API has no defense against requests that a browser sends, and grants root's rights.  So the relay accepts only
+requests of the dashboard's own page (``dashboard.passing``), and refuses all others of this machine:
 
 * The printed address has a token, which works once and for some minutes.  It is exchanged for a cookie that no script
   can read and that is sent to one random path only, because a cookie is sent to every port of its host.
@@ -22,7 +22,7 @@ from skep.dashboard.pages import SECURITY_HEADERS
 from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
-    Passing,
+    RequestForwarder,
     json_response,
     require_own_page,
     respond_or_refuse,
@@ -45,7 +45,7 @@ class Relay:
     """Forwards the requests of one browser to the API behind ``client``.
 
     Args:
-        new_secret: Returns another unguessable word of letters and digits with each call.
+        new_secret: Returns a new random word of letters and digits.
         clock: Returns monotonic seconds.
     """
 
@@ -63,7 +63,7 @@ class Relay:
             self._handle, handler_cancellation=True, access_log=None, lingering_time=1.0
         )
         self._first = FirstRequests()
-        self._passing = Passing()
+        self._forwarder = RequestForwarder()
 
     @asynccontextmanager
     async def listening(self, port: int) -> AsyncIterator[str]:
@@ -109,7 +109,7 @@ class Relay:
         target = f"/{rest}"
         if request.method == "GET" and target == SESSION:
             return json_response({"user": "", "roles": [], "by_login": False})
-        return await self._passing.respond(request, target, self._client)
+        return await self._forwarder.respond(request, target, self._client)
 
     def _log_in(self, token: str) -> web.Response:
         """Exchange the token for the cookie.

@@ -59,11 +59,11 @@ log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
 """Maximum number of connections of logged-in browsers."""
-OF_SOURCE_MAX: Final = 64
+PER_ADDRESS_MAX: Final = 64
 """Maximum number of connections of logged-in browsers from one address."""
 STRANGERS_MAX: Final = 256
 """Maximum number of connections without a login.  Counted separately, so that strangers cannot shut users out."""
-STRANGERS_OF_SOURCE_MAX: Final = 32
+STRANGERS_PER_ADDRESS_MAX: Final = 32
 """The same for one address.  A browser opens six connections at a time for the login page."""
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
@@ -79,7 +79,7 @@ _LOGIN_HEADERS = {
     "Content-Security-Policy": SECURITY_HEADERS["Content-Security-Policy"].replace(
         "form-action 'none'", "form-action 'self'"
     ),
-    "Referrer-Policy": "same-origin",  # without a referrer, browsers send a form's origin as null
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers send a form's origin as null
     "Cache-Control": "no-store",
 }
 _AGAIN = "log in again"
@@ -132,7 +132,7 @@ class DashboardServer:
 
     Args:
         serve: Serves one end of a new connection to the node's API as a client's connection.
-        new_secret: Returns another unguessable word of letters and digits with each call.
+        new_secret: Returns a new random word of letters and digits.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class DashboardServer:
         self._clock = clock
         self._sessions = BrowserSessions(new_secret)
         self._attempts = Attempts()
-        self._open = Admission("dashboard", CONNECTIONS_MAX, OF_SOURCE_MAX)
+        self._open = Admission("dashboard", CONNECTIONS_MAX, PER_ADDRESS_MAX)
         """Connections of browsers that are logged in."""
         self._strangers: Newcomers[asyncio.Transport] = Newcomers(
             "dashboard connections without a login",
             STRANGERS_MAX,
-            STRANGERS_OF_SOURCE_MAX,
+            STRANGERS_PER_ADDRESS_MAX,
             lambda one: one.abort(),
         )
         self._first = FirstRequests()
@@ -300,7 +300,7 @@ class DashboardServer:
             if not self._open.admit(transport):
                 admit_transport(self._strangers, transport)  # its next request is counted again
                 raise Unavailable(
-                    f"this address has {OF_SOURCE_MAX} connections open, or all have many: try again later"
+                    f"this address has {PER_ADDRESS_MAX} connections open, or all have many: try again later"
                 )
         self._users.remember(transport, session.credential, identity)
         under_way = self._streams.setdefault(session, set())
@@ -330,7 +330,7 @@ class DashboardServer:
                 raise NotFound("page not found")
             return page_response(found, request.headers.get("If-None-Match", ""))
         client = RawClient.over("this node", partial(self._connect_to_api, identity))
-        return await session.passing.respond(request, target, client)
+        return await session.forwarder.respond(request, target, client)
 
     async def _connect_to_api(self, identity: Identity) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a new connection to the node's API with ``identity``."""

@@ -8,16 +8,16 @@ from typing import Final
 import msgspec
 
 from skep.aio.token_bucket import TokenBucket
-from skep.dashboard.passing import Passing, same
+from skep.dashboard.passing import RequestForwarder, same
 from skep.model.networks.addresses import plain_address
 from skep.model.permissions.access import Credential
 
 LIFE_S: Final = 12 * 3600.0
-"""Seconds until a session ends: a working day."""
-OF_USER_MAX: Final = 8
+"""Seconds until a session ends: the length of a working day."""
+PER_TOKEN_MAX: Final = 8
 """Maximum number of sessions per token.  One more session ends the oldest."""
 ATTEMPTS: Final = 10
-"""Login attempts per minute from one address.  They may all come at once."""
+"""Login attempts per minute from one address, which may come all at once."""
 _SOURCES_MAX: Final = 4096
 """Maximum number of addresses whose login attempts are counted."""
 
@@ -27,7 +27,7 @@ class BrowserSession(msgspec.Struct, frozen=True, eq=False):
 
     ``key`` is the first path segment of all its pages, and the path of its cookie.  Browsers send a cookie to every
     port of its host, where a published service may listen, but only with requests under this unguessable path.
-    ``passing`` has its active requests.
+    ``forwarder`` has its active requests.
     """
 
     key: str
@@ -35,11 +35,11 @@ class BrowserSession(msgspec.Struct, frozen=True, eq=False):
     cookie: str
     credential: Credential
     ends_at: float
-    passing: Passing = msgspec.field(default_factory=Passing)
+    forwarder: RequestForwarder = msgspec.field(default_factory=RequestForwarder)
 
 
 class BrowserSessions:
-    """The sessions of one listener.  ``new_secret`` returns another unguessable word with each call."""
+    """The sessions of one listener.  ``new_secret`` returns a new random word."""
 
     def __init__(self, new_secret: Callable[[], str]) -> None:
         self._new_secret = new_secret
@@ -50,7 +50,7 @@ class BrowserSessions:
         """Open a session.  Returns it, and the sessions that end because of it."""
         ended = self.end_expired(now)
         own = [one for one in self._by_key.values() if one.credential == credential]
-        surplus = tuple(own[: max(0, len(own) + 1 - OF_USER_MAX)])
+        surplus = tuple(own[: max(0, len(own) + 1 - PER_TOKEN_MAX)])
         for one in surplus:
             self.end(one)
         key, cookie, name = self._new_secret(), self._new_secret(), self._new_secret()
@@ -107,7 +107,8 @@ class CertificateNames(msgspec.Struct, frozen=True):
     def has(self, host: str, local: str) -> bool:
         """Return whether a request with the header ``Host: host`` is for this server.
 
-        A page of an attacker's name that resolves to this server (DNS rebinding) has that name as its host.
+        An attacker's name may resolve to this server (DNS rebinding).  Requests of such a page have that name as their
+        host.
 
         Args:
             local: Address of this machine that received the request.

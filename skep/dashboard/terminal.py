@@ -17,8 +17,8 @@ from skep.api.client.raw import Exchange, RawClient, json
 from skep.errors import InvalidArgument, SkepError, Unavailable
 
 _MESSAGE_BYTES_MAX: Final = 64 * 1024
-"""Longest input: a paste that is larger is sent in parts by the page."""
-_TAKES_S: Final = 60.0
+"""Largest message.  The page sends a larger paste in parts."""
+_PAGE_READ_S: Final = 60.0
 """Seconds for the page to read written data."""
 _HEARTBEAT_S: Final = 30.0
 """Seconds between pings.  Proxies close connections that are idle for 60 s."""
@@ -27,7 +27,7 @@ _WORDS_MAX: Final = 64
 _SIDE_MAX: Final = 1000
 """Rows or columns of a terminal."""
 _HANG_UP: Final = b"\x03\x04"
-"""Input that is sent when the page disconnects.  It ends an idle shell, which nothing else would end."""
+"""Input that is sent when the page disconnects.  It ends an idle shell, which would otherwise keep running."""
 
 
 class _Size(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ async def join_terminal(request: web.BaseRequest, client: RawClient) -> web.WebS
     except SkepError as error:
         end = {"error": str(error)}
     with suppress(ConnectionError, TimeoutError):
-        async with asyncio.timeout(_TAKES_S):
+        async with asyncio.timeout(_PAGE_READ_S):
             if not page.closed:
                 await page.send_str(json(end).decode())
                 await page.close()
@@ -133,7 +133,7 @@ async def _print(page: web.WebSocketResponse, stream: Exchange) -> None:
     with suppress(ConnectionError):
         async for piece in stream.raw_pieces():
             try:
-                async with asyncio.timeout(_TAKES_S):
+                async with asyncio.timeout(_PAGE_READ_S):
                     await page.send_bytes(piece)
             except TimeoutError:
                 raise Unavailable("the page takes nothing") from None

@@ -95,8 +95,8 @@ class EndpointAllocation:
             return await self._local.take(container, network, request)
         if request.mac_address:
             raise Unimplemented(
-                f"containers on network {request.network} of the cluster do not have --mac-address: other nodes use "
-                "the one that follows from their address"
+                f"containers on network {request.network} of the cluster cannot have --mac-address: other nodes "
+                "compute the MAC address from the IP address"
             )
         # Managers know the container's short id, because it is the default host name.
         hostname = container.hostname if not container.id.startswith(container.hostname) else ""

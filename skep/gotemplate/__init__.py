@@ -1,7 +1,7 @@
 """Go's text/template: the language of Docker's placeholders (``{{.Node.Hostname}}``, ``{{secret "x"}}``).
 
-``expand`` parses and executes a text.  Supports the whole language except the parts that need Go's reflection: methods,
-channels and complex numbers.  Error texts are Go's.  A budget limits the cost of executions (``text.py``).
+``expand`` parses and executes a text.  Supports the whole language except methods, channels and complex numbers, which
+need Go's reflection.  Error texts are Go's.  A budget limits the cost of executions (``text.py``).
 
 Source: Go 1.24, text/template and text/template/parse.
 """

@@ -17,7 +17,7 @@ from skep.gotemplate.values import Struct, Value, is_true, printed, to_bytes, ty
 DEPTH_MAX = 100
 """Nesting depth of templates, branches and parentheses during execution."""
 _SHOWN_MAX = 200
-"""Characters of a node that are shown in an error."""
+"""An error shows at most this many characters of a node."""
 
 
 class _Nothing:

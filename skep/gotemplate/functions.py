@@ -14,7 +14,7 @@ from skep.gotemplate.text import BoundedText, TemplateBudget, TooMuchText
 from skep.gotemplate.values import Struct, Value, printed, to_bytes, to_text, type_name, write_value
 
 _SHOWN_MAX = 1_000
-"""Characters of a value that are shown in an error, because errors become a task's status."""
+"""An error shows at most this many characters of a value, because errors become a task's status."""
 
 
 class CallError(Exception):
@@ -144,7 +144,7 @@ def shown(value: Value) -> str:
 
 
 def print_all(out: BoundedText, *values: Value) -> None:
-    """Write values like ``fmt.Sprint``: with spaces between neighbors that are both not strings."""
+    """Write values like ``fmt.Sprint``, which adds a space between two values if neither is a string."""
     for number, value in enumerate(values):
         if number and not isinstance(value, str) and not isinstance(values[number - 1], str):
             out.write(" ")

@@ -1,4 +1,4 @@
-"""Tokens of a template.  An error is the last token, so that parser errors before it are reported first.
+"""Tokens of a template.  An error is the last token, so that the parser reports its own earlier errors first.
 
 Source: Go 1.24, text/template/parse/lex.go.
 """

@@ -21,7 +21,7 @@ _OPERANDS = frozenset(
     {"bool", "char", "dot", "field", "identifier", "number", "nil", "raw", "string", "variable", "("}
 )
 VARIABLES_MAX = 1_000
-"""Variables in a scope, because each use is a search among them."""
+"""Maximum number of variables in a scope, because each use searches them."""
 
 
 class TemplateError(InvalidArgument):
@@ -311,7 +311,7 @@ class _Parser:
         return tree.CommandNode(position, tuple(operands))
 
     def _operand(self) -> tree.Operand | None:
-        """Parse a term and its fields.  Return None without a term."""
+        """Parse a term and its fields, or return None if there is no term."""
         term = self._term()
         if term is None or self._peek().kind != "field":
             return term

@@ -1,4 +1,4 @@
-"""Text produced by templates, counted against their budget while it is written.
+"""Text produced by templates, which counts against their budget while it is written.
 
 Users write templates, and the process that expands them is shared. A template of a few kilobytes may name the
 same large label thousands of times, so text is counted before it is kept, not when a function returns.
@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _CHUNK = 4_096
-"""Characters that are escaped at a time.  An escape may turn one into twelve, and creates an object for each."""
+"""Number of characters escaped at a time.  An escape may turn one character into twelve, and creates an object for
+each.
+"""
 
 
 class TooMuchText(Exception):

@@ -39,7 +39,7 @@ def type_name(value: Value) -> str:
 
 
 def is_true(value: Value) -> bool:
-    """Return whether ``if`` treats it as true: structs always, others if not empty or zero."""
+    """Return whether ``if`` treats the value as true: structs always, other values unless they are empty or zero."""
     return isinstance(value, Struct) or bool(value)
 
 
@@ -82,11 +82,11 @@ def write_value(out: BoundedText, value: Value) -> None:
 
 
 _EXPONENT = 6
-"""The first exponent in scientific notation, as are exponents below -4."""
+"""Numbers with this exponent or a larger one, or with an exponent below -4, are written in scientific notation."""
 
 
 def printed_float(value: float) -> str:
-    """Return ``%v`` of a float: the fewest digits that read back the same."""
+    """Return ``%v`` of a float, with the fewest digits that read back as the same number."""
     if value != value:
         return "NaN"
     if value in (float("inf"), float("-inf")):

@@ -26,7 +26,7 @@ from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 
 class ObjectKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """Keys of the cluster's objects in a stack file, by their names in the cluster."""
+    """Keys in a stack file of the cluster's objects, by their names in the cluster."""
 
     services: Mapping[str, str]
     networks: Mapping[str, str]
@@ -97,7 +97,7 @@ def _tagged(image: str) -> str:
 
 
 def _filled(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries without empty values; 0 and False do not count as empty."""
+    """Return the entries without empty values.  0 and False do not count as empty."""
     return {key: one for key, one in entries.items() if one is not None and one not in ("", [], {})}
 
 
@@ -137,7 +137,7 @@ def _security(privileges: Privileges | None) -> list[str]:
 
 
 def names_volume(mount: Mount) -> bool:
-    """Return whether the mount's source is a named volume; False for a group of cluster volumes."""
+    """Return whether the mount's source is a named volume.  A group of cluster volumes is not one."""
     return (
         mount.type in ("volume", "cluster") and bool(mount.source) and not mount.source.startswith("group:")
     )
@@ -265,7 +265,9 @@ def _logging(driver: Driver | None) -> dict[str, Any] | None:
 
 
 def _platform(placement: Placement | None) -> str | None:
-    """Return the platform, if there is only one.  Compose cannot express more, which a registry's response may set."""
+    """Return the platform, if there is only one.  A registry's response may set several, which Compose cannot
+    express.
+    """
     platforms = placement.platforms if placement is not None else ()
     return (
         f"{platforms[0].os}/{platforms[0].architecture}" if len(platforms) == 1 and platforms[0].os else None

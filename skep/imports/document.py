@@ -17,7 +17,7 @@ from skep.stack.project import Stack
 
 FILE: Final = "imported"
 _ROUNDS_MAX: Final = 50
-"""Maximum number of conversion rounds.  Each but the last removes at least one key that cannot be converted."""
+"""Maximum number of conversion rounds.  Each round but the last removes at least one key that cannot be converted."""
 
 
 class Note(msgspec.Struct, frozen=True, order=True):
@@ -64,7 +64,7 @@ def read_back(document: dict[str, Any]) -> tuple[Stack, ProblemReport]:
 def accepted(document: dict[str, Any]) -> Imported:
     """Return the document without the keys that a cluster refuses.
 
-    The notes say which keys were removed, and which have no effect.
+    Notes name the removed keys, and the keys without effect.
     """
     notes: dict[Note, None] = {}
     for _ in range(_ROUNDS_MAX):

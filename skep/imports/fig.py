@@ -50,7 +50,7 @@ def _services(document: YamlNode, file: str) -> Mapping[str, YamlNode]:
         if node.entries is None or not ({"image", "build", "extends"} & node.entries.keys()):
             place = document.keys.get(name, node.place)
             raise FileProblems(
-                [FileProblem(place, name, "a service of version 1 has an image, build or extends")]
+                [FileProblem(place, name, "a service of version 1 needs image, build or extends")]
             )
     return entries
 
@@ -117,7 +117,7 @@ class _Conversion:
                 continue
             if alias and alias != target:
                 self.aliases.setdefault(target, set()).add(alias)
-                text = f"every service of the stack reaches {target} as {alias} now, not this one alone"
+                text = f"all services of the stack now reach {target} as {alias}, not only this one"
                 self._notes.append(Note(f"services.{name}.links", text))
             yield target
 
@@ -125,19 +125,19 @@ class _Conversion:
         for text in _texts(sources):
             source, _, mode = text.partition(":")
             if source == "container" or source not in self._services:
-                problem = f"dropped: {text!r} is no service of this file"
+                problem = f"dropped: {text!r} is not a service in this file"
                 self._notes.append(Note(f"services.{name}.volumes_from", problem))
                 continue
             shared = _texts(self._services[source].get("volumes"))
             if nested := self._services[source].get("volumes_from"):
-                problem = f"those that {source} itself has from {nested} are not followed"
+                problem = f"dropped: the volumes that {source} has from {nested}"
                 self._notes.append(Note(f"services.{name}.volumes_from", problem))
-            places = "a volume is on one node: tasks that share it have to be there (placement constraints)"
+            places = "a volume is on one node: add placement constraints, so that all tasks that share it run there"
             self._notes.append(Note(f"services.{name}.volumes_from", places))
             yield from (_with_mode(volume, mode) for volume in shared)
 
     def _name_volumes(self, source: str) -> None:
-        """Give the unnamed volumes of a service names, so that others can mount them."""
+        """Give names to the unnamed volumes of a service, so that other services can mount them."""
         if volumes := _texts(self._services.get(source, {}).get("volumes")):
             self._services[source]["volumes"] = [
                 volume if ":" in volume else f"{source}{volume}".replace("/", "-").strip("-") + f":{volume}"
@@ -153,14 +153,12 @@ class _Conversion:
         if net in NODES_NETWORKS:
             made["network_mode"] = net
             return
-        text = (
-            f"dropped: a service of a cluster cannot have the network of {net}; give both a network in common"
-        )
+        text = f"dropped: a service cannot use the network of {net}. Connect both to a common network"
         self._notes.append(Note(f"services.{name}.net", text))
 
 
 def _texts(found: Any) -> list[str]:
-    """Return a list of texts; one text alone becomes a list of one."""
+    """Return a list of texts.  A single text becomes a list of one."""
     if found is None:
         return []
     if isinstance(found, list | tuple):

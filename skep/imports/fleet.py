@@ -18,7 +18,7 @@ from skep.imports.document import Imported, Note, accepted, escaped
 
 _FLEET: Final = "X-Fleet"
 _SECTIONS: Final = ("X-Fleet", "X-ConditionMachine")
-_OF_SYSTEMD: Final = {
+_SYSTEMD_SETTINGS: Final = {
     "User", "Group", "KillMode", "KillSignal", "TimeoutStartSec", "TimeoutSec", "RemainAfterExit", "Type",
     "NotifyAccess", "SyslogIdentifier", "StandardOutput", "StandardError", "StartLimitInterval", "StartLimitBurst",
     "LimitNOFILE",
@@ -28,7 +28,7 @@ _READ: Final = {
     "ExecStart", "ExecStartPre", "ExecStartPost", "ExecStop", "ExecStopPost", "ExecReload", "Environment",
     "EnvironmentFile", "Restart", "RestartSec", "TimeoutStopSec",
 }  # fmt: skip
-_OF_UNIT: Final = {
+_UNIT_SETTINGS: Final = {
     "Description",
     "Documentation",
     "After",
@@ -100,7 +100,7 @@ class _Service(msgspec.Struct, frozen=True):
     name: str
     unit: Unit
     instances: int
-    """Number of units of the same template among the files, or 0 without a template or with the template alone."""
+    """Number of instances of the unit's template among the files.  0 without a template or without instances."""
 
 
 def imported(texts: Mapping[str, str], stack: str) -> Imported:
@@ -175,7 +175,7 @@ class _Conversion:
             entry["environment"] = environment
         if files := [one.removeprefix("-") for one in self._unit.all("Service", "EnvironmentFile")]:
             entry["env_file"] = [*files, *entry.get("env_file", ())]
-            self._note("EnvironmentFile", "it is read at each deploy, on the machine of the deploy")
+            self._note("EnvironmentFile", "each deploy reads this file on the machine where the deploy runs")
         if grace := self._seconds("TimeoutStopSec") or self._stop_seconds():
             entry["stop_grace_period"] = grace
         depends_on = [*self._links(entry), *self._after()]
@@ -197,7 +197,7 @@ class _Conversion:
         if len(words) < 2 or words[0].rpartition("/")[2] != "docker" or words[1] != "run":
             raise InvalidArgument(
                 f"{self._unit.name}: ExecStart does not begin with docker run: {commands[0]!r}; "
-                "what is no container cannot run in a cluster"
+                "only containers can run in a cluster"
             )
         try:
             return service_of(words[2:])
@@ -217,9 +217,7 @@ class _Conversion:
                 found.append(option)
             elif option not in names:
                 found.append(option)
-                text = (
-                    f"{option} has no value here: at each deploy it gets the one of the command's environment"
-                )
+                text = f"{option} has no value here: each deploy uses the value in its own environment"
                 self._note("ExecStart --env", text)
         return found
 
@@ -286,7 +284,9 @@ class _Conversion:
         if self._service.instances > 1 and not is_global:
             made["replicas"] = self._service.instances
         elif self._unit.name.endswith("@.service") and not is_global:
-            self._note("replicas", "the template has no instances among the files: one task")
+            self._note(
+                "replicas", "the files have no instances of this template, so the service has one task"
+            )
         restart = self._restart(is_job)
         if restart:
             made["restart_policy"] = restart
@@ -314,19 +314,19 @@ class _Conversion:
                     constraints += self._metadata(value)
                 case "MachineID" | "MachineBootID":
                     self._note(
-                        key, f"dropped: nodes of a cluster have other ids than {value}; give the node a label"
+                        key, f"dropped: nodes of a cluster do not have the id {value}. Give the node a label"
                     )
                 case "MachineOf":
-                    text = "dropped: a task is not placed with that of another service; name their node by a constraint"
+                    text = "dropped: tasks cannot follow tasks of another service. Select their node by a constraint"
                     self._note(f"{key}={value}", text)
                 case "Conflicts":
                     if fnmatchcase(self._unit.name.replace("@.", "@1."), value):
                         made["max_replicas_per_node"] = 1
                     else:
-                        text = "dropped: tasks of different services do not keep away from each other"
+                        text = "dropped: tasks cannot avoid tasks of another service"
                         self._note(f"{key}={value}", text)
                 case "Replaces" | "Weight":
-                    self._note(key, "dropped: there is no such setting")
+                    self._note(key, "dropped: this setting does not exist")
                 case _ if key != "Global":
                     self._note(f"[{_FLEET}] {key}", "not known, dropped")
         return made | ({"constraints": constraints} if constraints else {})
@@ -339,7 +339,7 @@ class _Conversion:
     def _metadata(self, line: str) -> Iterator[str]:
         """Yield constraints for metadata.
 
-        In fleet, all keys must match, but any of the values of a key, which constraints cannot express.
+        In fleet, all keys must match, but only one of several values of a key, which constraints cannot express.
         """
         wanted: dict[str, list[str]] = {}
         for word in _words(line, self._unit.name):
@@ -349,7 +349,7 @@ class _Conversion:
             if len(values) == 1:
                 yield f"node.labels.{key}=={values[0]}"
             else:
-                text = f"dropped: any of {', '.join(values)}; give the nodes that have one of them a label in common"
+                text = f"dropped: any of {', '.join(values)}. Give the nodes that have one of them a common label"
                 self._note(f"MachineMetadata {key}", text)
 
     # -- the rest -------------------------------------------------------------------------------------------------
@@ -362,9 +362,9 @@ class _Conversion:
                 if not (is_docker and words[1] in _PREPARATIONS):
                     self._note(key, f"dropped: {command!r} is not part of the container")
         for section, key in self._unit.settings:
-            if section == "Service" and key not in _READ | _OF_SYSTEMD:
+            if section == "Service" and key not in _READ | _SYSTEMD_SETTINGS:
                 self._note(f"[Service] {key}", "dropped: it only affects the process of the docker command")
-            elif section == "Unit" and key not in _OF_UNIT:
+            elif section == "Unit" and key not in _UNIT_SETTINGS:
                 self._note(f"[Unit] {key}", "dropped: it only affects systemd units")
             elif section not in ("Unit", "Service", "Install", *_SECTIONS):
                 self._note(f"[{section}]", "not known, dropped")
@@ -396,9 +396,7 @@ class _Conversion:
             return match[0]
 
         if "$" in text:
-            self._note(
-                key, f"the container gets {text!r} as it is: systemd filled in the variables of the unit"
-            )
+            self._note(key, f"the container gets {text!r} unchanged: systemd would replace its variables")
         return escaped(re.sub(r"%(.)", one, text))
 
 

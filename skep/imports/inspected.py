@@ -16,7 +16,7 @@ from skep.model.values.unknown import NOTHING, Unknown, UnknownOfItems, divided
 from skep.stack.planning import differences
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
-_OF_THE_STACK: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
+_STACK_LABELS: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
 """Labels that a stack sets on its objects."""
 
 
@@ -88,7 +88,7 @@ def imported(
             read = made.services[key].spec
             notes += [Note(f"services.{key}", text) for text in _losses(_expected(spec, key, stack), read)]
         else:
-            notes.append(Note(f"services.{key}", "it installs a plug-in, which a stack does not: dropped"))
+            notes.append(Note(f"services.{key}", "dropped: it installs a plug-in, which a stack cannot do"))
             del document["services"][key]
     return Imported(document=document, notes=tuple(dict.fromkeys(notes)))
 
@@ -123,7 +123,7 @@ def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapp
 
 
 def _keys(names: Iterable[str], stack: str) -> dict[str, str]:
-    """Return keys by names: without the stack's prefix, unless two keys would be the same."""
+    """Return the keys of names: the names without the stack's prefix, unless two keys would then be equal."""
     made: dict[str, str] = {}
     for name in names:
         key = name.removeprefix(f"{stack}_") or name
@@ -219,7 +219,9 @@ def _volumes(specs: Sequence[ServiceSpec], names: ObjectKeys, stack: str) -> Ite
 
 
 def _expected(spec: ServiceSpec, key: str, stack: str) -> ServiceSpec:
-    """Return the spec that a stack would create: with its name, reachable by its key, and without explicit defaults."""
+    """Return the spec as a stack would create it: with its name, reachable by its key, and without explicit
+    defaults.
+    """
     template = spec.task_template
     attached = tuple(
         one if one.target in NODES_NETWORKS else replace(one, aliases=_aliases(one, key))
@@ -247,7 +249,7 @@ def _losses(before: ServiceSpec, after: ServiceSpec) -> Iterator[str]:
         yield "it had no network, and joins the stack's default network"
         after = replace(after, task_template=replace(after.task_template, networks=()))
     for one in differences(before, after):
-        if one.path.endswith(_OF_THE_STACK) or one.path.endswith(".Image"):
+        if one.path.endswith(_STACK_LABELS) or one.path.endswith(".Image"):
             continue
         if not one.after:
             yield f"{one.path}: {one.before!r} is dropped"

@@ -28,7 +28,7 @@ REST: Final = "services"
 _START: Final = [
     "# Moving this swarm",
     "",
-    "Everything below is to be read before it is run. Nothing was changed in the swarm that this was made from.",
+    "Read each step before you run it. The old swarm was not changed.",
     "",
     "## 1. Nodes",
     "",
@@ -38,7 +38,7 @@ _START: Final = [
 _VOLUMES: Final = [
     "## 4. Volumes",
     "",
-    "The data of a volume is on the node whose tasks used it: copy it before its service starts in the new place.",
+    "The data of a volume is on the node whose tasks used it: copy it before its service starts in the new cluster.",
     "",
 ]
 
@@ -54,7 +54,7 @@ class SwarmObjects(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SwarmExport(msgspec.Struct, frozen=True, kw_only=True):
-    """``files``: contents by path.  ``stacks``: by name, in the order to deploy them."""
+    """``files`` are contents by path.  ``stacks`` are in the order in which to deploy them, by name."""
 
     files: Mapping[str, bytes]
     stacks: Mapping[str, Imported]
@@ -114,11 +114,11 @@ def _contents(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes
             try:
                 yield name, base64.b64decode(data, validate=True)
             except (binascii.Error, TypeError, ValueError):
-                continue  # it stays a config that has to exist
+                continue  # an external config, which has to exist
 
 
 def _labels(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return entries with the ``labels`` of configs, apart from the stack's own labels, by config name."""
+    """Return entries with the ``labels`` of configs, without the stack's own labels, by config name."""
     found = {
         str((one.get("Spec") or {}).get("Name", "")): (one.get("Spec") or {}).get("Labels") for one in configs
     }
@@ -154,14 +154,17 @@ def _sections(
     yield [
         "## 2. Secrets",
         "",
-        "A swarm gives no secret's value away. Create them from where you keep them:",
+        "No API shows the value of a secret. Create the secrets from your own copies:",
         "",
     ]
     yield _block([_payload_command("secret", one) for one in objects.secrets])
     if others := [one for one in objects.configs if (one.get("Spec") or {}).get("Name") not in in_files]:
-        yield ["Templates, and configs with names that no file can have, are in no file here:", ""]
+        yield [
+            "The files do not have these configs: templates, and configs whose names cannot be file names.",
+            "",
+        ]
         yield _block([_payload_command("config", one) for one in others])
-    yield ["## 3. Networks that no stack makes", ""]
+    yield ["## 3. Networks that no stack creates", ""]
     yield _block(_network_commands(objects.networks, _others_networks(objects.networks, stacks)))
     yield _VOLUMES
     yield _list(
@@ -173,8 +176,8 @@ def _sections(
     yield _block(f"skep stack deploy --compose-file {name}.yaml {name}" for name in stacks)
     if rest in stacks:
         yield [
-            f"The services in `{rest}.yaml` belonged to no stack. They are called `{rest}_NAME` now, and by their old",
-            "name on the stack's networks.",
+            f"The services in `{rest}.yaml` belonged to no stack. They are now called `{rest}_NAME`, and keep their",
+            "old name on the stack's networks.",
             "",
         ]
     yield ["## Settings that the files lack", ""]

@@ -288,7 +288,7 @@ _NO_VOLUMES = (
     ),
     *("/tmp", "/usr", "/var", "/var/lib", "/var/run"),
 )
-_OF_THE_KERNEL = ("/proc", "/sys", "/dev")
+_KERNEL_DIRECTORIES = ("/proc", "/sys", "/dev")
 
 
 def bind_directory(source: str, target: Path, refused: list[str]) -> None:
@@ -301,9 +301,9 @@ def bind_directory(source: str, target: Path, refused: list[str]) -> None:
     descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
-        is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused))
+        is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_KERNEL_DIRECTORIES, *refused))
         if real in _NO_VOLUMES or is_refused:
-            raise KernelMountFailed(f"{source} cannot be a volume: it is {real}")
+            raise KernelMountFailed(f"{source} cannot be a volume: it leads to {real}")
         syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
     finally:
         os.close(descriptor)

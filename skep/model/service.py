@@ -492,9 +492,10 @@ class Trusted(ApiObject):
 class Service(ApiObject):
     """A service.
 
-    Writers: API: ``spec``, ``previous_spec``, ``version``, ``trusted``, ``removed_at``; the store, with each new spec:
-    ``spec_version``, ``past_disconnects``; leader: ``update_status``, ``endpoint``, ``job_status``, ``autoscaled``, and
-    with it the replicas of an autoscaled service.
+    The API writes ``spec``, ``previous_spec``, ``version``, ``trusted`` and ``removed_at``.  With each new spec, the
+    store writes ``spec_version`` and ``past_disconnects``.  The leader writes ``update_status``, ``endpoint``,
+    ``job_status`` and ``autoscaled``, and with it the replicas of an autoscaled service.
+
     ``service_status`` and ``damage`` exist in API responses only.
     """
 

@@ -155,10 +155,12 @@ class Freeze(ApiObject):
 class Swarm(ApiObject):
     """The cluster.
 
-    Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; leader
-    and API (which only ends it): ``freeze``; init: the rest.  There is exactly one object, whose id is the cluster's.
-    While the root is rotated, ``tls_info`` trusts the old root and names the new one as issuer.  ``rotation`` and
-    ``freeze`` are internal and not in API responses.
+    The API writes ``spec``.  The CA writes ``join_tokens``, ``tls_info``, ``root_rotation_in_progress`` and
+    ``rotation``.  The leader writes ``freeze``, which the API may end.  The init of the cluster writes all other
+    fields.
+
+    There is exactly one object, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the old root
+    and names the new one as issuer.  API responses do not have ``rotation`` and ``freeze``.
     """
 
     id: ClusterId

@@ -160,8 +160,8 @@ class Preemption(ApiObject):
 class Task(ApiObject):
     """One task.
 
-    Writers: leader: everything but ``status``; owner of the node's session: ``status``.
-    ``spec`` is not stored with the task: the replica fills it from the service's spec at ``spec_version``.
+    The owner of the node's session writes ``status``, and the leader all other fields.  ``spec`` is not stored with the
+    task: the replica fills it from the service's spec at ``spec_version``.
     """
 
     id: TaskId

@@ -197,8 +197,9 @@ class PublishStatus(ApiObject):
 class Volume(ApiObject):
     """A cluster volume.
 
-    Writers: API: ``spec``, ``pending_delete``; leader: ``info``, ``is_creating``, ``message``; leader, and from
-    ``PENDING_NODE_UNPUBLISH`` to ``PENDING_UNPUBLISH`` the owner of the node's session: ``publish_status``.
+    The API writes ``spec`` and ``pending_delete``.  The leader writes ``info``, ``is_creating``, ``message`` and
+    ``publish_status``.  The owner of the node's session changes ``publish_status`` from ``PENDING_NODE_UNPUBLISH`` to
+    ``PENDING_UNPUBLISH``.
     """
 
     id: VolumeId

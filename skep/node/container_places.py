@@ -70,7 +70,7 @@ class ContainerPlaces:
         self._reads = reads
         self._asked = 0
 
-    async def named(self, error: NotFound, target: str, identity: Identity) -> NotFound:
+    async def add_place(self, error: NotFound, target: str, identity: Identity) -> NotFound:
         """Return ``error`` about a missing container with its place, or ``error`` itself if that is not known.
 
         Args:
@@ -120,11 +120,11 @@ def _sentences(place: ContainerPlace, what: str) -> str:
     return f"It is a container of task {place.name} on node {node}. Run {command}"
 
 
-Naming = Callable[[NotFound, str, Identity], Awaitable[NotFound]]
-"""``ContainerPlaces.named``."""
+AddPlace = Callable[[NotFound, str, Identity], Awaitable[NotFound]]
+"""``ContainerPlaces.add_place``."""
 
 
-async def unnamed(error: NotFound, _target: str, _identity: Identity) -> NotFound:
+async def add_no_place(error: NotFound, _target: str, _identity: Identity) -> NotFound:
     """Return ``error`` as it is."""
     return error
 
@@ -132,7 +132,7 @@ async def unnamed(error: NotFound, _target: str, _identity: Identity) -> NotFoun
 PLACES: web.AppKey[ContainerPlaces] = web.AppKey("container places")
 
 
-def name_places(app: web.Application, places: ContainerPlaces) -> None:
+def add_places(app: web.Application, places: ContainerPlaces) -> None:
     """Add the places of containers to the errors of ``app``."""
 
     @web.middleware
@@ -142,7 +142,7 @@ def name_places(app: web.Application, places: ContainerPlaces) -> None:
         try:
             return await handler(request)
         except NotFound as error:
-            raise await places.named(error, request.raw_path, identity_of(request)) from error
+            raise await places.add_place(error, request.raw_path, identity_of(request)) from error
 
     app[PLACES] = places
     insert_in_errors(app, with_place)

@@ -80,7 +80,7 @@ from skep.node.cluster.runner import Dependencies
 from skep.node.cluster.swarm_info import why_waiting
 from skep.node.container_access import tunnel_host
 from skep.node.container_apis.server import ContainerApis
-from skep.node.container_places import ContainerPlaces, name_places
+from skep.node.container_places import ContainerPlaces, add_places
 from skep.node.docker.docker_engine import docker_engine_at
 from skep.node.docker.engine_images import EngineImages
 from skep.node.events import NodeEvents
@@ -547,7 +547,7 @@ class Node:
             objects=NodeObjects(engine, cluster),
         )
         app.on_response_prepare.append(close_after_response)
-        name_places(app, ContainerPlaces(self._membership, self._system.reads))
+        add_places(app, ContainerPlaces(self._membership, self._system.reads))
         return app
 
     def _front(self, here: Application, users: KnownUsers) -> Front:

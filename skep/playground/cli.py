@@ -251,7 +251,7 @@ def reconnect(directory: Path, name: str | None, node: str) -> None:
     Example:
       skep playground reconnect w1
     """
-    _finish(_open(directory, name).mend(node))
+    _finish(_open(directory, name).reconnect(node))
 
 
 @playground.command()

@@ -198,7 +198,7 @@ class Playground:
         else:
             await underlay.block(cluster.name, name, way)
 
-    async def mend(self, name: str) -> None:
+    async def reconnect(self, name: str) -> None:
         """Undo every ``cut`` of the node."""
         cluster = self.cluster()
         known = cluster.node(name).name

@@ -32,7 +32,8 @@ async def make_switch(playground: str, subnets: int) -> None:
     """Create the namespace with one bridge per subnet.  Raises: AlreadyExists: a playground has this name."""
     if namespaces(playground):
         raise AlreadyExists(
-            f"a playground called {playground} is up (or was left half-way): choose another --name, or run its `down`"
+            f"a playground called {playground} is up, or was not removed completely: choose another --name, "
+            "or run skep playground down"
         )
     switch = names.namespace(playground, names.SWITCH)
     await ip("netns", "add", switch)

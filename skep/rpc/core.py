@@ -207,7 +207,7 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
             return  # an earlier frame has ended the stream
         kind = frame.kind
         if self._begun is not None and kind != frames.CONTINUATION:
-            raise Violation("headers that do not go on")
+            raise Violation("headers that are not continued")
         if kind == frames.DATA:
             self.take_data(frame)
         elif kind == frames.HEADERS:
@@ -258,7 +258,7 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         else:
             return
         if not size or window > frames.WINDOW_MAX:
-            raise Violation("a window that cannot be", Code.FLOW_CONTROL_ERROR)
+            raise Violation("an invalid window size", Code.FLOW_CONTROL_ERROR)
         self._send_on()
 
     def _take_settings(self, frame: Frame) -> None:
@@ -266,7 +266,7 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
             return
         window = frames.settings_of(frame.payload).get(frames.INITIAL_WINDOW_SIZE, self.window_of_streams)
         if window > frames.WINDOW_MAX:
-            raise Violation("a window that cannot be", Code.FLOW_CONTROL_ERROR)
+            raise Violation("an invalid window size", Code.FLOW_CONTROL_ERROR)
         for stream in self._streams.values():
             stream.window_out += window - self.window_of_streams
         self.window_of_streams = window

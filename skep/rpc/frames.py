@@ -118,7 +118,7 @@ def content(frame: Frame) -> bytes:
 def number(payload: bytes) -> int:
     """Decode a payload that is one number: a window increment or an error code.  Raises: Violation."""
     if len(payload) != 4:
-        raise Violation(f"{len(payload)} bytes for a number of four", Code.FRAME_SIZE_ERROR)
+        raise Violation(f"{len(payload)} bytes instead of a number of four bytes", Code.FRAME_SIZE_ERROR)
     return int.from_bytes(payload, "big") & STREAM_ID_MAX
 
 

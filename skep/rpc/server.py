@@ -422,7 +422,7 @@ class ServerConnection(Http2Connection[ServerStream]):
                 stream.end()
             return
         if not stream_id % 2:
-            raise Violation("a stream of ours, opened by the client")
+            raise Violation("a stream with a number of the server, opened by the client")
         self._last_stream_id = stream_id
         if len(self._streams) >= self.limits.streams:
             self.write(frames.reset(stream_id, Code.REFUSED_STREAM))

@@ -1,8 +1,9 @@
 """The cluster's certificate authority: its root, and the certificates it signs.
 
-The profile is SwarmKit's, byte for byte where an engine checks it: ECDSA P-256, the node in the subject, and the
-names ``swarm-ca`` and ``swarm-manager`` instead of addresses, so that a manager can move to another address.
-Source: swarmkit, ca/certificates.go; docker's acceptance of each field was tried with engine 20.10.
+The certificates have SwarmKit's profile, byte for byte where an engine checks it: keys on ECDSA P-256, and the node's
+identity in the subject.  Managers have the names ``swarm-ca`` and ``swarm-manager`` instead of addresses, so that they
+can move to another address.
+Source: swarmkit, ca/certificates.go; each field was tested with Docker Engine 20.10.
 """
 
 import ssl
@@ -26,11 +27,11 @@ from skep.security.identity import ROLE_NAMES, ROOT_NAME, NodeIdentity
 from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
 ROOT_LIFETIME = timedelta(days=20 * 365)
-"""Validity of a root, SwarmKit's."""
+"""Validity of a root, as in SwarmKit."""
 NODE_LIFETIME = timedelta(days=90)
-"""Default validity of a node's certificate, SwarmKit's."""
+"""Default validity of a node's certificate, as in SwarmKit."""
 BACKDATE = timedelta(hours=1)
-"""Backdating of a certificate, for nodes whose clock is behind."""
+"""Certificates are valid from this long before they are issued, for nodes whose clock is behind."""
 
 NODE_LIFETIME_MIN = timedelta(hours=1)
 """An engine renews between 50 and 80 % of a certificate's lifetime, including backdating.
@@ -49,7 +50,8 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 def issued_s(certificate: Mapping[str, Any]) -> int:
     """Return the Unix time in seconds at which this authority issued a certificate.
 
-    ``certificate`` is a result of ``SSLSocket.getpeercert()``.  Its start of validity is earlier by ``BACKDATE``.
+    ``certificate`` is a result of ``SSLSocket.getpeercert()``.  The certificate's start of validity is earlier by
+    ``BACKDATE``.
     """
     return ssl.cert_time_to_seconds(certificate["notBefore"]) + int(BACKDATE.total_seconds())
 
@@ -83,7 +85,7 @@ class Authority:
         """Return a new self-signed root, valid for 20 years."""
         now = moment(clock.now_ns())
         key = new_private_key()
-        # Go writes names this way: an external authority that signs this root must not change its name.
+        # Go encodes names this way. An external authority that signs this root must not change the encoding.
         attribute = x509.NameAttribute(NameOID.COMMON_NAME, name, _type=_ASN1Type.PrintableString)
         subject = x509.Name([attribute])
         builder = (
@@ -278,7 +280,7 @@ def _general_name(name: str) -> x509.GeneralName:
 
 
 def names_of(identity: NodeIdentity) -> tuple[str, ...]:
-    """Return the DNS names in a node's certificate: its role's, its own, and a manager's as a server of the CA."""
+    """Return the DNS names in a node's certificate: its role, its id, and for a manager the name of the CA server."""
     names = (ROLE_NAMES[identity.role], str(identity.node_id))
     return (*names, ROOT_NAME) if identity.role is NodeRole.MANAGER else names
 

@@ -1,7 +1,7 @@
 """Renewal of expired certificates: when it is allowed, and the proof of possession.
 
-Source: requests of users whose machines were off for longer than a certificate is valid.  SwarmKit refuses them, so
-they have to leave and join again.
+For machines that were off for longer than a certificate is valid.  SwarmKit refuses such nodes, so they have to leave
+and join again.
 """
 
 from datetime import datetime, timedelta
@@ -23,7 +23,7 @@ _CONTEXT = b"skep renew expired\0"
 def proof_of(pair: KeyPair, csr_pem: bytes) -> bytes:
     """Return a signature of ``csr_pem`` with the key of the expired certificate.
 
-    It is bound to the new key, which only its owner has, so that replaying it is useless.
+    A replayed signature is useless, because it is bound to the new key, which only its owner has.
     """
     key = load_private_key(pair.key_pem)
     signed = _signed(pair.certificate, csr_pem)

@@ -1,7 +1,7 @@
 """Certificates from an external authority by cfssl's protocol: requests, and validation of responses.  Pure.
 
-The authority has the root's key, the managers do not.  It signs whatever it is configured to sign, so a manager only
-passes on a certificate that is exactly what the cluster's own authority would have signed.
+The authority has the root's key, and the managers do not.  The authority may sign more than it should, so a manager
+passes on a certificate only if the cluster's own authority would have signed the same.
 
 Source: swarmkit, ca/external.go, ca/certificates.go (PrepareCSR, ValidateCertChain); cfssl, doc/api/endpoint_sign.txt.
 """
@@ -101,7 +101,7 @@ def urls_of(config: CAConfig, root_pem: bytes, present_root_pem: bytes) -> tuple
 
 
 def signing_urls(swarm: Swarm) -> tuple[str, ...]:
-    """Return URLs of the authorities that sign nodes' certificates now.  During a rotation, the next root's."""
+    """Return URLs of the authorities that sign nodes' certificates now: those of the next root during a rotation."""
     present = swarm.tls_info.trust_root.encode()
     wanted = swarm.rotation.root.encode() if swarm.rotation is not None else present
     return urls_of(swarm.spec.ca_config, wanted, present)
@@ -183,7 +183,7 @@ def checked_node_certificate(
     *,
     not_before_s: int = 0,
 ) -> x509.Certificate:
-    """Return ``certificate`` if it matches the request: for this key, this identity, and nothing more.
+    """Return ``certificate`` if it matches the request exactly: this key, this identity, no additional rights.
 
     Args:
         not_before_s: Unix seconds.  An earlier certificate counts as revoked (``manager.nodes.revocation``).
@@ -207,7 +207,7 @@ def _refusal(
     now: datetime,
     not_before_s: int,
 ) -> str:
-    """Return how the certificate differs from the request, or an empty string.  The first difference wins."""
+    """Return the first difference between the certificate and the request, or an empty string."""
     subject = {
         NameOID.COMMON_NAME: str(identity.node_id),
         NameOID.ORGANIZATION_NAME: str(identity.cluster_id),
@@ -294,8 +294,8 @@ def checked_cross_signed(
         )
     if certificate.issuer == certificate.subject and not _has(certificate, x509.AuthorityKeyIdentifier):
         raise Unavailable(
-            "its certificate of the next root has the name of its issuer and no authority key identifier, so nodes "
-            "would take it for self-signed: use a root with a name of its own"
+            "its certificate of the next root has equal subject and issuer and lacks an authority key identifier, "
+            "so nodes would treat it as self-signed: use a root with a unique name"
         )
     if not certificate.not_valid_before_utc - CLOCK_SKEW <= now < certificate.not_valid_after_utc:
         raise Unavailable("its certificate of the next root is not valid now")

@@ -1,8 +1,8 @@
 """A node's key pair with its trusted root, and their three files.
 
 ``<data>/certificates`` contains ``swarm-root-ca.crt``, ``swarm-node.crt`` and ``swarm-node.key`` (Docker's names).
-Each file is replaced atomically.  Key and certificate take two renames.  After a crash between them, the new key is
-with the old certificate, and the new certificate is still in its temporary file, where ``load`` finds it.
+Each file is replaced atomically.  Key and certificate take two renames.  After a crash between the two, the new key
+stands next to the old certificate.  The new certificate is still in its temporary file, where ``load`` finds it.
 """
 
 import os
@@ -24,7 +24,7 @@ KEY_FILE = "swarm-node.key"
 
 
 class KeyPair:
-    """Immutable: a certificate chain (PEM), its private key (PEM), and the root bundle (PEM) it was issued under."""
+    """A certificate chain, its private key, and the root bundle that it was issued under (all PEM).  Immutable."""
 
     def __init__(self, *, certificate_pem: bytes, key_pem: bytes, root_pem: bytes) -> None:
         """Raise FailedPrecondition if a part is unreadable, or key and certificate do not belong together."""
@@ -44,7 +44,7 @@ class KeyPair:
 
     @cached_property
     def chain(self) -> tuple[x509.Certificate, ...]:
-        """The node's certificate and its intermediates: during a root rotation, the new root signed by the old one."""
+        """The node's certificate, followed during a root rotation by the new root signed by the old one."""
         return tuple(x509.load_pem_x509_certificates(self.certificate_pem))
 
     @cached_property
@@ -105,7 +105,9 @@ def load(directory: Path, lock: KeyLock | None = None) -> KeyPair:
 
 
 def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
-    """Return matching key and certificate.  The current certificate is tried twice: it may have just been written."""
+    """Return matching key and certificate.  Tries the current certificate twice, because another process may have just
+    written it.
+    """
     try:
         root_pem = (directory / ROOT_FILE).read_bytes()
         key = directory / KEY_FILE

@@ -9,11 +9,11 @@
     wrapping key of the store, private key of the node: below <data>
 
 So a new unlock key atomically replaces one small file, even while other processes write keys.  The lock key exists only
-if the node will be locked at its next start.  Files are distinguished by their first bytes.  An unencrypted file is
-read as it is, so that turning the lock on or off may stop at any point and resume later.
+if the node will be locked at its next start.  The first bytes of a file show whether it is encrypted, and both kinds
+can be read.  So turning the lock on or off may stop at any point and resume later.
 
-A crash of a process leaves the copy on tmpfs, and the next process uses it.  An orderly stop removes it, and a reboot
-or power loss does anyway.
+After a crash of the process, the next process uses the copy on tmpfs.  An orderly stop removes the copy, and so does a
+reboot.
 
 Source: swarmkit, ca/keyreadwriter.go, manager/deks.go (what the unlock key protects); encryption.go (the format).
 """
@@ -38,7 +38,7 @@ _HEAD = b"SKEP-LOCKED-1\n"
 _NONCE_BYTES = 12
 """Size of an AES-GCM nonce."""
 _NAME_BYTES = 16
-"""Part of a digest that identifies a lock key."""
+"""Length of the digest that identifies a lock key."""
 _KEY_BYTES = 32
 """Size of an AES-256 key."""
 
@@ -60,12 +60,12 @@ def new_unlock_key() -> bytes:
 
 
 def shown_unlock_key(key: bytes) -> str:
-    """Return the key in the form for users: ``SWMKEY-1-...``."""
+    """Return the key as users see it: ``SWMKEY-1-...``."""
     return _FORM + base64.b64encode(key).decode().rstrip("=")
 
 
 def parsed_unlock_key(shown: str) -> bytes:
-    """Parse a key in the form for users.  Raises: InvalidArgument, with Docker's text."""
+    """Parse a key as users write it.  Raises: InvalidArgument, with Docker's text."""
     digits = shown.removeprefix(_FORM)
     try:
         if not shown.startswith(_FORM):
@@ -158,7 +158,7 @@ class KeyLock:
         path = self._paths.lock_key
         if not self.is_on:
             key = secrets.token_bytes(_KEY_BYTES)
-            # First unencrypted on tmpfs: without that copy the lock would be closed while its node runs unlocked.
+            # Write the copy on tmpfs first. Without it, the lock would be closed although the node runs unlocked.
             replace_file(self._paths.open_lock_key, key, mode=0o600, is_durable=False)
         elif self._opened_if_right(unlock_key) is not None:
             if self._key_in_clear() is None:

@@ -34,7 +34,7 @@ class KeyPairFiles:
 
 
 def _stamp(directory: Path) -> tuple[int, ...]:
-    """Return a value that changes with each of the files.  They are replaced, so their inodes change."""
+    """Return a value that changes when a file is replaced, which changes its inode."""
     numbers: list[int] = []
     for name in (keypair.ROOT_FILE, keypair.CERTIFICATE_FILE, keypair.KEY_FILE):
         try:

@@ -2,8 +2,8 @@
 
 A rotation starts with a new root whose key is also signed by the old root (the *cross-signed* intermediate).  From then
 on the new root signs.  The intermediate is sent with every certificate, so that nodes that trust the old root accept
-it, and no node has to change its trusted roots before all have new certificates.  Once all have one, the new root is
-announced and the old one dropped.
+it, and no node has to change its trusted roots before all have new certificates.  Once all nodes have one, the new root
+is announced and the old root dropped.
 Source: swarmkit, manager/controlapi/ca_rotation.go (the rules, the texts), ca/reconciler.go.
 """
 
@@ -35,7 +35,9 @@ class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PreparedRoots(msgspec.Struct, frozen=True, kw_only=True):
-    """Results of external authorities for a change of the roots.  The change is a transaction, which cannot wait."""
+    """Results of external authorities for a change of the roots.  Collected before, because the transaction cannot
+    wait.
+    """
 
     reachable: frozenset[bytes] = frozenset()
     """Roots (PEM) with an authority that responds."""
@@ -88,8 +90,8 @@ def requested_roots(
 ) -> Roots:
     """Return ``roots`` after the user requests ``config``, unchanged if nothing changes.
 
-    A request for the current root ends a rotation, and moves the key to or from an external authority.  A request for
-    another root than the running rotation's restarts the rotation.
+    A request for the current root ends a rotation, and moves the key to or from an external authority.  During a
+    rotation, a request for yet another root restarts the rotation.
 
     Args:
         is_forced: Whether the config's ``force_rotate`` is higher than before.

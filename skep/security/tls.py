@@ -16,11 +16,11 @@ from skep.errors import FailedPrecondition
 from skep.security.keypair import KeyPair
 
 MANAGER_NAME = "swarm-manager"
-"""Name in managers' certificates only, which clients verify instead of addresses."""
+"""Clients verify this name instead of an address.  Only managers' certificates have it."""
 
 
 class ServerTls:
-    """A server's contexts: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
+    """A server's contexts: ``front`` is for the listener.  Call ``replace`` when the key pair or the roots change."""
 
     def __init__(self, pair: KeyPair, present: Callable[[], KeyPair] | None = None) -> None:
         """``present`` returns the pair to use at each handshake.  Without it, call ``replace``."""
@@ -32,7 +32,7 @@ class ServerTls:
         self.front.sni_callback = self._hand_over  # also called without a server name
 
     def replace(self, pair: KeyPair) -> None:
-        """Use ``pair`` and its roots from the next handshake on; open connections stay."""
+        """Use ``pair`` and its roots from the next handshake on.  Open connections stay."""
         self.pair = pair
         self._current = _server_context(pair)
 
@@ -53,7 +53,7 @@ def external_context(pair: KeyPair, root_pem: bytes) -> ssl.SSLContext:
     """Return the context for a manager's calls to an external authority: mutual TLS with HTTP/1.1, host name verified.
 
     Args:
-        root_pem: The roots to trust.  During a rotation, including the next one.
+        root_pem: The roots to trust, during a rotation including the next one.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -62,14 +62,14 @@ def external_context(pair: KeyPair, root_pem: bytes) -> ssl.SSLContext:
 
 
 def joining_context(root_pem: bytes) -> ssl.SSLContext:
-    """Return the context to request a certificate: the manager is verified, the client has no certificate."""
+    """Return the context to request a certificate.  Verifies the manager.  The client has no certificate."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     _load_roots(context, root_pem)
     return context
 
 
 def unverified_context() -> ssl.SSLContext:
-    """Return the context for the first call, which fetches the root.  The join token's digest verifies the result."""
+    """Return the context for the first call, which fetches the root.  The caller verifies it by the token's digest."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

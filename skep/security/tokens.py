@@ -53,7 +53,7 @@ def parse_token(text: str) -> JoinToken:
 def check_root(token: JoinToken, root_pem: bytes) -> None:
     """Raise FailedPrecondition unless ``root_pem`` is the root of the token.
 
-    The cause is another cluster, or a man in the middle.
+    Otherwise the address belongs to another cluster, or an attacker intercepts the connection.
     """
     if not hmac.compare_digest(hashlib.sha256(root_pem).digest(), token.root_sha256):
         raise FailedPrecondition(

@@ -276,7 +276,7 @@ class MemoryStore(Updater):
     async def state_at(self, revision: int) -> View:
         """Return the current state only: no history is kept."""
         if revision < self._replica.revision:
-            raise HistoryGone(f"the store does not keep revision {revision} any more")
+            raise HistoryGone(f"the store no longer has revision {revision}")
         return self.view()
 
     async def oldest_revision(self) -> int:

@@ -142,7 +142,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         return str(node["Description"].get("Hostname") or id) if node is not None else id
 
     def task_name(self, task: ShownTask) -> str:
-        """Return a name like ``web.3``, ``web.m1`` for a global service, or ``web.<id>`` before that has a node."""
+        """Return a name like ``web.3``, ``web.m1`` for a global service, or ``web.<id>`` before a task of a global
+        service has a node.
+        """
         where = task.slot or (self.node_name(task.node_id) if task.node_id else task.id)
         return f"{self.service_name(task.service_id)}.{where}"
 

@@ -358,7 +358,7 @@ class _Connection(ServerConnection):
         held = self._server.bytes_of_node
         held[identity.node_id] += size
         if size > 0 and held[identity.node_id] > NODE_BYTES_MAX:
-            raise Violation("too much at one time of one node", Code.ENHANCE_YOUR_CALM)
+            raise Violation("too many bytes of one node at a time", Code.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         # Any other error comes from the network (ETIMEDOUT, EHOSTUNREACH) and says nothing about the machine.

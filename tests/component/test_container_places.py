@@ -29,7 +29,7 @@ from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.node import container_places
 from skep.node.authorization import NodeObjects
 from skep.node.cluster.cluster_reads import ClusterReads
-from skep.node.container_places import ContainerPlaces, name_places
+from skep.node.container_places import ContainerPlaces, add_places
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.engine.oci_rig import Machine, memory_engine
@@ -110,7 +110,7 @@ async def a_cluster(
             app = api_application(
                 container_routes(engine, clock), objects=NodeObjects(engine, cast("Any", None))
             )
-            name_places(app, places)
+            add_places(app, places)
             served = runner(app)
             await served.setup()
             yield Node(served.server, places)
@@ -166,8 +166,10 @@ async def test_a_user_learns_only_where_containers_of_its_stacks_run(
             assert await node.answer(a_user(*roles), request) == (404, f"No such container: {ID}")
             error = NotFound(f"No such container: {ID}")
             target = f"/v1.41/containers/{ID}/exec"  # refused by the front
-            assert await node.places.named(error, target, a_user(*roles)) is error
-        named = await node.places.named(NotFound(f"No such container: {ID}"), target, a_user("operator:shop"))
+            assert await node.places.add_place(error, target, a_user(*roles)) is error
+        named = await node.places.add_place(
+            NotFound(f"No such container: {ID}"), target, a_user("operator:shop")
+        )
         assert str(named).endswith(f"{PLACE} skep exec shop_web.2 COMMAND")
 
 

@@ -220,7 +220,7 @@ async def test_a_refusal_of_the_api_and_of_the_relay_are_json_for_no_other_page(
             assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"]
         async with browser.session.get(f"{browser.base}/swarm", headers=browser.cookie) as response:
             assert response.status == 403
-            assert await response.json() == {"message": "the dashboard may not ask for GET /swarm"}
+            assert await response.json() == {"message": "the dashboard may not send GET /swarm"}
         sent = {**browser.cookie, "If-None-Match": '"e"', "Last-Event-ID": "hello", "X-Registry-Auth": "x"}
         async with browser.session.get(f"{browser.base}/ui/", headers=sent) as response:
             assert response.headers["ETag"] == '"e"'

@@ -257,7 +257,7 @@ async def test_plain_http_silence_and_floods_hold_nothing_up(
 ) -> None:
     monkeypatch.setattr(passing, "HEAD_S", 0.3)
     monkeypatch.setattr(passing, "REQUESTS_MAX", 2)
-    monkeypatch.setattr(server_module, "OF_SOURCE_MAX", 40)
+    monkeypatch.setattr(server_module, "PER_ADDRESS_MAX", 40)
     async with a_rig(tmp_path) as rig:
         page = await rig.page("ann-token")
         reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)

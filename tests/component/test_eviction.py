@@ -16,7 +16,7 @@ from skep.errors import Unavailable, Unimplemented
 from skep.manager.ca.rotation import finish as finish_rotation
 from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
-from skep.manager.eviction.steps import OF_A_MANAGER, Eviction, begin, eviction_of
+from skep.manager.eviction.steps import MANAGER_STEPS, Eviction, begin, eviction_of
 from skep.manager.routes.extensions.evictions import EvictionBody, shown
 from skep.manager.storage.keys import StoreKeys, WrappingKeys, save_wrapping_keys
 from skep.model.node import (
@@ -193,7 +193,7 @@ async def test_everything_that_the_node_knew_is_another_thing_afterwards(store, 
         await until(lambda: present(store).next_step is None)
     view = store.view()
     after = view.get(Swarm, ClusterId("c"))
-    assert present(store).done == OF_A_MANAGER
+    assert present(store).done == MANAGER_STEPS
     assert view.lookup(Node, EVICTED) is None
     assert after.tls_info != before.tls_info
     assert after.spec.ca_config.force_rotate == before.spec.ca_config.force_rotate + 1
@@ -204,7 +204,7 @@ async def test_everything_that_the_node_knew_is_another_thing_afterwards(store, 
     assert keys.load() == OLD + store.wrapping_key
 
 
-@pytest.mark.parametrize("steps", range(len(OF_A_MANAGER)))
+@pytest.mark.parametrize("steps", range(len(MANAGER_STEPS)))
 async def test_the_next_leader_goes_on_wherever_one_ended(store, keys, steps):
     await store.update(begin, "m3", "root@desk", OWN, NOW)
     async with led(store, keys, Others()):

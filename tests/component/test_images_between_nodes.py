@@ -17,7 +17,7 @@ from skep.engine.images.layers import NO_BLOB
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry.registry import DOCKER_MANIFEST, Document, RegistryError
 from skep.engine.images.sharing import serving
-from skep.engine.images.sharing.serving import COPIES_MAX, UPLOADS_OF_NODE_MAX
+from skep.engine.images.sharing.serving import COPIES_MAX, UPLOADS_PER_NODE_MAX
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 from skep.model.node import NodeRole
 from skep.model.values.ids import new_id
@@ -181,11 +181,11 @@ async def test_a_layer_is_read_from_a_node_whose_pull_is_under_way(strict: Image
 
 
 async def test_one_node_takes_half_of_the_places_at_most(cluster: ImageCluster) -> None:
-    made = an_image(*range(1000, 1001 + UPLOADS_OF_NODE_MAX))
+    made = an_image(*range(1000, 1001 + UPLOADS_PER_NODE_MAX))
     await give(cluster.manager, made)
     greedy, other = await cluster.add(), await cluster.add()
     async with AsyncExitStack() as stack:
-        for digest in made.digests[:UPLOADS_OF_NODE_MAX]:
+        for digest in made.digests[:UPLOADS_PER_NODE_MAX]:
             await stack.enter_async_context(cluster.manager.served.blob(digest, greedy.id))
         with pytest.raises(ResourceExhausted):
             await stack.enter_async_context(cluster.manager.served.blob(made.digests[-1], greedy.id))

@@ -64,7 +64,7 @@ async def ask(port: int, head: bytes, local: str = "127.0.0.1") -> bytes:
 
 
 async def test_one_address_takes_only_its_share_of_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_server, "_CONNECTIONS_OF_SOURCE_MAX", 2)
+    monkeypatch.setattr(metrics_server, "_CONNECTIONS_PER_ADDRESS_MAX", 2)
     port = free_port()
     async with serving_metrics(Configuration(metrics_addr=("127.0.0.1", port)), METRICS), asyncio.timeout(10):
         greedy = [

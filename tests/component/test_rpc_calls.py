@@ -156,7 +156,7 @@ async def test_without_a_server_a_call_fails_and_a_later_one_finds_it(
             relay.cut()
             with pytest.raises(OSError, match="the connection broke"):
                 await calls.unary("/t/echo", b"", TIMEOUT_S)
-            relay.mend()
+            relay.reconnect()
     calls.close()
 
 

@@ -16,7 +16,7 @@ from skep.api.http import connection, tunnelling
 from skep.api.http.connection import Connection
 from skep.api.http.tunnelling import join_client
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
-from skep.manager.nodes.tunnels import OF_NODE_MAX
+from skep.manager.nodes.tunnels import PER_NODE_MAX
 from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.values.ids import NodeId
@@ -164,8 +164,8 @@ async def test_a_node_that_cannot_connect_says_why(cluster, containers):
 
 async def test_the_tunnels_of_a_node_are_bounded(cluster, containers):
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-        held = [group.create_task(hold(cluster, containers.task)) for _ in range(OF_NODE_MAX)]
-        await until(lambda: cluster.tunnels._open[containers.task.node_id] == OF_NODE_MAX)
+        held = [group.create_task(hold(cluster, containers.task)) for _ in range(PER_NODE_MAX)]
+        await until(lambda: cluster.tunnels._open[containers.task.node_id] == PER_NODE_MAX)
         with pytest.raises(ResourceExhausted, match="too many connections to containers"):
             async with cluster.tunnels.open(containers.task, head=HEAD):
                 pass

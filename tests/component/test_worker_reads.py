@@ -18,7 +18,7 @@ from skep.api.http.framing import is_readable
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, Unimplemented
 from skep.manager.nodes import worker_reads
 from skep.manager.nodes.worker_reads import WorkerReads
-from skep.manager.routes.access import OF_WORKER
+from skep.manager.routes.access import WORKER_HEADER
 from skep.model.node import NodeRole
 from skep.model.values.ids import NodeId
 from skep.node.cluster.cluster_reads import ClusterReads
@@ -49,7 +49,7 @@ class ReadableCluster(Cluster):
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(request.raw_path)
-        self.of_workers.append(OF_WORKER in request.headers)
+        self.of_workers.append(WORKER_HEADER in request.headers)
         if request.path.endswith("/nothing"):
             return web.json_response({"message": "service nothing not found"}, status=404)
         if request.path.endswith("/events"):
@@ -171,7 +171,7 @@ async def test_a_manager_sees_that_the_client_is_a_workers(cluster, reads):
 
 async def test_one_node_does_not_take_all_places(cluster, reads, monkeypatch):
     await cluster.allow("true")
-    monkeypatch.setattr(worker_reads, "READS_OF_NODE_MAX", 1)
+    monkeypatch.setattr(worker_reads, "READS_PER_NODE_MAX", 1)
     async with reads.pieces("/events"):
         with pytest.raises(ResourceExhausted, match="too many clients of workers"):
             await reads.body("/services")

@@ -173,7 +173,7 @@ async def test_a_term_ends_when_a_cancelled_write_has_no_outcome_in_time(
     writing.cancel()
     async with asyncio.timeout(5):
         await asyncio.wait([writing])
-        rig.mend()
+        rig.reconnect()
         await term.wait_lost()
     with pytest.raises(NotLeader):
         await term.update(put, a_secret("later"))
@@ -205,7 +205,7 @@ async def test_a_write_whose_answer_got_lost_is_not_written_twice(rig: Rig) -> N
     async with asyncio.TaskGroup() as group:
         creating = group.create_task(rig.store.update(create))
         await eventually(lambda: rig.other.view().find(Service))
-        rig.mend()
+        rig.reconnect()
     assert creating.result().id == "s0"
     assert [service.id for service in rig.other.view().find(Service)] == ["s0"]
 
@@ -220,7 +220,7 @@ async def test_without_a_quorum_everything_fails_within_its_deadline(rig: Rig) -
         )
     assert [type(result) for result in results] == [Unavailable] * 3
     assert "does not have a leader" in str(results[0])
-    rig.mend()
+    rig.reconnect()
     await rig.store.barrier()
     await rig.store.update(put, a_secret("later"))
     assert rig.store.view().get(Swarm, "cluster")

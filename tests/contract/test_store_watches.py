@@ -95,7 +95,7 @@ async def test_a_replica_that_was_away_resumes_without_a_gap(rig: Rig) -> None:
         rig.cut_other()
         for number in range(1, 6):
             await rig.store.update(put, a_task(f"t{number}"))
-        rig.mend()
+        rig.reconnect()
         created = [event.object.id for commit in await taken(watch, 5) for event in commit.events]  # type: ignore[union-attr]
     assert created == ["t1", "t2", "t3", "t4", "t5"]
 
@@ -116,7 +116,7 @@ async def test_after_compaction_a_replica_loads_again_and_publishes_exactly_the_
         await rig.store.update(delete, Secret, "fleeting")
         await rig.store.update(put, a_task("t9"))
         await rig.compact()
-        rig.mend()
+        rig.reconnect()
         (commit,) = await taken(watch, 1)
         received = [(type(event).__name__, event) for event in commit.events]
         assert [name for name, _ in received] == ["Deleted", "Updated", "Created"]

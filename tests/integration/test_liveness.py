@@ -129,7 +129,7 @@ def test_a_partition_that_a_service_sits_out_changes_nothing(three: TestCluster,
         assert tasks_on(m1, "kept", "w2").keys() == kept.keys()
         assert not tasks_on(m1, "moved", "w2")
     finally:
-        three.skep("mend", "w2")
+        three.skep("reconnect", "w2")
     wait_until(lambda: "w2" in ready(m1), "w2 is back")
     wait_running(m1, "kept", 3)
     assert all_pids(three, "kept") == before

@@ -106,7 +106,7 @@ def test_a_cut_node_is_alone_until_it_is_mended(trio: TestCluster) -> None:
         assert states(trio)["w1"] == "cut"
         assert not reaches(trio, "m1", "w1")
     finally:
-        trio.skep("mend", "w1")
+        trio.skep("reconnect", "w1")
     wait_until(lambda: reaches(trio, "m1", "w1"), "the mended node answers")
 
 
@@ -126,7 +126,7 @@ def test_a_node_can_be_cut_off_one_way_only(trio: TestCluster, way: str, is_hear
         assert not reaches(trio, "m1", "w1")
         assert (pings_heard(trio, "w1") > before) is is_heard
     finally:
-        trio.skep("mend", "w1")
+        trio.skep("reconnect", "w1")
     wait_until(lambda: reaches(trio, "m1", "w1"), "the mended node answers")
     assert states(trio)["w1"] == "up"
 
@@ -163,7 +163,7 @@ def test_a_node_that_was_cut_off_before_it_was_killed_starts_alone(trio: TestClu
         trio.skep("start", "w2")
         assert states(trio)["w2"] == "cut"
     finally:
-        trio.skep("mend", "w2")
+        trio.skep("reconnect", "w2")
     wait_until(lambda: reaches(trio, "m1", "w2"), "the mended node answers")
 
 

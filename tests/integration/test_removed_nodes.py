@@ -155,7 +155,7 @@ def test_a_manager_that_is_cut_off_refuses_within_two_seconds_what_it_cannot_jud
         assert_refused(watch, alone, cut_at, CUT_OFF_WITHIN_S + 0.3)
         assert watch.results[alone]["how"] == "no contact"
     finally:
-        cluster.skep("mend", "m3")
+        cluster.skep("reconnect", "m3")
 
 
 def test_a_demoted_managers_certificate_is_refused_in_that_role_and_at_the_peer_port(cluster, stolen):

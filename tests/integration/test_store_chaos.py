@@ -59,7 +59,7 @@ async def disturb(rig: Rig, random: Random) -> None:
             except SkepError:
                 pass  # nothing new to forget
         await asyncio.sleep(random.uniform(0, 0.15))
-        rig.mend()
+        rig.reconnect()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -74,7 +74,7 @@ def wait_found_by_all(m1: TestNode) -> None:
 
 
 async def together(cluster: TestCluster, verb: Callable[[Playground, str], Awaitable[None]]) -> None:
-    """``cut`` or ``mend`` them at one moment; commands would be apart by as long as they take to start."""
+    """``cut`` or ``reconnect`` them at one moment; commands would be apart by as long as they take to start."""
     playground = Playground(cluster.directory, cluster.name, lambda _: None)
     await asyncio.gather(*(verb(playground, name) for name in CUT))
 
@@ -107,7 +107,7 @@ def test_three_of_five_nodes_that_are_cut_off_at_once_freeze_replacement_until_t
     assert len(now) == 9
     kept = {task: pid for task, pid in before.items() if task not in moved}
 
-    asyncio.run(together(five, Playground.mend))
+    asyncio.run(together(five, Playground.reconnect))
     wait_until(lambda: not down(m1), "all are back")
     wait_until(lambda: not is_frozen(m1), "the freeze is over")
     wait_running(m1, "web", 9)

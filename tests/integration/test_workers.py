@@ -170,7 +170,7 @@ def test_a_partitioned_worker_keeps_its_containers_until_it_gets_new_assignments
         assert "w1" not in spread(m1, "web")
         assert container_pids(w1, "web") == before
     finally:
-        trio.skep("mend", "w1")
+        trio.skep("reconnect", "w1")
     wait_until(lambda: state_of(m1, "w1") == "ready", "it is back", within_s=40)
     wait_until(lambda: not containers(w1, "web"), "what was replaced is stopped")
     wait_running(m1, "web", 3)

@@ -92,7 +92,7 @@ def a_stamp_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
 def test_indexes_that_differ_are_rejected_at_the_second_check(
     cluster: SimulatedCluster, spoil: Callable[[SimulatedCluster], Callable[[], object]], words: str
 ) -> None:
-    mend = spoil(cluster)
+    undo = spoil(cluster)
     cluster.label(NodeId("w1"), changed=words)  # books are looked at when something was written
     try:
         cluster.run_for(0.1)
@@ -100,7 +100,7 @@ def test_indexes_that_differ_are_rejected_at_the_second_check(
         cluster.run_for(0.1)
         assert any(words in violation for violation in cluster.observer.violations)
     finally:
-        mend()
+        undo()
         cluster.observer.violations.clear()
         cluster.run_for(0.1)
     assert cluster.observer.violations == []

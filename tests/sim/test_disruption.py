@@ -41,7 +41,7 @@ def test_five_of_six_workers_that_are_cut_off_keep_their_tasks(seed: int, age_s:
         cluster.run_for(30)
         assert is_frozen(cluster)
         assert cluster.created("web") == created
-        cluster.links.mend()
+        cluster.links.restore()
         cluster.run_until(lambda: not is_frozen(cluster) and not down(cluster), within_s=120)
         cluster.run_for(30)
         assert cluster.created("web") == created, "no task moved"

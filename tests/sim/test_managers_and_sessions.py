@@ -56,7 +56,7 @@ def test_sessions_that_crowd_at_one_manager_spread_and_nothing_is_noticed(seed: 
         cluster.run_for(15)  # tasks of nodes that reconnected too late have been replaced
         cluster.run_until(lambda: cluster.running("web") == 18, within_s=10)
         tasks, created = {task.id for task in cluster.wanted("web")}, cluster.created("web")
-        cluster.links.mend(cut)
+        cluster.links.restore(cut)
         cluster.run_until(lambda: sessions_of(cluster) == dict.fromkeys(cluster.managers, 3), within_s=300)
         assert all(cluster.is_ready(id) for id in cluster.workers)
         assert {task.id for task in cluster.wanted("web")} == tasks

@@ -37,7 +37,7 @@ def of_one_manager(cluster: SimulatedCluster) -> NodeId:
     chosen = next(id for id in cluster.managers if id != cluster.leader)
     cut = cluster.links.cut([id for id in cluster.managers if id != chosen], list(cluster.workers))
     cluster.run_until(lambda: all(owner(cluster, id) == chosen for id in cluster.workers), within_s=60)
-    cluster.links.mend(cut)
+    cluster.links.restore(cut)
     cluster.run_until(lambda: all(map(cluster.is_ready, cluster.workers)), within_s=60)
     return chosen
 

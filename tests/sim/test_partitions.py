@@ -36,8 +36,8 @@ def cut_off(cluster: SimulatedCluster, nodes: Iterable[NodeId]) -> frozenset[tup
     return cluster.links.cut(list(nodes), list(cluster.managers))
 
 
-def mend(cluster: SimulatedCluster, cut: frozenset[tuple[str, str]]) -> None:
-    cluster.loop.call_soon(cluster.links.mend, cut)
+def restore(cluster: SimulatedCluster, cut: frozenset[tuple[str, str]]) -> None:
+    cluster.loop.call_soon(cluster.links.restore, cut)
     cluster.run_for(0.001)
 
 
@@ -94,7 +94,7 @@ def test_a_partition_ends_as_the_service_says(
         most = most_containers(cluster, cut_s)
         assert not cluster.is_ready(LOST)
         assert (most > REPLICAS) is doubled
-        mend(cluster, cut)
+        restore(cluster, cut)
         cluster.run_until(lambda: cluster.is_ready(LOST), within_s=15)
         cluster.run_until(
             lambda: cluster.containers("web") == cluster.running("web") == REPLICAS, within_s=20
@@ -146,7 +146,7 @@ def test_labels_that_were_changed_while_tasks_ran_hold_in_the_next_partition(see
         assert most_containers(cluster, 60) == REPLICAS, "no task ran twice"
         assert not cluster.nodes[LOST].containers
         assert cluster.running("web") == REPLICAS
-        mend(cluster, cut)
+        restore(cluster, cut)
         cluster.run_for(20)
         keeper = next(task.node_id for task in cluster.wanted("web"))
         cluster.update("web", lambda spec: a_spec(on_disconnect="keep"))
@@ -171,7 +171,7 @@ def test_a_node_that_was_cut_off_when_labels_changed_is_not_taken_to_go_by_them(
         assert most_containers(cluster, 60) == REPLICAS
         assert cluster.created("web") == REPLICAS
         assert cluster.nodes[LOST].containers
-        mend(cluster, cut)
+        restore(cluster, cut)
         cluster.run_until(lambda: cluster.is_ready(LOST), within_s=15)
         cluster.run_for(10)
         cut_off(cluster, [LOST])
@@ -199,7 +199,7 @@ def test_a_node_whose_removal_is_not_committed_yet_is_connected_again_when_its_l
         cut = cut_off(cluster, [LOST])
         cluster.run_for(1.0)
         cluster.workers = tuple(id for id in cluster.workers if id != LOST)
-        mend(cluster, cut)
+        restore(cluster, cut)
         cluster.run_for(30.0)
         assert cluster.running("web") == REPLICAS
         assert not cluster.observer.violations
@@ -223,7 +223,7 @@ def test_a_storm_freezes_replacement_until_half_are_back(seed: int) -> None:
         assert cluster.created("web") == REPLICAS + replaced_early
         moved = before - {task.id for task in cluster.wanted("web")}
         assert len(moved) <= replaced_early, "some went to a node that fell next"
-        mend(cluster, cut)
+        restore(cluster, cut)
         cluster.run_until(lambda: freeze_of(cluster) is None, within_s=20)
         cluster.run_until(
             lambda: cluster.containers("web") == cluster.running("web") == REPLICAS, within_s=20
@@ -247,7 +247,7 @@ def test_most_nodes_gone_at_once_are_a_storm_for_any_number_of_managers_and_noth
         cluster.run_until(lambda: freeze_of(cluster) is not None, within_s=10)
         cluster.run_for(30)
         assert cluster.created("web") == REPLICAS
-        cluster.loop.call_soon(cluster.links.mend, cut)
+        cluster.loop.call_soon(cluster.links.restore, cut)
         cluster.run_until(lambda: freeze_of(cluster) is None, within_s=20)
         cluster.run_for(10)
         assert cluster.created("web") == REPLICAS

@@ -104,7 +104,7 @@ def test_a_minority_that_is_cut_off_with_the_leader_writes_nothing(managers: int
         cluster.run_until(lambda: cluster.raft.has_quorum and cluster.leader in majority, within_s=5)
         cluster.do(create(a_store(cluster, majority[0]), a_service_spec("kept", replicas=2)))
         cluster.run_until(lambda: cluster.running("kept") == 2, within_s=20)
-        cluster.links.mend()
+        cluster.links.restore()
         cluster.run_for(10)
         cluster.do(a_store(cluster, old).barrier())
         assert a_store(cluster, old).view().lookup(Service, ServiceId("kept")) is not None

@@ -84,7 +84,7 @@ def test_a_node_that_is_cut_off_at_the_end_of_a_rotation_survives_the_next_one(s
         cluster.run_until(lambda: not cluster.is_ready(W1), within_s=30)
         with pytest.raises(FailedPrecondition, match=r"unavailable nodes still trust the root before.*: w1"):
             rotate(cluster, 2)
-        cluster.links.mend()
+        cluster.links.restore()
         cluster.run_until(lambda: is_rotated(cluster), within_s=60)
         rotate(cluster, 2)
         cluster.run_until(lambda: is_rotated(cluster), within_s=60)

@@ -183,7 +183,7 @@ def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple
     """
     refused = rights.kinds - node.allowed
     if refused:
-        raise Rejected(f"this node does not allow its tasks: {rights_text(refused)} (its setting `allow`)")
+        raise Rejected(f"the setting `allow` of this node refuses its tasks: {rights_text(refused)}")
     requests = [DeviceRequest(driver="cdi", device_ids=rights.cdi_devices)] if rights.cdi_devices else []
     if rights.gpus is not None:
         gpus = rights.gpus

@@ -419,7 +419,7 @@ class ClusterVolumes:
             info = await driver.node_info()
             if (size := len(to_json(info))) > DRIVER_BYTES_MAX:
                 raise Unavailable(
-                    f"it describes the node in {size} bytes: at most {DRIVER_BYTES_MAX} are read"
+                    f"its description of the node has {size} bytes, more than {DRIVER_BYTES_MAX}"
                 )
             self._infos[driver.name] = driver, info
         except SkepError as error:  # a controller without a node service, or a driver that hangs

@@ -113,7 +113,7 @@ def take_over(request: web.Request, protocol: asyncio.Protocol) -> None:
     """
     hook = request.protocol.access_logger
     if not isinstance(hook, ResponseHook) or hook.connection is None or request.transport is None:
-        raise Unavailable("the client's connection cannot be joined with another: use the socket of the node")
+        raise Unavailable("this connection cannot be upgraded: connect to the node's own socket")
     hook.connection.take_over(protocol)
 
 

@@ -251,8 +251,8 @@ class _Rotation:
         return using
 
     async def _leave(self, service: Mapping[str, Any], new: str) -> None:
-        """Report a job that is not updated because that would run it again.  It is a problem unless the job has
-        completed.
+        """Report a job that is not updated because that would run it again.  For a job that has not completed, this is
+        an error.
         """
         name = service["Spec"]["Name"]
         tasks = await self._client.get(

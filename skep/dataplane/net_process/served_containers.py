@@ -328,7 +328,7 @@ def _read(path: Path) -> ContainerRecord | None:
     try:
         record = msgspec.msgpack.decode(path.read_bytes(), type=ContainerRecord)
         if record.named.id != path.name:
-            raise msgspec.ValidationError(f"it is that of container {record.named.id}")
+            raise msgspec.ValidationError(f"it is the record of container {record.named.id}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("invalid record of container names removed", path=str(path), reason=str(error))
         return None

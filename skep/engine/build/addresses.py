@@ -1,9 +1,9 @@
 """Users and passwords in the addresses of builds.  Pure.
 
-Every text that a build shows, logs or stores passes ``redacted``.  A password may have any character.  With a slash,
-``?``, ``#`` or ``@`` in it, the end of the address's host is not certain.  Such an address is masked up to its last
-``@``, because a hidden host does less harm than a shown part of a password.  The ``@`` of an image's digest does not
-count, since no host has the digest's form.
+Every text that a build shows, logs or stores passes through ``redacted``.  A password may contain ``/``, ``?``, ``#``
+or ``@``.  Then it is uncertain where the host begins, and the address is masked up to its last ``@``: a hidden host
+does less harm than a visible part of a password.  The ``@`` before an image's digest does not count, because no host
+looks like a digest.
 
 Source: buildkit, util/urlutil/redact.go (RedactCredentials).
 """
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
     """Parts of an address, as clients of its scheme split it."""
 
     scheme: str
-    """It includes ``://``.  Empty if there is none."""
+    """The scheme with its ``://``, or empty."""
     userinfo: str
     """User and password, without the ``@``."""
     rest: str
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
 def redacted(text: str) -> str:
     """Return a text without users and passwords in its addresses: ``https://xxxxx:xxxxx@host/``.
 
-    An address ends with its word, its quotes, or where the next one starts.
+    An address ends at the end of its word, at its closing quote, or where the next address starts.
     """
     found, at, ends = [], 0, _Ends(text)
     while start := _SCHEME.search(text, at):
@@ -84,7 +84,7 @@ def parts_of(address: str) -> Parts:
 
 
 def check_address(address: str, kind: str = "address") -> None:
-    """Refuse an address whose host is a part of its password, or nothing that a client can reach.
+    """Refuse an address whose host may be a part of its password, or is not a host that a client can reach.
 
     Raises: InvalidArgument.
     """
@@ -94,16 +94,16 @@ def check_address(address: str, kind: str = "address") -> None:
 
 
 def ambiguity(address: str) -> str:
-    """Return a hint if the host of an address may be a part of its password.  Otherwise empty.
+    """Return a hint if the host of an address may be a part of its password, or an empty string.
 
-    Errors of a connection name the host, so they must not be shown then.
+    Connection errors name the host, so they must not be shown in this case.
     """
     parts = parts_of(address)
     return f"the address has more than one @; {_HINT}" if parts.userinfo and "@" in parts.rest else ""
 
 
 def shown(text: str) -> str:
-    """Return a text as messages may have it: without passwords of addresses, and without bytes that are not UTF-8."""
+    """Return a text for messages: without passwords in addresses, and without bytes that are not UTF-8."""
     return readable(redacted(text))
 
 
@@ -118,7 +118,9 @@ def shown_errors() -> Iterator[None]:
 
 
 class _Ends:
-    """Ends of the words and quotes in a text.  Each place is searched once, since a Dockerfile may be hostile."""
+    """Ends of the words and quotes in a text.  Each place is searched only once, because a hostile Dockerfile could
+    make repeated searches slow.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text

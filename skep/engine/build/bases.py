@@ -1,4 +1,4 @@
-"""Images that a build starts from, copies from, or results in."""
+"""The images that a build starts from, copies from and produces."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -38,8 +38,10 @@ class Bases:
         self._pinned: set[Digest] = set()
 
     async def pin(self, chain: Sequence[Digest]) -> None:
-        """Keep layers, present or future, for the rest of the build."""
-        if self._pin is None:  # one for all layers, since the store looks for unneeded layers after each
+        """Keep layers for the rest of the build, whether they exist already or not."""
+        if (
+            self._pin is None
+        ):  # one pin for all layers, because the store searches for unneeded layers after each release
             self._pin = await self._stack.enter_async_context(self.images.pinning())
         for chain_id in chain:
             if chain_id not in self._pinned:
@@ -47,7 +49,7 @@ class Bases:
                 self._pin(chain_id)
 
     async def pull(self, step: BuildStep, name: str) -> StepImage:
-        """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
+        """Return the image with this name.  Pull it if this node does not have it.  Raises: SkepError."""
         word = name
         if self.request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
             word = str(parse_reference(name).with_default_tag())
@@ -60,7 +62,7 @@ class Bases:
         return await self.keep(found)
 
     async def keep(self, image: Image) -> StepImage:
-        """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
+        """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed meanwhile."""
         chain = tuple(image.chain)
         await self.pin(chain)
         content = self.images.config_file(image).read_bytes()
@@ -71,7 +73,7 @@ class Bases:
 
         Args:
             inherited: Number of history entries from before the build, which keep their times.
-            arguments: Global arguments: one of them may set the epoch if the client does not.
+            arguments: Global arguments, which may set the epoch if the client does not.
 
         Images of steps keep the times of the steps, so a new ``SOURCE_DATE_EPOCH`` alone invalidates no cached step.
         """

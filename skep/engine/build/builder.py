@@ -1,8 +1,8 @@
 """Runs Dockerfiles stage by stage and step by step.  Each step results in an image.
 
-A step that already ran on the same image is taken from the cache (``cache``).  An instruction that changes only the
-configuration makes an image at once.  COPY writes into an overlay on the stage's layers.  RUN runs in a container of
-the engine.
+If a step already ran on the same image, its result comes from the cache (``cache``).  An instruction that changes only
+the configuration produces an image at once.  COPY writes into an overlay on the stage's layers.  RUN runs in a
+container of the engine.
 
 Source: moby 20.10, builder/dockerfile (builder.go, evaluator.go, dispatchers.go, internals.go).
 """
@@ -89,14 +89,14 @@ BUILDS_MAX = 16
 WAITING_MAX = 64
 """Number of waiting builds.  Further ones are refused."""
 _PLAIN_CHARACTERS_MAX = 4096
-"""Length of an instruction without variables that is expanded at once.  A thread takes longer than its quotes."""
+"""Shorter instructions without variables are expanded without a thread, because starting a thread would take longer."""
 
 
 class Builder(Builds):
     """All builds of one node."""
 
     def __init__(self, engine: Engine, directory: Path, clock: Clock) -> None:
-        """``directory``: Holds the data that is kept from build to build."""
+        """``directory``: Has the data that is kept between builds."""
         self.engine = engine
         self.images = engine.images
         self.containers = runs.StepContainers(engine)
@@ -138,7 +138,7 @@ class Builder(Builds):
     ) -> BuildResult:
         """Build for a caller that already holds a slot.
 
-        ``known``: Remembered content of the context.  The context is opened only where this content is not enough.
+        ``known``: Remembered content of the context.  The context is opened only if a step needs more.
         """
         with shown_errors():
             parsed = await asyncio.to_thread(parse, request.dockerfile)
@@ -241,7 +241,7 @@ class Build:
         self._scopes[number] = self._arguments.stage, self._results.inherited
 
     async def _run_stage_apart(self, number: int) -> None:
-        """Carry out a stage that only a trigger of the current stage's base image uses."""
+        """Run a stage that only a trigger of the current stage's base image uses."""
         place, results = (self._stage, self._steps, self._arguments.stage), self._results.place
         self._steps = self._stages.steps_before(number)
         await self._run_stage(number, self._stages.stages[number])
@@ -314,7 +314,7 @@ class Build:
     async def _stage_or_image(self, step: BuildStep, name: str, *, is_base: bool = False) -> StepImage | None:
         """Return the image of a stage, or a pulled image.  None for ``scratch``.
 
-        ``is_base``: Whether FROM names it.  There a number is an image, and only earlier stages are known.
+        ``is_base``: Whether FROM names it.  In FROM, a number is an image, and only earlier stages are known.
         """
         if image := self._request.images.get(targets.context_name(name)):
             return await self._bases.pull(step, image)
@@ -386,7 +386,7 @@ class Build:
         change = self._results.change(state, container, line, adds_layer=None if is_workdir else False)
         if await self._results.take_cached(step, change):
             return
-        id = new_container_id()  # Docker creates a container here; this id only names the step's work
+        id = new_container_id()  # Docker creates a container here. This id only stands for it in the output.
         self._progress.running(step, id)
         if is_workdir and (changes := await self._make_directory(state.config)) is not None:
             await self._results.commit_changes(change, changes.upper)
@@ -438,7 +438,7 @@ class Build:
             await self._results.commit_changes(change, target.changes.upper)
 
     def _change_of_copy(self, copy: Copy, digest: str) -> StepChange:
-        """Return the step of a COPY or ADD of sources with this digest."""
+        """Return the step of a COPY or ADD whose sources have this digest."""
         state = self._results.state
         config = msgspec.structs.replace(
             state.config, cmd=(*state.shell, f"#(nop) {copies.shown_copy(copy, digest)}")

@@ -1,7 +1,7 @@
 """Entries of ``docker history`` as BuildKit writes them.  Pure.
 
-A declaration shows an argument's default, where BuildKit shows the given value.  The entries are part of the image that
-the next step starts from, so with the given value another one would carry out all later steps again.
+For a declared argument, an entry shows the default, where BuildKit shows the given value.  The entries are part of the
+image that the next step starts from, so a different value in an entry would run all later steps again.
 
 Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (commitToHistory and its callers, runCommandString).
 """
@@ -37,7 +37,7 @@ def line_of_change(instruction: Instruction, line: str) -> str:
 
 
 def line_of_copy(copy: Copy) -> str:
-    """Return the entry of COPY or ADD.  It has two of its options."""
+    """Return the entry of COPY or ADD, with two of its options."""
     words = [copy.keyword]
     words += [f"--{name}={value}" for name, value in (("chown", copy.chown), ("chmod", copy.chmod)) if value]
     words += [*copy.sources, *(f"<<{document.name}" for document in copy.documents), copy.destination]

@@ -21,8 +21,8 @@ OpenContext = Callable[[], Awaitable[Path]]
 """Opens the directory with the files of the context.
 
 The directory belongs to the caller, and a build does not change it.  A build calls this at most once, when the first
-step needs a file.  The content is not trusted: links in it cannot lead out of the directory.  Raises: SkepError: there
-is none.
+step needs a file.  The content is not trusted, so links in it are not followed out of the directory.  Raises:
+SkepError: there is no context.
 """
 
 
@@ -47,7 +47,7 @@ class WantedStep(msgspec.Struct, frozen=True, kw_only=True):
     command: tuple[str, ...] = ()
     """Command of the step's container, as the history has it."""
     adds_layer: bool | None = None
-    """Whether the step must add a layer, or must not.  None if only running the step can tell."""
+    """Whether the step must add a layer (True) or must not (False).  None if only running the step can tell."""
 
 
 class FoundStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +79,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     parent: str = ""
-    """Shared key of the step before it in its stage or base stage.  For a first step, the base image's id or empty."""
+    """Shared key of the previous step in its stage or base stage.  The base image's id, or empty, for a first step."""
     diff_ids: tuple[Digest, ...] = ()
     """Layers of the image after the step."""
     created: str = ""
@@ -91,11 +91,11 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     dockerfile: str
     """Text of the Dockerfile."""
     tags: tuple[Reference, ...] = ()
-    """Names that the image gets, all at once, when every step has succeeded."""
+    """Names that the image gets together once all steps have succeeded."""
     target: str = ""
     """Name or number of the stage to build.  Empty for the last one."""
     arguments: Mapping[str, str | None] = {}
-    """Values of ``--build-arg``.  None if named without a value, which uses the Dockerfile's default."""
+    """Values of ``--build-arg``, or None to use the Dockerfile's default."""
     labels: Mapping[str, str] = {}
     use_cache: bool = True
     stages_without_cache: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_namespace: str = ""
     """Namespace of the directories of ``RUN --mount=type=cache``."""
     epoch_s: int | None = None
-    """``SOURCE_DATE_EPOCH``: latest time in the image and its history.  None for the time of the build."""
+    """``SOURCE_DATE_EPOCH``: upper limit of all times in the image and its history, or None for no limit."""
     rewrites_times: bool = False
     """Whether ``epoch_s`` also limits the times of files in the layers."""
     hosts: tuple[str, ...] = ()
@@ -171,7 +171,7 @@ class Progress(Protocol):
     def finished(self, step: BuildStep, image_id: Digest | None) -> None:
         """Report that the step succeeded.
 
-        ``image_id``: The image so far.  Empty after ``FROM scratch``, None before the first stage.
+        ``image_id``: The image after the step.  Empty after ``FROM scratch``, None before the first stage.
         """
 
     def failed(self, step: BuildStep, error: Exception) -> None:
@@ -190,7 +190,7 @@ class Provider(Protocol):
     def ssh(self, id: str) -> AbstractAsyncContextManager[Path | None]:
         """Provide a socket of the client's ssh agent while the block runs.
 
-        Yields None if the client forwards none with this id.
+        Yields None if the client does not forward an agent with this id.
         """
 
 
@@ -205,7 +205,7 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[StepRecord, ...] = ()
     """Every step that ran or was found in the cache."""
     last: str = ""
-    """Key of the target's last step.  Id of the base image if the target has no step."""
+    """Key of the target's last step, or the base image's id if the target has no steps."""
 
 
 class Builds(Protocol):

@@ -63,7 +63,7 @@ class PreparedRun(msgspec.Struct, frozen=True, kw_only=True):
     command: tuple[str, ...]
     env: tuple[str, ...] = ()
     secret_env: tuple[str, ...] = ()
-    """Variables with secrets.  They are not recorded anywhere."""
+    """Variables with secrets, which are never recorded."""
     mounts: tuple[Mount, ...] = ()
     network: str = ""
 
@@ -142,7 +142,7 @@ class StepContainers:
     async def changes_of(self, container: Container, made: Sequence[str]) -> Path:
         """Unmount an ended container and return the directory with its changes.
 
-        ``made``: Result of ``missing_targets``.  Those that are empty are removed from the changes.
+        ``made``: Result of ``missing_targets``.  Targets that are empty are removed from the changes.
         """
         upper = self._engine.bundles.path(container.id) / "upper"
         await asyncio.to_thread(self._engine.bundles.release, container.id)
@@ -153,7 +153,7 @@ class StepContainers:
         try:
             attachment = await self._engine.attach(container.id)
         except SkepError:
-            return  # the container was not started, and ``start`` raises the reason
+            return  # the container was not started, for which ``start`` raises the reason
         try:
             while (piece := await attachment.read()) is not None:
                 output(*piece)
@@ -322,10 +322,10 @@ class MountSources:
         return Mount(type="bind", source=str(directory), target=target, read_only=mount.is_read_only)
 
     def _bound(self, root: Path, path: str, missing: str) -> Path:
-        """Bind ``path`` in the tree ``root`` to a place that no step can change.  Return that place.
+        """Bind ``path`` in the tree ``root`` to a place that steps cannot change, and return that place.
 
-        The runtime follows links in the source of a mount.  Another step that writes to the same cache could replace
-        the path by a link to the host's files after a check (CVE-2024-23651).
+        The runtime follows links in the source of a mount.  Without this, another step with the same cache could
+        replace the path by a link to the host's files after it was checked (CVE-2024-23651).
 
         Raises: NotFound: with the message ``missing``; InvalidArgument: there are too many links.
         """

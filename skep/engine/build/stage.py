@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 
 class StepImage(msgspec.Struct, frozen=True, kw_only=True):
-    """Image that a step resulted in.  ``content``: Its configuration, kept here since the image may be removed."""
+    """The image that a step produced.  ``content``: Its configuration, kept here because the image may be removed."""
 
     id: Digest
     content: bytes
     config: ImageConfig
     chain: tuple[Digest, ...]
     link: str = ""
-    """Shared key of the step that made it.  Id of the image if no step of the build made it."""
+    """Shared key of the step that produced it, or the image's id if no step of this build did."""
 
 
 class StagePosition(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,8 +59,8 @@ class Changes:
     def __init__(self, directory: Path, layers: Sequence[Path], *, is_detached: bool = False) -> None:
         """``directory``: An empty directory for this overlay only.
 
-        ``is_detached``: Use no overlay.  ``root`` is then an empty directory, and its files are the layer.  An
-        overlay with ``redirect_dir`` or ``index`` would mark new directories as opaque, and they would hide those
+        ``is_detached``: Use an empty directory as ``root`` instead of an overlay.  Its files are the layer.  An overlay
+        with ``redirect_dir`` or ``index`` would mark new directories as opaque, so that they hide the directories
         below.
         """
         self._layers = list(layers)

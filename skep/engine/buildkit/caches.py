@@ -37,7 +37,7 @@ class Caches:
     async def sources(
         self, vertices: Vertices, session: BuildSession, provider: Provider, entries: Sequence[CacheEntry]
     ) -> tuple[StepSource, ...]:
-        """Return the usable sources, each one once.  The build gets warnings for the others."""
+        """Return the usable sources without duplicates.  The build gets warnings for the others."""
         found: list[StepSource] = []
         distinct = list({entry.key: entry for entry in entries}.values())
         for entry in distinct[:SOURCES_MAX]:

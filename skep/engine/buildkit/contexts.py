@@ -1,7 +1,7 @@
-"""Directories that builds receive from their clients, and the ones kept for later builds.
+"""Directories that builds receive from their clients, and directories kept for later builds.
 
-A repeated context sends only its changes: its last tree is kept under the key that the client sends for the same
-directory each time, and files listed as unchanged are hard-linked from it.  A complete tree is never changed.
+For a repeated context, the client sends only changed files.  The last tree is kept under a key that the client sends
+for the same directory each time, and unchanged files are hard-linked from it.  A complete tree is never changed.
 """
 
 import os
@@ -41,7 +41,7 @@ class ContextStore:
         }
 
     async def prune(self) -> list[str]:
-        """Drop all kept trees and return their names.  Running builds keep the trees that they use to their end."""
+        """Drop all kept trees and return their names.  Running builds keep the trees that they use until they end."""
         gone = list(self.sizes())
         self._kept.clear()
         await self._sweep()
@@ -129,7 +129,7 @@ class ContextStore:
             await self._sweep()
 
     async def _sweep(self) -> None:
-        """Remove trees that are neither used nor kept."""
+        """Remove trees that are not used or kept."""
         if not self.directory.exists():
             return
         for path in sorted(self.directory.iterdir()):

@@ -12,7 +12,7 @@ from skep.errors import NotFound, Unimplemented
 RECORDS_MAX = 50
 """BuildKit's limit."""
 BYTES_MAX = 16 << 20
-"""Size of all records together.  A record has the options of its build, which may be as long as a message."""
+"""Size of all records together.  A record has the options of its build, which may be as long as a whole message."""
 
 
 class BuildHistory:

@@ -1,4 +1,4 @@
-"""Options of a BuildKit client's request: each one is carried out, or refused by its name.
+"""Options of a BuildKit client's request: each option is supported, or refused by name.
 
 Source: moby/buildkit, frontend/dockerui/config.go, exporter/; docker/buildx, build/opt.go.
 """
@@ -20,7 +20,7 @@ DOCKERFILE = "dockerfile.v0"
 _GATEWAY = "gateway.v0"
 
 _IGNORED = ("frontend.caps", "input-metadata:", "vcs:")
-"""Options without effect on the image: capabilities of the client, and the origin of its files (for provenance)."""
+"""Options that do not affect the image: the client's capabilities, and the origin of its files (for provenance)."""
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 
@@ -89,7 +89,7 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     output: BuildOutput = BuildOutput.NONE
     tags: tuple[Reference, ...] = ()
     rewrites_times: bool = False
-    """Whether files in the layers get no later times than ``SOURCE_DATE_EPOCH``."""
+    """Whether ``SOURCE_DATE_EPOCH`` also limits the times of files in the layers."""
     is_pushed: bool = False
     """Whether the tags are pushed to their registries."""
 
@@ -173,8 +173,7 @@ def parse_options(
 def check_syntax(image: str) -> None:
     """Check that this engine reads the language that ``# syntax=`` names.
 
-    Docker's own language is accepted in every version and channel.  Instructions that this engine does not support are
-    refused one by one.
+    Docker's own language is accepted in every version and channel.  Unsupported instructions are refused one by one.
 
     Raises: Unimplemented: another language.
     """
@@ -312,8 +311,8 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 output=BuildOutput.IMAGE,
                 tags=tags,
                 rewrites_times=is_true(attributes.get("rewrite-timestamp", "")),
-                # buildx leaves the push of ``moby`` to workers with a snapshotter since 0.11.  Earlier versions push
-                # by the engine's API afterwards, and then find everything in the registry.
+                # Since 0.11, buildx lets workers with a snapshotter push results of ``moby``. Earlier versions push by
+                # the engine's API afterwards, and then find that the registry has everything.
                 is_pushed=is_pushed,
             )
         if kind not in (BuildOutput.LOCAL.value, BuildOutput.TAR.value):

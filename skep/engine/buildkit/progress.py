@@ -32,7 +32,7 @@ class BuildLog:
 
     def __init__(self) -> None:
         self._events: list[bytes] = []
-        """Encoded events.  As objects, they would take ten times as much memory."""
+        """Encoded events, because objects would take ten times as much memory."""
         self._bytes = 0
         self._waker: asyncio.Event = asyncio.Event()
         self.has_ended = False

@@ -1,7 +1,7 @@
 """Contexts outside the client's directories: an archive that it uploads, a web address, a git repository.
 
-An archive is unpacked.  Any other file is a Dockerfile without further files.  A .dockerignore file has no effect, as
-in BuildKit.
+An archive is unpacked.  Any other file is a Dockerfile, and the context has no other files.  A .dockerignore file has
+no effect, as in BuildKit.
 
 Source: moby/buildkit, frontend/dockerui/context.go (initContext, DetectHTTPContext, DetectGitContext), session/upload.
 """
@@ -51,7 +51,7 @@ async def remote_context(
 ) -> AsyncIterator[tuple[Path, str]]:
     """Fetch a context while the block runs.
 
-    Yields its directory, and the name of its Dockerfile if there is nothing else.  Otherwise the name is empty.
+    Yields its directory, and the name of its Dockerfile if it has no other files, otherwise an empty name.
 
     Args:
         keeps_git_dir: Whether the context has the repository's own directory ``.git``.

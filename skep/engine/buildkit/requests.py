@@ -48,7 +48,7 @@ def findings(text: str, build: BuildOptions, env_of: EnvOf, *, all_stages: bool 
 
 
 def findings_of_build(text: str, build: BuildOptions, env_of: EnvOf) -> tuple[Sequence[Finding], str]:
-    """Return the findings before a build, and the error if they fail the build.  Empty if they do not.
+    """Return the findings before a build, and the error if they fail the build, or an empty text.
 
     Raises: InvalidArgument: the choice of checks cannot be read; Unimplemented: the Dockerfile has another language.
     """

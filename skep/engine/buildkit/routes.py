@@ -142,7 +142,7 @@ async def build(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
     try:
         wanted = solve_request(request.query, secrets.token_hex(12))
     except SkepError:
-        if has_upload:  # otherwise the client would show that nothing takes its upload
+        if has_upload:  # otherwise the client would report that nothing reads its upload
             with suppress(SkepError):
                 async with buildkit.uploads.take(id):
                     pass
@@ -178,7 +178,10 @@ async def _receive_upload(uploads: Uploads, id: str, request: web.Request) -> we
         try:
             async for piece in pieces_of(request, silent_s=SILENT_S):
                 yield piece
-        except (OSError, web.RequestPayloadError) as error:  # the build is another request, which can show it
+        except (
+            OSError,
+            web.RequestPayloadError,
+        ) as error:  # the build is another request, which can show the error
             raise Unavailable("the client ended the upload of the build context early") from error
 
     await uploads.offer(id, pieces())

@@ -67,11 +67,11 @@ JOBS_MAX = 32
 ENDED_JOBS_MAX = 8
 """Number of ended builds whose log is kept, since a client may ask for it after its build has ended."""
 ENDED_LOGS_BYTES_MAX = 64 << 20
-"""Size of all kept logs.  The latest one is always kept."""
+"""Maximum size of all kept logs.  The latest log is always kept."""
 _JOB_WAIT_S = 15.0
 """Seconds to wait for a job: a client may ask for a build's progress, or call it, before it has started."""
 _DEFINITION_BYTES_MAX = 16 << 20
-"""Size of the Dockerfile and the files fetched with it."""
+"""Maximum size of the Dockerfile and the files fetched with it."""
 _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 

@@ -1,7 +1,7 @@
 """File tree as listed by a client: checks entries, and writes them below a new directory.
 
 fsutil sends one entry after another in walk order: a directory, then everything in it, names sorted by their bytes.
-The client is not trusted.  An entry is accepted only below a directory that was listed and not left since, so no path
+The client is not trusted.  An entry is accepted only below a directory that was listed and is not complete, so no path
 contains a symbolic link.  Files are created new (O_EXCL), relative to descriptors of directories created here.
 Numbers, sizes and lengths are bounded.  Files that are unchanged since an earlier build of the same context are linked
 from that build's tree.
@@ -209,7 +209,7 @@ class _Writer:
 
     def __enter__(self) -> "_Writer":
         if self._kept is not None:
-            with suppress(OSError):  # then every file is requested
+            with suppress(OSError):  # without it, every file is requested
                 self._kept_root = _open_directory(self._kept.root)
         return self
 
@@ -329,7 +329,7 @@ class Contents:
         """Paths of files whose length differs from the listing, since they changed during the transfer."""
 
     def request(self, number: int) -> None:
-        """Note that the content of a file was requested."""
+        """Record that the content of a file was requested."""
         self._waiting.remove(number)
         self.requested.add(number)
 

@@ -18,12 +18,12 @@ T = TypeVar("T")
 PREFIX = "upload-request"
 """Value of ``remote`` of a build with an upload, and the start of the upload's ``buildid``."""
 UPLOADS_MAX = 64
-"""Number of uploads and builds that wait for each other."""
+"""Maximum number of uploads and builds that wait for each other."""
 _WAIT_S = 15.0
-"""Seconds for the second of the two requests to come.  The client sends them at once."""
+"""Seconds to wait for the second of the two requests.  The client sends both at once."""
 
 OpenUpload = Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes]]]
-"""Opens the upload of a build.  Raises: InvalidArgument: it does not come."""
+"""Opens the upload of a build.  Raises: InvalidArgument: it does not arrive."""
 
 
 class _Meeting:
@@ -58,11 +58,11 @@ class Uploads:
 
     @asynccontextmanager
     async def take(self, id: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Read the archive of the build ``id``.  Raises: InvalidArgument: it does not come; ResourceExhausted."""
+        """Read the archive of the build ``id``.  Raises: InvalidArgument: it does not arrive; ResourceExhausted."""
         meeting = self._meeting(id)
         try:
             missing = InvalidArgument(f"the context of build {id} was not uploaded")
-            # The deadline ends the wait, not the upload, which may come for a repeated request.
+            # The deadline ends the wait, not the upload, which may still arrive for a repeated request.
             pieces = await _within(asyncio.shield(meeting.pieces), missing)
             meeting.is_taken.set()
             yield pieces

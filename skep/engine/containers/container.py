@@ -363,9 +363,9 @@ class NewContainer(msgspec.Struct, frozen=True, kw_only=True):
     config: ContainerConfig
     labels: Mapping[str, str] = {}
     plain: PlainOptions | None = None
-    """Options of a plain container, which gets its sandbox when it starts.
+    """Options of a plain container, which gets its sandbox at its start.
 
-    None for a task's container, which gets it now.
+    None for a task's container, which gets its sandbox at its creation.
     """
     stack: str = ""
 

@@ -15,7 +15,7 @@ from skep.errors import Unimplemented
 Change: TypeAlias = Callable[[Container], Container]
 """Returns a container after an update.  Only limits and the restart policy may differ."""
 
-_OF_MACHINE: Final = (
+_LIMITS: Final = (
     *("cpu_shares", "cpu_period", "cpu_quota", "cpuset_cpus", "cpuset_mems", "blkio_weight", "memory_swap"),
 )
 
@@ -69,7 +69,7 @@ def _refuse_conflicts(request: UpdateRequest, container: Container) -> None:
 
 def _config(request: UpdateRequest, container: Container) -> ContainerConfig:
     config = container.config
-    given = {name: value for name in _OF_MACHINE if (value := getattr(request, name))}
+    given = {name: value for name in _LIMITS if (value := getattr(request, name))}
     if request.memory and container.plain is not None:
         # The default swap limit (twice the memory limit) of a plain container stays when the memory limit is changed.
         # A task's limit changes when its service is updated.

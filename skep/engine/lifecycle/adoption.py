@@ -28,10 +28,11 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _READ_TRIES_MAX = 5
-"""Attempts to read a container's record: the machine may be short of memory or descriptors for a moment."""
+"""Attempts to read a container's record, because the machine may be short of memory or descriptors for a moment."""
 RESTORED_S_MAX = 60.0
 """Seconds that a start waits for the networks of this node.  Restoring takes longer only if a command hangs or is
-retried, and then the reason is a condition of the node."""
+retried, and then a condition of the node shows the reason.
+"""
 
 
 class AdoptedLives(Protocol):
@@ -49,13 +50,13 @@ class AdoptedLives(Protocol):
         """Remove a container, whose lock the caller holds."""
 
     async def persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
-        """Return the result of ``work`` on a container, which is retried."""
+        """Return the result of ``work`` on a container.  Retries errors."""
 
     def spawn(self, work: Any, *, name: str) -> Any:
         """Start background work."""
 
     def show(self, id: ContainerId, error: Exception) -> None:
-        """Show an error as the container's."""
+        """Show an error in the container's status."""
 
 
 class Adoption:
@@ -88,7 +89,8 @@ class Adoption:
         self._connected: frozenset[ContainerId] = frozenset()
         """Containers whose networks were restored."""
         self._has_networks = asyncio.Event()
-        """Set once the networks of earlier processes are restored.  Restoring frees unknown networks."""
+        """Set once the networks of earlier processes are restored.  Restoring frees the networks of unknown containers.
+        """
         self.is_complete = asyncio.Event()
         """Set once all containers are adopted, so their volumes have users."""
 
@@ -137,10 +139,10 @@ class Adoption:
             self.is_complete.set()
 
     async def adopt_first(self, id: ContainerId) -> None:
-        """Adopt a container that does not run, unless that is done.  The caller holds its lock.
+        """Adopt a container that does not run, if it is not adopted yet.  The caller holds its lock.
 
-        A start needs it, because it would take the leftovers of an earlier process for its own.
-        Raises: Unavailable: it cannot be seen now; OSError.
+        Called before a start, which would otherwise mistake an earlier process's leftovers for its own resources.
+        Raises: Unavailable: its state cannot be read now; OSError.
         """
         container = self._store.lookup(id)
         if id in self._awaited and container is not None and container.state in AT_REST:
@@ -149,7 +151,7 @@ class Adoption:
 
     async def await_networks(self, container: Container) -> None:
         """Wait until the networks of earlier processes are restored.  Raises: Unavailable: that takes too long."""
-        if container.mode is NetworkMode.HOST:  # it has no namespace that could be freed
+        if container.mode is NetworkMode.HOST:  # it has no namespace that restoring could free
             return
         if not await is_set_within(self._has_networks, RESTORED_S_MAX):
             raise Unavailable("the networks of this node's earlier containers are not restored yet")
@@ -173,8 +175,9 @@ class Adoption:
     async def _adopt(self, id: ContainerId) -> None:
         """Continue where the previous process stopped.
 
-        Users may send requests already, so the record is read again, and an ended container is locked.  A running one
-        is not: a forced removal holds its lock and waits for the end that the adoption watches.
+        Users may send requests already, so the record is read again, and a stopped container is locked.  A running
+        container is not locked, because a forced removal holds the lock while it waits for the exit that the adoption
+        watches.
         """
         container = self._store.lookup(id)
         if container is None or self._lives.is_watched(id):
@@ -192,20 +195,20 @@ class Adoption:
             await self._adopt_ended(id)
 
     def _adopt_later(self, id: ContainerId, error: Exception) -> None:
-        """Retry a failed adoption in the background: nothing else would notice a run of the container."""
+        """Retry a failed adoption in the background, because nothing else watches the container."""
         self._lives.show(id, error)
         self._spawn(partial(self._adopt, id), id, "adopt")
 
     async def _adopt_ended(self, id: ContainerId) -> None:
-        """Continue with a container that does not run, unless its user was faster."""
+        """Adopt a container that does not run, unless a user has started or removed it meanwhile."""
         async with self._lives.locks.operation(id):
             await self.adopt_first(id)
             self._settle(id)  # removed or started meanwhile
 
     async def _remove(self, id: ContainerId, event: LifeEvent) -> None:
-        """Continue a removal.  Raises: Unavailable: a part of the container is left."""
+        """Continue a removal.  Raises: Unavailable: the container was not removed completely."""
         async with self._lives.locks.operation(id):
-            if self._store.lookup(id) is not None:  # its user may have removed it meanwhile
+            if self._store.lookup(id) is not None:  # a user may have removed it meanwhile
                 await self._lives.remove_locked(id, event)
 
     async def _read_again(self, id: ContainerId) -> None:
@@ -220,7 +223,7 @@ class Adoption:
             await self._adopt(id)
 
     async def _discard_unknown(self, id: ContainerId) -> None:
-        """End and remove a container whose record cannot be decoded.  Its task is replaced as after a failure."""
+        """Kill and remove a container whose record cannot be decoded.  Its task is replaced as after a failure."""
         await self._runtime.delete_unknown(id)
         await self._bundles.discard(id)
 

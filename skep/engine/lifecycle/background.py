@@ -1,4 +1,4 @@
-"""Background work of the engine.  Each piece is about one container, and ends with the engine at the latest."""
+"""Background work of the engine.  Each task is about one container, and is cancelled when the engine stops."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Background:
-    """Tasks that run while ``running`` does.  An error in one ends only that one."""
+    """Tasks that run while ``running`` does.  An error ends only the task in which it happens."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -20,7 +20,7 @@ class Background:
 
     @property
     def is_running(self) -> bool:
-        """Whether work can start.  Otherwise this process is ending or has not begun."""
+        """Whether work can start.  False before ``running`` and while the process is stopping."""
         return self._group is not None
 
     @asynccontextmanager
@@ -31,7 +31,7 @@ class Background:
             try:
                 yield
             finally:
-                self._group = None  # otherwise a start could still add its watch, which nothing would end
+                self._group = None  # otherwise a start could still add its watch, which nothing would cancel
                 for task in tuple(self._tasks):
                     task.cancel()
 
@@ -49,8 +49,8 @@ class Background:
     async def carry_out(self, work: Coroutine[Any, Any, T], *, name: str) -> T:
         """Return the result of ``work``, which continues if the caller is cancelled.
 
-        An error is raised in the caller, or logged if that was cancelled.  The end of ``running`` cancels the work and
-        the caller: unlike with ``run_to_end``, that end waits for nothing.
+        Raises the error of ``work``, or logs it if the caller was cancelled.  The end of ``running`` cancels the work
+        and the caller, while ``run_to_end`` would finish the work.
         """
         if self._group is None:
             return await work

@@ -1,4 +1,6 @@
-"""Changes of the record by rules in the table of a container's life.  The page shows their docstrings.  Pure."""
+"""Functions by which rules of ``machine.TABLE`` change the record.  docs/design/runtime.md shows their docstrings.
+Pure.
+"""
 
 from typing import Any
 
@@ -27,12 +29,12 @@ from skep.model.values.times import ZERO_TIME
 
 
 def wanted(container: Container, _: LifeEvent) -> Container:
-    """not stopped, no restarts, policy inactive until its end"""
+    """not stopped, no restarts, policy inactive until its exit"""
     return _with_plain(replace(container, is_at_rest=True), is_stopped=False, restarts=0)
 
 
 def stopped(container: Container, _: LifeEvent) -> Container:
-    """stopped by its user"""
+    """stopped by the user"""
     if container.plain is None or container.plain.is_stopped:
         return container
     return _with_plain(container, is_stopped=True)
@@ -135,7 +137,7 @@ def with_health(container: Container, event: Probed) -> Container:
 
 def updated(container: Container, event: Updated) -> Container:
     """limits, restart policy, warnings"""
-    # A policy that is set after the container's end applies from the next end on.
+    # A policy that is set while the container is stopped applies from its next exit on.
     has_ended = container.state is ContainerState.EXITED and not container.is_restarting
     changed = replace(
         container,

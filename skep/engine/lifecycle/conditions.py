@@ -1,4 +1,6 @@
-"""Conditions of rules in the table of a container's life, whose docstrings the page shows, and refusals.  Pure."""
+"""Conditions and refusals of the rules of ``machine.TABLE``.  docs/design/runtime.md shows the conditions' docstrings.
+Pure.
+"""
 
 from skep.engine.containers.container import (
     BeingRemoved,
@@ -51,12 +53,12 @@ def is_attached(container: Container, _: Start) -> bool:
 
 
 def is_not_due(container: Container, event: Start) -> bool:
-    """by a policy that no longer wants it"""
+    """by the policy, which no longer applies"""
     return event.by_policy and not (container.is_restarting or event.ignore_stop)
 
 
 def is_by_policy(container: Container, event: Attempted) -> bool:
-    """by the restart policy, and its user has not started it meanwhile"""
+    """by the restart policy, and the user has not started it meanwhile"""
     return event.by_policy and not container.is_at_rest
 
 
@@ -92,7 +94,7 @@ def is_kept(container: Container, event: RemoveContainer) -> bool:
 
 
 def is_cancelled(_: Container, event: EffectFailed) -> bool:
-    """the caller has left"""
+    """the caller was cancelled"""
     return event.is_cancelled
 
 
@@ -121,7 +123,7 @@ def _waits(container: Container, event: Adopted) -> bool:
 
 
 def has_leftovers(_: Container, event: Adopted) -> bool:
-    """something of a run is left"""
+    """a run has left resources behind"""
     return event.has_leftovers
 
 

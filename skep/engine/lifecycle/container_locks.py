@@ -14,16 +14,16 @@ from skep.model.values.ids import ContainerId
 class ContainerLocks:
     """All locks of containers.
 
-    *operation*: creation, start, pause, update, change of networks, retirement and removal exclude each other.  Without
-    it, a removal during the creation would leave behind the namespace that is being made.
+    *operation* makes creation, start, pause, update, change of networks, retirement and removal exclude each other.
+    Without it, a removal during the creation would leave behind the namespace that is being made.
 
-    *networks*: the networks of a run change, or are freed at its end.  An operation cannot guard the end, because a
-    removal waits for that.  Taken after the first.
+    *networks* is held while the networks of a run change, or are freed after its exit.  The exit cannot take the lock
+    *operation*, because a removal holds that lock while it waits for the exit.  Taken after *operation*.
     """
 
     def __init__(self) -> None:
         self._operations = WeakValueDictionary[ContainerId, asyncio.Lock]()
-        """Locks by container.  Each exists while it is held or waited for."""
+        """Locks by container.  A lock exists while it is held or waited for."""
         self._networks = WeakValueDictionary[ContainerId, asyncio.Lock]()
 
     def is_held(self, id: ContainerId) -> bool:
@@ -45,9 +45,9 @@ class ContainerLocks:
 
 
 class ForcedRemovals:
-    """Forced removals, which interrupt the mount of a start instead of waiting for it, since that may take minutes.
+    """Lets forced removals interrupt the mount of a start, which may take minutes.
 
-    Each side cleans up only its own work, so a cancelled or failed one takes nothing from another.
+    Start and removal each clean up only their own work, so neither removes a resource of the other.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ class LifecycleDriver:
     Args:
         starts_max: Maximum number of containers that start at the same time.
         report_restore: Called with the reason while containers of an earlier process cannot be adopted, and with ""
-            once they are.
+            afterwards.
     """
 
     def __init__(
@@ -150,18 +150,18 @@ class LifecycleDriver:
             await self.run(id, life_events.Start(by_policy=True, ignore_stop=ignore_stop))
 
     async def retire(self, id: ContainerId) -> None:
-        """Free the resources that only a running container needs, of a container that never ran.  Raises: NotFound."""
+        """Free the resources that only a running container needs.  For containers that never ran.  Raises: NotFound."""
         async with self.locks.operation(id):
             await self.run(id, life_events.Retire())
 
     async def update(self, id: ContainerId, event: life_events.Update) -> Container:
         """Change limits and the restart policy without a restart.
 
-        Raises: NotFound; BeingRemoved; as ``event.change``; InvalidArgument: this node does not have the processors or
-        memory nodes; RuntimeFailed.
+        Raises: NotFound; BeingRemoved; errors of ``event.change``; InvalidArgument: this node does not have the
+        processors or memory nodes; RuntimeFailed.
         """
         async with self.locks.operation(id):
-            await self.adoption.adopt_first(id)  # its processes would keep the old limits
+            await self.adoption.adopt_first(id)  # otherwise its processes would keep the old limits
             return await self.run(id, event)
 
     async def change_networks(
@@ -169,16 +169,18 @@ class LifecycleDriver:
     ) -> Container:
         """Change the networks of a container or its name on them.
 
-        The end of its run waits meanwhile.  Raises: NotFound; OSError; SkepError, in Docker's words.
+        Its exit is not recorded meanwhile.  Raises: NotFound; OSError; SkepError, in Docker's words.
         """
         async with self.locks.operation(id):
-            await self.adoption.adopt_first(id)  # a run would keep its old networks or name
+            await self.adoption.adopt_first(id)  # otherwise a run would keep its old networks or name
             async with self.locks.networks(id):
                 return await self.run(id, event)
 
     async def pause(self, container: Container) -> None:
         """Freeze the run that ``container`` shows.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        async with self.locks.operation(container.id):  # runc would freeze a run that starts meanwhile
+        async with self.locks.operation(
+            container.id
+        ):  # otherwise runc would freeze a run that starts meanwhile
             await self.run(container.id, life_events.Pause(container.process))
 
     async def unpause(self, container: Container) -> None:
@@ -187,7 +189,7 @@ class LifecycleDriver:
             await self.run(container.id, life_events.Unpause(container.process))
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
-        """Remove a container.  Raises: NotFound; StillRunning; Unavailable: a part of it is left."""
+        """Remove a container.  Raises: NotFound; StillRunning; Unavailable: it was not removed completely."""
         with self._effects.forced.removing(id) if force else nullcontext():
             async with self.locks.operation(id):
                 await self.remove_locked(id, life_events.RemoveContainer(force))
@@ -200,14 +202,15 @@ class LifecycleDriver:
             raise Unavailable(f"cannot remove container {id}: {describe_error(error)}") from error
 
     async def signal(self, container: Container, number: int) -> None:
-        """Send a signal to the first process.  If it no longer exists, record the end that was missed.
+        """Send a signal to the first process.  If the process no longer exists, record its exit.
 
-        A signal that ends a container also resumes a paused one: a frozen process would not notice before SIGKILL.
+        A signal that ends a container first resumes it if it is paused, because a frozen process handles only SIGKILL.
         """
         await self.run(container.id, life_events.Signal(number))
 
     async def stop(self, id: ContainerId, number: int, grace_s: float) -> Container:
-        """Send a signal, then SIGKILL after ``grace_s``, never if that is negative.  Return the ended container.
+        """Send a signal, then SIGKILL after ``grace_s`` seconds, or never if that is negative.  Return the stopped
+        container.
 
         Raises: NotFound; Unavailable: it did not end although it was killed.
         """
@@ -230,7 +233,7 @@ class LifecycleDriver:
     async def kill(self, container: Container) -> Container:
         """Kill a container and return it once it has ended.
 
-        Bounded, because its caller waits meanwhile and, at a removal, the container's other operations do too.
+        Bounded, because the caller waits, and during a removal also the container's other operations.
         Raises: NotFound; Unavailable: it does not end (a process may wait for a device forever).
         Source: moby 24.0, daemon/kill.go, daemon/delete.go.
         """
@@ -242,7 +245,7 @@ class LifecycleDriver:
             raise Unavailable("tried to kill container, but did not receive an exit event") from error
 
     async def end_restarting(self, container: Container) -> Container:
-        """Note a stop by its user, and wait until a start by the restart policy has finished."""
+        """Record that the user stopped it, and wait until a start by the restart policy has finished."""
         noted = self.note(container.id, life_events.UserStops())
         if container.is_restarting:
             async with self.locks.operation(container.id):
@@ -251,7 +254,7 @@ class LifecycleDriver:
 
     @asynccontextmanager
     async def mount_root(self, id: ContainerId) -> AsyncIterator[RootFiles]:
-        """Mount the root file system and the volumes for the block, whether the container runs or not.
+        """Mount the root file system and the volumes for the block, even if the container does not run.
 
         Raises: NotFound; MountFailed; Unavailable: it cannot be mounted.
         """
@@ -276,7 +279,8 @@ class LifecycleDriver:
             yield borrowed[0]
 
     async def sweep(self) -> Collection[ContainerId]:
-        """Free network resources of containers that do not exist, have ended or never ran.  Return the containers' ids.
+        """Free network resources of containers that do not exist, have stopped or never ran.  Return the containers'
+        ids.
 
         A failure for one container is logged, and the next sweep retries it.  Raises: OSError: network namespaces.
         """
@@ -284,7 +288,8 @@ class LifecycleDriver:
         for id in await self._network.holders():
             if self.locks.is_held(id):
                 continue  # its sandbox is being attached or freed now
-            # A start waits for the lock.  Otherwise this could free the resources that it has just received.
+            # A start waits for this lock. Without the lock, the sweep could free resources that the start has just
+            # received.
             async with self.locks.operation(id), self.locks.networks(id):
                 if not self._needs_network(id):
                     await self._free(self._network.free(id), id)
@@ -305,8 +310,8 @@ class LifecycleDriver:
     async def run(self, id: ContainerId, event: LifeEvent) -> Container:
         """Apply ``event``, then carry out its effects.  Return the container.
 
-        A cancellation interrupts only an interruptible effect.  All others, and what cleans up after a failure, run to
-        their end first.  Raises: NotFound; the refusal of a request; the first error of an effect.
+        A cancellation interrupts only interruptible effects.  All other effects, and the cleanup after a failure,
+        finish first.  Raises: NotFound; the refusal of a request; the first error of an effect.
         """
         async with AsyncExitStack() as held:
             program = Program(self._store.require(id), event, held)
@@ -351,7 +356,7 @@ class LifecycleDriver:
             self._apply(program, program.failure(kind, error))
 
     def _apply(self, program: Program, event: LifeEvent) -> None:
-        """Step the machine: write the record, and put the effects that follow in front of the others."""
+        """Apply the event: write the record, and put the effects of its rule in front of the others."""
         step = machine.step(self._store.require(program.id), event)
         program.event = event
         try:
@@ -370,7 +375,7 @@ class LifecycleDriver:
         program.todo.extendleft(reversed(following))
 
     def _write(self, step: LifeStep) -> Container:
-        """Write the record of a step, unless nothing has changed.  Raises: OSError: it had to be on disk."""
+        """Write the record of a step, unless nothing has changed.  Raises: OSError: a required write failed."""
         container = step.container
         match step.rule.saving:
             case Saving.FIRST | Saving.REPORTED:
@@ -418,7 +423,7 @@ class LifecycleDriver:
         if not self._background.is_running:
             return  # this process is ending, and the next one watches it
         if id in self._watches:
-            return  # a second watch would record the end twice
+            return  # a second watch would record the exit twice
         task = self._watches[id] = self.spawn(self._see_end(container), name=f"container-{id[:12]}")
         task.add_done_callback(lambda done: self._forget_watch(id, done))
         if container.health is not None:
@@ -429,7 +434,7 @@ class LifecycleDriver:
             del self._watches[id]
 
     async def _see_end(self, container: Container) -> None:
-        """Wait for the end, free the networks and record the end, then free the rest."""
+        """Wait for the exit, free the networks and record the exit, then free the other resources."""
         id = container.id
         ended = await self.persist(lambda: self._runtime.wait(container), id)
         async with self.locks.networks(id):
@@ -448,12 +453,12 @@ class LifecycleDriver:
             await isolate(self.sweep(), "leftover network resources not removed yet")
 
     async def _unmount_unused(self) -> None:
-        """Unmount volumes without a container.  A run whose adoption is still being retried uses its own."""
+        """Unmount volumes without a container.  Keep the volumes of runs whose adoption is still being retried."""
         await self.adoption.is_complete.wait()
         await retry(self._volumes.unmount_unused, "volumes not unmounted", clock=self._clock)
 
     async def _keep_unmounting(self) -> None:
-        """Retry unmounts, apart from the other sweeps, so that a silent device or plug-in holds up nothing else."""
+        """Retry unmounts separately from other sweeps, which an unresponsive device or plug-in must not delay."""
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
             await retry(

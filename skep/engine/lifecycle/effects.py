@@ -1,7 +1,7 @@
-"""What the life of a container does to the world: files, mounts, networks, processes, events.
+"""The effects in the life of a container: on files, mounts, networks, processes and events.
 
-Each effect is idempotent, so that the next node process can repeat it.  Only those in
-``machine.INTERRUPTIBLE`` are ever interrupted.
+Each effect is idempotent, so that the next node process can repeat it.  A cancellation interrupts only the effects in
+``machine.INTERRUPTIBLE``.
 """
 
 import asyncio
@@ -44,18 +44,18 @@ class Program:
     """The effects that follow one event, in progress."""
 
     def __init__(self, container: Container, cause: LifeEvent, held: AsyncExitStack) -> None:
-        """Take the container and the first event.  ``held`` are the resources to release at its end."""
+        """``cause`` is the first event.  ``held`` has the resources to release at the end."""
         self.id = container.id
         self.before = self.last = container
-        """The record before the first event, and as the last one has left it."""
+        """The record before the first event (``before``) and after the latest one (``last``)."""
         self.cause = self.event = cause
-        """The first event, and the last one."""
+        """The first event (``cause``) and the latest one (``event``)."""
         self.held = held
         self.todo = deque[Effect | LifeEvent]()
         """The next effects and events."""
         self.fails: type[life_events.EffectFailed] | None = None
         self.error: BaseException | None = None
-        """The first failure.  What follows it is cleaning up."""
+        """The first failure.  All further effects clean up."""
         self.shared = runtime_spec.NOTHING_SHARED
 
     @property
@@ -166,7 +166,7 @@ class Effects:
         return life_events.BundleWritten(await asyncio.to_thread(self._bundles.prepare, run, program.shared))
 
     async def _mount_volumes(self, container: Container, _: Program) -> None:
-        """Mount, but give up for a forced removal: a server may be silent."""
+        """Mount, but give up for a forced removal, because a file server may not respond."""
         parts = self._bundles.parts(container)
         mount = self._volumes.mount(container.id, container.config.mounts, parts)
         try:
@@ -184,7 +184,7 @@ class Effects:
         await self.waiting.serve(container.id, self._bundles.bundle(container.id))
 
     async def _start_command(self, container: Container, program: Program) -> LifeEvent:
-        assert container.process is not None, "its record follows its creation"
+        assert container.process is not None, "the process was recorded after its creation"
         with within("runc start"):
             await self._runtime.start(container.id, container.process)
         initial = health.initial(container.config.healthcheck)
@@ -205,8 +205,8 @@ class Effects:
         return life_events.Thawed(container.process)
 
     async def _thaw_for_signal(self, container: Container, _: Program) -> LifeEvent | None:
-        """Thaw a run that received a signal.  If the signal has ended it, there is nothing to thaw or report."""
-        with suppress(SkepError):  # what it is then is seen next
+        """Thaw a run that received a signal.  If the signal has ended the run, there is nothing to thaw or report."""
+        with suppress(SkepError):  # the next effect reads its state
             await self._runtime.resume(container.id)
             present = self._store.require(container.id)
             if present.is_running and present.process == container.process:
@@ -233,7 +233,7 @@ class Effects:
         return life_events.Updated(after.config, restart, tuple(warnings))
 
     async def _change_networks(self, container: Container, program: Program) -> LifeEvent:
-        """Connect a run to a network, or disconnect it from one.  Its end waits for the lock of its networks."""
+        """Connect a run to a network, or disconnect it from one.  The caller holds the lock of its networks."""
         event, before = program.event, container.sandbox
         assert isinstance(event, life_events.Connect | life_events.Disconnect)
         assert before is not None, "a running container has one"
@@ -359,7 +359,7 @@ class Effects:
             self._background.spawn(retrying, name=f"api-{id[:12]}")
 
     async def look(self, container: Container, *, has_network: bool) -> life_events.Adopted:
-        """Look at what an earlier process has left of a container.  Raises: Unavailable: it cannot be seen now."""
+        """Examine what an earlier process has left of a container.  Raises: Unavailable: that fails."""
         id, at, has_process = container.id, self.now(), container.process is not None
         if container.is_running:
             return life_events.Adopted(at, is_frozen=self._runtime.is_frozen(container))
@@ -367,7 +367,7 @@ class Effects:
             return life_events.Adopted(at)
         return life_events.Adopted(
             at,
-            # Without its networks, it is a failed start that was not cleaned up completely.
+            # A run without its networks is a failed start that was not cleaned up completely.
             has_run=has_process and has_network and await self._runtime.status(id) in _RUNS,
             has_network=has_network,
             has_leftovers=has_process
@@ -378,5 +378,5 @@ class Effects:
         )
 
     def now(self) -> Timestamp:
-        """Return the time as records have it."""
+        """Return the current time in the form of the records."""
         return timestamp(self._clock.now_ns())

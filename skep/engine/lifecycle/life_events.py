@@ -29,11 +29,11 @@ class Create(LifeEvent, frozen=True):
 
 
 class UserStarts(LifeEvent, frozen=True):
-    """Its user wants a plain container to run.  Recorded at once, while the start may wait for other operations."""
+    """The user starts a plain container.  Recorded at once, although the start may wait for other operations."""
 
 
 class UserStops(LifeEvent, frozen=True):
-    """Its user wants a plain container not to run."""
+    """The user stops a plain container."""
 
 
 class Start(LifeEvent, frozen=True):
@@ -44,7 +44,7 @@ class Start(LifeEvent, frozen=True):
     by_policy: bool = False
     """Whether the restart policy starts it."""
     ignore_stop: bool = False
-    """Whether the policy starts it even if its user has stopped it."""
+    """Whether the restart policy starts it even if the user has stopped it."""
 
 
 class Signal(LifeEvent, frozen=True):
@@ -72,7 +72,7 @@ class Exec(LifeEvent, frozen=True):
 
 
 class Update(LifeEvent, frozen=True):
-    """Change limits and the restart policy, as ``change`` returns them.  It raises what it refuses."""
+    """Change limits and the restart policy to the result of ``change``, which raises the error of a refused change."""
 
     change: Callable[[Container], Container]
 
@@ -87,9 +87,9 @@ class Disconnect(LifeEvent, frozen=True):
     """Disconnect a plain container from a network."""
 
     network: str
-    """The user's word for it."""
+    """The network as the user wrote it."""
     network_id: str = ""
-    """Its id if known."""
+    """The network's id, or None if unknown."""
 
 
 class Rename(LifeEvent, frozen=True):
@@ -99,7 +99,7 @@ class Rename(LifeEvent, frozen=True):
 
 
 class Retire(LifeEvent, frozen=True):
-    """Free what only a run needs: a task's container will never run."""
+    """Free all resources that only a run needs, because the task's container will never run."""
 
 
 class RemoveContainer(LifeEvent, frozen=True):
@@ -109,7 +109,7 @@ class RemoveContainer(LifeEvent, frozen=True):
 
 
 class Adopted(LifeEvent, frozen=True):
-    """A new node process has read the record and looked at the world."""
+    """A new node process has read the record and examined what exists."""
 
     at: Timestamp
     has_run: bool = False
@@ -118,9 +118,9 @@ class Adopted(LifeEvent, frozen=True):
     has_network: bool = False
     """Whether its sandbox is usable."""
     has_leftovers: bool = False
-    """Whether something of an interrupted start or of an end that was not completed may exist."""
+    """Whether an interrupted start or exit may have left resources behind."""
     health: Health | None = None
-    """Health at the start of a run."""
+    """Initial health of a run."""
 
 
 # --- reports ------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class RunEnded(LifeEvent, frozen=True, kw_only=True):
 
 
 class Exited(RunEnded, frozen=True, kw_only=True):
-    """It has ended and freed its networks, so a client that waits for the end may reuse its port."""
+    """It has exited and freed its networks, so a client that waits for the exit may reuse its port."""
 
 
 class ReleaseRun(LifeEvent, frozen=True):
@@ -222,11 +222,11 @@ class ReleaseRun(LifeEvent, frozen=True):
 
 
 class Retired(LifeEvent, frozen=True):
-    """It will never run again, and all resources that only a run needs are free."""
+    """It will never run again, and has freed all resources that only a run needs."""
 
 
 class Discard(LifeEvent, frozen=True):
-    """It has no process left, so it may be deleted."""
+    """It has no processes left, so it may be deleted."""
 
 
 class Discarded(LifeEvent, frozen=True):
@@ -247,10 +247,10 @@ class EffectFailed(LifeEvent, frozen=True):
     exit_code: int = 128
     """Docker's exit code of a failed start."""
     is_cancelled: bool = False
-    """Whether the caller has left during an interruptible effect."""
+    """Whether the caller was cancelled during an interruptible effect."""
     by_policy: bool = False
     old_name: str = ""
-    """The name to which a failed rename returns."""
+    """The name to restore after a failed rename."""
 
 
 class CreateFailed(EffectFailed, frozen=True):
@@ -274,7 +274,7 @@ class PauseFailed(EffectFailed, frozen=True):
 
 
 class RemovalFailed(EffectFailed, frozen=True):
-    """A part of the container could not be removed."""
+    """The container could not be removed completely."""
 
 
 class AdoptionFailed(EffectFailed, frozen=True):

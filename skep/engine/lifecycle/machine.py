@@ -1,4 +1,4 @@
-"""The life of a container as a table: the effects that follow an event in each state.  Pure.
+"""The life of a container as a table: the effects of an event in each state.  Pure.
 
 Read ``TABLE`` from top to bottom.  Of the rules for a state and an event, the first whose condition holds applies:
 
@@ -6,8 +6,8 @@ Read ``TABLE`` from top to bottom.  Of the rules for a state and an event, the f
 2. ``effects`` are carried out one after the other.  Some report an event, which is applied before the next effect.
 3. ``then`` is the event that follows them.  ``fails`` is the event that follows instead if one of them fails.
 
-So the record names everything that exists, or the next node process finds it by looking (``Adopted``).  That process
-continues from the record at whichever effect the last one ended.
+So the record names everything that exists.  The next node process finds anything else when it examines the node
+(``Adopted``), and continues from the record, at whichever effect the last process stopped.
 
 ``docs/design/runtime.md`` shows the table.
 """
@@ -71,7 +71,7 @@ State = ContainerState
 
 
 class Effect(Enum):
-    """A step that changes or awaits something outside the record.  Repeating it does no harm."""
+    """A step that changes or awaits something outside the record.  It is safe to repeat."""
 
     MAKE_DIRECTORIES = "make directories"
     AWAIT_NETWORKS = "await the node's networks"
@@ -91,7 +91,7 @@ class Effect(Enum):
     FREEZE = "freeze"
     THAW = "thaw"
     THAW_FOR_SIGNAL = "thaw for the signal"
-    SEE_FROZEN = "see whether it is frozen"
+    SEE_FROZEN = "check whether it is frozen"
     PUBLISH_PAUSE = "publish pause"
     PUBLISH_UNPAUSE = "publish unpause"
     PUBLISH_HEALTH = "publish health"
@@ -104,7 +104,7 @@ class Effect(Enum):
     RENAME_BACK = "rename back on its networks"
     RELEASE_NAME = "release the other name"
     PUBLISH_RENAME = "publish rename"
-    END_PROCESS = "kill and await the end"
+    END_PROCESS = "kill and await the exit"
     DELETE_PROCESS = "delete process and cgroups"
     ENSURE_DELETED = "ensure that process and cgroups are deleted"
     DETACH_NETWORKS = "detach networks"
@@ -143,8 +143,9 @@ INTERRUPTIBLE = frozenset(
         *(Effect.UNMOUNT_VOLUMES, Effect.REMOVE_DIRECTORIES),
     }
 )
-"""Effects that a cancellation interrupts.  They may take minutes, and nothing is lost: they wait, clean up after
-themselves, or are repeated by the next process.  All others run to their end and have deadlines."""
+"""Effects that a cancellation interrupts.  They may take minutes, and are safe to interrupt: they only wait, clean up
+after themselves, or are repeated by the next process.  All other effects have deadlines and finish first.
+"""
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
@@ -154,17 +155,17 @@ class Saving(Enum):
     """How a changed record is written."""
 
     NOTED = "noted"
-    """It counts at once.  A failed write is retried, since the fact does not depend on the disk."""
+    """The change takes effect at once, because it has already happened.  A failed write is retried."""
     FIRST = "first"
-    """It must be on disk before the next effect.  Otherwise the effects fail."""
+    """The change must be on disk before the next effect.  If the write fails, so do the effects."""
     IF_WRITTEN = "if written"
-    """It counts only if it is written."""
+    """The change takes effect only if it is written."""
     REPORTED = "reported"
-    """It counts at once.  A failed write is retried, and the request fails although the effects follow."""
+    """The change takes effect at once, and its effects follow.  A failed write is retried, but the request fails."""
 
 
 class LifeRule(msgspec.Struct, frozen=True, kw_only=True):
-    """What follows an event in some states."""
+    """A rule of the table: the changes and effects that follow an event in some states."""
 
     states: tuple[State, ...]
     event: type[LifeEvent]
@@ -206,14 +207,14 @@ def step(container: Container, event: LifeEvent) -> LifeStep:
     if rule.to is not None:
         after = replace(after, state=rule.to)
     then = None
-    if rule.then is not None:  # it takes over the fields that both have
+    if rule.then is not None:  # the event takes over the fields that both have
         fields = {name: getattr(event, name) for name in rule.then.__struct_fields__}
         then = rule.then(**fields)
     return LifeStep(after, rule, then)
 
 
 def rule_for(container: Container, event: LifeEvent) -> LifeRule:
-    """Return the first rule that applies.  An event without a rule is an error of the program."""
+    """Return the first rule that applies.  Raises: AssertionError: no rule applies, which is a bug."""
     for rule in _BY_EVENT[type(event)]:
         if container.state in rule.states and (rule.when is None or rule.when(container, event)):
             return rule
@@ -234,12 +235,12 @@ _ATTACH = (E.FIND_SHARED, E.ATTACH_NETWORKS, E.WRITE_BUNDLE)
 _ADOPT_RUN = (E.ADOPT_VOLUMES, E.ADOPT_API, E.WATCH)
 _CLEAN = (E.DELETE_PROCESS, E.DETACH_NETWORKS, E.RELEASE_ROOT, E.UNMOUNT_VOLUMES)
 _UNDO = (E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES, E.FORGET_RECORD)
-# Without its record, nothing would ever end a process that is left.  So that fails the removal, which is repeated.
+# Without its record, nothing would ever kill a leftover process. So the removal fails, and is repeated.
 _DISCARD = (E.FORGET_EXECS, E.ENSURE_DELETED, E.DETACH_NETWORKS, E.REMOVE_DIRECTORIES)
 
 TABLE = (
-    # Creation.  A task's container gets its networks now, a plain one at its start, which may be much later.  Either
-    # waits until the networks of earlier processes are restored, because that frees namespaces that it does not know.
+    # Creation. A task's container gets its networks now, a plain container at its start, which may be much later. Both
+    # wait until the networks of earlier processes are restored, because restoring frees unknown namespaces.
     on(
         CREATED,
         Create,
@@ -250,7 +251,7 @@ TABLE = (
     on(CREATED, Create, (E.MAKE_DIRECTORIES, E.WRITE_BUNDLE), fails=CreateFailed),
     on(CREATED, DirectoriesMade, when=conditions.is_plain, saving=Saving.FIRST),
     on(CREATED, DirectoriesMade),
-    # On disk before the next effect: a crash would leave a sandbox or a process without a record behind.
+    # On disk before the next effect, because a crash would leave behind a sandbox or a process without a record.
     on(AT_REST, Attached, record=changes.with_sandbox, saving=Saving.FIRST),
     on(AT_REST, BundleWritten, record=changes.with_warnings),
     on(AT_REST, ProcessCreated, record=changes.with_process, saving=Saving.FIRST),
@@ -283,11 +284,11 @@ TABLE = (
         record=changes.began,
         then=Attempted,
     ),
-    # A caller that leaves before the start slot has seen no failure: the container may be started later.
+    # A start that is cancelled before its start slot has not failed, so the container may be started later.
     on(AT_REST, StartFailed, (E.UNMOUNT_VOLUMES,), when=conditions.is_cancelled),
     on(AT_REST, StartFailed, (E.FORGET_SECRETS, *_CLEAN, E.REFUSE_CLIENTS), then=StartUndone),
     on(AT_REST, StartUndone, record=changes.undone, then=Attempted),
-    # Not earlier: the container is restarting until it runs, even in its last attempt.  A full disk uses up no attempt.
+    # Not earlier, because the container is restarting until it runs. So a full disk does not use up an attempt.
     on(ANY, Attempted, when=conditions.is_by_policy, record=changes.counted, saving=Saving.IF_WRITTEN),
     on(ANY, Attempted),
     # Stop and pause.  The driver sends SIGKILL after the grace period.
@@ -303,10 +304,10 @@ TABLE = (
     on(ANY, Unpause, refusal=conditions.not_running),
     on(LIVE, Thawed, (E.PUBLISH_UNPAUSE,), when=conditions.is_this_run, to=State.RUNNING),
     on(ANY, Thawed, refusal=conditions.not_running),
-    # A command that ran into its deadline may have frozen the container all the same.
+    # A command that exceeded its deadline may still have frozen the container.
     on(LIVE, PauseFailed, (E.SEE_FROZEN,)),
     on(ANY, PauseFailed),
-    # Changes.  An exec has its own life, which only begins while the container runs.
+    # Changes. An exec has its own life, which begins only while the container runs.
     on(RUNNING, Exec),
     on(ANY, Exec, refusal=conditions.exec_refused),
     on(LIVE, Probed, (E.PUBLISH_HEALTH,), when=conditions.changes_health, record=changes.with_health),
@@ -317,7 +318,7 @@ TABLE = (
     on(KEPT, Updated, (E.PUBLISH_UPDATE,), record=changes.updated, saving=Saving.FIRST),
     on(REMOVING, Connect, refusal=conditions.networks_kept),
     on(KEPT, Connect, when=conditions.cannot_connect, refusal=conditions.networks_refused),
-    # A run's networks are changed only if the disk takes records, since a crash must not lose a change that was done.
+    # The record of a change of networks must be on disk first, so that a crash does not lose the change.
     on(LIVE, Connect, (E.AWAIT_NETWORKS, E.CHANGE_NETWORKS), saving=Saving.FIRST),
     on(AT_REST, Connect, record=changes.with_next_networks, saving=Saving.FIRST),
     on(REMOVING, Disconnect, refusal=conditions.networks_kept),
@@ -337,7 +338,7 @@ TABLE = (
         record=changes.with_networks,
         saving=Saving.REPORTED,
     ),
-    # Both names are its own until the networks have one of them.
+    # The container keeps both names until the networks have one of them.
     on(REMOVING, Rename, refusal=conditions.rename_refused),
     on(
         KEPT,
@@ -373,7 +374,7 @@ TABLE = (
     on(REMOVING, Adopted, then=Discard),
     on(LIVE, Adopted, _ADOPT_RUN, when=conditions.is_frozen, to=State.PAUSED),
     on(LIVE, Adopted, _ADOPT_RUN, to=State.RUNNING),
-    # The last process ended between the start and its record.
+    # The last node process ended between the start and its record.
     on(AT_REST, Adopted, _ADOPT_RUN, when=conditions.has_run, to=State.RUNNING, record=changes.began),
     on(
         CREATED,

@@ -1,7 +1,7 @@
-"""Rules for the networks of a plain container: which changes are refused, and what the next run connects to.  Pure.
+"""Rules for the networks of a plain container: which changes are refused, and the networks of the next run.  Pure.
 
-The networks of every node are named ``bridge``, ``host`` and ``none``.  A container on ``bridge`` has the mode BRIDGE,
-regardless of its creation.  A container that has left it has the mode NETWORKS.
+Every node has the networks ``bridge``, ``host`` and ``none``.  A container on ``bridge`` has the mode BRIDGE, however
+it was created.  A container that has left ``bridge`` has the mode NETWORKS.
 
 Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNetwork, updateNetworkSettings).
 """
@@ -20,7 +20,7 @@ NO_ALIASES = "network-scoped alias is supported only for containers in user defi
 NO_ADDRESS = "user specified IP address is supported on user defined networks only"
 _BUILTIN = {mode.value: mode for mode in (NetworkMode.BRIDGE, NetworkMode.HOST, NetworkMode.NONE)}
 _SHORT_ID_LENGTH = 12
-"""Docker's number of digits.  A shorter word could be the name of another network, such as ``db``."""
+"""Number of digits in Docker's short ids.  A shorter word could be the name of another network, such as ``db``."""
 _HAS_ANOTHERS = (
     "container sharing network namespace with another container or host cannot be connected to any other "
     "network"
@@ -42,7 +42,7 @@ def refusal(container: Container, event: Connect | Disconnect) -> SkepError | No
 
 
 def options_after(container: Container, event: Connect | Disconnect) -> PlainOptions:
-    """Return the options after a change that is not refused: the networks of the next run."""
+    """Return the options after an accepted change: the networks of the next run."""
     plain = _plain(container)
     if isinstance(event, Connect):
         request = event.request
@@ -66,7 +66,7 @@ def is_builtin(event: Connect | Disconnect) -> bool:
 
 
 def endpoint(container: Container, event: Disconnect) -> Endpoint | None:
-    """Return the run's endpoint on a network that it leaves.  None for ``bridge``, and if it is not connected."""
+    """Return the run's endpoint on a network that it leaves, or None for ``bridge`` or if it is not connected."""
     sandbox = container.sandbox if container.is_running else None
     endpoints = sandbox.endpoints if sandbox is not None else ()
     by_id = (one for one in endpoints if one.network_id in (event.network_id, event.network))
@@ -94,7 +94,7 @@ def _connection_refusal(container: Container, plain: PlainOptions, event: Connec
         if request.address or request.address6:
             return InvalidArgument(NO_ADDRESS)
         is_there = plain.mode is NetworkMode.BRIDGE
-    elif container.is_running:  # the data plane knows, because a network has several names
+    elif container.is_running:  # the data plane checks that, because a network has several names
         return None
     if is_there:
         name = request.network

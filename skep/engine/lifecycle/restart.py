@@ -1,8 +1,6 @@
-"""Applies the restart policies of plain containers, and removes containers with ``--rm``.
+"""Applies the restart policies of plain containers, and removes containers with ``--rm``: the rules and their loop.
 
-Has the rules and their loop.
-
-Source: moby 20.10, restartmanager/restartmanager.go (the delays, what counts), daemon/monitor.go, daemon/daemon.go
+Source: moby 20.10, restartmanager/restartmanager.go (delays and counted failures), daemon/monitor.go, daemon/daemon.go
 (restore).
 """
 
@@ -28,9 +26,9 @@ log = structlog.get_logger()
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 60.0
-"""The first and the longest delay in seconds before a restart.  It doubles each time, as in Docker."""
+"""The first and the longest delay in seconds before a restart.  The delay doubles each time, as in Docker."""
 LASTED_S = 10.0
-"""Length of a run in seconds after which the delay starts again with the first one."""
+"""A run of at least this many seconds resets the delay to ``FIRST_DELAY_S``."""
 
 
 class StayEnded(msgspec.Struct, frozen=True):
@@ -42,9 +40,9 @@ class RemoveEnded(msgspec.Struct, frozen=True):
 
 
 class RestartContainer(msgspec.Struct, frozen=True):
-    """Start the container after ``delay_s``, unless its user stops or starts it earlier.
+    """Start the container after ``delay_s``, unless the user stops or starts it earlier.
 
-    ``ignore_stop`` starts it even though its user has stopped it, because that was known when this was decided.
+    With ``ignore_stop``, an earlier stop by the user does not prevent the start.
     """
 
     delay_s: float
@@ -55,7 +53,7 @@ Next: TypeAlias = StayEnded | RemoveEnded | RestartContainer
 
 
 def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s: float = 0.0) -> Next:
-    """Return the next action after a container's end.
+    """Return the next action after a container's exit.
 
     Args:
         exit_code: Exit code of its process or of the failed start.
@@ -72,9 +70,9 @@ def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s:
 
 
 def after_node_restart(plain: PlainOptions, exit_code: int, *, was_started: bool) -> Next:
-    """Return the next action for a container that had already ended when the node process started.
+    """Return the next action for a container that had already exited when the node process started.
 
-    With the policy ``always``, it is started even if its user has stopped it.
+    The policy ``always`` starts it even if the user has stopped it.
     """
     if not was_started:
         return StayEnded()
@@ -95,7 +93,7 @@ class RestartableContainers(Protocol):
         """Return a container.  Raises: NotFound."""
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> None:
-        """Start it by its policy, unless it runs or its user has stopped it.
+        """Start it by its policy, unless it runs or the user has stopped it.
 
         Raises: NotFound; BeingRemoved; SkepError; OSError.
         """
@@ -105,7 +103,7 @@ class RestartableContainers(Protocol):
 
 
 class RestartMonitor:
-    """Restarts or removes plain containers after their end."""
+    """Restarts or removes plain containers after their exit."""
 
     def __init__(
         self, containers: RestartableContainers, clock: Clock, rng: Callable[[], float] = random.random
@@ -117,7 +115,7 @@ class RestartMonitor:
         self._pending: set[ContainerId] = set()
         """Containers that a task of ``run`` is restarting or removing."""
         self._stopped: set[ContainerId] | None = set()
-        """Containers that their users have stopped since this process began.  None once the first decision is made."""
+        """Containers that users have stopped since this process started.  None after the first decision."""
         self._resets: dict[ContainerId, asyncio.Event] = {}
         """For each waiting restart, the event that ends its delay."""
 
@@ -146,12 +144,14 @@ class RestartMonitor:
                     await self._clock.sleep(FIRST_DELAY_S)
 
     def note_stop(self, id: ContainerId) -> None:
-        """Note that its user stops a container: the policy ``always`` does not start it with this process."""
+        """Record that the user stops a container, so that the policy ``always`` does not start it when this process
+        starts.
+        """
         if self._stopped is not None:
             self._stopped.add(id)
 
     def reset(self, id: ContainerId) -> None:
-        """Reset the delay and end a waiting restart, because its user starts the container or it is removed."""
+        """Reset the delay and end a waiting restart, because the user starts or removes the container."""
         self._delays_s.pop(id, None)
         if self._stopped is not None:
             self._stopped.discard(id)
@@ -184,7 +184,7 @@ class RestartMonitor:
     async def _carry_out(self, id: ContainerId, next_: Next) -> None:
         """Restart or remove a container until nothing more is due.
 
-        While this runs, it handles the container's ends itself.
+        It handles the container's exits itself meanwhile.
         """
         spread = 1.0
         try:
@@ -203,12 +203,11 @@ class RestartMonitor:
                 # moment.
                 spread = 0.5 + 0.5 * self._rng()
         except (NotFound, BeingRemoved):
-            pass  # removed by its user meanwhile
+            pass  # removed by the user meanwhile
         except Exception as error:
             log_error(error, "restart policy not applied", container=id)
         finally:
-            # Immediately and not in a callback of the task, because an end between the last check and the callback
-            # would be missed.
+            # Here and not in a callback of the task, which would miss an exit between the last check and the callback.
             self._pending.discard(id)
 
     async def _remove(self, id: ContainerId) -> Next:
@@ -224,7 +223,7 @@ class RestartMonitor:
                 passes=(NotFound, StillRunning),
                 container=id,
             )
-        except StillRunning:  # its user has started it meanwhile
+        except StillRunning:  # the user has started it meanwhile
             return self._next(self._containers.get(id))
         return StayEnded()
 
@@ -233,7 +232,7 @@ class RestartMonitor:
         reset = self._resets[id] = asyncio.Event()
         try:
             await run_unless(self._clock.sleep(wait_s), reset.wait())
-        except LostRace:  # handle its ends from now on, because the start by its user may fail
+        except LostRace:  # handle its exits from now on, because the user's start may fail
             return self._next(self._containers.get(id))
         finally:
             del self._resets[id]
@@ -249,4 +248,4 @@ class RestartMonitor:
             if container.plain is None:
                 return StayEnded()
             return after_end(container.plain, container.exit_code or 1, 0.0, due.delay_s)
-        return self._next(self._containers.get(id))  # the container may have ended again
+        return self._next(self._containers.get(id))  # the container may have exited again

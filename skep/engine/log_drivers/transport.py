@@ -88,7 +88,7 @@ class Guard:
             raise PermissionError(errno.EACCES, f"{address} is an address of this machine, which {_WHO}")
         if found.is_link_local:
             raise PermissionError(errno.EACCES, f"{address} is a link-local address, which {_WHO}")
-        if _OF_CONTAINERS.fullmatch(route.device):
+        if _CONTAINER_INTERFACES.fullmatch(route.device):
             raise PermissionError(errno.EACCES, f"{address} is a container of this machine, which {_WHO}")
         if str(found) in self._peers():
             raise PermissionError(errno.EACCES, f"{address} is an address of another node, which {_WHO}")
@@ -100,7 +100,7 @@ ANYWHERE = Guard(is_restricted=False)
 """Guard for containers whose log driver an administrator chose."""
 
 
-_OF_CONTAINERS = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
+_CONTAINER_INTERFACES = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
 """Names of container interfaces in the machine's own namespace, of Skep and of a Docker Engine.
 
 Through these interfaces, even unpublished ports of containers can be reached.

@@ -24,7 +24,7 @@ def authority_of(view: View) -> Authority:
     key = view.lookup(Payload, NEXT_ROOT_KEY_ID if rotation else ROOT_KEY_ID)
     if key is None:
         raise FailedPrecondition(
-            "this cluster's root key is not in the store: an external CA signs, and none is configured for its root"
+            "no certificate can be signed: an external CA has the key of the root, and none is configured for it"
         )
     if rotation is None:
         return Authority.load(key.data, root_bundle_of(swarm))

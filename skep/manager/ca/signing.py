@@ -91,7 +91,7 @@ class CertificateSigner:
             return Signed(certificate_pem=certificate_pem, issuer=issuer_digest(tls_info(authority.root_pem)))
         leader = self._store.leader
         if leader is None:
-            raise Unavailable("the managers have no leader, which would call the external CA: try again")
+            raise Unavailable("the cluster has no leader to call the external CA: try again")
         if leader == self._own:
             return await self._sign_externally(csr_pem, identity)
         request = skep.SignExternallyRequest(

@@ -38,7 +38,7 @@ _CONTAINER_GONE: Final = "No such container"
 _UNHEALTHY: Final = "dockerexec: unhealthy container"
 _NON_ZERO: Final = "task: non-zero exit"
 _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
-_OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
+_RUNTIME_WORDS: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
 """Words that runc adds before and after the actual error."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
@@ -331,7 +331,7 @@ def failure_of(task: Task) -> tuple[CauseKind, str]:
         limit = resources.limits.memory_bytes if resources is not None and resources.limits is not None else 0
         return CauseKind.OUT_OF_MEMORY, "out of memory" + (f": its limit is {_size(limit)}" if limit else "")
     if status.err.startswith(_NEVER_STARTED):
-        error = _OF_THE_RUNTIME.sub("", status.err.removeprefix(_NEVER_STARTED).removeprefix(": "))
+        error = _RUNTIME_WORDS.sub("", status.err.removeprefix(_NEVER_STARTED).removeprefix(": "))
         return CauseKind.START_FAILED, f"its process could not be started{because(masked_text(error))}"
     if code is None or status.err.startswith(_CONTAINER_GONE):
         error = masked_text(status.err)

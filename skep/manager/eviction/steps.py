@@ -44,10 +44,10 @@ TEXTS: Mapping[Step, str] = {
     "unlock": "the unlock key is new, if managers are locked",
     "overlays": "no node exchanges encrypted traffic with it, and docker nodes have new keys",
 }
-OF_A_MANAGER: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", "unlock", "overlays")
-OF_A_WORKER: tuple[Step, ...] = ("remove", "tokens", "overlays")
+MANAGER_STEPS: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", "unlock", "overlays")
+WORKER_STEPS: tuple[Step, ...] = ("remove", "tokens", "overlays")
 """Steps of a worker's eviction.  A worker never had a key of the managers."""
-OF_SEVERAL: tuple[Step, ...] = (*OF_A_MANAGER[:5], "tokens", *OF_A_MANAGER[5:])
+SEVERAL_NODES_STEPS: tuple[Step, ...] = (*MANAGER_STEPS[:5], "tokens", *MANAGER_STEPS[5:])
 """Steps of the eviction of several nodes.  The tokens are replaced again, because they may have been replaced before
 the last node was evicted.
 """
@@ -83,8 +83,8 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     def steps(self) -> tuple[Step, ...]:
         """All steps, in order."""
         if not self.was_manager:
-            return OF_A_WORKER
-        return OF_SEVERAL if self.others else OF_A_MANAGER
+            return WORKER_STEPS
+        return SEVERAL_NODES_STEPS if self.others else MANAGER_STEPS
 
     @property
     def next_step(self) -> Step | None:
@@ -190,7 +190,7 @@ def merged(earlier: Eviction, later: Eviction) -> Eviction:
     if later.was_manager:
         done: tuple[Step, ...] = ()
     else:
-        done = tuple(step for step in earlier.done if step not in OF_A_WORKER)
+        done = tuple(step for step in earlier.done if step not in WORKER_STEPS)
     return replace(
         later,
         was_manager=later.was_manager or earlier.was_manager,
@@ -288,7 +288,7 @@ def _remove(tx: Transaction, node_id: NodeId, now_ns: int, *, keeps_containers: 
 
 
 def has_new_root(eviction: Eviction, swarm: Swarm) -> bool:
-    """Whether the cluster only trusts roots whose keys the node never had."""
+    """Whether the cluster trusts only roots whose keys the node never had."""
     return swarm.rotation is None and root_digest(swarm.tls_info.trust_root.encode()) not in eviction.roots
 
 

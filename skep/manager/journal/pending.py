@@ -79,7 +79,7 @@ class Pending:
 
 
 def _characters(entry: JournalEntry) -> int:
-    """Return the characters of the fields that users choose, plus some for the rest."""
+    """Return the length of the fields that users choose, plus an estimate for all other fields."""
     names = (entry.type, entry.action, entry.object_id, entry.name, entry.service, entry.node, entry.stack)
     return 100 + len(entry.message) + len(entry.path) + sum(map(len, names))
 

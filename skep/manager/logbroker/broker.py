@@ -472,7 +472,7 @@ class LogBroker:
 
 
 async def _nothing() -> None:
-    """Wait forever, because the commit handler does all the work."""
+    """Wait forever.  The commit handler does all the work."""
     await asyncio.get_running_loop().create_future()
 
 

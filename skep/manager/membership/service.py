@@ -124,7 +124,7 @@ class MembersService:
         if addr and (error := await connect_error(addr)):
             log.warning("cannot connect to the etcd of a joining manager", node=name, addr=addr, reason=error)
             raise Unavailable(
-                f"the managers cannot reach {addr} (etcd's peers): {error}: open it, or choose another port with "
+                f"the managers cannot reach {addr} (etcd's peers): {error}: open the port, or choose another port with "
                 "--peer-addr"
             )
 

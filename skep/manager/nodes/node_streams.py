@@ -81,7 +81,7 @@ async def session_named(
     except TimeoutError:
         first = None
     if first is None:
-        raise InvalidArgument("the stream's first message names no session, or did not come in time")
+        raise InvalidArgument("the stream's first message names no session, or is late")
     return first.session_id
 
 

@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 OPEN_S_MAX = 10.0
 """Seconds from the order until the node has opened the tunnel.  A relay has the same limit."""
-OF_NODE_MAX = 64
+PER_NODE_MAX = 64
 """Largest number of simultaneous tunnels of one node.  It is smaller than the number of streams that one connection
 allows.
 """
@@ -204,7 +204,7 @@ class NodeTunnels:
         stream = self._streams.get(node_id)
         if stream is None:
             raise self._why_unreachable(node_id)
-        if self._open[node_id] >= OF_NODE_MAX or self._open.total() >= TUNNELS_MAX:
+        if self._open[node_id] >= PER_NODE_MAX or self._open.total() >= TUNNELS_MAX:
             raise ResourceExhausted(
                 f"too many connections to containers of node {node_id} or of this manager are open: close some"
             )
@@ -341,7 +341,7 @@ class _Orders(NodeStream):
         self._unsent: deque[skep.TunnelOrder] = deque()
 
     def order(self, order: skep.TunnelOrder) -> None:
-        """Queue an order to open a tunnel.  At most ``OF_NODE_MAX`` wait.  Raises: the error that ended the stream."""
+        """Queue an order to open a tunnel.  At most ``PER_NODE_MAX`` wait.  Raises: the error that ended the stream."""
         self.require_open()
         self._unsent.append(order)
         self.signal.wake()

@@ -15,7 +15,7 @@ from skep.api.client.client import ApiClient
 from skep.api.formats.container_requests import TASK_CONTAINER
 from skep.api.http.framing import is_readable, path_of
 from skep.errors import PermissionDenied, ResourceExhausted
-from skep.manager.routes.access import OF_WORKER
+from skep.manager.routes.access import WORKER_HEADER
 from skep.model.options.labels import allows_worker_reads
 from skep.model.permissions.access import Binding, Identity, Origin, Role
 from skep.model.swarm import Swarm
@@ -27,7 +27,7 @@ from skep.wire.service import Handler, server_stream
 
 READS_MAX = 256
 """Largest number of simultaneous reads of all nodes."""
-READS_OF_NODE_MAX = 32
+READS_PER_NODE_MAX = 32
 """Largest number of simultaneous reads of one node."""
 PIECE_BYTES = 32 << 10
 """Bytes in one message to a node."""
@@ -55,7 +55,7 @@ class WorkerReads:
         API.
         """
         self._check(request.target)
-        if len(self._reading) >= READS_MAX or self._reading.count(caller.node_id) >= READS_OF_NODE_MAX:
+        if len(self._reading) >= READS_MAX or self._reading.count(caller.node_id) >= READS_PER_NODE_MAX:
             raise ResourceExhausted("too many clients of workers read from this manager: try again later")
         self._reading.append(caller.node_id)
         try:
@@ -89,4 +89,4 @@ class WorkerReads:
 
 def _headers(caller: Caller) -> dict[str, str]:
     viewer = Identity(name=caller.node_id, origin=Origin.NODE, bindings=(Binding(Role.VIEWER),))
-    return {OF_WORKER: caller.node_id, IDENTITY_HEADER: packed(viewer).decode()}
+    return {WORKER_HEADER: caller.node_id, IDENTITY_HEADER: packed(viewer).decode()}

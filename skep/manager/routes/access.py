@@ -204,7 +204,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
 
 
 MANAGER = web.AppKey("manager", ManagerApi)
-OF_WORKER = "X-Skep-Worker"
+WORKER_HEADER = "X-Skep-Worker"
 """Header of requests that a manager answers for a worker's client.  Its value is the worker's id."""
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from skep.api.formats.timestamps import period_of
 from skep.api.http.server import Filters, JsonLines, Routes
 from skep.errors import InvalidArgument, PermissionDenied
-from skep.manager.routes.access import OF_WORKER, manager_of
+from skep.manager.routes.access import WORKER_HEADER, manager_of
 from skep.manager.telemetry.events import EventMessage, EventsLost, is_dockers
 from skep.manager.telemetry.node_events import TYPES, StreamPosition, WantedEvents
 
@@ -35,7 +35,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     if (
         "swarm" in filters["scope"]
         and TYPES.intersection(filters["type"])
-        and OF_WORKER not in request.headers
+        and WORKER_HEADER not in request.headers
     ):
         wanted = WantedEvents(
             filters=filters.json("scope"), since=request.query.get("since", ""), until_ns=until
@@ -84,7 +84,7 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     cluster = partial(manager.events.subscribe_after, after, until, is_wanted)
     wanted = None
     if names := request.query.get("nodes", ""):
-        if OF_WORKER in request.headers:
+        if WORKER_HEADER in request.headers:
             raise PermissionDenied("workers do not pass on node events: ask a manager")
         words = () if names == "all" else names.split(",")
         wanted = WantedEvents(

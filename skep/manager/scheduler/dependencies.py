@@ -341,7 +341,7 @@ class Waits:
         self._key_of: dict[str, _Key] = {}
         self._states: _States = {}
         self._states_at: tuple[int, float] | None = None
-        """Revision and time at which ``_states`` was found."""
+        """Revision and time at which ``_states`` was computed."""
 
     def record(self, commit: Commit, now: float) -> Mapping[str, float]:
         """Record a commit.  Returns the groups that must be decided again, with the times for that."""

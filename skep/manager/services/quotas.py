@@ -28,7 +28,7 @@ USERS_TASKS_MAX = 20_000
 
 A manager loads each task in its memory, and a service may have 100,000 replicas.
 """
-_OF_USERS = QuotaSpec(
+_USER_LIMITS = QuotaSpec(
     tasks=USERS_TASKS_MAX,
     networks=100,
     addresses=1 << 16,
@@ -258,7 +258,7 @@ def _refusal_of_users(
     """
     quota = quota_of(view, stack)
     own = quota.spec if quota is not None else QuotaSpec()
-    left = {name: getattr(_OF_USERS, name) for name, *_ in BOUNDS if not getattr(own, name)}
+    left = {name: getattr(_USER_LIMITS, name) for name, *_ in BOUNDS if not getattr(own, name)}
     for name, noun, scale, _ in BOUNDS:
         bound, present = left.get(name, 0), getattr(before, name)
         used, more = getattr(others, name) + present, getattr(wanted, name) - present

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from skep.api.http.server import runner
 from skep.configuration.configuration import Configuration
-from skep.node.container_places import PLACES, Naming, unnamed
+from skep.node.container_places import PLACES, AddPlace, add_no_place
 from skep.node.front.users import ApiTls
 
 Ping = Callable[[str, str | None], bytes | None]
@@ -31,7 +31,7 @@ class Application(msgspec.Struct, frozen=True):
 
     server: web.Server
     ping: Ping = no_ping
-    named: Naming = unnamed
+    add_place: AddPlace = add_no_place
 
 
 @asynccontextmanager
@@ -42,7 +42,7 @@ async def serving(app: web.Application, ping: Ping) -> AsyncIterator[Application
     try:
         assert here.server is not None, "set up just now"
         places = app.get(PLACES)
-        yield Application(here.server, ping, places.named if places is not None else unnamed)
+        yield Application(here.server, ping, places.add_place if places is not None else add_no_place)
     finally:
         await here.cleanup()
 

@@ -395,7 +395,7 @@ class Front:
             try:
                 target = as_task_request(identity, request.method, request.target, self._ownership)
             except NotFound as error:
-                raise await self._here.named(error, request.target, identity) from error
+                raise await self._here.add_place(error, request.target, identity) from error
             if target:
                 raw = with_target(raw, target)
                 request = read_head(raw)

@@ -22,8 +22,8 @@ _CONTAINER = re.compile(
 )
 _REMOVAL = re.compile(r"(?:/v[0-9][0-9.]*)?/containers/(?P<name>[^/?]+)(?:\?.*)?")
 _EXEC = re.compile(r"(?P<version>/v[0-9][0-9.]*)?/exec/(?P<id>[^/?]+)/(?P<what>[a-z]+)(?P<query>\?.*)?")
-_OF_A_TASK = frozenset(("archive", "attach", "exec", "kill", "resize", "wait"))
-_OF_THE_CLUSTER = frozenset(("pause", "restart", "start", "stop", "unpause"))
+_TASK_REQUESTS = frozenset(("archive", "attach", "exec", "kill", "resize", "wait"))
+_CLUSTER_REQUESTS = frozenset(("pause", "restart", "start", "stop", "unpause"))
 _TASK = re.compile(r"[0-9a-z]+")
 
 
@@ -79,7 +79,7 @@ def as_task_request(identity: Identity, method: str, target: str, containers: Vi
 def _task_request(identity: Identity, method: str, target: str, containers: VisibleTasks) -> str:
     if (found := _CONTAINER.fullmatch(target)) is not None:
         pattern, path = f"/containers/{{id}}/{found['what']}", f"container/{found['what']}"
-        is_known, is_of_cluster = found["what"] in _OF_A_TASK, found["what"] in _OF_THE_CLUSTER
+        is_known, is_of_cluster = found["what"] in _TASK_REQUESTS, found["what"] in _CLUSTER_REQUESTS
         find: _Find = containers.container_of
         word = unquote(found["name"])
     elif (found := _EXEC.fullmatch(target)) is not None:

@@ -19,7 +19,7 @@ from skep.errors import Unavailable
 
 _TIMEOUT_S = 5.0
 """Time limit in seconds for listing the machine's addresses."""
-_KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
+_OUR_KINDS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
 """Kinds of links that carry containers' networks.
 
 ``veth`` is not included, because a machine that is itself a container has its address on a veth.
@@ -72,5 +72,5 @@ def _interface(link: KernelLink, addresses: Mapping[int, Iterable[str]]) -> Inte
         addresses=tuple(map(ip_address, addresses.get(link.index, ()))),
         is_up=bool(link.flags & IFF_UP),
         is_loopback=bool(link.flags & IFF_LOOPBACK),
-        is_ours=link.kind in _KINDS_OF_OURS,
+        is_ours=link.kind in _OUR_KINDS,
     )

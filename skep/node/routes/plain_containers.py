@@ -69,7 +69,7 @@ def plain_container_routes(
 
     async def _is_of_cluster(network: str) -> bool:
         """Return whether the cluster has the network and the Docker Engine does not."""
-        if network in _OF_EVERY_NODE or network.startswith("container:") or not await in_cluster(network):
+        if network in _NODE_NETWORKS or network.startswith("container:") or not await in_cluster(network):
             return False
         try:
             await docker.api.get(f"/networks/{quote(network, safe='')}")
@@ -80,7 +80,7 @@ def plain_container_routes(
     return table
 
 
-_OF_EVERY_NODE = frozenset({"", "default", "bridge", "host", "none"})
+_NODE_NETWORKS = frozenset({"", "default", "bridge", "host", "none"})
 
 
 def _request_of(body: bytes) -> _Request:

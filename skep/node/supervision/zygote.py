@@ -163,7 +163,7 @@ class Zygote:
                     if response.number == sent.number:
                         return response.value
         except TimeoutError as error:
-            raise Unavailable("the process that starts others does not answer") from error
+            raise Unavailable("the zygote, which starts processes, does not respond") from error
         except OSError as error:
             raise ZygoteGone from error
         raise ZygoteGone

@@ -30,7 +30,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _CONNECTIONS_MAX = 64
 """Limit for all connections.  A scraper needs one."""
-_CONNECTIONS_OF_SOURCE_MAX = 32
+_CONNECTIONS_PER_ADDRESS_MAX = 32
 """Limit for the connections of one address."""
 _AT_ONCE = 4
 """Limit for the pages that are produced at the same time."""
@@ -122,7 +122,7 @@ class _Clients:
         self._open: Newcomers[asyncio.Transport] = Newcomers(
             "metrics connections",
             _CONNECTIONS_MAX,
-            _CONNECTIONS_OF_SOURCE_MAX,
+            _CONNECTIONS_PER_ADDRESS_MAX,
             lambda one: one.abort(),
             may_leave=lambda one: one not in self._busy,
         )

@@ -59,7 +59,7 @@ def program(path: str, directory: Path) -> dict[str, Entry]:
                 continue
             seen.add(name)
             if name not in available:
-                raise FailedPrecondition(f"{path} needs {name}, which none of its packages brings")
+                raise FailedPrecondition(f"{path} needs {name}, which none of its packages contains")
             library = (root / available[name]).read_bytes()
             entries[available[name]] = File(library, 0o755)
             waiting.append(library)

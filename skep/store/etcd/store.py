@@ -178,7 +178,7 @@ class EtcdStore(Updater):
         try:
             return await past.state_at(self._client, self._cipher.wrapping_key, revision)
         except Compacted as error:
-            raise HistoryGone(f"the store does not keep revision {revision} any more") from error
+            raise HistoryGone(f"the store no longer has revision {revision}") from error
 
     async def oldest_revision(self) -> int:
         return await past.oldest_revision(self._client, self._replica.revision)

@@ -303,7 +303,7 @@ def test_a_partitioned_manager_refuses_requests_for_lack_of_a_leader(five: TestC
         wait_until(lambda: {"w1", "w2"} <= ready(at), "the workers have sessions")
         assert pids(five, "w1", "w2") == before
     finally:
-        five.skep("mend", alone.name)
+        five.skep("reconnect", alone.name)
     wait_managers(at, *MANAGERS)
     wait_managers(alone, *MANAGERS)
     assert missed in secrets(alone), "it has caught up"

@@ -77,7 +77,7 @@ def test_a_live_node_that_is_removed_by_force_while_cut_off_stops_when_it_is_bac
     wait_running(m1, "web", 3)
     assert not is_stopped(w2)
     assert "removed" not in swarm_error(w2)
-    cluster.skep("mend", "w2")
+    cluster.skep("reconnect", "w2")
     wait_until(lambda: "this node was removed" in swarm_error(w2), "it knows it")
     wait_until(lambda: is_stopped(w2), "its tasks have stopped")
 

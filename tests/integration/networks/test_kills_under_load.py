@@ -225,7 +225,7 @@ def test_of_a_lost_machine_only_what_was_led_to_it_is_lost(cluster: TestCluster)
             wait_until(lambda: not on_node(m1, "w1"), "its tasks are not wanted any more")
             wait_whole(cluster)
         finally:
-            cluster.skep("mend", "w1")
+            cluster.skep("reconnect", "w1")
             cluster.skep("start", "w1")
         wait_until(lambda: "w1" in ready(m1), "w1 is back")
         wait_until(lambda: len(container_pids(w1, "web")) == len(on_node(m1, "w1")), "nothing is there twice")

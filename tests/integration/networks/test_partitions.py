@@ -74,7 +74,7 @@ def create_serving(node: TestNode, name: str, replicas: int) -> None:
 async def together(
     cluster: TestCluster, verb: Callable[[Playground, str], Awaitable[None]], names: Sequence[str]
 ) -> None:
-    """``cut`` or ``mend`` them at one moment."""
+    """``cut`` or ``reconnect`` them at one moment."""
     playground = Playground(cluster.directory, cluster.name, lambda _: None)
     await asyncio.gather(*(verb(playground, name) for name in names))
 
@@ -98,7 +98,7 @@ def test_after_a_partition_every_node_is_right_within_seconds(
             wait_running(m2, name, count)
         wait_right(cluster, others, m2, ("late", "web"), ("early",), 30)
     finally:
-        asyncio.run(together(cluster, Playground.mend, cut))
+        asyncio.run(together(cluster, Playground.reconnect, cut))
     wait_until(lambda: answered(ready, m2) == set(NODES), "all are back")
     wait_right(cluster, NODES, m2, ("late", "web"), ("early",), HEALED_WITHIN_S)
     for name in ("m1", "m2", "m3"):

@@ -1,4 +1,4 @@
-"""A cache of build steps whose records a test bends."""
+"""A cache of build steps whose records a test can falsify."""
 
 import json
 from collections.abc import AsyncIterator, Callable

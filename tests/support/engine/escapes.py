@@ -1,6 +1,4 @@
-"""Attempts to escape from a container, and their outcomes.  They work with any engine that runs Python in a
-container.
-"""
+"""Attempts to escape from a container, and their outcomes, for any engine that runs Python in a container."""
 
 import errno
 import json

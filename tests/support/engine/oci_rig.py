@@ -38,7 +38,7 @@ def _none(verb: str, id: str) -> None:
 
 
 class QuickClock(SystemClock):
-    """A thousand times as fast, so that pauses after failures are short."""
+    """A clock that runs a thousand times as fast, so that pauses after failures are short."""
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds / 1000)

@@ -1,7 +1,7 @@
 """Tests that measure time need the machine for themselves (``pytest.mark.alone``): other pytest-xdist workers wait.
 
 Every test holds a shared lock (``room``) while it runs, and such a test holds it exclusively.  A worker that waits for
-the lock holds ``door``, so that the others cannot keep it waiting by taking turns.
+the exclusive lock holds ``door``, so that new shared locks cannot delay it forever.
 """
 
 import fcntl

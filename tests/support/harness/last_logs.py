@@ -36,7 +36,7 @@ def _of_node(log: Path) -> list[str]:
 
 
 def _is_loud(line: str) -> bool:
-    """Return whether the line is worth showing: not one of our own messages with a low level."""
+    """Return whether to show the line: all lines except our own messages with a low level."""
     try:
         said = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Image archives for tests, built in memory: valid ones, and every kind of damage that we know.
+"""Image archives for tests, built in memory: valid archives, and one for each known kind of damage.
 
 ``HOSTILE`` names each damaged archive.  A real engine's response to each is recorded next to the tests.
 """

@@ -1,4 +1,4 @@
-"""Traces of a playground on the machine, before it, while it is up, and afterwards."""
+"""Finds traces of a playground on the machine: before it starts, while it is up, and afterwards."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Machine(NamedTuple):
-    """Everything that a playground could leave on a machine.  Entries of other playgrounds are left out."""
+    """All kinds of objects that a playground could leave on a machine, without those of other playgrounds."""
 
     interfaces: frozenset[str]
     namespaces: frozenset[str]

@@ -1,4 +1,4 @@
-"""Kills the processes of a node, one kind or several at one moment."""
+"""Kills processes of a node, of one kind or of several kinds at once."""
 
 import os
 import signal

@@ -13,7 +13,7 @@ LEADER, REACHABLE, UNREACHABLE, WORKER = "leader", "reachable", "unreachable", "
 def roles(seen_by: TestNode) -> dict[str, str]:
     """Return the MANAGER STATUS of ``node ls`` in lower case, by host name.  Empty if this node does not respond.
 
-    A machine that joined twice is listed twice.  It has the role of the entry that manages.
+    A machine that joined twice is listed twice.  Its role is that of the manager's entry.
     """
     try:
         nodes = seen_by.client().api.nodes()
@@ -54,7 +54,7 @@ def others(name: str, *names: str) -> list[str]:
 
 
 def write(node: TestNode, name: str) -> None:
-    """Create a secret through this node, as a write that stays."""
+    """Create a secret through this node, as a write whose result remains visible."""
     node.client().api.create_secret(name, b"content")
 
 

@@ -46,7 +46,7 @@ def message(world: World) -> str:
 
 
 def advance(world: World) -> None:
-    """Carry out the decisions: successors are prepared, retired tasks stop, desired tasks run."""
+    """Carry out the decisions: prepare successors, stop retired tasks, run desired tasks."""
     world.settle()
     world.prepare_all()
     world.settle()

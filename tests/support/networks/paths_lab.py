@@ -16,7 +16,7 @@ CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT = 2377, 2378, 7946, 4789
 
 
 def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
-    """Return the node as the others' targets have it.
+    """Return the node as a target of the other nodes.
 
     ``has_ports``: for a manager that carries encrypted networks, and gossips.
     """

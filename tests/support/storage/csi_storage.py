@@ -1,6 +1,6 @@
-"""A storage system behind CSI drivers, with the operations that it refuses or can safely repeat.
+"""A storage system behind CSI drivers, which refuses forbidden operations and can repeat the others.
 
-Forbidden operations are recorded as violations, which a test checks.
+It records forbidden operations as violations, which a test checks.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Storage:
         self.created: list[str] = state.get("created", [])
         """Names of volumes, once per creation."""
         self.is_asked_in_doubt = False
-        """Set when the cluster cannot know where all volumes are.  Then a refused call is not a violation."""
+        """Set when the cluster cannot know where all volumes are, so that a refused call is not a violation."""
 
     def dumped(self) -> str:
         return json.dumps(

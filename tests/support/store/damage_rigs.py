@@ -90,7 +90,7 @@ class EtcdDamage:
         for _ in range(2):
             written = await self.client.put(etcd_key(keys.writer_epoch_key(NodeId("m9"))), b"")
         await self.client.compact(written.header.revision)
-        self._relay.mend()
+        self._relay.reconnect()
         await self.store.barrier()
 
     async def keys(self, prefix: str) -> Sequence[str]:

@@ -110,7 +110,7 @@ class Relay:
             self._drop()
 
     def cut(self) -> None:
-        """Break all connections and accept no new one until ``mend``."""
+        """Break all connections and accept no new one until ``reconnect``."""
         self._is_cut = True
         self._drop()
 
@@ -119,10 +119,10 @@ class Relay:
         self._request_to_lose = content
 
     def swallow_replies(self) -> None:
-        """Forward requests but not their responses, until ``mend``."""
+        """Forward requests but not their responses, until ``reconnect``."""
         self._swallows_replies = True
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         """End all disturbances.  A connection with lost data is closed."""
         if self._swallows_replies:
             self._drop()

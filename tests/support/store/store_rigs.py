@@ -39,7 +39,7 @@ class Rig(Protocol):
         """Lose the next write of ``store`` before it is stored."""
 
     def lose_reply(self) -> None:
-        """Store the next write of ``store``, and lose its response.  Call ``mend`` afterwards."""
+        """Store the next write of ``store``, and lose its response.  Call ``reconnect`` afterwards."""
 
     def cut_store(self) -> None:
         """Cut ``store`` off from the quorum."""
@@ -47,7 +47,7 @@ class Rig(Protocol):
     def cut_other(self) -> None:
         """Stop the watch of ``other``."""
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         """Restore the connections."""
 
     async def compact(self) -> None:
@@ -85,7 +85,7 @@ class MemoryRig:
     def cut_other(self) -> None:
         self.other.partition()
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         for store in (self.store, self.other):
             if store.faults.is_partitioned:
                 store.heal()
@@ -131,9 +131,9 @@ class EtcdRig:
     def cut_other(self) -> None:
         self._other_relay.cut()
 
-    def mend(self) -> None:
-        self._relay.mend()
-        self._other_relay.mend()
+    def reconnect(self) -> None:
+        self._relay.reconnect()
+        self._other_relay.reconnect()
 
     async def compact(self) -> None:
         reply = await self.client.range(pb.RangeRequest(key=etcd_key(keys.FORMAT)))

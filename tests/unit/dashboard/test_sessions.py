@@ -7,7 +7,7 @@ import pytest
 from skep.dashboard.sessions import (
     ATTEMPTS,
     LIFE_S,
-    OF_USER_MAX,
+    PER_TOKEN_MAX,
     Attempts,
     BrowserSession,
     BrowserSessions,
@@ -47,7 +47,7 @@ def test_the_oldest_session_of_a_token_ends_for_one_too_many() -> None:
     sessions = some_sessions()
     other, _ = sessions.open(BOB, 0)
     first, _ = sessions.open(ANN, 1)
-    for at in range(2, OF_USER_MAX + 1):
+    for at in range(2, PER_TOKEN_MAX + 1):
         assert sessions.open(ANN, at)[1] == ()
     assert sessions.open(ANN, 100)[1] == (first,)
     assert sessions.find(first.key, lambda name: cookie_of(first, name), 101) is None

@@ -52,7 +52,7 @@ def test_a_file_of_version_1_is_a_stack() -> None:
     }
     assert made.document["volumes"] == {"data-var-lib-data": None, "pool": {"driver": "flocker"}}
     assert [f"{one.path}: {one.text.split(':')[0]}" for one in made.notes] == [
-        "services.web.links: every service of the stack reaches redis as cache now, not this one alone",
+        "services.web.links: all services of the stack now reach redis as cache, not only this one",
         "services.web.links: dropped",
         "services.web.volumes_from: a volume is on one node",
         "services.redis.net: dropped",
@@ -65,7 +65,7 @@ def test_a_file_of_version_1_is_a_stack() -> None:
 def test_a_file_of_another_version_is_refused_with_its_place() -> None:
     with pytest.raises(FileProblems, match=r"^fig\.yml:2:1: version: this file is not of version 1"):
         imported("# old\nversion: '3'\nservices: {}\n", "fig.yml", "shop")
-    with pytest.raises(FileProblems, match=r"^fig\.yml:1:1: web: a service of version 1 has an image"):
+    with pytest.raises(FileProblems, match=r"^fig\.yml:1:1: web: a service of version 1 needs image"):
         imported("web: {command: x}\n", "fig.yml", "shop")
     with pytest.raises(FileProblems, match="there are no services"):
         imported("{}", "fig.yml", "shop")

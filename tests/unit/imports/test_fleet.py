@@ -72,10 +72,7 @@ def test_instances_of_a_template_are_the_replicas_of_a_service() -> None:
     }
     assert made.document["volumes"] == {"data": None}
     assert [str(one) for one in made.notes] == [
-        (
-            "services.apache: environment: the container gets 'PRICE=5$' as it is: systemd filled in the "
-            "variables of the unit"
-        )
+        "services.apache: environment: the container gets 'PRICE=5$' unchanged: systemd would replace its variables"
     ]
     stack, report = read_back(made.document)
     assert not report.problems
@@ -168,6 +165,5 @@ def test_a_variable_without_a_value_gets_that_of_the_unit() -> None:
     assert made.document["services"]["a"]["environment"] == ["WORD=x", "OTHER", "WORD=y", "A=1"]
     (note,) = map(str, made.notes)
     assert note == (
-        "services.a: ExecStart --env: OTHER has no value here: at each deploy it gets the one of the command's "
-        "environment"
+        "services.a: ExecStart --env: OTHER has no value here: each deploy uses the value in its own environment"
     )

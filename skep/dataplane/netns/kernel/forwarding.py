@@ -49,8 +49,8 @@ def _no_nat(error: Exception) -> str:
 def forward_ipv6(settings: Path = _IPV6) -> None:
     """Enable forwarding of IPv6 packets.  ``settings`` is the kernel's folder.
 
-    A router accepts no default route from other routers, unless ``accept_ra`` is 2.  It is set first, because the
-    kernel drops such routes at the moment when forwarding is enabled.
+    A router accepts no default route from other routers unless ``accept_ra`` is 2.  So ``accept_ra`` is set first,
+    because the kernel drops such routes at the moment when forwarding is enabled.
     """
     for setting in settings.glob("*/accept_ra"):
         with suppress(OSError):  # the device, perhaps a container's, was just removed

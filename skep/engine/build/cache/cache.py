@@ -1,8 +1,8 @@
 """Cache of build steps, and the directories of ``RUN --mount=type=cache``.
 
 A step's key is made of the image before the step and of its container configuration.  The configuration has the history
-and the digests of copied files, so the same files have the same key whatever their times are.  The index only has
-images that were built here: a pulled image could claim to be the result of any step (CVE-2024-24557).
+and the digests of copied files, so equal files have equal keys even if their times differ.  The index has only images
+that this node built, because a pulled image could claim to be the result of any step (CVE-2024-24557).
 """
 
 import asyncio
@@ -37,7 +37,7 @@ STEPS_MAX = 20_000
 
 
 def keys_of(parents: Sequence[str], container_config: Mapping[str, Any], author: str) -> Sequence[str]:
-    """Return the keys of a step on top of each of the parents: an id, or the key of another step.
+    """Return the keys of a step, one for each of the parents.  A parent is an image id or the key of another step.
 
     A key is the hash of a JSON array of parent, configuration and author.  The latter two are encoded once.
     """
@@ -52,7 +52,7 @@ def keys_of(parents: Sequence[str], container_config: Mapping[str, Any], author:
 
 
 class StepCache:
-    """Index of step results.  Losing it only costs time, so read and write errors are logged and ignored."""
+    """Index of step results.  Losing it costs only time, so read and write errors are logged and ignored."""
 
     def __init__(self, file: Path, images: ImageStore) -> None:
         self._file = file
@@ -105,7 +105,7 @@ class StepCache:
 class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
     """Identity of a directory of ``RUN --mount=type=cache``.
 
-    The first step sets owner, mode and content of a directory.  Steps that ask for others get another directory.
+    The first step sets owner, mode and content of a directory.  Steps that request other values get another directory.
 
     Source: buildkit, solver/llbsolver/mounts/mount.go (getRefCacheDir): the id, and the base of the mount.
     """
@@ -177,7 +177,7 @@ class CacheMounts:
         stack.callback(self._release, name)
 
     async def _make(self, name: str, key: CacheKey, fill: Fill | None) -> None:
-        """Fill the directory under another name, then rename it, since the build may be cancelled in between."""
+        """Fill the directory under another name, then rename it, because the build may be cancelled in between."""
         async with AsyncExitStack() as stack:
             part = f"new-{secrets.token_hex(8)}"
             self._take(part, stack)

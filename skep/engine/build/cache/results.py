@@ -1,8 +1,8 @@
 """Results of the steps of one build: found on this node, found in a cache source, or committed as a new image.
 
-A step has two keys.  The local one begins with the id of the image before it, so it finds results of this node only.
-The shared one begins with the id of the stage's base image and has every instruction since, so it is the same on every
-node (``step_records``).
+A step has two keys.  The local key is computed from the id of the image before the step, so it finds results of this
+node only.  The shared key is computed from the id of the stage's base image and all instructions since, so it is the
+same on every node (``step_records``).
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _CONFIG_BYTES_MAX = 1 << 20
 
 
 class StepKey(msgspec.Struct, frozen=True):
-    """Keys of a step.  ``local``: In the index of this node.  ``shared``: In caches that nodes exchange."""
+    """Keys of a step: ``local`` in the index of this node, ``shared`` in caches that nodes exchange."""
 
     local: str
     shared: str
@@ -46,7 +46,7 @@ class StepChange(msgspec.Struct, frozen=True, kw_only=True):
     """Configuration of the step's container, as in the history and in Docker's classic cache."""
     key: StepKey
     line: str | None = None
-    """Entry of the history.  None for the container's command.  Empty for no entry."""
+    """Entry of the history, or None to use the container's command.  Empty for no entry."""
     adds_layer: bool | None = None
     """See ``WantedStep``."""
 
@@ -79,7 +79,7 @@ class Results:
 
     @property
     def place(self) -> tuple[StagePosition, int, bool, bool]:
-        """State of the current stage.  Assign it to return to a stage."""
+        """Saved state of the current stage.  To return to a stage later, assign its state."""
         return self.position, self.inherited, self.uses_cache, self._is_known_here
 
     @place.setter
@@ -117,7 +117,7 @@ class Results:
     ) -> StepChange:
         """Return the step that leads from here to ``state``.
 
-        ``more``: Everything else that the result depends on.
+        ``more``: All other inputs of the step.
         """
         kind: tuple[str, ...] = (BUILDKIT,) if self._request.is_buildkit else ()
         if self._request.rewrites_times:
@@ -130,7 +130,7 @@ class Results:
         return StepChange(state=state, container=container, key=key, line=line, adds_layer=adds_layer)
 
     async def take_cached(self, step: BuildStep, change: StepChange) -> bool:
-        """Return whether the step's result is in a cache, and make it the position."""
+        """Return whether the step's result is in a cache.  If so, make it the position."""
         if not self.uses_cache:
             return False
         if await self._take_here(change) or await self._take_from_sources(step, change):
@@ -170,7 +170,7 @@ class Results:
     ) -> bool:
         """Make an image of a result from another node.
 
-        The result does not enter the index of this node, so later builds without this source do not have to trust it.
+        The result is not added to the index of this node, so later builds without this source do not trust it.
         """
         chain = self.chain
         try:

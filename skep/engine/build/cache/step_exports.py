@@ -1,4 +1,4 @@
-"""Exports of a build's steps as a cache artifact: its layers, a configuration with the records, a manifest.
+"""Exports a build's steps as a cache artifact: layers, a configuration with the records, and a manifest.
 
 Source: buildkit, cache/remotecache/export.go (contentCacheExporter.Finalize).
 """
@@ -31,14 +31,14 @@ class CacheDestination(Protocol):
     """Receiver of an artifact."""
 
     async def put(self, upload: BlobUpload) -> None:
-        """Send a blob, unless it is there.  Raises: SkepError."""
+        """Send a blob, unless the destination has it.  Raises: SkepError."""
 
     async def put_manifest(self, document: Document) -> None:
         """Send the manifest, after everything that it names.  Raises: SkepError."""
 
 
 class RegistryDestination:
-    """Tag of a repository, as receiver of an artifact."""
+    """The tag of a repository that receives an artifact."""
 
     def __init__(self, repository: RegistryRepository, reference: Reference) -> None:
         self._repository = repository
@@ -59,7 +59,7 @@ async def export_steps(
     """Send steps and their layers, and return the manifest's descriptor as JSON.  Empty without steps.
 
     Args:
-        media_type: Media type of the manifest.  It is an index in the form of older versions of BuildKit.
+        media_type: Media type of the manifest.  An index if the format is that of older BuildKit versions.
 
     Raises: NotFound: a layer was removed meanwhile; SkepError.
     """

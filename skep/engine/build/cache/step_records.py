@@ -1,11 +1,11 @@
 """Records of build steps in caches for other nodes.  Pure.
 
-The format is BuildKit's, so BuildKit reads such a cache without an error, and this engine reads BuildKit's.  Neither
-finds steps of the other, since the digests of steps are computed differently: here, from the id of the base image and
-the instructions since (``results``).
+The format is BuildKit's, so BuildKit and this engine read each other's caches without an error.  Neither finds steps of
+the other, because they compute the digests of steps differently.  This engine uses the id of the base image and the
+instructions since (``results``).
 
-A cache is not trusted beyond its own layers.  A result counts only if its lower layers are the layers of the image
-before the step.  A cache can add one layer to a build, and cannot change what the build already has.
+A cache is trusted only with its own layers.  A result counts only if its lower layers are the layers of the image
+before the step.  So a cache can add one layer to a build, but cannot replace the layers that the build already has.
 
 Source: buildkit, cache/remotecache/v1/types/spec.go, cache/remotecache/v1/parse.go, cache/remotecache/inline/inline.go.
 """
@@ -29,7 +29,9 @@ CONFIG_BYTES_MAX = 4 << 20
 _RECORDS_MAX = 20_000
 _LAYERS_MAX = 20_000
 _OBJECTS_MAX = 250_000
-"""Number of JSON objects.  They are counted before they are decoded, since decoded ones take ten times the memory."""
+"""Maximum number of JSON objects.  They are counted before they are decoded, because decoding takes ten times the
+memory.
+"""
 _RESULTS_MAX = 16
 """Largest number of results of one record, and of records of one step."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", re.ASCII)
@@ -209,7 +211,9 @@ class StepTable:
         return None
 
     def _chain(self, top: int, length_max: int) -> Sequence[CacheLayer]:
-        """Return the layers up to ``top``, bottom first.  Nothing if they are more, form a ring, or are not there."""
+        """Return the layers up to ``top``, bottom first.  Empty if there are too many, if they form a ring, or if one
+        is missing.
+        """
         found: list[CacheLayer] = []
         while top != -1:
             if not 0 <= top < len(self._layers) or len(found) == length_max:

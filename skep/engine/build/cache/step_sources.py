@@ -37,7 +37,7 @@ T = TypeVar("T")
 SOURCES_MAX = 16
 """Number of sources of a build, each of which may take ``READ_S``."""
 READ_S = 60.0
-"""Seconds to read the records of a source.  A slower source is left out, since the build waits for it."""
+"""Seconds to read the records of a source.  A slower source is left out, because the build waits for it."""
 _IMAGE_CONFIG_BYTES_MAX = 8 << 20
 _BAD = (SkepError, OSError, TimeoutError, *NOT_JSON)
 """Errors of a source that is missing, refuses the request, or is malformed."""
@@ -51,7 +51,7 @@ class SourceLocation(Protocol):
         """Name for messages."""
 
     async def at(self, action: Callable[[pulling.BlobSource], Awaitable[T]]) -> T:
-        """Return the result of ``action`` with the place.  Raises: SkepError."""
+        """Return the result of ``action``, called with this location.  Raises: SkepError."""
 
 
 class RegistryPlace:
@@ -70,26 +70,25 @@ class RegistryPlace:
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """Slowest download of a layer that a build waits for.
+    """The slowest download of a layer that a build waits for.
 
-    If another build or pull fetches the layer already, the download starts when that one has ended.  The build waits
-    as long as the layer would take at this rate.
-
-    A source that sends a byte now and then would keep the build, the layer's lock and the reserved disk for hours.
+    Without this limit, a source that sends a byte now and then could block the build, the layer's lock and the reserved
+    disk for hours.  If another build or pull already fetches the layer, the build waits as long as the layer would take
+    at this rate, then downloads it.
     """
 
     silent_s: float = 60.0
-    """Seconds without a byte: for the connection, a login, and waits that a busy registry asks for."""
+    """Seconds without a byte, which include the connection, a login, and waits that a busy registry requests."""
     bytes_per_s: int = 1 << 20
-    """Average rate.  At less than 1 MiB/s, most steps are faster than their layer."""
+    """Lowest average rate.  Below 1 MiB/s, running a step is usually faster than fetching its layer."""
 
     def seconds_for(self, received_bytes: int) -> float:
-        """Return the seconds from the start in which more than ``received_bytes`` have to arrive."""
+        """Return the seconds since the start within which more than ``received_bytes`` have to arrive."""
         return self.silent_s + received_bytes / self.bytes_per_s
 
 
 class FetchedSteps:
-    """Steps whose layers are fetched from a place."""
+    """Steps whose layers are fetched from a source location."""
 
     def __init__(self, images: ImageStore, place: SourceLocation, table: StepTable, pace: Pace) -> None:
         self._images = images
@@ -152,7 +151,7 @@ class _Arrival:
 
     @property
     def reason(self) -> str:
-        """Why the layer did not arrive in time."""
+        """Reason why the layer did not arrive in time."""
         layer = f"layer {short(self._found.blob)}"
         if self._is_waiting:
             seconds = self._pace.seconds_for(self._found.size)
@@ -170,7 +169,7 @@ class _LocalSteps:
         self.name = name
 
     async def fetch(self, found: FoundStep, chain_id: Digest) -> None:
-        """Raises: NotFound: the image was removed."""
+        """Check that the layer still exists.  Raises: NotFound: the image was removed."""
         self._images.layer_store.directory(chain_id)
 
 
@@ -205,8 +204,8 @@ class HistorySteps(_LocalSteps):
         layers = tuple(self._config.diff_ids)
         entry, count = own[len(before)], len(step.diff_ids)
         command = " ".join(step.command)
-        # The history of this engine has no passwords of addresses.  Two commands that differ in one may have other
-        # files, so only a step without a layer is found by the rest.
+        # This engine's history has no passwords of addresses. Commands that differ only in a password look equal here,
+        # but may produce different files. So such an entry can match only a step without a layer.
         shown = redacted(command) if step.adds_layer is False else command
         if entry.created_by not in (command, shown) or layers[:count] != tuple(step.diff_ids):
             return None

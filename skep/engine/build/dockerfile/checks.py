@@ -44,13 +44,13 @@ from skep.errors import InvalidArgument
 
 _URL = "https://docs.docker.com/go/dockerfile/rule/"
 _SUGGESTED_DISTANCE_MAX = 2
-"""Largest edit distance of a suggested name, as in BuildKit's util/suggest."""
+"""A name is suggested up to this edit distance, as in BuildKit's util/suggest."""
 _SUGGESTED_LENGTH_MAX = 64
-"""Longer names are not compared: computing the distance takes time in proportion to the product of both lengths."""
+"""Longer names are not compared, because the cost of a comparison grows with the product of both lengths."""
 _COMPARISONS_MAX = 100_000
-"""Number of names compared for suggestions in one Dockerfile.  Later unknown variables get no suggestion."""
+"""Maximum number of comparisons for suggestions in one Dockerfile.  Further unknown variables get no suggestion."""
 _FINDINGS_MAX = 1000
-"""Findings of one Dockerfile.  Further ones are left out."""
+"""Maximum number of findings in one Dockerfile.  Further findings are left out."""
 _RESERVED = ("context", "scratch")
 _SECRET = re.compile(
     r"(?:_|^)(?:apikey|auth|credentials?|key|password|pword|passwd|secret|token)(?:_|$)", re.IGNORECASE
@@ -149,7 +149,7 @@ def parse_choice(text: str) -> CheckSelection:
             if value.lower() not in ("1", "t", "true", "0", "f", "false"):
                 raise InvalidArgument(f"failed to parse check option {quoted(part)}")
             choice = msgspec.structs.replace(choice, is_error=value.lower() in ("1", "t", "true"))
-        elif name != "experimental":  # the only experimental rule, on descriptions, is not implemented
+        elif name != "experimental":  # the only experimental rule, about descriptions, is not implemented
             raise InvalidArgument(f"invalid check option {quoted(name)}")
     return choice
 

@@ -50,7 +50,7 @@ _PREDEFINED = frozenset(
     for upper in ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
     for name in (upper, upper.lower())
 )
-"""Arguments that need no ARG, and that are not part of cache keys."""
+"""Arguments that need no ARG instruction.  They are not part of cache keys."""
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(\w+))?")
 _CHANGES = (
     Cmd,
@@ -91,7 +91,7 @@ class BuildArguments:
     """Arguments of a build: values given by the user, and declarations by ARG.
 
     BuildKit differs from the classic builder in three rules.  A stage inherits the arguments of its base stage.  The
-    later of ARG and ENV wins, not always ENV.  Proxies are variables of commands only, in upper and lower case.
+    later of ARG and ENV wins, not always ENV.  Proxies are set for commands only, in upper and lower case.
 
     Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (dispatchArg, proxyEnvFromBuildArgs);
     moby 20.10, builder/dockerfile/buildargs.go.
@@ -130,11 +130,11 @@ class BuildArguments:
 
     @property
     def of_stages(self) -> Mapping[str, str]:
-        """Arguments that FROM, and ARG before the first FROM, substitute."""
+        """Arguments for the variables in FROM, and in ARG before the first FROM."""
         return self._values(self._before)
 
     def visible(self, env: Iterable[str]) -> Mapping[str, str]:
-        """Return the arguments that instructions of the stage see, except if ``env`` overrides them."""
+        """Return the arguments that instructions of the stage see: those that ``env`` does not override."""
         hidden = self.stage.hidden if self._is_buildkit else {text.partition("=")[0] for text in env}
         return {
             name: value for name, value in self._values(self.stage.declared).items() if name not in hidden
@@ -150,7 +150,9 @@ class BuildArguments:
         return found
 
     def in_key(self, name: str) -> bool:
-        """Return whether the argument's value is part of cache keys.  Proxies that no ARG declares are not."""
+        """Return whether the argument's value is part of cache keys.  Proxies are part of them only if an ARG declares
+        them.
+        """
         return name in self.stage.declared or name not in _PREDEFINED
 
     @property
@@ -189,7 +191,7 @@ def expanded(
 
     Args:
         budget: Pays for the substitutions.
-        given: Values of arguments by the user.  The default of a given argument is not looked at.
+        given: Values of arguments that the user has given, whose defaults are ignored.
 
     Raises: InvalidArgument.
     """
@@ -228,7 +230,7 @@ def _expanded_arg(
     budget: Budget | None,
     given: Mapping[str, str | None],
 ) -> Arg:
-    """Substitute each argument of an ARG with those before it."""
+    """Substitute variables in each argument of an ARG, using the arguments before it."""
     seen, pairs = dict(variables), list[tuple[str, str | None]]()
     for name, default in arg.pairs:
         value = given.get(name)
@@ -318,9 +320,10 @@ def _with_command(state: StageState, instruction: Cmd | Entrypoint) -> tuple[Sta
 def adapted(
     after: StageState, before: StageState, instruction: Instruction, *, is_buildkit: bool
 ) -> StageState:
-    """Return the state after an instruction, with what only one of the two builders sets.
+    """Return the state after an instruction, adapted to one of the two builders.
 
-    BuildKit marks every CMD.  The classic builder takes options that a HEALTHCHECK lacks from the one before it.
+    BuildKit marks every CMD.  In the classic builder, a HEALTHCHECK inherits missing options from the previous
+    HEALTHCHECK.
 
     Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (dispatchCmd); moby 20.10, daemon/commit.go (merge).
     """
@@ -364,7 +367,7 @@ def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerD
 def command_of_step(
     command: Sequence[str], arguments: BuildArguments, visible: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Return the command of a RUN step for history and cache.  The arguments that it sees precede it."""
+    """Return the command of a RUN step for history and cache, preceded by the arguments that it sees."""
     counted = sorted(f"{name}={value}" for name, value in visible.items() if arguments.in_key(name))
     return (f"|{len(counted)}", *counted, *command) if visible else tuple(command)
 
@@ -377,7 +380,7 @@ def working_directory(current: str, wanted: str) -> str:
 
 
 def _clean(path: str) -> str:
-    """Return the path without dots and double slashes.  POSIX keeps two leading slashes, Docker does not."""
+    """Return the path without dots and double slashes.  Unlike POSIX, Docker does not keep two leading slashes."""
     return "/" + posixpath.normpath(path).lstrip("/")
 
 

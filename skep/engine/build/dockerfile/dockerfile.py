@@ -21,7 +21,7 @@ LINE_BYTES_MAX = 65535
 LINES_MAX = 100_000
 
 _COMMENTS_MAX = 100
-"""Comments kept before an instruction.  Those that describe an instruction stand next to it."""
+"""Maximum number of comments kept before an instruction: the nearest ones, because they may describe it."""
 
 _SPACES = re.compile(r"[\t\v\f\r ]+")
 _HEREDOC = re.compile(r"(\d*)<<(-?)\s*([^<]*)")
@@ -50,8 +50,8 @@ class Heredoc(msgspec.Struct, frozen=True):
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One instruction as words.
 
-    ``keyword``: As written.  ``original``: The joined line.  ``arguments``: The rest, split by the instruction's own
-    rule.  ENV has three words for each variable: name, value, separator.
+    ``keyword`` is as written, ``original`` is the joined line, and ``arguments`` is the rest, split by the
+    instruction's own rule.  ENV has three words for each variable: name, value, separator.
     """
 
     keyword: str
@@ -70,7 +70,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     """All lines of a Dockerfile.
 
-    ``escape``: Its escape character.  ``syntax``: The front end that it asks for.
+    ``escape``: Its escape character.  ``syntax``: The front end that its directive names.
     """
 
     lines: tuple[Line, ...]
@@ -226,7 +226,7 @@ class _Parser:
 
 
 def heredoc_of(word: str) -> Heredoc | None:
-    """Return the document that ``<<NAME`` starts, without its content.  None if the word is something else."""
+    """Return the document that ``<<NAME`` starts, without its content, or None if the word is not ``<<NAME``."""
     found = _HEREDOC.fullmatch(word)
     if found is None or not found[3]:
         return None
@@ -386,7 +386,7 @@ def _quoted_words(rest: str, escape: str) -> list[str]:
             quote = character
         if character == escape and quote != "'":
             if at == len(rest):
-                continue  # an escape at the end escapes nothing
+                continue  # an escape at the end of the line is an ordinary character
             word.append(character)
             character = rest[at]
             at += 1

@@ -221,7 +221,7 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.arguments) + sum(1 + len(one.instructions) for one in self.stages[:stage])
 
     def index(self, name: str, *, before: int | None = None) -> int | None:
-        """Return the last stage with this name, or else the stage with this number.  None if there is none.
+        """Return the last stage with this name, otherwise the stage with this number, or None.
 
         ``before``: Search only the stages before this one.
         """

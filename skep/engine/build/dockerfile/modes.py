@@ -48,7 +48,7 @@ class ModeChange(msgspec.Struct, frozen=True):
 
 
 class Mode(msgspec.Struct, frozen=True):
-    """Permissions for copied files.  ``number`` is None if ``changes`` derive them from each file's own."""
+    """Permissions for copied files.  If ``number`` is None, ``changes`` modify the permissions that each file has."""
 
     number: int | None = None
     changes: tuple[ModeChange, ...] = ()
@@ -95,7 +95,7 @@ def _changes(who: int, operator: str, letters: str) -> Iterator[ModeChange]:
     copied = [letter for letter in letters if letter in _SHIFTS]
     for letter in letters:
         if letter in "st" and who and not who & ~0o007:
-            continue  # others have neither a set-id nor a sticky bit
+            continue  # the class "others" has no set-id bit and no sticky bit
         if letter == "t":
             mask |= 0o1000
         if letter == "X" and operator != "-":

@@ -19,7 +19,7 @@ _TRUE, _FALSE = ("1", "t", "true"), ("0", "f", "false")
 
 
 class RunMount(msgspec.Struct, frozen=True, kw_only=True):
-    """One mount of a RUN step.  ``read_only``: None for the default of its type."""
+    """One mount of a RUN step.  ``read_only``: None means the default of its type."""
 
     type: str = "bind"
     origin: str = ""
@@ -56,7 +56,7 @@ class RunMount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def mount_origin(text: str) -> str:
-    """Return ``from`` of a mount, whose other options may have variables.  Raises: InvalidArgument."""
+    """Return the option ``from`` of a mount.  The other options may have variables.  Raises: InvalidArgument."""
     origin = ""
     for field in _fields(text):
         key, separator, value = field.partition("=")

@@ -1,7 +1,7 @@
 """Patterns of file names, as in COPY and in .dockerignore files.
 
-Matching keeps the set of pattern positions that the path can be at.  Its time is the product of the lengths of path and
-pattern, whatever they contain.
+Matching keeps the set of pattern positions that the path can have reached.  So the time is at most proportional to the
+product of both lengths, for any content.
 
 Source: Go, path/filepath/match.go; moby/patternmatcher (patternmatcher.go, ignorefile/ignorefile.go).
 """
@@ -15,7 +15,7 @@ from skep.errors import InvalidArgument
 
 PATTERNS_MAX = 10_000
 _KNOWN_MAX = 100_000
-"""Number of names whose result a pattern remembers.  The same names occur again and again in a tree."""
+"""Number of names whose result a pattern caches, because the same names occur many times in a tree."""
 
 
 class _Token(NamedTuple):
@@ -40,7 +40,9 @@ class _Token(NamedTuple):
 
 
 class Pattern:
-    """Pattern of whole paths.  ``*``, ``?`` and ``[a-z]`` do not match slashes.  With ``deep``, ``**`` does."""
+    """Pattern of whole paths.  ``*``, ``?``  and ``[a-z]`` do not match slashes.  With ``deep``, ``**`` matches
+    them.
+    """
 
     def __init__(self, text: str, *, deep: bool = False) -> None:
         """Raises: InvalidArgument: ``syntax error in pattern``."""
@@ -189,7 +191,7 @@ class PathPatterns:
         return result
 
     def may_fit_below(self, path: str) -> bool:
-        """Return whether an entry below the directory ``path`` may match.  True if it is not known."""
+        """Return whether an entry below the directory ``path`` may match, True if that is unknown."""
         parts = path.split("/")
         return any(pattern.leads_on(parts) for is_exception, pattern in self._patterns if not is_exception)
 
@@ -206,7 +208,7 @@ def _matcher(pattern: str) -> "_Segments | _Free":
 
 
 class _Segments:
-    """Pattern whose ``**`` are whole names.  It is matched name by name, and each name once."""
+    """A pattern in which each ``**`` is a whole name.  It is matched name by name, and each name once."""
 
     def __init__(self, segments: Sequence[str]) -> None:
         self._deep = [segment == "**" for segment in segments]
@@ -251,7 +253,7 @@ class _Segments:
             if len(self._known) > _KNOWN_MAX:
                 self._known.clear()
             expression = self._names[state]
-            assert expression is not None, "a deep segment takes every name"
+            assert expression is not None, "a ** matches every name"
             self._known[key] = expression.fullmatch(part) is not None
         return self._known[key]
 
@@ -284,7 +286,7 @@ class _Free:
         return any(pattern.matches(path) for pattern in self._patterns for path in paths)
 
     def leads_on(self, parts: Sequence[str]) -> bool:
-        """Return True: it is not known whether a path below these names may match."""
+        """Return True, because it is unknown whether a path below these names may match."""
         return True
 
 

@@ -13,7 +13,9 @@ from skep.errors import InvalidArgument
 VALUE_BYTES_MAX = 1 << 20
 BUDGET = 64_000_000
 _PATTERN_STEPS_MAX = 4_000_000
-"""Largest number of comparisons for one pattern.  For a value of 1,000 characters, the pattern may have four."""
+"""Maximum number of comparisons for one pattern.  For a value of 1,000 characters, a pattern may have four
+characters.
+"""
 _SPECIAL = frozenset("@*#?-$!0")
 _DEPTH_MAX = 32
 _STAR: Final = "*"
@@ -23,7 +25,7 @@ _ANY: Final = "?"
 class Budget:
     """Cost limit for all substitutions of one build: characters written, and comparisons of patterns.
 
-    A limit for each value does not bound their sum: a line has space for ten thousand variables, even unused ones.
+    A limit for each value would not be enough, because one line can have ten thousand variables.
     """
 
     def __init__(self, steps: int = BUDGET) -> None:
@@ -83,7 +85,7 @@ def unquoted_word(text: str) -> tuple[str, bool] | None:
 
 
 class _Words:
-    """Text split at spaces outside quotes."""
+    """Words of a text that is split at spaces outside quotes."""
 
     def __init__(self) -> None:
         self.words: list[str] = []

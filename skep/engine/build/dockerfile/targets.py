@@ -125,7 +125,7 @@ def require_platform(platform: str) -> None:
 def carried_out(
     stages: Stages, request: BuildRequest, arguments: Mapping[str, str], budget: Budget
 ) -> Collection[int]:
-    """Return the stages that a build carries out.  The classic builder carries out all.  Raises: InvalidArgument."""
+    """Return the stages that a build runs.  The classic builder runs all.  Raises: InvalidArgument."""
     if not request.is_buildkit:
         return range(len(stages.stages))
     return needed(stages, arguments, budget, {*request.images, *request.directories})
@@ -137,7 +137,7 @@ def needed(
     budget: Budget | None = None,
     contexts: Collection[str] = (),
 ) -> Collection[int]:
-    """Return the last stage and the stages that it depends on by the Dockerfile.
+    """Return the last stage and the stages that it depends on, according to the Dockerfile.
 
     A trigger of a base image may use a further stage.
 

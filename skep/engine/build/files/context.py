@@ -1,7 +1,7 @@
 """Context of a classic build: an archive from the client, unpacked into a directory of the build.
 
-An archive that is byte for byte the same as an earlier one is unpacked only if a step needs its files.  The Dockerfile
-and the digests of copied files are remembered, which is enough to find all steps in the cache.
+If an archive is byte for byte equal to an earlier one, it is unpacked only if a step needs its files.  The engine
+remembers the Dockerfile and the digests of copied files, which is enough to find all steps in the cache.
 
 Source: moby 20.10, builder/remotecontext/detect.go, archive.go.
 """
@@ -28,7 +28,7 @@ _IGNORE_FILE = ".dockerignore"
 
 
 _COMPARED_BYTES_MAX = 64 << 20
-"""A larger archive is unpacked while it arrives, and not compared with earlier ones."""
+"""Larger archives are unpacked while they arrive, and not compared with earlier archives."""
 _CONTEXTS_MAX = 64
 _TEXT_BYTES_MAX = 256 << 10
 """Size of a remembered Dockerfile."""
@@ -148,7 +148,7 @@ def _keep(descriptor: int, piece: bytes, hashed: "hashlib._Hash") -> None:
 
 
 def read_dockerfile(directory: Path, name: str) -> str:
-    """Return the text of the Dockerfile ``name``, which cannot lead out of the context.
+    """Return the text of the Dockerfile ``name``.  Links cannot lead out of the context.
 
     Removes the Dockerfile and .dockerignore from the context if the latter says so.  Blocks; call it in a thread.
 

@@ -121,7 +121,7 @@ def _found(copy: Copy, root: Path, name: str, work: Work, *, is_buildkit: bool) 
     found = find(root, (name,), work, is_context=not copy.origin)
     if copy.origin:
         return found
-    return [one._replace(path=one.resolved) for one in found]  # a link is copied under the name of its target
+    return [one._replace(path=one.resolved) for one in found]  # a copied link gets the name of its target
 
 
 def _check_classic(copy: Copy, prepared: PreparedCopy) -> None:

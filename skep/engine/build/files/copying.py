@@ -23,7 +23,7 @@ from skep.errors import InvalidArgument
 from skep.linux.trees import remove_tree
 
 _PIECE_BYTES = 8 << 20
-"""Bytes of a file that are copied at once.  Small enough that a copy is stopped and bounded within milliseconds."""
+"""Bytes of a file that are copied at once.  Small, so that cancellation and limits take effect within milliseconds."""
 
 
 class Ownership(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +130,7 @@ class Copier:
         """Copy an entry other than a directory, and replace the entry at its place."""
         mode, key = status.st_mode, (status.st_dev, status.st_ino)
         if stat.S_ISSOCK(mode) and self._replaces:
-            return  # an archive cannot have sockets, so neither has a copy of the classic builder
+            return  # The classic builder copies by an archive, which cannot have sockets.
         with self._place(place) as (parent, name):
             if status.st_nlink > 1 and key in links:
                 self._link(links[key], parent, name)

@@ -1,6 +1,6 @@
 """Runs ``git`` for builds, without any configuration of the machine or its users, and with limits.
 
-Servers are not trusted.  The node's limits apply to memory, files, output and time.
+Servers are not trusted, so memory, files, output and time are limited.
 
 Source: buildkit, util/gitutil/git_cli.go.
 """
@@ -24,7 +24,7 @@ from skep.linux.trees import walk
 _DEADLINE_S = 900.0
 """Seconds for one git command.  Large repositories take minutes."""
 _MEMORY_BYTES_MAX = 2 << 30
-"""Address space of each process.  Git holds an object below ``core.bigFileThreshold`` in memory up to three times."""
+"""Address space of each process.  Git may hold three copies of an object below ``core.bigFileThreshold`` in memory."""
 _OUTPUT_BYTES_MAX = 1 << 20
 """Bytes of standard output.  ``ls-remote`` prints a few references."""
 _SHOWN_BYTES = 1000
@@ -34,7 +34,9 @@ _WATCH_S = 1.0
 _END_S = 5.0
 """Seconds for the streams of a killed process to end."""
 _WALK_SHARE = 10
-"""Pause after a walk of the tree, in walk durations, so that measuring a large tree costs little."""
+"""Length of the pause after a walk of the tree, as a multiple of the walk's duration, so that measuring a large tree
+costs little.
+"""
 _READ_BYTES = 64 << 10
 _FILE_BLOCK_BYTES = 512
 """The unit of ``ulimit -f`` in POSIX."""
@@ -68,7 +70,7 @@ class Git:
 
         Raises:
             Unavailable: the command failed, or took too long.
-            ResourceExhausted: the repository or the answer of its server is larger than the node accepts.
+            ResourceExhausted: the repository or the response of its server is larger than the node accepts.
             Unimplemented: git is not installed.
         """
         program = shutil.which("git")
@@ -163,9 +165,9 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 async def _last(stream: asyncio.StreamReader, size: int) -> bytes:
-    """Read a stream to its end and return its last bytes, without the rest of a word.
+    """Read a stream to its end and return its last bytes, without a partial word at the start.
 
-    Half an address would have no scheme, so its password would not be recognized.
+    A partial address would have no scheme, so its password would not be recognized.
     """
     content, is_cut = b"", False
     while piece := await stream.read(_READ_BYTES):

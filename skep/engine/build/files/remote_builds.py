@@ -47,7 +47,7 @@ async def fetch_context(address: str, directory: Path, limits: ImageLimits, name
             await unpack(descriptor, files, limits=limits, is_layer=True, has_whiteouts=False)
         finally:
             os.close(descriptor)
-        await discard_tree(fetched)  # the build needs the files only, and may take hours
+        await discard_tree(fetched)  # the build, which may take hours, needs only the files
     else:
         raise Untranslated(f"remoteURL ({redacted_address(address)}) could not be recognized as URL")
     return await asyncio.to_thread(read_dockerfile, files, name), files

@@ -1,7 +1,7 @@
 """Files that ADD fetches from http(s) addresses and git repositories.
 
-A source is first resolved to a digest that names its content: from the server's answer, or a commit.  It is fetched
-only when the step is not in the cache.
+A source is first resolved to a digest of its content, from the server's response or the commit.  It is fetched only if
+the step is not in the cache.
 
 Source: buildkit, source/http/source.go, frontend/dockerfile/dfgitutil/git_ref.go; moby 20.10, builder/remotecontext.
 """
@@ -36,7 +36,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _REDIRECTS_MAX = 10
 """Same limit as in Go."""
 _TIMEOUT = aiohttp.ClientTimeout(total=3600, sock_connect=30, sock_read=60)
-"""An hour is enough for the largest context that a node accepts, at 36 MB/s."""
+"""In an hour, the largest context that a node accepts arrives at 36 MB/s."""
 _PIECE_BYTES = 1 << 20
 _KNOWN_MAX = 256
 _UNNAMED = "__unnamed__"
@@ -72,24 +72,24 @@ def is_remote(source: str) -> bool:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Server's answer for an address: the entity tag and the digest of the content."""
+    """A server's response for an address: the entity tag and the digest of the content."""
 
     etag: str
     digest: str
 
 
 class KnownAnswers:
-    """Answers of servers in the latest builds, so that unchanged files are not fetched again.  In memory only."""
+    """Responses of servers in the latest builds, so that unchanged files are not fetched again.  In memory only."""
 
     def __init__(self) -> None:
         self._answers: dict[str, Answer] = {}
 
     def of(self, url: str) -> Answer | None:
-        """Return the last answer for an address."""
+        """Return the last response for an address."""
         return self._answers.get(url)
 
     def note(self, url: str, answer: Answer) -> None:
-        """Remember an answer, and drop the oldest if there are too many."""
+        """Remember a response, and drop the oldest if there are too many."""
         self._answers.pop(url, None)
         self._answers[url] = answer
         while len(self._answers) > _KNOWN_MAX:

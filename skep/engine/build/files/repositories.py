@@ -1,6 +1,6 @@
 """Git repositories that ADD clones: their addresses, and how they are fetched.
 
-A repository is not trusted: it brings no hooks, and its submodules are fetched over the network only.
+A repository is not trusted: its hooks are not run, and its submodules are fetched over the network only.
 
 Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go, util/gitutil/git_cli.go.
 """
@@ -131,7 +131,7 @@ class GitRepository(Remote):
         remote = _bare(address.remote)
         await self._git("init", "--quiet", "--template=", ".")
         await self._git("remote", "add", "origin", remote)
-        # Some servers allow fetching a single commit.  A simple web server has whole branches only.
+        # Some servers allow fetching a single commit. A simple web server has only whole branches.
         wanted = address.ref or "HEAD"
         for refs in ([commit], [f"{wanted}:refs/skep/wanted"]):
             if await self._tries("fetch", "--depth=1", "--no-tags", remote, *refs):
@@ -207,8 +207,8 @@ class GitRepository(Remote):
     async def _authorization(self) -> str:
         """Return the value of the header ``Authorization`` for the repository's server.  Empty without one.
 
-        A user and password in the address come first, then the secrets GIT_AUTH_HEADER and GIT_AUTH_TOKEN for the
-        host. Those for every host are sent over TLS only.
+        A user and password in the address take precedence, then the secrets GIT_AUTH_HEADER and GIT_AUTH_TOKEN for the
+        host.  Secrets without a host are sent over TLS only.
         """
         user, colon, password = parts_of(self._address.remote).userinfo.partition(":")
         if colon:

@@ -30,7 +30,7 @@ _PIVOT = "/./"
 
 
 class PatternSelection(NamedTuple):
-    """Selection of files in a directory.  ``include``: None for all.  ``exclude``: None to leave out none."""
+    """Selection of files in a directory.  Without ``include``, all files.  Without ``exclude``, none is left out."""
 
     include: PathPatterns | None = None
     exclude: PathPatterns | None = None
@@ -49,7 +49,7 @@ class PatternSelection(NamedTuple):
 
 
 class CopySource(NamedTuple):
-    """File or directory to copy.  ``path``: As named.  ``resolved``: Without links."""
+    """File or directory to copy: its ``path`` as named, and ``resolved`` without links."""
 
     root: Path
     path: str
@@ -162,7 +162,9 @@ def _not_found(path: str) -> InvalidArgument:
 
 
 def _with_parents(tree: Tree, name: str, exclude: PathPatterns | None, work: Work) -> list[CopySource]:
-    """Return the directories that ``--parents`` copies from.  The part of each path after the pivot ``/./`` is kept."""
+    """Return the directories that ``--parents`` copies from.  The copy keeps the part of each path after the pivot
+    ``/./``.
+    """
     base, pivot, rest = name.partition(_PIVOT)
     base, pattern = (_normalized(base), _normalized(rest)) if pivot else ("", _normalized(name))
     bases = _matching(tree, base, work, follows=True) if has_wildcards(base) else [base]
@@ -241,11 +243,11 @@ def entries(
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield path and status of all selected entries below ``top``, each directory before its entries.
 
-    A directory that is not selected is yielded when an entry in it is.
+    A directory that is not selected is yielded if an entry in it is selected.
     """
     selection = selection or PatternSelection()
     waiting = dict[str, os.stat_result]()
-    """Unselected directories without a yielded entry so far."""
+    """Unselected directories that have no selected entry so far."""
     pending = [""]
     while pending:
         directory = pending.pop()

@@ -1,7 +1,7 @@
 """File trees that COPY and ADD read and write: a context, or the file system of an image.
 
 Their contents are not trusted, but no other process changes them.  A path is resolved as if the tree were the root,
-then opened without following any link.  So nothing outside is reached even if the resolution were wrong.
+then opened without following any link.  So a wrong resolution could not lead out of the tree either.
 """
 
 import os
@@ -58,7 +58,7 @@ class Work:
 
 
 class Tree:
-    """Directory whose files are only reached below it.  Leaving the ``with`` block closes it."""
+    """A directory whose paths cannot lead out of it.  Leaving the ``with`` block closes it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

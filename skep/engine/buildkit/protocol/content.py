@@ -31,7 +31,7 @@ _PIECE_BYTES = 1 << 20
 
 
 class ClientStore:
-    """Content of one directory of a client.  It is a place of cache sources and a destination of exports."""
+    """Content of one directory of a client: a location of cache sources, and a destination of exports."""
 
     def __init__(self, session: BuildSession, directory: str) -> None:
         self._session = session

@@ -138,7 +138,7 @@ class Control:
         return records
 
     def _record(self) -> pb.WorkerRecord:
-        # buildx exports caches and pushes only with a worker that has a snapshotter, whatever its name.
+        # buildx exports caches and pushes only with a worker that has a snapshotter, under any name.
         prefix = "org.mobyproject.buildkit.worker"
         labels = {f"{prefix}.executor": "skep", f"{prefix}.snapshotter": "overlayfs"}
         here = this_platform()

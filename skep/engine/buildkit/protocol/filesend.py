@@ -1,7 +1,7 @@
 """Sends the result of a build to its client: as an archive, or file by file in fsutil's protocol.
 
-The engine lists the files of the result, and the client requests the contents of files that it does not have.  They are
-read from one archive, a file of the engine, so the result is never unpacked here.
+The engine lists the files of the result, and the client requests the contents of files that it does not have.  The
+contents are read from an archive on the engine's disk, so the result is never unpacked.
 
 Source: moby/buildkit, session/filesync, exporter/local, exporter/tar; tonistiigi/fsutil, send.go, walker.go, stat.go.
 """
@@ -110,7 +110,7 @@ async def _list(messages: Messages, files: Sequence[SentFile]) -> None:
     for number, file in enumerate(files):
         await messages.send(pb.Packet(type=pb.Packet.STAT, stat=file.stat))
         if number % _LISTED_AT_ONCE == 0:
-            await asyncio.sleep(0)  # with a client that always reads at once, no other task would run
+            await asyncio.sleep(0)  # otherwise no other task would run while the client reads fast
     await messages.send(pb.Packet(type=pb.Packet.STAT))
 
 
@@ -163,7 +163,7 @@ async def spool(
 def listed(archive: Path) -> Sequence[SentFile]:
     """Return the entries of a plain tar in walk order: names in a directory sorted by their bytes.  Blocks.
 
-    The first of several hard links in that order has the content, whichever has it in the archive.
+    Of several hard links, the first in that order has the content, even if another one has it in the archive.
     """
     with tarfile.open(archive, "r:", encoding="utf-8", errors="surrogateescape") as opened:
         members = {member.name: member for member in opened if member.name}

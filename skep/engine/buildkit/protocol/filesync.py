@@ -1,7 +1,7 @@
 """Receives a client's directory over fsutil's protocol.
 
-The client lists its files.  Those that are not here from an earlier build are requested, several at once, in pieces.
-All disk work runs in a thread, one batch of pieces at a time.
+The client lists its files.  The engine requests the files that it does not have from an earlier build, several at once,
+in pieces.  All disk work runs in a thread, one batch of pieces at a time.
 
 Source: moby/buildkit, session/filesync; tonistiigi/fsutil, receive.go, send.go.
 """
@@ -144,7 +144,7 @@ class _Transfer:
                 contents.request(number)
                 await self._messages.send(pb.Packet(type=pb.Packet.REQ, id=number))
             batch = await self._batch()
-            # Run to the end, since the descriptors that it writes to are closed afterwards.
+            # Let the thread finish, because the descriptors that it writes to are closed afterwards.
             await thread_to_end(partial(_write_batch, contents, batch))
             self._bytes += sum(len(packet.data) for packet in batch)
             self._progress(self._bytes)

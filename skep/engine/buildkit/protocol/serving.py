@@ -23,7 +23,7 @@ CONNECTIONS_MAX = 64
 MESSAGE_BYTES_MAX = 16 << 20
 """BuildKit's limit."""
 _MESSAGE_S = 60.0
-"""Seconds for a message to arrive once its length has."""
+"""Seconds between the arrival of a message's length and its end."""
 
 
 class UnaryHandler(Generic[Q]):
@@ -76,7 +76,7 @@ class ServedMethod(Protocol):
 
 
 def connection(methods: Mapping[str, ServedMethod]) -> ServerConnection:
-    """Return the protocol of a connection whose client calls ``methods``, by path."""
+    """Return the protocol of a connection that serves ``methods`` (by path) to the client."""
 
     async def handle(stream: ServerStream) -> None:
         with suppress(*LOST_PEER):

@@ -33,13 +33,13 @@ from skep.rpc.headers import request_block
 A = TypeVar("A", bound=Message)
 
 SESSIONS_MAX = 64
-"""Number of open sessions.  Each may buffer as much unread data as its window."""
+"""Maximum number of open sessions.  Each may buffer a whole window of unread data."""
 WAIT_S = 5.0
 """Seconds to wait for a session: a build may be requested before its session arrives."""
 CALL_S = 60.0
 """Seconds for a call.  A client may prompt its user, or run a credential helper."""
 SILENT_S = 120.0
-"""Seconds without progress after which a client counts as lost: it reads nothing, or does not send the next message."""
+"""Seconds without progress after which a client counts as lost, because it does not read or send."""
 _CHECK_EVERY_S, _CHECK_S = 15.0, 60.0
 
 BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 20)
@@ -107,7 +107,7 @@ class BuildSession:
     async def stream(
         self, method: str, metadata: Sequence[tuple[str, str]] = (), *, silent_s: float | None
     ) -> AsyncIterator["Messages"]:
-        """Make a call in which both sides send.  A call that is still open at the end of the block is abandoned.
+        """Make a call in which both sides send.  The end of the block abandons an open call.
 
         ``silent_s``: Longest wait in seconds for each message of the client.  None for no limit.
         """
@@ -137,7 +137,7 @@ class BuildSession:
                 self.connection.abort()
                 return
             except SkepError:
-                return  # the client has no health service, so only the end of the connection shows its loss
+                return  # the client has no health service, so only a closed connection shows its loss
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended."""
@@ -194,7 +194,7 @@ class Messages:
 
 
 def _uncached_block(method: str, metadata: Sequence[tuple[str, str]]) -> bytes:
-    """Encode headers that are unique to one call, so the cache of encoded headers is of no use."""
+    """Encode headers without the cache of encoded headers, which is useless for headers of a single call."""
     return request_block.__wrapped__(method, None, tuple(metadata))
 
 
@@ -241,7 +241,7 @@ class BuildSessions:
 
     async def get(self, id: str) -> BuildSession:
         """Return a session, after a short wait if it has not arrived yet.  Raises: NotFound."""
-        # BuildKit's clients may send a prefix that distinguishes uses of one session.
+        # BuildKit's clients may add a prefix that distinguishes uses of one session.
         id = id.partition(":")[2] or id
         try:
             async with asyncio.timeout(WAIT_S), self._arrived:

@@ -19,7 +19,7 @@ from skep.rpc.server import ServerStream
 
 _PIECE_BYTES = 1 << 20
 _UNSENT_BYTES_MAX = 1 << 20
-"""Above this amount, the connection's protocol is paused."""
+"""With more unsent bytes, the connection's protocol is paused."""
 
 
 class TunnelTransport(asyncio.Transport):

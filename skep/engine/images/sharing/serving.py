@@ -42,7 +42,7 @@ UPLOADS_MAX = 6
 """Limit for simultaneous uploads."""
 UPLOADS_OF_LAYER_MAX = 3
 """Limit for simultaneous uploads of one layer."""
-UPLOADS_OF_NODE_MAX = 3
+UPLOADS_PER_NODE_MAX = 3
 """Limit for simultaneous uploads to one node.  It equals the number of layers that a node fetches at once."""
 PIECE_BYTES = 512 << 10
 """Bytes of one message to another node."""
@@ -88,7 +88,7 @@ def upload_decision(load: Load, *, is_present: bool, is_arriving: bool, last_res
         return BlobResponse.ARRIVING if is_arriving else BlobResponse.ABSENT
     if load.uploads >= UPLOADS_MAX or load.of_layer >= UPLOADS_OF_LAYER_MAX:
         return BlobResponse.BUSY
-    if load.of_node >= UPLOADS_OF_NODE_MAX:
+    if load.of_node >= UPLOADS_PER_NODE_MAX:
         return BlobResponse.BUSY
     if load.copies >= COPIES_MAX and not last_resort:
         return BlobResponse.BUSY

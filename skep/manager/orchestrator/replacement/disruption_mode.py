@@ -74,7 +74,7 @@ class DisruptionMode:
             self._delay_replacement(now)
 
     def note(self, commit: Commit) -> None:
-        """Record a commit, and freeze or resume replacement if it requires that."""
+        """Record a commit.  Freeze or resume replacement if the commit requires it."""
         now = self._clock.monotonic()
         if self._history.note(commit, now):
             self._detect(now)

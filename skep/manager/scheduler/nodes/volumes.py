@@ -51,9 +51,8 @@ class _Known:
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """Limits, by the volume and its users, for a node where the volume is not published yet.
-
-        The node cannot use it if any value is 0 or less.  If a value grows, an excluded node may be able to use it.
+        """What the volume and its users allow on a node where the volume is not published yet.  If any value is 0 or
+        less, the node cannot use it.  If a value grows, check excluded nodes again.
         """
         volume = self.volume
         if volume is None:

@@ -148,7 +148,7 @@ class KeyRotation:
             await self._cipher.changed.wait()
             return
         if not await self._replace_ring(self._cipher.ring.without_old_keys(), (fence,)):
-            raise _Superseded("the term is over, or the ring is another one")
+            raise _Superseded("the leader's term is over, or the key ring has changed")
         log.info("re-encryption finished", values=count, data_key=self._cipher.ring.current)
 
     def _outdated(self, kvs: Iterable[pb.KeyValue]) -> Sequence[pb.KeyValue]:
@@ -183,7 +183,7 @@ class KeyRotation:
             timeout_s=WRITE_S_MAX,
         )
         if not reply.succeeded:
-            raise _Superseded("the term is over, or the ring is another one")
+            raise _Superseded("the leader's term is over, or the key ring has changed")
         return damaged
 
     async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:

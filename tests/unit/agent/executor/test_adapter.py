@@ -194,7 +194,9 @@ def test_rights_of_a_tasks_labels_are_options_of_its_container() -> None:
 def test_a_right_that_is_not_granted_rejects_the_task() -> None:
     node = NodeFacts(hostname="n", allowed=frozenset({Right.RESOURCES}))
     assert create_request(with_labels(shm_size="1m"), node).host_config.shm_size == 1 << 20
-    with pytest.raises(Rejected, match="this node does not allow its tasks: devices,privileged"):
+    with pytest.raises(
+        Rejected, match="the setting `allow` of this node refuses its tasks: devices,privileged"
+    ):
         create_request(with_labels(privileged="true", devices="/dev/fuse"), node)
     assert not create_request(with_labels(), node).host_config.privileged
 

@@ -15,7 +15,7 @@ from skep.engine.images.sharing.serving import (
     COPIES_MAX,
     UPLOADS_MAX,
     UPLOADS_OF_LAYER_MAX,
-    UPLOADS_OF_NODE_MAX,
+    UPLOADS_PER_NODE_MAX,
     BlobResponse,
     Load,
     upload_decision,
@@ -204,7 +204,7 @@ def test_after_a_round_without_a_blob(
         (Load(copies=COPIES_MAX), True, False, True, BlobResponse.SENT),
         (Load(of_layer=UPLOADS_OF_LAYER_MAX), True, False, True, BlobResponse.BUSY),
         (Load(uploads=UPLOADS_MAX), True, False, True, BlobResponse.BUSY),
-        (Load(of_node=UPLOADS_OF_NODE_MAX), True, False, True, BlobResponse.BUSY),
+        (Load(of_node=UPLOADS_PER_NODE_MAX), True, False, True, BlobResponse.BUSY),
     ],
 )
 def test_what_a_node_sends(

@@ -10,10 +10,10 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.control.nodes import remove_node
 from skep.manager.eviction.steps import (
-    OF_A_MANAGER,
-    OF_A_WORKER,
-    OF_SEVERAL,
+    MANAGER_STEPS,
+    SEVERAL_NODES_STEPS,
     TEXTS,
+    WORKER_STEPS,
     begin,
     eviction_of,
     has_new_root,
@@ -87,9 +87,9 @@ async def evict(store: MemoryStore, word: str, **options: bool):
 
 
 async def test_every_step_says_what_is_true_afterwards():
-    assert set(OF_A_MANAGER) | set(OF_A_WORKER) == set(TEXTS)
-    assert OF_A_MANAGER.index("keys") < OF_A_MANAGER.index("root")
-    assert OF_A_MANAGER[0] == OF_A_WORKER[0] == "remove"
+    assert set(MANAGER_STEPS) | set(WORKER_STEPS) == set(TEXTS)
+    assert MANAGER_STEPS.index("keys") < MANAGER_STEPS.index("root")
+    assert MANAGER_STEPS[0] == WORKER_STEPS[0] == "remove"
 
 
 @pytest.mark.parametrize("word", ["manager3", "m3", "manager3"[:8]])
@@ -98,7 +98,7 @@ async def test_a_manager_is_evicted_by_name_or_id_and_the_requester_is_recorded(
     assert eviction == eviction_of(store.view())
     assert (eviction.node_id, eviction.hostname, eviction.was_manager) == ("manager3", "m3", True)
     assert (eviction.asked_by, eviction.asked_through, eviction.asked_at) == ("root@desk", OWN, NOW)
-    assert eviction.steps == OF_A_MANAGER
+    assert eviction.steps == MANAGER_STEPS
 
 
 async def test_a_root_that_came_before_the_keys_were_replaced_is_replaced_too(store):
@@ -123,10 +123,10 @@ async def test_asked_again_it_goes_on(store):
     again = await evict(store, "m3")
     assert again.next_step == "keys"
     assert again.waits_for == "manager m2 cannot be reached"
-    for step in OF_A_MANAGER:
+    for step in MANAGER_STEPS:
         await store.update(note_done, eviction.node_id, step)
     assert eviction_of(store.view()).next_step is None
-    assert (await evict(store, "w1")).steps == OF_A_WORKER
+    assert (await evict(store, "w1")).steps == WORKER_STEPS
 
 
 async def test_one_that_waits_becomes_part_of_another(store):
@@ -138,7 +138,7 @@ async def test_one_that_waits_becomes_part_of_another(store):
     both = await evict(store, "w1")
     assert both.nodes == ("worker1", "manager3")
     assert (both.was_manager, both.roots, both.waits_for) == (True, first.roots, "")
-    assert (both.done, both.next_step, both.steps) == (("keys",), "remove", OF_SEVERAL)
+    assert (both.done, both.next_step, both.steps) == (("keys",), "remove", SEVERAL_NODES_STEPS)
 
 
 async def test_invalid_evictions_are_refused(store):

@@ -23,7 +23,7 @@ from tests.support.managers.rollouts import AT_ONCE
 from tests.support.managers.visited_objects import CountingStore
 
 NODES, GLOBALS, REPLICATED = 300, 4, 3
-OF_A_NODE = 25 * (GLOBALS + 1 + REPLICATED)
+OBJECTS_PER_NODE = 25 * (GLOBALS + 1 + REPLICATED)
 """At most so many objects for each service with a slot on a node."""
 
 
@@ -116,7 +116,7 @@ def test_a_node_that_describes_itself_anew_has_its_own_slots_decided(large_with_
     node = large_with_job.store.view().get(Node, "n007")
     engine = replace(node.description.engine, labels={"disk": "full"})
     described = replace(node.description, engine=engine)
-    assert 0 < large_with_job.visited_by(change(description=described)) <= OF_A_NODE
+    assert 0 < large_with_job.visited_by(change(description=described)) <= OBJECTS_PER_NODE
 
 
 def test_slots_that_used_volumes_of_a_node_have_nothing_decided(large_with_job: Large) -> None:
@@ -129,9 +129,11 @@ def test_slots_that_used_volumes_of_a_node_have_nothing_decided(large_with_job: 
 def test_a_node_that_goes_down_and_returns_has_its_own_slots_decided(large: Large) -> None:
     node = large.store.view().get(Node, "n007")
     down = replace(node.status, state=NodeState.DOWN)
-    assert large.visited_by(change(status=down)) <= 4 * OF_A_NODE  # each slot again after each of its changes
+    assert (
+        large.visited_by(change(status=down)) <= 4 * OBJECTS_PER_NODE
+    )  # each slot again after each of its changes
     assert wanted_on(large, "n007") == set()
-    assert large.visited_by(change(status=node.status)) <= 4 * OF_A_NODE
+    assert large.visited_by(change(status=node.status)) <= 4 * OBJECTS_PER_NODE
     assert {id for id in wanted_on(large, "n007") if id.startswith("agent")} == {
         f"agent{n}" for n in range(GLOBALS)
     }
@@ -140,19 +142,19 @@ def test_a_node_that_goes_down_and_returns_has_its_own_slots_decided(large: Larg
 def test_a_drained_node_has_its_own_slots_decided(large: Large) -> None:
     node = large.store.view().get(Node, "n007")
     drained = replace(node.spec, availability=Availability.DRAIN)
-    assert large.visited_by(change(spec=drained)) <= 6 * OF_A_NODE
+    assert large.visited_by(change(spec=drained)) <= 6 * OBJECTS_PER_NODE
     assert wanted_on(large, "n007") == set()
 
 
 def test_a_new_node_gets_a_task_of_each_global_service_without_a_look_at_other_nodes(
     large_with_job: Large,
 ) -> None:
-    assert large_with_job.visited_by(lambda tx: tx.put(a_node("n999"))) <= 4 * OF_A_NODE
+    assert large_with_job.visited_by(lambda tx: tx.put(a_node("n999"))) <= 4 * OBJECTS_PER_NODE
     assert wanted_on(large_with_job, "n999") == {*(f"agent{n}" for n in range(GLOBALS)), "job"}
 
 
 def test_a_removed_node_has_its_own_slots_decided(large: Large) -> None:
-    assert large.visited_by(lambda tx: tx.delete(Node, "n007")) <= 6 * OF_A_NODE
+    assert large.visited_by(lambda tx: tx.delete(Node, "n007")) <= 6 * OBJECTS_PER_NODE
     assert wanted_on(large, "n007") == set()
 
 
@@ -166,7 +168,7 @@ def test_a_task_that_ends_has_its_own_slot_decided(large: Large) -> None:
 def test_a_node_that_completes_its_run_of_a_job_has_its_own_slot_decided(large_with_job: Large) -> None:
     task = large_with_job.store.view().get(Task, "job-007")
     done = replace(task, status=replace(task.status, state=TaskState.COMPLETE))
-    assert 0 < large_with_job.visited_by(lambda tx: tx.put(done)) <= OF_A_NODE
+    assert 0 < large_with_job.visited_by(lambda tx: tx.put(done)) <= OBJECTS_PER_NODE
 
 
 def test_a_change_of_the_service_has_all_its_slots_decided(large: Large) -> None:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.routes import application
-from skep.manager.routes.access import OF_WORKER
+from skep.manager.routes.access import WORKER_HEADER
 from skep.manager.telemetry.node_events import AllEvents
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.values.ids import NodeId
@@ -50,7 +50,7 @@ async def test_a_stream_can_end_before_it_begins():
 async def test_a_workers_client_does_not_read_the_command_lines_of_other_nodes():
     """Those of ``docker exec`` are events of containers, and have passwords in them."""
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
-        asked = {"headers": {OF_WORKER: "w1"}}
+        asked = {"headers": {WORKER_HEADER: "w1"}}
         refused = await client.get("/skep/events?nodes=all", **asked)
         assert refused.status == 403
         filters = '{"type":["container"],"scope":["swarm"]}'

@@ -22,14 +22,14 @@ class WithoutEngine(Owned):
 async def test_the_error_of_an_exec_has_the_place_of_the_container(tmp_path: Path) -> None:
     ann = Identity(name="ann", origin=Origin.TOKEN, bindings=(parse_binding("operator:shop"),))
 
-    async def named(error: NotFound, target: str, identity: Identity) -> NotFound:
+    async def add_place(error: NotFound, target: str, identity: Identity) -> NotFound:
         assert (target, identity) == ("/v1.41/containers/theirs/exec", ann)
         return NotFound(f"{error} on this node")
 
     clock = SystemClock()
     socket_path = tmp_path / "handover.sock"
     front = Front(
-        Application(None, named=named),  # type: ignore[arg-type]
+        Application(None, add_place=add_place),  # type: ignore[arg-type]
         Handover(socket_path, clock, lambda: 0.5),
         ownership=WithoutEngine(),
         membership=Member(),
