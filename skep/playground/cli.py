@@ -96,7 +96,7 @@ def playground() -> None:
     default=True,
     help="Also serve published ports on 127.0.0.1.  [default: relay]",
 )
-@click.option("--tls", is_flag=True, help="Also serve the managers' API by TLS, for users.")
+@click.option("--tls", is_flag=True, help="Also serve the managers' API to users over TLS.")
 @_verb
 def up(
     directory: Path,
@@ -187,7 +187,7 @@ def ps(directory: Path, name: str | None, output: OutputOptions) -> None:
             head = ("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")
             yield from table(head, [tuple(row.values()) for row in rows], screen)
             for published, url in ports.items():
-                yield f"{'API by TLS' if published == API else f'published port {published}'}: {url}"
+                yield f"{'API over TLS' if published == API else f'published port {published}'}: {url}"
 
         return Shown(data={"Nodes": rows, "Ports": dict(ports)}, rows=rows, lines=lines)
 

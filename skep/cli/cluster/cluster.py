@@ -39,7 +39,7 @@ def resume(host: HostOptions) -> None:
     Replacement is suspended when many nodes go down at once.
 
     \b
-    Examples:
+    Example:
       skep cluster resume
     """
     run_requests(_resume(host))
@@ -173,7 +173,7 @@ def worker_reads(host: HostOptions, switch: str | None, output: OutputOptions) -
     of services. Proxies and dashboards can then connect to a worker.
 
     \b
-    Examples:
+    Example:
       skep cluster worker-reads on
     """
     _show_switch(host, output, WORKER_READS, "WorkerReads", switch)
@@ -193,7 +193,7 @@ def preemption(host: HostOptions, switch: str | None, output: OutputOptions) -> 
     orders the tasks that wait.
 
     \b
-    Examples:
+    Example:
       skep cluster preemption on
     """
     _show_switch(host, output, PREEMPTION, "Preemption", switch)
@@ -210,7 +210,7 @@ def share_images(host: HostOptions, switch: str | None, output: OutputOptions) -
     tasks use. Managers can always read all images.
 
     \b
-    Examples:
+    Example:
       skep cluster share-images on
     """
     _show_switch(host, output, SHARE_IMAGES, "ShareImages", switch)
@@ -224,7 +224,7 @@ def rotate_keys(host: HostOptions) -> None:
     New values use the new key at once. Existing values are re-encrypted in the background. Nothing restarts.
 
     \b
-    Examples:
+    Example:
       skep cluster rotate-keys
     """
     run_requests(_rotate_keys(host))

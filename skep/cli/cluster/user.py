@@ -78,7 +78,10 @@ _roles = click.option(
 @click.option("--token", "makes_token", is_flag=True, help="Create a token and print it once.")
 @click.option("--context", "makes_context", is_flag=True, help="Create a docker context with a certificate.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write ca.pem, cert.pem and key.pem to this directory."
+    "--out",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path),
+    help="Write ca.pem, cert.pem and key.pem to this directory.",
 )
 @click.option(
     "--address", default="", metavar="URL", help="Address of the API for the context: tcp://manager1:2376."
@@ -182,7 +185,7 @@ def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
     Closes the user's open connections.
 
     \b
-    Examples:
+    Example:
       skep user update ann --role viewer --role operator:shop
     """
 
@@ -205,7 +208,7 @@ def rm(options: HostOptions, names: tuple[str, ...]) -> None:
     Closes the users' open connections.
 
     \b
-    Examples:
+    Example:
       skep user rm ann
     """
 
@@ -225,7 +228,7 @@ def ls(options: HostOptions, output: OutputOptions) -> None:
     """List users.
 
     \b
-    Examples:
+    Example:
       skep user ls
     """
 
@@ -257,7 +260,7 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
     The values of tokens are never shown.
 
     \b
-    Examples:
+    Example:
       skep user inspect ann -o json
     """
 
@@ -324,7 +327,9 @@ def token(options: HostOptions, name: str, removed: str, lifetime: float, *, das
 
 
 @user.command(cls=_WithDays)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the files to this directory.")
+@click.option(
+    "--out", metavar="DIRECTORY", type=click.Path(path_type=Path), help="Write the files to this directory."
+)
 @click.option("--for", "context", metavar="CONTEXT", default="", help="Write them to this docker context.")
 @click.option(
     "--ca",
@@ -381,7 +386,7 @@ def whoami(options: HostOptions, output: OutputOptions) -> None:
     """Show your user and its roles.
 
     \b
-    Examples:
+    Example:
       skep --context ann user whoami
     """
 

@@ -31,7 +31,7 @@ def doctor() -> None:
     """Diagnose the cluster.
 
     \b
-    Examples:
+    Example:
       skep doctor network
     """
 

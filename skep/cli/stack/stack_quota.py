@@ -100,7 +100,7 @@ def show(options: HostOptions, stack: str, output: OutputOptions) -> None:
     """Show the quota of a stack and its usage.
 
     \b
-    Examples:
+    Example:
       skep stack quota show shop
     """
 
@@ -119,7 +119,7 @@ def remove(options: HostOptions, stack: str) -> None:
     """Remove the quota of a stack.
 
     \b
-    Examples:
+    Example:
       skep stack quota rm shop
     """
 
