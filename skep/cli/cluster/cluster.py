@@ -10,6 +10,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.maintain.maintenance import settings_of
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
+from skep.errors import InvalidArgument
 from skep.model.options.labels import FORGET_NODES, HEARTBEAT_GRACE, PREEMPTION, SHARE_IMAGES, WORKER_READS
 from skep.model.permissions.rights import ALLOW_LABEL
 
@@ -128,7 +129,7 @@ def pools(
     async def fetch() -> Shown:
         swarm = await _swarm(host)
         rows = [{"Subnet": pool, "SubnetSize": swarm["SubnetSize"]} for pool in swarm["DefaultAddrPool"]]
-        lines = [f"{row['Subnet']}\tsubnets of /{row['SubnetSize']}" for row in rows]
+        lines = [f"{row['Subnet']}, in subnets of /{row['SubnetSize']}" for row in rows]
         return Shown(data=rows, rows=rows, lines=lambda _: iter(lines))
 
     output.show(fetch)
@@ -270,7 +271,13 @@ async def _set_label(host: HostOptions, name: str, value: str) -> None:
             labels[name] = value
         spec = {**swarm["Spec"], "Labels": labels}
         version = str(swarm["Version"]["Index"])
-        await client.post("/swarm/update", spec, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
+        try:
+            await client.post("/swarm/update", spec, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
+        except InvalidArgument as error:
+            _, is_about_label, reason = str(error).partition(f"label {name}={value}: ")
+            if not is_about_label:
+                raise
+            raise InvalidArgument(f"invalid value {value!r}: {reason}") from error
 
 
 async def _change_pools(host: HostOptions, change: Mapping[str, Any]) -> None:

@@ -271,8 +271,8 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
             {
                 "Kind": _kind(kind, one),
                 "ID": one[key],
-                "Created": one["CreatedAt"][:19],
-                "Expires": one["NotAfter"][:19],
+                "Created": _minute(one["CreatedAt"]),
+                "Expires": _minute(one["NotAfter"]),
             }
             for kind, key, items in (
                 ("certificate", "Serial", found["Certificates"]),
@@ -283,6 +283,11 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
         return _table(found, rows, f"No certificates or tokens. Create a token with skep user token {name}.")
 
     output.show(fetch)
+
+
+def _minute(stamp: str) -> str:
+    """Return ``2026-01-31 12:00 UTC`` of an RFC 3339 timestamp."""
+    return f"{stamp[:16].replace('T', ' ')} UTC"
 
 
 def _kind(kind: str, credential: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -41,6 +41,8 @@ _KINDS: dict[str, tuple[str, type[Any]]] = {
     "networks": ("network", Network),
     "volumes": ("volume", Volume),
 }
+_NAMED = {"users": "user", "stacks": "stack"}
+"""Nouns whose objects are found by their names alone."""
 _NO_RECORD = re.compile(
     r"/skep/services/placement|/skep/stacks/check"  # dry runs
     r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded when they start, because they may last for hours
@@ -153,6 +155,8 @@ def about(path: str, method: str, view: View, among: Callable[[Any], bool] | Non
     words = [word for word in path.split("/") if word and word != "skep"]
     noun, *rest = words or ["?"]
     action = {"DELETE": "remove", "GET": "read"}.get(method) or (rest[-1] if rest else "create")
+    if noun in _NAMED:
+        return _about_named(noun, method, rest)
     if noun not in _KINDS:
         return JournalEntry(type="cluster" if noun in ("swarm", "cluster") else noun, action=action)
     name, kind = _KINDS[noun]
@@ -163,6 +167,14 @@ def about(path: str, method: str, view: View, among: Callable[[Any], bool] | Non
         with suppress(SkepError):
             return _about_object(entry, view.resolve(kind, rest[0], seen), view)
     return replace(entry, name=rest[0])
+
+
+def _about_named(noun: str, method: str, rest: Sequence[str]) -> JournalEntry:
+    """Return an entry for a user or a stack, or for its tokens, certificates or quota."""
+    name, part, *_ = [*rest, "", ""]
+    verb = {"DELETE": "remove", "PUT": "set", "GET": "read"}.get(method, "create")
+    action = f"{verb}-{part.removesuffix('s')}" if part and part != "update" else part or verb
+    return JournalEntry(type=_NAMED[noun], action=action, name="" if name == "create" else name)
 
 
 def _about_object(entry: JournalEntry, found: Any, view: View) -> JournalEntry:
