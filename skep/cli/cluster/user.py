@@ -21,6 +21,7 @@ from skep.cli.start.contexts import DockerContext, DockerContexts
 from skep.errors import InvalidArgument, SkepError, Unauthenticated, Unavailable
 from skep.linux.files import replace_file
 from skep.model.permissions.access import parse_binding
+from skep.model.task_end import printable
 
 if TYPE_CHECKING:
     from skep.api.client.requests import PlainRequests
@@ -280,7 +281,10 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
             )
             for one in items
         ]
-        return _table(found, rows, f"No certificates or tokens. Create a token with skep user token {name}.")
+        empty = f"No certificates or tokens. Create a token with skep user token {name}."
+        return _table(
+            found, rows, empty, above=f"{found['Spec']['Name']}: {', '.join(found['Spec']['Roles'])}"
+        )
 
     output.show(fetch)
 
@@ -474,10 +478,12 @@ def _expires(user: Mapping[str, Any]) -> str:
     return max((str(one["NotAfter"]) for one in (*user["Certificates"], *user["Tokens"])), default="")
 
 
-def _table(data: Any, rows: list[dict[str, Any]], empty: str = "") -> Shown:
+def _table(data: Any, rows: list[dict[str, Any]], empty: str = "", *, above: str = "") -> Shown:
     def lines(screen: Screen) -> Iterator[str]:
+        if above:
+            yield printable(above)
         names = list(rows[0]) if rows else ["Name"]
         cells = [tuple(str(value) for value in row.values()) for row in rows]
-        return table(tuple(name.upper() for name in names), cells, screen, empty=empty)
+        yield from table(tuple(name.upper() for name in names), cells, screen, empty=empty)
 
     return Shown(data=data, rows=rows, lines=lines)
