@@ -16,6 +16,7 @@ T = TypeVar("T")
 _RPC = re.compile(r"^rpc error: code = \w+ desc = ")
 """Prefix of SwarmKit's errors in Docker's API, which is not shown to people."""
 _NOT_FOUND = re.compile(r"(service|node|network|secret|config|volume|user) \S+ not found")
+_SILENT = re.compile(r"(unix|tcp|ssh)://\S+ does not answer(: .+)?")
 _NO_HOST = re.compile(r"unable to parse docker host `[^`]*`")
 
 
@@ -46,6 +47,8 @@ def with_next_step(text: str) -> str:
     """Return an error of a node or of the connection with the next step that it does not name."""
     if found := _NOT_FOUND.fullmatch(text):
         return f"{text}. List {found[1]}s with skep {found[1]} ls."
+    if _SILENT.fullmatch(text):
+        return f"{text}. Check that the node runs, or choose another one with --host."
     if _NO_HOST.fullmatch(text):
         return f"{text}. Use unix:///path, tcp://address:port or ssh://user@machine."
     return text

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from skep.cli.formatting import counted
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.errors import SkepError
 from skep.playground import names
@@ -130,7 +131,7 @@ def up(
             tls=tls,
         )
     )
-    click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
+    click.echo(f"{counted(len(cluster.nodes), 'node')}: {' '.join(node.name for node in cluster.nodes)}")
     click.echo(f"description: {directory.resolve() / 'cluster.json'}")
     if relay:
         click.echo("published ports are also served on 127.0.0.1: skep playground ps")

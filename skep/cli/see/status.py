@@ -510,7 +510,7 @@ def _headline(status: StatusScreen) -> str:
         workers = len(cluster.nodes) - len(managers)
         ready = sum(row.state == "ready" for row in cluster.nodes)
         well = sum(row.is_healthy for row in cluster.services)
-        nodes = f"{ready} of {len(cluster.nodes)} nodes ready"
+        nodes = f"{ready} of {counted(len(cluster.nodes), 'node')} ready"
         if cluster.as_of:
             words.append(f"as of {clock_time(cluster.as_of)}:")
         words.append(f"{counted(len(managers), 'manager')}{leader}, {counted(workers, 'worker')}, {nodes}")

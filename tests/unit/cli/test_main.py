@@ -72,6 +72,8 @@ def test_what_is_not_found_is_listed_by_a_command() -> None:
         with_next_step("service web not found")
         == "service web not found. List services with skep service ls."
     )
+    silent = "tcp://m1:2376 does not answer: connection refused"
+    assert with_next_step(silent) == f"{silent}. Check that the node runs, or choose another one with --host."
     assert with_next_step("service web not found. Run it.") == "service web not found. Run it."
 
 

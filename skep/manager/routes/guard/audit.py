@@ -50,6 +50,8 @@ _NO_RECORD = re.compile(
 _READS = re.compile(r"/swarm/unlockkey|/skep/backup")
 """Requests that change nothing but return secrets that protect the cluster."""
 
+_RPC = re.compile(r"^rpc error: code = \w+ desc = ")
+"""Prefix of SwarmKit's errors in Docker's API, which the history leaves out."""
 _CLIENT_GONE = 499
 """nginx's status for a disconnected client.  HTTP has no such status."""
 
@@ -223,7 +225,7 @@ def with_outcome(entry: JournalEntry, status: int, error: str = "") -> JournalEn
     """Return the entry of a request with the outcome ``status``."""
     what = " ".join(filter(None, (entry.action, entry.type, entry.name)))
     failed = f": refused with {status}" if status >= 400 and status != _CLIENT_GONE else ""
-    because = f": {masked_text(error)}" if error else ""
+    because = f": {masked_text(_RPC.sub('', error))}" if error else ""
     severity = Severity.INFO if status < 400 else Severity.WARNING if status < 500 else Severity.ERROR
     return replace(entry, status=status, severity=severity, message=f"{what}{failed}{because}")
 

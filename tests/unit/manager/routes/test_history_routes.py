@@ -122,7 +122,10 @@ def test_a_request_is_about_the_object_that_its_client_sees() -> None:
     ],
 )
 def test_the_audit_log_names_users_and_stacks(method: str, path: str, words: str) -> None:
-    assert with_outcome(about(path, method, State()), 200).message == words
+    entry = about(path, method, State())
+    assert with_outcome(entry, 200).message == words
+    refused = "rpc error: code = InvalidArgument desc = invalid name"
+    assert with_outcome(entry, 400, refused).message == f"{words}: refused with 400: invalid name"
 
 
 def test_a_refusal_is_recorded_without_what_it_quotes() -> None:
