@@ -34,6 +34,16 @@ def age(stamp: str, now: float) -> str:
     return stamp if seconds is None else duration(seconds)
 
 
+def size(count: int) -> str:
+    """Format a number of bytes: ``0 B``, ``1.5 KiB``, ``512 MiB``, ``8 GiB``."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return the number with its noun: ``1 node``, ``2 nodes``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -52,16 +52,17 @@ class Screen(msgspec.Struct, frozen=True):
         return click.style(text, fg=color or None, bold=bold or None) if self.has_colors and text else text
 
     def fitted(self, text: str, *, indent: int = 0) -> list[str]:
-        """Wrap ``text`` to the screen. Lines after the first are indented."""
+        """Wrap ``text`` to the screen. The first line keeps its indentation, the others have ``indent``."""
         if self.columns is None or width_of(text) <= self.columns:
             return [text]
-        lines, line, room = [], "", self.columns
-        for word in text.split(" "):
-            if line and width_of(line) + 1 + width_of(word) > room:
+        first, *words = text.lstrip(" ").split(" ")
+        lines, line = [], " " * (len(text) - len(text.lstrip(" "))) + first
+        for word in words:
+            if width_of(line) + 1 + width_of(word) > self.columns:
                 lines.append(line)
-                line, room = " " * indent + word, self.columns
+                line = " " * indent + word
             else:
-                line = f"{line} {word}" if line else word
+                line = f"{line} {word}"
         return [*lines, line]
 
 

@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 _RPC = re.compile(r"^rpc error: code = \w+ desc = ")
 """Prefix of SwarmKit's errors in Docker's API, which is not shown to people."""
+_NOT_FOUND = re.compile(r"(service|node|network|secret|config|volume|user) \S+ not found")
+_SILENT = re.compile(r"(unix|tcp|ssh)://\S+ does not answer(: .+)?")
+_NO_HOST = re.compile(r"unable to parse docker host `[^`]*`")
 
 
 def run_requests(work: Coroutine[Any, Any, T]) -> T:
@@ -36,5 +39,16 @@ def errors_shown() -> Iterator[None]:
     except BrokenPipeError:
         raise  # The reader of the output, such as head, has ended. click then ends the command silently.
     except (SkepError, OSError) as error:
-        text = _RPC.sub("", str(error))
+        text = with_next_step(_RPC.sub("", str(error)))
         raise click.ClickException("\n".join(map(printable, text.split("\n")))) from error
+
+
+def with_next_step(text: str) -> str:
+    """Return an error of a node or of the connection with the next step that it does not name."""
+    if found := _NOT_FOUND.fullmatch(text):
+        return f"{text}. List {found[1]}s with skep {found[1]} ls."
+    if _SILENT.fullmatch(text):
+        return f"{text}. Check that the node runs, or choose another one with --host."
+    if _NO_HOST.fullmatch(text):
+        return f"{text}. Use unix:///path, tcp://address:port or ssh://user@machine."
+    return text

@@ -66,12 +66,12 @@ SETTINGS = (
     Setting(name="tls-ca", help="CA that signs client certificates", read=values.existing_file),
     Setting(
         name="dashboard",
-        help="address:port where users with a token open the dashboard in a browser, by TLS (none). Only on managers",
+        help="address:port where users with a token open the dashboard in a browser over TLS (none). Only on managers",
         read=values.listening_addr,
     ),
     Setting(
         name="dashboard-public",
-        help="serve the dashboard on public addresses also",
+        help="also serve the dashboard on public addresses",
         read=values.boolean,
     ),
     Setting(
@@ -142,7 +142,7 @@ SETTINGS = (
     ),
     Setting(
         name="metrics-addr",
-        help="address:port where Prometheus reads /metrics and /sd by plain HTTP, without authentication (none)",
+        help="address:port where Prometheus reads /metrics and /sd over plain HTTP, without authentication (none)",
         read=values.listening_addr,
         docker_key="metrics-addr",
     ),

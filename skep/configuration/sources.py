@@ -182,7 +182,7 @@ def _problems_together(configuration: Configuration) -> list[str]:
     if configuration.dashboard is not None:
         address, port = configuration.dashboard
         if not any(tls):
-            problems.append("--dashboard is served by TLS: set --tls-cert and --tls-key")
+            problems.append("--dashboard is served over TLS: set --tls-cert and --tls-key")
         if address and is_public(address) and not configuration.dashboard_public:
             problems.append(
                 f"--dashboard {joined(address, port)} is a public address: set --dashboard-public if it is to be "

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from skep.cli.formatting import counted
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.errors import SkepError
 from skep.playground import names
@@ -96,7 +97,7 @@ def playground() -> None:
     default=True,
     help="Also serve published ports on 127.0.0.1.  [default: relay]",
 )
-@click.option("--tls", is_flag=True, help="Also serve the managers' API by TLS, for users.")
+@click.option("--tls", is_flag=True, help="Also serve the managers' API to users over TLS.")
 @_verb
 def up(
     directory: Path,
@@ -130,7 +131,7 @@ def up(
             tls=tls,
         )
     )
-    click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
+    click.echo(f"{counted(len(cluster.nodes), 'node')}: {' '.join(node.name for node in cluster.nodes)}")
     click.echo(f"description: {directory.resolve() / 'cluster.json'}")
     if relay:
         click.echo("published ports are also served on 127.0.0.1: skep playground ps")
@@ -187,7 +188,7 @@ def ps(directory: Path, name: str | None, output: OutputOptions) -> None:
             head = ("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")
             yield from table(head, [tuple(row.values()) for row in rows], screen)
             for published, url in ports.items():
-                yield f"{'API by TLS' if published == API else f'published port {published}'}: {url}"
+                yield f"{'API over TLS' if published == API else f'published port {published}'}: {url}"
 
         return Shown(data={"Nodes": rows, "Ports": dict(ports)}, rows=rows, lines=lines)
 

@@ -318,7 +318,7 @@ class Deployment:
             elif is_done:
                 self._show(change.name, "updated")
             for warning in result.get("Warnings") or ():
-                self._show(change.name, f"warning: {warning}")
+                self._show(change.name, f"Warning: {warning}")
         await all_of(
             self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
         )

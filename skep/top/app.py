@@ -28,15 +28,15 @@ from skep.top.watching import WatchedCluster
 
 _SHORT = 16
 """If the screen has fewer lines, it leaves out empty lines and shows the headline on one line."""
-_TABS_WITH_COUNTS = 64
+_TABS_WITH_COUNTS = 72
 """Number of columns from which on the tabs have space for their counts."""
 _WRAPPING = 12
 """Columns that stay empty at the end of a wrapped line: the length of a long word."""
 _COLORS = {ClusterHealth.HEALTHY: "text-success", ClusterHealth.CONVERGING: "text-warning"}
 """Theme variables of the headline.  Other states are errors."""
 _WHEN_EMPTY: Mapping[ScreenView, str] = {
-    ScreenView.SERVICES: "No services.  Create one: skep service create --name web --publish 8080:80 nginx",
-    ScreenView.TASKS: "No tasks.  Services start them: skep service create --name web --publish 8080:80 nginx",
+    ScreenView.SERVICES: "No services.  Create one: skep service create --name web nginx",
+    ScreenView.TASKS: "No tasks.  Services start them: skep service create --name web nginx",
     ScreenView.NODES: "No nodes.  Create a cluster: skep swarm init",
     ScreenView.EVENTS: "No events since skep top started.  Earlier ones: skep history",
 }
@@ -218,7 +218,7 @@ class TopApp(App[None]):
         text = Text()
         has_counts = self.size.width >= _TABS_WITH_COUNTS
         for number, view in enumerate(ScreenView, start=1):
-            count = f" {counts[view]}" if counts.get(view) and has_counts else ""
+            count = f" ({counts[view]})" if counts.get(view) and has_counts else ""
             style = "reverse bold" if view is self._view else ""
             label = f" {number} {view.value}{count} "
             text.append(label, style=style)

@@ -66,6 +66,7 @@ def about_node(snapshot: Snapshot, node: Mapping[str, Any]) -> list[str]:
         ("role", str(spec.get("Role") or "")),
         ("address", str(status.get("Addr") or "")),
         ("platform", f"{platform.get('OS', '')} {platform.get('Architecture', '')}"),
+        ("load", "" if node.get("Load") is None else f"{node['Load']:.0%}"),
         ("reserved", reserved),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted((spec.get("Labels") or {}).items()))),
     ]

@@ -25,6 +25,11 @@ _CSS = """
     & Horizontal { height: 1; margin-top: 1; }
     & Button { margin-right: 2; }
 """
+_SCROLLS = """
+    & VerticalScroll { margin-bottom: 1; }
+    & .foot { dock: bottom; height: auto; }
+"""
+"""The last lines keep their place below a text that is longer than the dialog."""
 
 
 def plain(lines: Iterable[str]) -> Text:
@@ -72,7 +77,7 @@ class Confirm(ModalScreen[bool]):
         Binding("n,escape", "answer(False)", "No"),
         Binding("left,right", "app.focus_next", "Other", show=False),
     ]
-    DEFAULT_CSS = f"Confirm {{ {_CSS} }}"
+    DEFAULT_CSS = f"Confirm {{ {_CSS} {_SCROLLS} }}"
 
     def __init__(self, action: Action):
         super().__init__()
@@ -83,10 +88,11 @@ class Confirm(ModalScreen[bool]):
             yield Static(plain([self._action.title]), classes="title")
             with VerticalScroll(can_focus=False):
                 yield Static(plain(self._action.consequences))
-            with Horizontal():
-                yield Button("No", id="no", compact=True)
-                yield Button("Yes", id="yes", variant="warning", compact=True)
-            yield Static("y: yes   n, esc: no", classes="hint")
+            with Vertical(classes="foot"):
+                with Horizontal():
+                    yield Button("No", id="no", compact=True)
+                    yield Button("Yes", id="yes", variant="warning", compact=True)
+                yield Static("y: yes   n, esc: no", classes="hint")
 
     def on_mount(self) -> None:
         """Select "No"."""
@@ -105,7 +111,7 @@ class Show(ModalScreen[None]):
     """Shows a text that is fetched when the dialog opens."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "close", "Close")]
-    DEFAULT_CSS = f"Show {{ {_CSS} }}"
+    DEFAULT_CSS = f"Show {{ {_CSS} {_SCROLLS} }}"
 
     def __init__(self, title: str, ask: Callable[[], Awaitable[list[str]]]):
         super().__init__()
@@ -117,7 +123,7 @@ class Show(ModalScreen[None]):
             yield Static(plain([self._title]), classes="title")
             with VerticalScroll():
                 yield Static("Loading...", id="text", markup=False)
-            yield Static("esc: close", classes="hint")
+            yield Static("esc: close", classes="hint foot")
 
     def on_mount(self) -> None:
         """Start to fetch the text."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.see.status import ServiceLine
+from skep.cli.see.status import UNAVAILABLE, ServiceLine
 from skep.errors import InvalidArgument
 from skep.model.node import plain_message
 from skep.model.values.times import SECOND_NS, timestamp, unix_ns
@@ -259,7 +259,7 @@ def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: Sequence[ShownTask
     name = snapshot.node_name(node["ID"])
     cells = (
         name,
-        state if availability in ("", "active") else f"{state}, {availability}",
+        f"{state}, {UNAVAILABLE[availability]}" if availability in UNAVAILABLE else state,
         role,
         str(len(tasks)),
         f"{load:.0%}" if isinstance(load, int | float) and state == "ready" else "-",

@@ -43,7 +43,7 @@ async def test_the_headline_names_the_first_reason_and_attention_counts_its_list
         )
         assert await problems.count() + await warnings.count() == await attention.locator("li").count()
         await expect(progress.locator("h2 i")).to_have_text(f"{await progress.locator('li').count()} service")
-        await expect(attention).to_contain_text("the store is 92 % full")
+        await expect(attention).to_contain_text("The store is 92 % full")
         for row in cluster.rows["nodes"].values():
             row |= {"state": "ready", "reason": ""}
         for row in cluster.rows["services"].values():
@@ -232,6 +232,42 @@ async def test_a_user_sees_the_actions_of_a_role(
         await expect(actions.get_by_role("button", name="Drain")).to_have_count(int(token == "eve-token"))
 
 
+async def test_a_list_shows_tags_states_and_ages_whole() -> None:
+    """The registry of an image is cut before its tag, and a task that stops is not shown as running."""
+    cluster = in_every_state()
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        for place in ("services", "tasks"):
+            await page.goto(f"{url}#/{place}")
+            names = page.locator("table.list .image")
+            await expect(names.first).to_be_visible()
+            cut = "(all) => all.filter(({ lastChild: tag }) => tag.scrollWidth > tag.clientWidth).length"
+            assert await names.evaluate_all(cut) == 0
+        row = page.locator("table.list tbody tr", has=page.locator(".glyph.stopping"))
+        await expect(row.locator(".badge")).to_have_text("stopping")
+        row = page.locator("table.list tbody tr", has_text="shop_cart.3")
+        await expect(row.locator("td").last).to_have_text("exit 1")
+        await page.goto(f"{url}#/services")
+        row = page.locator("table.list tbody tr", has_text="orders")
+        await expect(row.locator("time")).to_have_text("3 d ago")
+
+
+async def test_a_stack_returns_to_the_last_revision_that_was_deployed() -> None:
+    async with served(in_every_state()) as url, a_browser() as browser, a_page(browser) as page:
+        await page.goto(f"{url}#/stacks/stacks/shop")
+        await expect(page.locator("aside .history .badge").nth(1)).to_have_text("failed")
+        code = page.locator("aside .command code")
+        await expect(code).to_have_text("skep stack rollback shop --to 5")
+
+
+async def test_an_object_that_is_gone_is_said_within_the_panel() -> None:
+    async with served(in_every_state()) as url, a_browser() as browser, a_page(browser) as page:
+        await page.goto(f"{url}#/tasks/tasks/removed")
+        title, note = page.locator("aside h2"), page.locator("aside .note")
+        await expect(note).to_have_text("It was replaced or removed.")
+        left = "(one) => one.getBoundingClientRect().left + parseFloat(getComputedStyle(one).paddingLeft)"
+        assert await note.evaluate(left) == await title.evaluate(left)
+
+
 async def test_a_phone_shows_problems_first() -> None:
     cluster = in_every_state()
     size: Any = {"viewport": {"width": 390, "height": 844}}
@@ -249,6 +285,10 @@ async def test_a_phone_shows_problems_first() -> None:
         first = page.locator("table.list tbody tr").first
         await expect(first).to_contain_text("heartbeat failure")
         await expect(first.locator("small")).to_be_visible()
+        more = page.get_by_role("button", name="More")
+        await expect(more).not_to_have_attribute("aria-current", "true")
+        await page.goto(f"{url}#/volumes")
+        await expect(more).to_have_attribute("aria-current", "true")
 
 
 async def _top(one: Locator) -> float:

@@ -94,7 +94,7 @@ async def test_a_deploy_waits_or_is_detached_and_names_what_does_not_run(cluster
 async def test_a_plan_ends_with_two_if_something_would_change_and_writes_nothing(cluster: Cluster) -> None:
     cluster.write(FILE % "busybox")
     code, out, _ = await cluster.run("stack", "plan", "--resolve-image", "never")
-    assert (code, "+ service shop_db" in out, "1 task: m1" in out) == (2, True, True), out
+    assert (code, "+ service shop_db" in out, "1 task on m1" in out) == (2, True, True), out
     view = cluster.store.view()
     written = [one.spec.name for one in view.find(Network)] + [one.spec.name for one in view.find(Config)]
     assert [name for name in (*written, *cluster.names()) if name.startswith("shop")] == []

@@ -189,7 +189,7 @@ def test_address_pools_change_after_the_beginning(m1: TestNode, w1: TestNode) ->
     def subnet(network: str) -> str:
         return str((inspected(m1, network)["IPAM"]["Config"] or [{"Subnet": ""}])[0]["Subnet"])
 
-    assert "10.0.0.0/8\tsubnets of /24" in skep().stdout
+    assert "10.0.0.0/8, in subnets of /24" in skep().stdout
     changed = skep("--add", "172.31.8.0/29", "--size", "29")
     assert changed.returncode == 0, changed.stderr
     refused = skep("--remove", "10.0.0.0/8")
@@ -200,7 +200,7 @@ def test_address_pools_change_after_the_beginning(m1: TestNode, w1: TestNode) ->
     finally:
         m1.docker("network", "rm", "small", check=False)
         restored = skep("--remove", "172.31.8.0/29", "--size", "24")
-    assert restored.stdout == "10.0.0.0/8\tsubnets of /24\n", restored.stderr
+    assert restored.stdout == "10.0.0.0/8, in subnets of /24\n", restored.stderr
 
 
 def test_a_full_network_goes_on_in_the_subnet_it_is_given(m1: TestNode, w1: TestNode) -> None:

@@ -259,7 +259,7 @@ def test_users_udp_clients_and_hosts_of_a_file_are_served(nowhere: TestCluster, 
         check=False,
     )
     assert listed.stdout.split() == ["m1"], listed.stderr
-    assert "API by TLS: tcp://127.0.0.1:" in nowhere.skep("ps").stdout
+    assert "API over TLS: tcp://127.0.0.1:" in nowhere.skep("ps").stdout
     check_udp_answers_at_this_machine(nowhere)
     # The comment of a node's file invites to this.
     further = tmp_path / "further.sock"

@@ -54,7 +54,10 @@ def test_a_node_that_does_not_answer_is_said_in_plain_words() -> None:
     done = run(SKEP, "--host", "unix:///nonexistent/skep.sock", "status")
     assert (done.returncode, done.stderr) == (
         1,
-        "Error: unix:///nonexistent/skep.sock does not answer: no such file or directory\n",
+        (
+            "Error: unix:///nonexistent/skep.sock does not answer: no such file or directory. "
+            "Check that the node runs, or choose another one with --host.\n"
+        ),
     )
 
 

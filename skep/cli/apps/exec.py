@@ -25,7 +25,7 @@ from skep.errors import InvalidArgument
 @click.option("--privileged", is_flag=True, help="Give extended privileges to the command.")
 @click.option("--detach-keys", default="", metavar="KEYS", help="Override the key sequence for detaching.")
 @click.argument("target", metavar="SERVICE[.SLOT]|TASK")
-@click.argument("command", metavar="COMMAND", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", metavar="COMMAND [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def exec_command(ctx: click.Context, /, target: str, command: Sequence[str], **options: Any) -> None:
     """Run a command in a task's container on any node.

@@ -114,7 +114,7 @@ def retry(host: HostOptions, names: tuple[str, ...]) -> None:
     Completed tasks are not repeated. The run keeps its spec, and the restart policy counts attempts from zero.
 
     \b
-    Examples:
+    Example:
       skep job retry nightly
     """
     for name in names:

@@ -421,7 +421,7 @@ def _commands(kind: FileKind) -> click.Group:
         previous versions of rotated {kind.noun}s are removed.
 
         \b
-        Examples:
+        Example:
           skep {kind.noun} prune
         """,
     )

@@ -66,7 +66,7 @@ def run_spec(
 @click.option("-t", "--tty", is_flag=True, help="Allocate a pseudo-TTY, and attach to it.")
 @click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Set environment variables.")
 @click.argument("service")
-@click.argument("command", metavar="COMMAND", nargs=-1, type=click.UNPROCESSED)
+@click.argument("command", metavar="COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(
     ctx: click.Context,

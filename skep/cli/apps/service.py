@@ -38,7 +38,7 @@ def wait(host: HostOptions, names: tuple[str, ...], timeout: float, max_failures
     reason.
 
     \b
-    Examples:
+    Example:
       docker service update --detach --image web:2 web && skep service wait web
     """
     run_requests(_wait(host, names, timeout, max_failures))

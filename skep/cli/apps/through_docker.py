@@ -248,7 +248,7 @@ def task() -> None:
     """Manage tasks.
 
     \b
-    Examples:
+    Example:
       skep task top web.1
     """
 

@@ -47,7 +47,7 @@ def pause(host: HostOptions, names: tuple[str, ...]) -> None:
     No more tasks are replaced until you resume or abort it. Tasks that are being replaced are completed.
 
     \b
-    Examples:
+    Example:
       skep update pause web
     """
     for name in names:
@@ -67,7 +67,7 @@ def resume(host: HostOptions, names: tuple[str, ...]) -> None:
     It can be paused by a user or after a failure. Earlier failures no longer count.
 
     \b
-    Examples:
+    Example:
       skep update resume web && skep service wait web
     """
     for name in names:
@@ -83,7 +83,7 @@ def abort(host: HostOptions, names: tuple[str, ...]) -> None:
     The update can be running or paused. Unlike docker service rollback, it never undoes a completed update.
 
     \b
-    Examples:
+    Example:
       skep update abort web
     """
     for name in names:

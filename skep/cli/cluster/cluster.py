@@ -10,6 +10,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.maintain.maintenance import settings_of
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
+from skep.errors import InvalidArgument
 from skep.model.options.labels import FORGET_NODES, HEARTBEAT_GRACE, PREEMPTION, SHARE_IMAGES, WORKER_READS
 from skep.model.permissions.rights import ALLOW_LABEL
 
@@ -39,7 +40,7 @@ def resume(host: HostOptions) -> None:
     Replacement is suspended when many nodes go down at once.
 
     \b
-    Examples:
+    Example:
       skep cluster resume
     """
     run_requests(_resume(host))
@@ -128,7 +129,7 @@ def pools(
     async def fetch() -> Shown:
         swarm = await _swarm(host)
         rows = [{"Subnet": pool, "SubnetSize": swarm["SubnetSize"]} for pool in swarm["DefaultAddrPool"]]
-        lines = [f"{row['Subnet']}\tsubnets of /{row['SubnetSize']}" for row in rows]
+        lines = [f"{row['Subnet']}, in subnets of /{row['SubnetSize']}" for row in rows]
         return Shown(data=rows, rows=rows, lines=lambda _: iter(lines))
 
     output.show(fetch)
@@ -173,7 +174,7 @@ def worker_reads(host: HostOptions, switch: str | None, output: OutputOptions) -
     of services. Proxies and dashboards can then connect to a worker.
 
     \b
-    Examples:
+    Example:
       skep cluster worker-reads on
     """
     _show_switch(host, output, WORKER_READS, "WorkerReads", switch)
@@ -193,7 +194,7 @@ def preemption(host: HostOptions, switch: str | None, output: OutputOptions) -> 
     orders the tasks that wait.
 
     \b
-    Examples:
+    Example:
       skep cluster preemption on
     """
     _show_switch(host, output, PREEMPTION, "Preemption", switch)
@@ -210,7 +211,7 @@ def share_images(host: HostOptions, switch: str | None, output: OutputOptions) -
     tasks use. Managers can always read all images.
 
     \b
-    Examples:
+    Example:
       skep cluster share-images on
     """
     _show_switch(host, output, SHARE_IMAGES, "ShareImages", switch)
@@ -224,7 +225,7 @@ def rotate_keys(host: HostOptions) -> None:
     New values use the new key at once. Existing values are re-encrypted in the background. Nothing restarts.
 
     \b
-    Examples:
+    Example:
       skep cluster rotate-keys
     """
     run_requests(_rotate_keys(host))
@@ -270,7 +271,13 @@ async def _set_label(host: HostOptions, name: str, value: str) -> None:
             labels[name] = value
         spec = {**swarm["Spec"], "Labels": labels}
         version = str(swarm["Version"]["Index"])
-        await client.post("/swarm/update", spec, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
+        try:
+            await client.post("/swarm/update", spec, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
+        except InvalidArgument as error:
+            _, is_about_label, reason = str(error).partition(f"label {name}={value}: ")
+            if not is_about_label:
+                raise
+            raise InvalidArgument(f"invalid value {value!r}: {reason}") from error
 
 
 async def _change_pools(host: HostOptions, change: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     stay on the node. To spread the tasks of such a service before, run skep service update --force SERVICE.
 
     \b
-    Examples:
+    Example:
       skep node drain w2
     """
     run_requests(_drain(host, name, None if detach else timeout))
@@ -210,7 +210,7 @@ def forget(host: HostOptions, names: tuple[str, ...]) -> None:
     Only nodes that are down can be forgotten. To remove a node that you no longer trust, use skep node evict.
 
     \b
-    Examples:
+    Example:
       skep node forget w2 w3
     """
     for name in run_requests(_forget(host, names)):

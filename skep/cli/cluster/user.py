@@ -21,6 +21,7 @@ from skep.cli.start.contexts import DockerContext, DockerContexts
 from skep.errors import InvalidArgument, SkepError, Unauthenticated, Unavailable
 from skep.linux.files import replace_file
 from skep.model.permissions.access import parse_binding
+from skep.model.task_end import printable
 
 if TYPE_CHECKING:
     from skep.api.client.requests import PlainRequests
@@ -78,7 +79,10 @@ _roles = click.option(
 @click.option("--token", "makes_token", is_flag=True, help="Create a token and print it once.")
 @click.option("--context", "makes_context", is_flag=True, help="Create a docker context with a certificate.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write ca.pem, cert.pem and key.pem to this directory."
+    "--out",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path),
+    help="Write ca.pem, cert.pem and key.pem to this directory.",
 )
 @click.option(
     "--address", default="", metavar="URL", help="Address of the API for the context: tcp://manager1:2376."
@@ -182,7 +186,7 @@ def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
     Closes the user's open connections.
 
     \b
-    Examples:
+    Example:
       skep user update ann --role viewer --role operator:shop
     """
 
@@ -205,7 +209,7 @@ def rm(options: HostOptions, names: tuple[str, ...]) -> None:
     Closes the users' open connections.
 
     \b
-    Examples:
+    Example:
       skep user rm ann
     """
 
@@ -225,7 +229,7 @@ def ls(options: HostOptions, output: OutputOptions) -> None:
     """List users.
 
     \b
-    Examples:
+    Example:
       skep user ls
     """
 
@@ -257,7 +261,7 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
     The values of tokens are never shown.
 
     \b
-    Examples:
+    Example:
       skep user inspect ann -o json
     """
 
@@ -268,8 +272,8 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
             {
                 "Kind": _kind(kind, one),
                 "ID": one[key],
-                "Created": one["CreatedAt"][:19],
-                "Expires": one["NotAfter"][:19],
+                "Created": _minute(one["CreatedAt"]),
+                "Expires": _minute(one["NotAfter"]),
             }
             for kind, key, items in (
                 ("certificate", "Serial", found["Certificates"]),
@@ -277,9 +281,17 @@ def inspect(options: HostOptions, name: str, output: OutputOptions) -> None:
             )
             for one in items
         ]
-        return _table(found, rows, f"No certificates or tokens. Create a token with skep user token {name}.")
+        empty = f"No certificates or tokens. Create a token with skep user token {name}."
+        return _table(
+            found, rows, empty, above=f"{found['Spec']['Name']}: {', '.join(found['Spec']['Roles'])}"
+        )
 
     output.show(fetch)
+
+
+def _minute(stamp: str) -> str:
+    """Return ``2026-01-31 12:00 UTC`` of an RFC 3339 timestamp."""
+    return f"{stamp[:16].replace('T', ' ')} UTC"
 
 
 def _kind(kind: str, credential: Mapping[str, Any]) -> str:
@@ -324,7 +336,9 @@ def token(options: HostOptions, name: str, removed: str, lifetime: float, *, das
 
 
 @user.command(cls=_WithDays)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the files to this directory.")
+@click.option(
+    "--out", metavar="DIRECTORY", type=click.Path(path_type=Path), help="Write the files to this directory."
+)
 @click.option("--for", "context", metavar="CONTEXT", default="", help="Write them to this docker context.")
 @click.option(
     "--ca",
@@ -381,7 +395,7 @@ def whoami(options: HostOptions, output: OutputOptions) -> None:
     """Show your user and its roles.
 
     \b
-    Examples:
+    Example:
       skep --context ann user whoami
     """
 
@@ -464,10 +478,12 @@ def _expires(user: Mapping[str, Any]) -> str:
     return max((str(one["NotAfter"]) for one in (*user["Certificates"], *user["Tokens"])), default="")
 
 
-def _table(data: Any, rows: list[dict[str, Any]], empty: str = "") -> Shown:
+def _table(data: Any, rows: list[dict[str, Any]], empty: str = "", *, above: str = "") -> Shown:
     def lines(screen: Screen) -> Iterator[str]:
+        if above:
+            yield printable(above)
         names = list(rows[0]) if rows else ["Name"]
         cells = [tuple(str(value) for value in row.values()) for row in rows]
-        return table(tuple(name.upper() for name in names), cells, screen, empty=empty)
+        yield from table(tuple(name.upper() for name in names), cells, screen, empty=empty)
 
     return Shown(data=data, rows=rows, lines=lines)

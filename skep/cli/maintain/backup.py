@@ -74,7 +74,12 @@ def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_secret_options
-@click.option("--advertise-addr", default="", help="Address where other nodes reach the restored manager.")
+@click.option(
+    "--advertise-addr",
+    default="",
+    metavar="ADDRESS",
+    help="Address where other nodes reach the restored manager.",
+)
 @options.dry_run("Show the content of the backup and the steps without restoring it.")
 @options.yes
 @click.pass_obj

@@ -31,7 +31,7 @@ def doctor() -> None:
     """Diagnose the cluster.
 
     \b
-    Examples:
+    Example:
       skep doctor network
     """
 
@@ -123,7 +123,7 @@ class _Progress:
 
     def show(self, done: int) -> None:
         if self._is_seen:
-            click.echo(f"\r\033[K{done} of {self._total} nodes have responded", err=True, nl=False)
+            click.echo(f"\r\033[Kresponses from {done} of {counted(self._total, 'node')}", err=True, nl=False)
 
 
 def has_problem(result: NodeResult) -> bool:

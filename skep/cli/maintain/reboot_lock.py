@@ -101,7 +101,7 @@ def status(host: HostOptions, output: OutputOptions) -> None:
     Exit code 3: a holder is overdue.
 
     \b
-    Examples:
+    Example:
       skep reboot-lock status
     """
 

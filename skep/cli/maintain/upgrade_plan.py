@@ -163,7 +163,7 @@ def lines_of(found: UpgradePlan, version: str) -> Iterator[str]:
         how = "drain, upgrade, activate" if step.drains else "upgrade while containers keep running"
         yield f"{number}. {step.node.name} ({role}): {how}, from {step.node.version or 'unknown'} to {version}"
         if step.spread:
-            yield f"   redistribute before: {', '.join(step.spread)}"
+            yield f"   first redistributes the tasks of {', '.join(step.spread)}"
     if found.done:
         yield f"up to date: {', '.join(found.done)}"
     if found.left_out:

@@ -14,7 +14,7 @@ from skep.api.client.requests import Filters, filters_of, parameters_of
 from skep.cli import options
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, shows_as_it_happens
-from skep.cli.running import run_requests
+from skep.cli.running import errors_shown, run_requests
 from skep.cli.see.moments import moment_of
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.options.labels import LABEL_NODE_ID
@@ -73,7 +73,9 @@ def events(host: HostOptions, /, words: tuple[str, ...], output: OutputOptions, 
         line = f"{event['Cursor']} {whole_line_of(event)}" if output.form == "wide" else line_of(event)
         output.show_next(event, line if is_for_people else "")
 
-    run_requests(_follow(host, filters_of(words), stream_of(given, datetime.now().astimezone()), show))
+    with errors_shown():
+        filters, stream = filters_of(words), stream_of(given, datetime.now().astimezone())
+    run_requests(_follow(host, filters, stream, show))
 
 
 class EventStream(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,7 @@
 """``skep history``: changes of the cluster with their reasons, and the requests of users."""
 
 import asyncio
+import shlex
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,8 @@ from skep.model.values.times import SECOND_NS, unix_ns
 
 _RESPONSE_TIMEOUT_S = 20.0
 _PAGE = 1000
+_ENTRIES = 50
+"""Entries that are shown without ``--limit``."""
 _COLORS = {"error": "red", "warning": "yellow"}
 
 
@@ -36,7 +39,7 @@ _COLORS = {"error": "red", "warning": "yellow"}
 @click.option(
     "--limit",
     "-n",
-    default=50,
+    default=_ENTRIES,
     show_default=True,
     type=click.IntRange(1, _PAGE),
     metavar="N",
@@ -71,13 +74,19 @@ def history(
       skep history --export history.ndjson
     """
     now = datetime.now().astimezone()
+    kind = {"request": "--requests", "change": "--changes"}.get(only or "")
+    number = f"-n {limit}" if limit != _ENTRIES else ""
+    start = f"--since {shlex.quote(since)}" if since else ""
+    earlier = " ".join(filter(None, ("skep history", shlex.quote(name) if name else "", kind, number, start)))
 
     async def fetch() -> Shown:
         query = query_of(name, since, until, only, now)
         async with host.requests() as client:
             found = await _page(client, {**query, "limit": str(limit)})
         found["Entries"].reverse()
-        return Shown(data=found, rows=found["Entries"], lines=lambda screen: lines_of(found, screen, now))
+        return Shown(
+            data=found, rows=found["Entries"], lines=lambda screen: lines_of(found, screen, now, earlier)
+        )
 
     if export is None:
         output.show(fetch)
@@ -130,8 +139,13 @@ async def _export(pages: AsyncIterator[Sequence[Mapping[str, Any]]], file: IO[by
     return written
 
 
-def lines_of(page: Mapping[str, Any], screen: Screen, now: datetime) -> Iterator[str]:
-    """Yield the table, oldest first, with times in the zone of ``now``."""
+def lines_of(
+    page: Mapping[str, Any], screen: Screen, now: datetime, earlier: str = "skep history"
+) -> Iterator[str]:
+    """Yield the table, oldest first, with times in the zone of ``now``.
+
+    ``earlier``: the command that shows earlier entries, without ``--until``.
+    """
     if not page["Entries"]:
         yield "No entries match. Try an earlier --since." if page["Total"] else "No entries yet."
         return
@@ -139,7 +153,9 @@ def lines_of(page: Mapping[str, Any], screen: Screen, now: datetime) -> Iterator
     rows = [_row(entry, screen, now) for entry in page["Entries"]]
     yield from table(("TIME", *more, "BY", "EVENT"), rows, screen)
     if page["Next"]:
-        yield f"Earlier entries: skep history --until {page['Entries'][0]['Time']} (oldest: {page['Oldest']})"
+        oldest = datetime.fromtimestamp(unix_ns(page["Oldest"]) / SECOND_NS, now.tzinfo)
+        yield f"The oldest entry is from {oldest:%Y-%m-%d %H:%M:%S}. Show earlier entries with:"
+        yield f"  {earlier} --until {page['Entries'][0]['Time']}"
 
 
 def _row(entry: Mapping[str, Any], screen: Screen, now: datetime) -> list[str | Cell]:

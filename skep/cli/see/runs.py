@@ -12,6 +12,8 @@ from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 20.0
+_INCOMPLETE = "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
+"""Docker's words before the reasons."""
 _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 
 
@@ -66,7 +68,10 @@ def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[s
         yield "No task has ended yet. Run skep service ps SERVICE to see its tasks."
         yield from _schedule(response, screen, now)
         return
-    lines = table((*_HEAD, *more), [_row(run, screen, now) for run in response["Runs"]], screen)
+    is_job = any(run.get("JobIteration") is not None for run in response["Runs"])
+    head = [title for title in _HEAD if is_job or title != "RUN"]
+    rows = [_row(run, screen, now, is_job=is_job) for run in response["Runs"]]
+    lines = table((*head, *more), rows, screen)
     yield next(lines)
     for run, line in zip(response["Runs"], lines, strict=True):
         yield line
@@ -77,7 +82,8 @@ def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[s
         yield from (f"    | {printable(line)}" for line in run["Lines"])
     yield from _schedule(response, screen, now)
     if response.get("Incomplete"):
-        yield f"Some lines may be missing: {printable(response['Incomplete'])}"
+        reason = response["Incomplete"].removeprefix(_INCOMPLETE)
+        yield f"Some lines may be missing: {printable(reason)}"
 
 
 def _schedule(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
@@ -104,12 +110,12 @@ def _start(start: Mapping[str, Any], now: float) -> tuple[str, ...]:
     )
 
 
-def _row(run: Mapping[str, Any], screen: Screen, now: float) -> tuple[str, ...]:
+def _row(run: Mapping[str, Any], screen: Screen, now: float, *, is_job: bool) -> tuple[str, ...]:
     iteration = run.get("JobIteration")
     cells = (
         run["Name"],
         run["Hostname"],
-        str(iteration.get("Index", 0)) if iteration is not None else "",
+        *((str(iteration.get("Index", 0)) if iteration is not None else "",) if is_job else ()),
         run["State"],
         " ".join(filter(None, (str(run.get("ExitCode", "")), (run.get("End") or {}).get("Signal", "")))),
         f"{age(run['EndedAt'], now)} ago",

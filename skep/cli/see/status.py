@@ -35,6 +35,8 @@ requests.
 """
 _NO_SERVICES = "No services. Create one with skep service create, or deploy a stack with skep stack deploy."
 _DONE = ("completed", "rollback_completed")
+UNAVAILABLE = {"drain": "drained", "pause": "paused"}
+"""Words for the availability of nodes that accept no tasks."""
 UNREACHABLE = "unreachable"
 """State of a manager that does not respond while the cluster has no leader. Its machine may be up."""
 
@@ -482,7 +484,7 @@ def _headline(status: StatusScreen) -> str:
         workers = len(cluster.nodes) - len(managers)
         ready = sum(row.state == "ready" for row in cluster.nodes)
         well = sum(row.is_healthy for row in cluster.services)
-        nodes = f"{ready} of {len(cluster.nodes)} nodes ready"
+        nodes = f"{ready} of {counted(len(cluster.nodes), 'node')} ready"
         if cluster.as_of:
             words.append(f"as of {clock_time(cluster.as_of)}:")
         words.append(f"{counted(len(managers), 'manager')}{leader}, {counted(workers, 'worker')}, {nodes}")
@@ -498,7 +500,7 @@ def _nodes(rows: Sequence[NodeLine], screen: Screen, at: str) -> Iterator[str]:
             row.role,
             Cell(_state(row), "" if row.state == "ready" else "red"),
             "-" if row.tasks is None else str(row.tasks),
-            "-" if row.load is None else f"{row.load:.0%}",
+            "-" if row.load is None or row.state != "ready" else f"{row.load:.0%}",
             *([row.id, row.version] if screen.is_wide else []),
             Cell(row.reason, "yellow"),
         ]
@@ -512,7 +514,7 @@ def _nodes(rows: Sequence[NodeLine], screen: Screen, at: str) -> Iterator[str]:
 
 def _state(row: NodeLine) -> str:
     state = row.state if row.state == "ready" else row.state.upper()
-    return state if row.availability == "active" else f"{state}, {row.availability}"
+    return f"{state}, {UNAVAILABLE[row.availability]}" if row.availability in UNAVAILABLE else state
 
 
 def _services(rows: Sequence[ServiceLine], screen: Screen, at: str, *, shows_images: bool) -> Iterator[str]:

@@ -153,7 +153,7 @@ def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
             help="Include the services of this profile.",
         ),
         click.option(
-            "--project-directory", "directory", metavar="PATH", help="Base directory of relative paths."
+            "--project-directory", "directory", metavar="DIRECTORY", help="Base directory of relative paths."
         ),
         click.argument("name", metavar="[STACK]", required=False),
     )
@@ -442,7 +442,7 @@ def rm(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
     Removes the services, networks, secrets and configs of the stacks, but not their volumes.
 
     \b
-    Examples:
+    Example:
       skep stack rm shop
     """
     progress = ProgressPrinter()
@@ -470,7 +470,7 @@ def history(host: HostOptions, name: str, output: OutputOptions) -> None:
     until you remove the stack.
 
     \b
-    Examples:
+    Example:
       skep stack history shop
     """
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import click
 
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import size
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.errors import FailedPrecondition, InvalidArgument
@@ -100,7 +101,7 @@ def show(options: HostOptions, stack: str, output: OutputOptions) -> None:
     """Show the quota of a stack and its usage.
 
     \b
-    Examples:
+    Example:
       skep stack quota show shop
     """
 
@@ -119,7 +120,7 @@ def remove(options: HostOptions, stack: str) -> None:
     """Remove the quota of a stack.
 
     \b
-    Examples:
+    Example:
       skep stack quota rm shop
     """
 
@@ -135,20 +136,20 @@ def _shown(found: dict[str, Any]) -> Shown:
     rows = [
         {
             "Resource": noun,
-            "Used": f"{found['Used'].get(key, 0) / scale:g}",
-            "Limit": f"{found['Quota'][key] / scale:g}" if found["Quota"].get(key) else "-",
+            "Used": words(found["Used"].get(key, 0)),
+            "Limit": words(found["Quota"][key]) if found["Quota"].get(key) else "-",
         }
-        for key, noun, scale in (
-            ("Tasks", "tasks", 1),
-            ("NanoCPUs", "reserved CPUs", CPU_NANO),
-            ("MemoryBytes", "reserved MiB", 1 << 20),
-            ("Ports", "published ports", 1),
-            ("Networks", "networks", 1),
-            ("Addresses", "addresses", 1),
-            ("Secrets", "secrets", 1),
-            ("Configs", "configs", 1),
-            ("DataBytes", "MiB of data", 1 << 20),
-            ("Services", "services", 1),
+        for key, noun, words in (
+            ("Tasks", "tasks", str),
+            ("NanoCPUs", "reserved CPUs", lambda number: f"{number / CPU_NANO:g}"),
+            ("MemoryBytes", "reserved memory", size),
+            ("Ports", "published ports", str),
+            ("Networks", "networks", str),
+            ("Addresses", "addresses", str),
+            ("Secrets", "secrets", str),
+            ("Configs", "configs", str),
+            ("DataBytes", "data of secrets and configs", size),
+            ("Services", "services", str),
         )
     ]
 

@@ -38,7 +38,7 @@ _NODES_MAX = 8
 
 
 def warn(warning: FileProblem | str) -> None:
-    click.echo(f"{click.style('warning', fg='yellow')}: {warning}", err=True)
+    click.echo(f"{click.style('Warning', fg='yellow')}: {warning}", err=True)
 
 
 class ProgressPrinter:
@@ -197,15 +197,15 @@ def lines_of(plan: StackPlan, *, is_wide: bool = False) -> list[str]:
 def placement_lines(placement: PredictedPlacement) -> list[str]:
     """Return lines about a service's predicted placement, or why not all tasks fit, without control characters."""
     shares = sorted(placement.nodes, key=lambda one: (-one.tasks, one.hostname))
+    is_even = all(one.tasks == 1 for one in shares)
     named = printable(
         ", ".join(
-            one.hostname if one.tasks == 1 else f"{one.tasks} on {one.hostname}"
-            for one in shares[:_NODES_MAX]
+            one.hostname if is_even else f"{one.tasks} on {one.hostname}" for one in shares[:_NODES_MAX]
         )
     )
     others = f" and {len(shares) - _NODES_MAX} more nodes" if len(shares) > _NODES_MAX else ""
     fitting = sum(one.tasks for one in shares)
-    where = f": {named}{others}" if named else ""
+    where = (f" on {named}{others}" if is_even else f": {named}{others}") if named else ""
     stopped = ", ".join(f"{counted(one.tasks, 'task')} of {one.name}" for one in placement.preempted)
     preempts = [click.style(f"preempts {printable(stopped)}", fg="yellow")] if stopped else []
     if not placement.error:

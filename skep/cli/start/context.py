@@ -97,7 +97,7 @@ def ls(options: HostOptions, output: OutputOptions) -> None:
     A star marks the current context.
 
     \b
-    Examples:
+    Example:
       skep context ls
     """
 
@@ -135,7 +135,7 @@ def use(options: HostOptions, name: str) -> None:
     NAME can be "default" for this machine's node.
 
     \b
-    Examples:
+    Example:
       skep context use prod
     """
     with errors_shown():
@@ -154,7 +154,7 @@ def show(options: HostOptions) -> None:
     """Print the name of the current context.
 
     \b
-    Examples:
+    Example:
       skep context show
     """
     with errors_shown():
@@ -172,7 +172,7 @@ def rm(options: HostOptions, force: bool, names: tuple[str, ...]) -> None:
     The clusters that they point to do not change.
 
     \b
-    Examples:
+    Example:
       skep context rm lab
     """
     for name in names:

@@ -214,7 +214,7 @@ export function headline(cluster, [first]) {
   }
   const { level, title, detail } = first;
   if (level === "bad") return { level, word: "Degraded", title, detail };
-  if (level === "warn") return { level, word: "Healthy", title: `but ${title}`, detail };
+  if (level === "warn") return { level, word: "Healthy", title: `but ${title[0].toLowerCase()}${title.slice(1)}`, detail };
   return { level: "warn", word: "Converging", title, detail };
 }
 

@@ -2,12 +2,12 @@
 
 import { h, own } from "./dom.js";
 import { attentionInWords, availabilityText, byUrgency, capacity, headline, lastHeard, phase, problems, progress, replicasText } from "./cluster.js";
-import { ago, badge, button, chart, command, emptyState, glyph, link, links, loadInWords, meter, serviceGlyph, taskGlyph } from "./parts.js";
+import { ago, badge, button, chart, chartSpan, command, emptyState, glyph, imageCell, link, links, loadInWords, meter, serviceGlyph, since, taskGlyph } from "./parts.js";
 import { portsText } from "./ports.js";
 import { diagnosed, failing } from "./reach.js";
 import { families, familyOf, uptake } from "./versions.js";
 import { table } from "./table.js";
-import { bytes, count, duration, imageName, number, percent, short } from "./text.js";
+import { bytes, capitalized, count, duration, number, percent, short } from "./text.js";
 import { orderedNodes } from "./scene.js";
 import { eventsPage, timeline } from "./events.js";
 
@@ -73,7 +73,7 @@ function attention(app) {
   const isAll = app.memory.get("all problems") === true;
   const shown = isAll ? found : found.slice(0, ATTENTION_MAX);
   const list = (ones) => h("ul", {}, ones.map(({ level, title, detail, target }) =>
-    h("li", { class: level }, target ? h("a", { href: app.href(...target) }, title) : h("b", {}, title), detail && h("p", {}, detail))));
+    h("li", { class: level }, target ? h("a", { href: app.href(...target) }, title) : h("b", {}, capitalized(title)), detail && h("p", {}, detail))));
   const busy = shown.filter(({ level }) => level === "busy");
   const urgent = shown.filter(({ level }) => level !== "busy");
   const toggle = () => {
@@ -84,7 +84,7 @@ function attention(app) {
   return [
     urgent.length > 0
       ? h("section", { key: "attention", class: "notes attention" }, h("h2", {}, "Needs attention", h("i", {}, attentionInWords(found))), list(urgent))
-      : level === "good" && h("section", { key: "healthy", class: "healthy" }, h("h2", {}, word), h("p", {}, `${title[0].toUpperCase()}${title.slice(1)}.`)),
+      : level === "good" && h("section", { key: "healthy", class: "healthy" }, h("h2", {}, word), h("p", {}, `${capitalized(title)}.`)),
     busy.length > 0 && h("section", { key: "busy", class: "notes progress" }, h("h2", {}, "In progress", h("i", {}, count(found.filter((one) => one.level === "busy").length, "service"))), list(busy)),
     found.length > ATTENTION_MAX && h("section", { key: "more" }, button(isAll ? "Show fewer" : `Show all ${number(found.length)}`, toggle)),
   ];
@@ -211,10 +211,11 @@ export function nodeState(node) {
   return badge(level, node.state !== "ready" || node.availability === "active" ? node.state : availabilityText(node));
 }
 
-const PHASE_LEVELS = { running: "good", failed: "bad", unhealthy: "bad", unknown: "bad", pending: "warn", starting: "warn" };
+const PHASE_LEVELS = { running: "good", failed: "bad", unhealthy: "bad", pending: "warn", starting: "warn" };
 
 export function taskState(task) {
-  return badge(PHASE_LEVELS[phase(task)] ?? "quiet", task.health === "unhealthy" ? "unhealthy" : task.state);
+  const name = phase(task);
+  return badge(PHASE_LEVELS[name] ?? "quiet", ["unhealthy", "stopping"].includes(name) ? name : task.state);
 }
 
 function load(node) {
@@ -233,7 +234,7 @@ function servicesPage(app) {
       { key: "name", title: "Name", cell: (service) => [serviceGlyph(service), named(service.name, service.reason)], sort: byName },
       { key: "replicas", title: "Tasks", kind: "full", cell: replicas, sort: (service) => progress(service).done / (progress(service).of || 1) },
       { key: "state", title: "State", cell: serviceState, sort: (service) => service.state },
-      { key: "image", title: "Image", kind: "mono", cell: (service) => imageName(service.image), sort: (service) => service.image },
+      { key: "image", title: "Image", kind: "mono", cell: (service) => imageCell(service.image), sort: (service) => service.image },
       { key: "ports", title: "Ports", kind: "wide", cell: (service) => portsText(service.ports, app.cluster.tasksOf("service", service.id)) },
       { key: "updated", title: "Updated", kind: "wide number", cell: (service) => ago(app, service.updated_at), sort: (service) => -service.updated_at },
       { key: "reason", title: "Reason", kind: "wide rest", cell: (service) => service.reason },
@@ -261,7 +262,8 @@ function nodesPage(app) {
       { key: "role", title: "Role", kind: "roomy", cell: (node) => [node.role, node.leader && h("span", { class: "quiet" }, " · leader"), node.manager === "unreachable" && badge("bad", "unreachable")], sort: (node) => node.role },
       { key: "tasks", title: "Tasks", kind: "number", cell: (node) => String(tasks.get(node.id)?.length ?? 0), sort: (node) => tasks.get(node.id)?.length ?? 0 },
       { key: "load", title: "Load", cell: load, sort: (node) => node.load ?? -1 },
-      { key: "hour", title: "Last hour", kind: "wide", cell: (node) => chart(app, node.id, (sample) => sample.load, { label: loadInWords(app, node) }) },
+      { key: "hour", title: `Last ${chartSpan(app)}`, kind: "wide", cell: (node) => chart(app, node.id, (sample) => sample.load, { label: loadInWords(app, node) }) },
+      { key: "capacity", title: "Capacity", kind: "wide", cell: (node) => `${count(node.cpus, "CPU")}, ${bytes(node.memory)}`, sort: (node) => node.memory },
       { key: "address", title: "Address", kind: "mono wide", cell: (node) => node.address, sort: (node) => node.address },
       { key: "engine", title: "Engine", kind: "wide", cell: (node) => node.engine, sort: (node) => node.engine },
       { key: "reason", title: "Reason", kind: "wide rest", cell: (node) => lastHeard(node, app.now) },
@@ -269,15 +271,16 @@ function nodesPage(app) {
   });
 }
 
-const reasonOf = (task) => task.error || (task.node ? "" : task.message);
+/** The error of a task, with an exit code as in `skep status`, or why it waits. */
+const reasonOf = (task) => task.error.replace(/^task: non-zero exit \((\d+)\)/, "exit $1") || (task.node ? "" : task.message);
 
 export function taskColumns(app, { hasNode = true } = {}) {
   return [
     { key: "name", title: "Task", cell: (task) => [taskGlyph(task), named(app.cluster.taskName(task), reasonOf(task))], sort: (task) => app.cluster.taskName(task) },
     { key: "state", title: "State", cell: taskState, sort: (task) => task.state },
     hasNode && { key: "node", title: "Node", cell: (task) => (task.node ? link(app, "nodes", task.node) : h("span", { class: "quiet" }, "not placed")), sort: (task) => app.cluster.name("nodes", task.node) },
-    { key: "since", title: "In this state", kind: "number roomy", cell: (task) => ago(app, task.since), sort: (task) => -task.since },
-    { key: "image", title: "Image", kind: "mono wide", cell: (task) => imageName(task.image), sort: (task) => task.image },
+    { key: "since", title: "In this state", kind: "number roomy", cell: (task) => since(app, task.since), sort: (task) => -task.since },
+    { key: "image", title: "Image", kind: "mono wide", cell: (task) => imageCell(task.image), sort: (task) => task.image },
     { key: "error", title: "Reason", kind: "wide rest", cell: reasonOf },
   ].filter(Boolean);
 }
@@ -393,12 +396,12 @@ export function stackState(services) {
 }
 
 function volumesPage(app) {
-  return [...clusterVolumes(app), localVolumes(app)];
+  return [h("div", { key: "head", class: "head" }, h("h1", {}, "Volumes")), localVolumes(app), clusterVolumes(app)];
 }
 
 /** Volumes of single nodes that hold data of services. */
 function localVolumes(app) {
-  return h("section", { key: "local", class: "below" },
+  return h("section", { key: "local" },
     h("h2", {}, "Local volumes"),
     table(app, {
       id: "local volumes",
@@ -429,20 +432,25 @@ function localVolumesOf(cluster) {
   return [...found.values()];
 }
 
+/** Volumes of CSI plugins, which tasks find on any node. */
 function clusterVolumes(app) {
-  return listPage(app, "Cluster volumes", {
-    id: "volumes",
-    rows: sortedBy(app.cluster.all("volumes")),
-    target: (volume) => ["volumes", volume.id],
-    empty: emptyState(app, "No cluster volumes yet. They need a CSI plugin, and tasks find them on any node.", COMMANDS.clusterVolume),
-    columns: [
-      { key: "name", title: "Name", cell: (volume) => volume.name, sort: byName },
-      { key: "driver", title: "Driver", kind: "mono", cell: (volume) => volume.driver, sort: (volume) => volume.driver },
-      { key: "state", title: "State", cell: (volume) => badge(volume.reason ? "bad" : volume.state === "in use" ? "good" : "quiet", volume.state), sort: (volume) => volume.state },
-      { key: "nodes", title: "Nodes", cell: (volume) => links(app, "nodes", volume.nodes) },
-      { key: "reason", title: "Reason", kind: "wide rest", cell: (volume) => volume.reason },
-    ],
-  });
+  return h("section", { key: "cluster", class: "below" },
+    h("h2", {}, "Cluster volumes"),
+    table(app, {
+      id: "volumes",
+      label: "Cluster volumes",
+      rows: sortedBy(app.cluster.all("volumes")),
+      target: (volume) => ["volumes", volume.id],
+      isSelected: (volume) => volume.id === app.route.id,
+      empty: emptyState(app, "No cluster volumes yet. They need a CSI plugin, and tasks find them on any node.", COMMANDS.clusterVolume),
+      columns: [
+        { key: "name", title: "Name", cell: (volume) => volume.name, sort: byName },
+        { key: "driver", title: "Driver", kind: "mono", cell: (volume) => volume.driver, sort: (volume) => volume.driver },
+        { key: "state", title: "State", cell: (volume) => badge(volume.reason ? "bad" : volume.state === "in use" ? "good" : "quiet", volume.state), sort: (volume) => volume.state },
+        { key: "nodes", title: "Nodes", cell: (volume) => links(app, "nodes", volume.nodes) },
+        { key: "reason", title: "Reason", kind: "wide rest", cell: (volume) => volume.reason },
+      ],
+    }));
 }
 
 /** `3 of 5 tasks`: how many running tasks have this version. */

@@ -2,14 +2,14 @@
 
 import { h, own } from "./dom.js";
 import { availabilityText, isEnded, lastHeard, phase } from "./cluster.js";
-import { ago, badge, button, command, facts, fetched, largeChart, link, links, loadInWords, section, serviceGlyph, taskGlyph, took } from "./parts.js";
+import { ago, badge, button, chartSpan, command, facts, fetched, largeChart, link, links, loadInWords, section, serviceGlyph, since, taskGlyph, took } from "./parts.js";
 import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
 import { portText, portsText } from "./ports.js";
 import { failing } from "./reach.js";
 import { families, familyOf } from "./versions.js";
 import { table } from "./table.js";
 import { withoutEscapes } from "./log_frames.js";
-import { age, bytes, clockTime, compareNames, count, imageName, number } from "./text.js";
+import { bytes, clockTime, compareNames, count, imageName, number } from "./text.js";
 import { nodeActions, serviceActions } from "./actions.js";
 
 const KINDS = {
@@ -65,7 +65,7 @@ function servicePanel(app, service, tab) {
       // The section Why has the present reason.
       app.past !== null && service.reason && ["Reason", service.reason],
       ["Image", h("code", {}, imageName(service.image))],
-      ["Mode", service.mode],
+      ["Mode", service.mode.replace("-", " ")],
       service.stack && ["Stack", link(app, "stacks", service.stack)],
       service.ports.length > 0 && ["Ports", portsText(service.ports, app.cluster.tasksOf("service", service.id))],
       service.networks.length > 0 && ["Networks", links(app, "networks", service.networks)],
@@ -145,6 +145,7 @@ function serviceHistory(app, service) {
   const path = `tasks?filters=${encodeURIComponent(JSON.stringify({ service: [service.id] }))}`;
   return fetched(app.resources.use(path, service), (tasks) => {
     const sorted = [...tasks].sort((a, b) => (a.Status?.Timestamp < b.Status?.Timestamp ? 1 : -1)).slice(0, 100);
+    if (sorted.length === 0) return h("p", { class: "quiet" }, "No tasks.");
     return h("ol", { class: "history" }, sorted.map((task) => {
       const status = task.Status ?? {};
       return h("li", { key: task.ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
@@ -179,7 +180,7 @@ function taskPanel(app, task, tab) {
       ["State", taskState(task)],
       app.past !== null && task.error && ["Reason", h("span", { class: "bad" }, task.error)],
       task.message && ["Message", task.message],
-      ["In this state", ago(app, task.since)],
+      ["In this state", since(app, task.since)],
       ["Service", app.cluster.get("services", task.service) ? link(app, "services", task.service) : app.cluster.name("services", task.service)],
       ["Node", task.node ? link(app, "nodes", task.node) : "not placed"],
       ["Image", h("code", {}, imageName(task.image))],
@@ -232,14 +233,14 @@ function nodePanel(app, node, tab) {
       ["ID", h("code", {}, node.id)],
     ),
     section(
-      "Load in the last hour",
+      `Load in the last ${chartSpan(app)}`,
       largeChart(app, node.id, (sample) => sample.load, { top: "100 %", label: `load: ${loadInWords(app, node)}` }),
       app.samples.of(node.id).length < 2 && h("p", { class: "quiet" }, "The chart starts now and grows while this page is open."),
     ),
-    section("Tasks in the last hour", largeChart(app, node.id, (sample) => sample.tasks, { most, top: count(most, "task"), label: `${count(tasks.length, "task")} now` })),
+    section(`Tasks in the last ${chartSpan(app)}`, largeChart(app, node.id, (sample) => sample.tasks, { most, top: count(most, "task"), label: `${count(tasks.length, "task")} now` })),
     node.failing_checks?.length > 0 && section("Unreachable nodes", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
     node.volumes?.length > 0 && section("Volumes", h("ul", { class: "plain" }, node.volumes.map(({ name, service, slot }) => h("li", { key: `${name} ${service} ${slot}` }, h("code", {}, name), h("span", { class: "quiet" }, ` used by ${service}.${slot}`))))),
-    section("Tasks", h("div", { class: "cells" }, tasks.slice(0, 200).map((task) =>
+    section("Tasks", tasks.length === 0 ? h("p", { class: "quiet" }, "No tasks.") : h("div", { class: "cells" }, tasks.slice(0, 200).map((task) =>
       h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(task))))),
   ];
 }
@@ -278,6 +279,7 @@ function serviceList(app, ids) {
 function stackPanel(app, stack) {
   const services = stack.services.map((id) => app.cluster.get("services", id)).filter(Boolean);
   const networks = app.cluster.all("networks").filter((network) => network.stack === stack.name).map(({ id }) => id);
+  const earlier = stack.revisions?.slice(1).find(({ state }) => !state.startsWith("failed"));
   return [
     facts(
       ["State", stackState(services)],
@@ -292,7 +294,7 @@ function stackPanel(app, stack) {
           h("b", {}, String(revision.number)),
           h("span", {}, deployState(revision), " ", revision.changes || "no changes"),
           revision.state.startsWith("failed") && h("p", {}, revision.state))))),
-    stack.revisions?.length > 1 && section("Return to a revision", command(app, `skep stack rollback ${stack.name} --to ${stack.revisions[1].number}`)),
+    earlier && section("Return to a revision", command(app, `skep stack rollback ${stack.name} --to ${earlier.number}`)),
   ];
 }
 
@@ -317,8 +319,8 @@ function secretPanel(app, row) {
   });
   return [
     facts(
-      ["Created", [ago(app, row.created_at), " ago, ", h("span", { class: "quiet" }, clockTime(row.created_at, app.now))]],
-      row.updated_at !== row.created_at && ["Updated", [age(row.updated_at, app.now), " ago"]],
+      ["Created", [ago(app, row.created_at), ", ", h("span", { class: "quiet" }, clockTime(row.created_at, app.now))]],
+      row.updated_at !== row.created_at && ["Updated", ago(app, row.updated_at)],
       row.stack && ["Stack", link(app, "stacks", row.stack)],
       labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
       ["ID", h("code", {}, row.id)],

@@ -2,8 +2,8 @@
 
 import { h } from "./dom.js";
 import { phase } from "./cluster.js";
-import { SPAN_MS, lines } from "./samples.js";
-import { age, clockTime, duration, instant, percent } from "./text.js";
+import { lines } from "./samples.js";
+import { age, clockTime, duration, imageName, instant, percent } from "./text.js";
 
 const HEXAGON = "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500z";
 const CORE = "M6 4 7.800 5v2L6 8 4.200 7V5z";
@@ -83,11 +83,11 @@ export function meter(label, parts) {
 
 const CHART = { small: [96, 20], large: [320, 72] };
 
-/** The last hour of a node's `value(sample)` as a line; `most`: the top of the chart. */
+/** A node's `value(sample)` as a line; `most`: the top of the chart. */
 export function chart(app, id, value, { size = "small", most = 1, label }) {
   const [width, height] = CHART[size];
   const to = app.realNow;
-  const from = to - SPAN_MS;
+  const from = to - app.samples.spanAt(to);
   const shown = lines(app.samples.of(id), value, { from, to, most });
   const paths = shown.map((points) => points.map(([x, y], i) => `${i ? "L" : "M"}${(x * width).toFixed(1)} ${((1 - y) * (height - 2) + 1).toFixed(1)}`).join("") + (points.length === 1 ? "h1" : ""));
   return h("svg", { class: `chart ${size}`, viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label },
@@ -95,10 +95,16 @@ export function chart(app, id, value, { size = "small", most = 1, label }) {
     h("path", { class: "line", d: paths.join("") }));
 }
 
-/** A large chart of the last hour with the values of its axes. */
+/** `hour` or `5 min` that the charts show. */
+export function chartSpan(app) {
+  const span = duration(app.samples.spanAt(app.realNow) / 1000);
+  return span === "1 h" ? "hour" : span;
+}
+
+/** A large chart with the values of its axes. */
 export function largeChart(app, id, value, { most = 1, top, label }) {
   return h("figure", {}, chart(app, id, value, { size: "large", most, label }),
-    h("figcaption", {}, h("span", {}, "1 h ago"), h("span", {}, `0 to ${top}`), h("span", {}, "now")));
+    h("figcaption", {}, h("span", {}, `${duration(app.samples.spanAt(app.realNow) / 1000)} ago`), h("span", {}, `0 to ${top}`), h("span", {}, "now")));
 }
 
 /** `34 %, 12 % to 61 % since 10:02:00` of a node's load. */
@@ -111,9 +117,21 @@ export function loadInWords(app, node) {
   return `${now}${least === most ? "" : `, ${least} to ${most}`} since ${clockTime(loads[0].at / 1000, app.realNow)}`;
 }
 
-/** How long ago something was, with its time as title. */
-export function ago(app, at) {
+/** `3 d` since an instant, with its time as title. */
+export function since(app, at) {
   return h("time", { title: at ? clockTime(at, app.now) : "" }, at ? age(at, app.now) : "–");
+}
+
+/** `3 d ago`, with the time as title. */
+export function ago(app, at) {
+  return at ? h("time", { title: clockTime(at, app.now) }, `${age(at, app.now)} ago`) : "–";
+}
+
+/** An image in a list.  Where it is too long, its registry is cut, not its tag. */
+export function imageCell(image) {
+  const name = imageName(image);
+  const at = name.lastIndexOf("/") + 1;
+  return h("span", { class: "image", title: name }, h("span", {}, name.slice(0, at)), h("span", {}, name.slice(at)));
 }
 
 /** Rows of a name and a value; rows without a value are left out. */

@@ -1,6 +1,7 @@
 /** Load of each node in the last hour, recorded while this page is open.  No DOM here. */
 
 export const SPAN_MS = 3600_000;
+const SHORT_SPANS_MS = [300_000, 900_000];
 const EVERY_MS = 10_000;
 export const SAMPLES_MAX = SPAN_MS / EVERY_MS;
 
@@ -44,6 +45,12 @@ export class Samples {
       ring.push((now - this.#start) / 1000, node.load ?? NaN, tasks.get(node.id)?.length ?? 0);
     }
     for (const id of this.#rings.keys()) if (cluster.get("nodes", id) === undefined) this.#rings.delete(id);
+  }
+
+  /** The milliseconds that a chart shows: few while the page was opened lately, so that its line is not a dot. */
+  spanAt(now) {
+    const age = this.#at === -Infinity ? 0 : now - this.#start;
+    return SHORT_SPANS_MS.find((span) => age <= span) ?? SPAN_MS;
   }
 
   /** `[{at, load, tasks}]` of a node, the oldest first; `at` in milliseconds, `load` null if unknown. */

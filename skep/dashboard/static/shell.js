@@ -130,6 +130,7 @@ function rail(app) {
       (kinds.length > 0 || total) && h("i", {}, number(total ? total(app.cluster) : kinds.reduce((sum, kind) => sum + app.cluster.size(kind), 0))),
     );
   const isOpen = app.memory.get("more pages") === true;
+  const current = PAGES.find(({ name }) => name === app.route.page);
   const toggle = () => {
     app.memory.set("more pages", !isOpen);
     app.invalidate();
@@ -139,7 +140,7 @@ function rail(app) {
     "nav",
     { key: "rail", "aria-label": "Pages", class: isOpen ? "open" : "" },
     PAGES.map(entry),
-    h("button", { key: "more", class: "phone", type: "button", onclick: toggle, "aria-expanded": String(isOpen) }, icon("M3 8h.01M8 8h.01M13 8h.01"), h("span", {}, "More")),
+    h("button", { key: "more", class: "phone", type: "button", onclick: toggle, "aria-expanded": String(isOpen), "aria-current": current.isMain ? undefined : "true" }, icon("M3 8h.01M8 8h.01M13 8h.01"), h("span", {}, "More")),
     h(
       "div",
       { key: "foot", class: "foot" },

@@ -60,7 +60,7 @@ function line(app, row, { columns, target, isSelected, index }) {
       const content = column.cell(row);
       // A long reason would push other rows off the screen; the panel has all of it.
       const shown = column.kind?.includes("rest") ? h("div", { class: "clamped", title: typeof content === "string" ? content : undefined }, content) : content;
-      const inside = i === 0 ? h("a", { href: app.href(kind, rowId) }, shown) : shown;
+      const inside = i === 0 ? h("a", { href: app.href(kind, rowId) }, typeof shown === "string" ? h("span", {}, shown) : shown) : shown;
       return h(i === 0 ? "th" : "td", { class: column.kind ?? "", scope: i === 0 ? "row" : undefined }, inside);
     }),
   );

@@ -82,6 +82,9 @@ export function percent(share) {
 /** A whole number with thin spaces between thousands.  By hand: the first use of the browser's own takes 20 ms. */
 export const number = (value) => String(value).replace(/\B(?=(?:\d{3})+$)/g, "\u202f");
 
+/** A sentence with a capital letter. */
+export const capitalized = (text) => `${text.slice(0, 1).toUpperCase()}${text.slice(1)}`;
+
 /** `1 task`, `2 tasks`. */
 export function count(value, one, many = `${one}s`) {
   return `${number(value)} ${value === 1 ? one : many}`;

@@ -202,10 +202,10 @@ def rotate_unlock_key(tx: Transaction, new_key: Callable[[], bytes] = new_unlock
 
 
 def resume_replacement(tx: Transaction) -> None:
-    """End the freeze of replacement.  Raises: FailedPrecondition: replacement is not frozen."""
+    """End the freeze of replacement.  Raises: FailedPrecondition: replacement is not suspended."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.freeze is None:
-        raise FailedPrecondition("replacement is not frozen")
+        raise FailedPrecondition("replacement is not suspended, so there is nothing to resume")
     tx.put(replace(swarm, freeze=None))
 
 

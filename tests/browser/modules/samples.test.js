@@ -31,3 +31,11 @@ test("a load that is not known is a gap, and a node that is gone is forgotten", 
   samples.take(cluster({ id: "a", load: 0 }), 50_000);
   assert.deepEqual(samples.of("b"), []);
 });
+
+test("a chart shows minutes after the page was opened, and an hour later", () => {
+  const samples = new Samples();
+  const start = 1_800_000_000_000;
+  assert.equal(samples.spanAt(start), 300_000);
+  samples.take(cluster({ id: "a", load: 0 }), start);
+  assert.deepEqual([1, 5, 6, 15, 16, 60, 600].map((minutes) => samples.spanAt(start + minutes * 60_000) / 60_000), [5, 5, 15, 15, 60, 60, 60]);
+});

@@ -196,7 +196,7 @@ def test_the_guides_to_access_and_quotas(rig: DaemonRig, tmp_path: Path) -> None
     done = cluster.run("sh", "-euc", block, **where)
     assert done.returncode == 0, done.stderr
     assert "operator:shop" in done.stdout
-    assert "reserved MiB" in done.stdout
+    assert "reserved memory" in done.stdout
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from skep.cli import main as cli
 from skep.cli import passthrough
+from skep.cli.running import with_next_step
 
 
 def test_help_lists_every_command_with_a_sentence_and_examples() -> None:
@@ -49,6 +50,31 @@ def test_a_word_that_is_nearly_one_is_answered_with_it(typed: str, meant: str) -
     result = CliRunner().invoke(cli.main, [typed])
     assert result.exit_code == 2
     assert f"No such command '{typed}'. Did you mean {meant}?" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["events", "--since", "foo"], "Error: invalid time 'foo'. Use '10 min ago'"),
+        (["events", "--filter", "bad"], "Error: invalid filter 'bad': expected KEY=VALUE"),
+        (["--host", "foo", "status"], "`foo`. Use unix:///path, tcp://address:port or ssh://user@machine."),
+    ],
+)
+def test_a_wrong_word_is_an_error_with_a_next_step(words: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in result.output
+
+
+def test_what_is_not_found_is_listed_by_a_command() -> None:
+    assert (
+        with_next_step("service web not found")
+        == "service web not found. List services with skep service ls."
+    )
+    silent = "tcp://m1:2376 does not answer: connection refused"
+    assert with_next_step(silent) == f"{silent}. Check that the node runs, or choose another one with --host."
+    assert with_next_step("service web not found. Run it.") == "service web not found. Run it."
 
 
 def test_no_command_but_top_waits_for_textual() -> None:

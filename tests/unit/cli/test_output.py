@@ -100,6 +100,7 @@ def test_a_narrow_terminal_cuts_the_last_column_and_colors_only_terminals() -> N
     assert "\x1b" not in "".join(table(("A", "B"), [(Cell("down", "red"), "x")], Screen()))
     assert (shortened("日本語", 5), width_of("日本")) == ("日本…", 4)
     assert Screen(columns=12).fitted("one two three four", indent=2) == ["one two", "  three four"]
+    assert Screen(columns=12).fitted("  one two three", indent=4) == ["  one two", "    three"]
 
 
 def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:

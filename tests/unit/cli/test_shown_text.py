@@ -1,12 +1,14 @@
 """Texts of nodes reach a terminal without what it would obey."""
 
+from datetime import UTC, datetime
+
 import click
 import pytest
 
 from skep.cli.apps.port_forward import failure_of
 from skep.cli.output import Screen
 from skep.cli.running import errors_shown
-from skep.cli.see import runs
+from skep.cli.see import history, runs
 from skep.cli.see.explain import about_service, about_task
 from skep.errors import Unavailable
 
@@ -32,6 +34,35 @@ def test_an_explanation_is_cleaned():
     lines += about_service("web", service, 0.0)
     assert f"web: {SAFE}" in lines
     assert all(line.isprintable() for line in lines)
+
+
+def test_a_list_of_runs_numbers_those_of_jobs_and_names_the_missing_logs() -> None:
+    run = {
+        "Name": "web.1",
+        "Hostname": "m1",
+        "State": "failed",
+        "EndedAt": "2026-01-01T00:00:00Z",
+        "Lines": [],
+    }
+    dockers = "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
+    response = {"Runs": [run], "Incomplete": f"{dockers}node w3 is not available"}
+    head, row, missing = runs.shown(response, Screen(), 1767225600.0)
+    assert (head.split(), row.split()[:3]) == (
+        ["TASK", "NODE", "STATE", "EXIT", "ENDED"],
+        ["web.1", "m1", "failed"],
+    )
+    assert missing == "Some lines may be missing: node w3 is not available"
+    head, row = runs.shown({"Runs": [run | {"JobIteration": {"Index": 4}}]}, Screen(), 1767225600.0)
+    assert (head.split()[2], row.split()[2]) == ("RUN", "4")
+
+
+def test_earlier_entries_of_a_history_are_shown_by_the_same_command() -> None:
+    entry = {"Time": "2026-01-01T10:00:00.5Z", "Message": "service web created", "Severity": "info"}
+    page = {"Entries": [entry], "Next": "c1", "Oldest": "2025-12-30T08:00:00Z", "Total": 9}
+    now = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    *_, oldest, command = history.lines_of(page, Screen(), now, "skep history web -n 5")
+    assert oldest == "The oldest entry is from 2025-12-30 08:00:00. Show earlier entries with:"
+    assert command == "  skep history web -n 5 --until 2026-01-01T10:00:00.5Z"
 
 
 def test_a_list_of_runs_is_cleaned():

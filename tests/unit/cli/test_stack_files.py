@@ -72,8 +72,8 @@ def test_relative_paths_begin_at_the_directory_of_the_project(folder: Path) -> N
 def test_what_has_no_effect_is_warned_of_and_no_color_is_honored(folder: Path) -> None:
     said = "services.web.develop: it only affects `docker compose watch`"
     colored, plain = config(color=True), config(color=True, NO_COLOR="1")
-    assert "\x1b[33mwarning" in colored.stderr
-    assert plain.stderr == f"warning: {folder}/compose.yaml:1:47: {said}\n"
+    assert "\x1b[33mWarning" in colored.stderr
+    assert plain.stderr == f"Warning: {folder}/compose.yaml:1:47: {said}\n"
 
 
 def test_wrong_files_are_an_error_with_the_place(folder: Path) -> None:

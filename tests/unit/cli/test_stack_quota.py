@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.cli.stack.stack_quota import _body, _check_is_set
+from skep.cli.stack.stack_quota import _body, _check_is_set, _shown
 from skep.errors import FailedPrecondition
 
 NONE = {"tasks": 0, "ports": 0, "networks": 0, "addresses": 0, "secrets": 0, "configs": 0, "services": 0}
@@ -17,6 +17,19 @@ def test_bounds_that_are_not_given_are_not_sent_to_older_managers():
     }
     body = _body(cpus=0, memory="0", data="64m", **NONE | {"networks": 2, "addresses": 512})
     assert (body["Networks"], body["Addresses"], body["DataBytes"]) == (2, 512, 64 << 20)
+
+
+def test_sizes_have_units() -> None:
+    found = {
+        "Used": {"Tasks": 20, "NanoCPUs": 500_000_000, "DataBytes": 1159},
+        "Quota": {"MemoryBytes": 8 << 30},
+    }
+    rows = {row["Resource"]: (row["Used"], row["Limit"]) for row in _shown(found).rows or ()}
+    assert (rows["tasks"], rows["reserved CPUs"]) == (("20", "-"), ("0.5", "-"))
+    assert (rows["reserved memory"], rows["data of secrets and configs"]) == (
+        ("0 B", "8 GiB"),
+        ("1.1 KiB", "-"),
+    )
 
 
 def test_a_bound_that_an_older_manager_has_dropped_is_an_error():

@@ -94,7 +94,7 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
         "",
         "NODE  ROLE    STATE  TASKS  LOAD  REASON",
         "m1    leader  ready  2      90%",
-        "w1    worker  DOWN   1      20%   heartbeat failure",
+        "w1    worker  DOWN   1      -     heartbeat failure",
         "",
         "SERVICE  TASKS  UPDATE            REASON",
         f"boom     0/2                      {REASON}; {COURSE}",
@@ -173,7 +173,7 @@ def test_a_cluster_in_which_all_is_well_says_so_and_a_drained_node_is_well() -> 
     node = a_node("m1", leader=True) | {"Spec": {"Availability": "drain"}}
     found = a_status([node], [a_service("web", 1, 1)])
     assert (found.health, found.exit_code) == ("healthy", 0)
-    assert "ready, drain" in "\n".join(lines_of(found, Screen()))
+    assert "ready, drained" in "\n".join(lines_of(found, Screen()))
 
 
 def test_a_paused_update_is_not_well() -> None:

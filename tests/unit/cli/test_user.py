@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from skep.cli.cluster.user import _table
 from skep.cli.main import main
+from skep.cli.output import Screen
 from skep.security.authority import Authority
 
 
@@ -31,3 +33,11 @@ def test_files_and_addresses_are_checked_before_a_token_is_made(
     assert result.exit_code == 1
     assert error in result.output
     assert not (tmp_path / "docker").exists()
+
+
+def test_an_inspected_user_is_shown_with_its_roles() -> None:
+    tokens = [{"Kind": "token", "ID": "7k2m9x4q1w"}]
+    shown = _table({}, tokens, "No tokens.", above="ann: viewer, operator:shop")
+    assert list(shown.lines(Screen())) == ["ann: viewer, operator:shop", "KIND   ID", "token  7k2m9x4q1w"]
+    shown = _table({}, [], "No tokens.", above="ann: viewer")
+    assert list(shown.lines(Screen())) == ["ann: viewer", "No tokens."]

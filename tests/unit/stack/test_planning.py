@@ -379,9 +379,9 @@ def test_a_plan_says_where_services_would_run_and_why_not() -> None:
         unstyle(line) for line in lines_of(replace(made, placements={"shop_web": fits, "shop_db": full}))
     ]
     at = lines.index("  + service shop_web")
-    assert lines[at + 1 : at + 3] == ["      3 tasks: 2 on n2, n1", "  + service shop_db"]
+    assert lines[at + 1 : at + 3] == ["      3 tasks: 2 on n2, 1 on n1", "  + service shop_db"]
     assert lines[at + 3 :] == [
-        "      does not fit: 1 of 2 tasks would run: n2",
+        "      does not fit: 1 of 2 tasks would run on n2",
         "        no suitable node (insufficient resources)",
         "        n1: insufficient resources: 2 CPUs requested, 1 not reserved",
     ]

@@ -13,6 +13,7 @@ from textual.screen import Screen
 from textual.widgets import Input, Static
 
 from skep.errors import FailedPrecondition
+from skep.top.actions import Action
 from skep.top.app import TopApp
 from skep.top.dialogs import Ask, Confirm, Show
 from skep.top.logs import ShownLine
@@ -85,6 +86,7 @@ async def test_the_first_screen_says_what_is_wrong_and_why() -> None:
     app = TopApp(StillCluster(a_shop()))
     async with app.run_test(size=(120, 30)) as pilot:
         text = await settled(pilot)
+        assert " 1 Services (5)  2 Tasks (13)  3 Nodes (3)  4 Events  5 Logs" in text
         assert (
             "Degraded  Node w2 is down: heartbeat failure. 2 services are degraded (orders, report)." in text
         )
@@ -224,10 +226,12 @@ async def test_the_screen_fits_terminals_of_any_size(size: tuple[int, int]) -> N
 )
 async def test_an_empty_view_shows_a_command(key: str, command: str) -> None:
     app = TopApp(StillCluster(a_snapshot((a_node("m1"),))))
-    async with app.run_test(size=(100, 24)) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await settled(pilot)
         await pilot.press(key)
-        assert command in screen_of(app)
+        text = screen_of(app)
+        assert command in text
+        assert "…" not in text
 
 
 async def test_a_lost_connection_is_said_and_what_was_seen_stays() -> None:
@@ -304,6 +308,29 @@ async def test_the_help_names_every_key() -> None:
         text = str(app.screen.query_one("#text", Static).render())
         for key in ("/", "o", "e", "l", "t", "s", "u", "r", "d, a"):
             assert f"\n{key} " in text
+
+
+async def test_a_text_longer_than_the_screen_scrolls_above_its_hint() -> None:
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press("question_mark")
+        await shown(pilot, "esc: close")
+        assert "RESERVED is what" not in screen_of(app)
+        await pilot.press("end")
+        await shown(pilot, "RESERVED is what tasks reserve, and on nodes also the total.")
+        assert "esc: close" in screen_of(app)
+
+
+async def test_long_effects_leave_the_answers_on_the_screen() -> None:
+    app = TopApp(StillCluster(a_shop()))
+    effects = tuple(f"effect {number}" for number in range(40))
+    async with app.run_test(size=(80, 16)) as pilot:
+        await settled(pilot)
+        app.push_screen(Confirm(Action("service", "id-web", "Roll web back?", effects, "", lambda _: None)))
+        await shown(pilot, "effect 5")
+        await shown(pilot, "y: yes   n, esc: no")
+        assert "effect 39" not in screen_of(app)
 
 
 async def test_five_hundred_nodes_and_ten_thousand_tasks_are_painted_as_few_are() -> None:

@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -41,6 +41,8 @@ _KINDS: dict[str, tuple[str, type[Any]]] = {
     "networks": ("network", Network),
     "volumes": ("volume", Volume),
 }
+_NAMED = {"users": "user", "stacks": "stack"}
+"""Nouns whose objects are found by their names alone."""
 _NO_RECORD = re.compile(
     r"/skep/services/placement|/skep/stacks/check"  # dry runs
     r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded when they start, because they may last for hours
@@ -48,6 +50,8 @@ _NO_RECORD = re.compile(
 _READS = re.compile(r"/swarm/unlockkey|/skep/backup")
 """Requests that change nothing but return secrets that protect the cluster."""
 
+_RPC = re.compile(r"^rpc error: code = \w+ desc = ")
+"""Prefix of SwarmKit's errors in Docker's API, which the history leaves out."""
 _CLIENT_GONE = 499
 """nginx's status for a disconnected client.  HTTP has no such status."""
 
@@ -153,6 +157,8 @@ def about(path: str, method: str, view: View, among: Callable[[Any], bool] | Non
     words = [word for word in path.split("/") if word and word != "skep"]
     noun, *rest = words or ["?"]
     action = {"DELETE": "remove", "GET": "read"}.get(method) or (rest[-1] if rest else "create")
+    if noun in _NAMED:
+        return _about_named(noun, method, rest)
     if noun not in _KINDS:
         return JournalEntry(type="cluster" if noun in ("swarm", "cluster") else noun, action=action)
     name, kind = _KINDS[noun]
@@ -163,6 +169,14 @@ def about(path: str, method: str, view: View, among: Callable[[Any], bool] | Non
         with suppress(SkepError):
             return _about_object(entry, view.resolve(kind, rest[0], seen), view)
     return replace(entry, name=rest[0])
+
+
+def _about_named(noun: str, method: str, rest: Sequence[str]) -> JournalEntry:
+    """Return an entry for a user or a stack, or for its tokens, certificates or quota."""
+    name, part, *_ = [*rest, "", ""]
+    verb = {"DELETE": "remove", "PUT": "set", "GET": "read"}.get(method, "create")
+    action = f"{verb}-{part.removesuffix('s')}" if part and part != "update" else part or verb
+    return JournalEntry(type=_NAMED[noun], action=action, name="" if name == "create" else name)
 
 
 def _about_object(entry: JournalEntry, found: Any, view: View) -> JournalEntry:
@@ -211,7 +225,7 @@ def with_outcome(entry: JournalEntry, status: int, error: str = "") -> JournalEn
     """Return the entry of a request with the outcome ``status``."""
     what = " ".join(filter(None, (entry.action, entry.type, entry.name)))
     failed = f": refused with {status}" if status >= 400 and status != _CLIENT_GONE else ""
-    because = f": {masked_text(error)}" if error else ""
+    because = f": {masked_text(_RPC.sub('', error))}" if error else ""
     severity = Severity.INFO if status < 400 else Severity.WARNING if status < 500 else Severity.ERROR
     return replace(entry, status=status, severity=severity, message=f"{what}{failed}{because}")
 

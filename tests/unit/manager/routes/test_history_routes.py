@@ -108,6 +108,26 @@ def test_a_request_is_about_the_object_that_its_client_sees() -> None:
     assert about("/services/a/update", "POST", view).object_id == ""
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/skep/users/create", "create user"),
+        ("POST", "/skep/users/ann/update", "update user ann"),
+        ("DELETE", "/skep/users/ann", "remove user ann"),
+        ("POST", "/skep/users/ann/tokens", "create-token user ann"),
+        ("DELETE", "/skep/users/ann/tokens/7k2m9x4q1w", "remove-token user ann"),
+        ("POST", "/skep/users/ann/certificates", "create-certificate user ann"),
+        ("PUT", "/skep/stacks/shop/quota", "set-quota stack shop"),
+        ("DELETE", "/skep/stacks/shop/quota", "remove-quota stack shop"),
+    ],
+)
+def test_the_audit_log_names_users_and_stacks(method: str, path: str, words: str) -> None:
+    entry = about(path, method, State())
+    assert with_outcome(entry, 200).message == words
+    refused = "rpc error: code = InvalidArgument desc = invalid name"
+    assert with_outcome(entry, 400, refused).message == f"{words}: refused with 400: invalid name"
+
+
 def test_a_refusal_is_recorded_without_what_it_quotes() -> None:
     entry = with_outcome(
         JournalEntry(type="service", action="create"), 400, "invalid env DB_PASSWORD=hunter2: no"
