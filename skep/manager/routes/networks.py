@@ -8,6 +8,7 @@ from functools import partial
 import structlog
 from aiohttp import web
 
+from skep.api.access.identity import identity_of
 from skep.api.formats.filters import is_prunable, until_of
 from skep.api.formats.networks import (
     PRUNE_FILTERS,
@@ -22,6 +23,8 @@ from skep.api.formats.networks import (
 from skep.api.http.server import Filters, Routes, json_list_response, json_response, read_json
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
+from skep.manager.control.quotas import bounded
+from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
 from skep.manager.routes.network_answers import (
     describe_network,
@@ -30,6 +33,7 @@ from skep.manager.routes.network_answers import (
     shown,
     used_networks,
 )
+from skep.manager.services.quotas import usage_of_others
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.values.meta import Driver
 from skep.store.interface import View
@@ -68,9 +72,13 @@ async def create_network(request: web.Request) -> web.StreamResponse:
     check_name(body.name)
     check_form(body)
     await manager.require_room(creates=True)
-    network = await manager.update(
-        control.create_network, spec_of_body(body), new_id=manager.new_id, now=manager.now()
+    create = bounded(
+        control.create_network,
+        stack_of(body.labels),
+        is_admin=identity_of(request).is_admin,
+        measure=usage_of_others,
     )
+    network = await manager.update(create, spec_of_body(body), new_id=manager.new_id, now=manager.now())
     return json_response({"Id": network.id, "Warning": ""}, 201)
 
 
