@@ -3,7 +3,9 @@
 import asyncio
 import gzip
 import json
+import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +127,7 @@ async def test_a_prune_never_removes_more_than_its_filters_and_bounds_select(rig
     filtered: tuple[dict[str, list[str]], ...] = (
         {"until": ["1h"]},
         {"unused-for": ["1h"]},
+        {"until": ["0s"], "label": ["a"]},
         {"label": ["a"]},
         {"label!": ["a"]},
     )
@@ -136,6 +139,18 @@ async def test_a_prune_never_removes_more_than_its_filters_and_bounds_select(rig
     for name in ("keep-storage", "reserved-space", "max-used-space", "min-free-space"):
         assert await rig.prune({}, **{name: "1"}) == (501, f"docker builder prune --{name} is not supported")
     assert (await rig.prune({}))[1]["CachesDeleted"]
+
+
+async def test_a_prune_until_a_time_removes_what_no_build_has_used_since(rig: Rig) -> None:
+    """As ``docker system prune --filter until=24h`` does every night."""
+    mounts, old, new = rig.builder.mounts, CacheKey(id="old"), CacheKey(id="new")
+    for key in (old, new):
+        async with mounts.hold(key, "shared") as place:
+            os.utime(place, (0, 0))
+    os.utime(place.with_name(old.name), (time.time() - 7200, time.time() - 7200))
+    removed = {"CachesDeleted": [old.name], "SpaceReclaimed": 0}
+    assert await rig.prune({"until": ["1h"]}) == (200, removed)
+    assert list(mounts.sizes()) == [new.name]
 
 
 async def test_what_an_interrupted_build_has_left_goes_with_the_next_start(tmp_path: Path) -> None:

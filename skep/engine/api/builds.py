@@ -114,25 +114,25 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
 async def prune_build_cache(builder: Builder, request: web.Request) -> web.StreamResponse:
     """Handle ``docker builder prune``: the directories of ``RUN --mount=type=cache``.
 
-    Results of steps are images, which ``docker image prune`` removes.  With a filter, no directory is removed, because
-    they have no labels and no time of last use.  ``docker system prune --filter`` also sends its filters here.
+    Results of steps are images, which ``docker image prune`` removes.  With a filter by label, no directory is removed,
+    because they have no labels.  ``docker system prune --filter`` also sends its filters here.
     """
     for name in _PRUNE_BOUNDS:
         if integer(request, name, 0):
             raise Unimplemented(f"docker builder prune --{name} is not supported")
     filters = Filters.of(request)
     try:
-        is_filtered = _is_prune_filtered(filters, builder.clock.now_ns())
+        unused_since_ns = _unused_since(filters, builder.clock.now_ns())
     except InvalidArgument as error:
         raise InvalidArgument(f"failed to prune build cache: {error}") from error
-    if is_filtered:
+    if filters["label"] or filters["label!"]:
         return json_response({"CachesDeleted": None, "SpaceReclaimed": 0})
-    gone, freed_bytes = await builder.mounts.prune()
+    gone, freed_bytes = await builder.mounts.prune(unused_since_ns)
     return json_response({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
 
 
-def _is_prune_filtered(filters: Filters, now_ns: int) -> bool:
-    """Return whether a filter keeps the directories of cache mounts.
+def _unused_since(filters: Filters, now_ns: int) -> int | None:
+    """Return the time since which a directory must be unused, or None for any.
 
     Source: moby 28.5, builder/builder-next/builder.go (Prune, toBuildkitPruneInfo).
 
@@ -142,20 +142,20 @@ def _is_prune_filtered(filters: Filters, now_ns: int) -> bool:
     given = [name for name in _TIME_FILTERS if filters[name]]
     if len(given) == len(_TIME_FILTERS):
         raise InvalidArgument('conflicting filters: "until" and "unused-for"')
+    since_ns = None
     for name in given:
         moment, *others = filters[name]
         if others:
             raise InvalidArgument("filters expect only one value")
         try:
-            parse_time(moment, now_ns)
+            since_ns = parse_time(moment, now_ns)
         except InvalidArgument as error:
-            raise InvalidArgument(
-                f"\"{name}\" filter expects a duration (e.g., '24h') or a timestamp: {error}"
-            ) from error
+            expected = "filter expects a duration (e.g., '24h') or a timestamp"
+            raise InvalidArgument(f'"{name}" {expected}: {error}') from error
     for name in _CACHE_FIELDS:
         if name in filters:
             raise Unimplemented(f"docker builder prune --filter {name} is not supported")
-    return bool(given or filters["label"] or filters["label!"])
+    return since_ns
 
 
 def _opening(files: Path) -> OpenContext:
