@@ -195,7 +195,7 @@ class CacheMounts:
         self._used[name] -= 1
         if not self._used[name]:
             del self._used[name]
-            with suppress(FileNotFoundError):  # a directory that was to be filled has its own name now
+            with suppress(FileNotFoundError):  # a directory that was being filled has its final name now
                 os.utime(self._root / name)  # the time of last use, which outlives this process
 
     def _used_ns(self, name: str) -> int:
