@@ -143,6 +143,8 @@ class SessionOwner(ApiObject):
 
     manager_id: NodeId = NodeId("")
     session_id: SessionId = SessionId("")
+    contact_at: Timestamp | None = None
+    """For an adopted session: a time at which the node was certainly in contact with the former owner."""
 
 
 class IssuedSerial(ApiObject):

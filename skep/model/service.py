@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 
@@ -16,6 +16,8 @@ ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 
 REPLICAS_MAX = 100_000
 """Maximum number of tasks of one service."""
+MAX_ATTEMPTS_MAX: Final = 1000
+"""Largest number of restarts of a slot that are counted.  Each attempt leaves a task in the slot's history."""
 
 
 class NamedResource(ApiObject):
@@ -85,6 +87,16 @@ class RestartPolicy(ApiObject):
     delay: Nanoseconds | None = None
     max_attempts: Uint64 | None = None
     window: Nanoseconds | None = None
+
+    @property
+    def attempts_limit(self) -> int:
+        """Restarts after which a slot is given up, or 0 for no limit.
+
+        More than ``MAX_ATTEMPTS_MAX`` count as no limit.  Otherwise a task that always fails would fill the store with
+        its history.
+        """
+        attempts = self.max_attempts or 0
+        return attempts if attempts <= MAX_ATTEMPTS_MAX else 0
 
 
 class SpreadOver(ApiObject):

@@ -150,6 +150,12 @@ class Freeze(ApiObject):
     """The nodes that are down since then."""
     ready_before: int = 0
     """Number of nodes that were ready a minute before."""
+    down_before: Mapping[NodeId, Timestamp] = {}
+    """Time of the last heartbeat of each node that was down before.  Further nodes went down with them, or later."""
+
+    def includes(self, node_id: NodeId, silent_since: Timestamp | None) -> bool:
+        """Return whether a node that is down went down with the others, or during the freeze."""
+        return self.down_before.get(node_id) != (silent_since or "")
 
 
 class Swarm(ApiObject):

@@ -1,5 +1,7 @@
 """Kinds of objects that are internal to managers.  No API shows them."""
 
+from zlib import crc32
+
 import msgspec
 from msgspec.structs import replace
 
@@ -31,6 +33,10 @@ UNKNOWN_SPEC = f"{WAITS_FOR}the spec that it was made from, which cannot be read
 
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the managers' unlock key.  It exists only while autolock is on."""
+
+
+_USERS_CLAIMS = 64
+"""Number of counters.  Users of stacks with the same counter write one after the other."""
 
 
 class SpecVersion(ApiObject):
@@ -108,6 +114,14 @@ def registry_auth_id(service_id: str) -> str:
 def previous_registry_auth_id(service_id: str) -> str:
     """Return the id of the payload with the registry credentials for the image that a rollback returns to."""
     return f"registry-previous/{service_id}"
+
+
+def users_claim_id(stack: str) -> str:
+    """Return the id of the payload that counts what users below administrator add to ``stack``.
+
+    A few stacks share one, so that names of stacks that are long gone leave nothing in the store.
+    """
+    return f"users-claims/{crc32(stack.encode()) % _USERS_CLAIMS}"
 
 
 def spec_version_id(service_id: str, version: Version) -> str:

@@ -181,10 +181,17 @@ def _spec_name(object: Any) -> str:
     return name.lower()
 
 
-def _stack(object: Any) -> str:
-    """Return the stack by its label.  Objects outside of stacks are indexed under an empty string."""
-    return stack_of(object.spec.labels)
+def stack_index(stack: str) -> str:
+    """Return the value of ``stack`` in the index "stack", which also has the objects outside of stacks."""
+    return stack or _NO_STACK
 
+
+def _stack(object: Any) -> str:
+    return stack_index(stack_of(object.spec.labels))
+
+
+_NO_STACK: Final = "\0"
+"""Indexes have no objects with an empty value, and a stack's name has no such character."""
 
 SCHEMAS: Final[tuple[KindSchema, ...]] = (
     # This comes before tasks, because the merge fills in a task's spec from a version that may be stored in the same

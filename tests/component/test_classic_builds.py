@@ -3,8 +3,10 @@
 import asyncio
 import gzip
 import json
+import os
 import subprocess
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from skep.aio.slots import Slots
 from skep.api.http.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
+from skep.engine.build.cache.cache import CacheKey
 from skep.engine.build.files.remotes import repository_address
 from skep.engine.images.store import ImageStore
 from tests.support.images.archives import a_file, a_tar
@@ -25,6 +28,7 @@ from tests.support.managers.wire_rig import until
 
 pytestmark = pytest.mark.needs("root")
 
+EXPECTED = "filter expects a duration (e.g., '24h') or a timestamp"
 CONTEXT = a_tar(a_file("Dockerfile", b"FROM scratch\nENV A=1\n"))
 
 
@@ -36,13 +40,20 @@ class Rig:
         self.scratch = builder.images.scratch
         self._socket = socket
 
-    async def post(self, body: bytes | AsyncIterator[bytes], **query: str) -> tuple[int, str]:
+    async def post(
+        self, body: bytes | AsyncIterator[bytes], *, path: str = "build", **query: str
+    ) -> tuple[int, str]:
         connector = aiohttp.UnixConnector(str(self._socket))
         async with (
             aiohttp.ClientSession(connector=connector) as session,
-            session.post("http://d/v1.41/build", data=body, params=query) as response,
+            session.post(f"http://d/v1.41/{path}", data=body, params=query) as response,
         ):
             return response.status, await response.text()
+
+    async def prune(self, filters: Mapping[str, Sequence[str]], **query: str) -> tuple[int, Any]:
+        status, text = await self.post(b"", path="build/prune", filters=json.dumps(filters), **query)
+        answer = json.loads(text)
+        return status, answer.get("message", answer)
 
 
 @pytest.fixture
@@ -88,6 +99,58 @@ async def test_a_client_that_stops_sending_gives_its_slot_back(
     ended.set()
     await asyncio.wait([silent])
     assert not list(rig.scratch.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"until": ["rubbish"]}, f'"until" {EXPECTED}: failed to parse value as time or duration: "rubbish"'),
+        (
+            {"unused-for": ["1 d"]},
+            f'"unused-for" {EXPECTED}: failed to parse value as time or duration: "1 d"',
+        ),
+        ({"until": ["1h", "2h"]}, "filters expect only one value"),
+        ({"until": ["1h"], "unused-for": ["1h"]}, 'conflicting filters: "until" and "unused-for"'),
+        ({"bogus": ["1"]}, "Invalid filter 'bogus'"),
+    ],
+)
+async def test_a_prune_refuses_a_wrong_filter_as_the_engine_does(
+    rig: Rig, filters: dict[str, list[str]], message: str
+) -> None:
+    assert await rig.prune(filters) == (400, f"failed to prune build cache: {message}")
+
+
+async def test_a_prune_never_removes_more_than_its_filters_and_bounds_select(rig: Rig) -> None:
+    async with rig.builder.mounts.hold(CacheKey(id="kept"), "shared"):
+        pass
+    nothing = (200, {"CachesDeleted": None, "SpaceReclaimed": 0})
+    filtered: tuple[dict[str, list[str]], ...] = (
+        {"until": ["1h"]},
+        {"unused-for": ["1h"]},
+        {"until": ["0s"], "label": ["a"]},
+        {"label": ["a"]},
+        {"label!": ["a"]},
+    )
+    for filters in filtered:
+        assert await rig.prune(filters) == nothing
+    for name in ("id", "parent", "type", "description", "inuse", "shared", "private"):
+        refusal = f"docker builder prune --filter {name} is not supported"
+        assert await rig.prune({name: ["x"]}) == (501, refusal)
+    for name in ("keep-storage", "reserved-space", "max-used-space", "min-free-space"):
+        assert await rig.prune({}, **{name: "1"}) == (501, f"docker builder prune --{name} is not supported")
+    assert (await rig.prune({}))[1]["CachesDeleted"]
+
+
+async def test_a_prune_until_a_time_removes_what_no_build_has_used_since(rig: Rig) -> None:
+    """As ``docker system prune --filter until=24h`` does every night."""
+    mounts, old, new = rig.builder.mounts, CacheKey(id="old"), CacheKey(id="new")
+    for key in (old, new):
+        async with mounts.hold(key, "shared") as place:
+            os.utime(place, (0, 0))
+    os.utime(place.with_name(old.name), (time.time() - 7200, time.time() - 7200))
+    removed = {"CachesDeleted": [old.name], "SpaceReclaimed": 0}
+    assert await rig.prune({"until": ["1h"]}) == (200, removed)
+    assert list(mounts.sizes()) == [new.name]
 
 
 async def test_what_an_interrupted_build_has_left_goes_with_the_next_start(tmp_path: Path) -> None:

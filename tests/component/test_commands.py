@@ -5,9 +5,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from skep.manager.orchestrator.replacement.disruption_mode import end_freeze
+from skep.model.node import NodeState
 from skep.model.service import Service
-from skep.model.task import Task
+from skep.model.swarm import Freeze, Swarm
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
+from skep.model.values.times import ZERO_TIME
+from skep.store.interface import Transaction
+from tests.support.builders import a_node, a_task
 from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
 
 
@@ -56,6 +64,26 @@ async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_i
     assert (code, out) == (0, "m1 is drained: no tasks are left\n"), err
     _, out, _ = await cluster.run("explain", "m1")
     assert "its availability is drain" in out
+
+
+async def test_a_node_that_may_be_cut_off_is_forgotten_by_force_only(cluster: Cluster) -> None:
+    """Else a script that forgets all nodes that are down would run their tasks twice."""
+    task = a_task("t9", node="w9", state=TaskState.PREPARING)
+
+    def cut_off(tx: Transaction) -> None:
+        (swarm,) = tx.find(Swarm)
+        tx.put(replace(swarm, freeze=Freeze(since=ZERO_TIME, nodes=(NodeId("w9"),), ready_before=1)))
+        tx.put(a_node("w9", state=NodeState.DOWN))
+        tx.put(task)
+
+    await cluster.store.update(cut_off)
+    code, _, err = await cluster.run("node", "forget", "w9")
+    assert code == 1
+    assert "it may be cut off while its containers run" in err
+    assert "or use --force" in err
+    code, out, err = await cluster.run("node", "forget", "--force", "w9")
+    assert (code, out) == (0, "w9\n"), err
+    await cluster.store.update(end_freeze)
 
 
 async def test_an_update_is_paused_and_aborted(cluster: Cluster) -> None:

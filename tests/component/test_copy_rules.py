@@ -392,6 +392,95 @@ async def test_what_is_left_out_is_no_reason_to_copy_again(rig: BuildRig) -> Non
     assert await rig.build(text) != first
 
 
+# --- the cases of BuildKit's own tests ------------------------------------------------------------------------------
+# Source: buildkit, frontend/dockerfile/dockerfile_parents_test.go, exclude_patterns_test.go.
+
+TREE = {
+    "test/a/b/c/d/e/bay": "bay\n",
+    "test/a/b/c/d/foo": "foo\n",
+    "test/a/b2/c/d/e/bar": "bar\n",
+    "test/a/b/c2/d/e/baz": "baz\n",
+    "test/a/b/c2/d/e2/baz": "baz\n",
+}
+DIRECTORIES = {
+    "dir1/file-101.png": "2",
+    "dir1/file-102.txt": "3",
+    "dir1/file-103.jpeg": "4",
+    "dir2/file-201.pdf": "6",
+    "dir2/file-202.jpeg": "7",
+    "dir2/file-203.png": "8",
+    "dir3/file-301.mp3": "9",
+    "dir3/file-302.mpeg": "10",
+    "dir4/file-401.txt": "11",
+    "dir4/file-402.txt": "-> file-401.txt",
+    "dir4/file-403.txt": "-> file-404.txt",
+}
+
+
+@pytest.mark.parametrize("origin", ["context", "stage"])
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        ("/test/a/b/./c/d", ["c/d/e/bay", "c/d/foo"]),
+        ("/test/a/b/c/d/.", ["test/a/b/c/d/e/bay", "test/a/b/c/d/foo"]),
+        ("./test/a/b/c/d", ["test/a/b/c/d/e/bay", "test/a/b/c/d/foo"]),
+        ("/test/a/./b/./c", ["b/c/d/e/bay", "b/c/d/foo"]),
+        ("/test/a/./*/c", ["b/c/d/e/bay", "b/c/d/foo", "b2/c/d/e/bar"]),
+        ("/test/a/b*/./c/**/e", ["c/d/e/bar", "c/d/e/bay"]),
+        (
+            "/test/a/b/c*/./d/**/baz /test/a/b*/./c/**/bar",
+            ["c/d/e/bar", "d/e/baz", "d/e2/baz"],
+        ),
+        ("/test/a/b2*/nosuch", []),
+        ("/test/a/b/./c3*", []),
+    ],
+)
+async def test_parents_as_in_buildkits_tests(
+    rig: BuildRig, sources: str, found: Sequence[str], origin: str
+) -> None:
+    fill(rig.context, TREE)
+    lines = ["FROM scratch AS base", "COPY test /test"] if origin == "stage" else []
+    option = "--from=base " if origin == "stage" else ""
+    text = "\n".join((*lines, on_scratch(f"COPY {option}--parents {sources} /out/")))
+    assert await rig.tree(text) == ([f"out/{name}" for name in found] or ["out"])
+
+
+@pytest.mark.parametrize("origin", ["context", "stage"])
+@pytest.mark.parametrize(
+    ("copy", "found"),
+    [
+        (
+            "--exclude=*/*.png --exclude=*/*.jpeg . /1",
+            ["1/" + name for name in DIRECTORIES if not name.endswith((".png", ".jpeg"))],
+        ),
+        (
+            "--exclude=*/*.pdf --exclude=*/*.txt . /2",
+            [*("2/" + name for name in DIRECTORIES if not name.endswith((".pdf", ".txt"))), "2/dir4"],
+        ),
+        ("--exclude=*.mp3 dir3/ /3/", ["3/file-302.mpeg"]),
+        (
+            "--exclude=*.mp3 --exclude=*.jpeg --exclude=*.png --exclude=*.pdf --exclude=*.txt dir* /4/",
+            ["4/file-302.mpeg"],
+        ),
+        (
+            "--exclude=*.mp* --exclude=*.jpeg --exclude=*.png --exclude=*.pdf dir* /5",
+            ["5/file-102.txt", "5/file-401.txt", "5/file-402.txt", "5/file-403.txt"],
+        ),
+        ("--exclude=* dir* /6", ["6"]),
+    ],
+)
+async def test_exclude_as_in_buildkits_tests(
+    tmp_path: Path, copy: str, found: Sequence[str], origin: str
+) -> None:
+    rig = BuildRig(tmp_path)
+    fill(rig.context, DIRECTORIES)
+    if origin == "stage":
+        text = "\n".join(("FROM scratch AS base", "COPY . /", on_scratch(f"COPY --from=base {copy}")))
+    else:
+        text = on_scratch(f"COPY {copy}")
+    assert await rig.tree(text) == found
+
+
 # --- kinds of files ----------------------------------------------------------------------------------------------
 
 

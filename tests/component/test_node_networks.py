@@ -374,6 +374,9 @@ async def test_prune_removes_unused_networks_that_match_the_filters(rig: Rig) ->
     assert (await rig.ask("POST", prune + '{"label":["nosuch"]}'))[1] == {"NetworksDeleted": None}
     assert (await rig.ask("POST", prune + '{"until":["1h"]}'))[1] == {"NetworksDeleted": None}
     assert (await rig.message("POST", prune + '{"bogus":["1"]}'))[0] == 400
+    twice = (400, "more than one until filter specified")
+    assert await rig.message("POST", prune + '{"until":["1m","1s"]}') == twice
+    assert (await rig.ask("POST", prune + '{"label!":[]}'))[1] == {"NetworksDeleted": None}
     assert (await rig.ask("POST", prune + '{"label!":["keep"]}'))[1] == {"NetworksDeleted": ["o2"]}
     assert (await rig.ask("POST", "/networks/prune"))[1] == {"NetworksDeleted": ["o1"]}
     assert await rig.names(scope="swarm") == {"ingress", "o3"}

@@ -29,6 +29,8 @@ from tests.support.builders import a_node, a_service, a_task, an_overlay
 
 TASKS = 100_000
 HELD_S_MAX = 0.1
+A_CONTAINER = f"/skep/tasks/{'3f2a' * 16}/target"
+"""Asks for the task of a container that no task has."""
 
 
 class Turns:
@@ -94,11 +96,13 @@ async def test_with_100_000_tasks_nothing_holds_the_event_loop(tmp_path: Path) -
                 '/tasks?filters={"service":["web"]}',
                 '/tasks?filters={"name":["web"]}',
                 "/services?status=true",
+                "/skep/tasks/web.99999/target",
+                A_CONTAINER,
             ):
                 async with turns() as measured, client.get(f"http://manager{path}") as response:
                     async for _ in response.content.iter_any():
                         pass
-                assert response.status == 200
+                assert response.status == (404 if path == A_CONTAINER else 200)
                 held[path] = measured.held_s
     finally:
         gc.unfreeze()

@@ -1,5 +1,6 @@
 """How many tasks a user below administrator may ask for, on each path that gives a service its number of tasks."""
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -38,6 +39,41 @@ async def has(rig: Rig, name: str, number: int) -> Service:
 def update(service: Service, rollback: str = "") -> str:
     more = f"&rollback={rollback}" if rollback else ""
     return f"POST /services/{service.id}/update?version={service.version.index}{more}"
+
+
+async def test_objects_outside_of_stacks_are_bounded_together(rig: Rig) -> None:
+    def outside(name: str) -> dict[str, Any]:
+        return a_spec() | {"Name": name, "Mode": {"Replicated": {"Replicas": HALF + 1}}, "Labels": {}}
+
+    assert (await rig.exchange(OPERATOR, "POST /services/create", outside("one")))[0] == 201
+    status, text, _ = await rig.exchange(OPERATOR, "POST /services/create", outside("two"))
+    refusal = f"the cluster outside of stacks has {HALF + 1} tasks and may have {USERS_TASKS_MAX}"
+    assert (status, refusal in text) == (403, True), text
+    assert (await rig.exchange("admin", "POST /services/create", outside("two")))[0] == 201
+
+
+async def test_of_two_requests_at_a_time_that_exceed_the_bound_together_one_is_refused(rig: Rig) -> None:
+    for path, bodies in (
+        ("POST /services/create", [replicas(HALF + 1, "shop_a"), replicas(HALF + 1, "shop_b")]),
+        ("POST /skep/services/changes", [[{"Spec": replicas(HALF + 1, f"shop_{name}")}] for name in "cd"]),
+        (
+            "POST /networks/create",
+            [
+                {
+                    "Name": f"shop_{name}",
+                    "Driver": "overlay",
+                    "Labels": SHOP,
+                    "IPAM": {"Config": [{"Subnet": subnet}]},
+                }
+                for name, subnet in (("a", "10.8.0.0/16"), ("b", "10.9.0.0/16"))
+            ],
+        ),
+    ):
+        answers = await asyncio.gather(*(rig.exchange(OF_SHOP, path, body) for body in bodies))
+        refused = [text for _, text, _ in answers if "an administrator can set a quota" in text]
+        assert len(refused) == 1, answers
+        for service in rig.api.store.view().find(Service):
+            await rig.api.store.update(lambda tx, one: tx.delete(Service, one), service.id)
 
 
 @pytest.mark.parametrize("role", [OPERATOR, OF_SHOP])

@@ -12,14 +12,22 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.manager.control.files import create_config, create_secret, update_secret
 from skep.manager.control.networks import add_subnets, create_network
-from skep.manager.control.quotas import check_quota, quota_state, remove_quota, set_quota
+from skep.manager.control.quotas import bounded, check_quota, quota_state, remove_quota, set_quota
 from skep.manager.orchestrator.changes import RollBack, apply
-from skep.manager.services.quotas import StackUsage, quota_of, refusal, usage_of, usage_of_network
+from skep.manager.services.quotas import (
+    USERS_TASKS_MAX,
+    StackUsage,
+    quota_of,
+    refusal,
+    usage_of,
+    usage_of_network,
+    usage_of_others,
+)
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.quota import QuotaSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Resources, Service, ServiceSpec, UpdateState
-from skep.model.values.ids import NetworkId, new_id
+from skep.model.values.ids import ConfigId, NetworkId, new_id
 from skep.model.values.meta import Driver
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
@@ -67,6 +75,46 @@ async def test_writers_at_two_managers_stay_within_the_quota_together(rig: Rig) 
     quota = quota_of(view, "shop")
     assert quota is not None
     assert quota_state(view, quota).used.tasks == 7
+
+
+@pytest.mark.parametrize("stack", ["shop", ""])
+async def test_users_at_two_managers_stay_within_their_bounds_together(rig: Rig, stack: str) -> None:
+    """Without a quota there is no object of it that two requests at a time could conflict in."""
+    half = USERS_TASKS_MAX // 2
+
+    def write(tx: Transaction, name: str) -> Service:
+        labels = {STACK_LABEL: stack} if stack else {}
+        return tx.put(a_service(name, spec=replace(a_service_spec(name, replicas=half), labels=labels)))
+
+    async def tried(name: str) -> object:
+        store = rig.store if len(name) % 2 else rig.other
+        return await outcome(store.update(bounded(write, stack, is_admin=False), name))
+
+    results = await asyncio.gather(*(tried("s" * length) for length in range(1, 9)))
+    refused = [one for one in results if isinstance(one, PermissionDenied)]
+    assert len(refused) == 6, results
+    assert f"has {USERS_TASKS_MAX} tasks and may have {USERS_TASKS_MAX} without a quota" in str(refused[0])
+    await rig.store.barrier()
+    assert len(rig.store.view().find(Service)) == 2
+    await rig.store.update(bounded(write, stack, is_admin=True), "by_admin")
+
+
+async def test_users_at_two_managers_stay_within_the_bound_of_data_together(rig: Rig) -> None:
+    most = 64
+    mebibyte = b"x" * (1 << 20)
+
+    def write(tx: Transaction, name: str) -> Config:
+        spec = ConfigSpec(name=name, labels={STACK_LABEL: "shop"}, data=mebibyte)
+        return tx.put(Config(id=ConfigId(name), created_at=NOW, spec=spec))
+
+    create = bounded(write, "shop", is_admin=False, measure=usage_of_others)
+    for number in range(most - 1):
+        await rig.store.update(create, f"c{number}")
+    await rig.other.barrier()
+    results = await asyncio.gather(
+        *(outcome(store.update(create, name)) for store, name in ((rig.store, "here"), (rig.other, "there")))
+    )
+    assert len([one for one in results if isinstance(one, PermissionDenied)]) == 1, results
 
 
 async def test_other_stacks_have_no_bound_and_a_removed_quota_none(rig: Rig) -> None:

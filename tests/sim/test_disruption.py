@@ -1,8 +1,12 @@
 """Most nodes go down at once: nothing is replaced, in a new cluster and by a new leader as well."""
 
+from functools import partial
+
 import pytest
 
 from sim.cluster import SimulatedCluster
+from skep.errors import FailedPrecondition
+from skep.manager.control.nodes import remove_node
 from skep.model.node import Node, NodeState
 from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
@@ -41,6 +45,9 @@ def test_five_of_six_workers_that_are_cut_off_keep_their_tasks(seed: int, age_s:
         cluster.run_for(30)
         assert is_frozen(cluster)
         assert cluster.created("web") == created
+        for id in down(cluster):  # also the one that was marked down after the freeze had begun
+            with pytest.raises(FailedPrecondition, match="or use --force"):
+                cluster.write(partial(remove_node, id=id, force=False, now_ns=0))
         cluster.links.restore()
         cluster.run_until(lambda: not is_frozen(cluster) and not down(cluster), within_s=120)
         cluster.run_for(30)

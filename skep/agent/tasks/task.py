@@ -8,6 +8,7 @@ Source: swarmkit, agent/exec/controller.go (Do), which also has the messages and
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TypeAlias
@@ -22,7 +23,7 @@ from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.race import LostRace, run_unless
 from skep.errors import SkepError
 from skep.model.options.labels import drain_s, last_lines
-from skep.model.service import RestartCondition, RestartPolicy
+from skep.model.service import MAX_ATTEMPTS_MAX, RestartCondition, RestartPolicy
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.task_end import TaskEnd, words_of
 from skep.model.values.ids import TaskId
@@ -132,9 +133,9 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
             return None
         case RestartCondition.ON_FAILURE if exit_code == 0:
             return None
-    if policy.max_attempts:
+    if policy.attempts_limit:
         opens_at = now - policy.window / SECOND_NS if policy.window else float("-inf")
-        if sum(at > opens_at for at in attempts) >= policy.max_attempts:
+        if sum(at > opens_at for at in attempts) >= policy.attempts_limit:
             return None
     return DEFAULT_DELAY_S if policy.delay is None else policy.delay / SECOND_NS
 
@@ -169,13 +170,13 @@ class TaskDriver:
         self._clock = clock
         self._on_status = on_status
         self._session_state = session_state
-        self._attempts = [clock.monotonic()] * attempts
+        self._attempts = deque([clock.monotonic()] * attempts, maxlen=MAX_ATTEMPTS_MAX)
         self._stopped = ""
         self._desired_changed = asyncio.Event()
 
     @property
     def attempts(self) -> int:
-        """Number of restarts without a manager."""
+        """Number of restarts without a manager, at most ``MAX_ATTEMPTS_MAX``."""
         return len(self._attempts)
 
     @property

@@ -15,12 +15,15 @@ from urllib.parse import quote
 import click
 
 from skep.api.client.raw import RawClient, json
+from skep.api.client.waiting import persistently
 from skep.cli.apps import terminal
 from skep.cli.apps.targets import OrDocker, to_docker
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
-from skep.errors import FailedPrecondition, NotFound, SkepError
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.model.options.labels import JOB_TTL
+from skep.stack.progress import FAILURES_MAX, UNPLACED, ServiceProblem, explanation_of, why_hopeless
+from skep.stack.waiting import HeldTimes
 
 _LOOK_S = 0.1
 _LOOK_S_MAX = 1.0
@@ -111,31 +114,65 @@ async def _run(
         spec = run_spec(found["Spec"], command, name=name, env=env, tty=tty)
         created = await client.post("/services/create", spec)
         try:
-            task = await _wait_task(client, created["ID"], _BEGUN)
+            task = await wait_task(client, created["ID"], _BEGUN)
             await _show(client, created["ID"], task, tty=tty)
-            return _exit_code(await _wait_task(client, created["ID"], _ENDED))
+            return _exit_code(await wait_task(client, created["ID"], _ENDED))
         finally:
             with suppress(SkepError):
                 await client.request("DELETE", f"/services/{created['ID']}")
 
 
-async def _wait_task(client: RawClient, service_id: str, states: frozenset[str]) -> dict[str, Any]:
-    """Wait until the task of a run is in one of ``states``, show its progress, and return the task."""
-    filters = json({"service": [service_id]}).decode()
-    shown, pause_s, waited_s = "", _LOOK_S, 0.0
+async def wait_task(client: RawClient, service_id: str, states: frozenset[str]) -> dict[str, Any]:
+    """Wait until the task of a run is in one of ``states``, show its progress, and return the task.
+
+    Raises:
+        FailedPrecondition: The run was removed.
+        Unavailable: The task cannot get a node, an address or a port, so that waiting cannot help.
+    """
+    shown, pause_s, waited_s, held = "", _LOOK_S, 0.0, HeldTimes()
+    task = await _task_of(client, service_id)
     while True:
-        tasks = await client.get("/tasks", {"filters": filters})
-        task: dict[str, Any] = tasks[0] if tasks else {}
         status = task.get("Status") or {}
         if status.get("State") in states:
             return task
         words = f"{status.get('State', 'new')}: {status.get('Err') or status.get('Message') or 'waiting'}"
-        if waited_s > 1 and words != shown and status.get("State") != "running":
-            click.echo(words, err=True)
-            shown = words
+        if waited_s > 1 and status.get("State") != "running":
+            await _require_hope(client, service_id, held)
+            if words != shown:
+                click.echo(words, err=True)
+                shown = words
         await asyncio.sleep(pause_s)
         waited_s += pause_s
         pause_s = min(pause_s * 1.5, _LOOK_S_MAX)
+        # The command goes on running without managers, so a change of leader must not end it.
+        task = await persistently(partial(_task_of, client, service_id), partial(click.echo, err=True))
+
+
+async def _task_of(client: RawClient, service_id: str) -> dict[str, Any]:
+    """Return the task of a run, or an empty document before it is created.
+
+    Raises: FailedPrecondition: the run was removed.
+    """
+    filters = json({"service": [service_id]}).decode()
+    found: list[dict[str, Any]] = await client.get("/tasks", {"filters": filters})
+    if not found:
+        try:
+            await client.get(f"/services/{service_id}")
+        except NotFound as error:
+            raise FailedPrecondition("the run was removed before its command ended") from error
+    return found[0] if found else {}
+
+
+async def _require_hope(client: RawClient, service_id: str, held: HeldTimes) -> None:
+    """Check that waiting for the start of a task can help.  Raises: Unavailable."""
+    try:
+        explanation = explanation_of(await client.get(f"/skep/services/{service_id}/explain"))
+    except SkepError:  # the managers have an earlier version, or no leader
+        return
+    problem, now = explanation.problem or ServiceProblem(), asyncio.get_running_loop().time()
+    unplaced_s = max(held.held_s(kind, now, holds=problem.kind == kind) for kind in UNPLACED)
+    if why := why_hopeless(problem, FAILURES_MAX, unplaced_s):
+        raise Unavailable(f"{why}: {explanation.reason}" if explanation.reason else why)
 
 
 async def _show(client: RawClient, service_id: str, task: Mapping[str, Any], *, tty: bool) -> None:
@@ -151,7 +188,7 @@ async def _show(client: RawClient, service_id: str, task: Mapping[str, Any], *, 
                 opening = client.exchange("GET", f"{path}/logs", query={**query, "follow": "1"})
             stream = await stack.enter_async_context(opening)
         except SkepError:  # The task has ended, or its node is unreachable. Managers have its output.
-            await _wait_task(client, service_id, _ENDED)
+            await wait_task(client, service_id, _ENDED)
             stream = await stack.enter_async_context(
                 client.exchange("GET", f"/tasks/{task['ID']}/logs", query=query)
             )

@@ -179,12 +179,22 @@ async def drain_and_wait(client: ApiClient, name: str, within_s: float) -> None:
                 some = sorted(_task_name(task, names) for task in left)
                 first = some[0]
                 text = f"{counted(len(left), 'task')} left: {named(some)}"
+                if await persistently(partial(_is_down, client, name), say):
+                    text += (
+                        f". {name} is down and reports no end of them until it is back. "
+                        f"If it is lost for good, run skep node forget {name}"
+                    )
                 if text != shown:
                     say(text)
                 shown = text
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain {first}.") from None
+
+
+async def _is_down(client: ApiClient, name: str) -> bool:
+    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
+    return bool(node["Status"]["State"] == "down")
 
 
 async def _tasks_of(client: ApiClient, name: str) -> Sequence[Mapping[str, Any]]:
@@ -200,24 +210,28 @@ def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
 
 
 @node.command()
+@click.option("-f", "--force", is_flag=True, help="Also remove nodes that may only be cut off.")
 @click.argument("names", metavar="NODE...", nargs=-1, required=True)
 @click.pass_obj
-def forget(host: HostOptions, names: tuple[str, ...]) -> None:
+def forget(host: HostOptions, names: tuple[str, ...], force: bool) -> None:
     """Remove nodes that left or are lost for good.
 
     Deletes everything that the cluster knows about them. A forgotten node has to join again.
 
     Only nodes that are down can be forgotten. To remove a node that you no longer trust, use skep node evict.
 
+    If most nodes went down at once, their containers may still run. The cluster then refuses to remove such nodes.
+    With --force, their tasks also start elsewhere, so that they may run twice.
+
     \b
     Example:
       skep node forget w2 w3
     """
-    for name in run_requests(_forget(host, names)):
+    for name in run_requests(_forget(host, names, force=force)):
         click.echo(name)
 
 
-async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
+async def _forget(host: HostOptions, names: Sequence[str], *, force: bool) -> list[str]:
     done: list[str] = []
     async with host.client() as client:
         for name in names:
@@ -228,7 +242,8 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
                     f"{name} is {state}, not down. Drain it and run docker swarm leave there, or run skep node "
                     f"evict {name}."
                 )
-            await client.delete(f"/nodes/{found['ID']}", force="1", timeout_s=_RESPONSE_TIMEOUT_S)
+            forced = {"force": "1"} if force else {}
+            await client.delete(f"/nodes/{found['ID']}", **forced, timeout_s=_RESPONSE_TIMEOUT_S)
             done.append(name)
     return done
 

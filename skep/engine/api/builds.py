@@ -14,6 +14,7 @@ from aiohttp import web
 
 from skep.api.errors import Untranslated
 from skep.api.formats.bodies import decode_body
+from skep.api.formats.timestamps import parse_time
 from skep.api.http.server import Filters, flag, json_response
 from skep.api.http.tables import RouteTable
 from skep.engine.api.queries import integer
@@ -44,6 +45,12 @@ _KEPT_CHARACTERS_MAX = 1 << 20
 """Number of characters of a quiet build's output that are kept in memory."""
 _SILENT_S = 300.0
 """Seconds without data after which a client that uploads its build context loses its build slot."""
+
+_PRUNE_BOUNDS = ("keep-storage", "reserved-space", "max-used-space", "min-free-space")
+_TIME_FILTERS = ("until", "unused-for")
+"""The second is a deprecated synonym of the first."""
+_CACHE_FIELDS = ("id", "parent", "type", "description", "inuse", "shared", "private")
+"""Filters that select entries of the engine's build cache, which has other entries than this node's."""
 
 T = TypeVar("T")
 
@@ -107,17 +114,48 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
 async def prune_build_cache(builder: Builder, request: web.Request) -> web.StreamResponse:
     """Handle ``docker builder prune``: the directories of ``RUN --mount=type=cache``.
 
-    Results of steps are images, which ``docker image prune`` removes.  With a filter, no directory is removed, because
-    they have no labels and no time of last use.  ``docker system prune --filter`` also sends its filters here.
+    Results of steps are images, which ``docker image prune`` removes.  With a filter by label, no directory is removed,
+    because they have no labels.  ``docker system prune --filter`` also sends its filters here.
     """
+    for name in _PRUNE_BOUNDS:
+        if integer(request, name, 0):
+            raise Unimplemented(f"docker builder prune --{name} is not supported")
     filters = Filters.of(request)
-    filters.refuse_unknown("label", "label!", "until")
-    if integer(request, "keep-storage", 0):
-        raise Unimplemented("docker builder prune --keep-storage is not supported")
-    if any(filters[name] for name in ("label", "label!", "until")):
+    try:
+        unused_since_ns = _unused_since(filters, builder.clock.now_ns())
+    except InvalidArgument as error:
+        raise InvalidArgument(f"failed to prune build cache: {error}") from error
+    if filters["label"] or filters["label!"]:
         return json_response({"CachesDeleted": None, "SpaceReclaimed": 0})
-    gone, freed_bytes = await builder.mounts.prune()
+    gone, freed_bytes = await builder.mounts.prune(unused_since_ns)
     return json_response({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
+
+
+def _unused_since(filters: Filters, now_ns: int) -> int | None:
+    """Return the time since which a directory must be unused, or None for any.
+
+    Source: moby 28.5, builder/builder-next/builder.go (Prune, toBuildkitPruneInfo).
+
+    Raises: InvalidArgument: the engine refuses the filter as well; Unimplemented: the engine knows the filter.
+    """
+    filters.refuse_unknown(*_TIME_FILTERS, "label", "label!", *_CACHE_FIELDS)
+    given = [name for name in _TIME_FILTERS if filters[name]]
+    if len(given) == len(_TIME_FILTERS):
+        raise InvalidArgument('conflicting filters: "until" and "unused-for"')
+    since_ns = None
+    for name in given:
+        moment, *others = filters[name]
+        if others:
+            raise InvalidArgument("filters expect only one value")
+        try:
+            since_ns = parse_time(moment, now_ns)
+        except InvalidArgument as error:
+            expected = "filter expects a duration (e.g., '24h') or a timestamp"
+            raise InvalidArgument(f'"{name}" {expected}: {error}') from error
+    for name in _CACHE_FIELDS:
+        if name in filters:
+            raise Unimplemented(f"docker builder prune --filter {name} is not supported")
+    return since_ns
 
 
 def _opening(files: Path) -> OpenContext:

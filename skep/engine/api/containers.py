@@ -19,6 +19,7 @@ from skep.aio.trees import walk_tree
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.errors import NotModified, Untranslated
+from skep.api.formats.filters import is_prunable, until_of
 from skep.api.http.server import (
     Filters,
     JsonLines,
@@ -33,7 +34,6 @@ from skep.api.http.tables import RouteTable
 from skep.api.http.versions import ApiVersion
 from skep.engine.api.exec import exec_routes
 from skep.engine.api.files import file_routes
-from skep.engine.api.pruning import is_prunable, until_of
 from skep.engine.api.queries import integer
 from skep.engine.api.responses import container_responses
 from skep.engine.api.responses.container_listing import ListingOptions, ancestors, image_id_among, select

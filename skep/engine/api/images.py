@@ -14,6 +14,7 @@ from aiohttp import web
 from skep.aio.clock import Clock, SystemClock
 from skep.api.errors import Untranslated
 from skep.api.formats.bodies import decode_body
+from skep.api.formats.filters import until_of
 from skep.api.http.server import (
     ApiVersion,
     Filters,
@@ -26,7 +27,6 @@ from skep.api.http.server import (
 )
 from skep.api.http.tables import RouteTable
 from skep.engine.api.commits import import_image
-from skep.engine.api.pruning import until_of
 from skep.engine.api.responses import image_responses
 from skep.engine.api.streams.progress import respond_with_progress
 from skep.engine.api.streams.uploads import drain, pieces_of, send_piece

@@ -14,10 +14,10 @@ from aiohttp import web
 
 from skep.aio.failures import log_error
 from skep.aio.trees import walk_tree
+from skep.api.formats.filters import has_prunable_labels
 from skep.api.http.server import Filters, api_version, flag, json_response, read_json
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import ApiVersion
-from skep.engine.api.pruning import has_prunable_labels
 from skep.engine.images.archives.untar import tree_bytes
 from skep.engine.volumes.mounts import check_local_options
 from skep.engine.volumes.volume_plugins import LOCAL, PluginVolume
@@ -77,6 +77,10 @@ async def prune_volumes(served: VolumeRoutes, request: web.Request) -> web.Strea
     """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "all")
+    if len(filters["all"]) > 1:
+        raise InvalidArgument(
+            f"invalid filter 'all=[{' '.join(filters['all'])}]': only one value is expected"
+        )
     named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
     removed, reclaimed = [], 0
     used = users_by_volume(served.containers())

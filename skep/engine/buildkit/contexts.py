@@ -40,12 +40,20 @@ class ContextStore:
             tree.root.name: sum(entry.size for entry in tree.entries.values()) for tree in self._kept.values()
         }
 
-    async def prune(self) -> list[str]:
-        """Drop all kept trees and return their names.  Running builds keep the trees that they use until they end."""
-        gone = list(self.sizes())
-        self._kept.clear()
+    async def prune(self, unused_since_ns: int | None = None) -> list[str]:
+        """Drop kept trees and return their names.  Running builds keep the trees that they use until they end.
+
+        Args:
+            unused_since_ns: Keep the trees that were received since then.  None keeps none.
+        """
+        gone = [
+            key
+            for key, tree in self._kept.items()
+            if unused_since_ns is None or os.stat(tree.root).st_ctime_ns < unused_since_ns
+        ]
+        names = [self._kept.pop(key).root.name for key in gone]
         await self._sweep()
-        return gone
+        return names
 
     @asynccontextmanager
     async def receive(

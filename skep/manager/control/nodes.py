@@ -109,19 +109,21 @@ def remove_node(
 
 
 def _check_disruption(tx: Transaction, node: Node) -> None:
-    """Check that the node did not go down together with most nodes, if that lasts and containers may still run there.
+    """Check that the node did not go down together with most nodes, or since then, if containers may still run there.
 
     The managers' network may have failed instead of the nodes.  Then a removal would run containers twice, and take
     volumes from containers that still write.
     """
     freezes = [found.freeze for one in tx.find(Swarm) if (found := tx.rely_on(Swarm, one.id, "freeze"))]
-    freeze = next((one for one in freezes if one is not None and node.id in one.nodes), None)
-    if freeze is None:
+    freeze = next((one for one in freezes if one is not None), None)
+    if freeze is None or not freeze.includes(node.id, node.silent_since):
         return
     may_run = any(not task.status.state.is_terminal for task in tx.find(Task, node_id=node.id))
     if may_run or any(volume.status_on(node.id) is not None for volume in tx.find(Volume)):
+        others = f"{len(freeze.nodes)} of {freeze.ready_before} nodes"
+        when = f"at once with {others}" if node.id in freeze.nodes else f"while {others} are down"
         raise FailedPrecondition(
-            f"node {node.id} went down at once with {len(freeze.nodes)} of {freeze.ready_before} nodes, so it may be "
+            f"node {node.id} went down {when}, so it may be "
             "cut off while its containers run: wait until nodes return, run `skep cluster resume`, or use --force"
         )
 

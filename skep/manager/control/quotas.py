@@ -1,4 +1,7 @@
-"""Quotas of stacks: set, remove, show, and check when an object is created or changed."""
+"""Quotas of stacks, and bounds of users: set, remove, show, and check when an object is created or changed."""
+
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -9,7 +12,9 @@ from skep.manager.services.quotas import (
     BOUNDS,
     StackUsage,
     claim,
+    claim_of_users,
     claim_service,
+    most_of_services,
     quota_of,
     usage_of_file,
     usage_of_network,
@@ -23,6 +28,9 @@ from skep.model.values.ids import IdSource, QuotaId
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.level import USERS
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> None:
@@ -48,6 +56,37 @@ def check_file_quota(
     if present is not None and stack_of(present.spec.labels) == stack:
         return
     _require(claim(tx, stack, StackUsage(), usage_of_file(spec, data_bytes)))
+
+
+Measure = Callable[[View, str], StackUsage]
+"""Returns the usage of a stack by the objects of some kinds."""
+
+
+def bounded(
+    operation: Callable[Concatenate[Transaction, P], R],
+    stack: str,
+    *,
+    is_admin: bool,
+    measure: Measure = most_of_services,
+) -> Callable[Concatenate[Transaction, P], R]:
+    """Return ``operation`` with the bounds of users below administrator (``quotas.UserBounds``).
+
+    Authorization checks the same bounds earlier.  Only the transaction knows about requests at the same time.
+
+    Args:
+        stack: Stack of the object that the operation writes.
+        measure: Usage that the operation may change.
+    """
+    if is_admin:
+        return operation
+
+    def run(tx: Transaction, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        before = measure(tx, stack)
+        result = operation(tx, *args, **kwargs)
+        _require(claim_of_users(tx, stack, before, measure(tx, stack)))
+        return result
+
+    return run
 
 
 def _require(why: str) -> None:

@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from skep.aio.time_slices import STEP, SlicedWork
 from skep.errors import FailedPrecondition, NotFound
 from skep.model.history import stack_of
 from skep.model.node import Node
@@ -54,8 +55,8 @@ Among = Callable[[Service | Task], bool]
 """Returns whether a service or task takes part (``View.resolve``)."""
 
 
-def target_of(view: View, word: str, among: Among | None = None) -> Task:
-    """Return the task that ``word`` names.
+def target_of(view: View, word: str, among: Among | None = None) -> SlicedWork[Task]:
+    """Return the task that ``word`` names.  Pauses between tasks, because a container's id may belong to any of them.
 
     ``word`` is a task's id or a prefix of it, ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` for a global service, the
     name of a task's container (``SERVICE.SLOT.TASK``), or the container's id as docker shows it.  For a service or
@@ -73,13 +74,18 @@ def target_of(view: View, word: str, among: Among | None = None) -> Task:
         try:
             return _by_prefix(view, word, among)
         except NotFound as error:
-            if (task := _by_container(view, word, among)) is not None:
+            task = yield from _by_container(view, word, among)
+            if task is not None:
                 return task
             raise NotFound(
                 f"no such service or task: {word} (skep service ls; skep service ps SERVICE)"
             ) from error
-    tasks = [task for task in view.find(Task, service_id=service.id) if not slot or _is_at(view, task, slot)]
-    running = [task for task in tasks if task.status.state is TaskState.RUNNING and task.is_wanted]
+    tasks = yield from _selected(
+        view.find(Task, service_id=service.id), lambda task: not slot or _is_at(view, task, slot)
+    )
+    running = yield from _selected(
+        tasks, lambda task: task.status.state is TaskState.RUNNING and task.is_wanted
+    )
     if not running:
         if not tasks and slot:
             raise FailedPrecondition(f"service {service.spec.name} has no task {slot}")
@@ -129,18 +135,31 @@ def _by_prefix(view: View, word: str, among: Among | None) -> Task:
     raise NotFound(f"task {word} not found")
 
 
-def _by_container(view: View, word: str, among: Among | None) -> Task | None:
+def _by_container(view: View, word: str, among: Among | None) -> SlicedWork[Task | None]:
     """Return the task whose container has the id or the short id ``word``, or None if no or several tasks have it."""
     if not _CONTAINER_ID.fullmatch(word):
         return None
-    found = [
-        task
-        for task in view.find(Task)
-        if task.status.container_status is not None
-        and task.status.container_status.container_id.startswith(word)
-        and (among is None or among(task))
-    ]
+
+    def has_container(task: Task) -> bool:
+        container = task.status.container_status
+        return (
+            container is not None
+            and container.container_id.startswith(word)
+            and (among is None or among(task))
+        )
+
+    found = yield from _selected(view.find(Task), has_container)
     return found[0] if len(found) == 1 else None
+
+
+def _selected(tasks: Iterable[Task], is_selected: Callable[[Task], bool]) -> SlicedWork[list[Task]]:
+    selected = []
+    for number, task in enumerate(tasks, 1):
+        if is_selected(task):
+            selected.append(task)
+        if number % STEP == 0:
+            yield
+    return selected
 
 
 def _service_and_slot(view: View, word: str, among: Among | None) -> tuple[Service | None, str]:

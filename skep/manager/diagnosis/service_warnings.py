@@ -7,7 +7,7 @@ from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
-from skep.model.service import ServiceSpec, UpdateOrder
+from skep.model.service import MAX_ATTEMPTS_MAX, ServiceSpec, UpdateOrder
 
 _OURS = "skep."
 """Start of the labels that Skep defines."""
@@ -18,7 +18,18 @@ _PUBLISH = "skep.publish."
 def spec_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
     """Yield a warning for each setting that has no effect, or cannot work on the nodes of the cluster."""
     yield from label_warnings(spec)
+    yield from restart_warnings(spec)
     yield from placement_warnings(spec, nodes)
+
+
+def restart_warnings(spec: ServiceSpec) -> Iterator[str]:
+    """Yield a warning if the restart policy has a limit that counts as none."""
+    policy = spec.task_template.restart_policy
+    if policy is not None and policy.max_attempts and not policy.attempts_limit:
+        yield (
+            f"max attempts {policy.max_attempts} of the restart policy count as no limit: "
+            f"at most {MAX_ATTEMPTS_MAX} restarts of a task are counted"
+        )
 
 
 def label_warnings(spec: ServiceSpec) -> Iterator[str]:

@@ -74,6 +74,10 @@ TICK_S, TICK_S_MAX = 0.2, 0.5
 """Minimum and maximum seconds between checks for silent nodes."""
 TICKS_PER_PERIOD = 10
 """Checks in a heartbeat period, so that a node is marked down at most a thirtieth of its grace too late."""
+_UNSEEN_GRACES = 2
+"""Grace periods for which a node may have been lost when this manager starts: one until the earlier run would have
+marked it down, and one without this manager, after which the leader would have adopted its sessions.
+"""
 LATE_S = 0.2
 """Delay of a check that counts as time without heartbeats.  A longer one is this manager's own lack of processor time.
 
@@ -294,7 +298,13 @@ class Dispatcher:
                     recovers=self._time.seconds < self._recovers_until,
                     configured_s=self._configured_grace_s,
                 )
-            self._sessions.expect(node.id, held.session_id, last_seen=self._time.seconds, grace_s=grace_s)
+            self._sessions.expect(
+                node.id,
+                held.session_id,
+                last_seen=self._time.seconds,
+                grace_s=grace_s,
+                unseen_s=_UNSEEN_GRACES * self._grace_s(),
+            )
 
     # -- sessions -----------------------------------------------------------------------------------------------
 

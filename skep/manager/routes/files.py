@@ -3,7 +3,8 @@
 Source: moby 20.10, daemon/cluster/{secrets,configs}.go; swarmkit, manager/controlapi/{secret,config}.go.
 """
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 from aiohttp import web
 
@@ -19,13 +20,19 @@ from skep.api.http.server import (
 )
 from skep.errors import InvalidArgument
 from skep.manager.control import files as control
+from skep.manager.control.quotas import bounded
+from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.representations import has_labels
+from skep.manager.services.quotas import usage_of_others
 from skep.model.options.labels import STACK_REVISION
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.values.encoding import ApiObject
+from skep.store.interface import Transaction
 
 routes = Routes()
+
+P = ParamSpec("P")
 
 File = TypeVar("File", Secret, Config)
 _TEMPLATING = ApiVersion("1.37")
@@ -66,8 +73,9 @@ async def create_secret(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, SecretBody)
     _refuse_templating(request, body, "secret")
     await manager.require_room(creates=True)
+    create = _bounded(control.create_secret, request, body.spec)
     secret = await manager.update(
-        control.create_secret, body.spec, body.data or b"", new_id=manager.new_id, now=manager.now()
+        create, body.spec, body.data or b"", new_id=manager.new_id, now=manager.now()
     )
     return json_response(CreatedFile(id=secret.id), 201)
 
@@ -116,7 +124,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
         # The transaction marks deploys in progress, so this view must include deploys that other managers served.
         await current_view(request)
     config = await manager.update(
-        control.create_config,
+        _bounded(control.create_config, request, spec),
         spec,
         new_id=manager.new_id,
         now=manager.now(),
@@ -177,6 +185,13 @@ def _fits(file: Secret | Config, filters: Filters) -> bool:
 
 async def _find_file(request: web.Request, kind: type[File]) -> File:
     return (await current_view(request)).resolve(kind, request.match_info["id"])
+
+
+def _bounded(
+    create: Callable[Concatenate[Transaction, P], File], request: web.Request, spec: SecretSpec | ConfigSpec
+) -> Callable[Concatenate[Transaction, P], File]:
+    is_admin = identity_of(request).is_admin
+    return bounded(create, stack_of(spec.labels), is_admin=is_admin, measure=usage_of_others)
 
 
 def _refuse_templating(request: web.Request, spec: SecretSpec | ConfigSpec, word: str) -> None:

@@ -8,6 +8,8 @@ from functools import partial
 import structlog
 from aiohttp import web
 
+from skep.api.access.identity import identity_of
+from skep.api.formats.filters import is_prunable, until_of
 from skep.api.formats.networks import (
     PRUNE_FILTERS,
     NetworkBody,
@@ -18,10 +20,11 @@ from skep.api.formats.networks import (
     check_name,
     fits,
 )
-from skep.api.formats.timestamps import parse_time
 from skep.api.http.server import Filters, Routes, json_list_response, json_response, read_json
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
+from skep.manager.control.quotas import bounded
+from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
 from skep.manager.routes.network_answers import (
     describe_network,
@@ -30,9 +33,9 @@ from skep.manager.routes.network_answers import (
     shown,
     used_networks,
 )
+from skep.manager.services.quotas import usage_of_others
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.values.meta import Driver
-from skep.model.values.times import unix_ns
 from skep.store.interface import View
 
 log = structlog.get_logger()
@@ -69,9 +72,13 @@ async def create_network(request: web.Request) -> web.StreamResponse:
     check_name(body.name)
     check_form(body)
     await manager.require_room(creates=True)
-    network = await manager.update(
-        control.create_network, spec_of_body(body), new_id=manager.new_id, now=manager.now()
+    create = bounded(
+        control.create_network,
+        stack_of(body.labels),
+        is_admin=identity_of(request).is_admin,
+        measure=usage_of_others,
     )
+    network = await manager.update(create, spec_of_body(body), new_id=manager.new_id, now=manager.now())
     return json_response({"Id": network.id, "Warning": ""}, 201)
 
 
@@ -81,12 +88,11 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown(*PRUNE_FILTERS)
     manager = manager_of(request)
-    now_ns = manager.clock.now_ns()
-    moments = [parse_time(text, now_ns) for text in filters["until"]]
+    until_ns = until_of(filters, manager.clock.now_ns())
     view = await current_view(request)
     removed = []
     for network in _visible(view):
-        if is_ingress(network) or not _is_prunable(network, filters, moments):
+        if is_ingress(network) or not is_prunable(network.created_at, network.spec.labels, filters, until_ns):
             continue
         try:
             await manager.update(control.remove_network, network.id)
@@ -137,16 +143,6 @@ def _check_free(view: View, name: str) -> None:
     """Refuse a taken name, which the engine does before any other check.  Raises: AlreadyExists."""
     if name and view.find(Network, name=name):
         raise AlreadyExists(f"network with name {name} already exists")
-
-
-def _is_prunable(network: Network, filters: Filters, moments: list[int]) -> bool:
-    labels = network.spec.labels
-    unwanted = Filters({"label": filters["label!"]})
-    return (
-        filters.matches_labels("label", labels)
-        and not (filters["label!"] and unwanted.matches_labels("label", labels))
-        and all(unix_ns(network.created_at) < moment for moment in moments)
-    )
 
 
 def spec_of_body(body: NetworkBody) -> NetworkSpec:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import structlog
 from aiohttp import web
 
+from skep.aio.time_slices import result_in_slices
 from skep.api.access.identity import identity_of
 from skep.api.formats.container_requests import (
     ExecRequest,
@@ -37,6 +38,7 @@ from skep.model.history import masked_text
 from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.values.encoding import to_json
+from skep.store.interface import View
 from skep.store.kinds import spec_of
 from skep.wire.tunnel import Tunnel
 
@@ -57,7 +59,7 @@ _RECORDED = re.compile(r"(?:exec|attach|kill|archive|exec/[0-9a-f]+/start|port/.
 async def find_target(request: web.Request) -> web.StreamResponse:
     """Return the running task that ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` or a task id refers to."""
     view = await current_view(request)
-    return json_response(TaskTarget.of(view, target_of(view, request.match_info["id"])))
+    return json_response(TaskTarget.of(view, await _target(view, request)))
 
 
 @routes.post("/skep/tasks/{id}/container/exec")
@@ -111,7 +113,11 @@ async def reach_port(request: web.Request) -> web.StreamResponse:
 
 
 async def _task(request: web.Request) -> Task:
-    return target_of(await current_view(request), request.match_info["id"])
+    return await _target(await current_view(request), request)
+
+
+async def _target(view: View, request: web.Request) -> Task:
+    return await result_in_slices(target_of(view, request.match_info["id"]), manager_of(request).clock)
 
 
 async def _forward(request: web.Request, task: Task, path: str) -> web.StreamResponse:

@@ -29,6 +29,7 @@ from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.control.deploys import fenced, require_current
+from skep.manager.control.quotas import bounded
 from skep.manager.control.validation.new_objects import stack_of, visible_to
 from skep.manager.diagnosis.service_health import service_status, status_with_health
 from skep.manager.diagnosis.service_warnings import spec_warnings
@@ -108,14 +109,15 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         view = await current_view(request)
         spec = control.with_network_ids(view, spec, visible_to(view, identity_of(request)))
     await manager.require_room(creates=True)
+    stack, by_admin = stack_of(spec.labels), identity_of(request).is_admin
     service = await manager.update(
-        fenced(control.create_service, deploy_of(request), stack_of(spec.labels)),
+        fenced(bounded(control.create_service, stack, is_admin=by_admin), deploy_of(request), stack),
         settled(spec),
         new_id=manager.new_id,
         new_name=manager.new_name,
         now=manager.now(),
         registry_auth=auth,
-        by_admin=identity_of(request).is_admin,
+        by_admin=by_admin,
     )
     view = manager.store.view()
     warnings = room_warnings(view, service) if control.names_networks(spec) else []
@@ -145,20 +147,22 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     service = view.resolve(Service, request.match_info["id"])
     auth_from = control.auth_source(request.query.get("registryAuthFrom", ""), service)
     auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service.id)
+    stack, by_admin = stack_of(spec.labels), identity_of(request).is_admin
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
-                fenced(control.update_service, deploy_of(request), stack_of(spec.labels)),
+                fenced(bounded(control.update_service, stack, is_admin=by_admin), deploy_of(request), stack),
                 service.id,
                 spec,
                 version,
                 now=manager.now(),
                 registry_auth=auth,
                 registry_auth_from=auth_from,
-                by_admin=identity_of(request).is_admin,
+                by_admin=by_admin,
             )
         case "previous":
-            await manager.update(control.rollback_service, service.id, spec, version, now=manager.now())
+            roll_back = bounded(control.rollback_service, stack_of(service.spec.labels), is_admin=by_admin)
+            await manager.update(roll_back, service.id, spec, version, now=manager.now())
         case word:
             raise Untranslated(f"unrecognized rollback option {word}")
     view = manager.store.view()
@@ -206,11 +210,12 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     among = visible_to(view, identity_of(request))
 
     def change(tx: Transaction, one: ServiceChange) -> Service:
+        stack = stack_of(one.spec.labels)
         if revision:
-            require_current(tx, revision, stack_of(one.spec.labels))
+            require_current(tx, revision, stack)
         spec = settled(control.with_network_ids(view, one.spec, among))
         if one.id:
-            return control.update_service(
+            return bounded(control.update_service, stack, is_admin=by_admin)(
                 tx,
                 one.id,
                 spec,
@@ -219,7 +224,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
                 registry_auth=one.registry_auth,
                 by_admin=by_admin,
             )
-        return control.create_service(
+        return bounded(control.create_service, stack, is_admin=by_admin)(
             tx,
             spec,
             new_id=manager.new_id,

@@ -20,7 +20,8 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import DEFAULT_SUBNET_SIZE, Swarm
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Transaction, View
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, users_claim_id
+from skep.store.schema import stack_index
 
 _MEBIBYTE = 1 << 20
 USERS_TASKS_MAX = 20_000
@@ -124,12 +125,12 @@ def usage_of_stack(view: View, stack: str, *, without: str = "") -> StackUsage:
     for service in _services(view, stack):
         if service.id != without:
             used = used.plus(usage_of(service.spec, nodes))
-    return used.plus(_usage_of_others(view, stack, without))
+    return used.plus(usage_of_others(view, stack, without))
 
 
-def _usage_of_others(view: View, stack: str, without: str = "") -> StackUsage:
+def usage_of_others(view: View, stack: str, without: str = "") -> StackUsage:
     """Return the usage of all objects but the services."""
-    used = StackUsage()
+    used, stack = StackUsage(), stack_index(stack)
     for network in view.find(Network, stack=stack):
         if network.id != without:
             used = used.plus(usage_of_network(view, network.spec, network))
@@ -211,7 +212,7 @@ class UserBounds:
     def refusal(self, stack: str, wanted: StackUsage) -> str:
         """Return why only an administrator may add an object to a stack, or an empty string."""
         if stack not in self._used:
-            self._used[stack] = _usage_of_others(self._view, stack)
+            self._used[stack] = usage_of_others(self._view, stack)
         return _refusal_of_users(self._view, stack, StackUsage(), wanted, self._used[stack])
 
     def service_refusal(self, spec: ServiceSpec) -> str:
@@ -234,6 +235,26 @@ class UserBounds:
         wanted = StackUsage(tasks=tasks_at_most(spec, nodes), services=1)
         tasks[name] = wanted.tasks
         return _refusal_of_users(self._view, stack, before, wanted, others)
+
+
+def most_of_services(view: View, stack: str) -> StackUsage:
+    """Return the most that the services of a stack may use without another request."""
+    nodes, found = len(view.ids(Node)), list(_services(view, stack))
+    return StackUsage(tasks=sum(tasks_at_most(one.spec, nodes) for one in found), services=len(found))
+
+
+def claim_of_users(tx: Transaction, stack: str, before: StackUsage, after: StackUsage) -> str:
+    """Claim a change of a stack's usage for a user below administrator.  Returns why it is not allowed, or an empty
+    string.
+
+    Two claims at a time conflict, like those of a quota (``claim``), so that they cannot pass together.
+    """
+    if why := _refusal_of_users(tx, stack, before, after, StackUsage()):
+        return why
+    id = users_claim_id(stack)
+    last = tx.lookup(Payload, id)
+    tx.put(Payload(id=id, data=b"%d" % (int(last.data) + 1 if last is not None else 1)))
+    return ""
 
 
 def tasks_at_most(spec: ServiceSpec, nodes: int) -> int:
@@ -328,4 +349,4 @@ def _needed(quota: QuotaSpec) -> list[str]:
 
 
 def _services(view: View, stack: str) -> Iterator[Service]:
-    return (service for service in view.find(Service, stack=stack) if service.removed_at is None)
+    return (service for service in view.find(Service, stack=stack_index(stack)) if service.removed_at is None)

@@ -18,6 +18,7 @@ from cronsim import CronSim, CronSimError
 
 from skep.errors import InvalidArgument
 from skep.model.options.labels import JOB_TTL
+from skep.model.service import MAX_ATTEMPTS_MAX
 from skep.model.values.times import SECOND_NS, duration_ns
 
 CRON: Final = "skep.cron"
@@ -45,10 +46,6 @@ DEADLINE_S_MAX: Final = 365 * 24 * 3600.0
 """Longest deadline.  More than a year is a mistake."""
 MAX_ATTEMPTS_DEFAULT: Final = 6
 """Kubernetes' default of ``backoffLimit``.  Without a limit, a command that always fails would delay all later runs."""
-MAX_ATTEMPTS_MAX: Final = 1000
-"""Largest number of attempts that a label accepts.  Each attempt leaves a task in the history of its slot until the run
-ends.
-"""
 _FIELDS: Final = {
     "Bad minute": "minute (0 to 59)",
     "Bad hour": "hour (0 to 23)",

@@ -19,6 +19,7 @@ from aiohttp import web
 from skep.api.client.client import ApiClient, Response
 from skep.api.errors import Forbidden
 from skep.api.formats.bodies import decode_body
+from skep.api.formats.filters import is_prunable, until_of
 from skep.api.formats.networks import (
     BUILTIN,
     LOCAL,
@@ -35,7 +36,6 @@ from skep.api.http.server import Filters, Routes, api_version, json_response, re
 from skep.api.http.versions import ApiVersion
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
-from skep.engine.api.pruning import is_prunable, until_of
 from skep.engine.containers.create import endpoint_request
 from skep.engine.containers.request import read_connect
 from skep.engine.engine import Engine

@@ -1,12 +1,15 @@
 """What a node does without a manager about a task whose process ended."""
 
+from typing import Any, cast
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.agent.tasks.task import DEFAULT_DELAY_S, next_attempt
-from skep.model.service import RestartCondition, RestartPolicy
-from skep.model.task import Task
+from skep.agent.tasks.task import DEFAULT_DELAY_S, TaskDriver, next_attempt
+from skep.aio.clock import SystemClock
+from skep.model.service import MAX_ATTEMPTS_MAX, RestartCondition, RestartPolicy
+from skep.model.task import AssignedTask, Task, TaskStatus
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_service_spec, a_task
@@ -55,3 +58,27 @@ def test_never_more_attempts_than_allowed(gaps: list[float], most: int) -> None:
         if next_attempt(task, 1, attempts, now) is not None:
             attempts.append(now)
     assert len(attempts) <= most
+
+
+def test_a_number_of_attempts_that_the_leader_does_not_count_is_no_limit() -> None:
+    attempts = [float(number) for number in range(MAX_ATTEMPTS_MAX)]
+    assert (
+        next_attempt(a_task_with(RestartPolicy(max_attempts=MAX_ATTEMPTS_MAX, delay=0)), 1, attempts, 1e6)
+        is None
+    )
+    unlimited = a_task_with(RestartPolicy(max_attempts=MAX_ATTEMPTS_MAX + 1, delay=0))
+    assert next_attempt(unlimited, 1, [*attempts, 1e5], 1e6) == 0.0
+
+
+def test_years_of_restarts_without_a_manager_take_no_more_memory() -> None:
+    unused = cast("Any", None)
+    driver = TaskDriver(
+        AssignedTask(task=a_task("t1")),
+        TaskStatus(),
+        unused,
+        clock=SystemClock(),
+        on_status=unused,
+        session_state=unused,
+        attempts=5 * MAX_ATTEMPTS_MAX,
+    )
+    assert driver.attempts == MAX_ATTEMPTS_MAX

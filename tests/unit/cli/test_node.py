@@ -1,13 +1,15 @@
 """What ``skep node evict`` prints while the managers work, and ``drain`` before."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from skep.cli.cluster.node import _drain, _Progress, left_behind, named, without_node
+from skep.api.client.client import ApiClient
+from skep.cli.cluster.node import _drain, _Progress, drain_and_wait, left_behind, named, without_node
 from skep.cli.main import main
+from skep.errors import Unavailable
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
@@ -120,3 +122,26 @@ def test_only_data_that_stays_on_the_node_is_named() -> None:
 def test_names_beyond_the_first_few_are_counted() -> None:
     assert named(list("ab")) == "a, b"
     assert named(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+class DownNode:
+    """Managers of a node that is down, with a task that runs there."""
+
+    async def get(self, path: str, **_: object) -> Any:
+        return {
+            "/nodes/w9": {"ID": "n9", "Version": {"Index": 1}, "Spec": {}, "Status": {"State": "down"}},
+            "/services": [{"ID": "s1", "Spec": {"Name": "web"}}],
+            "/tasks": [{"ID": "t1", "ServiceID": "s1", "Slot": 3, "Status": {"State": "running"}}],
+        }[path]
+
+    async def request(self, *_: object, **__: object) -> None:
+        """The update of the node."""
+
+
+async def test_a_drain_of_a_node_that_is_down_says_why_its_tasks_are_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(Unavailable, match=r"1 task left: web\.3\. w9 is down and reports no end") as raised:
+        await drain_and_wait(cast("ApiClient", DownNode()), "w9", 0.01)
+    assert "run skep node forget w9" in str(raised.value)
+    assert "w9 is down" in capsys.readouterr().err

@@ -191,6 +191,9 @@ async def test_pruning_leaves_a_volume_that_a_container_has_by_then(
     monkeypatch.setattr(routes, "walk_tree", walk_tree)
     app = application(routes.volume_routes(volumes, lambda: containers))
     async with TestClient(TestServer(app)) as api:
+        twice = await api.post('/v1.42/volumes/prune?filters={"all":["1","true"]}')
+        refusal = "invalid filter 'all=[1 true]': only one value is expected"
+        assert (twice.status, (await twice.json())["message"]) == (400, refusal)
         response = await api.post('/v1.42/volumes/prune?filters={"all":["1"]}')
         assert await response.json() == {"VolumesDeleted": ["free"], "SpaceReclaimed": 4}
     assert volumes.names() == ["data"]

@@ -3,9 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.diagnosis.service_warnings import label_warnings, placement_warnings
+from skep.manager.diagnosis.service_warnings import label_warnings, placement_warnings, restart_warnings
 from skep.model.container import ContainerSpec
-from skep.model.service import PortConfig, PublishMode, ServiceSpec, UpdateConfig, UpdateOrder
+from skep.model.service import PortConfig, PublishMode, RestartPolicy, ServiceSpec, UpdateConfig, UpdateOrder
 from tests.support.builders import a_node, a_service_spec
 
 HOST_PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
@@ -73,3 +73,10 @@ def test_a_label_of_ours_that_has_no_effect_is_named(
     spec = a_service_spec()
     template = replace(spec.task_template, container_spec=ContainerSpec(image="w", labels=container))
     assert list(label_warnings(replace(spec, labels=service, task_template=template))) == words
+
+
+def test_a_limit_of_restarts_that_is_too_large_to_count_is_said() -> None:
+    assert list(restart_warnings(a_service_spec(restart=RestartPolicy(max_attempts=1000)))) == []
+    assert list(restart_warnings(a_service_spec(restart=RestartPolicy(max_attempts=1001)))) == [
+        "max attempts 1001 of the restart policy count as no limit: at most 1000 restarts of a task are counted"
+    ]

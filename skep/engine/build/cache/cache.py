@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,15 @@ class CacheMounts:
         self._used[name] -= 1
         if not self._used[name]:
             del self._used[name]
+            with suppress(FileNotFoundError):  # a directory that was being filled has its final name now
+                os.utime(self._root / name)  # the time of last use, which outlives this process
+
+    def _used_ns(self, name: str) -> int:
+        """Return the time of a directory's last use, or 0 for one that another prune removed."""
+        try:
+            return os.stat(self._root / name).st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def sizes(self) -> Mapping[str, int]:
         """Return the number of bytes in each directory, by name.  Blocks; call it in a thread."""
@@ -208,12 +217,16 @@ class CacheMounts:
         """Return whether a step is using the directory."""
         return name in self._used
 
-    async def prune(self) -> tuple[list[str], int]:
-        """Remove the directories that no step uses, and return their names and the number of freed bytes."""
+    async def prune(self, unused_since_ns: int | None = None) -> tuple[list[str], int]:
+        """Remove the directories that no step uses, and return their names and the number of freed bytes.
+
+        Args:
+            unused_since_ns: Keep the directories that a step has used since then.  None keeps none.
+        """
         sizes = await walk_tree(self.sizes)
         gone = []
         for name in sizes:
-            if self.is_used(name):
+            if self.is_used(name) or (unused_since_ns is not None and self._used_ns(name) >= unused_since_ns):
                 continue
             # A step may need the name before everything is removed.
             aside = self._root / f"gone-{secrets.token_hex(8)}"

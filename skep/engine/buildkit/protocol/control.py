@@ -107,12 +107,14 @@ class Control:
 
     async def _prune(self, request: pb.PruneRequest, _call: CallHeaders) -> AsyncGenerator[Message, None]:
         _refuse_filters(request.filter)
-        for name in ("keep_duration", "reserved_space", "max_used_space", "min_free_space"):
+        for name in ("reserved_space", "max_used_space", "min_free_space"):
             if getattr(request, name):
                 raise Unimplemented(f"a prune of the build cache with {name} is not supported")
         before = await self._usage()
-        gone, _freed = await self._builder.mounts.prune()
-        gone += await self._solver.contexts.prune()
+        kept_ns = request.keep_duration
+        since_ns = self._builder.clock.now_ns() - kept_ns if kept_ns else None
+        gone, _freed = await self._builder.mounts.prune(since_ns)
+        gone += await self._solver.contexts.prune(since_ns)
         for record in before:
             if record.id in gone:
                 yield record

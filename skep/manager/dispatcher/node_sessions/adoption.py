@@ -19,8 +19,10 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import write_each
+from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.model.node import Node, NodeState, SessionOwner
 from skep.model.values.ids import IdSource, NodeId, SessionId
+from skep.model.values.times import SECOND_NS, timestamp
 from skep.store.interface import LoopStore, Transaction
 
 log = structlog.get_logger(__name__)
@@ -41,6 +43,8 @@ class OrphanedNode(msgspec.Struct, frozen=True, kw_only=True):
     node_id: NodeId
     session: SessionOwner
     """The session to take over, unless it has changed."""
+    silence_s: float = 0.0
+    """Seconds of silence of its owner, or 0 for a manager that was demoted or removed just now."""
 
 
 def orphans(
@@ -97,12 +101,21 @@ class LivingManagers:
         return frozenset(one for one in silent if self._kept_until.get(one, -inf) > now)
 
 
-def adopt(tx: Transaction, orphan: OrphanedNode, own: NodeId, new_id: IdSource) -> bool:
-    """Make ``own`` the owner of the session, unless it changed meanwhile.  Returns whether it was written."""
+def adopt(tx: Transaction, orphan: OrphanedNode, own: NodeId, new_id: IdSource, now_ns: int) -> bool:
+    """Make ``own`` the owner of the session, unless it changed meanwhile.  Returns whether it was written.
+
+    The node may have died before its owner, which waited for a grace period until it would have marked the node down.
+    """
     node = tx.rely_on(Node, orphan.node_id, "session")
     if node is None or node.session != orphan.session:
         return False
-    session = msgspec.structs.replace(orphan.session, manager_id=own, session_id=SessionId(new_id()))
+    silence_s = orphan.silence_s + configured_grace_s(tx)
+    session = msgspec.structs.replace(
+        orphan.session,
+        manager_id=own,
+        session_id=SessionId(new_id()),
+        contact_at=orphan.session.contact_at or timestamp(now_ns - round(silence_s * SECOND_NS)),
+    )
     tx.put(msgspec.structs.replace(node, session=session))
     return True
 
@@ -141,6 +154,10 @@ class SessionAdoption:
             living = self._living.living(nodes, silent, now)
             unknown = [NodeId(id) for id, parts in view.damaged(Node).items() if "manager" in parts]
             found = orphans(nodes, silent.keys() - living, self._own, unknown)
+            found = [
+                msgspec.structs.replace(one, silence_s=silent.get(one.session.manager_id, 0.0))
+                for one in found
+            ]
             if not found or await self._adopt(found):
                 backoff.reset()
             else:
@@ -150,7 +167,7 @@ class SessionAdoption:
         """Adopt the sessions.  Returns whether all were written."""
 
         def body(tx: Transaction, orphan: OrphanedNode) -> bool:
-            return adopt(tx, orphan, self._own, self._new_id)
+            return adopt(tx, orphan, self._own, self._new_id, self._clock.now_ns())
 
         results = await write_each(self._term, body, found)
         adopted = [orphan for orphan, result in zip(found, results, strict=True) if result is True]

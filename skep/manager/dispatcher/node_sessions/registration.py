@@ -23,7 +23,7 @@ from skep.model.options.slot_volumes import (
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, SessionId
-from skep.model.values.times import SECOND_NS, timestamp
+from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
 
@@ -127,8 +127,11 @@ def mark_down(tx: Transaction, silent_node: SilentNode, now_ns: int) -> bool:
         return False
     if node.status.state is not NodeState.DOWN:
         status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
-        since = timestamp(now_ns - round(silent_node.silent_s * SECOND_NS))
-        silence = {"silent_since": since, "silent_together": silent_node.with_others}
+        since_ns = now_ns - round(silent_node.silent_s * SECOND_NS)
+        if node.session.contact_at is not None:
+            # Nothing was heard since the adoption, so the node may know neither newer labels nor newer tasks.
+            since_ns = min(since_ns, unix_ns(node.session.contact_at))
+        silence = {"silent_since": timestamp(since_ns), "silent_together": silent_node.with_others}
         tx.put(msgspec.structs.replace(node, status=status, **silence))
     return True
 

@@ -235,15 +235,26 @@ class Sessions:
             del self._live[node_id]
             session.end(error)
 
-    def expect(self, node_id: NodeId, session_id: SessionId, *, last_seen: float, grace_s: float) -> None:
+    def expect(
+        self,
+        node_id: NodeId,
+        session_id: SessionId,
+        *,
+        last_seen: float,
+        grace_s: float,
+        unseen_s: float = 0.0,
+    ) -> None:
         """Expect a node that is not connected for ``grace_s`` after it was ``last_seen`` (own time).
 
         A node that is already expected gets no extra time.
+
+        Args:
+            unseen_s: Seconds before ``last_seen`` since which the node may have been lost.
         """
         known = self._absent.get(node_id)
         if node_id not in self._live and (known is None or known.session_id != session_id):
             self._absent[node_id] = Absence(
-                session_id=session_id, deadline=last_seen + grace_s, last_seen=last_seen
+                session_id=session_id, deadline=last_seen + grace_s, last_seen=last_seen - unseen_s
             )
 
     def movable(self, now: float, period_s: float) -> list[NodeId]:

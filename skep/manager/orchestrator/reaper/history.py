@@ -118,8 +118,8 @@ def _counts(task: Task, iteration: Version | None) -> bool:
 def history_limit(service: Service, cluster_limit: int | None) -> int:
     """Return how many tasks each slot of ``service`` keeps."""
     policy = service.spec.task_template.restart_policy or RestartPolicy()
-    if policy.max_attempts:
-        return policy.max_attempts + 1
+    if policy.attempts_limit:
+        return policy.attempts_limit + 1
     return DEFAULT_LIMIT if cluster_limit is None else cluster_limit
 
 
@@ -130,7 +130,7 @@ def attempts_kept(service: Service) -> int:
         service: For a job, the service as of its current run.
     """
     policy = service.spec.task_template.restart_policy or RestartPolicy()
-    limit = policy.max_attempts or max_attempts_of(service.spec.labels)
+    limit = policy.attempts_limit or max_attempts_of(service.spec.labels)
     return limit + 1 if limit else 0
 
 

@@ -156,6 +156,11 @@ class NodeHistory:
                 return found
         return None
 
+    def recently_ready(self, now: float) -> frozenset[NodeId]:
+        """Return the nodes that were ready at some time in the last minute."""
+        self._forget(now)
+        return frozenset(self._before.union(self.ready, (id for _, id, _ in self._changes)))
+
     def held_until(self, now: float, period_s: float) -> float:
         """Return the result of the function ``held_until`` for these nodes."""
         return held_until(self._downs.values(), now=now, period_s=period_s)

@@ -4,7 +4,7 @@ Replacement is frozen as soon as a disruption is detected, even before the freez
 because the commit that completes the disruption would also cause the replacements.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import structlog
 from msgspec.structs import replace
@@ -18,6 +18,7 @@ from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task
+from skep.model.values.ids import NodeId
 from skep.model.values.times import Timestamp, timestamp
 from skep.store.interface import Commit, LoopStore, NotLeader, Transaction, View
 
@@ -92,7 +93,8 @@ class DisruptionMode:
             now = self._clock.monotonic()
             try:
                 if self._detected is not None:
-                    await self._term.update(_write, self._detected, timestamp(self._clock.now_ns()))
+                    recent = self._history.recently_ready(now)
+                    await self._term.update(_write, self._detected, recent, timestamp(self._clock.now_ns()))
                 elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
                     if reason == HALF_BACK:
                         self.replaces_from = now + SETTLING_GRACES * configured_grace_s(self._term.view())
@@ -158,10 +160,21 @@ def _has_tasks_to_replace(node: Node, view: View) -> bool:
     return False
 
 
-def _write(tx: Transaction, detect: Disruption, now: Timestamp) -> None:
+def _write(tx: Transaction, detect: Disruption, recently_ready: Collection[NodeId], now: Timestamp) -> None:
+    involved = {*recently_ready, *detect.nodes_down}
+    down_before = {
+        node.id: node.silent_since or Timestamp("")
+        for node in tx.find(Node)
+        if node.status.state is NodeState.DOWN and node.id not in involved
+    }
     for swarm in tx.find(Swarm):
         if swarm.freeze is None:
-            freeze = Freeze(since=now, nodes=detect.nodes_down, ready_before=detect.ready_before)
+            freeze = Freeze(
+                since=now,
+                nodes=detect.nodes_down,
+                ready_before=detect.ready_before,
+                down_before=down_before,
+            )
             tx.put(replace(swarm, freeze=freeze))
 
 

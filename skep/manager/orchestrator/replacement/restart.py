@@ -146,14 +146,12 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: in
             return False
         case RestartCondition.ON_FAILURE if task.status.state is TaskState.COMPLETE:
             return False
-    limit = policy.max_attempts or max_attempts
+    limit = policy.attempts_limit or max_attempts
     if not limit or not task.ended_by_itself:
         return True
     attempts = attempts_of(slot, task)
-    if not policy.max_attempts:
+    if not policy.attempts_limit or not policy.window:
         return len(attempts) < limit
-    if not policy.window:
-        return len(attempts) < policy.max_attempts
     ended_at = seen.ended(task)
     if ended_at is None:
         return True
@@ -165,7 +163,7 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: in
         for other in attempts
         if seen.saw_created(other) and window_opens_at < seen.created(other) <= ended_at
     ]
-    return len(recent) < policy.max_attempts
+    return len(recent) < limit
 
 
 def attempts_of(slot: Slot, task: Task) -> list[Task]:

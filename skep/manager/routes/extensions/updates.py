@@ -2,8 +2,11 @@
 
 from aiohttp import web
 
+from skep.api.access.identity import identity_of
 from skep.api.http.server import Routes, json_response
 from skep.manager.control import updates as control
+from skep.manager.control.quotas import bounded
+from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.representations import problems_of, shown_service
 from skep.model.service import Service
@@ -32,7 +35,9 @@ async def abort_update(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     version = version_parameter(request, "service")
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    changed = await manager.update(control.abort_update, service.id, version, now=manager.now())
+    is_admin = identity_of(request).is_admin
+    abort = bounded(control.abort_update, stack_of(service.spec.labels), is_admin=is_admin)
+    changed = await manager.update(abort, service.id, version, now=manager.now())
     return _shown(request, changed)
 
 

@@ -7,7 +7,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.aio.time_slices import TimeSlices
+from skep.aio.time_slices import TimeSlices, result_in_slices
 from skep.api.access.authorization import stack_label_of
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import (
@@ -84,7 +84,7 @@ class ClusterObjects:
         known = None
         if rule.scope in (PermissionScope.OBJECT, PermissionScope.CHANGE):
             key = "id" if "id" in request.match_info else "name"
-            known = _known(view, rule.kind, request.match_info[key], identity)
+            known = await _known(view, rule.kind, request.match_info[key], identity)
             request.match_info[key] = known.id
         is_new = rule.scope is PermissionScope.NEW
         is_placement = _path(request).endswith("/placement")
@@ -112,7 +112,7 @@ class ClusterObjects:
         return stack_of(service.spec.labels) if service is not None else ""
 
 
-def _known(view: View, kind: str, word: str, identity: Identity) -> KnownObject:
+async def _known(view: View, kind: str, word: str, identity: Identity) -> KnownObject:
     """Return the object that a path names.  An object that ``identity`` may not see counts as missing.
 
     Raises:
@@ -129,7 +129,7 @@ def _known(view: View, kind: str, word: str, identity: Identity) -> KnownObject:
         case "task":
             return known_task(view, task_named(view, word, among))
         case "target":
-            return known_task(view, target_of(view, word, among))
+            return known_task(view, await result_in_slices(target_of(view, word, among), SystemClock()))
         case _:
             found = view.resolve(_KINDS[kind], word, among)
             return KnownObject(id=found.id, stack=stack_of(found.spec.labels))

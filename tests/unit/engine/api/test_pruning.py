@@ -2,8 +2,7 @@
 
 import pytest
 
-from skep.api.formats.filters import Filters
-from skep.engine.api.pruning import has_prunable_labels, is_prunable, until_of
+from skep.api.formats.filters import Filters, has_prunable_labels, is_prunable, until_of
 from skep.errors import InvalidArgument
 from skep.model.values.times import timestamp
 
@@ -20,6 +19,7 @@ from skep.model.values.times import timestamp
         ({"label!": ("a", "b")}, {"a": "1", "b": "2"}, False),
         ({"label!": ("a", "b")}, {}, True),
         ({"label": ("a",), "label!": ("b",)}, {"a": "1", "b": "2"}, False),
+        ({"label!": ()}, {"a": "1"}, False),  # as in Docker, where no labels match every object
     ],
 )
 def test_an_object_is_kept_by_all_the_labels_together(

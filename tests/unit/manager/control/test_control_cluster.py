@@ -158,7 +158,10 @@ async def test_a_manager_among_three_can_be_demoted(store):
 def cut_off(tx: Transaction, *objects: Node | Task | Volume) -> None:
     """The workers w1 to w3 of four nodes have gone down at once."""
     workers = tuple(NodeId(f"w{number}") for number in (1, 2, 3))
-    freeze = Freeze(since=Timestamp("2026-01-01T00:00:00Z"), nodes=workers, ready_before=4)
+    before = {NodeId("w4"): Timestamp("2025-12-24T00:00:00Z")}
+    freeze = Freeze(
+        since=Timestamp("2026-01-01T00:00:00Z"), nodes=workers, ready_before=4, down_before=before
+    )
     (swarm,) = tx.find(Swarm)
     tx.put(replace(swarm, freeze=freeze))
     for one in (*(a_node(id, state=NodeState.DOWN) for id in workers), *objects):
@@ -194,9 +197,19 @@ async def test_a_node_on_which_nothing_can_run_is_removed_at_any_time(store):
 
 
 async def test_a_node_that_failed_at_another_time_is_removed_while_others_are_cut_off(store):
-    w4 = a_node("w4", state=NodeState.DOWN)
+    w4 = replace(a_node("w4", state=NodeState.DOWN), silent_since=Timestamp("2025-12-24T00:00:00Z"))
     await store.update(cut_off, w4, a_task("t1", node="w4", state=TaskState.RUNNING))
     await store.update(remove_node, NodeId("w4"), force=False, now_ns=0)
+
+
+@pytest.mark.parametrize("node", ["w4", "w5"])
+async def test_a_node_that_fails_while_others_are_cut_off_is_removed_by_force_only(store, node):
+    """The freeze begins at more than half of the nodes.  The last ones are marked down a moment later."""
+    late = replace(a_node(node, state=NodeState.DOWN), silent_since=Timestamp("2026-01-01T00:00:01Z"))
+    await store.update(cut_off, late, a_task("t1", node=node, state=TaskState.RUNNING))
+    with pytest.raises(FailedPrecondition, match=f"{node} went down while 3 of 4 nodes are down.* --force"):
+        await store.update(remove_node, NodeId(node), force=False, now_ns=0)
+    await store.update(remove_node, NodeId(node), force=True, now_ns=0)
 
 
 async def test_a_node_that_is_up_is_removed_by_force_only(store):

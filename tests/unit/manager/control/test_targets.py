@@ -1,15 +1,23 @@
 """Which task a word means for ``skep exec`` and the like."""
 
+from contextlib import suppress
+
 import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.aio.time_slices import STEP, run_at_once
 from skep.errors import FailedPrecondition, NotFound
-from skep.manager.control.targets import TaskTarget, target_of, task_named
+from skep.manager.control import targets
+from skep.manager.control.targets import TaskTarget, task_named
 from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.ids import ServiceId
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+
+
+def target_of(*arguments):
+    return run_at_once(targets.target_of(*arguments))
 
 
 @pytest.fixture
@@ -91,6 +99,20 @@ async def test_the_id_of_a_container_means_its_task(store):
             target_of(view, word)
     with pytest.raises(NotFound):
         target_of(view, "3f2a" * 16, lambda one: False)
+
+
+@pytest.mark.parametrize("word", ["3f2a" * 16, "web", "web.7"])
+async def test_other_requests_are_answered_while_many_tasks_are_looked_at(store, word):
+    """A container's id may belong to any of 100,000 tasks."""
+    await store.update_each(
+        lambda tx, slot: tx.put(a_task(f"many{slot}", slot=slot, service=ServiceId("s1web"))),
+        range(4, 10 * STEP),
+    )
+    pauses, work = 0, targets.target_of(store.view(), word)
+    with suppress(NotFound):
+        for _ in work:
+            pauses += 1
+    assert pauses >= 9
 
 
 def test_a_target_is_shown_by_the_name_that_means_it(view):

@@ -4,9 +4,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied, Unavailable
+from skep.manager.dispatcher.node_sessions.adoption import OrphanedNode, adopt
 from skep.manager.dispatcher.node_sessions.registration import (
     Registration,
     RegistrationRate,
@@ -23,6 +25,7 @@ from skep.manager.dispatcher.statuses import (
     newer_status,
     record_status,
 )
+from skep.manager.nodes.heartbeats import configured_grace_s
 from skep.manager.routes.warnings import data_path_warnings
 from skep.model.networks.data_planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
 from skep.model.networks.used_ports import ports_label
@@ -222,6 +225,27 @@ async def test_a_silent_node_is_down_unless_it_has_registered_again(store):
     )
     assert store.view().get(Node, "n1").status.state is NodeState.READY
     assert store.view().get(Node, "n1").silent_since is None
+
+
+async def test_a_node_that_died_with_its_manager_was_not_heard_at_the_adoption(store):
+    """Else labels that changed between its death and the adoption would count as received."""
+    await store.update(take_session, registration("a"))
+    session = store.view().get(Node, "n1").session
+    orphan = OrphanedNode(node_id=NodeId("n1"), session=session, silence_s=600.0)
+    minute = 60 * SECOND_NS
+    for own, now_ns in (("m2", NOW_NS), ("m3", NOW_NS + minute)):
+        orphan = replace(orphan, session=store.view().get(Node, "n1").session)
+        assert await store.update(adopt, orphan, NodeId(own), lambda own=own: f"of-{own}", now_ns)
+    silent = SilentNode(node_id=NodeId("n1"), session_id=SessionId("of-m3"), silent_s=5.0)
+    assert await store.update(mark_down, silent, NOW_NS + 2 * minute)
+    grace_s = configured_grace_s(store.view())
+    heard = timestamp(NOW_NS - round((600.0 + grace_s) * SECOND_NS))
+    assert store.view().get(Node, "n1").silent_since == heard
+    # It has returned since then, so the next silence counts from its own last heartbeat.
+    await store.update(take_session, registration("b"))
+    silent = replace(silent, session_id=SessionId("b"))
+    assert await store.update(mark_down, silent, NOW_NS + 3 * minute)
+    assert store.view().get(Node, "n1").silent_since == timestamp(NOW_NS + 3 * minute - 5 * SECOND_NS)
 
 
 def test_a_node_that_does_nothing_but_register_has_to_wait():

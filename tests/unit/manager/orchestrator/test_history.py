@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import (
+    attempts_kept,
     history_limit,
     is_disposable,
     is_of_gone_slot,
@@ -13,7 +15,8 @@ from skep.manager.orchestrator.reaper.history import (
     surplus_history,
     unused_versions,
 )
-from skep.model.service import RestartPolicy
+from skep.manager.orchestrator.replacement.restart import should_restart
+from skep.model.service import MAX_ATTEMPTS_MAX, RestartPolicy
 from skep.model.task import Task, TaskState
 from skep.model.values.meta import Version
 from skep.store.kinds import SpecVersion
@@ -24,6 +27,19 @@ FAILED, REMOVE, SHUTDOWN = TaskState.FAILED, TaskState.REMOVE, TaskState.SHUTDOW
 
 def a_past_task() -> Task:
     return a_task(node="n1", state=FAILED, desired=SHUTDOWN)
+
+
+@pytest.mark.parametrize("attempts", [1, MAX_ATTEMPTS_MAX, MAX_ATTEMPTS_MAX + 1, 2**64 - 1])
+def test_a_task_that_always_fails_leaves_a_bounded_history_whatever_its_policy(attempts: int) -> None:
+    service = a_service(restart=RestartPolicy(delay=0, max_attempts=attempts))
+    past = [a_past_task() for _ in range(2 * MAX_ATTEMPTS_MAX)]
+    limit, counted = history_limit(service, None), attempts_kept(service)
+    kept = len(past) - len(surplus_history(past, limit, attempts=counted))
+    assert kept <= MAX_ATTEMPTS_MAX + 2
+    # As many are kept as decide that the slot is given up, or the policy never gives it up.
+    last = replace(past[-1], spec=service.spec.task_template)
+    is_restarted = should_restart(last, past[-kept:], ObservedTimes(0.0))
+    assert is_restarted is (attempts > MAX_ATTEMPTS_MAX)
 
 
 def test_the_oldest_tasks_go_first_and_the_running_one_counts() -> None:

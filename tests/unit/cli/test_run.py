@@ -1,0 +1,79 @@
+"""How ``skep run`` waits for its task."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import pytest
+
+from sim.time import VirtualLoop
+from skep.api.client.raw import RawClient
+from skep.cli.apps.run import wait_task
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
+from skep.stack.progress import UNPLACED_S
+
+Answer = Callable[[float], Any]
+"""Returns the document at a time, in seconds since the start.  An error is raised."""
+PENDING = [{"ID": "t1", "Status": {"State": "pending", "Err": "no suitable node"}}]
+COMPLETE = [{"ID": "t1", "Status": {"State": "complete"}}]
+NO_NODE = {"Reason": "no node has 64 GiB of memory", "Problem": {"Kind": "no-node"}}
+
+
+class Managers:
+    """Managers that give ``answers`` by path."""
+
+    def __init__(self, loop: VirtualLoop, answers: Mapping[str, Answer]) -> None:
+        self._loop = loop
+        self._answers = answers
+
+    async def get(self, path: str, _query: Mapping[str, str] | None = None) -> Any:
+        answer = self._answers[path](self._loop.time())
+        if isinstance(answer, SkepError):
+            raise answer
+        return answer
+
+
+def waited(answers: Mapping[str, Answer]) -> tuple[dict[str, Any], float]:
+    """Return the task for which a run has waited, and for how many seconds."""
+    loop = VirtualLoop()
+    try:
+        client = cast("RawClient", Managers(loop, answers))
+        task = loop.run_until_complete(wait_task(client, "s1", frozenset({"running", "complete"})))
+        return task, loop.time()
+    finally:
+        loop.close()
+
+
+def test_a_run_that_no_node_takes_ends_with_the_reason() -> None:
+    answers: dict[str, Answer] = {
+        "/tasks": lambda now: PENDING if now < 2 * UNPLACED_S else COMPLETE,
+        "/skep/services/s1/explain": lambda _: NO_NODE,
+    }
+    with pytest.raises(Unavailable, match=r"no node has accepted a task for 6\d s: no node has 64 GiB"):
+        waited(answers)
+
+
+def test_a_run_that_gets_its_node_in_time_goes_on() -> None:
+    answers: dict[str, Answer] = {
+        "/tasks": lambda now: PENDING if now < UNPLACED_S / 2 else COMPLETE,
+        "/skep/services/s1/explain": lambda _: NO_NODE,
+    }
+    assert waited(answers)[0] == COMPLETE[0]
+
+
+def test_a_run_that_somebody_removes_ends() -> None:
+    answers: dict[str, Answer] = {
+        "/tasks": lambda now: PENDING if now < 5 else [],
+        "/services/s1": lambda _: NotFound("service s1 not found"),
+        "/skep/services/s1/explain": lambda _: NotFound("service s1 not found"),
+    }
+    with pytest.raises(FailedPrecondition, match="the run was removed before its command ended"):
+        waited(answers)
+
+
+def test_a_change_of_leader_does_not_end_a_run() -> None:
+    answers: dict[str, Answer] = {
+        "/tasks": lambda now: PENDING if now < 2 else Unavailable("no leader") if now < 20 else COMPLETE,
+        "/skep/services/s1/explain": lambda _: Unavailable("no leader"),
+    }
+    task, seconds = waited(answers)
+    assert (task, 20 <= seconds < 30) == (COMPLETE[0], True)
