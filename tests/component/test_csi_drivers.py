@@ -229,6 +229,30 @@ async def test_the_first_driver_of_a_name_stays_and_one_called_by_it_comes_befor
             assert (await drivers.all())[NAME].socket == driver.sockets / f"{NAME}.sock"
 
 
+class SetClock(SystemClock):
+    """Its time is what the test says."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+async def test_a_driver_whose_socket_is_older_but_that_gives_its_name_later_takes_nothing(
+    driver: Process,
+) -> None:
+    clock = SetClock()
+    drivers = Drivers(driver.sockets, clock)
+    driver.faults(GetPluginInfo={"refuse": "still starting"})
+    assert await drivers.all() == {}
+    driver.faults()
+    with another(driver, driver.sockets / "later.sock"):
+        first = await drivers.get(NAME)
+        assert first.socket == driver.sockets / "later.sock"
+        clock.now += 30.0  # the older one is asked again
+        assert (await drivers.all())[NAME] is first
+
+
 @asynccontextmanager
 async def a_silent_socket(path: Path, greeting: bytes = b"") -> AsyncIterator[asyncio.Queue[Any]]:
     """Accepts connections, says ``greeting`` and nothing more, and reads nothing; gives the connections."""

@@ -1,6 +1,7 @@
 """The leader's loop over an eviction, with a store that knows of wrapping keys and others that do their parts."""
 
 import asyncio
+import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,8 +18,10 @@ from skep.manager.ca.rotation import finish as finish_rotation
 from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import MANAGER_STEPS, Eviction, begin, eviction_of
+from skep.manager.gossip.keys import first_keys
 from skep.manager.routes.extensions.evictions import EvictionBody, shown
 from skep.manager.storage.keys import StoreKeys, WrappingKeys, save_wrapping_keys
+from skep.model.networks.gossip import decoded_keys
 from skep.model.node import (
     ManagerStatus,
     Node,
@@ -37,7 +40,7 @@ from skep.security.locking import KeyLock
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import root_digest, tls_info
 from skep.store.interface import Term, Transaction
-from skep.store.kinds import ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
+from skep.store.kinds import GOSSIP_KEYS_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 
@@ -53,6 +56,8 @@ class KeyedStore(MemoryStore):
 
     wrapping_key = OLD
     is_rotating = False
+    restarts_etcd = True
+    """Whether managers restart their etcd when the root has changed."""
     unreadable_values: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -144,7 +149,7 @@ async def do_their_parts(store: KeyedStore) -> None:
             if node.spec.role is NodeRole.WORKER and node.manager_status is not None:
                 former = NodeCertificate(role=NodeRole.WORKER)
                 tx.put(replace(node, manager_status=None, certificate=former))
-            elif node.peer_roots != digest:
+            elif node.peer_roots != digest and store.restarts_etcd:
                 tx.put(replace(node, peer_roots=digest))
 
     while True:
@@ -202,6 +207,24 @@ async def test_everything_that_the_node_knew_is_another_thing_afterwards(store, 
     assert view.get(Payload, UNLOCK_KEY_ID).data != b"u" * 32
     assert others.kept == {OTHER: [store.wrapping_key]}
     assert keys.load() == OLD + store.wrapping_key
+
+
+async def test_what_a_worker_knew_is_another_thing_afterwards(store, keys):
+    """The token that it joined with, and the keys of docker nodes."""
+    before, gossip = store.view().get(Swarm, ClusterId("c")), first_keys(random.randbytes, NOW)
+    await store.update(
+        lambda tx: [tx.put(a_worker("w1")), tx.put(Payload(id=GOSSIP_KEYS_ID, data=gossip.encode()))]
+    )
+    await store.update(begin, "w1", "root@desk", OWN, NOW)
+    async with led(store, keys, Others()):
+        await until(lambda: present(store).next_step is None)
+    view = store.view()
+    after = view.get(Swarm, ClusterId("c"))
+    assert view.lookup(Node, "w1") is None
+    assert after.join_tokens.worker != before.join_tokens.worker
+    assert after.join_tokens.manager != before.join_tokens.manager
+    assert decoded_keys(view.get(Payload, GOSSIP_KEYS_ID).data) != gossip
+    assert (after.tls_info, store.wrapping_key) == (before.tls_info, OLD), "it never had their keys"
 
 
 @pytest.mark.parametrize("steps", range(len(MANAGER_STEPS)))
@@ -275,6 +298,29 @@ async def test_a_value_that_nothing_opens_is_named_and_holds_nothing_up(store, k
         await until(lambda: present(store).next_step is None)
     assert present(store).damaged == ("o/secret/abc/spec",)
     assert shown(present(store)).damaged == ("o/secret/abc/spec",)
+
+
+async def test_the_new_root_comes_when_everything_is_under_the_new_key(store, keys):
+    """Its key would be written beside values that the node can still read."""
+    before = store.view().get(Swarm, ClusterId("c")).tls_info
+    store.is_rotating = True
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, Others()):
+        await until(lambda: "re-encrypted" in present(store).waits_for)
+        assert present(store).done == ("remove", "keys")
+        assert store.view().get(Swarm, ClusterId("c")).tls_info == before
+        store.is_rotating = False
+        await until(lambda: present(store).next_step is None)
+
+
+async def test_managers_whose_etcd_still_trusts_the_old_root_are_waited_for_and_named(store, keys):
+    store.restarts_etcd = False
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, Others()):
+        await until(lambda: "restart etcd one after another: m1, m2" in present(store).waits_for)
+        assert present(store).done == ("remove", "keys", "data", "root")
+        store.restarts_etcd = True
+        await until(lambda: present(store).next_step is None)
 
 
 async def test_an_older_manager_is_named_and_nothing_is_replaced(store, keys):

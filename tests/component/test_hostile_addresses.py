@@ -71,8 +71,9 @@ async def test_a_table_of_an_older_manager_is_taken_without_what_cannot_be_acted
         StoredTables(tmp_path, clock), (listening,), a_member(), clock, Random(1).random
     )
     good = TableNode(id=OTHER, underlay="192.168.0.9")
-    bad = TableNode(id=NodeId("bad"), underlay="fe80::1%x")
-    table = NetworkTable(head=NetworkHead(id=NET1.id, name="net1"), nodes={good.id: good, bad.id: bad})
+    odd = ("fe80::1%x", "fe80::1", "224.0.0.1", "0.0.0.0", "255.255.255.255", "nothing")
+    nodes = (good, *(TableNode(id=NodeId(f"bad{address}"), underlay=address) for address in odd))
+    table = NetworkTable(head=NetworkHead(id=NET1.id, name="net1"), nodes={one.id: one for one in nodes})
     running = asyncio.create_task(network_tables.run())
     try:
         network_tables.update(TableSet(revision=1, is_complete=True, changes=(whole(table),)), 1)

@@ -143,6 +143,7 @@ async def test_a_stranger_that_never_calls_is_ended_soon(cluster, monkeypatch):
     async with open_channel(cluster.address, context, "swarm-ca") as channel:
         await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
         silent = await a_stranger(cluster, "127.0.0.9")
+        await until(silent.transport.is_closing)
         await until(lambda: cluster.bound.connections == 1)
         await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
     silent.transport.abort()

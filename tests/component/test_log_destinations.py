@@ -95,6 +95,29 @@ async def test_a_name_counts_by_its_address_at_the_time_of_the_connection(
     assert looked_up == 1
 
 
+@pytest.mark.parametrize("kind", ["syslog tcp", "syslog udp", "fluentd", "gelf tcp", "gelf udp"])
+async def test_the_address_that_was_checked_is_the_one_that_is_used(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name may have another one a moment later."""
+    loop, looked_up = asyncio.get_running_loop(), list[str]()
+    resolve = loop.getaddrinfo
+
+    async def getaddrinfo(host: str, *args: Any, **options: Any) -> Sequence[Any]:
+        looked_up.append(host)
+        return await resolve("127.0.0.1" if looked_up == ["logs.example"] else "192.0.2.1", *args, **options)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+        await sent(a_sink(kind, f"logs.example:{port}", ANYWHERE))
+    assert looked_up == ["logs.example"]
+
+
 @pytest.mark.parametrize(
     ("address", "what"),
     [

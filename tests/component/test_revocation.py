@@ -111,14 +111,19 @@ async def test_open_connections_of_a_removed_node_end_at_once(cluster, tmp_path)
 
 async def test_open_connections_of_a_demoted_manager_end_and_those_of_others_stay(cluster, tmp_path):
     pair, worker = await a_manager(cluster), await a_worker(cluster, tmp_path)
+    other = await a_manager(cluster)
     async with (
         open_channel(cluster.address, client_context(pair), "swarm-manager"),
+        open_channel(cluster.address, client_context(other), "swarm-manager") as managers,
         a_session(cluster, worker) as (channel, _),
     ):
+        assert not isinstance(await call(managers, "GET_UNLOCK_KEY"), PermissionDenied | Unavailable)
         before = cluster.bound.connections
         await demoted(cluster, pair)
-        await until(lambda: cluster.bound.connections == before - 1, within_s=1)
+        await until(lambda: cluster.bound.connections < before, within_s=1)
         assert not isinstance(await call(channel, "LISTEN_SUBSCRIPTIONS"), PermissionDenied)
+        assert not isinstance(await call(managers, "GET_UNLOCK_KEY"), PermissionDenied | Unavailable)
+        assert cluster.bound.connections == before - 1
 
 
 async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_another(

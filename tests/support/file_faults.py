@@ -1,6 +1,7 @@
 """Injects errors into chosen system calls on files below a directory, whatever Python code makes them."""
 
 import asyncio
+import builtins
 import errno
 import io
 import itertools
@@ -81,7 +82,9 @@ def file_faults(directory: Path) -> Iterator[Faults]:
     with pytest.MonkeyPatch.context() as patch:
         for name in (*_BY_PATH, *_BY_DESCRIPTOR):
             patch.setattr(os, name, faulty(name, getattr(os, name)))
-        patch.setattr(io, "open", faulty("open", io.open))
+        opening = faulty("open", io.open)
+        patch.setattr(io, "open", opening)
+        patch.setattr(builtins, "open", opening)
         yield faults
 
 

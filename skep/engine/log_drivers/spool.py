@@ -51,8 +51,9 @@ class Spool:
         while not found and (lines := run_at_once(self._files.read_lines())):
             found = list(self._pieces.messages(self._assembler.feed(lines)))
         if self._files.has_gap:
-            self._files.has_gap = False
-            self._count_lost()
+            with suppress(OSError):  # counted with the next messages, because these would be lost
+                self._count_lost()
+                self._files.has_gap = False
         return found
 
     def take_damage(self) -> str:

@@ -362,11 +362,14 @@ def generations(current: Path) -> list[Path]:
 
 
 def identity(path: Path) -> bytes:
-    """Return the start of a file, including the first line's time.  Empty if the file is empty or missing."""
+    """Return the start of a file, including the first line's time.  Empty if the file is empty, missing or damaged.
+
+    Raises: OSError: it cannot be read now.  It may be the file of a saved position, whose lines must not be sent again.
+    """
     try:
         with gzip.open(path) if path.suffix == _SUFFIX else open(path, "rb") as file:
             return _beginning(file.read(_FIRST_BYTES))
-    except (OSError, *_DAMAGE):
+    except (FileNotFoundError, *_DAMAGE):
         return b""
 
 

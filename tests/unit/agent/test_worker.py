@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec
 from skep.model.options.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
-from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
+from skep.model.task import AssignedTask, ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task_end import TaskEnd
 from skep.model.values.ids import ServiceId, TaskId
 from tests.support.managers.fake_worker import a_session
 
@@ -278,12 +279,39 @@ class Late(SimulatedController):
         raise SkepError("starting container failed: out of luck")
 
 
-async def test_errors_of_one_task_do_not_touch_another(node: Node) -> None:
+class Unmade(SimulatedController):
+    def __init__(self, executor: SimulatedExecutor, task: AssignedTask) -> None:
+        raise RecursionError("deep")
+
+
+class Unexplained(Refused):
+    async def fetch_end(self) -> TaskEnd | None:
+        raise OSError("no disk")
+
+
+class Unseen(SimulatedController):
+    def observed(self) -> Running | None:
+        raise KeyError("no record")
+
+    async def start(self) -> Running:
+        self._require().started = True
+        return Running(container=ContainerStatus())
+
+
+async def test_errors_of_one_task_do_not_touch_another(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_listed(_: object) -> Sequence[TaskId]:
+        raise ValueError("odd folder")
+
+    monkeypatch.setattr(ChoosingExecutor, "leftovers", not_listed)
     node.controllers |= {"refused": Refused, "broken": Broken, "late": Late}
+    node.controllers |= {"unmade": Unmade, "unexplained": Unexplained, "unseen": Unseen}
     async with node.working() as worker:
-        await worker.assign(
-            complete(assigned("refused"), assigned("broken"), assigned("late"), assigned("good"))
-        )
+        await worker.assign(complete(*map(assigned, (*node.controllers, "good"))))
+        unmade = await node.reports.wait("unmade", TaskState.REJECTED)
+        assert unmade.err == "RecursionError: deep"
+        unexplained = await node.reports.wait("unexplained", TaskState.REJECTED)
+        assert unexplained.err == "No such image: nosuch:latest"
+        await node.reports.wait("unseen", RUNNING)
         refused = await node.reports.wait("refused", TaskState.REJECTED)
         assert (refused.message, refused.err) == ("preparing", "No such image: nosuch:latest")
         broken = await node.reports.wait("broken", TaskState.FAILED)

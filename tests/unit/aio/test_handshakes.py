@@ -1,6 +1,8 @@
 """A failed handshake ends neither other connections nor the accept loop."""
 
 import asyncio
+import os
+import resource
 import socket
 import ssl
 
@@ -33,3 +35,34 @@ async def test_a_handshake_that_meets_a_bug_ends_alone(monkeypatch: pytest.Monke
                 writer.close()
             accepting.cancel()
     assert [one["event"] for one in logs if one["log_level"] == "error"] == ["handshake failed"]
+
+
+async def test_without_a_free_descriptor_connections_wait_until_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handshakes, "ACCEPT_RETRY_S", 0.001)
+    accepted = asyncio.Event()
+
+    async def accept(*_: object, **__: object) -> None:
+        accepted.set()
+
+    monkeypatch.setattr(handshakes, "accept", accept)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.create_server(("127.0.0.1", 0)) as listener, capture_logs() as logs:
+        listener.setblocking(False)
+        with socket.create_connection(listener.getsockname()):
+            async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+                free = os.dup(listener.fileno())  # the lowest one, which an accepted connection would get
+                os.close(free)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+                try:
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                    server = Handshakes(asyncio.Protocol, context)  # type: ignore[arg-type]
+                    accepting = group.create_task(server.accept(listener, group))
+                    while not logs:  # noqa: ASYNC110
+                        await asyncio.sleep(0.001)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                await accepted.wait()
+                accepting.cancel()
+    assert logs[0]["event"] == "connection not accepted"

@@ -6,10 +6,12 @@ import click
 import pytest
 
 from skep.cli.apps.port_forward import failure_of
-from skep.cli.output import Screen
+from skep.cli.output import Cell, Screen, table
 from skep.cli.running import errors_shown
 from skep.cli.see import history, runs
-from skep.cli.see.explain import about_service, about_task
+from skep.cli.see.events import line_of, whole_line_of
+from skep.cli.see.explain import about_network, about_node, about_service, about_task
+from skep.cli.see.status import ClusterStatus, NodeLine, StatusScreen, lines_of
 from skep.errors import Unavailable
 
 BAD = "a\x1b]0;owned\x07\x9bb\r\n"
@@ -81,6 +83,58 @@ def test_a_list_of_runs_is_cleaned():
     assert lines[-1] == f"Some lines may be missing: {SAFE}"
     assert lines[1].split()[:4] == [SAFE, SAFE, SAFE, "1"]
     assert lines[1].endswith(SAFE)
+    assert all(line.isprintable() for line in lines)
+
+
+def test_every_cell_of_a_table_is_cleaned():
+    lines = list(table((BAD, BAD), [(BAD, Cell(BAD))], Screen()))
+    assert [line.split() for line in lines] == [[SAFE, SAFE]] * 2
+
+
+def test_a_node_and_a_network_are_cleaned():
+    node = {
+        "ID": BAD,
+        "CreatedAt": "2026-01-01T00:00:00Z",
+        "Spec": {"Availability": BAD, "Role": BAD},
+        "Description": {"Hostname": BAD, "Engine": {"EngineVersion": BAD}},
+        "Status": {"State": BAD, "Message": BAD, "Addr": BAD},
+        "TaskStates": {BAD: 1},
+    }
+    network = {
+        "Id": BAD,
+        "Name": BAD,
+        "Driver": BAD,
+        "Scope": BAD,
+        "Created": "2026-01-01T00:00:00Z",
+        "IPAM": {"Config": [{"Subnet": BAD, "Gateway": BAD}]},
+        "ServiceNames": [BAD],
+    }
+    lines = [*about_node("w1", node, 1767225600.0), *about_network("net", network, 1767225600.0)]
+    assert lines[0] == f"{SAFE}: {SAFE}: {SAFE}"
+    assert f"  {SAFE}, gateway {SAFE}" in lines
+    assert all(line.isprintable() for line in lines)
+
+
+def test_an_event_is_cleaned():
+    event = {
+        "Type": BAD,
+        "Action": BAD,
+        "Actor": {"ID": BAD, "Attributes": {"name": BAD, BAD: BAD}},
+        "timeNano": 0,
+    }
+    for line in (line_of(event), whole_line_of(event)):
+        assert SAFE in line
+        assert line.isprintable()
+
+
+def test_the_status_screen_is_cleaned():
+    node = NodeLine(id="n1", name=BAD, state="down", role="worker", availability="active", reason=BAD)
+    cluster = ClusterStatus(leader=BAD, nodes=(node,))
+    status = StatusScreen(health="degraded", node=(("node", BAD),), notes=(BAD,), cluster=cluster)
+    lines = list(lines_of(status, Screen()))
+    assert f"node  {SAFE}" in lines
+    assert SAFE in lines
+    assert lines[-1] == f"Next: skep explain {SAFE}"
     assert all(line.isprintable() for line in lines)
 
 

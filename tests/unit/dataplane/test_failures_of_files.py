@@ -357,12 +357,13 @@ async def test_a_table_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_pat
 
     async def life(place: Path, faults: Faults) -> None:
         networks = NetworkFiles(place)
-        known(networks)
+        before = known(networks)
         real_write(place)
         networks.refresh([NET])
         is_unread = bool(networks.unread)
         faults.end()
         if is_unread:
+            assert known(networks) == before, "the earlier one stays in use"
             networks.refresh([NET])
         assert known(networks) == {"new"}
         assert not networks.unread

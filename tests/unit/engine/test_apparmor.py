@@ -171,8 +171,10 @@ def test_each_processors_heat_is_masked_where_it_is_shown(tmp_path: Path) -> Non
     found = thermal_throttles(tmp_path)
     assert found == tuple(f"{tmp_path}/cpu{number}/thermal_throttle" for number in (0, 2, 9))
     own = capacity_of(Cgroups("none"), Programs(), cpus=tmp_path)
-    masked = built(replace(ALL_CAPACITY, masked_paths=own.masked_paths)).specification["linux"]["maskedPaths"]
-    assert masked == [
+    linux = built(replace(ALL_CAPACITY, masked_paths=own.masked_paths)).specification["linux"]
+    names = ("bus", "fs", "irq", "sys", "sysrq-trigger")
+    assert list(linux["readonlyPaths"]) == [f"/proc/{name}" for name in names], "as in moby"
+    assert linux["maskedPaths"] == [
         *(
             "/proc/acpi",
             "/proc/asound",

@@ -12,12 +12,14 @@ from skep.manager.control_loops.failures import (
     BadObject,
     Failures,
     for_each_isolated,
+    handle_isolated,
     isolating_errors,
+    object_id,
     write_each,
 )
 from skep.model.secret import Config, ConfigSpec
 from skep.model.values.ids import ConfigId, NodeId
-from skep.store.interface import NotLeader, Transaction
+from skep.store.interface import Commit, Created, NotLeader, Transaction
 from skep.store.memory import MemoryStore
 
 
@@ -47,6 +49,16 @@ def test_each_failure_waits_longer_up_to_a_minute(failures: Failures) -> None:
         delays.append(failure.retry_at)
     assert 0.25 <= delays[0] <= 0.5
     assert 30 <= delays[-1] <= 60
+
+
+def test_an_error_is_logged_once_with_its_traceback_and_another_one_again(failures: Failures) -> None:
+    errors = [KeyError("same"), KeyError("same"), ValueError("other")]
+    with capture_logs() as logs:
+        for error in errors:
+            with failures.caught("web"):
+                raise error
+    assert [(line["event"], line["object"]) for line in logs] == [("decision failed", "web")] * 2
+    assert [line["exc_info"] for line in logs] == [errors[0], errors[2]]
 
 
 def test_success_clears_the_failure(failures: Failures) -> None:
@@ -144,6 +156,24 @@ def test_of_many_objects_one_that_cannot_be_taken_in_keeps_none_of_the_others_ou
         for_each_isolated("test of entering", configs, enter)
     assert entered == ["c2", "c3"]
     assert [line["object"] for line in logs] == ["c1", "c4"]
+
+
+def test_a_commit_that_meets_a_bug_loses_the_bad_event_alone_and_says_so_once() -> None:
+    entered = []
+
+    def handle(commit: Commit) -> None:
+        for event in commit.events:
+            if object_id(event) == "odd":
+                raise ValueError("odd")
+            entered.append(object_id(event))
+
+    commit = Commit(1, (Created(_config("odd")), Created(_config("sound"))))
+    with capture_logs() as logs:
+        for _ in range(2):
+            handle_isolated("test of commits", handle, commit)
+    assert entered == ["sound"] * 2
+    assert [(line["event"], line["object"]) for line in logs] == [("event not handled", "odd")]
+    assert all(line["exc_info"] for line in logs)
 
 
 def test_that_the_term_is_over_is_nothing_about_an_object() -> None:

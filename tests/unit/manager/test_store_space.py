@@ -8,9 +8,13 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
 from skep.manager.storage.store_space import StoreSpace
-from skep.model.values.ids import NodeId
+from skep.model.node import NodeRole
+from skep.model.values.ids import ClusterId, NodeId
+from skep.security.identity import NodeIdentity
 from skep.store.etcd.membership import RaftMember
 from skep.store.space import MemberSpace
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
 from skep.wire.client import ManagerChannel
 
 OWN, OTHER = NodeId("m1"), NodeId("m2")
@@ -154,3 +158,25 @@ async def test_a_leader_that_is_reelected_at_once_transfers_leadership_again():
     async with asyncio.timeout(5):
         await kept(FullStore(clock, size=95, in_use=40), members, clock, Keeper)
     assert members.handed_over[:2] == [OTHER, OTHER]
+
+
+async def test_a_store_is_not_defragmented_twice_at_one_time():
+    clock, is_done = QuickClock(30), asyncio.Event()
+    store = FullStore(clock, size=95, in_use=40)
+
+    async def defragment() -> None:
+        store.defragmented.append(0.0)
+        await is_done.wait()
+
+    store.defragment = defragment  # type: ignore[method-assign]
+    keeper = StoreSpace(store, OWN, Members(OWN), nobody, clock)  # type: ignore[arg-type]
+    request = skep.StoreSpaceRequest(defragment=True)
+    leader = NodeIdentity(node_id=OTHER, cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
+    caller = Caller(identity=leader, address="10.0.0.2", disconnect=lambda: None)
+    first = asyncio.create_task(keeper._answer(request, caller))
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="already being defragmented"):
+        await keeper._answer(request, caller)
+    is_done.set()
+    assert (await first).size == 95
+    assert len(store.defragmented) == 1

@@ -70,3 +70,4 @@ async def test_a_disk_that_hangs_is_said_and_no_threads_pile_up(
     assert len(calls) == 1
     go.set()
     assert await check.look(within_s=10) == ""
+    assert len(calls) == 1, "no further writes were waiting behind it"

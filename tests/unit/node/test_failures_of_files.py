@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tarfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -40,9 +40,10 @@ from skep.manager.process import refusal_in
 from skep.manager.process import run as run_manager
 from skep.manager.storage.incarnation import Incarnations, read_incarnations, write_incarnations
 from skep.manager.storage.keys import load_wrapping_keys, save_wrapping_keys
+from skep.model.networks.tables import NetworkTable
 from skep.model.node import NodeRole
 from skep.model.node_reports.revisions import Revision
-from skep.model.values.ids import ClusterId, NodeId, new_container_id
+from skep.model.values.ids import ClusterId, NetworkId, NodeId, new_container_id
 from skep.node.cluster.local import LocalNode, read_local_node, write_local_node
 from skep.node.cluster.membership import Membership
 from skep.node.front.server import _listening_socket
@@ -165,6 +166,25 @@ async def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: in
     shutil.rmtree(tmp_path / "lives")
 
 
+async def test_an_image_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulling, "at_endpoints", at_endpoints)
+    monkeypatch.setattr(layers, "unpack", unpack)
+    await (await opened(tmp_path / "template")).pull("old:1")
+
+    async def life(place: Path, faults: Faults) -> None:
+        said: list[str] = []
+        store = await opened(place, said.append)
+        assert not any("damaged" in one for one in said)
+        faults.end()
+        await store.settle()
+        assert said[-1] == store.error == ""
+        assert content_of(store, "old:1") == {"old: old"}
+
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") > 10
+
+
 # --- what the node knows of its swarm ---------------------------------------------------------------------------------
 
 NODE = LocalNode(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), is_manager=False)
@@ -198,6 +218,7 @@ async def a_node_starts_and_receives_managers(directory: Path, faults: Faults) -
         await asyncio.sleep(0)
     if membership.status == "error":
         assert said[-1]
+        assert "docker swarm leave" not in said[-1], "the file may be sound"
         with pytest.raises(SkepError):
             await membership.leave(force=False)
     else:
@@ -237,7 +258,11 @@ async def tables_come(directory: Path, faults: Faults) -> None:
     await part.wait(lambda: "a" in part.tables and "new" in part.tables["a"].nodes)
     faults.end()
     again = StoredTables(directory / "kept", QuickClock())
-    while not shared.load()["a"].nodes.keys() == again.load()[0]["a"].nodes.keys() == {"new"}:  # noqa: ASYNC110
+
+    def nodes(tables: Mapping[NetworkId, NetworkTable]) -> set[NodeId]:
+        return {node for id, table in tables.items() if id == "a" for node in table.nodes}
+
+    while not nodes(shared.load()) == nodes(again.load()[0]) == {"new"}:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     while network_tables.applied != {"a": Revision(1, 9), "b": Revision(1, 1)}:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
@@ -246,15 +271,18 @@ async def tables_come(directory: Path, faults: Faults) -> None:
     assert running.cancelled()
 
 
-async def test_tables_of_networks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "is_rebooted"), [(1, False), (25, False), (1, True)])
+async def test_tables_of_networks(tmp_path: Path, count: int, *, is_rebooted: bool) -> None:
+    """A reboot leaves those on the disk alone."""
     template = tmp_path / "template"
     stored, shared = StoredTables(template / "kept", QuickClock()), SharedTables(template / "shared")
     tables = {one.head.id: one for one in (a_table("a", "old"), a_table("b", "old"))}
-    await shared.apply(NodeId("n1"), tables, frozenset(tables))
+    if not is_rebooted:
+        await shared.apply(NodeId("n1"), tables, frozenset(tables))
     for id, table in tables.items():
         stored.schedule(id, table, 1)
     await stored.flush()
-    assert await walk(tmp_path / "lives", tables_come, template=template) > 10
+    assert await walk(tmp_path / "lives", tables_come, template=template, count=count) > 10
 
 
 async def networks_are_used(directory: Path, faults: Faults) -> None:

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.task_files import RememberedTask, TaskFiles
 from skep.agent.tasks.worker import Worker
 from skep.engine.containers.container import ContainerState
 from skep.errors import Unavailable
-from skep.model.task import TaskState
+from skep.model.task import TaskState, TaskStatus
 from tests.support.engine.oci_rig import EngineExecutor, Machine, QuickClock, memory_engine
 from tests.support.file_faults import ERRNOS, Faults, file_faults
 from tests.support.managers.fake_worker import a_session
@@ -168,6 +168,21 @@ async def test_every_call_on_a_file_may_fail(
 ) -> None:
     """Each call in a whole life of tasks, with each error."""
     assert await walk(tmp_path, monkeypatch, (number,), 1, 1) > 100
+
+
+async def test_a_task_whose_file_cannot_be_written_is_written_when_there_is_room(tmp_path: Path) -> None:
+    files = TaskFiles(tmp_path, QuickClock())
+    with file_faults(tmp_path) as faults, capture_logs() as logs:
+        faults.plan(0, errno.ENOSPC, 1 << 30)
+        files.remember(RememberedTask(assigned("a"), TaskStatus()))
+        async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as group:
+            running = group.create_task(files.run())
+            while not logs:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            faults.end()
+            while not (tmp_path / "a.json").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            running.cancel()
 
 
 async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(

@@ -3,12 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
 from skep.aio.clock import SystemClock
 from skep.api.formats.filters import Filters
+from skep.api.http.server import application
 from skep.engine.containers.container import Container, ContainerConfig
 from skep.engine.events import Events
 from skep.engine.images.local import ImageEvent
@@ -18,6 +22,7 @@ from skep.model.values.ids import ContainerId
 from skep.node.events import (
     FOLLOWED,
     KEPT,
+    READER,
     EventRequest,
     Message,
     NodeEvents,
@@ -26,6 +31,7 @@ from skep.node.events import (
     without_commands,
     without_tag,
 )
+from skep.node.routes.system import system_routes
 
 ATTRIBUTES = {"name": "web.1.abc", "image": "busybox:1", "zone": "a"}
 STARTED = message_of("container", "start", "c0ffee", ATTRIBUTES, 1_500_000_000)
@@ -286,3 +292,22 @@ def test_events_for_those_who_only_read_have_no_commands() -> None:
     for action in ("start", "health_status: healthy", "exec_die"):
         other = message_of("container", action, "c1", {}, 1)
         assert without_commands(other) == other
+
+
+@pytest.mark.parametrize("headers", [{READER: "1"}, {}], ids=["a reader", "another client"])
+async def test_the_api_leaves_commands_out_for_those_who_only_read(headers: dict[str, str]) -> None:
+    events = NodeEvents(SystemClock())
+    events.publish("container", "exec_start: sh -c 'mysql -psecret'", "c1", {"execID": "e1"})
+    # a node without a manager and without an engine
+    system = SimpleNamespace(
+        stream_events=lambda request, begin, send: events.stream(request, [], begin, send)
+    )
+    app = application(system_routes(cast("Any", system)))
+    period = {"since": "0", "until": f"{SystemClock().now_ns() / 10**9:.9f}"}
+    async with (
+        TestClient(TestServer(app)) as client,
+        client.get("/events", headers=headers, params=period) as response,
+    ):
+        shown = await response.text()
+    assert "exec_start: " in shown
+    assert ("secret" in shown) is not bool(headers)

@@ -33,6 +33,7 @@ ODD: dict[str, Callable[[Path], object]] = {
     "a link to nowhere": lambda path: path.symlink_to("/nonexistent"),
     "a link to itself": lambda path: path.symlink_to(path),
     "json with bytes that are no text": lambda path: path.write_bytes(b'{"id": "\xff", "version": "\xff"}'),
+    "names that are no text": lambda path: path.write_bytes(b'{"references": {"\xff": "\xff"}}'),
     "json of something else": lambda path: path.write_bytes(b'{"id": [' + b"1" * 5000 + b"]}"),
 }
 odd = pytest.mark.parametrize("make", ODD.values(), ids=list(ODD))

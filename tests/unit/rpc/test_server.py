@@ -157,15 +157,17 @@ async def test_the_connection_window_is_returned_for_discarded_data_only(rig):
     assert rig.client.outbound_flow_control_window == LIMITS.connection_window
 
 
-async def test_a_peer_that_sends_more_than_its_window_is_cut_off(rig):
+@pytest.mark.parametrize(("streams", "pieces"), [(1, 7), (3, 6)], ids=["of a stream", "of the connection"])
+async def test_a_peer_that_sends_more_than_its_window_is_cut_off(rig, streams, pieces):
     rig.answer = rig.wait_for_nothing
-    stream_id = rig.open()
+    ids = [rig.open() for _ in range(streams)]
     await rig.turn()
-    for _ in range(7):
-        rig.say(frames.frame(frames.DATA, 0, stream_id, b"x" * 16_000))
+    for _ in range(pieces):
+        for stream_id in ids:
+            rig.say(frames.frame(frames.DATA, 0, stream_id, b"x" * 16_000))
     received = await rig.turn()
     assert of(ConnectionTerminated, received)[0].error_code == Code.FLOW_CONTROL_ERROR
-    assert (rig.wire.is_closed, rig.ended) == (True, [stream_id])
+    assert (rig.wire.is_closed, sorted(rig.ended)) == (True, ids)
 
 
 async def test_streams_that_were_reset_count_until_their_handlers_have_ended(rig):

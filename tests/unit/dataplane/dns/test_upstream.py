@@ -93,6 +93,19 @@ async def test_containers_that_ask_much_leave_room_for_others(silent: UpstreamSe
 
 
 @pytest.mark.usefixtures("few")
+async def test_a_container_alone_has_no_more_than_its_limit(silent: UpstreamServer) -> None:
+    asking = Asking()
+    hogs = [asking.ask("a", silent) for _ in range(4)]
+    await asking.under_way(4)
+    refused = await asking.ask("a", silent)
+    assert refused is not None
+    assert response_code(refused) == REFUSED
+    for one in hogs:
+        one.cancel()
+    await asyncio.wait(hogs)
+
+
+@pytest.mark.usefixtures("few")
 async def test_a_client_with_the_largest_share_is_refused_when_all_slots_are_in_use(
     silent: UpstreamServer,
 ) -> None:

@@ -119,6 +119,15 @@ def test_a_subnet_or_a_published_port_that_is_none_is_left_out_alone() -> None:
     assert set(table.services) == {VIP.id}
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "224.0.0.1", "::1", "::", "ff02::1"])
+def test_a_container_at_no_address_of_a_container_is_left_out_alone_and_said(address: str) -> None:
+    said: list[str] = []
+    odd = replace(WEB, task_id=TaskId("t2"), addresses=(address,))
+    table = replace(TABLE, endpoints={WEB.task_id: WEB, odd.task_id: odd})
+    assert set(valid_table(table, said.append).endpoints) == {WEB.task_id}
+    assert said == [f"TableEndpoint: {address} is not an address of a container"]
+
+
 def test_addresses_are_spelled_in_one_way() -> None:
     node = replace(GOOD, underlay="FD00:0::1")
     assert valid_table(replace(TABLE, nodes={node.id: node}), print).nodes[node.id].underlay == "fd00::1"

@@ -86,6 +86,14 @@ REFUSED = {
     ),
     "ipam configuration: invalid subnet 127.0.0.0/8": a_spec("n", IPAMConfig(subnet="127.0.0.0/8")),
     "ipam configuration: invalid subnet 0.0.0.0/0": a_spec("n", IPAMConfig(subnet="0.0.0.0/0")),
+    "ipam configuration: invalid subnet 224.0.0.0/24": a_spec("n", IPAMConfig(subnet="224.0.0.0/24")),
+    "ipam configuration: invalid subnet fd00::%x/64": a_spec("n", IPAMConfig(subnet="fd00::%x/64")),
+    "ipam configuration: invalid gateway fd00::1%x": a_spec(
+        "n", IPAMConfig(subnet="fd00::/64", gateway="fd00::1%x")
+    ),
+    "ipam configuration: subnet 10.8.0.0/24 does not contain gateway 10.9.0.1": a_spec(
+        "n", IPAMConfig(subnet="10.8.0.0/24", gateway="10.9.0.1")
+    ),
     "ipam configuration: subnet 10.8.0.0/31 has no addresses for containers": a_spec(
         "n", IPAMConfig(subnet="10.8.0.0/31")
     ),

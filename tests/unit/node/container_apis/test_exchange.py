@@ -72,3 +72,21 @@ async def test_a_stream_of_events_is_asked_for_as_one_of_a_container_that_only_r
         one.close()
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
+
+
+@pytest.mark.parametrize("access", [ApiAccess.READ, ApiAccess.INSPECT])
+async def test_a_request_with_a_body_is_refused_without_full_access(access: ApiAccess) -> None:
+    """Another request could hide in it."""
+    asked = list[socket.socket]()
+    exchanges = Exchanges(lambda connected, _: asked.append(connected), SystemClock())
+    ours, theirs = socket.socketpair()
+    serving = asyncio.create_task(exchanges.carry_out(theirs, A, access))
+    reader, writer = await asyncio.open_connection(sock=ours)
+    hidden = b"POST /swarm/leave HTTP/1.1\r\nHost: d\r\n\r\n"
+    writer.write(b"GET /events HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n%s" % (len(hidden), hidden))
+    async with asyncio.timeout(10):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+    assert asked == []
+    writer.close()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
