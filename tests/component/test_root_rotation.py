@@ -181,6 +181,16 @@ async def test_an_eviction_begins_no_rotation_that_a_node_would_not_survive(clus
     assert cluster.swarm.root_rotation_in_progress
 
 
+async def test_the_next_leader_goes_on_with_a_rotation_that_its_predecessor_left(tmp_path):
+    """Nothing is written between the two, so only the snapshot of its term can tell the next leader."""
+    async with Cluster(heartbeat_s=3).serving() as cluster, cluster.own_agent(tmp_path / "manager"):
+        before = cluster.swarm.tls_info.trust_root
+        await rotate(cluster)
+        async with cluster.leading():
+            await rotated(cluster)
+        assert cluster.swarm.tls_info.trust_root != before
+
+
 async def test_a_node_that_was_removed_holds_nothing_up(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path / "w")
     async with cluster.own_agent(tmp_path / "manager"):

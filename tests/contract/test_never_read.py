@@ -2,6 +2,7 @@
 
 import asyncio
 from random import Random
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -39,7 +40,7 @@ from skep.model.swarm import DEFAULT_SWARM_SPEC, Freeze, RootRotation, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId, ServiceId, SessionId, VolumeId
 from skep.model.values.times import Timestamp
-from skep.model.volume import Volume, VolumeInfo, VolumeSpec
+from skep.model.volume import PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.store.interface import View
 from skep.store.keys import object_key
 from skep.store.kinds import Payload, Revocation, has_unreadable_run
@@ -189,6 +190,26 @@ def test_a_volume_of_which_it_cannot_be_read_whether_it_was_made_is_not_forgotte
     store = loaded(volume, damaged=(("volume", "v1", "info"),))
     asyncio.run(store.update(forget, VolumeId("v1")))
     assert store.view().lookup(Volume, "v1") is not None
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("info", {"info": VolumeInfo(volume_id="disk8")}),
+        ("publish", {"publish_status": (PublishStatus(node_id=NodeId("n2")),)}),
+    ],
+)
+def test_a_volume_whose_disk_or_place_cannot_be_read_gets_no_other(part: str, change: dict[str, Any]) -> None:
+    volume = Volume(
+        id=VolumeId("v1"),
+        spec=VolumeSpec(name="data"),
+        info=VolumeInfo(volume_id="disk7"),
+        publish_status=(PublishStatus(node_id=NodeId("n1")),),
+    )
+    store = loaded(volume, damaged=(("volume", "v1", part),))
+    shown = store.view().get(Volume, "v1")
+    with pytest.raises(Unavailable, match=f"{part} of volume v1 cannot be read"):
+        asyncio.run(store.update(lambda tx: tx.put(replace(shown, **change))))
 
 
 def test_a_recovery_ends_though_a_volume_cannot_be_read() -> None:

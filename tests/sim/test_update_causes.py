@@ -4,9 +4,11 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import LED_S, SimulatedCluster
-from sim.invariants.causes import UpdateStopsHaveCauses
+from sim.invariants import causes
+from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_recorded
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import TaskState
+from skep.model.values.times import SECOND_NS, timestamp
 from tests.sim.histories import W1, History, a_node, a_service, a_task
 
 
@@ -61,6 +63,18 @@ def test_a_reason_that_is_shown_again_after_an_error_stops_nothing_twice() -> No
     assert history.violations == []
     stop(history, MESSAGES[2])
     assert history.violations == [f"web: {MESSAGES[2]}, though no task of it has failed"]
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_replacement_that_the_history_does_not_record_is_rejected(
+    is_recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_recorded:
+        monkeypatch.setattr(causes, "entries_of", lambda _event, _view: iter(()))
+    history = History(replacements_are_recorded)
+    failed = replace(a_task("t1", state=TaskState.FAILED), created_at=timestamp(SECOND_NS))
+    history.put(a_service(), failed, replace(a_task("t2"), created_at=timestamp(2 * SECOND_NS)))
+    assert history.violations == ([] if is_recorded else ["t2 in slot 1: 1 tasks before it, history: []"])
 
 
 @pytest.mark.parametrize("is_well", [True, False])

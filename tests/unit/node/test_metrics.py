@@ -2,18 +2,22 @@
 
 import asyncio
 import re
+import threading
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.api.telemetry.exposition import render
+from skep.aio.clock import SystemClock
+from skep.api.telemetry.exposition import MetricFamily, gauge, render
 from skep.configuration.values import listening_addr
 from skep.dataplane.net_process.protocol import NameCounts, ServedListing
 from skep.model.networks.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
 from skep.model.values.ids import NodeId
+from skep.node.telemetry import metrics as node_metrics
 from skep.node.telemetry.metrics import KEPT_S, NodeMetrics, Sources, dns_families, network_families
 from skep.node.telemetry.metrics_server import targets
 
@@ -113,6 +117,27 @@ def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_
         loop.run_until_complete(body())
     finally:
         loop.close()
+
+
+async def test_a_page_is_joined_outside_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manager of thousands of services has megabytes of text, which would hold up every request."""
+    real, threads = node_metrics._joined, list[int]()
+
+    def joined(*parts: Any) -> bytes:
+        threads.append(threading.get_ident())
+        return real(*parts)
+
+    async def nothing(_: NodeMetrics) -> list[MetricFamily]:
+        return []
+
+    monkeypatch.setattr(node_metrics, "_joined", joined)
+    monkeypatch.setattr(NodeMetrics, "_of_manager", nothing)
+    monkeypatch.setattr(NodeMetrics, "_of_net_process", nothing)
+    monkeypatch.setattr(NodeMetrics, "_own", lambda _: [gauge("skep_test", "A test.", 1)])
+    sources: Any = SimpleNamespace(usage=None)
+    assert b"skep_test 1" in await NodeMetrics(sources, SystemClock()).text()
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def test_no_metric_has_a_path_as_label() -> None:

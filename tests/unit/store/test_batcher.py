@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from skep.store.etcd.batcher import (
 )
 from skep.store.etcd.client import WRITE_S_MAX
 from skep.store.etcd.encryption.cipher import Cipher, new_key_ring, new_wrapping_key
-from skep.store.etcd.errors import Uncertain
+from skep.store.etcd.errors import Uncertain, error_of
 from skep.store.etcd.requests import etcd_key
 from skep.store.leadership import TermState
 from skep.store.replica import Replica
@@ -338,9 +339,11 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
         assert client.timeouts_s == [1.0, 2.0, 4.0]
         await client.tickets.get()
         assert client.timeouts_s[-1] == WRITE_S_MAX
-        client.is_slow = False
+        batcher._replica.advance(6)
         batcher.observe(etcd_key("w/m1"), b"of another move", 6)
-        assert client.entries.empty()  # it would be void
+        with pytest.raises(TimeoutError):  # it would be void
+            await asyncio.wait_for(client.entries.get(), 0.05)
+        client.is_slow = False
         batcher._replica.advance(7)
         batcher.observe(etcd_key("w/m1"), ticket, 7)
         batch = await client.entries.get()  # sent again, as nothing of it had appeared
@@ -349,6 +352,31 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
         put = batch.success[0].request_txn.success[0].request_put
         batcher.observe(put.key, put.value, 8)
         assert await one == [Committed(8)]
+
+
+class Dropping(Taking):
+    """etcd whose raft drops the first entry, as during a transfer of leadership."""
+
+    has_dropped = False
+
+    def txn(  # type: ignore[override]
+        self, request: pb.TxnRequest, *, timeout_s: float
+    ) -> asyncio.Future[pb.TxnResponse]:
+        response = super().txn(request, timeout_s=timeout_s)
+        if not self.has_dropped:
+            self.has_dropped = True
+            response.set_exception(error_of("raft proposal dropped"))
+        return response
+
+
+async def test_a_proposal_that_raft_has_dropped_is_sent_again():
+    client = Dropping()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        proposing = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], None))
+        await put_of(client)
+        put = await put_of(client)
+        batcher.observe(put.key, put.value, 2)
+        assert await proposing == [Committed(2)]
 
 
 async def leaving(

@@ -1,10 +1,21 @@
 """A manager that is silent on the link and takes sessions all the same keeps its nodes."""
 
+import asyncio
+from random import Random
+
 from msgspec.structs import replace
 
-from skep.manager.dispatcher.node_sessions.adoption import KEEP_S, KEEP_S_MAX, LivingManagers, orphans
+from sim.time import VirtualClock, VirtualLoop
+from skep.manager.dispatcher.node_sessions.adoption import (
+    KEEP_S,
+    KEEP_S_MAX,
+    LivingManagers,
+    SessionAdoption,
+    orphans,
+)
 from skep.model.node import ManagerStatus, Node, SessionOwner
-from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.ids import NodeId, SessionId, new_id
+from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
 
 LEADER, CUT, DEAD = NodeId("m1"), NodeId("m2"), NodeId("m3")
@@ -60,3 +71,28 @@ def test_a_manager_that_is_reachable_again_starts_anew() -> None:
     proofs.living([held("w1", CUT, 98)], [CUT], now + 1.0)
     proofs.living([held("w1", CUT, 99)], [CUT], now + 1.2)
     assert proofs.living([held("w1", CUT, 99)], [CUT], now + 1.3 + KEEP_S) == frozenset()
+
+
+def test_the_leader_leaves_a_session_alone_that_a_silent_manager_took_after_it() -> None:
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+    adoption = SessionAdoption(store, LEADER, lambda _now: {CUT: 9.0}, clock, new_id, Random(1))
+
+    async def owner_in(seconds: float) -> NodeId:
+        await clock.sleep(seconds)
+        return store.view().get(Node, NodeId("w1")).session.manager_id
+
+    async def live() -> list[NodeId]:
+        await store.update(lambda tx: [tx.put(node) for node in [*MANAGERS, held("w1", CUT, 1)]])
+        running = asyncio.create_task(adoption.run())
+        first = await owner_in(1)
+        await store.update(lambda tx: tx.put(held("w1", CUT, 2)))
+        owners = [first, await owner_in(1), await owner_in(KEEP_S)]
+        running.cancel()
+        await asyncio.wait([running])
+        return owners
+
+    owners = loop.run_until_complete(live())
+    loop.close()
+    assert owners == [LEADER, CUT, LEADER]

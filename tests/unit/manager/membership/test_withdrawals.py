@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.membership.roles import LEARNING_S
-from skep.model.node import NodeRole
+from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
 from skep.model.values.ids import NodeId
 from skep.store.etcd.membership import RaftMember
 from skep.store.interface import NotLeader
@@ -115,6 +115,27 @@ async def test_a_former_leader_removes_no_member():
     with pytest.raises(NotLeader):
         await managers._check()
     assert consensus.removed == []
+
+
+async def test_a_leader_that_is_deposed_after_its_last_look_removes_no_member():
+    """The removal itself is not fenced, but the write before it is."""
+    rig = Rig()
+    other = MemoryStore(rig.clock, rig.cluster)
+
+    class Deposing(Hearing):
+        async def ask(self) -> Set[NodeId]:
+            rig.cluster.stand(other, OTHER)
+            rig.cluster.elect(OTHER, quietly=True)
+            return self.there
+
+    consensus = Consensus(VOTERS, VOTERS)
+    managers = await rig.managers(consensus, OWN, THIRD, hearing=Deposing())
+    status = ManagerStatus(addr="m2:2377", reachability=Reachability.REACHABLE)
+    await rig.store.update(lambda tx: tx.put(replace(tx.get(Node, OTHER), manager_status=status)))
+    with pytest.raises(NotLeader):
+        await managers._check()
+    assert consensus.removed == []
+    assert rig.store.view().get(Node, OTHER).manager_status == status
 
 
 async def test_a_quorum_is_judged_by_what_a_quorum_says_of_the_members():

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
-from skep.model.node import Availability, Node
+from skep.model.node import Availability, Node, NodeDescription, NodeStatus
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -54,6 +54,15 @@ def test_a_paused_node_keeps_a_task_that_its_labels_rule_out() -> None:
     task = a_task(service=NORTH, node="n1")
     world = World(NORTH, [task], [a_node("n1", availability=Availability.PAUSE)])
     assert world.steps() == []
+
+
+def test_of_a_node_of_which_nothing_is_known_neither_constraints_nor_resources_are_judged() -> None:
+    """What it has written about itself cannot be read, so that it seems to have no name and nothing to reserve."""
+    unknown = replace(a_node("n1"), description=NodeDescription(), status=NodeStatus())
+    here = a_service("web", constraints=("node.hostname == n1",), reserve=Resources(nano_cpus=1))
+    task = a_task(TaskState.RUNNING, service=here, node="n1")
+    assert World(here, [task], [unknown]).steps() == []
+    assert overcommitted(unknown, [task]) == frozenset()
 
 
 def test_a_task_that_is_not_restarted_leaves_without_a_successor() -> None:

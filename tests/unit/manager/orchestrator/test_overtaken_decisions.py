@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
+from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
 from skep.manager.orchestrator.changes import (
     Cause,
@@ -14,6 +15,7 @@ from skep.manager.orchestrator.changes import (
     RemoveService,
     ReplaceTask,
     RetireTask,
+    apply,
     cause_to_leave,
 )
 from skep.manager.orchestrator.state import OrchestratorState
@@ -30,7 +32,7 @@ from skep.model.service import (
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState
-from skep.model.values.ids import NodeId
+from skep.model.values.ids import NodeId, new_id
 from skep.model.values.times import Timestamp
 from skep.store.interface import Commit, Updated
 from skep.store.memory import MemoryStore
@@ -87,6 +89,21 @@ def test_tasks_run_on_if_a_service_is_scaled_up_again_as_they_are_to_be_removed(
     world.update(a_spec(replicas=3))
     world.apply(changes)
     assert len(wanted(world)) == 3
+
+
+async def test_a_leader_that_is_behind_removes_no_task_of_a_service_that_was_scaled_up_again() -> None:
+    other = MemoryStore(SystemClock())
+    leader = MemoryStore(SystemClock(), other.cluster)
+    service = await other.update(lambda tx: tx.put(a_service(replicas=1)))
+    task = await other.update(lambda tx: tx.put(a_task(slot=2, service=service, node="n1")))
+    surplus = RetireTask(task, TaskState.REMOVE, service=service)
+    leader.faults.lag_s = 0.05
+    spec = a_service_spec(replicas=2)
+    await other.update(lambda tx: tx.put(replace(tx.get(Service, service.id), spec=spec)))
+    assert leader.view().get(Service, service.id).spec.replicas == 1, "the case that is to be tested"
+    await leader.update_each(lambda tx, change: apply(tx, change, new_id, OLD), [surplus])
+    await other.barrier()
+    assert other.view().get(Task, task.id).is_wanted
 
 
 @pytest.mark.parametrize("unusable", UNUSABLE)

@@ -271,6 +271,35 @@ async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch:
     assert store.view().get(Task, here[0].id).node_id == "n3"
 
 
+async def test_room_that_comes_while_nodes_are_searched_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched, has_come, real = asyncio.Event(), asyncio.Event(), spread.Spread.choosing
+
+    def slowly(self: spread.Spread) -> SlicedWork[Account | None]:
+        account = yield from real(self)
+        if account is None and not has_come.is_set():
+            searched.set()
+            while not has_come.is_set():
+                yield
+            for _ in range(200):  # the commit arrives
+                yield
+        return account
+
+    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+    monkeypatch.setattr(spread.Spread, "choosing", slowly)
+    store = MemoryStore(SystemClock())
+    room = a_node("n1").description.resources.memory_bytes
+    large = a_service("large", reserve=Resources(memory_bytes=room))
+    await store.update_each(put, [a_node("n1"), large])
+    await store.update_each(
+        put, [a_task(f"t{n}", service=large, slot=n, state=TaskState.PENDING) for n in (1, 2)]
+    )
+    async with scheduling(store):
+        await searched.wait()  # the first task has the only node
+        await store.update(put, a_node("n2"))
+        has_come.set()
+        await wait_for(store, lambda: set(nodes_of(store)) == {"n1", "n2"})
+
+
 async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
