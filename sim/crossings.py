@@ -8,27 +8,32 @@ from functools import partial
 
 from msgspec.structs import replace
 
+from sim.certificates import root
 from sim.cluster import SimulatedCluster
+from sim.operators import Operators
 from sim.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, with_labels, with_mount
 from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.storage import DRIVER, SimulatedStorage
 from sim.trial import check_planned
+from sim.users import Users
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.jobs import retry_job
 from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
+from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.volumes import create_volume
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
-from skep.model.options.labels import FORGET_NODES, JOB_TTL, VOLUME_AFFINITY
+from skep.model.options.labels import FORGET_NODES, JOB_TTL, ON_DISCONNECT, VOLUME_AFFINITY
 from skep.model.options.schedules import CRON, CRON_DEADLINE
 from skep.model.quota import QuotaSpec
 from skep.model.service import (
     GlobalJob,
     GlobalService,
+    Placement,
     ReplicatedJob,
     ReplicatedService,
     ResourceRequirements,
@@ -44,8 +49,8 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId
 from skep.model.values.meta import Driver
-from skep.model.values.times import SECOND_NS, timestamp
-from skep.model.volume import AccessMode, TypeMount, VolumeSpec
+from skep.model.values.times import SECOND_NS, moment, timestamp
+from skep.model.volume import AccessMode, TypeMount, VolumeSharing, VolumeSpec
 from skep.store.interface import Transaction
 
 SOON = RestartPolicy(delay=SECOND_NS // 2)
@@ -54,6 +59,8 @@ ONE = ServiceMode(replicated=ReplicatedService(replicas=1))
 LOST_S = 120.0
 """Seconds for which a node is lost.  These clusters remove lost nodes after a minute."""
 WELL_S = 40.0
+DUE_THRICE_S = 200.0
+"""Longer than three minutes, and shorter than four."""
 BACK_S = 60.0
 """Time until a node is back, halfway between two due times."""
 
@@ -134,18 +141,31 @@ def _lose(cluster: SimulatedCluster, id: NodeId) -> None:
 
 def _create_database(cluster: SimulatedCluster) -> ServiceId:
     """Create a service with one task and a cluster volume that tasks cannot share."""
-    spec = VolumeSpec(
-        name="orders", driver=Driver(name=DRIVER), access_mode=AccessMode(mount_volume=TypeMount())
-    )
-    now = timestamp(_now_ns(cluster))
-    cluster.write(lambda tx: create_volume(tx, spec, new_id=lambda: "orders", now=now))
+    _create_volume(cluster, AccessMode(mount_volume=TypeMount()))
     mount = Mount(type="cluster", source="orders", target="/data")
     id = _create(cluster, with_mount(_a_spec("db", ONE), mount))
     _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
     return id
 
 
+def _create_volume(cluster: SimulatedCluster, mode: AccessMode) -> None:
+    spec = VolumeSpec(name="orders", driver=Driver(name=DRIVER), access_mode=mode)
+    now = timestamp(_now_ns(cluster))
+    cluster.write(lambda tx: create_volume(tx, spec, new_id=lambda: "orders", now=now))
+
+
 # -- restarts, dependencies, quotas ------------------------------------------------------------------------------------
+
+
+def _shared_by_two_tasks(cluster: SimulatedCluster, sharing: VolumeSharing) -> None:
+    """Two tasks share a volume for one node, so both go to the same node.  If they must not share it, one waits."""
+    _create_volume(cluster, AccessMode(sharing=sharing, mount_volume=TypeMount()))
+    mount = Mount(type="cluster", source="orders", target="/data")
+    _create(cluster, with_mount(_a_spec("db", _replicas(2)), mount))
+    if sharing is VolumeSharing.ALL:
+        _expect(cluster, "the tasks do not share the volume", lambda: cluster.running("db") == 2)
+    else:
+        cluster.run_for(WELL_S)
 
 
 def _drained_often(cluster: SimulatedCluster) -> None:
@@ -210,6 +230,85 @@ def _back_after_the_run(cluster: SimulatedCluster) -> None:
     cluster.run_for(WELL_S)
 
 
+def _due_while_a_run_goes_on(cluster: SimulatedCluster) -> None:
+    """Two jobs are due every minute.  The runs of one have ended by then, and those of the other never end."""
+    once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    _create(cluster, with_labels(_a_spec("short", once, image="job:1"), {CRON: "*/1 * * * *"}))
+    _create(cluster, with_labels(_a_spec("long", once), {CRON: "*/1 * * * *"}))
+    cluster.run_for(DUE_THRICE_S)
+    short, long = cluster.created("short"), cluster.created("long")
+    if short < 3 or long != 1:
+        problem = f"in {DUE_THRICE_S:g} s the short job ran {short} times, and the long one {long} times"
+        cluster.observer.note(cluster.loop.time(), [problem])
+
+
+def _due_while_its_node_is_down(cluster: SimulatedCluster) -> None:
+    """A global job is due every minute.  The only node that may run it is lost during a run, and keeps its task."""
+    home = cluster.workers[0]
+    cluster.label(home, zone="north")
+    job = _a_spec("report", ServiceMode(global_job=GlobalJob()))
+    placement = Placement(constraints=("node.labels.zone==north",))
+    job = replace(job, task_template=replace(job.task_template, placement=placement))
+    _create(cluster, with_labels(job, {CRON: "*/1 * * * *", ON_DISCONNECT: "keep"}))
+    cluster.run_until(lambda: cluster.containers("report") == 1, within_s=90.0)
+    cluster.links.cut([home], cluster.managers)
+    cluster.run_for(LOST_S)
+
+
+def _removes_itself(cluster: SimulatedCluster) -> None:
+    """A job with a time to live completes under a leader that is deposed afterwards."""
+    once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=2))
+    id = _create(cluster, with_labels(_a_spec("migrate", once, image="job:1"), {JOB_TTL: "20s"}))
+    cluster.run_for(10.0)
+    cluster.depose()
+    cluster.run_for(WELL_S)
+    _expect(cluster, "migrate does not remove itself", lambda: cluster.view.lookup(Service, id) is None)
+
+
+def _most_nodes_are_lost(cluster: SimulatedCluster) -> None:
+    """Most nodes lose their power for longer than lost nodes are kept."""
+    _create(cluster, _a_spec("web", _replicas(4)))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 4)
+    cluster.write(_remove_lost_nodes)
+    for id in cluster.workers:
+        cluster.kill_node(id)
+    cluster.run_for(LOST_S)
+    cluster.start_all()
+    _expect(cluster, "web does not run again", lambda: cluster.running("web") == 4)
+
+
+def _rotated_while_a_node_is_away(cluster: SimulatedCluster) -> None:
+    """The root is rotated while a node is switched off.  The rotation ends after its return."""
+    Operators(cluster, Users(cluster), lambda: ())  # lets nodes renew their certificates
+    away = cluster.workers[0]
+    cluster.kill_node(away)
+    _expect(cluster, "the node is not marked down", lambda: not cluster.is_ready(away))
+    now = moment(_now_ns(cluster))
+
+    def rotate(tx: Transaction) -> None:
+        (swarm,) = tx.find(Swarm)
+        forced = replace(swarm.spec.ca_config, force_rotate=swarm.spec.ca_config.force_rotate + 1)
+        update_swarm(
+            tx,
+            replace(swarm.spec, ca_config=forced),
+            swarm.version.index,
+            Rotations(),
+            new_id=lambda: "token",
+            now=now,
+            new_root=lambda: root(1),
+        )
+
+    cluster.write(rotate)
+    cluster.run_for(WELL_S)
+    cluster.start_node(away)
+    _expect(cluster, "the node does not return", lambda: cluster.is_ready(away))
+    _expect(
+        cluster,
+        "the rotation does not end",
+        lambda: all(one.rotation is None for one in cluster.view.find(Swarm)),
+    )
+
+
 def _removed_under_a_global_service(cluster: SimulatedCluster) -> None:
     """A node is removed permanently."""
     _create(cluster, _a_spec("agent", ServiceMode(global_=GlobalService())))
@@ -240,6 +339,9 @@ CROSSINGS: Mapping[str, Simulate] = {
     for name, act in (
         ("cut off with a volume", _cut_off_with_a_volume),
         ("update with a volume", _update_with_a_volume),
+        ("volume that two tasks share", partial(_shared_by_two_tasks, sharing=VolumeSharing.ALL)),
+        ("volume that two tasks must not share", partial(_shared_by_two_tasks, sharing=VolumeSharing.NONE)),
+        ("volume with one writer", partial(_shared_by_two_tasks, sharing=VolumeSharing.ONE_WRITER)),
         ("lost with the only data", _lost_with_the_only_data),
         ("ended before its report", _ended_before_its_report),
         ("lost before its report", _lost_before_its_report),
@@ -248,6 +350,11 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("shrinks under a quota", _shrinks_under_a_quota),
         ("update larger than any node", _updated_beyond_any_node),
         ("back after the run", _back_after_the_run),
+        ("due while a run goes on", _due_while_a_run_goes_on),
+        ("due while its node is down", _due_while_its_node_is_down),
+        ("removes itself", _removes_itself),
+        ("most nodes are lost", _most_nodes_are_lost),
+        ("rotated while a node is away", _rotated_while_a_node_is_away),
         ("removed under a global service", _removed_under_a_global_service),
         ("retried under another clock", _retried_after_a_change_of_clock),
     )
