@@ -33,6 +33,10 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.cli.maintain import maintenance, upgrade, upgrade_plan
 from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
+from skep.manager.autoscaling import decision
+from skep.manager.autoscaling import state as autoscaling_state
+from skep.manager.ca import loop as ca_loop
+from skep.manager.ca.rotation import next_step
 from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher import statuses
@@ -51,20 +55,28 @@ from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler.explaining import dry_run
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.nodes import filters, requirements, spread
+from skep.manager.scheduler.nodes import volumes as scheduler_volumes
 from skep.manager.scheduler.nodes.accounting import Account
+from skep.manager.scheduler.preemption import preemptor
+from skep.manager.scheduler.preemption.preemption import Occupants
+from skep.manager.scheduler.preemption.preemptor import Preemptor
+from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
+from skep.manager.services.job_runs import of_present_run
 from skep.manager.services.quotas import quota_of
 from skep.model.assignment import AssignmentSet
 from skep.model.network import Network
-from skep.model.node import Node
-from skep.model.options.labels import DisconnectPolicy
+from skep.model.node import Node, NodeState
+from skep.model.options.autoscaling import Autoscaling
+from skep.model.options.labels import DisconnectPolicy, job_ttl_s
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus
 from skep.model.values.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
-from skep.store.interface import Event, Transaction
+from skep.store.interface import Event, Transaction, View
 from skep.store.leadership import LeaderRecord
 from skep.store.state import State
 from skep.store.transactions import transaction
@@ -476,6 +488,113 @@ def _keeps_all_history() -> list[Patch]:
     return [Patch(reaper_state, "surplus_history", lambda *_: [])]
 
 
+def _any_number_per_node() -> list[Patch]:
+    real = requirements.requirements_of
+
+    def requirements_of(*args: Any, **options: Any) -> requirements.Requirements:
+        return replace(real(*args, **options), max_replicas=0)
+
+    return [Patch(requirements, "requirements_of", requirements_of)]
+
+
+def _preempts_equals() -> list[Patch]:
+    def occupants(view: Callable[[], View], priorities: Priorities, below: int) -> Occupants:
+        return Occupants(view, priorities, below + 1)
+
+    return [Patch(preemptor, "Occupants", occupants)]
+
+
+def _preempts_unasked() -> list[Patch]:
+    return [Patch(preemptor, "allows_preemption", lambda labels: True)]
+
+
+def _preempts_nothing() -> list[Patch]:
+    return [Patch(Preemptor, "may_preempt", lambda self, task: False)]
+
+
+def _rotates_without_absent_nodes() -> list[Patch]:
+    def without_absent(swarm: Swarm, nodes: Iterable[Node], *rest: Any) -> Any:
+        return next_step(swarm, [node for node in nodes if node.status.state is NodeState.READY], *rest)
+
+    return [Patch(ca_loop, "next_step", without_absent)]
+
+
+def _scales_out_of_range() -> list[Patch]:
+    return [Patch(Autoscaling, "clamped", lambda self, replicas: replicas)]
+
+
+def _grows_at_once() -> list[Patch]:
+    return [Patch(decision, "GROWTH_MAX", 100)]
+
+
+def _shrinks_at_once() -> list[Patch]:
+    return [Patch(decision.Recommendations, "largest", lambda self, window_s, now: self._falling[-1][1])]
+
+
+def _scales_during_updates() -> list[Patch]:
+    return [Patch(module, "blocked", lambda service: "") for module in (decision, autoscaling_state)]
+
+
+def _runs_overlap() -> list[Patch]:
+    return [Patch(due, "_running_where", lambda view, service: None)]
+
+
+def _is_always_going() -> list[Patch]:
+    return [Patch(due, "_running_where", lambda view, service: "")]
+
+
+def _waits_for_nodes_that_are_down() -> list[Patch]:
+    def nodes_going(view: View, service: Service) -> list[str]:
+        tasks = of_present_run(service, view.find(Task, service_id=service.id))
+        return sorted({task.node_id for task in tasks if task.is_active and task.node_id})
+
+    return [Patch(due, "nodes_going", nodes_going)]
+
+
+def _publishes_anywhere() -> list[Patch]:
+    class NoScope:
+        SINGLE = object()
+
+    return [Patch(scheduler_volumes, "VolumeScope", NoScope)]
+
+
+def _shares_all_volumes() -> list[Patch]:
+    class NoSharing:
+        NONE = ONE_WRITER = READ_ONLY = object()
+
+    return [Patch(scheduler_volumes, "VolumeSharing", NoSharing)]
+
+
+def _keeps_finished_jobs() -> list[Patch]:
+    return [Patch(jobs, "job_ttl_s", lambda labels: None)]
+
+
+def _removes_finished_jobs() -> list[Patch]:
+    return [Patch(jobs, "job_ttl_s", lambda labels: None if job_ttl_s(labels) is None else 0.0)]
+
+
+def _never_fails() -> list[Patch]:
+    return [Patch(update._Rollout, "_has_failed", lambda self, lead: False)]
+
+
+def _never_overdue() -> list[Patch]:
+    return [Patch(update._Rollout, "_is_overdue", lambda self, lead: False)]
+
+
+def _never_completes() -> list[Patch]:
+    return [Patch(update._Rollout, "complete", lambda self: iter(()))]
+
+
+def _removes_in_disruptions() -> list[Patch]:
+    return [
+        Patch(module, "is_disrupted", lambda nodes, *, is_frozen: False) for module in (lost_nodes, node_loop)
+    ]
+
+
+def _decides_all_for_a_task() -> list[Patch]:
+    return [Patch(orchestrator_state.OrchestratorState, "_slot_of_event", lambda self, task: None)]
+
+
 # -- store only --------------------------------------------------------------------------------------------------------
 
 
@@ -682,6 +801,66 @@ MUTANTS: tuple[Mutant, ...] = (
                 _never_given_up,
                 "retried under another clock",
             ),
+            (
+                "root rotation",
+                "a rotation of the root ends once all nodes have new certificates",
+                _rotates_without_absent_nodes,
+                "rotated while a node is away",
+            ),
+            (
+                "cron overlap",
+                "a due run does not begin while the previous one runs",
+                _runs_overlap,
+                "due while a run goes on",
+            ),
+            (
+                "cron reasons",
+                "a due time is skipped only for a run that has not ended",
+                _is_always_going,
+                "due while a run goes on",
+            ),
+            (
+                "cron nodes",
+                "a node that is down delays no run of a global job",
+                _waits_for_nodes_that_are_down,
+                "due while its node is down",
+            ),
+            (
+                "volume scope",
+                "a volume for one node is used on one node",
+                _publishes_anywhere,
+                "volume that two tasks share",
+            ),
+            (
+                "volume sharing",
+                "a volume that tasks cannot share has one user",
+                _shares_all_volumes,
+                "volume that two tasks must not share",
+            ),
+            (
+                "volume writers",
+                "a volume with one writer is written by one task",
+                _shares_all_volumes,
+                "volume with one writer",
+            ),
+            (
+                "job TTL",
+                "a job removes itself when its time to live is over",
+                _keeps_finished_jobs,
+                "removes itself",
+            ),
+            (
+                "job TTL kept",
+                "a job does not remove itself before its time to live is over",
+                _removes_finished_jobs,
+                "removes itself",
+            ),
+            (
+                "most nodes lost",
+                "no node is removed while most nodes are lost",
+                _removes_in_disruptions,
+                "most nodes are lost",
+            ),
         )
     ),
     Mutant(
@@ -690,6 +869,26 @@ MUTANTS: tuple[Mutant, ...] = (
         _decides_all_for_a_node,
         visits.simulate,
         CROSSING_SEEDS,
+    ),
+    Mutant(
+        "visits of a task",
+        "a change of a task makes only its slot due",
+        _decides_all_for_a_task,
+        visits.simulate,
+        CROSSING_SEEDS,
+    ),
+    Mutant("max replicas", "a node has no more replicas of a service than allowed", _any_number_per_node),
+    Mutant("failed update", "an update whose tasks fail is paused or rolled back", _never_fails),
+    Mutant("overdue update", "an update without progress ends after its deadline", _never_overdue),
+    Mutant("updates end", "an update that has replaced all tasks completes", _never_completes),
+    *(
+        Mutant(name, rule, patches, focused.autoscaling)
+        for name, rule, patches in (
+            ("scaling range", "autoscaling keeps to its range", _scales_out_of_range),
+            ("scaling growth", "autoscaling at most doubles the number of tasks", _grows_at_once),
+            ("scaling window", "autoscaling removes no task within its window", _shrinks_at_once),
+            ("scaling updates", "autoscaling does not scale during an update", _scales_during_updates),
+        )
     ),
     Mutant("attempts", "a task that was moved uses up no attempt", _counts_moves, run.extended),
     Mutant(
@@ -703,6 +902,9 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
+            ("victims", "tasks are preempted only for a higher priority", _preempts_equals),
+            ("preemption off", "tasks are preempted only if the cluster allows it", _preempts_unasked),
+            ("preemption on", "tasks of higher priority get what lower ones hold", _preempts_nothing),
             ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
             ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
@@ -777,8 +979,13 @@ MUTANTS: tuple[Mutant, ...] = (
             ("no gap", "a watch continues where the one before it ended", _skips_a_revision),
             ("differences", "watchers get the differences that a load finds", _no_difference),
             ("shown first", "a leader decides once its replica shows its last write", _decides_on_the_past),
-            ("raft's term", "a leader of an older term does not take the key back", _any_term),
         )
+    ),
+    Mutant(
+        "raft's term",
+        "a leader of an older term does not take the key back",
+        _any_term,
+        store_only.elections,
     ),
 )
 

@@ -22,6 +22,21 @@ def by_name(name: str) -> Mutant:
         ("full disks", 5),
         ("dry run", 1),
         ("visits", 1),
+        ("visits of a task", 1),
+        ("root rotation", 1),
+        ("cron overlap", 1),
+        ("cron reasons", 1),
+        ("cron nodes", 1),
+        ("volume scope", 1),
+        ("volume sharing", 1),
+        ("volume writers", 1),
+        ("job TTL", 1),
+        ("job TTL kept", 1),
+        ("most nodes lost", 1),
+        ("scaling range", 10),
+        ("scaling growth", 10),
+        ("scaling window", 10),
+        pytest.param("scaling updates", 40, marks=pytest.mark.slow),
         ("unreported data", 1),
         ("required jobs", 1),
         ("gone nodes", 1),
@@ -37,7 +52,7 @@ def test_a_broken_rule_is_found(name: str, seeds: int) -> None:
     assert judge(by_name(name), seeds=seeds).seed is not None
 
 
-@pytest.mark.parametrize("name", ["existence", "own barrier", "no gap"])
+@pytest.mark.parametrize("name", ["existence", "own barrier", "no gap", "raft's term"])
 def test_a_broken_rule_of_the_store_is_found_by_runs_of_the_store_alone(name: str) -> None:
     assert judge(by_name(name), seeds=60).seed is not None
 
