@@ -11,7 +11,17 @@ from msgspec.structs import replace
 from sim.certificates import root
 from sim.cluster import SimulatedCluster
 from sim.operators import Operators
-from sim.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, with_labels, with_mount
+from sim.random_specs import (
+    BROKEN,
+    CRASHING,
+    ENDING_IMAGES,
+    HANGING,
+    MEMORY_BYTES,
+    STACKS,
+    with_image,
+    with_labels,
+    with_mount,
+)
 from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.storage import DRIVER, SimulatedStorage
@@ -27,7 +37,15 @@ from skep.manager.control.volumes import create_volume
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
-from skep.model.options.labels import FORGET_NODES, JOB_TTL, ON_DISCONNECT, VOLUME_AFFINITY
+from skep.model.options.labels import (
+    FORGET_NODES,
+    JOB_TTL,
+    ON_DISCONNECT,
+    PREEMPTION,
+    PRIORITY,
+    PROGRESS_DEADLINE,
+    VOLUME_AFFINITY,
+)
 from skep.model.options.schedules import CRON, CRON_DEADLINE
 from skep.model.quota import QuotaSpec
 from skep.model.service import (
@@ -44,6 +62,8 @@ from skep.model.service import (
     ServiceMode,
     ServiceSpec,
     TaskSpec,
+    UpdateConfig,
+    UpdateState,
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task
@@ -56,6 +76,8 @@ from skep.store.interface import Transaction
 SOON = RestartPolicy(delay=SECOND_NS // 2)
 ONE_ATTEMPT = RestartPolicy(condition=RestartCondition.ON_FAILURE, max_attempts=1, delay=0)
 ONE = ServiceMode(replicated=ReplicatedService(replicas=1))
+MOST_BYTES = 5 << 30
+"""Memory of a task that is more than half of a node's."""
 LOST_S = 120.0
 """Seconds for which a node is lost.  These clusters remove lost nodes after a minute."""
 WELL_S = 40.0
@@ -69,6 +91,8 @@ def _simulate(seed: int, act: Callable[[SimulatedCluster], None]) -> RunResult:
     with SimulatedCluster(managers=3, workers=4, seed=seed, storage=SimulatedStorage()) as cluster:
         for node in cluster.nodes.values():
             node.ending_images.update(ENDING_IMAGES)
+            node.broken_images.add(BROKEN)
+            node.hanging_images.add(HANGING)
         try:
             act(cluster)
         except SkepError as error:
@@ -212,8 +236,42 @@ def _updated_beyond_any_node(cluster: SimulatedCluster) -> None:
     """An update reserves more memory than any node has.  The dry run refuses it, or its tasks get nodes."""
     id = _create(cluster, _a_spec("web", _replicas(2)))
     _expect(cluster, "web does not run", lambda: cluster.running("web") == 2)
-    spec = _enlarged(cluster.view.get(Service, id).spec)
-    check_planned(cluster, id, spec, lambda: _update(cluster, id, _enlarged))
+    spec = _enlarged(cluster.view.get(Service, id).spec, 1 << 40)
+    check_planned(cluster, id, spec, lambda: _update(cluster, id, lambda _: spec))
+
+
+def _waits_for_resources(cluster: SimulatedCluster, priority: int, *, allows: bool) -> None:
+    """A task waits for what a service of priority 5 has on all nodes, in a cluster that allows preemption or not."""
+    spec = _enlarged(_a_spec("web", _replicas(len(cluster.workers))), MOST_BYTES)
+    _create(cluster, with_labels(spec, {PRIORITY: "5"}))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == len(cluster.workers))
+    if allows:
+        cluster.write(partial(_label_cluster, labels={PREEMPTION: "true"}))
+    cluster.run_for(10.0)  # until every manager's replica shows it
+    _create(cluster, with_labels(_enlarged(_a_spec("api", ONE), MOST_BYTES), {PRIORITY: str(priority)}))
+    if allows and priority > 5:
+        _expect(cluster, "api does not run", lambda: cluster.running("api") == 1)
+    else:
+        until = cluster.loop.time() + WELL_S
+        while cluster.loop.time() < until and not cluster.observer.violations:
+            cluster.run_for(0.25)  # short, because tasks that preempt each other keep the managers busy
+
+
+def _updated_to(cluster: SimulatedCluster, image: str, state: UpdateState) -> None:
+    """An update to an image has to end in a state within a minute, also if its leader is deposed meanwhile."""
+    spec = with_labels(_a_spec("web", _replicas(3)), {PROGRESS_DEADLINE: "5s"})
+    id = _create(cluster, replace(spec, update_config=UpdateConfig(parallelism=1, monitor=2 * SECOND_NS)))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 3)
+    _update(cluster, id, partial(with_image, image=image))
+    if cluster.random.random() < 0.5:
+        cluster.run_for(cluster.random.uniform(0.1, 5.0))
+        cluster.depose()
+    _expect(cluster, f"the update is not {state.value}", lambda: _update_state(cluster, id) is state)
+
+
+def _update_state(cluster: SimulatedCluster, id: ServiceId) -> UpdateState | None:
+    status = cluster.view.get(Service, id).update_status
+    return status.state if status is not None else None
 
 
 # -- jobs and nodes ----------------------------------------------------------------------------------------------------
@@ -309,6 +367,21 @@ def _rotated_while_a_node_is_away(cluster: SimulatedCluster) -> None:
     )
 
 
+def _more_replicas_than_nodes_may_have(cluster: SimulatedCluster) -> None:
+    """A service has more replicas than its nodes may have, while a node is drained and back."""
+    spec = _a_spec("web", _replicas(6))
+    spec = replace(spec, task_template=replace(spec.task_template, placement=Placement(max_replicas=1)))
+    _create(cluster, spec)
+    drained = cluster.workers[0]
+    for availability, number in ((Availability.ACTIVE, 4), (Availability.DRAIN, 3), (Availability.ACTIVE, 4)):
+        cluster.set_availability(drained, availability)
+        _expect(cluster, f"not {number} replicas run", partial(_is_running, cluster, number))
+
+
+def _is_running(cluster: SimulatedCluster, number: int) -> bool:
+    return cluster.running("web") == number
+
+
 def _removed_under_a_global_service(cluster: SimulatedCluster) -> None:
     """A node is removed permanently."""
     _create(cluster, _a_spec("agent", ServiceMode(global_=GlobalService())))
@@ -348,11 +421,19 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("drained often", _drained_often),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
+        ("task of higher priority", partial(_waits_for_resources, priority=10, allows=True)),
+        ("task of equal priority", partial(_waits_for_resources, priority=5, allows=True)),
+        ("task without preemption", partial(_waits_for_resources, priority=10, allows=False)),
         ("update larger than any node", _updated_beyond_any_node),
+        ("update to a good image", partial(_updated_to, image="app:2", state=UpdateState.COMPLETED)),
+        ("update to a broken image", partial(_updated_to, image=BROKEN, state=UpdateState.PAUSED)),
+        ("update to a crashing image", partial(_updated_to, image=CRASHING, state=UpdateState.PAUSED)),
+        ("update to a hanging image", partial(_updated_to, image=HANGING, state=UpdateState.PAUSED)),
         ("back after the run", _back_after_the_run),
         ("due while a run goes on", _due_while_a_run_goes_on),
         ("due while its node is down", _due_while_its_node_is_down),
         ("removes itself", _removes_itself),
+        ("more replicas than nodes may have", _more_replicas_than_nodes_may_have),
         ("most nodes are lost", _most_nodes_are_lost),
         ("rotated while a node is away", _rotated_while_a_node_is_away),
         ("removed under a global service", _removed_under_a_global_service),
@@ -371,8 +452,8 @@ def _a_spec(
     return ServiceSpec(name=name, task_template=template, mode=mode)
 
 
-def _enlarged(spec: ServiceSpec) -> ServiceSpec:
-    reserved = ResourceRequirements(reservations=Resources(memory_bytes=1 << 40))
+def _enlarged(spec: ServiceSpec, memory_bytes: int) -> ServiceSpec:
+    reserved = ResourceRequirements(reservations=Resources(memory_bytes=memory_bytes))
     return replace(spec, task_template=replace(spec.task_template, resources=reserved))
 
 
@@ -397,8 +478,12 @@ def _update(cluster: SimulatedCluster, id: ServiceId, change: Callable[[ServiceS
 
 
 def _remove_lost_nodes(tx: Transaction) -> None:
+    _label_cluster(tx, {FORGET_NODES: "1m"})
+
+
+def _label_cluster(tx: Transaction, labels: Mapping[str, str]) -> None:
     (swarm,) = tx.find(Swarm)
-    tx.put(replace(swarm, spec=replace(swarm.spec, labels={FORGET_NODES: "1m"})))
+    tx.put(replace(swarm, spec=replace(swarm.spec, labels=labels)))
 
 
 def _expect(cluster: SimulatedCluster, problem: str, condition: Callable[[], bool]) -> None:

@@ -844,6 +844,48 @@ MUTANTS: tuple[Mutant, ...] = (
                 "volume with one writer",
             ),
             (
+                "failed update",
+                "an update whose tasks fail is paused or rolled back",
+                _never_fails,
+                "update to a broken image",
+            ),
+            (
+                "overdue update",
+                "an update without progress ends after its deadline",
+                _never_overdue,
+                "update to a hanging image",
+            ),
+            (
+                "updates end",
+                "an update that has replaced all tasks completes",
+                _never_completes,
+                "update to a good image",
+            ),
+            (
+                "victims",
+                "tasks are preempted only for a higher priority",
+                _preempts_equals,
+                "task of equal priority",
+            ),
+            (
+                "preemption off",
+                "tasks are preempted only if the cluster allows it",
+                _preempts_unasked,
+                "task without preemption",
+            ),
+            (
+                "preemption on",
+                "tasks of higher priority get what lower ones hold",
+                _preempts_nothing,
+                "task of higher priority",
+            ),
+            (
+                "max replicas",
+                "a node has no more replicas of a service than allowed",
+                _any_number_per_node,
+                "more replicas than nodes may have",
+            ),
+            (
                 "job TTL",
                 "a job removes itself when its time to live is over",
                 _keeps_finished_jobs,
@@ -877,10 +919,6 @@ MUTANTS: tuple[Mutant, ...] = (
         visits.simulate,
         CROSSING_SEEDS,
     ),
-    Mutant("max replicas", "a node has no more replicas of a service than allowed", _any_number_per_node),
-    Mutant("failed update", "an update whose tasks fail is paused or rolled back", _never_fails),
-    Mutant("overdue update", "an update without progress ends after its deadline", _never_overdue),
-    Mutant("updates end", "an update that has replaced all tasks completes", _never_completes),
     *(
         Mutant(name, rule, patches, focused.autoscaling)
         for name, rule, patches in (
@@ -902,9 +940,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
-            ("victims", "tasks are preempted only for a higher priority", _preempts_equals),
-            ("preemption off", "tasks are preempted only if the cluster allows it", _preempts_unasked),
-            ("preemption on", "tasks of higher priority get what lower ones hold", _preempts_nothing),
             ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
             ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),

@@ -9,7 +9,7 @@ from sim.invariants.allocations import UniqueAllocations, networks_are_apart
 from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.bookkeeping import CachesMatchStore
-from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_recorded
+from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
 from sim.invariants.dependencies import DependenciesComeFirst
@@ -104,7 +104,7 @@ class Observer:
             TasksAreSpread(unreadable),
             UpdatesKeepServing(),
             UpdateParallelism(),
-            UpdateStopsHaveCauses(),
+            UpdateEndsHaveCauses(),
             replacements_are_recorded,
             NoFalseDown(calm_since, uptime.since, manager_uptime.began),
             DecisionsAreStable(),
