@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from sim.certificates import root
 from sim.cluster import SimulatedCluster
+from sim.invariants.objects import EXTRA
 from sim.operators import Operators
 from sim.random_specs import (
     BROKEN,
@@ -28,7 +29,7 @@ from sim.storage import DRIVER, SimulatedStorage
 from sim.trial import check_planned
 from sim.users import Users
 from skep.api.access.permissions import STACK_LABEL
-from skep.errors import InvalidArgument, SkepError
+from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from skep.manager.control.jobs import retry_job
 from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
@@ -46,7 +47,7 @@ from skep.model.options.labels import (
     PROGRESS_DEADLINE,
     VOLUME_AFFINITY,
 )
-from skep.model.options.schedules import CRON, CRON_DEADLINE
+from skep.model.options.schedules import CRON, CRON_DEADLINE, CRON_MAX_ATTEMPTS
 from skep.model.quota import QuotaSpec
 from skep.model.service import (
     GlobalJob,
@@ -193,7 +194,7 @@ def _shared_by_two_tasks(cluster: SimulatedCluster, sharing: VolumeSharing) -> N
 
 
 def _drained_often(cluster: SimulatedCluster) -> None:
-    """Nodes of a service with few restart attempts are drained one after the other."""
+    """Nodes of a service with one restart attempt are drained one after the other.  Then its task fails once."""
     _create(cluster, _a_spec("web", ONE, restart=ONE_ATTEMPT))
     for _ in range(4):
         _expect(cluster, "web, which never failed, does not run", lambda: cluster.running("web") == 1)
@@ -203,6 +204,11 @@ def _drained_often(cluster: SimulatedCluster) -> None:
         for id in cluster.workers:
             cluster.set_availability(id, Availability.DRAIN if id == drained else Availability.ACTIVE)
         cluster.run_for(5.0)
+    _expect(cluster, "web does not run after the last move", partial(_is_running, cluster, 1))
+    for task in cluster.wanted("web"):
+        cluster.kill_container(task)
+    cluster.run_for(1.0)
+    _expect(cluster, "web, which has failed once, is given up", partial(_is_running, cluster, 1))
 
 
 def _depends_on_a_job_that_removes_itself(cluster: SimulatedCluster) -> None:
@@ -232,6 +238,29 @@ def _shrinks_under_a_quota(cluster: SimulatedCluster) -> None:
     _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
 
 
+def _grows_beyond_a_quota(cluster: SimulatedCluster) -> None:
+    """A service of more tasks than its stack may have is created, which has to be refused."""
+    quota, now = QuotaSpec(name=STACKS[0], tasks=4), timestamp(_now_ns(cluster))
+    cluster.write(lambda tx: set_quota(tx, quota, new_id=lambda: "q", now=now))
+    cluster.run_for(1.0)  # until every manager's replica shows it
+    try:
+        _create(cluster, with_labels(_a_spec("web", _replicas(6)), {STACK_LABEL: STACKS[0]}))
+    except PermissionDenied:
+        return
+    cluster.observer.note(cluster.loop.time(), ["a service of 6 tasks is created, and its stack may have 4"])
+
+
+def _updated_often(cluster: SimulatedCluster) -> None:
+    """A service is updated more often than its tasks and specs are kept."""
+    cluster.write(_keep_one_task)
+    id = _create(cluster, _a_spec("web", ONE))
+    for number in range(EXTRA + 4):
+        _update(cluster, id, partial(with_image, image=f"app:{number}"))
+        _expect(cluster, "the update does not end", partial(_is_running, cluster, 1, f"app:{number}"))
+    cluster.run_for(WELL_S)
+    cluster.observer.note(cluster.loop.time(), cluster.rest_violations())
+
+
 def _updated_beyond_any_node(cluster: SimulatedCluster) -> None:
     """An update reserves more memory than any node has.  The dry run refuses it, or its tasks get nodes."""
     id = _create(cluster, _a_spec("web", _replicas(2)))
@@ -252,9 +281,7 @@ def _waits_for_resources(cluster: SimulatedCluster, priority: int, *, allows: bo
     if allows and priority > 5:
         _expect(cluster, "api does not run", lambda: cluster.running("api") == 1)
     else:
-        until = cluster.loop.time() + WELL_S
-        while cluster.loop.time() < until and not cluster.observer.violations:
-            cluster.run_for(0.25)  # short, because tasks that preempt each other keep the managers busy
+        _watch(cluster, WELL_S)
 
 
 def _updated_to(cluster: SimulatedCluster, image: str, state: UpdateState) -> None:
@@ -293,11 +320,21 @@ def _due_while_a_run_goes_on(cluster: SimulatedCluster) -> None:
     once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
     _create(cluster, with_labels(_a_spec("short", once, image="job:1"), {CRON: "*/1 * * * *"}))
     _create(cluster, with_labels(_a_spec("long", once), {CRON: "*/1 * * * *"}))
-    cluster.run_for(DUE_THRICE_S)
+    _watch(cluster, DUE_THRICE_S)
     short, long = cluster.created("short"), cluster.created("long")
     if short < 3 or long != 1:
         problem = f"in {DUE_THRICE_S:g} s the short job ran {short} times, and the long one {long} times"
         cluster.observer.note(cluster.loop.time(), [problem])
+
+
+def _due_and_fails(cluster: SimulatedCluster) -> None:
+    """The runs of a scheduled job fail, and may be attempted twice."""
+    once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    labels = {CRON: "*/1 * * * *", CRON_MAX_ATTEMPTS: "1"}
+    _create(cluster, with_labels(_a_spec("report", once, image=CRASHING), labels))
+    _watch(cluster, DUE_THRICE_S)
+    if (number := cluster.created("report")) < 4:
+        cluster.observer.note(cluster.loop.time(), [f"three runs had {number} tasks"])
 
 
 def _due_while_its_node_is_down(cluster: SimulatedCluster) -> None:
@@ -378,8 +415,8 @@ def _more_replicas_than_nodes_may_have(cluster: SimulatedCluster) -> None:
         _expect(cluster, f"not {number} replicas run", partial(_is_running, cluster, number))
 
 
-def _is_running(cluster: SimulatedCluster, number: int) -> bool:
-    return cluster.running("web") == number
+def _is_running(cluster: SimulatedCluster, number: int, image: str | None = None) -> bool:
+    return cluster.running("web", image) == number
 
 
 def _removed_under_a_global_service(cluster: SimulatedCluster) -> None:
@@ -424,6 +461,8 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("task of higher priority", partial(_waits_for_resources, priority=10, allows=True)),
         ("task of equal priority", partial(_waits_for_resources, priority=5, allows=True)),
         ("task without preemption", partial(_waits_for_resources, priority=10, allows=False)),
+        ("growth beyond a quota", _grows_beyond_a_quota),
+        ("updated often", _updated_often),
         ("update larger than any node", _updated_beyond_any_node),
         ("update to a good image", partial(_updated_to, image="app:2", state=UpdateState.COMPLETED)),
         ("update to a broken image", partial(_updated_to, image=BROKEN, state=UpdateState.PAUSED)),
@@ -431,6 +470,7 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("update to a hanging image", partial(_updated_to, image=HANGING, state=UpdateState.PAUSED)),
         ("back after the run", _back_after_the_run),
         ("due while a run goes on", _due_while_a_run_goes_on),
+        ("due and fails", _due_and_fails),
         ("due while its node is down", _due_while_its_node_is_down),
         ("removes itself", _removes_itself),
         ("more replicas than nodes may have", _more_replicas_than_nodes_may_have),
@@ -481,6 +521,12 @@ def _remove_lost_nodes(tx: Transaction) -> None:
     _label_cluster(tx, {FORGET_NODES: "1m"})
 
 
+def _keep_one_task(tx: Transaction) -> None:
+    (swarm,) = tx.find(Swarm)
+    kept = replace(swarm.spec.orchestration, task_history_retention_limit=1)
+    tx.put(replace(swarm, spec=replace(swarm.spec, orchestration=kept)))
+
+
 def _label_cluster(tx: Transaction, labels: Mapping[str, str]) -> None:
     (swarm,) = tx.find(Swarm)
     tx.put(replace(swarm, spec=replace(swarm.spec, labels=labels)))
@@ -493,6 +539,13 @@ def _expect(cluster: SimulatedCluster, problem: str, condition: Callable[[], boo
         if cluster.loop.time() > until:
             cluster.observer.note(until, [f"{problem} after {WELL_S:g} s"])
             return
+        cluster.run_for(0.25)
+
+
+def _watch(cluster: SimulatedCluster, seconds: float) -> None:
+    """Let time pass until the first violation.  A broken rule may keep the managers busy from then on."""
+    until = cluster.loop.time() + seconds
+    while cluster.loop.time() < until and not cluster.observer.violations:
         cluster.run_for(0.25)
 
 

@@ -42,7 +42,15 @@ from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher import statuses
 from skep.manager.dispatcher.node_sessions import adoption
 from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
-from skep.manager.orchestrator import changes, decision_inputs, jobs, observed_times, update
+from skep.manager.orchestrator import (
+    changes,
+    decision_inputs,
+    global_services,
+    jobs,
+    observed_times,
+    replicated,
+    update,
+)
 from skep.manager.orchestrator import state as orchestrator_state
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
@@ -358,7 +366,8 @@ def _counts_moves() -> list[Patch]:
         is_over = policy is not None and policy.max_attempts and len(made) > policy.max_attempts
         return real(task, slot, seen, most) and not is_over
 
-    return [Patch(restart, "should_restart", counting)]
+    users = (restart, replicated, global_services, jobs)
+    return [Patch(module, "should_restart", counting) for module in users]
 
 
 def _may_not_shrink() -> list[Patch]:
@@ -880,6 +889,54 @@ MUTANTS: tuple[Mutant, ...] = (
                 "task of higher priority",
             ),
             (
+                "due times",
+                "a due time without a run is recorded with its reason",
+                _passes_over_silently,
+                "due while a run goes on",
+            ),
+            (
+                "due once",
+                "a due time is decided once",
+                _decides_due_times_again,
+                "due while a run goes on",
+            ),
+            (
+                "quota",
+                "the services of a stack request no more than its quota",
+                _allows_any_use,
+                "growth beyond a quota",
+            ),
+            (
+                "waiting tasks",
+                "a task gets a node once a node can run it",
+                _refuses_forever,
+                "more replicas than nodes may have",
+            ),
+            (
+                "history",
+                "a slot keeps no more ended tasks than its limit",
+                _keeps_all_history,
+                "updated often",
+            ),
+            (
+                "run attempts",
+                "a scheduled run has a limit of attempts",
+                _tries_runs_without_end,
+                "due and fails",
+            ),
+            (
+                "spec versions",
+                "a spec version goes with its last task",
+                _keeps_spec_versions,
+                "updated often",
+            ),
+            (
+                "attempts",
+                "a task that was moved uses up no attempt",
+                _counts_moves,
+                "drained often",
+            ),
+            (
                 "max replicas",
                 "a node has no more replicas of a service than allowed",
                 _any_number_per_node,
@@ -928,7 +985,6 @@ MUTANTS: tuple[Mutant, ...] = (
             ("scaling updates", "autoscaling does not scale during an update", _scales_during_updates),
         )
     ),
-    Mutant("attempts", "a task that was moved uses up no attempt", _counts_moves, run.extended),
     Mutant(
         "dependencies",
         "a task waits for the services that its own depends on",
@@ -936,17 +992,11 @@ MUTANTS: tuple[Mutant, ...] = (
         run.extended,
     ),
     Mutant("full disks", "a node whose disk is full gets no new tasks", _ignores_disks, focused.disks),
-    Mutant("run attempts", "a scheduled run has a limit of attempts", _tries_runs_without_end, run.extended),
     *(
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
             ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
-            ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
-            ("due once", "a due time is decided once", _decides_due_times_again),
-            ("quota", "the services of a stack request no more than its quota", _allows_any_use),
-            ("waiting tasks", "a task gets a node once a node can run it", _refuses_forever),
-            ("history", "a slot keeps no more ended tasks than its limit", _keeps_all_history),
             (
                 "start first",
                 "start-first is refused for volumes that tasks cannot share",
@@ -954,7 +1004,6 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         )
     ),
-    Mutant("spec versions", "a spec version goes with its last task", _keeps_spec_versions),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (
