@@ -108,7 +108,9 @@ def requiring(name: str, view: View) -> Iterator[str]:
     """Yield the names of the services that require the service ``name``."""
     for service in view.find(Service):
         needed = dependencies_of(service.spec.labels)
-        if service.removed_at is None and any(one.service == name and one.is_required for one in needed):
+        if service.removed_at is None and any(
+            one.service.lower() == name.lower() and one.is_required for one in needed
+        ):
             yield service.spec.name
 
 
