@@ -64,6 +64,7 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
     UpdateConfig,
+    UpdateOrder,
     UpdateState,
 )
 from skep.model.swarm import Swarm
@@ -180,6 +181,18 @@ def _create_volume(cluster: SimulatedCluster, mode: AccessMode) -> None:
 
 
 # -- restarts, dependencies, quotas ------------------------------------------------------------------------------------
+
+
+def _starts_first_with_a_volume(cluster: SimulatedCluster) -> None:
+    """A start-first update needs a volume twice that tasks cannot share.  Such a service has to be refused."""
+    _create_volume(cluster, AccessMode(mount_volume=TypeMount()))
+    mount = Mount(type="cluster", source="orders", target="/data")
+    config = UpdateConfig(order=UpdateOrder.START_FIRST)
+    try:
+        _create(cluster, with_mount(replace(_a_spec("db", ONE), update_config=config), mount))
+    except InvalidArgument:
+        return
+    cluster.observer.note(cluster.loop.time(), ["a start-first service has a volume that tasks cannot share"])
 
 
 def _shared_by_two_tasks(cluster: SimulatedCluster, sharing: VolumeSharing) -> None:
@@ -449,6 +462,7 @@ CROSSINGS: Mapping[str, Simulate] = {
     for name, act in (
         ("cut off with a volume", _cut_off_with_a_volume),
         ("update with a volume", _update_with_a_volume),
+        ("start-first with a volume", _starts_first_with_a_volume),
         ("volume that two tasks share", partial(_shared_by_two_tasks, sharing=VolumeSharing.ALL)),
         ("volume that two tasks must not share", partial(_shared_by_two_tasks, sharing=VolumeSharing.NONE)),
         ("volume with one writer", partial(_shared_by_two_tasks, sharing=VolumeSharing.ONE_WRITER)),

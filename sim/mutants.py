@@ -95,7 +95,7 @@ from skep.store.transactions.updates import Updater
 SEEDS = 200
 CROSSING_SEEDS = 3
 """Number of seeds for mutants that a run of ``crossings`` finds."""
-STORE_SEEDS = 2000
+STORE_SEEDS = 400
 """Number of seeds for mutants of the store.  Runs of only the store cost a twentieth."""
 
 
@@ -937,6 +937,12 @@ MUTANTS: tuple[Mutant, ...] = (
                 "drained often",
             ),
             (
+                "start first",
+                "start-first is refused for volumes that tasks cannot share",
+                _allows_start_first_with_volumes,
+                "start-first with a volume",
+            ),
+            (
                 "max replicas",
                 "a node has no more replicas of a service than allowed",
                 _any_number_per_node,
@@ -997,11 +1003,6 @@ MUTANTS: tuple[Mutant, ...] = (
         for name, rule, patches in (
             ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
-            (
-                "start first",
-                "start-first is refused for volumes that tasks cannot share",
-                _allows_start_first_with_volumes,
-            ),
         )
     ),
     *(
