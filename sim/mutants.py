@@ -247,7 +247,7 @@ def _last_word_stands() -> list[Patch]:
 
 
 def _no_adoption() -> list[Patch]:
-    return [Patch(adoption, "orphans", lambda nodes, silent, own: [])]
+    return [Patch(adoption, "orphans", lambda *_: [])]
 
 
 def _no_patience() -> list[Patch]:
