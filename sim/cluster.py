@@ -30,6 +30,7 @@ from sim.etcd.raft import Raft
 from sim.initial_state import CLUSTER, address_of, joined
 from sim.invariants.observer import Observer
 from sim.invariants.quiescence import rest_violations
+from sim.invariants.removals import DisruptionsRemoveNoNode
 from sim.invariants.volumes import OnlyCopiesStay, Stored
 from sim.links import Isolation, Links, Machine, Port, Uptime
 from sim.manager import SimulatedManager
@@ -146,6 +147,7 @@ class SimulatedCluster:
         self.observer.rules += [
             UnknownFieldsAreKept(self._cannot_read),
             OnlyCopiesStay(self._stored_on, self.removals.__contains__),
+            DisruptionsRemoveNoNode(self.removals.__contains__),
         ]
         self.changing: set[NodeId] = set()
         """Machines that join, leave or change their role.  No other fault is injected into them meanwhile."""

@@ -5,6 +5,7 @@
 * ``reports``: tasks end while nothing can be written, for less time than their sessions last.
 * ``volumes``: tasks with local volumes end, and their nodes fail and return.
 * ``disks``: disks of nodes fill and empty.
+* ``autoscaling``: the load of an autoscaled service changes, during updates and changes of leader.
 
 Then all faults end, and the cluster must converge.
 """
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
+from sim.random_specs import with_image
 from sim.run import RunResult
 from skep.agent.executor.simulated import Behavior
 from skep.agent.session.session import DESCRIPTION_CHECK_S
@@ -26,6 +28,7 @@ from skep.manager.control.networks import remove_network
 from skep.model.container import ContainerSpec, Mount
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import Availability, Node
+from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.service import (
     EndpointSpec,
@@ -37,6 +40,7 @@ from skep.model.service import (
     ServiceMode,
     ServiceSpec,
     TaskSpec,
+    UpdateConfig,
 )
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NetworkId, NodeId, ServiceId
@@ -59,6 +63,11 @@ VOLUME_STEPS = 8
 DISK_STEPS = 6
 REPORTED_S = DESCRIPTION_CHECK_S
 """Interval at which a node describes itself again."""
+LOAD_STEPS = 8
+LOAD_STEPS_S = (10.0, 40.0)
+"""From less than a period of autoscaling to longer than the window in which it removes no task."""
+LOADS = (0, 300_000_000, 700_000_000, 3_000_000_000)
+"""Nanoseconds of CPU time per second: no load, less than the target, the target, and four times as much."""
 SETTLED_S = 15.0
 """Longer than the tolerance of the rule on local volumes."""
 
@@ -167,6 +176,48 @@ def disks(seed: int) -> RunResult:
         _fill(cluster, ())
         _until(cluster, lambda: range(cluster.containers("web"), 2 * REPLICAS), "do not run")
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def autoscaling(seed: int) -> RunResult:
+    """Change the load of an autoscaled service, update it, and move the leader."""
+    random = Random(seed)
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        spec = replace(a_spec_of("web"), update_config=UpdateConfig(parallelism=1, delay=5 * SECOND_NS))
+        cluster.create(replace(spec, labels={AUTOSCALE: "2..9", AUTOSCALE_DOWN_AFTER: "30s"}))
+        _until(cluster, lambda: range(cluster.containers("web"), REPLICAS), "do not run")
+        for _ in range(LOAD_STEPS):
+            action = random.choice((_load, _load, _load, _update_image, _move_leader))
+            action(cluster, random)
+            cluster.run_for(random.uniform(*LOAD_STEPS_S))
+            if cluster.observer.violations:
+                break
+        cluster.nano_cpus = lambda _: None
+        _until(cluster, lambda: _lacking(cluster, "web"), "do not run")
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+# -- autoscaling ---------------------------------------------------------------------------------------------------
+
+
+def _load(cluster: SimulatedCluster, random: Random) -> None:
+    """Change the CPU use of every task from now on."""
+    used = random.choice(LOADS)
+    cluster.trace.add(f"each task uses {used} ns per second")
+    cluster.nano_cpus = lambda _: used
+
+
+def _update_image(cluster: SimulatedCluster, random: Random) -> None:
+    image = random.choice(("app:2", "app:3"))
+    cluster.update("web", lambda spec: with_image(spec, image))
+
+
+def _move_leader(cluster: SimulatedCluster, random: Random) -> None:
+    cluster.depose(quietly=random.random() < 0.5)
+
+
+def _lacking(cluster: SimulatedCluster, name: str) -> range:
+    service = cluster.service(name)
+    return range(cluster.containers(name), service.spec.replicas if service is not None else 0)
 
 
 # -- disks ---------------------------------------------------------------------------------------------------------

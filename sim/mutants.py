@@ -33,12 +33,24 @@ from skep.api.access.permissions import STACK_LABEL
 from skep.cli.maintain import maintenance, upgrade, upgrade_plan
 from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
+from skep.manager.autoscaling import decision
+from skep.manager.autoscaling import state as autoscaling_state
+from skep.manager.ca import loop as ca_loop
+from skep.manager.ca.rotation import next_step
 from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher import statuses
 from skep.manager.dispatcher.node_sessions import adoption
 from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
-from skep.manager.orchestrator import changes, decision_inputs, jobs, observed_times, update
+from skep.manager.orchestrator import (
+    changes,
+    decision_inputs,
+    global_services,
+    jobs,
+    observed_times,
+    replicated,
+    update,
+)
 from skep.manager.orchestrator import state as orchestrator_state
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.decision_inputs import Situation
@@ -51,20 +63,28 @@ from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler.explaining import dry_run
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.nodes import filters, requirements, spread
+from skep.manager.scheduler.nodes import volumes as scheduler_volumes
 from skep.manager.scheduler.nodes.accounting import Account
+from skep.manager.scheduler.preemption import preemptor
+from skep.manager.scheduler.preemption.preemption import Occupants
+from skep.manager.scheduler.preemption.preemptor import Preemptor
+from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
+from skep.manager.services.job_runs import of_present_run
 from skep.manager.services.quotas import quota_of
 from skep.model.assignment import AssignmentSet
 from skep.model.network import Network
-from skep.model.node import Node
-from skep.model.options.labels import DisconnectPolicy
+from skep.model.node import Node, NodeState
+from skep.model.options.autoscaling import Autoscaling
+from skep.model.options.labels import DisconnectPolicy, job_ttl_s
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus
 from skep.model.values.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
-from skep.store.interface import Event, Transaction
+from skep.store.interface import Event, Transaction, View
 from skep.store.leadership import LeaderRecord
 from skep.store.state import State
 from skep.store.transactions import transaction
@@ -75,8 +95,10 @@ from skep.store.transactions.updates import Updater
 SEEDS = 200
 CROSSING_SEEDS = 3
 """Number of seeds for mutants that a run of ``crossings`` finds."""
-STORE_SEEDS = 2000
-"""Number of seeds for mutants of the store.  A run of only the store costs a twentieth of a whole run."""
+STORE_SEEDS = 400
+"""Number of seeds for mutants of the store.  A run of only the store costs a twentieth of a whole
+run.
+"""
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -227,7 +249,7 @@ def _last_word_stands() -> list[Patch]:
 
 
 def _no_adoption() -> list[Patch]:
-    return [Patch(adoption, "orphans", lambda nodes, silent, own: [])]
+    return [Patch(adoption, "orphans", lambda *_: [])]
 
 
 def _no_patience() -> list[Patch]:
@@ -346,7 +368,8 @@ def _counts_moves() -> list[Patch]:
         is_over = policy is not None and policy.max_attempts and len(made) > policy.max_attempts
         return real(task, slot, seen, most) and not is_over
 
-    return [Patch(restart, "should_restart", counting)]
+    users = (restart, replicated, global_services, jobs)
+    return [Patch(module, "should_restart", counting) for module in users]
 
 
 def _may_not_shrink() -> list[Patch]:
@@ -474,6 +497,113 @@ def _refuses_forever() -> list[Patch]:
 
 def _keeps_all_history() -> list[Patch]:
     return [Patch(reaper_state, "surplus_history", lambda *_: [])]
+
+
+def _any_number_per_node() -> list[Patch]:
+    real = requirements.requirements_of
+
+    def requirements_of(*args: Any, **options: Any) -> requirements.Requirements:
+        return replace(real(*args, **options), max_replicas=0)
+
+    return [Patch(requirements, "requirements_of", requirements_of)]
+
+
+def _preempts_equals() -> list[Patch]:
+    def occupants(view: Callable[[], View], priorities: Priorities, below: int) -> Occupants:
+        return Occupants(view, priorities, below + 1)
+
+    return [Patch(preemptor, "Occupants", occupants)]
+
+
+def _preempts_unasked() -> list[Patch]:
+    return [Patch(preemptor, "allows_preemption", lambda labels: True)]
+
+
+def _preempts_nothing() -> list[Patch]:
+    return [Patch(Preemptor, "may_preempt", lambda self, task: False)]
+
+
+def _rotates_without_absent_nodes() -> list[Patch]:
+    def without_absent(swarm: Swarm, nodes: Iterable[Node], *rest: Any) -> Any:
+        return next_step(swarm, [node for node in nodes if node.status.state is NodeState.READY], *rest)
+
+    return [Patch(ca_loop, "next_step", without_absent)]
+
+
+def _scales_out_of_range() -> list[Patch]:
+    return [Patch(Autoscaling, "clamped", lambda self, replicas: replicas)]
+
+
+def _grows_at_once() -> list[Patch]:
+    return [Patch(decision, "GROWTH_MAX", 100)]
+
+
+def _shrinks_at_once() -> list[Patch]:
+    return [Patch(decision.Recommendations, "largest", lambda self, window_s, now: self._falling[-1][1])]
+
+
+def _scales_during_updates() -> list[Patch]:
+    return [Patch(module, "blocked", lambda service: "") for module in (decision, autoscaling_state)]
+
+
+def _runs_overlap() -> list[Patch]:
+    return [Patch(due, "_running_where", lambda view, service: None)]
+
+
+def _is_always_going() -> list[Patch]:
+    return [Patch(due, "_running_where", lambda view, service: "")]
+
+
+def _waits_for_nodes_that_are_down() -> list[Patch]:
+    def nodes_going(view: View, service: Service) -> list[str]:
+        tasks = of_present_run(service, view.find(Task, service_id=service.id))
+        return sorted({task.node_id for task in tasks if task.is_active and task.node_id})
+
+    return [Patch(due, "nodes_going", nodes_going)]
+
+
+def _publishes_anywhere() -> list[Patch]:
+    class NoScope:
+        SINGLE = object()
+
+    return [Patch(scheduler_volumes, "VolumeScope", NoScope)]
+
+
+def _shares_all_volumes() -> list[Patch]:
+    class NoSharing:
+        NONE = ONE_WRITER = READ_ONLY = object()
+
+    return [Patch(scheduler_volumes, "VolumeSharing", NoSharing)]
+
+
+def _keeps_finished_jobs() -> list[Patch]:
+    return [Patch(jobs, "job_ttl_s", lambda labels: None)]
+
+
+def _removes_finished_jobs() -> list[Patch]:
+    return [Patch(jobs, "job_ttl_s", lambda labels: None if job_ttl_s(labels) is None else 0.0)]
+
+
+def _never_fails() -> list[Patch]:
+    return [Patch(update._Rollout, "_has_failed", lambda self, lead: False)]
+
+
+def _never_overdue() -> list[Patch]:
+    return [Patch(update._Rollout, "_is_overdue", lambda self, lead: False)]
+
+
+def _never_completes() -> list[Patch]:
+    return [Patch(update._Rollout, "complete", lambda self: iter(()))]
+
+
+def _removes_in_disruptions() -> list[Patch]:
+    return [
+        Patch(module, "is_disrupted", lambda nodes, *, is_frozen: False) for module in (lost_nodes, node_loop)
+    ]
+
+
+def _decides_all_for_a_task() -> list[Patch]:
+    return [Patch(orchestrator_state.OrchestratorState, "_slot_of_event", lambda self, task: None)]
 
 
 # -- store only --------------------------------------------------------------------------------------------------------
@@ -682,6 +812,162 @@ MUTANTS: tuple[Mutant, ...] = (
                 _never_given_up,
                 "retried under another clock",
             ),
+            (
+                "root rotation",
+                "a rotation of the root ends once all nodes have new certificates",
+                _rotates_without_absent_nodes,
+                "rotated while a node is away",
+            ),
+            (
+                "cron overlap",
+                "a due run does not begin while the previous one runs",
+                _runs_overlap,
+                "due while a run goes on",
+            ),
+            (
+                "cron reasons",
+                "a due time is skipped only for a run that has not ended",
+                _is_always_going,
+                "due while a run goes on",
+            ),
+            (
+                "cron nodes",
+                "a node that is down delays no run of a global job",
+                _waits_for_nodes_that_are_down,
+                "due while its node is down",
+            ),
+            (
+                "volume scope",
+                "a volume for one node is used on one node",
+                _publishes_anywhere,
+                "volume that two tasks share",
+            ),
+            (
+                "volume sharing",
+                "a volume that tasks cannot share has one user",
+                _shares_all_volumes,
+                "volume that two tasks must not share",
+            ),
+            (
+                "volume writers",
+                "a volume with one writer is written by one task",
+                _shares_all_volumes,
+                "volume with one writer",
+            ),
+            (
+                "failed update",
+                "an update whose tasks fail is paused or rolled back",
+                _never_fails,
+                "update to a broken image",
+            ),
+            (
+                "overdue update",
+                "an update without progress ends after its deadline",
+                _never_overdue,
+                "update to a hanging image",
+            ),
+            (
+                "updates end",
+                "an update that has replaced all tasks completes",
+                _never_completes,
+                "update to a good image",
+            ),
+            (
+                "victims",
+                "tasks are preempted only for a higher priority",
+                _preempts_equals,
+                "task of equal priority",
+            ),
+            (
+                "preemption off",
+                "tasks are preempted only if the cluster allows it",
+                _preempts_unasked,
+                "task without preemption",
+            ),
+            (
+                "preemption on",
+                "tasks of higher priority get what lower ones hold",
+                _preempts_nothing,
+                "task of higher priority",
+            ),
+            (
+                "due times",
+                "a due time without a run is recorded with its reason",
+                _passes_over_silently,
+                "due while a run goes on",
+            ),
+            (
+                "due once",
+                "a due time is decided once",
+                _decides_due_times_again,
+                "due while a run goes on",
+            ),
+            (
+                "quota",
+                "the services of a stack request no more than its quota",
+                _allows_any_use,
+                "growth beyond a quota",
+            ),
+            (
+                "waiting tasks",
+                "a task gets a node once a node can run it",
+                _refuses_forever,
+                "more replicas than nodes may have",
+            ),
+            (
+                "history",
+                "a slot keeps no more ended tasks than its limit",
+                _keeps_all_history,
+                "updated often",
+            ),
+            (
+                "run attempts",
+                "a scheduled run has a limit of attempts",
+                _tries_runs_without_end,
+                "due and fails",
+            ),
+            (
+                "spec versions",
+                "a spec version goes with its last task",
+                _keeps_spec_versions,
+                "updated often",
+            ),
+            (
+                "attempts",
+                "a task that was moved uses up no attempt",
+                _counts_moves,
+                "drained often",
+            ),
+            (
+                "start first",
+                "start-first is refused for volumes that tasks cannot share",
+                _allows_start_first_with_volumes,
+                "start-first with a volume",
+            ),
+            (
+                "max replicas",
+                "a node has no more replicas of a service than allowed",
+                _any_number_per_node,
+                "more replicas than nodes may have",
+            ),
+            (
+                "job TTL",
+                "a job removes itself when its time to live is over",
+                _keeps_finished_jobs,
+                "removes itself",
+            ),
+            (
+                "job TTL kept",
+                "a job does not remove itself before its time to live is over",
+                _removes_finished_jobs,
+                "removes itself",
+            ),
+            (
+                "most nodes lost",
+                "no node is removed while most nodes are lost",
+                _removes_in_disruptions,
+                "most nodes are lost",
+            ),
         )
     ),
     Mutant(
@@ -691,7 +977,22 @@ MUTANTS: tuple[Mutant, ...] = (
         visits.simulate,
         CROSSING_SEEDS,
     ),
-    Mutant("attempts", "a task that was moved uses up no attempt", _counts_moves, run.extended),
+    Mutant(
+        "visits of a task",
+        "a change of a task makes only its slot due",
+        _decides_all_for_a_task,
+        visits.simulate,
+        CROSSING_SEEDS,
+    ),
+    *(
+        Mutant(name, rule, patches, focused.autoscaling)
+        for name, rule, patches in (
+            ("scaling range", "autoscaling keeps to its range", _scales_out_of_range),
+            ("scaling growth", "autoscaling at most doubles the number of tasks", _grows_at_once),
+            ("scaling window", "autoscaling removes no task within its window", _shrinks_at_once),
+            ("scaling updates", "autoscaling does not scale during an update", _scales_during_updates),
+        )
+    ),
     Mutant(
         "dependencies",
         "a task waits for the services that its own depends on",
@@ -699,25 +1000,13 @@ MUTANTS: tuple[Mutant, ...] = (
         run.extended,
     ),
     Mutant("full disks", "a node whose disk is full gets no new tasks", _ignores_disks, focused.disks),
-    Mutant("run attempts", "a scheduled run has a limit of attempts", _tries_runs_without_end, run.extended),
     *(
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
             ("upgrade lock", "one upgrade has the cluster's lock", _shares_the_lock),
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
-            ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
-            ("due once", "a due time is decided once", _decides_due_times_again),
-            ("quota", "the services of a stack request no more than its quota", _allows_any_use),
-            ("waiting tasks", "a task gets a node once a node can run it", _refuses_forever),
-            ("history", "a slot keeps no more ended tasks than its limit", _keeps_all_history),
-            (
-                "start first",
-                "start-first is refused for volumes that tasks cannot share",
-                _allows_start_first_with_volumes,
-            ),
         )
     ),
-    Mutant("spec versions", "a spec version goes with its last task", _keeps_spec_versions),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (
@@ -777,8 +1066,13 @@ MUTANTS: tuple[Mutant, ...] = (
             ("no gap", "a watch continues where the one before it ended", _skips_a_revision),
             ("differences", "watchers get the differences that a load finds", _no_difference),
             ("shown first", "a leader decides once its replica shows its last write", _decides_on_the_past),
-            ("raft's term", "a leader of an older term does not take the key back", _any_term),
         )
+    ),
+    Mutant(
+        "raft's term",
+        "a leader of an older term does not take the key back",
+        _any_term,
+        store_only.elections,
     ),
 )
 

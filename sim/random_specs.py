@@ -262,10 +262,11 @@ def _a_stack(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
 
 
 def _a_dependency(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
-    """Depend on a name that comes later, so that there are no cycles."""
-    all = (*NAMES, *MORE_NAMES)
-    later = all[all.index(spec.name) + 1 :] if spec.name in all else ()
-    if not (names := [name for name in later if name in known.services]):
+    """Depend on a name that comes later, so that there is no cycle.  It may be written in upper case."""
+    order = list(dict.fromkeys(name.lower() for name in (*NAMES, *MORE_NAMES)))
+    later = order[order.index(spec.name.lower()) + 1 :] if spec.name.lower() in order else ()
+    present = {name.lower() for name in known.services}
+    if not (names := [each for name in later if name in present for each in (name, name.upper())]):
         return spec
     condition = random.choice(
         (DependencyCondition.STARTED, DependencyCondition.HEALTHY, DependencyCondition.COMPLETED)

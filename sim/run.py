@@ -205,6 +205,7 @@ def _converge(cluster: SimulatedCluster) -> None:
     def missing() -> Iterable[str]:
         for one in cluster.view.find(Service):
             yield from unmet(cluster.view, one, given_up(one))
+        yield from observer.times_to_live.overdue(cluster.loop.time(), cluster.view)
         yield from ("the root is still being rotated" for one in cluster.view.find(Swarm) if one.rotation)
         if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
             yield "the store still has its alarm or is over its limit"

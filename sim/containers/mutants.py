@@ -5,8 +5,9 @@ that.
 judges only mutants whose names contain one of these words.
 """
 
+import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -95,13 +96,19 @@ def _judge(number: int) -> Verdict:
     return judge(MUTANTS[number])
 
 
-def main(words: Sequence[str] = sys.argv[1:]) -> int:
+def main() -> int:
     """Print the table.  Return 1 if a mutant survived."""
+    parser = argparse.ArgumentParser(prog="python -m sim.containers.mutants", description="Mutation tests.")
+    parser.add_argument("words", nargs="*", metavar="WORDS", help="default: all mutants")
+    parser.add_argument("--processes", type=int, help="default: one per processor")
+    args = parser.parse_args()
     survived = 0
     chosen = [
-        number for number, one in enumerate(MUTANTS) if not words or any(word in one.name for word in words)
+        number
+        for number, one in enumerate(MUTANTS)
+        if not args.words or any(word in one.name for word in args.words)
     ]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(args.processes) as pool:
         for verdict in pool.map(_judge, chosen):
             seed = "never" if verdict.seed is None else verdict.seed
             survived += verdict.seed is None and verdict.mutant not in SHOWN_ELSEWHERE

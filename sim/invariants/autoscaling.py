@@ -32,7 +32,7 @@ class AutoscalingIsCalm:
         if scaling is None or old.spec.labels != new.spec.labels:
             yield f"{new.id} is scaled, which its labels do not say"
             return
-        if after != scaling.clamped(after):
+        if not scaling.least <= after <= scaling.most:
             yield f"{new.id} is scaled to {after}, out of {scaling.least} to {scaling.most}"
         state = old.update_status.state if old.update_status is not None else None
         if state in (*UNDER_WAY, *PAUSED):

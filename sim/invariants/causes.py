@@ -8,7 +8,15 @@ from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.replacement.early_failures import step_seconds_max
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S
 from skep.model.options.labels import PROGRESS_DEADLINE
-from skep.model.service import Service, ServiceSpec, UpdateStatus
+from skep.model.service import (
+    UNDER_WAY,
+    Service,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
@@ -20,14 +28,19 @@ TOLERANCE = 0.99
 BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 
 
-class UpdateStopsHaveCauses:
-    """The leader pauses an update or rolls it back only after a committed failure or the progress deadline."""
+class UpdateEndsHaveCauses:
+    """The leader pauses an update or rolls it back only after a committed failure or the progress deadline.
+
+    An update that tolerates no failure completes only if one of its tasks has run.
+    """
 
     def __init__(self) -> None:
         self._begun: dict[tuple[ServiceId, int], float] = {}
         """Time at which the first task of a version was created."""
         self._failed: set[tuple[ServiceId, int]] = set()
         """Versions with a task that ended by itself."""
+        self._ran: set[tuple[ServiceId, int]] = set()
+        """Versions with a task that ran."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -37,13 +50,31 @@ class UpdateStopsHaveCauses:
                 case Updated(_, Task() as task) if task.spec_version is not None:
                     if task.status.state in BY_ITSELF:
                         self._failed.add((task.service_id, task.spec_version.index))
+                    if task.status.state is TaskState.RUNNING:
+                        self._ran.add((task.service_id, task.spec_version.index))
                 case Deleted(Service() as service):
                     self._begun = {key: at for key, at in self._begun.items() if key[0] != service.id}
                     self._failed = {key for key in self._failed if key[0] != service.id}
+                    self._ran = {key for key in self._ran if key[0] != service.id}
                 case Updated(Service() as before, Service() as after):
                     if _is_stopped(before, after) and not self._has_cause(before, change.time_s):
                         assert after.update_status is not None
                         yield f"{after.id}: {after.update_status.message}, though no task of it has failed"
+                    if _has_completed(before, after) and self._never_ran(after, view):
+                        yield f"{after.id}: the update has completed, though no task of it has run"
+
+    def _never_ran(self, service: Service, view: View) -> bool:
+        """Return whether the service has tasks of its current version, and none of them has run."""
+        version, config = service.spec_version, service.spec.update_config or UpdateConfig()
+        if (
+            version is None
+            or config.failure_action is UpdateFailureAction.CONTINUE
+            or config.max_failure_ratio
+        ):
+            return False
+        tasks = view.find(Task, service_id=service.id)
+        is_made = any(task.is_wanted and task.spec_version == version for task in tasks)
+        return is_made and (service.id, version.index) not in self._ran
 
     def _has_cause(self, service: Service, now: float) -> bool:
         if service.spec_version is None:
@@ -79,6 +110,11 @@ def replacements_are_recorded(change: Change, view: View) -> Iterable[str]:
             one.message.partition(" is replaced: ")[2] for one in found
         ):
             yield f"{task.id} in slot {task.slot}: {len(earlier)} tasks before it, history: {found}"
+
+
+def _has_completed(before: Service, after: Service) -> bool:
+    was, now = before.update_status or UpdateStatus(), after.update_status or UpdateStatus()
+    return now.state is UpdateState.COMPLETED and was.state in UNDER_WAY
 
 
 def _is_stopped(before: Service, after: Service) -> bool:

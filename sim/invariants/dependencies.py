@@ -50,7 +50,7 @@ class DependenciesComeFirst:
                     before.removed_at is None and after.removed_at is not None
                 ):
                     if JOB_TTL in after.spec.labels and not self._is_removal_asked(after.id):
-                        for name in _requiring(after.spec.name, view):
+                        for name in requiring(after.spec.name, view):
                             yield f"job {after.spec.name} has removed itself, and {name} requires it"
                 case Updated(Task() as old, Task() as task) if (
                     old.status.state < TaskState.ASSIGNED and task.status.state is TaskState.ASSIGNED
@@ -104,11 +104,13 @@ def missing_dependencies(service: Service, view: View) -> Iterator[str]:
             yield one.service
 
 
-def _requiring(name: str, view: View) -> Iterator[str]:
+def requiring(name: str, view: View) -> Iterator[str]:
     """Yield the names of the services that require the service ``name``."""
     for service in view.find(Service):
         needed = dependencies_of(service.spec.labels)
-        if service.removed_at is None and any(one.service == name and one.is_required for one in needed):
+        if service.removed_at is None and any(
+            one.service.lower() == name.lower() and one.is_required for one in needed
+        ):
             yield service.spec.name
 
 

@@ -9,7 +9,7 @@ from sim.invariants.allocations import UniqueAllocations, networks_are_apart
 from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.bookkeeping import CachesMatchStore
-from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_recorded
+from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
 from sim.invariants.dependencies import DependenciesComeFirst
@@ -19,6 +19,7 @@ from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
 from sim.invariants.placement import global_jobs_run_once
 from sim.invariants.preemption import PreemptionsAreJust
+from sim.invariants.removals import TimesToLive
 from sim.invariants.restarts import RestartPolicies
 from sim.invariants.schedules import DueTimesAreDecidedOnce, RetriesAreBounded, RunsKeepTheirNodes
 from sim.invariants.serving import UpdateParallelism
@@ -74,6 +75,7 @@ class Observer:
         self.due_times = DueTimesAreDecidedOnce()
         self.dependencies = DependenciesComeFirst(self._is_removal_asked)
         self.failures = FailedServices()
+        self.times_to_live = TimesToLive(self._is_removal_asked)
         self.preemptions = PreemptionsAreJust()
         self.volumes = SingleWriters()
         self.caches = CachesMatchStore()
@@ -102,7 +104,7 @@ class Observer:
             TasksAreSpread(unreadable),
             UpdatesKeepServing(),
             UpdateParallelism(),
-            UpdateStopsHaveCauses(),
+            UpdateEndsHaveCauses(),
             replacements_are_recorded,
             NoFalseDown(calm_since, uptime.since, manager_uptime.began),
             DecisionsAreStable(),
@@ -121,6 +123,7 @@ class Observer:
             RunsKeepTheirNodes(),
             RetriesAreBounded(),
             self.failures,
+            self.times_to_live,
             self.preemptions,
         ]
         committed.watchers.append(self._check)

@@ -1,4 +1,4 @@
-"""Rules on scheduled jobs: every due time is decided once, by a run or by a recorded reason to skip it.
+"""Rules on scheduled jobs: every due time is decided once, by a run or with a true reason to skip it.
 
 Due times are computed independently of the checked code, for schedules of the form ``*/N * * * *`` in UTC, where N
 divides an hour.
@@ -6,11 +6,18 @@ divides an hour.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from sim.committed import Change
-from skep.model.node import Node
-from skep.model.options.schedules import CRON, CRON_DEADLINE, CRON_MAX_ATTEMPTS, CRON_SUSPEND, same_schedule
+from skep.model.node import Node, NodeState
+from skep.model.options.schedules import (
+    CRON,
+    CRON_CONCURRENCY,
+    CRON_DEADLINE,
+    CRON_MAX_ATTEMPTS,
+    CRON_SUSPEND,
+    same_schedule,
+)
 from skep.model.service import JobStart, JobStatus, RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
@@ -21,22 +28,35 @@ from skep.store.kinds import spec_of
 DECIDED_S = 10.0
 """A due time is decided within this time if there is a leader."""
 _EVERY = re.compile(r"\*/([0-9]+) \* \* \* \*")
+_GOING_ON = re.compile(r"is still going on (.+?)(?: and [0-9]+ other nodes)?$")
+"""The reason to skip a run of a global job.  It names one of the nodes that run the previous one."""
 
 
 class DueTimesAreDecidedOnce:
-    """A due time has one run at most, or a reason to skip it.  No run begins without a due time or a request."""
+    """A due time has at most one run or a true reason to skip it, and no run begins without a due time or a request.
+
+    A due run begins while the previous one runs only if the schedule replaces runs.
+    """
 
     def __init__(self) -> None:
         self._started: set[tuple[str, str]] = set()
         """Services with the due times of their runs."""
+        self._down: dict[NodeId, float] = {}
+        """Time at which each node that is down was marked so."""
         self.runs = 0
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
+                case Updated(_, Node() as node) if node.status.state is NodeState.DOWN:
+                    self._down.setdefault(node.id, change.time_s)
+                case Updated(_, Node() as node) | Deleted(Node() as node):
+                    self._down.pop(node.id, None)
                 case Updated(Service() as old, Service() as new) if new.removed_at is None:
                     if old.job_status is not None and new.job_status is not None:
-                        for problem in self._problems(old, new, old.job_status, new.job_status, view):
+                        long_down = {id for id, at in self._down.items() if change.time_s - at > DECIDED_S}
+                        problems = self._problems(old, new, old.job_status, new.job_status, view)
+                        for problem in (*problems, *_untrue_of_nodes(old, new, long_down, view)):
                             yield f"job {new.id}: {problem}"
 
     def _problems(
@@ -59,8 +79,7 @@ class DueTimesAreDecidedOnce:
             if new.spec.labels.get(CRON_SUSPEND) == "true":
                 yield f"it is suspended, and {start.scheduled_at} was decided"
             yield from self._problems_of(start, new, before, after)
-            if start.skipped:
-                yield from _unfounded(start, new, before, view)
+            yield from (_unfounded if start.skipped else _overlapping)(start, new, before, view)
         if is_same and not added and after.schedule.settled != before.schedule.settled:
             yield f"due times until {after.schedule.settled} were passed over without a word"
 
@@ -201,6 +220,52 @@ def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View)
             len(tasks) >= (total or 0) and all(task.status.state.is_terminal for task in tasks)
         ):
             yield f"{start.skipped}, and nothing of it is"
+
+
+def _untrue_of_nodes(old: Service, new: Service, long_down: Set[NodeId], view: View) -> Iterable[str]:
+    """Yield a violation if a due time is skipped for a run on a node that does not have it, or is down.
+
+    Args:
+        long_down: nodes that have been down for so long that the leader knows it.
+    """
+    before, after = _starts(old), _starts(new)
+    if before == after or not after or CRON not in new.spec.labels:
+        return
+    found = _GOING_ON.search(after[-1].skipped)
+    if found is None or new.job_status is None:
+        return
+    tasks = [
+        task
+        for task in view.find(Task, service_id=new.id)
+        if task.job_iteration == new.job_status.job_iteration and not task.status.state.is_terminal
+    ]
+    for node in view.find(Node):
+        if found[1] in (node.description.hostname, node.id):
+            if node.id in long_down:
+                yield f"{after[-1].skipped}, which is down"
+            elif not any(task.node_id == node.id for task in tasks):
+                yield f"{after[-1].skipped}, which has no task of it"
+
+
+def _starts(service: Service) -> tuple[JobStart, ...]:
+    job = service.job_status
+    return job.schedule.starts if job is not None and job.schedule is not None else ()
+
+
+def _overlapping(start: JobStart, service: Service, before: JobStatus, view: View) -> Iterable[str]:
+    """Yield a violation if a due run begins while the previous one runs on a node that is ready."""
+    if before.awaits_first_run or service.spec.labels.get(CRON_CONCURRENCY) == "replace":
+        return
+    for task in view.find(Task, service_id=service.id):
+        node = view.lookup(Node, task.node_id)
+        if (
+            task.job_iteration == before.job_iteration
+            and task.is_wanted
+            and task.status.state is TaskState.RUNNING
+            and node is not None
+            and node.status.state is NodeState.READY
+        ):
+            yield f"the run of {start.scheduled_at} has begun while task {task.id} of the one before runs"
 
 
 def due_times(service: Service, after: str, until: str) -> list[int]:

@@ -35,6 +35,7 @@ from skep.model.network import Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
 from skep.model.task import Task
 from skep.model.values.ids import NetworkId, NodeId, TaskId
+from skep.store.etcd.election import CANDIDATE_POLL_S
 from skep.store.etcd.encryption.cipher import Cipher
 from skep.store.etcd.initialize import cluster_in, initialize_on
 from skep.store.etcd.store import EtcdStore
@@ -54,6 +55,9 @@ from skep.store.state import State
 T = TypeVar("T")
 
 STEPS = 12
+ELECTIONS = 6
+ELECTED_S = (0.8, 3.0)
+"""Seconds until the others have elected a leader, or not yet, and that has written the leader key."""
 PAUSES_S = (0.01, 0.1, 0.4, 1.5)
 REGISTERS = ("k1", "k2", "k3")
 NETWORKS = ("x1", "x2")
@@ -74,20 +78,30 @@ LINES = 200
 
 def simulate(seed: int, steps: int = STEPS) -> RunResult:
     """Run the simulation of ``seed``."""
-    run = StoreRun(seed)
+    return _result(StoreRun(seed), partial(StoreRun.simulate, steps=steps))
+
+
+def elections(seed: int) -> RunResult:
+    """Run the simulation of ``seed``, in which new leaders are cut off before they have written the leader key."""
+    return _result(StoreRun(seed, managers=3), StoreRun.simulate_elections)
+
+
+def _result(run: "StoreRun", simulate: Callable[["StoreRun"], None]) -> RunResult:
     try:
-        run.simulate(steps)
+        simulate(run)
     except Exception as error:
         run.note([f"{type(error).__name__}: {error}", traceback.format_exc()])
     finally:
         run.end()
-    return RunResult(seed, run.violations, run.trace[-LINES:])
+    return RunResult(run.seed, run.violations, run.trace[-LINES:])
 
 
 class StoreRun:
     """One run: managers, users and faults."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, managers: int | None = None) -> None:
+        """``managers``: the number of managers, or None for a random one."""
+        self.seed = seed
         self.random = Random(seed)
         self.violations: list[str] = []
         self.trace: list[str] = []
@@ -96,7 +110,8 @@ class StoreRun:
         self.raft = Raft(self.loop, self.random, self.links, LATENCY_S)
         self.committed = CommittedState(self.loop.time)
         self.committed.watchers.append(self._committed)
-        self.ids = tuple(NodeId(f"m{number}") for number in range(1, self.random.choice((1, 3, 3, 5)) + 1))
+        managers = managers or self.random.choice((1, 3, 3, 5))
+        self.ids = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.managers: dict[NodeId, Manager] = {}
         self.registers = Registers(self.loop.time)
         self.written: Counter[bytes] = Counter()
@@ -111,13 +126,7 @@ class StoreRun:
 
     def simulate(self, steps: int) -> None:
         """Run users and faults for some steps.  Then all faults end, and all checks must pass."""
-        asyncio.set_event_loop(self.loop)
-        for id in self.ids:
-            self.raft.add(id)
-            self.raft.start(id)
-        self.do(self._initialize())
-        for id in self.ids:
-            self._start(id)
+        self._found()
         faults = Faults(self)
         for _ in range(steps):
             for _ in range(self.random.choice((1, 2, 4))):
@@ -132,6 +141,42 @@ class StoreRun:
         self._wait_healthy()
         if not self.violations and self.random.random() < SLOW_RUNS:
             self._slow_for_long()
+        self._conclude()
+
+    def simulate_elections(self) -> None:
+        """Move leadership to a member, and cut it off from the others until they have elected another leader.
+
+        Often its manager has not written the leader key before the cut, and tries to do so afterwards.
+        """
+        self._found()
+        self._wait_healthy()
+        for _ in range(ELECTIONS):
+            leads = self.raft.current
+            id = self.random.choice([id for id in self.ids if leads is None or id != leads.member.id])
+            if self.raft.transfer(id):
+                self.log(f"fault: leadership moves to {id}, which is cut off")
+                self.run_for(self.random.uniform(0.0, CANDIDATE_POLL_S))
+                cut = self.links.cut([id], [other for other in self.ids if other != id])
+                self._begin()
+                self.run_for(self.random.uniform(*ELECTED_S))
+                self.links.mend(cut)
+            self.run_for(self.random.choice(PAUSES_S))
+            if self.violations:
+                return
+        self._wait_healthy()
+        self._conclude()
+
+    def _found(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        for id in self.ids:
+            self.raft.add(id)
+            self.raft.start(id)
+        self.do(self._initialize())
+        for id in self.ids:
+            self._start(id)
+
+    def _conclude(self) -> None:
+        """Wait for all requests, and check what they have left."""
         self._finish()
         self.run_for(REST_S)
         self.note(self.registers.violations())

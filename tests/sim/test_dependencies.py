@@ -66,6 +66,15 @@ def lose_power(cluster: SimulatedCluster, for_s: float) -> None:
     cluster.run_for(for_s)
 
 
+def test_a_service_starts_after_one_whose_name_its_label_writes_in_another_case() -> None:
+    with SimulatedCluster(workers=2, seed=1) as cluster:
+        cluster.create(waiting(a_service_spec("web"), "DB=service_healthy"))
+        cluster.run_for(5.0)
+        assert reasons(cluster, "web") == {"waits for DB, which does not exist"}
+        cluster.create(a_service_spec("db"))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=10)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_services_start_in_the_order_of_their_dependencies(seed: int) -> None:
     with SimulatedCluster(workers=3, seed=seed) as cluster:

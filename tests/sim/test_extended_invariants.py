@@ -8,7 +8,13 @@ from msgspec.structs import replace
 from sim.invariants.dependencies import DependenciesComeFirst, missing_dependencies
 from sim.invariants.failures import FailedServices
 from sim.invariants.placement import is_unplaceable
-from sim.invariants.schedules import DECIDED_S, RetriesAreBounded, RunsKeepTheirNodes
+from sim.invariants.removals import DisruptionsRemoveNoNode, TimesToLive
+from sim.invariants.schedules import (
+    DECIDED_S,
+    DueTimesAreDecidedOnce,
+    RetriesAreBounded,
+    RunsKeepTheirNodes,
+)
 from sim.invariants.volumes import OnlyCopiesStay
 from sim.invariants.writers import SingleWriters
 from sim.random_specs import Dependencies, a_spec
@@ -19,13 +25,15 @@ from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import JOB_TTL, PRIORITY, VOLUME_AFFINITY
-from skep.model.options.schedules import CRON
+from skep.model.options.schedules import CRON, CRON_CONCURRENCY
 from skep.model.quota import QuotaSpec
 from skep.model.service import (
     GlobalJob,
+    JobStart,
     JobStatus,
     ReplicatedService,
     RestartPolicy,
+    ScheduleStatus,
     Service,
     ServiceMode,
     ServiceSpec,
@@ -45,10 +53,11 @@ from skep.model.volume import (
     VolumeSharing,
     VolumeSpec,
 )
-from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
+from tests.sim.histories import W1, W2, W3, History, a_node, a_run, a_service, a_task
 from tests.support.builders import a_service_spec
 
 WEB, DB = ServiceId("web"), ServiceId("db")
+NOON, NEXT = Timestamp("2026-01-01T12:00:00Z"), Timestamp("2026-01-01T12:01:00Z")
 
 
 def a_volume(
@@ -76,12 +85,37 @@ def mounting(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
 @pytest.mark.parametrize(("scope", "violations"), [(VolumeScope.SINGLE, 1), (VolumeScope.MULTI, 0)])
 def test_a_volume_for_one_node_that_two_machines_write_to(scope: VolumeScope, violations: int) -> None:
     history, rule = History(), SingleWriters()
-    history.commit(lambda tx: tx.put(a_volume(scope=scope)))
+    history.commit(lambda tx: tx.put(a_volume(scope=scope, sharing=VolumeSharing.ALL)))
     old, new = with_volume(a_task("old")), with_volume(a_task("new"))
     assert list(rule.started(W1, old, history.state)) == []
     assert len(list(rule.started(W2, new, history.state))) == violations
     rule.ended(old.id)
     assert list(rule.started(W2, new, history.state)) == []
+
+
+@pytest.mark.parametrize(
+    ("sharing", "is_reader", "violations"),
+    [
+        (VolumeSharing.NONE, True, 1),
+        (VolumeSharing.ONE_WRITER, False, 1),
+        (VolumeSharing.ONE_WRITER, True, 0),
+        (VolumeSharing.ALL, False, 0),
+    ],
+)
+def test_two_tasks_of_one_node_with_one_volume(
+    sharing: VolumeSharing, is_reader: bool, violations: int
+) -> None:
+    history, rule = History(), SingleWriters()
+    history.commit(lambda tx: tx.put(a_volume(sharing=sharing)))
+
+    def a_user(id: str, *, read_only: bool = False) -> Task:
+        mount = Mount(type="cluster", source="v", target="/data", read_only=read_only)
+        return replace(with_volume(a_task(id)), spec=mounting(a_service_spec("web"), mount).task_template)
+
+    assert list(rule.started(W1, a_user("first"), history.state)) == []
+    assert list(rule.started(W1, a_user("first"), history.state)) == [], "its process has restarted"
+    second = a_user("second", read_only=is_reader)
+    assert len(list(rule.started(W1, second, history.state))) == violations
 
 
 def test_who_removes_a_node_says_that_nothing_writes_there() -> None:
@@ -138,6 +172,122 @@ def test_a_node_gets_no_task_of_a_run_that_began_before_it_could_take_one() -> N
     assert history.violations == []
     history.put(a_run("t2", slot=0, node_id=W2))
     assert len(history.violations) == 1
+
+
+def a_due_job(*, labels: dict[str, str] | None = None, run: int = 0) -> Service:
+    spec = a_service_spec("report", image="job:1")
+    spec = replace(
+        spec, mode=ServiceMode(global_job=GlobalJob()), labels={CRON: "*/1 * * * *", **(labels or {})}
+    )
+    status = JobStatus(
+        job_iteration=Version(index=run), last_execution=NOON, schedule=ScheduleStatus(settled=NOON)
+    )
+    return Service(id=WEB, spec=spec, job_status=status)
+
+
+def decide(history: History, *, skipped: str = "") -> None:
+    """Decide about the minute after noon, as a leader does: start the next run, or skip it."""
+    service = history.state.get(Service, WEB)
+    assert service.job_status is not None
+    run = service.job_status.job_iteration
+    after = run if skipped else Version(index=run.index + 1)
+    iteration = None if skipped else after
+    start = JobStart(at=NEXT, scheduled_at=NEXT, iteration=iteration, skipped=skipped)
+    schedule = ScheduleStatus(settled=NEXT, starts=(start,))
+    status = replace(service.job_status, job_iteration=after, schedule=schedule)
+    history.put(replace(service, job_status=status))
+
+
+@pytest.mark.parametrize(
+    ("state", "concurrency", "violations"),
+    [
+        (TaskState.RUNNING, "forbid", 1),
+        (TaskState.COMPLETE, "forbid", 0),
+        (TaskState.RUNNING, "replace", 0),
+    ],
+)
+def test_a_due_run_begins_while_the_one_before_it_runs(
+    state: TaskState, concurrency: str, violations: int
+) -> None:
+    history = History(DueTimesAreDecidedOnce())
+    task = replace(a_run("t1", slot=0, iteration=0, node_id=W1), status=TaskStatus(state=state))
+    history.put(a_node(W1), a_due_job(labels={CRON_CONCURRENCY: concurrency}), task)
+    decide(history)
+    assert len(history.violations) == violations, history.violations
+
+
+@pytest.mark.parametrize(
+    ("state", "down_s", "violation"),
+    [
+        (TaskState.RUNNING, None, ""),
+        (TaskState.RUNNING, 1.0, ""),
+        (TaskState.RUNNING, DECIDED_S + 1, "which is down"),
+        (TaskState.COMPLETE, None, "which has no task of it"),
+    ],
+)
+def test_a_due_time_is_skipped_for_a_node(state: TaskState, down_s: float | None, violation: str) -> None:
+    history = History(DueTimesAreDecidedOnce())
+    runs = [
+        replace(a_run(id, slot=0, iteration=0, node_id=node), status=TaskStatus(state=one))
+        for id, node, one in (("t1", W1, state), ("t2", W2, TaskState.RUNNING))
+    ]
+    history.put(a_node(W1), a_node(W2), a_due_job(), *runs)
+    if down_s is not None:
+        history.put(replace(history.state.get(Node, W1), status=NodeStatus(state=NodeState.DOWN)))
+        history.after(down_s)
+    decide(history, skipped=f"run 0 is still going on {W1} and 1 other nodes")
+    assert len(history.violations) == bool(violation), history.violations
+    assert all(violation in one for one in history.violations)
+
+
+@pytest.mark.parametrize(
+    ("ended_s", "is_asked", "violations"),
+    [(20.0, False, 0), (10.0, False, 1), (10.0, True, 0), (None, False, 1)],
+)
+def test_a_job_removes_itself_when_its_time_to_live_is_over(
+    ended_s: float | None, is_asked: bool, violations: int
+) -> None:
+    history = History(TimesToLive(lambda _: is_asked))
+    spec = replace(a_service_spec("migrate", image="job:1"), labels={JOB_TTL: "20s"})
+    job = Service(id=WEB, spec=spec, job_status=JobStatus(job_iteration=Version(index=1)))
+    history.put(job, a_run("t1"))
+    if ended_s is not None:
+        history.put(replace(history.state.get(Task, "t1"), status=TaskStatus(state=TaskState.COMPLETE)))
+        history.after(ended_s)
+    history.put(replace(job, removed_at=timestamp(1)))
+    assert len(history.violations) == violations, history.violations
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_a_job_outlives_its_time_only_while_it_is_required(is_required: bool) -> None:
+    rule = TimesToLive(lambda _: False)
+    history = History(rule)
+    spec = replace(a_service_spec("migrate", image="job:1"), labels={JOB_TTL: "20s"})
+    iteration = Version(index=1)
+    status = JobStatus(job_iteration=iteration, outcome="completed", settled_iteration=iteration)
+    history.put(Service(id=DB, spec=spec, job_status=status))
+    history.put(replace(a_run("t1"), service_id=DB, status=TaskStatus(state=TaskState.COMPLETE)))
+    if is_required:
+        labels = {DEPENDS_ON: "migrate=service_completed_successfully"}
+        history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels=labels)))
+    assert list(rule.overdue(history.now + 19, history.state)) == []
+    found = list(rule.overdue(history.now + 21, history.state))
+    assert found == ([] if is_required else ["job db has outlived its 20 s"])
+
+
+@pytest.mark.parametrize(
+    ("lost", "lasts_s", "is_requested", "violations"),
+    [(2, 11.0, False, 1), (1, 11.0, False, 0), (2, 1.0, False, 0), (2, 11.0, True, 0)],
+)
+def test_a_node_is_removed_while_nodes_are_lost(
+    lost: int, lasts_s: float, is_requested: bool, violations: int
+) -> None:
+    history = History(DisruptionsRemoveNoNode(lambda _: is_requested))
+    history.put(a_node(W1), a_node(W2), a_node(W3))
+    for id in (W1, W2)[:lost]:
+        history.put(replace(history.state.get(Node, id), status=NodeStatus(state=NodeState.DOWN)))
+    history.after(lasts_s).commit(lambda tx: tx.delete(Node, W1))
+    assert len(history.violations) == violations
 
 
 def test_a_retried_slot_has_the_attempts_of_its_policy() -> None:

@@ -1,4 +1,4 @@
-"""Short runs around the allocator, around sessions and around reports."""
+"""Short runs that focus on one part of the managers."""
 
 import pytest
 
@@ -11,7 +11,10 @@ QUICK, SEEDS = 5, 100
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "simulate",
-    [focused.allocations, focused.sessions, focused.reports, focused.volumes, focused.disks],
+    [
+        *(focused.allocations, focused.sessions, focused.reports),
+        *(focused.volumes, focused.disks, focused.autoscaling),
+    ],
 )
 @pytest.mark.parametrize(
     "seeds", [range(QUICK), pytest.param(range(QUICK, SEEDS), marks=pytest.mark.slow)], ids=["few", "many"]

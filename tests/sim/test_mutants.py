@@ -20,24 +20,44 @@ def by_name(name: str) -> Mutant:
         ("reports kept", 5),
         ("local volumes", 5),
         ("full disks", 5),
+        ("scaling growth", 10),
         ("dry run", 1),
         ("visits", 1),
         ("unreported data", 1),
         ("required jobs", 1),
         ("gone nodes", 1),
+        ("root rotation", 1),
+        ("cron overlap", 1),
+        ("volume scope", 1),
+        ("job TTL", 1),
+        ("most nodes lost", 1),
+        ("max replicas", 1),
+        ("failed update", 1),
+        ("victims", 1),
         ("upgrade lock", 20),
-        pytest.param("causes", 60, marks=pytest.mark.slow),
-        pytest.param("adopt", 60, marks=pytest.mark.slow),
-        pytest.param("address held", 60, marks=pytest.mark.slow),
-        pytest.param("subnet released", 60, marks=pytest.mark.slow),
-        pytest.param("subnet held", 100, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, seeds, marks=pytest.mark.slow)
+            for name, seeds in (
+                *(
+                    (name, 1)
+                    for name in ("cron reasons", "cron nodes", "due times", "due once", "run attempts")
+                ),
+                *((name, 1) for name in ("volume sharing", "volume writers", "start first", "job TTL kept")),
+                *((name, 1) for name in ("overdue update", "updates end", "spec versions", "history")),
+                *((name, 1) for name in ("preemption off", "preemption on", "waiting tasks", "quota")),
+                *((name, 1) for name in ("attempts", "visits of a task")),
+                *((name, 40) for name in ("scaling range", "scaling window", "scaling updates")),
+                *((name, 60) for name in ("causes", "adopt", "address held", "subnet released")),
+                ("subnet held", 100),
+            )
+        ),
     ],
 )
 def test_a_broken_rule_is_found(name: str, seeds: int) -> None:
     assert judge(by_name(name), seeds=seeds).seed is not None
 
 
-@pytest.mark.parametrize("name", ["existence", "own barrier", "no gap"])
+@pytest.mark.parametrize("name", ["existence", "own barrier", "no gap", "raft's term"])
 def test_a_broken_rule_of_the_store_is_found_by_runs_of_the_store_alone(name: str) -> None:
     assert judge(by_name(name), seeds=60).seed is not None
 

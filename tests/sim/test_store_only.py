@@ -8,7 +8,7 @@ import pytest
 
 from sim.seeds import chunked, report, results
 from sim.store_only.managers import WANT
-from sim.store_only.run import StoreRun, simulate
+from sim.store_only.run import StoreRun, elections, simulate
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.reflector import Reflector
 from skep.store.kinds import Payload
@@ -29,6 +29,11 @@ CHUNK = 100
 )
 def test_responses_of_the_store_are_linearizable_and_replicas_converge(first: int) -> None:
     failed = [report(one) for one in results(range(first, first + CHUNK), simulate) if one.violations]
+    assert not failed, "\n\n".join(failed)
+
+
+def test_leaders_that_are_cut_off_before_they_write_their_key_never_take_it_back() -> None:
+    failed = [report(one) for one in results(range(QUICK), elections) if one.violations]
     assert not failed, "\n\n".join(failed)
 
 

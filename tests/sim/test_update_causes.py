@@ -5,8 +5,8 @@ from msgspec.structs import replace
 
 from sim.cluster import LED_S, SimulatedCluster
 from sim.invariants import causes
-from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_recorded
-from skep.model.service import Service, UpdateState, UpdateStatus
+from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
+from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateState, UpdateStatus
 from skep.model.task import TaskState
 from skep.model.values.times import SECOND_NS, timestamp
 from tests.sim.histories import W1, History, a_node, a_service, a_task
@@ -18,10 +18,11 @@ def stop(history: History, message: str) -> None:
     history.put(replace(service, update_status=status))
 
 
-def an_update(state: TaskState) -> History:
+def an_update(state: TaskState, action: UpdateFailureAction = UpdateFailureAction.PAUSE) -> History:
     """A task of the present version is in this state."""
-    history = History(UpdateStopsHaveCauses())
-    history.put(a_node(W1), a_service())
+    history, service = History(UpdateEndsHaveCauses()), a_service()
+    config = UpdateConfig(failure_action=action)
+    history.put(a_node(W1), replace(service, spec=replace(service.spec, update_config=config)))
     version = history.state.find(Service)[0].spec_version
     task = replace(a_task("t1", node="w1"), spec_version=version)
     history.put(task, replace(task, status=replace(task.status, state=state)))
@@ -52,6 +53,25 @@ def test_one_that_is_stopped_for_a_failure_a_deadline_or_by_its_user_is_not() ->
     stop(overdue.after(1000.0), MESSAGES[0])
     stop(users, "rollback in progress")
     assert failed.violations == overdue.violations == users.violations == []
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "violations"),
+    [
+        (TaskState.REJECTED, UpdateFailureAction.PAUSE, 1),
+        (TaskState.PREPARING, UpdateFailureAction.ROLLBACK, 1),
+        (TaskState.RUNNING, UpdateFailureAction.PAUSE, 0),
+        (TaskState.REJECTED, UpdateFailureAction.CONTINUE, 0),
+    ],
+)
+def test_an_update_that_has_completed_without_a_running_task_is_rejected(
+    state: TaskState, action: UpdateFailureAction, violations: int
+) -> None:
+    history = an_update(state, action)
+    for update in (UpdateState.UPDATING, UpdateState.COMPLETED):
+        service = history.state.find(Service)[0]
+        history.put(replace(service, update_status=UpdateStatus(state=update)))
+    assert len(history.violations) == violations, history.violations
 
 
 def test_a_reason_that_is_shown_again_after_an_error_stops_nothing_twice() -> None:

@@ -4,6 +4,6 @@ from sim.seeds import report, results
 from sim.visits import simulate
 
 
-def test_a_node_event_costs_as_much_in_a_cluster_of_four_times_the_size() -> None:
+def test_an_event_of_a_node_or_a_task_costs_as_much_in_a_cluster_of_four_times_the_size() -> None:
     (result,) = results([1], simulate)
     assert not result.violations, report(result)

@@ -54,7 +54,7 @@ class WaitReason(msgspec.Struct, frozen=True):
     services: frozenset[ServiceId] = frozenset()
     """Services whose tasks count."""
     names: frozenset[str] = frozenset()
-    """Names of the service and of its direct and indirect dependencies, even if they do not exist."""
+    """Names of the service and of its direct and indirect dependencies in lower case, even if they do not exist."""
     nodes: tuple[frozenset[NodeId], ...] = ()
     """Nodes whose return or change counts, by service."""
     until: float | None = None
@@ -169,9 +169,9 @@ class _Check:
         return state.is_met
 
     def unmet(self, dependencies: Iterable[Dependency], path: Collection[str]) -> str:
-        """Return the reason to wait, or an empty string.  ``path`` has the services that are already being checked."""
+        """Return the reason to wait, or an empty string.  ``path`` has the names that are already being checked."""
         for one in dependencies:
-            if one.service in path or not (reason := self._unmet(one, path)):
+            if one.service.lower() in path or not (reason := self._unmet(one, path)):
                 continue
             # Two concurrent transactions, or a rollback by the leader, may have created a cycle of dependencies.
             if not circle(self._view, self._name, [one]):
@@ -192,7 +192,7 @@ class _Check:
         if self.note(state):
             return ""
         if state.has_completed and one.condition is not DependencyCondition.HEALTHY:
-            return self.unmet(dependencies_of(service.spec.labels), {*path, one.service})
+            return self.unmet(dependencies_of(service.spec.labels), {*path, one.service.lower()})
         return f"{WAITS_FOR}{one.service} {one.condition.words}{state.blocked_suffix}"
 
     def _state(self, one: Dependency, service: Service) -> _State:
@@ -235,13 +235,14 @@ def awaited(
     look = _Check(service.spec.name, view, confirmed, now, states if states is not None else {})
     if look.note(look.serves(view.find(Task, service_id=service.id), TaskState.RUNNING, task.spec)):
         return None
-    reason = look.unmet(dependencies, {service.spec.name})
+    name = service.spec.name.lower()
+    reason = look.unmet(dependencies, {name})
     if not reason:
         return None
     return WaitReason(
         reason,
         frozenset({service.id, *look.services}),
-        frozenset({service.spec.name, *reached(view, dependencies)}),
+        frozenset({name, *reached(view, dependencies)}),
         tuple(look.nodes),
         min(look.until, default=None),
     )
@@ -371,7 +372,7 @@ class Waits:
                 | Deleted(Service() as service)
                 | Updated(_, Service() as service)
             ):
-                name = service.spec.name
+                name = service.spec.name.lower()
                 yield from ((key, now) for key, one in self._waiting.items() if name in one.names)
             case Updated(Node() as before, Node() as node):
                 if (at := self._again_at(before, node, now)) is not None:

@@ -1,4 +1,7 @@
-"""Effects of a service's change on the services that depend on it."""
+"""Effects of a service's change on the services that depend on it.
+
+A service name belongs to one service, however it is written, so names are compared in lower case.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -38,27 +41,29 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
 
 def requiring(view: View, name: str) -> list[str]:
     """Return the names of the services that would wait forever without the service ``name``."""
+    key = name.lower()
     return [
         service.spec.name
         for service in view.find(Service)
         if service.removed_at is None and DEPENDS_ON in service.spec.labels
-        if any(one.service == name and one.is_required for one in dependencies_of(service.spec.labels))
+        if any(one.service.lower() == key and one.is_required for one in dependencies_of(service.spec.labels))
     ]
 
 
 def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[str]:
     """Return the service names on a dependency cycle through service ``name``, or an empty list without a cycle."""
+    key = name.lower()
     reached_by: dict[str, str] = {}
     pending = [(name, one.service) for one in dependencies]
     while pending:
         before, reached = pending.pop()
-        if reached == name:
+        if reached.lower() == key:
             path = [name, before]
-            while path[-1] != name:
-                path.append(reached_by[path[-1]])
+            while path[-1].lower() != key:
+                path.append(reached_by[path[-1].lower()])
             return path[::-1]
-        if reached not in reached_by:
-            reached_by[reached] = before
+        if reached.lower() not in reached_by:
+            reached_by[reached.lower()] = before
             pending += [
                 (reached, one.service)
                 for service in view.find(Service, name=reached)
@@ -69,11 +74,11 @@ def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[st
 
 
 def reached(view: View, dependencies: Iterable[Dependency]) -> set[str]:
-    """Return the names of all direct and indirect dependencies, whether or not those services exist."""
+    """Return the names of all direct and indirect dependencies in lower case, whether or not those services exist."""
     names: set[str] = set()
     pending = [one.service for one in dependencies]
     while pending:
-        name = pending.pop()
+        name = pending.pop().lower()
         if name not in names:
             names.add(name)
             for service in view.find(Service, name=name):
@@ -95,16 +100,16 @@ def is_same_task(one: TaskSpec, other: TaskSpec) -> bool:
 
 
 def _restarted_with(view: View, names: Collection[str]) -> dict[str, list[Service]]:
-    """Return for each name the services that restart when the service of that name is updated.
+    """Return for each name, in lower case, the services that restart when the service of that name is updated.
 
     One pass parses each label once, because many services may have a label with up to a hundred names.
     """
-    found: dict[str, list[Service]] = {name: [] for name in sorted(names)}
+    found: dict[str, list[Service]] = {name.lower(): [] for name in sorted(names)}
     for service in view.find(Service) if found else ():
         if service.removed_at is None and DEPENDS_ON in service.spec.labels:
             for one in dependencies_of(service.spec.labels):
-                if one.restarts and one.service in found:
-                    found[one.service].append(service)
+                if one.restarts and one.service.lower() in found:
+                    found[one.service.lower()].append(service)
     return found
 
 
@@ -144,7 +149,7 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     if is_same_task(changed.spec.task_template, template):
         return
     name = changed.spec.name
-    services = _restarted_with(tx, {name})[name]
+    services = _restarted_with(tx, {name})[name.lower()]
     _refuse_many(name, [service.spec for service in services], {})
     for service in services:
         if service.update_status == UNREAD_UPDATE:

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import RollBack, apply
 from skep.manager.services import dependents
-from skep.manager.services.dependents import RESTARTED_MAX
+from skep.manager.services.dependents import RESTARTED_MAX, reached, requiring
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.service import (
     Placement,
@@ -41,6 +41,23 @@ async def test_services_cannot_wait_for_each_other(store):
         await update(store, database, depending("db", "web=service_healthy"))
     with pytest.raises(InvalidArgument, match="self -> self"):
         await create(store, depending("self", "self=service_started"))
+
+
+async def test_names_of_dependencies_are_written_in_any_case(store):
+    """A service name belongs to one service, however it is written."""
+    await create(store, depending("api", "WEB=service_started+restart,mail=service_started"))
+    with pytest.raises(InvalidArgument, match="cannot depend on each other in a cycle: web -> api -> web"):
+        await create(store, depending("web", "api=service_started"))
+    web = await create(store, a_service_spec("web"))
+    assert requiring(store.view(), "web") == ["api"]
+    assert reached(store.view(), dependencies_of({DEPENDS_ON: "API=service_started"})) == {
+        "api",
+        "web",
+        "mail",
+    }
+    await update(store, web, a_service_spec("web", image="app:2"))
+    (api,) = store.view().find(Service, name="api")
+    assert api.spec.task_template.force_update == 1
 
 
 async def test_a_label_that_cannot_be_read_is_refused(store):
