@@ -77,7 +77,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> "_Call":
-        call = _Call(callback, args, context or copy_context())
+        # An empty context is false, and a task has to keep its own.
+        call = _Call(callback, args, copy_context() if context is None else context)
         self._due.append(call)
         return call
 
@@ -89,7 +90,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> "_Timer":
-        timer = _Timer(when, callback, args, context or copy_context(), self)
+        timer = _Timer(when, callback, args, copy_context() if context is None else context, self)
         heappush(self._timers, (when, timer))
         return timer
 

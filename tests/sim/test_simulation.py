@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from contextvars import Context, ContextVar
 from random import Random
 
 import pytest
@@ -30,6 +31,20 @@ def test_waiting_for_nothing_is_an_error() -> None:
         loop.run_until_complete(waiting)
     waiting.cancel()
     loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
+    loop.close()
+
+
+def test_a_task_keeps_what_it_sets_in_its_context() -> None:
+    """The output of commands goes to the trace by such a variable, and a fresh loop has an empty context."""
+    loop, name = VirtualLoop(), ContextVar("name", default="")
+
+    async def named() -> str:
+        name.set("upgrade")
+        await asyncio.sleep(1)
+        return name.get()
+
+    task = Context().run(loop.create_task, named())
+    assert loop.run_until_complete(task) == "upgrade"
     loop.close()
 
 
