@@ -37,10 +37,12 @@ def test_waiting_for_nothing_is_an_error() -> None:
 def test_a_task_keeps_what_it_sets_in_its_context() -> None:
     """The output of commands goes to the trace by such a variable, and a fresh loop has an empty context."""
     loop, name = VirtualLoop(), ContextVar("name", default="")
+    answered = loop.create_future()
+    loop.call_later(1, answered.set_result, None)
 
     async def named() -> str:
         name.set("upgrade")
-        await asyncio.sleep(1)
+        await answered
         return name.get()
 
     task = Context().run(loop.create_task, named())
