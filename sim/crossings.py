@@ -329,7 +329,7 @@ def _back_after_the_run(cluster: SimulatedCluster) -> None:
 
 
 def _due_while_a_run_goes_on(cluster: SimulatedCluster) -> None:
-    """Two jobs are due every minute.  The runs of one have ended by then, and those of the other never end."""
+    """Two jobs are due every minute.  One job's runs have ended by then. The other job's runs never end."""
     once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
     _create(cluster, with_labels(_a_spec("short", once, image="job:1"), {CRON: "*/1 * * * *"}))
     _create(cluster, with_labels(_a_spec("long", once), {CRON: "*/1 * * * *"}))

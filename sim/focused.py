@@ -65,7 +65,7 @@ REPORTED_S = DESCRIPTION_CHECK_S
 """Interval at which a node describes itself again."""
 LOAD_STEPS = 8
 LOAD_STEPS_S = (10.0, 40.0)
-"""From less than a period of autoscaling to longer than the window in which it removes no task."""
+"""They are shorter than a period of autoscaling, or longer than the window in which it removes no task."""
 LOADS = (0, 300_000_000, 700_000_000, 3_000_000_000)
 """Nanoseconds of CPU time per second: no load, less than the target, the target, and four times as much."""
 SETTLED_S = 15.0

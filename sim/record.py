@@ -1,11 +1,11 @@
-"""A record of simulated seeds over many runs: one line for each range, with the simulated commit.
+"""A record of simulated seeds over many runs.  Each line has a range of seeds and the simulated commit.
 
 ::
 
     whole 1a2b3c4d 5000000..5000099 failed: 5000057 (48 s)
     whole 1a2b3c4d 5000100..5000199 failed: none (51 s)
 
-Seeds that were simulated again after a bug fix keep both lines, because the record also shows what was found.
+Seeds that were simulated again after a bug fix keep both lines, because the record also shows the found faults.
 """
 
 import re

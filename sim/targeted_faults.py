@@ -37,7 +37,7 @@ PATIENCE_S = (0.6, 2.0)
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 FEW = 3
-"""With at most this many workers, the loss of one counts as a disruption, in which no node is removed."""
+"""The loss of one worker counts as a disruption, in which no node is removed, if there are at most this many."""
 LOST_S = 110.0
 """Longer than the minute after which lost nodes can be removed, and longer than their tasks take to run elsewhere."""
 UNDECIDED_S = 3.0

@@ -211,7 +211,7 @@ class TasksAreSpread:
 class UpdatesKeepServing:
     """With start-first, the only running task of a slot is not retired before its replacement runs.
 
-    Exempt are tasks that have run for less than ``KNOWN_S``, or whose node has returned within that time, because the
+    Tasks are exempt that have run for less than ``KNOWN_S``, or whose node has returned within that time, because the
     leader's replica may not show them yet.
     """
 

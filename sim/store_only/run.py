@@ -159,7 +159,7 @@ class StoreRun:
                 cut = self.links.cut([id], [other for other in self.ids if other != id])
                 self._begin()
                 self.run_for(self.random.uniform(*ELECTED_S))
-                self.links.mend(cut)
+                self.links.restore(cut)
             self.run_for(self.random.choice(PAUSES_S))
             if self.violations:
                 return
@@ -176,7 +176,7 @@ class StoreRun:
             self._start(id)
 
     def _conclude(self) -> None:
-        """Wait for all requests, and check what they have left."""
+        """Wait for all requests, and check their leftovers."""
         self._finish()
         self.run_for(REST_S)
         self.note(self.registers.violations())

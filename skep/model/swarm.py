@@ -151,10 +151,10 @@ class Freeze(ApiObject):
     ready_before: int = 0
     """Number of nodes that were ready a minute before."""
     down_before: Mapping[NodeId, Timestamp] = {}
-    """Time of the last heartbeat of each node that was down before.  Further nodes went down with them, or later."""
+    """Time of the last heartbeat of each node that was down before.  Other nodes failed with them or later."""
 
     def includes(self, node_id: NodeId, silent_since: Timestamp | None) -> bool:
-        """Return whether a node that is down went down with the others, or during the freeze."""
+        """Return whether a node that is down failed with the others or during the freeze."""
         return self.down_before.get(node_id) != (silent_since or "")
 
 

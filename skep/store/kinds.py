@@ -119,7 +119,7 @@ def previous_registry_auth_id(service_id: str) -> str:
 def users_claim_id(stack: str) -> str:
     """Return the id of the payload that counts what users below administrator add to ``stack``.
 
-    A few stacks share one, so that names of stacks that are long gone leave nothing in the store.
+    A few stacks share one, so that names of removed stacks do not fill the store.
     """
     return f"users-claims/{crc32(stack.encode()) % _USERS_CLAIMS}"
 

@@ -144,7 +144,7 @@ async def wait_task(client: RawClient, service_id: str, states: frozenset[str]) 
         await asyncio.sleep(pause_s)
         waited_s += pause_s
         pause_s = min(pause_s * 1.5, _LOOK_S_MAX)
-        # The command goes on running without managers, so a change of leader must not end it.
+        # The command keeps running without managers, so a change of leader must not end it.
         task = await persistently(partial(_task_of, client, service_id), partial(click.echo, err=True))
 
 

@@ -238,9 +238,9 @@ def explain_service(
     Args:
         wanted: Number of tasks that should run.
         now_ns: Unix time.  Running tasks of a crash loop need it (``reasons.loop_ends_ns``).
-        done: Slots of a one-shot service that are done, which need no running task.
+        done: Finished slots of a one-shot service, which need no running task.
         is_new: Returns whether a task matches the current spec.
-        running: Number of running tasks, including those that are being stopped.  Counted in ``tasks`` if None.
+        running: Number of running tasks, also if they are being stopped.  Counted in ``tasks`` if None.
         active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
     """
     is_job = service.job_status is not None

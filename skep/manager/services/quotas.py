@@ -244,10 +244,10 @@ def most_of_services(view: View, stack: str) -> StackUsage:
 
 
 def claim_of_users(tx: Transaction, stack: str, before: StackUsage, after: StackUsage) -> str:
-    """Claim a change of a stack's usage for a user below administrator.  Returns why it is not allowed, or an empty
+    """Claim a change of a stack's usage for a user below administrator.  Returns the reason of a refusal, or an empty
     string.
 
-    Two claims at a time conflict, like those of a quota (``claim``), so that they cannot pass together.
+    Two concurrent claims conflict, as in ``claim``, so that they cannot pass together.
     """
     if why := _refusal_of_users(tx, stack, before, after, StackUsage()):
         return why

@@ -1,7 +1,7 @@
 """The order in which the workers of pytest-xdist take the files of a whole run.
 
-Real processes leave the processors idle while they wait for each other, so their files are spread among those that
-compute.  They end before the others, so that no worker starts a long test when the others have nothing left.
+Real processes leave the processors idle while they wait for each other, so their files are spread among
+computing files.  They end before the others, so that no worker starts a long test when the others have nothing left.
 """
 
 from collections import Counter

@@ -199,7 +199,7 @@ class CacheMounts:
                 os.utime(self._root / name)  # the time of last use, which outlives this process
 
     def _used_ns(self, name: str) -> int:
-        """Return the time of a directory's last use, or 0 for one that another prune removed."""
+        """Return the time of a directory's last use, or 0 if another prune removed it."""
         try:
             return os.stat(self._root / name).st_mtime_ns
         except FileNotFoundError:

@@ -134,7 +134,7 @@ class BuildArguments:
         return self._values(self._before)
 
     def visible(self, env: Iterable[str]) -> Mapping[str, str]:
-        """Return the arguments that instructions of the stage see: those that ``env`` does not override."""
+        """Return the arguments that instructions of the stage see, without those in ``env``."""
         hidden = self.stage.hidden if self._is_buildkit else {text.partition("=")[0] for text in env}
         return {
             name: value for name, value in self._values(self.stage.declared).items() if name not in hidden

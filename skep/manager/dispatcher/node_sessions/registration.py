@@ -225,7 +225,7 @@ def with_seen_volumes(tx: Transaction, node: Node, description: NodeDescription)
     seen = _seen(tx, node.id)
     kept: dict[tuple[str, str, int], SlotVolume] = {}
     for one in slot_volumes_of(replace(node, description=description)):
-        # A use by a task that is gone, or was never seen, counts as one by the task before it.
+        # A use by a task that was removed or never seen counts as one by the task before it.
         times = [at_ms for at_ms in seen.get((one.service, one.slot), ()) if at_ms <= one.at_ms]
         if _key(one) in known:
             times.append(known[_key(one)])
