@@ -159,7 +159,7 @@ async def _task_of(client: RawClient, service_id: str) -> dict[str, Any]:
         try:
             await client.get(f"/services/{service_id}")
         except NotFound as error:
-            raise FailedPrecondition("the run was removed before its command ended") from error
+            raise FailedPrecondition("the run was removed before its command ended. Run it again.") from error
     return found[0] if found else {}
 
 
