@@ -96,9 +96,7 @@ SEEDS = 200
 CROSSING_SEEDS = 3
 """Number of seeds for mutants that a run of ``crossings`` finds."""
 STORE_SEEDS = 400
-"""Number of seeds for mutants of the store.  A run of only the store costs a twentieth of a whole
-run.
-"""
+"""Number of seeds for mutants of the store.  A run of only the store costs a twentieth of a whole run."""
 
 
 class Patch(msgspec.Struct, frozen=True):

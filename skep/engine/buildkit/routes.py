@@ -178,10 +178,8 @@ async def _receive_upload(uploads: Uploads, id: str, request: web.Request) -> we
         try:
             async for piece in pieces_of(request, silent_s=SILENT_S):
                 yield piece
-        except (
-            OSError,
-            web.RequestPayloadError,
-        ) as error:  # the build is another request, which can show the error
+        except (OSError, web.RequestPayloadError) as error:
+            # The build is another request, which can show the error.
             raise Unavailable("the client ended the upload of the build context early") from error
 
     await uploads.offer(id, pieces())

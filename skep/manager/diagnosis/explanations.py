@@ -243,7 +243,7 @@ def explain_service(
         running: Number of running tasks, also if they are being stopped.  Counted in ``tasks`` if None.
         active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
     """
-    is_job = service.job_status is not None
+    is_job, update = service.job_status is not None, service.update_status or UpdateStatus()
     tasks = of_present_run(service, tasks) if is_job else tasks
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
@@ -252,9 +252,9 @@ def explain_service(
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_healthy = _of_service(running, wanted, done, problems, service.update_status, active)
+        text, reason, is_healthy = _of_service(running, wanted, done, problems, update, active)
     worst = problems[0] if problems and not is_healthy else None
-    state = _state(service.update_status, worst, is_healthy=is_healthy)
+    state = _state(update, worst, is_healthy=is_healthy)
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
@@ -263,7 +263,7 @@ def explain_service(
         restart_summary=worst.restart_summary if worst is not None else "",
         state=state,
         is_healthy=state is HealthState.HEALTHY,
-        since=_since(service.update_status, worst),
+        since=_since(update, worst),
         ended_at=_last_end(tasks) if is_job and is_healthy else Timestamp(""),
         running=running,
         desired=wanted,
@@ -296,10 +296,9 @@ def _failures(tasks: Iterable[Task]) -> tuple[Reason, ...]:
     )
 
 
-def _state(update: UpdateStatus | None, worst: TaskProblem | None, *, is_healthy: bool) -> HealthState:
+def _state(update: UpdateStatus, worst: TaskProblem | None, *, is_healthy: bool) -> HealthState:
     """Return the state of a service.  It is degraded if waiting alone may not help."""
-    is_paused = update is not None and update.state in PAUSED
-    if is_paused or (worst is not None and worst.weight < CauseKind.WAITING.weight):
+    if update.state in PAUSED or (worst is not None and worst.weight < CauseKind.WAITING.weight):
         return HealthState.DEGRADED
     return HealthState.HEALTHY if is_healthy else HealthState.CONVERGING
 
@@ -310,11 +309,10 @@ def _weight(state: HealthState, worst: TaskProblem | None) -> int:
     return 0 if state is HealthState.DEGRADED else CauseKind.PROGRESSING.weight
 
 
-def _since(update: UpdateStatus | None, worst: TaskProblem | None) -> Timestamp:
+def _since(update: UpdateStatus, worst: TaskProblem | None) -> Timestamp:
     if worst is not None and worst.since != ZERO_TIME:
         return worst.since
-    is_paused = update is not None and update.state in PAUSED
-    return (update.started_at or Timestamp("")) if update is not None and is_paused else Timestamp("")
+    return (update.state in PAUSED and update.started_at) or Timestamp("")
 
 
 def _slot_of(task: Task, tasks: Iterable[Task]) -> list[Task]:
@@ -401,25 +399,24 @@ def _of_service(
     wanted: int,
     done: int,
     problems: Sequence[TaskProblem],
-    update: UpdateStatus | None,
+    update: UpdateStatus,
     active: int,
 ) -> tuple[str, str, bool]:
     """Return the summary, the reason, and whether the service is in its desired state.
 
     ``done`` counts the tasks that ended and that their restart policy does not restart.
     """
-    is_updating = update is not None and update.state in UNDER_WAY
-    is_paused = update is not None and update.state in PAUSED
+    is_updating = update.state in UNDER_WAY
     has_numbers = wanted - done <= min(running, active) and running <= wanted
     if has_numbers and not problems and not is_updating:
         if done:
             return f"{done} of {wanted} tasks done" + (f", {running} running" if running else ""), "", True
-        return f"{running} of {wanted} tasks run" + ("" if is_paused else ": healthy"), "", True
+        return f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else ": healthy"), "", True
     count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
     if not problems:
         if active + done < wanted:
             reason = "its tasks are not created yet"
-        elif is_updating and update is not None and update.message:
+        elif is_updating and update.message:
             reason = update.message
         else:
             reason = "its old tasks are being stopped" if running > wanted else "its tasks are being replaced"

@@ -18,7 +18,7 @@ from skep.manager.diagnosis.reasons import SlotId, loop_ends_ns, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.model.node import Node
-from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus
+from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.store.interface import View
@@ -53,13 +53,12 @@ async def status_with_health(view: View, service: Service, now_ns: int, clock: C
 async def _health(
     view: View, service: Service, status: ServiceStatus, now_ns: int, clock: Clock
 ) -> ServiceHealth:
-    update = service.update_status.state if service.update_status is not None else None
-    has_numbers = service.job_status is None and status.running_tasks == status.desired_tasks
-    if has_numbers and update not in PAUSED and update not in UNDER_WAY:
-        slots = await _slots(view, service, now_ns, clock)
-        if not slots.others and len(slots.settled) == status.desired_tasks:
-            return ServiceHealth()  # an explanation would find the same, at ten times the cost
-    return (await explanation_of(view, service, status, now_ns, clock)).health
+    slots = await _slots(view, service, now_ns, clock)
+    update = (service.update_status or UpdateStatus()).state
+    is_settled = not slots.others and len(slots.settled) == status.running_tasks == status.desired_tasks
+    if service.job_status is None and is_settled and update not in PAUSED and update not in UNDER_WAY:
+        return ServiceHealth()  # an explanation would find the same, at ten times the cost
+    return _explanation(view, service, status, slots, now_ns, lambda _: True).health
 
 
 async def explanation_of(
@@ -76,7 +75,19 @@ async def explanation_of(
     Of a large service only tasks in slots that are not settled are explained.  ``is_new`` returns whether a task
     matches the current spec.
     """
-    tasks, slots = view.find(Task, service_id=service.id), await _slots(view, service, now_ns, clock)
+    slots = await _slots(view, service, now_ns, clock)
+    return _explanation(view, service, status, slots, now_ns, is_new)
+
+
+def _explanation(
+    view: View,
+    service: Service,
+    status: ServiceStatus,
+    slots: _Slots,
+    now_ns: int,
+    is_new: Callable[[Task], bool],
+) -> ServiceExplanation:
+    tasks = view.find(Task, service_id=service.id)
     if len(tasks) > EXPLAINED_MAX:
         tasks = [task for task in tasks if slot_of(task) not in slots.settled][:EXPLAINED_MAX]
     known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]

@@ -171,7 +171,7 @@ class _Check:
     def unmet(self, dependencies: Iterable[Dependency], path: Collection[str]) -> str:
         """Return the reason to wait, or an empty string.  ``path`` has the names that are already being checked."""
         for one in dependencies:
-            if one.service.lower() in path or not (reason := self._unmet(one, path)):
+            if one.key in path or not (reason := self._unmet(one, path)):
                 continue
             # Two concurrent transactions, or a rollback by the leader, may have created a cycle of dependencies.
             if not circle(self._view, self._name, [one]):
@@ -192,7 +192,7 @@ class _Check:
         if self.note(state):
             return ""
         if state.has_completed and one.condition is not DependencyCondition.HEALTHY:
-            return self.unmet(dependencies_of(service.spec.labels), {*path, one.service.lower()})
+            return self.unmet(dependencies_of(service.spec.labels), {*path, one.key})
         return f"{WAITS_FOR}{one.service} {one.condition.words}{state.blocked_suffix}"
 
     def _state(self, one: Dependency, service: Service) -> _State:

@@ -46,7 +46,7 @@ def requiring(view: View, name: str) -> list[str]:
         service.spec.name
         for service in view.find(Service)
         if service.removed_at is None and DEPENDS_ON in service.spec.labels
-        if any(one.service.lower() == key and one.is_required for one in dependencies_of(service.spec.labels))
+        if any(one.key == key and one.is_required for one in dependencies_of(service.spec.labels))
     ]
 
 
@@ -108,8 +108,8 @@ def _restarted_with(view: View, names: Collection[str]) -> dict[str, list[Servic
     for service in view.find(Service) if found else ():
         if service.removed_at is None and DEPENDS_ON in service.spec.labels:
             for one in dependencies_of(service.spec.labels):
-                if one.restarts and one.service.lower() in found:
-                    found[one.service.lower()].append(service)
+                if one.restarts and one.key in found:
+                    found[one.key].append(service)
     return found
 
 

@@ -56,6 +56,11 @@ class Dependency(msgspec.Struct, frozen=True):
     restarts: bool = False
 
     @property
+    def key(self) -> str:
+        """The service's name in lower case.  Names that differ only in case are equal."""
+        return self.service.lower()
+
+    @property
     def text(self) -> str:
         """The dependency as it is written in the label."""
         options = [_RESTART] * self.restarts + [_OPTIONAL] * (not self.is_required)
