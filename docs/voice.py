@@ -18,6 +18,8 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.harness.sources import parsed
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "voice.json"
 SUBJECT_MAX = 72
@@ -145,7 +147,7 @@ def participles() -> list[Place]:
         Place(path, node.lineno, node.name)
         for folder in CODE
         for path in _python_files(ROOT / folder)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.AsyncFunctionDef) and _is_participle(node.name.lstrip("_"))
     ]
 
@@ -167,7 +169,7 @@ def _pages(path: Path) -> list[Path]:
 def _texts(path: Path) -> Iterator[Place]:
     """The docstrings and comments of a file."""
     source = path.read_text()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(path)):
         body = getattr(node, "body", None)
         for statement in body if isinstance(body, list) else ():
             match statement:

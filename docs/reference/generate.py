@@ -32,6 +32,7 @@ from skep.model.permissions.field_rights import Field
 from skep.model.permissions.value_rights import Reach
 from skep.node import events as node_events
 from skep.rpc.errors import STATUS_OF
+from tests.support.harness.sources import parsed
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100
@@ -809,7 +810,7 @@ def _quoted(words: Iterable[str]) -> str:
 def cluster_attributes() -> dict[str, set[str]]:
     """Attributes by the function of ``skep.manager.telemetry.events`` that gives them."""
     found: dict[str, set[str]] = {}
-    for function in ast.walk(ast.parse(inspect.getsource(manager_events))):
+    for function in ast.walk(parsed(Path(manager_events.__file__))):
         if isinstance(function, ast.FunctionDef):
             found[function.name] = set(_attributes_in(function)) - {"name"}
     return found
@@ -830,7 +831,7 @@ def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
 def cluster_actions() -> set[str]:
     """Actions of all messages that ``skep.manager.telemetry.events`` makes."""
     found = set(manager_events.TASK_ACTIONS.values())
-    for call in ast.walk(ast.parse(inspect.getsource(manager_events))):
+    for call in ast.walk(parsed(Path(manager_events.__file__))):
         match call:
             case ast.Call(func=ast.Name(id="_message" | "_task"), args=[ast.Constant(value=str(action)), *_]):
                 found.add(action)
@@ -850,9 +851,9 @@ def container_attributes() -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "skep").rglob("*.py")):
-        if "publish(" not in (text := path.read_text()):
+        if "publish(" not in path.read_text():
             continue
-        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        calls = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
         for call in calls:
             if not re.search(r"\bevents\.publish$|_events\.publish$", ast.unparse(call.func)):
                 continue
@@ -877,7 +878,7 @@ def image_actions() -> set[str]:
     """Actions of every ``announce(action, ...)`` of the images."""
     found = set()
     for path in (ROOT / "skep" / "engine" / "images").rglob("*.py"):
-        for call in ast.walk(ast.parse(path.read_text())):
+        for call in ast.walk(parsed(path)):
             match call:
                 case ast.Call(
                     func=ast.Attribute(attr="announce"), args=[ast.Constant(value=str(action)), *_]

@@ -1,9 +1,9 @@
 """``metrics.md``: names, kinds and help texts of all metrics, from the code that makes them."""
 
 import ast
-import inspect
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from skep.engine.metrics import action_times, usage
 from skep.manager.telemetry import metrics as manager_metrics
 from skep.manager.telemetry.etcd_metrics import ETCD
 from skep.node.telemetry import metrics as node_metrics
+from tests.support.harness.sources import parsed
 
 _NOTICE = "<!-- Written by `make reference`; edit the code, or docs/reference/metric_page.py. -->"
 _HEAD = """
@@ -96,7 +97,7 @@ def made_in(module: ModuleType) -> list[Metric]:
     ``family``.
     """
     found: dict[str, Metric] = {}
-    calls = [each for each in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(each, ast.Call)]
+    calls = [each for each in ast.walk(parsed(Path(str(module.__file__)))) if isinstance(each, ast.Call)]
     for call in sorted(calls, key=lambda call: call.lineno):
         texts = [
             each.value for each in call.args if isinstance(each, ast.Constant) and isinstance(each.value, str)

@@ -105,7 +105,10 @@ def test_waiting_for_a_service_ends_with_the_cause_when_it_cannot_run(cluster: T
     assert done.returncode == 1
     assert "no-such-command" in done.stderr.splitlines()[-1]
     late = skep(m1, "service", "wait", "--timeout", "0.5", "missing", check=False)
-    assert (late.returncode, late.stderr) == (1, "Error: service missing not found\n")
+    assert (late.returncode, late.stderr) == (
+        1,
+        "Error: service missing not found. List services with skep service ls.\n",
+    )
 
 
 def test_an_update_is_paused_resumed_and_aborted_by_commands(cluster: TestCluster) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.plan import packet_filter
+from tests.support.harness.sources import parsed
 
 PACKAGE = Path(packet_filter.__file__).parents[2]
 # Those that one would think of for a name; the last three are words since 1.0.8, and names with an older nft.
@@ -60,10 +61,10 @@ WORDS = frozenset(
 _ADDED = re.compile(r"add (?:chain|set|map) \{?[^ {}]*\}? ([a-z][a-z0-9_]*)")
 
 
-def _names(source: str) -> Iterator[str]:
+def _names(path: Path) -> Iterator[str]:
     """Of ``NftTable(...)`` calls and of texts with ``add chain TABLE NAME`` and the like."""
-    yield from _ADDED.findall(source)
-    for node in ast.walk(ast.parse(source)):
+    yield from _ADDED.findall(path.read_text())
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "NftTable":
             for word in node.keywords:
                 if word.arg in ("chains", "sets") and isinstance(word.value, ast.Tuple):
@@ -74,7 +75,7 @@ def _names(source: str) -> Iterator[str]:
 SOURCES = {
     str(path.relative_to(PACKAGE)): found
     for path in sorted(PACKAGE.rglob("*.py"))
-    if (found := frozenset(_names(path.read_text())))
+    if (found := frozenset(_names(path)))
 }
 
 
