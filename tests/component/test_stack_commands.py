@@ -25,7 +25,9 @@ from skep.stack.revisions import KEPT
 from skep.store.level import SCHEDULES
 from tests.support.clients.command_rig import FAILS, HANGS, Cluster, a_cluster
 
-FILE = "name: shop\nservices: {web: {image: busybox}, db: {image: %s}}\n"
+SOON = "deploy: {update_config: {monitor: 1ms}, restart_policy: {delay: 10ms}}"
+"""Keeps deploys from waiting for what these tests are not about."""
+FILE = f"name: shop\nservices: {{web: {{image: busybox, {SOON}}}, db: {{image: %s, {SOON}}}}}\n"
 
 
 @pytest.fixture
@@ -180,7 +182,8 @@ async def test_of_two_different_deploys_one_wins_whole_and_the_other_ends_with_i
     monkeypatch.setattr(waiting, "_LOOK_S", 0.05)
     colours = {"red": 5, "blue": 4}
     texts = [
-        f"services: {{web: {{image: {colour}, environment: {{C: {colour}}}, deploy: {{replicas: {count}}}}}}}"
+        f"services: {{web: {{image: {colour}, environment: {{C: {colour}}},"
+        f" deploy: {{replicas: {count}, update_config: {{monitor: 1ms}}}}}}}}"
         for colour, count in colours.items()
     ]
     ends = await beside_each_other(cluster, *texts)
@@ -333,7 +336,7 @@ async def test_a_rollback_to_an_operators_revision_shows_what_it_lacks_and_waits
     code, _, err = await cluster.deploy()
     assert code == 0, err
     cluster.write(
-        FILE.replace("web: {image: busybox}", "web: {image: busybox, volumes: ['/:/host']}") % "busybox:1"
+        FILE.replace("web: {image: busybox,", "web: {image: busybox, volumes: ['/:/host'],") % "busybox:1"
     )
     code, _, err = await cluster.deploy()
     assert code == 0, err
@@ -364,7 +367,9 @@ async def listed(cluster: Cluster) -> str:
 async def test_a_deploy_of_a_part_is_a_revision_of_the_whole_stack(cluster: Cluster) -> None:
     cluster.write(FILE % "busybox")
     assert (await cluster.deploy())[0] == 0
-    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: 'busybox:2'}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: 'busybox:2', {SOON}}}, db: {{image: 'busybox:2', {SOON}}}}}\n"
+    )
     code, _, err = await cluster.deploy("--only", "web")
     assert code == 0, err
     assert await listed(cluster) == "1 deployed\n2 deployed\n"
@@ -388,9 +393,13 @@ async def recorded_images(cluster: Cluster) -> dict[str, str]:
 async def test_a_deploy_of_a_part_after_a_failed_deploy_records_nothing_that_failed(cluster: Cluster) -> None:
     cluster.write(FILE % "busybox")
     assert (await cluster.deploy())[0] == 0
-    cluster.write(f"name: shop\nservices: {{web: {{image: 'busybox:2'}}, db: {{image: {FAILS}}}}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: 'busybox:2', {SOON}}}, db: {{image: {FAILS}, {SOON}}}}}\n"
+    )
     assert (await cluster.deploy("--timeout", "20s"))[0] == 1
-    cluster.write(f"name: shop\nservices: {{web: {{image: 'busybox:3'}}, db: {{image: {FAILS}}}}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: 'busybox:3', {SOON}}}, db: {{image: {FAILS}, {SOON}}}}}\n"
+    )
     code, _, err = await cluster.deploy("--only", "web")
     assert code == 0, err
     states = (await listed(cluster)).splitlines()
@@ -401,9 +410,13 @@ async def test_a_deploy_of_a_part_after_a_failed_deploy_records_nothing_that_fai
 
 async def test_a_part_of_a_stack_whose_first_deploy_failed_is_not_recorded_alone(cluster: Cluster) -> None:
     """A rollback to a record of this part would remove the other service, which runs."""
-    cluster.write(f"name: shop\nservices: {{web: {{image: {FAILS}}}, db: {{image: busybox}}}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: {FAILS}, {SOON}}}, db: {{image: busybox, {SOON}}}}}\n"
+    )
     assert (await cluster.deploy("--timeout", "20s"))[0] == 1
-    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: busybox}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: 'busybox:2', {SOON}}}, db: {{image: busybox, {SOON}}}}}\n"
+    )
     for _ in range(2):
         code, _, err = await cluster.deploy("--only", "web")
         assert code == 0, err
@@ -415,9 +428,13 @@ async def test_a_part_of_a_stack_whose_first_deploy_failed_is_not_recorded_alone
 
 
 async def test_a_part_that_failed_at_first_is_recorded_when_it_is_deployed(cluster: Cluster) -> None:
-    cluster.write(f"name: shop\nservices: {{web: {{image: {FAILS}}}, db: {{image: busybox}}}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: {FAILS}, {SOON}}}, db: {{image: busybox, {SOON}}}}}\n"
+    )
     assert (await cluster.deploy("--only", "web", "--timeout", "20s"))[0] == 1
-    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: busybox}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: 'busybox:2', {SOON}}}, db: {{image: busybox, {SOON}}}}}\n"
+    )
     code, _, err = await cluster.deploy("--only", "web")
     assert code == 0, err
     assert await recorded_images(cluster) == {"web": "busybox:2"}
@@ -447,7 +464,9 @@ async def test_of_two_first_deploys_of_parts_one_is_refused(cluster: Cluster) ->
 
 async def test_a_deploy_of_a_part_is_refused_while_another_deploy_is_under_way(cluster: Cluster) -> None:
     process = await a_waiting_deploy(cluster)
-    cluster.write("name: shop\nservices: {web: {image: 'busybox:2'}, db: {image: busybox}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: 'busybox:2', {SOON}}}, db: {{image: busybox, {SOON}}}}}\n"
+    )
     code, _, err = await cluster.deploy("--only", "web")
     assert (code, "another deploy of shop is running (revision 1)" in err) == (1, True), err
     assert await listed(cluster) == "1 deploying\n"
@@ -463,7 +482,9 @@ async def test_a_deploy_of_a_part_is_replaced_by_a_newer_deploy(cluster: Cluster
     assert process.stderr is not None
     while b"shop_db: " not in (line := await process.stderr.readline()) or b"tasks" not in line:
         assert process.returncode is None
-    cluster.write("name: shop\nservices: {web: {image: busybox}, db: {image: 'busybox:3'}}\n")
+    cluster.write(
+        f"name: shop\nservices: {{web: {{image: busybox, {SOON}}}, db: {{image: 'busybox:3', {SOON}}}}}\n"
+    )
     code, _, err = await cluster.deploy()
     assert code == 0, err
     _, said = await process.communicate()
