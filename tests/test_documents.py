@@ -181,8 +181,22 @@ def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
     assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     tests = re.search(r"^test: (.*)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert tests is not None
-    assert tests[1].startswith("check")
+    assert tests[1].split("##")[0].split() == ["announce", "check"]
     assert "--whole -m 'not slow'" in tests[2]
+
+
+def test_the_test_command_says_beforehand_what_it_runs_and_for_how_long() -> None:
+    announced = subprocess.run(
+        ["make", "--no-print-directory", "announce"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout
+    (minutes,) = re.findall(r"about (\d+) minutes", announced)
+    assert f"about {minutes} minutes" in shell_blocks("README.md")[0]
+    assert {"check", "unit"} <= make_targets() & set(re.findall(r"make (\w+)", announced))
 
 
 @pytest.mark.parametrize("command", ["demo", "test"])
