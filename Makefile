@@ -29,7 +29,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
+.PHONY: help announce setup setup-run demo demo-down install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -65,11 +65,19 @@ lint:
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m docs.voice
 
-test: check ## check, then all tests that are not slow (what the continuous integration runs)
+test: announce check ## check, then all tests that are not slow (what the continuous integration runs), 25 minutes
+	@echo 'Part 2 of 2: tests'
 	@$(PYTEST) --whole -m 'not slow' $(BESIDE_EACH_OTHER) $(IN_TIME_AT_LAST) --durations 15
 
-unit: setup ## pure tests, seconds
-	@$(PYTEST) tests/unit tests/test_*.py
+announce: # what make test is about to do.  Its times are those of the bare machines in bench/results/
+	@printf '%s\n' \
+	  "make test takes about 25 minutes on two processors. This machine has $$(nproc)." \
+	  'Part 1 of 2: make check, about one minute: format, lint, types, imports, wording' \
+	  'Part 2 of 2: over 12,000 tests, many of them on real clusters; each line ends with the share that has run' \
+	  'For a quick answer use make check and make unit (9,500 tests without clusters, about three minutes).'
+
+unit: setup ## tests without processes or clusters, about three minutes on two processors
+	@$(PYTEST) tests/unit tests/test_*.py $(BESIDE_EACH_OTHER)
 
 contract: setup ## one suite per interface, on each of its implementations (store, executors)
 	@$(PYTEST) tests/contract

@@ -30,6 +30,8 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "docs/concepts",
+    "docs/compare",
     "docs/guide",
     "docs/tutorials",
     "docs/reference",

@@ -1,4 +1,4 @@
-"""What can be checked of the documents without running them: links, paths, targets of make, the README's opening."""
+"""What can be checked of the documents without running them: links, paths, targets of make, how the README begins."""
 
 import re
 import subprocess
@@ -24,13 +24,13 @@ from tests.support.harness.promises import exists
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def test_the_readme_opens_with_five_lines_and_then_the_two_commands() -> None:
-    title, opening, heading = (ROOT / "README.md").read_text().split("\n\n")[:3]
-    assert title == "# Skep"
-    assert len(opening.splitlines()) == 5
-    assert heading == "## Two commands"
-    commands = [line.partition("#")[0].strip() for line in shell_blocks("README.md")[0].splitlines()]
-    assert commands == ["make demo", "make test"]
+def test_the_readme_begins_with_the_picture_and_the_two_commands() -> None:
+    """Newcomers and the continuous integration call them.  Other tests run the first block of each section."""
+    before, _, after = (ROOT / "README.md").read_text().partition("```sh\n")
+    assert len(before.splitlines()) < 25
+    assert "(docs/recording.svg)" in before
+    block, _, _ = after.partition("```")
+    assert [line.partition("#")[0].strip() for line in block.splitlines()] == ["make demo", "make test"]
 
 
 @pages
@@ -181,8 +181,22 @@ def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
     assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     tests = re.search(r"^test: (.*)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert tests is not None
-    assert tests[1].startswith("check")
+    assert tests[1].split("##")[0].split() == ["announce", "check"]
     assert "--whole -m 'not slow'" in tests[2]
+
+
+def test_the_test_command_says_beforehand_what_it_runs_and_for_how_long() -> None:
+    announced = subprocess.run(
+        ["make", "--no-print-directory", "announce"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout
+    (minutes,) = re.findall(r"about (\d+) minutes", announced)
+    assert f"about {minutes} minutes" in shell_blocks("README.md")[0]
+    assert {"check", "unit"} <= make_targets() & set(re.findall(r"make (\w+)", announced))
 
 
 @pytest.mark.parametrize("command", ["demo", "test"])

@@ -4,6 +4,7 @@ from enum import Enum
 
 import msgspec
 
+from skep.model.node_reports.conditions import ConditionName
 from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
@@ -49,6 +50,8 @@ from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.permissions.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import MAX_ATTEMPTS_MAX
+
+_CONDITIONS = ", ".join(f"`{name}`" for name in ConditionName)
 
 
 class LabelTarget(Enum):
@@ -530,9 +533,8 @@ LABELS = (
         "skep.condition.NAME",
         "a sentence",
         "",
-        "Something is wrong with the node. NAME is one of `apparmor`, `description-size`, `disk`, `disk-pressure`, "
-        "`disk-space`, `encrypted-networks`, "
-        "`images`, `manager`, `manager-unreachable`, `neighbor-table`, `networks`, `restore`, `store-full`, `swarm`.",
+        f"Something is wrong with the node. NAME is one of {_CONDITIONS}. See "
+        "[troubleshooting](../guide/troubleshooting.md#node-conditions).",
     ),
     Label(
         LabelTarget.ENGINE,

@@ -36,7 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def navigation(index: str, docs: Path) -> Iterator[Any]:
     """A section for each heading of the index, with the pages of its table; folders with all of their pages."""
-    yield {"Skep": ["README.md", OUTSIDE["README.md"], OUTSIDE["CHANGELOG.md"], OUTSIDE["SECURITY.md"]]}
+    yield {"Skep": ["README.md", OUTSIDE["README.md"]]}
     for section in index.split("\n## ")[1:]:
         title, _, text = section.partition("\n")
         pages = [page for target in _ROW.findall(text) for page in _pages(target, docs)]

@@ -39,6 +39,7 @@ from skep.dataplane.wireguard.tunnels import Options, WireGuardTunnels
 from skep.model.network import ConfigReference
 from skep.model.networks.reserved_ports import ReservedPorts
 from skep.model.networks.tables import NetworkHead
+from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import new_container_id
 from skep.paths import Paths
 
@@ -59,7 +60,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     namespaces: Namespaces
     clock: Clock
     rng: Callable[[], float]
-    show_condition: Callable[[str, str], None] = lambda name, message: None
+    show_condition: Callable[[ConditionName, str], None] = lambda name, message: None
     own_ports: Callable[[], ReservedPorts] = dict
     pools: Sequence[Subnets] = ()
 
@@ -96,7 +97,7 @@ class DataPlane:
         self._healer = Healer(namespaces, clock, self.repairs, rng=rng)
         self._deferred = DeferredChanges(clock)
         home = node_reconciler(namespaces, self.repairs)
-        show_encryption = partial(host.show_condition, "encrypted-networks")
+        show_encryption = partial(host.show_condition, ConditionName.ENCRYPTED_NETWORKS)
         self.tunnels = WireGuardTunnels(paths, namespaces, encryption, self.repairs, clock, show_encryption)
         data_path = _data_path(host, home, self._healer)
         self.overlays = Overlays(
@@ -139,7 +140,7 @@ class DataPlane:
             allocation=EndpointAllocation(self._local_endpoints, endpoints),
             reply_routing=replies,
             naming=net.names,
-            show_condition=partial(host.show_condition, "networks"),
+            show_condition=partial(host.show_condition, ConditionName.NETWORKS),
         )
 
     def network_of_cluster(self, id: str, name: str, driver: str, configuration: str) -> NetworkHead:

@@ -66,7 +66,7 @@ from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
 from skep.model.networks.wireguard import EncryptionMethod
 from skep.model.node import NodeRole
-from skep.model.node_reports.conditions import NEIGHBORS
+from skep.model.node_reports.conditions import ConditionName
 from skep.model.values.ids import NodeId, new_container_id, new_id
 from skep.model.values.meta import Driver
 from skep.node import info
@@ -253,7 +253,7 @@ class Node:
             nodes=NodeFetcher(self._image_sources, self._clock, self._random),
             clock=self._clock,
             on_event=self._events.publish_image,
-            report=environment.conditions.reporter("images"),
+            report=environment.conditions.reporter(ConditionName.IMAGES),
         )
         attachments = ClusterAttachments(SessionRequests(self._session))
         if self._docker is not None:
@@ -269,7 +269,7 @@ class Node:
                 starts_max=2 * (os.cpu_count() or 1),
                 hostname=environment.machine.hostname,
                 log_default=Driver(name=configuration.log_driver, options=configuration.log_opts),
-                report_restore=environment.conditions.reporter("restore"),
+                report_restore=environment.conditions.reporter(ConditionName.RESTORE),
             ),
             self._clock,
             cgroup_parent=configuration.cgroup_parent,
@@ -398,7 +398,7 @@ class Node:
             self._known_managers(node),
             save_managers,
             address_of=node.reach,
-            show_unreached=self._environment.conditions.reporter("manager-unreachable"),
+            show_unreached=self._environment.conditions.reporter(ConditionName.MANAGER_UNREACHABLE),
         )
         return Agent(
             credentials=credentials,
@@ -444,7 +444,7 @@ class Node:
             dependencies,
             manager_api=self._manager_api,
             new_id=new_id,
-            show_condition=conditions.reporter("swarm"),
+            show_condition=conditions.reporter(ConditionName.SWARM),
         )
 
     # --- the Engine API ---------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ class Node:
         if self._exporter is not None:
             run(self._exporter.run, "export of traces")
         if self._data_plane is not None:
-            run(NeighborTables(conditions.reporter(NEIGHBORS), clock).run, "neighbor tables")
+            run(NeighborTables(conditions.reporter(ConditionName.NEIGHBOR_TABLE), clock).run, "neighbors")
         if self._docker is not None:
             run(partial(self._docker.follow, clock, self._random), "docker engine")
         if self._engine_images is not None:

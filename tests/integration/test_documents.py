@@ -65,6 +65,8 @@ STACKS = "docs/guide/stacks.md"
 LOGS = "docs/guide/logs.md"
 API_ACCESS = "docs/guide/api-access.md"
 HISTORY = "docs/guide/history.md"
+TROUBLESHOOTING = "docs/guide/troubleshooting.md"
+CHECKLIST = "docs/guide/checklist.md"
 
 SYSTEMCTL = """
 start() {
@@ -126,7 +128,8 @@ def test_no_block_is_forgotten() -> None:
         for number, _ in enumerate(shell_blocks(str(page.relative_to(ROOT))))
     }
     run_here = {
-        *(("README.md", 1), ("README.md", 2), ("docs/tour.md", 0)),
+        *(("README.md", number) for number in range(1, 4)),
+        *((page, 0) for page in (TROUBLESHOOTING, CHECKLIST, "docs/tour.md")),
         *((BACKUP, number) for number in range(2)),
         (RECOVERY, 0),
         *((KEYS, number) for number in range(2)),
@@ -163,7 +166,7 @@ def test_the_readmes_playground(checkout: Path) -> None:
     finally:
         subprocess.run([checkout / ".venv/bin/skep", "playground", "down"], check=False, capture_output=True)
     assert "converged" in printed
-    assert sum(line.split()[1].startswith("web.") for line in printed.splitlines() if "web." in line) >= 20
+    assert "web: 12 of 12 tasks run" in printed
 
 
 def test_the_readmes_real_machine(checkout: Path) -> None:
@@ -178,6 +181,23 @@ def test_the_readmes_real_machine(checkout: Path) -> None:
     printed = run(shell_blocks("README.md")[2] + "docker node ls", checkout, *a_machine(checkout))
     assert "Swarm initialized: current node" in printed
     assert "Leader" in printed
+
+
+def test_the_readmes_first_step_from_docker_swarm(m1: TestNode, checkout: Path) -> None:
+    create(m1, "web", 1)
+    run(shell_blocks("README.md")[3], checkout, DOCKER_HOST=m1.socket)
+    assert "web" in "".join(path.read_text() for path in (checkout / "moved").rglob("*.y*ml"))
+
+
+def test_the_page_of_symptoms(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(TROUBLESHOOTING)
+    assert "no problems found" in run(block, checkout, DOCKER_HOST=m1.socket)
+
+
+def test_the_production_checklist(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(CHECKLIST)
+    assert "m1 Ready Leader" in run(block, checkout, DOCKER_HOST=m1.socket)
+    assert (checkout / "swarm.backup").stat().st_size > 1000
 
 
 def a_machine(checkout: Path) -> tuple[str, ...]:

@@ -1,16 +1,46 @@
 """Conditions of a node, which it reports as engine labels."""
 
+from enum import StrEnum
 from typing import Final
 
 from skep.model.node import NodeDescription
 
 _PREFIX: Final = "skep.condition."
-NEIGHBORS: Final = "neighbor-table"
-"""The kernel's neighbor table overflows."""
-DISK_SPACE: Final = "disk-space"
-"""A disk of the node, or a disk that its containers write to, is nearly full."""
-DISK_PRESSURE: Final = "disk-pressure"
-"""The node's own disk is full, so it gets no new tasks."""
+
+
+class ConditionName(StrEnum):
+    """Every condition.  ``docs/guide/troubleshooting.md`` has an entry for each."""
+
+    APPARMOR = "apparmor"
+    """The AppArmor profile is missing, so containers do not start."""
+    DESCRIPTION_SIZE = "description-size"
+    """The node's description was cut because it is too large."""
+    DISK = "disk"
+    """The node cannot write to its disk."""
+    DISK_PRESSURE = "disk-pressure"
+    """The node's own disk is full, so it gets no new tasks."""
+    DISK_SPACE = "disk-space"
+    """A disk of the node, or a disk that its containers write to, is nearly full."""
+    ENCRYPTED_NETWORKS = "encrypted-networks"
+    """WireGuard does not work, so encrypted networks carry no traffic."""
+    IMAGES = "images"
+    """Images are damaged or were removed outside of Skep."""
+    MANAGER = "manager"
+    """The manager process lacks a resource of the machine and does not run."""
+    MANAGER_UNREACHABLE = "manager-unreachable"
+    """The node reaches no manager."""
+    NEIGHBOR_TABLE = "neighbor-table"
+    """The kernel's neighbor table overflows."""
+    NETWORKS = "networks"
+    """The networks of some containers are not maintained."""
+    RESTORE = "restore"
+    """Some containers were not adopted when the node started."""
+    STORE_FULL = "store-full"
+    """A manager's disk lacks space for its store."""
+    SWARM = "swarm"
+    """The node cannot read which cluster it belongs to."""
+
+
 CHARACTERS_MAX: Final = 300
 """Longest text of one condition, in characters."""
 CONDITIONS_MAX: Final = 16
@@ -27,7 +57,7 @@ def is_condition(label: str) -> bool:
     return label.startswith(_PREFIX)
 
 
-DISK_PRESSURE_LABEL: Final = condition_label(DISK_PRESSURE)
+DISK_PRESSURE_LABEL: Final = condition_label(ConditionName.DISK_PRESSURE)
 
 
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
@@ -44,5 +74,5 @@ def disk_pressure(description: NodeDescription) -> str:
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:
     """Return the network conditions that a node reports."""
-    reported = description.engine.labels.get(condition_label(NEIGHBORS), "")
+    reported = description.engine.labels.get(condition_label(ConditionName.NEIGHBOR_TABLE), "")
     return (reported[:CHARACTERS_MAX],) if reported else ()

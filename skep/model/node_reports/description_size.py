@@ -15,7 +15,13 @@ from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.networks.routes import ROUTES_LABEL
 from skep.model.networks.used_ports import PORTS_LABEL, shortened_ports
 from skep.model.node import EngineDescription, NodeDescription
-from skep.model.node_reports.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_label, is_condition
+from skep.model.node_reports.conditions import (
+    CHARACTERS_MAX,
+    CONDITIONS_MAX,
+    ConditionName,
+    condition_label,
+    is_condition,
+)
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.permissions.rights import CDI_LABEL, DEVICES_LABEL, MORE
 from skep.model.service import Platform
@@ -23,7 +29,6 @@ from skep.model.values.encoding import to_json
 
 DESCRIPTION_BYTES_MAX: Final = 64 << 10
 """Largest size of a description in JSON."""
-SIZE_CONDITION: Final = "description-size"
 _RESERVED_BYTES: Final = 1024
 """Bytes kept free for the condition, which is added after the cut."""
 _NAME_CHARACTERS_MAX: Final = 255
@@ -62,7 +67,7 @@ def within_size(description: NodeDescription) -> NodeDescription:
 
 def size_condition(description: NodeDescription) -> str:
     """Return the condition of a cut description, or an empty text."""
-    return description.engine.labels.get(condition_label(SIZE_CONDITION), "")
+    return description.engine.labels.get(condition_label(ConditionName.DESCRIPTION_SIZE), "")
 
 
 class _Cutting:
@@ -82,7 +87,7 @@ class _Cutting:
             f"{', '.join(self._words)}; reduce what the node has of these"
         )
         labels = dict(self._description.engine.labels)
-        own = condition_label(SIZE_CONDITION)
+        own = condition_label(ConditionName.DESCRIPTION_SIZE)
         for name in sorted(name for name in labels if is_condition(name) and name != own)[
             CONDITIONS_MAX - 1 :
         ]:

@@ -13,6 +13,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.dataplane.tables.network_tables import NetworkTables
 from skep.errors import SkepError
+from skep.model.node_reports.conditions import ConditionName
 from skep.node.host.conditions import Conditions
 
 log = structlog.get_logger()
@@ -68,7 +69,7 @@ class NodeWork:
     async def remove_all(self) -> None:
         """Kill and remove every task, as Docker does.  After a minute, the remaining tasks are logged."""
         self._session.leave()
-        self._conditions.clear("manager-unreachable")
+        self._conditions.clear(ConditionName.MANAGER_UNREACHABLE)
         self._conditions.forget_ended()
         await self._worker.clear()
         backoff = Backoff(0.02, 0.5)

@@ -14,7 +14,12 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.model.node_reports.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_label
+from skep.model.node_reports.conditions import (
+    CHARACTERS_MAX,
+    CONDITIONS_MAX,
+    ConditionName,
+    condition_label,
+)
 
 log = structlog.get_logger()
 
@@ -76,13 +81,13 @@ class Conditions:
         with self._lock:
             self._conditions = {name: one for name, one in self._conditions.items() if one.cleared_at is None}
 
-    def reporter(self, name: str) -> Callable[[str], None]:
+    def reporter(self, name: ConditionName) -> Callable[[str], None]:
         """Return a function that sets the condition's message to its argument, and clears the condition if that is
         empty.
         """
         return partial(self.report, name)
 
-    def report(self, name: str, message: str) -> None:
+    def report(self, name: ConditionName, message: str) -> None:
         """Set the condition to ``message``, or clear it if that is empty."""
         if message:
             self.set(name, message)

@@ -14,7 +14,8 @@ from skep.model.networks.data_planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_
 from skep.model.networks.routes import ROUTES_LABEL, routes_label
 from skep.model.networks.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
-from skep.model.node_reports.description_size import SIZE_CONDITION, size_condition, within_size
+from skep.model.node_reports.conditions import ConditionName
+from skep.model.node_reports.description_size import size_condition, within_size
 from skep.model.options.secret_env import PLUGIN as SECRET_ENV
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.permissions.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
@@ -95,7 +96,8 @@ def with_plugins(
 def within_bounds(description: NodeDescription, conditions: Conditions) -> NodeDescription:
     """Return ``description``, cut to the size that a manager accepts.  A condition names the parts that were cut."""
     bounded = within_size(description)
-    conditions.report(SIZE_CONDITION, size_condition(bounded) if bounded is not description else "")
+    text = size_condition(bounded) if bounded is not description else ""
+    conditions.report(ConditionName.DESCRIPTION_SIZE, text)
     return bounded
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error
 from skep.linux.files import replace_file
+from skep.model.node_reports.conditions import ConditionName
 from skep.node.host.conditions import Conditions
 
 PERIOD_S = 5.0
@@ -56,8 +57,8 @@ class DiskCheck:
     async def run(self) -> None:
         """Check every ``PERIOD_S`` until cancelled."""
         while True:
-            self._conditions.reporter("disk")(await self.look())
-            self._conditions.reporter("store-full")(self._store_full_text())
+            self._conditions.reporter(ConditionName.DISK)(await self.look())
+            self._conditions.reporter(ConditionName.STORE_FULL)(self._store_full_text())
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:

@@ -28,7 +28,7 @@ from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import Container
 from skep.errors import Unavailable
-from skep.model.node_reports.conditions import DISK_PRESSURE, DISK_SPACE
+from skep.model.node_reports.conditions import ConditionName
 from skep.node.host.conditions import Conditions
 
 log = structlog.get_logger()
@@ -254,7 +254,7 @@ class DiskSpace:
     async def run(self) -> None:
         """Measure every ``PERIOD_S``, or ``FULL_PERIOD_S`` while the disk is full, until cancelled."""
         while True:
-            is_full = DISK_PRESSURE in self._conditions.present()
+            is_full = ConditionName.DISK_PRESSURE in self._conditions.present()
             await self._clock.sleep(FULL_PERIOD_S if is_full else PERIOD_S)
             await self.measure()
 
@@ -273,8 +273,8 @@ class DiskSpace:
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
         near, full = self._fullness.judge(self.disks, DiskMarks(self._configuration().disk_pressure))
-        self._conditions.report(DISK_SPACE, near)
-        self._conditions.report(DISK_PRESSURE, full)
+        self._conditions.report(ConditionName.DISK_SPACE, near)
+        self._conditions.report(ConditionName.DISK_PRESSURE, full)
 
     async def _add(self, path: str, found: dict[int, FileSystemUse], *, purpose: str = "") -> None:
         """Measure the disk of ``path`` unless it was measured already.

@@ -7,6 +7,7 @@ from pathlib import Path
 from skep.aio.clock import Clock
 from skep.engine.confinement import apparmor
 from skep.engine.runtime import runc_flaws
+from skep.model.node_reports.conditions import ConditionName
 from skep.node.host import requirements
 from skep.node.host.conditions import Conditions
 
@@ -19,7 +20,7 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
     Sets a condition if the AppArmor profile is missing, because containers do not start without it.
     """
-    conditions.reporter("apparmor")(apparmor.problem())
+    conditions.reporter(ConditionName.APPARMOR)(apparmor.problem())
     program = shutil.which(runc) or ""
     output = requirements.version_output(program) or ""
     flaws = runc_flaws.warning(output, runc_flaws.changelog_of(Path(program)))
@@ -28,7 +29,7 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
 async def keep_profile(conditions: Conditions, clock: Clock) -> None:
     """Keep the condition ``apparmor`` current until cancelled: other programs may unload the profile."""
-    report = conditions.reporter("apparmor")
+    report = conditions.reporter(ConditionName.APPARMOR)
     while True:
         await clock.sleep(PROFILE_S)
         report(await asyncio.to_thread(apparmor.problem))

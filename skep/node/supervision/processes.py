@@ -10,6 +10,7 @@ from skep.aio.clock import Clock
 from skep.bootstrap import FUTILE, REMOVED, STARVED
 from skep.dataplane.wireguard import process as wireguard_go
 from skep.errors import Unavailable
+from skep.model.node_reports.conditions import ConditionName
 from skep.node.host.conditions import Conditions
 from skep.node.supervision.responses import wait_manager_hung
 from skep.node.supervision.supervisor import SupervisionPolicy, Supervisor
@@ -67,7 +68,7 @@ class NodeProcesses:
             final={REMOVED: _REMOVED},
             futile=FUTILE,
             starved=STARVED,
-            show_condition=self._conditions.reporter("manager"),
+            show_condition=self._conditions.reporter(ConditionName.MANAGER),
             wait_hung=partial(wait_manager_hung, self._paths, self._hand_over, self._clock),
         )
         return self._new("manager", policy=policy)

@@ -17,7 +17,7 @@ from skep.api.telemetry.exposition import render
 from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import ContainerConfig, ContainerState, MountPoint
 from skep.errors import Unavailable
-from skep.model.node_reports.conditions import DISK_PRESSURE, DISK_PRESSURE_LABEL, DISK_SPACE
+from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL, ConditionName
 from skep.node.host import disk_space
 from skep.node.host.conditions import Conditions
 from skep.node.host.disk_space import (
@@ -171,7 +171,7 @@ async def test_a_full_disk_of_a_bind_mount_does_not_show_its_source(
         {"data": tmp_path}, lambda: containers, lambda: configuration, conditions, SystemClock()
     )
     await check.measure()
-    assert conditions.present()[DISK_SPACE].startswith("the disk at /proc is 90 % full")
+    assert conditions.present()[ConditionName.DISK_SPACE].startswith("the disk at /proc is 90 % full")
 
 
 def test_containers_write_to_volumes_and_bind_mounts_that_are_not_read_only() -> None:
@@ -204,7 +204,7 @@ async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
     for _ in range(3):
         await check.measure()
         found.append(sorted(conditions.present()))
-    assert found == [[DISK_SPACE], [DISK_PRESSURE], []]
+    assert found == [[ConditionName.DISK_SPACE], [ConditionName.DISK_PRESSURE], []]
     assert DISK_PRESSURE_LABEL in conditions.labels()  # until it has been there for half a minute
     page = render(disk_families(check.disks)).decode()
     assert 'skep_disk_used_ratio{disk="data"} 0.5' in page
@@ -248,7 +248,7 @@ async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(90))
     conditions = Conditions(SystemClock())
     await checking(tmp_path, conditions, disk_pressure=90).measure()
-    assert sorted(conditions.present()) == [DISK_PRESSURE]
+    assert sorted(conditions.present()) == [ConditionName.DISK_PRESSURE]
 
 
 async def test_a_disk_that_does_not_answer_hides_no_other(
@@ -298,7 +298,7 @@ async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
     try:
         for _ in range(5):
             await check.measure()
-            assert sorted(conditions.present()) == [DISK_PRESSURE]
+            assert sorted(conditions.present()) == [ConditionName.DISK_PRESSURE]
         assert looks == ["/nfs"]
     finally:
         may_end.set()
@@ -322,7 +322,7 @@ async def test_an_own_disk_that_does_not_answer_is_as_full_as_before(
     for _ in range(3):
         await check.measure()
         found.append(sorted(conditions.present()))
-    assert found == [[DISK_PRESSURE], [DISK_PRESSURE], []]
+    assert found == [[ConditionName.DISK_PRESSURE], [ConditionName.DISK_PRESSURE], []]
 
 
 def test_a_disk_of_a_bind_mount_has_its_device_as_name() -> None:

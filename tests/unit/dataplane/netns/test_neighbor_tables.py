@@ -17,7 +17,7 @@ from skep.dataplane.netns.kernel.neighbor_tables import (
     raised,
 )
 from skep.model.node import EngineDescription, NodeDescription
-from skep.model.node_reports.conditions import NEIGHBORS, condition_label, network_conditions
+from skep.model.node_reports.conditions import ConditionName, condition_label, network_conditions
 from skep.node.host.conditions import Conditions
 
 HEAD = (
@@ -99,7 +99,10 @@ async def watched(*numbers: int, refusal: str = "") -> Conditions:
     each = counts(*numbers)
     with pytest.raises((Ended, RuntimeError)):
         await NeighborTables(
-            conditions.reporter(NEIGHBORS), clock, raise_limits=lambda: refusal, count=lambda: next(each)
+            conditions.reporter(ConditionName.NEIGHBOR_TABLE),
+            clock,
+            raise_limits=lambda: refusal,
+            count=lambda: next(each),
         ).run()
     return conditions
 
@@ -108,7 +111,7 @@ async def test_an_overflow_is_a_condition_within_one_look() -> None:
     assert not (await watched(7, 7, 7)).present()
     present = (await watched(7, 8, refusal="gc_thresh3: Permission denied")).present()
     assert WATCH_SECONDS <= 15, "it is reported within 30 s, of which the description takes 10"
-    assert "gc_thresh3: Permission denied" in present[NEIGHBORS]
+    assert "gc_thresh3: Permission denied" in present[ConditionName.NEIGHBOR_TABLE]
 
 
 async def test_it_is_over_when_nothing_has_overflowed_for_a_while() -> None:
@@ -118,6 +121,6 @@ async def test_it_is_over_when_nothing_has_overflowed_for_a_while() -> None:
 
 
 def test_managers_read_it_off_the_nodes_description() -> None:
-    labels = {condition_label(NEIGHBORS): "it overflows", condition_label("disk"): "full"}
+    labels = {condition_label(ConditionName.NEIGHBOR_TABLE): "it overflows", condition_label("disk"): "full"}
     assert network_conditions(NodeDescription(engine=EngineDescription(labels=labels))) == ("it overflows",)
     assert network_conditions(NodeDescription()) == ()

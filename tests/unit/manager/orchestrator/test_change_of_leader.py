@@ -7,7 +7,7 @@ is, so that the same life can be run with other leaders.
 from collections.abc import Callable, Collection
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skep.manager.orchestrator.observed_times import ObservedTimes
@@ -101,6 +101,7 @@ def a_life(policy: RestartPolicy, fates: list[list[int]]) -> Life:
 
 
 @settings(max_examples=EXAMPLES)
+@example(RestartPolicy(condition=RestartCondition.ANY, delay=3_000_000_000, max_attempts=2), [[13, 19]], {16})
 @given(policies, st.lists(st.lists(runs, min_size=1, max_size=4), min_size=1, max_size=2), moments)
 def test_no_slot_ends_that_would_not_have_and_none_that_ended_comes_back(
     policy: RestartPolicy, fates: list[list[int]], changes: set[int]
@@ -114,7 +115,8 @@ def test_no_slot_ends_that_would_not_have_and_none_that_ended_comes_back(
         before = changed.given_up
     assert changed.given_up <= steady.given_up
     if not policy.window:
-        assert changed.given_up == steady.given_up
+        changed.live(LIFE_S, ())  # a change of leader may put off a restart, and so the end of the slot
+        assert steady.given_up <= changed.given_up
 
 
 def test_restarts_of_months_ago_are_none_of_this_window() -> None:

@@ -12,8 +12,7 @@ from skep.manager.orchestrator.reaper.node_loop import remove_lost
 from skep.manager.routes.representations import problems_of, shown_node
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
-from skep.model.node_reports.conditions import condition_label
-from skep.model.node_reports.description_size import SIZE_CONDITION
+from skep.model.node_reports.conditions import ConditionName, condition_label
 from skep.model.options.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
 from skep.model.options.slot_volumes import (
     FORGOTTEN_LABEL,
@@ -216,7 +215,7 @@ def test_a_node_that_cannot_report_all_its_volumes_is_kept_for_the_data_of_any_s
     assert why_kept(a_cluster_with(some, a_service_with_data())) == ""
     # The size of the whole description cuts the label at any length.
     engine = some.description.engine
-    labels = {**engine.labels, condition_label(SIZE_CONDITION): "slots with volumes were cut"}
+    labels = {**engine.labels, condition_label(ConditionName.DESCRIPTION_SIZE): "slots with volumes were cut"}
     cut = replace(some, description=replace(some.description, engine=replace(engine, labels=labels)))
     assert why_kept(a_cluster_with(cut, a_service_with_data())).startswith("it has more volumes than")
 

@@ -13,8 +13,7 @@ from skep.manager.orchestrator.reaper.unreported import unreported
 from skep.model.container import ContainerSpec, Mount
 from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, Node
-from skep.model.node_reports.conditions import condition_label
-from skep.model.node_reports.description_size import SIZE_CONDITION
+from skep.model.node_reports.conditions import ConditionName, condition_label
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.options.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL, created_ms
 from skep.model.service import Service
@@ -95,7 +94,9 @@ def test_nothing_waits_for_a_report_that_never_comes_or_need_not_come() -> None:
     task = ended()
     assert waits(task, node=None) == []
     assert waits(task, node=reporting()) == [], "a Docker Engine"
-    assert waits(task, node=reporting(**SKEP, **{condition_label(SIZE_CONDITION): "cut"})) == []
+    assert (
+        waits(task, node=reporting(**SKEP, **{condition_label(ConditionName.DESCRIPTION_SIZE): "cut"})) == []
+    )
     assert waits(task, node=reporting(forgotten=f"data-2@{created_ms(task)}", **SKEP)) == []
     assert waits(task, node=reporting(**SKEP), service=keeping(**{VOLUME_AFFINITY: "preferred"})) == []
     removed = replace(SERVICE, removed_at=Timestamp("2026-01-01T00:00:00Z"))

@@ -1,0 +1,1 @@
+"""The recording in the README: a real cluster, and the picture of its terminal."""
