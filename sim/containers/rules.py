@@ -118,7 +118,7 @@ def unprobed(containers: Sequence[Container], now_ns: int) -> Iterator[str]:
 
 
 def untold(containers: Sequence[Container], events: Sequence[ContainerEvent]) -> Iterator[str]:
-    """Yield running containers whose health is not the last one that ``docker events`` has shown for this run."""
+    """Yield running containers whose health differs from the last health event of this run."""
     for one in containers:
         if one.health is None or not is_up(one):
             continue
@@ -144,6 +144,12 @@ def unadopted(world: World, one: Container, *, is_watched: bool) -> Iterator[str
         return
     if ("process", id) not in world.unfreed and (one.process is not None or process is not None):
         yield f"{id[:4]} was adopted as {one.state.value} and has a process"
+    if one.plain is not None:
+        yield from (
+            f"{id[:4]} was adopted and its {what} is left" for what in world.held_by(id) if what != "volume"
+        )
+        if one.is_at_rest:
+            yield f"{id[:4]} was adopted and its policy does not apply"
     if one.state is ContainerState.CREATED and one.plain is None and not one.is_retired and not one.error:
         for what, found in (("namespace", world.namespaces), ("root", world.roots)):
             if id not in found:

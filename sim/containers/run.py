@@ -18,7 +18,16 @@ from msgspec.structs import replace
 from sim.containers.faults import CALLS, Crash, Faults
 from sim.containers.node import NodeProcess, is_up, port_of
 from sim.containers.outcomes import Outcome, contradictions
-from sim.containers.rules import Request, leftovers, unadopted, unchanged, unprobed, untold, unwanted
+from sim.containers.rules import (
+    DECISIVE,
+    Request,
+    leftovers,
+    unadopted,
+    unchanged,
+    unprobed,
+    untold,
+    unwanted,
+)
 from sim.containers.world import World
 from sim.run import RunResult
 from sim.time import VirtualClock, VirtualLoop
@@ -62,6 +71,8 @@ CHECK = HealthConfig(
     test=("CMD", "x"), interval=10 * SECOND_NS, timeout=5 * SECOND_NS, start_interval=SECOND_NS, retries=2
 )
 NETWORKS = ("front", "back", "bridge")
+DECIDING = DECISIVE | {"pause", "unpause", "retire", "update"}
+"""Requests that change the process or resources of a container, or whether its policy applies."""
 POLICIES = ("no", "always", "unless-stopped", "on-failure")
 KINDS = (
     *("start", "start", "start", "stop", "stop", "kill", "restart"),
@@ -169,11 +180,11 @@ class Run:
 
     async def _check_adopted(self, node: NodeProcess) -> None:
         """Check the containers of earlier processes as soon as all are adopted."""
-        began_s, engine = self.loop.time(), node.engine
+        began_s, engine, earlier = self.loop.time(), node.engine, set(self.world.records)
         await engine._lifecycle.adoption.is_complete.wait()
-        requested = {one.id for one in self.requests if one.issued_s >= began_s}
+        requested = {one.id for one in self.requests if one.issued_s >= began_s and one.kind in DECIDING}
         for one in engine.list() if node.is_alive else ():
-            if one.id not in requested and self._is_idle(engine, one.id):
+            if one.id in earlier - requested and self._is_idle(engine, one.id):
                 is_watched = engine._lifecycle.is_watched(one.id)
                 self.violations += unadopted(self.world, one, is_watched=is_watched)
 
@@ -227,6 +238,9 @@ class Run:
                 self._note("crash")
                 self.crashes_s.append(self.loop.time())
                 self.world.lost |= self.world.unwritten
+                # The next process deletes processes, and unmounts volumes once it has adopted all containers.
+                self.world.unfreed -= {("process", id) for id in self.world.directories}
+                self.world.unfreed |= {("volume", id) for id in self.world.volumes}
             elif running.done() and not running.cancelled():
                 self.violations.append(f"the engine ended: {running.exception()!r}")
                 node.crash()

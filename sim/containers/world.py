@@ -223,7 +223,7 @@ class World:
     # --- resources ----------------------------------------------------------------------------------------------
 
     def held_by(self, id: ContainerId) -> list[str]:
-        """Return the resources of a run that a container has, except those that could not be freed."""
+        """Return a container's resources that only a run needs, unless freeing them has failed."""
         resources: dict[str, Collection[ContainerId]] = {
             "process": self.processes,
             "namespace": self.namespaces,
