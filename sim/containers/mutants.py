@@ -37,6 +37,7 @@ _WAITS = (
     "lifecycle_table.py::test_what_reaches_the_networks_waits_until_those_of_earlier_processes_are_restored"
 )
 _UNFINISHED = "unfinished_lives.py"
+_ADOPTED = "Adopted in created, a task's, not retired"
 SHOWN_ELSEWHERE: Mapping[str, str] = {
     "Start in removing: nothing": "starts.py::test_a_start_that_has_waited_for_a_removal_that_failed_is_refused",
     f"{_TASK}, without secret variables: without take a start slot": _PLACES,
@@ -52,10 +53,13 @@ SHOWN_ELSEWHERE: Mapping[str, str] = {
     "Disconnect in running or paused, its run is connected: without await the node's networks": _WAITS,
     f"Rename in {_CHANGES}: without await the node's networks": _WAITS,
     f"RenameFailed in {_CHANGES}: without rename back on its networks": "renames.py",
+    "PauseFailed in running or paused: nothing": _UNFINISHED,
+    "PauseFailed in running or paused: without check whether it is frozen": _UNFINISHED,
     "Retire in created, it belongs to a task: without delete process and cgroups": _UNFINISHED,
     "RemoveContainer in running or paused: without its record": _UNFINISHED,
     "RemoveContainer in any state: without await the last run's release": _UNFINISHED,
     "Adopted in running or paused: without its record": _UNFINISHED,
+    f"{_ADOPTED}, without its networks: without delete process and cgroups": _UNFINISHED,
 }
 """Mutants that no rule of the simulation shows, and the test in ``tests/unit/engine/test_`` that does."""
 EQUIVALENT = frozenset(

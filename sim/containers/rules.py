@@ -194,7 +194,8 @@ def unwanted(
         own = sorted((one for one in requests if one.id == id), key=lambda one: one.issued_s)
         decisive = [one for one in own if one.kind in DECISIVE]
         for number, one in enumerate(decisive):
-            if not _is_alone(one, decisive) or not (one.outcome == "done" or one.is_forced):
+            counts = one.outcome == "done" or (one.is_forced and one.outcome == "refused")
+            if not _is_alone(one, decisive) or not counts:
                 continue
             later = next((other for other in decisive[number + 1 :] if other.kind in STARTING), None)
             runs = world.starts[id] if later is None else later.starts_before

@@ -1,4 +1,4 @@
-"""Containers whose removal, retirement or thaw was not finished, because of a failure or a crash."""
+"""Containers whose removal, retirement, pause or thaw was not finished, because of a failure or a crash."""
 
 import asyncio
 from pathlib import Path
@@ -89,5 +89,21 @@ def test_a_removal_waits_until_everything_of_the_last_run_is_freed(
         gate.set()
         await removing
         assert not stubs.bundles.saved
+
+    on_virtual_time(body, tmp_path, a_container())
+
+
+def test_a_pause_that_failed_after_it_has_frozen_the_container_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(_: ContainerId) -> None:
+        raise Unavailable("runc pause did not end in time")
+
+    async def body(stubs: StubEngine) -> None:
+        monkeypatch.setattr(stubs.runtime, "pause", late)
+        monkeypatch.setattr(stubs.runtime, "is_frozen", lambda *_: True)
+        with pytest.raises(Unavailable, match="did not end in time"):
+            await stubs.engine.pause(ID)
+        assert stubs.engine.get(ID).state is ContainerState.PAUSED
 
     on_virtual_time(body, tmp_path, a_container())
