@@ -41,6 +41,10 @@ from skep.model.values.ids import ContainerId, NetworkId
 T = TypeVar("T")
 
 STARTS_MAX = 1
+RESTORES_S = (0.0, 0.0, 0.3, 3.0)
+"""Seconds from the reading of the records until the networks of earlier processes are restored.  Users' requests reach
+containers meanwhile.
+"""
 BRIDGE = NetworkMode.BRIDGE.value
 WARNINGS = ("limit discarded",)
 """Warnings of each preparation."""
@@ -243,6 +247,8 @@ class SimulatedBundles(Part):
         def prepare() -> None:
             self._world.roots.add(container.id)
             self._world.prepared[container.id] = container.config.env
+            self._world.prepared_for[container.id] = container.sandbox.netns if container.sandbox else ""
+            self._world.name_files[container.id] = _named_in(container)
 
         self._now("prepare", prepare)
         return WARNINGS
@@ -255,7 +261,10 @@ class SimulatedBundles(Part):
         return self.bundle(id) / exec_id
 
     def refresh_name_files(self, before: Container, after: Container) -> None:
-        self._now("name files", lambda: None)
+        id, named = after.id, _named_in(after)
+        self._world.unfreed.add(("name files", id))
+        self._now("name files", lambda: self._world.name_files.update({id: named}))
+        self._world.unfreed.discard(("name files", id))
 
     def parts(self, container: Container) -> tuple[()]:
         return ()
@@ -297,7 +306,7 @@ class SimulatedNetwork(Part):
     predefined_ids: Mapping[str, str] = {}
 
     def is_present(self, sandbox: Sandbox) -> bool:
-        return ContainerId(sandbox.netns) in self._world.namespaces
+        return sandbox.netns in self._world.namespaces.values()
 
     async def attach(self, config: SandboxConfig) -> Sandbox:
         port = config.ports[0].published_port if config.ports else 0
@@ -310,7 +319,8 @@ class SimulatedNetwork(Part):
             except RuntimeError as error:
                 raise AlreadyExists(str(error)) from error
             return Sandbox(
-                netns=config.id, endpoints=tuple(_endpoint(one.network) for one in config.networks)
+                netns=self._world.namespaces[config.id],
+                endpoints=tuple(_endpoint(one.network) for one in config.networks),
             )
 
         try:
@@ -386,11 +396,12 @@ class SimulatedNetwork(Part):
         kept = {config.id for config, _ in live}
 
         def free() -> None:
-            for id in sorted(self._world.namespaces - kept):
+            for id in sorted(self._world.namespaces.keys() - kept):
                 self._world.detach(id)
             for config, _ in live:
                 self._world.networks[config.id] = dict.fromkeys(_networks_of(config), config.name)
 
+        await self._node.clock.sleep(self._node.random.choice(RESTORES_S))
         await self._call("restore", free)
 
     async def holders(self) -> Collection[ContainerId]:
@@ -401,6 +412,11 @@ class SimulatedNetwork(Part):
 
     async def sweep(self) -> None:
         """Do nothing, because every port has its container's namespace."""
+
+
+def _named_in(container: Container) -> tuple[str, ...]:
+    """Return the networks that the name files of a container show."""
+    return () if container.sandbox is None else tuple(one.network_id for one in container.sandbox.endpoints)
 
 
 def _networks_of(config: SandboxConfig) -> Sequence[str]:
@@ -435,13 +451,18 @@ class SimulatedVolumes(Part):
         except asyncio.CancelledError:
             self._users.discard(id)
             self._unfinished.add(id)
+            self._world.unfreed.add(("volume", id))
             raise
 
     async def unmount(self, user: str, parts: object = ()) -> None:
         id = ContainerId(user)
         self._users.discard(id)
         self._unfinished.add(id)
-        await self._call("unmount", lambda: self._world.volumes.discard(id))
+        try:
+            await self._call("unmount", partial(self._world.unmount, id))
+        except (SkepError, asyncio.CancelledError):
+            self._world.unfreed.add(("volume", id))
+            raise
         self._unfinished.discard(id)
 
     def adopt(self, user: str, points: object) -> None:
@@ -458,7 +479,7 @@ class SimulatedVolumes(Part):
 
     def _unmount(self, id: ContainerId) -> None:
         if id not in self._users:
-            self._world.volumes.discard(id)
+            self._world.unmount(id)
 
     async def sweep(self) -> None:
         """Do nothing, because no volume is removed."""
@@ -484,6 +505,8 @@ class NodeProcess:
     def __init__(self, world: World, faults: Faults, clock: Clock, random: Random) -> None:
         self.world = world
         self.faults = faults
+        self.clock = clock
+        self.random = random
         self.is_alive = True
         self.crashed = asyncio.Event()
         self.attached: set[ContainerId] = set()

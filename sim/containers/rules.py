@@ -6,13 +6,14 @@ import msgspec
 
 from sim.containers.node import BRIDGE, WARNINGS, is_up
 from sim.containers.world import World
-from skep.engine.containers.container import Container, ContainerState
+from skep.engine.containers.container import Container, ContainerEvent, ContainerState, HealthStatus
 from skep.model.networks.sandbox import NetworkMode
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import SECOND_NS, unix_ns
 
 PROBED_S_MAX = 120.0
 """Seconds between two probes at most: interval, deadline, and the wait for a killed probe."""
+HEALTH_EVENT = "health_status: "
 STARTING = frozenset({"start", "restart"})
 STOPPING = frozenset({"stop", "kill"})
 CHANGES = frozenset({"rename", "update", "connect", "disconnect"})
@@ -31,6 +32,8 @@ class Request(msgspec.Struct):
     ended_s: float = float("inf")
     wanted: str | int = ""
     """The name, network or limit that it asks for."""
+    is_forced: bool = False
+    """Whether it removes a container that runs."""
     outcome: str = "unknown"
     """``done``, ``refused``, or ``unknown`` after a crash or a disconnect."""
 
@@ -51,7 +54,7 @@ def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
         ("record on disk", by_id.keys(), world.records.keys()),
         ("process", live | retried | removing, world.processes.keys()),
         ("cgroup", live | retried | removing, world.cgroups),
-        ("namespace", live | removing | created, world.namespaces),
+        ("namespace", live | removing | created, world.namespaces.keys()),
         ("root", live | retried | removing | created, world.roots),
         ("volume", live, world.volumes),
         ("port", live | removing | created, set(world.ports.values())),
@@ -79,7 +82,7 @@ def leftovers(world: World, containers: Sequence[Container]) -> Iterator[str]:
             yield f"{id[:4]} has another limit than its record"
         yield from _networks(world, by_id[id])
         for what, found in (
-            ("namespace", world.namespaces),
+            ("namespace", world.namespaces.keys()),
             ("root", world.roots),
             ("volume", world.volumes),
         ):
@@ -112,6 +115,47 @@ def unprobed(containers: Sequence[Container], now_ns: int) -> Iterator[str]:
         last_ns = unix_ns(log[-1].start) if log else started_ns
         if now_ns - last_ns > PROBED_S_MAX * SECOND_NS:
             yield f"{one.id[:4]} is not probed"
+
+
+def untold(containers: Sequence[Container], events: Sequence[ContainerEvent]) -> Iterator[str]:
+    """Yield running containers whose health differs from the last health event of this run."""
+    for one in containers:
+        if one.health is None or not is_up(one):
+            continue
+        actions = [event.action for event in events if event.container_id == one.id]
+        if "start" not in actions:  # an earlier process has shown it
+            continue
+        run = actions[len(actions) - actions[::-1].index("start") :]
+        shown = [action.removeprefix(HEALTH_EVENT) for action in run if action.startswith(HEALTH_EVENT)]
+        if (shown or [HealthStatus.STARTING.value])[-1] != one.health.status.value:
+            yield f"{one.id[:4]} is {one.health.status.value}, and its events do not show that"
+
+
+def unadopted(world: World, one: Container, *, is_watched: bool) -> Iterator[str]:
+    """Yield how an adopted container differs from its record.  No request for it has been sent since the crash."""
+    id, process = one.id, world.processes.get(one.id)
+    if one.state is ContainerState.REMOVING:
+        return
+    if is_up(one):
+        if process is None or process.name != one.process or not is_watched:
+            yield f"{id[:4]} was adopted as {one.state.value} and is not watched"
+        elif process.exit_code is None and process.is_frozen != (one.state is ContainerState.PAUSED):
+            yield f"{id[:4]} was adopted as {one.state.value} and is not"
+        return
+    if ("process", id) not in world.unfreed and (one.process is not None or process is not None):
+        yield f"{id[:4]} was adopted as {one.state.value} and has a process"
+    if one.plain is not None:
+        yield from (
+            f"{id[:4]} was adopted and its {what} is left" for what in world.held_by(id) if what != "volume"
+        )
+        if one.is_at_rest:
+            yield f"{id[:4]} was adopted and its policy does not apply"
+    if one.state is ContainerState.CREATED and one.plain is None and not one.is_retired and not one.error:
+        for what, found in (("namespace", world.namespaces), ("root", world.roots)):
+            if id not in found:
+                yield f"{id[:4]} was adopted without its {what}"
+        if world.namespaces.get(id, "") != world.prepared_for.get(id):
+            yield f"{id[:4]} was adopted with the bundle of an earlier namespace"
 
 
 def unchanged(containers: Sequence[Container], requests: Sequence[Request]) -> Iterator[str]:
@@ -150,17 +194,19 @@ def unwanted(
         own = sorted((one for one in requests if one.id == id), key=lambda one: one.issued_s)
         decisive = [one for one in own if one.kind in DECISIVE]
         for number, one in enumerate(decisive):
-            if not _is_alone(one, decisive) or one.outcome != "done":
+            counts = one.outcome == "done" or (one.is_forced and one.outcome == "refused")
+            if not _is_alone(one, decisive) or not counts:
                 continue
             later = next((other for other in decisive[number + 1 :] if other.kind in STARTING), None)
             runs = world.starts[id] if later is None else later.starts_before
             may_start = id in world.lost or _starts_at_boot(by_id.get(id), one, later, crashes_s)
-            if one.kind in STOPPING and not may_start:
+            if (one.kind in STOPPING or one.is_forced) and not may_start:
                 if runs > one.starts_before + _running_start(one):
                     yield f"{id[:4]} was started after its user had stopped it"
-                if number == len(decisive) - 1 and id in by_id and by_id[id].is_active:
+                is_last = number == len(decisive) - 1 and one.outcome == "done"
+                if is_last and id in by_id and by_id[id].is_active:
                     yield f"{id[:4]} runs although its user has stopped it"
-            if one.kind == "remove" and id in by_id:
+            if one.kind == "remove" and one.outcome == "done" and id in by_id:
                 yield f"{id[:4]} exists although its user has removed it"
         yield from _kept_going(by_id.get(id), decisive)
         uncounted = len(crashes_s) + world.refused_writes[id]

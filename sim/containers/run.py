@@ -17,7 +17,17 @@ from msgspec.structs import replace
 
 from sim.containers.faults import CALLS, Crash, Faults
 from sim.containers.node import NodeProcess, is_up, port_of
-from sim.containers.rules import Request, leftovers, unchanged, unprobed, unwanted
+from sim.containers.outcomes import Outcome, contradictions
+from sim.containers.rules import (
+    DECISIVE,
+    Request,
+    leftovers,
+    unadopted,
+    unchanged,
+    unprobed,
+    untold,
+    unwanted,
+)
 from sim.containers.world import World
 from sim.run import RunResult
 from sim.time import VirtualClock, VirtualLoop
@@ -61,6 +71,8 @@ CHECK = HealthConfig(
     test=("CMD", "x"), interval=10 * SECOND_NS, timeout=5 * SECOND_NS, start_interval=SECOND_NS, retries=2
 )
 NETWORKS = ("front", "back", "bridge")
+DECIDING = DECISIVE | {"pause", "unpause", "retire", "update"}
+"""Requests that change the process or resources of a container, or whether its policy applies."""
 POLICIES = ("no", "always", "unless-stopped", "on-failure")
 KINDS = (
     *("start", "start", "start", "stop", "stop", "kill", "restart"),
@@ -152,6 +164,7 @@ class Run:
         await self._calm()
         self.violations += leftovers(self.world, engine.list())
         self.violations += unprobed(engine.list(), self.clock.now_ns())
+        self.violations += untold(engine.list(), engine.events.recent(0))
         self.violations += unchanged(engine.list(), self.requests)
         for name in {str(one.wanted) for one in self.requests if one.kind == "rename"}:
             if engine.has(name) and engine.get(name).name != name:
@@ -164,6 +177,24 @@ class Run:
                 await self.clock.sleep(1.0)
             else:
                 self.violations.append(f"{id[:4]} is locked")
+
+    async def _check_adopted(self, node: NodeProcess) -> None:
+        """Check the containers of earlier processes as soon as all are adopted."""
+        began_s, engine, earlier = self.loop.time(), node.engine, set(self.world.records)
+        await engine._lifecycle.adoption.is_complete.wait()
+        requested = {one.id for one in self.requests if one.issued_s >= began_s and one.kind in DECIDING}
+        for one in engine.list() if node.is_alive else ():
+            if one.id in earlier - requested and self._is_idle(engine, one.id):
+                is_watched = engine._lifecycle.is_watched(one.id)
+                self.violations += unadopted(self.world, one, is_watched=is_watched)
+
+    @staticmethod
+    def _is_idle(engine: Engine, id: ContainerId) -> bool:
+        """Return whether nothing changes a container at this moment, neither an operation nor the end of its run."""
+        lifecycle = engine._lifecycle
+        if lifecycle.locks.is_held(id):
+            return False
+        return not (engine.has(id) and lifecycle.is_watched(id) and not is_up(engine.get(id)))
 
     def _ended_execs(self, engine: Engine) -> set[str]:
         """Return the execs that count as running and have no process."""
@@ -200,11 +231,16 @@ class Run:
             self.node = node
             running = asyncio.create_task(node.run())
             crashed = self._adopt_task(asyncio.create_task(node.crashed.wait()))
+            checking = self._adopt_task(asyncio.create_task(self._check_adopted(node)))
             await asyncio.wait([running, crashed], return_when=asyncio.FIRST_COMPLETED)
+            checking.cancel()
             if not node.is_alive:
                 self._note("crash")
                 self.crashes_s.append(self.loop.time())
                 self.world.lost |= self.world.unwritten
+                # The next process deletes processes, and unmounts volumes once it has adopted all containers.
+                self.world.unfreed -= {("process", id) for id in self.world.directories}
+                self.world.unfreed |= {("volume", id) for id in self.world.volumes}
             elif running.done() and not running.cancelled():
                 self.violations.append(f"the engine ended: {running.exception()!r}")
                 node.crash()
@@ -269,14 +305,15 @@ class Run:
     def _check_undone(self, node: NodeProcess) -> None:
         """Check that a failed creation has left no namespace.  The sweep would find it later."""
         known = {one.id for one in node.engine.list()} | {id for _, id in self.world.unfreed}
-        for id in sorted((self.world.namespaces & node.attached) - known):
+        for id in sorted((self.world.namespaces.keys() & node.attached) - known):
             self.violations.append(f"a namespace of {id[:4]} is left by its creation")
 
     async def _request(self, node: NodeProcess, kind: str, id: ContainerId) -> None:
         engine = node.engine
         shown = "remove" if kind == "force" else kind
-        request = Request(shown, id, self.loop.time(), self.world.starts[id])
+        request = Request(shown, id, self.loop.time(), self.world.starts[id], is_forced=kind == "force")
         request.wanted = self._wanted(kind)
+        before, issued_ns = engine.get(id) if engine.has(id) else None, self.clock.now_ns()
         self.requests.append(request)
         secret = ("A=b",) if len(self.requests) % 2 else ()
         network = str(request.wanted)
@@ -320,6 +357,12 @@ class Run:
         request.outcome = "refused" if isinstance(outcome, Exception) else (outcome and "done") or "unknown"
         if request.outcome != "unknown":
             request.ended_s = self.loop.time()
+        if outcome is not None and node.is_alive and self._is_alone(request):
+            after = engine.get(id) if engine.has(id) else None
+            seen = Outcome(
+                request, outcome, before, after, self._is_idle(engine, id), engine.events.recent(issued_ns)
+            )
+            self.violations += contradictions(self.world, seen)
         if shown == "remove" and request.outcome == "done" and id in self._ids:
             self._ids.remove(id)
 

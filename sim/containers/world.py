@@ -51,18 +51,24 @@ class World:
         self._loop = loop
         self._random = random
         self._pids = 1000
+        self._namespaces = 0
         self.processes: dict[ContainerId, Process] = {}
         """Containers that runc knows.  A container whose process has ended stays until it is deleted."""
         self.exits: dict[ProcessName, int] = {}
         self.cgroups: set[ContainerId] = set()
         self.execs: dict[str, ExecProcess] = {}
-        self.namespaces: set[ContainerId] = set()
+        self.namespaces: dict[ContainerId, str] = {}
+        """The name of each container's network namespace."""
         self.networks: dict[ContainerId, dict[str, str]] = {}
         """The name under which a namespace is on each network."""
         self.limits: dict[ContainerId, int] = {}
         """The pids limit of each control group."""
         self.prepared: dict[ContainerId, tuple[str, ...]] = {}
         """The environment in each bundle."""
+        self.prepared_for: dict[ContainerId, str] = {}
+        """The namespace in each bundle."""
+        self.name_files: dict[ContainerId, tuple[str, ...]] = {}
+        """The networks that the name files of each bundle show."""
         self.environments: dict[ContainerId, tuple[str, ...]] = {}
         """The environment of each run."""
         self.ports: dict[int, ContainerId] = {}
@@ -98,6 +104,8 @@ class World:
             raise RuntimeError(f"container with id {id[:4]} already exists")
         if id not in self.namespaces or id not in self.roots:
             self.violations.append(f"{id[:4]} was created without its namespace or root")
+        elif self.prepared_for[id] != self.namespaces[id]:
+            self.violations.append(f"{id[:4]} was created in an earlier namespace")
         self._pids += 1
         process = self.processes[id] = Process(ProcessName(self._pids, 1, "boot"))
         self.cgroups.add(id)
@@ -179,15 +187,23 @@ class World:
         owner = self.ports.get(port)
         if owner not in (None, id):
             raise RuntimeError(f"port {port} is taken by {str(owner)[:4]}")
-        self.namespaces.add(id)
+        if id not in self.namespaces:
+            self._namespaces += 1
+            self.namespaces[id] = f"n{self._namespaces}"
         self.networks[id] = dict.fromkeys(networks, name)
         if port:
             self.ports[port] = id
 
     def detach(self, id: ContainerId) -> None:
-        self.namespaces.discard(id)
+        self.namespaces.pop(id, None)
         self.networks.pop(id, None)
         self.ports = {port: owner for port, owner in self.ports.items() if owner != id}
+
+    # --- volumes ------------------------------------------------------------------------------------------------
+
+    def unmount(self, id: ContainerId) -> None:
+        self.volumes.discard(id)
+        self.unfreed.discard(("volume", id))
 
     # --- disk ---------------------------------------------------------------------------------------------------
 
@@ -203,6 +219,18 @@ class World:
         self.roots.discard(id)
         self.directories.discard(id)
         self.records.pop(id, None)
+
+    # --- resources ----------------------------------------------------------------------------------------------
+
+    def held_by(self, id: ContainerId) -> list[str]:
+        """Return a container's resources that only a run needs, unless freeing them has failed."""
+        resources: dict[str, Collection[ContainerId]] = {
+            "process": self.processes,
+            "namespace": self.namespaces,
+            "root": self.roots,
+            "volume": self.volumes,
+        }
+        return [what for what, owners in resources.items() if id in owners and (what, id) not in self.unfreed]
 
     def _require_kept(self, id: ContainerId, what: str) -> None:
         record = self.records.get(id)

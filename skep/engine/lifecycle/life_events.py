@@ -275,7 +275,3 @@ class PauseFailed(EffectFailed, frozen=True):
 
 class RemovalFailed(EffectFailed, frozen=True):
     """The container could not be removed completely."""
-
-
-class AdoptionFailed(EffectFailed, frozen=True):
-    """A container that never ran could not be prepared again."""

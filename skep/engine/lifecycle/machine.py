@@ -23,7 +23,6 @@ from skep.engine.containers.container import Container, ContainerState
 from skep.engine.lifecycle import changes, conditions
 from skep.engine.lifecycle.life_events import (
     Adopted,
-    AdoptionFailed,
     Attached,
     Attempted,
     BundleWritten,
@@ -382,7 +381,6 @@ TABLE = (
         (E.DELETE_PROCESS, E.WRITE_BUNDLE),
         when=conditions.waits_with_network,
         record=changes.without_process,
-        fails=AdoptionFailed,
     ),
     on(
         CREATED,
@@ -390,9 +388,7 @@ TABLE = (
         (E.DELETE_PROCESS, *_ATTACH),
         when=conditions.waits_without_network,
         record=changes.without_process,
-        fails=AdoptionFailed,
     ),
-    on(CREATED, AdoptionFailed, _CLEAN, then=StartUndone),
     on(AT_REST, Adopted, _CLEAN, when=conditions.has_leftovers, then=Cleaned),
     on(AT_REST, Cleaned, record=changes.cleaned),
     on(AT_REST, Adopted, record=changes.active),

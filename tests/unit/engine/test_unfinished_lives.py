@@ -1,0 +1,109 @@
+"""Containers whose removal, retirement, pause or thaw was not finished, because of a failure or a crash."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from skep.engine.containers.container import Container, ContainerState, PlainOptions, RestartPolicy
+from skep.engine.lifecycle.driver import KILLED_S_MAX
+from skep.engine.volumes.volumes import Volumes
+from skep.errors import Unavailable
+from skep.model.values.ids import ContainerId
+from skep.model.values.times import ZERO_TIME
+from tests.support.engine.stub_engine import (
+    ID,
+    StubEngine,
+    StubRuntime,
+    a_container,
+    on_virtual_time,
+    restart_policies,
+)
+
+
+def test_a_container_that_ends_after_its_forced_removal_has_failed_is_not_restarted(tmp_path: Path) -> None:
+    """Its user no longer wants it, whatever its restart policy is."""
+
+    async def body(stubs: StubEngine) -> None:
+        async with restart_policies(stubs):
+            removing = asyncio.create_task(stubs.engine.remove(ID, force=True))
+            await asyncio.sleep(KILLED_S_MAX + 1)  # its process waits for a device
+            with pytest.raises(Unavailable, match="could not kill"):
+                await removing
+            stubs.runtime.end(137)
+            await asyncio.sleep(120)
+        ended = stubs.engine.get(ID)
+        assert (ended.state, ended.is_restarting, stubs.runtime.starts) == (ContainerState.EXITED, False, 0)
+
+    always = PlainOptions(restart=RestartPolicy(name="always"))
+    on_virtual_time(body, tmp_path, a_container(plain=always))
+
+
+def test_a_task_is_retired_with_the_process_that_its_adoption_could_not_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[ContainerId] = []
+
+    async def delete(_: StubRuntime, container: Container) -> None:
+        calls.append(container.id)
+        if len(calls) == 1:
+            raise Unavailable("runc delete did not end in time")
+
+    monkeypatch.setattr(StubRuntime, "delete", delete)
+
+    async def body(stubs: StubEngine) -> None:
+        assert calls == [ID], "its adoption has tried that"
+        await stubs.engine.retire(ID)
+        assert calls == [ID, ID]
+        assert stubs.engine.get(ID).is_retired
+
+    on_virtual_time(
+        body, tmp_path, a_container(state=ContainerState.CREATED, plain=None, started_at=ZERO_TIME)
+    )
+
+
+def test_a_run_that_was_thawed_before_a_crash_is_adopted_as_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StubRuntime, "is_frozen", lambda *_: False)
+
+    async def body(stubs: StubEngine) -> None:
+        assert stubs.engine.get(ID).state is ContainerState.RUNNING
+        assert stubs.bundles.saved[ID].state is ContainerState.RUNNING
+
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.PAUSED))
+
+
+def test_a_removal_waits_until_everything_of_the_last_run_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its volumes would stay in use after the removal."""
+    gate = asyncio.Event()
+    monkeypatch.setattr(Volumes, "unmount", lambda *_: gate.wait())
+
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end()
+        removing = asyncio.create_task(stubs.engine.remove(ID))
+        await asyncio.sleep(10)
+        assert stubs.bundles.saved[ID].state is ContainerState.EXITED
+        gate.set()
+        await removing
+        assert not stubs.bundles.saved
+
+    on_virtual_time(body, tmp_path, a_container())
+
+
+def test_a_pause_that_failed_after_it_has_frozen_the_container_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(_: ContainerId) -> None:
+        raise Unavailable("runc pause did not end in time")
+
+    async def body(stubs: StubEngine) -> None:
+        monkeypatch.setattr(stubs.runtime, "pause", late)
+        monkeypatch.setattr(stubs.runtime, "is_frozen", lambda *_: True)
+        with pytest.raises(Unavailable, match="did not end in time"):
+            await stubs.engine.pause(ID)
+        assert stubs.engine.get(ID).state is ContainerState.PAUSED
+
+    on_virtual_time(body, tmp_path, a_container())
