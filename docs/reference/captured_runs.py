@@ -1,4 +1,4 @@
-"""What the commands print that take a while: they run against a made-up cluster, on virtual time."""
+"""The output of commands that take a while, run against a simulated cluster on virtual time."""
 
 import io
 import time
@@ -90,7 +90,7 @@ def shop(version: int, replicas: int) -> Stack:
 
 
 class _ShopCluster(Requests):
-    """What a deploy of the shop asks for.  ``fails``: the next update is paused by a task that ended."""
+    """The cluster that a deploy of the shop talks to.  If ``fails`` is set, a failed task pauses the next update."""
 
     def __init__(self) -> None:
         self.fails = False
@@ -176,12 +176,12 @@ async def _deploy(cluster: Requests, stack: Stack) -> None:
 
 
 def compared_revisions() -> list[str]:
-    """What ``skep stack diff`` prints of the two."""
+    """Return the output of ``skep stack diff`` for two versions of the shop."""
     return list(compared(shop(version=7, replicas=2), shop(version=8, replicas=3)).lines(Screen(columns=110)))
 
 
 def deployed(*, fails: bool = False) -> list[str]:
-    """What a deploy prints that updates a service."""
+    """Return the output of a deploy that updates a service."""
     cluster = _ShopCluster()
     _printed(lambda: _deploy(cluster, shop(version=7, replicas=2)))
     cluster.fails = fails
@@ -244,7 +244,7 @@ def _machines(**of_the_last: Any) -> Iterator[TargetMachine]:
 
 
 def made(**of_the_last: Any) -> list[str]:
-    """What ``skep up`` prints for three machines."""
+    """Return the output of ``skep up`` for three machines."""
     with TemporaryDirectory() as folder:
         package = Path(folder) / "skep_0.2.0_amd64.deb"
         package.touch()
@@ -263,7 +263,7 @@ def _old_cluster() -> UpgradedCluster:
 
 
 def upgrade_planned() -> list[str]:
-    """What ``skep upgrade --dry-run`` prints while a manager is away."""
+    """Return the output of ``skep upgrade --dry-run`` while a manager is down."""
     cluster = _old_cluster()
     cluster.nodes["m3"]["ManagerStatus"]["Reachability"] = "unreachable"
     host = cast("HostOptions", cluster)
@@ -271,7 +271,7 @@ def upgrade_planned() -> list[str]:
 
 
 def upgraded(*, breaks: str = "") -> list[str]:
-    """What ``skep upgrade`` prints."""
+    """Return the output of ``skep upgrade``."""
     cluster = _old_cluster()
     means = Installing(
         version="0.2.0",
@@ -297,7 +297,7 @@ _BOOM = Service(
 
 
 class _NamesOfServices:
-    """As much of a store's view as names of tasks need."""
+    """The part of a store view that task names need."""
 
     def lookup(self, kind: type[Service], id: str) -> Service | None:
         return _BOOM if id == _BOOM.id else None
@@ -333,7 +333,7 @@ def _changes() -> Iterator[Event]:
 
 
 def happened() -> list[str]:
-    """What ``skep events`` prints of an update that fails, and of a node that goes down."""
+    """Return the output of ``skep events`` for a failed update and a node that goes down."""
     view = cast("View", _NamesOfServices())
     messages = (
         message

@@ -1,4 +1,4 @@
-"""What the screens of the command look like: the code that prints them, on a cluster with something wrong."""
+"""Screens of the command, printed by its own code for a cluster with problems."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime

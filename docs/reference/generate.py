@@ -931,7 +931,7 @@ def api_errors() -> str:
 
 
 def options() -> str:
-    """What becomes of every field of a service, container, network and volume of API 1.47."""
+    """Return how Skep treats each field of services, containers, networks and volumes in API 1.47."""
     walks = importlib.import_module("tests.unit.test_every_option_of_objects")
     lines = [
         "# Options of services, containers, networks and volumes",

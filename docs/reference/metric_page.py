@@ -47,7 +47,7 @@ _NOT_THERE = {
     "swarm_store_*": "Skep has no store in memory with a lock: reads take none, and etcd does the writes. "
     "`skep_event_loop_lag_seconds` shows a manager that is late",
 }
-"""What a Docker Engine shows and Skep does not, and why."""
+"""Metrics that a Docker Engine exports and Skep does not, with the reason."""
 _LABELS = {
     "engine_daemon_engine_info": ("version", "architecture", "kernel", "os"),
     "engine_daemon_container_actions_seconds": ("action",),
@@ -63,7 +63,7 @@ _LABELS = {
     "skep_event_loop_lag_seconds": ("process",),
     "etcd_network_peer_round_trip_time_seconds": ("To",),
 }
-"""Of families whose labels are no argument of their own."""
+"""Labels of the families that do not declare them as an argument of their own."""
 
 
 class Metric(NamedTuple):

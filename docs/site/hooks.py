@@ -1,4 +1,4 @@
-"""What the site takes from the repository: its pages in the order of the index, and links to files beside ``docs``.
+"""MkDocs hooks that order the pages as in the index and link to files outside ``docs``.
 
 MkDocs calls the functions by their names (https://www.mkdocs.org/dev-guide/plugins/#events).
 """
