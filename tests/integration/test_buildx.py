@@ -155,6 +155,12 @@ def test_the_build_cache_and_the_last_builds_are_shown_and_removed(m1: TestNode,
     shown = run(m1, tmp_path, "docker-buildx", "du", "--verbose").stdout
     assert "exec.cachemount" in shown
     assert "source.local" in shown
+    for kept in ("until=24h", "unused-for=24h"):  # buildx sends the duration to the builder
+        run(m1, tmp_path, "docker-buildx", "prune", "-f", "--filter", kept)
+        assert "exec.cachemount" in run(m1, tmp_path, "docker-buildx", "du", "--verbose").stdout
+    run(m1, tmp_path, "docker-buildx", "prune", "-f", "--filter", "until=1ms")
+    assert "exec.cachemount" not in run(m1, tmp_path, "docker-buildx", "du", "--verbose").stdout
+    build(m1, tmp_path, "--no-cache", place)
     assert "Total:" in run(m1, tmp_path, "docker-buildx", "prune", "-f").stdout
     assert "exec.cachemount" not in run(m1, tmp_path, "docker-buildx", "du", "--verbose").stdout
     listed = run(m1, tmp_path, "docker-buildx", "history", "ls", "--format", "{{.Name}} {{.Status}}").stdout

@@ -56,7 +56,10 @@ def test_a_drained_node_is_empty_when_the_command_ends_and_a_lost_one_is_forgott
     )
 
     drained = skep(m1, "node", "drain", "w1")
-    assert drained.stdout == "w1 is drained: no tasks are left\n"
+    assert drained.stdout == (
+        "w1 is drained: no tasks are left\n"
+        "To give it tasks again, run docker node update --availability active w1.\n"
+    )
     assert "left: web." in drained.stderr
     left = m1.docker("node", "ps", "w1", "--format", "{{.CurrentState}}").stdout
     assert "Running" not in left

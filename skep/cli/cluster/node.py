@@ -80,6 +80,7 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     run_requests(_drain(host, name, None if detach else timeout))
     if not detach:
         click.echo(f"{name} is drained: no tasks are left")
+        click.echo(f"To give it tasks again, run docker node update --availability active {name}.")
 
 
 async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:

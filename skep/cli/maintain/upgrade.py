@@ -32,6 +32,7 @@ from skep.cli.maintain.upgrade_plan import (
     UpgradableNode,
     UpgradePlan,
     UpgradeStep,
+    degraded_of,
     lines_of,
     plan,
     running_of,
@@ -112,7 +113,8 @@ def upgrade(
     leader last.
 
     If a node is not healthy in time, its previous version is installed again and the upgrade stops. The upgrade does
-    not start while a manager is unreachable or a service is degraded.
+    not start while a manager is unreachable or a service other than a job is degraded. With --keep-running, services
+    are not checked, because their containers keep running.
 
     \b
     Examples:
@@ -410,9 +412,17 @@ async def plan_now(
 ) -> UpgradePlan:
     """Return the plan for the present state of the cluster."""
     members, _ = await maintenance.nodes_and_time(client)
-    services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
+    services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true")
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
-    return plan(members, running_of(services, tasks), version, drains=drains, spread=spread, first=first)
+    return plan(
+        members,
+        running_of(services, tasks),
+        version,
+        drains=drains,
+        spread=spread,
+        first=first,
+        degraded=degraded_of(services),
+    )
 
 
 async def _set_availability(client: ApiClient, node: str, word: str) -> None:

@@ -39,6 +39,7 @@ class RunningService(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     replicas: int
+    """Number of tasks that should run, without completed ones."""
     away_max: int
     """Number of tasks that its update policy replaces at a time, or 0 for all."""
     on: Mapping[str, int]
@@ -79,6 +80,7 @@ def plan(
     drains: bool,
     spread: Iterable[str] = (),
     first: str = "",
+    degraded: Mapping[str, str] | None = None,
 ) -> UpgradePlan:
     """Return the steps until all nodes have ``version``.
 
@@ -87,6 +89,8 @@ def plan(
         spread: services that were already redistributed for the next step.  If the node still has too many of their
             tasks, the step is refused.
         first: the node whose upgrade was interrupted, which comes next and may be down already.
+        degraded: the reason of each degraded service, by name (``degraded_of``).  It refuses a drain, except that
+            of ``first``, which has no tasks left.
     """
     nodes = sorted(members, key=_turn)
     ours = [one for one in nodes if one.is_ours]
@@ -101,7 +105,13 @@ def plan(
         crowded = [one for one in services if drains and one.excess(node.id) and not one.returns]
         steps.append(UpgradeStep(node=node, drains=drains, spread=tuple(one.name for one in crowded)))
     if steps and drains:
-        refusals += _refusals_of_replicas(steps[0].node, nodes, services, frozenset(spread))
+        unwell = {} if steps[0].node.id == first else degraded or {}
+        refusals += [
+            f"{name} is degraded: {reason.rstrip('.')}. Run skep explain {name}."
+            for name, reason in unwell.items()
+        ]
+        healthy = [one for one in services if one.name not in unwell]
+        refusals += _refusals_of_replicas(steps[0].node, nodes, healthy, frozenset(spread))
     return UpgradePlan(
         steps=tuple(steps),
         done=tuple(one.name for one in ours if one.version == version),
@@ -215,10 +225,29 @@ def running_of(
             RunningService(
                 id=service["ID"],
                 name=service["Spec"]["Name"],
-                replicas=replicated.get("Replicas", 1),
+                replicas=replicated.get("Replicas", 1) - _completed(service),
                 away_max=policy.get("Parallelism", 1),
                 on=on.get(service["ID"], {}),
                 returns=bool(local_volumes(template)) and not is_free,
             )
         )
     return sorted(found, key=lambda one: one.name)
+
+
+def _completed(service: Mapping[str, Any]) -> int:
+    count: int = (service.get("ServiceStatus") or {}).get("CompletedTasks", 0)
+    return count
+
+
+def degraded_of(services: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the reason of each degraded service for a response to ``GET /services?status=true&health=true``.
+
+    Jobs are left out: a drain does not make a failed run worse.  A manager of an older version reports no health.
+    """
+    found = {}
+    for service in services:
+        mode = service["Spec"].get("Mode", {})
+        health = (service.get("ServiceStatus") or {}).get("Health") or {}
+        if health.get("State") == "degraded" and ("Replicated" in mode or "Global" in mode):
+            found[service["Spec"]["Name"]] = health.get("Reason", "")
+    return dict(sorted(found.items()))

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.cli.maintain.upgrade_plan import RunningService, UpgradableNode, members_of, plan, running_of
+from skep.cli.maintain.upgrade_plan import (
+    RunningService,
+    UpgradableNode,
+    degraded_of,
+    members_of,
+    plan,
+    running_of,
+)
 
 OLD, NEW = "1.0.0", "1.1.0"
 
@@ -95,6 +102,23 @@ def test_a_service_that_lacks_tasks_forbids_a_drain_but_not_an_upgrade_under_run
     (refusal,) = plan(CLUSTER, [web], NEW, drains=True).refusals
     assert refusal == "web runs 1 of 3 tasks. Run skep explain web."
     assert plan(CLUSTER, [web], NEW, drains=False).refusals == ()
+
+
+def test_a_degraded_service_forbids_a_drain_by_its_reason_and_is_named_once() -> None:
+    web = a_service("web", {"w1": 1}, replicas=3)
+    degraded = {"agent": 'exit 7, last line "no disk"', "web": "No such image: web:9."}
+    assert plan(CLUSTER, [web], NEW, drains=True, degraded=degraded).refusals == (
+        'agent is degraded: exit 7, last line "no disk". Run skep explain agent.',
+        "web is degraded: No such image: web:9. Run skep explain web.",
+    )
+    assert plan(CLUSTER, [web], NEW, drains=False, degraded=degraded).refusals == ()
+
+
+def test_a_degraded_service_does_not_stop_the_drained_node_of_an_interrupted_upgrade() -> None:
+    members = [*managers(3), a_member("w1", availability="drain")]
+    degraded = {"web": "exit 1"}
+    assert plan(members, [], NEW, drains=True, first="id-w1", degraded=degraded).refusals == ()
+    assert plan(members, [], NEW, drains=True, degraded=degraded).refusals != ()
 
 
 def test_more_tasks_on_a_node_than_the_update_policy_takes_away_are_distributed_first_and_then_refused() -> (
@@ -239,3 +263,30 @@ def test_what_the_api_shows_is_read() -> None:
     s3, s4 = (RunningService(id=id, name=id, replicas=1, away_max=1, on={}) for id in ("s3", "s4"))
     web = RunningService(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})
     assert running_of(services, tasks) == [replace(s3, returns=True), s4, web]
+
+
+def a_response(name: str, mode: str, state: str, **status: Any) -> dict[str, Any]:
+    health = {"State": state, "Reason": "exit 7" if state == "degraded" else ""}
+    return {
+        "ID": name,
+        "Spec": {"Name": name, "Mode": {mode: {}}},
+        "ServiceStatus": {"Health": health, **status},
+    }
+
+
+def test_degraded_services_are_read_whatever_their_mode_but_jobs_are_not() -> None:
+    services = [
+        a_response("web", "Replicated", "degraded"),
+        a_response("agent", "Global", "degraded"),
+        a_response("moving", "Replicated", "converging"),
+        a_response("nightly", "ReplicatedJob", "degraded"),
+        a_response("cleanup", "GlobalJob", "degraded"),
+        {"ID": "old", "Spec": {"Name": "old", "Mode": {"Replicated": {}}}},
+    ]
+    assert degraded_of(services) == {"agent": "exit 7", "web": "exit 7"}
+
+
+def test_a_one_shot_that_has_completed_lacks_no_task() -> None:
+    migrate = a_response("migrate", "Replicated", "healthy", CompletedTasks=1)
+    web = a_service("web", {"w1": 1, "w2": 1})
+    assert plan(CLUSTER, [web, *running_of([migrate], [])], NEW, drains=True).refusals == ()
