@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from skep import __version__
+from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
 from skep.engine.confinement import apparmor
@@ -23,6 +24,8 @@ from skep.node.host.features import Features
 from skep.node.host.machine import Machine
 
 API_VERSION_MIN = "1.24"
+_V1_48 = ApiVersion("1.48")
+_NONDISTRIBUTABLE = ("AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames")
 _INDEX = "https://index.docker.io/v1/"
 
 
@@ -173,14 +176,25 @@ def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``info`` in the form of API ``version``.
+
+    Source: moby, api/docs/CHANGELOG.md, daemon/server/router/system/system_routes.go (getInfo).
+    """
+    older = dict(shown)
+    if version < _V1_48:
+        older["RegistryConfig"] = {**shown["RegistryConfig"], **dict.fromkeys(_NONDISTRIBUTABLE, ())}
+    return older
+
+
 def registry_config(configuration: Configuration) -> dict[str, Any]:
     """Return ``RegistryConfig``.  The loopback network is always insecure, as in Docker."""
     networks = [registry for registry in configuration.insecure_registries if "/" in registry]
     hosts = [registry for registry in configuration.insecure_registries if "/" not in registry]
     mirrors = list(configuration.registry_mirrors)
     return {
-        "AllowNondistributableArtifactsCIDRs": [],
-        "AllowNondistributableArtifactsHostnames": [],
+        "AllowNondistributableArtifactsCIDRs": None,
+        "AllowNondistributableArtifactsHostnames": None,
         "InsecureRegistryCIDRs": ["127.0.0.0/8", *networks],
         "IndexConfigs": {
             "docker.io": {"Name": "docker.io", "Mirrors": mirrors, "Secure": True, "Official": True},

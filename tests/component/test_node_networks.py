@@ -396,3 +396,15 @@ async def test_a_list_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
     local.open()
     assert [one.name for one in local.predefined()] == ["bridge", "host", "none"]
     assert local.gateway() is None
+
+
+async def test_1_48_networks_say_that_they_have_ipv4(rig: Rig) -> None:
+    await rig.ask("POST", "/networks/create", {"Name": "o1", "Driver": "overlay"})
+    for name in ("bridge", "o1", "ingress"):
+        assert (await rig.ask("GET", f"/v1.48/networks/{name}"))[1]["EnableIPv4"] is True
+        assert "EnableIPv4" not in (await rig.ask("GET", f"/v1.47/networks/{name}"))[1]
+    for version, is_shown in (("1.48", True), ("1.47", False)):
+        _, found = await rig.ask("GET", f"/v{version}/networks")
+        assert {"EnableIPv4" in one for one in found} == {is_shown}
+    status, message = await rig.message("POST", "/networks/create", {"Name": "n6", "EnableIPv4": False})
+    assert (status, message) == (400, "IPv4 cannot be disabled: leave EnableIPv4 out")

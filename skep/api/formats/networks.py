@@ -6,11 +6,13 @@ libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetw
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 
 from skep.api.errors import Forbidden, Untranslated
 from skep.api.formats.filters import Filters
+from skep.api.http.versions import ApiVersion
 from skep.errors import InvalidArgument, NotFound
 from skep.model.network import ConfigReference
 from skep.model.networks.addresses import is_subnet
@@ -23,6 +25,7 @@ DRIVERS_OF_NODES = frozenset({"bridge", "macvlan", "ipvlan", "host", "null"})
 LIST_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type")
 PRUNE_FILTERS = ("label", "label!", "until")
 SWARM, LOCAL = "swarm", "local"
+_V1_48 = ApiVersion("1.48")
 PREDEFINED_LABEL = "com.docker.swarm.predefined"
 """Label of a cluster network that represents a network of every node."""
 
@@ -145,6 +148,12 @@ def _check_dependent(body: NetworkBody) -> None:
         raise Forbidden(
             "network driver options are not supported if the network depends on a configuration network"
         )
+
+
+def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a network of a response without the fields that API ``version`` does not have."""
+    unknown = {"EnableIPv4"} if version < _V1_48 else set[str]()
+    return {name: value for name, value in shown.items() if name not in unknown}
 
 
 class NetworkFacts(msgspec.Struct, frozen=True, kw_only=True):

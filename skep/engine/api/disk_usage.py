@@ -15,6 +15,7 @@ from skep.api.http.versions import ApiVersion
 from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
 from skep.engine.api.responses import container_responses, image_responses
+from skep.engine.api.responses.container_versions import line_known_to
 from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.archives.untar import tree_bytes
@@ -46,7 +47,7 @@ def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Rout
             response["LayersSize"] = engine.images.bytes_used()
             response["Images"] = _image_lines(engine, request)
         if "container" in wanted:
-            response["Containers"] = await _container_lines(engine, clock)
+            response["Containers"] = await _container_lines(engine, clock, api_version(request))
         if "volume" in wanted:
             response["Volumes"] = await _volume_lines(engine)
         if "build-cache" in wanted:
@@ -87,14 +88,14 @@ async def _cache_lines(mounts: CacheMounts) -> list[Any]:
     ]
 
 
-async def _container_lines(engine: Engine, clock: Clock) -> list[Any]:
+async def _container_lines(engine: Engine, clock: Clock, version: ApiVersion) -> list[Any]:
     lines = []
     for container in engine.list():
         changed = await walk_tree(tree_bytes, str(engine.bundles.path(container.id) / "upper"))
         image = engine.images.lookup(container.image_id)
         sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
         line = container_responses.summary(container, engine.images, clock.now_ns(), engine.network_ids)
-        lines.append(line | {name: size for name, size in sizes.items() if size})
+        lines.append(line_known_to(version, line | {name: size for name, size in sizes.items() if size}))
     return lines
 
 

@@ -43,6 +43,7 @@ from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
+_V1_48 = ApiVersion("1.48")
 _WITHOUT_FILTER = ApiVersion("1.41")
 """API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
@@ -100,6 +101,7 @@ async def create_image(served: ImageRoutes, request: web.Request) -> web.StreamR
 async def load_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
+    platforms = _platforms(request)
 
     async def load(report: Report) -> None:
         def report_unless_quiet(message: ProgressMessage) -> None:
@@ -107,7 +109,7 @@ async def load_images(served: ImageRoutes, request: web.Request) -> web.StreamRe
                 report(message)
 
         try:
-            await served.images.load(pieces_of(request), report_unless_quiet)
+            await served.images.load(pieces_of(request), report_unless_quiet, platforms=platforms)
         except SkepError:
             await drain(request)
             raise
@@ -128,7 +130,7 @@ async def save_image(served: ImageRoutes, request: web.Request) -> web.StreamRes
 
 
 async def _send_images(served: ImageRoutes, request: web.Request, names: list[str]) -> web.StreamResponse:
-    async with aclosing(served.images.save(names)) as pieces:
+    async with aclosing(served.images.save(names, platforms=_platforms(request))) as pieces:
         first = await anext(pieces, b"")  # first, because an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
@@ -164,9 +166,11 @@ async def inspect_image(served: ImageRoutes, request: web.Request) -> web.Stream
 @_table.get("/images/{name:.+}/history")
 async def image_history(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker history``."""
-    return json_list_response(
-        image_responses.history(served.images.get(request.match_info["name"]), served.images)
-    )
+    name = request.match_info["name"]
+    image = served.images.get(name)
+    if (text := request.query.get("platform", "")) and api_version(request) >= _V1_48:
+        require_platform(image, name, _decode_platform(text))
+    return json_list_response(image_responses.history(image, served.images))
 
 
 @_table.post("/images/{name:.+}/tag")
@@ -211,10 +215,34 @@ class _WantedPlatform(msgspec.Struct, frozen=True):
 
 def _require_platform(images: ImageStore, reference: Reference, text: str) -> None:
     """Raise InvalidArgument for an invalid platform, and NotFound if this node has the image for another platform."""
-    wanted = decode_body(text.encode(), _WantedPlatform)
-    image = images.get(str(reference.with_default_tag()))
-    platform = ImagePlatform(wanted.os, wanted.architecture, wanted.variant)
-    require_platform(image, reference.familiar, platform)
+    platform = _decode_platform(text)
+    require_platform(images.get(str(reference.with_default_tag())), reference.familiar, platform)
+
+
+def _decode_platform(text: str) -> ImagePlatform:
+    """Decode a platform in the form of the OCI image specification.  Raises: InvalidArgument."""
+    try:
+        wanted = decode_body(text.encode(), _WantedPlatform)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"failed to parse platform: {error}") from error
+    if not wanted.os or not wanted.architecture:
+        raise InvalidArgument("both OS and Architecture must be provided")
+    return ImagePlatform(wanted.os, wanted.architecture, wanted.variant)
+
+
+def _platforms(request: web.Request) -> tuple[ImagePlatform, ...]:
+    """Return the platforms that the images of an archive must have.  Empty for any.  Raises: InvalidArgument.
+
+    Source: moby, daemon/server/router/image/image_routes.go (getImagesGet, postImagesLoad).
+    """
+    texts = request.query.getall("platform", [])
+    if api_version(request) < _V1_48:
+        return ()
+    if len(texts) > 1:
+        raise InvalidArgument(
+            "multiple platform parameters are not supported in this API version; use API version 1.52 or later"
+        )
+    return tuple(_decode_platform(text) for text in texts if text)
 
 
 @_table.get("/images/search")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from skep.api.formats.gosyntax import parse_port
+from skep.api.formats.networks import BUILTIN
 from skep.engine.confinement import machine
 from skep.engine.confinement.limits import nano_cpus_of
 from skep.engine.confinement.machine import MachineOptions
@@ -31,7 +32,7 @@ from skep.engine.images.image import ContainerDefaults
 from skep.engine.lifecycle.network_rules import NO_ADDRESS, NO_ALIASES
 from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.volumes.mounts import check_paths
-from skep.errors import FailedPrecondition, InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from skep.model.container import (
     DEFAULT_STOP_GRACE_NS,
     HEALTH_INTERVAL_NS_MIN,
@@ -140,6 +141,9 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
                 raise InvalidArgument(NO_ALIASES)
             if any(_has_address(one) for name, one in endpoints.items() if name not in others):
                 raise InvalidArgument(NO_ADDRESS)
+            for name, one in endpoints.items():
+                if name not in others:
+                    _check_priority(name or "bridge", one)
             if request.host_config.links or any(one.links for one in endpoints.values()):
                 raise refused("--link on a network that containers have no names on")
             if others and kind is not NetworkMode.BRIDGE:
@@ -235,6 +239,8 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
     for link in settings.links:
         if not _LINK.fullmatch(link):
             raise InvalidArgument(f"bad format for links: {link[:256]}")
+    if network in BUILTIN:
+        _check_priority(network, settings)
     return EndpointRequest(
         network=network,
         aliases=settings.aliases,
@@ -242,7 +248,17 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
         address6=_checked_address(ipam.ipv6_address, 6) if ipam is not None else "",
         mac_address=_checked_mac(settings.mac_address),
         links=settings.links,
+        gw_priority=settings.gw_priority,
     )
+
+
+def _check_priority(network: str, settings: EndpointSettings) -> None:
+    """Refuse a priority for the gateway of a predefined network.  Raises: Unimplemented."""
+    if settings.gw_priority:
+        raise Unimplemented(
+            f"GwPriority is not supported on network {network}, whose gateway has the priority 0: set the priority of "
+            "the container's other networks"
+        )
 
 
 def _checked_address(text: str, version: int) -> str:

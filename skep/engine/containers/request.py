@@ -23,6 +23,7 @@ from skep.model.values.encoding import ApiObject, GoInt, Words
 from skep.model.values.times import Nanoseconds
 
 _WITH_PIDS_LIMIT = ApiVersion("1.40")
+_V1_48 = ApiVersion("1.48")
 BODY_EMPTY = "Config cannot be empty in order to create a container"
 
 
@@ -87,6 +88,7 @@ class HostConfig(MachineOptions):
     init: bool | None = None
     volumes_from: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
+    volume_driver: str = ""
 
 
 class UpdateRequest(HostConfig):
@@ -113,6 +115,7 @@ class EndpointSettings(ApiObject):
     aliases: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     mac_address: str = ""
+    gw_priority: GoInt = 0
 
 
 class NetworkingConfig(ApiObject):
@@ -199,6 +202,30 @@ def read_create(body: bytes) -> CreateRequest:
     return from_builtins(value, CreateRequest)
 
 
+def create_warnings(request: CreateRequest, version: ApiVersion) -> list[str]:
+    """Return the warnings about options of ``request`` that clients of API ``version`` expect from the server.
+
+    Source: moby, daemon/server/router/container/container_routes.go (handleVolumeDriverBC).
+    """
+    host, warnings = request.host_config, []
+    undecided = [
+        mount
+        for mount in host.mounts
+        if mount.type == "volume"
+        and not (
+            mount.volume_options
+            and mount.volume_options.driver_config
+            and mount.volume_options.driver_config.name
+        )
+    ]
+    if version >= _V1_48 and host.volume_driver and undecided:
+        warnings.append(
+            "WARNING: the container-wide volume-driver configuration is ignored for volumes specified via 'mount'. "
+            "Use '--mount type=volume,volume-driver=...' instead"
+        )
+    return warnings
+
+
 def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
     """Decode a client's update.
 
@@ -282,7 +309,7 @@ _CONFIG_OPTIONS: Final = frozenset(
 )
 _ENDPOINT_OPTIONS: Final = frozenset(
     {
-        *("ipamconfig", "aliases", "links", "macaddress"),
+        *("ipamconfig", "aliases", "links", "macaddress", "gwpriority"),
         # Fields that an engine sets.  Clients that copy a response send them back.
         *(
             "networkid",

@@ -20,7 +20,7 @@ from skep.api.access.permissions import sees
 from skep.api.formats.timestamps import period_of
 from skep.api.http.framing import path_of
 from skep.api.http.responses import ChunkedResponse
-from skep.api.http.server import Filters, JsonLines, Routes, common_headers, json_response
+from skep.api.http.server import Filters, JsonLines, Routes, api_version, common_headers, json_response
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
@@ -241,7 +241,7 @@ async def show_version(system: NodeSystem, request: web.Request) -> web.StreamRe
 @_table.get("/info")
 async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Handle ``docker info``."""
-    return json_response(await system.info(identity_of(request)))
+    return json_response(info.known_to(api_version(request), await system.info(identity_of(request))))
 
 
 @_table.get("/events")

@@ -1,0 +1,165 @@
+"""Changes of the Engine API since 1.48 in what a node's engine serves, one test for each entry of the checklist.
+
+``docs/conformance/api-changes.md`` is the checklist.
+"""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.aio.clock import SystemClock
+from skep.api.http.server import application
+from skep.api.http.versions import ApiVersion
+from skep.engine.api.containers import container_routes
+from skep.engine.api.disk_usage import disk_usage_routes
+from skep.engine.api.images import image_routes
+from skep.engine.build.cache.cache import CacheMounts
+from skep.engine.containers import create
+from skep.engine.containers.request import CreateRequest, create_warnings, read_create
+from skep.engine.engine import Engine
+from skep.engine.images.platforms import this_platform
+from skep.engine.images.store import ImageStore
+from skep.errors import SkepError
+from tests.support.engine.oci_rig import Machine, memory_engine
+from tests.support.images.archives import a_config, a_docker_archive, a_file, a_tar
+
+Api = TestClient[Any, Any]
+HERE = {"os": "linux", "architecture": this_platform().architecture}
+OTHER = {"os": "linux", "architecture": "s390x"}
+LAYER = a_tar(a_file("hello", b"world"))
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine.images = ImageStore(tmp_path / "images")
+    await engine.images.open()
+    return engine
+
+
+@pytest.fixture
+async def api(engine: Engine, tmp_path: Path) -> AsyncIterator[Api]:
+    """A client of a node that has the image app:1."""
+    clock = SystemClock()
+    app = application(
+        image_routes(engine.images, lambda: ()),
+        container_routes(engine, clock),
+        disk_usage_routes(engine, CacheMounts(tmp_path / "cache"), clock),
+        is_private=lambda _: True,
+    )
+    async with TestClient(TestServer(app)) as api:
+        await loaded(api, "/images/load", HERE)
+        yield api
+
+
+async def loaded(api: Api, path: str, platform: Mapping[str, str], name: str = "app:1") -> str:
+    """Load an image for ``platform``, and return the messages."""
+    archive = a_docker_archive(LAYER, tags=[name], config=a_config(LAYER, **platform))
+    response = await api.post(path, data=archive)
+    assert response.status == 200
+    return await response.text()
+
+
+async def answer(api: Api, path: str) -> tuple[int, Any]:
+    response = await api.get(path)
+    return response.status, await response.json()
+
+
+def as_query(*platforms: Mapping[str, str], name: str = "platform") -> str:
+    return "&".join(f"{name}={json.dumps(one)}" for one in platforms)
+
+
+# --- 1.48 -----------------------------------------------------------------------------------------------------
+
+
+async def test_1_48_the_history_of_an_image_is_shown_for_its_platform_only(api: Api) -> None:
+    assert (await answer(api, f"/v1.48/images/app:1/history?{as_query(HERE)}"))[0] == 200
+    status, shown = await answer(api, f"/v1.48/images/app:1/history?{as_query(OTHER)}")
+    assert status == 404
+    assert "does not match the specified platform (linux/s390x)" in shown["message"]
+    assert (await answer(api, f"/v1.47/images/app:1/history?{as_query(OTHER)}"))[0] == 200
+    assert (await answer(api, "/v1.48/images/app:1/history?platform=linux/s390x"))[0] == 400
+
+
+async def test_1_48_an_image_is_saved_for_its_platform_only(api: Api) -> None:
+    assert (await api.get(f"/v1.48/images/app:1/get?{as_query(HERE)}")).status == 200
+    assert (await api.get(f"/v1.48/images/get?names=app:1&{as_query(OTHER)}")).status == 404
+    assert (await api.get(f"/v1.47/images/get?names=app:1&{as_query(OTHER)}")).status == 200
+
+
+async def test_1_48_only_images_of_the_platform_are_loaded(api: Api) -> None:
+    said = await loaded(api, f"/v1.48/images/load?{as_query(HERE)}", OTHER, "other:1")
+    assert f"the archive has no image for platform linux/{HERE['architecture']}" in said
+    assert (await answer(api, "/images/other:1/json"))[0] == 404
+    assert "Loaded image: other:1" in await loaded(
+        api, f"/v1.48/images/load?{as_query(OTHER)}", OTHER, "other:1"
+    )
+
+
+async def test_1_48_one_platform_is_accepted(api: Api) -> None:
+    for path in ("/v1.48/images/app:1/get", "/v1.48/images/get"):
+        status, shown = await answer(api, f"{path}?{as_query(HERE, OTHER)}")
+        assert (status, shown["message"].partition(";")[0]) == (
+            400,
+            "multiple platform parameters are not supported in this API version",
+        )
+
+
+async def test_1_48_images_have_no_manifests_of_other_platforms(api: Api) -> None:
+    _, shown = await answer(api, "/v1.48/images/app:1/json?manifests=true")
+    _, (line,) = await answer(api, "/v1.48/images/json?manifests=true")
+    assert {"Descriptor", "Manifests"}.isdisjoint({*shown, *line})
+
+
+async def test_1_48_debug_paths_of_go_programs_are_not_served(api: Api) -> None:
+    assert await answer(api, "/v1.48/debug/vars") == (404, {"message": "page not found"})
+
+
+async def test_1_48_progress_messages_keep_their_deprecated_fields(api: Api) -> None:
+    broken = await api.post("/v1.48/images/load", data=a_tar(a_file("manifest.json", b"null")))
+    error = json.loads((await broken.text()).splitlines()[-1])
+    assert error["error"] == error["errorDetail"]["message"]
+
+
+def test_1_48_a_volume_driver_beside_mounts_gets_a_warning() -> None:
+    def warnings(version: str, **options: Any) -> list[str]:
+        mount = {"Type": "volume", "Source": "v", "Target": "/v", **options}
+        body = {"Image": "i", "HostConfig": {"VolumeDriver": "local", "Mounts": [mount]}}
+        return create_warnings(read_create(json.dumps(body).encode()), ApiVersion(version))
+
+    (warning,) = warnings("1.48")
+    assert "volume-driver configuration is ignored for volumes specified via 'mount'" in warning
+    assert warnings("1.47") == []
+    assert warnings("1.48", VolumeOptions={"DriverConfig": {"Name": "local"}}) == []
+    assert warnings("1.48", Type="tmpfs", Source="") == []
+
+
+def asking_for(endpoints: Mapping[str, Any], mode: str = "front") -> CreateRequest:
+    body = {
+        "Image": "app:1",
+        "HostConfig": {"NetworkMode": mode},
+        "NetworkingConfig": {"EndpointsConfig": endpoints},
+    }
+    return read_create(json.dumps(body).encode())
+
+
+def test_1_48_a_gateway_priority_of_a_predefined_network_is_refused_by_name() -> None:
+    for mode, name in (("bridge", "bridge"), ("default", "default"), ("", "bridge"), ("none", "none")):
+        with pytest.raises(SkepError, match="GwPriority is not supported on network"):
+            create.plain_options(asking_for({name: {"GwPriority": 1}}, mode))
+    plain = create.plain_options(asking_for({"front": {"GwPriority": 2}, "bridge": {}}, "bridge"))
+    assert [(one.network, one.gw_priority) for one in plain.networks] == [("front", 2)]
+
+
+async def test_1_48_the_gateway_priority_of_each_network_is_shown(api: Api, engine: Engine) -> None:
+    request = asking_for({"front": {"GwPriority": 3}, "back": {"GwPriority": -1}})
+    await engine.create(request, name="web")
+    for path in ("/containers/web/json", "/containers/json?all=1"):
+        for version, shown in (("1.48", {"front": 3, "back": -1}), ("1.47", {"front": None, "back": None})):
+            _, found = await answer(api, f"/v{version}{path}")
+            networks = (found if isinstance(found, dict) else found[0])["NetworkSettings"]["Networks"]
+            assert {name: one.get("GwPriority") for name, one in networks.items()} == shown, (version, path)
