@@ -938,8 +938,9 @@ def options() -> str:
         "",
         _NOTICE,
         *paragraph(
-            f"What becomes of every field of the Engine API {NEWEST} that says what a service, a container, a network or",
-            "a volume is to be. *Honored*: the container, the scheduler, the allocator or the data plane differs by it.",
+            f"What becomes of every field of the Engine API {NEWEST} that says what a service, a container, a network",
+            "or a volume is to be. *Honored*: the container, the scheduler, the allocator or the data plane differs by",
+            "it.",
             "*Refused*: the request fails, or the task is rejected, with an error that has the text. *No effect*: it",
             "means nothing here, for the reason given. Tests set each field in turn:",
             "`tests/unit/test_every_option.py`, `tests/unit/test_every_option_of_objects.py`.",

@@ -25,6 +25,8 @@ from skep.node.host.machine import Machine
 
 API_VERSION_MIN = "1.24"
 _V1_48 = ApiVersion("1.48")
+_V1_49 = ApiVersion("1.49")
+_V1_50 = ApiVersion("1.50")
 _NONDISTRIBUTABLE = ("AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames")
 _INDEX = "https://index.docker.io/v1/"
 
@@ -83,8 +85,9 @@ def info(
     swarm: Mapping[str, Any],
     warnings: Sequence[str],
     now: Timestamp,
+    devices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the response to ``GET /info``."""
+    """Return the response to ``GET /info`` in its newest form.  ``devices``: names of CDI devices."""
     machine, features, configuration = node.machine, node.features, node.configuration
     return {
         "ID": node.id,
@@ -103,8 +106,6 @@ def info(
         },
         **_limits(features),
         "IPv4Forwarding": True,
-        "BridgeNfIptables": False,
-        "BridgeNfIp6tables": False,
         "Debug": configuration.debug,
         "NFd": 0,
         "OomKillDisable": "memory" in features.controllers and features.cgroup_version == 1,
@@ -131,6 +132,8 @@ def info(
         "Name": machine.hostname,
         "Labels": [f"{key}={value}" for key, value in sorted(_labels(configuration, features).items())],
         **_runtime(node, swarm),
+        "FirewallBackend": {"Driver": "nftables"},
+        **({"DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in devices]} if devices else {}),
         "Warnings": list(warnings) or None,
     }
 
@@ -155,8 +158,7 @@ def _limits(features: Features) -> dict[str, bool]:
 def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields about container runtimes, and the ``Swarm`` section at its place in Docker's order."""
     features, configuration = node.features, node.configuration
-    runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
-    nothing = {"ID": "", "Expected": ""}
+    runc, nothing = {"ID": node.versions.get("runc", "")}, {"ID": ""}
     return {
         "ExperimentalBuild": False,
         "ServerVersion": __version__,
@@ -182,8 +184,15 @@ def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]
     Source: moby, api/docs/CHANGELOG.md, daemon/server/router/system/system_routes.go (getInfo).
     """
     older = dict(shown)
-    if version < _V1_48:
-        older["RegistryConfig"] = {**shown["RegistryConfig"], **dict.fromkeys(_NONDISTRIBUTABLE, ())}
+    if version < _V1_49:
+        nothing = None if version >= _V1_48 else ()
+        older["RegistryConfig"] = {**shown["RegistryConfig"], **dict.fromkeys(_NONDISTRIBUTABLE, nothing)}
+        for name in ("ContainerdCommit", "RuncCommit", "InitCommit"):
+            older[name] = {**shown[name], "Expected": shown[name]["ID"]}
+        del older["FirewallBackend"]
+    if version < _V1_50:
+        older |= {"BridgeNfIptables": False, "BridgeNfIp6tables": False}
+        older.pop("DiscoveredDevices", None)
     return older
 
 
@@ -193,8 +202,6 @@ def registry_config(configuration: Configuration) -> dict[str, Any]:
     hosts = [registry for registry in configuration.insecure_registries if "/" not in registry]
     mirrors = list(configuration.registry_mirrors)
     return {
-        "AllowNondistributableArtifactsCIDRs": None,
-        "AllowNondistributableArtifactsHostnames": None,
         "InsecureRegistryCIDRs": ["127.0.0.0/8", *networks],
         "IndexConfigs": {
             "docker.io": {"Name": "docker.io", "Mirrors": mirrors, "Secure": True, "Official": True},

@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from skep.aio.clock import SystemClock
 from skep.api.http.server import application
 from skep.api.http.versions import ApiVersion
-from skep.engine.api.containers import container_routes
+from skep.engine.api.containers import container_routes, image_users
 from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
 from skep.engine.build.cache.cache import CacheMounts
@@ -46,7 +46,7 @@ async def api(engine: Engine, tmp_path: Path) -> AsyncIterator[Api]:
     """A client of a node that has the image app:1."""
     clock = SystemClock()
     app = application(
-        image_routes(engine.images, lambda: ()),
+        image_routes(engine.images, lambda: image_users(engine)),
         container_routes(engine, clock),
         disk_usage_routes(engine, CacheMounts(tmp_path / "cache"), clock),
         is_private=lambda _: True,
@@ -163,3 +163,69 @@ async def test_1_48_the_gateway_priority_of_each_network_is_shown(api: Api, engi
             _, found = await answer(api, f"/v{version}{path}")
             networks = (found if isinstance(found, dict) else found[0])["NetworkSettings"]["Networks"]
             assert {name: one.get("GwPriority") for name, one in networks.items()} == shown, (version, path)
+
+
+# --- 1.49 -----------------------------------------------------------------------------------------------------
+
+
+async def test_1_49_an_image_is_inspected_for_its_platform_only(api: Api) -> None:
+    assert (await answer(api, f"/v1.49/images/app:1/json?{as_query(HERE)}"))[0] == 200
+    assert (await answer(api, f"/v1.49/images/app:1/json?{as_query(OTHER)}"))[0] == 404
+    assert (await answer(api, f"/v1.48/images/app:1/json?{as_query(OTHER)}"))[0] == 200
+    conflict = {"message": "conflicting options: manifests and platform options cannot both be set"}
+    assert await answer(api, f"/v1.49/images/app:1/json?manifests=1&{as_query(HERE)}") == (400, conflict)
+
+
+# --- 1.50 -----------------------------------------------------------------------------------------------------
+
+
+async def test_1_50_an_image_is_removed_for_its_platform_only(api: Api) -> None:
+    path = "/v1.50/images/app:1"
+    assert (await api.delete(f"{path}?{as_query(OTHER, name='platforms')}")).status == 404
+    several = await api.delete(f"{path}?{as_query(HERE, OTHER, name='platforms')}")
+    assert (several.status, await several.json()) == (
+        400,
+        {"message": "multiple platforms are not supported"},
+    )
+    assert (await answer(api, "/images/app:1/json"))[0] == 200
+    assert (await api.delete(f"{path}?{as_query(HERE, name='platforms')}")).status == 200
+    assert (await answer(api, "/images/app:1/json"))[0] == 404
+
+
+async def test_1_50_an_images_configuration_has_no_fields_of_containers(api: Api) -> None:
+    older, newer = [
+        (await answer(api, f"/v{one}/images/app:1/json"))[1]["Config"] for one in ("1.49", "1.50")
+    ]
+    gone = {
+        "Hostname",
+        "Domainname",
+        "AttachStdin",
+        "AttachStdout",
+        "AttachStderr",
+        "Tty",
+        "OpenStdin",
+        "StdinOnce",
+    }
+    assert set(older) - set(newer) == gone | {"Image"}
+    assert newer["Cmd"] == ["sh"]
+
+
+# --- 1.51 -----------------------------------------------------------------------------------------------------
+
+
+async def test_1_51_lists_of_images_count_their_containers(api: Api, engine: Engine) -> None:
+    for name in ("one", "two"):
+        await engine.create(asking_for({}), name=name)
+    counts = [
+        (await answer(api, f"/v{version}/images/json"))[1][0]["Containers"] for version in ("1.50", "1.51")
+    ]
+    assert counts == [-1, 2]
+
+
+async def test_1_51_deprecated_fields_are_still_shown(api: Api, engine: Engine) -> None:
+    await engine.create(asking_for({}), name="web")
+    _, container = await answer(api, "/v1.51/containers/web/json")
+    _, image = await answer(api, "/v1.51/images/app:1/json")
+    assert container["NetworkSettings"]["Bridge"] == ""
+    assert container["HostConfig"]["KernelMemoryTCP"] == 0
+    assert (image["Parent"], image["DockerVersion"]) == ("", "")

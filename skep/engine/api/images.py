@@ -3,6 +3,7 @@
 Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/distribution/distribution_routes.go.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import aclosing
 from typing import Any
@@ -44,6 +45,9 @@ from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
 _V1_48 = ApiVersion("1.48")
+_V1_49 = ApiVersion("1.49")
+_V1_50 = ApiVersion("1.50")
+_V1_51 = ApiVersion("1.51")
 _WITHOUT_FILTER = ApiVersion("1.41")
 """API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
@@ -77,8 +81,18 @@ async def list_images(served: ImageRoutes, request: web.Request) -> web.StreamRe
         filter = _replaced(filter, patterns=(*filter.patterns, pattern))
     listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
     shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
+    counts = Counter(user.image_id for user in served.users())
+    is_counted = version >= _V1_51 and is_of_administrator(request)  # others do not see every container
     return json_list_response(
-        [image_responses.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
+        [
+            image_responses.summary(
+                one,
+                version,
+                shared_bytes=shared.get(one.image.id, -1),
+                containers=counts[one.image.id] if is_counted else -1,
+            )
+            for one in listed
+        ]
     )
 
 
@@ -160,6 +174,10 @@ async def inspect_image(served: ImageRoutes, request: web.Request) -> web.Stream
         image = served.images.get(name)
     except (NotFound, InvalidArgument) as error:
         raise type(error)(f"no such image: {name}: {error}") from error
+    if (text := request.query.get("platform", "")) and api_version(request) >= _V1_49:
+        if flag(request, "manifests"):
+            raise InvalidArgument("conflicting options: manifests and platform options cannot both be set")
+        require_platform(image, name, _decode_platform(text))
     return json_response(image_responses.inspected(image, served.images, api_version(request)))
 
 
@@ -317,6 +335,11 @@ async def remove_image(served: ImageRoutes, request: web.Request) -> web.StreamR
     name = request.match_info["name"]
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")
+    platforms = request.query.getall("platforms", []) if api_version(request) >= _V1_50 else []
+    if len(platforms) > 1:
+        raise InvalidArgument("multiple platforms are not supported")
+    for text in platforms:
+        require_platform(served.images.get(name), name, _decode_platform(text))
     removed = await served.images.remove(
         name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=served.users
     )

@@ -3,6 +3,7 @@
 Source: moby 20.10, api/server/router/system/system_routes.go.
 """
 
+import asyncio
 import hashlib
 from base64 import b32encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from skep.api.http.server import Filters, JsonLines, Routes, api_version, common
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
+from skep.engine.confinement import cdi
 from skep.engine.containers.container import EngineCounts
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
@@ -121,6 +123,7 @@ class NodeSystem:
                 *(f"WARNING: {sentence}" for sentence in self._warnings()),
             ),
             now=timestamp(self._events.clock.now_ns()),
+            devices=sorted(await asyncio.to_thread(cdi.described)) if self._engine is not None else (),
         )
         shown["Plugins"]["Volume"] += volume_drivers(self._engine)
         return shown

@@ -27,8 +27,8 @@ NODE = NodeProperties(
 )
 
 
-def shown(version: str) -> Any:
-    newest = info(NODE, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0))
+def shown(version: str, *devices: str) -> Any:
+    newest = info(NODE, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0), devices=devices)
     return known_to(ApiVersion(version), newest)
 
 
@@ -40,3 +40,29 @@ def test_1_48_nondistributable_artifacts_are_null() -> None:
 
 def test_1_48_the_bridge_netfilter_module_is_not_reported() -> None:
     assert shown("1.48")["BridgeNfIptables"] is shown("1.48")["BridgeNfIp6tables"] is False
+
+
+def test_1_49_the_firewall_is_named_and_obsolete_fields_are_gone() -> None:
+    before, after = shown("1.48"), shown("1.49")
+    assert "FirewallBackend" not in before
+    assert after["FirewallBackend"] == {"Driver": "nftables"}
+    assert before["RuncCommit"] == {"ID": "1.1.5", "Expected": "1.1.5"}
+    assert (after["RuncCommit"], after["InitCommit"], after["ContainerdCommit"]) == (
+        {"ID": "1.1.5"},
+        {"ID": ""},
+        {"ID": ""},
+    )
+    gone = set(before["RegistryConfig"]) - set(after["RegistryConfig"])
+    assert gone == {"AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames"}
+
+
+def test_1_50_devices_of_cdi_are_listed() -> None:
+    assert shown("1.50", "vendor.com/gpu=0")["DiscoveredDevices"] == [
+        {"Source": "cdi", "ID": "vendor.com/gpu=0"}
+    ]
+    assert "DiscoveredDevices" not in shown("1.50")
+    assert "DiscoveredDevices" not in shown("1.49", "vendor.com/gpu=0")
+
+
+def test_1_50_the_bridge_netfilter_module_is_gone() -> None:
+    assert set(shown("1.49")) - set(shown("1.50")) == {"BridgeNfIptables", "BridgeNfIp6tables"}
