@@ -27,6 +27,7 @@ API_VERSION_MIN = "1.24"
 _V1_48 = ApiVersion("1.48")
 _V1_49 = ApiVersion("1.49")
 _V1_50 = ApiVersion("1.50")
+_V1_52 = ApiVersion("1.52")
 _NONDISTRIBUTABLE = ("AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames")
 _INDEX = "https://index.docker.io/v1/"
 
@@ -146,7 +147,6 @@ def _limits(features: Features) -> dict[str, bool]:
         "MemoryLimit": has_memory,
         "SwapLimit": has_memory,
         "KernelMemory": False,
-        "KernelMemoryTCP": False,
         "CpuCfsPeriod": has_cpu,
         "CpuCfsQuota": has_cpu,
         "CPUShares": has_cpu,
@@ -193,6 +193,8 @@ def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]
     if version < _V1_50:
         older |= {"BridgeNfIptables": False, "BridgeNfIp6tables": False}
         older.pop("DiscoveredDevices", None)
+    if version < _V1_52:
+        older["KernelMemoryTCP"] = False
     return older
 
 

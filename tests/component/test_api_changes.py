@@ -19,11 +19,13 @@ from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
 from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.containers import create
-from skep.engine.containers.request import CreateRequest, create_warnings, read_create
+from skep.engine.containers.request import CreateRequest, create_warnings, read_create, read_update
 from skep.engine.engine import Engine
+from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.platforms import this_platform
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
+from skep.model.values.meta import Driver
 from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.images.archives import a_config, a_docker_archive, a_file, a_tar
 
@@ -229,3 +231,122 @@ async def test_1_51_deprecated_fields_are_still_shown(api: Api, engine: Engine) 
     assert container["NetworkSettings"]["Bridge"] == ""
     assert container["HostConfig"]["KernelMemoryTCP"] == 0
     assert (image["Parent"], image["DockerVersion"]) == ("", "")
+
+
+# --- 1.52 -----------------------------------------------------------------------------------------------------
+
+
+async def test_1_52_several_platforms_are_saved_and_loaded(api: Api) -> None:
+    both = as_query(HERE, OTHER)
+    assert (await api.get(f"/v1.52/images/app:1/get?{both}")).status == 404, "this node has one of them only"
+    assert (await api.get(f"/v1.52/images/app:1/get?{as_query(HERE, HERE)}")).status == 200
+    archive = a_tar(
+        a_file("l.tar", LAYER),
+        *(a_file(f"{one['architecture']}.json", a_config(LAYER, **one)) for one in (HERE, OTHER)),
+        a_file(
+            "manifest.json",
+            json.dumps(
+                [
+                    {
+                        "Config": f"{one['architecture']}.json",
+                        "RepoTags": [f"{one['architecture']}:1"],
+                        "Layers": ["l.tar"],
+                    }
+                    for one in (HERE, OTHER)
+                ]
+            ).encode(),
+        ),
+    )
+    said = await (await api.post(f"/v1.52/images/load?{as_query(OTHER)}", data=archive)).text()
+    assert "Loaded image: s390x:1" in said
+    assert HERE["architecture"] not in said
+    said = await (await api.post(f"/v1.52/images/load?{both}", data=archive)).text()
+    assert said.count("Loaded image: ") == 2
+
+
+async def test_1_52_an_image_omits_what_is_empty(api: Api) -> None:
+    (_, older), (_, newer) = [await answer(api, f"/v{one}/images/app:1/json") for one in ("1.51", "1.52")]
+    assert set(older) - set(newer) == {"Parent", "Comment", "DockerVersion", "Author"}
+    assert set(older["Config"]) - set(newer["Config"]) == {
+        "Entrypoint",
+        "OnBuild",
+        "User",
+        "Volumes",
+        "WorkingDir",
+    }
+    assert newer["Config"]["Labels"] == {"test": "yes"}
+
+
+async def test_1_52_a_container_has_no_obsolete_fields(api: Api, engine: Engine) -> None:
+    request = read_create(b'{"Image": "app:1", "MacAddress": "02:42:ac:11:00:02"}')
+    await engine.create(request, name="web")
+    (_, older), (_, newer) = [await answer(api, f"/v{one}/containers/web/json") for one in ("1.51", "1.52")]
+    assert set(newer["NetworkSettings"]) == {"SandboxID", "SandboxKey", "Ports", "Networks"}
+    assert len(older["NetworkSettings"]) == 18
+    assert set(older["Config"]) - set(newer["Config"]) == {"MacAddress", "OnBuild"}
+    assert set(older["HostConfig"]) - set(newer["HostConfig"]) == {"KernelMemoryTCP"}
+
+
+def test_1_52_the_obsolete_limit_of_kernel_memory_is_refused_by_name() -> None:
+    with pytest.raises(SkepError, match="do not support kernelmemorytcp"):
+        read_create(b'{"HostConfig": {"KernelMemoryTCP": 1}}')
+    with pytest.raises(SkepError, match="cannot change kernelmemorytcp"):
+        read_update(b'{"KernelMemoryTCP": 1}')
+
+
+def test_1_52_a_mac_address_belongs_to_a_network() -> None:
+    request = read_create(b'{"Image": "i", "MacAddress": "02:42:ac:11:00:02"}')
+    assert create_warnings(request, ApiVersion("1.51")) == []
+    with pytest.raises(SkepError, match="container-wide MAC address no longer supported"):
+        create_warnings(request, ApiVersion("1.52"))
+    of_network = asking_for({"front": {"MacAddress": "02:42:ac:11:00:02"}})
+    assert create_warnings(of_network, ApiVersion("1.52")) == []
+    assert create.plain_options(of_network).networks[0].mac_address == "02:42:ac:11:00:02"
+
+
+def test_1_52_an_empty_list_of_port_bindings_means_any_port_and_gets_a_warning() -> None:
+    body = {
+        "Image": "i",
+        "Cmd": ["c"],
+        "HostConfig": {"PortBindings": {"80/tcp": [], "81/tcp": [{"HostPort": "8081"}]}},
+    }
+    request = read_create(json.dumps(body).encode())
+    (warning,) = create_warnings(request, ApiVersion("1.52"))
+    assert "have an empty list of port-bindings: 80/tcp. " in warning
+    assert create_warnings(request, ApiVersion("1.51")) == []
+    node = create.NodeDefaults("n", "", Driver(name="json-file"))
+    config = create.container_config(request, ContainerDefaults(), None, node)
+    assert [(one.target_port, one.published_port) for one in config.ports] == [(80, 0), (81, 8081)]
+
+
+async def test_1_52_statistics_name_the_system(api: Api, engine: Engine) -> None:
+    await engine.create(asking_for({}), name="web")
+    path = "containers/web/stats?stream=false"
+    assert (await answer(api, f"/v1.52/{path}"))[1]["os_type"] == "linux"
+    assert "os_type" not in (await answer(api, f"/v1.51/{path}"))[1]
+
+
+async def test_1_52_lists_of_containers_have_their_health(api: Api, engine: Engine) -> None:
+    await engine.create(asking_for({}), name="web")
+    _, (newer,) = await answer(api, "/v1.52/containers/json?all=1")
+    _, (older,) = await answer(api, "/v1.51/containers/json?all=1")
+    assert newer["Health"] == {"Status": "none", "FailingStreak": 0}
+    assert "Health" not in older
+
+
+async def test_1_52_the_disk_usage_has_numbers_by_type(api: Api, engine: Engine) -> None:
+    await engine.create(asking_for({}), name="web")
+    engine.volumes.ensure("data")
+    legacy = {"LayersSize", "BuilderSize", "Images", "Containers", "Volumes", "BuildCache"}
+    usages = {"ImageUsage", "ContainerUsage", "VolumeUsage", "BuildCacheUsage"}
+    assert set((await answer(api, "/v1.51/system/df?verbose=1"))[1]) == legacy
+    _, brief = await answer(api, "/v1.52/system/df")
+    assert set(brief) == legacy | usages
+    size = brief["LayersSize"]
+    assert brief["ImageUsage"] == {"ActiveCount": 1, "TotalCount": 1, "TotalSize": size, "Reclaimable": 0}
+    assert (brief["ContainerUsage"]["ActiveCount"], brief["ContainerUsage"]["TotalCount"]) == (0, 1)
+    assert (brief["VolumeUsage"]["ActiveCount"], brief["VolumeUsage"]["TotalCount"]) == (0, 1)
+    _, verbose = await answer(api, "/v1.52/system/df?verbose=1")
+    assert set(verbose) == usages
+    assert [one["Name"] for one in verbose["VolumeUsage"]["Items"]] == ["data"]
+    assert set((await answer(api, "/v1.52/system/df?verbose=1&type=volume"))[1]) == {"VolumeUsage"}

@@ -82,6 +82,11 @@ SERVICE: dict[str, Row] = {
     "TaskTemplate.Resources.Limits.NanoCPUs": (500_000_000, {}),
     "TaskTemplate.Resources.Limits.MemoryBytes": (64 << 20, {}),
     "TaskTemplate.Resources.Limits.Pids": (10, {}),
+    "TaskTemplate.Resources.SwapBytes": (
+        0,
+        {"TaskTemplate": {"Resources": {"Limits": {"MemoryBytes": 64 << 20}}}},
+    ),
+    "TaskTemplate.Resources.MemorySwappiness": (10, {}),
     "TaskTemplate.Resources.Reservations.NanoCPUs": (500_000_000, {}),
     "TaskTemplate.Resources.Reservations.MemoryBytes": (64 << 20, {}),
     "TaskTemplate.Resources.Reservations.GenericResources.0.NamedResourceSpec.Kind": (

@@ -113,8 +113,9 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
     check_cpus(body.host_config.nano_cpus, processors())
     if platform := request.query.get("platform"):
         require_platform(engine.images.get(body.image), body.image, parse_platform(platform))
+    warnings = create_warnings(body, api_version(request))
     container = await engine.create(body, name=request.query.get("name", ""))
-    warnings = [*container.warnings, *create_warnings(body, api_version(request))]
+    warnings = [*container.warnings, *warnings]
     if body.host_config.network_mode == "host" and body.host_config.port_bindings:
         warnings.append("Published ports are discarded when using host network mode")
     return json_response({"Id": container.id, "Warnings": warnings}, 201)

@@ -48,6 +48,7 @@ _V1_48 = ApiVersion("1.48")
 _V1_49 = ApiVersion("1.49")
 _V1_50 = ApiVersion("1.50")
 _V1_51 = ApiVersion("1.51")
+_V1_52 = ApiVersion("1.52")
 _WITHOUT_FILTER = ApiVersion("1.41")
 """API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
@@ -256,7 +257,7 @@ def _platforms(request: web.Request) -> tuple[ImagePlatform, ...]:
     texts = request.query.getall("platform", [])
     if api_version(request) < _V1_48:
         return ()
-    if len(texts) > 1:
+    if len(texts) > 1 and api_version(request) < _V1_52:
         raise InvalidArgument(
             "multiple platform parameters are not supported in this API version; use API version 1.52 or later"
         )

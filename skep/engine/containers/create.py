@@ -24,6 +24,7 @@ from skep.engine.containers.request import (
     EndpointSettings,
     HostConfig,
     LogOptions,
+    PortBinding,
     TaskOptions,
     refused,
 )
@@ -516,14 +517,14 @@ def _with_gateway(line: str, gateway: str) -> str:
 def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
     host, found = request.host_config, []
     for text, bindings in sorted(host.port_bindings.items()):
-        for binding in bindings or ():
+        for binding in bindings or (PortBinding(),):  # as in the engine, an empty list means any free port
             if "-" in binding.host_port:
                 raise refused(f"--publish with a range for one port ({binding.host_port})")
             if (number := parse_port(binding.host_port or "0")) is None:
                 raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
             found.append(_port(text, number, _host_ip(binding.host_ip)))
     if host.publish_all_ports:
-        found += [_port(text, 0, "") for text in sorted(exposed) if not host.port_bindings.get(text)]
+        found += [_port(text, 0, "") for text in sorted(exposed) if text not in host.port_bindings]
     return found
 
 

@@ -24,6 +24,7 @@ from skep.model.values.times import Nanoseconds
 
 _WITH_PIDS_LIMIT = ApiVersion("1.40")
 _V1_48 = ApiVersion("1.48")
+_V1_52 = ApiVersion("1.52")
 BODY_EMPTY = "Config cannot be empty in order to create a container"
 
 
@@ -205,8 +206,15 @@ def read_create(body: bytes) -> CreateRequest:
 def create_warnings(request: CreateRequest, version: ApiVersion) -> list[str]:
     """Return the warnings about options of ``request`` that clients of API ``version`` expect from the server.
 
-    Source: moby, daemon/server/router/container/container_routes.go (handleVolumeDriverBC).
+    Raises: InvalidArgument: the version no longer has an option.
+
+    Source: moby, daemon/server/router/container/container_routes.go (handleVolumeDriverBC, handleMACAddressBC,
+    handlePortBindingsBC).
     """
+    if version >= _V1_52 and request.mac_address:
+        raise InvalidArgument(
+            "container-wide MAC address no longer supported; use endpoint-specific MAC address instead"
+        )
     host, warnings = request.host_config, []
     undecided = [
         mount
@@ -222,6 +230,12 @@ def create_warnings(request: CreateRequest, version: ApiVersion) -> list[str]:
         warnings.append(
             "WARNING: the container-wide volume-driver configuration is ignored for volumes specified via 'mount'. "
             "Use '--mount type=volume,volume-driver=...' instead"
+        )
+    unbound = [port for port, bindings in host.port_bindings.items() if not bindings]
+    if version >= _V1_52 and unbound:
+        warnings.append(
+            f"Following container port(s) have an empty list of port-bindings: {', '.join(unbound)}. "
+            "Such bindings will be discarded in a future version."
         )
     return warnings
 

@@ -31,6 +31,7 @@ from skep.api.formats.networks import (
     check_list_filters,
     check_name,
     fits,
+    ipam_status,
     known_to,
 )
 from skep.api.http.server import Filters, Routes, api_version, json_response, read_body
@@ -341,7 +342,10 @@ class _NodeNetworks:
     def _shown(self, network: LocalNetwork) -> dict[str, Any]:
         if network.name == "bridge" and (gateway := self._local.gateway()) is not None:
             network = msgspec.structs.replace(network, configs=gateway.configs)
-        return flat_form(network, self._users_of(network))
+        users = self._users_of(network)
+        shown = flat_form(network, users)
+        held = [one[name] for one in users.values() for name in ("IPv4Address", "IPv6Address") if one[name]]
+        return {**shown, "Status": ipam_status(shown["IPAM"]["Config"], held)}
 
     def _users_of(self, network: LocalNetwork) -> dict[str, Any]:
         """Return the containers on a network, by id."""

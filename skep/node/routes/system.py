@@ -36,6 +36,7 @@ from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.swarm_info import NOT_A_MANAGER
 from skep.node.docker.docker_engine import DockerEngine
+from skep.node.event_versions import content_type_for, known_to
 from skep.node.events import READER, EventLines, EventRequest, Message, NodeEvents, without_commands
 from skep.node.host import features
 from skep.node.host.description import volume_drivers
@@ -252,10 +253,12 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
     """Stream events of this node and of the cluster, one JSON object per line, each sent at once."""
     since, until = period_of(request)
     wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
-    lines = JsonLines(request)
+    version = api_version(request)
+    lines = JsonLines(request, content_type=content_type_for(version, request.headers.get("Accept", "")))
 
     async def send(message: Message) -> None:
-        await lines.send(without_commands(message) if READER in request.headers else message)
+        shown = without_commands(message) if READER in request.headers else message
+        await lines.send(known_to(version, shown))
 
     await system.stream_events(wanted, lines.begin, send)
     return lines.response

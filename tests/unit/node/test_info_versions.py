@@ -66,3 +66,7 @@ def test_1_50_devices_of_cdi_are_listed() -> None:
 
 def test_1_50_the_bridge_netfilter_module_is_gone() -> None:
     assert set(shown("1.49")) - set(shown("1.50")) == {"BridgeNfIptables", "BridgeNfIp6tables"}
+
+
+def test_1_52_the_limit_of_tcp_buffers_is_gone() -> None:
+    assert set(shown("1.51")) - set(shown("1.52")) == {"KernelMemoryTCP"}

@@ -1,7 +1,6 @@
 """Containers as older versions of the Engine API show them.
 
-The other modules of this folder return the newest form.  These functions remove the fields that a version does not
-have, and add those that a later version has removed.
+The other modules of this folder return all fields.  These functions remove the fields that a version does not have.
 
 Source: moby, api/docs/CHANGELOG.md, daemon/server/router/container/{container_routes,inspect}.go.
 """
@@ -12,17 +11,39 @@ from typing import Any
 from skep.api.http.versions import ApiVersion
 
 _V1_48 = ApiVersion("1.48")
+_V1_52 = ApiVersion("1.52")
+_LEGACY_SETTINGS = (
+    *("Bridge", "HairpinMode", "LinkLocalIPv6Address", "LinkLocalIPv6PrefixLen", "SecondaryIPAddresses"),
+    *(
+        "SecondaryIPv6Addresses",
+        "EndpointID",
+        "Gateway",
+        "GlobalIPv6Address",
+        "GlobalIPv6PrefixLen",
+        "IPAddress",
+    ),
+    *("IPPrefixLen", "IPv6Gateway", "MacAddress"),
+)
+"""Fields of ``NetworkSettings`` with the values of the network ``bridge``."""
 
 
 def container_known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``GET /containers/{id}/json`` in the form of API ``version``."""
-    settings = shown["NetworkSettings"]
-    return {**shown, "NetworkSettings": _with_networks(version, settings)}
+    older = {**shown, "NetworkSettings": _with_networks(version, shown["NetworkSettings"])}
+    if version >= _V1_52:
+        config = _without(
+            shown["Config"], "MacAddress", *(() if shown["Config"]["OnBuild"] else ("OnBuild",))
+        )
+        older["Config"] = config
+        older["HostConfig"] = _without(shown["HostConfig"], "KernelMemoryTCP")
+        older["NetworkSettings"] = _without(older["NetworkSettings"], *_LEGACY_SETTINGS)
+    return older
 
 
 def line_known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return one line of ``docker ps`` in the form of API ``version``."""
-    return {**shown, "NetworkSettings": _with_networks(version, shown["NetworkSettings"])}
+    older = shown if version >= _V1_52 else _without(shown, "Health")
+    return {**older, "NetworkSettings": _with_networks(version, shown["NetworkSettings"])}
 
 
 def _with_networks(version: ApiVersion, settings: Mapping[str, Any]) -> Mapping[str, Any]:
