@@ -19,7 +19,13 @@ from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
 from skep.engine.build.cache.cache import CacheMounts
 from skep.engine.containers import create
-from skep.engine.containers.request import CreateRequest, create_warnings, read_create, read_update
+from skep.engine.containers.request import (
+    CreateRequest,
+    create_warnings,
+    read_connect,
+    read_create,
+    read_update,
+)
 from skep.engine.engine import Engine
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.platforms import this_platform
@@ -350,3 +356,53 @@ async def test_1_52_the_disk_usage_has_numbers_by_type(api: Api, engine: Engine)
     assert set(verbose) == usages
     assert [one["Name"] for one in verbose["VolumeUsage"]["Items"]] == ["data"]
     assert set((await answer(api, "/v1.52/system/df?verbose=1&type=volume"))[1]) == {"VolumeUsage"}
+
+
+# --- 1.53 to 1.55 ---------------------------------------------------------------------------------------------
+
+
+async def test_1_53_images_have_no_identity(api: Api) -> None:
+    assert "Identity" not in (await answer(api, "/v1.53/images/app:1/json"))[1]
+
+
+async def test_1_53_the_former_fields_of_the_disk_usage_are_still_there(api: Api) -> None:
+    assert {"LayersSize", "Images", "ImageUsage"} <= set((await answer(api, "/v1.53/system/df"))[1])
+
+
+async def test_1_54_an_identity_needs_manifests(api: Api) -> None:
+    conflict = (400, {"message": "conflicting options: identity requires manifests=1"})
+    assert await answer(api, "/v1.54/images/json?identity=1") == conflict
+    for path in ("/v1.54/images/json?identity=1&manifests=1", "/v1.53/images/json?identity=1"):
+        assert (await answer(api, path))[0] == 200
+
+
+def test_1_54_a_mac_address_is_applied_on_connecting() -> None:
+    body = read_connect(b'{"Container": "c", "EndpointConfig": {"MacAddress": "02:42:AC:11:00:02"}}')
+    assert create.endpoint_request("front", body.endpoint_config).mac_address == "02:42:ac:11:00:02"
+
+
+async def test_1_55_attestations_are_refused_by_name(api: Api) -> None:
+    status, shown = await answer(api, "/v1.55/images/app:1/attestations")
+    assert (status, "keeps no attestations of images" in shown["message"]) == (501, True)
+    assert (await answer(api, "/v1.55/images/nosuch:1/attestations"))[0] == 404
+    assert await answer(api, "/v1.54/images/app:1/attestations") == (404, {"message": "page not found"})
+
+
+async def test_1_55_limits_of_devices_are_not_changed_silently(api: Api, engine: Engine) -> None:
+    device = {"Path": "/dev/null", "Rate": 1}
+    limited = {"Image": "app:1", "HostConfig": {"BlkioDeviceReadBps": [device]}}
+    for name, body in (("web", limited), ("free", {"Image": "app:1"})):
+        await engine.create(read_create(json.dumps(body).encode()), name=name)
+
+    async def update(name: str, version: str, value: Any) -> tuple[int, str]:
+        path = f"/v{version}/containers/{name}/update"
+        response = await api.post(path, json={"BlkioDeviceReadBps": value})
+        return response.status, (await response.json()).get("message", "")
+
+    refused = "docker update cannot change blkiodevicereadbps: omit it"
+    for version in ("1.54", "1.55"):
+        assert await update("web", version, [device]) == (501, refused)
+        assert (await update("web", version, None))[0] == (await update("free", version, []))[0] == 200
+    assert (await update("web", "1.54", []))[0] == 200
+    cleared = "docker update cannot clear blkiodevicereadbps: create the container again without it"
+    assert await update("web", "1.55", []) == (501, cleared)

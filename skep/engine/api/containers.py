@@ -51,8 +51,8 @@ from skep.engine.containers.container import (
     WaitCondition,
 )
 from skep.engine.containers.image_mounts import images_of
-from skep.engine.containers.request import create_warnings, read_create, read_update
-from skep.engine.containers.updates import updated
+from skep.engine.containers.request import cleared_limits, create_warnings, read_create, read_update
+from skep.engine.containers.updates import refuse_cleared, updated
 from skep.engine.engine import Engine
 from skep.engine.images.archives.untar import tree_bytes
 from skep.engine.images.local import LocalImages
@@ -312,9 +312,11 @@ async def resize(served: ContainerRoutes, request: web.Request) -> web.StreamRes
 @_table.post("/containers/{id}/update")
 async def update(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker update``: limits and restart policy.  Omitted fields stay unchanged."""
-    body = read_update(await read_body(request), api_version(request))
+    raw, version = await read_body(request), api_version(request)
+    body = read_update(raw, version)
     check_cpus(body.nano_cpus, processors())
     before = served.engine.get(request.match_info["id"])
+    refuse_cleared(cleared_limits(raw, version), before)
     after = await served.engine.update(before.id, partial(updated, body))
     return json_response({"Warnings": list(after.warnings[len(before.warnings) :]) or None})
 

@@ -42,13 +42,15 @@ from skep.engine.images.registry.registry import login
 from skep.engine.images.registry.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore, Removed
-from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 
 _V1_48 = ApiVersion("1.48")
 _V1_49 = ApiVersion("1.49")
 _V1_50 = ApiVersion("1.50")
 _V1_51 = ApiVersion("1.51")
 _V1_52 = ApiVersion("1.52")
+_V1_54 = ApiVersion("1.54")
+_V1_55 = ApiVersion("1.55")
 _WITHOUT_FILTER = ApiVersion("1.41")
 """API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
@@ -81,6 +83,8 @@ async def list_images(served: ImageRoutes, request: web.Request) -> web.StreamRe
     if (pattern := request.query.get("filter", "")) and version < _WITHOUT_FILTER:
         filter = _replaced(filter, patterns=(*filter.patterns, pattern))
     listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
+    if version >= _V1_54 and flag(request, "identity") and not flag(request, "manifests"):
+        raise InvalidArgument("conflicting options: identity requires manifests=1")
     shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
     counts = Counter(user.image_id for user in served.users())
     is_counted = version >= _V1_51 and is_of_administrator(request)  # others do not see every container
@@ -190,6 +194,15 @@ async def image_history(served: ImageRoutes, request: web.Request) -> web.Stream
     if (text := request.query.get("platform", "")) and api_version(request) >= _V1_48:
         require_platform(image, name, _decode_platform(text))
     return json_list_response(image_responses.history(image, served.images))
+
+
+@_table.get("/images/{name:.+}/attestations")
+async def image_attestations(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
+    """Refuse ``docker image attestations``, because a pull does not fetch attestations."""
+    if api_version(request) < _V1_55:
+        raise NotFound("page not found")
+    served.images.get(request.match_info["name"])
+    raise Unimplemented("This node keeps no attestations of images: read them from the image's registry.")
 
 
 @_table.post("/images/{name:.+}/tag")

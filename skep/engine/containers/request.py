@@ -7,7 +7,7 @@ refused only with another value.
 Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -25,6 +25,7 @@ from skep.model.values.times import Nanoseconds
 _WITH_PIDS_LIMIT = ApiVersion("1.40")
 _V1_48 = ApiVersion("1.48")
 _V1_52 = ApiVersion("1.52")
+_V1_55 = ApiVersion("1.55")
 BODY_EMPTY = "Config cannot be empty in order to create a container"
 
 
@@ -254,6 +255,29 @@ def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
     request = from_builtins(value, UpdateRequest)
     # Older clients always send a number.
     return request if version >= _WITH_PIDS_LIMIT else msgspec.structs.replace(request, pids_limit=None)
+
+
+DEVICE_LIMITS: Final[Mapping[str, str]] = {
+    "blkioweightdevice": "blkio_weight_device",
+    "blkiodevicereadbps": "blkio_device_read_bps",
+    "blkiodevicewritebps": "blkio_device_write_bps",
+    "blkiodevicereadiops": "blkio_device_read_iops",
+    "blkiodevicewriteiops": "blkio_device_write_iops",
+}
+"""Limits of single block devices by their names in requests, in lower case."""
+
+
+def cleared_limits(body: bytes, version: ApiVersion) -> Collection[str]:
+    """Return the limits of block devices that an update clears by an empty list, by their names in lower case.
+
+    Before API 1.55, an update ignored an empty list.
+    """
+    value = parse(body)
+    if version < _V1_55 or not isinstance(value, dict):
+        return ()
+    return [
+        name for key, one in value.items() if (name := str(key).casefold()) in DEVICE_LIMITS and one == []
+    ]
 
 
 def read_connect(body: bytes) -> ConnectRequest:

@@ -70,3 +70,7 @@ def test_1_50_the_bridge_netfilter_module_is_gone() -> None:
 
 def test_1_52_the_limit_of_tcp_buffers_is_gone() -> None:
     assert set(shown("1.51")) - set(shown("1.52")) == {"KernelMemoryTCP"}
+
+
+def test_1_53_no_node_resource_interface_is_reported() -> None:
+    assert "NRI" not in shown("1.53")
