@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.api.http.versions import NEWEST
 from skep.configuration.sources import Arguments, combine
 from tests.support.harness.documents import (
     PAGES,
@@ -235,6 +236,19 @@ def test_every_rule_for_files_in_dockerfiles_has_a_test_that_exists() -> None:
     assert len(rules) > 60
     assert [cells[1] for cells in rules if "`tests/" not in cells[3]] == []
     named = re.findall(r"`(tests/[^`]+)`", page.read_text())
+    assert [name for name in named if not exists(name)] == []
+
+
+def test_every_change_of_the_api_has_a_test_that_exists_or_needs_none() -> None:
+    page = ROOT / "docs" / "conformance" / "api-changes.md"
+    text = page.read_text()
+    versions = re.findall(r"^## (1\.\d+)$", text, re.M)
+    assert versions == [f"1.{minor}" for minor in range(48, 48 + len(versions))]
+    assert versions[-1] == str(NEWEST)
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
+    untested = [cells[1] for cells in rows if len(cells) != 5 or "`tests/" not in cells[3]]
+    assert [line for line in untested if line.strip() != "entry"] == []
+    named = re.findall(r"`(tests/[^`]+)`", text)
     assert [name for name in named if not exists(name)] == []
 
 

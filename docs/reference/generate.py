@@ -21,6 +21,7 @@ from docs.reference.label_table import LABELS, LabelTarget
 from docs.reference.metric_page import metrics
 from skep import __version__
 from skep.api.errors import RPC_CODES, STATUSES
+from skep.api.http.versions import NEWEST
 from skep.cli.main import main
 from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
@@ -931,15 +932,16 @@ def api_errors() -> str:
 
 
 def options() -> str:
-    """Return how Skep treats each field of services, containers, networks and volumes in API 1.47."""
+    """Return how Skep treats each field of services, containers, networks and volumes in the newest API version."""
     walks = importlib.import_module("tests.unit.test_every_option_of_objects")
     lines = [
         "# Options of services, containers, networks and volumes",
         "",
         _NOTICE,
         *paragraph(
-            "What becomes of every field of the Engine API 1.47 that says what a service, a container, a network or a",
-            "volume is to be. *Honored*: the container, the scheduler, the allocator or the data plane differs by it.",
+            f"What becomes of every field of the Engine API {NEWEST} that says what a service, a container, a network",
+            "or a volume is to be. *Honored*: the container, the scheduler, the allocator or the data plane differs by",
+            "it.",
             "*Refused*: the request fails, or the task is rejected, with an error that has the text. *No effect*: it",
             "means nothing here, for the reason given. Tests set each field in turn:",
             "`tests/unit/test_every_option.py`, `tests/unit/test_every_option_of_objects.py`.",

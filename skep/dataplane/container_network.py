@@ -213,7 +213,7 @@ class ContainerNetwork:
                 config.id, netns, (endpoint,), first=_free_interface(sandbox)
             )
             joined = msgspec.structs.replace(sandbox, endpoints=(*sandbox.endpoints, connected))
-            if not joined.address and needs_egress(config.mode, [endpoint]):
+            if not joined.address and needs_egress(config.mode, [*others, endpoint]):
                 joined = await self._add_egress(config, joined)
             await self._overlays.change(config.id, (), joined)
             if self._naming is not None:
@@ -340,7 +340,8 @@ class ContainerNetwork:
 def needs_egress(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:
     """Return whether a container with ``endpoints`` needs an interface on the gateway bridge.
 
-    A network on a device of the machine (macvlan, ipvlan) already provides egress.
+    A network on a device of the machine (macvlan, ipvlan) already provides egress, unless another network's gateway has
+    a higher priority.
 
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
@@ -348,8 +349,9 @@ def needs_egress(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool
         case NetworkMode.BRIDGE:
             return True
         case NetworkMode.NETWORKS:
-            is_out = any(one.head.parent is not None and not one.head.is_internal for one in endpoints)
-            return not is_out and any(not one.head.is_internal for one in endpoints)
+            external = [one for one in endpoints if not one.head.is_internal]
+            by_priority = sorted(external, key=lambda one: (-one.gw_priority, one.head.parent is None))
+            return bool(by_priority) and by_priority[0].head.parent is None
         case NetworkMode.NONE | NetworkMode.HOST | NetworkMode.CONTAINER:
             return False
 

@@ -66,6 +66,7 @@ def service_entry(spec: ServiceSpec, names: ObjectKeys) -> dict[str, Any]:
             "cap_drop": _texts(one.removeprefix("CAP_") for one in container.capability_drop),
             "ulimits": {one.name: _ulimit(one) for one in container.ulimits},
             "oom_score_adj": container.oom_score_adj or None,
+            **_swap(spec.task_template.resources),
             "secrets": [
                 _reference(one.secret_name, one.file, names.secrets)
                 for one in container.secrets
@@ -311,6 +312,17 @@ def _resources(found: ResourceRequirements | None) -> dict[str, Any]:
             "reservations": _amounts(found.reservations) if found.reservations is not None else None,
         }
     )
+
+
+def _swap(found: ResourceRequirements | None) -> dict[str, Any]:
+    """Return the keys of a service for swap.  Compose counts memory and swap together."""
+    if found is None:
+        return {}
+    memory = found.limits.memory_bytes if found.limits is not None else 0
+    limit = None
+    if found.swap_bytes is not None:
+        limit = -1 if found.swap_bytes < 0 else f"{memory + found.swap_bytes}b"
+    return {"memswap_limit": limit, "mem_swappiness": found.memory_swappiness}
 
 
 def _amounts(found: Any, pids: int = 0) -> dict[str, Any]:

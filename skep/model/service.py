@@ -68,6 +68,12 @@ class ResourceRequirements(ApiObject):
 
     limits: Limits | None = None
     reservations: Resources | None = None
+    swap_bytes: int | None = None
+    """Swap in bytes in addition to the memory limit, or -1 for no limit.  None for as much as the memory limit.
+
+    Nodes and managers of earlier versions ignore this field and the next one."""
+    memory_swappiness: int | None = None
+    """Swappiness from 0 to 100, or -1 for the kernel's.  None if unset."""
 
 
 class RestartCondition(Enum):

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from skep import __version__
+from skep.api.http.versions import ApiVersion
 from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
 from skep.engine.confinement import apparmor
@@ -23,6 +24,11 @@ from skep.node.host.features import Features
 from skep.node.host.machine import Machine
 
 API_VERSION_MIN = "1.24"
+_V1_48 = ApiVersion("1.48")
+_V1_49 = ApiVersion("1.49")
+_V1_50 = ApiVersion("1.50")
+_V1_52 = ApiVersion("1.52")
+_NONDISTRIBUTABLE = ("AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames")
 _INDEX = "https://index.docker.io/v1/"
 
 
@@ -80,8 +86,9 @@ def info(
     swarm: Mapping[str, Any],
     warnings: Sequence[str],
     now: Timestamp,
+    devices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the response to ``GET /info``."""
+    """Return the response to ``GET /info`` in its newest form.  ``devices``: names of CDI devices."""
     machine, features, configuration = node.machine, node.features, node.configuration
     return {
         "ID": node.id,
@@ -100,8 +107,6 @@ def info(
         },
         **_limits(features),
         "IPv4Forwarding": True,
-        "BridgeNfIptables": False,
-        "BridgeNfIp6tables": False,
         "Debug": configuration.debug,
         "NFd": 0,
         "OomKillDisable": "memory" in features.controllers and features.cgroup_version == 1,
@@ -128,6 +133,8 @@ def info(
         "Name": machine.hostname,
         "Labels": [f"{key}={value}" for key, value in sorted(_labels(configuration, features).items())],
         **_runtime(node, swarm),
+        "FirewallBackend": {"Driver": "nftables"},
+        **({"DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in devices]} if devices else {}),
         "Warnings": list(warnings) or None,
     }
 
@@ -140,7 +147,6 @@ def _limits(features: Features) -> dict[str, bool]:
         "MemoryLimit": has_memory,
         "SwapLimit": has_memory,
         "KernelMemory": False,
-        "KernelMemoryTCP": False,
         "CpuCfsPeriod": has_cpu,
         "CpuCfsQuota": has_cpu,
         "CPUShares": has_cpu,
@@ -152,8 +158,7 @@ def _limits(features: Features) -> dict[str, bool]:
 def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields about container runtimes, and the ``Swarm`` section at its place in Docker's order."""
     features, configuration = node.features, node.configuration
-    runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
-    nothing = {"ID": "", "Expected": ""}
+    runc, nothing = {"ID": node.versions.get("runc", "")}, {"ID": ""}
     return {
         "ExperimentalBuild": False,
         "ServerVersion": __version__,
@@ -173,14 +178,32 @@ def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``info`` in the form of API ``version``.
+
+    Source: moby, api/docs/CHANGELOG.md, daemon/server/router/system/system_routes.go (getInfo).
+    """
+    older = dict(shown)
+    if version < _V1_49:
+        nothing = None if version >= _V1_48 else ()
+        older["RegistryConfig"] = {**shown["RegistryConfig"], **dict.fromkeys(_NONDISTRIBUTABLE, nothing)}
+        for name in ("ContainerdCommit", "RuncCommit", "InitCommit"):
+            older[name] = {**shown[name], "Expected": shown[name]["ID"]}
+        del older["FirewallBackend"]
+    if version < _V1_50:
+        older |= {"BridgeNfIptables": False, "BridgeNfIp6tables": False}
+        older.pop("DiscoveredDevices", None)
+    if version < _V1_52:
+        older["KernelMemoryTCP"] = False
+    return older
+
+
 def registry_config(configuration: Configuration) -> dict[str, Any]:
     """Return ``RegistryConfig``.  The loopback network is always insecure, as in Docker."""
     networks = [registry for registry in configuration.insecure_registries if "/" in registry]
     hosts = [registry for registry in configuration.insecure_registries if "/" not in registry]
     mirrors = list(configuration.registry_mirrors)
     return {
-        "AllowNondistributableArtifactsCIDRs": [],
-        "AllowNondistributableArtifactsHostnames": [],
         "InsecureRegistryCIDRs": ["127.0.0.0/8", *networks],
         "IndexConfigs": {
             "docker.io": {"Name": "docker.io", "Mirrors": mirrors, "Secure": True, "Official": True},

@@ -342,19 +342,27 @@ class ResourceRequirements(_message.Message):
 
     LIMITS_FIELD_NUMBER: _builtins.int
     RESERVATIONS_FIELD_NUMBER: _builtins.int
+    SWAP_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_SWAPPINESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def limits(self) -> Global___Resources: ...
     @_builtins.property
     def reservations(self) -> Global___Resources: ...
+    @_builtins.property
+    def swap_bytes(self) -> _wrappers_pb2.Int64Value: ...
+    @_builtins.property
+    def memory_swappiness(self) -> _wrappers_pb2.Int64Value: ...
     def __init__(
         self,
         *,
         limits: Global___Resources | None = ...,
         reservations: Global___Resources | None = ...,
+        swap_bytes: _wrappers_pb2.Int64Value | None = ...,
+        memory_swappiness: _wrappers_pb2.Int64Value | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "reservations", b"reservations"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "memory_swappiness", b"memory_swappiness", "reservations", b"reservations", "swap_bytes", b"swap_bytes"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "reservations", b"reservations"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "memory_swappiness", b"memory_swappiness", "reservations", b"reservations", "swap_bytes", b"swap_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.api.formats.networks import SubnetBody, ipam_status
 from skep.dataplane.local.networks import LocalNetworks
 from skep.engine.containers.container import Container, ContainerConfig, ContainerState
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
@@ -396,3 +397,42 @@ async def test_a_list_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
     local.open()
     assert [one.name for one in local.predefined()] == ["bridge", "host", "none"]
     assert local.gateway() is None
+
+
+async def test_1_48_networks_say_that_they_have_ipv4(rig: Rig) -> None:
+    await rig.ask("POST", "/networks/create", {"Name": "o1", "Driver": "overlay"})
+    for name in ("bridge", "o1", "ingress"):
+        assert (await rig.ask("GET", f"/v1.48/networks/{name}"))[1]["EnableIPv4"] is True
+        assert "EnableIPv4" not in (await rig.ask("GET", f"/v1.47/networks/{name}"))[1]
+    for version, is_shown in (("1.48", True), ("1.47", False)):
+        _, found = await rig.ask("GET", f"/v{version}/networks")
+        assert {"EnableIPv4" in one for one in found} == {is_shown}
+    status, message = await rig.message("POST", "/networks/create", {"Name": "n6", "EnableIPv4": False})
+    assert (status, message) == (400, "IPv4 cannot be disabled: leave EnableIPv4 out")
+
+
+async def test_1_52_networks_say_how_many_addresses_are_free(rig: Rig) -> None:
+    config = {
+        "Driver": "overlay",
+        "IPAM": {"Config": [{"Subnet": "10.7.0.0/24", "IPRange": "10.7.0.128/25"}]},
+    }
+    await rig.ask("POST", "/networks/create", {"Name": "o1", **config})
+    await allocate(rig, "o1")
+    (status,) = (await rig.ask("GET", "/v1.52/networks/o1"))[1]["Status"]["IPAM"]["Subnets"].items()
+    assert status == ("10.7.0.0/24", {"IPsInUse": 3, "DynamicIPsAvailable": 126})
+    (own,) = (await rig.ask("GET", "/v1.52/networks/docker_gwbridge"))[1]["Status"]["IPAM"][
+        "Subnets"
+    ].values()
+    assert own["IPsInUse"] + own["DynamicIPsAvailable"] == 2**16
+    for path in ("/v1.51/networks/o1", "/v1.51/networks/docker_gwbridge"):
+        assert "Status" not in (await rig.ask("GET", path))[1]
+    assert all("Status" not in one for one in (await rig.ask("GET", "/v1.52/networks"))[1])
+
+
+def test_1_52_users_addresses_count_as_used() -> None:
+    configs = [SubnetBody(subnet="10.1.0.0/29", gateway="10.1.0.1"), SubnetBody(subnet="fd00::/64")]
+    status = ipam_status(configs, ["10.1.0.2/29", "10.1.0.2", "10.9.0.2/24", "fd00::2/64"])
+    assert status["IPAM"]["Subnets"] == {
+        "10.1.0.0/29": {"IPsInUse": 4, "DynamicIPsAvailable": 4},
+        "fd00::/64": {"IPsInUse": 2, "DynamicIPsAvailable": 2**64 - 2},
+    }

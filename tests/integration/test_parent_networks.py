@@ -88,6 +88,39 @@ def test_containers_of_two_nodes_meet_on_the_machines_own_network(cluster: TestC
             node.docker("network", "rm", "lan", check=False)
 
 
+def test_the_network_with_the_highest_priority_is_the_way_out(m1: TestNode) -> None:
+    words = ("-d", "macvlan", "--subnet", "10.76.0.0/24", "--gateway", "10.76.0.1", "-o", "parent=eth0")
+    m1.docker("network", "create", *words, "lan")
+    m1.docker("network", "create", "--subnet", "10.75.0.0/24", "front")
+    api = m1.client().api
+    try:
+        for name, of_front, network in (("by-bridge", 1, "front"), ("by-lan", -1, "lan")):
+            endpoints = {"lan": {}, "front": {"GwPriority": of_front}}
+            host_config = api.create_host_config(network_mode="lan")
+            api.create_container(
+                IMAGE,
+                list(IDLE),
+                name=name,
+                host_config=host_config,
+                networking_config={"EndpointsConfig": endpoints},
+            )
+            api.start(name)
+            routes = m1.docker("exec", name, "ip", "route").stdout.splitlines()
+            (way_out,) = [line for line in routes if line.startswith("default")]
+            assert ("via 10.76.0.1 dev eth0" in way_out) is (network == "lan"), routes
+            priorities = {one: each["GwPriority"] for one, each in networks_of_api(api, name).items()}
+            assert priorities == {"lan": 0, "front": of_front}
+    finally:
+        m1.docker("rm", "-f", "by-bridge", "by-lan", check=False)
+        m1.docker("network", "rm", "lan", "front", check=False)
+
+
+def networks_of_api(api: Any, container: str) -> dict[str, Any]:
+    """The container's networks in the newest form of the API."""
+    found: dict[str, Any] = api.inspect_container(container)["NetworkSettings"]["Networks"]
+    return found
+
+
 def test_tasks_of_a_service_are_on_the_nodes_own_network(cluster: TestCluster, m1: TestNode) -> None:
     nodes = [m1, cluster.node("w1")]
     for number, node in enumerate(nodes):

@@ -1,4 +1,4 @@
-"""Every option of the Engine API 1.47 that says how a container runs has an effect here, or is refused by name.
+"""Every option of the Engine API that says how a container runs has an effect here, or is refused by name.
 
 Each row sets one field to a value that means something, in what a service or ``docker run`` sends. The walk goes the
 whole way: the manager's checks, the wire, the agent's request, the engine's configuration, the runtime's specification.
@@ -262,6 +262,7 @@ BODY: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "NetworkingConfig.EndpointsConfig.n.Aliases": (["a"], {"HostConfig": {"NetworkMode": "n"}}),
     "NetworkingConfig.EndpointsConfig.n.DriverOpts": ({"a": "b"}, {"HostConfig": {"NetworkMode": "n"}}),
+    "NetworkingConfig.EndpointsConfig.n.GwPriority": (1, {"HostConfig": {"NetworkMode": "n"}}),
 }
 """Of the rest of what ``docker run`` sends."""
 

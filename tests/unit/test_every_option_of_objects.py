@@ -1,4 +1,4 @@
-"""Every option of the Engine API 1.47 for services, networks and volumes has an effect here, or is refused by name.
+"""Every option of the Engine API for services, networks and volumes has an effect here, or is refused by name.
 
 The rows of ``test_every_option.py`` are about one container; these are about what the manager and the node make around
 it. Each is set in turn, and what is compared is what decisions are made from: the requirements of the scheduler, the
@@ -45,7 +45,7 @@ from tests.unit import test_every_option as of_containers
 from tests.unit.test_every_option import of_request, with_field
 
 ROOT = Path(__file__).parents[2]
-FIELDS = ROOT / "tests/support/options/api_1_47.txt"
+FIELDS = tuple(ROOT / "tests/support/options" / name for name in ("api_1_47.txt", "since_1_48.txt"))
 Row = tuple[Any, dict[str, Any]]
 
 NETWORK = Network(
@@ -82,6 +82,11 @@ SERVICE: dict[str, Row] = {
     "TaskTemplate.Resources.Limits.NanoCPUs": (500_000_000, {}),
     "TaskTemplate.Resources.Limits.MemoryBytes": (64 << 20, {}),
     "TaskTemplate.Resources.Limits.Pids": (10, {}),
+    "TaskTemplate.Resources.SwapBytes": (
+        0,
+        {"TaskTemplate": {"Resources": {"Limits": {"MemoryBytes": 64 << 20}}}},
+    ),
+    "TaskTemplate.Resources.MemorySwappiness": (10, {}),
     "TaskTemplate.Resources.Reservations.NanoCPUs": (500_000_000, {}),
     "TaskTemplate.Resources.Reservations.MemoryBytes": (64 << 20, {}),
     "TaskTemplate.Resources.Reservations.GenericResources.0.NamedResourceSpec.Kind": (
@@ -486,7 +491,8 @@ CONTAINER_WALKS = (
 
 
 def fields_of_the_api() -> list[str]:
-    return [line for line in FIELDS.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for file in FIELDS for line in file.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def outcome(walk: Walk, path: str) -> str:

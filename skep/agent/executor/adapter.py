@@ -29,7 +29,7 @@ from skep.model.networks.tables import NetworkHead
 from skep.model.options import templates
 from skep.model.options.labels import LABEL_TASK_ID
 from skep.model.permissions.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
-from skep.model.service import PublishMode
+from skep.model.service import PublishMode, ResourceRequirements
 from skep.model.task import AssignedTask, NetworkAttachment, Task
 from skep.model.values.times import SECOND_NS
 
@@ -84,11 +84,9 @@ def create_request(
     _refuse_driver_options(task.task)
     if spec.isolation not in ("", "default"):
         raise Rejected(f"invalid isolation '{spec.isolation}' on linux")
-    resources = task.task.spec.resources
-    limits = resources.limits if resources else None
-    reservations = resources.reservations if resources else None
-    driver = task.task.spec.log_driver
-    dns = spec.dns_config
+    resources = task.task.spec.resources or ResourceRequirements()
+    limits, reservations = resources.limits, resources.reservations
+    driver, dns = task.task.spec.log_driver, spec.dns_config
     return CreateRequest(
         image=spec.image,
         hostname=spec.hostname,
@@ -125,7 +123,8 @@ def create_request(
             pids_limit=limits.pids if limits else 0,
             ulimits=spec.ulimits,
             init=spec.init,
-            **_machine_options(rights_of(spec), node, volume_device_rules(spec.mounts, cluster_volumes)),
+            **_machine_options(rights_of(spec), node, volume_device_rules(spec.mounts, cluster_volumes))
+            | _swap(resources),
         ),
     )
 
@@ -173,6 +172,17 @@ def volume_device_rules(
         for mount, volume in zip(ours, cluster_volumes, strict=True)
         if volume.device
     )
+
+
+def _swap(resources: ResourceRequirements) -> dict[str, Any]:
+    """Return the options for the swap that the service's resources request, which override the container's labels."""
+    found: dict[str, Any] = {}
+    swap, limits = resources.swap_bytes, resources.limits
+    if swap is not None and limits is not None and limits.memory_bytes:
+        found["memory_swap"] = -1 if swap < 0 else limits.memory_bytes + swap
+    if resources.memory_swappiness is not None:
+        found["memory_swappiness"] = resources.memory_swappiness
+    return found
 
 
 def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple[str, ...]) -> dict[str, Any]:

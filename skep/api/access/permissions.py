@@ -399,6 +399,7 @@ RULES: Final = (
     _rule("GET", r"/skep/cluster/volumes/[^/]+", _VIEWER, PermissionScope.OBJECT, "volume"),
     _rule("GET", r"/images/json", _VIEWER, PermissionScope.CLUSTER, container=_READ),
     _rule("GET", r"/images/.+/json", _VIEWER, PermissionScope.CLUSTER, "image", container=_READ),
+    _rule("GET", r"/images/.+/attestations", _VIEWER, PermissionScope.CLUSTER, "image", container=_READ),
     # The history contains the values of ENV and ARG.
     _rule("GET", r"/images/.+/history", _VIEWER, PermissionScope.CLUSTER, container=_INSPECT),
     _rule("GET", r"/exec/[^/]+/json", _VIEWER, PermissionScope.CLUSTER, container=_INSPECT),

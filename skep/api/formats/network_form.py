@@ -37,6 +37,7 @@ def flat_form(network: Network) -> dict[str, Any]:
         "Created": network.created_at,
         "Scope": SWARM,
         "Driver": driver.name,
+        "EnableIPv4": True,
         "EnableIPv6": spec.ipv6_enabled,
         "IPAM": {
             "Driver": ipam.driver.name,

@@ -6,11 +6,14 @@ libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetw
 
 import re
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_interface, ip_network
+from typing import Any
 
 import msgspec
 
 from skep.api.errors import Forbidden, Untranslated
 from skep.api.formats.filters import Filters
+from skep.api.http.versions import ApiVersion
 from skep.errors import InvalidArgument, NotFound
 from skep.model.network import ConfigReference
 from skep.model.networks.addresses import is_subnet
@@ -23,6 +26,10 @@ DRIVERS_OF_NODES = frozenset({"bridge", "macvlan", "ipvlan", "host", "null"})
 LIST_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type")
 PRUNE_FILTERS = ("label", "label!", "until")
 SWARM, LOCAL = "swarm", "local"
+_V1_48 = ApiVersion("1.48")
+_V1_52 = ApiVersion("1.52")
+_UINT64_MAX = 2**64 - 1
+"""Largest number in the response, because clients decode it as Go's ``uint64``."""
 PREDEFINED_LABEL = "com.docker.swarm.predefined"
 """Label of a cluster network that represents a network of every node."""
 
@@ -145,6 +152,41 @@ def _check_dependent(body: NetworkBody) -> None:
         raise Forbidden(
             "network driver options are not supported if the network depends on a configuration network"
         )
+
+
+def known_to(version: ApiVersion, shown: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a network of a response without the fields that API ``version`` does not have."""
+    unknown = {"Status"} if version < _V1_52 else set[str]()
+    if version < _V1_48:
+        unknown.add("EnableIPv4")
+    return {name: value for name, value in shown.items() if name not in unknown}
+
+
+def ipam_status(configs: Iterable[SubnetBody], addresses: Iterable[str]) -> dict[str, Any]:
+    """Return ``Status`` of a network: the used and free addresses of each subnet.
+
+    As in the engine, the subnet's first address, the last of an IPv4 subnet, the gateway and auxiliary addresses count
+    as used, and only addresses of the range are free.
+
+    Args:
+        addresses: Addresses of the network's users, with or without a prefix length.
+    """
+    users = {ip_interface(one).ip for one in addresses}
+    subnets = {}
+    for config in configs:
+        subnet = ip_network(config.subnet, strict=False)
+        span = ip_network(config.ip_range or config.subnet, strict=False)
+        named = [*config.auxiliary_addresses.values(), *([config.gateway] if config.gateway else [])]
+        used = {int(ip_interface(one).ip) for one in named} | {int(subnet.network_address)}
+        used |= {int(one) for one in users if one in subnet}
+        if subnet.version == 4:
+            used.add(int(subnet.broadcast_address))
+        taken = sum(int(span.network_address) <= one <= int(span.broadcast_address) for one in used)
+        subnets[config.subnet] = {
+            "IPsInUse": len(used),
+            "DynamicIPsAvailable": min(span.num_addresses - taken, _UINT64_MAX),
+        }
+    return {"IPAM": {"Subnets": subnets}}
 
 
 class NetworkFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -140,11 +140,18 @@ class ChunkedResponse:
         pass
 
 
+JSON_SEQUENCE = "application/json-seq"
+"""Media type of RFC 7464, which begins each object with a record separator."""
+
+
 class JsonLines(ChunkedResponse):
     """One JSON object per line, each sent at once."""
 
-    def __init__(self, request: web.Request, status: int = 200) -> None:
-        super().__init__(request, status, "application/json")
+    def __init__(
+        self, request: web.Request, status: int = 200, content_type: str = "application/json"
+    ) -> None:
+        super().__init__(request, status, content_type)
+        self._lead = b"\x1e" if content_type == JSON_SEQUENCE else b""
 
     async def send(self, value: Any) -> None:
         """Send ``value`` as one line. dockerd ends lines with CR LF or LF, and clients accept both.
@@ -152,7 +159,7 @@ class JsonLines(ChunkedResponse):
         Raises:
             ConnectionResetError: The client has disconnected.
         """
-        await self.response.write(_encoder.encode(value) + b"\n")
+        await self.response.write(self._lead + _encoder.encode(value) + b"\n")
 
 
 class OutputStream(IntEnum):

@@ -35,7 +35,7 @@ class ApiVersion:
 
 
 OLDEST = ApiVersion("1.24")
-NEWEST = ApiVersion("1.47")
+NEWEST = ApiVersion("1.55")
 
 
 @lru_cache(maxsize=64)

@@ -108,6 +108,7 @@ class LocalEndpoints:
             aliases=request.aliases,
             mac_address=request.mac_address,
             links=request.links,
+            gw_priority=request.gw_priority,
         )
         try:
             self._enter(container, config)

@@ -82,6 +82,7 @@ def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str,
         "Created": network.created_at,
         "Scope": LOCAL,
         "Driver": network.driver,
+        "EnableIPv4": True,
         "EnableIPv6": network.has_ipv6,
         "IPAM": {
             "Driver": network.ipam_driver,

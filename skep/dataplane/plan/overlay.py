@@ -9,7 +9,7 @@ first address.  Each container treats all subnets of its network as on-link, so 
 router.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 
@@ -209,7 +209,6 @@ def container_state(
             links[name] = Link(name=name, kind="veth", mtu=mtu, mac=endpoint.mac_address)
         else:
             links[name] = _on_parent(name, head, head.parent, endpoint.mac_address)
-            routes |= _default_routes(name, head)
         held = [ip_interface(one) for one in endpoint.config.addresses]
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
@@ -225,14 +224,49 @@ def container_state(
             name=sandbox.interface, kind="veth", mtu=USUAL_MTU, mac=sandbox.mac_address
         )
         addresses.add(Address(sandbox.interface, f"{sandbox.address}/{sandbox.prefix_length}"))
-        routes.add(Route(sandbox.interface, "0.0.0.0/0", sandbox.gateway))
     if sandbox.interface and sandbox.address6:
         addresses.add(Address(sandbox.interface, f"{sandbox.address6}/64"))
-        routes.add(Route(sandbox.interface, "::/0", sandbox.gateway6))
         sysctls |= _ipv6_sysctls(sandbox.interface)
+    routes.update(_default_routes(sandbox, networks))
     return NamespaceState(
         links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls
     )
+
+
+def _default_routes(
+    sandbox: Sandbox, networks: Mapping[NetworkId, tuple[NetworkHead, int]]
+) -> Collection[Route]:
+    """Return the default route of each IP version: through the gateway with the highest priority.
+
+    Of equal priorities, the gateway bridge comes first, because published ports reply through it, and then the networks
+    in their order.
+    """
+    choices: list[tuple[int, Collection[Route]]] = []
+    shared = [one.config.gw_priority for one in sandbox.endpoints if _uses_gateway_bridge(one.config.head)]
+    if sandbox.is_open:
+        shared.append(0)  # the priority of the network ``bridge``
+    if sandbox.interface and sandbox.address:
+        choices.append((max(shared, default=0), _bridge_routes(sandbox)))
+    for endpoint in sandbox.endpoints:
+        head, _ = networks[endpoint.network_id]
+        if head.parent is not None:
+            choices.append((endpoint.config.gw_priority, _parent_routes(endpoint.interface, head)))
+    found: dict[str, Route] = {}
+    for _, routes in sorted(choices, key=lambda choice: -choice[0]):
+        for route in routes:
+            found.setdefault(route.destination, route)
+    return found.values()
+
+
+def _uses_gateway_bridge(head: NetworkHead) -> bool:
+    return head.parent is None and not head.is_internal
+
+
+def _bridge_routes(sandbox: Sandbox) -> Collection[Route]:
+    routes = [Route(sandbox.interface, "0.0.0.0/0", sandbox.gateway)]
+    if sandbox.address6:
+        routes.append(Route(sandbox.interface, "::/0", sandbox.gateway6))
+    return routes
 
 
 def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Link:
@@ -245,18 +279,18 @@ def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Li
     )
 
 
-def _default_routes(name: str, head: NetworkHead) -> set[Route]:
+def _parent_routes(name: str, head: NetworkHead) -> Collection[Route]:
     """Return the default routes on a parent device: through the gateways, or without a gateway for ipvlan modes that
     route.
     """
     if head.is_internal:
-        return set()
+        return ()
     is_router = head.parent is not None and head.parent.mode in ("l3", "l3s")
-    return {
+    return [
         Route(name, "::/0" if ":" in one.subnet else "0.0.0.0/0", "" if is_router else one.gateway)
         for one in head.segments
         if is_router or one.gateway
-    }
+    ]
 
 
 def _ipv6_sysctls(interface: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ Source: moby 20.10, api/server/router/container/container_routes.go.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from skep.engine.api.files import file_routes
 from skep.engine.api.queries import integer
 from skep.engine.api.responses import container_responses
 from skep.engine.api.responses.container_listing import ListingOptions, ancestors, image_id_among, select
+from skep.engine.api.responses.container_versions import container_known_to, line_known_to
 from skep.engine.api.streams.container_output import output_routes
 from skep.engine.capacity import processors
 from skep.engine.confinement.limits import check_cpus
@@ -50,8 +51,8 @@ from skep.engine.containers.container import (
     WaitCondition,
 )
 from skep.engine.containers.image_mounts import images_of
-from skep.engine.containers.request import read_create, read_update
-from skep.engine.containers.updates import updated
+from skep.engine.containers.request import cleared_limits, create_warnings, read_create, read_update
+from skep.engine.containers.updates import refuse_cleared, updated
 from skep.engine.engine import Engine
 from skep.engine.images.archives.untar import tree_bytes
 from skep.engine.images.local import LocalImages
@@ -112,8 +113,9 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
     check_cpus(body.host_config.nano_cpus, processors())
     if platform := request.query.get("platform"):
         require_platform(engine.images.get(body.image), body.image, parse_platform(platform))
+    warnings = create_warnings(body, api_version(request))
     container = await engine.create(body, name=request.query.get("name", ""))
-    warnings = list(container.warnings)
+    warnings = [*container.warnings, *warnings]
     if body.host_config.network_mode == "host" and body.host_config.port_bindings:
         warnings.append("Published ports are discarded when using host network mode")
     return json_response({"Id": container.id, "Warnings": warnings}, 201)
@@ -136,12 +138,11 @@ async def list_containers(served: ContainerRoutes, request: web.Request) -> web.
         network_ids=served.engine.network_ids,
     )
     found = select(containers, selection)
-    has_size, now_ns, lines = flag(request, "size"), served.clock.now_ns(), []
+    has_size, now_ns, lines = flag(request, "size"), served.clock.now_ns(), list[Mapping[str, Any]]()
     for number, container in enumerate(found, 1):
         size = await _sizes(served, container) if has_size else {}
-        lines.append(
-            container_responses.summary(container, served.engine.images, now_ns, selection.network_ids) | size
-        )
+        line = container_responses.summary(container, served.engine.images, now_ns, selection.network_ids)
+        lines.append(line_known_to(api_version(request), line | size))
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # let other requests run
     return json_list_response(lines)
@@ -162,7 +163,7 @@ async def inspect_container(served: ContainerRoutes, request: web.Request) -> we
     )
     if flag(request, "size"):
         response |= await _sizes(served, container)
-    return json_response(response)
+    return json_response(container_known_to(api_version(request), response))
 
 
 async def _sizes(served: ContainerRoutes, container: Container) -> dict[str, int]:
@@ -311,9 +312,11 @@ async def resize(served: ContainerRoutes, request: web.Request) -> web.StreamRes
 @_table.post("/containers/{id}/update")
 async def update(served: ContainerRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker update``: limits and restart policy.  Omitted fields stay unchanged."""
-    body = read_update(await read_body(request), api_version(request))
+    raw, version = await read_body(request), api_version(request)
+    body = read_update(raw, version)
     check_cpus(body.nano_cpus, processors())
     before = served.engine.get(request.match_info["id"])
+    refuse_cleared(cleared_limits(raw, version), before)
     after = await served.engine.update(before.id, partial(updated, body))
     return json_response({"Warnings": list(after.warnings[len(before.warnings) :]) or None})
 

@@ -3,6 +3,7 @@
 Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/distribution/distribution_routes.go.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import aclosing
 from typing import Any
@@ -41,8 +42,15 @@ from skep.engine.images.registry.registry import login
 from skep.engine.images.registry.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore, Removed
-from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 
+_V1_48 = ApiVersion("1.48")
+_V1_49 = ApiVersion("1.49")
+_V1_50 = ApiVersion("1.50")
+_V1_51 = ApiVersion("1.51")
+_V1_52 = ApiVersion("1.52")
+_V1_54 = ApiVersion("1.54")
+_V1_55 = ApiVersion("1.55")
 _WITHOUT_FILTER = ApiVersion("1.41")
 """API version since which the parameter ``filter`` with a pattern of names no longer exists."""
 
@@ -75,9 +83,21 @@ async def list_images(served: ImageRoutes, request: web.Request) -> web.StreamRe
     if (pattern := request.query.get("filter", "")) and version < _WITHOUT_FILTER:
         filter = _replaced(filter, patterns=(*filter.patterns, pattern))
     listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
+    if version >= _V1_54 and flag(request, "identity") and not flag(request, "manifests"):
+        raise InvalidArgument("conflicting options: identity requires manifests=1")
     shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
+    counts = Counter(user.image_id for user in served.users())
+    is_counted = version >= _V1_51 and is_of_administrator(request)  # others do not see every container
     return json_list_response(
-        [image_responses.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
+        [
+            image_responses.summary(
+                one,
+                version,
+                shared_bytes=shared.get(one.image.id, -1),
+                containers=counts[one.image.id] if is_counted else -1,
+            )
+            for one in listed
+        ]
     )
 
 
@@ -100,6 +120,7 @@ async def create_image(served: ImageRoutes, request: web.Request) -> web.StreamR
 async def load_images(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker load``, with its progress."""
     is_quiet = flag(request, "quiet") if "quiet" in request.query else True
+    platforms = _platforms(request)
 
     async def load(report: Report) -> None:
         def report_unless_quiet(message: ProgressMessage) -> None:
@@ -107,7 +128,7 @@ async def load_images(served: ImageRoutes, request: web.Request) -> web.StreamRe
                 report(message)
 
         try:
-            await served.images.load(pieces_of(request), report_unless_quiet)
+            await served.images.load(pieces_of(request), report_unless_quiet, platforms=platforms)
         except SkepError:
             await drain(request)
             raise
@@ -128,7 +149,7 @@ async def save_image(served: ImageRoutes, request: web.Request) -> web.StreamRes
 
 
 async def _send_images(served: ImageRoutes, request: web.Request, names: list[str]) -> web.StreamResponse:
-    async with aclosing(served.images.save(names)) as pieces:
+    async with aclosing(served.images.save(names, platforms=_platforms(request))) as pieces:
         first = await anext(pieces, b"")  # first, because an unknown image can still be reported as a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
@@ -158,15 +179,30 @@ async def inspect_image(served: ImageRoutes, request: web.Request) -> web.Stream
         image = served.images.get(name)
     except (NotFound, InvalidArgument) as error:
         raise type(error)(f"no such image: {name}: {error}") from error
+    if (text := request.query.get("platform", "")) and api_version(request) >= _V1_49:
+        if flag(request, "manifests"):
+            raise InvalidArgument("conflicting options: manifests and platform options cannot both be set")
+        require_platform(image, name, _decode_platform(text))
     return json_response(image_responses.inspected(image, served.images, api_version(request)))
 
 
 @_table.get("/images/{name:.+}/history")
 async def image_history(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker history``."""
-    return json_list_response(
-        image_responses.history(served.images.get(request.match_info["name"]), served.images)
-    )
+    name = request.match_info["name"]
+    image = served.images.get(name)
+    if (text := request.query.get("platform", "")) and api_version(request) >= _V1_48:
+        require_platform(image, name, _decode_platform(text))
+    return json_list_response(image_responses.history(image, served.images))
+
+
+@_table.get("/images/{name:.+}/attestations")
+async def image_attestations(served: ImageRoutes, request: web.Request) -> web.StreamResponse:
+    """Refuse ``docker image attestations``, because a pull does not fetch attestations."""
+    if api_version(request) < _V1_55:
+        raise NotFound("page not found")
+    served.images.get(request.match_info["name"])
+    raise Unimplemented("This node keeps no attestations of images: read them from the image's registry.")
 
 
 @_table.post("/images/{name:.+}/tag")
@@ -211,10 +247,34 @@ class _WantedPlatform(msgspec.Struct, frozen=True):
 
 def _require_platform(images: ImageStore, reference: Reference, text: str) -> None:
     """Raise InvalidArgument for an invalid platform, and NotFound if this node has the image for another platform."""
-    wanted = decode_body(text.encode(), _WantedPlatform)
-    image = images.get(str(reference.with_default_tag()))
-    platform = ImagePlatform(wanted.os, wanted.architecture, wanted.variant)
-    require_platform(image, reference.familiar, platform)
+    platform = _decode_platform(text)
+    require_platform(images.get(str(reference.with_default_tag())), reference.familiar, platform)
+
+
+def _decode_platform(text: str) -> ImagePlatform:
+    """Decode a platform in the form of the OCI image specification.  Raises: InvalidArgument."""
+    try:
+        wanted = decode_body(text.encode(), _WantedPlatform)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"failed to parse platform: {error}") from error
+    if not wanted.os or not wanted.architecture:
+        raise InvalidArgument("both OS and Architecture must be provided")
+    return ImagePlatform(wanted.os, wanted.architecture, wanted.variant)
+
+
+def _platforms(request: web.Request) -> tuple[ImagePlatform, ...]:
+    """Return the platforms that the images of an archive must have.  Empty for any.  Raises: InvalidArgument.
+
+    Source: moby, daemon/server/router/image/image_routes.go (getImagesGet, postImagesLoad).
+    """
+    texts = request.query.getall("platform", [])
+    if api_version(request) < _V1_48:
+        return ()
+    if len(texts) > 1 and api_version(request) < _V1_52:
+        raise InvalidArgument(
+            "multiple platform parameters are not supported in this API version; use API version 1.52 or later"
+        )
+    return tuple(_decode_platform(text) for text in texts if text)
 
 
 @_table.get("/images/search")
@@ -289,6 +349,11 @@ async def remove_image(served: ImageRoutes, request: web.Request) -> web.StreamR
     name = request.match_info["name"]
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")
+    platforms = request.query.getall("platforms", []) if api_version(request) >= _V1_50 else []
+    if len(platforms) > 1:
+        raise InvalidArgument("multiple platforms are not supported")
+    for text in platforms:
+        require_platform(served.images.get(name), name, _decode_platform(text))
     removed = await served.images.remove(
         name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=served.users
     )

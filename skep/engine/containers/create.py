@@ -12,6 +12,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from skep.api.formats.gosyntax import parse_port
+from skep.api.formats.networks import BUILTIN
 from skep.engine.confinement import machine
 from skep.engine.confinement.limits import nano_cpus_of
 from skep.engine.confinement.machine import MachineOptions
@@ -23,6 +24,7 @@ from skep.engine.containers.request import (
     EndpointSettings,
     HostConfig,
     LogOptions,
+    PortBinding,
     TaskOptions,
     refused,
 )
@@ -31,7 +33,7 @@ from skep.engine.images.image import ContainerDefaults
 from skep.engine.lifecycle.network_rules import NO_ADDRESS, NO_ALIASES
 from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.volumes.mounts import check_paths
-from skep.errors import FailedPrecondition, InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from skep.model.container import (
     DEFAULT_STOP_GRACE_NS,
     HEALTH_INTERVAL_NS_MIN,
@@ -140,6 +142,9 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
                 raise InvalidArgument(NO_ALIASES)
             if any(_has_address(one) for name, one in endpoints.items() if name not in others):
                 raise InvalidArgument(NO_ADDRESS)
+            for name, one in endpoints.items():
+                if name not in others:
+                    _check_priority(name or "bridge", one)
             if request.host_config.links or any(one.links for one in endpoints.values()):
                 raise refused("--link on a network that containers have no names on")
             if others and kind is not NetworkMode.BRIDGE:
@@ -235,6 +240,8 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
     for link in settings.links:
         if not _LINK.fullmatch(link):
             raise InvalidArgument(f"bad format for links: {link[:256]}")
+    if network in BUILTIN:
+        _check_priority(network, settings)
     return EndpointRequest(
         network=network,
         aliases=settings.aliases,
@@ -242,7 +249,17 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
         address6=_checked_address(ipam.ipv6_address, 6) if ipam is not None else "",
         mac_address=_checked_mac(settings.mac_address),
         links=settings.links,
+        gw_priority=settings.gw_priority,
     )
+
+
+def _check_priority(network: str, settings: EndpointSettings) -> None:
+    """Refuse a priority for the gateway of a predefined network.  Raises: Unimplemented."""
+    if settings.gw_priority:
+        raise Unimplemented(
+            f"GwPriority is not supported on network {network}, whose gateway has the priority 0: set the priority of "
+            "the container's other networks"
+        )
 
 
 def _checked_address(text: str, version: int) -> str:
@@ -500,14 +517,14 @@ def _with_gateway(line: str, gateway: str) -> str:
 def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
     host, found = request.host_config, []
     for text, bindings in sorted(host.port_bindings.items()):
-        for binding in bindings or ():
+        for binding in bindings or (PortBinding(),):  # as in the engine, an empty list means any free port
             if "-" in binding.host_port:
                 raise refused(f"--publish with a range for one port ({binding.host_port})")
             if (number := parse_port(binding.host_port or "0")) is None:
                 raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
             found.append(_port(text, number, _host_ip(binding.host_ip)))
     if host.publish_all_ports:
-        found += [_port(text, 0, "") for text in sorted(exposed) if not host.port_bindings.get(text)]
+        found += [_port(text, 0, "") for text in sorted(exposed) if text not in host.port_bindings]
     return found
 
 

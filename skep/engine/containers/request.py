@@ -7,7 +7,7 @@ refused only with another value.
 Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -23,6 +23,9 @@ from skep.model.values.encoding import ApiObject, GoInt, Words
 from skep.model.values.times import Nanoseconds
 
 _WITH_PIDS_LIMIT = ApiVersion("1.40")
+_V1_48 = ApiVersion("1.48")
+_V1_52 = ApiVersion("1.52")
+_V1_55 = ApiVersion("1.55")
 BODY_EMPTY = "Config cannot be empty in order to create a container"
 
 
@@ -87,6 +90,7 @@ class HostConfig(MachineOptions):
     init: bool | None = None
     volumes_from: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
+    volume_driver: str = ""
 
 
 class UpdateRequest(HostConfig):
@@ -113,6 +117,7 @@ class EndpointSettings(ApiObject):
     aliases: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     mac_address: str = ""
+    gw_priority: GoInt = 0
 
 
 class NetworkingConfig(ApiObject):
@@ -199,6 +204,43 @@ def read_create(body: bytes) -> CreateRequest:
     return from_builtins(value, CreateRequest)
 
 
+def create_warnings(request: CreateRequest, version: ApiVersion) -> list[str]:
+    """Return the warnings about options of ``request`` that clients of API ``version`` expect from the server.
+
+    Raises: InvalidArgument: the version no longer has an option.
+
+    Source: moby, daemon/server/router/container/container_routes.go (handleVolumeDriverBC, handleMACAddressBC,
+    handlePortBindingsBC).
+    """
+    if version >= _V1_52 and request.mac_address:
+        raise InvalidArgument(
+            "container-wide MAC address no longer supported; use endpoint-specific MAC address instead"
+        )
+    host, warnings = request.host_config, []
+    undecided = [
+        mount
+        for mount in host.mounts
+        if mount.type == "volume"
+        and not (
+            mount.volume_options
+            and mount.volume_options.driver_config
+            and mount.volume_options.driver_config.name
+        )
+    ]
+    if version >= _V1_48 and host.volume_driver and undecided:
+        warnings.append(
+            "WARNING: the container-wide volume-driver configuration is ignored for volumes specified via 'mount'. "
+            "Use '--mount type=volume,volume-driver=...' instead"
+        )
+    unbound = [port for port, bindings in host.port_bindings.items() if not bindings]
+    if version >= _V1_52 and unbound:
+        warnings.append(
+            f"Following container port(s) have an empty list of port-bindings: {', '.join(unbound)}. "
+            "Such bindings will be discarded in a future version."
+        )
+    return warnings
+
+
 def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
     """Decode a client's update.
 
@@ -213,6 +255,29 @@ def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
     request = from_builtins(value, UpdateRequest)
     # Older clients always send a number.
     return request if version >= _WITH_PIDS_LIMIT else msgspec.structs.replace(request, pids_limit=None)
+
+
+DEVICE_LIMITS: Final[Mapping[str, str]] = {
+    "blkioweightdevice": "blkio_weight_device",
+    "blkiodevicereadbps": "blkio_device_read_bps",
+    "blkiodevicewritebps": "blkio_device_write_bps",
+    "blkiodevicereadiops": "blkio_device_read_iops",
+    "blkiodevicewriteiops": "blkio_device_write_iops",
+}
+"""Limits of single block devices by their names in requests, in lower case."""
+
+
+def cleared_limits(body: bytes, version: ApiVersion) -> Collection[str]:
+    """Return the limits of block devices that an update clears by an empty list, by their names in lower case.
+
+    Before API 1.55, an update ignored an empty list.
+    """
+    value = parse(body)
+    if version < _V1_55 or not isinstance(value, dict):
+        return ()
+    return [
+        name for key, one in value.items() if (name := str(key).casefold()) in DEVICE_LIMITS and one == []
+    ]
 
 
 def read_connect(body: bytes) -> ConnectRequest:
@@ -282,7 +347,7 @@ _CONFIG_OPTIONS: Final = frozenset(
 )
 _ENDPOINT_OPTIONS: Final = frozenset(
     {
-        *("ipamconfig", "aliases", "links", "macaddress"),
+        *("ipamconfig", "aliases", "links", "macaddress", "gwpriority"),
         # Fields that an engine sets.  Clients that copy a response send them back.
         *(
             "networkid",

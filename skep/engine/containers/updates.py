@@ -1,6 +1,6 @@
 """``docker update``: computes the changed configuration, which the life of a container applies without a restart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
 from msgspec.structs import replace
@@ -9,7 +9,7 @@ from skep.engine.confinement import machine
 from skep.engine.confinement.limits import nano_cpus_of, swap_bytes
 from skep.engine.containers import create
 from skep.engine.containers.container import Conflicting, Container, ContainerConfig, PlainOptions
-from skep.engine.containers.request import UpdateRequest
+from skep.engine.containers.request import DEVICE_LIMITS, UpdateRequest
 from skep.errors import Unimplemented
 
 Change: TypeAlias = Callable[[Container], Container]
@@ -29,6 +29,17 @@ def updated(request: UpdateRequest, container: Container) -> Container:
     create.check_limits(request)
     _refuse_conflicts(request, container)
     return replace(container, config=_config(request, container), plain=_plain(request, container))
+
+
+def refuse_cleared(names: Iterable[str], container: Container) -> None:
+    """Raise Unimplemented if an update clears limits of block devices that ``container`` has.
+
+    Args:
+        names: The limits to clear, by their names in requests in lower case.
+    """
+    for name in names:
+        if getattr(container.config.machine, DEVICE_LIMITS[name]):
+            raise Unimplemented(f"docker update cannot clear {name}: create the container again without it")
 
 
 def _refuse_conflicts(request: UpdateRequest, container: Container) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.engine.images.image import Image
+from skep.engine.images.image import Image, ImageConfig
 from skep.engine.images.registry.manifests import Descriptor
 from skep.errors import InvalidArgument, NotFound
 
@@ -132,18 +132,27 @@ def parse_platform(text: str) -> ImagePlatform:
     return found
 
 
+def is_for(config: ImageConfig, wanted: ImagePlatform) -> bool:
+    """Return whether an image with the configuration ``config`` runs on the platform ``wanted``."""
+    found, asked = _platform_in(config), normalized(wanted)
+    own = normalized(found)
+    # Few configurations have a variant.
+    is_likely = not found.variant and (own.os, own.architecture) == (asked.os, asked.architecture)
+    return is_likely or own in compatible(wanted)
+
+
+def _platform_in(config: ImageConfig) -> ImagePlatform:
+    return ImagePlatform(config.os, config.architecture, config.variant)
+
+
 def require_platform(image: Image, name: str, wanted: ImagePlatform) -> None:
     """Check that ``image``, which the user calls ``name``, is for the platform ``wanted``.  Raises: NotFound.
 
     Source: moby, daemon/images/image.go (GetImage, OnlyPlatformWithFallback).
     """
-    config, asked = image.config, normalized(wanted)
-    found = ImagePlatform(config.os, config.architecture, config.variant)
-    own = normalized(found)
-    # Few configurations have a variant.
-    is_likely = not found.variant and (own.os, own.architecture) == (asked.os, asked.architecture)
-    if is_likely or own in compatible(wanted):
+    if is_for(image.config, wanted):
         return
+    found = _platform_in(image.config)
     raise NotFound(
         f"image with reference {name} was found but its platform ({found})"
         f" does not match the specified platform ({wanted})"

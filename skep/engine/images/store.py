@@ -24,6 +24,7 @@ from skep.engine.images.archives.workers import ImageLimits
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.local import ImageEvent, LocalImages
+from skep.engine.images.platforms import ImagePlatform
 from skep.engine.images.progress import Report, quiet
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.registry import pulling, pushing
@@ -81,13 +82,21 @@ class ImageStore(LocalImages):
         self._nodes = nodes
         self._helpers = CredentialHelpers(self._clock)
 
-    async def load(self, pieces: AsyncIterable[bytes], report: Report = quiet) -> Sequence[Image]:
-        """Load the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
-        return await archive.load(self, pieces, report)
+    async def load(
+        self,
+        pieces: AsyncIterable[bytes],
+        report: Report = quiet,
+        *,
+        platforms: Sequence[ImagePlatform] = (),
+    ) -> Sequence[Image]:
+        """Load the images of an archive (``docker load``), as ``archive.load`` does."""
+        return await archive.load(self, pieces, report, platforms)
 
-    def save(self, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """Return an archive of the images ``words`` (``docker save``).  Raises: NotFound."""
-        return archive.save(self, words)
+    def save(
+        self, words: Sequence[str], *, platforms: Sequence[ImagePlatform] = ()
+    ) -> AsyncGenerator[bytes, None]:
+        """Return an archive of the images ``words`` (``docker save``), as ``archive.save`` does."""
+        return archive.save(self, words, platforms)
 
     async def pull(
         self,

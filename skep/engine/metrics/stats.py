@@ -110,6 +110,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str = ""
     id: str = ""
     networks: Mapping[str, NetworkStats] = {}
+    os_type: str = ""
+    """``linux`` since API 1.52.  Not set for older versions."""
 
 
 def sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:

@@ -5,12 +5,12 @@ daemon/network.go (buildDetailedNetworkResources).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from ipaddress import ip_interface
 from typing import Any
 
 from skep.api.formats.network_form import endpoint_id, flat_form, known_driver
-from skep.api.formats.networks import PREDEFINED_LABEL, SWARM, NetworkFacts
+from skep.api.formats.networks import PREDEFINED_LABEL, SWARM, NetworkFacts, ipam_status
 from skep.manager.allocator.addresses import usage_of
 from skep.manager.allocator.subnets import NetworkAllocations, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
@@ -76,6 +76,7 @@ async def describe_network(view: View, network: Network, *, verbose: bool) -> di
         return response
     users = _Users(view, network)
     await users.look()
+    response["Status"] = ipam_status(response["IPAM"]["Config"], users.addresses)
     if users.nodes:
         response["Peers"] = [
             {"Name": node.description.hostname or node.id, "IP": node.status.addr} for node in users.nodes
@@ -128,6 +129,11 @@ class _Users:
             self._addresses += own
             if own or node.id in node_ids:
                 self.nodes.append(node)
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Addresses of tasks and nodes on the network, and virtual addresses."""
+        return self._addresses
 
     def warnings(self) -> Iterable[str]:
         """Yield a warning if the network is full, nearly full, or not allocated."""

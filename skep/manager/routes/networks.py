@@ -3,8 +3,6 @@
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/cluster/convert/network.go, daemon/prune.go.
 """
 
-from functools import partial
-
 import structlog
 from aiohttp import web
 
@@ -19,8 +17,16 @@ from skep.api.formats.networks import (
     check_list_filters,
     check_name,
     fits,
+    known_to,
 )
-from skep.api.http.server import Filters, Routes, json_list_response, json_response, read_json
+from skep.api.http.server import (
+    Filters,
+    Routes,
+    api_version,
+    json_list_response,
+    json_response,
+    read_json,
+)
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.control.quotas import bounded
@@ -51,7 +57,8 @@ async def list_networks(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     used = used_networks(view) if filters["dangling"] else frozenset[str]()
     found = [network for network in _visible(view) if fits(facts_of(network, used), filters)]
-    return json_list_response(found, partial(shown, view))
+    version = api_version(request)
+    return json_list_response(found, lambda network: known_to(version, shown(view, network)))
 
 
 @routes.get("/networks/{id}")
@@ -60,7 +67,8 @@ async def inspect_network(request: web.Request) -> web.StreamResponse:
     verbose = wrapped_flag(request, "verbose")
     view = await current_view(request)
     network = _resolve(view, request.match_info["id"])
-    return json_response(await describe_network(view, network, verbose=verbose))
+    described = await describe_network(view, network, verbose=verbose)
+    return json_response(known_to(api_version(request), described))
 
 
 @routes.post("/networks/create")

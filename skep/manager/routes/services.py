@@ -52,7 +52,7 @@ routes = Routes()
 _V1_40, _V1_41 = ApiVersion("1.40"), ApiVersion("1.41")
 _TOGETHER_MAX = 1_000
 """Largest number of services in one request."""
-_V1_44, _V1_46 = ApiVersion("1.44"), ApiVersion("1.46")
+_V1_44, _V1_46, _V1_52 = ApiVersion("1.44"), ApiVersion("1.46"), ApiVersion("1.52")
 
 
 @routes.get("/services")
@@ -295,6 +295,8 @@ def known_to(version: ApiVersion, spec: ServiceSpec) -> ServiceSpec:
         if resources is not None and resources.limits is not None:
             resources = replace(resources, limits=replace(resources.limits, pids=0))
         mode = replace(mode, replicated_job=None, global_job=None)
+    if version < _V1_52 and resources is not None:
+        resources = replace(resources, swap_bytes=None, memory_swappiness=None)
     return replace(
         spec,
         mode=mode,

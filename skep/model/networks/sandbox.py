@@ -42,6 +42,8 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Value of ``--mac-address``, or empty to derive the address from the IP address."""
     links: tuple[str, ...] = ()
     """Links as ``container:alias``: names of other containers that only this container can resolve."""
+    gw_priority: int = 0
+    """Priority of this network's gateway.  The highest one becomes the container's default route."""
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +57,8 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Set by the user.  Empty if unset."""
     links: tuple[str, ...] = ()
     """See ``EndpointRequest.links``."""
+    gw_priority: int = 0
+    """See ``EndpointRequest.gw_priority``."""
     attachment: TaskId = TaskId("")
     """Attachment task by which the cluster reserves the endpoint for a plain container.  Empty without one."""
 

@@ -241,7 +241,12 @@ FIELDS: Final[Mapping[type[ApiObject], Mapping[str, Field]]] = {
         **_in_container("target", "aliases"),
         "driver_opts": Field(Reach.NODE),
     },
-    ResourceRequirements: _in_container("limits", "reservations"),
+    ResourceRequirements: {
+        **_in_container("limits", "reservations"),
+        # The labels ``skep.memory-swap`` and ``skep.memory-swappiness`` have the same class, because swap belongs to
+        # the whole node.
+        **_of_node("swap_bytes", "memory_swappiness"),
+    },
     Limits: _in_container("nano_cpus", "memory_bytes", "pids"),
     Resources: _in_container("nano_cpus", "memory_bytes", "generic_resources"),
     GenericResource: _in_container("named_resource_spec", "discrete_resource_spec"),

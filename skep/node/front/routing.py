@@ -195,7 +195,7 @@ _RULES = (
     _rule(r"/volumes(?:/.*)?", _volumes),
     # images: services on this node run from the node's store, which pull, load and ls work on
     _rule(r"/images/(?:json|create|load|get|prune)", _here),
-    _rule(r"/images/(?P<name>.+)/(?:json|history|tag|push|get)", _owner_of_image),
+    _rule(r"/images/(?P<name>.+)/(?:json|history|attestations|tag|push|get)", _owner_of_image),
     _rule(r"/images/(?P<name>.+)", _owner_of_image),
     _rule(r"/distribution/.+/json", _here),
 )

@@ -31,6 +31,8 @@ from skep.api.formats.networks import (
     check_list_filters,
     check_name,
     fits,
+    ipam_status,
+    known_to,
 )
 from skep.api.http.server import Filters, Routes, api_version, json_response, read_body
 from skep.api.http.versions import ApiVersion
@@ -108,23 +110,25 @@ class _NodeNetworks:
             used = bool(self._users_of(network))
             if network.name not in names and fits(facts_of(network, is_used=used), filters):
                 shown.append(flat_form(network, {}))
-        return json_response(shown)
+        version = api_version(request)
+        return json_response([known_to(version, one) for one in shown])
 
     async def inspect(self, request: web.Request) -> web.StreamResponse:
         word, scope = request.match_info["name"], request.query.get("scope", "")
+        version = api_version(request)
         own = find(self._own(), word) if scope in ("", LOCAL) else None
         if own is not None and word in (own.id, own.name):
             if not scope:
                 await self._check_unambiguous(request, own, word)
-            return json_response(self._shown(own))
+            return json_response(known_to(version, self._shown(own)))
         if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
-            return json_response(found)
+            return json_response(known_to(version, found))
         if scope in ("", LOCAL) and self._sources.docker is not None:
             response = await self._sources.docker.send("GET", request.path_qs)
             if response.status != 404:
                 return _forwarded(response)
         if own is not None:
-            return json_response(self._shown(own))
+            return json_response(known_to(version, self._shown(own)))
         raise NotFound(f"network {word} not found")
 
     # --- changing ---------------------------------------------------------------------------------------------
@@ -338,7 +342,10 @@ class _NodeNetworks:
     def _shown(self, network: LocalNetwork) -> dict[str, Any]:
         if network.name == "bridge" and (gateway := self._local.gateway()) is not None:
             network = msgspec.structs.replace(network, configs=gateway.configs)
-        return flat_form(network, self._users_of(network))
+        users = self._users_of(network)
+        shown = flat_form(network, users)
+        held = [one[name] for one in users.values() for name in ("IPv4Address", "IPv6Address") if one[name]]
+        return {**shown, "Status": ipam_status(shown["IPAM"]["Config"], held)}
 
     def _users_of(self, network: LocalNetwork) -> dict[str, Any]:
         """Return the containers on a network, by id."""

@@ -3,6 +3,7 @@
 Source: moby 20.10, api/server/router/system/system_routes.go.
 """
 
+import asyncio
 import hashlib
 from base64 import b32encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -20,10 +21,11 @@ from skep.api.access.permissions import sees
 from skep.api.formats.timestamps import period_of
 from skep.api.http.framing import path_of
 from skep.api.http.responses import ChunkedResponse
-from skep.api.http.server import Filters, JsonLines, Routes, common_headers, json_response
+from skep.api.http.server import Filters, JsonLines, Routes, api_version, common_headers, json_response
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
+from skep.engine.confinement import cdi
 from skep.engine.containers.container import EngineCounts
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
@@ -34,6 +36,7 @@ from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.swarm_info import NOT_A_MANAGER
 from skep.node.docker.docker_engine import DockerEngine
+from skep.node.event_versions import content_type_for, known_to
 from skep.node.events import READER, EventLines, EventRequest, Message, NodeEvents, without_commands
 from skep.node.host import features
 from skep.node.host.description import volume_drivers
@@ -121,6 +124,7 @@ class NodeSystem:
                 *(f"WARNING: {sentence}" for sentence in self._warnings()),
             ),
             now=timestamp(self._events.clock.now_ns()),
+            devices=sorted(await asyncio.to_thread(cdi.described)) if self._engine is not None else (),
         )
         shown["Plugins"]["Volume"] += volume_drivers(self._engine)
         return shown
@@ -241,7 +245,7 @@ async def show_version(system: NodeSystem, request: web.Request) -> web.StreamRe
 @_table.get("/info")
 async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Handle ``docker info``."""
-    return json_response(await system.info(identity_of(request)))
+    return json_response(info.known_to(api_version(request), await system.info(identity_of(request))))
 
 
 @_table.get("/events")
@@ -249,10 +253,12 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
     """Stream events of this node and of the cluster, one JSON object per line, each sent at once."""
     since, until = period_of(request)
     wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
-    lines = JsonLines(request)
+    version = api_version(request)
+    lines = JsonLines(request, content_type=content_type_for(version, request.headers.get("Accept", "")))
 
     async def send(message: Message) -> None:
-        await lines.send(without_commands(message) if READER in request.headers else message)
+        shown = without_commands(message) if READER in request.headers else message
+        await lines.send(known_to(version, shown))
 
     await system.stream_events(wanted, lines.begin, send)
     return lines.response

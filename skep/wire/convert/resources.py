@@ -38,6 +38,10 @@ def requirements_to_pb(requirements: ResourceRequirements) -> pb.ResourceRequire
         message.limits.CopyFrom(pb.Resources(nano_cpus=limits.nano_cpus, memory_bytes=limits.memory_bytes))
     if requirements.reservations is not None:
         message.reservations.CopyFrom(resources_to_pb(requirements.reservations))
+    if requirements.swap_bytes is not None:
+        message.swap_bytes.value = requirements.swap_bytes
+    if requirements.memory_swappiness is not None:
+        message.memory_swappiness.value = requirements.memory_swappiness
     return message
 
 
@@ -51,6 +55,8 @@ def requirements_from_pb(message: pb.ResourceRequirements, pids: int) -> Resourc
             else None
         ),
         reservations=(resources_from_pb(message.reservations) if message.HasField("reservations") else None),
+        swap_bytes=message.swap_bytes.value if message.HasField("swap_bytes") else None,
+        memory_swappiness=message.memory_swappiness.value if message.HasField("memory_swappiness") else None,
     )
 
 

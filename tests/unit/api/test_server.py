@@ -11,12 +11,14 @@ from yarl import URL
 from skep.api.http.server import (
     ApiVersion,
     Routes,
+    api_version,
     application,
     json_list_response,
     json_response,
     read_json,
     runner,
 )
+from skep.api.http.versions import NEWEST
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, OutOfSequence, Unavailable
 from skep.model.service import ServiceSpec
 
@@ -99,6 +101,24 @@ async def test_another_method_of_a_known_path_is_a_page_not_found(client):
 @pytest.mark.parametrize("version", ["1.24", "1.41", "1.47"])
 async def test_every_version_from_1_24_to_1_47_is_served(client, version):
     assert await (await client.get(f"/v{version}/numbers/2")).json() == [0, 1]
+
+
+async def test_every_version_up_to_the_newest_is_served_and_the_next_one_refused():
+    """A client without a version gets the newest one, and every response names it."""
+    table = Routes()
+
+    @table.get("/version-of-this-request")
+    async def show(request: web.Request) -> web.StreamResponse:
+        return json_response(str(api_version(request)))
+
+    newest = NEWEST.numbers[1]
+    async with TestClient(TestServer(application(table))) as client:
+        for minor in range(24, newest + 1):
+            response = await client.get(f"/v1.{minor}/version-of-this-request")
+            assert (response.status, await response.json()) == (200, f"1.{minor}")
+            assert response.headers["Api-Version"] == str(NEWEST)
+        assert await (await client.get("/version-of-this-request")).json() == str(NEWEST)
+        assert (await client.get(f"/v1.{newest + 1}/version-of-this-request")).status == 400
 
 
 async def test_a_path_without_a_version_is_served(client):

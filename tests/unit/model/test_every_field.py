@@ -101,6 +101,7 @@ async def test_a_service_keeps_what_the_api_has_got_since_1_41():
     assert container == {"Image": "busybox", "Isolation": "default", **SINCE_1_42}
 
 
+SINCE_1_52 = {"SwapBytes", "MemorySwappiness"}
 SINCE_1_46 = {"OomScoreAdj", "noexec"}
 SINCE_1_44 = {"StartInterval", "Seccomp", "AppArmor", '"NoNewPrivileges":true'}
 SINCE_1_41 = {"CapabilityAdd", "Ulimits"}
@@ -110,12 +111,14 @@ SINCE_1_40 = {"Sysctls", "MaxReplicas"}
 @pytest.mark.parametrize(
     ("version", "lost"),
     [
-        ("1.46", set()),
-        ("1.45", SINCE_1_46),
-        ("1.44", SINCE_1_46),
-        ("1.43", SINCE_1_46 | SINCE_1_44),
-        ("1.40", SINCE_1_46 | SINCE_1_44 | SINCE_1_41),
-        ("1.39", SINCE_1_46 | SINCE_1_44 | SINCE_1_41 | SINCE_1_40),
+        ("1.52", set()),
+        ("1.51", SINCE_1_52),
+        ("1.46", SINCE_1_52),
+        ("1.45", SINCE_1_52 | SINCE_1_46),
+        ("1.44", SINCE_1_52 | SINCE_1_46),
+        ("1.43", SINCE_1_52 | SINCE_1_46 | SINCE_1_44),
+        ("1.40", SINCE_1_52 | SINCE_1_46 | SINCE_1_44 | SINCE_1_41),
+        ("1.39", SINCE_1_52 | SINCE_1_46 | SINCE_1_44 | SINCE_1_41 | SINCE_1_40),
     ],
 )
 async def test_an_older_version_loses_the_newer_fields_and_no_others(version, lost):
@@ -130,12 +133,13 @@ async def test_an_older_version_loses_the_newer_fields_and_no_others(version, lo
                 **SINCE_1_42,
             },
             "Placement": {"MaxReplicas": 2},
+            "Resources": {"Limits": {"MemoryBytes": 67108864}, "SwapBytes": 0, "MemorySwappiness": 0},
         },
     }
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
         assert (await client.post(f"/v{version}/services/create", json=body)).status == 201
         text = await (await client.get("/services/web")).text()
-    newer = SINCE_1_46 | SINCE_1_44 | SINCE_1_41 | SINCE_1_40
+    newer = SINCE_1_52 | SINCE_1_46 | SINCE_1_44 | SINCE_1_41 | SINCE_1_40
     assert {word for word in newer if word not in text} == lost
     spec = msgspec.json.decode(text)["Spec"]
     assert decode_body(to_json(spec), ServiceSpec).name == "web"

@@ -22,7 +22,7 @@ from skep.model.permissions.field_rights import (
 )
 from skep.model.permissions.value_rights import LOG_OPTIONS, is_loopback_registry
 from skep.model.secret import ConfigSpec, SecretSpec
-from skep.model.service import ServiceSpec
+from skep.model.service import Limits, ResourceRequirements, ServiceSpec, TaskSpec
 from skep.model.values.encoding import ApiObject
 
 SPECS = (ServiceSpec, NetworkSpec, SecretSpec, ConfigSpec)
@@ -245,3 +245,18 @@ def test_a_registry_on_the_machine_itself(image, is_local):
 @pytest.mark.parametrize("name", ["skep.volume-affinity", "skep.volumes"])
 def test_operators_keep_services_with_the_former_name_of_a_label(name):
     assert list(admin_rights(ServiceSpec(name="db", labels={name: "keep"}))) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({"swap_bytes": 1}, ["the field SwapBytes"]),
+        ({"swap_bytes": -1}, ["the field SwapBytes"]),
+        ({"memory_swappiness": 7}, ["the field MemorySwappiness"]),
+        ({"swap_bytes": 0, "memory_swappiness": 0}, []),  # no swap at all
+    ],
+)
+def test_1_52_swap_of_a_service_needs_an_administrator(fields: dict[str, int], reasons: list[str]) -> None:
+    resources = ResourceRequirements(limits=Limits(memory_bytes=64 << 20), **fields)
+    spec = ServiceSpec(name="db", task_template=TaskSpec(resources=resources))
+    assert list(admin_rights(spec)) == reasons

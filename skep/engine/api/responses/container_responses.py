@@ -152,6 +152,7 @@ def summary(
         "Labels": dict(container.labels),
         "State": container.status,
         "Status": status(container, now_ns),
+        "Health": _health_summary(container),
         "HostConfig": {"NetworkMode": container.network_mode},
         "NetworkSettings": {"Networks": networks_in_lists(container, network_ids)},
         "Mounts": _mounts(container),
@@ -205,6 +206,13 @@ def age(duration_ns: int) -> str:
     if hours < 24 * 365 * 2:
         return f"{hours // 24 // 30} months"
     return f"{int(duration_ns / SECOND_NS / 3600) // 24 // 365} years"
+
+
+def _health_summary(container: Container) -> dict[str, Any]:
+    health = container.health
+    if health is None:
+        return {"Status": "none", "FailingStreak": 0}
+    return {"Status": health.status.value, "FailingStreak": health.failing_streak}
 
 
 def _health(container: Container) -> str:

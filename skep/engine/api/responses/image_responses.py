@@ -16,6 +16,25 @@ from skep.model.values.times import SECOND_NS, ZERO_TIME, unix_ns
 _EMPTY_LISTS = ApiVersion("1.43")
 _WITHOUT_VIRTUAL_SIZE = ApiVersion("1.44")
 _WITHOUT_CONTAINER_CONFIG = ApiVersion("1.45")
+_V1_50 = ApiVersion("1.50")
+_V1_52 = ApiVersion("1.52")
+_OMITTED_IF_EMPTY = ("Parent", "Comment", "DockerVersion", "Author")
+_OF_CONTAINERS = frozenset(
+    {
+        *(
+            "Hostname",
+            "Domainname",
+            "AttachStdin",
+            "AttachStdout",
+            "AttachStderr",
+            "Tty",
+            "OpenStdin",
+            "StdinOnce",
+        ),
+        *("Image", "NetworkDisabled", "MacAddress", "StopTimeout"),
+    }
+)
+"""Fields of ``Config`` that describe the container from which an image was made, and not the image."""
 
 
 def summary(
@@ -78,6 +97,15 @@ def inspected(image: Image, images: LocalImages, version: ApiVersion) -> Mapping
         del response["VirtualSize"]
     if version >= _WITHOUT_CONTAINER_CONFIG:
         del response["Container"], response["ContainerConfig"]
+    if version >= _V1_50 and response["Config"] is not None:
+        fields = response["Config"].items()
+        response["Config"] = {name: value for name, value in fields if name not in _OF_CONTAINERS}
+    if version >= _V1_52:
+        if response["Config"] is not None:
+            response["Config"] = {name: value for name, value in response["Config"].items() if value}
+        for name in _OMITTED_IF_EMPTY:
+            if not response[name]:
+                del response[name]
     return response
 
 

@@ -24,6 +24,7 @@ _NO_NETWORK: dict[str, Any] = {
     "GlobalIPv6PrefixLen": 0,
     "MacAddress": "",
     "DriverOpts": None,
+    "GwPriority": 0,
 }
 
 
@@ -99,7 +100,11 @@ def _of_plain(container: Container, plain: PlainOptions, ids: Mapping[str, str])
     if sandbox is None:
         others = {
             one.network: _NO_NETWORK
-            | {"Aliases": list(one.aliases) or None, "Links": list(one.links) or None}
+            | {
+                "Aliases": list(one.aliases) or None,
+                "Links": list(one.links) or None,
+                "GwPriority": one.gw_priority,
+            }
             for one in plain.networks
         }
     else:
@@ -142,6 +147,7 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
         "Aliases": _aliases(container, endpoint),
         "Links": list(endpoint.config.links) or None,
         "NetworkID": endpoint.network_id,
+        "GwPriority": endpoint.config.gw_priority,
     }
     if not container.is_running:
         return response

@@ -11,6 +11,7 @@ from urllib.parse import quote_plus
 
 import msgspec
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.api.formats.timestamps import parse_unix_time
@@ -44,6 +45,7 @@ from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.model.values.times import ZERO_TIME, timestamp
 
 _NAMES_ITS_FORM = _WEBSOCKET_CHOOSES = ApiVersion("1.42")
+_WITH_OS_TYPE = ApiVersion("1.52")
 _STATS_PERIOD_S = 1.0
 """Seconds between two samples, as in Docker."""
 
@@ -155,14 +157,15 @@ async def show_stats(served: OutputRoutes, request: web.Request) -> web.StreamRe
     """Handle ``docker stats``: one sample, or one per second."""
     container = served.engine.get(request.match_info["id"])
     streams = flag(request, "stream") if "stream" in request.query else True
+    os_type = "linux" if api_version(request) >= _WITH_OS_TYPE else ""
     if not streams and (flag(request, "one-shot") or not container.is_running):
-        return json_response(await served.engine.stats(container.id))
+        return json_response(replace(await served.engine.stats(container.id), os_type=os_type))
     samples = _samples(served.engine, container, served.clock)
     if not streams:
-        return json_response(await anext(samples))
+        return json_response(replace(await anext(samples), os_type=os_type))
     async with JsonLines(request) as lines:
         async for sample in samples:
-            await lines.send(sample)
+            await lines.send(replace(sample, os_type=os_type))
     return lines.response
 
 
@@ -180,7 +183,7 @@ async def _samples(engine: Engine, container: Container, clock: Clock) -> AsyncI
             except Unavailable:
                 continue
             if sample.read != ZERO_TIME and before.read != ZERO_TIME:
-                yield msgspec.structs.replace(sample, preread=before.read, precpu_stats=before.cpu_stats)
+                yield replace(sample, preread=before.read, precpu_stats=before.cpu_stats)
             else:
                 yield sample
             before = sample

@@ -26,6 +26,7 @@ from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_d
 from skep.engine.images.image import Image, parse_config
 from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
+from skep.engine.images.platforms import ImagePlatform, is_for, require_platform
 from skep.engine.images.progress import ProgressMessage, Report, transfer
 from skep.engine.images.reference import Reference, parse_reference
 from skep.errors import InvalidArgument, NotFound
@@ -70,23 +71,48 @@ class Unpackaged(msgspec.Struct, frozen=True, kw_only=True):
 # --- load ----------------------------------------------------------------------------------------------------------
 
 
-async def load(images: LocalImages, archive: AsyncIterable[bytes], report: Report) -> Sequence[Image]:
+async def load(
+    images: LocalImages,
+    archive: AsyncIterable[bytes],
+    report: Report,
+    platforms: Sequence[ImagePlatform] = (),
+) -> Sequence[Image]:
     """Load every image of ``archive``, and send Docker's messages to ``report``.
 
     If an image is broken, it is discarded, and the images before it are kept, as in Docker.
 
+    Args:
+        platforms: Platforms of the images to load.  Empty for all images.
+
     Raises:
         InvalidArgument: it is not an image archive, or its content does not match its manifest.
+        NotFound: it has no image for one of ``platforms``.
         ResourceExhausted: it is larger than this node accepts.
     """
     async with images.workspace("load") as directory:
         await unpack(archive, directory, limits=images.limits, is_layer=False)
         items = await asyncio.to_thread(_items, directory)
+        if platforms:
+            items = await asyncio.to_thread(_for_platforms, directory, items, platforms)
         loaded = [await _load_item(images, directory, item, report) for item in items]
         for item, image in zip(items, loaded, strict=True):
             if not item.repo_tags:
                 report(ProgressMessage(stream=f"Loaded image ID: {image.id}\n"))
         return loaded
+
+
+def _for_platforms(
+    directory: Path, items: Sequence[Item], platforms: Sequence[ImagePlatform]
+) -> Sequence[Item]:
+    """Return the images of an archive for ``platforms``.  Raises: NotFound: there is none for one of them."""
+    configs = [parse_config(_document(directory, item.config)) for item in items]
+    chosen = []
+    for wanted in platforms:
+        fitting = [item for item, config in zip(items, configs, strict=True) if is_for(config, wanted)]
+        if not fitting:
+            raise NotFound(f"the archive has no image for platform {wanted}")
+        chosen += [item for item in fitting if item not in chosen]
+    return chosen
 
 
 async def _load_item(images: LocalImages, directory: Path, item: Item, report: Report) -> Image:
@@ -262,15 +288,22 @@ def _decoded(content: bytes, type_: type[T], name: str) -> T:
 # --- save ----------------------------------------------------------------------------------------------------------
 
 
-async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
+async def save(
+    images: LocalImages, words: Sequence[str], platforms: Sequence[ImagePlatform] = ()
+) -> AsyncGenerator[bytes, None]:
     """Yield the pieces of an archive with the images that ``words`` name.  The name of a repository means all its tags.
 
+    Args:
+        platforms: Platforms that each image must have.  This node has an image for one platform only.
+
     Raises:
-        NotFound: ``reference does not exist`` or no such image, before the first piece.
+        NotFound: ``reference does not exist``, no such image or another platform, before the first piece.
     """
     chosen: dict[Digest, list[Reference]] = {}
     for word in words:
         for image, reference in _meant(images, word):
+            for platform in platforms:
+                require_platform(image, word, platform)
             names = chosen.setdefault(image.id, [])
             if reference is not None and reference not in names:
                 names.append(reference)

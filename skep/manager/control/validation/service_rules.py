@@ -91,11 +91,27 @@ def _check_resources(requirements: ResourceRequirements | None) -> None:
     for resources in (requirements.limits, requirements.reservations):
         if resources is not None:
             _check_amounts(resources)
+    _check_swap(requirements)
     reservations = requirements.reservations
     for one in reservations.generic_resources if reservations is not None else ():
         discrete = one.discrete_resource_spec
         if discrete is not None and discrete.value < 0:  # docker's command refuses them as well
             raise InvalidArgument(f"cannot ask for negative resource {discrete.kind}")
+
+
+def _check_swap(requirements: ResourceRequirements) -> None:
+    """Raise InvalidArgument for swap without a memory limit, and for values that fail every start of a task.
+
+    Source: moby, daemon/cluster/convert/service.go (resourcesToGRPC), daemon/daemon_unix.go (SWAPPINESS_MAX).
+    """
+    swap, swappiness, limits = requirements.swap_bytes, requirements.memory_swappiness, requirements.limits
+    if swap is not None:
+        if limits is None or not limits.memory_bytes:
+            raise InvalidArgument("memory swap provided, but no memory-limit was set")
+        if swap < -1:
+            raise InvalidArgument(f"invalid memory swap {swap}: Must be -1 for no limit, or at least 0")
+    if swappiness is not None and not -1 <= swappiness <= 100:
+        raise InvalidArgument(f"Invalid value: {swappiness}, valid memory swappiness range is 0-100")
 
 
 def _check_amounts(resources: Limits | Resources) -> None:

@@ -23,7 +23,14 @@ from skep.model.container import (
 from skep.model.history import STACK_LABEL
 from skep.model.network import Network, NetworkSpec
 from skep.model.permissions.rights import Right
-from skep.model.service import DiscreteResource, GenericResource, NamedResource, TaskSpec
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    Limits,
+    NamedResource,
+    ResourceRequirements,
+    TaskSpec,
+)
 from skep.model.task import AssignedTask, NetworkAttachment, Trust
 from skep.model.values.ids import NetworkId
 from skep.model.values.meta import Driver
@@ -251,3 +258,14 @@ def test_a_block_volume_is_its_device_and_a_rule_that_allows_its_use() -> None:
     ]
     with pytest.raises(Rejected, match="cluster volumes were not assigned"):
         create_request(task, NODE, published[1:])
+
+
+@pytest.mark.parametrize(("swap", "both"), [(0, 64 << 20), (16 << 20, 80 << 20), (-1, -1), (None, 7 << 20)])
+def test_1_52_swap_of_a_service_is_an_option_of_its_containers(swap: int | None, both: int) -> None:
+    resources = ResourceRequirements(
+        limits=Limits(memory_bytes=64 << 20), swap_bytes=swap, memory_swappiness=None if swap is None else 9
+    )
+    labels = {"skep.memory-swap": "7m", "skep.memory-swappiness": "3"}
+    spec = TaskSpec(container_spec=ContainerSpec(image="i", labels=labels), resources=resources)
+    host = create_request(AssignedTask(task=replace(a_task("t1"), spec=spec)), NODE).host_config
+    assert (host.memory_swap, host.memory_swappiness) == (both, 3 if swap is None else 9)

@@ -60,6 +60,7 @@ def test_every_network_is_shown_as_an_engine_shows_it() -> None:
         "GlobalIPv6PrefixLen": 0,
         "MacAddress": "02:42:0a:05:01:03",
         "DriverOpts": None,
+        "GwPriority": 0,
     }
     web = settings["Networks"]["web"]
     assert (web["GlobalIPv6Address"], web["GlobalIPv6PrefixLen"]) == ("fd05::3", 64)

@@ -1,0 +1,76 @@
+"""``GET /info`` in the form of each version of the Engine API."""
+
+from typing import Any
+
+from skep.api.http.versions import ApiVersion
+from skep.configuration.configuration import Configuration
+from skep.engine.containers.container import EngineCounts
+from skep.model.values.times import timestamp
+from skep.node.host.features import Features
+from skep.node.host.machine import Machine
+from skep.node.info import NodeProperties, info, known_to
+
+NODE = NodeProperties(
+    id="n",
+    machine=Machine(
+        hostname="n",
+        architecture="x86_64",
+        kernel="6.1",
+        os_name="Debian",
+        os_version="12",
+        cpus=2,
+        memory_bytes=1 << 30,
+    ),
+    features=Features(),
+    configuration=Configuration(),
+    versions={"runc": "1.1.5"},
+)
+
+
+def shown(version: str, *devices: str) -> Any:
+    newest = info(NODE, counts=EngineCounts(), swarm={}, warnings=(), now=timestamp(0), devices=devices)
+    return known_to(ApiVersion(version), newest)
+
+
+def test_1_48_nondistributable_artifacts_are_null() -> None:
+    for name in ("AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames"):
+        assert list(shown("1.47")["RegistryConfig"][name]) == []
+        assert shown("1.48")["RegistryConfig"][name] is None
+
+
+def test_1_48_the_bridge_netfilter_module_is_not_reported() -> None:
+    assert shown("1.48")["BridgeNfIptables"] is shown("1.48")["BridgeNfIp6tables"] is False
+
+
+def test_1_49_the_firewall_is_named_and_obsolete_fields_are_gone() -> None:
+    before, after = shown("1.48"), shown("1.49")
+    assert "FirewallBackend" not in before
+    assert after["FirewallBackend"] == {"Driver": "nftables"}
+    assert before["RuncCommit"] == {"ID": "1.1.5", "Expected": "1.1.5"}
+    assert (after["RuncCommit"], after["InitCommit"], after["ContainerdCommit"]) == (
+        {"ID": "1.1.5"},
+        {"ID": ""},
+        {"ID": ""},
+    )
+    gone = set(before["RegistryConfig"]) - set(after["RegistryConfig"])
+    assert gone == {"AllowNondistributableArtifactsCIDRs", "AllowNondistributableArtifactsHostnames"}
+
+
+def test_1_50_devices_of_cdi_are_listed() -> None:
+    assert shown("1.50", "vendor.com/gpu=0")["DiscoveredDevices"] == [
+        {"Source": "cdi", "ID": "vendor.com/gpu=0"}
+    ]
+    assert "DiscoveredDevices" not in shown("1.50")
+    assert "DiscoveredDevices" not in shown("1.49", "vendor.com/gpu=0")
+
+
+def test_1_50_the_bridge_netfilter_module_is_gone() -> None:
+    assert set(shown("1.49")) - set(shown("1.50")) == {"BridgeNfIptables", "BridgeNfIp6tables"}
+
+
+def test_1_52_the_limit_of_tcp_buffers_is_gone() -> None:
+    assert set(shown("1.51")) - set(shown("1.52")) == {"KernelMemoryTCP"}
+
+
+def test_1_53_no_node_resource_interface_is_reported() -> None:
+    assert "NRI" not in shown("1.53")
