@@ -34,7 +34,7 @@ def known_to(version: ApiVersion, message: Mapping[str, Any]) -> Mapping[str, An
 
 
 def content_type_for(version: ApiVersion, accept: str) -> str:
-    """Return the media type of the stream: the one that ``accept`` prefers by name, or else the version's default.
+    """Return the media type of the stream, which ``accept`` prefers by name, or else the version's default.
 
     Wildcards do not count, because clients that send them may not know the newer media types.
     """
