@@ -423,7 +423,7 @@ SETTINGS: dict[type[msgspec.Struct], str] = {
     Mount: "consistency bind_options image_options tmpfs_options cluster_options",
     VolumeOptions: "no_copy labels subpath",
     Placement: "constraints preferences platforms",
-    ResourceRequirements: "limits",
+    ResourceRequirements: "limits swap_bytes memory_swappiness",
     Resources: "",
     # Ports on the ingress network belong to the service: the store's claims keep them apart.
     EndpointSpec: "mode",
