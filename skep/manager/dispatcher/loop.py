@@ -484,14 +484,17 @@ class Dispatcher:
         return is_overloaded and self._suspension_left_s > 0
 
     async def _stay_current(self) -> None:
-        """End all sessions while this manager has no contact with the others."""
+        """End all sessions while this manager has no contact with the others.
+
+        A refused barrier alone does not mean that, because etcd refuses waiting reads at once during an election.
+        """
         while True:
             await self._clock.sleep(CURRENT_CHECK_S)
             try:
                 async with asyncio.timeout(CURRENT_WITHIN_S):
                     await self._store.barrier()
             except (TimeoutError, Unavailable):
-                if self._is_current:
+                if self._is_current and self._clock.monotonic() - self._current_at >= CURRENT_WITHIN_S:
                     self._is_current = False
                     lost = self._sessions.release_all(
                         Unavailable(NO_QUORUM),
