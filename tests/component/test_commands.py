@@ -61,7 +61,9 @@ async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_i
     code, _, err = await cluster.run("node", "forget", "m1")
     assert (code, "m1 is ready, not down" in err) == (1, True)
     code, out, err = await cluster.run("node", "drain", "--wait", "m1")
-    assert (code, out) == (0, "m1 is drained: no tasks are left\n"), err
+    drained, undo = out.splitlines()
+    assert (code, drained) == (0, "m1 is drained: no tasks are left"), err
+    assert undo == "To give it tasks again, run docker node update --availability active m1."
     _, out, _ = await cluster.run("explain", "m1")
     assert "its availability is drain" in out
 
