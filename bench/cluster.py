@@ -37,6 +37,8 @@ from skep.playground.description import PlaygroundNode
 
 SETTLE_S = 4.0
 """Seconds to wait after new machines have started, so that the start of the daemons is not part of ``init``."""
+NEW_S = 15.0
+"""Seconds for which a cluster is new.  In the first 12 s of a manager, Skep gives the nodes that it adopts more time."""
 
 REST_S, WATCHED_S = 8.0, 10.0
 """Seconds to wait before the idle cost of a new cluster is measured, and seconds over which processor time is
@@ -167,6 +169,7 @@ class Round:
         via = engine(self.lab.nodes[0], RESPONSE_S)
         had = REPLICAS - len(self._running(via, service, without=lost))
         survivors = [node for node in self.lab.managers if node.name != leader.name]
+        time.sleep(NEW_S)
         self.noise.append(noise())
         self.lab.cable(leader, connected=False)
         began = time.monotonic()
