@@ -38,7 +38,7 @@ from skep.playground.description import PlaygroundNode
 SETTLE_S = 4.0
 """Seconds to wait after new machines have started, so that the start of the daemons is not part of ``init``."""
 NEW_S = 15.0
-"""Seconds for which a cluster is new.  In the first 12 s of a manager, Skep gives the nodes that it adopts more time."""
+"""Seconds for which a cluster is new.  A manager of Skep waits longer for nodes that it adopts in its first 12 s."""
 
 REST_S, WATCHED_S = 8.0, 10.0
 """Seconds to wait before the idle cost of a new cluster is measured, and seconds over which processor time is
