@@ -86,15 +86,15 @@ async def list_images(served: ImageRoutes, request: web.Request) -> web.StreamRe
     if version >= _V1_54 and flag(request, "identity") and not flag(request, "manifests"):
         raise InvalidArgument("conflicting options: identity requires manifests=1")
     shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
-    counts = Counter(user.image_id for user in served.users())
     is_counted = version >= _V1_51 and is_of_administrator(request)  # others do not see every container
+    counts = Counter(user.image_id for user in served.users()) if is_counted else None
     return json_list_response(
         [
             image_responses.summary(
                 one,
                 version,
                 shared_bytes=shared.get(one.image.id, -1),
-                containers=counts[one.image.id] if is_counted else -1,
+                containers=-1 if counts is None else counts[one.image.id],
             )
             for one in listed
         ]
