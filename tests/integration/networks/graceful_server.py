@@ -53,10 +53,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
+    # Before it listens: the kernel drops a signal that the first process of a container has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     server = ThreadingHTTPServer(("", int(sys.argv[1])), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     while not stopping.wait(0.1):
         pass
     with turn:

@@ -43,8 +43,10 @@ def serve(m1: TestNode, name: str, replicas: int, *options: str) -> None:
         if Path(place).exists()
         for word in ("--mount", f"type=bind,source={place},target={place},readonly")
     ]
-    # It gets no requests until it listens.
-    health = ("--health-cmd", f'{PYTHON} -c "{LISTENS}"', "--health-interval", "300ms")
+    # It gets no requests until it listens, for which a busy machine gets longer than three probes: an unhealthy task
+    # pauses an update.
+    probe = f'{PYTHON} -c "{LISTENS}"'
+    health = ("--health-cmd", probe, "--health-interval", "300ms", "--health-retries", "60")
     command = (PYTHON, str(HERE / "graceful_server.py"), "80")
     create(m1, name, replicas, *mounts, *health, *options, command=command)
 
