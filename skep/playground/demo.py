@@ -26,6 +26,14 @@ REPLICAS = 3
 WORKERS = 2
 FIRST_PORT, PORTS_TRIED = 8080, 100
 """The demo's service is published at the first free port of this machine, starting with FIRST_PORT."""
+_NEXT_COMMANDS = (
+    (f"docker service scale {SERVICE}=9", "run more replicas"),
+    ("docker kill $(docker ps -q | head -n 1)", "kill a container: Skep replaces it"),
+    (f"docker service ps {SERVICE}", "see where its tasks run, and what ended"),
+    (f"skep explain {SERVICE}", "read why the service is in its state"),
+    ("skep top", "watch nodes and services; q ends it"),
+    ("skep ui", "open the dashboard in a browser"),
+)
 _CREATE_WITHIN_S = 120
 """Time limit in seconds for a docker command that waits for the service's tasks."""
 _RESPONSE_TIMEOUT_S = 10
@@ -72,16 +80,14 @@ async def _show(cluster: PlaygroundDescription, playground: Playground) -> None:
     click.echo(f"\nhttp://{address} responds: {await asyncio.to_thread(_get, address)}")
     click.echo(
         f"Port {port} of every node leads to all replicas (the routing mesh). Each replica also has its own port on "
-        "its "
-        "node.\n"
+        "its node.\n"
     )
     click.secho("Try these commands:", bold=True)
-    if not shutil.which("docker"):
+    if not (shutil.which("docker") and shutil.which("skep")):
         click.echo(f"  export PATH={Path(sys.prefix) / 'bin'}:$PATH")
     click.echo(f"  export DOCKER_HOST={first.endpoint}")
-    click.echo(f"  docker service scale {SERVICE}=9                # run more replicas")
-    click.echo("  docker kill $(docker ps -q | head -n 1)   # kill a container: Skep replaces it")
-    click.echo(f"  docker service ps {SERVICE}")
+    for command, effect in _NEXT_COMMANDS:
+        click.echo(f"  {command:42}# {effect}")
     click.echo("\nRun make demo-down to remove everything.")
 
 

@@ -14,7 +14,7 @@ import pytest
 from skep.aio.trees import discard_tree_now
 from skep.playground.demo import free_port
 from tests.support.machines.footprint import inhabitants, machine, survivors
-from tests.support.machines.playground_rig import TestCluster, wait_running, wait_until
+from tests.support.machines.playground_rig import SKEP, TestCluster, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -66,8 +66,27 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+", shown)
     assert url == f"http://127.0.0.1:{port}"
     assert "responds: nginx in container " in shown
-    assert shown.count("\n  docker ") == 3
+    commands = re.findall(r"^  ((?:docker|skep) [^#]+?) +#", shown, re.MULTILINE)
+    assert [command.split()[:2] for command in commands] == [
+        ["docker", "service"],
+        ["docker", "kill"],
+        ["docker", "service"],
+        ["skep", "explain"],
+        ["skep", "top"],
+        ["skep", "ui"],
+    ]
     assert f"export DOCKER_HOST=unix://{place}/m1/skep.sock" in shown
+    environment = {**os.environ, "DOCKER_HOST": f"unix://{place}/m1/skep.sock"}
+    explained = subprocess.run(
+        [SKEP, *commands[3].split()[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert explained.stdout == "web: 3 of 3 tasks run: healthy\n"
+    assert_the_dashboard_opens(environment)
 
     node = TestCluster(place, NAME).node("m1")
     published = node.client().services.get("web").attrs["Endpoint"]["Ports"]
@@ -96,9 +115,20 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     assert machine(NAME, place.parent).more_than(before) == {}
 
 
+def assert_the_dashboard_opens(environment: dict[str, str]) -> None:
+    command = [SKEP, "ui", "--no-browser"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        try:
+            with urlopen(served.stdout.readline().strip(), timeout=20) as page:
+                assert b"<title>Skep" in page.read()
+        finally:
+            served.terminate()
+
+
 @pytest.mark.slow
 def test_the_demo_can_be_asked_for_twice(place: Path) -> None:
     make("demo", place)
     again = make("demo", place).stdout
-    assert "Try next" in again
-    assert "a cluster: one manager" not in again
+    assert "Try these commands" in again
+    assert "Start a cluster" not in again
