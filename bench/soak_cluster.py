@@ -63,7 +63,7 @@ def soak(directory: Path, minutes: float, rng: random.Random, faults: float, log
     playground = Playground(directory, "soak", lambda _: None)
     asyncio.run(playground.down())
     try:
-        asyncio.run(playground.up(managers=MANAGERS, workers=WORKERS, relays=False))
+        asyncio.run(playground.up(managers=MANAGERS, workers=WORKERS, relays=None))
         ClusterSoak(playground, rng, faults, log).run(minutes)
     except BaseException:
         for found in directory.glob("*/skep.log"):

@@ -15,6 +15,7 @@ from skep.playground import names
 from skep.playground.commands import find
 from skep.playground.node import daemon_pid
 from skep.playground.playground import API, Playground
+from skep.playground.relay import LOOPBACK
 from skep.playground.tls import PORT, authority_file
 from skep.playground.underlay import Way
 
@@ -127,7 +128,7 @@ def up(
             workers=workers,
             docker_workers=docker_workers,
             subnets=subnets,
-            relays=relay,
+            relays=LOOPBACK if relay else None,
             tls=tls,
         )
     )
@@ -359,8 +360,21 @@ def load(directory: Path, name: str | None, archive: Path) -> None:
 
 
 @playground.command("demo")
+@click.option(
+    "--address",
+    default=LOOPBACK,
+    show_default=True,
+    metavar="ADDRESS",
+    help="Address of this machine to serve published ports on.",
+)
+@click.option(
+    "--image-archive",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Load the service's image, demo/nginx:1, instead of building it.",
+)
 @_verb
-def show(directory: Path, name: str | None) -> None:
+def show(directory: Path, name: str | None, address: str, image_archive: Path | None) -> None:
     """Start a playground with a demo service.
 
     Prints commands to try next.
@@ -371,4 +385,4 @@ def show(directory: Path, name: str | None) -> None:
     """
     from skep.playground.demo import demo
 
-    _finish(demo(_open(directory, name)))
+    _finish(demo(_open(directory, name), address, image_archive))

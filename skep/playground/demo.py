@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from skep.playground import node
 from skep.playground.description import PlaygroundDescription
 from skep.playground.images import nginx
 from skep.playground.playground import Playground
+from skep.playground.relay import LOOPBACK
 
 SERVICE = "web"
 REPLICAS = 3
@@ -40,14 +42,18 @@ _RESPONSE_TIMEOUT_S = 10
 """Time limit in seconds for one response of the demo's service."""
 
 
-async def demo(playground: Playground) -> None:
+async def demo(playground: Playground, address: str = LOOPBACK, image: Path | None = None) -> None:
     """Start the demo, or show its state if it runs already.
+
+    Args:
+        address: address of this machine at which the service answers.
+        image: archive of the service's image, which is built from the distribution's packages otherwise.
 
     Raises: SkepError: the demo cannot be started.
     """
     cluster = playground.described()
     if cluster is None:
-        cluster = await _build(playground)
+        cluster = await _build(playground, address, image)
     elif not all(node.is_up(known) for known in cluster.nodes):
         raise FailedPrecondition(
             "The demo is incomplete, or one of its nodes is down. Run make demo-down first."
@@ -55,16 +61,18 @@ async def demo(playground: Playground) -> None:
     await _show(cluster, playground)
 
 
-async def _build(playground: Playground) -> PlaygroundDescription:
+async def _build(playground: Playground, address: str, image: Path | None) -> PlaygroundDescription:
     click.secho("1. Start a cluster of one manager and two workers", bold=True)
-    cluster = await playground.up(managers=1, workers=WORKERS)
-    click.secho("2. Build an nginx image from the distribution's packages", bold=True)
-    archive = playground.images / "nginx.tar"
-    built = await nginx.nginx_archive()
-    archive.write_bytes(built.data)
-    await playground.load(archive)
+    cluster = await playground.up(managers=1, workers=WORKERS, relays=address)
+    if image is None:
+        click.secho("2. Build an nginx image from the distribution's packages", bold=True)
+        image = playground.images / "nginx.tar"
+        image.write_bytes((await nginx.nginx_archive()).data)
+    else:
+        click.secho("2. Load an nginx image", bold=True)
+    await playground.load(image)
     command = ["service", "create", "--name", SERVICE, "--replicas", str(REPLICAS)]
-    command += ["--publish", f"published={free_port(_is_free)},target=80"]
+    command += ["--publish", f"published={free_port(partial(_is_free, address))},target=80"]
     command += ["--publish", "mode=host,target=80", "--no-resolve-image", nginx.TAG]
     click.secho(f"3. Create a service: docker {' '.join(command)}", bold=True)
     await _docker(cluster.nodes[0].endpoint, *command)
@@ -128,12 +136,12 @@ def free_port(is_free: Callable[[int], bool]) -> int:
     )
 
 
-def _is_free(port: int) -> bool:
-    """Return whether the port is free at 127.0.0.1, where the playground will serve it."""
+def _is_free(address: str, port: int) -> bool:
+    """Return whether the port is free at ``address``, where the playground will serve it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((address, port))
         except OSError:
             return False
     return True

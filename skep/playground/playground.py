@@ -69,14 +69,14 @@ class Playground:
         workers: int,
         docker_workers: int = 0,
         subnets: int = 1,
-        relays: bool = True,
+        relays: str | None = relay.LOOPBACK,
         tls: bool = False,
     ) -> PlaygroundDescription:
         """Start the nodes, load busybox into each, and form a swarm.
 
         Args:
             docker_workers: Number of nodes with an unmodified Docker Engine, which join like any Docker worker.
-            relays: Whether published ports are also served at 127.0.0.1 of this machine.
+            relays: Address of this machine at which published ports are also served, or None.
             tls: Whether the managers also serve their API by TLS.
 
         Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is created.  After a later failure,
@@ -93,8 +93,8 @@ class Playground:
         kinds += [(worker, "docker")] * docker_workers
         await self.plug_in(kinds, subnets, tls=tls)
         await self._form_swarm(self.cluster())
-        if relays:
-            await relay.start(self._directory)
+        if relays is not None:
+            await relay.start(self._directory, relays)
         if docker_workers and not docker.has_ipvs():
             self._progress(docker.NO_IPVS)
         return self.cluster()
@@ -221,7 +221,7 @@ class Playground:
         await together(*(engine.load(target.endpoint, content) for target in self.cluster().nodes))
 
     async def wait_relayed(self, port: int) -> int:
-        """Return the port of 127.0.0.1 that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
+        """Return this machine's port that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
         return await relay.wait_served(self._directory, port)
 
     def relayed_ports(self) -> Mapping[str, str]:

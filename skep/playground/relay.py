@@ -1,4 +1,4 @@
-"""Serves a playground's published ports at 127.0.0.1 of its machine.
+"""Serves a playground's published ports at an address of its machine, 127.0.0.1 unless another was chosen.
 
 The nodes' addresses exist only in the playground's namespaces.  The machine itself would route packets for them to its
 own network.  So a relay process listens on loopback for each published TCP and UDP port, and connects to the nodes from
@@ -33,7 +33,7 @@ from skep.playground.description import DescriptionFile, PlaygroundDescription
 from skep.playground.tls import PORT as API_PORT
 from skep.playground.underlay import NETNS_ROOT
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _LOOK_S = 1.0
 """Seconds between two reads of the published ports."""
 _ASK_S = 2.0
@@ -75,9 +75,12 @@ def read_state(directory: Path) -> RelayState | None:
         return None
 
 
-async def start(directory: Path) -> None:
-    """Start the relay.  Return once it serves the playground.  Raises: Unavailable: it ended at once."""
-    process = _spawn(directory)
+async def start(directory: Path, address: str) -> None:
+    """Start the relay at an ``address`` of this machine.  Return once it serves the playground.
+
+    Raises: Unavailable: it ended at once.
+    """
+    process = _spawn(directory, address)
 
     async def has_begun() -> bool:
         if process.poll() is not None:
@@ -87,10 +90,10 @@ async def start(directory: Path) -> None:
     await wait_until(has_begun, "the relay of the playground begins", _READY_WITHIN_S)
 
 
-def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
+def _spawn(directory: Path, address: str) -> "subprocess.Popen[bytes]":
     with (directory / "relay.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "skep.playground.relay", str(directory)],
+            [sys.executable, "-m", "skep.playground.relay", str(directory), address],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -142,12 +145,12 @@ def targets(
     return {port: tuple(sorted(found[port])) for port in sorted(found)[:_PORTS_MAX]}
 
 
-def relay_port(published: Port, backends: tuple[tuple[str, int], ...]) -> RelayPort:
-    """Return the object that relays one published port."""
+def relay_port(published: Port, backends: tuple[tuple[str, int], ...], address: str = LOOPBACK) -> RelayPort:
+    """Return the object that relays one published port from ``address``."""
     number, protocol = published
     return RelayPort(
         protocol=protocol,
-        address=_LOOPBACK,
+        address=address,
         port=number,
         backends=backends,
         # All connections of one client use the same node: docker sends the requests of one command, such as docker
@@ -159,9 +162,9 @@ def relay_port(published: Port, backends: tuple[tuple[str, int], ...]) -> RelayP
 class PortRelay:
     """The relay process of one playground."""
 
-    def __init__(self, directory: Path, clock: Clock) -> None:
+    def __init__(self, directory: Path, address: str, clock: Clock) -> None:
         self._file = DescriptionFile(directory)
-        self._directory = directory
+        self._directory, self._address = directory, address
         self._clock = clock
         self._random = SystemRandom()
         self._relays: dict[Port, TcpRelay | UdpRelay] = {}
@@ -185,11 +188,11 @@ class PortRelay:
             self._relays.pop(published).close(ends_connections=True)
             del self._ports[published]
         for published, backends in wanted.items():
-            port = relay_port(published, backends)
+            port = relay_port(published, backends, self._address)
             if (relay := self._relays.get(published)) is not None:
                 relay.update(port)
                 continue
-            listener = _listener(published)
+            listener = _listener(self._address, published)
             self._ports[published] = listener.getsockname()[1]
             if port.protocol == "udp":
                 self._relays[published] = UdpRelay(
@@ -232,22 +235,22 @@ async def _ask(cluster: PlaygroundDescription) -> Targets:
     raise Unavailable(str(error_before))
 
 
-def _listener(published: Port) -> socket:
-    """Listen on loopback at the same port number, or at any free port if that is taken or not permitted."""
+def _listener(address: str, published: Port) -> socket:
+    """Listen on ``address`` at the same port number, or at any free port if that is taken or not permitted."""
     number, protocol = published
     for port in (number, 0):
         listener = socket(AF_INET, SOCK_STREAM if protocol == "tcp" else SOCK_DGRAM)
         if protocol == "tcp":  # otherwise two UDP sockets could share one port
             listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         try:
-            listener.bind((_LOOPBACK, port))
+            listener.bind((address, port))
         except OSError:
             listener.close()
             continue
         listener.setblocking(False)
         return listener
-    raise Unavailable(f"no port of {_LOOPBACK} is free")
+    raise Unavailable(f"no port of {address} is free")
 
 
 if __name__ == "__main__":
-    asyncio.run(PortRelay(Path(sys.argv[1]), SystemClock()).run())
+    asyncio.run(PortRelay(Path(sys.argv[1]), sys.argv[2], SystemClock()).run())

@@ -9,7 +9,7 @@ import re
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from enum import Enum
 from functools import cache
@@ -50,23 +50,33 @@ def peer_of(
         if os.readlink(f"/proc/{pid}/ns/mnt") == _own_mounts():
             found: ContainerId | ConnectionPeer = ConnectionPeer.MACHINE
         else:
-            found = container_in(Path(f"/proc/{pid}/cgroup").read_text(), is_known) or ConnectionPeer.MACHINE
+            groups = Path(f"/proc/{pid}/cgroup").read_text()
+            found = container_in(groups, is_known, _surrounding()) or ConnectionPeer.MACHINE
     except OSError:  # the process has ended, or must not be inspected
         return ConnectionPeer.GONE
     return ConnectionPeer.GONE if _has_ended(connected) else found
 
 
-def container_in(groups: str, is_known: Callable[[ContainerId], bool]) -> ContainerId | None:
+def container_in(
+    groups: str, is_known: Callable[[ContainerId], bool], surrounding: Collection[ContainerId] = ()
+) -> ContainerId | None:
     """Return the container of a process whose /proc/PID/cgroup contains ``groups``.
 
-    The first match counts, because a container can create groups with any name below its own.  With ``--cgroup-parent``
-    a container's group may be anywhere, even next to a Docker Engine's groups.
+    ``surrounding`` are the containers in which this node itself runs: their processes are processes of its machine.
+    The first other match counts, because a container can create groups with any name below its own.  With
+    ``--cgroup-parent`` a container's group may be anywhere, even next to a Docker Engine's groups.
     """
     for match in _GROUP.finditer(groups):
         id = ContainerId(match[2])
-        if match[1] or is_known(id):
+        if id not in surrounding and (match[1] or is_known(id)):
             return id
     return None
+
+
+@cache
+def _surrounding() -> Collection[ContainerId]:
+    groups = Path("/proc/self/cgroup").read_text()
+    return frozenset(ContainerId(match[2]) for match in _GROUP.finditer(groups))
 
 
 @cache

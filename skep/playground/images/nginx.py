@@ -1,5 +1,7 @@
 """The image of the demo: nginx from the distribution, with busybox for a shell inside."""
 
+import asyncio
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,3 +67,7 @@ async def nginx_archive() -> Archive:
     return image_archive(
         entries, tags=[TAG], created=packaged_at.strftime("%Y-%m-%dT%H:%M:%SZ"), config=config
     )
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(asyncio.run(nginx_archive()).data)

@@ -25,3 +25,15 @@ ONE, TWO = "1" * 64, "2" * 64
 )
 def test_the_first_group_of_a_container_says_whose_a_process_is(groups: str, container: str | None) -> None:
     assert container_in(groups, lambda one: one == ContainerId(ONE)) == container
+
+
+@pytest.mark.parametrize(
+    ("groups", "container"),
+    [
+        (f"0::/skep/ctr/{TWO}/agent\n", None),
+        (f"0::/skep/ctr/{TWO}/nodes/w1/ctr/{ONE}\n", ONE),
+        (f"0::/skep/ctr/{TWO}/nodes/w1/ctr/{ONE}/ctr/{TWO}\n", ONE),
+    ],
+)
+def test_a_container_that_surrounds_the_node_is_its_machine(groups: str, container: str | None) -> None:
+    assert container_in(groups, lambda _: False, {ContainerId(TWO)}) == container
