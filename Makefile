@@ -29,7 +29,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help announce setup setup-run demo demo-down install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
+.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -45,6 +45,9 @@ demo: setup-run ## a cluster on this machine with a service to play with
 
 demo-down: setup-run ## remove everything that the demo made
 	@$(BIN)/skep playground down --dir $(DEMO_DIR) --name $(DEMO_NAME)
+
+image: ## the playground as an image, by the engine of DOCKER_HOST (TAG=, SUITE=bookworm)
+	@setup/image.sh $(or $(TAG),skep-playground) $(SUITE)
 
 install: setup-run ## link the command into /usr/local/bin, install unit and man page (PREFIX=, DESTDIR=)
 	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)/etc/systemd/system

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 . setup/machine.sh
 
 tag=${1:?which tag?}
-suite=${2:-trixie}
+suite=${2:-bookworm}
 [ "$(id -u)" = 0 ] || fail "this needs root" "run it as root"
 docker=$(command -v docker || echo .venv/bin/docker)
 "$docker" version >/dev/null || fail "no engine answers (above)" "set DOCKER_HOST to a Docker Engine or to a node of Skep"

@@ -59,6 +59,8 @@ async def demo(playground: Playground, address: str = LOOPBACK, image: Path | No
             "The demo is incomplete, or one of its nodes is down. Run make demo-down first."
         )
     await _show(cluster, playground)
+    if image is None:  # make demo, not the image of the playground, which removes the demo when it ends
+        click.echo("\nRun make demo-down to remove everything.")
 
 
 async def _build(playground: Playground, address: str, image: Path | None) -> PlaygroundDescription:
@@ -96,7 +98,6 @@ async def _show(cluster: PlaygroundDescription, playground: Playground) -> None:
     click.echo(f"  export DOCKER_HOST={first.endpoint}")
     for command, effect in _NEXT_COMMANDS:
         click.echo(f"  {command:42}# {effect}")
-    click.echo("\nRun make demo-down to remove everything.")
 
 
 async def _docker(endpoint: str, *words: str) -> None:

@@ -1,4 +1,4 @@
-"""What playgrounds said last, shown with a failed test, because the playground does not outlive it.
+"""Reads what a playground said last, for a failed test, because the playground does not outlive it.
 
 That is the last log lines of each node, and the tasks with their errors as ``docker service ps`` shows them.
 """

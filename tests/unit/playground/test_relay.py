@@ -70,3 +70,8 @@ def test_the_api_of_managers_is_one_managers_as_long_as_it_answers() -> None:
     orders = {backend_order(api, "127.0.0.1", lambda at=at: at) for at in (0.0, 0.4, 0.9)}
     assert len(orders) == 1
     assert len({backend_order(web, "127.0.0.1", lambda at=at: at) for at in (0.0, 0.4, 0.9)}) == 3
+
+
+def test_ports_are_served_on_loopback_unless_another_address_was_chosen() -> None:
+    assert relay_port((80, "tcp"), (("a1", 80),)).address == "127.0.0.1"
+    assert relay_port((80, "tcp"), (("a1", 80),), "0.0.0.0").address == "0.0.0.0"
