@@ -250,6 +250,42 @@ def test_a_rotation_beside_a_deploy_reaches_every_service_and_scheduled_job(seed
             assert [one.secret_name for one in container.secrets] == ["pw-v2"], name
 
 
+@pytest.mark.parametrize("pause", [1, 2])
+def test_a_rotation_fails_if_a_service_was_rolled_back_to_the_previous_secret(pause: int) -> None:
+    """The rotation is suspended meanwhile, and the service is updated once more before it continues."""
+    with SimulatedCluster(managers=3, workers=3, seed=450) as cluster:
+        policy = "update_config: {monitor: 5s, failure_action: rollback}"
+        text = "services: {web: {image: 'app:1', secrets: [pw], deploy: {replicas: 2, " + policy + "}}}\n"
+        commands = Commands(cluster)
+        commands.deploy(
+            "first", a_stack(text + "secrets: {pw: {name: pw, file: f}}\n", pw=b"1"), undoes=False
+        )
+        commands.finish()
+        for node in cluster.nodes.values():
+            node.ending_images["app:1"] = (2.0, 1)  # only containers that start from now on
+        commands = Commands(cluster)
+        client = commands.rotate("rotate", SECRET, "pw", b"2")
+
+        def secret() -> str:
+            container = only_service(cluster).spec.task_template.container_spec
+            assert container is not None
+            return container.secrets[0].secret_name
+
+        def suspend(*_: object) -> None:
+            if secret() == "pw-v2" and not client.pauses:
+                client.pauses[client.requests + pause] = 20.0
+
+        cluster.committed.watchers.append(suspend)
+        cluster.run_until(lambda: secret() == "pw-v2", within_s=10)
+        cluster.run_until(lambda: secret() == "pw", within_s=10)
+        for node in cluster.nodes.values():
+            node.ending_images.clear()
+        cluster.update(only_service(cluster).id, forced)
+        commands.finish()
+        (outcome,) = commands.outcomes
+        assert outcome.startswith("rotate: shop_web: it uses the previous secret again")
+
+
 def drained(cluster: SimulatedCluster) -> list[str]:
     return [
         one.id
