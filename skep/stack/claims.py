@@ -28,12 +28,15 @@ class DeployClaim:
         """
         self._client = client
         self._asked = asked
-        self._id = id
+        self.id = id
+        """Id of the adopted revision, or of the deploy's own."""
+        self.state = ""
+        """State of that revision when it was last read."""
 
     @property
     def headers(self) -> Mapping[str, str]:
         """Headers of the requests that change services."""
-        return {REVISION_HEADER: self._id}
+        return {REVISION_HEADER: self.id}
 
     async def follow(self) -> bool:
         """Return whether a newer deploy of the same content has replaced this one, and adopt its revision.
@@ -41,11 +44,11 @@ class DeployClaim:
         Raises: Replaced: a deploy with other content has replaced this one.
         """
         try:
-            config = await self._client.get(f"/configs/{self._id}", timeout_s=RESPONSE_TIMEOUT_S)
-            state = str((config["Spec"].get("Labels") or {}).get(STACK_STATE, ""))
+            config = await self._client.get(f"/configs/{self.id}", timeout_s=RESPONSE_TIMEOUT_S)
+            self.state = str((config["Spec"].get("Labels") or {}).get(STACK_STATE, ""))
         except NotFound:  # the revision was the oldest one and has been removed
-            state = f"{REPLACED}?"
-        if not state.startswith(REPLACED):
+            self.state = f"{REPLACED}?"
+        if not self.state.startswith(REPLACED):
             return False
         revisions = await known_revisions(self._client, self._asked.name)
         newest = revisions[-1] if revisions else None
@@ -56,5 +59,5 @@ class DeployClaim:
                 f"{self._asked.name} was changed meanwhile by another deploy (revision {newest.number}), which has "
                 f"replaced this one. To compare them, run skep stack diff {self._asked.name}."
             )
-        self._id = newest.id
+        self.id = newest.id
         return True

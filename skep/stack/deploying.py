@@ -46,9 +46,11 @@ from skep.stack.planning import (
     StackPlan,
     differences,
     freeing,
+    is_rolled_back,
     is_still,
     merged,
     other_content,
+    planned_again,
     superseded,
     waves,
     with_network_names,
@@ -60,6 +62,7 @@ from skep.stack.progress import (
     progress_of,
 )
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
+from skep.stack.revisions import DEPLOYED
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
 _TOGETHER: Final = 200
@@ -117,6 +120,10 @@ class Deployment:
         self._ids: dict[tuple[str, str], str] = {}
         """Ids of secrets and configs, by kind and name."""
         self._reasons = Reasons(client, FAILURES_MAX)
+        self._is_overtaken = False
+        """Whether a newer deploy of the same content has replaced this one since the services were last changed."""
+        self._rollbacks: dict[str, tuple[ServiceSpec | None, ServiceSpec | None]] = {}
+        """The spec that an automatic rollback restores, and the desired spec, of each service that has the latter."""
 
     async def apply(self, wait_s: float | None, failures_max: int = FAILURES_MAX) -> None:
         """Apply the changes, then wait until the services run with their new spec.
@@ -142,11 +149,11 @@ class Deployment:
         await self._create("network", self._bodies("network"))
         await self._create("secret", self._bodies("secret"))
         await self._create("config", self._bodies("config"))
-        await self._learn_ids()
+        await self._learn()
         self._reasons = Reasons(self._client, failures_max)
         try:
             async with asyncio.timeout(wait_s):
-                await self._change_services()
+                await self._services_as_wanted()
                 if wait_s is not None:
                     await self._wait(
                         self._plan.of("service", PlanAction.CREATE, PlanAction.UPDATE, PlanAction.KEEP)
@@ -155,23 +162,40 @@ class Deployment:
             assert wait_s is not None
             raise Unavailable(unfinished(await self.find_unfinished(), wait_s)) from None
 
-    async def _change_services(self) -> None:
-        """Create, update and remove services.
+    async def _services_as_wanted(self) -> None:
+        """Create, update and remove services.  Raises the same errors as ``apply``.
 
-        Returns early if a newer deploy of the same content has taken over.  Raises the same errors as ``apply``.
+        If a newer deploy of the same content replaces this one, both complete the newer revision, because the newer
+        deploy may be killed before its first change.
         """
+        for attempt in range(ATTEMPTS):
+            try:
+                await self._change_services()
+                self._is_overtaken = False
+                return
+            except SkepError as error:
+                claim = self._created.claim
+                # If the newer deploy has ended, the new plan usually has no change that the managers could refuse.
+                is_same = claim is not None and (await claim.follow() or claim.state == DEPLOYED)
+                if not is_same or attempt == ATTEMPTS - 1:
+                    raise
+                self._show(self._stack.name, f"another deploy has the same content ({error})")
+            await self._plan_again()
+
+    async def _plan_again(self) -> None:
+        """Plan the changes that are left."""
+        existing = await existing_of(self._client, self._stack.name, config_names(self._stack))
+        self._plan = planned_again(self._stack, self._plan, existing)
+        await self._learn()
+
+    async def _change_services(self) -> None:
         first = freeing(self._plan)
-        try:
-            for one in first:
+        for one in first:
+            await self._remove(one)
+        await self._services()
+        for one in self._plan.of("service", PlanAction.REMOVE):
+            if one not in first:
                 await self._remove(one)
-            await self._services()
-            for one in self._plan.of("service", PlanAction.REMOVE):
-                if one not in first:
-                    await self._remove(one)
-        except SkepError as error:
-            if self._created.claim is None or not await self._created.claim.follow():
-                raise
-            self._show(self._stack.name, f"another deploy has the same content ({error})")
 
     async def find_unfinished(self) -> dict[str, str]:
         """Return the progress of the services that do not run with their new spec yet, by name."""
@@ -268,8 +292,10 @@ class Deployment:
 
         await all_of(create(name, body) for name, body in bodies.items())
 
-    async def _learn_ids(self) -> None:
-        """Read the ids of the secrets and configs that the services refer to."""
+    async def _learn(self) -> None:
+        """Read the ids of the secrets and configs that the services refer to, and note which services stay."""
+        for one in self._plan.of("service", PlanAction.KEEP):
+            self._rollbacks.setdefault(one.name, (one.rolls_back_to, one.spec))
         containers = [
             one.spec.task_template.container_spec
             for one in self._plan.of("service", PlanAction.CREATE, PlanAction.UPDATE)
@@ -316,7 +342,7 @@ class Deployment:
             if is_done and change.action is PlanAction.CREATE:
                 self._note_created(change, result)
             elif is_done:
-                self._show(change.name, "updated")
+                self._note_updated(change)
             for warning in result.get("Warnings") or ():
                 self._show(change.name, f"Warning: {warning}")
         await all_of(
@@ -328,6 +354,10 @@ class Deployment:
         if response.get("ID"):
             self._created.services.append(Service(id=response["ID"], spec=change.spec))
         self._show(change.name, "created")
+
+    def _note_updated(self, change: PlannedChange) -> None:
+        self._rollbacks[change.name] = change.rolls_back_to, change.spec
+        self._show(change.name, "updated")
 
     def _wanted(self, change: PlannedChange) -> dict[str, Any]:
         assert change.spec is not None
@@ -387,10 +417,10 @@ class Deployment:
     async def _update_service(self, change: PlannedChange) -> None:
         wanted = change.spec
         assert wanted is not None
-        networks = await self._client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
-        names = {str(one["Id"]): str(one["Name"]) for one in networks}
+        names, rolls_back_to = await self._network_names(), change.rolls_back_to
 
         def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
+            nonlocal rolls_back_to
             (found,) = services_of([current])
             present = with_network_names(found, names).spec
             if present.labels.get(NAMESPACE) != self._stack.name:
@@ -401,7 +431,10 @@ class Deployment:
             # An earlier request without a response may have been applied. If it were applied twice, a job would run
             # twice, and the service would have the same spec to roll back to.
             is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
-            return None if is_done else msgspec.Raw(to_json(self._with_ids(spec)))
+            if is_done:
+                return None
+            rolls_back_to = present
+            return msgspec.Raw(to_json(self._with_ids(spec)))
 
         await update(
             self._client,
@@ -411,7 +444,12 @@ class Deployment:
             headers=self._headers(change),
             timeout_s=RESPONSE_TIMEOUT_S,
         )
-        self._show(change.name, "updated")
+        self._note_updated(replace(change, rolls_back_to=rolls_back_to))
+
+    async def _network_names(self) -> dict[str, str]:
+        """Return the names of all networks, by id."""
+        networks = await self._client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
+        return {str(one["Id"]): str(one["Name"]) for one in networks}
 
     async def _remove(self, change: PlannedChange) -> None:
         if await remove_unchanged(self._client, change, self._headers()):
@@ -421,8 +459,11 @@ class Deployment:
 
     async def _wait(self, changes: Sequence[PlannedChange]) -> None:
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            if self._created.claim is not None:
-                await self._created.claim.follow()
+            claim = self._created.claim
+            self._is_overtaken = self._is_overtaken or (claim is not None and await claim.follow())
+            if self._is_overtaken:
+                await self._plan_again()
+                await self._services_as_wanted()
             looks = await self._looks()
             return await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
 
@@ -436,14 +477,32 @@ class Deployment:
             self._client.get("/tasks", filters={**label, **UP_TO_DATE}, timeout_s=RESPONSE_TIMEOUT_S),
         )
         current = frozenset(str(one["ID"]) for one in up_to_date)
+        # The specs to which services may roll back have names of networks.
+        names = await self._network_names() if any(to for to, _ in self._rollbacks.values()) else {}
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
         return {
-            one.spec.name: Look.of(one.id, _progress_of(one, found, current), found, current)
+            one.spec.name: Look.of(one.id, self._progress_of(one, found, current, names), found, current)
             for one in services_of(services)
             for found in (by_service.get(one.id, ()),)
         }
+
+    def _progress_of(
+        self, service: Service, tasks: Sequence[Task], current: Collection[str], names: Mapping[str, str]
+    ) -> ServiceProgress:
+        """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec.
+
+        The status of a rollback is lost if the service is updated once more, so the specs are compared as well.
+        """
+        if CRON in service.spec.labels:
+            found = ServiceProgress("it has a schedule", is_done=True)
+        else:
+            found = progress_of(service, tasks, current)
+        to, wanted = self._rollbacks.get(service.spec.name, (None, None))
+        if not found.is_stuck and is_rolled_back(to, wanted, with_network_names(service, names).spec):
+            return ServiceProgress("its update was rolled back", is_stuck=True)
+        return found
 
     async def _state(self) -> str:
         """Return the state of the deploy, for the message after an interrupt."""
@@ -515,10 +574,3 @@ async def all_of(work: Iterable[Any]) -> None:
         raise Unavailable("; ".join(dict.fromkeys(map(str, failed))))
     for one in failed:
         raise one
-
-
-def _progress_of(service: Service, tasks: Sequence[Task], current: Collection[str]) -> ServiceProgress:
-    """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec."""
-    if CRON in service.spec.labels:
-        return ServiceProgress("it has a schedule", is_done=True)
-    return progress_of(service, tasks, current)

@@ -75,6 +75,8 @@ class PlannedChange(msgspec.Struct, frozen=True, kw_only=True):
     """Version of an existing service when it was read."""
     before: ServiceSpec | None = None
     """Spec of an existing service, with names of networks instead of ids."""
+    rolls_back_to: ServiceSpec | None = None
+    """Spec that an automatic rollback of the service would restore, with names of networks instead of ids."""
 
     @property
     def restarts(self) -> bool:
@@ -237,10 +239,19 @@ def removal_of(service: Service) -> PlannedChange:
 
 
 def with_network_names(service: Service, names: Mapping[str, str]) -> Service:
-    """Return the service with names of networks in place of ids."""
-    template = service.spec.task_template
-    networks = tuple(replace(one, target=names.get(one.target, one.target)) for one in template.networks)
-    return replace(service, spec=replace(service.spec, task_template=replace(template, networks=networks)))
+    """Return the service with names of networks in place of ids, also in its previous spec."""
+
+    def named(spec: ServiceSpec) -> ServiceSpec:
+        template = spec.task_template
+        networks = tuple(replace(one, target=names.get(one.target, one.target)) for one in template.networks)
+        return replace(spec, task_template=replace(template, networks=networks))
+
+    previous = service.previous_spec
+    return replace(
+        service,
+        spec=named(service.spec),
+        previous_spec=named(previous) if previous is not None else None,
+    )
 
 
 def _networks(
@@ -381,6 +392,7 @@ def _service(
         id=current.id,
         version=current.version.index,
         before=current.spec,
+        rolls_back_to=current.spec if found else current.previous_spec,
     )
 
 
@@ -445,6 +457,14 @@ def is_still(before: ServiceSpec, present: ServiceSpec) -> bool:
     force = present.task_template.force_update
     same = replace(before, task_template=replace(before.task_template, force_update=force))
     return not any(differences(with_present_number(same, present), present))
+
+
+def is_rolled_back(to: ServiceSpec | None, wanted: ServiceSpec | None, present: ServiceSpec) -> bool:
+    """Return whether a service that should have the spec ``wanted`` has the spec ``to`` of a rollback instead.
+
+    Other changes of the service by users do not count.
+    """
+    return to is not None and wanted is not None and is_still(to, present) and not is_still(to, wanted)
 
 
 def differences(before: ServiceSpec, after: ServiceSpec) -> Iterator[Difference]:

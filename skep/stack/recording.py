@@ -92,7 +92,7 @@ async def carry_out(
     ):
         await Deployment(client, stack, plan, show, logins, created).apply(wait_s, failures_max)
         for last in () if plan.only else revisions[-1:]:
-            await _complete(client, last, warn)
+            await _complete(client, last, asked, warn)
         return
     await check(client, stack, plan, warn)
     if whole is not None:
@@ -174,14 +174,22 @@ async def _end(
 ) -> None:
     """Record the result of a deploy.  A replaced deploy stays marked as replaced.
 
+    If a newer deploy of the same content has replaced it, a success is recorded in the newer revision, because that
+    deploy may have been killed.
+
     Raises: Replaced: a newer deploy of other content has replaced it.
     """
     if not created.revision:
         return
     found = await _set_state(client, created.revision, state_after(error), warn, unless=(REPLACED,))
-    is_known = isinstance(error, Replaced) or not isinstance(error, SkepError | None)
-    if found.startswith(REPLACED) and created.claim is not None and not is_known:
-        await created.claim.follow()
+    claim = created.claim
+    if claim is None or isinstance(error, Replaced) or not isinstance(error, SkepError | None):
+        return
+    while found.startswith(REPLACED):
+        await claim.follow()
+        if error is not None:
+            return
+        found = await _set_state(client, claim.id, DEPLOYED, warn, unless=(REPLACED, *UNDOINGS))
 
 
 async def _record(
@@ -238,17 +246,22 @@ def _undoing(revision: StackRevision) -> str:
     )
 
 
-async def _complete(client: Requests, last: StackRevision, warn: Callable[[str], None]) -> None:
+async def _complete(client: Requests, last: StackRevision, asked: Stack, warn: Callable[[str], None]) -> None:
     """Mark the last revision as deployed after a deploy that changed nothing.
 
     The last deploy had the same desired state, and may have ended before it recorded its result.
 
-    Raises: Unavailable: the objects that the last deploy created are being removed.
+    Raises:
+        Unavailable: the objects that the last deploy created are being removed.
+        Replaced: a newer deploy of other content has begun meanwhile.
     """
     if last.state == DEPLOYED:
         return
-    if await _set_state(client, last.id, DEPLOYED, warn, unless=UNDOINGS) in UNDOINGS:
+    found = await _set_state(client, last.id, DEPLOYED, warn, unless=(REPLACED, *UNDOINGS))
+    if found in UNDOINGS:
         raise Unavailable(_undoing(last))
+    if found.startswith(REPLACED):
+        await DeployClaim(client, asked, last.id).follow()
 
 
 async def _set_state(

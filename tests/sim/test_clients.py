@@ -8,12 +8,14 @@ from msgspec.structs import replace
 from sim.client_runs import Commands, label_of, show_version
 from sim.cluster import SimulatedCluster
 from sim.random_specs import BROKEN
+from sim.users import forced
 from skep.cli.apps.rotation import SECRET
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.options.schedules import CRON
-from skep.model.secret import Secret
+from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import Task
+from skep.stack.cluster_state import known_revisions
 from skep.stack.project import Stack
 from tests.support.builders import a_service_spec
 from tests.unit.stack.test_planning import a_stack
@@ -115,6 +117,69 @@ def test_the_newest_deploy_succeeds_whatever_another_one_prunes(seed: int) -> No
         assert used.secret_id in cluster.view.ids(Secret)
 
 
+def only_service(cluster: SimulatedCluster) -> Service:
+    (service,) = cluster.view.find(Service)
+    return service
+
+
+def image_of(cluster: SimulatedCluster) -> str:
+    container = only_service(cluster).spec.task_template.container_spec
+    assert container is not None
+    return container.image
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_deploy_makes_the_changes_of_a_newer_one_with_the_same_content_that_was_killed(seed: int) -> None:
+    """The newer one has recorded its revision, which replaces the older one, and has changed nothing."""
+    with SimulatedCluster(managers=3, workers=3, seed=900 + seed) as cluster:
+        for image in ("app:1", "app:3"):
+            first = Commands(cluster)
+            first.deploy("first", a_version(image), undoes=False)
+            first.finish()
+        commands = Commands(cluster)
+        older = commands.deploy("older", a_version("app:2"), undoes=False)
+        cluster.run_until(lambda: len(cluster.view.find(Config)) == 3, within_s=10)
+        older.pauses[older.requests + cluster.random.randint(1, 2)] = 9.0
+        cluster.run_until(lambda: not older.pauses, within_s=10)
+        newer = commands.deploy("newer", a_version("app:2"), undoes=False)
+        cluster.run_until(lambda: len(cluster.view.find(Config)) == 4, within_s=8)
+        newer.killed_at = 0
+        commands.finish()
+        assert commands.outcomes == ["older: done"]
+        assert image_of(cluster) == "app:2"
+        revisions = cluster.do(known_revisions(commands.client("person"), "shop"))
+        assert [one.state for one in revisions] == ["deployed"] * 2 + ["replaced by revision 4", "deployed"]
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_a_deploy_whose_service_was_rolled_back_fails_although_it_was_updated_once_more(
+    seed: int, is_repeated: bool
+) -> None:
+    """The deploy is suspended during the rollback, and before it looks, an upgrade redistributes the tasks."""
+    with SimulatedCluster(managers=3, workers=3, seed=950 + seed) as cluster:
+        for node in cluster.nodes.values():
+            node.ending_images["ends:1"] = (2.0, 1)
+        policy = "update_config: {monitor: 5s, failure_action: rollback}"
+        text = "services: {web: {image: '%s', deploy: {replicas: 2, " + policy + "}}}"
+        first = Commands(cluster)
+        first.deploy("first", a_stack(text % "app:1"), undoes=False)
+        first.finish()
+        commands = Commands(cluster)
+        deploys = [commands.deploy("deploy", a_stack(text % "ends:1"), undoes=False, wait_s=90.0)]
+        cluster.run_until(lambda: image_of(cluster) == "ends:1", within_s=10)
+        if is_repeated:  # it finds nothing to change, and only waits
+            deploys.append(commands.deploy("repeated", a_stack(text % "ends:1"), undoes=False, wait_s=90.0))
+            cluster.run_for(0.5)
+        for client in deploys:
+            client.pauses |= {client.requests + number: 10.0 for number in range(1, 4)}
+        cluster.run_until(lambda: image_of(cluster) == "app:1", within_s=9)
+        cluster.update(only_service(cluster).id, forced)
+        commands.finish()
+        said = "shop_web: its update was rolled back. Run skep explain shop_web."
+        assert sorted(commands.outcomes) == sorted(f"{client._name}: {said}" for client in deploys)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_deploy_beside_the_autoscaler(seed: int) -> None:
     """The load rises between the plan and the update."""
@@ -183,6 +248,42 @@ def test_a_rotation_beside_a_deploy_reaches_every_service_and_scheduled_job(seed
             container = service(name).spec.task_template.container_spec
             assert container is not None
             assert [one.secret_name for one in container.secrets] == ["pw-v2"], name
+
+
+@pytest.mark.parametrize("pause", [1, 2])
+def test_a_rotation_fails_if_a_service_was_rolled_back_to_the_previous_secret(pause: int) -> None:
+    """The rotation is suspended meanwhile, and the service is updated once more before it continues."""
+    with SimulatedCluster(managers=3, workers=3, seed=450) as cluster:
+        policy = "update_config: {monitor: 5s, failure_action: rollback}"
+        text = "services: {web: {image: 'app:1', secrets: [pw], deploy: {replicas: 2, " + policy + "}}}\n"
+        commands = Commands(cluster)
+        commands.deploy(
+            "first", a_stack(text + "secrets: {pw: {name: pw, file: f}}\n", pw=b"1"), undoes=False
+        )
+        commands.finish()
+        for node in cluster.nodes.values():
+            node.ending_images["app:1"] = (2.0, 1)  # only containers that start from now on
+        commands = Commands(cluster)
+        client = commands.rotate("rotate", SECRET, "pw", b"2")
+
+        def secret() -> str:
+            container = only_service(cluster).spec.task_template.container_spec
+            assert container is not None
+            return container.secrets[0].secret_name
+
+        def suspend(*_: object) -> None:
+            if secret() == "pw-v2" and not client.pauses:
+                client.pauses[client.requests + pause] = 20.0
+
+        cluster.committed.watchers.append(suspend)
+        cluster.run_until(lambda: secret() == "pw-v2", within_s=10)
+        cluster.run_until(lambda: secret() == "pw", within_s=10)
+        for node in cluster.nodes.values():
+            node.ending_images.clear()
+        cluster.update(only_service(cluster).id, forced)
+        commands.finish()
+        (outcome,) = commands.outcomes
+        assert outcome.startswith("rotate: shop_web: it uses the previous secret again")
 
 
 def drained(cluster: SimulatedCluster) -> list[str]:

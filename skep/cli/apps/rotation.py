@@ -147,16 +147,21 @@ class VersionProgress(msgspec.Struct, frozen=True):
 
 
 def version_progress(
-    kind: FileKind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
+    kind: FileKind,
+    service: Mapping[str, Any],
+    tasks: Sequence[Mapping[str, Any]],
+    new: str,
+    old: Collection[str] = (),
 ) -> VersionProgress:
     """Return a service's progress.  A job with a schedule is done at once, because its next run will use the new
-    version.
+    version.  A service that no longer uses any version is done as well.
 
     Args:
         tasks: the service's tasks that are desired to run.
         new: the id of the version.
+        old: the ids of the previous versions.
     """
-    if _is_scheduled(service):
+    if _is_scheduled(service) and not _uses(kind, service, old):
         return VersionProgress(0, 0, is_complete=True)
     on_it = [task for task in tasks if any(r[kind.id_key] == new for r in _references_of(kind, task))]
     done = sum(task["Status"]["State"] == "running" for task in on_it)
@@ -166,7 +171,22 @@ def version_progress(
     state = update.get("State", "")
     if state in _STUCK:
         return VersionProgress(done, wanted, stuck=update.get("Message") or state)
+    if _uses(kind, service, old):  # the status of a rollback is lost if the service is updated once more
+        return VersionProgress(done, wanted, stuck=_moved_back(kind))
+    if not _uses(kind, service, [new]):
+        return VersionProgress(done, wanted, is_complete=True)
     return VersionProgress(done, wanted, is_complete=done == wanted == len(tasks) and state != "updating")
+
+
+def _uses(kind: FileKind, service: Mapping[str, Any], versions: Collection[str]) -> bool:
+    """Return whether the service's spec refers to one of the versions with these ids."""
+    return any(one[kind.id_key] in versions for one in _references(kind, service["Spec"]))
+
+
+def _moved_back(kind: FileKind) -> str:
+    return (
+        f"it uses the previous {kind.noun} again, because its update was rolled back or its spec was changed"
+    )
 
 
 def _is_scheduled(service: Mapping[str, Any]) -> bool:
@@ -204,6 +224,8 @@ class _Rotation:
         self._kind = kind
         self._client = client
         self._shown: dict[str, str] = {}
+        self._old: Collection[str] = ()
+        """Ids of the previous versions."""
         self._open: set[str] = set()
         """Names of services that are not done."""
         self.problems: list[str] = []
@@ -227,11 +249,11 @@ class _Rotation:
         return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
 
     async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
-        """Update the services that use an older version, and return the ids of the services that use ``new`` now.
+        """Update the services that use an older version, and return the ids of the services to wait for.
 
         A service that cannot be updated becomes a problem and does not stop the others.
         """
-        using = list[str]()
+        using, self._old = list[str](), old
         for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
             name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
@@ -246,7 +268,7 @@ class _Rotation:
                 if not (isinstance(error, NotFound) and await self._is_gone(service["ID"])):
                     self.problems.append(f"{name}: {error}")
                 continue
-            if any(one[self._kind.id_key] == new["ID"] for one in _references(self._kind, current["Spec"])):
+            if _uses(self._kind, current, [new["ID"], *old]):
                 using.append(service["ID"])
         return using
 
@@ -318,7 +340,7 @@ class _Rotation:
             return {}, None
         filters = {"service": [id], "desired-state": ["running"]}
         tasks = await self._client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
-        found = version_progress(self._kind, service, tasks, new["ID"])
+        found = version_progress(self._kind, service, tasks, new["ID"], self._old)
         if not (found.is_complete or found.stuck):
             look = await look_at(self._client, id)
             explained = (await self._reasons.explain({id: look}))[id]

@@ -147,6 +147,22 @@ def test_a_service_is_done_when_every_wanted_task_runs_with_the_version(
     assert version_progress(SECRET, service, tasks, "new") == expected
 
 
+BACK = "it uses the previous secret again, because its update was rolled back or its spec was changed"
+
+
+@pytest.mark.parametrize("labels", [{}, {CRON: "0 3 * * *"}])
+def test_a_service_that_uses_an_earlier_version_again_is_not_done(labels: dict[str, str]) -> None:
+    service = {"Spec": {**a_spec("old"), "Labels": labels}, "UpdateStatus": {"State": "completed"}}
+    tasks = [] if labels else [a_task("old"), a_task("old")]
+    found = version_progress(SECRET, service, tasks, "new", ["old"])
+    assert (found.stuck, found.is_complete) == (BACK, False)
+
+
+def test_a_service_that_uses_no_version_any_longer_is_done() -> None:
+    service = {"Spec": a_spec("other")}
+    assert version_progress(SECRET, service, [a_task("other")], "new", ["old"]).is_complete
+
+
 def test_superseded_versions_that_no_service_uses_or_returns_to_are_pruned() -> None:
     services = [{"Spec": a_spec("i3"), "PreviousSpec": a_spec("i2")}]
     assert [one["ID"] for one in unused(SECRET, OBJECTS, services, all=False)] == ["i1"]

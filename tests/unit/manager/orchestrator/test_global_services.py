@@ -9,7 +9,7 @@ from skep.manager.orchestrator.changes import Cause, FillSlot, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, Node, NodeDescription, NodeState, NodeStatus
-from skep.model.service import RestartPolicy, Service
+from skep.model.service import RestartCondition, RestartPolicy, Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.times import SECOND_NS
@@ -87,6 +87,27 @@ AWAY = [
     a_node("n1", availability=Availability.DRAIN),
     a_node("n1", state=NodeState.DOWN),
 ]
+
+
+@pytest.mark.parametrize(
+    ("state", "is_refilled"), [(UpdateState.ROLLBACK_STARTED, True), (UpdateState.ROLLBACK_COMPLETED, False)]
+)
+def test_a_completed_task_runs_again_during_a_rollback_and_not_after_it(
+    state: UpdateState, *, is_refilled: bool
+) -> None:
+    """A new leader, which has seen nothing, decides the same.
+
+    Source: swarmkit, manager/orchestrator/restart/restart.go (UpdatableTasksInSlot).
+    """
+    service = replace(AGENT, update_status=UpdateStatus(state=state))
+    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE)
+    ended = a_task(
+        "t1", service=service, node="n1", slot=0, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN
+    )
+    ended = replace(ended, spec=replace(ended.spec, restart_policy=policy))
+    node = a_node("n1")
+    fills = [FillSlot(service, 0, node.id)] if is_refilled else []
+    assert reconcile(service, [ended], [node]) == fills
 
 
 @pytest.mark.parametrize("away", AWAY)
