@@ -126,7 +126,7 @@ class SimulatedManager:
             return False
         present = self.store.view()
         self._shown.past = past
-        for session in self._dispatcher._sessions.all():
+        for session in self._dispatcher.sessions.all():
             session.wake_assignments([task.id for task in present.find(Task, node_id=session.node_id)])
         return True
 

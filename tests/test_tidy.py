@@ -18,6 +18,18 @@ FUNCTION_LINES_MAX = 60
 """A function fits a screen."""
 PARAMETERS_MAX = 7
 """More in a constructor says that a value object or a layer is missing."""
+LOOP_LINES_MAX = 150
+"""A loop waits and composes.  Decisions are in other modules (decision 173)."""
+LONG_LOOPS = {
+    f"skep/manager/{room}/loop.py" for room in ("eviction", "journal", "link", "membership", "view")
+}
+"""Loops that are longer.  None is added."""
+FIELDS_MAX = 12
+"""More say that the class has parts that belong together."""
+COMPOSITIONS = {"Dispatcher", "Manager", "Node", "WireGuardTunnels", "NetnsReconciler"}
+"""Classes that grew with each part of the system that they compose."""
+WIDE_COMPOSITIONS = {"Manager", "Node", "WireGuardTunnels", "NetnsReconciler"}
+"""Those with more fields.  None is added."""
 UNDOCUMENTED_MAX = 0.05
 """The share of public classes and functions without a docstring.  It only falls, to 0.05."""
 WORDLESS_MAX = 78
@@ -171,6 +183,42 @@ def test_files_fit_into_a_head() -> None:
         if not path.name.endswith(GENERATED) and (lines := len(path.read_text().splitlines())) > LINES_MAX
     }
     assert long == {}
+
+
+def test_loops_fit_into_a_head() -> None:
+    lines = {str(path.relative_to(ROOT)): path for path, _ in modules() if path.name == "loop.py"}
+    long = {name for name, path in lines.items() if len(path.read_text().splitlines()) > LOOP_LINES_MAX}
+    assert long == LONG_LOOPS
+
+
+def test_compositions_have_few_fields() -> None:
+    """``Node`` is the class of ``skep/node``, not the cluster's object."""
+    found = {
+        node.name: len(fields_of(node))
+        for path, tree in modules()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name in COMPOSITIONS and part(path) != "model"
+    }
+    assert found.keys() == COMPOSITIONS
+    assert {name for name, count in found.items() if count > FIELDS_MAX} == WIDE_COMPOSITIONS, found
+
+
+def fields_of(node: ast.ClassDef) -> set[str]:
+    """Names that a class declares or that its methods assign on ``self``."""
+    declared = {
+        item.target.id
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+    assigned = {
+        item.attr
+        for item in ast.walk(node)
+        if isinstance(item, ast.Attribute)
+        and isinstance(item.ctx, ast.Store)
+        and isinstance(item.value, ast.Name)
+        and item.value.id == "self"
+    }
+    return declared | assigned
 
 
 def test_every_module_says_what_it_is() -> None:

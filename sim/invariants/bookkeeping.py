@@ -183,7 +183,7 @@ def leftovers(
 ) -> Iterable[str]:
     """Yield the state of finished work that a manager at rest keeps."""
     yield from kept_of_writes(store)
-    view, sessions = store.view(), dispatcher._sessions
+    view, sessions = store.view(), dispatcher.sessions
     for id in (*sessions._live, *sessions._absent):
         if view.lookup(Node, id) is None:
             yield f"has a session of {id}, which is gone"
@@ -192,10 +192,10 @@ def leftovers(
             yield f"has {len(session._signals)} streams in the session of {session.node_id}"
         if unread := {id for line in session._signals for id in line._changed}:
             yield f"has {sorted(unread)} to send to {session.node_id}"
-    if dispatcher._stops._delayed:
-        yield f"delays the stop of {sorted(dispatcher._stops._delayed)}"
+    if dispatcher.stops._delayed:
+        yield f"delays the stop of {sorted(dispatcher.stops._delayed)}"
     live = {session.id for session in sessions.all()}
-    for session_id, kept in dispatcher._node_reports.repeats._delayed.items():
+    for session_id, kept in dispatcher.node_reports.repeats._delayed.items():
         if session_id not in live or kept.reports:
             yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
     if logs._subscriptions or logs._relaying:

@@ -59,8 +59,8 @@ async def test_a_node_that_is_sent_away_retries_on_the_same_connection(cluster, 
     monkeypatch.setattr(admission, "HOLD_S", 0.01)
 
     async def make_room() -> None:
-        await until(cluster.dispatcher._admission.is_overloaded)
-        await until(lambda: cluster.dispatcher._admission._last_retry_at > 0)
+        await until(cluster.dispatcher.registrar.queue.is_overloaded)
+        await until(lambda: cluster.dispatcher.registrar.queue._last_retry_at > 0)
         monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
 
     room = asyncio.create_task(make_room())
@@ -95,7 +95,7 @@ async def test_five_thousand_at_once_do_not_hold_the_loop_and_are_all_in():
         caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
         while True:
             try:
-                await dispatcher._register(pb.SessionRequest(), caller)
+                await dispatcher.registrar.register(pb.SessionRequest(), caller)
             except RetryLater as later:
                 await asyncio.sleep(later.after_s)
             else:

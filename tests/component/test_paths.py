@@ -128,7 +128,7 @@ async def test_what_was_written_outlives_the_manager_until_the_node_says_otherwi
         await until(lambda: failing(cluster, one.node_id))
         of_one._reports.clear()  # as of a node process that was started anew
         session, requests = cluster.node(one.node_id).session, len(of_one.requests)
-        cluster.dispatcher._sessions.redirect(one.node_id, Unavailable("move on"), now=0.0, grace_s=60.0)
+        cluster.dispatcher.sessions.redirect(one.node_id, Unavailable("move on"), now=0.0, grace_s=60.0)
         await until(lambda: cluster.node(one.node_id).session != session)
         await until(lambda: len(of_one.requests) > requests)
         assert failing(cluster, one.node_id) == {(other.node_id, "4789/udp")}

@@ -65,7 +65,7 @@ async def another_manager(cluster: Cluster) -> AsyncIterator[tuple[Dispatcher, s
         asyncio.TaskGroup() as group,
     ):
         address = f"127.0.0.1:{bound.port}"
-        dispatcher._own = ManagerPeer(node_id=SECOND, addr=address)
+        dispatcher.state.own = ManagerPeer(node_id=SECOND, addr=address)
         status = ManagerStatus(addr=address)
         await put(cluster, Node(id=SECOND, spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status))
         running = [group.create_task(dispatcher.run()), group.create_task(discovery.run())]
@@ -124,7 +124,7 @@ async def test_tables_continue_at_another_manager(cluster: Cluster, tmp_path: Pa
                     assert session is not None
                     owners.append(session.manager_id)
                     sets = sum(one.is_complete for one in network_tables.sets)
-                    dispatchers[session.manager_id]._sessions.redirect(
+                    dispatchers[session.manager_id].sessions.redirect(
                         NodeId("n1"), Unavailable("go on"), now=0.0, grace_s=1e9
                     )
                     await until(lambda sets=sets: sum(one.is_complete for one in network_tables.sets) > sets)

@@ -17,9 +17,9 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.telemetry import events
 from skep.manager.telemetry.events import ClusterEvents
-from skep.model.node import Node
+from skep.model.node import Node, SessionOwner
 from skep.model.task import NetworkAttachment, Task
-from skep.model.values.ids import NodeId, new_id
+from skep.model.values.ids import NodeId, SessionId, new_id
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task, an_overlay
@@ -110,16 +110,17 @@ async def test_a_node_that_the_dispatcher_makes_nothing_of_costs_no_other_its_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = MemoryStore(CLOCK)
-    await put(store, a_node("bad"), a_node("good"))
+    elsewhere = SessionOwner(manager_id=NodeId("m2"), session_id=SessionId("s1"))
+    await put(store, *(replace(a_node(id), session=elsewhere) for id in ("bad", "good")))
     dispatcher = Dispatcher(store, ManagerPeer(node_id=NodeId("m1"), addr=""), CLOCK, new_id, Random(1))
     noted: list[str] = []
 
-    def note_node(node: Any, grace_s: float | None = None) -> None:
-        if node.id == "bad":
+    def note_node(node_id: NodeId, *_: object) -> None:
+        if node_id == "bad":
             raise ValueError("a stamp of another version")
-        noted.append(node.id)
+        noted.append(node_id)
 
-    monkeypatch.setattr(dispatcher, "_on_node", note_node)
+    monkeypatch.setattr(dispatcher.sessions, "lose", note_node)
     async with running(dispatcher):
         await until(lambda: noted == ["good"])
         await store.update(relabel)

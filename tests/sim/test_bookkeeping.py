@@ -108,14 +108,14 @@ def test_indexes_that_differ_are_rejected_at_the_second_check(
 
 def a_stop_that_is_delayed(manager: SimulatedManager) -> Callable[[], object]:
     assert manager._dispatcher is not None
-    delayed = manager._dispatcher._stops._delayed
+    delayed = manager._dispatcher.stops._delayed
     delayed[TaskId("t1")] = None
     return delayed.clear
 
 
 def an_absence_of_a_node_that_is_gone(manager: SimulatedManager) -> Callable[[], object]:
     assert manager._dispatcher is not None
-    sessions = manager._dispatcher._sessions
+    sessions = manager._dispatcher.sessions
     sessions.expect(NodeId("w9"), next(iter(sessions.all())).id, last_seen=0.0, grace_s=1e9)
     return lambda: sessions._absent.pop(NodeId("w9"))
 

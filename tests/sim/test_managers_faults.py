@@ -82,9 +82,9 @@ def test_a_manager_that_stops_reports_that_its_vote_does_not_count() -> None:
         dispatcher = cluster.running_managers[cluster.leader]._dispatcher
         assert dispatcher is not None
         cluster.run_for(2)
-        assert not dispatcher._reports.own.is_without_quorum
+        assert not dispatcher.reports.own.is_without_quorum
         cluster.do(cluster.end_manager(cluster.leader))
-        assert dispatcher._reports.own.is_without_quorum
+        assert dispatcher.reports.own.is_without_quorum
 
 
 @pytest.mark.parametrize("managers", [1, 3])

@@ -1,6 +1,6 @@
 """The sessions this manager holds, in memory: connected nodes, their deadlines, and their streams' pending work.
 
-Nothing here waits or writes, which is the job of ``loop.py``.  A stream's pending work is a set of task ids, so it is
+Nothing here waits or writes.  A stream's pending work is a set of task ids, so it is
 bounded by the node's tasks however slowly the node reads.
 """
 

@@ -58,7 +58,7 @@ class Part:
     def register(self) -> None:
         identity = NodeIdentity(node_id=N1, cluster_id=ClusterId("c"), role=NodeRole.WORKER)
         caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
-        self.loop.run_until_complete(self.dispatcher._register(pb.SessionRequest(), caller))
+        self.loop.run_until_complete(self.dispatcher.registrar.register(pb.SessionRequest(), caller))
 
     def pass_time(self, seconds: float) -> None:
         self.loop.run_until_complete(self._clock.sleep(seconds))

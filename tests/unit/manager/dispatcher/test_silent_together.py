@@ -45,7 +45,7 @@ def test_what_other_managers_miss_counts_for_the_only_silent_node_of_a_manager(
         await store.update(lambda tx: tx.put(a_node(N1)))
         running = [asyncio.create_task(dispatcher.run()), asyncio.create_task(report())]
         await clock.sleep(1)
-        await dispatcher._register(pb.SessionRequest(), caller)
+        await dispatcher.registrar.register(pb.SessionRequest(), caller)
         await clock.sleep(GRACE_S + 1)
         for one in running:
             one.cancel()

@@ -51,7 +51,7 @@ class Rig:
         self.registered_ns = 0
 
     async def register(self) -> None:
-        await self.dispatcher._register(pb.SessionRequest(), self.caller)
+        await self.dispatcher.registrar.register(pb.SessionRequest(), self.caller)
 
     def after(self, seconds: float) -> NodeState:
         """State of the node that many seconds later."""
@@ -123,7 +123,7 @@ class Two:
                             others.record(sender, own.own, self._rig.clock.monotonic())
 
     async def register(self) -> None:
-        await self.dispatcher._register(pb.SessionRequest(), self._rig.caller)
+        await self.dispatcher.registrar.register(pb.SessionRequest(), self._rig.caller)
 
 
 @pytest.fixture

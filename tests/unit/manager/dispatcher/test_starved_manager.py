@@ -27,7 +27,7 @@ def test_time_without_a_processor_is_not_a_silence_of_nodes() -> None:
     dispatcher = Dispatcher(store, ManagerPeer(node_id=NodeId("m1"), addr=""), clock, new_id, Random(1))
     running = loop.create_task(dispatcher.run())
     loop.run_until_complete(asyncio.wait([running], timeout=30))
-    assert dispatcher._time.seconds <= 15
+    assert dispatcher.deadlines.now <= 15
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         loop.run_until_complete(running)
