@@ -17,7 +17,7 @@ from skep.api.http.server import runner
 from skep.manager.routes import application
 from skep.manager.routes.extensions import view
 from skep.manager.view.cluster import ClusterRows
-from skep.manager.view.loop import VIEWERS_MAX, ClusterView
+from skep.manager.view.loop import HEARTBEAT_S, VIEWERS_MAX, ClusterView
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store
 from tests.conformance.manager import a_manager_api
@@ -86,6 +86,17 @@ async def test_a_stream_is_a_snapshot_and_what_changes_and_goes_on_after_its_cur
                 seen |= {one["id"] for one in third["data"]["set"]["tasks"]}
         async with session.get("/skep/view/stream", params={"after": "hello"}) as response:
             assert (await event(response))["event"] == "snapshot"
+
+
+async def test_a_stream_of_an_idle_cluster_opens_at_once(tmp_path: Path) -> None:
+    """The page says "connecting" until the head of the stream arrives."""
+    async with a_manager(tmp_path) as (session, _, _):
+        async with session.get("/skep/view") as response:
+            cursor = (await response.json())["cursor"]
+        async with asyncio.timeout(HEARTBEAT_S / 2):
+            stream = await session.get("/skep/view/stream", params={"after": cursor})
+        assert stream.status == 200
+        stream.close()
 
 
 async def test_a_viewer_too_many_is_refused(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ class ClusterView:
     async def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
         """Yield a snapshot, or the changes after ``cursor``, then new changes.  Yields None after an idle period.
 
+        Yields None at once if nothing has changed since ``cursor``, so that a stream's head is not held back.
         Unread changes are not queued: a reader gets each row in its state at the time of reading.
 
         Raises:
@@ -107,6 +108,8 @@ class ClusterView:
             known, number = await self._ready(), None
             if cursor:
                 number = known.number_of(cursor)
+                if number == known.number:
+                    yield None
             while True:
                 table, stepped = await self._ready(), self._stepped
                 if table is not known:
