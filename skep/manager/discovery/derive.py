@@ -63,7 +63,7 @@ def table_session(node: Node) -> SessionOwner | None:
 
 
 def has_endpoint(service: Service) -> bool:
-    """Whether the service's addresses or ports are known."""
+    """Return whether the service's addresses or ports are known."""
     return bool(service.endpoint.virtual_ips or service.endpoint.ports)
 
 
@@ -203,12 +203,12 @@ def overlay_attachments(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
 
 
 def is_publishing(service: Service) -> bool:
-    """Whether the service has ports published on every node."""
+    """Return whether the service has ports published on every node."""
     return service.removed_at is None and service.spec.publishes_in_ingress
 
 
 def is_up(node: Node) -> bool:
-    """Whether the node is not marked down."""
+    """Return whether the node is not marked down."""
     return node.status.state is not NodeState.DOWN
 
 
