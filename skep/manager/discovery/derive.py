@@ -170,10 +170,10 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:
     """Return the node's entry on the network.
 
-    None if the node is down or an engine, or if its address is unknown or belongs to another node.
+    Returns None if the node is down, is a docker node, has no known address, or if another node holds it.
 
     Args:
-        claiming: All nodes that are up with its address, if ``claimed_underlay`` returns one.
+        claiming: All nodes that are up with the same address.  Not used for loopback addresses.
     """
     underlay = underlay_of(node)
     if not underlay or not is_up(node) or is_docker_node(node):
