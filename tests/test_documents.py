@@ -45,6 +45,19 @@ def test_every_heading_that_a_link_names_exists(page: Path) -> None:
     assert missing == []
 
 
+WRAPPED = re.compile(r"docs/(design|checklists|guide|tutorials|concepts|compare)/|[^/]+$|docs/[^/]+$")
+COLUMNS_MAX = 120
+
+
+@pages
+def test_lines_are_wrapped_outside_of_tables_and_code(page: Path) -> None:
+    if not WRAPPED.match(str(page.relative_to(ROOT))):
+        return
+    text = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), page.read_text(), flags=re.DOTALL)
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS_MAX]
+    assert [one for one in lines if not one[1].lstrip().startswith(("|", "<", "!["))] == []
+
+
 def is_there(path: Path) -> bool:
     """A file, or a folder with more than what Python leaves in a folder that has moved."""
     return path.is_file() or (path.is_dir() and any(entry.name != "__pycache__" for entry in path.iterdir()))

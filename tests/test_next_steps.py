@@ -16,15 +16,35 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("skep/cli", "skep/stack")
 STATES = ("NotFound", "FailedPrecondition")
 """What a user has to change something about: what is named, or its state."""
+OTHERS = ("AlreadyExists", "InvalidArgument", "PermissionDenied", "Unavailable", "Unimplemented")
+"""Errors about the arguments, and about the machines and programs that the command depends on."""
 
 COMMAND = re.compile(r"\b(skep|docker) [a-z-]|(^|\s)-{1,2}[a-z]")
 ADVICE = re.compile(
-    r"([:;,.] |\n)([Aa]dd|[Cc]hoose|[Cc]reate|[Dd]eploy|[Ff]ix|[Rr]emove|[Rr]erun|[Rr]un|[Uu]se)\b"
+    r"([:;,.] |\n)([Aa]dd|[Cc]hoose|[Cc]reate|[Dd]eploy|[Ff]ix|[Ii]nstall|[Rr]emove|[Rr]erun|[Rr]un|[Tt]ry again"
+    r"|[Uu]se)\b"
 )
 IN_PASSING = re.compile(r"[:;,] (skep|docker) [a-z]|\((skep|docker) [^)]*\)$|`|; ")
 CAUSES_ALONE = {
     "the task is …: …": "its service is removed again, so there is nothing left to look at",
 }
+DOCKERS = {
+    "the input device is not a TTY",
+    '"default" is a reserved context name',
+    'context name "…" is invalid, names are validated against regexp "^…$"',
+}
+"""Texts of the docker command."""
+CAUSES = {
+    "…. …": "ends with ``_REPAIR``",
+    "…: …. …": "ends with ``_REPAIR``",
+    "after … s it is … with …": "the upgrade adds which node it was and what to do",
+    "the command ended with code …": "the same",
+    "the command did not finish within … s": "the same",
+    "the deploy failed, and …. Reason: ….…": "ends with a hint",
+    "the deploy failed: …. The previous revision cannot be deployed again: …": "its causes have the next step",
+    "not done within … s": "``skep up`` adds the machine and what to do",
+}
+"""Parts of a longer message, and why they have no next step."""
 """Messages without a next step, and why."""
 
 
@@ -86,6 +106,14 @@ def test_every_refusal_of_a_command_names_a_next_step() -> None:
     silent = {one.text: one.where for one in refusals if not has_next_step(one.text)}
     assert {text: where for text, where in silent.items() if text not in CAUSES_ALONE} == {}
     assert set(CAUSES_ALONE) <= set(silent), "gone, or with a next step"
+
+
+def test_every_other_error_of_a_command_names_a_next_step_unless_the_text_is_dockers() -> None:
+    others = [one for one in messages() if one.where.startswith("skep/cli/") and one.error in OTHERS]
+    assert len(others) > 60
+    silent = {one.text: one.where for one in others if one.text.strip("…") and not has_next_step(one.text)}
+    assert {text: where for text, where in silent.items() if text not in DOCKERS and text not in CAUSES} == {}
+    assert DOCKERS | set(CAUSES) <= set(silent), "gone, or with a next step"
 
 
 def test_every_command_of_skep_that_an_error_names_exists() -> None:

@@ -80,7 +80,7 @@ def screens() -> str:
             *_capture(
                 "skep upgrade --dry-run --package skep_0.2.0_amd64.deb",
                 upgrade_planned(),
-                ", with a manager away",
+                ", with a manager down",
             ),
             *_capture("skep upgrade --package skep_0.2.0_amd64.deb", upgraded()),
             *_capture(

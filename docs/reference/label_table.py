@@ -462,7 +462,7 @@ LABELS = (
         MAINTENANCE,
         "JSON",
         "",
-        "Nodes that are away on purpose. `skep reboot-lock` and `skep upgrade` write it.",
+        "Nodes that are down for maintenance. `skep reboot-lock` and `skep upgrade` write it.",
     ),
     Label(
         LabelTarget.CLUSTER,

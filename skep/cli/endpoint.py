@@ -80,7 +80,10 @@ class ApiEndpoint(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return self.tls.context() if self.tls is not None else None
         except (OSError, ssl.SSLError) as error:
-            raise InvalidArgument(f"the certificates for {self.host} cannot be used: {error}") from error
+            raise InvalidArgument(
+                f"the certificates for {self.host} cannot be used: {error}. "
+                "Run docker context inspect to see where they are."
+            ) from error
 
 
 class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,4 +167,6 @@ def _json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"{path} cannot be read: {error}") from error
+        raise InvalidArgument(
+            f"{path} cannot be read: {error}. Fix it, or specify the node with --host."
+        ) from error

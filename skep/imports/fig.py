@@ -44,7 +44,7 @@ def _services(document: YamlNode, file: str) -> Mapping[str, YamlNode]:
     if "services" in entries or "version" in entries:
         key = "version" if "version" in entries else "services"
         place = document.keys.get(key, document.place)
-        text = "this file is not of version 1: skep stack deploy takes it as it is"
+        text = "this file is not a Compose file of version 1. Deploy it unchanged with skep stack deploy."
         raise FileProblems([FileProblem(place, key, text)])
     for name, node in entries.items():
         if node.entries is None or not ({"image", "build", "extends"} & node.entries.keys()):

@@ -63,7 +63,7 @@ class SessionMember(Protocol):
 
 
 class ContainerPlaces:
-    """Looks up where containers run that this node does not have."""
+    """Looks up the nodes of containers that run elsewhere."""
 
     def __init__(self, member: SessionMember, reads: ClusterReads) -> None:
         self._member = member

@@ -207,7 +207,7 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
             return  # an earlier frame has ended the stream
         kind = frame.kind
         if self._begun is not None and kind != frames.CONTINUATION:
-            raise Violation("headers that are not continued")
+            raise Violation("a header block is interrupted by another frame")
         if kind == frames.DATA:
             self.take_data(frame)
         elif kind == frames.HEADERS:

@@ -463,4 +463,4 @@ class ServerConnection(Http2Connection[ServerStream]):
 
 
 async def _handle_none(_stream: ServerStream) -> None:
-    """Replace the handler of a closed connection."""
+    """Do nothing.  Closed connections have this handler, so that they do not keep the real one."""

@@ -116,7 +116,7 @@ class PartCodec:
         return self._defaults
 
     def is_same(self, one: Object, other: Object) -> bool:
-        """Whether two objects have the same values in this part."""
+        """Return whether two objects have the same values in this part."""
         first, second = self._compared(one), self._compared(other)
         return first is second or (not self._is_versioned and bool(first == second))
 

@@ -89,11 +89,11 @@ class ObjectTable:
         """The fields of all parts except the head."""
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
-        """Return the objects in order of id, all or those with one value of one index."""
+        """Return the objects in order of id: all, or with ``by`` (one index and a value) only the matching ones."""
         return [self.objects[id] for id in self.found_ids(by)]
 
     def found_ids(self, by: Mapping[str, str]) -> Sequence[str]:
-        """Return the ids of these objects.  Raises KeyError for an unknown index."""
+        """Return the ids of the objects that ``find`` returns.  Raises KeyError for an unknown index."""
         if not by:
             return self.ids
         ((index, value),) = by.items()

@@ -347,7 +347,7 @@ class _Connection(ServerConnection):
             self._server.anonymous.renew(self)
 
     def may_leave(self) -> bool:
-        """Whether it may be closed for another connection, because it is idle or has been open for long."""
+        """Return whether it may be closed for another connection, because it is idle or has been open for long."""
         return self.is_idle or asyncio.get_running_loop().time() - self.since >= ANONYMOUS_SILENT_SECONDS_MAX
 
     def hold(self, size: int) -> None:

@@ -32,7 +32,7 @@ class Tunnel:
         self._has_ended = False
 
     async def read(self) -> bytes:
-        """Return the next bytes, or none after the end of the stream.  Raises Unavailable if the stream broke off."""
+        """Return the next bytes, or none after the end.  Raises Unavailable if the stream was interrupted."""
         while not self._has_ended:
             try:
                 piece = await self._receive()
@@ -84,4 +84,4 @@ async def copy(source: Tunnel, sink: Tunnel) -> None:
 
 
 def _broken() -> Unavailable:
-    return Unavailable("the connection to the container broke off")
+    return Unavailable("the connection to the container was lost")

@@ -151,7 +151,7 @@ async def test_a_client_gets_an_error_when_the_node_vanishes(cluster, containers
     async with cluster.tunnels.open(containers.task, head=HEAD) as tunnel:
         await containers.ends.get()
         cluster.bound.disconnect(lambda identity: identity.node_id == containers.task.node_id)
-        with pytest.raises(Unavailable, match="broke off"):
+        with pytest.raises(Unavailable, match="was lost"):
             await tunnel.read()
     await until(lambda: not cluster.tunnels._open)
 

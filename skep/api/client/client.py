@@ -352,12 +352,12 @@ class ResponseStream:
                 head = await content.readexactly(8)
             except asyncio.IncompleteReadError as error:
                 if error.partial:
-                    raise Unavailable("the stream broke off") from error
+                    raise Unavailable("the stream was interrupted") from error
                 return
             try:
                 data = await content.readexactly(int.from_bytes(head[4:], "big"))
             except asyncio.IncompleteReadError as error:
-                raise Unavailable("the stream broke off") from error
+                raise Unavailable("the stream was interrupted") from error
             yield OutputStream(head[0]), data
 
 

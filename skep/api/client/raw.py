@@ -66,20 +66,20 @@ class Exchange:
             while left is None or left:
                 piece = await self.reader.read(READ_BYTES if left is None else min(left, READ_BYTES))
                 if not piece and left:
-                    raise Unavailable("the response broke off")
+                    raise Unavailable("the response was interrupted")
                 if not piece:
                     return
                 left = left - len(piece) if left is not None else None
                 yield piece
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-            raise Unavailable("the response broke off") from error
+            raise Unavailable("the response was interrupted") from error
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
             while size:
                 piece = await self.reader.read(min(size, READ_BYTES))
                 if not piece:
-                    raise Unavailable("the response broke off")
+                    raise Unavailable("the response was interrupted")
                 size -= len(piece)
                 yield piece
             await self.reader.readexactly(2)

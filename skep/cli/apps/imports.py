@@ -169,11 +169,11 @@ def _text(file: Path) -> str:
     """Return the content of a file.  Raises: InvalidArgument: it is too large, or not a text."""
     content = sys.stdin.buffer.read(_FILE_BYTES_MAX + 1) if str(file) == "-" else _bytes(file)
     if len(content) > _FILE_BYTES_MAX:
-        raise InvalidArgument(f"{file} is larger than {_FILE_BYTES_MAX >> 20} MiB")
+        raise InvalidArgument(f"{file} is larger than {_FILE_BYTES_MAX >> 20} MiB. Choose a smaller file.")
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise InvalidArgument(f"{file} is not a UTF-8 text") from None
+        raise InvalidArgument(f"{file} is not UTF-8 text. Choose a text file.") from None
 
 
 def _bytes(file: Path) -> bytes:

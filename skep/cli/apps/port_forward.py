@@ -70,7 +70,7 @@ async def _forward_all(host: HostOptions, word: str, ports: Sequence[str]) -> No
                 )
             except OSError as error:
                 raise Unavailable(
-                    f"cannot listen on {forward.address}:{forward.local}: {reason_of(error)}"
+                    f"cannot listen on {forward.address}:{forward.local}: {reason_of(error)}. Choose another port."
                 ) from error
             await stack.enter_async_context(server)
             local = server.sockets[0].getsockname()[1]

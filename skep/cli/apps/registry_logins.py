@@ -64,7 +64,9 @@ class RegistryLogins:
         try:
             name, colon, password = base64.b64decode(login.auth, validate=True).decode().partition(":")
         except ValueError as error:
-            raise InvalidArgument(f"{self._path}: the login for {server} cannot be read: {error}") from error
+            raise InvalidArgument(
+                f"{self._path}: the login for {server} cannot be read: {error}. Run docker login again."
+            ) from error
         return {"username": name, "password": password.rstrip("\0")} if colon else {}
 
     def _config(self) -> _Config:
@@ -73,7 +75,9 @@ class RegistryLogins:
         except FileNotFoundError:
             return _Config()
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"{self._path} cannot be read: {error}") from error
+            raise InvalidArgument(
+                f"{self._path} cannot be read: {error}. Fix it, or remove it and run docker login."
+            ) from error
 
 
 def _from_helper(helper: str, server: str) -> dict[str, str]:
@@ -88,12 +92,14 @@ def _from_helper(helper: str, server: str) -> dict[str, str]:
             [path, "get"], input=server.encode(), capture_output=True, timeout=_HELPER_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InvalidArgument(f"{program} does not respond: {type(error).__name__}") from error
+        raise InvalidArgument(
+            f"{program} does not respond: {type(error).__name__}. Run docker login again."
+        ) from error
     if done.returncode:
         return {}
     try:
         found: Any = msgspec.json.decode(done.stdout, type=dict[str, str])
         name, secret = found["Username"], found["Secret"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
-        raise InvalidArgument(f"{program} returned an unreadable login") from None
+        raise InvalidArgument(f"{program} returned an unreadable login. Run docker login again.") from None
     return {"identitytoken": secret} if name == _TOKEN_USER else {"username": name, "password": secret}

@@ -156,7 +156,9 @@ async def print_frames(pieces: AsyncIterator[bytes]) -> None:
             _print(sys.stdout.buffer if received[0] == _STDOUT else sys.stderr.buffer, bytes(received[8:end]))
             del received[:end]
     if received:
-        raise Unavailable("the connection to the container broke off")
+        raise Unavailable(
+            "the connection to the container was lost. Run skep service ps SERVICE to see its task."
+        )
 
 
 def _print(file: BinaryIO, data: bytes) -> None:

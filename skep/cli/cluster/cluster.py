@@ -277,7 +277,9 @@ async def _set_label(host: HostOptions, name: str, value: str) -> None:
             _, is_about_label, reason = str(error).partition(f"label {name}={value}: ")
             if not is_about_label:
                 raise
-            raise InvalidArgument(f"invalid value {value!r}: {reason}") from error
+            raise InvalidArgument(
+                f"invalid value {value!r}: {reason}. Run the command with --help to see examples."
+            ) from error
 
 
 async def _change_pools(host: HostOptions, change: Mapping[str, Any]) -> None:

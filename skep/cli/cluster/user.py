@@ -444,7 +444,9 @@ def _authority(options: HostOptions, wanted: _Wanted) -> bytes:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii"))
     except (ValueError, ssl.SSLError) as error:  # not ASCII, empty, or not PEM
-        raise InvalidArgument(f"{path} has no CA certificate in PEM format: {error}") from error
+        raise InvalidArgument(
+            f"{path} has no CA certificate in PEM format: {error}. Choose another file."
+        ) from error
     return content
 
 

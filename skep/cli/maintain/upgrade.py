@@ -151,7 +151,9 @@ def _version(package: Path | None, command: str, version: str) -> str:
         ["dpkg-deb", "-f", package, "Version"], capture_output=True, text=True, timeout=30, check=False
     )
     if done.returncode:
-        raise InvalidArgument(f"{package} is not a Debian package: {done.stderr.strip()}")
+        raise InvalidArgument(
+            f"{package} is not a Debian package: {done.stderr.strip()}. Choose the package of the new version."
+        )
     return version or version_of(done.stdout.strip())
 
 
@@ -278,7 +280,9 @@ class _Upgrade:
             if self._holder.node:
                 raise Unavailable(f"{node.name}: {error}. {_REPAIR}") from error
             await self.release()
-            raise Unavailable(f"{node.name} cannot be upgraded and is unchanged: {error}") from error
+            raise Unavailable(
+                f"{node.name} cannot be upgraded and is unchanged: {error}. Fix the problem and rerun the command."
+            ) from error
         drains = (
             step.drains and node.is_ready
         )  # the node of an interrupted upgrade may be down and have no tasks

@@ -67,7 +67,9 @@ async def _serve(host: HostOptions, port: int, *, opens: bool) -> None:
                         await asyncio.Event().wait()
                 await asyncio.Event().wait()
         except OSError as error:
-            raise Unavailable(f"cannot listen on {LOOPBACK}:{port}: {reason_of(error)}") from error
+            raise Unavailable(
+                f"cannot listen on {LOOPBACK}:{port}: {reason_of(error)}. Choose another --port."
+            ) from error
 
 
 async def _check(client: RawClient) -> None:

@@ -135,7 +135,7 @@ class DockerContexts:
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"{path} cannot be read: {error}") from error
+            raise InvalidArgument(f"{path} cannot be read: {error}. Fix it, or remove it.") from error
 
     def _meta(self, name: str) -> Path:
         return self._folder / "meta" / _id(name) / "meta.json"

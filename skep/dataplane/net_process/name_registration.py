@@ -53,7 +53,7 @@ class NameRegistration:
         await self._serve_others(served)
 
     async def ensure_served(self) -> frozenset[str]:
-        """Register containers whose names are not served.  Return the ids of those whose names were already served.
+        """Register containers whose names are not served.  Return the ids of the other containers.
 
         Raises: SkepError: the net process does not respond.
         """

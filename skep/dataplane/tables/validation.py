@@ -143,7 +143,7 @@ def _port(port: TablePort) -> TablePort:
         return port
     host_ip = parsed(port.options.host_ip)
     if host_ip.is_multicast:
-        raise ValueError(f"port {port.published} is published on {host_ip}")
+        raise ValueError(f"port {port.published} is published on the multicast address {host_ip}")
     options: PublishOptions = replace(port.options, host_ip=str(host_ip))
     return replace(port, options=options)
 

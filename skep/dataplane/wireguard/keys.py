@@ -34,7 +34,7 @@ def load(path: Path) -> tuple[WireGuardKey, ...]:
     try:
         pairs = msgspec.msgpack.decode(path.read_bytes(), type=tuple[WireGuardKey, ...])
         if len({pair.slot for pair in pairs}) < len(pairs) or not all(map(_is_valid, pairs)):
-            raise msgspec.ValidationError("no key pairs of two slots")
+            raise msgspec.ValidationError("a key pair is invalid, or two have the same slot")
     except FileNotFoundError:
         return ()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

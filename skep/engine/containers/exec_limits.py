@@ -29,7 +29,7 @@ _INIT: Final = b"runc:["
 
 
 def open_files_of(process: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the soft and hard limit of open files in a process specification.  None if they are equal or not set."""
+    """Return the soft and hard limit of open files in a process specification.  None if unset or if both are equal."""
     for limit in process.get("rlimits") or ():
         if limit["type"] == "RLIMIT_NOFILE" and limit["soft"] != limit["hard"]:
             return limit["soft"], limit["hard"]

@@ -31,7 +31,7 @@ class CPUUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Throttling(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers of all periods of the CPU limit and of those in which it was reached, and nanoseconds of waiting because
+    """Number of periods of the CPU limit, number of periods that reached it, and nanoseconds of waiting because
     of it.
     """
 

@@ -103,7 +103,7 @@ class AddressAllocations:
         return frozenset(network_id for (network_id, _), _ in held)
 
     def is_used(self, network_id: NetworkId) -> bool:
-        """Whether any address of the network is allocated."""
+        """Return whether any address of the network is allocated."""
         return (network_id, 4) in self._taken or (network_id, 6) in self._taken
 
     def is_full(self, network: Network) -> bool:
@@ -202,7 +202,7 @@ def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
 
 
 def has_ipv6(network: Network) -> bool:
-    """Whether the network also has IPv6 addresses."""
+    """Return whether the network also has IPv6 addresses."""
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
     return any(":" in config.subnet for config in configs)
 

@@ -89,7 +89,7 @@ def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkA
 
 
 def is_new(task: Task) -> bool:
-    """Whether the task waits for the allocator."""
+    """Return whether the task waits for the allocator."""
     return task.status.state is TaskState.NEW and task.is_wanted
 
 

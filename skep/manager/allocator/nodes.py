@@ -60,7 +60,7 @@ def node_attachments(
 
 
 def is_ready(node: Node) -> bool:
-    """Whether the node has a session and is up."""
+    """Return whether the node has a session and is up."""
     return node.status.state is NodeState.READY
 
 

@@ -205,7 +205,7 @@ class AllocatorState:
             self.queue.add((node_key(node.id),))
 
     def _needs_ingress_address(self, node: Node) -> bool:
-        """Whether a skep node should serve published ports and has no ingress address yet."""
+        """Return whether a skep node should serve published ports and has no ingress address yet."""
         return bool(self.allocations.publishing) and not node.attachments and is_ready(node)
 
     def _queue_nodes(self) -> None:
@@ -481,7 +481,7 @@ class AllocatorState:
 
 
 def _may_hold_addresses(task: Task) -> bool:
-    """Whether the task may hold addresses.
+    """Return whether the task may hold addresses.
 
     A task that ended before its addresses were written has some here only, and they must be released.
     """

@@ -53,7 +53,7 @@ class NetworkAllocations:
         self._subnets.pop(network_id, None)
 
     def has(self, network_id: NetworkId) -> bool:
-        """Whether the network is known, allocated or not."""
+        """Return whether the network is known, allocated or not."""
         return network_id in self._subnets
 
     def vxlan_ids_except(self, network_id: NetworkId) -> frozenset[int]:
@@ -66,14 +66,14 @@ class NetworkAllocations:
 
 
 def is_allocated(network: Network) -> bool:
-    """Whether the network is completely allocated."""
+    """Return whether the network is completely allocated."""
     if not network.driver_state.name:
         return False
     return not is_overlay(network) or (network.ipam_options is not None and not _missing(network))
 
 
 def has_addresses(network: Network) -> bool:
-    """Whether the network has a subnet to allocate from.  More subnets may be missing."""
+    """Return whether the network has a subnet to allocate from.  More subnets may be missing."""
     return bool(network.driver_state.name) and (not is_overlay(network) or bool(_given(network)))
 
 

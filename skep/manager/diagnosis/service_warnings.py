@@ -1,16 +1,14 @@
 """Finds settings of a created or updated service that cannot work, for the warnings in the response."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 
 from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied
+from skep.model.options.label_suggestions import PREFIX, suggested_label
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
 from skep.model.service import MAX_ATTEMPTS_MAX, ServiceSpec, UpdateOrder
 
-_OURS = "skep."
-"""Start of the labels that Skep defines."""
 _PUBLISH = "skep.publish."
 """Start of labels with a port in their name.  Creating a service refuses unknown ones."""
 
@@ -47,13 +45,19 @@ def _unknown(
     labels: Mapping[str, str], known: Collection[str], others: Collection[str], owner: str, here: str
 ) -> Iterator[str]:
     for name in sorted(labels):
-        if not name.startswith(_OURS) or name in known or (here == "service" and name.startswith(_PUBLISH)):
+        if not name.startswith(PREFIX) or name in known or (here == "service" and name.startswith(_PUBLISH)):
             continue
         if name in others or (owner == "service" and name.startswith(_PUBLISH)):
             yield f"label {name} has no effect on a {here}: it is a label of the {owner}"
         else:
-            near = get_close_matches(name, known, n=1)
-            yield f"unknown label {name}: it has no effect" + (f", did you mean {near[0]}?" if near else "")
+            yield f"unknown label {name}: it has no effect{_hint(name, known, others, owner)}"
+
+
+def _hint(name: str, known: Collection[str], others: Collection[str], owner: str) -> str:
+    if here := suggested_label(name, known):
+        return f", did you mean {here}?"
+    there = suggested_label(name, others)
+    return f", did you mean {there} on the {owner}?" if there else ""
 
 
 def placement_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:

@@ -68,7 +68,7 @@ class Acknowledgements:
         return network.smallest if network is not None else None
 
     def has_applied(self, network_id: NetworkId, revision: int) -> bool:
-        """Whether no node uses an earlier table."""
+        """Return whether no node uses an earlier table."""
         smallest = self.smallest(network_id)
         return smallest is None or smallest >= revision
 

@@ -63,7 +63,7 @@ def table_session(node: Node) -> SessionOwner | None:
 
 
 def has_endpoint(service: Service) -> bool:
-    """Whether the service's addresses or ports are known."""
+    """Return whether the service's addresses or ports are known."""
     return bool(service.endpoint.virtual_ips or service.endpoint.ports)
 
 
@@ -170,10 +170,10 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
 def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:
     """Return the node's entry on the network.
 
-    None if the node is down or an engine, or if its address is unknown or belongs to another node.
+    Returns None if the node is down, is a docker node, has no known address, or if another node holds it.
 
     Args:
-        claiming: All nodes that are up with its address, if ``claimed_underlay`` returns one.
+        claiming: All nodes that are up with the same address.  Not used for loopback addresses.
     """
     underlay = underlay_of(node)
     if not underlay or not is_up(node) or is_docker_node(node):
@@ -203,12 +203,12 @@ def overlay_attachments(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
 
 
 def is_publishing(service: Service) -> bool:
-    """Whether the service has ports published on every node."""
+    """Return whether the service has ports published on every node."""
     return service.removed_at is None and service.spec.publishes_in_ingress
 
 
 def is_up(node: Node) -> bool:
-    """Whether the node is not marked down."""
+    """Return whether the node is not marked down."""
     return node.status.state is not NodeState.DOWN
 
 

@@ -464,7 +464,7 @@ def _naming(service: Service) -> tuple[str, bool]:
 
 
 def _is_elsewhere(before: Node | None, after: Node | None) -> bool:
-    """Whether the node connects from another address."""
+    """Return whether the node connects from another address."""
     return before is not None and after is not None and before.status.addr != after.status.addr
 
 

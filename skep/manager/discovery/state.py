@@ -63,7 +63,7 @@ class DiscoveryState:
         return self.tables.networks_of(node_id)
 
     def is_encrypted(self, network_id: NetworkId) -> bool:
-        """Whether the network is encrypted.  False for a network without a table."""
+        """Return whether the network is encrypted.  False for a network without a table."""
         table = self.tables.tables.get(network_id)
         return table is not None and table.head is not None and table.head.is_encrypted
 

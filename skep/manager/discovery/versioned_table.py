@@ -110,7 +110,7 @@ class VersionedTable:
         )
 
     def has_changed_since(self, sent: int | None) -> bool:
-        """Whether the table differs from the table of revision ``sent`` (None if nothing was sent)."""
+        """Return whether the table differs from the table of revision ``sent`` (None if nothing was sent)."""
         return sent is None or self.changed_at > sent
 
     def endpoint_changed_at(self, id: TaskId) -> int:

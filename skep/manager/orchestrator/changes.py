@@ -290,7 +290,7 @@ def _failing_since(slot: Iterable[Task]) -> Timestamp | None:
 
 
 def _is_current(tx: Transaction, decided: Service) -> bool:
-    """Whether the service is unchanged since the decision.  Otherwise a new decision follows."""
+    """Return whether the service is unchanged since the decision.  Otherwise a new decision follows."""
     service = tx.lookup(Service, decided.id)
     return (
         service is not None
@@ -339,7 +339,7 @@ def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
 
 
 def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
-    """Whether the task, which had no node, was assigned to one after the decision."""
+    """Return whether the task, which had no node, was assigned to one after the decision."""
     task = tx.lookup(Task, decided.id)
     return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
 

@@ -130,7 +130,7 @@ def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWor
 
 
 def _is_as_settled(slot: Slot, number: SlotKey, situation: Situation, settled: Settled) -> bool:
-    """Whether the slot is still filled, or still empty, as when the service settled."""
+    """Return whether the slot is still filled, or still empty, as when the service settled."""
     if number in settled.filled:
         return replicated.is_filled(slot, situation.service, situation.seen)
     return not history(slot)
@@ -145,7 +145,7 @@ def _numbers(filled: Collection[int]) -> Collection[int]:
 
 
 def _is_job_settled(steps: Sequence[Step], situation: Situation) -> bool:
-    """Whether a job has nothing to do before one of its tasks changes or its time to live ends."""
+    """Return whether a job has nothing to do before one of its tasks changes or its time to live ends."""
     return not _before_end(steps, situation) and not _has_earlier_run(situation)
 
 
@@ -180,7 +180,7 @@ def _deciding_some_of_job(
 def _may_settle(
     steps: Sequence[Step], situation: Situation, due: Collection[SlotKey], settled: Settled
 ) -> bool:
-    """Whether the due slots and the others together may change the outcome of a global job's run."""
+    """Return whether the due slots and the others together may change the outcome of a global job's run."""
     job = situation.service.job_status
     if job is not None and job.present_outcome:
         is_changed = job.present_outcome != COMPLETED and not situation.tasks

@@ -70,7 +70,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return max_attempts_of(self.service.spec.labels)
 
     def is_tolerated(self, task: Task) -> bool:
-        """Whether the task had ended when a user resumed the update, so that it no longer fails the update."""
+        """Return whether the task had ended when a user resumed the update, so that it no longer fails the update."""
         status = self.service.update_status
         until = status.tolerated_until if status is not None else None
         ended_at = self.seen.ended(task)
@@ -98,7 +98,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
 
     def is_sound(self, node_id: NodeId) -> bool:
-        """Whether no task has to leave the node, except because of its own constraints."""
+        """Return whether no task has to leave the node, except because of its own constraints."""
         sound = self.sound_nodes.get(node_id)
         if sound is None:
             node = self.node(node_id)
@@ -131,11 +131,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return replaced_at(policy, task, self.seen.down(node)) if policy.action is OnDisconnect.STOP else -inf
 
     def keeps_slot(self, task: Task) -> bool:
-        """Whether the task keeps its slot although its node is down."""
+        """Return whether the task keeps its slot although its node is down."""
         node = self.node_of(task)
         return node is not None and is_down_only(node) and not self.is_misplaced(task)
 
 
 def is_down_only(node: Node) -> bool:
-    """Whether a node is down and not drained."""
+    """Return whether a node is down and not drained."""
     return node.status.state is NodeState.DOWN and node.spec.availability is not Availability.DRAIN

@@ -51,7 +51,7 @@ def reconcile(
 
 
 def is_eligible(node: Node, service: Service) -> bool:
-    """Whether ``node`` may run a task of the service: up, not drained, and within the constraints if it is known."""
+    """Return whether ``node`` is up, not drained, and meets the service's constraints (if its labels are known)."""
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return not is_unusable(node) and (is_unknown(node) or is_satisfied(constraints, node))
 

@@ -118,7 +118,7 @@ def iteration_of(service: Service) -> Version:
 
 
 def is_done(slot: Iterable[Task]) -> bool:
-    """Whether the slot of a job has its completed task."""
+    """Return whether the slot of a job has its completed task."""
     return any(task.status.state is TaskState.COMPLETE for task in slot)
 
 
@@ -220,7 +220,7 @@ def _is_taken(slot: Slot, situation: Situation) -> bool:
 
 
 def _is_given_up(slot: Slot, situation: Situation) -> bool:
-    """Whether the slot's last task failed and its restart policy allows no successor.  True if that is unknown."""
+    """Return whether the slot's last task failed and its restart policy allows no successor.  True if unknown."""
     if has_unread_end(slot):
         return True
     past = history(slot)
@@ -233,7 +233,7 @@ def _is_given_up(slot: Slot, situation: Situation) -> bool:
 
 
 def _is_past_deadline(situation: Situation) -> bool:
-    """Whether it is too late for a scheduled run to start on more nodes."""
+    """Return whether it is too late for a scheduled run to start on more nodes."""
     until_ns = starts_until_ns(situation.service)
     return until_ns is not None and situation.now_ns > until_ns
 
@@ -280,7 +280,7 @@ def _must_leave(task: Task, situation: Situation) -> bool:
 
 
 def _is_left_over(task: Task, iteration: Version) -> bool:
-    """Whether the task belongs to an earlier iteration and is not retired yet."""
+    """Return whether the task belongs to an earlier iteration and is not retired yet."""
     return task.job_iteration != iteration and task.is_wanted
 
 

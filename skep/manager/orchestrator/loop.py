@@ -97,7 +97,7 @@ UPDATE_SEPARATOR = "; the update: "
 
 
 def has_error(service: Service | None, error: str = "") -> bool:
-    """Whether the service shows ``error``, or by default any error of an earlier decision."""
+    """Return whether the service shows ``error``, or by default any error of an earlier decision."""
     status = service.update_status if service is not None else None
     return status is not None and status.message.startswith(f"{FAILED}: {error}")
 

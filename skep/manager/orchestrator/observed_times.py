@@ -78,7 +78,7 @@ class ObservedTimes:
         return self._began if task.status.state is TaskState.RUNNING else None
 
     def saw_created(self, task: Task) -> bool:
-        """Whether the task was created in this term."""
+        """Return whether the task was created in this term."""
         return task.id in self._created
 
     def saw_start(self, task: Task) -> bool:
@@ -86,11 +86,13 @@ class ObservedTimes:
         return task.id in self._running and task.id not in self._ran_at_start
 
     def saw_end(self, task: Task) -> bool:
-        """Whether the task ended in this term."""
+        """Return whether the task ended in this term."""
         return task.id in self._ended
 
     def is_unseen(self, task: Task, monitor_s: float) -> bool:
-        """Whether this leader does not know how long an ended task ran, because it ran or ended before the term."""
+        """Return whether this leader does not know how long an ended task ran, because it ran or ended before the
+        term.
+        """
         if not self.saw_end(task):
             return task.status.state.is_terminal
         ran_at, ended_at = self.running(task), self.ended(task)
@@ -109,7 +111,7 @@ class ObservedTimes:
         return self._ended.get(task.id, self._began)
 
     def was_stable(self, task: Task, now: float) -> bool:
-        """Whether the task ran for ``STABLE_S``, by its own timestamps if only an earlier leader saw it start.
+        """Return whether the task ran for ``STABLE_S``, by its own timestamps if only an earlier leader saw it start.
 
         Those timestamps come from two machines' clocks.  They only decide about a delay of seconds, once per change of
         leader.
@@ -193,6 +195,6 @@ def _is_resumed(before: Service, after: Service) -> bool:
 
 
 def is_waiting(task: Task) -> bool:
-    """Whether the task waits for another service (``skep.depends-on``) that may still become ready."""
+    """Return whether the task waits for another service (``skep.depends-on``) that may still become ready."""
     status = task.status
     return status.state <= TaskState.PENDING and is_wait(status.err)

@@ -75,12 +75,12 @@ def history(slot: Slot) -> Slot:
 
 
 def is_assigned(task: Task) -> bool:
-    """Whether the task is assigned to a node and its agent has not reported its end."""
+    """Return whether the task is assigned to a node and its agent has not reported its end."""
     return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
 def is_stopping(task: Task) -> bool:
-    """Whether the task is retired and its agent has not reported its end."""
+    """Return whether the task is retired and its agent has not reported its end."""
     return not task.is_wanted and is_assigned(task)
 
 
@@ -104,7 +104,7 @@ class DoneSlots:
 
 
 def has_reported_end(task: Task) -> bool:
-    """Whether the node reported that the task ended.
+    """Return whether the node reported that the task ended.
 
     This is False for an orphaned task, whose node was removed, because nobody knows whether such a task has ended.
     """
@@ -112,7 +112,7 @@ def has_reported_end(task: Task) -> bool:
 
 
 def has_unread_end(slot: Slot) -> bool:
-    """Whether a past task of the slot has an unreadable status, so that it may have ended for good."""
+    """Return whether a past task of the slot has an unreadable status, so that it may have ended for good."""
     return any(task.status == UNREAD_STATUS for task in slot if task.desired_state < TaskState.REMOVE)
 
 
@@ -124,7 +124,7 @@ def first_state(slot: Slot) -> TaskState:
 
 
 def is_unusable(node: Node | None) -> bool:
-    """Whether tasks must leave this node because it is removed, down or drained.
+    """Return whether tasks must leave this node because it is removed, down or drained.
 
     Source: swarmkit, manager/orchestrator/task.go (InvalidNode).
     """
@@ -132,7 +132,7 @@ def is_unusable(node: Node | None) -> bool:
 
 
 def is_unknown(node: Node) -> bool:
-    """Whether the node's description is unknown: it has not registered yet, or the store's value is unreadable.
+    """Return whether the node's description is unknown: it has not registered yet, or the store's value is unreadable.
 
     Without a description, constraints and resources cannot be checked, so the node keeps its tasks but receives no new
     ones.
@@ -141,5 +141,5 @@ def is_unknown(node: Node) -> bool:
 
 
 def is_lost(node: Node | None) -> bool:
-    """Whether no further report can be expected from this node."""
+    """Return whether no further report can be expected from this node."""
     return node is None or node.status.state is NodeState.DOWN

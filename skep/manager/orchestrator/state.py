@@ -179,14 +179,14 @@ class OrchestratorState:
                 yield task.service_id, slot_key(task)
 
     def _holds_place_of_update(self, old: Task, new: Task) -> bool:
-        """Whether an outdated task was assigned: its update may retire it for new tasks that were refused its node."""
+        """Return whether an outdated task was assigned, which its update may retire for a new task on that node."""
         if old.node_id or not new.node_id:
             return False
         service = self._view().lookup(Service, new.service_id)
         return service is not None and new.spec_version != service.spec_version
 
     def _is_refused_otherwise(self, old: Task, new: Task) -> bool:
-        """Whether nodes refuse the task for other reasons, which may fail the service's update early."""
+        """Return whether nodes refuse the task for other reasons, which may fail the service's update early."""
         if old.status.err == new.status.err or not _is_refused(new):
             return False
         service = self._view().lookup(Service, new.service_id)
@@ -194,7 +194,7 @@ class OrchestratorState:
         return status is not None and status.state in UNDER_WAY
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
-        """Whether the task was just assigned to a node that it must leave: the node changed at the same moment."""
+        """Return whether the task was just assigned to a node that became unusable at the same moment."""
         if old.node_id == new.node_id:
             return False
         node = self._view().lookup(Node, new.node_id)
@@ -220,11 +220,11 @@ class OrchestratorState:
     # -- decisions -----------------------------------------------------------------------------------------------
 
     def must_wait(self, id: ServiceId) -> bool:
-        """Whether a due service is decided later: its last decision is not written yet, or it is throttled."""
+        """Return whether a due service is decided later: its last decision is not written yet, or it is throttled."""
         return self.unwritten.defers(id, self._view().lookup(Service, id)) or self.is_throttled(id)
 
     def is_throttled(self, service_id: ServiceId) -> bool:
-        """Whether a large service was decided completely a moment ago.  If so, it is queued for later."""
+        """Return whether a large service was decided completely a moment ago.  If so, it is queued for later."""
         until = self._throttled_until.get(service_id)
         if until is None or self._due.is_partial(service_id):
             return False
@@ -347,7 +347,7 @@ class OrchestratorState:
     # -- writes --------------------------------------------------------------------------------------------------
 
     def is_held(self, service_id: ServiceId, change: Change) -> bool:
-        """Whether ``change`` is decided again later, because its task may still return with its node.
+        """Return whether ``change`` is decided again later, because its task may still return with its node.
 
         Since the decision a disruption may have begun, or the node may have been back for a while.
         """
@@ -401,7 +401,7 @@ def throttle_s(tasks: int) -> float:
 
 
 def _affects_tasks(before: Node, after: Node) -> bool:
-    """Whether a change of a node's status can change a decision about its tasks."""
+    """Return whether a change of a node's status can change a decision about its tasks."""
     is_same = before.status.addr == after.status.addr and is_unknown(before) == is_unknown(after)
     return not is_same or is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after)
 
@@ -411,7 +411,7 @@ def _is_global(service: Service) -> bool:
 
 
 def _is_relevant(old: Task, new: Task) -> bool:
-    """Whether a change of a task can change a decision.  The agent's steps between ASSIGNED and RUNNING cannot.
+    """Return whether a change of a task can change a decision.  The agent's steps between ASSIGNED and RUNNING cannot.
 
     Exceptions are a task that is refused an address or a node (its update may retire the tasks that hold it), a task
     that no longer waits for another service (its progress deadline starts), a preempted task, and a task that is

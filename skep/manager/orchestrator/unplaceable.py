@@ -34,7 +34,7 @@ _CHECKED: Final = frozenset({NodeRefusal.NOT_READY, NodeRefusal.RESOURCES})
 
 
 def fails_early(task: Task, spec: ServiceSpec, needs: Needs, nodes: Callable[[], Iterable[Node]]) -> bool:
-    """Whether an update waits for ``task`` for ``UNPLACEABLE_S`` only.
+    """Return whether an update waits for ``task`` for ``UNPLACEABLE_S`` only.
 
     A deadline that the service sets itself always counts, so that a service can wait for nodes that will join.
 
@@ -47,7 +47,7 @@ def fails_early(task: Task, spec: ServiceSpec, needs: Needs, nodes: Callable[[],
 
 
 def is_unplaceable(task: Task, needs: Needs, nodes: Callable[[], Iterable[Node]]) -> bool:
-    """Whether the scheduler refused ``task``, and no node can take it later without an operator's action.
+    """Return whether the scheduler refused ``task``, and no node can take it later without an operator's action.
 
     A down or drained node counts if it meets the constraints and is large enough, because it may come back.  A task of
     a global service can run on its own node only.
@@ -72,7 +72,7 @@ def is_unplaceable(task: Task, needs: Needs, nodes: Callable[[], Iterable[Node]]
 
 
 def is_large_enough(node: Node, needs: Needs) -> bool:
-    """Whether ``node`` has the resources of ``needs`` when it runs no tasks."""
+    """Return whether ``node`` has the resources of ``needs`` when it runs no tasks."""
     has = node.description.resources
     offered: Counter[str] = Counter()
     for one in has.generic_resources:

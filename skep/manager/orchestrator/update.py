@@ -363,7 +363,7 @@ class _Rollout:
         yield from map(RetireTask, others)
 
     def _may_take_over(self, view: _SlotView) -> bool:
-        """Whether the slot's serving tasks may be retired for a current one.
+        """Return whether the slot's serving tasks may be retired for a current one.
 
         The current task runs, or (stop-first) could start at once, and ``parallelism`` allows one more stopped slot.
         More slots than that have a current task if restarts created them, because the predecessors were of a version
@@ -386,7 +386,7 @@ class _Rollout:
         return True
 
     def _can_take_over(self, task: Task, serving: Slot) -> bool:
-        """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired.
+        """Return whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired.
 
         Start-first waits for reservations that other services may soon release.  It stops an old task first only if
         the service's own tasks exclude the new one, which would never change.
@@ -396,7 +396,7 @@ class _Rollout:
         return self._is_ready(task) or any(blocks(old, task, self._situation) for old in serving)
 
     def _is_ready(self, task: Task) -> bool:
-        """Whether ``task`` runs, or (stop-first) is prepared to run."""
+        """Return whether ``task`` runs, or (stop-first) is prepared to run."""
         least = TaskState.RUNNING if self._starts_first else TaskState.READY
         return least <= task.status.state <= TaskState.RUNNING
 
@@ -459,7 +459,7 @@ class _Rollout:
         return words + (f": {cause}" if cause else "")
 
     def _has_failed(self, lead: Task) -> bool:
-        """Whether the task ended by itself within the monitor time, or made no progress within the deadline."""
+        """Return whether the task ended by itself within the monitor time, or made no progress within the deadline."""
         if self._is_tolerated(lead):
             return False
         if self._is_overdue(lead):
@@ -471,7 +471,7 @@ class _Rollout:
 
 
 def is_outdated(slot: Slot, situation: Situation) -> bool:
-    """Whether an update would replace a task in the slot."""
+    """Return whether an update would replace a task in the slot."""
     past = history(slot)
     return bool(_outdated(wanted(past), past, situation))
 
@@ -543,7 +543,7 @@ def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task
 
 
 def _says_something(task: Task, situation: Situation) -> bool:
-    """Whether the task may still run, has run or ended by itself, and was not stopped before it ran."""
+    """Return whether the task may still run, has run or ended by itself, and was not stopped before it ran."""
     return task.is_wanted or task.ended_by_itself or situation.seen.running(task) is not None
 
 

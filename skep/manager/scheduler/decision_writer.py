@@ -117,17 +117,17 @@ class DecisionWriter:
 
 
 def is_pending(task: Task) -> bool:
-    """Whether the task waits for a node."""
+    """Return whether the task waits for a node."""
     return task.status.state is TaskState.PENDING and task.is_wanted
 
 
 def is_already_shown(decision: Assignment | PlacementRefused) -> bool:
-    """Whether the task already shows this refusal."""
+    """Return whether the task already shows this refusal."""
     return isinstance(decision, PlacementRefused) and decision.task.status.err == decision.reason
 
 
 def shows(view: View, decision: Assignment) -> bool:
-    """Whether the store shows an assignment exactly as decided, so that the accounting is up to date."""
+    """Return whether the store shows an assignment exactly as decided, so that the accounting is up to date."""
     task = view.lookup(Task, decision.task.id)
     return (
         task is not None

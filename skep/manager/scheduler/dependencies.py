@@ -249,14 +249,14 @@ def awaited(
 
 
 def _may_end_wait(old: Task, task: Task) -> bool:
-    """Whether a change of a task can end the wait for its service.  Changes before its start cannot."""
+    """Return whether a change of a task can end the wait for its service.  Changes before its start cannot."""
     if old.is_wanted != task.is_wanted:
         return True
     return old.status.state != task.status.state and task.status.state >= TaskState.STARTING
 
 
 def _wants_same_tasks(before: Service, service: Service) -> bool:
-    """Whether only the service's update or addresses changed."""
+    """Return whether only the service's update or addresses changed."""
     return (before.spec, before.removed_at, before.job_status) == (
         service.spec,
         service.removed_at,
@@ -265,7 +265,7 @@ def _wants_same_tasks(before: Service, service: Service) -> bool:
 
 
 def _has_failed(tasks: Sequence[Task]) -> bool:
-    """Whether the service is in a crash loop, or its restarts have ended."""
+    """Return whether the service is in a crash loop, or its restarts have ended."""
     wanted = [task for task in tasks if task.is_wanted]
     if wanted:
         return any(task.restart is not None and task.restart.failures for task in wanted)
@@ -287,7 +287,7 @@ def _blocked_suffix(service: Service, tasks: Sequence[Task], view: View) -> str:
 
 
 def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
-    """Whether every run of a job, or of a service whose tasks are not restarted, has completed."""
+    """Return whether every run of a job, or of a service whose tasks are not restarted, has completed."""
     mode, policy = service.spec.mode, service.spec.task_template.restart_policy
     if has_unreadable_run(view, service.id):
         return False
@@ -314,7 +314,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
 
 
 def _may_run_on_its_node(task: Task, service: Service, view: View) -> bool:
-    """Whether the node of a global service's task is one of the service's nodes, even if it is down now."""
+    """Return whether the node of a global service's task is one of the service's nodes, even if it is down now."""
     node = view.lookup(Node, task.node_id)
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return (
@@ -325,7 +325,7 @@ def _may_run_on_its_node(task: Task, service: Service, view: View) -> bool:
 
 
 def _wants_none(mode: ServiceMode) -> bool:
-    """Whether the service is scaled to zero tasks."""
+    """Return whether the service is scaled to zero tasks."""
     job, replicated = mode.replicated_job, mode.replicated
     return (job is not None and not job.total_completions) or (
         replicated is not None and replicated.replicas == 0

@@ -90,5 +90,5 @@ def group_of(task: Task) -> Group:
 
 
 def returns(task: Task, group: Group) -> bool:
-    """Whether the task is a group of its own because of the volumes of its slot."""
+    """Return whether the task is a group of its own because of the volumes of its slot."""
     return group == task.id and task.spec_version is not None and not task.node_id

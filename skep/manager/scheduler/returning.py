@@ -118,7 +118,7 @@ def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
 
 
 def must_wait(task: Task, view: View) -> bool:
-    """Whether the task may only run on the first of these nodes."""
+    """Return whether the task may only run on the first of these nodes."""
     service = view.lookup(Service, task.service_id)
     return service is not None and volume_affinity(service.spec.labels) is VolumeAffinity.REQUIRED
 

@@ -175,7 +175,7 @@ class SchedulerState:
         return self._update_task(task.id) or task.spec is not old.spec
 
     def _is_accounted(self, old: Task, task: Task) -> bool:
-        """Whether the accounting includes the change already: most commits are reports of running tasks."""
+        """Return whether the accounting includes the change already: most commits are reports of running tasks."""
         return (
             task.id not in self.groups.of
             and task.desired_state is old.desired_state

@@ -289,13 +289,13 @@ class MappingReader:
             self.problem(key, str(error))
             return None
 
-    def close(self, *, hints: dict[str, str] | None = None) -> None:
-        """Report the keys that were not read.  ``hints``: hints for some keys, in place of the most similar key."""
+    def close(self, *, hint_of: Callable[[str], str | None] | None = None) -> None:
+        """Report the keys that were not read.  ``hint_of``: hints for some keys, in place of the most similar key."""
         for name in self._entries:
             if name in self._read or name.startswith("x-"):
                 continue
             place = self._node.keys.get(name, self.place)
-            hint = (hints or {}).get(name, "") or meant_by(name, tuple(self._read))
+            hint = (hint_of(name) if hint_of else None) or meant_by(name, tuple(self._read))
             self._problem(place, self.at(name), f"unknown key{hint}")
 
     def _text(self, node: YamlNode, path: str) -> str:

@@ -20,7 +20,10 @@ from skep.model.options.autoscaling import (
     parsed_autoscaling,
 )
 from skep.model.options.dependencies import Dependency, DependencyCondition
+from skep.model.options.label_suggestions import PREFIX as LABEL_PREFIX
+from skep.model.options.label_suggestions import suggested_label
 from skep.model.options.schedules import CRON, SCHEDULE_LABELS, check_schedule
+from skep.model.permissions.field_rights import SERVICE_LABELS
 from skep.model.permissions.rights import rights_of
 from skep.model.service import (
     REPLICAS_MAX,
@@ -131,7 +134,7 @@ def service_of(name: str, node: YamlNode, objects: StackObjects, report: Problem
     )
     service.skip("profiles", "env_file", "label_file", "extends")
     deploy.close()
-    service.close(hints=_HINTS)
+    service.close(hint_of=_HINTS.get)
     return made
 
 
@@ -488,8 +491,14 @@ def _x_skep(service: MappingReader, mode: str) -> dict[str, str]:
             port = MappingReader(node, publish.at(key), service.report)
             made |= {f"{PREFIX}{key}.{option}": text for option in _PUBLISH if (text := port.text(option))}
             port.close()
-    settings.close()
+    settings.close(hint_of=_x_skep_hint)
     return made
+
+
+def _x_skep_hint(key: str) -> str | None:
+    """Return a hint for a key below ``x-skep`` that means a label by another word."""
+    label = suggested_label(f"{LABEL_PREFIX}{key}", SERVICE_LABELS)
+    return f": did you mean {label.removeprefix(LABEL_PREFIX)}?" if label else None
 
 
 def _cron(settings: MappingReader, mode: str, others: Mapping[str, str]) -> dict[str, str]:

@@ -125,7 +125,7 @@ class Batch:
         self._operations_max = 0
 
     def has_room(self, queued: QueuedProposal) -> bool:
-        """Whether ``queued`` fits within etcd's limits.  A single proposal always fits."""
+        """Return whether ``queued`` fits within etcd's limits.  A single proposal always fits."""
         if not self.proposals:
             return True
         count = len(self.proposals) + 1

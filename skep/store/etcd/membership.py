@@ -39,7 +39,7 @@ class RaftMembers:
         self._is_only_member = False
 
     def is_only_member(self) -> bool:
-        """Whether this manager's member is known to be the only one.  No other manager can then write."""
+        """Return whether this manager's member is known to be the only one.  No other manager can then write."""
         return self._is_only_member
 
     async def count(self) -> None:

@@ -114,7 +114,7 @@ def compared_key(key: bytes, revision: int) -> pb.Compare:
 
 
 def is_fence_lost(reply: pb.TxnResponse, fence: int) -> bool:
-    """Whether a failed fenced transaction failed because another term has begun."""
+    """Return whether a failed fenced transaction failed because another term has begun."""
     (read,) = reply.responses
     found = read.response_range.kvs
     return not found or found[0].mod_revision != fence
@@ -141,7 +141,7 @@ def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> Ke
 
 
 def is_clear(key: bytes) -> bool:
-    """Whether the value of this key (etcd's) is not encrypted."""
+    """Return whether the value of this key (etcd's) is not encrypted."""
     return key.startswith(_CLEAR_IN_ETCD)
 
 

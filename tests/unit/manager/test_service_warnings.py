@@ -57,6 +57,18 @@ def test_what_can_never_work_is_said_at_once(spec: ServiceSpec, words: list[str]
             ],
         ),
         (
+            {"skep.schedule": "@hourly", "skep.gpu": "1"},
+            {"skep.volumes_affinity": "none"},
+            [
+                "unknown label skep.gpu: it has no effect, did you mean skep.gpus on the container?",
+                "unknown label skep.schedule: it has no effect, did you mean skep.cron?",
+                (
+                    "unknown label skep.volumes_affinity: it has no effect, did you mean skep.volume-affinity on the "
+                    "service?"
+                ),
+            ],
+        ),
+        (
             {"skep.exec": "none"},
             {"skep.drain": "5s", "skep.publish.local": "true"},
             [

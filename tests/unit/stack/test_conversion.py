@@ -493,6 +493,10 @@ volumes: {orders: {external: true}, data: {}}
             ),
         ),
         (
+            "services: {w: {image: w, deploy: {mode: global-job},\n x-skep: {schedule: '@daily'}}}",
+            "f:2:11: services.w.x-skep.schedule: unknown key: did you mean cron?",
+        ),
+        (
             "services: {w: {image: w, deploy: {mode: global-job},\n x-skep: {cron: {schedule: '@daily', zone: UTC}}}}",
             "f:2:38: services.w.x-skep.cron.zone: unknown key",
         ),

@@ -65,7 +65,7 @@ class RegistryCredentials(msgspec.Struct, frozen=True, rename=lambda name: name.
         return f"Credentials(username={self.username!r})"
 
     def __bool__(self) -> bool:
-        """Whether there are any credentials."""
+        """Return whether there are any credentials."""
         return bool(self.username or self.identity_token or self.registry_token)
 
 

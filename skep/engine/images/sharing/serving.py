@@ -109,7 +109,7 @@ class Copies:
         return count if self._clock.monotonic() - at < COPIES_S else 0
 
     def add(self, digest: str, change: int = 1) -> None:
-        """Count a copy.  ``change`` is -1 to undo this for a copy that broke off."""
+        """Count a copy.  ``change`` is -1 to undo this for an interrupted copy."""
         count = self.of(digest) + change
         self._sent.pop(digest, None)
         self._sent[digest] = max(count, 0), self._clock.monotonic()

@@ -258,7 +258,7 @@ class ImageSpread:
 
         Raises:
             NotFound: no node has it.
-            RegistryError: the transfer broke off.
+            RegistryError: the transfer was interrupted.
             Unavailable: no node sends it in time.
         """
         async with AsyncExitStack() as stack:
@@ -336,7 +336,7 @@ class ImageSpread:
                     raise Unavailable("it sends too slowly")
         except (TimeoutError, SkepError) as error:
             self._failed(source, error)
-            raise RegistryError(f"node {source.name} broke off: {error or 'no data'}") from error
+            raise RegistryError(f"node {source.name} stopped sending: {error or 'no data'}") from error
 
     async def _sources(self) -> Sequence[ImageSource]:
         now = self._clock.monotonic()

@@ -38,7 +38,7 @@ def is_past_attachment(task: Task, node: Node | None) -> bool:
 
 
 def is_of_gone_slot(task: Task, node: Node | None) -> bool:
-    """Whether the task belongs to the slot of a removed node and its end is known (``is_orphaned`` comes first)."""
+    """Return whether the task belongs to a removed node's slot and its end is known (check ``is_orphaned`` first)."""
     is_in_node_slot = bool(task.service_id) and not task.slot and bool(task.node_id)
     return node is None and is_in_node_slot and not is_assigned(task)
 
@@ -53,7 +53,7 @@ def is_live(task: Task, node: Node | None) -> bool:
 
 
 def is_orphaned(task: Task, node: Node | None) -> bool:
-    """Whether the task's end will never be reported, because its node left the cluster."""
+    """Return whether the task's end will never be reported, because its node left the cluster."""
     return node is None and bool(task.node_id) and is_assigned(task)
 
 

@@ -67,7 +67,7 @@ def removable(
 
 
 def is_lost_worker(node: Node) -> bool:
-    """Whether the node is down and has no part in the managers' quorum."""
+    """Return whether the node is down and has no part in the managers' quorum."""
     return (
         node.status.state is NodeState.DOWN
         and node.spec.role is NodeRole.WORKER

@@ -98,7 +98,7 @@ def held_until(downs: Iterable[NodeDown], *, now: float, period_s: float) -> flo
 
 
 def is_over(nodes_down: Iterable[NodeId], ready: frozenset[NodeId], known: frozenset[NodeId]) -> bool:
-    """Whether half of ``nodes_down`` are ready again.  Removed nodes do not count."""
+    """Return whether half of ``nodes_down`` are ready again.  Removed nodes do not count."""
     present = [id for id in nodes_down if id in known]
     return 2 * sum(id in ready for id in present) >= len(present)
 
@@ -187,7 +187,9 @@ class NodeHistory:
 
 
 def _is_ready(node: Node) -> bool:
-    """Whether the node is up.  After a restore, UNKNOWN with a session counts too: such a node may still go down."""
+    """Return whether the node is up.  After a restore, UNKNOWN with a session counts too: such a node may still go
+    down.
+    """
     return node.status.state is NodeState.READY or (
         node.status.state is NodeState.UNKNOWN and node.session is not None
     )

@@ -150,7 +150,7 @@ class DisruptionMode:
 
 
 def _has_tasks_to_replace(node: Node, view: View) -> bool:
-    """Whether a node is down and has tasks that should be replaced at once, which no leader has done yet."""
+    """Return whether a node is down and has tasks that should be replaced at once, which no leader has done yet."""
     if node.status.state is not NodeState.DOWN or node.spec.availability is Availability.DRAIN:
         return False
     for task in view.find(Task, node_id=node.id):

@@ -20,7 +20,7 @@ class EarlyFailures:
         """Seconds that every task may make no progress."""
 
     def includes(self, lead: Task) -> bool:
-        """Whether the lead fails early, because no node can take it."""
+        """Return whether the lead fails early, because no node can take it."""
         if lead.status.state is not TaskState.PENDING:
             return False
         key = lead.status.err, lead.node_id

@@ -27,7 +27,7 @@ _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 
 
 def violates_constraints(task: Task, node: Node) -> bool:
-    """Whether the active ``node`` no longer meets the constraints of its ``task``."""
+    """Return whether the active ``node`` no longer meets the constraints of its ``task``."""
     if is_unknown(node):
         return False
     constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
@@ -37,12 +37,12 @@ def violates_constraints(task: Task, node: Node) -> bool:
 
 
 def is_unfit(node: Node, task: Task) -> bool:
-    """Whether the ``task`` must leave its ``node`` because of the availability or labels that a user set there."""
+    """Return whether the ``task`` must leave its ``node`` because of the node's availability or labels."""
     return node.spec.availability is Availability.DRAIN or violates_constraints(task, node)
 
 
 def is_drained(volume: Volume | None) -> bool:
-    """Whether a cluster volume is drained, so that no task may use it.
+    """Return whether a cluster volume is drained, so that no task may use it.
 
     Source: swarmkit, manager/orchestrator/volumeenforcer/volume_enforcer.go.
     """
@@ -72,7 +72,7 @@ def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
 
 
 def _fits_all(resources: Resources, tasks: Iterable[Task]) -> bool:
-    """Whether all tasks fit, in any order.  A new leader checks this for every task of the cluster."""
+    """Return whether all tasks fit, in any order.  A new leader checks this for every task of the cluster."""
     nano_cpus = memory_bytes = 0
     for task in tasks:
         if task.generic_resources:
@@ -85,5 +85,5 @@ def _fits_all(resources: Resources, tasks: Iterable[Task]) -> bool:
 
 
 def _holds(task: Task) -> bool:
-    """Whether the task keeps its reservations on the node."""
+    """Return whether the task keeps its reservations on the node."""
     return task.is_wanted and _ASSIGNED <= task.status.state.number <= _RUNNING

@@ -17,7 +17,7 @@ _FREED = {NodeRefusal.MAX_REPLICAS, NodeRefusal.RESOURCES, NodeRefusal.HOST_PORT
 
 
 def holds(old: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``old`` has a node and ``task`` was refused something that ``old`` holds."""
+    """Return whether ``old`` has a node and ``task`` was refused something that ``old`` holds."""
     return old.is_active and old.status.state >= TaskState.ASSIGNED and blocks(old, task, situation)
 
 

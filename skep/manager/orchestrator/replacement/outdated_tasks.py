@@ -9,7 +9,7 @@ from skep.model.task import Task
 
 
 def is_dirty(task: Task, situation: Situation) -> bool:
-    """Whether ``task`` must be replaced to match its service's current spec.
+    """Return whether ``task`` must be replaced to match its service's current spec.
 
     Only the task template and the endpoint matter.  A change of labels, replicas or update settings replaces no task.
     After a change of placement alone, a task stays on its node if the node meets the new constraints.

@@ -130,7 +130,7 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
 
 
 def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: int = 0) -> bool:
-    """Whether the restart policy allows a successor of ``task``, which ended or lost its node.
+    """Return whether the restart policy allows a successor of ``task``, which ended or lost its node.
 
     If the policy has a window, only restarts of this leader's term count, because the times of earlier ones are
     unknown.  A slot that an earlier leader gave up stays given up.  If that leader retired a task because of its node,
@@ -228,7 +228,7 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
 
 
 def _counts_as_stopped(task: Task, situation: Situation) -> bool:
-    """Whether ``task`` counts as stopped because its node is lost."""
+    """Return whether ``task`` counts as stopped because its node is lost."""
     return is_lost(situation.node_of(task)) and situation.node_stops_at(task) <= situation.now
 
 
@@ -264,7 +264,7 @@ def _nth(delays_s: tuple[float, ...], index: int) -> float:
 
 
 def _is_delayed(predecessor: Task, situation: Situation) -> bool:
-    """Whether the restart delay applies to the successor of ``predecessor`` if the spec is the same.
+    """Return whether the restart delay applies to the successor of ``predecessor`` if the spec is the same.
 
     It does not if the predecessor was stopped on purpose or its node is drained, even if it failed there.
     """
@@ -282,7 +282,7 @@ def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
 
 
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Whether ``task`` is only prepared while an older one still serves, as in a stop-first update."""
+    """Return whether ``task`` is only prepared while an older one still serves, as in a stop-first update."""
     is_first = wanted(slot)[:1] in ((), (task,))
     return not is_first and situation.rollout_config.order is not UpdateOrder.START_FIRST
 

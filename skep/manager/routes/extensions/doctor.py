@@ -77,7 +77,7 @@ async def diagnose_network(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/skep/doctor/network")
 async def measure_throughput(request: web.Request) -> web.StreamResponse:
-    """Run the diagnostics and measure throughput, which transfers up to 32 MiB between each two nodes.
+    """Run the diagnostics and measure throughput, which transfers up to 32 MiB between each pair of nodes.
 
     One test runs at a time, with a pause after it.
     """

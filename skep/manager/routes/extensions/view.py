@@ -76,7 +76,7 @@ def _view_of(request: web.Request) -> Watching:
 @routes.get("/ui/")
 @routes.get("/ui/{name}")
 async def page(request: web.Request) -> web.StreamResponse:
-    """Return a file of the dashboard for ``skep ui``, whose header a browser cannot send by itself.
+    """Return a file of the dashboard to ``skep ui``.  Browsers cannot send its header, so they get nothing from here.
 
     Raises:
         NotFound: The file does not exist, or the request has no such header.

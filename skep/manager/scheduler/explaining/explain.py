@@ -123,7 +123,7 @@ def priorities_of(view: View) -> Priorities:
 
 
 def preempts(view: View) -> bool:
-    """Whether the cluster allows preemption."""
+    """Return whether the cluster allows preemption."""
     return any(allows_preemption(one.spec.labels) for one in view.find(Swarm))
 
 

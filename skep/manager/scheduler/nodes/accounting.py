@@ -122,7 +122,7 @@ class Account:
         """Ports used by plain containers and other programs of the machine, not by tasks."""
 
     def has_driver(self, names: Collection[str]) -> bool:
-        """Whether the node has one of these cluster volume drivers."""
+        """Return whether the node has one of these cluster volume drivers."""
         return any(one.plugin_name in names for one in self.node.description.csi_info)
 
     @property
@@ -134,7 +134,7 @@ class Account:
         return frozenset() if is_docker_node(self.node) else allowed_by(self.node.description.engine.labels)
 
     def has_port(self, port: HostPort) -> bool:
-        """Whether a task, or anything else on the node, uses the port."""
+        """Return whether a task, or anything else on the node, uses the port."""
         return bool(self.host_ports[port]) or port in self.used_ports
 
 
@@ -339,7 +339,7 @@ def _since(changes: int, numbers: dict[K, int]) -> list[K]:
 
 
 def holds_resources(task: Task) -> bool:
-    """Whether a task occupies its node: from its assignment until its end is reported."""
+    """Return whether a task occupies its node: from its assignment until its end is reported."""
     return bool(task.node_id) and _ASSIGNED <= task.status.state.number <= _RUNNING
 
 

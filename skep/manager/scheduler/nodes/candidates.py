@@ -79,7 +79,7 @@ class Candidates:
         return used_share(fill(self._requirements, account), load), effective, account.node.id
 
     def has_capacity(self, account: Account, copies: int) -> bool:
-        """Whether the node can run one more task now, given its ``copies`` of the same service's tasks."""
+        """Return whether the node can run one more task now, given its ``copies`` of the same service's tasks."""
         for one in self._passing:  # noqa: SIM110  called for each choice, and `all` makes a generator
             if not one.passes(self._requirements, account, copies):
                 return False

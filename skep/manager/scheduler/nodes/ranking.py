@@ -68,7 +68,7 @@ class Ranking:
         return id in self._serials
 
     def is_within(self, other: "Ranking") -> bool:
-        """Whether all its nodes are also in ``other``."""
+        """Return whether all its nodes are also in ``other``."""
         if len(self) > len(other):
             return False
         known = self._within  # cached, because each choice needs it and it compares thousands of ids

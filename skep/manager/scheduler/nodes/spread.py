@@ -122,7 +122,7 @@ class Spread:
         return failing, self.copies(account), *self.candidates.rank(account)
 
     def has_capacity(self, account: Account) -> bool:
-        """Whether ``max_replicas`` and the node's resources allow one more task."""
+        """Return whether ``max_replicas`` and the node's resources allow one more task."""
         return self.candidates.has_capacity(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class CachedSpreads:
         self._kept: dict[Requirements, Spread] = {}
 
     def is_first(self, requirements: Requirements, now: float) -> bool:
-        """Whether a single task may be assigned by the shape of its requirements, together with others.
+        """Return whether a single task may be assigned by the shape of its requirements, together with others.
 
         It may if the service has no tasks and failures, because all nodes are then alike.  ``now`` is on the clock of
         ``record_failure``.

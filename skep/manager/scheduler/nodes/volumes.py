@@ -183,7 +183,7 @@ class VolumeUses:
         return freed
 
     def has_users(self, id: VolumeId, node_id: NodeId) -> bool:
-        """Whether tasks on the node use the volume."""
+        """Return whether tasks on the node use the volume."""
         known = self._known.get(id)
         return known is not None and known.by_node[node_id] > 0
 
@@ -302,7 +302,7 @@ _REASONS_MAX = 3
 
 
 def still_fits(volume: Volume | None, node_id: NodeId) -> bool:
-    """Whether a volume that was chosen for a node can still be used there, by the volume's own state."""
+    """Return whether a volume that was chosen for a node can still be used there, by the volume's own state."""
     if volume is None or volume.info is None or volume.pending_delete:
         return False
     is_single = volume.spec.access_mode.scope is VolumeScope.SINGLE

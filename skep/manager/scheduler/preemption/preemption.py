@@ -161,7 +161,7 @@ class _PossibleVictim(msgspec.Struct, frozen=True):
 
 
 def is_leaving(task: Task) -> bool:
-    """Whether a task is leaving its node or has ended."""
+    """Return whether a task is leaving its node or has ended."""
     return not task.is_active or task.preemption is not None
 
 

@@ -90,7 +90,7 @@ class Preemptor:
     # -- deciding ----------------------------------------------------------------------------------------------------
 
     def may_preempt(self, task: Task) -> bool:
-        """Whether other tasks may be preempted for a task that is refused."""
+        """Return whether other tasks may be preempted for a task that is refused."""
         return self._is_allowed and self.priorities.of(task.service_id) > self.priorities.lowest
 
     def nominating(

@@ -24,7 +24,7 @@ class Priorities:
         """Priorities other than 0."""
 
     def __bool__(self) -> bool:
-        """Whether any service has a priority other than 0."""
+        """Return whether any service has a priority other than 0."""
         return bool(self._by_service)
 
     @property

@@ -154,7 +154,7 @@ class Cipher:
         return self.ring.rewrapped(self.wrapping_key, wrapping_key).with_new_key(wrapping_key)
 
     def is_current(self, stored: bytes) -> bool:
-        """Whether a stored value is encrypted with the current data key."""
+        """Return whether a stored value is encrypted with the current data key."""
         return stored[1:5] == self._current
 
     def encrypt(self, key: bytes, value: bytes) -> bytes:

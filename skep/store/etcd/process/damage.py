@@ -87,5 +87,5 @@ def head_of(database: Path) -> bytes:
 
 
 def is_database(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a bbolt database."""
+    """Return whether a file that begins with ``head`` is a bbolt database."""
     return head[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC

@@ -80,7 +80,7 @@ def _recorded(directory: Path) -> tuple[int, int] | None:
 
 
 async def _has_ended(handle: int, clock: Clock) -> bool:
-    """Whether the process ends in time.  A pidfd becomes readable when it ends, even before it is reaped."""
+    """Return whether the process ends in time.  A pidfd becomes readable when it ends, even before it is reaped."""
     until = clock.monotonic() + END_S
     while not select.select([handle], [], [], 0)[0]:
         if clock.monotonic() > until:
