@@ -5,5 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 compile=(.venv/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header
     --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --build-deps-for=editable)
-"${compile[@]}" "$@" --output-file setup/requirements.lock pyproject.toml
-"${compile[@]}" "$@" --extra dev --constraint setup/requirements.lock --output-file setup/requirements-dev.lock pyproject.toml
+"${compile[@]}" "$@" --extra server --output-file setup/requirements.lock pyproject.toml
+"${compile[@]}" "$@" --extra server --extra dev --constraint setup/requirements.lock --output-file setup/requirements-dev.lock \
+    pyproject.toml

@@ -22,13 +22,13 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 umask 022
 
-# tagged_version: prints 1.2.0 for tag v1.2.0, 1.2.0+4.gabc1234 four commits later, or pyproject.toml's version without a tag.
+# tagged_version: prints 1.2.0 for tag v1.2.0, 1.2.0+4.gabc1234 four commits later, or the code's version without a tag.
 tagged_version() {
     local described
     if described=$(git describe --tags --match 'v[0-9]*' 2>/dev/null); then
         sed -E 's/^v//; s/-([0-9]+)-(g[0-9a-f]+)$/+\1.\2/' <<<"$described"
     else
-        sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml
+        sed -n 's/^__version__ = "\(.*\)"/\1/p' skep/__init__.py
     fi
 }
 
@@ -53,7 +53,6 @@ source_tree() {
     tree=$(git stash create) # nothing, if nothing is changed
     mkdir "$1"
     git archive "${tree:-HEAD}" | tar -x -C "$1"
-    sed -i "s/^version = .*/version = \"$version\"/" "$1/pyproject.toml"
     sed -i -e "s/^__version__ = .*/__version__ = \"$version\"/" \
         -e "s/^__commit__ = .*/__commit__ = \"$(git log -1 --format=%h)\"/" \
         -e "s/^__date__ = .*/__date__ = \"$(git log -1 --format=%cs)\"/" "$1/skep/__init__.py"

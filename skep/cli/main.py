@@ -6,6 +6,7 @@ this module does not import the daemon or the playground.
 
 import difflib
 import importlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,8 @@ GROUPS = {
     },
 }
 """Command groups in the order of the help. ``location`` is ``module:attribute``."""
+NODE_COMMANDS = ("daemon", "playground")
+"""Commands that need the Python packages of the extra ``server``."""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
@@ -103,6 +106,11 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return the command, or None if neither Skep nor docker has it."""
+        if cmd_name in NODE_COMMANDS and importlib.util.find_spec("structlog") is None:
+            raise click.ClickException(
+                f"skep {cmd_name} needs the Python packages of a node, which this installation does not have. "
+                "Run pip install 'skep-orchestrator[server]'."
+            )
         if entry := COMMANDS.get(cmd_name):
             module, _, attribute = entry.location.partition(":")
             command = getattr(importlib.import_module(module), attribute)

@@ -189,9 +189,11 @@ def test_every_locked_package_has_hashes_and_no_index_is_named() -> None:
 
 def test_the_lock_has_every_dependency_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    node = [*project["dependencies"], *extras["server"]]
     for name, wanted in (
-        ("requirements.lock", project["dependencies"]),
-        ("requirements-dev.lock", [*project["dependencies"], *project["optional-dependencies"]["dev"]]),
+        ("requirements.lock", node),
+        ("requirements-dev.lock", [*node, *extras["dev"]]),
     ):
         locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "setup" / name).read_text(), re.MULTILINE))
         names = {re.split(r"[<>=!~ \[]", requirement)[0].lower() for requirement in wanted}

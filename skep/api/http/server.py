@@ -24,6 +24,7 @@ from aiohttp import web
 from aiohttp.web_urldispatcher import AbstractResource
 from yarl import URL
 
+from skep import __version__
 from skep.api.access.authorization import Objects, respond_if_authorized
 from skep.api.access.identity import IS_PRIVATE, identity_of, is_of_token
 from skep.api.errors import NotModified, status_of
@@ -77,7 +78,7 @@ _HEAD_BYTES_MAX = 1024 * 1024
 _LARGE_BODY = 64 * 1024
 """Bodies above this size in bytes are decoded in a thread, so that they never block the event loop."""
 
-SERVER = "Skep/0.1.0 (linux)"
+SERVER = f"Skep/{__version__} (linux)"
 """The ``Server`` header."""
 
 _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")

@@ -1,0 +1,49 @@
+"""A release: one place holds its version."""
+
+import re
+import subprocess
+import tomllib
+from importlib.metadata import version
+
+from skep import __version__
+from skep.api.http.server import SERVER
+from tests.support.harness.documents import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_is_written_in_the_code_and_derived_elsewhere() -> None:
+    assert "version" not in PROJECT["project"]
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "skep.__version__"}
+    assert version("skep-orchestrator") == __version__
+    assert f"Skep/{__version__} (linux)" == SERVER
+    # Tests and docs/reference have examples of versions; each of the other files has its reason here.
+    found = subprocess.run(
+        [
+            "git",
+            "grep",
+            "-l",
+            "--fixed-strings",
+            f'"{__version__}"',
+            "--",
+            "skep",
+            "setup",
+            "packaging",
+            "*.toml",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.split() == ["skep/__init__.py"]
+
+
+def test_the_pages_and_the_man_page_follow_the_version() -> None:
+    """``make reference`` writes the man page; the others are changed by hand with the version."""
+    assert f'"skep {__version__}"' in (ROOT / "packaging/skep.1").read_text()
+    newest = re.search(r"^## (\S+) \(", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == __version__
+    assert f"Status: {__version__}" in (ROOT / "README.md").read_text()
