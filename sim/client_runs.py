@@ -149,13 +149,7 @@ class Commands:
         """Begin ``skep secret rotate``."""
 
         async def run(client: ApiClient) -> None:
-            rotation = _Rotation(kind, client)  # type: ignore[arg-type]
-            new, old = await rotation.next_version(root, data)
-            ids = await rotation.move(old, new)
-            async with asyncio.timeout(30.0):
-                await rotation.wait(ids, new)
-            if rotation.problems:
-                raise Unavailable("; ".join(rotation.problems))
+            await rotate(client, kind, root, data)
 
         return self._begin(name, run)
 
@@ -269,6 +263,18 @@ async def deploy(client: ApiClient, stack: Stack, *, undoes: bool, wait_s: float
         if undoes:
             await undo(client, plan, _say, wait_s, _warn, created)
         raise
+
+
+async def rotate(client: ApiClient, kind: FileKind, root: str, data: bytes | None) -> str:
+    """Run ``skep secret rotate``, and return the name of the new version.  Raises: SkepError, TimeoutError."""
+    rotation = _Rotation(kind, client)  # type: ignore[arg-type]
+    new, old = await rotation.next_version(root, data)
+    ids = await rotation.move(old, new)
+    async with asyncio.timeout(30.0):
+        await rotation.wait(ids, new)
+    if rotation.problems:
+        raise Unavailable("; ".join(rotation.problems))
+    return str(new["Spec"]["Name"])
 
 
 def label_of(stack: str) -> dict[str, str]:

@@ -5,6 +5,7 @@
 * ``reports``: tasks end while nothing can be written, for less time than their sessions last.
 * ``volumes``: tasks with local volumes end, and their nodes fail and return.
 * ``disks``: disks of nodes fill and empty.
+* ``stack_commands``: commands on one stack meet, and are killed and suspended.
 * ``autoscaling``: the load of an autoscaled service changes, during updates and changes of leader.
 
 Then all faults end, and the cluster must converge.
@@ -19,8 +20,9 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
-from sim.random_specs import with_image
+from sim.random_specs import BROKEN, ENDING_IMAGES, with_image
 from sim.run import RunResult
+from sim.stack_commands import StackCommands
 from skep.agent.executor.simulated import Behavior
 from skep.agent.session.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError
@@ -63,6 +65,8 @@ VOLUME_STEPS = 8
 DISK_STEPS = 6
 REPORTED_S = DESCRIPTION_CHECK_S
 """Interval at which a node describes itself again."""
+COMMAND_STEPS = 8
+COMMAND_PAUSES_S = (0.3, 1.0, 6.0, 15.0)
 LOAD_STEPS = 8
 LOAD_STEPS_S = (10.0, 40.0)
 """They are shorter than a period of autoscaling, or longer than the window in which it removes no task."""
@@ -94,6 +98,23 @@ def allocations(seed: int) -> RunResult:
         _until(cluster, lambda: [one.id for one in cluster.view.find(Task)], "are still there")
         cluster.run_for(1.0)
         cluster.observer.note(cluster.loop.time(), cluster.leftovers())
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def stack_commands(seed: int) -> RunResult:
+    """Run commands on one stack, killed and suspended anywhere."""
+    random = Random(seed)
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        for node in cluster.nodes.values():
+            node.broken_images.add(BROKEN)
+            node.ending_images.update(ENDING_IMAGES)
+        commands = StackCommands(
+            cluster, random, lambda found: cluster.observer.note(cluster.loop.time(), found)
+        )
+        for _ in range(COMMAND_STEPS):
+            commands.act()
+            cluster.run_for(random.choice(COMMAND_PAUSES_S))
+        cluster.do(commands.end())
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
 
 

@@ -82,6 +82,7 @@ from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus
 from skep.model.values.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
+from skep.stack import removing
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
 from skep.store.interface import Event, Transaction, View
@@ -457,6 +458,16 @@ def _shares_the_lock() -> list[Patch]:
         return [*(one for one in holders if not maintenance.is_same(one, holder)), holder]
 
     return [Patch(maintenance, "taken", taken)]
+
+
+def _keeps_configs() -> list[Patch]:
+    real = removing._remove
+
+    async def remove(client: Any, kind: str, *rest: Any) -> None:
+        if kind != "config":
+            await real(client, kind, *rest)
+
+    return [Patch(removing, "_remove", remove)]
 
 
 def _leaves_workers_out() -> list[Patch]:
@@ -1005,6 +1016,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
         )
     ),
+    Mutant("stack removal", "the removal of a stack leaves nothing", _keeps_configs, focused.stack_commands),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (

@@ -55,6 +55,8 @@ BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
 """
 HOPELESS = (BROKEN, CRASHING, HANGING)
 IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
+COMMANDED_STACK = "orders"
+"""The stack that only stack commands change."""
 JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
 ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
 """Seconds after which the containers of these images end, and their exit code."""

@@ -93,7 +93,9 @@ def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> R
     )
     try:
         with cluster:
-            _simulate(cluster, steps, Random(seed ^ 0xE57) if extends else None)
+            _simulate(
+                cluster, steps, *((Random(seed ^ 0xE57), Random(seed ^ 0xC0D)) if extends else (None, None))
+            )
     except Exception as error:
         cluster.observer.note(
             cluster.loop.time(), [f"{type(error).__name__}: {error}", traceback.format_exc()]
@@ -113,12 +115,14 @@ def _capacity(shape: Random) -> Resources:
     return Resources(nano_cpus=4_000_000_000, memory_bytes=shape.choice((3, 6, 16)) * MEMORY_BYTES)
 
 
-def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) -> None:
+def _simulate(
+    cluster: SimulatedCluster, steps: int, extensions: Random | None, commands: Random | None
+) -> None:
     for node in cluster.nodes.values():
         node.broken_images.add(BROKEN)
         node.hanging_images.add(HANGING)
         node.ending_images.update(ENDING_IMAGES)
-    users, injector, random = Users(cluster, extensions), FaultInjector(cluster), cluster.random
+    users, injector, random = Users(cluster, extensions, commands), FaultInjector(cluster), cluster.random
     operators = Operators(cluster, users, injector.healthy)
     users.begin()
     cluster.run_for(0.5)
@@ -143,6 +147,7 @@ def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) 
     cluster.do(users.wait_until_finished())
     cluster.do(users.settle())
     cluster.do(users.activate_all())
+    cluster.do(users.end_stack_commands())
     _converge(cluster)
     if cluster.observer.violations:
         return

@@ -35,6 +35,7 @@ from sim.random_specs import (
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
 from sim.role_users import RoleUsers
+from sim.stack_commands import StackCommands
 from sim.storage import DRIVER
 from sim.upgrades import Upgrades
 from skep.api.errors import status_of
@@ -91,6 +92,8 @@ ACCESS_MODES = (
 )
 DRAWS_MAX = 100
 """Maximum number of drawn specs.  About one in ten is of a service that can be steady."""
+COMMANDED = 0.3
+"""Share of the runs with extensions that have stack commands, which keeps the others cheap."""
 LATE = 0.1
 """Probability that a change is based on the previous version of an object."""
 
@@ -103,8 +106,15 @@ def _own_secrets(view: View) -> tuple[str, ...]:
 class Users:
     """All users of one cluster."""
 
-    def __init__(self, cluster: SimulatedCluster, extensions: Random | None = None) -> None:
-        """``extensions`` draws features that Docker does not have.  None if users do not request such features."""
+    def __init__(
+        self, cluster: SimulatedCluster, extensions: Random | None = None, commands: Random | None = None
+    ) -> None:
+        """Create the users.
+
+        Args:
+            extensions: draws features that Docker does not have, or None if users do not request such features.
+            commands: draws commands on a stack, in some of the runs, or None for no such commands.
+        """
         self._extensions = extensions
         self._cluster = cluster
         self._random = cluster.random
@@ -129,6 +139,9 @@ class Users:
             if extensions is not None
             else None
         )
+        self._stack_commands = None
+        if commands is not None and commands.random() < COMMANDED:
+            self._stack_commands = StackCommands(cluster, commands, self._note)
         self._role_users = RoleUsers(cluster, extensions, self._note) if extensions is not None else None
         if extensions is not None:
             self._actions += (
@@ -139,6 +152,8 @@ class Users:
                 *(self._upgrade, self._upgrade),
                 *(self._act_in_role,) * 4,
             )
+        if self._stack_commands is not None:
+            self._actions += (self._command_stack,) * 4
 
     def act(self) -> None:
         """Begin one random request, sometimes two at once."""
@@ -172,6 +187,11 @@ class Users:
         for id in self._cluster.workers:
             while not await self._set_availability(id, Availability.ACTIVE):
                 await self._cluster.clocks[id].sleep(0.2)
+
+    async def end_stack_commands(self) -> None:
+        """End all commands on stacks, and deploy and remove the stack once more."""
+        if self._stack_commands is not None:
+            await self._stack_commands.end()
 
     async def remove_all(self) -> None:
         """Remove every service, with retries."""
@@ -591,6 +611,11 @@ class Users:
         """Begin ``skep upgrade`` of all workers."""
         if self._upgrades is not None:
             self._upgrades.act()
+
+    async def _command_stack(self) -> None:
+        """Begin ``skep stack deploy`` or another command on a stack."""
+        if self._stack_commands is not None:
+            self._stack_commands.act()
 
     async def _act_in_role(self) -> None:
         """Let a user with roles send a request."""

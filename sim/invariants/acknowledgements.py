@@ -13,11 +13,18 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.committed import Change
+from sim.random_specs import COMMANDED_STACK
+from skep.api.access.permissions import STACK_LABEL
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.labels import JOB_TTL
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
+
+
+def is_of_commands(service: Service) -> bool:
+    """Return whether the service belongs to the stack that only ``StackCommands`` changes and judges."""
+    return service.spec.labels.get(STACK_LABEL) == COMMANDED_STACK
 
 
 class ServiceRecord(msgspec.Struct):
@@ -45,6 +52,8 @@ class Acknowledgements:
             match event:
                 case Created(Service() as service):
                     record = self.services.get(service.id)
+                    if is_of_commands(service):
+                        continue
                     if record is None or record.is_refused:
                         yield f"service {service.id} was created without a request, or its creation was refused"
                 case Updated(Service() as old, Service() as new):

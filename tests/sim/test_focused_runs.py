@@ -13,7 +13,7 @@ QUICK, SEEDS = 5, 100
     "simulate",
     [
         *(focused.allocations, focused.sessions, focused.reports),
-        *(focused.volumes, focused.disks, focused.autoscaling),
+        *(focused.volumes, focused.disks, focused.autoscaling, focused.stack_commands),
     ],
 )
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def by_name(name: str) -> Mutant:
         ("failed update", 1),
         ("victims", 1),
         ("upgrade lock", 20),
+        ("stack removal", 1),
         *(
             pytest.param(name, seeds, marks=pytest.mark.slow)
             for name, seeds in (
