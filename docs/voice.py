@@ -39,7 +39,7 @@ PAGES = (
 )
 
 _OPENER = (
-    r"^(Of|By|That|Those|Where|What|Who|One that|As|With|From|Until|While)\b"
+    r"^(Of|By|That|Those|Where|What|Who|Why|How|Which|One that|As|With|From|Until|While)\b"
     r"(?! (this|the same|order|addition|case|above|follows|well))"
 )
 CODE_RULES: Mapping[str, re.Pattern[str]] = {

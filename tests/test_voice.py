@@ -15,6 +15,7 @@ def rates_of(*texts: str) -> dict[str, float]:
     ("text", "rule"),
     [
         ("Of the node.", "fragment"),
+        ("Why a task ended.", "fragment"),
         ("The task; None: it has ended.", "none-colon"),
         ("It gives the last line.", "gives"),
         ("Send what is left.", "what-is"),

@@ -125,7 +125,7 @@ class Platform(ApiObject):
 
 
 class Placement(ApiObject):
-    """Which nodes may run the tasks, and how to spread them there."""
+    """Rules for the nodes that may run the tasks, and for spreading the tasks over them."""
 
     constraints: tuple[str, ...] = ()
     preferences: tuple[PlacementPreference, ...] = ()
@@ -385,7 +385,7 @@ class ServiceHealth(ApiObject):
     reason: str = always("")
     """Does not change between two attempts to start a task.  Empty if the service is healthy."""
     restart_summary: str = ""
-    """How often a task failed, and when the next attempt starts."""
+    """Number of failures of a task, and time of the next attempt."""
     since: Timestamp = Timestamp("")
     """Start of the problem, or empty if unknown."""
     weight: int = always(0)

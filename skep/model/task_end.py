@@ -64,7 +64,7 @@ class KeptLine(ApiObject):
 
 
 class TaskEnd(ApiObject):
-    """Why a task ended.  Not in Docker's API.
+    """Reason why a task ended.  Not in Docker's API.
 
     ``cause``: the value of an ``EndCause``.  ``health_output``: output of the last failed health check.  ``lines``: the
     last lines of output, oldest first.  ``health_command``, ``health_failures`` (in a row) and ``health_exit_code``

@@ -25,7 +25,7 @@ class ProtoSet(msgspec.Struct, frozen=True):
     descriptors: str
     """Name of the descriptor set."""
     root: Path
-    """What ``protos``, and the imports in them, begin at."""
+    """Directory that the paths in ``protos`` and in their imports are relative to."""
     protos: tuple[str, ...]
 
     def compile_into(self, directory: Path) -> None:

@@ -21,7 +21,7 @@ def pool_of(descriptors: Path) -> descriptor_pool.DescriptorPool:
 
 
 def module_of(pool: descriptor_pool.DescriptorPool, file: str) -> dict[str, Any]:
-    """What a generated module of ``file`` would hold: message classes, enum wrappers, enum values."""
+    """Return the content of a generated module for ``file``: message classes, enum wrappers, enum values."""
     descriptor = pool.FindFileByName(file)
     names: dict[str, Any] = {"DESCRIPTOR": descriptor}
     for name, message in descriptor.message_types_by_name.items():

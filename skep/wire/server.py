@@ -43,7 +43,7 @@ CLOSE_SECONDS_MAX = 5.0
 """Seconds that handlers have to end when the server stops."""
 
 CLOSED_PER_S, CLOSING_S_MAX = 200, 10.0
-"""How many connections per second are closed, and the longest time that closing all of them may take.  The rate is
+"""Number of connections closed per second, and the longest time that closing all of them may take.  The rate is
 lower than the rate at which nodes can register again.
 """
 

@@ -1,4 +1,4 @@
-"""Why a task's container ended, as observed by its node."""
+"""Reason why a task's container ended, as observed by its node."""
 
 import asyncio
 import signal

@@ -29,7 +29,7 @@ class Rejected(SkepError):
 
 
 class TaskExit(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task's process ended.
+    """End of a task's process.
 
     ``message`` is the text that Docker would write into ``Status.Err``: ``task: non-zero exit (7)``, followed by the
     engine's text if there is one, and empty for exit code 0.  ``oom_killed`` is the kernel's report.

@@ -1,4 +1,4 @@
-"""When a task's image is fetched, and what happens if that fails.
+"""Rules for fetching a task's image, and for failed fetches.
 
 As in Docker, every task contacts its registry, so that a moved tag is noticed, and uses the local image if the registry
 does not respond.  Concurrent tasks share a fetch and its failure.  A registry that failed is not contacted again for a

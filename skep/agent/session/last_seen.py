@@ -1,4 +1,4 @@
-"""When a manager last responded to this node, recorded across restarts of the node process.
+"""Time at which a manager last responded to this node, recorded across restarts of the node process.
 
 The time is in seconds since the machine's boot, which advance while no node process runs and while the machine sleeps.
 Such times are comparable only within one boot, so the boot's id is stored with them.

@@ -70,7 +70,7 @@ class _Held:
         Volumes of an earlier process are mounted again, because the machine may have rebooted.
         """
         self.why = ""
-        """Why the volume is not in its desired state."""
+        """Reason why the volume is not in its desired state."""
         self.holds = 0
         """Number of containers that are being created with the volume."""
         self.is_dormant = False

@@ -100,7 +100,7 @@ class Resolver(Protocol):
 
 
 class Forwarding(msgspec.Struct, frozen=True):
-    """How names outside the container's networks are forwarded.
+    """Forwarding of names outside the container's networks.
 
     ``does_single_labels`` is False if single-label names get an empty response instead, so that the client tries its
     search domains (as ``ndots`` demands).

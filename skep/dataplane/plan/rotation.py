@@ -61,7 +61,7 @@ class Handshake(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeyUsage(IntEnum):
-    """How peers that have not moved to the newest key pair use the older pair."""
+    """Use of the older key pair by peers that have not moved to the newest pair."""
 
     UNUSED = 0
     """Every peer that was ever reached has moved."""

@@ -54,7 +54,7 @@ class Session(Protocol):
 
 
 class Peers(Protocol):
-    """The probes of other nodes (``probe.prober``)."""
+    """Results of probing other nodes (``probe.prober``)."""
 
     @property
     def reports(self) -> Mapping[NodeId, PathReport]:

@@ -103,7 +103,7 @@ class Process(Protocol):
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How this node encrypts.
+    """Encryption settings of this node.
 
     Args:
         method: The WireGuard implementation, or the reason why the node does not encrypt.

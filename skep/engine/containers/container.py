@@ -99,7 +99,7 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How output is logged."""
+    """Log driver and its options."""
 
     type: str = "json-file"
     """Log driver.  ``none`` discards the output."""

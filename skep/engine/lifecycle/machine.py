@@ -151,7 +151,7 @@ after themselves, or are repeated by the next process.  All other effects have d
 
 
 class Saving(Enum):
-    """How a changed record is written."""
+    """Way of writing a changed record."""
 
     NOTED = "noted"
     """The change takes effect at once, because it has already happened.  A failed write is retried."""

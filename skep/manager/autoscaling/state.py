@@ -77,7 +77,7 @@ class AutoscalerState:
         self.services: dict[ServiceId, Recommendations | None] = {}
         """History of each autoscaled service, or None before its first decision."""
         self._running_since: dict[TaskId, float] = {}
-        """When this leader first saw tasks of these services running, on its monotonic clock."""
+        """Times at which this leader first saw tasks of these services running, on its monotonic clock."""
 
     def start(self, view: View) -> None:
         """Start over from a snapshot."""

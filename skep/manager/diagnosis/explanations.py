@@ -132,7 +132,7 @@ class ServiceExplanation(ApiObject):
     problem: TaskProblem | None = None
     """The task problem that ``reason`` describes."""
     restart_summary: str = ""
-    """How often the task failed, and when the next attempt starts."""
+    """Number of failures, and time of the next attempt."""
     state: HealthState = always(HealthState.CONVERGING)
     is_healthy: bool = always(False)
     """Whether ``state`` is healthy."""
@@ -143,7 +143,7 @@ class ServiceExplanation(ApiObject):
     completed: int = 0
     """Slots of a one-shot service whose task ended with exit code 0."""
     ended_at: Timestamp = Timestamp("")
-    """When the job completed."""
+    """Time at which the job completed."""
     reasons: tuple[Reason, ...] = always(())
     """Reasons why desired tasks do not run, the most important first."""
     failures: tuple[Reason, ...] = always(())

@@ -98,7 +98,7 @@ _WEIGHTS: Final[Mapping[CauseKind, int]] = {
 
 
 class TaskProblem(ApiObject):
-    """Why one task is not in its desired state.
+    """Reason why one task is not in its desired state.
 
     ``failures`` counts the failures in a row in the task's slot.  ``since`` is the first of them, or when the task
     entered its state, and ``at`` is the last one.  ``next_attempt`` is empty without a scheduled attempt.  ``end``
@@ -132,7 +132,7 @@ class TaskProblem(ApiObject):
 
     @property
     def restart_summary(self) -> str:
-        """How often the task failed, and when the next attempt starts, in UTC.  Empty if it did not fail."""
+        """Number of failures, and time of the next attempt in UTC.  Empty if it did not fail."""
         parts = []
         if self.failures >= LOOP_FROM:
             since = f" since {self.since[11:19]} UTC" if self.since != ZERO_TIME else ""

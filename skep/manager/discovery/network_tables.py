@@ -281,9 +281,9 @@ class TableBuilder:
             self._mark_endpoints_of(id)
 
     def _mark_endpoints_of(self, id: ServiceId) -> None:
-        """Mark the endpoints of tasks that were created before their service, or outlive it.
+        """Mark the endpoints of an unknown service, whose tasks were created earlier or still exist after its removal.
 
-        These are rare, so all tasks of the network are checked.
+        Such services are rare, so all tasks of the network are checked.
         """
         for network_id in self._tasks_of_service.get(id, ()):
             for task_id in self.tables[network_id].tasks:

@@ -73,7 +73,7 @@ class OrchestratorState:
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._sound_nodes: dict[NodeId, bool] = {}
         self._throttled_until: dict[ServiceId, float] = {}
-        """When the throttling of each large service ends."""
+        """Time at which the throttling of each large service ends."""
 
     def start(self, snapshot: View) -> Iterator[None]:
         """Queue every service."""

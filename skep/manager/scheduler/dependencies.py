@@ -58,7 +58,7 @@ class WaitReason(msgspec.Struct, frozen=True):
     nodes: tuple[frozenset[NodeId], ...] = ()
     """Nodes whose return or change counts, by service."""
     until: float | None = None
-    """When the service is checked again, at the latest."""
+    """Latest time of the next check of the service."""
 
 
 _Key: TypeAlias = tuple[ServiceId, Version | None]

@@ -82,7 +82,7 @@ class SchedulerState:
         self._requirements = RequirementsCache()
         self._returning = Returning(self.accounting)
         self._away: dict[TaskId, str] = {}
-        """Why pending tasks, in common groups, may run elsewhere than on the node with their slot's volumes."""
+        """Reason why pending tasks, in common groups, may run elsewhere than on the node with their slot's volumes."""
         self._assignments: list[Assignment] = []
         self._preemptions: list[Preempt] = []
         """Decisions whose write has not begun."""

@@ -94,7 +94,7 @@ def write_decision(tx: Transaction, id: ServiceId, now_ns: int, restored_until_n
 
 
 class Restored(msgspec.Struct, frozen=True):
-    """When the cluster got its current incarnation."""
+    """Time at which the cluster got its current incarnation."""
 
     incarnation: int
     until_ns: int = 0

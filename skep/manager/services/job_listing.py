@@ -35,7 +35,7 @@ class Job(ApiObject):
     last_run: Timestamp | None = None
     next_run: Timestamp | None = None
     note: str = ""
-    """Why the next run is missing, why the last due time was skipped, or why the last run failed."""
+    """Reason why the next run is missing, the last due time was skipped, or the last run failed."""
     starts: tuple[JobStart, ...] = ()
     """Starts of a scheduled job, the oldest first."""
 

@@ -28,7 +28,7 @@ Managers and nodes of older versions ignore it: they exchange nothing on encrypt
 
 
 class EncryptionMethod(Enum):
-    """How a node encrypts traffic to other nodes.  ``docker info`` and ``docker node inspect`` show the values."""
+    """Encryption of traffic to other nodes.  ``docker info`` and ``docker node inspect`` show the values."""
 
     KERNEL = "kernel"
     """WireGuard in the Linux kernel."""

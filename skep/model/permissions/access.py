@@ -50,7 +50,7 @@ class Binding(msgspec.Struct, frozen=True, order=True):
 
 
 class Origin(Enum):
-    """How the client of a request proved its identity."""
+    """Proof of identity that the client of a request gave."""
 
     SOCKET = "socket"
     """The client opened a Unix socket of this machine, whose permissions allow that."""

@@ -47,7 +47,7 @@ HOST_NETWORKS: Final = frozenset({"host", "bridge", "none"})
 
 
 class Reach(Enum):
-    """How far a field or label reaches."""
+    """Largest area that a field or label affects."""
 
     CONTAINER = "container"
     """The containers of the service and its stack, within its quota."""

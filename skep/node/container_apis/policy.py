@@ -10,7 +10,7 @@ from skep.model.permissions.rights import API_LABEL, ApiAccess
 
 
 class ResponsePassing(Enum):
-    """How a response is passed to the container."""
+    """Way of passing a response to the container."""
 
     AS_IT_IS = "as it is"
     REDACTED = "redacted"

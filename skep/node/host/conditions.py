@@ -34,7 +34,7 @@ condition that lasted longer ends at once.  Otherwise a node would get no tasks 
 class _Condition(msgspec.Struct):
     message: str
     labeled_at: float
-    """When its label appeared."""
+    """Time at which its label appeared."""
     cleared_at: float | None = None
 
 

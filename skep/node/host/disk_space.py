@@ -74,7 +74,7 @@ class FileSystemUse(msgspec.Struct, frozen=True, kw_only=True):
     is_own: bool = False
     """Whether the node's own files are on it."""
     purpose: str = ""
-    """Which of the node's own files are on it (``data``, ``images``), or empty."""
+    """The node's own files on this disk (``data``, ``images``), or empty."""
     mount_point: str = ""
     """Mount point of a disk with containers' files.
 

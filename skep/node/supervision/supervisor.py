@@ -41,7 +41,7 @@ class Forks(Protocol):
 
 
 class SupervisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How one kind of process is treated.
+    """Supervision settings of one kind of process.
 
     Args:
         version: A running process of this version is adopted.  A process of another version is replaced.

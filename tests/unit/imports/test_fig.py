@@ -63,7 +63,9 @@ def test_a_file_of_version_1_is_a_stack() -> None:
 
 
 def test_a_file_of_another_version_is_refused_with_its_place() -> None:
-    with pytest.raises(FileProblems, match=r"^fig\.yml:2:1: version: this file is not of version 1"):
+    with pytest.raises(
+        FileProblems, match=r"^fig\.yml:2:1: version: this file is not a Compose file of version 1"
+    ):
         imported("# old\nversion: '3'\nservices: {}\n", "fig.yml", "shop")
     with pytest.raises(FileProblems, match=r"^fig\.yml:1:1: web: a service of version 1 needs image"):
         imported("web: {command: x}\n", "fig.yml", "shop")

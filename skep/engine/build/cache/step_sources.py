@@ -281,7 +281,7 @@ async def _table(repository: pulling.BlobSource, target: str, bytes_max: int) ->
 async def _table_of_manifest(repository: pulling.BlobSource, manifest: Manifest) -> StepTable | None:
     config = manifest.config
     if config is None:
-        raise InvalidArgument("an index within an index")
+        raise InvalidArgument("the image index contains another index")
     if config.media_type == CACHE_CONFIG_TYPE:
         return await _table_of_artifact(repository, config, manifest.layers)
     content = await pulling.small_blob(repository, config.digest, _IMAGE_CONFIG_BYTES_MAX)

@@ -310,7 +310,7 @@ async def _for_platform(
     found = await run_with_retries(lambda: repository.manifest(digest, bytes_max))
     chosen = decoded(found)
     if chosen.manifests is not None:
-        raise InvalidArgument("invalid manifest: an index within an index")
+        raise InvalidArgument("invalid manifest: the image index contains another index")
     return chosen, (document.content, found.content)
 
 

@@ -32,7 +32,7 @@ class LostNodes:
         self._down: dict[NodeId, float] = {}
         """Time at which this leader first saw each node down without a disruption, on its monotonic clock."""
         self._kept: dict[NodeId, str] = {}
-        """Why due nodes were kept at the last check, so that each reason is logged once."""
+        """Reasons why due nodes were kept at the last check, so that each reason is logged once."""
 
     async def run(self) -> None:
         """Remove until cancelled."""

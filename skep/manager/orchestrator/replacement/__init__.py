@@ -1,1 +1,1 @@
-"""When a task is replaced: restarts, down nodes, and disruptions."""
+"""Rules for replacing tasks: restarts, down nodes, and disruptions."""

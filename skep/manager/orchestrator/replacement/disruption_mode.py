@@ -45,7 +45,7 @@ class DisruptionMode:
         self._detected: Disruption | None = None
         """A disruption that is not yet written to the cluster object."""
         self._frozen_at: float | None = None
-        """When this leader first saw the current freeze."""
+        """Time at which this leader first saw the current freeze."""
         self.replaces_from = float("-inf")
         """Tasks of down nodes are not replaced before this time.
 

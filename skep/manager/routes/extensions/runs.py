@@ -50,7 +50,7 @@ class TaskRun(ApiObject):
     exit_code: int | None = None
     err: str = ""
     end: TaskEnd | None = None
-    """Why the task ended, without its lines, which are in ``lines``."""
+    """Reason why the task ended, without its lines, which are in ``lines``."""
     lines: tuple[str, ...] = always(())
 
 

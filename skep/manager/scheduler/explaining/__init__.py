@@ -1,1 +1,1 @@
-"""Why a task has no node, and where a service would run."""
+"""Explains why a task has no node, and where a service would run."""

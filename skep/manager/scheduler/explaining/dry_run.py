@@ -80,7 +80,7 @@ class PlannedPlacement(ApiObject):
     """Nodes with all tasks that fit, including existing tasks that stay."""
     error: str = always("")
     verdicts: tuple[NodeVerdict, ...] = always(())
-    """Why nodes refuse another task, if a task is refused."""
+    """Reasons why nodes refuse another task, if a task is refused."""
     preempted: tuple[PreemptedTasks, ...] = ()
     """Services with a lower priority whose tasks would be stopped."""
 

@@ -23,7 +23,7 @@ from skep.store.interface import LoopStore
 
 
 class Why:
-    """Why one decision refused one or more groups."""
+    """Reasons why one decision refused one or more groups."""
 
     def __init__(self, text: str = "", requirements: Requirements | None = None) -> None:
         """Set the reason.  If ``requirements`` are passed, no node meets them, and the text with its counts is computed

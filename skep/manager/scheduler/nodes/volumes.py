@@ -51,7 +51,7 @@ class _Known:
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """What the volume and its users allow on a node where the volume is not published yet.  If any value is 0 or
+        """Limits of the volume and its users for a node where the volume is not published yet.  If any value is 0 or
         less, the node cannot use it.  If a value grows, check excluded nodes again.
         """
         volume = self.volume

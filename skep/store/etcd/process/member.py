@@ -80,7 +80,7 @@ class EtcdOutput:
 
     @property
     def reason(self) -> str:
-        """Why the process ended, as far as its log shows, or "no output"."""
+        """Reason why the process ended, as far as its log shows, or "no output"."""
         return self._fatal or self._last or "no output"
 
     async def read(self, stderr: asyncio.StreamReader) -> None:
