@@ -31,7 +31,7 @@ from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.own_expiry import self_renewed, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
-from skep.manager.manager import ConsensusMember, Manager
+from skep.manager.manager import Manager
 from skep.manager.membership.joining import JoiningManager, JoinRefused
 from skep.manager.membership.peer_addresses import PeerAddresses
 from skep.manager.membership.peer_ports import unreachable_peers
@@ -46,6 +46,7 @@ from skep.manager.storage.incarnation import (
 )
 from skep.manager.storage.keys import founding_wrapping_key, save_wrapping_keys
 from skep.manager.storage.recovery import finish_recovery, raise_if_restored, restore_if_wanted
+from skep.manager.store_member import ConsensusMember
 from skep.manager.telemetry.watchdog import watching
 from skep.model.networks.addresses import parted
 from skep.model.values.ids import new_id

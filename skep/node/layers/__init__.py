@@ -1,0 +1,1 @@
+"""The layers of a node, which `node.node` composes."""

@@ -1,0 +1,167 @@
+"""The layer that connects a node to the managers of its cluster: its tasks, reports, measurements and description."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from skep.agent.agent import Agent
+from skep.agent.executor.interface import Executor
+from skep.agent.executor.traced import TracedExecutor
+from skep.agent.renewal import KeyPairCredentials
+from skep.agent.session.managers import KnownManager, ManagerList
+from skep.agent.session.reports import Reports
+from skep.agent.session.revisions import SeenRevision
+from skep.agent.session.session import NodeServices
+from skep.agent.tasks.task_files import TaskFiles
+from skep.agent.tasks.worker import Worker
+from skep.dataplane.tables.network_tables import NetworkTables
+from skep.model.node import NodeDescription, NodeRole
+from skep.model.node_reports.conditions import ConditionName
+from skep.model.values.ids import NodeId
+from skep.node.cluster.cluster_work import NodeWork
+from skep.node.cluster.local import LocalNode
+from skep.node.cluster.manager_files import ManagerFiles
+from skep.node.cluster.runner import Dependencies
+from skep.node.container_access import tunnel_host
+from skep.node.host.description import NodeDescriber
+from skep.node.host.machine_resources import ResourceReader
+from skep.node.image_sharing import ImageSharing
+from skep.node.layers.foundation import Foundation
+from skep.node.layers.task_runtimes import TaskRuntime
+from skep.node.telemetry.load import LoadMeter, reader_of
+from skep.node.telemetry.task_usage import TaskUsageMeter
+from skep.security.locking import KeyLock
+
+_REVISION_FILE = "seen.json"
+"""File with the newest seen revision of assignments, in the directory of the certificates."""
+
+
+class AgentParts:
+    """Parts of the agent that live as long as the node.  An agent lives as long as a membership of a cluster."""
+
+    def __init__(self, foundation: Foundation, runtime: TaskRuntime, tables: NetworkTables) -> None:
+        environment, clock = foundation.environment, foundation.clock
+        self._foundation = foundation
+        self._runtime = runtime
+        self._tables = tables
+        self.reports = Reports()
+        self.worker = Worker(
+            executor=_traced(foundation, runtime),
+            files=TaskFiles(foundation.paths.tasks),
+            reports=self.reports,
+            clock=clock,
+            payloads=runtime.payloads,
+            volumes=runtime.cluster_volumes,
+            session_state=foundation.session,
+        )
+        self.image_sharing = ImageSharing(
+            runtime.engine,
+            foundation.session,
+            foundation.image_sources,
+            clock,
+            foundation.present_configuration,
+        )
+        self._probes = runtime.probes()
+        self.load = LoadMeter(reader_of(environment.machine, foundation.cgroups), clock)
+        self.usages = TaskUsageMeter(runtime.list, foundation.cgroups, clock)
+        self.offers = ResourceReader(clock, foundation.present_configuration)
+        self._describer = NodeDescriber(
+            environment.machine,
+            environment.features,
+            self.offers,
+            environment.conditions,
+            self._labels,
+            image_port=self.image_sharing.port,
+            has_probes=self._probes is not None,
+        )
+
+    def dependencies(self) -> Dependencies:
+        """Return the dependencies of the membership."""
+        foundation, environment = self._foundation, self._foundation.environment
+        return Dependencies(
+            paths=foundation.paths,
+            clock=foundation.clock,
+            configuration=foundation.present_configuration,
+            manager_files=ManagerFiles(foundation.present_configuration, environment.machine.hostname),
+            processes=environment.processes,
+            new_agent=self._new_agent,
+            work=NodeWork(
+                self.worker,
+                self._runtime.executor,
+                self._tables,
+                foundation.clock,
+                environment.conditions,
+                session=foundation.session,
+                probes=self._probes,
+            ),
+            look=self.offers.refresh,
+        )
+
+    def _labels(self) -> Mapping[str, str]:
+        """Return the engine labels that the parts of the node contribute."""
+        own = self._foundation.own_ports.labels()
+        return {**own, **self._runtime.labels(self.offers.present.listening)}
+
+    def _new_agent(
+        self,
+        node: LocalNode,
+        save_managers: Callable[[tuple[KnownManager, ...]], None],
+        set_role: Callable[[NodeRole], None],
+    ) -> Agent:
+        """Return an agent for ``node``, not yet running (``runner.NewAgent``)."""
+        foundation, runtime = self._foundation, self._runtime
+        certificates, environment = foundation.paths.certificates, foundation.environment
+        credentials = KeyPairCredentials(
+            certificates,
+            foundation.clock,
+            environment.random,
+            on_change=lambda pair: set_role(pair.identity.role),
+            lock=KeyLock(foundation.paths),
+        )
+        services = NodeServices(
+            sink=self.worker,
+            reports=self.reports,
+            logs=runtime.logs,
+            load=self.load.load,
+            tables=self._tables,
+            probes=self._probes,
+            seen=SeenRevision(
+                certificates / _REVISION_FILE, credentials.identity.cluster_id, foundation.clock
+            ),
+            tunnels=tunnel_host(runtime.engine, foundation.events, credentials.connect),
+            volumes=runtime.cluster_volumes,
+            usages=self.usages,
+            serve_images=partial(self.image_sharing.exchange, credentials, node),
+        )
+        managers = ManagerList(
+            self._known_managers(node),
+            save_managers,
+            address_of=node.reach,
+            show_unreached=environment.conditions.reporter(ConditionName.MANAGER_UNREACHABLE),
+        )
+        return Agent(
+            credentials=credentials,
+            managers=managers,
+            describe=partial(self._describe, node),
+            services=services,
+            clock=foundation.clock,
+            random=environment.random,
+            session_state=foundation.session,
+        )
+
+    def _describe(self, node: LocalNode) -> NodeDescription:
+        runtime = self._runtime
+        return self._describer.describe_all(node.data_path_addr, runtime.engine, runtime.cluster_volumes)
+
+    def _known_managers(self, node: LocalNode) -> tuple[KnownManager, ...]:
+        """Return the managers from the last list that they sent, and the configured ones."""
+        sent = {peer.addr for peer in node.managers}
+        configured = (addr for addr in self._foundation.configuration.managers if addr not in sent)
+        return (*node.managers, *(KnownManager(NodeId(""), addr) for addr in configured))
+
+
+def _traced(foundation: Foundation, runtime: TaskRuntime) -> Executor:
+    """Return the executor of tasks, with spans if traces are exported."""
+    exporter = foundation.exporter
+    if exporter is None:
+        return runtime.executor
+    return TracedExecutor(runtime.executor, exporter.add, exporter.now_ns)
