@@ -50,7 +50,8 @@ from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import GossipRelay
 from skep.manager.journal.loop import Journal
 from skep.manager.journal.past import PastStates
-from skep.manager.link.loop import LinkRelays, ManagerLink
+from skep.manager.link.loop import ManagerLink
+from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.consensus import Consensus
