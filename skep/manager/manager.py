@@ -45,7 +45,8 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession
-from skep.manager.eviction.loop import Evictions, end_connections
+from skep.manager.eviction.connections import end_connections
+from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import GossipRelay
 from skep.manager.journal.loop import Journal
