@@ -1,4 +1,4 @@
-"""Decides what an eviction needs next to replace the root, and for which nodes it waits.  Pure."""
+"""Decides how an eviction replaces the root, and for which nodes it waits.  Pure."""
 
 from collections.abc import Iterable
 from typing import Literal, TypeAlias

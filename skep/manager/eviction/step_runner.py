@@ -20,7 +20,7 @@ from skep.wire.client import ManagerChannel
 
 
 class StepRunner:
-    """Does what a step needs, on the leader.
+    """Runs steps on the leader.
 
     Args:
         channel: Returns the connection to another manager, or raises Unavailable.

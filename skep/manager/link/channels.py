@@ -1,4 +1,4 @@
-"""Open connections to the other managers, and separate ones for readers of relayed logs."""
+"""Keeps open connections to the other managers, and separate connections for readers of relayed logs."""
 
 import asyncio
 from collections.abc import AsyncIterator, Set
