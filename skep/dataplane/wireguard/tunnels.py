@@ -24,7 +24,8 @@ from skep.aio.failures import describe_error, log_error
 from skep.aio.race import is_set_within
 from skep.dataplane.netns.kernel import pinned
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
+from skep.dataplane.netns.observation import EXCLUSIVE
+from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Address, Link, NamespaceState, Route
 from skep.dataplane.plan.overlay import LOOPBACK, LOOPBACK_MTU, Underlay
