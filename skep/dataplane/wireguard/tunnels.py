@@ -20,7 +20,6 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
-from skep.aio.failures import describe_error, log_error
 from skep.aio.race import is_set_within
 from skep.dataplane.netns.kernel import pinned
 from skep.dataplane.netns.kernel.namespaces import Namespaces
@@ -33,11 +32,8 @@ from skep.dataplane.plan.packet_filter import tunnel_sources
 from skep.dataplane.plan.rotation import (
     Handshake,
     KeyLifetimes,
-    Overlap,
     handshakes_of,
-    next_pairs,
     noted,
-    observed,
 )
 from skep.dataplane.plan.wireguard import (
     INNER_PORT_OFFSET,
@@ -55,9 +51,9 @@ from skep.dataplane.plan.wireguard import (
     tunnel_mtu,
     tunnelled,
 )
-from skep.dataplane.wireguard import keys
 from skep.dataplane.wireguard.devices import KernelDevices, UserSpaceDevices, WireGuardDevices
 from skep.dataplane.wireguard.methods import EncryptionRefusal
+from skep.dataplane.wireguard.own_keys import OwnKeys
 from skep.errors import SkepError, Unavailable
 from skep.model.networks.tables import NetworkHead, NetworkTable
 from skep.model.networks.wireguard import (
@@ -143,7 +139,7 @@ class WireGuardTunnels:
     ) -> None:
         self._options = options
         self._run_directory = paths.run
-        self._keys_path = paths.wireguard_keys
+        self._keys = OwnKeys(paths.wireguard_keys, options.since_boot, options.limits, clock, say)
         self._namespaces = namespaces
         self._pins = Namespaces(paths.tunnels, namespaces.home)
         self._clock = clock
@@ -164,17 +160,9 @@ class WireGuardTunnels:
         """The data path port of the cluster, or the default until it is known."""
         self._tables: tuple[NetworkTable, ...] | None = None
         self._underlay = Underlay("")
-        self._pairs: tuple[WireGuardKey, ...] = ()
-        self._unread = ""
-        """Reason why the keys of an earlier process cannot be read at present.
-
-        Until then, no key is used or created.
-        """
-        self._are_saved = True
         self._plan = WireGuardPlan()
         self._handshakes: Mapping[Session, Handshake] | None = None
         """The handshakes, or None until the devices were read."""
-        self._overlap = Overlap()
         self._choice = KeyChoice()
         self._followed: Mapping[NodeId, str] = {}
         """The inner addresses that overlays have applied."""
@@ -248,8 +236,7 @@ class WireGuardTunnels:
 
         Raises: Unavailable: they are not.  The plan is then unknown, and the present configuration must stay.
         """
-        if self._unread:
-            raise Unavailable(self._unread)
+        self._keys.require()
 
     @asynccontextmanager
     async def kept_open(self) -> AsyncIterator[None]:
@@ -365,45 +352,7 @@ class WireGuardTunnels:
 
     def _own_keys(self) -> tuple[WireGuardKey, ...]:
         """Return the key pairs that are due now.  Raises: Unavailable: see ``require_keys``."""
-        pairs, now = self._pairs or self._loaded(), self._clock.monotonic()
-        if self._handshakes is not None or self._tables == ():
-            self._overlap = observed(self._overlap, pairs, self._plan.peers, self._handshakes or {}, now)
-        self._keep(
-            next_pairs(
-                pairs,
-                self._overlap,
-                keys.new_private_key,
-                boot_s=self._options.since_boot(),
-                now=now,
-                limits=self._options.limits,
-            )
-        )
-        return self._pairs
-
-    def _loaded(self) -> tuple[WireGuardKey, ...]:
-        """Return the key pairs of an earlier process.  New ones would end the tunnels with every other node."""
-        try:
-            pairs = keys.load(self._keys_path)
-        except OSError as error:
-            self._unread = f"this node's WireGuard keys cannot be read: {describe_error(error)}"
-            self._say(self._unread)
-            raise Unavailable(self._unread) from error
-        self._unread = ""
-        return pairs
-
-    def _keep(self, pairs: tuple[WireGuardKey, ...]) -> None:
-        if pairs == self._pairs and self._are_saved:
-            return
-        try:
-            keys.save(self._keys_path, pairs)
-            self._are_saved = True
-        except OSError as error:  # retried, because otherwise the next node process would create new keys
-            if self._are_saved:
-                log_error(error, "wireguard keys not saved, retrying")
-            self._are_saved = False
-        if self._pairs and pairs != self._pairs:
-            log.info("wireguard key rotated", keys=len(pairs))
-        self._pairs = pairs
+        return self._keys.due(self._plan, self._handshakes, is_settled=self._tables == ())
 
     # --- the namespace ----------------------------------------------------------------------------------------
 
@@ -457,7 +406,7 @@ class WireGuardTunnels:
             links=links,
             addresses=frozenset(
                 Address(names[pair.slot], f"{inner_address(pair.public)}/128")
-                for pair in self._pairs
+                for pair in self._keys.pairs
                 if pair.slot in names
             )
             | {Address(LOOPBACK, "127.0.0.1/8"), Address(LOOPBACK, "::1/128")},
@@ -532,7 +481,7 @@ class WireGuardTunnels:
                 await self._devices.write(name, self.namespace, change)
             self._configured[slot] = wanted
             found.append(device)
-        handshakes = handshakes_of(found, self._pairs)
+        handshakes = handshakes_of(found, self._keys.pairs)
         self._handshakes = noted(self._handshakes or {}, handshakes, self._clock.monotonic())
 
     def _note(self, error: str) -> None:
