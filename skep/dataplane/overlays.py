@@ -22,7 +22,8 @@ from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.kernel import pinned
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler, Scope
+from skep.dataplane.netns.observation import CONTAINER, EXCLUSIVE, Scope
+from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Link, NamespaceState, NeighborEntry
 from skep.dataplane.netns.write import KernelRefused

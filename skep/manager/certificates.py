@@ -16,7 +16,7 @@ from skep.manager.ca.updater import (
     warn_of_expiry,
 )
 from skep.manager.environment import ManagerEnvironment
-from skep.manager.eviction.loop import end_connections
+from skep.manager.eviction.connections import end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.store_member import StoreMember
 from skep.manager.telemetry.events import ClusterEvents

@@ -10,7 +10,8 @@ from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.manager.environment import ManagerEnvironment
 from skep.manager.gossip.relay import GossipRelay
-from skep.manager.link.loop import LinkRelays, ManagerLink
+from skep.manager.link.loop import ManagerLink
+from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.nodes.attachment_service import AttachmentService
 from skep.manager.nodes.image_directory import ImageDirectory

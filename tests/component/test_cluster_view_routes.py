@@ -17,7 +17,8 @@ from skep.api.http.server import runner
 from skep.manager.routes import application
 from skep.manager.routes.extensions import view
 from skep.manager.view.cluster import ClusterRows
-from skep.manager.view.loop import HEARTBEAT_S, VIEWERS_MAX, ClusterView
+from skep.manager.view.loop import HEARTBEAT_S, ClusterView
+from skep.manager.view.viewers import VIEWERS_MAX
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store
 from tests.conformance.manager import a_manager_api
@@ -127,17 +128,17 @@ async def test_a_viewer_that_takes_nothing_is_dropped(
             silent.connect(str(tmp_path / "s"))
             silent.sendall(b"GET /skep/view/stream HTTP/1.1\r\nHost: m\r\n\r\n")
             for expected in (1, 0):
-                await until(lambda: cluster.viewers == expected)  # noqa: B023  # it has returned by then
+                await until(lambda: cluster.viewers.count == expected)  # noqa: B023  # it has returned by then
 
 
 async def test_the_rows_are_made_when_the_page_is_asked_for(tmp_path: Path) -> None:
     async with a_manager(tmp_path) as (session, _, cluster):
         async with session.get("/ui/style.css", headers=RELAYED) as response:
             assert response.status == 200
-        assert cluster._table is None
+        assert cluster.rows is None
         async with session.get("/ui/", headers=RELAYED) as response:
             assert response.status == 200
-        await until(lambda: cluster._table is not None and cluster._table.number > 0)
+        await until(lambda: cluster.rows is not None and cluster.rows.table.number > 0)
 
 
 async def test_pages_are_served_to_the_relay_alone_by_name(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ import pytest
 
 from skep.agent.session.managers import KnownManager
 from skep.aio.clock import SystemClock
-from skep.errors import PermissionDenied
+from skep.errors import PermissionDenied, Unavailable
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
-from skep.manager.link.loop import LinkRelays, ManagerLink
+from skep.manager.link.loop import ManagerLink
+from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
+from skep.manager.storage.incarnation import Incarnation
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.model.values.ids import NodeId, new_id
@@ -53,12 +55,14 @@ class Manager:
         clock = SystemClock()
         tls = client_context(self.pair)
         self.reports = PeerReports()
+        self.incarnation = Incarnation(1)
         self.link = ManagerLink(
             self.store,
             self.id,
             lambda addr, **bounds: open_channel(addr, tls, MANAGER_NAME, **bounds),
             clock,
             Random(1),
+            incarnation=self.incarnation,
             reports=self.reports,
         )
         self.logs = LogBroker(self.store, new_id, clock, self.id, LinkRelays(self.link))
@@ -93,7 +97,11 @@ class Manager:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def is_linked(self, other: "Manager") -> bool:
-        return other.id in self.link._channels
+        try:
+            self.link.channel(other.id)
+        except Unavailable:
+            return False
+        return True
 
     def silent(self) -> set[NodeId]:
         return set(self.link.silent(SystemClock().monotonic()))
@@ -166,7 +174,7 @@ async def test_a_caller_that_is_no_manager_gets_the_incarnation_and_is_not_belie
     observe_incarnation: list[NodeId] = []
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with Manager(cluster, 1).serving() as one:
-        one.link._incarnation.observe = lambda manager, _: bool(observe_incarnation.append(manager))
+        one.incarnation.observe = lambda manager, _: bool(observe_incarnation.append(manager))
         async with (
             open_channel(one.address, client_context(minted), MANAGER_NAME) as channel,
             channel.stream(methods.PINGS) as pings,

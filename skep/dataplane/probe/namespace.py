@@ -7,7 +7,8 @@ from skep.dataplane import underlays
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.kernel import checksums, pinned
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
+from skep.dataplane.netns.observation import EXCLUSIVE
+from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import NamespaceState
 from skep.dataplane.plan.overlay import Underlay

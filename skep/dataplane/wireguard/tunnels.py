@@ -8,55 +8,40 @@ even if a device, its process, a key or a route is missing.
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from socket import AF_INET6
-from typing import Protocol
 
 import msgspec
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
-from skep.aio.failures import describe_error, log_error
 from skep.aio.race import is_set_within
-from skep.dataplane.netns.kernel import pinned
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Address, Link, NamespaceState, Route
 from skep.dataplane.plan.overlay import LOOPBACK, LOOPBACK_MTU, Underlay
 from skep.dataplane.plan.packet_filter import tunnel_sources
 from skep.dataplane.plan.rotation import (
-    Handshake,
     KeyLifetimes,
-    Overlap,
-    handshakes_of,
-    next_pairs,
-    noted,
-    observed,
 )
 from skep.dataplane.plan.wireguard import (
     INNER_PORT_OFFSET,
     KeyChoice,
-    Session,
-    WireGuardDevice,
     WireGuardKey,
     WireGuardPlan,
-    changes,
     chosen,
-    device_name,
     inner_address,
     own_port,
     plan_of,
     tunnel_mtu,
-    tunnelled,
 )
-from skep.dataplane.wireguard import keys
-from skep.dataplane.wireguard.devices import KernelDevices, UserSpaceDevices, WireGuardDevices
+from skep.dataplane.wireguard.encrypted_networks import EncryptedNetworks
 from skep.dataplane.wireguard.methods import EncryptionRefusal
+from skep.dataplane.wireguard.own_keys import OwnKeys
+from skep.dataplane.wireguard.tunnel_devices import Process, TunnelDevices
+from skep.dataplane.wireguard.tunnel_namespace import SYSCTLS, TunnelNamespace
 from skep.errors import SkepError, Unavailable
 from skep.model.networks.tables import NetworkHead, NetworkTable
 from skep.model.networks.wireguard import (
@@ -66,40 +51,16 @@ from skep.model.networks.wireguard import (
     PublicKey,
     public_keys_label,
 )
-from skep.model.swarm import DEFAULT_DATA_PATH_PORT
-from skep.model.values.ids import NetworkId, NodeId
+from skep.model.values.ids import NodeId
 from skep.paths import Paths
 
 log = structlog.get_logger()
 
-NAMESPACE = "wireguard"
 PERIOD_S = 1.0
 """Seconds between checks for completed handshakes and removed devices."""
 HURRY_S = 0.1
 """Seconds between checks while a device does not exist yet."""
-HEAL_S = 5.0
-"""Seconds between comparisons of the namespace with its desired state."""
-SYSCTLS = {
-    "net/ipv4/ip_forward": "0",
-    "net/ipv6/conf/all/disable_ipv6": "0",
-    "net/ipv6/conf/all/forwarding": "0",
-    "net/ipv6/conf/default/disable_ipv6": "0",
-    "net/ipv6/conf/default/accept_dad": "0",
-    "net/ipv6/conf/default/accept_ra": "0",
-    "net/ipv6/conf/default/addr_gen_mode": "1",
-}
-"""Sysctls of the tunnels' namespace.  Addresses inside are IPv6, even if the node itself has only IPv4."""
 _KINDS = {EncryptionMethod.KERNEL: "wireguard", EncryptionMethod.USER_SPACE: "tun"}
-
-
-class Process(Protocol):
-    """A supervised wireguard-go (``supervision.supervisor.Supervisor``)."""
-
-    async def run(self) -> None:
-        """Keep the process running until cancelled."""
-
-    def dismiss(self) -> None:
-        """Stop the process when ``run`` is cancelled."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,54 +102,29 @@ class WireGuardTunnels:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._options = options
-        self._run_directory = paths.run
-        self._keys_path = paths.wireguard_keys
-        self._namespaces = namespaces
-        self._pins = Namespaces(paths.tunnels, namespaces.home)
-        self._clock = clock
         self._say = say
-        self._reconciler = NetnsReconciler("tunnels", self.namespace, self._pins, repairs, EXCLUSIVE)
-        self._devices: WireGuardDevices = (
-            KernelDevices(namespaces)
-            if options.method is EncryptionMethod.KERNEL
-            else UserSpaceDevices(namespaces)
+        self._keys = OwnKeys(paths.wireguard_keys, options.since_boot, options.limits, clock, say)
+        self._space = TunnelNamespace(Namespaces(paths.tunnels, namespaces.home), repairs, clock)
+        self._devices = TunnelDevices(
+            paths.run,
+            self._space.path,
+            namespaces,
+            options.process if options.method is EncryptionMethod.USER_SPACE else None,
+            clock,
+            are_in_kernel=options.method is EncryptionMethod.KERNEL,
         )
-        self._opening = asyncio.Lock()
-        """Held while the namespace is created or removed."""
-        self._users = 0
-        """Number of open ``kept_open`` blocks."""
+        self._networks = EncryptedNetworks()
         self._changed = asyncio.Event()
-        self._node = NodeId("")
-        self._vxlan_port = DEFAULT_DATA_PATH_PORT
-        """The data path port of the cluster, or the default until it is known."""
-        self._tables: tuple[NetworkTable, ...] | None = None
-        self._underlay = Underlay("")
-        self._pairs: tuple[WireGuardKey, ...] = ()
-        self._unread = ""
-        """Reason why the keys of an earlier process cannot be read at present.
-
-        Until then, no key is used or created.
-        """
-        self._are_saved = True
         self._plan = WireGuardPlan()
-        self._handshakes: Mapping[Session, Handshake] | None = None
-        """The handshakes, or None until the devices were read."""
-        self._overlap = Overlap()
         self._choice = KeyChoice()
         self._followed: Mapping[NodeId, str] = {}
         """The inner addresses that overlays have applied."""
-        self._tunnelled: dict[NetworkId, tuple[NetworkTable, Mapping[NodeId, str], NetworkTable]] = {}
-        self._healed_at = -HEAL_S
-        self._placed: Mapping[int, int] = {}
-        """Index of the device in each slot."""
-        self._configured: dict[int, WireGuardDevice] = {}
-        self._processes: dict[int, tuple[Process, asyncio.Task[None]]] = {}
         self._last_error = ""
 
     @property
     def namespace(self) -> Path:
         """Namespace of the devices, and of the sockets of encrypted networks' VXLANs."""
-        return self._pins.path(NAMESPACE)
+        return self._space.path
 
     # --- for the node's description ---------------------------------------------------------------------------
 
@@ -204,14 +140,18 @@ class WireGuardTunnels:
             return {}
         try:
             published = tuple(
-                PublicKey(pair.public, own_port(pair.slot, self._vxlan_port, self._options.port))
+                PublicKey(pair.public, own_port(pair.slot, self._networks.vxlan_port, self._options.port))
                 for pair in self._own_keys()
             )
         except Unavailable:
-            if self._tables is None:
+            if self._networks.tables is None:
                 raise
             # Keep publishing the keys that peers have.  If none were published, peers would end working tunnels.
-            own = (table.nodes[self._node] for table in self._tables if self._node in table.nodes)
+            own = (
+                table.nodes[self._networks.node]
+                for table in self._networks.tables
+                if self._networks.node in table.nodes
+            )
             published = next((node.wireguard_keys for node in own), ())
         return {ENCRYPTION_LABEL: method.value, PUBLIC_KEYS_LABEL: public_keys_label(published)}
 
@@ -229,14 +169,9 @@ class WireGuardTunnels:
         ``underlay`` is this node's device.  When this returns, VXLANs of encrypted networks can be created.
         Raises: OSError; Unavailable: see ``require_keys``.
         """
-        self._node, self._underlay = node, underlay
-        every = tuple(tables)
-        self._vxlan_port = next((table.head.port for table in every), self._vxlan_port)
-        self._tables = tuple(table for table in every if table.head.is_encrypted)
-        carried = {table.head.id for table in self._tables}
-        self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
+        self._networks.set(node, tables, underlay)
         try:
-            if self._tables and not isinstance(self._options.method, EncryptionRefusal):
+            if self._networks.tables and not isinstance(self._options.method, EncryptionRefusal):
                 await self._open()
             self._decide()
         finally:
@@ -247,8 +182,7 @@ class WireGuardTunnels:
 
         Raises: Unavailable: they are not.  The plan is then unknown, and the present configuration must stay.
         """
-        if self._unread:
-            raise Unavailable(self._unread)
+        self._keys.require()
 
     @asynccontextmanager
     async def kept_open(self) -> AsyncIterator[None]:
@@ -256,23 +190,19 @@ class WireGuardTunnels:
 
         Raises: OSError; Unavailable: see ``require_keys``.
         """
-        self._users += 1
+        self._space.users += 1
         try:
             if not isinstance(self._options.method, EncryptionRefusal):
                 await self._open()
             yield
         finally:
-            self._users -= 1
-            if not self._tables:
+            self._space.users -= 1
+            if not self._networks.tables:
                 self._changed.set()
 
     def table(self, table: NetworkTable) -> NetworkTable:
         """Return an encrypted network's table with addresses inside the tunnels."""
-        known, addresses = self._tunnelled.get(table.head.id), self._choice.addresses
-        if known is None or known[0] is not table or known[1] != addresses:
-            known = (table, addresses, tunnelled(table, self._node, addresses))
-            self._tunnelled[table.head.id] = known
-        return known[2]
+        return self._networks.inside(table, self._choice.addresses)
 
     def inside(self, underlay: Underlay | None) -> Underlay | None:
         """Return the underlay inside the tunnels on top of ``underlay``, or None if this node cannot encrypt."""
@@ -304,15 +234,15 @@ class WireGuardTunnels:
             async with asyncio.TaskGroup() as group:
                 while True:
                     self._changed.clear()
-                    if self._tables is not None:
+                    if self._networks.tables is not None:
                         await self._try_step(group, moved)
                     if self._plan.devices or self._last_error:
-                        is_complete = self._placed.keys() == self._plan.devices.keys()
+                        is_complete = self._devices.placed.keys() == self._plan.devices.keys()
                         await is_set_within(self._changed, PERIOD_S if is_complete else HURRY_S)
                     else:
                         await self._changed.wait()
         finally:
-            self._processes.clear()
+            self._devices.forget_processes()
 
     async def _try_step(self, group: asyncio.TaskGroup, moved: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -330,24 +260,25 @@ class WireGuardTunnels:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            names = ", ".join(sorted(table.head.name for table in self._tables or ()))
+            names = self._networks.names()
             self._say(f"encrypted networks ({names}): {self._options.method.reason}" if names else "")
 
     async def _step(self, group: asyncio.TaskGroup) -> None:
         self._decide()
-        self._supervise(group)
+        self._devices.supervise(group, self._plan.devices.keys())
         if not self._plan.devices:
             await self._close()
             return
         await self._open()
-        await self._place()
+        if await self._devices.place(self._plan.devices.keys(), self._networks.mtu):
+            self._space.invalidate()
         # Accept the sources before packets can arrive from them.
         await self._settle()
-        await self._configure()
+        await self._devices.configure(self._plan, lambda: self._keys.pairs)
         before = self._choice
         self._decide()
         if self._choice.slots != before.slots:
-            await self._reroute(before)
+            await self._devices.reroute(before, self._choice)
             await self._settle()
         self._say(unreachable(self._plan))
 
@@ -359,104 +290,44 @@ class WireGuardTunnels:
         if isinstance(self._options.method, EncryptionRefusal):
             return
         pairs = self._own_keys()
-        self._plan = plan_of(self._node, pairs, self._tables or (), port=self._options.port)
-        self._choice = chosen(self._plan, self._handshakes or ())
+        self._plan = plan_of(self._networks.node, pairs, self._networks.tables or (), port=self._options.port)
+        self._choice = chosen(self._plan, self._devices.handshakes or ())
 
     def _own_keys(self) -> tuple[WireGuardKey, ...]:
         """Return the key pairs that are due now.  Raises: Unavailable: see ``require_keys``."""
-        pairs, now = self._pairs or self._loaded(), self._clock.monotonic()
-        if self._handshakes is not None or self._tables == ():
-            self._overlap = observed(self._overlap, pairs, self._plan.peers, self._handshakes or {}, now)
-        self._keep(
-            next_pairs(
-                pairs,
-                self._overlap,
-                keys.new_private_key,
-                boot_s=self._options.since_boot(),
-                now=now,
-                limits=self._options.limits,
-            )
-        )
-        return self._pairs
-
-    def _loaded(self) -> tuple[WireGuardKey, ...]:
-        """Return the key pairs of an earlier process.  New ones would end the tunnels with every other node."""
-        try:
-            pairs = keys.load(self._keys_path)
-        except OSError as error:
-            self._unread = f"this node's WireGuard keys cannot be read: {describe_error(error)}"
-            self._say(self._unread)
-            raise Unavailable(self._unread) from error
-        self._unread = ""
-        return pairs
-
-    def _keep(self, pairs: tuple[WireGuardKey, ...]) -> None:
-        if pairs == self._pairs and self._are_saved:
-            return
-        try:
-            keys.save(self._keys_path, pairs)
-            self._are_saved = True
-        except OSError as error:  # retried, because otherwise the next node process would create new keys
-            if self._are_saved:
-                log_error(error, "wireguard keys not saved, retrying")
-            self._are_saved = False
-        if self._pairs and pairs != self._pairs:
-            log.info("wireguard key rotated", keys=len(pairs))
-        self._pairs = pairs
+        return self._keys.due(self._plan, self._devices.handshakes, is_settled=self._networks.tables == ())
 
     # --- the namespace ----------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        async with self._opening:
-            if not os.path.ismount(self.namespace):
-                await self._pins.destroy(NAMESPACE)
-                await self._pins.create(NAMESPACE, SYSCTLS)
-                self._reconciler.reset()
-                self._placed = {}
-            if self._handshakes is None:
-                self._handshakes = await self._found_handshakes()
+        async with self._space.opening:
+            if await self._space.create():
+                self._devices.placed = {}
+            if self._devices.handshakes is None:
+                await self._devices.find_handshakes(self._own_keys())
 
     async def _close(self) -> None:
-        async with self._opening:
-            if self._tables or self._users:
+        async with self._space.opening:
+            if self._networks.tables or self._space.users:
                 return
-            if os.path.exists(self.namespace):
-                await pinned.remove(self._pins, NAMESPACE)
-                log.info("wireguard tunnels removed")
-            self._reconciler.reset()
-            self._placed, self._handshakes = {}, None
-            self._configured.clear()
+            await self._space.remove()
+            self._devices.forget()
             self._say("")
-
-    async def _found_handshakes(self) -> Mapping[Session, Handshake]:
-        """Return the handshakes of devices that an earlier node process has configured, so that traffic continues on
-        them.
-        """
-        found, pairs = [], self._own_keys()
-        for pair in pairs:
-            try:
-                found.append(
-                    await self._devices.read_device(
-                        device_name(self._run_directory, pair.slot), self.namespace
-                    )
-                )
-            except SkepError:
-                continue
-        return noted({}, handshakes_of(found, pairs), self._clock.monotonic())
 
     async def _settle(self) -> None:
         """Apply addresses, routes and rules of the devices that exist."""
-        method, run = self._options.method, self._run_directory
+        method, mtu = self._options.method, self._networks.mtu
         assert isinstance(method, EncryptionMethod), "otherwise there is no plan"
-        names = {slot: device_name(run, slot) for slot in self._placed if slot in self._plan.devices}
-        mtu = tunnel_mtu(self._underlay.mtu, is_ipv6=":" in self._underlay.address)
+        names = {
+            slot: self._devices.name(slot) for slot in self._devices.placed if slot in self._plan.devices
+        }
         links = {name: Link(name=name, kind=_KINDS[method], mtu=mtu) for name in names.values()}
         links[LOOPBACK] = Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)
         state = NamespaceState(
             links=links,
             addresses=frozenset(
                 Address(names[pair.slot], f"{inner_address(pair.public)}/128")
-                for pair in self._pairs
+                for pair in self._keys.pairs
                 if pair.slot in names
             )
             | {Address(LOOPBACK, "127.0.0.1/8"), Address(LOOPBACK, "::1/128")},
@@ -467,72 +338,8 @@ class WireGuardTunnels:
             ),
             sysctls=SYSCTLS,
         )
-        port = self._vxlan_port + INNER_PORT_OFFSET
-        self._reconciler.set_part(NAMESPACE, state, tunnel_sources(self._plan.sources, port))
-        await self._reconciler.apply()
-        if self._clock.monotonic() - self._healed_at >= HEAL_S:
-            await self._reconciler.heal()
-            self._healed_at = self._clock.monotonic()
-
-    async def _reroute(self, before: KeyChoice) -> None:
-        """Move routes from one device to another.
-
-        They are replaced in place, so that packets always have a route.
-        """
-        moved = {
-            address: self._placed[slot]
-            for address, slot in self._choice.slots.items()
-            if slot in self._placed and before.slots.get(address, slot) != slot
-        }
-        if not moved:
-            return
-        async with self._namespaces.netlink(self.namespace) as route:
-            for address, index in moved.items():
-                await route.route("replace", dst=f"{address}/128", oif=index, family=AF_INET6)
-
-    # --- devices ----------------------------------------------------------------------------------------------
-
-    def _supervise(self, group: asyncio.TaskGroup) -> None:
-        """Run a process for each device if devices need one."""
-        if self._options.process is None or self._options.method is not EncryptionMethod.USER_SPACE:
-            return
-        for slot in self._processes.keys() - self._plan.devices.keys():
-            process, task = self._processes.pop(slot)
-            process.dismiss()
-            task.cancel()
-        for slot in self._plan.devices.keys() - self._processes.keys():
-            process = self._options.process(slot)
-            task = group.create_task(process.run(), name=f"wireguard-go {slot}")
-            self._processes[slot] = (process, task)
-
-    async def _place(self) -> None:
-        mtu = tunnel_mtu(self._underlay.mtu, is_ipv6=":" in self._underlay.address)
-        placed = {}
-        for slot in self._plan.devices:
-            name = device_name(self._run_directory, slot)
-            if index := await self._devices.place(name, self.namespace, mtu):
-                placed[slot] = index
-        if placed != self._placed:
-            self._reconciler.invalidate()
-            for slot in placed.keys() | self._placed.keys():
-                if placed.get(slot) != self._placed.get(slot):
-                    self._configured.pop(slot, None)
-            self._placed = placed
-
-    async def _configure(self) -> None:
-        found = []
-        # Use a snapshot, because the plan may change to fewer devices while one of them is read.
-        planned = [(slot, wanted) for slot, wanted in self._plan.devices.items() if slot in self._placed]
-        for slot, wanted in planned:
-            name = device_name(self._run_directory, slot)
-            device = await self._devices.read_device(name, self.namespace)
-            change = changes(device, wanted, self._configured.get(slot))
-            if change.is_needed:
-                await self._devices.write(name, self.namespace, change)
-            self._configured[slot] = wanted
-            found.append(device)
-        handshakes = handshakes_of(found, self._pairs)
-        self._handshakes = noted(self._handshakes or {}, handshakes, self._clock.monotonic())
+        port = self._networks.vxlan_port + INNER_PORT_OFFSET
+        await self._space.apply(state, tunnel_sources(self._plan.sources, port))
 
     def _note(self, error: str) -> None:
         """Log ``error``, but only once if it is repeated."""

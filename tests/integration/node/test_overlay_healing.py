@@ -14,7 +14,8 @@ from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns import nft_table
 from skep.dataplane.netns.kernel import nft
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
+from skep.dataplane.netns.observation import EXCLUSIVE
+from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Address, Link, NamespaceState
 from skep.dataplane.plan.packet_filter import vxlan_filter

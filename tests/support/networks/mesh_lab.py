@@ -22,7 +22,8 @@ from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.kernel import nft
 from skep.dataplane.netns.kernel.namespaces import Namespaces, inside
-from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler, Scope
+from skep.dataplane.netns.observation import CONTAINER, Scope
+from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Link, NamespaceState
 from skep.dataplane.plan.reply_routing import IngressEndpoint

@@ -3,8 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.link.loop import SILENT_S, ManagersLastSeen
+from skep.manager.link.last_seen import SILENT_S, ManagersLastSeen
+from skep.manager.link.pings import report_in
+from skep.manager.peer_reports import REGISTERING_MAX, PeerReport
 from skep.model.values.ids import NodeId
+from skep.wire import skep_pb2 as skep
 
 A, B = NodeId("a"), NodeId("b")
 
@@ -74,3 +77,11 @@ def test_a_manager_with_a_recent_message_is_never_silent(words: list[tuple[NodeI
         last[id] = now
         reachable.note(id, now)
         assert set(reachable.silent(now)) == {id for id, at in last.items() if now - at >= SILENT_S}
+
+
+def test_a_report_of_any_length_is_cut_to_its_bound() -> None:
+    ping = skep.Ping(crowded=True, missed=3, without_quorum=True, registering=["n"] * (REGISTERING_MAX + 1))
+    report = report_in(ping)
+    assert report == PeerReport(
+        is_overloaded=True, missed=3, registering=(NodeId("n"),) * REGISTERING_MAX, is_without_quorum=True
+    )

@@ -16,8 +16,9 @@ from skep.dataplane.netns.healer import ROUND_SECONDS_MIN, SHARE, Healer
 from skep.dataplane.netns.kernel import nft
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import NftTable, changes, fits, whole
+from skep.dataplane.netns.observation import CONTAINER, EXCLUSIVE
 from skep.dataplane.netns.read import ReadState
-from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler
+from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs, kind_of
 from skep.dataplane.netns.state import Address, EntryKind, Link, NamespaceState, NeighborEntry, Route
 from skep.dataplane.overlays import Overlays

@@ -15,8 +15,9 @@ from sim.time import VirtualClock, VirtualLoop
 from skep.errors import SkepError, Unavailable
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.manager.view.building import WATCHED
-from skep.manager.view.loop import LINGER_S, VIEWERS_MAX, ClusterView
+from skep.manager.view.loop import ClusterView
 from skep.manager.view.rows import ClusterRow, ManagersRow
+from skep.manager.view.viewers import LINGER_S, VIEWERS_MAX
 from skep.model.container import ContainerSpec, HealthConfig, SecretReference
 from skep.model.node import NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -223,7 +224,7 @@ def test_viewers_that_read_at_any_pace_come_to_hold_what_the_store_shows(seed: i
 def test_nothing_is_followed_before_the_first_viewer_and_after_the_last() -> None:
     async def body(rig: Rig) -> None:
         def is_followed() -> bool:
-            return rig.view._table is not None
+            return rig.view.rows is not None
 
         await asyncio.sleep(100)
         assert not is_followed()
@@ -246,10 +247,10 @@ def test_rows_are_there_before_a_viewer_that_is_expected_and_go_when_none_comes(
         async with rig.running():
             rig.view.prepare()
             await asyncio.sleep(LINGER_S / 2)
-            assert rig.view._table is not None
-            assert rig.view._table.number
+            assert rig.view.rows is not None
+            assert rig.view.rows.table.number
             await asyncio.sleep(LINGER_S)
-            assert rig.view._table is None
+            assert rig.view.rows is None
 
     run(body)
 
