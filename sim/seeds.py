@@ -1,7 +1,7 @@
 """Simulates many seeds, and reports failures.
 
-Garbage is collected only between runs, because the objects of a run live until its end.  Everything older than the
-first run is left out, because it is not garbage.
+Garbage is collected only between runs, because the objects of a run live until its end.  Worker processes
+leave out everything older than their first run, because it is not garbage.
 """
 
 import gc
@@ -40,7 +40,7 @@ def results(seeds: Iterable[int], run: Simulate = simulate) -> Iterator[RunResul
 
 def failures(seeds: Iterable[int], processes: int = 0, run: Simulate = simulate) -> Iterator[RunResult]:
     """Simulate seeds in ``processes`` processes (0: one per processor).  Yield the runs with violations."""
-    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(processes or os.cpu_count(), initializer=gc.freeze) as pool:
         for found in pool.map(partial(_failed, run=run), chunked(seeds, CHUNK)):
             yield from found
 
@@ -64,12 +64,10 @@ def quiet() -> Iterator[None]:
     was_enabled = gc.isenabled()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     gc.disable()
-    gc.freeze()
     try:
         yield
     finally:
         structlog.configure(**before)
-        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
