@@ -679,7 +679,7 @@ class SimulatedCluster:
             drift=rng(0.998, 1.002),
             began_s=rng(-1000.0, 1000.0),
             wall_off_s=rng(-self._skew_s, self._skew_s),
-            wait_running=lambda: self.links.wait_thawed(id),
+            wait_running=partial(self.links.wait_thawed, id),
         )
 
 

@@ -1,6 +1,7 @@
 """Simulates many seeds, and reports failures.
 
-Garbage is collected only between runs, because the objects of a run live until its end.
+Garbage is collected only between runs, because the objects of a run live until its end.  Worker processes
+leave out everything older than their first run, because it is not garbage.
 """
 
 import gc
@@ -22,7 +23,8 @@ Simulate = Callable[[int], RunResult]
 RUN_CPU_S_MAX = 300.0
 """Processor seconds after which one run is interrupted.  The average is below one."""
 RUNS_PER_COLLECTION = 10
-CHUNK = 25
+CHUNK = RUNS_PER_COLLECTION
+"""Number of seeds that a process takes at a time.  With more, the last process works alone for long."""
 
 
 def results(seeds: Iterable[int], run: Simulate = simulate) -> Iterator[RunResult]:
@@ -38,7 +40,7 @@ def results(seeds: Iterable[int], run: Simulate = simulate) -> Iterator[RunResul
 
 def failures(seeds: Iterable[int], processes: int = 0, run: Simulate = simulate) -> Iterator[RunResult]:
     """Simulate seeds in ``processes`` processes (0: one per processor).  Yield the runs with violations."""
-    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(processes or os.cpu_count(), initializer=gc.freeze) as pool:
         for found in pool.map(partial(_failed, run=run), chunked(seeds, CHUNK)):
             yield from found
 

@@ -66,10 +66,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Number of timers that have run."""
         self._stopping = False
         super().__init__()
-        numbers = count()
-        self.set_task_factory(
-            lambda loop, work, **rest: _NumberedTask(next(numbers), work, loop=loop, **rest)
-        )
+        self._numbers = count()
 
     def time(self) -> float:
         return self._now
@@ -99,6 +96,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> "_Timer":
         return self.call_at(self._now + delay, callback, *args, context=context)
 
+    def create_task(  # type: ignore[override]
+        self, work: Any, *, name: str | None = None, context: Context | None = None
+    ) -> "_NumberedTask":
+        return _NumberedTask(next(self._numbers), work, loop=self, name=name, context=context)
+
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> "asyncio.Future[T]":
@@ -126,8 +128,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Run iterations of the loop until it is stopped.  ``run_forever`` calls this.  Raises: Deadlock, Spinning."""
         due, take = self._due, self._due.popleft
         while True:
-            self._forget_cancelled()
-            self._wait()
+            timers = self._timers
+            if timers and (timers[0][1].is_cancelled or len(timers) > CANCELLED_MIN):
+                self._forget_cancelled()
+            self._turns_left -= 1
+            if self._turns_left < 0 or not (due or self._stopping):
+                self._wait()
             timers, until = self._timers, self._now + RESOLUTION_S
             while timers and timers[0][0] < until:
                 timer = heappop(timers)[1]
@@ -164,13 +170,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
             heappop(timers)[1].is_scheduled = False
 
     def _wait(self) -> None:
-        """Advance the clock to the next timer unless a callback is due, and count the iteration."""
-        self._turns_left -= 1
+        """Advance the clock to the next timer.  Raises: Deadlock; Spinning: the iterations are used up."""
         if self._turns_left < 0:
             self._turns_max = self._turns_left = inf  # so that the clean-up can run
             raise Spinning(f"the limit of iterations of the event loop is reached, at {self._now:.3f} s")
-        if self._due or self._stopping:
-            return
         if not self._timers:
             raise Deadlock("every task waits, and no timer is pending")
         left_s = self._timers[0][0] - self._now
@@ -292,8 +295,9 @@ class VirtualClock:
             timer = loop.call_at(loop.time() + seconds / self._drift, _wake, woken)
             try:
                 await woken
-            finally:
+            except BaseException:
                 timer.cancel()
+                raise
         else:
             await asyncio.sleep(0)
         if self._wait_running is not None:

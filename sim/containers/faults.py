@@ -54,7 +54,7 @@ class Faults:
         self._random = random
         self._clock = clock
         self.rate = rate
-        self._focus = focus
+        self.focus = focus
         self.seen = Counter[tuple[str, Fate]]()
         """Faults by call."""
         self.on_crash: Callable[[], None] = lambda: None
@@ -96,7 +96,7 @@ class Faults:
         return result
 
     def _fate(self, name: str, fates: tuple[Fate, ...]) -> Fate | None:
-        is_focused = self.rate > 0 and name == self._focus
+        is_focused = self.rate > 0 and name == self.focus
         if self._random.random() >= (FOCUSED_RATE if is_focused else self.rate):
             return None
         fate = self._random.choice(fates)
