@@ -10,7 +10,7 @@ from playwright.async_api import Page, expect
 from tests.browser.made_up_cluster import KINDS, MadeUpCluster, in_every_state, without_services
 from tests.browser.served_cluster import served
 from tests.browser.test_looks_and_speed import PAGES
-from tests.support.clients.browser import a_browser, a_page
+from tests.support.clients.browser import a_browser, a_page, open_place
 
 pytestmark = pytest.mark.chromium
 
@@ -31,9 +31,8 @@ def _places(cluster: MadeUpCluster) -> Iterator[str]:
 
 
 async def _measured(page: Page, url: str, place: str) -> None:
-    await page.goto(f"{url}#/{place}")
-    await expect(page.locator("main")).not_to_contain_text("Reading the cluster")
-    # Two frames: the address has been followed, and the page and its hive are drawn.
+    await open_place(page, url, place)
+    # Two frames, in which the hive is drawn.
     await page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert (place, await page.evaluate("contrastFindings()")) == (place, [])
 
