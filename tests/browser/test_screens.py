@@ -379,6 +379,25 @@ async def test_a_phone_shows_problems_first() -> None:
         await expect(more).not_to_have_attribute("aria-current", "true")
         await page.goto(f"{url}#/volumes")
         await expect(more).to_have_attribute("aria-current", "true")
+        await more.click()
+        await page.get_by_role("link", name="Stacks").click()
+        await expect(page.get_by_role("heading", name="Stacks")).to_be_visible()
+        await expect(more).to_have_attribute("aria-expanded", "false")
+
+
+async def test_the_time_that_a_phone_shows_covers_nothing() -> None:
+    cluster = in_every_state()
+    cluster.then = cluster.snapshot()
+    size: Any = {"viewport": {"width": 390, "height": 844}}
+    async with served(cluster) as url, a_browser() as browser, a_page(browser, **size) as page:
+        await open_place(page, url, "hive")
+        await expect(page.locator(".bars rect").first).to_be_attached()
+        await page.locator(".bars input").fill("1800")
+        banner = page.locator(".banner.past")
+        await expect(banner).to_contain_text("This is the cluster at")
+        box = await banner.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] <= await _top(page.locator(".attention"))
 
 
 async def _top(one: Locator) -> float:

@@ -190,7 +190,10 @@ class App {
   #follow() {
     const [, page = "hive", kind = "", id = "", tab = ""] = location.hash.split("/");
     const isKnown = PAGES.some(({ name }) => name === page);
-    if (page !== this.route.page) this.scrolled.top = 0;
+    if (page !== this.route.page) {
+      this.scrolled.top = 0;
+      this.memory.delete("more pages");
+    }
     this.route = { page: isKnown ? page : "hive", kind, id: decode(id), tab, address: location.hash };
     this.notice = "";
     this.invalidate();
