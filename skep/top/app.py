@@ -11,6 +11,7 @@ from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
+from textual.geometry import Size
 from textual.widgets import ContentSwitcher, Footer, Input, Static
 
 from skep.cli.output import shortened
@@ -27,7 +28,7 @@ from skep.top.table import RowTable
 from skep.top.watching import WatchedCluster
 
 _SHORT = 16
-"""If the screen has fewer lines, it leaves out empty lines and shows the headline on one line."""
+"""If the screen has fewer lines, it leaves out empty lines and shows the headline and the counts on one line each."""
 _TABS_WITH_COUNTS = 72
 """Number of columns from which on the tabs have space for their counts."""
 _WRAPPING = 12
@@ -73,7 +74,7 @@ class TopApp(App[None]):
     #link { width: auto; }
     #summary, #tabs, #name { text-wrap: nowrap; text-overflow: ellipsis; }
     #health { height: auto; max-height: 2; padding: 0 1; }
-    #summary { height: 1; color: $text-muted; }
+    #summary { height: auto; color: $text-muted; }
     #tabs { height: 1; margin-top: 1; link-style: none; link-color: $foreground; }
     #filter { display: none; }
     #filter.shown { display: block; }
@@ -174,7 +175,7 @@ class TopApp(App[None]):
         screen.query_one("#link", Static).update(_link(snapshot))
         services = states_of(snapshot, time.time())
         screen.query_one("#health", Static).update(self._health(services))
-        screen.query_one("#summary", Static).update(_summary(snapshot, services, self.size.width))
+        screen.query_one("#summary", Static).update(_summary(snapshot, services, self.size))
         screen.query_one("#tabs", Static).update(self._tabs())
         self._paint_table()
 
@@ -473,13 +474,18 @@ def _link(snapshot: Snapshot) -> Text:
     return Text(text, style="" if link is LinkStatus.LIVE else "bold")
 
 
-def _summary(snapshot: Snapshot, services: Sequence[ServiceLine], width: int) -> Text:
-    """Return the counts, as many as fit into a line of ``width``."""
+def _summary(snapshot: Snapshot, services: Sequence[ServiceLine], size: Size) -> Text:
+    """Return the counts on one line, or on two if they do not fit and the screen of ``size`` is not short.
+
+    Counts that still do not fit are left out.
+    """
     parts = summary(snapshot, services) if snapshot.is_loaded else ()
-    line = Text()
+    lines = [Text()]
     for noun, words in parts:
-        part = Text.assemble(("  " if line else " ", ""), (f"{noun} ", "bold"), printable(words))
-        if line and line.cell_len + part.cell_len > width:
-            break
-        line.append_text(part)
-    return line
+        part = Text.assemble(" ", (f"{noun} ", "bold"), printable(words))
+        if lines[-1] and lines[-1].cell_len + 1 + part.cell_len > size.width:
+            if len(lines) > 1 or size.height < _SHORT:
+                break
+            lines.append(Text())
+        lines[-1].append_text(Text.assemble(" ", part) if lines[-1] else part)
+    return Text("\n").join(lines)

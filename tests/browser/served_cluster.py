@@ -173,7 +173,7 @@ async def _logs(cluster: MadeUpCluster, request: web.Request) -> web.StreamRespo
         for row in cluster.rows["tasks"].values()
         if request.match_info["id"] in (row["id"], row["service"])
     ]
-    for i in range(60):
+    for i in range(60 if cluster.lines else 0):
         task = tasks[i % len(tasks)]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(cluster.now - 60 + i))
         ids = {"node": task["node"], "service": task["service"], "task": task["id"]}

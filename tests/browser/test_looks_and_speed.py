@@ -14,7 +14,7 @@ from playwright.async_api import Page, expect
 
 from tests.browser.made_up_cluster import KINDS, make, step
 from tests.browser.served_cluster import served
-from tests.support.clients.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
+from tests.support.clients.browser import MARK_FIRST_HIVE, a_browser, a_page, open_place, until_true
 
 pytestmark = pytest.mark.chromium
 
@@ -50,10 +50,9 @@ async def test_axe_finds_nothing(theme: Any) -> None:
     service = next(iter(cluster.rows["services"]))
     async with served(cluster) as url, a_browser() as browser, a_page(browser, color_scheme=theme) as page:
         for place in places:
-            await page.goto(f"{url}#/{place}")
-            await expect(page.locator("main")).not_to_contain_text("Reading the cluster")
+            await open_place(page, url, place)
             assert (place, await findings(page)) == (place, [])
-        await page.goto(f"{url}#/hive/services/{service}")
+        await open_place(page, url, f"hive/services/{service}")
         await page.keyboard.press("t")
         await expect(page.get_by_role("table", name="Nodes with their tasks")).to_be_visible()
         assert await findings(page) == []
@@ -63,6 +62,8 @@ async def test_axe_finds_nothing(theme: Any) -> None:
             await _still(page)
             assert (key, await findings(page)) == (key, [])
             await page.keyboard.press("Escape")
+            # The next key would go to the dialog that closes.
+            await expect(page.get_by_role("dialog")).to_have_count(0)
         await page.get_by_role("button", name="Scale", exact=True).click()
         await expect(page.locator(".preview")).to_be_visible()
         await _still(page)
@@ -89,8 +90,7 @@ async def test_nothing_is_wider_than_the_screen(size: str, theme: Any, tmp_path:
                 *PAGES,
                 *(f"{kind}/{kind}/{next(iter(cluster.rows[kind]))}" for kind in ("services", "nodes")),
             ):
-                await page.goto(f"{url}#/{name}")
-                await expect(page.locator("main")).not_to_contain_text("Reading the cluster")
+                await open_place(page, url, name)
                 overflow = "document.documentElement.scrollWidth - innerWidth"
                 assert (name, await page.evaluate(overflow)) == (name, 0)
                 file = place / f"{name.partition('/')[0]}{'-panel' if '/' in name else ''}-{size}-{theme}.png"

@@ -1,5 +1,6 @@
 """The dashboard's words in Chromium: verdict, legend, empty pages, roles. Also phones, long names, large clusters."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from playwright.async_api import CDPSession, Locator, Page, expect
 from tests.browser.made_up_cluster import KINDS, MadeUpCluster, Row, in_every_state, make, without_services
 from tests.browser.served_cluster import app_of, served
 from tests.browser.test_looks_and_speed import PAGES, SIZES
-from tests.support.clients.browser import a_browser, a_page, until_true
+from tests.support.clients.browser import a_browser, a_page, open_place, until_true
 from tests.support.clients.dashboard_rig import Clock, a_dashboard_server
 from tests.support.security.api_authority import an_authority
 
@@ -53,6 +54,95 @@ async def test_the_headline_names_the_first_reason_and_attention_counts_its_list
         await expect(verdict).to_contain_text("Healthy")
         await expect(page.locator("section.healthy")).to_contain_text("services are in the desired state.")
         await expect(attention).to_have_count(0)
+
+
+async def test_the_headline_counts_the_rest_of_the_list_that_it_heads() -> None:
+    """Two problems and a change are "+1 more", and three changes "+2 more"."""
+    cluster = make(3, 24)
+    services = list(cluster.rows["services"].values())
+    for row in services:
+        row |= {"state": "healthy", "reason": "", "update": None}
+    for row in services[:3]:
+        row |= {"state": "converging", "reason": "1 starting"}
+    for row in cluster.rows["nodes"].values():
+        row |= {"reason": "", "failing_checks": []}
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        await open_place(page, url, "hive")
+        verdict = page.get_by_label("health of the cluster")
+        await expect(verdict).to_have_text(re.compile(r"^Converging.*\+2 more$"))
+        broken = [row | {"state": "degraded", "reason": "exit 1"} for row in services[:2]]
+        cluster.set("services", *broken)
+        await expect(page.locator(".attention h2 i")).to_have_text("2 problems")
+        await expect(verdict).to_have_text(re.compile(r"^Degraded.*\+1 more$"))
+
+
+async def test_tasks_that_were_replaced_on_a_lost_node_count_for_nothing() -> None:
+    cluster = make(3, 24)
+    service = next(iter(cluster.rows["services"].values()))
+    service["update"] = {"state": "updating", "message": "", "started_at": cluster.now, "completed_at": 0}
+    lost = cluster.task(service, 1, next(iter(cluster.rows["nodes"])))
+    lost |= {"state": "unknown", "desired_state": "shutdown", "current": False}
+    cluster.rows["tasks"][lost["id"]] = lost
+    desired = service["desired"]
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        await open_place(page, url, f"services/services/{service['id']}")
+        fresh = page.locator("aside .facts dt", has_text="New tasks").locator(
+            "xpath=following-sibling::dd[1]"
+        )
+        await expect(fresh).to_have_text(f"{desired} of {desired}")
+
+
+async def test_a_log_without_lines_says_so_until_one_comes() -> None:
+    cluster = make(3, 8)
+    task = next(iter(cluster.rows["tasks"]))
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        silent, cluster.lines = cluster.lines, ()
+        await open_place(page, url, f"tasks/tasks/{task}/logs")
+        state = page.locator("aside .logs > p")
+        await expect(state).to_have_text("No output yet. Following…")
+        cluster.lines = silent
+        await open_place(page, url, "tasks")
+        await open_place(page, url, f"tasks/tasks/{task}/logs")
+        await expect(page.locator("aside .lines div")).to_have_count(60)
+        await expect(state).to_have_text("Following…")
+
+
+@pytest.mark.parametrize("size", ["phone", "laptop"])
+async def test_a_state_is_not_cut_or_covered(size: str) -> None:
+    """The badge of a stack lies within its cell, whatever the width."""
+    cluster = in_every_state()
+    width, height = SIZES[size]
+    view: Any = {"viewport": {"width": width, "height": height}}
+    async with served(cluster) as url, a_browser() as browser, a_page(browser, **view) as page:
+        for row in list(cluster.rows["services"].values()):
+            row |= {"state": "converging", "update": None}
+        for place in ("stacks", "services", "tasks", "nodes", "networks"):
+            await open_place(page, url, place)
+            badges = page.locator("table.list td:visible > .badge:only-child")
+            assert await badges.count() > 0
+            beyond = """(all) => all.filter((one) =>
+                one.getBoundingClientRect().right > one.parentElement.getBoundingClientRect().right)
+                .map((one) => one.textContent)"""
+            assert (place, await badges.evaluate_all(beyond)) == (place, [])
+
+
+async def test_an_opened_place_is_the_one_that_is_drawn() -> None:
+    """A wait for the place fails while the page before it is drawn, however the browser is loaded."""
+    cluster = make(5, 24)
+    service = next(iter(cluster.rows["services"]))
+    places = [*PAGES[::-1], f"services/services/{service}", f"services/services/{service}/logs"]
+    current = "document.querySelector('nav [aria-current=page]').getAttribute('href')"
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        for place in places:
+            await open_place(page, url, place)
+            assert await page.evaluate(current) == f"#/{place.partition('/')[0]}"
+            assert await page.locator("aside").count() == int("/" in place)
+        # A busy page draws later than Playwright returns.
+        await page.evaluate("requestAnimationFrame = (draw) => setTimeout(draw, 300); 0")
+        await page.goto(f"{url}#/nodes")
+        assert await page.evaluate(current) == "#/services"
+        await open_place(page, url, "tasks")
+        assert await page.evaluate(current) == "#/tasks"
 
 
 async def test_a_long_list_of_problems_opens_whole() -> None:
@@ -289,6 +379,25 @@ async def test_a_phone_shows_problems_first() -> None:
         await expect(more).not_to_have_attribute("aria-current", "true")
         await page.goto(f"{url}#/volumes")
         await expect(more).to_have_attribute("aria-current", "true")
+        await more.click()
+        await page.get_by_role("link", name="Stacks").click()
+        await expect(page.get_by_role("heading", name="Stacks")).to_be_visible()
+        await expect(more).to_have_attribute("aria-expanded", "false")
+
+
+async def test_the_time_that_a_phone_shows_covers_nothing() -> None:
+    cluster = in_every_state()
+    cluster.then = cluster.snapshot()
+    size: Any = {"viewport": {"width": 390, "height": 844}}
+    async with served(cluster) as url, a_browser() as browser, a_page(browser, **size) as page:
+        await open_place(page, url, "hive")
+        await expect(page.locator(".bars rect").first).to_be_attached()
+        await page.locator(".bars input").fill("1800")
+        banner = page.locator(".banner.past")
+        await expect(banner).to_contain_text("This is the cluster at")
+        box = await banner.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] <= await _top(page.locator(".attention"))
 
 
 async def _top(one: Locator) -> float:

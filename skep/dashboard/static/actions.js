@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { h } from "./dom.js";
-import { isEnded } from "./cluster.js";
+import { isCounted } from "./cluster.js";
 import { dialogHead, openDialog } from "./dialogs.js";
 import { button } from "./parts.js";
 import { course, difference, missingRole, quorumAfter, restarted, scaled, whenDrained, withImage } from "./plans.js";
@@ -83,7 +83,7 @@ function confirmDialog({ title, verb, lines, more, act, canAct = () => true, isD
 /** The number of a service's tasks by node. */
 function tasksByNode(app, service) {
   const numbers = new Map();
-  for (const task of app.cluster.tasksOf("service", service.id)) if (!isEnded(task)) numbers.set(task.node, (numbers.get(task.node) ?? 0) + 1);
+  for (const task of app.cluster.tasksOf("service", service.id)) if (isCounted(task)) numbers.set(task.node, (numbers.get(task.node) ?? 0) + 1);
   return numbers;
 }
 
@@ -292,7 +292,7 @@ function drainDialog(app, node) {
   const groups = new Map();
   for (const task of app.cluster.tasksOf("node", node.id)) {
     const service = app.cluster.get("services", task.service);
-    if (!service || isEnded(task)) continue;
+    if (!service || !isCounted(task)) continue;
     const group = groups.get(service.id) ?? { service, count: 0 };
     group.count += 1;
     groups.set(service.id, group);

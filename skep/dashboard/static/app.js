@@ -40,7 +40,9 @@ class App {
   /** The time from which ages are counted: the present, or the time that is shown. */
   now = Date.now();
   realNow = Date.now();
-  route = { page: "hive", kind: "", id: "", tab: "" };
+  route = { page: "hive", kind: "", id: "", tab: "", address: "" };
+  /** Address of the last page that was drawn with its objects, for tests. */
+  drawn = "";
   scrolled = { top: 0, height: 800 };
   /** State of pages, such as filters, while the dashboard is open. */
   memory = new Map();
@@ -114,6 +116,7 @@ class App {
     this.terminal.keep(this.route.tab === "terminal" ? this.route.id : "");
     patch(document.body, ...shell(this));
     this.resources.end();
+    if (this.cluster.cursor !== "") this.drawn = this.route.address;
     if (this.route.page !== "hive") return;
     this.hive.select(this.route.id ? this.route : null);
     if (this.#drawnVersion !== this.cluster.version) {
@@ -187,8 +190,11 @@ class App {
   #follow() {
     const [, page = "hive", kind = "", id = "", tab = ""] = location.hash.split("/");
     const isKnown = PAGES.some(({ name }) => name === page);
-    if (page !== this.route.page) this.scrolled.top = 0;
-    this.route = { page: isKnown ? page : "hive", kind, id: decode(id), tab };
+    if (page !== this.route.page) {
+      this.scrolled.top = 0;
+      this.memory.delete("more pages");
+    }
+    this.route = { page: isKnown ? page : "hive", kind, id: decode(id), tab, address: location.hash };
     this.notice = "";
     this.invalidate();
   }

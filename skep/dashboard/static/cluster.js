@@ -6,8 +6,11 @@ export const KINDS = ["nodes", "services", "tasks", "networks", "stacks", "volum
 
 const ENDED = new Set(["complete", "shutdown", "failed", "rejected", "remove", "orphaned"]);
 const WRONG = new Set(["failed", "rejected", "orphaned"]);
+const RFC_3339 = /\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z/;
 
 export const isEnded = (task) => ENDED.has(task.state);
+/** Whether a task counts for its service: it has not ended and is not replaced, as tasks of a lost node are. */
+export const isCounted = (task) => !isEnded(task) && task.desired_state !== "shutdown" && task.desired_state !== "remove";
 export const isWrong = (task) => WRONG.has(task.state);
 
 /** How a task is drawn and named: `pending`, `starting`, `running`, `unhealthy`, `stopping`, `completed`, `failed` or `unknown`. */
@@ -154,8 +157,8 @@ export function lastHeard(node, now) {
   return [node.reason, at && `last heartbeat ${clockTime(at, now)} (${age(at, now)} ago)`].filter(Boolean).join(", ");
 }
 
-/** The manager's warnings start with a word for terminals. */
-const withoutPrefix = (warning) => warning.replace(/^WARNING: /, "");
+/** A manager's warning without its first word, which is for terminals, and with times as the page shows them. */
+const warningText = (warning, now) => warning.replace(/^WARNING: /, "").replace(RFC_3339, (at) => clockTime(at, now));
 
 /**
  * What needs attention or is in progress: `{level: "bad"|"warn"|"busy", title, detail, target}`, problems first, then
@@ -167,7 +170,7 @@ export function problems(cluster, now = Date.now()) {
   const { managers, warnings, replacement_suspended: suspended } = cluster.info;
   // Between two leaders the row has none for a moment; the warning comes only if none is found.
   const leaderless = managers.leader === "" ? warnings.find((warning) => warning.includes("no leader since")) : undefined;
-  if (leaderless) add("bad", "No leader", `${withoutPrefix(leaderless)}; containers keep running, changes wait`);
+  if (leaderless) add("bad", "No leader", `${warningText(leaderless, now)}; containers keep running, changes wait`);
   if (managers.reachable < managers.total) {
     const spare = managers.reachable - (Math.floor(managers.total / 2) + 1);
     add(
@@ -179,7 +182,7 @@ export function problems(cluster, now = Date.now()) {
     );
   }
   if (suspended) add("bad", "Tasks of lost nodes are not replaced", suspended);
-  for (const warning of warnings) if (warning !== leaderless) add("warn", withoutPrefix(warning), "");
+  for (const warning of warnings) if (warning !== leaderless) add("warn", warningText(warning, now), "");
   for (const node of cluster.all("nodes")) {
     if (node.state !== "ready") add("bad", node.state === "unknown" ? `The state of ${node.name} is unknown` : `${node.name} is ${node.state}`, lastHeard(node, now), ["nodes", node.id]);
     else if (node.reason) add("warn", `Node ${node.name}`, node.reason, ["nodes", node.id]);

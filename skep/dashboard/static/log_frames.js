@@ -2,7 +2,8 @@
 
 const HEADER = 8;
 const FRAME_MAX = 1 << 20;
-const DETAIL = /^(com\.docker\.swarm\.[a-z.]+=[^, ]*(?:,com\.docker\.swarm\.[a-z.]+=[^, ]*)*) /;
+// Any attribute may follow the three ids: labels and variables that a service logs, or that a line was kept.
+const DETAIL = /^(com\.docker\.swarm\.[a-z.]+=[^, ]*(?:,[^=, ]+=[^, ]*)*) /;
 const STAMP = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[^ ]*) /;
 // Sequences that move the cursor or change colors in a terminal.
 const ESCAPES = /\u001b(?:\[[0-?]*[ -/]*[@-~]|\][^\u0007\u001b]*(?:\u0007|\u001b\\)|[@-Z\\-_])/g;

@@ -55,13 +55,14 @@ export class Logs {
   }
 
   async #read(path, signal) {
-    this.#state.textContent = "Following…";
+    this.#state.textContent = "No output yet. Following…";
     let frames = null;
     try {
       const query = `stdout=1&stderr=1&follow=1&timestamps=1&details=1&tail=${TAIL}`;
       await stream(`v1.43/${path}/logs?${query}`, signal, (chunk, type) => {
         frames ??= new Frames(!type.includes("raw-stream"));
         this.#waiting.push(...frames.take(chunk));
+        if (this.#waiting.length > 0) this.#state.textContent = "Following…";
         if (this.#waiting.length > LINES_MAX) this.#waiting.splice(0, this.#waiting.length - LINES_MAX);
         if (this.#frame === 0) this.#frame = requestAnimationFrame(() => this.#show());
       });

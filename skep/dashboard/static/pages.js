@@ -355,7 +355,7 @@ function networkList(app) {
     empty: emptyState(app, "No networks yet. This command creates one that spans all nodes.", COMMANDS.network),
     columns: [
       { key: "name", title: "Name", cell: (network) => network.name, sort: byName },
-      { key: "driver", title: "Driver", cell: (network) => network.driver, sort: (network) => network.driver },
+      { key: "driver", title: "Driver", kind: "roomy", cell: (network) => network.driver, sort: (network) => network.driver },
       { key: "kind", title: "Kind", cell: networkKind },
       { key: "subnets", title: "Subnets", kind: "mono", cell: (network) => network.subnets.join(" ") },
       { key: "services", title: "Services", kind: "rest", cell: (network) => links(app, "services", network.services), sort: (network) => network.services.length },
@@ -408,7 +408,7 @@ function localVolumes(app) {
       label: "Local volumes",
       rows: sortedBy(localVolumesOf(app.cluster)),
       target: (volume) => ["nodes", volume.node],
-      empty: emptyState(app, "No service has a local volume yet. This one keeps its data on its node.", COMMANDS.volume),
+      empty: emptyState(app, "No local volumes yet. This command starts a service that keeps its data in one.", COMMANDS.volume),
       columns: [
         { key: "name", title: "Name", cell: byName, sort: byName },
         { key: "nodes", title: "Nodes", cell: (volume) => links(app, "nodes", [...volume.nodes]), sort: (volume) => volume.nodes.size },
@@ -476,7 +476,7 @@ function secretsPage(app) {
     empty: emptyState(app, "No secrets or configs yet. This command stores a password.", COMMANDS.secret),
     columns: [
       { key: "name", title: "Name", cell: byName, sort: byName },
-      { key: "kind", title: "Kind", cell: (row) => row.kind.slice(0, -1), sort: (row) => row.kind },
+      { key: "kind", title: "Kind", kind: "roomy", cell: (row) => row.kind.slice(0, -1), sort: (row) => row.kind },
       { key: "version", title: "Version", kind: "wide", cell: (row) => place(row) || h("span", { class: "quiet" }, "1 of 1"), sort: (row) => `${familyOf(row)} ${row.created_at}` },
       { key: "uptake", title: "In use by", kind: "full", cell: (row) => uptakeText(app, row) },
       { key: "created", title: "Created", kind: "number roomy", cell: (row) => ago(app, row.created_at), sort: (row) => -row.created_at },

@@ -1,7 +1,7 @@
 /** The panel beside a page: one object in detail, its actions, its logs, its terminal. */
 
 import { h, own } from "./dom.js";
-import { availabilityText, isEnded, lastHeard, phase } from "./cluster.js";
+import { availabilityText, isCounted, lastHeard, phase } from "./cluster.js";
 import { ago, badge, button, chartSpan, command, facts, fetched, largeChart, link, links, loadInWords, section, serviceGlyph, since, taskGlyph, took } from "./parts.js";
 import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
 import { portText, portsText } from "./ports.js";
@@ -82,7 +82,7 @@ function servicePanel(app, service, tab) {
 /** The present or last update: its state, and how many tasks have the new spec. */
 function rollout(app, service) {
   const { update } = service;
-  const tasks = app.cluster.tasksOf("service", service.id).filter((task) => !isEnded(task));
+  const tasks = app.cluster.tasksOf("service", service.id).filter(isCounted);
   const fresh = tasks.filter((task) => task.current).length;
   const started = update.started_at ? took(app, update.started_at, update.completed_at) : "";
   return section(
@@ -152,7 +152,7 @@ function serviceHistory(app, service) {
         h("time", {}, clockTime(status.Timestamp, app.now)),
         h("b", {}, task.Slot ? `.${task.Slot}` : app.cluster.name("nodes", task.NodeID)),
         h("span", {}, status.State, exitText(status), task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
-        (endText(status) || (!status.Err && status.Message)) && h("p", {}, endText(status) || status.Message));
+        (endText(status) || (!status.Err && status.Message !== status.State && status.Message)) && h("p", {}, endText(status) || status.Message));
     }));
   });
 }
@@ -185,7 +185,7 @@ function taskPanel(app, task, tab) {
       ["Node", task.node ? link(app, "nodes", task.node) : "not placed"],
       ["Image", h("code", {}, imageName(task.image))],
       task.ports?.length > 0 && ["Ports", task.ports.map((port) => portText(port)).join(" ")],
-      ["Spec", task.current ? "current" : "outdated, an update replaces this task"],
+      ["Service spec", task.current ? "current" : "outdated, an update replaces this task"],
       task.health && ["Health", task.health],
       ["ID", h("code", {}, task.id)],
     ),

@@ -78,7 +78,9 @@ function verdict(app) {
   const found = problems(app.cluster, app.now);
   const { level, word, title, detail } = headline(app.cluster, found);
   const isOld = app.live.state === "lost" && app.past === null;
-  const more = found.length > 1 && h("i", {}, `+${number(found.length - 1)} more`);
+  // As many as the list that the first reason heads.
+  const others = found.filter((one) => (one.level === "busy") === (found[0].level === "busy")).length - 1;
+  const more = others > 0 && h("i", {}, `+${number(others)} more`);
   return h(
     "div",
     { key: "verdict", class: "verdict", role: "status", "aria-label": "health of the cluster" },

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { attentionInWords, byUrgency, capacity, Cluster, headline, lastHeard, phase, problems, replicasText, totals } from "../../../skep/dashboard/static/cluster.js";
+import { attentionInWords, byUrgency, capacity, Cluster, headline, isCounted, lastHeard, phase, problems, replicasText, totals } from "../../../skep/dashboard/static/cluster.js";
 import { search } from "../../../skep/dashboard/static/search.js";
 
 const node = (id, more = {}) => ({ id, name: id, role: "worker", manager: "", leader: false, state: "ready", availability: "active", address: "10.0.0.1", engine: "", labels: {}, load: null, reason: "", ...more });
@@ -22,6 +22,15 @@ test("a change replaces whole rows and removes those that are gone, and may come
   assert.deepEqual(cluster.tasksOf("node", "n1").map(({ id }) => id), ["t1", "t3"]);
   assert.deepEqual(cluster.tasksOf("node", "n2"), []);
   assert.equal(cluster.cursor, "1-2");
+});
+
+test("a task that was replaced does not count, though its lost node cannot end it", () => {
+  assert.ok(isCounted(task("t1")));
+  assert.ok(isCounted(task("t1", { state: "ready", desired_state: "ready" })));
+  assert.ok(isCounted(task("t1", { desired_state: "complete" })));
+  assert.ok(!isCounted(task("t1", { state: "unknown", desired_state: "shutdown" })));
+  assert.ok(!isCounted(task("t1", { desired_state: "remove" })));
+  assert.ok(!isCounted(task("t1", { state: "failed" })));
 });
 
 test("kinds that this page does not know are ignored", () => {
@@ -141,10 +150,10 @@ for (const [name, set, expected] of [
 test("a cluster without a leader is degraded, whatever its services are", () => {
   const cluster = aCluster();
   const managers = { total: 3, reachable: 1, leader: "" };
-  cluster.apply({ cursor: "1-2", set: { cluster: theCluster({ managers, warnings: ["WARNING: the managers have no leader since 10:00:00"] }) } });
-  const found = problems(cluster);
+  cluster.apply({ cursor: "1-2", set: { cluster: theCluster({ managers, warnings: ["WARNING: the managers have no leader since 2026-11-27T10:00:00.896841693Z"] }) } });
+  const found = problems(cluster, Date.parse("2026-11-27T10:01:00Z"));
   assert.deepEqual(found.map(({ title }) => title), ["No leader", "2 of 3 managers unreachable"]);
-  assert.match(found[0].detail, /^the managers have no leader since 10:00:00; containers keep running/);
+  assert.match(found[0].detail, /^the managers have no leader since \d\d:00:00; containers keep running/);
   assert.equal(found[1].detail, "too few for a majority");
   assert.equal(headline(cluster, found).word, "Degraded");
   // Between two leaders there is none for a moment, without a warning.

@@ -62,6 +62,9 @@ test("lines of a terminal come without frames", () => {
 test("details and stamps are taken off a line, escapes out of it", () => {
   const details = "com.docker.swarm.node.id=n1,com.docker.swarm.service.id=s1,com.docker.swarm.task.id=t1";
   const stamp = "2026-01-02T03:04:05.000000006Z";
+  for (const more of ["skep-kept=head", "env=a%20b,tier=1"]) {
+    assert.deepEqual(parsedLine(`${stamp} ${details},${more} a, b=c`), { at: stamp, task: "t1", text: "a, b=c" });
+  }
   for (const line of [`${stamp} ${details} \u001b[31mhello`, `${details} ${stamp} \u001b[31mhello`]) {
     assert.deepEqual(parsedLine(line), { at: stamp, task: "t1", text: "hello" });
   }

@@ -10,7 +10,7 @@ from typing import Any
 
 import playwright
 import pytest
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 CHROMIUM = Path("/usr/bin/chromium")
 NODE = Path(playwright.__file__).parent / "driver" / "node"
@@ -81,3 +81,14 @@ async def until_true(page: Page, condition: str) -> None:
     async with asyncio.timeout(30):
         while not await page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 -- nothing announces it
             await asyncio.sleep(0.005)
+
+
+async def open_place(page: Page, url: str, place: str) -> None:
+    """Open a page of the dashboard, and wait until this page is drawn, with the answers that it fetched.
+
+    Playwright returns from a change of the fragment before the page draws it, so a condition on words of any page may
+    be met by the page before.
+    """
+    await page.goto(f"{url}#/{place}")
+    await until_true(page, f"globalThis.skep?.drawn === '#/{place}'")
+    await expect(page.locator("body")).not_to_contain_text("Loading…")

@@ -215,6 +215,8 @@ async def test_the_screen_fits_terminals_of_any_size(size: tuple[int, int]) -> N
         text = await settled(pilot)
         assert "Degraded  Node w2 is down" in text
         assert "2/5 healthy" in text
+        # Two lines of counts, if the screen is not short.
+        assert ("Reserved 1.5/8 CPUs, 3.2/16 GiB" in text) == (size[0] >= 80)
         assert re.search("orders +0/1 .*exit 3", text)
         assert "enter Explain" in text
         shown = [column for column in ("RESERVED", "IMAGE", "PORTS", "MODE") if column in text]
