@@ -439,11 +439,13 @@ class Deployment:
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
-        return {
-            one.spec.name: Look.of(one.id, _progress_of(one, found, current), found, current)
-            for one in services_of(services)
-            for found in (by_service.get(one.id, ()),)
-        }
+        kept = {one.name for one in self._plan.of("service", PlanAction.KEEP)}
+        looks: dict[str, Look] = {}
+        for service in services_of(services):
+            name, found = service.spec.name, by_service.get(service.id, ())
+            progress = _progress_of(service, found, current, is_kept=name in kept)
+            looks[name] = Look.of(service.id, progress, found, current)
+        return looks
 
     async def _state(self) -> str:
         """Return the state of the deploy, for the message after an interrupt."""
@@ -517,8 +519,10 @@ async def all_of(work: Iterable[Any]) -> None:
         raise one
 
 
-def _progress_of(service: Service, tasks: Sequence[Task], current: Collection[str]) -> ServiceProgress:
+def _progress_of(
+    service: Service, tasks: Sequence[Task], current: Collection[str], *, is_kept: bool
+) -> ServiceProgress:
     """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec."""
     if CRON in service.spec.labels:
         return ServiceProgress("it has a schedule", is_done=True)
-    return progress_of(service, tasks, current)
+    return progress_of(service, tasks, current, is_kept=is_kept)
