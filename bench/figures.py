@@ -197,12 +197,12 @@ def run_against(about: str, subject: str, measure: Callable[[int, Path], list[Fi
     """
     parser = _parser(about)
     parser.add_argument(
-        "--beside", type=Path, required=True, help="a clone of an earlier commit, with its .venv"
+        "--before", type=Path, required=True, help="a clone of an earlier commit, with its .venv"
     )
     options = parser.parse_args()
     now = _begin()
-    figures = measure(options.pairs, options.beside)
-    notes = [f"{BEFORE}: commit {commit(options.beside)}"]
+    figures = measure(options.pairs, options.before)
+    notes = [f"{BEFORE}: commit {commit(options.before)}"]
     _finish(about, subject, now, figures, notes, dry=options.dry)
     if any(one.holds is False for one in figures):
         raise SystemExit(1)

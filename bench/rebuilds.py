@@ -1,9 +1,9 @@
 """Measures builds of twenty steps against an earlier commit: new steps, and rebuilds without a change.
 
-    python -m bench.rebuilds --beside ../before
+    python -m bench.rebuilds --before ../before
 
 Both nodes build the same contexts in alternating pairs, by the classic builder and by BuildKit.  Seven pairs take less
-than six minutes.  The processor time is that of a node and its containers, so other programs hardly affect it.
+than six minutes.  The processor time belongs to the node and its containers, so other programs hardly affect it.
 """
 
 import asyncio
