@@ -15,13 +15,14 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
 from bench.machine import is_kept, noise
-from bench.run import commit, result_name, write_result
+from bench.run import BEFORE, commit, result_name, write_result
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -187,6 +188,24 @@ def run_alone(about: str, subject: str, measure: Measure) -> None:
     options = parser.parse_args()
     now = _begin()
     _finish(about, subject, now, measure(options.pairs), dry=options.dry)
+
+
+def run_against(about: str, subject: str, measure: Callable[[int, Path], list[Figure]]) -> None:
+    """Run one module as a command that compares this clone with an earlier commit.
+
+    ``measure`` takes the number of pairs and the path of the other clone.  The exit status is 1 if a limit was missed.
+    """
+    parser = _parser(about)
+    parser.add_argument(
+        "--before", type=Path, required=True, help="a clone of an earlier commit, with its .venv"
+    )
+    options = parser.parse_args()
+    now = _begin()
+    figures = measure(options.pairs, options.before)
+    notes = [f"{BEFORE}: commit {commit(options.before)}"]
+    _finish(about, subject, now, figures, notes, dry=options.dry)
+    if any(one.holds is False for one in figures):
+        raise SystemExit(1)
 
 
 def run_parts(about: str, subject: str, parts: Mapping[str, Measure]) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -74,8 +74,14 @@ class WithDockers(click.Group):
 
     dockers = "ls, create, inspect, rm"
     """Examples for the help."""
+    instead: Mapping[str, str] = {}
+    """Commands to run instead of commands that neither Skep nor docker has, by name."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if other := self.instead.get(cmd_name):
+            raise click.UsageError(
+                f"No such command '{cmd_name}'. Run {other} {str(self.name).upper()}.", ctx
+            )
         return super().get_command(ctx, cmd_name) or command(str(self.name), cmd_name)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -17,6 +17,7 @@ _RPC = re.compile(r"^rpc error: code = \w+ desc = ")
 """Prefix of SwarmKit's errors in Docker's API, which is not shown to people."""
 _NOT_FOUND = re.compile(r"(service|node|network|secret|config|volume|user) \S+ not found")
 _SILENT = re.compile(r"(unix|tcp|ssh)://\S+ does not answer(: .+)?")
+_NO_LEADER = "The swarm does not have a leader. "
 _NO_HOST = re.compile(r"unable to parse docker host `[^`]*`")
 
 
@@ -47,6 +48,8 @@ def with_next_step(text: str) -> str:
     """Return an error of a node or of the connection with the next step that it does not name."""
     if found := _NOT_FOUND.fullmatch(text):
         return f"{text}. List {found[1]}s with skep {found[1]} ls."
+    if text.startswith(_NO_LEADER):
+        return f"{text} Run skep status to see which managers do not respond."
     if _SILENT.fullmatch(text):
         return f"{text}. Check that the node runs, or choose another one with --host."
     if _NO_HOST.fullmatch(text):

@@ -30,11 +30,14 @@ ASKED_MAX = 16
 _REQUEST = re.compile(r"/containers/(?P<name>[^/]+)(?:/(?P<what>[a-z]+))?")
 _KNOWN_ELSEWHERE: Final = re.compile(TASK_CONTAINER)
 """Ids and names of containers that another node may have."""
+_REPLACE: Final = "docker service update --force {service}, or docker service scale {service}=N"
 _COMMANDS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("", "stop", "restart", "pause", "unpause"), _REPLACE),
+    "kill": "skep exec {task} kill -s SIGNAL 1, or " + _REPLACE,
     "exec": "skep exec {task} COMMAND",
     "logs": "skep logs {task}",
     "attach": "skep attach {task}",
-    "archive": "skep cp",
+    "archive": "skep cp {task}:PATH FILE, or skep cp FILE {task}:PATH",
     "top": "skep task top {task}",
     "stats": "skep stats {task}",
 }
@@ -110,13 +113,13 @@ class ContainerPlaces:
 
 def _sentences(place: ContainerPlace, what: str) -> str:
     node = place.hostname or place.node_id
+    service = place.name.partition(".")[0]
     if place.state != "running":
-        service = place.name.partition(".")[0]
         return (
             f"It is a container of task {place.name} on node {node}, and the task is {place.state}. "
             f"Run skep explain {service}"
         )
-    command = _COMMANDS.get(what, _ANY_COMMAND).format(task=place.name)
+    command = _COMMANDS.get(what, _ANY_COMMAND).format(task=place.name, service=service)
     return f"It is a container of task {place.name} on node {node}. Run {command}"
 
 

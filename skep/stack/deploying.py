@@ -482,14 +482,22 @@ class Deployment:
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
-        return {
-            one.spec.name: Look.of(one.id, self._progress_of(one, found, current, names), found, current)
-            for one in services_of(services)
-            for found in (by_service.get(one.id, ()),)
-        }
+        kept = {one.name for one in self._plan.of("service", PlanAction.KEEP)}
+        looks: dict[str, Look] = {}
+        for service in services_of(services):
+            name, found = service.spec.name, by_service.get(service.id, ())
+            progress = self._progress_of(service, found, current, names, is_kept=name in kept)
+            looks[name] = Look.of(service.id, progress, found, current)
+        return looks
 
     def _progress_of(
-        self, service: Service, tasks: Sequence[Task], current: Collection[str], names: Mapping[str, str]
+        self,
+        service: Service,
+        tasks: Sequence[Task],
+        current: Collection[str],
+        names: Mapping[str, str],
+        *,
+        is_kept: bool,
     ) -> ServiceProgress:
         """Return the progress of a service.  A scheduled job is done at once: its next run has the new spec.
 
@@ -498,7 +506,7 @@ class Deployment:
         if CRON in service.spec.labels:
             found = ServiceProgress("it has a schedule", is_done=True)
         else:
-            found = progress_of(service, tasks, current)
+            found = progress_of(service, tasks, current, is_kept=is_kept)
         to, wanted = self._rollbacks.get(service.spec.name, (None, None))
         if not found.is_stuck and is_rolled_back(to, wanted, with_network_names(service, names).spec):
             return ServiceProgress("its update was rolled back", is_stuck=True)

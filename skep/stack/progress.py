@@ -49,6 +49,9 @@ _STUCK = (
     UpdateState.ROLLBACK_PAUSED,
     UpdateState.ROLLBACK_COMPLETED,
 )
+_ROLLBACK: Final = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_COMPLETED)
+_BY_HAND: Final = ("manually requested rollback", "rollback completed")
+"""Messages of a rollback that a user requested.  After a failed update, they name its cause."""
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 _UNPREPARED: Final = frozenset({"rejected", "start-failed"})
 _NOT_STARTED: Final = "starting container failed"
@@ -158,7 +161,11 @@ def why_hopeless(problem: ServiceProblem, failures_max: int, unplaced_s: float) 
 
 
 def progress_of(
-    service: Service, tasks: Sequence[Task], current: Collection[str] | None = None
+    service: Service,
+    tasks: Sequence[Task],
+    current: Collection[str] | None = None,
+    *,
+    is_kept: bool = False,
 ) -> ServiceProgress:
     """Return the progress of ``service`` towards its spec.
 
@@ -166,6 +173,7 @@ def progress_of(
         tasks: the service's tasks, including ended ones.
         current: ids of the tasks that the leader does not replace (the filter ``_up-to-date``).  With None, these are
             the tasks with the present version of the spec, or with the same template if versions are unknown.
+        is_kept: whether the present spec is the wanted one, even if a rollback has led to it.
     """
     if current is None:
         current = {task.id for task in tasks if _is_current(task, service)}
@@ -177,14 +185,16 @@ def progress_of(
     ) is not None:  # This comes first, because an update counts every early end as a failure.
         return ended
     update = service.update_status
-    if update is not None and update.state in _STUCK:
+    is_rollback = is_kept and update is not None and update.state in _ROLLBACK
+    if update is not None and update.state in _STUCK and not is_rollback:
         cause = _cause(tasks)
         return ServiceProgress(_stuck(update.state, update.message, cause), is_stuck=True)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
     slots = {_slot(task) for task in wanted}
     updated = _running([task for task in wanted if task.id in current])
     count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
-    is_updating = update is not None and update.state is UpdateState.UPDATING
+    under_way = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
+    is_updating = update is not None and update.state in under_way
     is_all = updated == count == len(wanted)
     if is_all and not is_updating and (count or mode.global_ is None):
         return ServiceProgress(f"{updated} of {count} tasks run", is_done=True)
@@ -196,6 +206,12 @@ def progress_of(
     if any(task.id not in current for task in wanted):
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
+
+
+def is_rolled_back_by_hand(service: Service) -> bool:
+    """Return whether a user has requested the rollback that led to the present spec."""
+    update = service.update_status
+    return update is not None and update.state in _ROLLBACK and update.message in _BY_HAND
 
 
 def _slot(task: Task) -> Hashable:

@@ -70,7 +70,7 @@ async def _wait_tasks_gone(
     try:
         async with asyncio.timeout(wait_s):
             while tasks := await persistently(read_tasks, partial(show, stack)):
-                show(stack, f"waiting for {len(tasks)} tasks to stop")
+                show(stack, f"waiting for {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} to stop")
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(

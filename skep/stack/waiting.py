@@ -23,6 +23,7 @@ from skep.stack.progress import (
     explained,
     explanation_of,
     failed_by_slot,
+    is_rolled_back_by_hand,
     progress_of,
     running_by_slot,
 )
@@ -74,7 +75,8 @@ async def look_at(client: Requests, word: str) -> Look:
     present = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=_RESPONSE_TIMEOUT_S)
     current = frozenset(str(one["ID"]) for one in present)
     shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
-    progress = progress_of(leniently(msgspec.json.encode(found), Service), shown, current)
+    service = leniently(msgspec.json.encode(found), Service)
+    progress = progress_of(service, shown, current, is_kept=is_rolled_back_by_hand(service))
     return Look.of(found["ID"], progress, shown, current)
 
 

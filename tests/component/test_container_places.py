@@ -38,6 +38,7 @@ from tests.support.store.store_transactions import put
 ID, GONE = "3f2a" * 16, "beef" * 16
 TASK = "t" * 25
 ROOT = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
+REPLACE = "docker service update --force shop_web, or docker service scale shop_web=N"
 PLACE = "It is a container of task shop_web.2 on node w2. Run"
 
 
@@ -125,9 +126,11 @@ async def test_each_command_is_named_that_reaches_the_container(
         "POST /v1.41/containers/{}/exec": "skep exec shop_web.2 COMMAND",
         "GET /containers/{}/logs?stdout=1": "skep logs shop_web.2",
         "POST /containers/{}/attach?stream=1": "skep attach shop_web.2",
-        "GET /containers/{}/archive?path=/": "skep cp",
+        "GET /containers/{}/archive?path=/": "skep cp shop_web.2:PATH FILE, or skep cp FILE shop_web.2:PATH",
         "GET /containers/{}/top": "skep task top shop_web.2",
         "GET /containers/{}/stats?stream=0": "skep stats shop_web.2",
+        "POST /v1.41/containers/{}/stop": REPLACE,
+        "DELETE /v1.41/containers/{}?force=1": REPLACE,
         "GET /v1.41/containers/{}/json": "skep exec shop_web.2 COMMAND, skep logs shop_web.2, "
         "skep attach shop_web.2, skep cp or skep stats shop_web.2",
     }
@@ -141,6 +144,7 @@ async def test_each_command_is_named_that_reaches_the_container(
                 ), request
         _, text = await node.answer(ROOT, f"POST /containers/{ID}/kill")
         assert text.startswith(f"Cannot kill container: {ID}: No such container: {ID} on this node. {PLACE} ")
+        assert text.endswith(f"skep exec shop_web.2 kill -s SIGNAL 1, or {REPLACE}")
         assert (await node.answer(ROOT, f"GET /containers/{GONE}/logs?stdout=1"))[1].endswith(
             "It is a container of task shop_web.3 on node w2, and the task is failed. Run skep explain shop_web"
         )

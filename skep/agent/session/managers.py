@@ -7,6 +7,7 @@ import msgspec
 
 from skep.errors import Unavailable
 from skep.model.node import RESPONSE_SECONDS_MAX
+from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS
 from skep.model.values.ids import NodeId
 
 RESPONSE_SECONDS_MIN = 1.0
@@ -121,7 +122,7 @@ class ManagerList:
             return
         tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
         self._show_unreached(
-            f"no manager answers: this node tries {tried}. Containers keep running. "
+            f"{NO_MANAGER_ANSWERS}: this node tries {tried}. Containers keep running. "
             'If the managers have new addresses, set managers = ["address:2377"] in /etc/skep/skep.toml and restart'
         )
 

@@ -119,7 +119,7 @@ def retry(host: HostOptions, names: tuple[str, ...]) -> None:
     """
     for name in names:
         found = run_requests(_post(host, name, "retry"))
-        click.echo(printable(f"{found['Name']}: run {found['Iteration']} is still running"))
+        click.echo(printable(f"{found['Name']}: retrying the failed tasks of run {found['Iteration']}"))
 
 
 async def _post(host: HostOptions, name: str, verb: str, replace: str = "false") -> dict[str, Any]:

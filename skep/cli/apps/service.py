@@ -66,5 +66,6 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, fai
             async with asyncio.timeout(timeout_s):
                 await wait_done(names, look, show)
         except TimeoutError:
-            texts = {name: shown.get(name, "state unknown") for name in sorted(open_)}
+            unknown = shown.get("managers", "no manager has responded")
+            texts = {name: shown.get(name, unknown) for name in sorted(open_)}
             raise Unavailable(unfinished(texts, timeout_s)) from None

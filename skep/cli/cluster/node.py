@@ -31,6 +31,7 @@ _RESPONSE_TIMEOUT_S = 15.0
 _LOOK_S = 0.5
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
+_AVAILABILITY = "docker node update --availability"
 _CONTAINERS = {
     False: "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
     True: "Its containers keep running until you run docker swarm leave --force on the node.",
@@ -41,6 +42,10 @@ _ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orp
 
 class _Node(passthrough.WithDockers):
     dockers = "ls, inspect, ps, update, rm"
+    instead: Mapping[str, str] = {
+        **dict.fromkeys(("activate", "resume", "uncordon", "undrain"), f"{_AVAILABILITY} active"),
+        **dict.fromkeys(("cordon", "pause"), f"{_AVAILABILITY} pause"),
+    }
 
 
 @click.group(cls=_Node)
@@ -80,7 +85,7 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     run_requests(_drain(host, name, None if detach else timeout))
     if not detach:
         click.echo(f"{name} is drained: no tasks are left")
-        click.echo(f"To give it tasks again, run docker node update --availability active {name}.")
+        click.echo(f"To give it tasks again, run {_AVAILABILITY} active {name}.")
 
 
 async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:

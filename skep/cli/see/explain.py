@@ -11,7 +11,7 @@ import click
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import OutputOptions, Screen, Shown, shows
-from skep.cli.see.quorum import headers_for
+from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
 from skep.errors import NotFound
 from skep.model.node import plain_message
 from skep.model.task_end import printable
@@ -62,7 +62,13 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         else:
             tasks = await get("/tasks", filters={"node": [node["ID"]]})
             states = Counter(task["Status"]["State"] for task in tasks)
-            return _report(name, {**node, "TaskStates": dict(states)}, about_node, now)
+            quorum = await quorum_of(client) if headers else None
+            found = {
+                **node,
+                "TaskStates": dict(states),
+                "Silence": silence(quorum, node["ID"]) if quorum else "",
+            }
+            return _report(name, found, about_node, now)
         try:
             network = await get(f"/networks/{name}")
         except NotFound:
@@ -99,10 +105,10 @@ def about_node(_: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
 
 def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     description, status, spec = node["Description"], node["Status"], node["Spec"]
+    silent = node.get("Silence", "")
     message = plain_message(status.get("Message", ""), node.get("SilentSince") or "")
-    yield f"{description.get('Hostname') or node['ID']}: {status['State']}" + (
-        f": {message}" if message else ""
-    )
+    words = (UNREACHABLE if silent else status["State"], silent, message)
+    yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
         yield (
             "  its tasks move to other nodes after the grace period. If the node is lost for good, run skep node "
@@ -115,7 +121,13 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
             "NODE."
         )
     manager = node.get("ManagerStatus")
-    role = spec["Role"] if manager is None else "manager, leader" if manager.get("Leader") else "manager"
+    role = (
+        spec["Role"]
+        if manager is None
+        else "manager, leader"
+        if manager.get("Leader") and not silent
+        else "manager"
+    )
     if manager is not None and manager.get("Reachability") != "reachable":
         role += f", {manager.get('Reachability')}"
     resources = description.get("Resources") or {}

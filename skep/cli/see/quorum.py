@@ -6,10 +6,13 @@ from typing import Any
 import click
 
 from skep.api.client.requests import Requests
+from skep.cli.formatting import duration
 from skep.errors import SkepError
 
 STALE = {"X-Skep-Stale": "1"}
 """Header of reads that this manager serves from its replica without contacting the other managers."""
+UNREACHABLE = "unreachable"
+"""State of a manager that does not respond while the cluster has no leader. Its machine may be up."""
 _RESPONSE_TIMEOUT_S = 5.0
 
 
@@ -37,6 +40,14 @@ def way_out(quorum: Mapping[str, Any]) -> str:
     managers = quorum["Managers"]
     answering = sum(bool(manager["IsReachable"]) for manager in managers)
     return "skep doctor network" if answering > len(managers) // 2 else "skep cluster recover --dry-run"
+
+
+def silence(quorum: Mapping[str, Any], node_id: str) -> str:
+    """Return for how long a manager has not responded, or an empty string for a manager that does and for a worker."""
+    for manager in quorum["Managers"]:
+        if manager["ID"] == node_id and not manager["IsReachable"]:
+            return f"no response for {duration(float(manager.get('UnreachableSeconds') or 0))}"
+    return ""
 
 
 def clock_time(stamp: str) -> str:

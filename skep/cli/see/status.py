@@ -10,12 +10,13 @@ import msgspec
 
 from skep.api.client.requests import Requests
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import age, counted, duration
+from skep.cli.formatting import age, counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.moments import moment_or_revision
-from skep.cli.see.quorum import STALE, clock_time, no_leader, quorum_of, way_out
+from skep.cli.see.quorum import STALE, UNREACHABLE, clock_time, no_leader, quorum_of, silence, way_out
 from skep.errors import PermissionDenied, SkepError
 from skep.model.node import plain_message
+from skep.model.node_reports.conditions import NO_MANAGER_ANSWERS
 from skep.model.service import HealthState, ServiceHealth
 from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, unix_ns
@@ -37,8 +38,6 @@ _NO_SERVICES = "No services. Create one with skep service create, or deploy a st
 _DONE = ("completed", "rollback_completed")
 UNAVAILABLE = {"drain": "drained", "pause": "paused"}
 """Words for the availability of nodes that accept no tasks."""
-UNREACHABLE = "unreachable"
-"""State of a manager that does not respond while the cluster has no leader. Its machine may be up."""
 
 _NODE_LOST, _ON_ITS_WAY = 2, 4
 """Weights of problems (``ServiceHealth.weight``)."""
@@ -179,9 +178,7 @@ async def _status(host: HostOptions) -> StatusScreen:
         info: dict[str, Any] = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client) if info["Swarm"].get("ControlAvailable") else None
         if quorum is None:
-            state = info["Swarm"].get("LocalNodeState") or "inactive"
-            is_part = state in ("active", "inactive") and not info["Swarm"].get("Error")
-            return StatusScreen(health="healthy" if is_part else "degraded", node=tuple(about_node(info)))
+            return StatusScreen(health=node_health(info).value, node=tuple(about_node(info)))
         is_led = bool(quorum["HasLeader"])
         notes = [] if is_led else list(no_leader(quorum))
         node = [*about_node(info, shows_error=is_led), *filter(None, [await _store(client)])]
@@ -231,6 +228,16 @@ def cluster_health(cluster: ClusterStatus | None) -> HealthState:
     return worst_health(row.state for row in cluster.services)
 
 
+def node_health(info: Mapping[str, Any]) -> HealthState:
+    """Return the health of a node outside of a cluster or of a worker, from ``/info``.  A worker without a manager is
+    degraded: nothing replaces its tasks.
+    """
+    state = info["Swarm"].get("LocalNodeState") or "inactive"
+    is_part = state in ("active", "inactive") and not info["Swarm"].get("Error")
+    is_alone = any(NO_MANAGER_ANSWERS in warning for warning in info.get("Warnings") or ())
+    return HealthState.HEALTHY if is_part and not is_alone else HealthState.DEGRADED
+
+
 def worst_health(states: Iterable[HealthState]) -> HealthState:
     """Return the worst of ``states``, healthy if there is none."""
     found = set(states)
@@ -244,15 +251,13 @@ def as_of(cluster: ClusterStatus, quorum: Mapping[str, Any]) -> ClusterStatus:
     Args:
         quorum: The response to ``GET /skep/quorum`` of a manager without a leader.
     """
-    managers = {manager["ID"]: manager for manager in quorum["Managers"]}
     rows = []
     for row in cluster.nodes:
-        manager = managers.get(row.id)
+        silent = silence(quorum, row.id)
         role = "manager" if row.role == "leader" else row.role
-        if manager is None or manager["IsReachable"]:
+        if not silent:
             rows.append(msgspec.structs.replace(row, role=role))
             continue
-        silent = f"no response for {duration(float(manager.get('UnreachableSeconds') or 0))}"
         why = "; ".join(filter(None, (silent, row.reason)))
         rows.append(
             msgspec.structs.replace(row, role=role, state=UNREACHABLE, is_reachable=False, reason=why)

@@ -36,7 +36,7 @@ from skep.engine.runtime.bundle import RootFiles
 from skep.engine.runtime.conmon import StartError
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.volumes import Volumes
-from skep.errors import Unavailable
+from skep.errors import Unavailable, reason_of
 from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
@@ -128,7 +128,7 @@ class LifecycleDriver:
             async with self.locks.operation(container.id):
                 await self.run(container.id, life_events.Create())
         except OSError as error:
-            raise StartError(f"cannot prepare the container: {error}") from error
+            raise StartError(f"cannot prepare the container: {reason_of(error)}") from error
 
     async def start(self, id: ContainerId, secret_env: Sequence[str] = ()) -> Container:
         """Start the process.  Does nothing if it runs.

@@ -41,6 +41,8 @@ class ConditionName(StrEnum):
     """The node cannot read which cluster it belongs to."""
 
 
+NO_MANAGER_ANSWERS: Final = "no manager answers"
+"""Beginning of the condition ``manager-unreachable`` of a worker that runs on without managers."""
 CHARACTERS_MAX: Final = 300
 """Longest text of one condition, in characters."""
 CONDITIONS_MAX: Final = 16

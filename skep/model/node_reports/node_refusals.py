@@ -36,6 +36,11 @@ class NodeRefusal(Enum):
         return self.value.format(nodes="1 node" if nodes == 1 else f"{nodes} nodes")
 
 
+FREED: Final = frozenset(
+    {NodeRefusal.MAX_REPLICAS, NodeRefusal.RESOURCES, NodeRefusal.HOST_PORT, NodeRefusal.DISK}
+)
+"""Refusals that the end of a task may resolve.  A node names only the first filter that refused it."""
+
 _SEPARATOR: Final = "; "
 _PATTERNS: Final = {
     one: re.compile(

@@ -70,6 +70,10 @@ class StubBundles:
             raise disk_full()
         self.saved[container.id] = container
 
+    def make(self, container: Container, *_: object) -> None:
+        if self.is_full:
+            raise disk_full()
+
     def prepare(self, container: Container, shared: object) -> tuple[str, ...]:
         if self.is_full:
             raise disk_full()

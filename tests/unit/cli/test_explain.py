@@ -143,6 +143,14 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
         "  tasks: 2 running",
         "  joined 2h ago, ID n1",
     ]
+    lost = {
+        **node,
+        "Silence": "no response for 9 s",
+        "ManagerStatus": {"Leader": True, "Reachability": "reachable"},
+    }
+    lost["Status"] = {"State": "ready", "Addr": "192.0.2.1"}
+    headline, _, role, *_ = about_node("m1", lost, NOW)
+    assert (headline, role.split(" at ")[0]) == ("w1: unreachable: no response for 9 s", "  manager,")
     network = {
         "Id": "x1",
         "Name": "back",

@@ -145,3 +145,15 @@ async def test_a_drain_of_a_node_that_is_down_says_why_its_tasks_are_left(
         await drain_and_wait(cast("ApiClient", DownNode()), "w9", 0.01)
     assert "run skep node forget w9" in str(raised.value)
     assert "w9 is down" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "availability"), [("activate", "active"), ("uncordon", "active"), ("cordon", "pause")]
+)
+def test_a_command_that_nobody_has_names_the_one_to_run(command: str, availability: str) -> None:
+    found = CliRunner().invoke(main, ["node", command, "w1"])
+    assert found.exit_code == 2
+    assert (
+        f"No such command '{command}'. Run docker node update --availability {availability} NODE."
+        in found.output
+    )

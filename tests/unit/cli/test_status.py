@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from skep.cli.output import Screen, width_of
-from skep.cli.see.quorum import no_leader, way_out
+from skep.cli.see.quorum import no_leader, silence, way_out
 from skep.cli.see.status import (
     DEGRADED,
     LEADERLESS,
@@ -14,11 +14,13 @@ from skep.cli.see.status import (
     as_of,
     cluster_health,
     lines_of,
+    node_health,
     node_rows,
     service_rows,
     status_of_state,
 )
 from skep.model.node import UNKNOWN_STATE
+from skep.model.service import HealthState
 from skep.node.cluster.swarm_info import NO_LEADER, lost_quorum
 
 NOW = 1_769_860_800.0
@@ -223,6 +225,21 @@ def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others(
 def a_quorum(*responses: bool) -> dict[str, Any]:
     managers = [{"Hostname": f"m{number}", "IsReachable": it} for number, it in enumerate(responses, 1)]
     return {"HasLeader": False, "Since": "2026-11-21T18:38:04.123Z", "Managers": managers}
+
+
+def test_a_worker_that_reaches_no_manager_is_not_healthy() -> None:
+    swarm = {"LocalNodeState": "active", "Error": ""}
+    warnings = ["WARNING: no manager answers: this node tries 192.0.2.1:2377. Containers keep running."]
+    assert node_health({"Swarm": swarm, "Warnings": warnings}) is HealthState.DEGRADED
+    assert node_health({"Swarm": swarm, "Warnings": ["WARNING: no swap limit"]}) is HealthState.HEALTHY
+    assert node_health({"Swarm": {"LocalNodeState": "inactive"}}) is HealthState.HEALTHY
+    assert node_health({"Swarm": {**swarm, "Error": "removed"}}) is HealthState.DEGRADED
+
+
+def test_only_managers_that_do_not_respond_are_silent() -> None:
+    quorum = {"Managers": [{"ID": "m1", "IsReachable": True}, {"ID": "m2", "IsReachable": False}]}
+    quorum["Managers"][1]["UnreachableSeconds"] = 95.2
+    assert [silence(quorum, id) for id in ("m1", "m2", "w1")] == ["", "no response for 1m 35s", ""]
 
 
 def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> None:

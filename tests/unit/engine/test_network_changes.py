@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.engine.containers.container import ContainerState, PlainOptions
+from skep.engine.runtime.conmon import StartError
 from skep.errors import Unavailable
 from skep.model.networks.sandbox import (
     Endpoint,
@@ -204,3 +205,14 @@ def test_a_change_adopts_a_run_that_earlier_processes_have_not_recorded(
 
     started = replace(RUNNING, state=ContainerState.CREATED, started_at=ZERO_TIME)
     on_virtual_time(body, tmp_path, started)
+
+
+def test_a_disk_that_is_full_is_named_in_the_systems_words(tmp_path: Path) -> None:
+    async def body(stubs: StubEngine) -> None:
+        stubs.bundles.is_full = True
+        with pytest.raises(
+            StartError, match="cannot prepare the container: no space left on device: unknown"
+        ):
+            await stubs.engine._lifecycle.prepare(stubs.engine.get(ID))
+
+    on_virtual_time(body, tmp_path, a_container(state=ContainerState.CREATED, process=None))

@@ -34,6 +34,7 @@ from skep.stack.progress import (
     ServiceProgress,
     explained,
     explanation_of,
+    is_rolled_back_by_hand,
     progress_of,
     why_hopeless,
 )
@@ -154,6 +155,30 @@ def test_what_stops_an_update_is_not_said_twice(state: UpdateState, message: str
     stopped = replace(SERVICE, update_status=UpdateStatus(state=state, message=message))
     found = progress_of(stopped, [RUNS, FAILED])
     assert (found.text, found.is_stuck) == (message, True)
+
+
+def test_a_rollback_to_the_wanted_spec_is_no_failure() -> None:
+    """Of a deploy that changes nothing.  Of one that has changed the service, the same state is its failure."""
+    message = "rollback completed: update rolled back due to t: no such file"
+    back = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.ROLLBACK_COMPLETED, message=message))
+    both = [RUNS, replace(RUNS, id=TaskId("second"), slot=2)]
+    assert progress_of(back, both).is_stuck
+    kept = progress_of(back, both, is_kept=True)
+    assert (kept.text, kept.is_done, kept.is_stuck) == ("2 of 2 tasks run", True, False)
+    under_way = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.ROLLBACK_STARTED))
+    assert not progress_of(under_way, both, is_kept=True).is_done
+    paused = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.ROLLBACK_PAUSED, message=message))
+    assert progress_of(paused, both, is_kept=True).is_stuck
+
+
+def test_a_rollback_by_hand_is_told_from_one_after_a_failed_update() -> None:
+    def ended(message: str) -> bool:
+        status = UpdateStatus(state=UpdateState.ROLLBACK_COMPLETED, message=message)
+        return is_rolled_back_by_hand(replace(SERVICE, update_status=status))
+
+    assert ended("rollback completed")
+    assert not ended("rollback completed: update rolled back due to t: no such file")
+    assert not is_rolled_back_by_hand(SERVICE)
 
 
 def test_a_job_is_done_when_its_tasks_of_this_run_have_completed() -> None:

@@ -6,14 +6,11 @@ from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.unplaceable import is_large_enough
 from skep.model.needs import Holdings, Needs, holds_of, host_ports, may_block, needs_of
 from skep.model.node import Node
-from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.node_reports.node_refusals import FREED, NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import ServiceSpec
 from skep.model.task import Task, TaskState
-
-_FREED = {NodeRefusal.MAX_REPLICAS, NodeRefusal.RESOURCES, NodeRefusal.HOST_PORT, NodeRefusal.DISK}
-"""Refusals that the end of a task may resolve.  A node names only the first filter that refused it."""
 
 
 def holds(old: Task, task: Task, situation: Situation) -> bool:
@@ -69,7 +66,7 @@ def excludes(serving: Task, task: Task, situation: Situation) -> bool:
 
 def _is_refused_place(task: Task, needs: Needs, node: Node | None) -> bool:
     """Return whether the refusal of ``task`` may be resolved by the end of a task on ``node``."""
-    named = _FREED & node_refusals_in(task.status.err)
+    named = FREED & node_refusals_in(task.status.err)
     if node is not None and not is_large_enough(node, needs):
         named -= {NodeRefusal.RESOURCES}
     return bool(named)

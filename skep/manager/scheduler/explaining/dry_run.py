@@ -3,7 +3,7 @@
 It uses the scheduler's own decision and writes nothing.  Specs are placed one after the other into one accounting, so
 each leaves fewer resources for the next.  An existing service keeps the tasks that its new spec does not replace.  With
 ``stop-first``, the resources of the replaced tasks count as free.  With ``start-first``, as many old and new tasks as
-are updated at a time must fit together.
+are updated at a time must fit together, unless they exclude each other: then the old tasks are stopped first.
 
 A dry run ignores everything that only time shows: tasks that wait for other services or return to volumes, and future
 changes of nodes.
@@ -37,6 +37,7 @@ from skep.manager.scheduler.preemption.preemption import (
 from skep.model.needs import host_ports
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
+from skep.model.node_reports.node_refusals import FREED, NodeRefusal, node_refusals_in
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.labels import priority_of
 from skep.model.service import EndpointSpec, Placement, Service, ServiceSpec, TaskSpec, UpdateOrder
@@ -101,6 +102,8 @@ class DryRun:
         """Occupants for the spec that is being placed, or None if it may preempt nothing."""
         self._replaced_on: list[NodeId] = []
         """Nodes of the spec's replaced tasks.  A new task may run there even if the disk is full (``staying``)."""
+        self._next_to: Sequence[Task] = ()
+        """Replaced tasks that keep running while the new ones start."""
 
     def placing(self, spec: ServiceSpec) -> Iterator[PlannedPlacement | None]:
         """Yield None at each pause, and finally the placement of the tasks of ``spec``.
@@ -127,7 +130,7 @@ class DryRun:
             number = min(config.parallelism or BATCH, BATCH)
         else:
             self._free(replaced)
-            replaced = []
+            replaced.clear()
         requirements: Requirements | None = None
         refusal: PlacementRefused | None = None
         preempted: list[TaskId] = []
@@ -181,6 +184,7 @@ class DryRun:
     ) -> Iterator[None]:
         """Collect the tasks that stay and the tasks that are replaced.  Surplus tasks are freed at once."""
         self._replaced_on = []
+        self._next_to = replaced
         for number, task in enumerate(self._view.find(Task, service_id=service.id)):
             if number % STEP == 0:
                 yield
@@ -231,23 +235,46 @@ class DryRun:
     def _placed(
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
     ) -> Generator[None, None, Placed]:
+        placed = yield from self._attempted(tasks, requirements, is_last=is_last)
+        if placed.refusals and self._excludes_itself(placed.refusals[0], requirements):
+            self._free(self._next_to)
+            self._next_to = ()
+            left = [one.task for one in placed.refusals]
+            again = yield from self._attempted(left, requirements, is_last=is_last)
+            placed = replace(again, assignments=(*placed.assignments, *again.assignments))
+        return self._in_place(placed, requirements)
+
+    def _excludes_itself(self, refusal: PlacementRefused, requirements: Requirements) -> bool:
+        """Return whether a new task cannot run next to an old one, so that the update stops the old task first.  The
+        orchestrator decides the same way (``held_places.excludes``).
+        """
+        refused = node_refusals_in(refusal.reason)
+        if not self._next_to or not refused & FREED:
+            return False
+        held = {port for task in self._next_to for port in host_ports(spec_of(self._view, task))}
+        is_full = requirements.max_replicas == 1 or NodeRefusal.MAX_REPLICAS in refused
+        return is_full or not held.isdisjoint(requirements.host_ports)
+
+    def _attempted(
+        self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
+    ) -> Generator[None, None, Placed]:
         if not tasks[0].node_id:
-            placed = yield from placing(
-                tasks,
-                requirements,
-                self._choices,
-                now=0.0,
-                limit=len(tasks),
-                is_last=is_last,
-                explains=True,
+            return (
+                yield from placing(
+                    tasks,
+                    requirements,
+                    self._choices,
+                    now=0.0,
+                    limit=len(tasks),
+                    is_last=is_last,
+                    explains=True,
+                )
             )
-            return self._in_place(placed, requirements)
         made = [confirm(task, requirements, self._accounting) for task in tasks]
-        placed = Placed(
+        return Placed(
             assignments=tuple(one for one in made if isinstance(one, Assignment)),
             refusals=tuple(one for one in made if isinstance(one, PlacementRefused)),
         )
-        return self._in_place(placed, requirements)
 
     def _in_place(self, placed: Placed, requirements: Requirements) -> Placed:
         """Let refused tasks replace tasks of the service on nodes that only a full disk excludes."""

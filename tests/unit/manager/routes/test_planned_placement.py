@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
@@ -17,7 +18,15 @@ from skep.manager.scheduler.explaining.dry_run import BATCH, DryRun
 from skep.manager.scheduler.nodes.accounting import Accounting
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
-from skep.model.service import Placement, ResourceRequirements, Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.service import (
+    Placement,
+    ResourceRequirements,
+    Resources,
+    Service,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateOrder,
+)
 from skep.model.swarm import Swarm
 from skep.model.task import TaskState, VolumeAttachment
 from skep.model.volume import PublishState
@@ -156,6 +165,32 @@ async def test_the_room_of_tasks_that_are_replaced_counts_as_the_order_has_it(cl
     (found,) = await asked(cluster, spec)
     assert (found["Error"] == "") is fits
     assert shares(found) == ({"n1": 4} if fits else {})
+
+
+PORT = {"TargetPort": 80, "PublishedPort": 9090, "PublishMode": "host", "Protocol": "tcp"}
+
+
+@pytest.mark.parametrize("mode", [{"Global": {}}, {"Replicated": {"Replicas": 2}}])
+@pytest.mark.parametrize("ours", [True, False])
+async def test_start_first_stops_a_task_first_that_has_the_host_port_of_the_new_one(
+    cluster, mode, ours
+) -> None:
+    """As the update does.  The port of another service stays in use."""
+    api, _ = cluster
+    await two_nodes(api)
+    spec = a_spec("web" if ours else "other")
+    spec |= {"Mode": mode, "EndpointSpec": {"Ports": [PORT]}, "UpdateConfig": {"Order": "start-first"}}
+    made = settled(msgspec.convert({**spec, "Name": "web"}, ServiceSpec))
+    await put(api, replace(a_service("web"), spec=made))
+    (service,) = api.store.view().find(Service, name="web")
+    tasks = [
+        a_task(service=service, node=node, state=TaskState.RUNNING, id=f"t{node}") for node in ("n1", "n2")
+    ]
+    await put(api, *tasks)
+    spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+    (found,) = await asked(cluster, spec)
+    assert shares(found) == ({"n1": 1, "n2": 1} if ours else {})
+    assert ("host-mode port already in use" in found["Error"]) is not ours
 
 
 @pytest.mark.parametrize(
