@@ -67,13 +67,19 @@ verify() {
         say "the signature is not checked, as you asked"
         return
     fi
-    has gpgv || fail "gpgv is missing, which checks the signature" "install the package gpgv or gnupg"
     need SHA256SUMS.asc
     need "$keyring"
     # The keyring came with the release.  The fingerprint that this script has decides.
-    gpgv --keyring "$work/$keyring" --status-fd 3 "$work/SHA256SUMS.asc" "$work/SHA256SUMS" 3>"$work/status" 2>"$work/gpgv" ||
-        fail "the signature of $from is wrong. Nothing was changed" "$(tail -n 1 "$work/gpgv")"
-    grep -q "^\[GNUPG:\] VALIDSIG .*$fingerprint" "$work/status" ||
+    if has gpgv; then
+        gpgv --keyring "$work/$keyring" --status-fd 3 "$work/SHA256SUMS.asc" "$work/SHA256SUMS" 3>"$work/signers" 2>"$work/said"
+    elif has sqv; then # Debian 13's apt has this instead
+        sqv --keyring "$work/$keyring" "$work/SHA256SUMS.asc" "$work/SHA256SUMS" 2>"$work/said" | sed 's/^/[GNUPG:] VALIDSIG /' \
+            >"$work/signers"
+        [ -s "$work/signers" ]
+    else
+        fail "gpgv is missing, which checks the signature" "install the package gpgv, gnupg or sqv"
+    fi || fail "the signature of $from is wrong. Nothing was changed" "$(tail -n 1 "$work/said")"
+    grep -q "^\[GNUPG:\] VALIDSIG .*$fingerprint" "$work/signers" ||
         fail "$from is signed by another key than $fingerprint. Nothing was changed"
     say "signed by $fingerprint"
 }

@@ -1,4 +1,7 @@
-"""Start the installed node, make a cluster of it, and run a container: for ``bare-release.sh``, with the tarball's Python."""
+"""Start the installed node, make a cluster of it, and run a container.
+
+``bare-release.sh`` runs this with the tarball's Python.
+"""
 
 import http.client
 import io
