@@ -29,7 +29,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
+.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package release bare-package bare-release reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -131,9 +131,17 @@ bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, 
 package: setup-run ## a wheel and a Debian package in dist/ (VERSION=, else the tag's)
 	@setup/package.sh dist $(VERSION)
 
+release: setup ## what a release has, in dist/release-VERSION/: packages, tarball, apt repository; signed by KEY= of gpg
+	@KEY='$(KEY)' setup/release.sh $(or $(VERSION),$(error name the version: make release VERSION=0.1.0))
+
 bare-package: setup ## the Debian package on bare machines with systemd (SUITE=trixie, noble); log kept in bench/results/
 	@mkdir -p bench/results
 	@$(PYTEST) -s tests/integration/test_packages.py -k $(SUITE) $(call kept,package-$(SUITE))
+
+bare-release: setup ## a release (VERSION=) installed on a bare machine without Python (SUITE=trixie); log kept in bench/results/
+	@mkdir -p bench/results
+	@setup/bare-release.sh dist/release-$(or $(VERSION),$(error name the version: make bare-release VERSION=0.1.0)) $(SUITE) \
+	    $(call kept,release-$(SUITE))
 
 virtual: setup-run ## limits, isolation, NFS and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results

@@ -21,6 +21,7 @@ prefix=/usr/lib/skep
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 umask 022
+. setup/pack.sh
 
 # tagged_version: prints 1.2.0 for tag v1.2.0, 1.2.0+4.gabc1234 four commits later, or the code's version without a tag.
 tagged_version() {
@@ -121,6 +122,8 @@ libraries() {
     # zstandard's second implementation, for interpreters other than CPython, is a quarter of the package's size.
     rm -rf "$work/shared/bin" "$root$prefix"/lib/python*/site-packages/{bin,zstandard/_cffi.*}
     cp -r "$work/shared/." "$root$prefix/lib/shared"
+    # pip's records name the temporary directory of this build, so every build would be different.
+    find "$root$prefix/lib" \( -name direct_url.json -o -path '*.dist-info/RECORD' \) -delete
 }
 
 # etcd_programs: adds etcd (decision 2), so that an upgrade of the machine does not change its version.
@@ -146,6 +149,15 @@ control_files() {
         -e "s/@PYTHON_MIN@/${pythons%% *}/; s/@PYTHON_BELOW@/3.$((${pythons##*.} + 1))/" packaging/debian/control >"$root/DEBIAN/control"
 }
 
+# source_distribution SOURCES: adds the sdist, packed again, because setuptools writes the current time into it.
+source_distribution() {
+    local name=skep_orchestrator-$version
+    (cd "$1" && "$venv/bin/python" -c 'from setuptools import build_meta; build_meta.build_sdist("..")') >/dev/null
+    mkdir "$work/sdist"
+    tar -x -f "$work/$name.tar.gz" -C "$work/sdist"
+    pack "$work/sdist" "$name" >"$target/$name.tar.gz"
+}
+
 root=$work/root
 mkdir "$root"
 [ -n "$is_own" ] || say "building version $version"
@@ -165,6 +177,7 @@ find "$root" -depth -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 mkdir -p "$target"
 "$venv/bin/python" -m pip --disable-pip-version-check --quiet wheel --no-index --no-build-isolation --no-deps \
     --wheel-dir "$target" "$work/sources" </dev/null
+source_distribution "$work/sources"
 package=$target/skep_${debian_version}_$(dpkg --print-architecture).deb
 dpkg-deb --root-owner-group -Zzstd -z12 --build "$root" "$package" >/dev/null
 say "built $package, $(du -m "$package" | cut -f 1) MiB"

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _UID_MAP = Path("/proc/self/uid_map")
 _MOUNT_SETATTR = (5, 12)
 """The first kernel version with mount_setattr(2), which runc (1.1) uses for recursive read-only mounts (``rro``)."""
 _CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
-_INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
+_INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit", f"{sys.prefix}/libexec/skep/tini-static")
 """Init programs for ``--init``.  Only static ones, because a dynamic init finds no loader in most images."""
 
 
