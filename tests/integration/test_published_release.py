@@ -110,14 +110,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
             subprocess.run(["gpgconf", "--homedir", gnupg, "--kill", "all"], check=False)
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing."""
+
+
 @pytest.fixture
 def release(made: Release, tmp_path: Path) -> Iterator[Release]:
     """A copy of it, served on loopback."""
     folder = tmp_path / "served"
     shutil.copytree(made.folder, folder)
     copy = Release(folder, made._gnupg)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    handler = partial(_Quiet, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         serving = Thread(target=server.serve_forever, args=(0.05,))
         serving.start()
