@@ -75,7 +75,9 @@ def test_a_long_run_may_have_more_iterations_than_a_short_one() -> None:
 
 
 def test_a_run_of_which_one_turn_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stand_still(cluster: SimulatedCluster, steps: int, extensions: Random | None) -> None:
+    def stand_still(
+        cluster: SimulatedCluster, steps: int, extensions: Random | None, commands: Random | None
+    ) -> None:
         while True:
             pass
 
