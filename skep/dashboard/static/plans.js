@@ -70,7 +70,7 @@ export function quorumAfter({ total, reachable }, change, isReachable) {
     : up < needed
       ? "The remaining managers would have no majority, and no change would be possible."
       : managers % 2 === 0
-        ? `${managers} managers survive no more losses than ${managers - 1}.`
+        ? `${managers} managers survive as many losses as ${managers - 1}, so use an odd number.`
         : "";
   return { managers, survives, warning };
 }

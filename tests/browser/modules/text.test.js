@@ -104,7 +104,7 @@ test("actions name the role that a user lacks", () => {
   assert.notEqual(missingRole(of("operator"), { role: "admin" }), "");
 });
 test("the quorum after a change of role is shown before it", () => {
-  assert.deepEqual(quorumAfter({ total: 3, reachable: 3 }, 1, true), { managers: 4, survives: 1, warning: "4 managers survive no more losses than 3." });
+  assert.deepEqual(quorumAfter({ total: 3, reachable: 3 }, 1, true), { managers: 4, survives: 1, warning: "4 managers survive as many losses as 3, so use an odd number." });
   assert.equal(quorumAfter({ total: 3, reachable: 2 }, -1, true).warning.includes("no majority"), true);
   assert.equal(quorumAfter({ total: 1, reachable: 1 }, -1, true).managers, 0);
 });
