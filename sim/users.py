@@ -263,7 +263,7 @@ class Users:
         networks = [one.id for one in view.find(Network) if one.spec.name.startswith(NETWORK)]
         dependencies = Dependencies(
             networks=tuple(networks),
-            secrets=tuple(one.id for one in view.find(Secret)),
+            secrets=_own_secrets(view),
             services=tuple(one.spec.name for one in view.find(Service)),
             volumes=tuple(one.spec.name for one in view.find(Volume)),
         )
