@@ -139,6 +139,13 @@ class RunsKeepTheirNodes:
         earlier = view.find(Task, slot=f"{task.service_id}/{task.node_id}")
         if any(one.id != task.id and one.job_iteration == task.job_iteration for one in earlier):
             return  # the run is restarted
+        of_run = [
+            one
+            for one in view.find(Task, service_id=task.service_id)
+            if one.job_iteration == task.job_iteration and one.node_id != task.node_id
+        ]
+        if not of_run:
+            return  # no node could take it before, so the run waited for one (decision 141)
         since = self._able_since.get(task.node_id, 0.0)
         if task.job_iteration == service.job_status.job_iteration and since > began + DECIDED_S:
             yield f"job {service.id}: {task.node_id} could take tasks {since - began:.0f} s after its run began"
