@@ -31,7 +31,7 @@ from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
 from skep.api.access.permissions import STACK_LABEL
 from skep.cli.maintain import maintenance, upgrade, upgrade_plan
-from skep.errors import PermissionDenied
+from skep.errors import PermissionDenied, SkepError
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.autoscaling import decision
 from skep.manager.autoscaling import state as autoscaling_state
@@ -82,7 +82,8 @@ from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus
 from skep.model.values.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
-from skep.stack import removing
+from skep.stack import deploying, removing
+from skep.stack.deploying import Deployment
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
 from skep.store.interface import Event, Transaction, View
@@ -458,6 +459,21 @@ def _shares_the_lock() -> list[Patch]:
         return [*(one for one in holders if not maintenance.is_same(one, holder)), holder]
 
     return [Patch(maintenance, "taken", taken)]
+
+
+def _leaves_changes_to_others() -> list[Patch]:
+    async def services_as_wanted(self: Deployment) -> None:
+        try:
+            await self._change_services()
+        except SkepError:
+            if self._created.claim is None or not await self._created.claim.follow():
+                raise
+
+    return [Patch(Deployment, "_services_as_wanted", services_as_wanted)]
+
+
+def _overlooks_rollbacks() -> list[Patch]:
+    return [Patch(deploying, "is_rolled_back", lambda *_: False)]
 
 
 def _keeps_configs() -> list[Patch]:
@@ -1016,7 +1032,14 @@ MUTANTS: tuple[Mutant, ...] = (
             ("upgrade plan", "an upgrade ends when all workers have the version", _leaves_workers_out),
         )
     ),
-    Mutant("stack removal", "the removal of a stack leaves nothing", _keeps_configs, focused.stack_commands),
+    *(
+        Mutant(name, rule, patches, focused.stack_commands)
+        for name, rule, patches in (
+            ("killed deploys", "a deploy makes the changes of a killed one", _leaves_changes_to_others),
+            ("rolled back", "a deploy whose service was rolled back fails", _overlooks_rollbacks),
+            ("stack removal", "the removal of a stack leaves nothing", _keeps_configs),
+        )
+    ),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (
