@@ -43,6 +43,8 @@ from skep.stack.project import NAMESPACE, Stack
 from skep.stack.recording import carry_out, undo
 from skep.store.interface import Deleted, Updated, View
 
+KILLED_BY = 40
+"""Largest number of the request at which a command is killed or suspended."""
 PAUSE_S = 4.0
 """Longest suspension in seconds.  It is longer than the leader needs to act on the command's writes."""
 _KINDS: tuple[type[Any], ...] = (Service, Secret, Config, Network)
@@ -193,17 +195,8 @@ class Commands:
         return client
 
     def disturb(self, client: ApiClient) -> None:
-        """Kill the command or suspend it at a random request, or lose some of its responses."""
-        random = self._cluster.random
-        match random.randrange(4):
-            case 0:
-                client.killed_at = random.randint(1, 40)
-            case 1:
-                client.pauses[random.randint(1, 40)] = random.uniform(0.5, PAUSE_S)
-            case 2:
-                client.loses = 0.1
-            case _:
-                pass
+        """Kill or suspend the command at a random request, or lose some of its responses."""
+        client.disturb(self._cluster.random, KILLED_BY, PAUSE_S)
 
     def finish(self, within_s: float = 300.0) -> None:
         """Let all commands end, and check the rules."""

@@ -95,6 +95,22 @@ class ApiClient(Requests):
         self.loses = 0.0
         """Probability that a response is lost."""
 
+    def disturb(self, random: Random, last: int, pause_s: float) -> None:
+        """Kill the command or suspend it at a request up to number ``last``, or lose some of its responses.
+
+        Args:
+            pause_s: Longest time for which the command is suspended.
+        """
+        match random.randrange(4):
+            case 0:
+                self.killed_at = random.randint(1, last)
+            case 1:
+                self.pauses[random.randint(1, last)] = random.uniform(0.5, pause_s)
+            case 2:
+                self.loses = 0.1
+            case _:
+                pass
+
     async def request(
         self,
         method: str,

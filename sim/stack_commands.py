@@ -137,15 +137,7 @@ class StackCommands:
             return
         command = self._command(f"{kind} {len(self._commands)}")
         client = command.client
-        match self._random.randrange(4):
-            case 0:
-                client.killed_at = self._random.randint(1, KILLED_BY)
-            case 1:
-                client.pauses[self._random.randint(1, KILLED_BY)] = self._random.uniform(0.5, PAUSE_S)
-            case 2:
-                client.loses = 0.1
-            case _:
-                pass
+        client.disturb(self._random, KILLED_BY, PAUSE_S)
         match kind:
             case "deploy":
                 command.image = image

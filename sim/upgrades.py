@@ -90,15 +90,7 @@ class Upgrades:
         version, name = str(self._numbers), f"upgrade {len(self._running)} to {self._numbers}"
         broken = [id for id in self._cluster.workers if self._random.random() < 0.1]
         client = self._client(name)
-        match self._random.randrange(4):
-            case 0:
-                client.killed_at = self._random.randint(1, KILLED_BY)
-            case 1:
-                client.pauses[self._random.randint(1, KILLED_BY)] = self._random.uniform(0.5, PAUSE_S)
-            case 2:
-                client.loses = 0.1
-            case _:
-                pass
+        client.disturb(self._random, KILLED_BY, PAUSE_S)
         self._cluster.trace.add(f"user: {name}")
         task = self._cluster.loop.create_task(self._carry_out(client, name, version, broken), name=name)
         self._running[task] = client

@@ -121,15 +121,11 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
             "NODE."
         )
     manager = node.get("ManagerStatus")
-    role = (
-        spec["Role"]
-        if manager is None
-        else "manager, leader"
-        if manager.get("Leader") and not silent
-        else "manager"
-    )
-    if manager is not None and manager.get("Reachability") != "reachable":
-        role += f", {manager.get('Reachability')}"
+    role = spec["Role"]
+    if manager is not None:
+        role = "manager, leader" if manager.get("Leader") and not silent else "manager"
+        if manager.get("Reachability") != "reachable":
+            role += f", {manager.get('Reachability')}"
     resources = description.get("Resources") or {}
     cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
     engine = (description.get("Engine") or {}).get("EngineVersion", "")
