@@ -26,6 +26,8 @@ from skep.playground.relay import LOOPBACK
 SERVICE = "web"
 REPLICAS = 3
 WORKERS = 2
+ANY_ADDRESS = "0.0.0.0"
+"""Serves on all addresses of this machine.  Loopback is one of them."""
 FIRST_PORT, PORTS_TRIED = 8080, 100
 """The demo's service is published at the first free port of this machine, starting with FIRST_PORT."""
 _NEXT_COMMANDS = (
@@ -58,7 +60,7 @@ async def demo(playground: Playground, address: str = LOOPBACK, image: Path | No
         raise FailedPrecondition(
             "The demo is incomplete, or one of its nodes is down. Run make demo-down first."
         )
-    await _show(cluster, playground)
+    await _show(cluster, playground, LOOPBACK if address == ANY_ADDRESS else address)
     if image is None:  # make demo, not the image of the playground, which removes the demo when it ends
         click.echo("\nRun make demo-down to remove everything.")
 
@@ -81,12 +83,12 @@ async def _build(playground: Playground, address: str, image: Path | None) -> Pl
     return cluster
 
 
-async def _show(cluster: PlaygroundDescription, playground: Playground) -> None:
-    """Check that the service responds, and print the next commands."""
+async def _show(cluster: PlaygroundDescription, playground: Playground, host: str) -> None:
+    """Check that the service responds at ``host``, and print the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
     port = await _mesh_port(cluster)
-    address = f"127.0.0.1:{await playground.wait_relayed(port)}"
+    address = f"{host}:{await playground.wait_relayed(port)}"
     click.echo(f"\nhttp://{address} responds: {await asyncio.to_thread(_get, address)}")
     click.echo(
         f"Port {port} of every node leads to all replicas (the routing mesh). Each replica also has its own port on "

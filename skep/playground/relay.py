@@ -1,7 +1,7 @@
 """Serves a playground's published ports at an address of its machine, 127.0.0.1 unless another was chosen.
 
 The nodes' addresses exist only in the playground's namespaces.  The machine itself would route packets for them to its
-own network.  So a relay process listens on loopback for each published TCP and UDP port, and connects to the nodes from
+own network.  So a relay process listens there for each published TCP and UDP port, and connects to the nodes from
 the switch's namespace.  It runs until the playground is removed, and reads the published ports from the managers once a
 second.
 """
