@@ -53,7 +53,7 @@ from skep.manager.membership.service import resign
 from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
-from skep.model.options.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY
+from skep.model.options.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY, STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.permissions.user import User, UserSpec
 from skep.model.quota import QuotaSpec
@@ -147,7 +147,7 @@ class Users:
             self._actions += (
                 *(self._create, self._scale, self._update),
                 *(self._run_job, self._retry_job, self._retry_job, self._suspend),
-                *(self._reprioritize, self._rotate, self._quota, self._quota),
+                *(self._reprioritize, self._stop_or_start, self._rotate, self._quota, self._quota),
                 *(self._volume, self._set_cluster, self._user, self._load, self._rotate_root),
                 *(self._upgrade, self._upgrade),
                 *(self._act_in_role,) * 4,
@@ -537,6 +537,12 @@ class Users:
     async def _reprioritize(self) -> None:
         priority = str(self._random.choice((0, *PRIORITIES)))
         await self._change(lambda spec: with_labels(spec, {PRIORITY: priority}))
+
+    async def _stop_or_start(self) -> None:
+        def turned(spec: ServiceSpec) -> ServiceSpec:
+            return with_labels(spec, {STOPPED: "false" if is_stopped(spec.labels) else "true"})
+
+        await self._change(turned)
 
     async def _rotate(self) -> None:
         """Replace each secret of a service with another one."""

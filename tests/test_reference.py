@@ -77,7 +77,7 @@ ACTIONS = {
         "cluster": "recover resume rotate-keys",
         "reboot-lock": "release take",
         "node": "drain evict forget",
-        "service": "wait",
+        "service": "start stop wait",
         "update": "abort pause resume",
         "network": "update",
         "volume": "forget",
@@ -86,7 +86,7 @@ ACTIONS = {
         "user": "add renew rm token update",
         "secret": "prune rotate",
         "config": "prune rotate",
-        "stack": "deploy rm rollback",
+        "stack": "deploy rm rollback start stop",
         "context": "create rm use",
     }.items()
     for verb in verbs.split()

@@ -34,6 +34,7 @@ from skep.model.options.labels import (
     STACK_FILES,
     STACK_REVISION,
     STACK_STATE,
+    STOPPED,
     VOLUME_AFFINITY,
     WORKER_READS,
 )
@@ -227,6 +228,14 @@ LABELS = (
         "With `true`, the names of tasks (`tasks.SERVICE`, `SLOT.SERVICE`, and `SERVICE` with `--endpoint-mode dnsrr`) "
         "resolve before the tasks are healthy, for software that needs its peers to become healthy. Virtual addresses "
         "and published ports still reach healthy tasks only.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        STOPPED,
+        "`true`, `false`",
+        "`false`",
+        "With `true`, all tasks stop and the spec stays, with its number of replicas. `skep service stop` and `skep "
+        "service start` change it. Rollbacks keep it.",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from sim.committed import Change
 from skep.model.container import Mount
 from skep.model.node import Availability, Node, NodeState
-from skep.model.options.labels import VolumeAffinity, volume_affinity
+from skep.model.options.labels import VolumeAffinity, is_stopped, volume_affinity
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import PublishMode, Service, ServiceSpec, UpdateOrder
 from skep.model.task import Task, TaskState
@@ -47,7 +47,7 @@ def _is_met(constraint: str, node: Node) -> bool:
 def may_have_tasks(node: Node, spec: ServiceSpec) -> bool:
     """Return whether a task of ``spec`` may be placed on ``node``."""
     is_active = node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
-    return is_active and meets(constraints_of(spec), node)
+    return is_active and not is_stopped(spec.labels) and meets(constraints_of(spec), node)
 
 
 def host_ports(spec: ServiceSpec) -> frozenset[Port]:

@@ -63,6 +63,9 @@ def timeout(default: str = "10m", help: str = "Longest time to wait.") -> Callab
     )
 
 
+detach = click.option("-d", "--detach", is_flag=True, help="Do not wait.")
+"""The option ``--detach`` for a command that otherwise waits."""
+
 yes = click.option("-y", "--yes", is_flag=True, help="Skip the confirmation prompt.")
 """The option ``--yes`` for a command that asks before it changes something."""
 

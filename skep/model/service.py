@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from skep.model.container import ContainerSpec
+from skep.model.options.labels import is_stopped
 from skep.model.values.encoding import ApiObject, Float32, Uint32, Uint64, always
 from skep.model.values.ids import NetworkId, ServiceId
 from skep.model.values.meta import Driver, Version
@@ -306,7 +307,12 @@ class ServiceSpec(ApiObject):
 
     @property
     def replicas(self) -> int:
-        """Return the desired number of tasks of a replicated service (1 if unset, as in Docker)."""
+        """Return the desired number of tasks of a replicated service: 0 if it is stopped, 1 if unset as in Docker."""
+        return 0 if is_stopped(self.labels) else self.given_replicas
+
+    @property
+    def given_replicas(self) -> int:
+        """Return the number of replicas in the spec, which a stopped service keeps."""
         replicated = self.mode.replicated
         if replicated is None or replicated.replicas is None:
             return 1
@@ -383,7 +389,7 @@ class ServiceHealth(ApiObject):
 
     state: HealthState = always(HealthState.HEALTHY)
     reason: str = always("")
-    """Does not change between two attempts to start a task.  Empty if the service is healthy."""
+    """Does not change between two attempts to start a task.  Empty if the service is healthy and not stopped."""
     restart_summary: str = ""
     """Number of failures of a task, and time of the next attempt."""
     since: Timestamp = Timestamp("")

@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.model.node_reports.node_refusals import is_no_node
+from skep.model.options.labels import is_stopped
 from skep.model.service import RestartCondition, Service, UpdateState
 from skep.model.task import Task, TaskState
 
@@ -180,6 +181,10 @@ def progress_of(
     mode = service.spec.mode
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
+    if is_stopped(service.spec.labels):
+        stopping = sum(not task.status.state.is_terminal for task in tasks)
+        text = f"tasks left to stop: {stopping}" if stopping else "stopped"
+        return ServiceProgress(text, is_done=not stopping)
     if (
         ended := _ended(service, tasks, current)
     ) is not None:  # This comes first, because an update counts every early end as a failure.

@@ -1,6 +1,7 @@
 """``skep stack`` as a command: what it waits for, says and leaves behind."""
 
 import asyncio
+import json
 import re
 import signal
 from collections.abc import AsyncIterator
@@ -492,3 +493,27 @@ async def test_a_deploy_of_a_part_is_replaced_by_a_newer_deploy(cluster: Cluster
         1,
         "1 deployed\n2 replaced by revision 3\n3 deployed\n",
     ), said
+
+
+async def test_a_stack_is_stopped_and_started_again_with_its_numbers(cluster: Cluster) -> None:
+    cluster.write(
+        "name: shop\n"
+        "services:\n"
+        f"  web: {{image: busybox, deploy: {{replicas: 3}}, depends_on: [db]}}\n"
+        f"  db: {{image: busybox, {SOON}}}\n"
+        "  once: {image: busybox, deploy: {mode: replicated-job, restart_policy: {condition: none}}}\n"
+    )
+    await cluster.deploy("--detach")
+    code, _, err = await cluster.run("stack", "stop", "shop")
+    assert code == 0, err
+    assert "shop_once: a job without a schedule, which ends by itself" in err.splitlines()
+    assert err.splitlines()[-2:] == ["shop_db: stopped", "shop_web: stopped"]
+    _, listed, _ = await cluster.run("explain", "--output", "json", "shop_web")
+    assert json.loads(listed)["Summary"] == "stopped: skep service start shop_web starts its tasks"
+    code, planned, _ = await cluster.run("stack", "plan")
+    assert "  ~ service shop_web   starts its tasks" in planned.splitlines()
+    code, _, err = await cluster.run("stack", "start", "shop")
+    assert code == 0, err
+    assert "shop_web: 3 of 3 tasks run" in err.splitlines()
+    code, _, err = await cluster.run("stack", "stop", "shops")
+    assert (code, err) == (1, "Error: stack shops has no services. Show all stacks with skep stack ls.\n")

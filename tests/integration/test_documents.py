@@ -145,7 +145,7 @@ def test_no_block_is_forgotten() -> None:
         (CSI, 0),
         *((IMAGES, number) for number in range(2)),
         *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES)),
-        *((STACKS, number) for number in range(5)),
+        *((STACKS, number) for number in range(6)),
         (LOGS, 0),
         *((HISTORY, number) for number in range(2)),
         *((API_ACCESS, number) for number in range(2)),
@@ -306,7 +306,7 @@ def test_the_guide_to_volumes(own_cluster: TestCluster, checkout: Path) -> None:
 
 def test_the_guide_to_stacks(m1: TestNode, checkout: Path) -> None:
     where = {"DOCKER_HOST": m1.socket}
-    deploy, change, revert, as_admin, remove = shell_blocks(STACKS)
+    deploy, change, revert, as_admin, stop, remove = shell_blocks(STACKS)
     assert "+ service shop_migrate" in run(deploy, checkout, **where)
     wait_running(m1, "shop_web", 2)
     assert "ConfigName: shop_site-" in run(change, checkout, **where)
@@ -314,6 +314,8 @@ def test_the_guide_to_stacks(m1: TestNode, checkout: Path) -> None:
     assert "ConfigName: shop_site-" in run(revert, checkout, **where)
     wait_running(m1, "shop_web", 2)
     run(as_admin, checkout, **where)
+    wait_running(m1, "shop_web", 2)
+    run(stop, checkout, **where)
     wait_running(m1, "shop_web", 2)
     run(remove, checkout, **where)
     assert m1.docker("stack", "ls").stdout.count("shop") == 0

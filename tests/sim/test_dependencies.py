@@ -9,6 +9,7 @@ from sim.cluster import SimulatedCluster
 from sim.invariants.dependencies import UNNOTICED_S, DependenciesComeFirst
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
+from skep.model.options.labels import STOPPED
 from skep.model.service import (
     GlobalJob,
     JobStatus,
@@ -230,6 +231,18 @@ def test_a_service_that_is_scaled_to_nothing_is_not_waited_for() -> None:
     with SimulatedCluster(workers=3) as cluster:
         cluster.create(a_service_spec("db", replicas=0))
         cluster.create(waiting(a_service_spec("web"), "db=service_healthy"))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
+
+
+def test_a_service_that_is_stopped_is_waited_for_until_it_starts() -> None:
+    with SimulatedCluster(workers=3) as cluster:
+        cluster.create(replace(a_service_spec("db"), labels={STOPPED: "true"}))
+        cluster.create(waiting(a_service_spec("web"), "db=service_healthy"))
+        reason = "waits for db to be healthy, which is stopped"
+        cluster.run_until(lambda: any(t.status.err == reason for t in cluster.view.find(Task)), within_s=5)
+        cluster.run_for(5)
+        assert cluster.running("web") == 0
+        cluster.update("db", lambda spec: replace(spec, labels={}))
         cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
 
 

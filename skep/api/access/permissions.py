@@ -346,7 +346,7 @@ RULES: Final = (
     ),
     _rule(
         "POST",
-        rf"/skep/services/{_NAME}/update/(?:pause|resume|abort)",
+        rf"/skep/services/{_NAME}/(?:stop|start|update/(?:pause|resume|abort))",
         _OPERATOR,
         PermissionScope.OBJECT,
         "service",

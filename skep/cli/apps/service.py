@@ -1,6 +1,8 @@
-"""``skep service``: docker's commands, and wait."""
+"""``skep service``: docker's commands, and wait, stop and start."""
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import click
 
@@ -9,7 +11,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_screens import max_failures
 from skep.errors import Unavailable
-from skep.stack.progress import ServiceProgress
+from skep.stack.progress import FAILURES_MAX, ServiceProgress
 from skep.stack.waiting import Reasons, look_at, unfinished, wait_done
 
 
@@ -21,6 +23,7 @@ def service() -> None:
     Examples:
       skep service ls
       skep service wait web
+      skep service stop web
     """
 
 
@@ -42,6 +45,75 @@ def wait(host: HostOptions, names: tuple[str, ...], timeout: float, max_failures
       docker service update --detach --image web:2 web && skep service wait web
     """
     run_requests(_wait(host, names, timeout, max_failures))
+
+
+_TURN_TIMEOUT_S = 15.0
+"""Timeout in seconds of one request that stops or starts a service."""
+
+
+@service.command()
+@options.timeout("2m", "Longest time to wait for tasks to stop.")
+@options.detach
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def stop(host: HostOptions, names: tuple[str, ...], timeout: float, detach: bool) -> None:
+    """Stop services and keep their settings.
+
+    All tasks stop. The number of replicas, ports, addresses and data stay. Updates and rollbacks do not start a stopped
+    service. For a job with a schedule, no new run starts.
+
+    \b
+    Example:
+      skep service stop web db
+    """
+    run_requests(turn(host, names, "stop", timeout_s=timeout, waits=not detach))
+
+
+@service.command()
+@options.timeout()
+@options.detach
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def start(host: HostOptions, names: tuple[str, ...], timeout: float, detach: bool) -> None:
+    """Start stopped services and wait until they run.
+
+    \b
+    Example:
+      skep service start db web
+    """
+    run_requests(turn(host, names, "start", timeout_s=timeout, waits=not detach))
+
+
+async def turn(
+    host: HostOptions, names: Sequence[str], verb: Literal["stop", "start"], *, timeout_s: float, waits: bool
+) -> None:
+    """Stop or start services, and wait until they have done so.  All of them are requested before the wait.
+
+    Raises:
+        Unavailable: Not all were done in ``timeout_s`` seconds.
+        SkepError: A request was refused.
+    """
+    waited = []
+    async with host.client() as client:
+        for name in names:
+            found = await client.post(f"/skep/services/{name}/{verb}", timeout_s=_TURN_TIMEOUT_S)
+            if is_job(found["Spec"]):
+                click.echo(f"{found['Spec']['Name']}: {_SCHEDULES[verb]}", err=True)
+            else:
+                waited.append(name)
+    if waits and waited:
+        await _wait(host, tuple(waited), timeout_s, FAILURES_MAX)
+
+
+_SCHEDULES: Mapping[str, str] = {
+    "stop": "no new run starts until the job is started again",
+    "start": "its schedule counts again",
+}
+
+
+def is_job(spec: Mapping[str, Any]) -> bool:
+    """Return whether the spec of a service, as the API shows it, is a job's."""
+    return not {"ReplicatedJob", "GlobalJob"}.isdisjoint(spec.get("Mode") or {})
 
 
 async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int) -> None:

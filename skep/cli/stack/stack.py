@@ -32,6 +32,7 @@ from skep.cli.stack.stack_screens import (
     revisions,
     warn,
 )
+from skep.cli.stack.stack_stops import start, stop
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.model.task_end import printable
 from skep.model.values.images import registry_of
@@ -206,8 +207,8 @@ def stack() -> None:
     """
 
 
-for listing in (ls, services, ps, quota):
-    stack.add_command(listing)
+for command in (ls, services, ps, quota, start, stop):
+    stack.add_command(command)
 
 
 # --- config --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import yaml
 from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
 from skep.model.needs import host_ports
-from skep.model.options.labels import STACK_FILES
+from skep.model.options.labels import STACK_FILES, STOPPED
 from skep.model.task_end import printable
 from skep.stack.compose.document import SCALAR_TAG, FileProblem, YamlNode, resolved
 from skep.stack.planning import (
@@ -243,10 +243,16 @@ def line_of(difference: Difference, *, is_wide: bool = False) -> str:
     return f"{_field(difference.path)}: {before or '(unset)'} -> {after or '(unset)'}"
 
 
+_STOPPED = f"Labels.{STOPPED}"
+
+
 def _note(change: PlannedChange) -> str:
     if change.action is not PlanAction.UPDATE:
         return ""
     if not change.restarts:
+        for each in change.differences:
+            if each.path == _STOPPED:
+                return "   stops all tasks" if each.after.lower() == "true" else "   starts its tasks"
         moves = any(each.path.startswith(_CONSTRAINTS) for each in change.differences)
         return "   replaces only tasks on nodes that no longer fit" if moves else "   restarts no tasks"
     config = change.spec.update_config if change.spec is not None else None

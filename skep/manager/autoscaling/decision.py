@@ -20,6 +20,7 @@ from math import ceil
 import msgspec
 
 from skep.model.options.autoscaling import Autoscaling, TaskUsage, memory_of_a_task, nano_cpus_of_a_task
+from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
@@ -166,6 +167,8 @@ def wanted(present: int, measure: Measure, readings: Readings) -> int:
 
 def blocked(service: Service) -> str:
     """Return the reason why the number must not change, whatever the load is, or an empty string."""
+    if is_stopped(service.spec.labels):
+        return "the service is stopped"
     if not service.spec.replicas:
         return "it was scaled to 0: autoscaling is off until it has a task again"
     state = service.update_status.state if service.update_status is not None else None

@@ -33,6 +33,7 @@ from skep.model.needs import HostPort, host_ports, needs_of
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
 from skep.model.options.dependencies import WAITS_FOR, is_wait
+from skep.model.options.labels import is_stopped
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
@@ -48,6 +49,8 @@ from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.times import SECOND_NS, ZERO_TIME, Timestamp, timestamp, unix_ns
 
+IS_STOPPED = "stopped"
+"""Reason of a healthy service without tasks that a user has stopped."""
 REASONS_MAX = 10
 """Largest number of different reasons in the explanation of a service.  The most frequent come first."""
 
@@ -159,7 +162,7 @@ class ServiceExplanation(ApiObject):
     def health(self) -> ServiceHealth:
         """The part that lists of services show."""
         if self.is_healthy:
-            return ServiceHealth()
+            return ServiceHealth(reason=self.reason)
         return ServiceHealth(
             state=self.state,
             reason=self.reason,
@@ -252,7 +255,7 @@ def explain_service(
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
-        text, reason, is_healthy = _of_service(running, wanted, done, problems, update, active)
+        text, reason, is_healthy = _of_service(service, running, wanted, done, problems, active)
     worst = problems[0] if problems and not is_healthy else None
     state = _state(update, worst, is_healthy=is_healthy)
     return ServiceExplanation(
@@ -395,20 +398,23 @@ def _with_verdicts(
 
 
 def _of_service(
+    service: Service,
     running: int,
     wanted: int,
     done: int,
     problems: Sequence[TaskProblem],
-    update: UpdateStatus,
     active: int,
 ) -> tuple[str, str, bool]:
     """Return the summary, the reason, and whether the service is in its desired state.
 
     ``done`` counts the tasks that ended and that their restart policy does not restart.
     """
+    update = service.update_status or UpdateStatus()
     is_updating = update.state in UNDER_WAY
     has_numbers = wanted - done <= min(running, active) and running <= wanted
     if has_numbers and not problems and not is_updating:
+        if is_stopped(service.spec.labels):
+            return f"{IS_STOPPED}: skep service start {service.spec.name} starts its tasks", IS_STOPPED, True
         if done:
             return f"{done} of {wanted} tasks done" + (f", {running} running" if running else ""), "", True
         return f"{running} of {wanted} tasks run" + ("" if update.state in PAUSED else ": healthy"), "", True

@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control.tasks import known_status, with_damage
-from skep.manager.diagnosis.explanations import ServiceExplanation, explain_service
+from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
 from skep.manager.diagnosis.reasons import SlotId, loop_ends_ns, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
 from skep.model.node import Node
+from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
@@ -57,7 +58,8 @@ async def _health(
     update = (service.update_status or UpdateStatus()).state
     is_settled = not slots.others and len(slots.settled) == status.running_tasks == status.desired_tasks
     if service.job_status is None and is_settled and update not in PAUSED and update not in UNDER_WAY:
-        return ServiceHealth()  # an explanation would find the same, at ten times the cost
+        # An explanation would find the same, at ten times the cost.
+        return ServiceHealth(reason=IS_STOPPED if is_stopped(service.spec.labels) else "")
     return _explanation(view, service, status, slots, now_ns, lambda _: True).health
 
 

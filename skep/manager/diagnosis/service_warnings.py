@@ -6,6 +6,7 @@ from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.label_suggestions import PREFIX, suggested_label
+from skep.model.options.labels import is_stopped
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
 from skep.model.service import MAX_ATTEMPTS_MAX, ServiceSpec, UpdateOrder
 
@@ -15,9 +16,16 @@ _PUBLISH = "skep.publish."
 
 def spec_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
     """Yield a warning for each setting that has no effect, or cannot work on the nodes of the cluster."""
+    yield from stop_warnings(spec)
     yield from label_warnings(spec)
     yield from restart_warnings(spec)
     yield from placement_warnings(spec, nodes)
+
+
+def stop_warnings(spec: ServiceSpec) -> Iterator[str]:
+    """Yield a warning if the service has no tasks because it is stopped.  Docker's commands would wait for them."""
+    if is_stopped(spec.labels):
+        yield f"the service is stopped: skep service start {spec.name} starts its tasks"
 
 
 def restart_warnings(spec: ServiceSpec) -> Iterator[str]:

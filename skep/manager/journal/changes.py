@@ -18,6 +18,7 @@ from skep.model.history import JournalEntry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
 from skep.model.node_reports.conditions import disk_pressure
+from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.swarm import Swarm
@@ -464,6 +465,10 @@ def folded_requests(entries: Iterable[JournalEntry]) -> list[JournalEntry]:
     return list(last.values())
 
 
+def _without_stop(labels: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: text for name, text in labels.items() if name != STOPPED}
+
+
 _NAMES_MAX = 5
 """Names that one line lists."""
 _NAMED = frozenset({"image", "env", "secrets", "configs", "labels"})
@@ -476,8 +481,10 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
         yield f"image {_short(before.image, after.image)} → {_short(after.image, before.image)}"
     if old.mode.name != new.mode.name:
         yield f"mode {old.mode.name} → {new.mode.name}"
-    elif old.mode.name == "replicated" and old.replicas != new.replicas:
-        yield f"replicas {old.replicas} → {new.replicas}"
+    elif old.mode.name == "replicated" and old.given_replicas != new.given_replicas:
+        yield f"replicas {old.given_replicas} → {new.given_replicas}"
+    if is_stopped(old.labels) != is_stopped(new.labels):
+        yield "stopped" if is_stopped(new.labels) else "started"
     yield from _phrase("environment", _variables(before.env), _variables(after.env))
     yield from _phrase(
         "secrets", *({one.secret_name: one for one in each.secrets} for each in (before, after))
@@ -485,7 +492,7 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
     yield from _phrase(
         "configs", *({one.config_name: one for one in each.configs} for each in (before, after))
     )
-    yield from _phrase("labels", old.labels, new.labels)
+    yield from _phrase("labels", *(_without_stop(one.labels) for one in (old, new)))
     template = old.task_template, new.task_template
     if template[0].force_update != template[1].force_update:
         yield "all tasks will be replaced"

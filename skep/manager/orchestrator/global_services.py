@@ -17,8 +17,9 @@ from skep.manager.orchestrator.slots import (
 )
 from skep.model.node import Availability, Node
 from skep.model.options.constraints import is_satisfied
+from skep.model.options.labels import is_stopped
 from skep.model.service import Placement, Service, UpdateState
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 
 
 def reconcile(
@@ -31,6 +32,8 @@ def reconcile(
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
     """
+    if is_stopped(service.spec.labels):
+        return [RetireTask(task, TaskState.REMOVE) for task in tasks if task.desired_state < TaskState.REMOVE]
     seen = seen or ObservedTimes(0.0)
     slots = group_by_node(tasks)
     every = {node.id: node for node in nodes}
@@ -51,7 +54,12 @@ def reconcile(
 
 
 def is_eligible(node: Node, service: Service) -> bool:
-    """Return whether ``node`` is up, not drained, and meets the service's constraints (if its labels are known)."""
+    """Return whether ``node`` is up, not drained, and meets the service's constraints (if its labels are known).
+
+    A stopped service has no eligible node.
+    """
+    if is_stopped(service.spec.labels):
+        return False
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return not is_unusable(node) and (is_unknown(node) or is_satisfied(constraints, node))
 

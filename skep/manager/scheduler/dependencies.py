@@ -28,11 +28,13 @@ from skep.model.options.dependencies import (
     DOES_NOT_EXIST,
     HAS_ENDED,
     HAS_FAILED,
+    IS_STOPPED,
     WAITS_FOR,
     Dependency,
     DependencyCondition,
     dependencies_of,
 )
+from skep.model.options.labels import is_stopped
 from skep.model.options.slot_volumes import has_other_properties
 from skep.model.service import Placement, RestartCondition, Service, ServiceMode, TaskSpec
 from skep.model.task import Task, TaskState
@@ -186,6 +188,8 @@ class _Check:
         self.services.add(service.id)
         if _wants_none(service.spec.mode):  # the same as in Compose
             return ""
+        if service.job_status is None and is_stopped(service.spec.labels):
+            return f"{WAITS_FOR}{one.service} {one.condition.words}{IS_STOPPED}" if one.is_required else ""
         if one not in self._states:
             self._states[one] = self._state(one, service)
         state = self._states[one]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from skep.errors import InvalidArgument
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.services.job_runs import FAILED, RUNNING, is_going, of_present_run, outcome, past_starts
+from skep.model.options.labels import is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND, CRON_TIME_ZONE, parsed_schedule, schedule_of
 from skep.model.service import JobStart, JobStatus, Service
 from skep.model.task import Task, TaskState
@@ -78,6 +79,8 @@ def note(service: Service) -> str:
         schedule = parsed_schedule(service.spec.labels)
     except InvalidArgument as error:
         return str(error)
+    if is_stopped(service.spec.labels):
+        return f"stopped: skep service start {service.spec.name} resumes its schedule"
     if schedule.is_suspended:
         return f"suspended by the label {CRON_SUSPEND}"
     status = service.job_status.schedule if service.job_status is not None else None

@@ -135,7 +135,7 @@ def with_number_kept(spec: ServiceSpec, present: ServiceSpec | None) -> ServiceS
         return spec
     if present is None or present.mode.replicated is None:
         return with_replicas(spec, scaling.least)
-    return with_replicas(spec, scaling.clamped(present.replicas) if present.replicas else 0)
+    return with_replicas(spec, scaling.clamped(present.given_replicas) if present.given_replicas else 0)
 
 
 def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
@@ -143,7 +143,7 @@ def with_present_number(spec: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
     autoscaling chose.
     """
     if autoscaling_of(spec.labels) is not None and autoscaling_of(present.labels) is not None:
-        return with_replicas(spec, present.replicas) if spec.mode.name == present.mode.name else spec
+        return with_replicas(spec, present.given_replicas) if spec.mode.name == present.mode.name else spec
     return with_number_kept(spec, present)
 
 

@@ -20,6 +20,7 @@ WAITS_FOR: Final = "waits for "
 """A task that waits for a service has an error that starts with these words."""
 DOES_NOT_EXIST: Final = ", which does not exist"
 HAS_FAILED: Final = ", which has failed"
+IS_STOPPED: Final = ", which is stopped"
 HAS_ENDED: Final = ", which has ended"
 """The error ends with these words if the other service cannot become ready."""
 DEPENDENCIES_MAX: Final = 100
@@ -73,7 +74,9 @@ def is_wait(error: str) -> bool:
     During such a wait, the progress deadline of an update is suspended.  It keeps running while a task waits for a
     service that does not exist or for a job that was given up, because that wait could be endless.
     """
-    return error.startswith(WAITS_FOR) and not error.endswith((DOES_NOT_EXIST, HAS_FAILED, HAS_ENDED))
+    return error.startswith(WAITS_FOR) and not error.endswith(
+        (DOES_NOT_EXIST, IS_STOPPED, HAS_FAILED, HAS_ENDED)
+    )
 
 
 def label_of(dependencies: Iterable[Dependency]) -> dict[str, str]:

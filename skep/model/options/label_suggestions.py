@@ -16,6 +16,7 @@ from skep.model.options.labels import (
     PRIORITY,
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
+    STOPPED,
     VOLUME_AFFINITY,
 )
 from skep.model.options.schedules import (
@@ -46,6 +47,7 @@ _SAME_MEANING: Final = {
     PRIORITY: ("priority-class", "weight"),
     PROGRESS_DEADLINE: ("timeout", "update-timeout", "deploy-timeout", "update-deadline"),
     PUBLISH_NOT_READY: ("publish-not-ready-addresses", "not-ready"),
+    STOPPED: ("stop", "disabled", "paused"),
     VOLUME_AFFINITY: ("sticky-volumes", "data-affinity"),
     "skep.publish.affinity": ("affinity", "sticky", "sticky-sessions", "session-affinity"),
     "skep.publish.host-ip": ("host-ip", "bind", "listen"),

@@ -72,6 +72,10 @@ PUBLISH_NOT_READY = "skep.publish-not-ready"
 still lead to healthy tasks only.
 """
 
+STOPPED = "skep.stopped"
+"""On services: ``true`` stops all tasks and keeps the spec with its number of replicas.  ``skep service stop`` sets it.
+A rollback does not change it."""
+
 VOLUME_AFFINITY = "skep.volume-affinity"
 """On services: whether a task returns to the node with the local volumes of its slot."""
 FORMER_VOLUMES = "skep.volumes"
@@ -233,6 +237,11 @@ def publishes_not_ready(labels: Mapping[str, str]) -> bool:
     return labels.get(PUBLISH_NOT_READY, "").lower() == "true"
 
 
+def is_stopped(labels: Mapping[str, str]) -> bool:
+    """Return whether a service is stopped, by its labels."""
+    return labels.get(STOPPED, "").lower() == "true"
+
+
 def last_lines(labels: Mapping[str, str]) -> int:
     """Return the number of output lines kept with an ended task, by the labels of its service or of the cluster."""
     try:
@@ -331,6 +340,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _priority(labels)
     parsed_dependencies(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
+    _check_switch(labels, STOPPED)
 
 
 def check_container_labels(labels: Mapping[str, str]) -> None:

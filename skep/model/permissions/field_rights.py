@@ -61,6 +61,7 @@ from skep.model.options.labels import (
     STACK_FILES,
     STACK_REVISION,
     STACK_STATE,
+    STOPPED,
     VOLUME_AFFINITY,
 )
 from skep.model.options.schedules import SCHEDULE_LABELS
@@ -181,7 +182,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
         *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
         *SCHEDULE_LABELS,
         *(DRAIN, JOB_TTL, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
-        *(PUBLISH_NOT_READY, VOLUME_AFFINITY, FORMER_VOLUMES),
+        *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
     # The other service has to belong to the stack.

@@ -66,6 +66,7 @@ _X_SKEP: Final = {
     "last-lines": known_labels.LAST_LINES,
     "volume-affinity": known_labels.VOLUME_AFFINITY,
     "publish-not-ready": known_labels.PUBLISH_NOT_READY,
+    "stopped": known_labels.STOPPED,
 }
 _PUBLISH: Final = ("host-ip", "affinity", "local", "proxy-protocol")
 _PORT: Final = re.compile(

@@ -16,7 +16,16 @@ from skep.manager.scheduler.nodes.requirements import requirements_of
 from skep.model.container import ContainerSpec
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import TaskUsage
-from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, Service, ServiceMode
+from skep.model.options.labels import STOPPED
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    ReplicatedJob,
+    Resources,
+    Service,
+    ServiceHealth,
+    ServiceMode,
+)
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd, signal_of
 from skep.model.values.meta import Version
@@ -173,6 +182,16 @@ def test_a_service_as_wanted_says_so() -> None:
     web = a_service("web", replicas=1)
     reported = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={}, now_ns=0)
     assert reported.summary == "1 of 1 tasks run: healthy"
+
+
+def test_a_stopped_service_is_healthy_says_that_it_is_stopped_and_how_to_start_it() -> None:
+    web = a_service("web", replicas=1)
+    web = replace(web, spec=replace(web.spec, labels={STOPPED: "true"}))
+    reported = explain_service(web, [], wanted=0, nodes={}, now_ns=0)
+    assert reported.summary == "stopped: skep service start web starts its tasks"
+    assert reported.health == ServiceHealth(reason="stopped")
+    stopping = a_task(service=web, node="n1", desired=TaskState.REMOVE)
+    assert not explain_service(web, [stopping], wanted=0, running=1, nodes={}, now_ns=0).is_healthy
 
 
 def test_an_image_that_cannot_be_pulled_is_named_in_the_reason() -> None:

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec
+from skep.model.options.labels import STOPPED
 from skep.model.service import (
     EndpointSpec,
     JobStatus,
@@ -353,3 +354,11 @@ def test_the_managers_reason_replaces_the_error_of_a_service_that_is_not_started
     found = explained(ended, reason, current=(), failures_max=5)
     assert (found.cause, found.is_stuck) == (reason.reason, True)
     assert explained(ended, Explanation(), current=(), failures_max=5).cause == "task: non-zero exit (4)"
+
+
+def test_a_stopped_service_is_done_once_its_tasks_have_ended() -> None:
+    stopped = replace(SERVICE, spec=replace(SERVICE.spec, labels={STOPPED: "true"}))
+    stopping = a_task(TaskState.RUNNING, TaskState.REMOVE)
+    assert progress_of(stopped, [stopping], {stopping.id}).text == "tasks left to stop: 1"
+    for tasks in ([], [a_task(TaskState.SHUTDOWN, TaskState.REMOVE)]):
+        assert progress_of(stopped, tasks, ()) == ServiceProgress("stopped", is_done=True)

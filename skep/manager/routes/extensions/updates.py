@@ -1,9 +1,12 @@
-"""``/skep/services/{id}/update/{verb}``: pauses, resumes or aborts a service's update.  A Skep extension."""
+"""``/skep/services/{id}/{verb}`` stops or starts a service, ``/skep/services/{id}/update/{verb}`` pauses, resumes or
+aborts its update.  Skep extensions.
+"""
 
 from aiohttp import web
 
 from skep.api.access.identity import identity_of
 from skep.api.http.server import Routes, json_response
+from skep.manager.control import stops
 from skep.manager.control import updates as control
 from skep.manager.control.quotas import bounded
 from skep.manager.control.validation.new_objects import stack_of
@@ -39,6 +42,24 @@ async def abort_update(request: web.Request) -> web.StreamResponse:
     abort = bounded(control.abort_update, stack_of(service.spec.labels), is_admin=is_admin)
     changed = await manager.update(abort, service.id, version, now=manager.now())
     return _shown(request, changed)
+
+
+@routes.post("/skep/services/{id}/stop")
+async def stop_service(request: web.Request) -> web.StreamResponse:
+    """Stop all tasks of a service.  Its spec keeps the number of replicas."""
+    manager = manager_of(request)
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    return _shown(request, await manager.update(stops.stop_service, service.id, now=manager.now()))
+
+
+@routes.post("/skep/services/{id}/start")
+async def start_service(request: web.Request) -> web.StreamResponse:
+    """Start a stopped service."""
+    manager = manager_of(request)
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    is_admin = identity_of(request).is_admin
+    start = bounded(stops.start_service, stack_of(service.spec.labels), is_admin=is_admin)
+    return _shown(request, await manager.update(start, service.id, now=manager.now()))
 
 
 def _shown(request: web.Request, service: Service) -> web.StreamResponse:

@@ -9,6 +9,7 @@ from skep.manager.orchestrator.changes import Cause, FillSlot, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, Node, NodeDescription, NodeState, NodeStatus
+from skep.model.options.labels import STOPPED
 from skep.model.service import RestartCondition, RestartPolicy, Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
@@ -182,3 +183,13 @@ def test_one_application_is_enough(nodes: list[Node], tasks: list[Task]) -> None
     world = World(AGENT, tasks, nodes)
     world.apply(reconcile(AGENT, tasks, nodes))
     assert reconcile(AGENT, world.tasks.values(), nodes) == []
+
+
+def test_a_stopped_service_has_no_tasks_and_no_history_of_them() -> None:
+    stopped = replace(AGENT, spec=replace(AGENT.spec, labels={STOPPED: "true"}))
+    past = a_task(slot=0, node="n1", service=stopped, state=TaskState.FAILED, desired=TaskState.SHUTDOWN)
+    tasks = [past, a_task(slot=0, node="n1", service=stopped), a_task(slot=0, node="n2", service=stopped)]
+    assert reconcile(stopped, tasks, [a_node("n1"), a_node("n2"), a_node("n3")]) == [
+        RetireTask(task, TaskState.REMOVE) for task in tasks
+    ]
+    assert reconcile(AGENT, [], [a_node("n1")]) != []

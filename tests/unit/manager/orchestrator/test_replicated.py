@@ -2,10 +2,12 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, RetireTask
 from skep.manager.orchestrator.replicated import in_eviction_order, reconcile
 from skep.manager.orchestrator.slots import group_by_slot
+from skep.model.options.labels import STOPPED
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
 from tests.support.builders import a_service, a_task
@@ -109,3 +111,11 @@ def test_as_many_slots_are_held_as_wanted(tasks: list[Task], replicas: int) -> N
     world.apply(reconcile(world.service, tasks, world.seen))
     held = {task.slot for task in world.tasks.values() if task.is_wanted}
     assert len(held) == replicas
+
+
+def test_a_stopped_service_has_no_tasks() -> None:
+    web = a_service(replicas=2)
+    stopped = replace(web, spec=replace(web.spec, labels={STOPPED: "true"}))
+    task = a_task(slot=1, node="n1", service=stopped)
+    assert reconcile(stopped, [task]) == [RetireTask(task, TaskState.REMOVE)]
+    assert reconcile(stopped, []) == []

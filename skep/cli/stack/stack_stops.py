@@ -1,0 +1,71 @@
+"""``skep stack stop`` and ``skep stack start``."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import click
+
+from skep.cli import options
+from skep.cli.apps.service import is_job, turn
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.errors import NotFound
+from skep.model.options.schedules import CRON
+from skep.model.task_end import printable
+from skep.stack.project import NAMESPACE
+
+_RESPONSE_TIMEOUT_S = 15.0
+"""Timeout in seconds of the request for the services of the stack."""
+
+
+@click.command()
+@options.timeout("2m", "Longest time to wait for tasks to stop.")
+@options.detach
+@click.argument("name", metavar="STACK")
+@click.pass_obj
+def stop(host: HostOptions, name: str, timeout: float, detach: bool) -> None:
+    """Stop the services of a stack and keep their settings.
+
+    No new run of its jobs starts. A deploy of the stack starts the services of its files.
+
+    \b
+    Example:
+      skep stack stop shop
+    """
+    run_requests(_turn(host, name, "stop", timeout, waits=not detach))
+
+
+@click.command()
+@options.timeout()
+@options.detach
+@click.argument("name", metavar="STACK")
+@click.pass_obj
+def start(host: HostOptions, name: str, timeout: float, detach: bool) -> None:
+    """Start the stopped services of a stack and wait until they run.
+
+    Services start in the order of their dependencies.
+
+    \b
+    Example:
+      skep stack start shop
+    """
+    run_requests(_turn(host, name, "start", timeout, waits=not detach))
+
+
+async def _turn(
+    host: HostOptions, stack: str, verb: Literal["stop", "start"], timeout_s: float, *, waits: bool
+) -> None:
+    async with host.client() as client:
+        found = await client.get(
+            "/services", filters={"label": [f"{NAMESPACE}={stack}"]}, timeout_s=_RESPONSE_TIMEOUT_S
+        )
+    if not found:
+        raise NotFound(f"stack {stack} has no services. Show all stacks with skep stack ls.")
+    specs: list[Mapping[str, Any]] = sorted(
+        (one["Spec"] for one in found), key=lambda spec: str(spec["Name"])
+    )
+    ending = [spec["Name"] for spec in specs if is_job(spec) and CRON not in (spec.get("Labels") or {})]
+    for name in ending:
+        click.echo(printable(f"{name}: a job without a schedule, which ends by itself"), err=True)
+    names = [spec["Name"] for spec in specs if spec["Name"] not in ending]
+    await turn(host, names, verb, timeout_s=timeout_s, waits=waits)
