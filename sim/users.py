@@ -54,7 +54,7 @@ from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.options.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY, STOPPED, is_stopped
-from skep.model.options.schedules import CRON, CRON_SUSPEND
+from skep.model.options.schedules import CRON, CRON_SUSPEND, JOB_MODES
 from skep.model.permissions.user import User, UserSpec
 from skep.model.quota import QuotaSpec
 from skep.model.secret import Secret, SecretSpec
@@ -540,6 +540,8 @@ class Users:
 
     async def _stop_or_start(self) -> None:
         def turned(spec: ServiceSpec) -> ServiceSpec:
+            if spec.mode.name in JOB_MODES:
+                return spec
             return with_labels(spec, {STOPPED: "false" if is_stopped(spec.labels) else "true"})
 
         await self._change(turned)

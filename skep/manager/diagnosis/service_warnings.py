@@ -6,7 +6,8 @@ from skep.model.needs import host_ports
 from skep.model.node import Node
 from skep.model.options.constraints import is_satisfied
 from skep.model.options.label_suggestions import PREFIX, suggested_label
-from skep.model.options.labels import is_stopped
+from skep.model.options.labels import STOPPED, is_stopped
+from skep.model.options.schedules import JOB_MODES, schedule_of
 from skep.model.permissions.field_rights import CONTAINER_LABELS, SERVICE_LABELS
 from skep.model.service import MAX_ATTEMPTS_MAX, ServiceSpec, UpdateOrder
 
@@ -24,7 +25,13 @@ def spec_warnings(spec: ServiceSpec, nodes: Iterable[Node]) -> Iterator[str]:
 
 def stop_warnings(spec: ServiceSpec) -> Iterator[str]:
     """Yield a warning if the service has no tasks because it is stopped.  Docker's commands would wait for them."""
-    if is_stopped(spec.labels):
+    if not is_stopped(spec.labels):
+        return
+    if spec.mode.name in JOB_MODES:
+        schedule = schedule_of(spec.labels)
+        if schedule is None or not schedule.is_suspended:
+            yield f"label {STOPPED} alone has no effect on a job: use skep service stop {spec.name}"
+    else:
         yield f"the service is stopped: skep service start {spec.name} starts its tasks"
 
 

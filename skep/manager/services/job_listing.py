@@ -79,7 +79,7 @@ def note(service: Service) -> str:
         schedule = parsed_schedule(service.spec.labels)
     except InvalidArgument as error:
         return str(error)
-    if is_stopped(service.spec.labels):
+    if schedule.is_suspended and is_stopped(service.spec.labels):
         return f"stopped: skep service start {service.spec.name} resumes its schedule"
     if schedule.is_suspended:
         return f"suspended by the label {CRON_SUSPEND}"

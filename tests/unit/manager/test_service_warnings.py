@@ -3,9 +3,25 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.diagnosis.service_warnings import label_warnings, placement_warnings, restart_warnings
+from skep.manager.diagnosis.service_warnings import (
+    label_warnings,
+    placement_warnings,
+    restart_warnings,
+    stop_warnings,
+)
 from skep.model.container import ContainerSpec
-from skep.model.service import PortConfig, PublishMode, RestartPolicy, ServiceSpec, UpdateConfig, UpdateOrder
+from skep.model.options.labels import STOPPED
+from skep.model.options.schedules import CRON, CRON_SUSPEND
+from skep.model.service import (
+    PortConfig,
+    PublishMode,
+    ReplicatedJob,
+    RestartPolicy,
+    ServiceMode,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateOrder,
+)
 from tests.support.builders import a_node, a_service_spec
 
 HOST_PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
@@ -92,3 +108,15 @@ def test_a_limit_of_restarts_that_is_too_large_to_count_is_said() -> None:
     assert list(restart_warnings(a_service_spec(restart=RestartPolicy(max_attempts=1001)))) == [
         "max attempts 1001 of the restart policy count as no limit: at most 1000 restarts of a task are counted"
     ]
+
+
+def test_a_stopped_service_is_named_and_a_job_that_the_label_alone_does_not_stop() -> None:
+    web = replace(a_service_spec("web"), labels={STOPPED: "true"})
+    assert list(stop_warnings(web)) == ["the service is stopped: skep service start web starts its tasks"]
+    assert list(stop_warnings(replace(web, labels={}))) == []
+    job = replace(web, mode=ServiceMode(replicated_job=ReplicatedJob()))
+    assert list(stop_warnings(job)) == [
+        "label skep.stopped alone has no effect on a job: use skep service stop web"
+    ]
+    stopped = replace(job, labels={STOPPED: "true", CRON: "@daily", CRON_SUSPEND: "true"})
+    assert list(stop_warnings(stopped)) == []
