@@ -77,7 +77,7 @@ ACTIONS = {
         "cluster": "recover resume rotate-keys",
         "reboot-lock": "release take",
         "node": "drain evict forget",
-        "service": "start stop wait",
+        "service": "rollback start stop wait",
         "update": "abort pause resume",
         "network": "update",
         "volume": "forget",

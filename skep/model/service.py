@@ -513,12 +513,20 @@ class Trusted(ApiObject):
     """Names of images, without tags and digests."""
 
 
+class SpecAuthor(ApiObject):
+    """The author of a spec, and the time of the request.  Both are empty if an earlier version wrote the spec."""
+
+    by: str = ""
+    """``USER@NODE``: the user and the node whose API the request used.  ``cluster`` for a rollback after a failure."""
+    at: Timestamp = Timestamp("")
+
+
 class Service(ApiObject):
     """A service.
 
-    The API writes ``spec``, ``previous_spec``, ``version``, ``trusted`` and ``removed_at``.  With each new spec, the
-    store writes ``spec_version`` and ``past_disconnects``.  The leader writes ``update_status``, ``endpoint``,
-    ``job_status`` and ``autoscaled``, and with it the replicas of an autoscaled service.
+    The API writes ``spec``, ``author``, ``previous_spec``, ``version``, ``trusted`` and ``removed_at``.  With each new
+    spec, the store writes ``spec_version`` and ``past_disconnects``.  The leader writes ``update_status``,
+    ``endpoint``, ``job_status`` and ``autoscaled``, and with it the replicas of an autoscaled service.
 
     ``service_status`` and ``damage`` exist in API responses only.
     """
@@ -543,5 +551,7 @@ class Service(ApiObject):
     """Managers of older versions keep the field and ignore it."""
     trusted: Trusted | None = None
     """None if a version without this field wrote the service.  Not in API responses."""
+    author: SpecAuthor | None = None
+    """The author of ``spec``.  Managers of older versions keep the field and ignore it.  Not in API responses."""
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""

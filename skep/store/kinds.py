@@ -53,7 +53,7 @@ class SpecVersion(ApiObject):
 
 
 class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
-    """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
+    """Bytes that must never be shown as such: a secret's data, the root CA's key, registry credentials, past specs.
 
     The id names the object to which they belong: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service
     id>``.  Only the dispatcher and the CA read payloads, by their ids.
@@ -114,6 +114,11 @@ def registry_auth_id(service_id: str) -> str:
 def previous_registry_auth_id(service_id: str) -> str:
     """Return the id of the payload with the registry credentials for the image that a rollback returns to."""
     return f"registry-previous/{service_id}"
+
+
+def spec_history_id(service_id: str) -> str:
+    """Return the id of the payload with the past specs of the service."""
+    return f"specs/{service_id}"
 
 
 def users_claim_id(stack: str) -> str:

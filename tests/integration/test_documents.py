@@ -63,6 +63,7 @@ VOLUMES = "docs/guide/volumes.md"
 CSI = "docs/guide/csi.md"
 DEVICES = "docs/guide/devices.md"
 STACKS = "docs/guide/stacks.md"
+UPDATES = "docs/guide/updates.md"
 LOGS = "docs/guide/logs.md"
 API_ACCESS = "docs/guide/api-access.md"
 HISTORY = "docs/guide/history.md"
@@ -144,7 +145,7 @@ def test_no_block_is_forgotten() -> None:
         *((VOLUMES, number) for number in range(2)),
         (CSI, 0),
         *((IMAGES, number) for number in range(2)),
-        *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES)),
+        *((page, 0) for page in (EXEC, PRIORITIES, SECRETS, DEVICES, UPDATES)),
         *((STACKS, number) for number in range(6)),
         (LOGS, 0),
         *((HISTORY, number) for number in range(2)),
@@ -319,6 +320,17 @@ def test_the_guide_to_stacks(m1: TestNode, checkout: Path) -> None:
     wait_running(m1, "shop_web", 2)
     run(remove, checkout, **where)
     assert m1.docker("stack", "ls").stdout.count("shop") == 0
+
+
+def test_the_guide_to_updates(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(UPDATES)
+    m1.docker("service", "create", "--detach", "--name", "web", "busybox:1", "sleep", "600")
+    m1.docker("service", "update", "--detach", "--replicas", "2", "web")
+    wait_running(m1, "web", 2)
+    said = run(block, checkout, DOCKER_HOST=m1.socket).splitlines()
+    assert said[2].startswith("2 (now)"), said
+    assert "Mode.Replicated.Replicas: 1 -> 2" in said
+    wait_running(m1, "web", 1)
 
 
 def test_the_guide_to_logs(m1: TestNode, checkout: Path) -> None:

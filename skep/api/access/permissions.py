@@ -334,7 +334,13 @@ RULES: Final = (
         container=_INSPECT,
         is_document=False,
     ),
-    _rule("GET", rf"/skep/services/{_NAME}/(?:explain|runs)", _VIEWER, PermissionScope.OBJECT, "service"),
+    _rule(
+        "GET",
+        rf"/skep/services/{_NAME}/(?:explain|revisions|runs)",
+        _VIEWER,
+        PermissionScope.OBJECT,
+        "service",
+    ),
     _rule("GET", rf"/skep/tasks/{_NAME}/explain", _VIEWER, PermissionScope.OBJECT, "task"),
     _rule("GET", rf"/skep/tasks/{_NAME}/target", _VIEWER, PermissionScope.OBJECT, "target"),
     _rule(

@@ -1,16 +1,25 @@
-"""``skep service``: docker's commands, and wait, stop and start."""
+"""``skep service``: docker's commands, and wait, stop, start, history, diff and rollback."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import click
+import msgspec
 
+from skep.api.client.updates import update
 from skep.cli import options, passthrough
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import age
+from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import run_requests
-from skep.cli.stack.stack_screens import max_failures
-from skep.errors import Unavailable
+from skep.cli.stack.stack_screens import differing, max_failures
+from skep.errors import InvalidArgument, Unavailable
+from skep.model.options.autoscaling import AUTOSCALE
+from skep.model.options.labels import STOPPED
+from skep.model.service import ServiceSpec
+from skep.model.values.unknown import leniently
 from skep.stack.progress import FAILURES_MAX, ServiceProgress
 from skep.stack.waiting import Reasons, look_at, unfinished, wait_done
 
@@ -25,6 +34,142 @@ def service() -> None:
       skep service wait web
       skep service stop web
     """
+
+
+@service.command()
+@click.argument("name", metavar="SERVICE")
+@shows
+@click.pass_obj
+def history(host: HostOptions, name: str, output: OutputOptions) -> None:
+    """List the revisions of a service.
+
+    Shows the author, the time and the changes of each spec. The last ten revisions are kept until you remove the
+    service.
+
+    \b
+    Example:
+      skep service history web
+    """
+
+    async def fetch() -> Shown:
+        found = await _revisions(host, name)
+        rows = [{field: one[field] for field in ("Number", "By", "At", "Changes")} for one in found]
+        now = time.time()
+        cells = [
+            (
+                f"{one['Number']}{' (now)' if one is found[-1] else ''}",
+                f"{age(one['At'], now)} ago" if one["At"] else "",
+                one["By"],
+                "; ".join(one["Changes"]),
+            )
+            for one in found
+        ]
+        head = ("REVISION", "WRITTEN", "BY", "CHANGES")
+        return Shown(data=rows, rows=rows, lines=lambda screen: table(head, cells, screen))
+
+    output.show(fetch)
+
+
+@service.command()
+@click.argument("name", metavar="SERVICE")
+@click.argument("first", type=click.IntRange(1), required=False)
+@click.argument("second", type=click.IntRange(1), required=False)
+@shows
+@click.pass_obj
+def diff(host: HostOptions, name: str, first: int | None, second: int | None, output: OutputOptions) -> None:
+    """Compare two revisions of a service.
+
+    Without numbers, compares the last two revisions. With one number, compares it with the last revision.
+
+    \b
+    Examples:
+      skep service diff web
+      skep service diff web 2 3
+    """
+
+    async def fetch() -> Shown:
+        found = await _revisions(host, name)
+        if first is None and len(found) < 2:
+            raise InvalidArgument(f"{name} has one revision. Show it with skep service history {name}.")
+        older = _numbered(name, found, first) if first is not None else found[-2]
+        newer = _numbered(name, found, second) if second is not None else found[-1]
+        specs = (leniently(msgspec.json.encode(one["Spec"]), ServiceSpec) for one in (older, newer))
+        return differing(*specs)
+
+    output.show(fetch)
+
+
+@service.command()
+@click.option(
+    "--to", type=click.IntRange(1), metavar="N", help="Revision. Default: the spec before the last change."
+)
+@options.timeout()
+@options.detach
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.argument("name", metavar="SERVICE")
+@click.pass_obj
+def rollback(
+    host: HostOptions, *, to: int | None, timeout: float, detach: bool, quiet: bool, name: str
+) -> None:
+    """Return a service to an earlier spec and wait until it runs.
+
+    The rollback to a numbered revision is an update: it needs the rights for that spec, uses the update policy of the
+    spec and becomes a new revision. It keeps the number of replicas that autoscaling chose.
+
+    \b
+    Examples:
+      skep service rollback web
+      skep service rollback --to 3 web
+    """
+
+    async def run() -> None:
+        async with host.requests() as client:
+            if to is None:
+                query = {"rollback": "previous"}
+                await update(
+                    client, "services", name, lambda one: one["Spec"], timeout_s=_TURN_TIMEOUT_S, query=query
+                )
+                return
+            wanted = _numbered(name, await _revisions(host, name), to)["Spec"]
+
+            def changed(found: Mapping[str, Any]) -> Any:
+                return returned_to(wanted, found["Spec"])
+
+            await update(client, "services", name, changed, timeout_s=_TURN_TIMEOUT_S)
+
+    run_requests(run())
+    if not detach:
+        run_requests(_wait(host, (name,), timeout, FAILURES_MAX, is_quiet=quiet))
+
+
+def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the earlier spec ``wanted`` with what belongs to the service now: a stop, and the autoscaled number.
+
+    Both specs are as the API shows them, because they may have fields of a newer version.
+    """
+    before, now = wanted.get("Labels") or {}, present.get("Labels") or {}
+    labels = {name: text for name, text in before.items() if name != STOPPED}
+    labels |= {name: text for name, text in now.items() if name == STOPPED}
+    mode = present["Mode"] if AUTOSCALE in before and AUTOSCALE in now else wanted["Mode"]
+    return {**wanted, "Labels": labels, "Mode": mode}
+
+
+async def _revisions(host: HostOptions, name: str) -> Sequence[Mapping[str, Any]]:
+    async with host.client() as client:
+        found: Sequence[Mapping[str, Any]] = await client.get(
+            f"/skep/services/{name}/revisions", timeout_s=_TURN_TIMEOUT_S
+        )
+        return found
+
+
+def _numbered(name: str, found: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any]:
+    for one in found:
+        if one["Number"] == number:
+            return one
+    kept = ", ".join(str(one["Number"]) for one in found)
+    raise InvalidArgument(
+        f"{name} has no revision {number}: {kept} are kept. Show them with skep service history {name}."
+    )
 
 
 @service.command()
@@ -116,13 +261,17 @@ def is_job(spec: Mapping[str, Any]) -> bool:
     return not {"ReplicatedJob", "GlobalJob"}.isdisjoint(spec.get("Mode") or {})
 
 
-async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int) -> None:
+async def _wait(
+    host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int, *, is_quiet: bool = False
+) -> None:
     shown: dict[str, str] = {}
     open_ = set(names)
 
     def show(name: str, text: str) -> None:
         if shown.get(name) != text:
             shown[name] = text
+            if is_quiet:
+                return
             click.echo(f"{name}: {text}", err=True)
 
     async with host.client() as client:

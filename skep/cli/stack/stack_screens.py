@@ -11,6 +11,7 @@ from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
 from skep.model.needs import host_ports
 from skep.model.options.labels import STACK_FILES, STOPPED
+from skep.model.service import ServiceSpec
 from skep.model.task_end import printable
 from skep.stack.compose.document import SCALAR_TAG, FileProblem, YamlNode, resolved
 from skep.stack.planning import (
@@ -136,6 +137,17 @@ def compared(one: Stack, other: Stack) -> Shown:
             yield from (f"    {line_of(each, is_wide=screen.is_wide)}" for each in _worth_a_line(found))
 
     return Shown(data=rows, rows=rows, lines=shown)
+
+
+def differing(one: ServiceSpec, other: ServiceSpec) -> Shown:
+    """Return the differences between two specs of a service."""
+    found = list(differences(one, other))
+    rows = [_fields(each) for each in found]
+    return Shown(
+        data=rows,
+        rows=rows,
+        lines=lambda screen: (line_of(each, is_wide=screen.is_wide) for each in _worth_a_line(found)),
+    )
 
 
 def _fields(difference: Difference) -> Mapping[str, str]:

@@ -29,6 +29,7 @@ from skep.manager.services.dependents import check_dependencies, restart_depende
 from skep.manager.services.job_runs import first_job, next_job
 from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
 from skep.manager.services.removal import hide_service
+from skep.manager.services.spec_history import keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.options.autoscaling import with_number_kept
@@ -41,6 +42,7 @@ from skep.model.service import (
     PublishMode,
     Service,
     ServiceSpec,
+    SpecAuthor,
     UpdateOrder,
     UpdateState,
     UpdateStatus,
@@ -67,12 +69,14 @@ def create_service(
     now: Timestamp,
     registry_auth: str = "",
     by_admin: bool = False,
+    by: str = "",
 ) -> Service:
     """Create a service.  A service without a name gets a free readable name.
 
     Args:
         registry_auth: The ``X-Registry-Auth`` for pulling the image.  It is stored separately and never shown.
         by_admin: Whether an administrator creates it (``manager.nodes.trust``).
+        by: The author (``SpecAuthor.by``).
 
     Raises:
         InvalidArgument: The spec cannot work, a port is taken, or a secret or config is missing.
@@ -98,6 +102,7 @@ def create_service(
             id=ServiceId(new_id()),
             created_at=now,
             spec=spec,
+            author=SpecAuthor(by=by, at=now),
             trusted=trusted_after(tx, None, spec, by_admin=by_admin),
             job_status=first_job(tx, spec, now),
         )
@@ -116,6 +121,7 @@ def update_service(
     registry_auth: str = "",
     registry_auth_from: AuthSource = "spec",
     by_admin: bool = False,
+    by: str = "",
 ) -> Service:
     """Replace the spec of a service that is still at ``version``, and keep the old one as ``previous_spec``.
 
@@ -142,10 +148,12 @@ def update_service(
     keep_auth(tx, registry_auth_id(id), auth_for(spec, registry_auth))
     keep_auth(tx, previous_registry_auth_id(id), current_auth)
     restart_dependents(tx, service, spec.task_template, now)
+    keep_spec(tx, service, spec)
     return tx.put(
         replace(
             service,
             spec=spec,
+            author=SpecAuthor(by=by, at=now),
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, spec, by_admin=by_admin),
             update_status=None,
@@ -155,7 +163,7 @@ def update_service(
 
 
 def rollback_service(
-    tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int, *, now: Timestamp
+    tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int, *, now: Timestamp, by: str = ""
 ) -> Service:
     """Swap the current and the previous spec.  ``spec`` comes from the client, and is checked but not used.
 
@@ -172,10 +180,12 @@ def rollback_service(
     _check_volumes(tx, service.previous_spec)
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
+    keep_spec(tx, service, service.previous_spec)
     return tx.put(
         replace(
             service,
             spec=service.previous_spec,
+            author=SpecAuthor(by=by, at=now),
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, service.previous_spec, by_admin=False),
             update_status=UpdateStatus(

@@ -71,7 +71,7 @@ def resume_update(tx: Transaction, id: ServiceId) -> Service:
     return _put(tx, service, status)
 
 
-def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp) -> Service:
+def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp, by: str = "") -> Service:
     """Abort the update at ``version``, paused or not, and return to the previous spec, as a rollback does.
 
     Raises:
@@ -86,7 +86,7 @@ def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp
         raise FailedPrecondition(f"service {service.spec.name} is already being rolled back{more}")
     if state not in (UpdateState.UPDATING, UpdateState.PAUSED):
         raise _nothing_to(service, "abort")
-    return rollback_service(tx, id, service.spec, version, now=now)
+    return rollback_service(tx, id, service.spec, version, now=now, by=by)
 
 
 def _present(view: View, id: ServiceId) -> Service:

@@ -21,9 +21,10 @@ from skep.manager.services.job_runs import settled
 from skep.manager.services.quotas import claim_service
 from skep.manager.services.registry_auth import follow_rollback
 from skep.manager.services.removal import hide_service
+from skep.manager.services.spec_history import keep_spec
 from skep.model.history import stack_of
 from skep.model.node import Availability, Node
-from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
+from skep.model.service import ENDED, PAUSED, Service, SpecAuthor, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.values.ids import IdSource, NodeId, TaskId
 from skep.model.values.meta import Version
@@ -442,4 +443,8 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     )
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
-    tx.put(replace(service, spec=service.previous_spec, previous_spec=None, update_status=status))
+    keep_spec(tx, service, service.previous_spec)
+    author = SpecAuthor(by="cluster", at=now)
+    tx.put(
+        replace(service, spec=service.previous_spec, previous_spec=None, author=author, update_status=status)
+    )

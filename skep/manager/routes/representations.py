@@ -79,6 +79,7 @@ def shown_service(
         past_disconnects=(),
         autoscaled=None,
         trusted=None,
+        author=None,
         service_status=status,
         job_status=_shown_job(service.job_status),
         damage=problems.damages.get(service.id, ""),

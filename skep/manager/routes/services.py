@@ -34,6 +34,7 @@ from skep.manager.control.validation.new_objects import stack_of, visible_to
 from skep.manager.diagnosis.service_health import service_status, status_with_health
 from skep.manager.diagnosis.service_warnings import spec_warnings
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
+from skep.manager.routes.guard.audit import author_of
 from skep.manager.routes.representations import has_labels, problems_of, shown_service
 from skep.manager.services.registry_auth import dropped_warnings, shown_auth
 from skep.model.container import ContainerSpec, Mount
@@ -118,6 +119,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         now=manager.now(),
         registry_auth=auth,
         by_admin=by_admin,
+        by=author_of(request),
     )
     view = manager.store.view()
     warnings = room_warnings(view, service) if control.names_networks(spec) else []
@@ -159,10 +161,13 @@ async def update_service(request: web.Request) -> web.StreamResponse:
                 registry_auth=auth,
                 registry_auth_from=auth_from,
                 by_admin=by_admin,
+                by=author_of(request),
             )
         case "previous":
             roll_back = bounded(control.rollback_service, stack_of(service.spec.labels), is_admin=by_admin)
-            await manager.update(roll_back, service.id, spec, version, now=manager.now())
+            await manager.update(
+                roll_back, service.id, spec, version, now=manager.now(), by=author_of(request)
+            )
         case word:
             raise Untranslated(f"unrecognized rollback option {word}")
     view = manager.store.view()
@@ -207,6 +212,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     await manager.require_room(creates=any(not one.id for one in changes))
     view = await current_view(request)
     now, by_admin, revision = manager.now(), identity_of(request).is_admin, deploy_of(request)
+    by = author_of(request)
     among = visible_to(view, identity_of(request))
 
     def change(tx: Transaction, one: ServiceChange) -> Service:
@@ -223,6 +229,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
                 now=now,
                 registry_auth=one.registry_auth,
                 by_admin=by_admin,
+                by=by,
             )
         return bounded(control.create_service, stack, is_admin=by_admin)(
             tx,
@@ -232,6 +239,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
             now=now,
             registry_auth=one.registry_auth,
             by_admin=by_admin,
+            by=by,
         )
 
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}

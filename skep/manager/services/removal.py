@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from skep.manager.services.spec_history import forget_specs
 from skep.model.service import Service
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
@@ -16,4 +17,5 @@ def hide_service(tx: Transaction, service: Service, now: Timestamp) -> None:
     for payload_id in (registry_auth_id(service.id), previous_registry_auth_id(service.id)):
         if tx.lookup(Payload, payload_id) is not None:
             tx.delete(Payload, payload_id)
+    forget_specs(tx, service.id)
     tx.put(replace(service, removed_at=now))

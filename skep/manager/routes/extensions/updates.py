@@ -1,5 +1,7 @@
-"""``/skep/services/{id}/{verb}`` stops or starts a service, ``/skep/services/{id}/update/{verb}`` pauses, resumes or
-aborts its update.  Skep extensions.
+"""Skep extensions for one service.
+
+``/skep/services/{id}/revisions`` lists its specs, ``/skep/services/{id}/{verb}`` stops or starts it, and
+``/skep/services/{id}/update/{verb}`` pauses, resumes or aborts its update.
 """
 
 from aiohttp import web
@@ -10,9 +12,14 @@ from skep.manager.control import stops
 from skep.manager.control import updates as control
 from skep.manager.control.quotas import bounded
 from skep.manager.control.validation.new_objects import stack_of
+from skep.manager.journal.changes import spec_changes
 from skep.manager.routes.access import current_view, manager_of, version_parameter
+from skep.manager.routes.guard.audit import author_of
 from skep.manager.routes.representations import problems_of, shown_service
-from skep.model.service import Service
+from skep.manager.services.spec_history import comparable, revisions
+from skep.model.service import Service, ServiceSpec
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.times import Timestamp
 
 routes = Routes()
 
@@ -40,8 +47,41 @@ async def abort_update(request: web.Request) -> web.StreamResponse:
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     is_admin = identity_of(request).is_admin
     abort = bounded(control.abort_update, stack_of(service.spec.labels), is_admin=is_admin)
-    changed = await manager.update(abort, service.id, version, now=manager.now())
+    changed = await manager.update(abort, service.id, version, now=manager.now(), by=author_of(request))
     return _shown(request, changed)
+
+
+class ShownRevision(ApiObject):
+    """One spec of a service, in the response of ``GET /skep/services/{id}/revisions``."""
+
+    number: int
+    by: str = always("")
+    """The author, or empty if unknown."""
+    at: Timestamp = always(Timestamp(""))
+    """Time of the request, or empty if unknown."""
+    changes: tuple[str, ...] = always(())
+    """The differences from the previous revision, in words.  The oldest revision has none."""
+    spec: ServiceSpec = always(ServiceSpec())
+
+
+@routes.get("/skep/services/{id}/revisions")
+async def list_revisions(request: web.Request) -> web.StreamResponse:
+    """List the last specs of a service, the present one last."""
+    view = await current_view(request)
+    found = revisions(view, view.resolve(Service, request.match_info["id"]))
+    before = (None, *found)
+    return json_response(
+        [
+            ShownRevision(
+                number=one.number,
+                by=one.author.by,
+                at=one.author.at,
+                changes=tuple(spec_changes(comparable(old.spec), comparable(one.spec))) if old else (),
+                spec=one.spec,
+            )
+            for old, one in zip(before, found, strict=False)
+        ]
+    )
 
 
 @routes.post("/skep/services/{id}/stop")

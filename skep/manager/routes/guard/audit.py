@@ -230,6 +230,12 @@ def with_outcome(entry: JournalEntry, status: int, error: str = "") -> JournalEn
     return replace(entry, status=status, severity=severity, message=f"{what}{failed}{because}")
 
 
+def author_of(request: web.Request) -> str:
+    """Return the client of ``request`` as the author of a spec (``SpecAuthor.by``)."""
+    by = client_of(request)
+    return f"{by.user or 'unknown'}@{by.node}"
+
+
 def client_of(request: web.Request) -> By:
     """Return the known facts about the client of ``request``."""
     manager = manager_of(request)

@@ -40,7 +40,7 @@ from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId, new_id
 from skep.model.values.times import Timestamp
 from skep.model.volume import VolumeSharing
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, spec_history_id
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_cluster_volume, a_service_spec, an_auth
 
@@ -246,7 +246,7 @@ async def test_credentials_that_an_older_manager_kept_are_those_of_the_image_the
 
     await store.update(keep)
     service = await update(store, service, a_service_spec(image="evil.example/shop:1"))
-    assert payloads(store).keys() == {f"registry-previous/{service.id}"}
+    assert payloads(store).keys() == {f"registry-previous/{service.id}", spec_history_id(service.id)}
     assert credentials(store, service.id, "registry-previous") == ("corp", "corp.example")
 
 

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.services import rollback_service
+from skep.manager.services.spec_history import revisions
 from skep.model.permissions.registry_auth import decoded_auth
 from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
@@ -73,6 +74,8 @@ def test_the_leaders_rollback_keeps_the_newest_credentials_of_a_registry(
     assert led.service.update_status.state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_COMPLETED)
     assert led.service.spec == old
     assert kept(led, registry_auth_id("web")) == expected
+    failed, present = revisions(led.store.view(), led.service)
+    assert (failed.spec, present.spec, present.author.by) == (new, old, "cluster")
 
 
 @CASES

@@ -1,0 +1,77 @@
+"""The last specs of a service, with their authors and times.
+
+They are stored apart from the service, so that the progress of an update does not write them again.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.options.labels import STOPPED
+from skep.model.service import Service, ServiceSpec, SpecAuthor
+from skep.model.values.encoding import ApiObject, always
+from skep.model.values.ids import ServiceId
+from skep.model.values.unknown import leniently
+from skep.store.interface import Transaction, View
+from skep.store.kinds import Payload, spec_history_id
+
+SPECS_KEPT = 10
+"""Number of specs that are kept for a service, with the present one.  Stacks keep as many revisions."""
+BYTES_MAX = 128 << 10
+"""Largest stored size of the past specs of one service.  With larger specs, fewer are kept: a value of the store has at
+most 1.5 MiB, and a command that shows them reads all.
+"""
+
+
+class ServiceRevision(ApiObject):
+    """One spec of a service.  ``number`` counts from 1 and is never used again."""
+
+    number: int
+    spec: ServiceSpec = always(ServiceSpec())
+    author: SpecAuthor = always(SpecAuthor())
+
+
+class _Past(ApiObject):
+    """The stored specs.  ``last``: number of the last one before the present spec, also if it was too large to keep."""
+
+    last: int = 0
+    revisions: tuple[ServiceRevision, ...] = ()
+
+
+def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec) -> None:
+    """Keep the present spec of ``service`` before ``spec`` replaces it.
+
+    Specs that differ only in whether the service is stopped are one revision.
+    """
+    if comparable(service.spec) == comparable(spec):
+        return
+    found = revisions(tx, service)[-(SPECS_KEPT - 1) :]
+    last = found[-1].number
+    while len(data := _encoded(last, found)) > BYTES_MAX:
+        found = found[1:]
+    tx.put(Payload(id=spec_history_id(service.id), data=data))
+
+
+def revisions(view: View, service: Service) -> Sequence[ServiceRevision]:
+    """Return the kept specs of ``service``, the present one last."""
+    payload = view.lookup(Payload, spec_history_id(service.id))
+    past = leniently(zlib.decompress(payload.data), _Past) if payload is not None else _Past()
+    author = service.author or SpecAuthor()
+    return (*past.revisions, ServiceRevision(number=past.last + 1, spec=service.spec, author=author))
+
+
+def forget_specs(tx: Transaction, id: ServiceId) -> None:
+    """Delete the past specs of a removed service."""
+    if tx.lookup(Payload, spec_history_id(id)) is not None:
+        tx.delete(Payload, spec_history_id(id))
+
+
+def comparable(spec: ServiceSpec) -> ServiceSpec:
+    """Return ``spec`` without the label of a stop, which belongs to the service and not to one of its specs."""
+    return replace(spec, labels={name: text for name, text in spec.labels.items() if name != STOPPED})
+
+
+def _encoded(last: int, found: Sequence[ServiceRevision]) -> bytes:
+    return zlib.compress(msgspec.json.encode(_Past(last=last, revisions=tuple(found))), 1)

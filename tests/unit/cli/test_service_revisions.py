@@ -1,0 +1,23 @@
+"""The spec that ``skep service rollback --to N`` writes."""
+
+from skep.cli.apps.service import returned_to
+
+THREE = {"Replicated": {"Replicas": 3}}
+FIVE = {"Replicated": {"Replicas": 5}}
+
+
+def test_an_earlier_spec_returns_whole_even_with_fields_that_are_not_known() -> None:
+    wanted = {"Name": "web", "Labels": {"tier": "front"}, "Mode": THREE, "NewField": {"x": 1}}
+    assert returned_to(wanted, {"Name": "web", "Labels": {}, "Mode": FIVE}) == wanted
+
+
+def test_a_stop_belongs_to_the_service_and_not_to_the_spec() -> None:
+    stopped = {"skep.stopped": "true"}
+    assert returned_to({"Labels": stopped, "Mode": THREE}, {"Mode": THREE})["Labels"] == {}
+    assert returned_to({"Mode": THREE}, {"Labels": stopped, "Mode": THREE})["Labels"] == stopped
+
+
+def test_the_number_that_autoscaling_chose_stays() -> None:
+    scaled = {"skep.autoscale": "2..10"}
+    assert returned_to({"Labels": scaled, "Mode": THREE}, {"Labels": scaled, "Mode": FIVE})["Mode"] == FIVE
+    assert returned_to({"Labels": {}, "Mode": THREE}, {"Labels": scaled, "Mode": FIVE})["Mode"] == THREE
