@@ -151,7 +151,7 @@ virtual: setup-run ## limits, isolation, NFS and cgroup v2 alone, in a virtual m
 	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
 
 site: setup ## the documents as a site, in build/site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet && echo "build/site/index.html"
 
 reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
 	@$(BIN)/python -m docs.reference.generate

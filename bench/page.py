@@ -191,7 +191,7 @@ def page(found: Sequence[Figure], fault_run: str) -> str:
     """Return the performance page."""
     few = sum(one.n < WANTED for one in found)
     lost = sum(one.ratio > 1 for one in found)
-    used = sorted({one.result.name: one.result for one in found}.values(), key=lambda one: one.name)
+    used = _used(found)
     return "\n".join(
         [
             "# Performance",
@@ -225,9 +225,9 @@ def page(found: Sequence[Figure], fault_run: str) -> str:
                 "Each figure comes from the newest result that has it and began on a quiet machine: other programs",
                 f"used at most {BUSY:.0%} of the processors. The files in `bench/results/` have every single value.",
             ),
-            "| result | date | commit | machine | kernel | Docker Engine | Skep |",
-            "|---|---|---|---|---|---|---|",
-            *(_result_row(one) for one in used),
+            "| | result | date | commit | machine | kernel | Docker Engine | Skep |",
+            "|---|---|---|---|---|---|---|---|",
+            *(f"| {number} | {_result_cells(one)} |" for number, one in enumerate(used, 1)),
             "",
             _paragraph(
                 "A small difference on one machine says little about your machines. Measure your own: `make bench`",
@@ -243,15 +243,20 @@ def _paragraph(*parts: str) -> str:
     return text + "\n"
 
 
-def table(found: Iterable[Figure]) -> Iterator[str]:
+def table(found: Sequence[Figure]) -> Iterator[str]:
     """Yield the lines of the page's table."""
+    number = {one.name: number for number, one in enumerate(_used(found), 1)}
     yield "| figure | Docker Swarm | Skep | ratio | n | result |"
     yield "|---|---|---|---|---|---|"
     for one in found:
         unit = one.wanted.unit
         cells = (_bold(one.ratio > 1, one.docker, unit), _bold(one.ratio <= 1, one.skep, unit))
-        link = f"[`{one.result.name}`](../../bench/results/{one.result.name}.md)"
+        link = f"[{number[one.result.name]}](#results)"
         yield f"| {one.wanted.what} | {cells[0]} | {cells[1]} | {one.ratio:.2f} | {one.n} | {link} |"
+
+
+def _used(found: Iterable[Figure]) -> list[Result]:
+    return sorted({one.result.name: one.result for one in found}.values(), key=lambda one: one.name)
 
 
 def _bold(is_better: bool, values: Sequence[float], unit: str) -> str:
@@ -260,13 +265,13 @@ def _bold(is_better: bool, values: Sequence[float], unit: str) -> str:
     return (f"**{middle}**" if is_better else middle) + spread
 
 
-def _result_row(one: Result) -> str:
+def _result_cells(one: Result) -> str:
     docker, skep = (
         re.sub(r"^\D+", "", one.versions.get(system, "")) or UNKNOWN for system in ("docker", "skep")
     )
     link = f"[`{one.name}`](../../bench/results/{one.name}.md)"
     cells = (link, one.date, f"`{one.commit}`", one.processors, one.kernel, docker, skep)
-    return f"| {' | '.join(cells)} |"
+    return " | ".join(cells)
 
 
 def readme_table(found: Iterable[Figure]) -> str:
