@@ -29,7 +29,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package release bare-package bare-release reference site lock
+.PHONY: help announce setup setup-run demo demo-down image install check types lint test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bench-page bare virtual package release bare-package bare-release reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -124,6 +124,9 @@ bench-builds: setup ## pulls, builds and starts of images with their limits; res
 bench-around: setup ## logs, execs, health checks, secrets, docker compose, with their limits; results kept in bench/results/
 	@$(BIN)/python -m bench.around
 
+bench-page: setup ## write docs/guide/performance.md, and the figures of other pages, from the newest results
+	@$(BIN)/python -m bench.page
+
 bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/bare.sh $(SUITE) $(call kept,bare-$(SUITE))
@@ -148,7 +151,7 @@ virtual: setup-run ## limits, isolation, NFS and cgroup v2 alone, in a virtual m
 	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
 
 site: setup ## the documents as a site, in build/site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet && echo "build/site/index.html"
 
 reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
 	@$(BIN)/python -m docs.reference.generate

@@ -9,7 +9,9 @@ import asyncio
 import math
 import os
 import platform
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -23,6 +25,7 @@ import msgspec
 
 from bench.machine import is_kept, noise
 from bench.run import BEFORE, commit, result_name, write_result
+from skep import __version__
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -178,8 +181,24 @@ def keep(
     """Write the result, for people and for programs.  ``subject`` is the suffix of the files' names."""
     at = commit()
     plain = [msgspec.to_builtins(one) | {"value": one.value, "holds": one.holds} for one in figures]
-    result = {"date": f"{now:%Y-%m-%d %H:%M UTC}", "commit": at, "figures": plain, "notes": list(notes)}
+    result = {
+        "date": f"{now:%Y-%m-%d %H:%M UTC}",
+        "commit": at,
+        "versions": versions(),
+        "figures": plain,
+        "notes": list(notes),
+    }
     write_result(result_name(now, at, subject), document(title, now, at, figures, notes), result)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of both systems on this machine."""
+    dockerd = shutil.which("dockerd", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    found = {"skep": __version__}
+    if dockerd is not None:
+        response = subprocess.run([dockerd, "--version"], check=True, capture_output=True, text=True)
+        found["docker"] = response.stdout.partition(",")[0]
+    return found
 
 
 def run_alone(about: str, subject: str, measure: Measure) -> None:

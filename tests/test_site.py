@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from docs.site.hooks import OUTSIDE, linked, navigation
+from docs.site.diagrams import DRAWN, placed, shown, sources
+from docs.site.hooks import OUTSIDE, landing, linked, navigation
 from tests.support.harness.documents import PAGES, ROOT
 
 _LOADED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"' >]+)""")
@@ -48,6 +49,34 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
         assert _LOADED.findall(page.read_text()) == [], page
     for style in site.rglob("*.css"):
         assert _STYLED.findall(style.read_text()) == [], style
+
+
+def test_every_diagram_has_its_picture_and_each_picture_a_diagram() -> None:
+    """If a diagram was changed, run ``python -m docs.site.diagrams``."""
+    assert {path.stem for path in DRAWN.glob("*.svg")} == sources(PAGES).keys()
+
+
+def test_every_diagram_is_shown_as_its_picture(site: Path) -> None:
+    built = {page: page.read_text() for page in site.rglob("*.html")}
+    left = ('class="mermaid', "language-mermaid", "data-name")
+    assert [page for page, html in built.items() if any(word in html for word in left)] == []
+    names = sources(PAGES)
+    assert len(names) > 20
+    assert [name for name in names if not any(f'<svg id="{name}"' in html for html in built.values())] == []
+
+
+def test_a_diagram_without_a_picture_fails_the_build() -> None:
+    with pytest.raises(ValueError, match=r"python -m docs\.site\.diagrams"):
+        shown(placed("```mermaid\nflowchart LR\n    a --> b\n```\n"))
+
+
+def test_the_first_page_has_the_readmes_reasons_and_the_index() -> None:
+    readme = "# Skep\n\nIt is · [documentation](i.md)\n\n## Try it\n\nmake\n\n## Why Skep\n\n* So.\n\n## How\n\nThus.\n"
+    text = landing(readme, "# Documentation\n\nAll pages.\n\n## Start\n\n| page |\n")
+    assert re.findall(r"^#+ .*", text, re.MULTILINE) == ["# Skep", "## Why Skep", "## Start"]
+    assert "* So." in text
+    assert "(guide/start.md){ .md-button" in text
+    assert [part for part in ("make", "Thus.", "All pages.", "documentation") if part in text] == []
 
 
 def test_the_navigation_is_the_index() -> None:

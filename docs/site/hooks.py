@@ -13,6 +13,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from docs.site.diagrams import placed, shown
+
 ROOT: Final = Path(__file__).parents[2]
 OUTSIDE: Final = {
     "README.md": "readme.md",
@@ -23,6 +25,12 @@ OUTSIDE: Final = {
 }
 """Pages of the site that lie beside ``docs`` in the repository, and what they are called there."""
 
+INDEX: Final = "README.md"
+"""The index of the pages, which is the site's first page."""
+BUTTONS: Final = (
+    "[Get started](guide/start.md){ .md-button .md-button--primary } [Install](guide/install.md){ .md-button } "
+    "[Coming from Docker Swarm](guide/migrate.md){ .md-button } [How fast](guide/performance.md){ .md-button }"
+)
 _PARTS = re.compile(r"(^```.*?^```$|`[^`\n]*`)|\[([^\]\n]+)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 _ROW = re.compile(r"^\| \[[^\]]+\]\(([^)#]+)\)", re.MULTILINE)
 
@@ -36,7 +44,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def navigation(index: str, docs: Path) -> Iterator[Any]:
     """A section for each heading of the index, with the pages of its table; folders with all of their pages."""
-    yield {"Skep": ["README.md", OUTSIDE["README.md"]]}
+    yield {"Skep": [INDEX, {"README": OUTSIDE["README.md"]}]}
     for section in index.split("\n## ")[1:]:
         title, _, text = section.partition("\n")
         pages = [page for target in _ROW.findall(text) for page in _pages(target, docs)]
@@ -67,10 +75,29 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The page with links that lead somewhere on the site."""
+    """The page with links that lead somewhere on the site, and places for its diagrams."""
     sources = {name: source for source, name in OUTSIDE.items()}
     uri = page.file.src_uri
-    return linked(markdown, PurePosixPath(sources.get(uri, f"docs/{uri}")), PurePosixPath(uri))
+    text = linked(markdown, PurePosixPath(sources.get(uri, f"docs/{uri}")), PurePosixPath(uri))
+    if uri == INDEX:
+        page.meta["hide"] = ["navigation", "toc"]
+        readme = (ROOT / "README.md").read_text()
+        text = landing(linked(readme, PurePosixPath("README.md"), PurePosixPath(uri)), text)
+    return placed(text)
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page with the pictures of its diagrams."""
+    return shown(html)
+
+
+def landing(readme: str, index: str) -> str:
+    """The site's first page: what Skep is and why to use it, from the README, and the tables of the index."""
+    intro, _, rest = readme.partition("\n## ")
+    intro = re.sub(r" ·\s*\[documentation\]\([^)]*\)", "", intro)
+    why = rest.partition("\n## Why Skep\n")[2].partition("\n## ")[0]
+    tables = index.partition("\n## ")[2]
+    return f"{intro}\n{BUTTONS}\n\n## Why Skep\n{why}\n## {tables}"
 
 
 def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
