@@ -43,9 +43,10 @@ from skep.node.host import requirements
 from skep.node.host.conditions import Conditions
 from skep.node.host.environment import NodeEnvironment
 from skep.node.host.features import Features, detect
-from skep.node.host.isolation import check_isolation
+from skep.node.host.isolation import check_profile
 from skep.node.host.machine import this_machine
 from skep.node.host.reaping import adopt_orphans
+from skep.node.host.runtime_choice import RuntimeChoice, choose, find_crun_problem, look_up
 from skep.node.node import Node
 from skep.node.supervision import zygote
 from skep.node.supervision.processes import NodeProcesses
@@ -171,8 +172,9 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, hangup.set)
         for sentence in self._warnings:
             log.warning("configuration", warning=sentence)
-        versions, flaws = await asyncio.gather(
-            asyncio.to_thread(self._check_machine), asyncio.to_thread(self._check_isolation)
+        runtimes = await asyncio.to_thread(self._choose_runtime)
+        versions, _ = await asyncio.gather(
+            asyncio.to_thread(self._check_machine, runtimes), asyncio.to_thread(self._check_profile)
         )
         paths = self._configuration.paths
         with _sole_user(paths):
@@ -186,8 +188,9 @@ class Daemon:
                 NodeEnvironment(
                     machine=this_machine(),
                     features=features,
-                    versions=versions,
-                    warnings=(*self._warnings, *flaws),
+                    versions={**runtimes.versions, **versions},
+                    runtimes=runtimes,
+                    warnings=(*self._warnings, *runtimes.warnings),
                     clock=self._clock,
                     random=self._random,
                     conditions=self._conditions,
@@ -211,7 +214,16 @@ class Daemon:
         log.info("ready")
         self._zygote.notify("READY=1")
 
-    def _check_machine(self) -> Mapping[str, str]:
+    def _choose_runtime(self) -> RuntimeChoice:
+        configuration = self._configuration
+        if configuration.executor != "oci":
+            return RuntimeChoice()
+        installed = look_up({"runc": configuration.runc, "crun": configuration.crun})
+        choice = choose(installed, wanted=configuration.runtime, crun_problem=find_crun_problem())
+        log.info("container runtime chosen", runtime=choice.default, reason=choice.reason)
+        return choice
+
+    def _check_machine(self, runtimes: RuntimeChoice) -> Mapping[str, str]:
         """Return the versions of the node's programs.  Raises: Unfit; FailedPrecondition."""
         configuration = self._configuration
         try:
@@ -224,7 +236,6 @@ class Daemon:
             ) from error
         configuration.paths.run.mkdir(mode=0o711, parents=True, exist_ok=True)  # etcd's version is kept there
         tools = {
-            requirements.RUNC: configuration.runc,
             requirements.CONMON: configuration.conmon,
             requirements.NFT: configuration.nft,
         }
@@ -233,13 +244,12 @@ class Daemon:
             configuration.data_dir,
             tools if has_containers else {},
             lambda: find_binary(configuration.etcd_binary, configuration.paths.etcd_version).version,
-            requirements.cgroup_problem if has_containers else str,
+            lambda: (requirements.cgroup_problem(), runtimes.problem) if has_containers else (),
         )
 
-    def _check_isolation(self) -> tuple[str, ...]:
-        if self._configuration.executor != "oci":
-            return ()
-        return check_isolation(self._configuration.runc, self._conditions)
+    def _check_profile(self) -> None:
+        if self._configuration.executor == "oci":
+            check_profile(self._conditions)
 
     def _features(self) -> Features:
         """Return this machine's features.  After a crash, reuse the earlier result to start quickly."""

@@ -73,6 +73,12 @@ class SimulatedRuntime(Part):
         self._creating = 0
         self.cgroups = SimpleNamespace()
 
+    def name_of(self, requested: str) -> str:
+        return requested or "runc"
+
+    def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
+        """Do nothing: containers have no secrets."""
+
     async def create(self, container: Container) -> CreatedProcess:
         def create() -> CreatedProcess:
             try:
@@ -284,9 +290,6 @@ class SimulatedBundles(Part):
             self._world.unfreed.discard(("directory", id))
         except SkepError as error:
             raise OSError(16, "Device or resource busy") from error
-
-    def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
-        """Do nothing: containers have no secrets."""
 
     def bundle(self, id: ContainerId) -> Path:
         return Path("/nonexistent")

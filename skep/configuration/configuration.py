@@ -114,7 +114,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     executor: str = "oci"
     cgroup_parent: str = "skep"
+    runtime: str = "auto"
+    """OCI runtime of containers that request none: ``runc``, ``crun``, or ``auto``."""
     runc: str = "runc"
+    crun: str = "crun"
     conmon: str = "conmon"
     nft: str = "nft"
     etcd_binary: Path | None = None

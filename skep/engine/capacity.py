@@ -56,16 +56,26 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 class Programs(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's programs that containers need."""
 
-    runc: Path = Path("/usr/sbin/runc")
+    runtimes: Mapping[str, Path] = msgspec.field(default_factory=lambda: {"runc": Path("/usr/sbin/runc")})
+    """OCI runtimes that containers may choose, by name."""
+    default_runtime: str = "runc"
+    """Name of the runtime of containers that choose none."""
     conmon: Path = Path("/usr/bin/conmon")
     init: str = ""
 
 
-def find_programs(runc: str = "runc", conmon: str = "conmon") -> Programs:
+def find_programs(
+    runtimes: Mapping[str, str] = {"runc": "runc"},
+    default_runtime: str = "runc",
+    conmon: str = "conmon",
+) -> Programs:
     """Find the machine's programs by name or path.  A program that is not found gets its usual path."""
     usual = Programs()
     return Programs(
-        runc=Path(shutil.which(runc) or usual.runc),
+        runtimes={
+            name: Path(shutil.which(program) or f"/usr/sbin/{name}") for name, program in runtimes.items()
+        },
+        default_runtime=default_runtime,
         conmon=Path(shutil.which(conmon) or usual.conmon),
         init=next((path for path in _INITS if os.access(path, os.X_OK)), ""),
     )

@@ -296,6 +296,7 @@ class Engine:
         )
         config = create.container_config(request, defaults, task, node)
         self._cgroups.check_parent(config.machine.cgroup_parent)
+        runtime = self._runtime.name_of(request.host_config.runtime)
         config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
         config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
@@ -318,6 +319,7 @@ class Engine:
             labels=labels,
             plain=plain,
             stack=stack,
+            runtime=runtime,
         )
         return await self._add_filled(new, (*points, *config.mounts), mounts, chain)
 
@@ -361,7 +363,8 @@ class Engine:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
 
         A plain container has a network and ports only while it runs.  Cleans up if the caller is cancelled.
-        Raises: AlreadyExists: the name or a port is taken; SkepError: a part of it is unavailable.
+        Raises: AlreadyExists: the name or a port is taken; InvalidArgument: no such runtime;
+        SkepError: a part of it is unavailable.
         """
         id, config = self._config.new_id(), new.config
         if not config.hostname:  # the short id, as in Docker
@@ -374,6 +377,7 @@ class Engine:
             config=config,
             labels=new.labels,
             layers=new.layers,
+            runtime=self._runtime.name_of(new.runtime),
             created_at=timestamp(self._clock.now_ns()),
             plain=new.plain,
             stack=new.stack,

@@ -22,6 +22,7 @@ from skep.model.networks.wireguard import ENCRYPTION_LABEL, EncryptionMethod
 from skep.model.values.times import Timestamp
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
+from skep.node.host.runtime_choice import RuntimeChoice
 
 API_VERSION_MIN = "1.24"
 _V1_48 = ApiVersion("1.48")
@@ -40,7 +41,8 @@ class NodeProperties(msgspec.Struct, frozen=True, kw_only=True):
     features: Features
     configuration: Configuration
     versions: Mapping[str, str]
-    """Versions of the programs that it starts: runc, conmon, nft, etcd."""
+    """Versions of the programs that it starts: runc, crun, conmon, nft, etcd."""
+    runtimes: RuntimeChoice = RuntimeChoice()
     engine: Mapping[str, str] = {}
     """``Version`` and ``ApiVersion`` of the machine's Docker Engine.  Empty without one."""
 
@@ -157,13 +159,13 @@ def _limits(features: Features) -> dict[str, bool]:
 
 def _runtime(node: NodeProperties, swarm: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields about container runtimes, and the ``Swarm`` section at its place in Docker's order."""
-    features, configuration = node.features, node.configuration
+    features = node.features
     runc, nothing = {"ID": node.versions.get("runc", "")}, {"ID": ""}
     return {
         "ExperimentalBuild": False,
         "ServerVersion": __version__,
-        "Runtimes": {"runc": {"path": configuration.runc}},
-        "DefaultRuntime": "runc",
+        "Runtimes": {name: {"path": program} for name, program in sorted(node.runtimes.programs.items())},
+        "DefaultRuntime": node.runtimes.default,
         "Swarm": swarm,
         "LiveRestoreEnabled": True,
         "Isolation": "",

@@ -11,10 +11,10 @@ import pytest
 from skep.engine.runtime.sealed_program import SealedProgram
 
 
-@pytest.fixture
-def runc(tmp_path: Path) -> Path:
+@pytest.fixture(params=["runc", "crun"])
+def runc(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A program of this name: ``true``, of which any machine has one."""
-    return Path(shutil.copy("/bin/true", tmp_path / "runc"))
+    return Path(shutil.copy("/bin/true", tmp_path / request.param))
 
 
 @pytest.fixture
@@ -44,9 +44,13 @@ def test_an_upgrade_of_the_program_is_executed_from_then_on_at_the_same_path(
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("crun", b"\x7fELF"), ("runc", b"#!/bin/sh\n")], ids=["another runtime", "a script"]
+    ("name", "content"),
+    [("youki", b"\x7fELF"), ("runc", b"#!/bin/sh\n")],
+    ids=["another runtime", "a script"],
 )
-def test_what_is_no_runc_is_executed_from_its_file(tmp_path: Path, name: str, content: bytes) -> None:
+def test_what_is_neither_runc_nor_crun_is_executed_from_its_file(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     assert SealedProgram(file).path() == str(file)

@@ -158,7 +158,7 @@ def oci_executor(
 
     Args:
         cgroup_parent: Parent of the containers' cgroups.  Two nodes on one machine need different parents.
-        programs: runc and conmon, or None to find them on the PATH.
+        programs: The OCI runtimes and conmon, or None to find runc and conmon on the PATH.
         cdi_directories: Directories with CDI descriptions of devices.
         allowed: Rights over the node that tasks may have.
         bring: See ``ImagePuller``.
@@ -168,8 +168,7 @@ def oci_executor(
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
     capacity = capacity_of(cgroups, programs, cdi_directories)
     runtime = Runtime(
-        runc=programs.runc,
-        conmon=programs.conmon,
+        programs=programs,
         root=paths.runc,
         bundles=Bundles(paths.containers, paths.bundles, cgroups, capacity, RESOLVER, apis),
         cgroups=cgroups,

@@ -258,6 +258,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str] = {}
     layers: tuple[str, ...] = ()
     """Lower directories of the root file system, top first."""
+    runtime: str = "runc"
+    """Name of its OCI runtime.  Earlier versions of Skep, which did not record it, had only runc."""
     created_at: Timestamp = ZERO_TIME
     sandbox: Sandbox | None = msgspec.field(name="endpoint", default=None)
     state: ContainerState = ContainerState.CREATED
@@ -368,6 +370,8 @@ class NewContainer(msgspec.Struct, frozen=True, kw_only=True):
     None for a task's container, which gets its sandbox at its creation.
     """
     stack: str = ""
+    runtime: str = ""
+    """Name of the requested OCI runtime.  Empty for the node's default."""
 
 
 class StandardStream(Enum):

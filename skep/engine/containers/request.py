@@ -82,6 +82,7 @@ class HostConfig(MachineOptions):
     mounts: tuple[Mount, ...] = ()
     shm_size: int = 0
     sysctls: Mapping[str, str] = {}
+    runtime: str = ""
     memory: int = 0
     memory_reservation: int = 0
     nano_cpus: int = msgspec.field(name="NanoCpus", default=0)
@@ -301,7 +302,16 @@ _HOST_OPTIONS: Final = frozenset(
         ),
         *("capadd", "capdrop", "dns", "dnsoptions", "dnssearch", "extrahosts", "groupadd", "oomscoreadj"),
         *("readonlyrootfs", "securityopt", "tmpfs", "mounts", "shmsize", "sysctls", "memory"),
-        *("memoryreservation", "nanocpus", "cpuperiod", "cpuquota", "pidslimit", "ulimits", "init"),
+        *(
+            "memoryreservation",
+            "nanocpus",
+            "cpuperiod",
+            "cpuquota",
+            "pidslimit",
+            "ulimits",
+            "init",
+            "runtime",
+        ),
         *(
             "volumesfrom",
             "links",
@@ -364,14 +374,12 @@ _ENDPOINT_OPTIONS: Final = frozenset(
 _NOTHING: Final[tuple[Any, ...]] = (None, "", 0, False, [], {})
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "isolation": (None, "", "default"),
-    "runtime": (None, "", "runc"),
     "volumedriver": (None, "", "local"),
     "memoryswappiness": (None, -1),
 }
 _FLAGS: Final[Mapping[str, str]] = {
     "volumedriver": "--volume-driver",
     "links": "--link",
-    "runtime": "--runtime",
     "cpurealtimeperiod": "--cpu-rt-period",
     "cpurealtimeruntime": "--cpu-rt-runtime",
     "kernelmemory": "--kernel-memory",

@@ -192,7 +192,7 @@ class Effects:
 
     async def _forget_secrets(self, container: Container, program: Program) -> None:
         if program.secret_env:
-            self._bundles.forget_environment(container.id, program.secret_env)
+            self._runtime.forget_environment(container.id, program.secret_env)
 
     # --- pausing ------------------------------------------------------------------------------------------------
 

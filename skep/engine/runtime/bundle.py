@@ -256,27 +256,13 @@ class Bundles:
             devices=found,
             shared=shared,
         )
-        self._specification(container.id).write_bytes(msgspec.json.encode(built.specification))
+        self.specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
             log.warning("container limit not applied", container=container.name, warning=warning)
         return built.warnings
 
-    def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
-        """Remove secret variables from runc's input, because memory can be swapped out and the bundle outlives this
-        process.
-        """
-        path = self._specification(id)
-        try:
-            specification = msgspec.json.decode(path.read_bytes())
-            process = specification["process"]
-            process["env"] = [entry for entry in process["env"] if entry not in entries]
-            path.write_bytes(msgspec.json.encode(specification))
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError):  # the memory file system is full, or was full when the file was written
-            path.unlink(missing_ok=True)  # the next start writes it again
-
-    def _specification(self, id: ContainerId) -> Path:
+    def specification(self, id: ContainerId) -> Path:
+        """Return the file with the runtime's input."""
         return self.bundle(id) / "config.json"
 
     def _with_parts(self, container: Container) -> Container:
@@ -526,3 +512,18 @@ def _has(layer: Path, inside: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def forget_environment(specification: Path, entries: Sequence[str]) -> None:
+    """Remove secret variables from a file with a runtime's input, because memory can be swapped out and the file
+    outlives this process.
+    """
+    try:
+        decoded = msgspec.json.decode(specification.read_bytes())
+        process = decoded["process"]
+        process["env"] = [entry for entry in process["env"] if entry not in entries]
+        specification.write_bytes(msgspec.json.encode(decoded))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):  # the memory file system is full, or was full when the file was written
+        specification.unlink(missing_ok=True)  # the next start writes it again

@@ -190,8 +190,8 @@ class _Response(msgspec.Struct, frozen=True):
 _decode = msgspec.json.Decoder(_Response).decode
 
 
-async def read_pid(responses: asyncio.StreamReader, verb: str = "create") -> int:
-    """Return the pid in conmon's next response.
+async def read_pid(responses: asyncio.StreamReader, command: str, verb: str = "create") -> int:
+    """Return the pid of the started ``command`` in conmon's next response.
 
     Raises: StartError: the runtime refused, or conmon ended.
     """
@@ -204,7 +204,7 @@ async def read_pid(responses: asyncio.StreamReader, verb: str = "create") -> int
         raise StartError(f"conmon sent {line[:200]!r}", verb) from error
     pid = response.data or response.pid
     if pid <= 0:
-        raise StartError(plain(response.message.encode()), verb)
+        raise StartError(with_runcs_words(plain(response.message.encode()), command, verb), verb)
     return pid
 
 
@@ -258,12 +258,38 @@ def resize_terminal(monitor: ProcessName | None, height: int, width: int) -> Non
 
 
 def plain(errors: bytes) -> str:
-    """Strip the log format from runc's message (``time="..." level=error msg="..."``)."""
+    """Strip the log format from a runtime's message (runc: ``time="..." level=error msg="..."``)."""
     text = errors.decode(errors="replace").strip()
     match = _LOGGED.search(text)
     if match is not None:
         text = match.group(1).replace('\\"', '"').replace("\\n", "\n")
     return text.removeprefix("runc: ").strip() or "no reason given"
+
+
+def with_runcs_words(message: str, command: str, verb: str) -> str:
+    """Replace crun's words for why ``command`` cannot be executed by runc's, which users of Docker know.
+
+    Source: crun, src/libcrun/utils.c (find_executable), src/libcrun/container.c (container_init_setup);
+    runc, libcontainer/standard_init_linux.go.
+    """
+    if found := re.search(r"executable file `(.*)` not found(?: in \$PATH)?: ", message):
+        name = found[1]
+        reason = (
+            f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
+        )
+        words = f'exec: "{name}": {reason}'
+    elif re.search(
+        r"(open executable|open `.*`|the path `.*` (exists but it is not executable|is not a regular file)): "
+        "(Permission denied|Operation not permitted)",
+        message,
+    ):
+        words = f'exec: "{command}": permission denied'
+    elif found := re.search(r"chdir (?:to )?`(.*)`: (.*)", message):
+        words = f'chdir to cwd ("{found[1]}") set in config.json failed: {found[2].lower()}'
+    else:
+        return message
+    failed = "exec failed" if verb == "exec" else f"crun {verb} failed"
+    return f"{failed}: unable to start container process: {words}"
 
 
 _LOGGED = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')

@@ -1,6 +1,6 @@
-"""runc under conmon, driven from asyncio.
+"""OCI runtimes (runc, crun) under conmon, driven from asyncio.
 
-One conmon per container is started.  conmon daemonizes (its parent becomes pid 1) and runs ``runc create``.  It holds
+One conmon per container is started.  conmon daemonizes (its parent becomes pid 1) and runs ``create``.  It holds
 the container's terminal or pipes and writes the output to the log.  When the container ends, conmon writes the exit
 code to a file and ends.  So three questions can be answered, even after a restart of this process:
 
@@ -25,14 +25,14 @@ from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
 from skep.aio.failures import describe_error
-from skep.engine.capacity import Capacity
+from skep.engine.capacity import Capacity, Programs
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.confinement.limits import block_io, resources
 from skep.engine.confinement.machine import MachineOptions
 from skep.engine.containers.attachment import Attachment, attach
 from skep.engine.containers.container import Container, ContainerState, Interruption, ProcessName
 from skep.engine.containers.exec_limits import held as open_files_held
-from skep.engine.runtime.bundle import Bundles
+from skep.engine.runtime.bundle import Bundles, forget_environment
 from skep.engine.runtime.conmon import (
     RUNTIME_ENVIRONMENT,
     Conmons,
@@ -50,16 +50,16 @@ from skep.engine.runtime.processes import (
     send_signal,
     wait_gone,
 )
-from skep.engine.runtime.runc_state import ProcessEnded, RuncState
+from skep.engine.runtime.runtime_state import ProcessEnded, RuntimeState
 from skep.engine.runtime.sealed_program import SealedProgram
-from skep.errors import SkepError, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.linux.commands import communicate
 from skep.model.values.ids import ContainerId
 
 log = structlog.get_logger()
 
 COMMAND_DEADLINE_S = 60.0
-"""Time limit in seconds for one runc command.  Long, for overloaded machines.  It normally takes 0.01 s."""
+"""Time limit in seconds for one command of a runtime.  Long, for overloaded machines.  It normally takes 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
 _CLEAR_TRIES_MAX = 8
 """Number of attempts to remove cgroups, both before and after leftover processes are killed.
@@ -95,37 +95,49 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Runtime:
-    """Runs runc and conmon.  ``root`` has runc's state, and is on a file system that is empty after a reboot."""
+    """Runs the OCI runtimes and conmon.
+
+    ``root`` has the runtimes' state, and is on a file system that is empty after a reboot.
+    """
 
     def __init__(
-        self, *, runc: Path, conmon: Path, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
+        self, *, programs: Programs, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
     ) -> None:
-        self._runc = runc
-        self._sealed_runc = SealedProgram(runc)
-        self._conmon = conmon
+        self._programs = programs
+        self._sealed = {name: SealedProgram(path) for name, path in programs.runtimes.items()}
         self._root = root
         self.bundles = bundles
         self.cgroups = cgroups
         self._capacity = capacity
         self._conmons = Conmons(cgroups)
-        self._state = RuncState(root)
+        self._state = RuntimeState(root)
 
     def close(self) -> None:
         """Free the resources for starting containers.  Running containers continue."""
         self._conmons.close()
-        self._sealed_runc.close()
+        for program in self._sealed.values():
+            program.close()
+
+    def name_of(self, requested: str) -> str:
+        """Return the name of the requested runtime, or of the default runtime if the request is empty.
+
+        Raises: InvalidArgument: this node has no such runtime, in Docker's words.
+        """
+        if requested and requested not in self._programs.runtimes:
+            raise InvalidArgument(f"unknown or invalid runtime name: {requested}")
+        return requested or self._programs.default_runtime
 
     async def create(self, container: Container) -> CreatedProcess:
-        """Run ``runc create`` under a new conmon.
+        """Run the runtime's ``create`` under a new conmon.
 
-        Raises: StartError: runc refused; Unavailable: no response in time.
+        Raises: StartError: the runtime refused, or this node lacks it; Unavailable: no response in time.
         """
         id, path, bundle = container.id, self.bundles.path(container.id), self.bundles.bundle(container.id)
         for stale in (*_exit_files(path, bundle, id), *_oom_files(path, bundle)):  # left by an earlier start
             stale.unlink(missing_ok=True)
         for name in ("attach", "ctl", "pidfile"):
             (bundle / name).unlink(missing_ok=True)
-        arguments = self._conmon_arguments(id, id, bundle, path, terminal=container.config.tty)
+        arguments = self._conmon_arguments(container, id, bundle, path, terminal=container.config.tty)
         arguments += ["--persist-dir", str(bundle), "-P", str(bundle / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
@@ -138,7 +150,7 @@ class Runtime:
             inherited = () if api is None else (given.enter_context(api).fileno(),)
             async with self._conmons.start(arguments, path, attach=False, inherited=inherited) as pipes:
                 pipes.proceed()
-                pid = await read_pid(pipes.responses)
+                pid = await read_pid(pipes.responses, container.config.path)
         process = find(pid)
         monitor = find(int((bundle / "conmon.pid").read_text()))
         if process is None or monitor is None:
@@ -150,7 +162,7 @@ class Runtime:
         try:
             async with asyncio.timeout(COMMAND_DEADLINE_S):
                 if not await self._state.start(id, process):
-                    await self.run("start", id)
+                    await self.run(id, "start")
         except (RuntimeFailed, ProcessEnded) as error:
             raise StartError(str(error), "start") from error
         except TimeoutError as error:
@@ -180,7 +192,7 @@ class Runtime:
         )
 
     async def delete(self, container: Container) -> None:
-        """Remove runc's state and the container's cgroups, and kill its remaining processes.  Idempotent.
+        """Remove the runtime's state and the container's cgroups, and kill its remaining processes.  Idempotent.
 
         Raises: Unavailable: something is left.  A process may hang in the kernel forever.
         """
@@ -194,7 +206,7 @@ class Runtime:
         refusal = "its control groups are not empty"
         if self._state.has(id):
             try:
-                await self.run("delete", "--force", id)
+                await self.run(id, "delete", "--force")
             except (SkepError, OSError) as error:  # for example, its state is damaged
                 refusal = describe_error(error)
         if not await self._try_often(remove):
@@ -224,7 +236,7 @@ class Runtime:
         return False
 
     async def clear(self, container: Container) -> None:
-        """Do the same as ``delete`` for an ended container without starting runc, because it has no processes left."""
+        """Do the same as ``delete`` for an ended container without starting a runtime, as it has no processes left."""
         if await self._try_often(partial(self.cgroups.remove, container)):
             self._state.forget(container.id)
             return
@@ -243,7 +255,7 @@ class Runtime:
         return is_alive(process)
 
     def has(self, id: ContainerId) -> bool:
-        """Return whether runc has a container with this id, running or not."""
+        """Return whether a runtime has a container with this id, running or not."""
         return self._state.has(id)
 
     def is_frozen(self, container: Container) -> bool:
@@ -253,19 +265,19 @@ class Runtime:
 
     async def pause(self, id: ContainerId) -> None:
         """Freeze the container.  Raises: RuntimeFailed."""
-        await self.run("pause", id)
+        await self.run(id, "pause")
 
     async def resume(self, id: ContainerId) -> None:
         """Resume the container.  Raises: RuntimeFailed."""
-        await self.run("resume", id)
+        await self.run(id, "resume")
 
     async def status(self, id: ContainerId) -> str:
-        """Return ``created``, ``running``, ``paused``, ``stopped``, or "" for a container that runc does not know.
+        """Return ``created``, ``running``, ``paused``, ``stopped``, or "" for a container that no runtime knows.
 
-        If the command fails (for example without memory for a process), reads the status from runc's files.
+        If the command fails (for example without memory for a process), reads the status from the runtime's files.
         """
         try:
-            output = await self.run("state", id)
+            output = await self.run(id, "state")
         except RuntimeFailed:
             return self._state.stage(id)
         status: str = msgspec.json.decode(output).get("status", "")
@@ -283,7 +295,7 @@ class Runtime:
             limits["blockIO"] = found
         if not container.is_running:
             return warnings
-        # runc leaves a missing limit unchanged, so lift it explicitly.
+        # Runtimes leave a missing limit unchanged, so lift it explicitly.
         if "memory" in self._capacity.controllers and not config.memory_bytes:
             limits.setdefault("memory", {})["limit"] = -1
             if self._capacity.has_swap_accounting:
@@ -292,20 +304,33 @@ class Runtime:
             limits.setdefault("cpu", {})["quota"] = -1
         if "pids" in self._capacity.controllers and not config.pids:
             limits["pids"] = {"limit": -1}
-        await self.run("update", "--resources", "-", container.id, stdin=msgspec.json.encode(limits))
+        await self.run(container.id, "update", "--resources", "-", stdin=msgspec.json.encode(limits))
         return warnings
+
+    def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
+        """Remove secret variables from the runtime's input and from crun's copy of it (see ``Bundles``)."""
+        for file in (self.bundles.specification(id), self._root / id / "config.json"):
+            forget_environment(file, entries)
 
     def reopen_log(self, id: ContainerId) -> None:
         """Make conmon reopen its log file after a rename.  No output is lost."""
         control(self.bundles.bundle(id), b"2 0 0\n")
 
-    async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
-        """Run a runc command and return its output.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
+    async def run(self, id: ContainerId, command: str, *arguments: str, stdin: bytes | None = None) -> bytes:
+        """Run a command of the runtime that has created the container and return the output.
+
+        Raises: RuntimeFailed; Unavailable: the deadline passed.
+        """
+        name = self._state.runtime(id) or self._programs.default_runtime
+        if name not in self._programs.runtimes:
+            raise RuntimeFailed(f"unknown or invalid runtime name: {name}")
         process = await asyncio.create_subprocess_exec(
-            str(self._runc),
+            str(self._programs.runtimes[name]),
             "--root",
             str(self._root),
+            command,
             *arguments,
+            id,
             stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -314,7 +339,7 @@ class Runtime:
         try:
             output, errors = await communicate(process, COMMAND_DEADLINE_S, stdin)
         except TimeoutError as error:
-            raise Unavailable(f"runc {arguments[0]} did not end within {COMMAND_DEADLINE_S:g} s") from error
+            raise Unavailable(f"{name} {command} did not end within {COMMAND_DEADLINE_S:g} s") from error
         if process.returncode:
             raise RuntimeFailed(plain(errors))
         return output
@@ -328,13 +353,14 @@ class Runtime:
     ) -> "StartedExec":
         """Start an additional process in a container, under a new conmon with its directory at ``path``.
 
-        Raises: StartError: runc refused; Unavailable: no response in time.
+        Raises: StartError: the runtime refused; Unavailable: no response in time.
         """
-        arguments = self._conmon_arguments(container.id, exec_id, path, path, terminal=terminal)
+        arguments = self._conmon_arguments(container, exec_id, path, path, terminal=terminal)
         arguments += ["-l", "none", "-e", "--exec-attach", "--exec-process-spec", str(path / "process.json")]
         arguments += ["-P", str(path / "conmon.pid")]
         if stdin:
             arguments.append("-i")
+        command: str = msgspec.json.decode((path / "process.json").read_bytes())["args"][0]
         attachment: Attachment | None = None
         try:
             async with self._conmons.start(arguments, path, attach=True) as pipes:
@@ -344,7 +370,7 @@ class Runtime:
                 with open_files_held(path / "process.json", partial(self.cgroups.pids, container)):
                     if attachment is not None:
                         pipes.proceed()
-                    pid = await read_pid(pipes.responses, "exec")
+                    pid = await read_pid(pipes.responses, command, "exec")
             if attachment is None:
                 raise StartError("conmon opened no socket to attach to", "exec")
             monitor = find(int((path / "conmon.pid").read_text()))
@@ -367,16 +393,16 @@ class Runtime:
                 os.close(descriptor)
 
     async def end_exec(self, container: Container, path: Path) -> None:
-        """End an exec whose conmon did not respond in time.  Kills its process, conmon, runc and all descendants."""
+        """End an exec whose conmon did not respond in time.  Kills its process, conmon, runtime and all descendants."""
         with suppress(OSError, ValueError, Unavailable):
             self.kill_exec(container, int((path / "pidfile").read_text()))
         with suppress(OSError, ValueError, TimeoutError):
             monitor = find(int((path / "conmon.pid").read_text()))
             # The pid may belong to another process by now, so check that the exec's id is among conmon's arguments.
             if monitor and os.fsencode(path.name) in Path(f"/proc/{monitor.pid}/cmdline").read_bytes():
-                # Stop conmon before killing its descendants.  If only conmon were killed, runc would end with it
-                # (PR_SET_PDEATHSIG), but a process that runc has started in the container, and that got no processor
-                # time yet, would later run the command.  A stopped conmon stays the parent of that process.
+                # Stop conmon before killing its descendants.  If only conmon were killed, the runtime would end with it
+                # (PR_SET_PDEATHSIG), but a process that the runtime has started in the container, and that got no
+                # processor time yet, would later run the command.  A stopped conmon stays the parent of that process.
                 send_signal(monitor, signal.SIGSTOP)
                 try:
                     kill_descendants(monitor)
@@ -397,12 +423,15 @@ class Runtime:
     # --- conmon -----------------------------------------------------------------------------------------------
 
     def _conmon_arguments(
-        self, id: ContainerId, name: str, path: Path, exits: Path, *, terminal: bool
+        self, container: Container, name: str, path: Path, exits: Path, *, terminal: bool
     ) -> list[str]:
-        arguments = [str(self._conmon), "--api-version", "1", "-c", id, "-u", name, "-n", name]
+        if container.runtime not in self._sealed:
+            raise StartError(f"unknown or invalid runtime name: {container.runtime}")
+        arguments = [str(self._programs.conmon), "--api-version", "1"]
+        arguments += ["-c", container.id, "-u", name, "-n", name]
         arguments += [
             "-r",
-            self._sealed_runc.path(),
+            self._sealed[container.runtime].path(),
             "-b",
             str(path),
             "-p",

@@ -1,12 +1,13 @@
-"""Executes runc from sealed memory, which makes starts faster.
+"""Executes an OCI runtime (runc, crun) from sealed memory, which makes starts faster.
 
-A process in a container must never get access to a runc file that it could write to (CVE-2019-5736).  So ``runc init``
-executes a protected copy of itself before it enters a container.  runc 1.1 mounts its own file read-only for a moment.
-This costs each start and each exec a mount, an unmount and a second loading of the program, and systemd reads the mount
-table twice.  Later versions copy runc to memory.  No version makes a copy if it was executed from a memory file to
-which nothing can write.
+A process in a container must never get access to a runtime's file that it could write to (CVE-2019-5736).  So the
+runtime executes a protected copy of itself before it enters a container.  runc 1.1 and crun mount their own file
+read-only for a moment.  This costs each start and each exec a mount, an unmount and a second loading of the program,
+and systemd reads the mount table twice.  Later versions of runc copy it to memory.  No version makes a copy if it was
+executed from a memory file to which nothing can write.
 
-Source: runc, libcontainer/nsenter/cloned_binary.c (is_self_cloned), contrib/cmd/memfd-bind.
+Source: runc, libcontainer/nsenter/cloned_binary.c (is_self_cloned), contrib/cmd/memfd-bind; crun,
+src/libcrun/cloned_binary.c.
 """
 
 import errno
@@ -23,13 +24,13 @@ from skep.linux.descriptors import set_aside_descriptor
 log = structlog.get_logger()
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-"""Seals of the memory file.  It must be exactly these, because runc 1.1 compares for equality."""
+"""Seals of the memory file.  It must be exactly these, because runc 1.1 and crun compare for equality."""
 _MFD_EXEC = 0x10
 """Flag of Linux 6.3 that makes the memory file executable even if the sysctl vm.memfd_noexec is 1."""
 
 
 class SealedProgram:
-    """A copy of runc in memory, refreshed when runc's file changes.
+    """A copy of a runtime in memory, refreshed when the runtime's file changes.
 
     Other runtimes, and scripts around a runtime, are executed from their files, because they may inspect their own
     path.
@@ -42,15 +43,15 @@ class SealedProgram:
         self._descriptor: int | None = None
 
     def path(self) -> str:
-        """Return the path at which to execute runc while this process runs.
+        """Return the path at which to execute the runtime while this process runs.
 
-        If memory files do not work, it is runc's own path.
+        If memory files do not work, it is the runtime's own path.
 
-        The first call, and the first call after an upgrade of runc, blocks for about 10 ms to copy 10 MB.
+        The first call, and the first call after an upgrade, blocks for about 10 ms to copy 10 MB.
         """
         try:
             version = _version(self._file)
-        except OSError:  # the caller will report the reason when it executes runc
+        except OSError:  # the caller will report the reason when it executes the runtime
             return self._path
         if version != self._version:
             try:
@@ -84,13 +85,13 @@ def _version(file: Path) -> tuple[int, ...]:
 
 
 def _sealed_copy(file: Path) -> int:
-    """Copy runc to sealed memory and return its descriptor.
+    """Copy a runtime to sealed memory and return its descriptor.
 
-    Raises: OSError: the file is not runc, or the kernel refuses.
+    Raises: OSError: the file is not a known runtime, or the kernel refuses.
     """
-    with open(file, "rb") as source, open(_memory(), "wb") as memory:
-        if not file.resolve().name.startswith("runc") or source.read(4) != b"\x7fELF":
-            raise OSError(errno.ENOEXEC, "it is not runc")
+    with open(file, "rb") as source, open(_memory(file.resolve().name), "wb") as memory:
+        if not file.resolve().name.startswith(("runc", "crun")) or source.read(4) != b"\x7fELF":
+            raise OSError(errno.ENOEXEC, "neither runc nor crun")
         source.seek(0)
         shutil.copyfileobj(source, memory)
         memory.flush()
@@ -103,8 +104,8 @@ def _sealed_copy(file: Path) -> int:
     return copy
 
 
-def _memory() -> int:
+def _memory(name: str) -> int:
     flags = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
     with suppress(OSError):
-        return os.memfd_create("runc", flags | _MFD_EXEC)
-    return os.memfd_create("runc", flags)
+        return os.memfd_create(name, flags | _MFD_EXEC)
+    return os.memfd_create(name, flags)

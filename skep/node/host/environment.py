@@ -9,6 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.node.host.conditions import Conditions
 from skep.node.host.features import Features
 from skep.node.host.machine import Machine
+from skep.node.host.runtime_choice import RuntimeChoice
 from skep.node.supervision.processes import NodeProcesses
 
 
@@ -21,6 +22,7 @@ class NodeEnvironment(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
     features: Features
     versions: Mapping[str, str]
+    runtimes: RuntimeChoice
     warnings: tuple[str, ...]
     clock: SystemClock
     random: Random

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
 
 
 RUNC = Tool(name="runc", oldest=(1, 1, 0), remedy="apt-get install runc", flag="--runc")
+CRUN = Tool(name="crun", oldest=(1, 8, 0), remedy="apt-get install crun", flag="--crun")
 CONMON = Tool(name="conmon", oldest=(2, 1, 0), remedy="apt-get install conmon", flag="--conmon")
 NFT = Tool(name="nft", oldest=(1, 0, 0), remedy="apt-get install nftables", flag="--nft")
 
@@ -48,20 +49,20 @@ def check(
     data_dir: Path,
     tools: Mapping[Tool, str],
     find_etcd: Callable[[], Version],
-    find_cgroup_problem: Callable[[], str] = str,
+    find_container_problems: Callable[[], Iterable[str]] = tuple,
 ) -> Mapping[str, str]:
     """Check this machine.  Return the versions of ``tools`` (tool -> program) and of etcd, by name.
 
     Args:
         find_etcd: Returns etcd's version, or raises FailedPrecondition with advice.
-        find_cgroup_problem: Returns the problem with this machine's cgroups (``cgroup_problem``).  The default is for
-            nodes without containers.
+        find_container_problems: Returns the problems with this machine's cgroups and OCI runtimes.  Empty texts do
+            not count.  The default is for nodes without containers.
 
     Raises: Unfit: with all problems at once.
     """
     if os.geteuid() != 0:
         raise Unfit(("skep daemon must run as root: start it with sudo, or by its systemd unit",))
-    problems = [*_data_dir_problems(data_dir), *filter(None, (find_cgroup_problem(),))]
+    problems = [*_data_dir_problems(data_dir), *filter(None, find_container_problems())]
     versions: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=len(tools) + 1) as pool:
         etcd = pool.submit(find_etcd)
@@ -82,7 +83,7 @@ def check(
 
 
 def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
-    """Return why runc cannot put a container into a cgroup of this machine, or an empty text if it can.
+    """Return why no runtime can put a container into a cgroup of this machine, or an empty text if it can.
 
     Source: runc, libcontainer/cgroups/fs/paths.go (on v1 the controller ``devices`` must exist).
     """

@@ -55,6 +55,7 @@ class EngineApi:
                 features=environment.features,
                 configuration=configuration,
                 versions=environment.versions,
+                runtimes=environment.runtimes,
             ),
             membership=membership,
             reads=ClusterReads(foundation.session, foundation.manager_api),

@@ -95,7 +95,9 @@ class Containers:
             ),
             foundation.clock,
             cgroup_parent=configuration.cgroup_parent,
-            programs=find_programs(configuration.runc, configuration.conmon),
+            programs=find_programs(
+                environment.runtimes.programs, environment.runtimes.default, configuration.conmon
+            ),
             cdi_directories=configuration.cdi_spec_dirs,
             allowed=configuration.allow,
             bring=self.engine_images.bring if self.engine_images is not None else nothing_beside,

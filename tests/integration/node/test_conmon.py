@@ -19,7 +19,7 @@ async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(t
             assert await pipes.responses.read() == b"", "it has ended, and no process reads the start pipe"
             pipes.proceed()
             with pytest.raises(StartError, match="conmon ended without a response"):
-                await read_pid(pipes.responses)
+                await read_pid(pipes.responses, "false")
     finally:
         conmons.close()
         remove_cgroups(parent)

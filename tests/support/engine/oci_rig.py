@@ -69,6 +69,9 @@ class MemoryRuntime:
     def close(self) -> None:
         """Do nothing, because nothing is held."""
 
+    def name_of(self, requested: str) -> str:
+        return requested or "runc"
+
     def signal(self, process: ProcessName, number: int) -> None:
         self._machine.end(self._machine.by_pid[process.pid])
 

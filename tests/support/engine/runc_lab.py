@@ -22,6 +22,7 @@ from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION, Options
 from skep.engine.api_sockets import NONE as NO_API
 from skep.engine.api_sockets import ApiSockets
+from skep.engine.capacity import find_programs
 from skep.engine.confinement import cgroups
 from skep.engine.engine import EngineConfig
 from skep.engine.images.digest import Digest
@@ -33,6 +34,8 @@ from skep.linux.syscalls import unmount_if_mounted
 from skep.paths import Paths
 from tests.support.networks.reservations import OwnReservations
 
+RUNTIME = os.environ.get("SKEP_TEST_RUNTIME", "runc")
+"""OCI runtime of the containers.  crun needs a machine with cgroup v2 only."""
 IMAGE = "busybox:1"
 IMAGE_ID = Digest("sha256:" + "b" * 64)
 _APPLETS = (
@@ -154,6 +157,7 @@ def an_executor(
         config,
         clock,
         cgroup_parent=cgroup_parent,
+        programs=find_programs({name: name for name in ("runc", "crun")}, RUNTIME),
         cdi_directories=(paths.data.parent / "cdi",),
         apis=ApiSockets((), paths.run, NO_API._server),  # no container mounts these files, as with a daemon
     )
@@ -205,7 +209,7 @@ class Lab:
     def remains(self) -> list[str]:
         """Return leftovers of containers: directories, mounts, namespaces, cgroups, links, rules."""
         found = [str(path) for path in (*_entries(self.paths.containers), *_entries(self.paths.netns))]
-        found += [str(path) for path in _entries(self.paths.runc)]
+        found += [str(path) for path in _entries(self.paths.runc) if path.name != ".cache"]  # crun's filters
         found += [
             line
             for line in Path("/proc/self/mounts").read_text().splitlines()

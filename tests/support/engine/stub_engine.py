@@ -109,6 +109,9 @@ class StubRuntime:
         self.starts = self.frozen = 0
         self._exits: asyncio.Queue[Ended] = asyncio.Queue()
 
+    def name_of(self, requested: str) -> str:
+        return requested or "runc"
+
     def signal(self, process: ProcessName, number: int) -> None:
         """Do nothing, because the test ends processes."""
 

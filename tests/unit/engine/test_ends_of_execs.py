@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from skep.engine.capacity import Capacity
+from skep.engine.capacity import Capacity, Programs
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container
 from skep.engine.runtime.bundle import Bundles
@@ -38,8 +38,7 @@ def group() -> Group:
 @pytest.fixture
 def runtime(tmp_path: Path, group: Group) -> Runtime:
     return Runtime(
-        runc=tmp_path,
-        conmon=tmp_path,
+        programs=Programs(runtimes={"runc": tmp_path}, conmon=tmp_path),
         root=tmp_path,
         bundles=cast("Bundles", None),
         cgroups=cast("Cgroups", group),

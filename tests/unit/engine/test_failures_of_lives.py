@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.engine.capacity import Capacity
+from skep.engine.capacity import Capacity, Programs
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import (
     Container,
@@ -24,7 +24,7 @@ from skep.engine.containers.container import (
     RestartPolicy,
     WaitCondition,
 )
-from skep.engine.runtime.bundle import Bundles, FoundContainers
+from skep.engine.runtime.bundle import Bundles, FoundContainers, forget_environment
 from skep.engine.runtime.conmon import RuntimeFailed, StartError
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.volumes import Volumes
@@ -74,7 +74,7 @@ def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
         monkeypatch.setattr(stubs.runtime, "start", refuse)
         monkeypatch.setattr(stubs.runtime, "delete", delete)
         monkeypatch.setattr(stubs.bundles, "release", lambda _: done.append("release"))
-        monkeypatch.setattr(stubs.bundles, "forget_environment", full, raising=False)
+        monkeypatch.setattr(stubs.runtime, "forget_environment", full, raising=False)
         with pytest.raises(StartError):
             await stubs.engine.start(ID, secret_env=("A=b",))
         assert done == ["delete", "release"]
@@ -89,16 +89,14 @@ def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
 def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
 ) -> None:
-    bundles = Bundles(tmp_path, tmp_path, cast("Cgroups", None), cast("Capacity", None), tmp_path / "none")
-    path = bundles.bundle(ID) / "config.json"
-    path.parent.mkdir()
+    path = tmp_path / "config.json"
     path.write_bytes(before)
 
     def full(*_: object) -> int:
         raise disk_full()
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    bundles.forget_environment(ID, ("A=b",))
+    forget_environment(path, ("A=b",))
     assert not path.exists()
 
 
@@ -221,8 +219,7 @@ class FailingRunc:
         self.group = directory / "cgroup" / "skep" / "ctr" / ID
         self.group.mkdir(parents=True)
         self.runtime = Runtime(
-            runc=runc,
-            conmon=runc,
+            programs=Programs(runtimes={"runc": runc}, conmon=runc),
             root=directory / "root",
             bundles=cast("Bundles", None),
             cgroups=cgroups,

@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 from msgspec.structs import replace
 
-from skep.engine.capacity import Capacity
+from skep.engine.capacity import Capacity, Programs
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Interruption, ProcessName
 from skep.engine.runtime.bundle import Bundles
@@ -39,8 +39,7 @@ async def test_only_an_end_of_its_own_boot_with_a_recorded_code_is_the_container
         tmp_path / "resolv.conf",
     )
     runtime = Runtime(
-        runc=tmp_path,
-        conmon=tmp_path,
+        programs=Programs(runtimes={"runc": tmp_path}, conmon=tmp_path),
         root=tmp_path,
         bundles=bundles,
         cgroups=cast("Cgroups", None),

@@ -11,7 +11,7 @@ from skep.engine.containers.container import ProcessName
 from skep.engine.engine import Engine
 from skep.engine.runtime.conmon import StartError
 from skep.engine.runtime.processes import find, wait_gone
-from skep.engine.runtime.runc_state import ProcessEnded, RuncState
+from skep.engine.runtime.runtime_state import ProcessEnded, RuntimeState
 from skep.model.values.ids import ContainerId
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.engine.runc_lab import Lab
@@ -37,20 +37,20 @@ async def test_runc_sees_a_started_container_as_running(lab: Lab, run: Runner, e
 async def test_runc_is_executed_from_memory_that_nothing_can_write_to(
     run: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, programs = RuncState.start, list[str]()
+    begin, programs = RuntimeState.start, list[str]()
 
-    async def look_first(self: RuncState, id: ContainerId, process: ProcessName) -> bool:
+    async def look_first(self: RuntimeState, id: ContainerId, process: ProcessName) -> bool:
         programs.append(os.readlink(f"/proc/{process.pid}/exe"))  # still runc init
         return await begin(self, id, process)
 
-    monkeypatch.setattr(RuncState, "start", look_first)
+    monkeypatch.setattr(RuntimeState, "start", look_first)
     container = await run.start("sleep", "100")
     assert engine.get(container.id).is_running
     assert programs == ["/memfd:runc (deleted)"]
 
 
 async def test_another_runtimes_state_is_left_to_its_own_start(tmp_path: Path) -> None:
-    state = RuncState(tmp_path)
+    state = RuntimeState(tmp_path)
     assert not await state.start(ID, own_process())
     (tmp_path / ID).mkdir()
     (tmp_path / ID / "state.json").write_text("{}")
@@ -72,7 +72,7 @@ async def test_a_process_that_ended_before_its_start_is_said_to_be_dead(tmp_path
     sleeper.kill()
     try:
         with pytest.raises(ProcessEnded, match="already dead"):
-            await RuncState(tmp_path).start(ID, process)
+            await RuntimeState(tmp_path).start(ID, process)
     finally:
         await sleeper.wait()
 
@@ -80,14 +80,14 @@ async def test_a_process_that_ended_before_its_start_is_said_to_be_dead(tmp_path
 async def test_a_created_container_that_is_killed_fails_to_start(
     run: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = RuncState.start
+    begin = RuntimeState.start
 
-    async def killed_first(self: RuncState, id: ContainerId, process: ProcessName) -> bool:
+    async def killed_first(self: RuntimeState, id: ContainerId, process: ProcessName) -> bool:
         os.kill(process.pid, signal.SIGKILL)
         await wait_gone(process)
         return await begin(self, id, process)
 
-    monkeypatch.setattr(RuncState, "start", killed_first)
+    monkeypatch.setattr(RuntimeState, "start", killed_first)
     container = await run.create("sleep", "100")
     with pytest.raises(StartError):
         await engine.start(container.id)
