@@ -34,6 +34,12 @@ MODULES_MAX = 15
 """Modules in a folder, which a reader takes in at one look (decision 174)."""
 REPEATED_NAMES_MAX = 16
 """Names of public classes that two modules define.  The number only falls."""
+PATCHES_PER_100_TESTS_MAX = 6.4
+"""Attributes that tests replace, in 100 tests.  The number only falls, to 1.5: pass a parameter or a fake."""
+PRIVATE_PER_100_TESTS_MAX = 0.9
+"""Private names that tests reach for, in 100 tests.  The number only falls."""
+PUBLIC_DESPITE_UNDERSCORE = {"_replace", "_asdict", "_fields", "_exit"}
+"""Names that the standard library documents."""
 GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
 
 CLOCK = {
@@ -344,3 +350,46 @@ def is_number(value: ast.expr) -> bool:
         case ast.Tuple(elts=elements):
             return bool(elements) and all(map(is_number, elements))
     return False
+
+
+@cache
+def modules_of_tests() -> tuple[tuple[Path, ast.Module], ...]:
+    """Return every module of the tests."""
+    return tuple((path, parsed(path)) for path in sorted((ROOT / "tests").rglob("*.py")))
+
+
+def per_100_tests(places: Sequence[str]) -> float:
+    """Return how many there are in 100 tests."""
+    tests = sum(
+        isinstance(node, Function) and node.name.startswith("test")
+        for _, tree in modules_of_tests()
+        for node in ast.walk(tree)
+    )
+    return 100 * len(places) / tests
+
+
+def test_tests_replace_few_attributes() -> None:
+    patches = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path, tree in modules_of_tests()
+        for call, owner, name in calls(tree)
+        if (name == "setattr" and owner) or (owner, name) == ("patch", "object")
+    ]
+    assert per_100_tests(patches) <= PATCHES_PER_100_TESTS_MAX, patches
+
+
+def test_tests_use_public_names() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for path, tree in modules_of_tests()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private_elsewhere(node)
+    ]
+    assert per_100_tests(found) <= PRIVATE_PER_100_TESTS_MAX, found
+
+
+def is_private_elsewhere(node: ast.Attribute) -> bool:
+    """Return whether the attribute is a private one of something other than the test's own object."""
+    if not node.attr.startswith("_") or node.attr.startswith("__") or node.attr in PUBLIC_DESPITE_UNDERSCORE:
+        return False
+    return ast.unparse(node.value) not in {"self", "cls", "super()"}
