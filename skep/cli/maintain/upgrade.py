@@ -22,10 +22,10 @@ from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options
 from skep.cli.cluster.node import drain_and_wait
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
 from skep.cli.maintain import maintenance
-from skep.cli.maintain.maintenance import RESPONSE_TIMEOUT_S, LockHolder
+from skep.cli.maintain.maintenance import LockHolder
 from skep.cli.maintain.reboot_lock import whoami
 from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import (
@@ -44,8 +44,10 @@ from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
 T = TypeVar("T")
 
 _LEASE_S_MIN = 1800.0
+"""The lock outlasts this command by this time if it is killed, so that someone can continue the upgrade first."""
 _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
+"""Seconds between two looks at a node that is drained or restarts, which takes seconds."""
 _LEVEL_UNKNOWN = 4
 """Level of the last version that does not report its level."""
 _REPAIR = "Repair the node and rerun with --continue, or use --abort."

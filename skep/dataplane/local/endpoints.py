@@ -30,6 +30,7 @@ log = structlog.get_logger()
 _Pool: TypeAlias = Addresses[IPv4Network] | Addresses[IPv6Network]
 
 _SHORT_ID_CHARACTERS = 12
+"""Length of Docker's short ids, by which containers are reached on their networks."""
 _NO_SUBNET = (
     "user specified IP address is supported only when connecting to networks with user configured subnets"
 )

@@ -35,6 +35,7 @@ _FACILITIES = (
     *(f"local{number}" for number in range(8)),
 )
 _FORMATS = ("", "rfc3164", "rfc5424", "rfc5424micro")
+# Facility and severities of RFC 5424.
 _DAEMON, _ERROR, _INFORMATION = 3, 3, 6
 _PORT = 514
 """Default port of syslog."""

@@ -30,6 +30,7 @@ LABEL_CHARACTERS_MAX: Final = 32 * 1024
 _WORD = re.compile(r"([a-zA-Z0-9][\w.-]+)=([a-zA-Z0-9][\w-]*)\.([0-9]{1,9})@([0-9]{1,15})", re.ASCII)
 _FORGOTTEN = re.compile(r"([a-zA-Z0-9][\w.-]+)@([0-9]{1,15})", re.ASCII)
 _MILLISECOND_NS = 1_000_000
+"""The names hold times in milliseconds, which keeps them short."""
 _LOCATING = ("type", "device")
 """Options of a volume that locate its data, perhaps on another machine."""
 
