@@ -167,7 +167,7 @@ class Commands:
 
         async def run(client: ApiClient) -> None:
             upgrade = _Upgrade(client, means, drains=True, within_s=30.0)  # type: ignore[arg-type]
-            upgrade._holder = replace(upgrade._holder, by=name)
+            upgrade.holder = replace(upgrade.holder, by=name)
             await upgrade.take(continues=continues)
             try:
                 await upgrade.run()

@@ -81,7 +81,7 @@ class SimulatedManager:
         """Members of the store, set at its first load."""
         self._shown: StaleStore | None = None
         """The store that the dispatcher reads."""
-        self._dispatcher: Dispatcher | None = None
+        self.dispatcher: Dispatcher | None = None
         self._logs: LogBroker | None = None
         self.leads = False
         self.loops: Sequence[Loop] = ()
@@ -122,26 +122,26 @@ class SimulatedManager:
 
     def serve_stale_state(self, past: View) -> bool:
         """Send nodes the complete state of ``past`` from now on.  Return whether the dispatcher is running."""
-        if self.store is None or self._shown is None or self._dispatcher is None:
+        if self.store is None or self._shown is None or self.dispatcher is None:
             return False
         present = self.store.view()
         self._shown.past = past
-        for session in self._dispatcher.sessions.all():
+        for session in self.dispatcher.sessions.all():
             session.wake_assignments([task.id for task in present.find(Task, node_id=session.node_id)])
         return True
 
     def leftovers(self) -> Iterable[str]:
         """Yield state of finished work that a manager at rest still holds."""
-        if self.store is None or self._dispatcher is None or self._logs is None:
+        if self.store is None or self.dispatcher is None or self._logs is None:
             return ["it serves nothing"]
-        return leftovers(self.store, self._dispatcher, self._logs, self.loops)
+        return leftovers(self.store, self.dispatcher, self._logs, self.loops)
 
     async def _serve(self, store: EtcdStore, members: RaftMembers) -> None:
         if self._is_newer:
-            write_newer_fields(store._cipher)
+            write_newer_fields(store.cipher)
         own, reports = ManagerPeer(node_id=self._id, addr=self._addr), PeerReports()
         self._shown = StaleStore(store)
-        dispatcher = self._dispatcher = Dispatcher(
+        dispatcher = self.dispatcher = Dispatcher(
             cast("Store", self._shown), own, self._clock, self._new_id, self._random, reports=reports
         )
         logs = self._logs = LogBroker(store, self._new_id, self._clock)

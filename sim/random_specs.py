@@ -344,7 +344,7 @@ def invalidated(spec: ServiceSpec, random: Random) -> ServiceSpec:
     return random.choice(_INVALID)(spec)
 
 
-def _placed(constraint: str) -> Callable[[ServiceSpec], ServiceSpec]:
+def placed_by(constraint: str) -> Callable[[ServiceSpec], ServiceSpec]:
     def placed(spec: ServiceSpec) -> ServiceSpec:
         placement = Placement(constraints=(constraint,))
         return replace(spec, task_template=replace(spec.task_template, placement=placement))
@@ -352,30 +352,30 @@ def _placed(constraint: str) -> Callable[[ServiceSpec], ServiceSpec]:
     return placed
 
 
-def _misnamed(spec: ServiceSpec) -> ServiceSpec:
+def misnamed(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, name=f"-{spec.name}")
 
 
-def _without_image(spec: ServiceSpec) -> ServiceSpec:
+def without_image(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, task_template=replace(spec.task_template, container_spec=ContainerSpec()))
 
 
-def _too_little_memory(spec: ServiceSpec) -> ServiceSpec:
+def with_too_little_memory(spec: ServiceSpec) -> ServiceSpec:
     few = ResourceRequirements(reservations=Resources(memory_bytes=1024))
     return replace(spec, task_template=replace(spec.task_template, resources=few))
 
 
-def _negative_delay(spec: ServiceSpec) -> ServiceSpec:
+def with_negative_delay(spec: ServiceSpec) -> ServiceSpec:
     policy = RestartPolicy(delay=-SECOND_NS)
     return replace(spec, task_template=replace(spec.task_template, restart_policy=policy))
 
 
-def _ratio_over_one(spec: ServiceSpec) -> ServiceSpec:
+def with_ratio_over_one(spec: ServiceSpec) -> ServiceSpec:
     """Exceed a ratio.  A job is refused for any update config."""
     return replace(spec, update_config=UpdateConfig(max_failure_ratio=1.5))
 
 
-def _twice_published(spec: ServiceSpec) -> ServiceSpec:
+def twice_published(spec: ServiceSpec) -> ServiceSpec:
     port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     return replace(spec, endpoint_spec=EndpointSpec(ports=(port, replace(port, target_port=81))))
 
@@ -385,9 +385,16 @@ def _unknown_disconnect_policy(spec: ServiceSpec) -> ServiceSpec:
 
 
 _INVALID = (
-    _placed("node.labels.zone=north"),
-    _placed("node role==worker"),
-    _placed("node.role==~"),
-    *(_misnamed, _without_image, _too_little_memory, _negative_delay, _ratio_over_one, _twice_published),
+    placed_by("node.labels.zone=north"),
+    placed_by("node role==worker"),
+    placed_by("node.role==~"),
+    *(
+        misnamed,
+        without_image,
+        with_too_little_memory,
+        with_negative_delay,
+        with_ratio_over_one,
+        twice_published,
+    ),
     _unknown_disconnect_policy,
 )

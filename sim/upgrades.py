@@ -27,7 +27,7 @@ from sim.trace import COMMAND
 from skep.api.formats.service_form import settled
 from skep.cli.endpoint import HostOptions
 from skep.cli.maintain import maintenance
-from skep.cli.maintain.upgrade import _abort, _Upgrade
+from skep.cli.maintain.upgrade import _Upgrade, abort
 from skep.cli.maintain.upgrade_plan import UpgradableNode
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.nodes import NodeUpdateBody, node_spec
@@ -106,7 +106,7 @@ class Upgrades:
         host = cast("HostOptions", _Host(self._client("abort")))
         while any(MAINTENANCE in one.spec.labels for one in self._cluster.view.find(Swarm)):
             with suppress(SkepError):
-                await _abort(host)
+                await abort(host)
             await asyncio.sleep(RETRY_S)
 
     async def _carry_out(self, client: ApiClient, name: str, version: str, broken: Iterable[NodeId]) -> None:
@@ -132,7 +132,7 @@ class Upgrades:
             note=self._note,
         )
         upgrade = _Upgrade(client, means, drains=True, within_s=WITHIN_S)  # type: ignore[arg-type]
-        upgrade._holder = replace(upgrade._holder, by=name)
+        upgrade.holder = replace(upgrade.holder, by=name)
         await upgrade.take(continues=True)
         try:
             await upgrade.run()

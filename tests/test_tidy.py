@@ -26,14 +26,20 @@ COMPOSITIONS = {"Dispatcher", "Manager", "Node", "WireGuardTunnels", "NetnsRecon
 """Classes that grew with each part of the system that they compose."""
 UNDOCUMENTED_MAX = 0.05
 """The share of public classes and functions without a docstring.  It only falls, to 0.05."""
-WORDLESS_MAX = 78
-"""Tuning constants without a reason.  The number only falls."""
+WORDLESS_MAX = 50
+"""Numbers in modules that have neither a reason nor a source.  The number only falls."""
 TUNING = re.compile(r"_(S|MS|NS|SECONDS|BYTES|MIB|MAX|MIN|SIZE|LENGTH|LINES|TRIES|SHARE|PERIOD|TIMEOUT)\b")
 """Names of constants that somebody chose, other than numbers of a protocol."""
 MODULES_MAX = 15
 """Modules in a folder, which a reader takes in at one look (decision 174)."""
 REPEATED_NAMES_MAX = 16
 """Names of public classes that two modules define.  The number only falls."""
+PATCHES_PER_100_TESTS_MAX = 6.4
+"""Attributes that tests replace, in 100 tests.  The number only falls, to 1.5: pass a parameter or a fake."""
+PRIVATE_PER_100_TESTS_MAX = 0.9
+"""Private names that tests reach for, in 100 tests.  The number only falls."""
+PUBLIC_DESPITE_UNDERSCORE = {"_replace", "_asdict", "_fields", "_exit"}
+"""Names that the standard library documents."""
 GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
 
 CLOCK = {
@@ -305,30 +311,34 @@ def test_what_others_use_is_documented() -> None:
     assert len(undocumented) <= UNDOCUMENTED_MAX * len(public), undocumented
 
 
-def test_tuning_constants_have_a_reason() -> None:
+def test_constants_have_a_reason_or_a_source() -> None:
     wordless = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {name}"
+        (f"{path.relative_to(ROOT)}:{node.lineno}", name)
         for path, tree in modules()
         for node, name in wordless_constants(path.read_text().splitlines(), tree)
-        if TUNING.search(name)
     ]
+    assert [place for place, name in wordless if TUNING.search(name)] == []
     assert len(wordless) <= WORDLESS_MAX, wordless
 
 
 def wordless_constants(lines: Sequence[str], tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
-    """Numbers of a module that have neither a docstring nor a comment."""
+    """Yield numbers of a module that have neither a docstring nor a comment.
+
+    A comment above adjacent numbers of a protocol, such as flags of the kernel, is the comment of all of them.
+    """
+    commented_until = 0
     for node, following in zip_longest(tree.body, tree.body[1:]):
+        end = node.end_lineno or node.lineno
+        has_comment = lines[node.lineno - 2].startswith("#") or node.lineno - 1 == commented_until
+        if has_comment:
+            commented_until = end
         match node:
             case (
                 ast.Assign(targets=[target], value=value)
                 | ast.AnnAssign(target=target, value=ast.expr() as value)
             ):
                 name = ast.unparse(target)
-                has_words = (
-                    isinstance(following, ast.Expr)
-                    or "#" in lines[node.end_lineno - 1]
-                    or lines[node.lineno - 2].lstrip().startswith("#")
-                )
+                has_words = isinstance(following, ast.Expr) or "#" in lines[end - 1] or has_comment
                 if name.upper() == name and is_number(value) and not has_words:
                     yield node, name
 
@@ -344,3 +354,46 @@ def is_number(value: ast.expr) -> bool:
         case ast.Tuple(elts=elements):
             return bool(elements) and all(map(is_number, elements))
     return False
+
+
+@cache
+def modules_of_tests() -> tuple[tuple[Path, ast.Module], ...]:
+    """Return every module of the tests."""
+    return tuple((path, parsed(path)) for path in sorted((ROOT / "tests").rglob("*.py")))
+
+
+def per_100_tests(places: Sequence[str]) -> float:
+    """Return how many there are in 100 tests."""
+    tests = sum(
+        isinstance(node, Function) and node.name.startswith("test")
+        for _, tree in modules_of_tests()
+        for node in ast.walk(tree)
+    )
+    return 100 * len(places) / tests
+
+
+def test_tests_replace_few_attributes() -> None:
+    patches = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path, tree in modules_of_tests()
+        for call, owner, name in calls(tree)
+        if (name == "setattr" and owner) or (owner, name) == ("patch", "object")
+    ]
+    assert per_100_tests(patches) <= PATCHES_PER_100_TESTS_MAX, patches
+
+
+def test_tests_use_public_names() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for path, tree in modules_of_tests()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private_elsewhere(node)
+    ]
+    assert per_100_tests(found) <= PRIVATE_PER_100_TESTS_MAX, found
+
+
+def is_private_elsewhere(node: ast.Attribute) -> bool:
+    """Return whether the attribute is a private one of something other than the test's own object."""
+    if not node.attr.startswith("_") or node.attr.startswith("__") or node.attr in PUBLIC_DESPITE_UNDERSCORE:
+        return False
+    return ast.unparse(node.value) not in {"self", "cls", "super()"}

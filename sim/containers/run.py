@@ -172,7 +172,7 @@ class Run:
         self.violations += unwanted(self.world, engine.list(), self.requests, self.crashes_s)
         for id in self._ids:
             for _ in range(UNLOCKED_S):  # its policy may start it at this moment
-                if not engine._lifecycle.locks.is_held(id):
+                if not engine.lifecycle.locks.is_held(id):
                     break
                 await self.clock.sleep(1.0)
             else:
@@ -181,17 +181,17 @@ class Run:
     async def _check_adopted(self, node: NodeProcess) -> None:
         """Check the containers of earlier processes as soon as all are adopted."""
         began_s, engine, earlier = self.loop.time(), node.engine, set(self.world.records)
-        await engine._lifecycle.adoption.is_complete.wait()
+        await engine.lifecycle.adoption.is_complete.wait()
         requested = {one.id for one in self.requests if one.issued_s >= began_s and one.kind in DECIDING}
         for one in engine.list() if node.is_alive else ():
             if one.id in earlier - requested and self._is_idle(engine, one.id):
-                is_watched = engine._lifecycle.is_watched(one.id)
+                is_watched = engine.lifecycle.is_watched(one.id)
                 self.violations += unadopted(self.world, one, is_watched=is_watched)
 
     @staticmethod
     def _is_idle(engine: Engine, id: ContainerId) -> bool:
         """Return whether nothing changes a container at this moment, neither an operation nor the end of its run."""
-        lifecycle = engine._lifecycle
+        lifecycle = engine.lifecycle
         if lifecycle.locks.is_held(id):
             return False
         return not (engine.has(id) and lifecycle.is_watched(id) and not is_up(engine.get(id)))
@@ -212,7 +212,7 @@ class Run:
     def _is_calm(self) -> bool:
         """Return whether no operation or end of a run is in progress: resources may have no owner meanwhile."""
         assert self.node is not None, "it is running"
-        lifecycle = self.node.engine._lifecycle
+        lifecycle = self.node.engine.lifecycle
         return not any(
             lifecycle.locks.is_held(one.id) or lifecycle.is_watched(one.id) != is_up(one) or self._ends(one)
             for one in self.node.engine.list()

@@ -57,7 +57,7 @@ class Raft:
         self._now = loop.time
         self._random = random
         self._links = links
-        self._latency_s = latency_s
+        self.latency_s = latency_s
         self._term = 0
         self._older: list[Leadership] = []
         self._orphans: list[Entry] = []
@@ -184,7 +184,7 @@ class Raft:
         member.entries.append(entry)
         leadership = member.leadership
         if leadership is not None and self._links.reaches(member.id, leadership.member.id, Port.PEER):
-            delay_s = self._latency_s * self._random.uniform(0.5, 1.5) + leadership.member.stall_s
+            delay_s = self.latency_s * self._random.uniform(0.5, 1.5) + leadership.member.stall_s
             leadership.free_at = max(leadership.free_at, self._now() + delay_s)
             self._later(leadership.free_at - self._now(), lambda: self._append(leadership, entry))
         try:
@@ -267,7 +267,7 @@ class Raft:
         leader, revision = leadership.member, self.kv.revision
         for member in self._running():
             if member.applied < revision and self._links.is_joined(leader.id, member.id, Port.PEER):
-                delay_s = self._latency_s * 0.3 + member.lag_s if late else member.lag_s
+                delay_s = self.latency_s * 0.3 + member.lag_s if late else member.lag_s
                 self._later(delay_s, lambda member=member: self._catch_up(member, revision))  # type: ignore[misc]
 
     def _catch_up(self, member: Member, revision: int) -> None:

@@ -82,7 +82,7 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
 def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
     seen = loop.state.seen
     for name, stamps in (
-        ("created", seen._created),
+        ("created", seen.created_times),
         ("ran", seen._running),
         ("retired", seen._retired),
         ("ended", seen._ended),
@@ -184,7 +184,7 @@ def leftovers(
     """Yield the state of finished work that a manager at rest keeps."""
     yield from kept_of_writes(store)
     view, sessions = store.view(), dispatcher.sessions
-    for id in (*sessions._live, *sessions._absent):
+    for id in (*sessions._live, *sessions.absent):
         if view.lookup(Node, id) is None:
             yield f"has a session of {id}, which is gone"
     for session in sessions.all():
@@ -192,14 +192,14 @@ def leftovers(
             yield f"has {len(session._signals)} streams in the session of {session.node_id}"
         if unread := {id for line in session._signals for id in line._changed}:
             yield f"has {sorted(unread)} to send to {session.node_id}"
-    if dispatcher.stops._delayed:
-        yield f"delays the stop of {sorted(dispatcher.stops._delayed)}"
+    if dispatcher.stops.delayed:
+        yield f"delays the stop of {sorted(dispatcher.stops.delayed)}"
     live = {session.id for session in sessions.all()}
-    for session_id, kept in dispatcher.node_reports.repeats._delayed.items():
+    for session_id, kept in dispatcher.node_reports.repeats.delayed.items():
         if session_id not in live or kept.reports:
             yield f"keeps {len(kept.reports)} reports of {kept.node_id}"
-    if logs._subscriptions or logs._relaying:
-        yield f"has {len(logs._subscriptions)} readers of logs, and relays {len(logs._relaying)}"
+    if logs.subscriptions or logs.relaying:
+        yield f"has {len(logs.subscriptions)} readers of logs, and relays {len(logs.relaying)}"
     for loop in loops:
         name, state = type(loop).__name__, getattr(loop, "state", None)
         queue, failures = getattr(state, "queue", None), getattr(state, "failures", None)
@@ -215,10 +215,10 @@ def kept_of_writes(store: EtcdStore) -> Iterable[str]:
     for name, kept in (
         ("waits", batcher._queue),
         ("is on its way", batcher._in_flight),
-        ("is to be recognized", batcher._markers),
+        ("is to be recognized", batcher.markers),
         ("has been recognized", batcher._observed),
     ):
         if kept:
             yield f"keeps what {name}: {len(kept)}"
-    if store._replica._waiting:
-        yield f"keeps {len(store._replica._waiting)} tasks that wait for a revision"
+    if store.replica.waiting:
+        yield f"keeps {len(store.replica.waiting)} tasks that wait for a revision"

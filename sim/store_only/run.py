@@ -138,7 +138,7 @@ class StoreRun:
             if self.violations:
                 return
         faults.heal()
-        self._wait_healthy()
+        self.wait_healthy()
         if not self.violations and self.random.random() < SLOW_RUNS:
             self._slow_for_long()
         self._conclude()
@@ -149,7 +149,7 @@ class StoreRun:
         Often its manager has not written the leader key before the cut, and tries to do so afterwards.
         """
         self._found()
-        self._wait_healthy()
+        self.wait_healthy()
         for _ in range(ELECTIONS):
             leads = self.raft.current
             id = self.random.choice([id for id in self.ids if leads is None or id != leads.member.id])
@@ -163,7 +163,7 @@ class StoreRun:
             self.run_for(self.random.choice(PAUSES_S))
             if self.violations:
                 return
-        self._wait_healthy()
+        self.wait_healthy()
         self._conclude()
 
     def _found(self) -> None:
@@ -171,9 +171,9 @@ class StoreRun:
         for id in self.ids:
             self.raft.add(id)
             self.raft.start(id)
-        self.do(self._initialize())
+        self.do(self.initialize())
         for id in self.ids:
-            self._start(id)
+            self.start(id)
 
     def _conclude(self) -> None:
         """Wait for all requests, and check their leftovers."""
@@ -196,7 +196,7 @@ class StoreRun:
 
     # -- managers ------------------------------------------------------------------------------------------------------
 
-    def _start(self, id: NodeId) -> None:
+    def start(self, id: NodeId) -> None:
         member = self.raft.members[id]
         client = SimulatedClient(self.raft, member, self.links, self.random)
         manager = Manager(id, client, self._clock_of(id), self.random.random, self.note)
@@ -212,7 +212,7 @@ class StoreRun:
 
         def start() -> None:
             self.raft.start(id, less=self.random.choice((0, 0, 3, 20)))
-            self._start(id)
+            self.start(id)
 
         return start
 
@@ -226,7 +226,7 @@ class StoreRun:
     def _clock_of(self, id: NodeId) -> VirtualClock:
         return VirtualClock(self.loop, wait_running=lambda: self.links.wait_thawed(id))
 
-    async def _initialize(self) -> None:
+    async def initialize(self) -> None:
         first = self.ids[0]
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
         await self.raft.wait_readable(self.raft.members[first])
@@ -363,7 +363,7 @@ class StoreRun:
             yield f"{record.node} leads in term {record.term}, after term {self._term}"
         self._term = record.term
 
-    def _wait_healthy(self) -> None:
+    def wait_healthy(self) -> None:
         """Let time pass until all managers are healthy.  A timeout is a violation."""
         until = self.loop.time() + LED_S
         while lacking := list(self._unhealthy()):
@@ -400,7 +400,7 @@ class StoreRun:
             self.note([f"no number was given in {SLOW_FOR_S} s, though an entry takes only {took_s} s"])
         for member in self.raft.members.values():
             member.stall_s = 0.0
-        self._wait_healthy()
+        self.wait_healthy()
 
     def _finish(self) -> None:
         """Wait for all requests, and check that every manager can write and read."""

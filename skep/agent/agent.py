@@ -129,7 +129,7 @@ class Agent:
         self._services = services
         self._clock = clock
         self._random = random
-        self._credentials = credentials
+        self.credentials = credentials
         self._session_state = session_state
         self._peer: KnownManager | None = None
         """The peer of the last attempt at a session, or of the session while ``registered`` is set."""
@@ -143,16 +143,16 @@ class Agent:
     @property
     def node_id(self) -> NodeId:
         """The node id in the certificate."""
-        return self._credentials.identity.node_id
+        return self.credentials.identity.node_id
 
     @property
     def role(self) -> NodeRole:
         """The role in the certificate."""
-        return self._credentials.identity.role
+        return self.credentials.identity.role
 
     def renew_certificate(self) -> None:
         """Request another certificate from the managers as soon as one is reached."""
-        self._credentials.want_renewal()
+        self.credentials.want_renewal()
 
     def _manager_to_renew_with(self) -> KnownManager | None:
         """Return the session's manager, which is known to respond, or without a session the next manager to try."""
@@ -182,7 +182,7 @@ class Agent:
             if self._services.tunnels is not None:
                 group.create_task(self._services.tunnels.run(), name="tunnels")
             group.create_task(self._keep_session(), name="keep a session")
-            group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
+            group.create_task(self.credentials.run(self._manager_to_renew_with), name="keep a certificate")
             group.create_task(self._services.seen.run(), name="keep the revision")
 
     def try_now(self) -> None:
@@ -225,7 +225,7 @@ class Agent:
         try:
             timeout_s = self._managers.connect_timeout(peer)
             address = self._managers.address_of(peer)
-            async with self._credentials.connect(address, timeout_s=timeout_s) as channel:
+            async with self.credentials.connect(address, timeout_s=timeout_s) as channel:
                 is_connected = True
                 self._managers.require_manager(peer, channel.peer)
                 self._channel = channel
@@ -269,7 +269,7 @@ class Agent:
                 self._services,
                 self._clock,
                 self._description,
-                self._credentials.changed,
+                self.credentials.changed,
                 self._random.random,
             )
             try:
@@ -282,7 +282,7 @@ class Agent:
                 await self._clock.sleep(postponement_s(error.after_s, self._random.random()))
 
     def _description(self) -> NodeDescription:
-        return msgspec.structs.replace(self._describe(), tls_info=self._credentials.tls_info)
+        return msgspec.structs.replace(self._describe(), tls_info=self.credentials.tls_info)
 
     # -- called by the session (``SessionHost``) -----------------------------------------------------------------
 
@@ -298,14 +298,14 @@ class Agent:
         peers = [KnownManager(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})
         self._session_state.data_path_port = message.node.VXLANUDPPort
-        self._credentials.take_roots(message.RootCA)
+        self.credentials.take_roots(message.RootCA)
         if message.node.certificate.status.state == pb.IssuanceStatus.ROTATE:
-            self._credentials.want_renewal()
-        self._credentials.take_role(role_from_pb(message.node.role))
+            self.credentials.want_renewal()
+        self.credentials.take_role(role_from_pb(message.node.role))
 
     def connect(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[ManagerChannel]:
         """Open one more connection to a manager with this node's certificate.  Raises: Unavailable."""
-        return self._credentials.connect(address, timeout_s=timeout_s)
+        return self.credentials.connect(address, timeout_s=timeout_s)
 
     def accept_revision(self, revision: Revision) -> None:
         """Accept a manager's revision.  Raises: FailedPrecondition: the manager lags behind this node."""

@@ -37,6 +37,7 @@ from skep.wire.client import ManagerChannel, open_channel
 log = structlog.get_logger(__name__)
 
 EARLIEST = 0.5
+"""SwarmKit renews a certificate at a random time from 50 % to 80 % of its validity."""
 LATEST = 0.8
 """A certificate is renewed between these two shares of its life, as in SwarmKit."""
 FIRST_RETRY_S = 1.0

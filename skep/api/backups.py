@@ -54,6 +54,7 @@ _HEADER_BYTES_MAX = 1024
 _FRAME_BYTES_MAX = PIECE_BYTES + 16
 """Longest encrypted piece, including the tag of AES-GCM."""
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**16, 8, 1
+"""Each guess of a passphrase needs 64 MiB (128 x r x N bytes)."""
 
 NOT_A_BACKUP = "this file is not a backup of a cluster"
 TORN = "the backup is damaged or incomplete"

@@ -11,6 +11,7 @@ from skep.model.values.times import SECOND_NS, duration_ns
 F = TypeVar("F", bound=Callable[..., Any])
 
 DAY_S = 24 * 3600.0
+"""Seconds in a day, a unit that Go's durations lack."""
 _DAYS = re.compile(r"(?P<days>[0-9]+)d(?P<rest>.*)")
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 

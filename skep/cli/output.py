@@ -24,7 +24,9 @@ from skep.model.task_end import printable
 
 FORMS = ("text", "wide", "json", "yaml")
 WATCH_S = 2.0
+"""Seconds between two pictures, as in ``watch``."""
 _COLUMNS_MIN = 40
+"""Narrower terminals wrap lines, because cells of a few characters say nothing."""
 _GAP = "  "
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 

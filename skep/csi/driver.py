@@ -47,6 +47,7 @@ SECRET_CHARACTERS_MIN: Final = 4
 """Shorter secrets, such as ``yes``, are not masked, because they occur in many words."""
 _BOUNDS = Bounds(stream_window=256 * 1024, connection_window=1024 * 1024, message=256 * 1024)
 _NAME = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9.]{0,61}[A-Za-z0-9])?")
+# From csi.proto: PluginCapability and the RPC types of both services.
 _CONTROLLER, _CREATES, _PUBLISHES, _STAGES = 1, 1, 2, 1
 
 _MODES: Final[Mapping[tuple[VolumeScope, VolumeSharing], int]] = {
@@ -101,14 +102,14 @@ class CsiDriver:
         if (where := spec.accessibility_requirements) is not None:
             request.accessibility_requirements.requisite.extend(map(_topology_to_pb, where.requisite))
             request.accessibility_requirements.preferred.extend(map(_topology_to_pb, where.preferred))
-        response = await self._call("Controller/CreateVolume", request, pb.CreateVolumeResponse)
+        response = await self.call("Controller/CreateVolume", request, pb.CreateVolumeResponse)
         return checked_info(response.volume)
 
     async def delete(self, volume_id: str, secrets: Mapping[str, str]) -> None:
         """Delete the volume.  Idempotent."""
         if (await self._known_abilities()).creates:
             request = pb.DeleteVolumeRequest(volume_id=volume_id, secrets=dict(secrets))
-            await self._call("Controller/DeleteVolume", request, pb.DeleteVolumeResponse)
+            await self.call("Controller/DeleteVolume", request, pb.DeleteVolumeResponse)
 
     async def publish(
         self, volume: Volume, driver_node_id: str, secrets: Mapping[str, str]
@@ -125,7 +126,7 @@ class CsiDriver:
             secrets=dict(secrets),
             volume_context=dict(volume.info.volume_context),
         )
-        response = await self._call(
+        response = await self.call(
             "Controller/ControllerPublishVolume", request, pb.ControllerPublishVolumeResponse
         )
         return _checked_map("publish context", response.publish_context)
@@ -136,7 +137,7 @@ class CsiDriver:
             request = pb.ControllerUnpublishVolumeRequest(
                 volume_id=volume_id, node_id=driver_node_id, secrets=dict(secrets)
             )
-            await self._call(
+            await self.call(
                 "Controller/ControllerUnpublishVolume", request, pb.ControllerUnpublishVolumeResponse
             )
 
@@ -144,7 +145,7 @@ class CsiDriver:
 
     async def node_info(self) -> CSIInfo:
         """Return the driver's description of this node."""
-        info = await self._call("Node/NodeGetInfo", pb.NodeGetInfoRequest(), pb.NodeGetInfoResponse, LOOK_S)
+        info = await self.call("Node/NodeGetInfo", pb.NodeGetInfoRequest(), pb.NodeGetInfoResponse, LOOK_S)
         if not 0 < len(info.node_id.encode()) <= ID_BYTES_MAX:
             raise UnusableResponse(f"driver {self.name} returned no usable id for this node")
         has_place = info.HasField("accessible_topology")
@@ -169,7 +170,7 @@ class CsiDriver:
         }
         if await self._has_staging():
             common["staging_target_path"] = str(staging)
-            await self._call(
+            await self.call(
                 "Node/NodeStageVolume", pb.NodeStageVolumeRequest(**common), pb.NodeStageVolumeResponse
             )
         request = pb.NodePublishVolumeRequest(
@@ -177,22 +178,22 @@ class CsiDriver:
             readonly=volume.access_mode.sharing is VolumeSharing.READ_ONLY,
             **common,
         )
-        await self._call("Node/NodePublishVolume", request, pb.NodePublishVolumeResponse)
+        await self.call("Node/NodePublishVolume", request, pb.NodePublishVolumeResponse)
 
     async def node_unpublish(self, volume_id: str, staging: Path, target: Path) -> None:
         """Undo ``node_publish``, even a partial one."""
         request = pb.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target))
-        await self._call("Node/NodeUnpublishVolume", request, pb.NodeUnpublishVolumeResponse)
+        await self.call("Node/NodeUnpublishVolume", request, pb.NodeUnpublishVolumeResponse)
         if await self._has_staging():
             unstage = pb.NodeUnstageVolumeRequest(volume_id=volume_id, staging_target_path=str(staging))
-            await self._call("Node/NodeUnstageVolume", unstage, pb.NodeUnstageVolumeResponse)
+            await self.call("Node/NodeUnstageVolume", unstage, pb.NodeUnstageVolumeResponse)
 
     # --- internal -------------------------------------------------------------------------------------------------
 
     async def _known_abilities(self) -> Abilities:
         if self._abilities is None:
             await self._probe()
-            plugin = await self._call(
+            plugin = await self.call(
                 "Identity/GetPluginCapabilities",
                 pb.GetPluginCapabilitiesRequest(),
                 pb.GetPluginCapabilitiesResponse,
@@ -200,7 +201,7 @@ class CsiDriver:
             )
             found = frozenset[int]()
             if any(one.service.type == _CONTROLLER for one in plugin.capabilities):
-                controller = await self._call(
+                controller = await self.call(
                     "Controller/ControllerGetCapabilities",
                     pb.ControllerGetCapabilitiesRequest(),
                     pb.ControllerGetCapabilitiesResponse,
@@ -213,7 +214,7 @@ class CsiDriver:
     async def _has_staging(self) -> bool:
         if self._stages is None:
             await self._probe()
-            response = await self._call(
+            response = await self.call(
                 "Node/NodeGetCapabilities",
                 pb.NodeGetCapabilitiesRequest(),
                 pb.NodeGetCapabilitiesResponse,
@@ -223,11 +224,11 @@ class CsiDriver:
         return self._stages
 
     async def _probe(self) -> None:
-        response = await self._call("Identity/Probe", pb.ProbeRequest(), pb.ProbeResponse, LOOK_S)
+        response = await self.call("Identity/Probe", pb.ProbeRequest(), pb.ProbeResponse, LOOK_S)
         if response.HasField("ready") and not response.ready.value:
             raise Unavailable(f"driver {self.name} is not ready")
 
-    async def _call(self, method: str, request: Message, reply: type[A], deadline_s: float = CALL_S) -> A:
+    async def call(self, method: str, request: Message, reply: type[A], deadline_s: float = CALL_S) -> A:
         try:
             async with asyncio.timeout(deadline_s):
                 await self._calls.acquire()

@@ -87,14 +87,14 @@ class Attempts:
     """Limits login attempts per address.  Forgets the address whose last attempt is oldest when the table is full."""
 
     def __init__(self) -> None:
-        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+        self.buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def admit(self, source: str, now: float) -> bool:
         """Return whether ``source`` may try to log in."""
-        bucket = self._buckets.pop(source, None) or TokenBucket(ATTEMPTS, ATTEMPTS / 60, now)
-        self._buckets[source] = bucket
-        if len(self._buckets) > _SOURCES_MAX:
-            self._buckets.popitem(last=False)
+        bucket = self.buckets.pop(source, None) or TokenBucket(ATTEMPTS, ATTEMPTS / 60, now)
+        self.buckets[source] = bucket
+        if len(self.buckets) > _SOURCES_MAX:
+            self.buckets.popitem(last=False)
         return bucket.take(now)
 
 

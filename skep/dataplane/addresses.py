@@ -105,7 +105,7 @@ class Addresses(Generic[Network]):
         pool = pool or subnet
         self._first = max(int(pool[0]), int(subnet[1]))
         self._last_of_pool = min(int(pool[-1]), int(subnet[-2]))
-        self._used: dict[Address, str] = {}
+        self.used: dict[Address, str] = {}
         self._last = self._first - 1
 
     def take(self, owner: str) -> Address:
@@ -113,8 +113,8 @@ class Addresses(Generic[Network]):
         first, last = self._first, self._last_of_pool
         for number in chain(range(self._last + 1, last + 1), range(first, self._last + 1)):
             address = self.subnet[number - int(self.subnet[0])]
-            if first <= number <= last and address not in self._used and address not in self._reserved:
-                self._used[address] = owner
+            if first <= number <= last and address not in self.used and address not in self._reserved:
+                self.used[address] = owner
                 self._last = number
                 return address
         raise ResourceExhausted(f"no address is free in {self.subnet}")
@@ -129,30 +129,30 @@ class Addresses(Generic[Network]):
             raise InvalidArgument(
                 f"Invalid address {address}: It does not belong to any of this network's subnets"
             )
-        if address in self._used or address in self._reserved:
+        if address in self.used or address in self._reserved:
             raise FailedPrecondition("Address already in use")
-        self._used[address] = owner
+        self.used[address] = owner
         return address
 
     def claim(self, address: Address, owner: str) -> None:
         """Record that ``owner`` already has ``address``."""
-        self._used[address] = owner
+        self.used[address] = owner
         if self._first <= int(address) <= self._last_of_pool:
             self._last = max(self._last, int(address))
 
     def owners(self) -> tuple[str, ...]:
         """Return the owner of each allocated address."""
-        return tuple(self._used.values())
+        return tuple(self.used.values())
 
     def release(self, address: Address, owner: str) -> None:
         """Release ``address``.  Does nothing if ``owner`` does not have it."""
-        if self._used.get(address) == owner:
-            del self._used[address]
+        if self.used.get(address) == owner:
+            del self.used[address]
 
     def release_all(self, owner: str) -> None:
         """Release every address of ``owner``."""
-        for address in [address for address, one in self._used.items() if one == owner]:
-            del self._used[address]
+        for address in [address for address, one in self.used.items() if one == owner]:
+            del self.used[address]
 
 
 def mac_of(address: Address) -> str:

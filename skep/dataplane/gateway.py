@@ -95,10 +95,10 @@ class Gateway:
         pools: Sequence[Subnets] = DEFAULT_POOLS,
     ) -> None:
         self._namespaces = namespaces
-        self._home = home
+        self.home = home
         self._deferred = deferred
         self._reservations = ports
-        self._state = state
+        self.state = state
         self._state6 = state.with_name(f"{state.name}6")
         self._bridge = bridge
         self._pools = pools
@@ -273,11 +273,11 @@ class Gateway:
         try:
             # Remove the link with all its addresses, because it may have addresses that the desired state does not
             # know.
-            await self._home.remove(self._bridge)
+            await self.home.remove(self._bridge)
             if subnet is None:
-                self._state.unlink(missing_ok=True)
+                self.state.unlink(missing_ok=True)
             else:
-                _save(self._state, subnet)
+                _save(self.state, subnet)
             async with self._changing:
                 await self._choose_addresses()
                 await self._apply()
@@ -286,24 +286,24 @@ class Gateway:
                 self._addresses = before
                 with suppress(OSError):
                     # so that the next process reads the subnet that is still in use
-                    _save(self._state, before.subnet)
+                    _save(self.state, before.subnet)
             raise
 
     async def _undo(self, container_id: ContainerId) -> None:
         sandbox = self._sandboxes.pop(container_id, None)
         if sandbox is not None:
-            self._home.expect_removal(sandbox.port)
+            self.home.expect_removal(sandbox.port)
             self._set_part()
         ports = [port for port, holder in self._holders.items() if holder == container_id]
         if ports:
             try:
-                await self._home.apply()  # remove the old rules before another container gets the port
+                await self.home.apply()  # remove the old rules before another container gets the port
             except SkepError as error:  # the next comparison removes it
                 log.warning("gateway rules not removed", container=container_id, error=str(error))
             if sandbox is not None:
                 await self._delete_flows([sandbox], is_published=False)
         else:
-            self._deferred.soon(_PART, self._home.apply)
+            self._deferred.soon(_PART, self.home.apply)
         for port in ports:
             await self._release(container_id, port)
         # last, so that ``sweep`` finds the ports until then
@@ -331,7 +331,7 @@ class Gateway:
         if self._used_subnet6() is not None and not self._forwards_ipv6:
             await self._namespaces.run(self._namespaces.home, forward_ipv6)
             self._forwards_ipv6 = True
-        await self._home.apply()
+        await self.home.apply()
 
     def _set_part(self) -> None:
         subnet, subnet6, sandboxes = (
@@ -356,7 +356,7 @@ class Gateway:
         rules = [gateway_table(self._bridge, subnet, host_ports), spoofing_filter(owners), between]
         if subnet6 is not None:
             rules.append(gateway_table_ipv6(self._bridge, subnet6))
-        self._home.set_part(_PART, state, *rules)
+        self.home.set_part(_PART, state, *rules)
 
     def _used_subnet6(self) -> IPv6Network | None:
         """Return the IPv6 subnet, or None while no container has IPv6 egress."""
@@ -468,7 +468,7 @@ class Gateway:
             index = await _index(home, self._bridge)
             taken = await _networks_except(home, index, IPv4Network)
             subnet = stored_subnet(
-                self._state, taken, IPv4Network, lambda: free_subnet(taken, self._pools, IPv4Network)
+                self.state, taken, IPv4Network, lambda: free_subnet(taken, self._pools, IPv4Network)
             )
             if refusal:
                 return subnet, None

@@ -397,7 +397,7 @@ class Overlays:
                 underlay=underlay,
                 remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
-            reconciler = await self._reconciler(id, head)
+            reconciler = await self.ready_reconciler(id, head)
             reconciler.set_part(id, state, spoofing_filter(owner(one.endpoint) for one in endpoints))
             # A container may start before its network's table was applied, or when the network's last container has
             # just ended.
@@ -431,7 +431,7 @@ class Overlays:
         known, (table, underlay) = self._remote.get(id), self._carried(id)
         return known is None or known[0] is not table or known[2] != underlay
 
-    async def _reconciler(self, id: NetworkId, head: NetworkHead) -> NetnsReconciler:
+    async def ready_reconciler(self, id: NetworkId, head: NetworkHead) -> NetnsReconciler:
         if head.is_ingress:
             return self._home
         if not id.isalnum():  # the id becomes a file name

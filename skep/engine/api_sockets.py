@@ -78,7 +78,7 @@ class ApiSockets:
     ) -> None:
         self._names = {*_USUAL, *map(str, hosts)}
         self._run = run
-        self._server = server
+        self.server = server
         self._volumes = volumes
         self._opened: dict[ContainerId, socket.socket] = {}
         """Duplicates of sockets, for the conmons of containers that have not started yet."""
@@ -154,7 +154,7 @@ class ApiSockets:
         listener = _bound(own)
         listener.listen(_BACKLOG)
         self._keep(container.id, set_aside(listener.dup()))
-        self._server.serve(container, set_aside(listener))
+        self.server.serve(container, set_aside(listener))
 
     def take(self, id: ContainerId) -> socket.socket | None:
         """Return the socket that the container's conmon inherits.  The caller closes it."""
@@ -171,12 +171,12 @@ class ApiSockets:
         if listener is None:
             log.warning("API socket lost until the container's next start", container=container.name)
         else:
-            self._server.serve(container, set_aside(listener))
+            self.server.serve(container, set_aside(listener))
 
     def close(self, id: ContainerId) -> None:
         """Release the socket of an ended container."""
         self._keep(id, None)
-        self._server.forget(id)
+        self.server.forget(id)
 
     def _keep(self, id: ContainerId, opened: socket.socket | None) -> None:
         if (before := self._opened.pop(id, None)) is not None:

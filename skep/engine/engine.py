@@ -129,29 +129,29 @@ class Engine:
         self.bundles = runtime.bundles
         self.images = images
         self.volumes = volumes
-        self._cgroups = runtime.cgroups
-        self._runtime = runtime
+        self.cgroups = runtime.cgroups
+        self.runtime = runtime
         self._network = network
         self._clock = clock
         self._config = config
-        self._store = ContainerStore(self.bundles)
-        self._lifecycle = LifecycleDriver(
+        self.store = ContainerStore(self.bundles)
+        self.lifecycle = LifecycleDriver(
             runtime=runtime,
             network=network,
             volumes=volumes,
-            store=self._store,
+            store=self.store,
             clock=clock,
             starts_max=config.starts_max,
             report_restore=config.report_restore,
         )
-        self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
-        self.carry_out = self._lifecycle.carry_out
-        self.networks = NetworkChanges(self._store, self._lifecycle)
-        self.files = ContainerFiles(self._store.get, self._lifecycle.mount_root, self.events, images)
-        self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
+        self.events, self.may_have = self.lifecycle.events, self.lifecycle.may_have
+        self.carry_out = self.lifecycle.carry_out
+        self.networks = NetworkChanges(self.store, self.lifecycle)
+        self.files = ContainerFiles(self.store.get, self.lifecycle.mount_root, self.events, images)
+        self.execs, self.health = self.lifecycle.execs, self.lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self.log_forwarding = LogForwarding(self.bundles, config.hostname, self.events, self.list)
-        self._restarts = RestartMonitor(self, clock)
+        self.restart_monitor = RestartMonitor(self, clock)
         self.action_times = ActionTimes(clock)
 
     @asynccontextmanager
@@ -160,23 +160,23 @@ class Engine:
 
         The containers keep running when the block ends.
         """
-        async with self._lifecycle.running():
+        async with self.lifecycle.running():
             rotating = retry(self.log_rotation.run, "log rotation ended", clock=self._clock)
-            self._lifecycle.spawn(rotating, name="log-rotation")
+            self.lifecycle.spawn(rotating, name="log-rotation")
             forwarding = retry(self.log_forwarding.run, "log sender failed", clock=self._clock)
-            self._lifecycle.spawn(forwarding, name="log-forwarding")
-            self._lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
+            self.lifecycle.spawn(forwarding, name="log-forwarding")
+            self.lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
             for container in self.plain_containers():
                 if container.plain is not None and container.plain.is_step:
                     remove = partial(self.remove, container.id, force=True, with_volumes=True)
                     event = "container of an interrupted build not removed"
                     removing = retry(remove, event, clock=self._clock, passes=(NotFound,))
-                    self._lifecycle.spawn(removing, name=f"remove-{container.id[:12]}")
+                    self.lifecycle.spawn(removing, name=f"remove-{container.id[:12]}")
             yield
 
     async def run_restart_policies(self) -> None:
         """Restart plain containers by their policies, and remove containers with ``--rm``, until cancelled."""
-        await self._restarts.run()
+        await self.restart_monitor.run()
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -187,22 +187,22 @@ class Engine:
 
     def list(self) -> Sequence[Container]:
         """Return all containers, running or not, newest first (Docker's order)."""
-        return self._store.list()
+        return self.store.list()
 
     def running_sandboxes(self) -> Iterator[Sandbox]:
         """Yield the sandboxes of running containers, except paused ones."""
-        for container in self._store.list():
+        for container in self.store.list():
             if container.state is ContainerState.RUNNING and container.sandbox is not None:
                 yield container.sandbox
 
     def get(self, word: str) -> Container:
         """Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix is ambiguous."""
-        return self._store.get(word)
+        return self.store.get(word)
 
     def has(self, word: str) -> bool:
         """Return whether ``word`` matches at least one container."""
         try:
-            return bool(self._store.get(word))
+            return bool(self.store.get(word))
         except NotFound:
             return False
         except InvalidArgument:
@@ -210,7 +210,7 @@ class Engine:
 
     def counts(self) -> EngineCounts:
         """Return the number of containers by state, of images, and of health probes."""
-        probes = self._lifecycle.health
+        probes = self.lifecycle.health
         return replace(
             EngineCounts.of(self.list()),
             images=len(self.images.images()),
@@ -232,12 +232,12 @@ class Engine:
         Raises: NotFound; NotRunning; InvalidArgument: ps rejects the arguments; Unavailable.
         """
         container = self._require_running(word)
-        return await top.processes(self._cgroups.pids(container), ps_args or "-ef")
+        return await top.processes(self.cgroups.pids(container), ps_args or "-ef")
 
     async def stats(self, word: str) -> Stats:
         """Return a sample of its resource usage, zeros if it does not run.  Raises: NotFound; Unavailable."""
         container = self.get(word)
-        return await asyncio.to_thread(sample, container, self._cgroups, self._clock.now_ns())
+        return await asyncio.to_thread(sample, container, self.cgroups, self._clock.now_ns())
 
     def logs(self, word: str, filter: LogFilter) -> AsyncGenerator[LogEntry, None]:
         """Return the output, oldest first; ``follow`` it until the end.  Raises at once: NotFound, Unimplemented."""
@@ -245,7 +245,7 @@ class Engine:
 
     def log_batches(self, word: str, filter: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
         """Return the output like ``logs``, in batches."""
-        return logs.of_container(self.get(word), filter, self.bundles, self._store)
+        return logs.of_container(self.get(word), filter, self.bundles, self.store)
 
     def changes(self, word: str) -> Sequence[tuple[int, str]]:
         """Return the changed paths, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
@@ -253,7 +253,7 @@ class Engine:
 
     async def wait(self, word: str, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
         """Return the container, with exit code and error, once ``condition`` holds.  Raises: NotFound."""
-        return await self._store.wait(self.get(word).id, condition)
+        return await self.store.wait(self.get(word).id, condition)
 
     def _require_running(self, word: str) -> Container:
         """Return a running container.  Raises: NotFound; NotRunning."""
@@ -283,10 +283,10 @@ class Engine:
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
-        chosen = create.checked_name(name) if name else self._store.free_name(self._config.new_name)
-        request = sharing.with_ids(request, chosen, self._store.get)
+        chosen = create.checked_name(name) if name else self.store.free_name(self._config.new_name)
+        request = sharing.with_ids(request, chosen, self.store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
-        self._store.check_free(chosen)  # before any volume is created
+        self.store.check_free(chosen)  # before any volume is created
         image = image or self.images.get(request.image)
         defaults = image.config.defaults
         mounts = create.mounts(request)
@@ -295,14 +295,14 @@ class Engine:
             self._config.hostname, self._network.host_gateway, self._config.log_default, sending_drivers()
         )
         config = create.container_config(request, defaults, task, node)
-        self._cgroups.check_parent(config.machine.cgroup_parent)
+        self.cgroups.check_parent(config.machine.cgroup_parent)
         runtime = self._runtime.name_of(request.host_config.runtime)
-        config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
+        config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
         config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         stack = task.stack if task is not None else ""
         await self.volumes.create_of_plugins(mounts, stack)
-        # No await from here to ``_store.add``: a concurrent image removal sees this container, or we see that removal.
+        # No await from here to ``store.add``: a concurrent image removal sees this container, or we see that removal.
         if not is_step:  # a build has pinned the layers of its steps, even if the image is removed
             self.images.get(image.id)
         layers = tuple(map(str, self.images.layers(image)))
@@ -327,7 +327,7 @@ class Engine:
         self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str], stack: str
     ) -> tuple[Sequence[MountPoint], Sequence[MountPoint]]:
         """Return its own mounts, and the mounts of ``--volumes-from``.  Raises: InvalidArgument; NotFound."""
-        inherited = sharing.inherited_mounts(request.host_config.volumes_from, mounts, self._store.get)
+        inherited = sharing.inherited_mounts(request.host_config.volumes_from, mounts, self.store.get)
         pictures = image_mounts.image_points(self.images, mounts)
         anonymous = set(image_volumes) - {point.destination for point in (*inherited, *pictures)}
         return pictures + self.volumes.mount_points(image_mounts.others(mounts), anonymous, stack), inherited
@@ -383,14 +383,14 @@ class Engine:
             stack=new.stack,
         )
         container = with_tag(container, self._config.hostname)
-        self._store.add(container)
+        self.store.add(container)
         try:
-            await self._lifecycle.prepare(container)
+            await self.lifecycle.prepare(container)
         except asyncio.CancelledError:  # the container may be complete
             if self.has(id):
                 await self._undo(self.remove(id), new.name)
             raise
-        container = self._store.require(id)
+        container = self.store.require(id)
         self.events.publish("create", container)
         return container
 
@@ -407,15 +407,15 @@ class Engine:
 
         Raises: NotFound; BeingRemoved; StartError: the runtime refused, in its words; the record has the exit code.
         """
-        container = self._store.require_startable(self.get(word).id)
+        container = self.store.require_startable(self.get(word).id)
         if container.plain is None:
-            return await self._lifecycle.start(container.id, secret_env)
-        self._restarts.reset(container.id)
-        self._lifecycle.note(container.id, life_events.UserStarts())
+            return await self.lifecycle.start(container.id, secret_env)
+        self.restart_monitor.reset(container.id)
+        self.lifecycle.note(container.id, life_events.UserStarts())
         try:
-            return await self._lifecycle.start(container.id, secret_env)
+            return await self.lifecycle.start(container.id, secret_env)
         except (SkepError, OSError):
-            if container.plain.auto_remove and self._store.lookup(container.id) is not None:
+            if container.plain.auto_remove and self.store.lookup(container.id) is not None:
                 await self._undo(self.remove(container.id, force=True, with_volumes=True), container.name)
             raise
 
@@ -425,7 +425,7 @@ class Engine:
         ``ignore_stop`` starts it even if its user has stopped it.
         Raises: NotFound; BeingRemoved; SkepError, OSError: it cannot be started.
         """
-        await self._lifecycle.restart(id, ignore_stop=ignore_stop)
+        await self.lifecycle.restart(id, ignore_stop=ignore_stop)
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal (``SIGTERM``, ``TERM`` or ``15``) to the first process.
@@ -439,10 +439,10 @@ class Engine:
         if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
-            self._restarts.note_stop(container.id)
-            container = await self._lifecycle.end_restarting(container)
+            self.restart_monitor.note_stop(container.id)
+            container = await self.lifecycle.end_restarting(container)
         if container.is_running:
-            await self._lifecycle.signal(container, number)
+            await self.lifecycle.signal(container, number)
 
     @continuing
     async def stop(self, id: ContainerId, grace_s: float | None = None, signal_name: str = "") -> Container:
@@ -464,24 +464,24 @@ class Engine:
 
     async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
         config = self.get(id).config
-        self._restarts.note_stop(id)
+        self.restart_monitor.note_stop(id)
         number = signal_number(signal_name or config.stop_signal or "SIGTERM")
         grace_s = config.stop_grace_ns / 1e9 if grace_s is None else grace_s
-        return await self._lifecycle.stop(id, number, grace_s)
+        return await self.lifecycle.stop(id, number, grace_s)
 
     def note_stopped(self, word: str) -> Container:
         """Record that its user has stopped a plain container: no policy restarts it.  Raises: NotFound."""
         id = self.get(word).id
-        self._restarts.note_stop(id)
-        return self._lifecycle.note(id, life_events.UserStops())
+        self.restart_monitor.note_stop(id)
+        return self.lifecycle.note(id, life_events.UserStops())
 
     async def pause(self, word: str) -> None:
         """Freeze the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        await self._lifecycle.pause(self._require_running(word))
+        await self.lifecycle.pause(self._require_running(word))
 
     async def unpause(self, word: str) -> None:
         """Resume the processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        await self._lifecycle.unpause(self._require_running(word))
+        await self.lifecycle.unpause(self._require_running(word))
 
     # --- other operations ---------------------------------------------------------------------------------------
 
@@ -492,7 +492,7 @@ class Engine:
         """
         container = self.get(word)
         if container.plain is not None and not container.is_running:
-            attachment = await self._lifecycle.waiting.wait(container.id)
+            attachment = await self.lifecycle.waiting.wait(container.id)
         else:
             attachment = await attach(self.bundles.bundle(self._require_running(container.id).id))
         self.events.publish("attach", container)
@@ -510,12 +510,12 @@ class Engine:
 
         Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
         """
-        return await self._lifecycle.update(id, life_events.Update(change))
+        return await self.lifecycle.update(id, life_events.Update(change))
 
     @continuing
     async def rename(self, id: ContainerId, name: str) -> None:
         """Raises: FailedPrecondition: it belongs to a task; InvalidArgument; as ``networks.rename``."""
-        container, _ = self._store.require_plain(id)
+        container, _ = self.store.require_plain(id)
         chosen = create.checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
@@ -528,7 +528,7 @@ class Engine:
 
         Its record stays, as for a container that ended.  Raises: NotFound.
         """
-        await self._lifecycle.retire(self.get(word).id)
+        await self.lifecycle.retire(self.get(word).id)
 
     @continuing
     @timed("delete")
@@ -538,11 +538,11 @@ class Engine:
         Also deletes layers of removed images that were kept only for it.
         Raises: NotFound; StillRunning: it runs or is restarting, without ``force``; Unavailable: a part of it is left.
         """
-        container = self._store.require(id)
+        container = self.store.require(id)
         if force or not container.is_active:
             await self.log_forwarding.hold(container)
-        await self._lifecycle.remove(id, force=force)
-        self._restarts.reset(id)
+        await self.lifecycle.remove(id, force=force)
+        self.restart_monitor.reset(id)
         sweeping = self.images.sweep(self._images_in_use)
         await isolate(sweeping, "unused layers not deleted", container=id)
         if with_volumes:
@@ -556,4 +556,4 @@ class Engine:
 
         A failure for one container is logged, and the next sweep retries it.  Raises: OSError: network namespaces.
         """
-        return await self._lifecycle.sweep()
+        return await self.lifecycle.sweep()

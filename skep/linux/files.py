@@ -68,6 +68,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 _FALLOC_FL_KEEP_SIZE = 1
+"""From ``linux/falloc.h``."""
 
 
 def allocate(descriptor: int, size: int) -> None:

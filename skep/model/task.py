@@ -65,6 +65,7 @@ class TaskState(Enum):
             raise ValueError(f"unknown task state {number}") from None
 
 
+# Numbers of SwarmKit's TaskState, api/types.proto.
 _RUNNING = 512
 _COMPLETE = 576
 _NUMBERS = (0, 64, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 800, 832, -1)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _M_ARENA_MAX = -8
+"""Option of ``mallopt`` in glibc's ``malloc.h``."""
 
 
 def _import_only_sockets_of_pyroute2() -> None:

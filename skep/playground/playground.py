@@ -20,6 +20,7 @@ from skep.playground.images.busybox import busybox_archive
 _READY_WITHIN_S = 60
 """Time limit in seconds until all nodes are ready."""
 _PORT = 2377
+"""Docker's port of managers."""
 _LISTEN = f"0.0.0.0:{_PORT}"
 _NAME_BYTES_MAX = 16
 """Limit in bytes for a playground's name together with a node's name (see ``names``)."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
+# Types and flags of frames, RFC 9113, section 6.
 DATA, HEADERS, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
     0,
     1,
@@ -18,6 +19,7 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, 
 )
 
 END_STREAM = ACK = 0x1
+# Flags, RFC 9113, section 6.
 END_HEADERS = 0x4
 _PADDED, _PRIORITY = 0x8, 0x20
 

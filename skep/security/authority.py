@@ -75,7 +75,7 @@ class Authority:
         *,
         intermediate_pem: bytes = b"",
     ) -> None:
-        self._key = key
+        self.key = key
         self._certificate = certificate
         self._clock = clock
         self._intermediate_pem = intermediate_pem
@@ -129,7 +129,7 @@ class Authority:
     @property
     def key_pem(self) -> bytes:
         """The root's private key, unencrypted."""
-        return private_pem(self._key)
+        return private_pem(self.key)
 
     def sign(
         self,
@@ -187,7 +187,7 @@ class Authority:
                 critical=False,
             )
         )
-        return pem(builder.sign(self._key, hashes.SHA256())) + self._intermediate_pem
+        return pem(builder.sign(self.key, hashes.SHA256())) + self._intermediate_pem
 
     def issue_user(self, csr_pem: bytes, name: str, now_ns: int, not_after_ns: int) -> tuple[str, bytes]:
         """Return serial number (hexadecimal) and PEM of a certificate for a user of the API, for clients only.
@@ -214,7 +214,7 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=True)
             .add_extension(self._key_identifier, critical=False)
         )
-        return f"{serial:x}", pem(builder.sign(self._key, hashes.SHA256()))
+        return f"{serial:x}", pem(builder.sign(self.key, hashes.SHA256()))
 
     def issue_server(
         self, public_key: PublicKey, name: str, addresses: Iterable[str], lifetime: timedelta
@@ -244,7 +244,7 @@ class Authority:
                 critical=False,
             )
         )
-        return pem(builder.sign(self._key, hashes.SHA256()))
+        return pem(builder.sign(self.key, hashes.SHA256()))
 
     def cross_sign(self, other: x509.Certificate) -> bytes:
         """Return the root ``other`` as an intermediate (PEM) signed by this root.
@@ -265,7 +265,7 @@ class Authority:
             .add_extension(_subject_identifier(other), critical=False)
             .add_extension(self._key_identifier, critical=False)
         )
-        return pem(builder.sign(self._key, hashes.SHA256()))
+        return pem(builder.sign(self.key, hashes.SHA256()))
 
     @property
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:

@@ -82,7 +82,7 @@ class MemoryCluster:
         """Replicas that are behind this revision have to reload everything."""
         self.stores: list[MemoryStore] = []
         self.incarnation = 1
-        self._entries: dict[str, KeyChange] = {}
+        self.log: dict[str, KeyChange] = {}
         self._ranged: list[str] = []
         """Sorted keys of references and shared claims, whose ranges are often compared."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
@@ -108,9 +108,9 @@ class MemoryCluster:
         state = State()
         state.apply(
             self.revision,
-            [self._entries[key] for key in sorted(self._entries)],
+            [self.log[key] for key in sorted(self.log)],
         )
-        leader = self._entries.get(LEADER)
+        leader = self.log.get(LEADER)
         return state, leader.value if leader else None
 
     def compact(self) -> None:
@@ -124,7 +124,7 @@ class MemoryCluster:
         return self._history[first:]
 
     def _revision_of(self, key: str) -> int:
-        entry = self._entries.get(key)
+        entry = self.log.get(key)
         return entry.revision if entry is not None else 0
 
     def _holds(self, compare: Unchanged | Exists | NothingSince) -> bool:
@@ -132,14 +132,14 @@ class MemoryCluster:
             case Unchanged(key, revision):
                 return self._revision_of(key) == revision
             case Exists(key, create_revision):
-                entry = self._entries.get(key)
+                entry = self.log.get(key)
                 return entry is not None and entry.create_revision == create_revision
             case NothingSince(prefix, revision):
-                return all(self._entries[key].revision <= revision for key in self._below(prefix))
+                return all(self.log[key].revision <= revision for key in self._below(prefix))
 
     def _below(self, prefix: str) -> Iterable[str]:
         if prefix[0] not in "rs":
-            yield from (key for key in self._entries if key.startswith(prefix))
+            yield from (key for key in self.log if key.startswith(prefix))
             return
         index = bisect_left(self._ranged, prefix)
         while index < len(self._ranged) and self._ranged[index].startswith(prefix):
@@ -149,11 +149,11 @@ class MemoryCluster:
     def _publish(self, writes: Iterable[tuple[str, bytes | None]]) -> None:
         changes: list[KeyChange] = []
         for key, value in writes:
-            old = self._entries.get(key)
+            old = self.log.get(key)
             if value is None:
                 if old is None:
                     continue
-                del self._entries[key]
+                del self.log[key]
                 if key[0] in "rs":
                     del self._ranged[bisect_left(self._ranged, key)]
                 changes.append(KeyChange(key, None, self.revision))
@@ -164,7 +164,7 @@ class MemoryCluster:
                     created = self.revision
                     if key[0] in "rs":
                         insort(self._ranged, key)
-                self._entries[key] = entry = KeyChange(key, value, self.revision, created)
+                self.log[key] = entry = KeyChange(key, value, self.revision, created)
                 changes.append(entry)
         self._history.append((self.revision, tuple(changes)))
         for store in self.stores:
@@ -258,11 +258,11 @@ class MemoryStore(Updater):
         async with within_deadline():
             if self.faults.is_partitioned:
                 await asyncio.Event().wait()
-            await self._replica.wait_reached(self.cluster.revision)
+            await self.replica.wait_reached(self.cluster.revision)
 
     @property
     def leader(self) -> NodeId | None:
-        return leader_named(self._replica.leader_record)
+        return leader_named(self.replica.leader_record)
 
     async def rotate_data_key(self) -> None:
         """Do nothing, because nothing is encrypted here."""
@@ -275,12 +275,12 @@ class MemoryStore(Updater):
 
     async def state_at(self, revision: int) -> View:
         """Return the current state only: no history is kept."""
-        if revision < self._replica.revision:
+        if revision < self.replica.revision:
             raise HistoryGone(f"the store no longer has revision {revision}")
         return self.view()
 
     async def oldest_revision(self) -> int:
-        return self._replica.revision
+        return self.replica.revision
 
     async def defragment(self) -> None:
         """Do nothing, because this store has no file."""
@@ -301,7 +301,7 @@ class MemoryStore(Updater):
                 state = await self._elected.get()
                 if state.is_lost:
                     continue
-                await self._replica.wait_reached(state.fence)
+                await self.replica.wait_reached(state.fence)
                 yield self.fenced(state)
         finally:
             self.cluster.withdraw(node_id)
@@ -316,7 +316,7 @@ class MemoryStore(Updater):
         """Make new revisions visible, now or after the lag."""
         if self.faults.is_partitioned:
             return
-        if self.faults.lag_s > 0 or self.delivered > self._replica.revision:
+        if self.faults.lag_s > 0 or self.delivered > self.replica.revision:
             self.delivered = self.cluster.revision
             asyncio.get_running_loop().call_later(self.faults.lag_s, self._show, self.delivered)
         else:
@@ -337,18 +337,18 @@ class MemoryStore(Updater):
 
     async def wait_shown(self) -> None:
         """Wait until the replica shows the cluster's current revision."""
-        await self._replica.wait_reached(self.cluster.revision)
+        await self.replica.wait_reached(self.cluster.revision)
 
     def _show(self, until: int) -> None:
-        if self._replica.revision < self.cluster.compacted:
+        if self.replica.revision < self.cluster.compacted:
             state, leader = self.cluster.load()
-            state.keep_unreadable(self._replica.state)
-            self._replica.reset(state, leader, tuple(differences(self._replica.state, state)))
+            state.keep_unreadable(self.replica.state)
+            self.replica.reset(state, leader, tuple(differences(self.replica.state, state)))
             return
-        for revision, changes in self.cluster.since(self._replica.revision):
+        for revision, changes in self.cluster.since(self.replica.revision):
             if revision > until:
                 break
-            self._replica.apply(revision, changes)
+            self.replica.apply(revision, changes)
 
     # -- proposals -------------------------------------------------------------------------------------------------
 

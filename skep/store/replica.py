@@ -28,8 +28,8 @@ class Replica:
         """The value of the leader key, undecoded."""
         self.resets = 0
         """Number of times that everything was reloaded."""
-        self._watches = Watches(watch_capacity)
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self.watches = Watches(watch_capacity)
+        self.waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
 
     @property
@@ -62,23 +62,23 @@ class Replica:
         if self.revision >= revision:
             return
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heappush(self._waiting, (revision, next(self._order), arrived))
+        heappush(self.waiting, (revision, next(self._order), arrived))
         await arrived
 
     @asynccontextmanager
     async def watch(self, *kinds: type[Object]) -> AsyncIterator[Watch]:
         """Watch the commits that change objects of ``kinds`` (any kind by default)."""
-        with self._watches.open(self.state, frozenset(kinds) or _EVERY_KIND) as queue:
+        with self.watches.open(self.state, frozenset(kinds) or _EVERY_KIND) as queue:
             yield queue
 
     def _publish(self, commit: Commit) -> None:
         # Waiters come first, because they return results to callers, while watchers only begin their work.
         self._wake()
         if commit.events:
-            self._watches.publish(commit)
+            self.watches.publish(commit)
 
     def _wake(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self.revision:
-            *_, arrived = heappop(self._waiting)
+        while self.waiting and self.waiting[0][0] <= self.revision:
+            *_, arrived = heappop(self.waiting)
             if not arrived.done():
                 arrived.set_result(None)

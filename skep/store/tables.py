@@ -78,7 +78,7 @@ class ObjectTable:
         """Reason why a part is unreadable, by id and part.  Such a part is missing, or keeps its last readable
         value.
         """
-        self._extras: dict[tuple[str, str], Unknown] = {}
+        self.extras: dict[tuple[str, str], Unknown] = {}
         """Fields that this version does not know, by part (or head) and id."""
         self._never_read: dict[str, set[str]] = {}
         """Damaged parts (or heads) that never had a readable value, by id."""
@@ -178,8 +178,8 @@ class ObjectTable:
     def _part_removed(self, id: str, part: str) -> Mapping[str, Any]:
         """Remove a part.  Returns the default values of its fields."""
         self.revisions[part].pop(id, None)
-        if self._extras:
-            self._extras.pop((part, id), None)
+        if self.extras:
+            self.extras.pop((part, id), None)
         if part in self.status_versions:
             self.status_versions[part].pop(id, None)
         if self.damaged:
@@ -204,7 +204,7 @@ class ObjectTable:
             return self.schema.type(id=id)
         if self.unreadable and self.unreadable.pop(id, None) is not None:
             self._now_readable(id, HEAD)
-        if extras is not NOTHING or self._extras:
+        if extras is not NOTHING or self.extras:
             self._keep_extras(id, HEAD, extras)
         return head
 
@@ -226,15 +226,15 @@ class ObjectTable:
             self._repaired(id, part)
         if codec.is_spec_status:
             self.status_versions[part][id] = spec_version
-        if extras is not NOTHING or self._extras:
+        if extras is not NOTHING or self.extras:
             self._keep_extras(id, part, extras)
         return fields
 
     def _keep_extras(self, id: str, part: str, extras: Unknown) -> None:
         if extras is not NOTHING:
-            self._extras[part, id] = extras
+            self.extras[part, id] = extras
         else:
-            self._extras.pop((part, id), None)
+            self.extras.pop((part, id), None)
 
     def was_never_read(self, id: str, part: str) -> bool:
         """Return whether the part is damaged and never had a readable value, so that the object shows its default."""
@@ -246,14 +246,14 @@ class ObjectTable:
         Fields that only a newer version of Skep knows are kept.
         """
         value = self.codecs[part].encode(object)
-        extras = self._extras.get((part, id)) if self._extras else None
+        extras = self.extras.get((part, id)) if self.extras else None
         return self.codecs[part].with_unknown(value, extras) if extras is not None else value
 
     def unknown_in(self, id: str, field: str) -> Unknown:
         """Return the unknown fields inside one field of a head, for a copy of that field.  ``field``: its name in
         JSON.
         """
-        extras = self._extras.get((HEAD, id), NOTHING)
+        extras = self.extras.get((HEAD, id), NOTHING)
         return Unknown(inside={field: extras.inside[field]}) if field in extras.inside else NOTHING
 
     def _log_unreadable(self, id: str, part: str, error: Exception) -> None:
@@ -326,8 +326,8 @@ class ObjectTable:
     def _unmark(self, id: str) -> None:
         for revisions in (self.created, *self.revisions.values(), *self.status_versions.values()):
             revisions.pop(id, None)
-        for part in self.codecs if self._extras else ():
-            self._extras.pop((part, id), None)
+        for part in self.codecs if self.extras else ():
+            self.extras.pop((part, id), None)
 
     def _repaired(self, id: str, part: str) -> None:
         """Record that a damaged part was written again or removed."""

@@ -70,7 +70,7 @@ class Watches:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._queues: dict[
+        self.queues: dict[
             WatchQueue, None
         ] = {}  # A dict is ordered, unlike a set, so that a simulation runs the same way twice.
 
@@ -79,7 +79,7 @@ class Watches:
         kinds = [type(event.new if isinstance(event, Updated) else event.object) for event in commit.events]
         present = frozenset(kinds)
         shares: dict[frozenset[type[Object]], Commit | None] = {}
-        for queue in self._queues:
+        for queue in self.queues:
             wanted = queue.kinds & present
             if wanted not in shares:
                 shares[wanted] = _share(commit, kinds, wanted, present)
@@ -91,11 +91,11 @@ class Watches:
         """Return a queue of everything published from now on."""
         queue = WatchQueue(snapshot, kinds, self._capacity)
         del snapshot  # only the queue keeps it, until it is read
-        self._queues[queue] = None
+        self.queues[queue] = None
         try:
             yield queue
         finally:
-            self._queues.pop(queue, None)
+            self.queues.pop(queue, None)
 
 
 def _share(

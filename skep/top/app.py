@@ -110,7 +110,7 @@ class TopApp(App[None]):
     def __init__(self, cluster: WatchedCluster, *, is_light: bool = False):
         super().__init__()
         self._cluster = cluster
-        self._snapshot = Snapshot()
+        self.snapshot = Snapshot()
         self._view = ScreenView.SERVICES
         self._is_stale = False
         self._rows: dict[ScreenView, list[ScreenRow]] = {}
@@ -160,7 +160,7 @@ class TopApp(App[None]):
 
     def publish(self, snapshot: Snapshot) -> None:
         """Show ``snapshot`` soon.  If several arrive at once, the last one is shown."""
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self._rows.clear()
         if not self._is_stale:
             self._is_stale = True
@@ -171,7 +171,7 @@ class TopApp(App[None]):
         self._is_stale = False
         if not self.is_running:  # the last snapshot arrived while the tables were being closed
             return
-        snapshot, screen = self._snapshot, self.screen_stack[0]
+        snapshot, screen = self.snapshot, self.screen_stack[0]
         screen.query_one("#link", Static).update(_link(snapshot))
         services = states_of(snapshot, time.time())
         screen.query_one("#health", Static).update(self._health(services))
@@ -187,9 +187,9 @@ class TopApp(App[None]):
         table.say_when_empty(self._when_empty())
         if self._view not in self._rows:
             self._rows[self._view] = (
-                task_rows(self._snapshot, self._task_rows, with_ended=self._with_ended)
+                task_rows(self.snapshot, self._task_rows, with_ended=self._with_ended)
                 if self._view is ScreenView.TASKS
-                else rows_of(self._view, self._snapshot, time.time())
+                else rows_of(self._view, self.snapshot, time.time())
             )
         table.show(chosen(self._rows[self._view], self._needle, by_name=self._by_name))
 
@@ -206,15 +206,15 @@ class TopApp(App[None]):
     def _when_empty(self) -> str:
         if self._needle:
             return f"No row contains {printable(self._needle)!r}.  Press esc to clear the filter."
-        if not self._snapshot.is_loaded:
+        if not self.snapshot.is_loaded:
             return "Loading..."
         return _WHEN_EMPTY.get(self._view, "")
 
     def _tabs(self) -> Text:
         counts = {
-            ScreenView.SERVICES: len(self._snapshot.services),
-            ScreenView.TASKS: sum(task.is_active for task in self._snapshot.tasks.values()),
-            ScreenView.NODES: len(self._snapshot.nodes),
+            ScreenView.SERVICES: len(self.snapshot.services),
+            ScreenView.TASKS: sum(task.is_active for task in self.snapshot.tasks.values()),
+            ScreenView.NODES: len(self.snapshot.nodes),
         }
         text = Text()
         has_counts = self.size.width >= _TABS_WITH_COUNTS
@@ -299,7 +299,7 @@ class TopApp(App[None]):
 
     def on_row_table_chosen(self) -> None:
         """Explain the state of the object under the cursor."""
-        snapshot, key = self._snapshot, self.table.key
+        snapshot, key = self.snapshot, self.table.key
         if self._view is ScreenView.NODES and (node := snapshot.nodes.get(key)):
             lines = about_node(snapshot, node)
 
@@ -313,7 +313,7 @@ class TopApp(App[None]):
             async def service() -> list[str]:
                 return [
                     *await self._cluster.details("service", key, name),
-                    *tasks_listed(self._snapshot, key),
+                    *tasks_listed(self.snapshot, key),
                 ]
 
             self.push_screen(Show(name, service))
@@ -335,9 +335,9 @@ class TopApp(App[None]):
     def _service(self) -> Mapping[str, Any] | None:
         """Return the service under the cursor, or the service of the task there."""
         key = self.table.key
-        if self._view is ScreenView.TASKS and (task := self._snapshot.tasks.get(key)):
+        if self._view is ScreenView.TASKS and (task := self.snapshot.tasks.get(key)):
             key = task.service_id
-        return self._snapshot.services.get(key)
+        return self.snapshot.services.get(key)
 
     def action_scale(self) -> None:
         """Ask for another number of replicas."""
@@ -376,8 +376,8 @@ class TopApp(App[None]):
         self._set_availability("active")
 
     def _set_availability(self, word: str) -> None:
-        if node := self._snapshot.nodes.get(self.table.key):
-            self._propose(lambda: set_availability(self._snapshot, node, word))
+        if node := self.snapshot.nodes.get(self.table.key):
+            self._propose(lambda: set_availability(self.snapshot, node, word))
 
     def on_resize(self) -> None:
         """Fit the lines at the top to the new width."""
@@ -385,7 +385,7 @@ class TopApp(App[None]):
 
     def _health(self, services: Sequence[ServiceLine]) -> Text:
         """Return the headline: the health in its color, and the reason."""
-        snapshot, connection = self._snapshot, self._snapshot.connection
+        snapshot, connection = self.snapshot, self.snapshot.connection
         colors = self.theme_variables
         if connection.link is LinkStatus.LOST:
             seen = " The screen shows the last known state." if snapshot.is_loaded else ""
@@ -435,7 +435,7 @@ class TopApp(App[None]):
 
     def action_logs(self) -> None:
         """Follow the logs of the service or task under the cursor."""
-        key, snapshot = self.table.key, self._snapshot
+        key, snapshot = self.table.key, self.snapshot
         if self._view is ScreenView.SERVICES and key in snapshot.services:
             kind, self._log_name = "service", snapshot.service_name(key)
         elif self._view is ScreenView.TASKS and (task := snapshot.tasks.get(key)):
@@ -451,13 +451,13 @@ class TopApp(App[None]):
         try:
             async for line in self._cluster.logs(kind, id):
                 number += 1
-                self._lines.append(log_row(self._snapshot, number, line))
+                self._lines.append(log_row(self.snapshot, number, line))
                 if number % _LOG_BATCH == 0:
                     await asyncio.sleep(
                         _LOG_REST_S
                     )  # a flood of lines waits on its node and does not delay the keys
         except (SkepError, OSError) as error:
-            self._lines.append(log_row(self._snapshot, number + 1, ShownLine(str(error))))
+            self._lines.append(log_row(self.snapshot, number + 1, ShownLine(str(error))))
 
 
 async def _help() -> list[str]:

@@ -82,23 +82,23 @@ class Bound:
 
     def __init__(self, port: int, server: "_Server", handshakes: Handshakes) -> None:
         self.port = port
-        self._server = server
-        self._handshakes = handshakes
+        self.server = server
+        self.pending = handshakes
 
     @property
     def handshakes(self) -> int:
         """Number of TLS handshakes in progress."""
-        return self._handshakes.count
+        return self.pending.count
 
     @property
     def connections(self) -> int:
         """Number of connections that have completed their handshake."""
-        return len(self._server.connections)
+        return len(self.server.connections)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of received requests that have no response yet."""
-        return sum(connection.held for connection in self._server.connections)
+        return sum(connection.held for connection in self.server.connections)
 
     def disconnect_all(self, first: Callable[[NodeIdentity], bool]) -> None:
         """End every connection and every handshake, so that peers which reconnect are checked by the current rules.
@@ -106,9 +106,9 @@ class Bound:
         Anonymous connections, and connections whose certificate matches ``first``, are ended at once.  The others
         are ended one after another, so that thousands do not reconnect at one moment.
         """
-        self._handshakes.give_up()
+        self.pending.give_up()
         loop, later = asyncio.get_running_loop(), []
-        for connection in tuple(self._server.connections):
+        for connection in tuple(self.server.connections):
             if connection.identity is None or first(connection.identity):
                 connection.close()
             else:
@@ -118,7 +118,7 @@ class Bound:
 
     def disconnect(self, matches: Callable[[NodeIdentity], bool]) -> None:
         """End the connections of callers whose certificate matches."""
-        for connection in tuple(self._server.connections):
+        for connection in tuple(self.server.connections):
             if connection.identity is not None and matches(connection.identity):
                 connection.close()
 
@@ -284,11 +284,11 @@ def _unknown(path: str) -> SkepError:
 class _Connection(ServerConnection):
     """A connection.  Its limits depend on whether the peer has a certificate."""
 
-    __slots__ = ("_server", "_time_limits", "caller", "has_crashed", "since", "source")
+    __slots__ = ("_time_limits", "caller", "has_crashed", "server", "since", "source")
 
     def __init__(self, server: _Server) -> None:
         super().__init__(self._handle_as_caller)
-        self._server = server
+        self.server = server
         self.caller: Caller | None = None
         self.source = ""
         """The source address by which anonymous connections are counted."""
@@ -307,7 +307,7 @@ class _Connection(ServerConnection):
         assert isinstance(transport, asyncio.Transport)
         identity, address = _identity_of(transport), _address_of(transport)
         self.source = source_of(address)
-        if refusal := self._server.refusal(identity):
+        if refusal := self.server.refusal(identity):
             log.warning("connection refused", reason=refusal, peer=address)
             transport.abort()
             return
@@ -321,15 +321,15 @@ class _Connection(ServerConnection):
             disconnect=self.close,
             has_crashed=lambda: self.has_crashed,
         )
-        self._server.connections.add(self)
+        self.server.connections.add(self)
         if identity is not None:
-            self._server.of_node[identity.node_id] += 1
+            self.server.of_node[identity.node_id] += 1
         self.begin(transport, NODE_LIMITS if identity is not None else ANONYMOUS_LIMITS)
 
     def _begin_anonymous(self) -> bool:
         loop = asyncio.get_running_loop()
         self.since = loop.time()
-        if not self._server.anonymous.admit(self, self.source):
+        if not self.server.anonymous.admit(self, self.source):
             return False
         self._time_limits = (
             loop.call_later(ANONYMOUS_SECONDS_MAX, self.close),
@@ -342,9 +342,9 @@ class _Connection(ServerConnection):
             self.close()
 
     def became_idle(self) -> None:
-        if self.source and self in self._server.anonymous:
+        if self.source and self in self.server.anonymous:
             self.since = asyncio.get_running_loop().time()
-            self._server.anonymous.renew(self)
+            self.server.anonymous.renew(self)
 
     def may_leave(self) -> bool:
         """Return whether it may be closed for another connection, because it is idle or has been open for long."""
@@ -355,7 +355,7 @@ class _Connection(ServerConnection):
         identity = self.identity
         if identity is None:
             return  # anonymous connections are few, and their windows are small
-        held = self._server.bytes_of_node
+        held = self.server.bytes_of_node
         held[identity.node_id] += size
         if size > 0 and held[identity.node_id] > NODE_BYTES_MAX:
             raise Violation("too many bytes of one node at a time", Code.ENHANCE_YOUR_CALM)
@@ -364,8 +364,8 @@ class _Connection(ServerConnection):
         # Any other error comes from the network (ETIMEDOUT, EHOSTUNREACH) and says nothing about the machine.
         self.has_crashed = self.is_open and isinstance(exc, ConnectionResetError | None)
         super().connection_lost(exc)  # releases the request bytes it holds
-        if self in self._server.connections:
-            self._server.forget(self)
+        if self in self.server.connections:
+            self.server.forget(self)
         self.caller = None  # breaks a cycle, as it refers to this connection
         for limit in self._time_limits:
             limit.cancel()
@@ -373,7 +373,7 @@ class _Connection(ServerConnection):
 
     def _handle_as_caller(self, stream: ServerStream) -> Coroutine[None, None, None]:
         assert self.caller is not None
-        return self._server.handle(stream, self.caller)
+        return self.server.handle(stream, self.caller)
 
 
 def _identity_of(transport: asyncio.Transport) -> NodeIdentity | None:

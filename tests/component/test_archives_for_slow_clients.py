@@ -36,8 +36,8 @@ async def test_a_client_that_takes_nothing_of_a_saved_image_is_given_up(
     try:
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "api"), limit=1)
         writer.write(f"GET /v1.41/images/{APP}/get HTTP/1.1\r\nHost: d\r\n\r\n".encode())
-        await until(lambda: images._pinned[image.chain[0]])
-        await until(lambda: not images._pinned[image.chain[0]])
+        await until(lambda: images.pins[image.chain[0]])
+        await until(lambda: not images.pins[image.chain[0]])
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await reader.readexactly(30_000_000)
         writer.close()

@@ -59,6 +59,6 @@ async def test_a_server_that_ends_closes_its_connections_at_once():
             )
             call = await stack.enter_async_context(channel.stream(methods.LISTEN_SUBSCRIPTIONS))
             await call.send(pb.ListenSubscriptionsRequest(), end=True)
-            await until(lambda: pair.identity.node_id in cluster.logs._listeners)
+            await until(lambda: pair.identity.node_id in cluster.logs.listeners)
         with pytest.raises(Unavailable):
             await call.receive()

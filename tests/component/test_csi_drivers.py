@@ -169,7 +169,7 @@ async def test_a_driver_that_hangs_ends_at_the_deadline_and_holds_up_no_other_ca
     await disks.create(a_volume("first"), {})
     driver.faults(CreateVolume={"hang": 30})
     with pytest.raises(Unavailable, match="did not respond in time"):
-        await disks._call(
+        await disks.call(
             "Controller/CreateVolume",
             pb.CreateVolumeRequest(name="x"),
             pb.CreateVolumeResponse,

@@ -254,7 +254,7 @@ async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_
             raise Unavailable(f"manager {manager} cannot be reached")
         return channels[manager]
 
-    cluster.draining._channel = channel
+    cluster.draining.channel = channel
     own = client_context(cluster.pair(MANAGER_ID, NodeRole.MANAGER))
     async with (
         a_second_manager(cluster) as address,
@@ -270,8 +270,8 @@ async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_
         channels[SECOND] = link
         await until(
             lambda: (
-                cluster.draining._acknowledged
-                and next(iter(cluster.draining._acknowledged.values())).one_at_a_time.locked()
+                cluster.draining.acknowledged
+                and next(iter(cluster.draining.acknowledged.values())).one_at_a_time.locked()
             )
         )
         assert first.desired(task) is TaskState.RUNNING  # it is there, and the other's node is not ready

@@ -80,7 +80,7 @@ async def a_node(cluster: Any, directory: Any, pair: Any, events: NodeEvents) ->
     access = TaskContainers(cast("Any", OneContainer()), events)
     peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, directory, FakeWorker(), Random(1), containers=access) as agent:
-        await until(lambda: agent.node_id in cluster.tunnels._streams)
+        await until(lambda: agent.node_id in cluster.tunnels.streams)
         await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.READY)
         yield agent.node_id
 
@@ -121,7 +121,7 @@ async def test_events_of_a_node_have_its_name_and_only_what_happens_from_now_on(
         "node.name": hostname,
     }
     await stream.stop()
-    await until(lambda: not cluster.tunnels._open)
+    await until(lambda: not cluster.tunnels.open_count)
 
 
 async def test_another_stream_goes_on_after_any_event_with_what_came_in_between(cluster, node, events):

@@ -336,7 +336,7 @@ async def test_the_leader_alone_calls_the_authority(cluster):
             caller = a_caller(cluster)
             called.append(NodeId(request.node_id))
             assert timeout_s > external.ALL_S
-            return await leading._sign_for_manager(request, caller)
+            return await leading.sign_for_manager(request, caller)
 
     def signer(own: NodeId, store: Store) -> CertificateSigner:
         authorities = ExternalAuthorities(lambda: cluster.tls.pair, CLOCK, Random(1))
@@ -352,7 +352,7 @@ async def test_the_leader_alone_calls_the_authority(cluster):
         assert b"BEGIN CERTIFICATE" in signed.certificate_pem
         request = skep.SignExternallyRequest(csr=b"", node_id=identity.node_id)
         with pytest.raises(Unavailable, match="no longer the leader"):
-            await following._sign_for_manager(request, a_caller(cluster))
+            await following.sign_for_manager(request, a_caller(cluster))
 
 
 async def test_a_demoted_managers_certificate_is_revoked_whatever_its_date(cluster):

@@ -466,15 +466,15 @@ async def test_a_layer_that_is_read_for_longer_than_a_node_waits_is_read_once(
     await give(cluster.manager, built)
     layers = cluster.manager.images.layer_store
     for chain_id, layer in tuple(layers.all().items()):  # as one that came uncompressed
-        layers._layers[chain_id] = msgspec.structs.replace(layer, blob=NO_BLOB)
-    digest_of_file = serving._digest_of_file
+        layers.layers[chain_id] = msgspec.structs.replace(layer, blob=NO_BLOB)
+    digest_of_file = serving.digest_of_file
 
     def slow(path: Path) -> Digest:
         read.append(path)
         assert may_end.wait(60)
         return digest_of_file(path)
 
-    monkeypatch.setattr(serving, "_digest_of_file", slow)
+    monkeypatch.setattr(serving, "digest_of_file", slow)
     asked = [asyncio.create_task(cluster.manager.served.manifest(APP)) for _ in range(3)]
     await until(lambda: read)
     asked[0].cancel()

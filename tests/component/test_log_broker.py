@@ -48,7 +48,7 @@ async def test_a_subscription_brings_the_lines_of_a_services_tasks(cluster, tmp_
         service, task = service_task(agent.node_id)
         await put(cluster, service, task)
         worker.lines = [a_line(task, b"one\n", attrs={"k": "v"}), a_line(task, b"two")]
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         query = LogQuery(services=(service.id,), tail=5, since_ns=3, streams=(LogStream.STDERR,))
         lines = [line async for line in cluster.logs.subscribe(query)]
         assert [line.data for line in lines] == [b"one\n", b"two"]
@@ -65,7 +65,7 @@ async def test_a_followed_subscription_ends_on_the_node_when_its_reader_goes(clu
         service, task = service_task(agent.node_id)
         await put(cluster, service, task)
         worker.lines = [a_line(task, b"one\n")]
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         async with aclosing(cluster.logs.subscribe(LogQuery(tasks=(task.id,), follow=True))) as lines:
             assert (await anext(lines)).data == b"one\n"
             worker.lines.append(a_line(task, b"later\n"))
@@ -80,7 +80,7 @@ async def test_a_follower_gets_the_logs_of_later_tasks(cluster, tmp_path):
         service, task = service_task(agent.node_id)
         worker.lines = [a_line(task, b"one\n")]
         await put(cluster, service)
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,), follow=True))) as lines:
             first = asyncio.ensure_future(anext(lines))
             await asyncio.sleep(0.02)
@@ -122,7 +122,7 @@ async def test_lines_of_nodes_that_answer_come_before_the_error_that_names_the_o
         named = replace(node, description=replace(node.description, hostname="w2"))
         await put(cluster, service, task, lost, named)
         worker.lines = [a_line(task, f"{number}\n".encode()) for number in range(500)]
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         found: list[bytes] = []
         with pytest.raises(IncompleteLogs) as caught:
             await read_into(found, cluster, LogQuery(services=(service.id,)))
@@ -139,7 +139,7 @@ async def test_a_node_that_listens_and_sends_nothing_is_named(cluster, tmp_path,
     await put(cluster, service, task)
     async with a_session(cluster, pair) as (channel, _), channel.stream(methods.LISTEN_SUBSCRIPTIONS) as call:
         await call.send(pb.ListenSubscriptionsRequest(), end=True)
-        await until(lambda: node.id in cluster.logs._listeners)
+        await until(lambda: node.id in cluster.logs.listeners)
         node = cluster.store.view().get(Node, node.id)
         await put(cluster, replace(node, description=replace(node.description, hostname="w1")))
         with pytest.raises(IncompleteLogs, match="node w1 did not respond in time"):
@@ -200,7 +200,7 @@ async def test_the_lines_of_a_node_that_answers_are_not_shown_twice(cluster, tmp
         end = TaskEnd(cause="exit", lines=(KeptLine(text="kept"),))
         await put(cluster, service, replace(task, status=TaskStatus(state=TaskState.FAILED, end=end)))
         worker.lines = [a_line(task, b"kept\n")]
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         lines = [line async for line in cluster.logs.subscribe(LogQuery(tasks=(task.id,)))]
         assert [line.attrs for line in lines] == [{}]
 
@@ -212,7 +212,7 @@ async def test_lines_of_other_nodes_tasks_are_dropped(cluster, tmp_path):
         foreign_service, foreign = service_task(MANAGER_ID)
         await put(cluster, service, task, foreign_service, foreign)
         worker.lines = [a_line(foreign, b"forged\n"), a_line(task, b"own\n")]
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         lines = [line async for line in cluster.logs.subscribe(LogQuery(tasks=(task.id,)))]
         assert [line.data for line in lines] == [b"own\n"]
 
@@ -223,7 +223,7 @@ async def test_a_slow_reader_holds_up_only_itself(cluster, tmp_path):
         service, task = service_task(agent.node_id)
         await put(cluster, service, task)
         worker.lines = [a_line(task, b"x" * 1000)] * 20_000
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         async with aclosing(cluster.logs.subscribe(LogQuery(tasks=(task.id,), follow=True))) as lines:
             await anext(lines)
             worker.report(task.id, TaskState.RUNNING)
@@ -250,7 +250,7 @@ async def test_the_lines_of_several_nodes_come_in_the_order_of_their_times(clust
                 for stamp in range(number, 300, 3)
             ]
             workers.append((task, worker))
-            await until(lambda agent=agent: agent.node_id in cluster.logs._listeners)
+            await until(lambda agent=agent: agent.node_id in cluster.logs.listeners)
         lines = [line.data async for line in cluster.logs.subscribe(LogQuery(services=(service.id,)))]
         assert lines == [b"%d\n" % stamp for stamp in range(300)]
 
@@ -279,7 +279,7 @@ async def test_lines_wait_for_a_node_that_sends_none_for_a_moment_only(cluster, 
         other_task = a_task("t-silent", node=other.identity.node_id, service=service, slot=2)
         await put(cluster, service, task, other_task)
         worker.lines = [a_line(task, b"one\n"), a_line(task, b"two\n")]
-        await until(lambda: {agent.node_id, other.identity.node_id} <= cluster.logs._listeners.keys())
+        await until(lambda: {agent.node_id, other.identity.node_id} <= cluster.logs.listeners.keys())
         async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,)))) as lines:
             async with asyncio.timeout(broker.RESPONSE_SECONDS_MAX):
                 assert [(await anext(lines)).data for _ in range(2)] == [b"one\n", b"two\n"]
@@ -319,7 +319,7 @@ async def test_a_thousand_followers_get_every_line_and_leave_nothing(tmp_path):
         service, task = service_task(agent.node_id)
         await put(cluster, service, task)
         worker.lines = [a_line(task, b"one\n")]
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
 
         async def follow():
             async with aclosing(cluster.logs.subscribe(LogQuery(tasks=(task.id,), follow=True))) as lines:
@@ -334,7 +334,7 @@ async def test_a_thousand_followers_get_every_line_and_leave_nothing(tmp_path):
             worker.more_lines.set()
         assert {tuple(one.result()) for one in followers} == {(b"one\n", b"two\n")}
         await until(lambda: worker.closed_logs == SUBSCRIPTIONS_MAX, 60)
-        assert not cluster.logs._subscriptions
+        assert not cluster.logs.subscriptions
 
 
 async def test_a_node_that_comes_back_goes_on_where_each_of_its_tasks_broke_off(cluster, tmp_path):

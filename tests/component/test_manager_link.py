@@ -230,7 +230,7 @@ async def a_node_of_two(
         async with an_agent_of(
             [KnownManager(two.id, two.address)], pair, directory, worker, Random(1)
         ) as agent:
-            await until(lambda: agent.node_id in two.logs._listeners)
+            await until(lambda: agent.node_id in two.logs.listeners)
             yield one, two, agent.node_id, worker
 
 
@@ -243,8 +243,8 @@ async def test_any_manager_gives_the_logs_of_every_node(cluster: Cluster, tmp_pa
             lines = [entry async for entry in manager.logs.subscribe(LogQuery(services=(service.id,)))]
             assert [entry.data for entry in lines] == [entry.data for entry in worker.lines]
             assert {entry.node_id for entry in lines} == {node_id}
-        assert not one.logs._relaying
-        assert not two.logs._subscriptions
+        assert not one.logs.relaying
+        assert not two.logs.subscriptions
 
 
 async def test_a_follower_at_another_manager_gets_later_logs(cluster: Cluster, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ async def test_a_follower_at_another_manager_gets_later_logs(cluster: Cluster, t
             worker.more_lines.set()
             assert (await anext(lines)).data == b"later\n"
         await until(lambda: worker.closed_logs == 1)
-        await until(lambda: not two.logs._subscriptions)
+        await until(lambda: not two.logs.subscriptions)
 
 
 async def test_what_did_not_answer_is_named(cluster: Cluster, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ async def test_what_did_not_answer_is_named(cluster: Cluster, tmp_path: Path) ->
             ):
                 service, task = service_task(node_id)
                 await put(cluster, service, task)
-            await until(lambda: node_id not in two.logs._listeners)
+            await until(lambda: node_id not in two.logs.listeners)
             assert "node worker is not available" in await missing(one, service.id)
         await until(lambda: not one.is_linked(two))
         assert f"manager {two.id} cannot be reached" in await missing(one, service.id)
@@ -329,7 +329,7 @@ async def test_a_follower_goes_on_with_a_node_that_comes_back_to_another_manager
                     await put(cluster, moved)
                     output.say(moved.id, stamp_ns + 5)
                     assert (await asyncio.wait_for(anext(lines), 10)).data == b"%d\n" % (stamp_ns + 5)
-        await until(lambda: not any(manager.logs._subscriptions for manager in (one, two, three)))
+        await until(lambda: not any(manager.logs.subscriptions for manager in (one, two, three)))
 
 
 async def test_a_relay_that_breaks_while_the_node_stays_is_asked_again(
@@ -366,4 +366,4 @@ async def test_many_relayed_followers_that_read_nothing_hold_up_neither_others_n
                     assert len((await asyncio.wait_for(anext(lines), 60)).data) == 20_000
             assert one.link.channel(two.id) is link
             assert two.id not in one.silent()
-        await until(lambda: not any(manager.logs._subscriptions for manager in (one, two)))
+        await until(lambda: not any(manager.logs.subscriptions for manager in (one, two)))

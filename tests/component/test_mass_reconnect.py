@@ -53,14 +53,14 @@ async def test_a_refusal_has_a_retry_time_and_counts_as_a_failure_for_older_node
 async def test_a_node_that_is_sent_away_retries_on_the_same_connection(cluster, tmp_path, monkeypatch):
     pair = await a_worker(cluster, tmp_path)
     made: list[object] = []
-    new_protocol = cluster.bound._server.new_protocol
-    monkeypatch.setattr(cluster.bound._handshakes, "_new_protocol", lambda: made.append(1) or new_protocol())
+    new_protocol = cluster.bound.server.new_protocol
+    monkeypatch.setattr(cluster.bound.pending, "_new_protocol", lambda: made.append(1) or new_protocol())
     monkeypatch.setattr(admission, "AT_ONCE_MAX", 0)
     monkeypatch.setattr(admission, "HOLD_S", 0.01)
 
     async def make_room() -> None:
         await until(cluster.dispatcher.registrar.queue.is_overloaded)
-        await until(lambda: cluster.dispatcher.registrar.queue._last_retry_at > 0)
+        await until(lambda: cluster.dispatcher.registrar.queue.last_retry_at > 0)
         monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
 
     room = asyncio.create_task(make_room())

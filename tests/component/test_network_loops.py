@@ -144,5 +144,5 @@ async def test_networks_from_before_their_claims_get_them_and_claims_of_none_are
 
 
 async def wait_for_keys(store: MemoryStore, names: tuple[str, ...], value: str) -> None:
-    while {entry.value for name in names if (entry := store.cluster._entries.get(name))} != {value.encode()}:  # noqa: ASYNC110 - no object shows a claim
+    while {entry.value for name in names if (entry := store.cluster.log.get(name))} != {value.encode()}:  # noqa: ASYNC110 - no object shows a claim
         await asyncio.sleep(0.01)

@@ -293,7 +293,7 @@ async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(
     async def refuse(*_: object) -> None:
         raise Unavailable("the kernel does not answer")
 
-    monkeypatch.setattr(lab.gateway._home, "remove", refuse if step == "remove" else nothing, raising=False)
+    monkeypatch.setattr(lab.gateway.home, "remove", refuse if step == "remove" else nothing, raising=False)
     monkeypatch.setattr(lab.gateway, "_choose_addresses", refuse)
     spaces = SimpleNamespace(home=Path("/none"), netlink=lambda _: nullcontext(object()))
     monkeypatch.setattr(lab.gateway, "_namespaces", spaces)
@@ -304,7 +304,7 @@ async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(
         await lab.gateway.move(IPv4Network("10.77.0.0/24"))
     assert lab.gateway.subnet == before
     if step == "choose":
-        assert lab.gateway._state.read_text().strip() == str(before), "as the next process has it"
+        assert lab.gateway.state.read_text().strip() == str(before), "as the next process has it"
     await lab.run("c")
     assert lab.held() == lab.recorded()
 
@@ -355,7 +355,7 @@ async def test_a_sweep_leaves_ports_of_containers_that_could_not_be_taken_over_s
     async def unanswered() -> Iterable[tuple[str, int, str]]:
         raise Unavailable("the net process does not answer")
 
-    after = Lab(lab.gateway._state.parent, monkeypatch, lab.machine, lab.ports)
+    after = Lab(lab.gateway.state.parent, monkeypatch, lab.machine, lab.ports)
     with monkeypatch.context() as patch:
         patch.setattr(lab.ports, "list_held", unanswered)
         with pytest.raises(Unavailable):
@@ -368,7 +368,7 @@ async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moves, goes_on = asyncio.Event(), asyncio.Event()
-    home, held = lab.gateway._home, lab.ports.list_held
+    home, held = lab.gateway.home, lab.ports.list_held
 
     async def slow_move() -> None:
         monkeypatch.setattr(home, "apply", nothing)
@@ -435,7 +435,7 @@ async def test_a_start_waits_for_the_sweep_of_what_the_last_run_left(
     id, starts = await lab.run("c"), list[asyncio.Task[Container]]()
     lab.ports.fails.append(Unavailable("the net process is not reached"))
     await lab.end(id)
-    release, locks = lab.ports.release, lab.engine._lifecycle.locks
+    release, locks = lab.ports.release, lab.engine.lifecycle.locks
 
     async def start_meanwhile(*key: Any) -> None:
         assert locks.is_held(id)

@@ -146,12 +146,12 @@ async def test_logs_are_taken_from_nodes_that_were_asked_for_them_only(cluster, 
     service, task = service_task(victim.identity.node_id)
     await put(cluster, service, task)
     async with an_agent(cluster, victim, tmp_path / "victim") as (agent, worker):
-        await until(lambda: agent.node_id in cluster.logs._listeners)
+        await until(lambda: agent.node_id in cluster.logs.listeners)
         reading = asyncio.ensure_future(
             anext(cluster.logs.subscribe(LogQuery(services=(service.id,), follow=True)))
         )
         await until(lambda: worker.queries)
-        (subscription,) = cluster.logs._subscriptions
+        (subscription,) = cluster.logs.subscriptions
         async with (
             open_channel(cluster.address, client_context(thief), "swarm-manager") as channel,
             channel.stream(methods.PUBLISH_LOGS) as call,

@@ -115,7 +115,7 @@ async def test_what_is_well_writes_nothing(cluster: Cluster, tmp_path: Path) -> 
         async with asyncio.timeout(10):
             await cluster.paths.run_diagnostics(one.node_id, throughput=False)
             await cluster.paths.run_diagnostics(other.node_id, throughput=False)
-        await until(lambda: not any(stream.is_dirty for stream in cluster.paths._streams.values()))
+        await until(lambda: not any(stream.is_dirty for stream in cluster.paths.streams.values()))
         assert cluster.view.revision == before
 
 
@@ -148,7 +148,7 @@ async def test_a_node_of_an_older_version_is_no_peer_and_what_was_said_of_it_is_
             # Looked at when the nodes change next.
             await put(cluster, replace(a_docker_node("d1"), status=NodeStatus(state=NodeState.DOWN)))
             await until(lambda: not failing(cluster, older.node_id))
-            assert older.node_id not in cluster.paths._directory.peers
+            assert older.node_id not in cluster.paths.directory.peers
 
 
 async def test_a_manager_of_an_older_version_asks_for_no_paths(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ async def test_roots_that_cannot_be_read_are_not_taken(cluster, tmp_path):
     async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path) as (agent, _):
         before = pair_of(agent)
         for sent in (b"garbage", BROKEN, before.root_pem + BROKEN, b"\xff" + before.root_pem):
-            agent._credentials.take_roots(sent)
+            agent.credentials.take_roots(sent)
             assert pair_of(agent) is before, sent
         agent.renew_certificate()  # by a new connection
         await renewed(cluster, agent, before.certificate.serial_number)
@@ -73,7 +73,7 @@ async def test_a_disk_that_refuses_the_certificate_is_no_end_of_the_session(clus
 
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
         monkeypatch.setattr(keypair, "save", full)
-        agent._credentials.take_roots(agent._credentials.pair.root_pem + cluster.authority.root_pem)  # type: ignore[attr-defined]
+        agent.credentials.take_roots(agent.credentials.pair.root_pem + cluster.authority.root_pem)  # type: ignore[attr-defined]
         agent.renew_certificate()
         await until(lambda: len(refused) >= 2)
         before = serial(agent)

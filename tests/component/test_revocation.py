@@ -141,7 +141,7 @@ async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_
         )
         cluster.bound.disconnect_all(lambda caller: caller.role is NodeRole.MANAGER)
         await until(lambda: cluster.bound.connections == 2)
-        left = {connection.caller.identity.role for connection in cluster.bound._server.connections}
+        left = {connection.caller.identity.role for connection in cluster.bound.server.connections}
         assert left == {NodeRole.WORKER}
         monkeypatch.undo()
         cluster.bound.disconnect_all(lambda caller: caller.role is NodeRole.MANAGER)

@@ -47,7 +47,7 @@ class Rig:
     async def raw_put(self, number: int) -> None:
         """As no part of Skep writes: counted by etcd's quota."""
         put = pb.PutRequest(key=b"/raw/%d" % number, value=LARGE)
-        await self.client._call("KV/Put", pb.PutResponse, put, 5.0)
+        await self.client.call("KV/Put", pb.PutResponse, put, 5.0)
 
     async def fill(self) -> None:
         """Raises: OutOfSpace."""
@@ -152,7 +152,7 @@ async def test_an_alarm_that_was_cleared_is_not_seen_again(tmp_path: Path) -> No
     async with a_full_store(tmp_path) as rig:
         member = (await rig.client.status()).header.member_id
         raised = pb.AlarmRequest(action=pb.AlarmRequest.ACTIVATE, memberID=member, alarm=pb.NOSPACE)
-        await rig.client._call("Maintenance/Alarm", pb.AlarmResponse, raised, 5.0)
+        await rig.client.call("Maintenance/Alarm", pb.AlarmResponse, raised, 5.0)
         assert (await rig.store.space()).has_alarm
         await rig.store.disarm()
         assert not (await rig.store.space()).has_alarm
@@ -162,7 +162,7 @@ async def test_what_was_measured_before_an_alarm_was_cleared_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with a_full_store(tmp_path) as rig:
-        status, is_cleared = await rig.store._client.status(), asyncio.Event()
+        status, is_cleared = await rig.store.client.status(), asyncio.Event()
         status.errors.append("alarm:NOSPACE")
 
         async def before() -> pb.StatusResponse:
@@ -170,7 +170,7 @@ async def test_what_was_measured_before_an_alarm_was_cleared_is_not_kept(
             return status
 
         with monkeypatch.context() as patched:
-            patched.setattr(rig.store._client, "status", before)
+            patched.setattr(rig.store.client, "status", before)
             measuring = asyncio.create_task(rig.store.space())
             await asyncio.sleep(0)
             await rig.store.disarm()

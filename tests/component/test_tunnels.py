@@ -70,7 +70,7 @@ async def containers(cluster, tmp_path):
     peers = [KnownManager(MANAGER_ID, cluster.address)]
     async with an_agent_of(peers, pair, tmp_path, FakeWorker(), Random(1), containers=containers) as agent:
         containers.task = a_running_task(agent.node_id)
-        await until(lambda: agent.node_id in cluster.tunnels._streams)
+        await until(lambda: agent.node_id in cluster.tunnels.streams)
         await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.READY)
         yield containers
 
@@ -94,7 +94,7 @@ async def test_bytes_go_both_ways_and_each_direction_ends_by_itself(cluster, con
         assert await tunnel.read() == b"answer"
         writer.close()
         assert await tunnel.read() == b""
-    await until(lambda: not cluster.tunnels._open)
+    await until(lambda: not cluster.tunnels.open_count)
 
 
 async def test_twenty_megabytes_arrive_as_they_were_sent(cluster, containers):
@@ -144,7 +144,7 @@ async def test_the_container_sees_the_end_of_a_client_that_vanishes(cluster, con
     client.cancel()
     async with asyncio.timeout(10):
         assert await reader.read() == b""
-    await until(lambda: not cluster.tunnels._open)
+    await until(lambda: not cluster.tunnels.open_count)
 
 
 async def test_a_client_gets_an_error_when_the_node_vanishes(cluster, containers):
@@ -153,7 +153,7 @@ async def test_a_client_gets_an_error_when_the_node_vanishes(cluster, containers
         cluster.bound.disconnect(lambda identity: identity.node_id == containers.task.node_id)
         with pytest.raises(Unavailable, match="was lost"):
             await tunnel.read()
-    await until(lambda: not cluster.tunnels._open)
+    await until(lambda: not cluster.tunnels.open_count)
 
 
 async def test_a_node_that_cannot_connect_says_why(cluster, containers):
@@ -165,7 +165,7 @@ async def test_a_node_that_cannot_connect_says_why(cluster, containers):
 async def test_the_tunnels_of_a_node_are_bounded(cluster, containers):
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         held = [group.create_task(hold(cluster, containers.task)) for _ in range(PER_NODE_MAX)]
-        await until(lambda: cluster.tunnels._open[containers.task.node_id] == PER_NODE_MAX)
+        await until(lambda: cluster.tunnels.open_count[containers.task.node_id] == PER_NODE_MAX)
         with pytest.raises(ResourceExhausted, match="too many connections to containers"):
             async with cluster.tunnels.open(containers.task, head=HEAD):
                 pass
@@ -210,7 +210,7 @@ async def test_a_worker_opens_no_tunnel_to_another_node(cluster, containers, tmp
         containers.may_connect.clear()  # the node's own answer would come first
         client = asyncio.ensure_future(hold(cluster, containers.task))
         await until(lambda: containers.requests)
-        (id,) = cluster.tunnels._expected
+        (id,) = cluster.tunnels.expected
         async with channel.stream(methods.TUNNEL) as call, asyncio.timeout(10):
             await call.send(skep.TunnelPiece(id=id))
             with pytest.raises(NotFound, match="no such order"):
@@ -284,7 +284,7 @@ async def test_a_client_that_vanishes_behind_its_input_holds_no_tunnel(cluster, 
         assert await reader.read() == b"input"
         assert not client.joined.done()
         client.break_off()
-        await until(lambda: not cluster.tunnels._open)
+        await until(lambda: not cluster.tunnels.open_count)
 
 
 async def test_a_request_ends_with_its_client(cluster, containers, monkeypatch):
@@ -295,7 +295,7 @@ async def test_a_request_ends_with_its_client(cluster, containers, monkeypatch):
         assert await client.read(100)
         client.end.close()
         assert await reader.read() == b""
-        await until(lambda: not cluster.tunnels._open)
+        await until(lambda: not cluster.tunnels.open_count)
 
 
 @pytest.mark.parametrize("is_upgraded", [True, False])

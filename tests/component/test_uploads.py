@@ -34,7 +34,7 @@ async def test_an_upload_and_its_build_meet(is_build_first: bool) -> None:
     async with asyncio.timeout(30):
         found = await asyncio.gather(*(work if is_build_first else reversed(work)))
     assert set(found) == {None, b"onetwo"}
-    assert offers._meetings == {}
+    assert offers.meetings == {}
 
 
 async def test_one_without_the_other_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ async def test_one_without_the_other_ends(monkeypatch: pytest.MonkeyPatch) -> No
         await read(offers, "a")
     with pytest.raises(Unavailable, match="no build takes the context of a"):
         await offers.offer("a", two_pieces())
-    assert offers._meetings == {}
+    assert offers.meetings == {}
 
 
 async def test_an_upload_ends_with_its_build() -> None:
@@ -68,7 +68,7 @@ async def test_uploads_are_bounded() -> None:
     for one in waiting:
         one.cancel()
     await asyncio.wait(waiting)
-    assert offers._meetings == {}
+    assert offers.meetings == {}
 
 
 async def test_an_upload_that_breaks_off_is_an_error_of_the_build(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ async def test_a_commit_without_a_presentable_event_is_skipped(monkeypatch: pyte
     reported = ClusterEvents(store, CLOCK)
     async with running(reported):
         await put(store, a_service("bad"), a_service("good"))
-        await until(lambda: [kept.message.actor.id for kept in reported._past] == ["good"])
+        await until(lambda: [kept.message.actor.id for kept in reported.past] == ["good"])
 
 
 async def test_a_node_that_the_dispatcher_makes_nothing_of_costs_no_other_its_session(

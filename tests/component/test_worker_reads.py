@@ -144,7 +144,7 @@ async def test_events_come_one_by_one_until_it_is_not_allowed_any_more(cluster, 
     with pytest.raises(PermissionDenied):
         await read()
     assert 3 <= seen < 1000
-    await until(lambda: not cluster.reads._reading)
+    await until(lambda: not cluster.reads.reading)
 
 
 async def test_what_happens_after_the_permission_ended_is_not_sent(cluster):
@@ -152,7 +152,7 @@ async def test_what_happens_after_the_permission_ended_is_not_sent(cluster):
     cluster.may_answer.clear()
     identity = NodeIdentity(node_id=NodeId("w1"), cluster_id=cluster.swarm.id, role=NodeRole.WORKER)
     caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
-    pieces = cluster.reads._serve_read(skep.ReadRequest(target="/events"), caller)
+    pieces = cluster.reads.serve_read(skep.ReadRequest(target="/events"), caller)
     async with aclosing(pieces):
         assert await anext(pieces) == skep.ReadPiece()
         waiting = asyncio.ensure_future(anext(pieces))
@@ -175,7 +175,7 @@ async def test_one_node_does_not_take_all_places(cluster, reads, monkeypatch):
     async with reads.pieces("/events"):
         with pytest.raises(ResourceExhausted, match="too many clients of workers"):
             await reads.body("/services")
-    await until(lambda: not cluster.reads._reading)
+    await until(lambda: not cluster.reads.reading)
     assert await reads.body("/services")
 
 

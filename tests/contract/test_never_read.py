@@ -358,7 +358,7 @@ async def test_keys_on_disk_are_not_unlocked_while_the_unlock_key_cannot_be_read
     cluster = MemoryCluster()
     await MemoryStore(SystemClock(), cluster).update(lambda tx: tx.put(Payload(id="unlock-key", data=b"key")))
     key = object_key("payload", "unlock-key")
-    readable = cluster._entries[key].value
+    readable = cluster.log[key].value
     assert readable is not None
     damage(cluster, "payload", "unlock-key", "")
     lock = Lock()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.clients.docker_calls import raw_get
 from tests.support.machines.playground_rig import (
     IMAGE,
     SKEP,
@@ -93,7 +94,7 @@ def test_busy_tasks_become_more_and_idle_ones_fewer(pair: TestCluster, load: Pat
     wait_running(m1, "web", 1)
     wait_until(lambda: "→ 1 (cpu " in skep(m1, "history", "web"), "the last change is in the history")
     assert "service web autoscaled: replicas 1 → 2 (cpu " in skep(m1, "history", "web")
-    metrics = m1.client().api.get(m1.client().api._url("/metrics")).text
+    metrics = raw_get(m1.client().api, "/metrics").text
     assert 'skep_autoscale_changes_total{direction="up"} 2' in metrics
     assert "skep_autoscale_services 1" in metrics
 

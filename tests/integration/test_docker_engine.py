@@ -74,7 +74,7 @@ async def joined(cluster: Cluster, engine: Engine) -> NodeId:
     token = cluster.swarm.join_tokens.worker
     await engine.docker("swarm", "join", "--token", token, cluster.address)
     (node,) = [node for node in cluster.view.find(Node) if node.id != MANAGER_ID]
-    await until(lambda: node.id in cluster.logs._listeners)
+    await until(lambda: node.id in cluster.logs.listeners)
     return node.id
 
 
@@ -154,7 +154,7 @@ async def test_an_unmodified_engine_works_as_a_node(namespace):
         # Another manager process on the same store: the engine moves on by itself, its containers run on.
         async with cluster.serving(2377):
             await until(lambda: cluster.node(node_id).session != session, within_s=30)
-            await until(lambda: node_id in cluster.logs._listeners, within_s=30)
+            await until(lambda: node_id in cluster.logs.listeners, within_s=30)
             assert cluster.node(node_id).status.state is NodeState.READY
             assert (await engine.docker("ps", "-q", "--no-trunc")) == container_id
 

@@ -242,7 +242,7 @@ async def test_in_a_new_incarnation_a_record_of_a_later_raft_term_bars_no_leader
     async with a_member(settings).running():
         await initialize(settings.socket, KEY, CLOCK, found)
         async with open_store(settings.socket, NODE, KEY, CLOCK) as store:
-            cipher = store._cipher
+            cipher = store.cipher
             name = etcd_key(keys.LEADER)
             record = msgspec.json.encode(LeaderRecord(node=NodeId("m9"), term=1_000_000))
             async with EtcdClient(settings.socket) as client:

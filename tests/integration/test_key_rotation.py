@@ -134,10 +134,10 @@ async def test_a_manager_that_does_not_know_of_the_new_key_writes_nothing_under_
         a_new_cluster(settings) as (_, store),
         open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as late,
     ):
-        late._cipher.use = lambda *_: None  # type: ignore[method-assign]  # its watch brings nothing
+        late.cipher.use = lambda *_: None  # type: ignore[method-assign]  # its watch brings nothing
         await store.rotate_data_key()
-        del late._cipher.use
-        assert late._cipher.ring.current == 1
+        del late.cipher.use
+        assert late.cipher.ring.current == 1
         await late.update(put_secret, "late")
         async with EtcdClient(settings.socket) as client:
             reply = await client.range(pb.RangeRequest(key=etcd_key(keys.object_key("secret", "late"))))

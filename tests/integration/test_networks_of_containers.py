@@ -13,6 +13,7 @@ import pytest
 
 from skep.dataplane.netns.kernel import conntrack
 from tests.integration.test_published_ports import in_namespace
+from tests.support.clients.docker_calls import raw_post
 from tests.support.machines.docker_engines import inside, wait_inside
 from tests.support.machines.playground_rig import (
     IDLE,
@@ -166,8 +167,10 @@ def test_a_udp_client_is_answered_after_the_task_of_a_service_was_replaced(
             wait_answer(client, "one", 20)
         spec = m1.client().api.inspect_service("talker")
         spec["Spec"]["TaskTemplate"]["ContainerSpec"]["Args"] = list(serving("two"))
-        m1.client().api._post_json(
-            m1.client().api._url("/services/{0}/update", "talker"),
+        raw_post(
+            m1.client().api,
+            "/services/{0}/update",
+            "talker",
             data=spec["Spec"],
             params={"version": spec["Version"]["Index"]},
         )

@@ -32,11 +32,16 @@ class Release:
     """The folder of a release, which a server on loopback serves at ``address``."""
 
     def __init__(self, folder: Path, gnupg: Path) -> None:
-        self.folder, self._gnupg = folder, gnupg
+        self.folder, self.gnupg_home = folder, gnupg
         self.address = ""
 
     def publish(self, key: str = KEY) -> None:
-        environment = {**os.environ, "GNUPGHOME": str(self._gnupg), "KEY": key, "SOURCE_DATE_EPOCH": EPOCH}
+        environment = {
+            **os.environ,
+            "GNUPGHOME": str(self.gnupg_home),
+            "KEY": key,
+            "SOURCE_DATE_EPOCH": EPOCH,
+        }
         published(self.folder, environment)
 
     def digests(self) -> dict[str, str]:
@@ -120,7 +125,7 @@ def release(made: Release, tmp_path: Path) -> Iterator[Release]:
     """A copy of it, served on loopback."""
     folder = tmp_path / "served"
     shutil.copytree(made.folder, folder)
-    copy = Release(folder, made._gnupg)
+    copy = Release(folder, made.gnupg_home)
     handler = partial(_Quiet, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         serving = Thread(target=server.serve_forever, args=(0.05,))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients.docker_calls import raw_post
 from tests.support.machines.playground_rig import (
     SKEP,
     TestNode,
@@ -115,8 +116,8 @@ def test_a_secret_is_a_variable_only_where_the_option_says_so_and_is_shown_nowhe
     assert (without.returncode, "is started by its task only" in without.stderr) == (1, True)
 
     spec = api.inspect_service("web")["Spec"] | {"Name": "again"}
-    made = api._result(api._post_json(api._url("/services/create"), data=spec), json=True)
+    made = raw_post(api, "/services/create", data=spec).json()
     assert "secrets are in the environment (PASSWORD)" in made["Warnings"][0]
     spec["TaskTemplate"]["ContainerSpec"]["Labels"] = {"skep.secret-env": "PASSWORD=other"}
-    refused = api._post_json(api._url("/services/create"), data=spec | {"Name": "refused"})
+    refused = raw_post(api, "/services/create", data=spec | {"Name": "refused"})
     assert (refused.status_code, "no secret with the target other" in refused.text) == (400, True)

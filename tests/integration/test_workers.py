@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.clients.docker_calls import raw_get
 from tests.support.images.archives import a_docker_archive, a_file, a_tar, sha256
 from tests.support.machines.playground_rig import (
     IMAGE,
@@ -328,7 +329,7 @@ def lose_w1_during_an_update(trio: TestCluster, m1: TestNode, replicas: int, *wo
 def waiting_update(manager: TestNode) -> dict[str, Any] | None:
     """Where the update stands, once it waits for something with a deadline."""
     api = manager.client().api
-    response = api._result(api._get(api._url("/skep/services/web/explain")), json=True)
+    response = raw_get(api, "/skep/services/web/explain").json()
     update: dict[str, Any] = response.get("Update") or {}
     return update if "no suitable node" in update.get("WaitingFor", "") and update.get("Deadline") else None
 

@@ -76,8 +76,8 @@ def a_service_forgotten(cluster: SimulatedCluster) -> Callable[[], object]:
 def a_stamp_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
     loop = a_loop(cluster, Orchestrator)
     assert isinstance(loop, Orchestrator)
-    loop.state.seen._created[TaskId("gone")] = 1.0
-    return lambda: loop.state.seen._created.pop(TaskId("gone"))
+    loop.state.seen.created_times[TaskId("gone")] = 1.0
+    return lambda: loop.state.seen.created_times.pop(TaskId("gone"))
 
 
 @pytest.mark.parametrize(
@@ -107,22 +107,22 @@ def test_indexes_that_differ_are_rejected_at_the_second_check(
 
 
 def a_stop_that_is_delayed(manager: SimulatedManager) -> Callable[[], object]:
-    assert manager._dispatcher is not None
-    delayed = manager._dispatcher.stops._delayed
+    assert manager.dispatcher is not None
+    delayed = manager.dispatcher.stops.delayed
     delayed[TaskId("t1")] = None
     return delayed.clear
 
 
 def an_absence_of_a_node_that_is_gone(manager: SimulatedManager) -> Callable[[], object]:
-    assert manager._dispatcher is not None
-    sessions = manager._dispatcher.sessions
+    assert manager.dispatcher is not None
+    sessions = manager.dispatcher.sessions
     sessions.expect(NodeId("w9"), next(iter(sessions.all())).id, last_seen=0.0, grace_s=1e9)
-    return lambda: sessions._absent.pop(NodeId("w9"))
+    return lambda: sessions.absent.pop(NodeId("w9"))
 
 
 def a_waiter_for_a_revision(manager: SimulatedManager) -> Callable[[], object]:
     assert manager.store is not None
-    waiting = manager.store._replica._waiting
+    waiting = manager.store.replica.waiting
     waiting.append((1, 10**9, None))  # type: ignore[arg-type]
     return waiting.clear
 

@@ -243,7 +243,7 @@ def test_history_of_a_write_between_compaction_and_freeing_of_pages_is_discarded
         cluster.run_for(5)
         store = cluster.running_managers["m1"].store
         assert store is not None
-        compact = store._client.compact
+        compact = store.client.compact
         compacted: list[int] = []
 
         async def compact_late(revision: int) -> None:
@@ -252,7 +252,7 @@ def test_history_of_a_write_between_compaction_and_freeing_of_pages_is_discarded
             if len(compacted) == 1:
                 await cluster.write_probe("removed")
 
-        monkeypatch.setattr(store._client, "compact", compact_late)
+        monkeypatch.setattr(store.client, "compact", compact_late)
 
         def has_compacted() -> bool:
             cluster.run_for(1)

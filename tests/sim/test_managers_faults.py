@@ -79,7 +79,7 @@ def test_a_manager_whose_member_is_down_does_not_count_for_the_quorum_of_a_demot
 def test_a_manager_that_stops_reports_that_its_vote_does_not_count() -> None:
     """A leader waits for the outcome of its writes when it stops, and answers pings meanwhile."""
     with SimulatedCluster(managers=3, workers=1, seed=1) as cluster:
-        dispatcher = cluster.running_managers[cluster.leader]._dispatcher
+        dispatcher = cluster.running_managers[cluster.leader].dispatcher
         assert dispatcher is not None
         cluster.run_for(2)
         assert not dispatcher.reports.own.is_without_quorum

@@ -45,10 +45,10 @@ def of_one_manager(cluster: SimulatedCluster) -> NodeId:
 def reconnect(cluster: SimulatedCluster, lost: Callable[[], object]) -> None:
     """``lost``: what happens to the manager that has all sessions."""
     created, down = cluster.created("web"), falls(cluster)
-    cluster.raft._latency_s = 0.4  # a registration takes as long
+    cluster.raft.latency_s = 0.4  # a registration takes as long
     lost()
     cluster.run_for(45)
-    cluster.raft._latency_s = 0.002
+    cluster.raft.latency_s = 0.002
     cluster.run_for(20)
     assert down == []
     assert all(map(cluster.is_ready, cluster.workers))

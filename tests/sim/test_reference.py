@@ -86,16 +86,16 @@ Invalidate = Callable[[ServiceSpec], ServiceSpec]
 @pytest.mark.parametrize(
     ("recorded", "invalidate"),
     [
-        ("refused: a name that begins with a dash", random_specs._misnamed),
-        ("refused: no image", random_specs._without_image),
-        ("refused: too little memory", random_specs._too_little_memory),
-        ("refused: a negative restart delay", random_specs._negative_delay),
-        ("refused: a ratio over 1", random_specs._ratio_over_one),
-        ("refused: a job with an update config", lambda spec: random_specs._ratio_over_one(a_job(spec))),
-        ("refused: one port twice", random_specs._twice_published),
-        ("odd: a constraint with one equals sign", random_specs._placed("node.labels.zone=north")),
-        ("refused: a constraint with a bad value", random_specs._placed("node.role==~")),
-        ("odd: a constraint with a blank in its key", random_specs._placed("node role==worker")),
+        ("refused: a name that begins with a dash", random_specs.misnamed),
+        ("refused: no image", random_specs.without_image),
+        ("refused: too little memory", random_specs.with_too_little_memory),
+        ("refused: a negative restart delay", random_specs.with_negative_delay),
+        ("refused: a ratio over 1", random_specs.with_ratio_over_one),
+        ("refused: a job with an update config", lambda spec: random_specs.with_ratio_over_one(a_job(spec))),
+        ("refused: one port twice", random_specs.twice_published),
+        ("odd: a constraint with one equals sign", random_specs.placed_by("node.labels.zone=north")),
+        ("refused: a constraint with a bad value", random_specs.placed_by("node.role==~")),
+        ("odd: a constraint with a blank in its key", random_specs.placed_by("node role==worker")),
     ],
 )
 def test_the_reference_refuses_the_same_specs_as_an_engine(recorded: str, invalidate: Invalidate) -> None:
@@ -126,7 +126,7 @@ def status_of(recorded: str) -> int:
 
 @pytest.mark.parametrize("constraint", random_specs.CONSTRAINTS)
 def test_valid_constraints_are_accepted(constraint: str) -> None:
-    assert rejection_of(random_specs._placed(constraint)(SPEC)) is None
+    assert rejection_of(random_specs.placed_by(constraint)(SPEC)) is None
 
 
 def a_job(spec: ServiceSpec) -> ServiceSpec:

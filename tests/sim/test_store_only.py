@@ -51,9 +51,9 @@ def calm() -> Iterator[StoreRun]:
     (id,) = run.ids
     run.raft.add(id)
     run.raft.start(id)
-    run.do(run._initialize())
-    run._start(id)
-    run._wait_healthy()
+    run.do(run.initialize())
+    run.start(id)
+    run.wait_healthy()
     try:
         yield run
     finally:

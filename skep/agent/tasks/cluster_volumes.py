@@ -141,7 +141,7 @@ class ClusterVolumes:
     async def run(self) -> None:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
-            reading = partial(asyncio.to_thread, self._remembered)
+            reading = partial(asyncio.to_thread, self.read_kept)
             for volume in await retry(reading, "volumes not read", clock=self._clock, longest_s=10.0):
                 if volume.id not in self._held:
                     self._hold(volume, is_wanted=True).is_dormant = True
@@ -301,7 +301,7 @@ class ClusterVolumes:
         volume = held.volume
         secrets = {one.key: self._secret(one.secret) for one in volume.secrets}
         driver = await self._drivers.get(volume.driver.name)
-        await asyncio.to_thread(self._remember, volume)
+        await asyncio.to_thread(self.keep, volume)
         await driver.node_publish(volume, self._staging(volume.id), self._target(volume.id), secrets)
         published = await asyncio.to_thread(self._published, volume)
         if volume.access_mode.block_volume is not None and not published.device:
@@ -337,7 +337,7 @@ class ClusterVolumes:
         held.set(is_wanted=held.is_wanted, is_mounted=False)
         driver = await self._drivers.get(volume.driver.name)
         await driver.node_unpublish(volume.volume_id, self._staging(volume.id), self._target(volume.id))
-        await asyncio.to_thread(self._forget, volume.id)
+        await asyncio.to_thread(self.forget, volume.id)
         log.info("volume unmounted", volume=volume.id, driver=volume.driver.name)
         return True
 
@@ -367,7 +367,7 @@ class ClusterVolumes:
     def _has_traces(self, id: VolumeId) -> bool:
         return os.path.lexists(self._file(id))
 
-    def _remember(self, volume: VolumeAssignment) -> None:
+    def keep(self, volume: VolumeAssignment) -> None:
         """Record a volume on disk.  Blocks.  Raises: SkepError."""
         if not volume.id.isalnum():
             raise Unavailable("the volume has an invalid id")
@@ -379,7 +379,7 @@ class ClusterVolumes:
         except OSError as error:
             raise Unavailable(f"cannot create the volume's directory: {describe_error(error)}") from error
 
-    def _forget(self, id: VolumeId) -> None:
+    def forget(self, id: VolumeId) -> None:
         """Remove a volume's directories and record.  Blocks.
 
         Raises:
@@ -396,7 +396,7 @@ class ClusterVolumes:
                 ) from error
         self._file(id).unlink(missing_ok=True)
 
-    def _remembered(self) -> list[VolumeAssignment]:
+    def read_kept(self) -> list[VolumeAssignment]:
         """Return the recorded volumes.  Blocks."""
         found = []
         for path in sorted(self._folder.glob("*.json")):

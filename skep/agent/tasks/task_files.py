@@ -74,13 +74,13 @@ class TaskFiles:
         if not batch:
             return
         try:
-            await asyncio.to_thread(self._write, batch)
+            await asyncio.to_thread(self.write, batch)
         except BaseException:
             # Part of the batch may have been written.  It is written again unless there is a newer version.
             self._dirty = {**batch, **self._dirty}
             raise
 
-    def _write(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
+    def write(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
         with self._writing:
             self._write_batch(batch)
 

@@ -130,23 +130,23 @@ class Worker:
         volumes: ClusterVolumes | None = None,
     ) -> None:
         """``payloads`` and ``volumes`` are None for an executor without mounts."""
-        self._volumes = volumes
-        self._executor = executor
+        self.volumes = volumes
+        self.executor = executor
         self._files = files
         self._reports = reports
         self._clock = clock
         self._payloads = payloads
         self._unkept = _Unkept()
-        self._session_state = session_state
+        self.session_state = session_state
         self._drivers: dict[TaskId, TaskDriver] = {}
         self._running: dict[TaskId, asyncio.Task[None]] = {}
-        self._removing: dict[TaskId, asyncio.Task[None]] = {}
+        self.removals: dict[TaskId, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
 
     async def run(self) -> None:
         """Load the recorded tasks, then run them until cancelled.  Containers keep running after that."""
-        async with self._executor.running(), asyncio.TaskGroup() as group:
+        async with self.executor.running(), asyncio.TaskGroup() as group:
             self._group = group
             load = partial(asyncio.to_thread, self._files.load)
             for remembered in await retry(load, "task files not read", clock=self._clock, longest_s=10.0):
@@ -167,14 +167,14 @@ class Worker:
         await self._ready.wait()
         if self._payloads is not None:
             self._put_payloads(self._payloads, change)
-        if self._volumes is not None:
-            await self._volumes.wait_ready()
-            self._volumes.assign(change)
+        if self.volumes is not None:
+            await self.volumes.wait_ready()
+            self.volumes.assign(change)
         named = {assigned.task.id for assigned in change.tasks}
         if change.complete:
-            found = await isolate(self._executor.leftovers(), "leftovers not listed")
+            found = await isolate(self.executor.leftovers(), "leftovers not listed")
             unknown = set(found or ()) - set(self._drivers) - named
-            for id in sorted(unknown - set(self._removing)):
+            for id in sorted(unknown - set(self.removals)):
                 log.info("leftover removed", task=id)
                 self._spawn_removal(id, None)
             gone: Iterable[TaskId] = sorted(set(self._drivers) - named)
@@ -224,7 +224,7 @@ class Worker:
     ) -> None:
         id = assigned.task.id
         try:
-            controller: Controller = self._executor.controller(assigned, registry_auth)
+            controller: Controller = self.executor.controller(assigned, registry_auth)
         except Exception as error:
             log_error(error, "task without a controller", task=id)
             controller = BrokenController(error)
@@ -234,14 +234,14 @@ class Worker:
             controller,
             clock=self._clock,
             on_status=self._on_status,
-            session_state=self._session_state,
+            session_state=self.session_state,
             attempts=attempts,
         )
         self._drivers[id] = driver
         self._running[id] = self._spawn(self._drive(driver), f"task-{id}")
 
     async def _drive(self, driver: TaskDriver) -> None:
-        removal = self._removing.get(driver.task.task.id)
+        removal = self.removals.get(driver.task.task.id)
         if removal is not None:  # assigned again while its earlier containers are being removed
             await asyncio.wait([removal])
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
@@ -268,12 +268,12 @@ class Worker:
         at_once: bool = False,
     ) -> None:
         task = self._spawn(self._free(id, driver, running, at_once=at_once), f"remove-{id}")
-        self._removing[id] = task
-        task.add_done_callback(lambda done: self._forget_removal(id, done))
+        self.removals[id] = task
+        task.add_done_callback(lambda done: self.forget_removal(id, done))
 
-    def _forget_removal(self, id: TaskId, done: asyncio.Task[None]) -> None:
-        if self._removing.get(id) is done:  # the task may have been assigned and removed again
-            del self._removing[id]
+    def forget_removal(self, id: TaskId, done: asyncio.Task[None]) -> None:
+        if self.removals.get(id) is done:  # the task may have been assigned and removed again
+            del self.removals[id]
 
     async def _free(
         self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None, *, at_once: bool
@@ -285,7 +285,7 @@ class Worker:
 
         async def free() -> None:
             if driver is None:
-                await self._executor.discard(id)
+                await self.executor.discard(id)
                 return
             if not at_once:
                 await driver.controller.shutdown(driver.drain_s)
@@ -299,8 +299,8 @@ class Worker:
         """
         kill_at: float | None = None
         while True:
-            await self._session_state.wait_no_session()
-            silence_s, removal = self._session_state.total_silence_s(), self._session_state.removal
+            await self.session_state.wait_no_session()
+            silence_s, removal = self.session_state.total_silence_s(), self.session_state.removal
             for driver in self._drivers.values():
                 reason = stop_reason(driver.task, silence_s, removal)
                 if reason and not driver.status.state.is_terminal:
@@ -317,10 +317,10 @@ class Worker:
 
     async def _give_up_volumes(self) -> None:
         """Unmount cluster volumes once no container uses them, because managers soon publish them on another node."""
-        if self._volumes is not None:
-            await self._volumes.wait_ready()
-            if self._session_state.removal is not None:  # the node may have joined again in the meantime
-                self._volumes.assign(AssignmentSet(complete=True))
+        if self.volumes is not None:
+            await self.volumes.wait_ready()
+            if self.session_state.removal is not None:  # the node may have joined again in the meantime
+                self.volumes.assign(AssignmentSet(complete=True))
 
     def _kill_stopped(self) -> None:
         """Kill the tasks that have not stopped in time."""

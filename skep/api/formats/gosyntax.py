@@ -12,6 +12,7 @@ import re
 from skep.errors import InvalidArgument
 
 _MAX_DEPTH = 10_000
+"""The limit of Go's ``encoding/json``."""
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _STRING = re.compile(rb'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9A-Fa-f]{4})*')

@@ -84,7 +84,7 @@ SERVER = f"Skep/{__version__} (linux)"
 _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
 _OBJECTS: web.AppKey[Objects] = web.AppKey("objects")
-_VERSION = web.RequestKey("api_version", ApiVersion)
+VERSION_KEY = web.RequestKey("api_version", ApiVersion)
 _PLAIN = web.RequestKey("is_resolved_by_plain_path", bool)
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 """Whether the head of a response was sent."""
@@ -221,7 +221,7 @@ def runner(app: web.Application, **options: Any) -> web.AppRunner:
 
 def api_version(request: web.Request) -> ApiVersion:
     """Return the API version of ``request``."""
-    return request[_VERSION]
+    return request[VERSION_KEY]
 
 
 async def read_json(request: web.Request, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
@@ -325,7 +325,7 @@ async def _close_on_late_error(request: web.Request, handler: Handler) -> web.St
 async def _read_version(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Read the requested version, and refuse unsupported versions."""
     if request.match_info.http_exception is None:
-        request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST]())
+        request[VERSION_KEY] = requested(request.match_info.get("version"), request.app[_NEWEST]())
     return await handler(request)
 
 

@@ -20,6 +20,7 @@ from skep.imports.swarm import SwarmExport, move_of, notes_of, objects_of
 from skep.model.task_end import printable
 
 _FILE_BYTES_MAX = 16 << 20
+"""Fleet files and units have a few KiB.  The limit stops the command before it reads a wrong file into memory."""
 
 
 @click.group("import")

@@ -7,13 +7,12 @@ from urllib.parse import quote
 
 import click
 
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.model.task_end import printable
 
-_RESPONSE_TIMEOUT_S = 15.0
 _HEAD = ("NAME", "SCHEDULE", "LAST RUN", "STATE", "NEXT RUN", "NOTE")
 _NO_JOBS = "No jobs. Create one with skep service create --mode replicated-job IMAGE."
 _COLORS = {"failed": "red", "completed": "green"}
@@ -47,7 +46,7 @@ def list_jobs(host: HostOptions, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with host.client() as client:
-            jobs: list[dict[str, Any]] = await client.get("/skep/jobs", timeout_s=_RESPONSE_TIMEOUT_S)
+            jobs: list[dict[str, Any]] = await client.get("/skep/jobs", timeout_s=RESPONSE_TIMEOUT_S)
         jobs.sort(key=lambda one: str(one["Name"]))
         rows = [{"Schedule": "", "NextRun": "", "LastRun": "", "Note": "", **one} for one in jobs]
         return Shown(data=jobs, rows=rows, lines=lambda screen: shown(jobs, screen, time.time()))
@@ -125,5 +124,5 @@ def retry(host: HostOptions, names: tuple[str, ...]) -> None:
 async def _post(host: HostOptions, name: str, verb: str, replace: str = "false") -> dict[str, Any]:
     path = f"/skep/services/{quote(name, safe='')}/{verb}"
     async with host.client() as client:
-        found: dict[str, Any] = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S, replace=replace)
+        found: dict[str, Any] = await client.post(path, timeout_s=RESPONSE_TIMEOUT_S, replace=replace)
         return found

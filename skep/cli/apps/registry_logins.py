@@ -18,6 +18,7 @@ from skep.model.values.images import registry_of
 _HUB: Final = "https://index.docker.io/v1/"
 """Docker Hub's key in the file."""
 _HELPER_S: Final = 30.0
+"""Seconds that a credential helper may take, because it may ask the user's keychain or the network."""
 _TOKEN_USER: Final = "<token>"
 """User name by which a helper marks its secret as an identity token."""
 

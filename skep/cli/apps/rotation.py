@@ -21,7 +21,7 @@ from skep.api.client.client import ApiClient
 from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options, passthrough
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.options.labels import ROTATION_OF
@@ -33,9 +33,10 @@ from skep.stack.progress import FAILURES_MAX, progress_of
 from skep.stack.project import NAMESPACE
 from skep.stack.waiting import Reasons, look_at, unfinished
 
-_RESPONSE_TIMEOUT_S = 20.0
 _LOOK_S = 0.5
+"""Seconds between two looks at the services, as in the other commands that wait: an update takes seconds or more."""
 _FILE_BYTES_MAX = 1 << 20
+"""Larger than any secret or config that a manager accepts, so that the command need not read a large file."""
 _STUCK = ("paused", "rollback_started", "rollback_paused", "rollback_completed")
 
 
@@ -234,7 +235,7 @@ class _Rotation:
 
     async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
         """Return the target version and the ids of older ones.  Without ``data``, the latest version is the target."""
-        objects = await self._client.get(self._kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
+        objects = await self._client.get(self._kind.path, timeout_s=RESPONSE_TIMEOUT_S)
         known = versions(objects, name)
         if data is None:
             return known[-1], {one["ID"] for one in known[:-1]}
@@ -244,7 +245,7 @@ class _Rotation:
             "Labels": {**_labels(known[0]), ROTATION_OF: root_of(known[-1])},
             "Data": base64.b64encode(data).decode(),
         }
-        made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=_RESPONSE_TIMEOUT_S)
+        made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=RESPONSE_TIMEOUT_S)
         click.echo(f"{spec['Name']} created", err=True)
         return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
 
@@ -254,7 +255,7 @@ class _Rotation:
         A service that cannot be updated becomes a problem and does not stop the others.
         """
         using, self._old = list[str](), old
-        for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
+        for service in await self._client.get("/services", timeout_s=RESPONSE_TIMEOUT_S):
             name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
             try:
@@ -263,7 +264,7 @@ class _Rotation:
                         await self._leave(service, new["Spec"]["Name"])
                     continue
                 await self._move_one(service["ID"], old, new)
-                current = await self._client.get(f"/services/{service['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
+                current = await self._client.get(f"/services/{service['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
             except SkepError as error:
                 if not (isinstance(error, NotFound) and await self._is_gone(service["ID"])):
                     self.problems.append(f"{name}: {error}")
@@ -278,7 +279,7 @@ class _Rotation:
         """
         name = service["Spec"]["Name"]
         tasks = await self._client.get(
-            "/tasks", filters={"service": [service["ID"]]}, timeout_s=_RESPONSE_TIMEOUT_S
+            "/tasks", filters={"service": [service["ID"]]}, timeout_s=RESPONSE_TIMEOUT_S
         )
         job = leniently(msgspec.json.encode(service), Service)
         found = [leniently(msgspec.json.encode(one), Task) for one in tasks]
@@ -293,7 +294,7 @@ class _Rotation:
     async def _is_gone(self, id: str) -> bool:
         """Return whether the service was removed meanwhile; otherwise its update misses another object."""
         try:
-            await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
+            await self._client.get(f"/services/{id}", timeout_s=RESPONSE_TIMEOUT_S)
         except NotFound:
             return True
         except SkepError:
@@ -306,7 +307,7 @@ class _Rotation:
             "services",
             id,
             lambda service: moved(self._kind, service["Spec"], old, new),
-            timeout_s=_RESPONSE_TIMEOUT_S,
+            timeout_s=RESPONSE_TIMEOUT_S,
         )
 
     async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> None:
@@ -335,11 +336,11 @@ class _Rotation:
     ) -> tuple[Mapping[str, Any], VersionProgress | None]:
         """Return the service and its progress, or None as progress if it was removed meanwhile."""
         try:
-            service = await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
+            service = await self._client.get(f"/services/{id}", timeout_s=RESPONSE_TIMEOUT_S)
         except NotFound:
             return {}, None
         filters = {"service": [id], "desired-state": ["running"]}
-        tasks = await self._client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+        tasks = await self._client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
         found = version_progress(self._kind, service, tasks, new["ID"], self._old)
         if not (found.is_complete or found.stuck):
             look = await look_at(self._client, id)
@@ -376,11 +377,11 @@ async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | No
 
 async def _prune(host: HostOptions, kind: FileKind, *, all: bool) -> None:
     async with host.client() as client:
-        objects = await client.get(kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
-        services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+        objects = await client.get(kind.path, timeout_s=RESPONSE_TIMEOUT_S)
+        services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
         for one in unused(kind, objects, services, all=all):
             try:
-                await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
+                await client.delete(f"{kind.path}/{one['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
             except SkepError as error:  # a service has just started to use it
                 click.echo(f"{one['Spec']['Name']}: {error}", err=True)
             else:

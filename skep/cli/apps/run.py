@@ -26,7 +26,9 @@ from skep.stack.progress import FAILURES_MAX, UNPLACED, ServiceProblem, explanat
 from skep.stack.waiting import HeldTimes
 
 _LOOK_S = 0.1
+"""A run may end at once.  The pauses grow to ``_LOOK_S_MAX``, because a long run need not be noticed sooner."""
 _LOOK_S_MAX = 1.0
+"""The longest pause in seconds between two looks at a run."""
 _TTL = "60s"
 """Time after its end when a run is removed, if this command was killed."""
 _ENDED = frozenset({"complete", "failed", "rejected", "shutdown", "orphaned", "remove"})

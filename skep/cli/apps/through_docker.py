@@ -24,6 +24,7 @@ from skep.cli.running import run_requests
 from skep.errors import SkepError
 
 _HEAD_BYTES_MAX = 64 * 1024
+"""Size of a request's head.  The docker command on this machine sends some hundred bytes."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ABOUT = re.compile(r"(?P<version>/v[0-9.]+)?/containers/(?P<name>[^/?]+)/(?P<rest>[a-z]+(?:\?.*)?)")
 

@@ -5,11 +5,9 @@ from typing import Any
 import click
 
 from skep.cli import passthrough
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.running import run_requests
 from skep.model.task_end import printable
-
-_RESPONSE_TIMEOUT_S = 15.0
 
 
 class _Update(click.Group):
@@ -95,11 +93,11 @@ async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
     async with host.client() as client:
         service: dict[str, Any]
         if verb == "abort":  # This aborts the present update and not a later one.
-            found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
+            found = await client.get(f"/services/{name}", timeout_s=RESPONSE_TIMEOUT_S)
             version = str(found["Version"]["Index"])
-            service = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
+            service = await client.post(path, timeout_s=RESPONSE_TIMEOUT_S, version=version)
         else:
-            service = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S)
+            service = await client.post(path, timeout_s=RESPONSE_TIMEOUT_S)
         return service
 
 

@@ -6,15 +6,13 @@ from typing import Any
 import click
 
 from skep.cli.cluster.recover import recover
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.maintain.maintenance import settings_of
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import run_requests
 from skep.errors import InvalidArgument
 from skep.model.options.labels import FORGET_NODES, HEARTBEAT_GRACE, PREEMPTION, SHARE_IMAGES, WORKER_READS
 from skep.model.permissions.rights import ALLOW_LABEL
-
-_RESPONSE_TIMEOUT_S = 15.0
 
 
 @click.group()
@@ -264,7 +262,7 @@ async def _swarm(host: HostOptions) -> Mapping[str, Any]:
 
 async def _set_label(host: HostOptions, name: str, value: str) -> None:
     async with host.client() as client:
-        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_RESPONSE_TIMEOUT_S)
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=RESPONSE_TIMEOUT_S)
         labels = dict(swarm["Spec"].get("Labels") or {})
         labels.pop(name, None)
         if value:
@@ -272,7 +270,7 @@ async def _set_label(host: HostOptions, name: str, value: str) -> None:
         spec = {**swarm["Spec"], "Labels": labels}
         version = str(swarm["Version"]["Index"])
         try:
-            await client.post("/swarm/update", spec, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
+            await client.post("/swarm/update", spec, timeout_s=RESPONSE_TIMEOUT_S, version=version)
         except InvalidArgument as error:
             _, is_about_label, reason = str(error).partition(f"label {name}={value}: ")
             if not is_about_label:
@@ -284,14 +282,14 @@ async def _set_label(host: HostOptions, name: str, value: str) -> None:
 
 async def _change_pools(host: HostOptions, change: Mapping[str, Any]) -> None:
     async with host.client() as client:
-        await client.post("/skep/cluster/pools", change, timeout_s=_RESPONSE_TIMEOUT_S)
+        await client.post("/skep/cluster/pools", change, timeout_s=RESPONSE_TIMEOUT_S)
 
 
 async def _resume(host: HostOptions) -> None:
     async with host.client() as client:
-        await client.post("/skep/cluster/resume", timeout_s=_RESPONSE_TIMEOUT_S)
+        await client.post("/skep/cluster/resume", timeout_s=RESPONSE_TIMEOUT_S)
 
 
 async def _rotate_keys(host: HostOptions) -> None:
     async with host.client() as client:
-        await client.post("/skep/cluster/rotate-keys", timeout_s=_RESPONSE_TIMEOUT_S)
+        await client.post("/skep/cluster/rotate-keys", timeout_s=RESPONSE_TIMEOUT_S)

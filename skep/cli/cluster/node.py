@@ -16,7 +16,7 @@ from skep.api.client.client import ApiClient
 from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options, passthrough
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, SkepError, Unavailable
@@ -27,10 +27,11 @@ from skep.model.service import TaskSpec
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
 
-_RESPONSE_TIMEOUT_S = 15.0
 _LOOK_S = 0.5
+"""Seconds between two looks at a node that is drained or evicted.  Both take seconds to minutes."""
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
+"""More services or tasks than these are counted, so that the warning stays one sentence."""
 _AVAILABILITY = "docker node update --availability"
 _CONTAINERS = {
     False: "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
@@ -97,9 +98,9 @@ async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
             return
         moved = {str(task.get("ServiceID", "")) for task in await _tasks_of(client, name)}
         await drain_and_wait(client, name, wait_s)
-        services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+        services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
         filters = {"desired-state": ["running"]}
-        tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+        tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
         for line in without_node([one for one in services if one["ID"] in moved], tasks):
             say(line)
 
@@ -123,9 +124,9 @@ async def _consequences(client: ApiClient, name: str) -> Sequence[str]:
     """Return the effects of a drain: services that have no task elsewhere, and services with local volumes on the
     node.
     """
-    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
-    services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
-    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=_RESPONSE_TIMEOUT_S)
+    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
+    services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
     homes: dict[str, set[str]] = {}
     for task in tasks:
         homes.setdefault(task.get("ServiceID", ""), set()).add(task.get("NodeID", ""))
@@ -169,14 +170,14 @@ async def _set_draining(client: ApiClient, name: str) -> None:
         "nodes",
         name,
         lambda node: node["Spec"] | {"Availability": "drain"},
-        timeout_s=_RESPONSE_TIMEOUT_S,
+        timeout_s=RESPONSE_TIMEOUT_S,
     )
 
 
 async def drain_and_wait(client: ApiClient, name: str, within_s: float) -> None:
     """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
     await _set_draining(client, name)
-    services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+    services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
     shown, first = "", name
     try:
@@ -199,13 +200,13 @@ async def drain_and_wait(client: ApiClient, name: str, within_s: float) -> None:
 
 
 async def _is_down(client: ApiClient, name: str) -> bool:
-    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
+    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     return bool(node["Status"]["State"] == "down")
 
 
 async def _tasks_of(client: ApiClient, name: str) -> Sequence[Mapping[str, Any]]:
     """Return the tasks on a node that have not ended."""
-    tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=_RESPONSE_TIMEOUT_S)
+    tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=RESPONSE_TIMEOUT_S)
     return [task for task in tasks if task["Status"]["State"] not in _ENDED]
 
 
@@ -241,7 +242,7 @@ async def _forget(host: HostOptions, names: Sequence[str], *, force: bool) -> li
     done: list[str] = []
     async with host.client() as client:
         for name in names:
-            found = await client.get(f"/nodes/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
+            found = await client.get(f"/nodes/{name}", timeout_s=RESPONSE_TIMEOUT_S)
             state = found["Status"]["State"]
             if state != "down":
                 raise FailedPrecondition(
@@ -249,7 +250,7 @@ async def _forget(host: HostOptions, names: Sequence[str], *, force: bool) -> li
                     f"evict {name}."
                 )
             forced = {"force": "1"} if force else {}
-            await client.delete(f"/nodes/{found['ID']}", **forced, timeout_s=_RESPONSE_TIMEOUT_S)
+            await client.delete(f"/nodes/{found['ID']}", **forced, timeout_s=RESPONSE_TIMEOUT_S)
             done.append(name)
     return done
 
@@ -297,15 +298,15 @@ async def _evict(host: HostOptions, name: str, keep: bool) -> str:
         body: dict[str, Any] = {"Node": name, "RequestedBy": by, "By": by}
         if keep:
             body |= {"KeepContainers": True, "Keep": True}
-        state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
+        state = await client.post(_PATH, body, timeout_s=RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
             # Requests are repeated, because the manager's etcd restarts during the eviction.
             state = await persistently(
-                partial(client.get, _PATH, timeout_s=_RESPONSE_TIMEOUT_S), progress.note
+                partial(client.get, _PATH, timeout_s=RESPONSE_TIMEOUT_S), progress.note
             )
         try:
-            response = await client.get("/swarm/unlockkey", timeout_s=_RESPONSE_TIMEOUT_S)
+            response = await client.get("/swarm/unlockkey", timeout_s=RESPONSE_TIMEOUT_S)
         except SkepError as error:
             raise Unavailable(
                 f"the node is evicted, but the unlock key could not be read: {error}. Run docker swarm unlock-key."

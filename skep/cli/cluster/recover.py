@@ -8,14 +8,13 @@ import msgspec
 
 from skep.api.client.client import ApiClient
 from skep.cli import options
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted, duration
 from skep.cli.running import errors_shown, run_requests
 from skep.cli.see.quorum import STALE, quorum_of
 from skep.errors import FailedPrecondition, SkepError
 from skep.model.task_end import printable
 
-_RESPONSE_TIMEOUT_S = 15.0
 _WORD = 11
 """Width of the first column."""
 _RECOVERS_WITHIN_S = 180.0
@@ -71,7 +70,7 @@ def recover(host: HostOptions, dry_run: bool, advertise_addr: str, yes: bool) ->
 
 async def _look(host: HostOptions) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, StoredCluster]:
     async with host.client() as client:
-        info = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
+        info = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client)
         return info, quorum, await _read_kept(client, quorum)
 
@@ -82,7 +81,7 @@ async def _read_kept(client: ApiClient, quorum: Mapping[str, Any] | None) -> Sto
     counts: dict[str, int] = {}
     for kind in ("services", "tasks", "nodes", "networks", "secrets", "configs"):
         try:
-            found = await client.get(f"/{kind}", headers=STALE, timeout_s=_RESPONSE_TIMEOUT_S)
+            found = await client.get(f"/{kind}", headers=STALE, timeout_s=RESPONSE_TIMEOUT_S)
         except SkepError:
             continue
         counts[kind] = len(found)

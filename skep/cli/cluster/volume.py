@@ -10,7 +10,7 @@ import click
 from skep.api.client.client import ApiClient
 from skep.api.client.updates import update
 from skep.cli import passthrough
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.running import run_requests
 from skep.errors import FailedPrecondition, NotFound
 from skep.model.options.slot_volumes import (
@@ -23,8 +23,6 @@ from skep.model.options.slot_volumes import (
 )
 from skep.model.task_end import printable
 from skep.model.values.times import Timestamp, unix_ns
-
-_RESPONSE_TIMEOUT_S = 15.0
 
 
 class _Volume(passthrough.WithDockers):
@@ -65,7 +63,7 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
     done: list[str] = []
     async with host.client() as client:
         path = f"/nodes/{quote(only, safe='')}" if only else ""
-        nodes = [await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S)] if path else await _nodes(client)
+        nodes = [await client.get(path, timeout_s=RESPONSE_TIMEOUT_S)] if path else await _nodes(client)
         having = [one for one in nodes if name in _volumes_of(one) or await _had(client, one, name)]
         if not having:
             where = f"{only} has no" if only else "no node has a"
@@ -80,13 +78,13 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
             )
         for one in lost:
             change = partial(_with_forgotten, name, await _latest_ms(client, one, name))
-            await update(client, "nodes", one["ID"], change, timeout_s=_RESPONSE_TIMEOUT_S)
+            await update(client, "nodes", one["ID"], change, timeout_s=RESPONSE_TIMEOUT_S)
             done.append(_hostname(one))
     return sorted(done)
 
 
 async def _nodes(client: ApiClient) -> Sequence[Mapping[str, Any]]:
-    found: Sequence[Mapping[str, Any]] = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
+    found: Sequence[Mapping[str, Any]] = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
     return found
 
 
@@ -104,7 +102,7 @@ async def _had(client: ApiClient, node: Mapping[str, Any], name: str) -> bool:
 async def _tasks_of(client: ApiClient, node: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     filters = {"node": [node["ID"]]}
     tasks: Sequence[Mapping[str, Any]] = await client.get(
-        "/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S
+        "/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S
     )
     return tasks
 

@@ -28,7 +28,9 @@ from skep.errors import InvalidArgument
 from skep.linux.files import sync_directory, sync_file
 
 _RESTORE_S = 300.0
+"""Seconds for the response to an upload: the node decrypts the snapshot, writes it to disk and starts etcd on it."""
 _READ_BYTES = 1024 * 1024
+"""Bytes read at a time.  A backup may be larger than memory."""
 
 Secret = tuple[Literal["scrypt", "hkdf"], bytes]
 """The function that derives a file's key, and the secret from which it is derived."""

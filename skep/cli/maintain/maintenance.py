@@ -12,13 +12,14 @@ from typing import Any, Final
 import msgspec
 
 from skep.api.client.requests import Requests
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S
 from skep.cli.formatting import counted
 from skep.cli.maintain.upgrade_plan import UpgradableNode, members_of, refusals_of_quorum
 from skep.errors import FailedPrecondition, OutOfSequence, PermissionDenied, SkepError
 from skep.model.options.labels import MAINTENANCE
 
-RESPONSE_TIMEOUT_S: Final = 15.0
 _ATTEMPTS: Final = 10
+"""Other writers of the cluster's spec conflict with a change of the lock.  Each attempt reads the spec again."""
 
 
 class LockHolder(msgspec.Struct, frozen=True, kw_only=True):

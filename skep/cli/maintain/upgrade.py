@@ -22,10 +22,10 @@ from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options
 from skep.cli.cluster.node import drain_and_wait
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
 from skep.cli.maintain import maintenance
-from skep.cli.maintain.maintenance import RESPONSE_TIMEOUT_S, LockHolder
+from skep.cli.maintain.maintenance import LockHolder
 from skep.cli.maintain.reboot_lock import whoami
 from skep.cli.maintain.upgrade_means import Means
 from skep.cli.maintain.upgrade_plan import (
@@ -44,8 +44,10 @@ from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
 T = TypeVar("T")
 
 _LEASE_S_MIN = 1800.0
+"""The lock outlasts this command by this time if it is killed, so that someone can continue the upgrade first."""
 _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
+"""Seconds between two looks at a node that is drained or restarts, which takes seconds."""
 _LEVEL_UNKNOWN = 4
 """Level of the last version that does not report its level."""
 _REPAIR = "Repair the node and rerun with --continue, or use --abort."
@@ -125,7 +127,7 @@ def upgrade(
     """
     with errors_shown():
         if aborts:
-            asyncio.run(_abort(host))
+            asyncio.run(abort(host))
             return
         means = Means(
             version=_version(package, command, version),
@@ -170,7 +172,7 @@ class _Upgrade:
         self._means = means
         self._drains = drains
         self._within_s = within_s
-        self._holder = LockHolder(
+        self.holder = LockHolder(
             node="", by=f"{whoami()}, process {os.getpid()}", until=_UNSET, is_upgrade=True
         )
         self._spread: set[str] = set()
@@ -183,22 +185,22 @@ class _Upgrade:
             if not continues and not former.is_overdue(now):
                 held = maintenance.described(former, members, now)
                 raise FailedPrecondition(f"{held}. Use --continue to take over, or --abort to end it.")
-            self._holder = msgspec.structs.replace(
-                self._holder, node=former.node, availability=former.availability
+            self.holder = msgspec.structs.replace(
+                self.holder, node=former.node, availability=former.availability
             )
-        await self._hold(former)
+        await self.hold(former)
 
-    async def _hold(self, former: LockHolder | None = None, **changes: Any) -> None:
+    async def hold(self, former: LockHolder | None = None, **changes: Any) -> None:
         """Renew the lock with ``changes`` of its contents, or take it over from ``former``.
 
         Raises: FailedPrecondition: another holder has the lock, perhaps because it took it over from this one.
         """
-        self._holder = msgspec.structs.replace(self._holder, **changes)
+        self.holder = msgspec.structs.replace(self.holder, **changes)
 
         def decide(text: str, members: Sequence[UpgradableNode], now: datetime) -> str:
             # The lock is renewed before a drain, and before an installation, which may be rolled back.
             lease = timedelta(seconds=max(_LEASE_S_MIN, 3 * self._within_s + 2 * INSTALLS_WITHIN_S))
-            renewed = msgspec.structs.replace(self._holder, until=now + lease)
+            renewed = msgspec.structs.replace(self.holder, until=now + lease)
             holders = [one for one in maintenance.read(text) if one != former]
             return maintenance.written(maintenance.taken(holders, renewed, members, now))
 
@@ -209,15 +211,15 @@ class _Upgrade:
 
         def decide(text: str) -> str:
             holders = maintenance.read(text)
-            return maintenance.written([one for one in holders if not maintenance.is_same(one, self._holder)])
+            return maintenance.written([one for one in holders if not maintenance.is_same(one, self.holder)])
 
         await self._retry(lambda: maintenance.change(self._client, decide))
 
     async def end(self) -> None:
         """Activate a node that was not upgraded and release the lock, unless another upgrade holds it now."""
         holders = await self._retry(lambda: maintenance.holders_of(self._client))
-        if any(maintenance.is_same(one, self._holder) for one in holders):
-            if self._holder.node and self._holder.availability:
+        if any(maintenance.is_same(one, self.holder) for one in holders):
+            if self.holder.node and self.holder.availability:
                 await self._restore_availability()
             await self.release()
 
@@ -229,7 +231,7 @@ class _Upgrade:
         count = 0
         while True:
             step = await self._next()
-            if self._holder.node and (step is None or step.node.id != self._holder.node):
+            if self.holder.node and (step is None or step.node.id != self.holder.node):
                 await self._finish_interrupted()
                 continue
             if step is None:
@@ -268,7 +270,7 @@ class _Upgrade:
                 self._means.version,
                 drains=self._drains,
                 spread=self._spread,
-                first=self._holder.node,
+                first=self.holder.node,
             )
         )
 
@@ -277,7 +279,7 @@ class _Upgrade:
         try:
             await self._means.check(node)
         except Unavailable as error:
-            if self._holder.node:
+            if self.holder.node:
                 raise Unavailable(f"{node.name}: {error}. {_REPAIR}") from error
             await self.release()
             raise Unavailable(
@@ -286,8 +288,8 @@ class _Upgrade:
         drains = (
             step.drains and node.is_ready
         )  # the node of an interrupted upgrade may be down and have no tasks
-        before = self._holder.availability or (node.availability if drains else "")
-        await self._hold(node=node.id, availability=before)
+        before = self.holder.availability or (node.availability if drains else "")
+        await self.hold(node=node.id, availability=before)
         if drains:
             say(f"{node.name}: draining")
             try:
@@ -296,7 +298,7 @@ class _Upgrade:
                 await self._activate()
                 await self.release()
                 raise
-        await self._hold()
+        await self.hold()
         supported = (await self._levels()).get(node.id, _LEVEL_UNKNOWN)
         say(f"{node.name}: upgrading from {node.version} to {self._means.version}")
         try:
@@ -360,20 +362,20 @@ class _Upgrade:
             raise Unavailable(f"after {self._within_s:g} s it is {state} with {seen.version}") from None
 
     async def _activate(self) -> None:
-        if self._holder.node and self._holder.availability:
+        if self.holder.node and self.holder.availability:
             await self._restore_availability()
-        await self._hold(node="", availability="")
+        await self.hold(node="", availability="")
 
     async def _restore_availability(self) -> None:
-        node, word = self._holder.node, self._holder.availability
+        node, word = self.holder.node, self.holder.availability
         await self._retry(lambda: _set_availability(self._client, node, word))
 
     async def _finish_interrupted(self) -> None:
         """Finish the interrupted upgrade of a node that has the version.  Raises: Unavailable: it is not healthy."""
         members, _ = await self._retry(lambda: maintenance.nodes_and_time(self._client))
-        node = next((one for one in members if one.id == self._holder.node), None)
+        node = next((one for one in members if one.id == self.holder.node), None)
         if node is None:
-            await self._hold(node="", availability="")
+            await self.hold(node="", availability="")
             return
         try:
             await self._comes_back(node, self._means.version)
@@ -491,7 +493,7 @@ async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
     return 2 if held or found.refusals else 0
 
 
-async def _abort(host: HostOptions) -> None:
+async def abort(host: HostOptions) -> None:
     async with host.client() as client:
         former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
         if former is None:

@@ -15,6 +15,7 @@ from skep.cli.start.up import APT_INSTALL, INSTALLS_WITHIN_S, TargetMachine, quo
 from skep.errors import Unavailable
 
 _CHECKED_WITHIN_S = 30.0
+"""Seconds to log in by SSH and run one short script, which may wait for a name server."""
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 FORMER = "/var/cache/skep/former.deb"
 

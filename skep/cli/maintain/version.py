@@ -13,12 +13,12 @@ import click
 from skep import __commit__, __date__, __version__
 from skep.api.http.versions import NEWEST, OLDEST
 from skep.cli import passthrough
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 
-_RESPONSE_TIMEOUT_S = 15.0
 _GIT_TIMEOUT_S = 5.0
+"""Seconds for ``git describe``, which reads local files only.  The version is shown without it."""
 _GO_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -92,7 +92,7 @@ def version(host: HostOptions, all_nodes: bool, output: OutputOptions) -> None:
 
     async def fetch() -> Shown:
         async with host.client() as client:
-            return versions(await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S))
+            return versions(await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S))
 
     output.show(fetch)
 

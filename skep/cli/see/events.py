@@ -22,8 +22,10 @@ from skep.model.task_end import printable
 from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 
 RECONNECT_S_MAX = 10.0
+"""The longest pause in seconds before a new connection.  Events of the meantime follow, because the cursor is kept."""
 _SWARMS_OWN = "com.docker.swarm."
 _ID_CHARACTERS = 12
+"""Length of Docker's short ids."""
 _TOLD = ("disconnect", "gap")
 """Messages about the stream that are shown, because events of a node may be missing."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import OutputOptions, Screen, Shown, shows
 from skep.cli.see.quorum import UNREACHABLE, headers_for, quorum_of, silence
@@ -16,7 +16,6 @@ from skep.errors import NotFound
 from skep.model.node import plain_message
 from skep.model.task_end import printable
 
-_RESPONSE_TIMEOUT_S = 10.0
 _PAUSED = ("paused", "rollback_paused")
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
@@ -44,7 +43,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
     """Return the explanation of the object ``name``.  Raises: NotFound: no object has this name."""
     async with host.requests() as client:
         headers = await headers_for(client)
-        get = partial(client.get, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
+        get = partial(client.get, headers=headers, timeout_s=RESPONSE_TIMEOUT_S)
         now = time.time()
         for path, about in (
             (f"/skep/services/{name}/explain", about_service),

@@ -12,13 +12,12 @@ import click
 import msgspec
 
 from skep.api.client.requests import Requests
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.running import errors_shown, say
 from skep.cli.see.moments import moment_of
 from skep.model.values.times import SECOND_NS, unix_ns
 
-_RESPONSE_TIMEOUT_S = 20.0
 _PAGE = 1000
 _ENTRIES = 50
 """Entries that are shown without ``--limit``."""
@@ -114,7 +113,7 @@ def query_of(name: str, since: str, until: str, kind: str | None, now: datetime)
 
 
 async def _page(client: Requests, query: Mapping[str, str]) -> Any:
-    return await client.request("GET", "/skep/history", query=query, timeout_s=_RESPONSE_TIMEOUT_S)
+    return await client.request("GET", "/skep/history", query=query, timeout_s=RESPONSE_TIMEOUT_S)
 
 
 async def _pages(host: HostOptions, query: Mapping[str, str]) -> AsyncIterator[Sequence[Mapping[str, Any]]]:

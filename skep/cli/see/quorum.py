@@ -14,6 +14,7 @@ STALE = {"X-Skep-Stale": "1"}
 UNREACHABLE = "unreachable"
 """State of a manager that does not respond while the cluster has no leader. Its machine may be up."""
 _RESPONSE_TIMEOUT_S = 5.0
+"""Shorter than ``RESPONSE_TIMEOUT_S``: the response needs no leader, and is asked for when there may be none."""
 
 
 async def headers_for(client: Requests) -> Mapping[str, str]:

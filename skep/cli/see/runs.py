@@ -6,12 +6,11 @@ from typing import Any
 
 import click
 
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Screen, Shown, shows, table
 from skep.model.task_end import printable
 
-_RESPONSE_TIMEOUT_S = 20.0
 _INCOMPLETE = "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
 """Docker's words before the reasons."""
 _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
@@ -49,9 +48,9 @@ def runs(host: HostOptions, service: str, tail: int, output: OutputOptions) -> N
 async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     async with host.client() as client:
         path = f"/skep/services/{service}/runs"
-        response: dict[str, Any] = await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S, tail=str(tail))
-        nodes = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
-        found = await client.get(f"/services/{service}", timeout_s=_RESPONSE_TIMEOUT_S)
+        response: dict[str, Any] = await client.get(path, timeout_s=RESPONSE_TIMEOUT_S, tail=str(tail))
+        nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
+        found = await client.get(f"/services/{service}", timeout_s=RESPONSE_TIMEOUT_S)
     hostnames = {node["ID"]: node["Description"].get("Hostname") or node["ID"] for node in nodes}
     mode = found["Spec"].get("Mode") or {}
     is_global = "Global" in mode or "GlobalJob" in mode

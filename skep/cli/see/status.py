@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from skep.api.client.requests import Requests
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age, counted
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.moments import moment_or_revision
@@ -24,8 +24,8 @@ from skep.model.values.times import SECOND_NS, unix_ns
 DEGRADED, LEADERLESS = 3, 4
 """Exit codes: not healthy, and no leader.  0 means healthy, and 1 that the node does not respond."""
 
-_RESPONSE_TIMEOUT_S = 10.0
 _EARLIER_WITHIN_S = 60.0
+"""Seconds for an earlier state, which the manager builds from etcd's history of all objects."""
 _AT = "at"
 """The word before the time of an earlier state."""
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
@@ -175,7 +175,7 @@ async def _status(host: HostOptions) -> StatusScreen:
     Raises: Unavailable: the node itself does not respond.
     """
     async with host.requests() as client:
-        info: dict[str, Any] = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
+        info: dict[str, Any] = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client) if info["Swarm"].get("ControlAvailable") else None
         if quorum is None:
             return StatusScreen(health=node_health(info).value, node=tuple(about_node(info)))
@@ -268,7 +268,7 @@ def as_of(cluster: ClusterStatus, quorum: Mapping[str, Any]) -> ClusterStatus:
 async def _store(client: Requests) -> Row | None:
     """Return the fill level of this manager's store, or None for a user without the right to see it."""
     try:
-        response = await client.get("/skep/cluster/store", timeout_s=_RESPONSE_TIMEOUT_S)
+        response = await client.get("/skep/cluster/store", timeout_s=RESPONSE_TIMEOUT_S)
     except PermissionDenied:  # users of single stacks do not see the cluster's store
         return None
     except SkepError as error:
@@ -278,14 +278,14 @@ async def _store(client: Requests) -> Row | None:
 
 async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[str, str]) -> ClusterStatus:
     """Read the cluster's nodes and services.  Raises: SkepError."""
-    nodes = await client.get("/nodes", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
+    nodes = await client.get("/nodes", headers=headers, timeout_s=RESPONSE_TIMEOUT_S)
     services = await client.get(
-        "/services", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S, status="true", health="true"
+        "/services", headers=headers, timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true"
     )
     running = None
     if sum(_count(service, "RunningTasks") for service in services) <= _TASKS_COUNTED_MAX:
         filters = {"desired-state": ["running"]}
-        tasks = await client.get("/tasks", filters=filters, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
+        tasks = await client.get("/tasks", filters=filters, headers=headers, timeout_s=RESPONSE_TIMEOUT_S)
         running = [task["NodeID"] for task in tasks if task["Status"]["State"] == "running"]
     rows = node_rows(nodes, running)
     leaders = [node["ID"] for node in nodes if (node.get("ManagerStatus") or {}).get("Leader")]

@@ -40,10 +40,10 @@ def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
       skep --host ssh://root@m1 ui
       skep ui --port 8765 --no-browser
     """
-    run_requests(_serve(host, port, opens=not no_browser and _has_browser(os.environ)))
+    run_requests(_serve(host, port, opens=not no_browser and has_browser(os.environ)))
 
 
-def _has_browser(environment: Mapping[str, str]) -> bool:
+def has_browser(environment: Mapping[str, str]) -> bool:
     """Return whether to open a browser: the session has a screen, and the browser would not run as root."""
     has_screen = "DISPLAY" in environment or "WAYLAND_DISPLAY" in environment
     return has_screen and os.geteuid() != 0

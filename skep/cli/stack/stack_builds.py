@@ -11,6 +11,7 @@ from skep.model.values.images import registry_of
 from skep.stack.project import Stack
 
 _ID_CHARACTERS: Final = 12
+"""Length of Docker's short ids."""
 
 
 def build_images(docker: Sequence[str], stack: Stack, only: Collection[str]) -> Mapping[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from skep.api.client.requests import Filters, Requests, filters_of
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, OutputOptions, Screen, Shown, shows, table
 from skep.cli.see.status import COLORS, health_of, worst_health
@@ -19,7 +19,6 @@ from skep.errors import NotFound
 from skep.model.service import HealthState
 
 NAMESPACE = "com.docker.stack.namespace"
-_RESPONSE_TIMEOUT_S = 15.0
 _NO_STACKS = "No stacks. Deploy one with skep stack deploy -c compose.yaml NAME."
 _PROBLEMS = ("failed", "rejected", "orphaned")
 _MODES = {
@@ -52,7 +51,7 @@ def ls(host: HostOptions, output: OutputOptions) -> None:
         async with host.requests() as client:
             filters = {"label": [NAMESPACE]}
             found = await client.get(
-                "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true", health="true"
+                "/services", filters=filters, timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true"
             )
         return stacks(found)
 
@@ -114,7 +113,7 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
     """Return the services of a stack.  Raises: NotFound: the stack has no services."""
     filters = _filters(stack, words)
     found: Objects = await client.get(
-        "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true", health="true"
+        "/services", filters=filters, timeout_s=RESPONSE_TIMEOUT_S, status="true", health="true"
     )
     if not found and not words:
         raise NotFound(f"stack {stack} has no services. List stacks with skep stack ls.")
@@ -215,8 +214,8 @@ def ps(
     async def fetch() -> Shown:
         async with host.requests() as client:
             found = await _services(client, name)
-            tasks = await client.get("/tasks", filters=_filters(name, words), timeout_s=_RESPONSE_TIMEOUT_S)
-            nodes = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
+            tasks = await client.get("/tasks", filters=_filters(name, words), timeout_s=RESPONSE_TIMEOUT_S)
+            nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
         hostnames = {one["ID"]: one["Description"].get("Hostname") or one["ID"] for one in nodes}
         names = {one["ID"]: one["Spec"]["Name"] for one in found}
         if no_resolve:

@@ -10,11 +10,13 @@ from skep.model.networks.reserved_ports import IMAGES_PORT, MANAGER_PORT, PEER_P
 PORTS = (IMAGES_PORT, MANAGER_PORT, PEER_PORT)
 """TCP ports that a node listens on."""
 KERNEL_MIN = (5, 10)
+"""Kernel of Debian 11.  Older ones lack calls that nodes use, such as ``openat2`` (5.6)."""
 SKEW_S_MAX = 30.0
 """Largest difference of a machine's clock in seconds.  A new certificate is not valid yet on a machine whose clock is
 behind.
 """
 FREE_KIB_MIN = 1 << 20
+"""1 GiB: room for the package, etcd's store and the first images."""
 
 PREFLIGHT = f"""
 echo "uid $(id -u)"

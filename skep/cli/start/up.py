@@ -27,11 +27,17 @@ from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavaila
 from skep.model.task_end import printable
 
 AT_ONCE = 10
+"""Machines that are installed at once.  Each has an SSH client and an upload of the package."""
 _LOOKS_WITHIN_S = 30.0
+"""Seconds to log in by SSH and read facts, which may wait for a name server."""
 INSTALLS_WITHIN_S = 600.0
+"""Seconds for apt, which may wait 120 s for another apt (``APT_INSTALL``) and downloads what the package needs."""
 _JOINS_WITHIN_S = 120.0
+"""Seconds to start a node or to join, which waits for certificates and, at a manager, for a member of etcd."""
 _ENDS_WITHIN_S = 5.0
+"""Seconds for a killed SSH client to end.  A process that it started may hold its pipes."""
 _OUTPUT_BYTES_MAX = 64 << 10
+"""The end of a program's output is enough: it contains the error."""
 APT_INSTALL = (
     "DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Options::=--force-confdef "
     "-o Dpkg::Options::=--force-confold install -y --allow-downgrades"

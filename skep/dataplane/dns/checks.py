@@ -32,6 +32,7 @@ from skep.model.values.ids import NetworkId
 log = structlog.get_logger(__name__)
 
 PORT = 53
+"""DNS."""
 RESPONSE_S = 0.5
 """Time limit in seconds for an answer from the same machine."""
 UNANSWERED_MAX = 3

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 
 import msgspec
 
+# Types, classes, response codes and header bits of RFC 1035, RFC 2782 (SRV), RFC 3596 (AAAA) and RFC 6891 (OPT).
 A, PTR, MX, AAAA, SRV, OPT, ANY = 1, 12, 15, 28, 33, 41, 255
 IN = 1
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
@@ -27,6 +28,7 @@ TCP_BYTES_MAX = 65535
 """Longest message over TCP in bytes, because its length field has two bytes.  Source: RFC 1035, section 4.2.2."""
 _HEADER = struct.Struct("!HHHHHH")
 _RECORD = struct.Struct("!HHIH")
+# Bits of the header, RFC 1035, section 4.1.1.
 _QR, _OPCODE, _TC, _RD, _RA, _CD = 0x8000, 0x7800, 0x0200, 0x0100, 0x0080, 0x0010
 _NAME_BYTES_MAX = 255
 """Longest name in bytes.  Source: RFC 1035, section 2.3.4."""

@@ -94,7 +94,7 @@ class QueryForwarder:
         self._clock = clock
         self._new_id = new_id
         self.counts = DnsCounts()
-        self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
+        self.in_flight_requests: dict[str, dict[asyncio.Timeout, None]] = {}
         """The deadline of each query in flight, by container, the oldest query first."""
         self._total = 0
         self._unresponsive_until: dict[UpstreamServer, dict[str, float]] = {}
@@ -122,7 +122,7 @@ class QueryForwarder:
             return reply(one.query, REFUSED, bytes_max=one.query.udp_bytes_max)
         try:
             async with asyncio.timeout(deadline_s) as deadline:
-                self._in_flight.setdefault(container, {})[deadline] = None
+                self.in_flight_requests.setdefault(container, {})[deadline] = None
                 self._total += 1
                 try:
                     return await self._try_servers(one, servers, deadline_s)
@@ -136,15 +136,15 @@ class QueryForwarder:
 
         If needed, displaces a query of the container with most queries in flight.
         """
-        own = len(self._in_flight.get(container, ()))
+        own = len(self.in_flight_requests.get(container, ()))
         if own >= IN_FLIGHT_PER_CONTAINER_MAX:
             return False
         if self._total < IN_FLIGHT_MAX:
             return True
-        most = max(self._in_flight, key=lambda one: len(self._in_flight[one]))
-        if own + 1 >= len(self._in_flight[most]):
+        most = max(self.in_flight_requests, key=lambda one: len(self.in_flight_requests[one]))
+        if own + 1 >= len(self.in_flight_requests[most]):
             return False
-        oldest = next(iter(self._in_flight[most]))
+        oldest = next(iter(self.in_flight_requests[most]))
         self._leave(most, oldest)
         if not oldest.expired():  # an expired deadline cannot be rescheduled
             oldest.reschedule(asyncio.get_running_loop().time())
@@ -152,12 +152,12 @@ class QueryForwarder:
 
     def _leave(self, container: str, deadline: asyncio.Timeout) -> None:
         """Remove a query in flight.  Idempotent."""
-        here = self._in_flight.get(container, {})
+        here = self.in_flight_requests.get(container, {})
         if deadline in here:
             del here[deadline]
             self._total -= 1
         if not here:
-            self._in_flight.pop(container, None)
+            self.in_flight_requests.pop(container, None)
 
     async def _try_servers(
         self, one: ForwardedQuery, servers: Sequence[UpstreamServer], deadline_s: float

@@ -30,6 +30,7 @@ log = structlog.get_logger()
 _Pool: TypeAlias = Addresses[IPv4Network] | Addresses[IPv6Network]
 
 _SHORT_ID_CHARACTERS = 12
+"""Length of Docker's short ids, by which containers are reached on their networks."""
 _NO_SUBNET = (
     "user specified IP address is supported only when connecting to networks with user configured subnets"
 )
@@ -48,7 +49,7 @@ class LocalEndpoints:
         self._networks = networks
         self._tables = tables
         self._naming = naming
-        self._pools: dict[str, tuple[_Pool, ...]] = {}
+        self.pools: dict[str, tuple[_Pool, ...]] = {}
         """Address pools of each network in use: one for IPv4, and one for IPv6 if the network has IPv6."""
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
         self._unwritten: set[str] = set()
@@ -136,7 +137,7 @@ class LocalEndpoints:
         Raises: OSError: the names are still served, and the call must be repeated.
         """
         id = config.head.id
-        for pool in self._pools.get(id, ()):
+        for pool in self.pools.get(id, ()):
             for address in _addresses(config):
                 pool.release(address, container_id)
         if self._endpoints.get(id, {}).pop(container_id, None) is None and id not in self._unwritten:
@@ -144,7 +145,7 @@ class LocalEndpoints:
         if id in self._endpoints and not self._endpoints[id]:
             del self._endpoints[id]
             if (network := self.find(id)) is not None and network.cluster_id:
-                self._pools.pop(id, None)
+                self.pools.pop(id, None)
                 await self._networks.remove_bridge(id)  # the next task creates it again
         try:
             await self._publish(id)
@@ -218,9 +219,9 @@ class LocalEndpoints:
             await self._naming.refresh((NetworkId(id),))
 
     def _pools_of(self, network: LocalNetwork) -> tuple[_Pool, ...]:
-        known = self._pools.get(network.id)
+        known = self.pools.get(network.id)
         if known is None:
-            known = self._pools[network.id] = tuple(map(_pool, network.configs))
+            known = self.pools[network.id] = tuple(map(_pool, network.configs))
         return known
 
 

@@ -19,6 +19,7 @@ from skep.model.values.ids import NetworkId
 from skep.model.values.times import Timestamp
 
 MTU: Final = 1500
+"""Ethernet's."""
 LOCAL_ID_LENGTH: Final = 64
 """Number of characters of a local network's id, as in Docker.  Ids of cluster objects have 25."""
 GATEWAY: Final = "docker_gwbridge"

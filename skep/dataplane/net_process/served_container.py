@@ -79,9 +79,9 @@ class ServedContainer:
         self.named = record.named
         self.record = record
         self.sockets: DnsSockets | None = None
-        self._environment = environment
+        self.environment = environment
         self._on_foreign_change = on_foreign_change
-        self._server: ContainerServer | None = None
+        self.server: ContainerServer | None = None
         self._watch: TableWatch | None = None
         self._packets: socket.socket | None = None
         self._elements: ElementSocket | None = None
@@ -98,8 +98,8 @@ class ServedContainer:
         An earlier process or object has opened them and written their rules.
         """
         self.sockets = sockets
-        self._server = self._new_server(sockets)
-        self._server.start()
+        self.server = self._new_server(sockets)
+        self.server.start()
 
     async def open(self) -> None:
         """Open sockets, write rules, watch for changes by other programs, and serve.
@@ -112,13 +112,11 @@ class ServedContainer:
     async def _open(self) -> None:
         path = Path(self.named.netns)
         self._subnets = self._own_subnets()
-        if self._server is not None:
-            self._server.forwarding = self._forwarding()
+        if self.server is not None:
+            self.server.forwarding = self._forwarding()
         self._stop_listening()  # first, because the kernel logs packets to one socket only
         earlier = self.sockets
-        sockets, notifications, packets = await self._environment.namespaces.run(
-            path, self._prepare_namespace
-        )
+        sockets, notifications, packets = await self.environment.namespaces.run(path, self._prepare_namespace)
         if self._is_closed:  # closed meanwhile, and nothing else would close the new sockets
             for one in (notifications, packets, sockets if sockets is not earlier else None):
                 if one is not None:
@@ -127,7 +125,7 @@ class ServedContainer:
         self._packets = packets
         if packets is not None:
             asyncio.get_running_loop().add_reader(packets, self._read_packets, packets)
-        self._watch = TableWatch(notifications, self._environment.namespaces.writer, self._note_changes)
+        self._watch = TableWatch(notifications, self.environment.namespaces.writer, self._note_changes)
         if self.sockets is None:
             self.adopt(sockets)
         self.virtual.mark_unknown()
@@ -148,23 +146,23 @@ class ServedContainer:
             tables = [names_table(*self.sockets.ports)]
             tables += on_demand.on_demand_tables(self._subnets) if self._packets else ()
             path, text = Path(self.named.netns), "".join(map(nft_table.whole, tables))
-            await self._environment.namespaces.run(path, nft.run, text)
+            await self.environment.namespaces.run(path, nft.run, text)
         self.virtual.mark_unknown()
         await self.virtual.apply()
 
     def respond(self, message: bytes, client: tuple[str, int]) -> None:
         """Respond to a query that an earlier server of this container has received."""
-        if self._server is not None:
-            self._server.received(message, client)
+        if self.server is not None:
+            self.server.received(message, client)
 
     def pause(self) -> tuple[tuple[str, int, bytes], ...]:
         """Stop serving and return the pending queries."""
-        return self._server.stop() if self._server is not None else ()
+        return self.server.stop() if self.server is not None else ()
 
     def resume(self) -> None:
         """Serve again after ``pause``."""
-        if self._server is not None:
-            self._server.start()
+        if self.server is not None:
+            self.server.start()
 
     def release_sockets(self) -> DnsSockets | None:
         """Return the sockets, which the caller owns from now on."""
@@ -175,7 +173,7 @@ class ServedContainer:
         """Close sockets and watches.  The rules stay in the namespace."""
         self._is_closed = True
         self.pause()
-        self._server = None
+        self.server = None
         self._stop_listening()
         self._close_elements()
         if self.sockets is not None:
@@ -189,15 +187,15 @@ class ServedContainer:
         loaded = tuple(sorted(self.virtual.loaded))
         self.record = msgspec.structs.replace(self.record, loaded=loaded)
         content = msgspec.msgpack.encode(self.record)
-        replace_file(self._environment.directory / self.named.id, content, is_durable=False)
+        replace_file(self.environment.directory / self.named.id, content, is_durable=False)
 
     # --- resolver (dns.server) ---------------------------------------------------------------------------------
 
     def resolve(self, query: Query) -> Decision:
         """Decide how to respond to ``query``."""
-        networks = self._environment.networks
+        networks = self.environment.networks
         indices = [networks.index(id) for id in self._network_ids()]
-        return decide(query, indices, self._environment.rng(), self._links)
+        return decide(query, indices, self.environment.rng(), self._links)
 
     def is_loaded(self, virtual: Services) -> bool:
         """Return whether the rules for the virtual addresses of these services are in the namespace."""
@@ -214,7 +212,7 @@ class ServedContainer:
         return [attachment.network for attachment in self.named.networks]
 
     def _own_subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        networks = self._environment.networks
+        networks = self.environment.networks
         return tuple(subnet for id in self._network_ids() for subnet in networks.index(id).subnets)
 
     def has_other_subnets(self) -> bool:
@@ -247,7 +245,7 @@ class ServedContainer:
             raise
 
     async def _write(self, plan: VipPlan) -> None:
-        await self._environment.namespaces.run(Path(self.named.netns), self._write_inside, plan)
+        await self.environment.namespaces.run(Path(self.named.netns), self._write_inside, plan)
 
     def _write_inside(self, plan: VipPlan) -> None:
         """Write a plan in the namespace.  Only ``virtual`` calls this, one plan at a time."""
@@ -267,7 +265,7 @@ class ServedContainer:
             self._elements = None
 
     def _new_server(self, sockets: DnsSockets) -> ContainerServer:
-        environment = self._environment
+        environment = self.environment
         return ContainerServer(
             self.named.id, sockets, self, environment.forwarder, self._forwarding(), environment.start_task
         )
@@ -285,7 +283,7 @@ class ServedContainer:
         return Forwarding(tuple(servers), self._socket_inside, self.named.forwards_single_labels)
 
     async def _socket_inside(self, kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
-        return await self._environment.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
+        return await self.environment.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
 
     def _note_changes(self, tables: frozenset[str] | None) -> None:
         if tables is None or tables & OUR_TABLES:
@@ -295,17 +293,17 @@ class ServedContainer:
         """Load the services to whose virtual addresses packets were sent, because their rules may not be loaded yet."""
         for address in on_demand.read(packets):
             for network in self._network_ids():
-                _, service = self._environment.networks.index(network).reverse.get(
+                _, service = self.environment.networks.index(network).reverse.get(
                     address, ("", ServiceId(""))
                 )
                 if service and not self.virtual.is_usable(frozenset({(network, service)})):
-                    self._environment.start_task(self._load_on_demand(network, service))
+                    self.environment.start_task(self._load_on_demand(network, service))
 
     async def _load_on_demand(self, network: NetworkId, service: ServiceId) -> None:
         try:
             await self.load(frozenset({(network, service)}))
-            backends = self._environment.networks.backends(network).get(service, {})
-            await self._environment.namespaces.run(Path(self.named.netns), _reset_flows, backends)
+            backends = self.environment.networks.backends(network).get(service, {})
+            await self.environment.namespaces.run(Path(self.named.netns), _reset_flows, backends)
         # not retried, because the next packet of the flow is logged within half a minute
         except (SkepError, OSError) as error:
             log.warning("virtual address not loaded", container=self.named.id, reason=str(error))

@@ -69,7 +69,7 @@ class ServedContainers:
         self._environment = SharedResources(
             paths.names, namespaces, self._networks, self._forwarder, rng, start_task
         )
-        self._served: dict[str, ServedContainer] = {}
+        self.served: dict[str, ServedContainer] = {}
         self._handed_over: dict[str, DnsSockets] = {}
         """Sockets of containers whose records could not be read yet."""
         self._applying: dict[ServedContainer, asyncio.Future[bool]] = {}
@@ -79,7 +79,7 @@ class ServedContainers:
 
     def list(self) -> Sequence[Named]:
         """Return the containers that are served."""
-        return tuple(one.named for one in self._served.values())
+        return tuple(one.named for one in self.served.values())
 
     def counts(self) -> NameCounts:
         """Return the counters of all containers' name servers."""
@@ -128,14 +128,14 @@ class ServedContainers:
         self._close_handed_over()
 
     def _take(self, path: Path) -> None:
-        if path.name in self._served:
+        if path.name in self.served:
             return
         record = None if path.name.endswith(NEW_SUFFIX) else _read(path)
         if record is None or not record.is_same_namespace():
             discard_tree_now(path)  # it may be a directory
             return
         id = record.named.id
-        served = self._served[id] = self._new(record)
+        served = self.served[id] = self.new_served(record)
         if (earlier := self._handed_over.pop(id, None)) is not None:
             served.adopt(earlier)
         self._schedule(id, _Work.OPEN)
@@ -149,7 +149,7 @@ class ServedContainers:
         """Serve the container ``named``, or update it if it has changed.  Raises: FailedPrecondition."""
         record, earlier = ContainerRecord(named), self._handed_over.pop(named.id, None)
         pending: tuple[WaitingQuery, ...] = ()
-        old = self._served.get(named.id)
+        old = self.served.get(named.id)
         if old is not None:
             if old.named == named and old.is_open():
                 return
@@ -157,25 +157,25 @@ class ServedContainers:
             if old.record.is_same_namespace():
                 record, earlier = msgspec.structs.replace(old.record, named=named), old.release_sockets()
             old.close()
-        served = self._served[named.id] = self._new(record)
+        served = self.served[named.id] = self.new_served(record)
         if earlier is not None:
             served.adopt(earlier)
         try:
             await served.open()
         except (SkepError, OSError) as error:
-            if self._served.get(named.id) is served:
+            if self.served.get(named.id) is served:
                 self.forget(named.id)
             raise FailedPrecondition(f"cannot serve names in the container's namespace: {error}") from error
         self._respond(pending)
 
     def forget(self, id: str) -> None:
         """Stop serving the container.  Does nothing if it is not served."""
-        for held in (self._served.pop(id, None), self._handed_over.pop(id, None)):
+        for held in (self.served.pop(id, None), self._handed_over.pop(id, None)):
             if held is not None:
                 held.close()
         (self._directory / id).unlink(missing_ok=True)
         self._networks.keep(
-            attachment.network for one in self._served.values() for attachment in one.named.networks
+            attachment.network for one in self.served.values() for attachment in one.named.networks
         )
 
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
@@ -188,8 +188,8 @@ class ServedContainers:
         """
         ids = frozenset(networks) or frozenset(self._networks.known())
         changed = self._networks.refresh(ids)
-        outdated = {id: served for id, served in self._served.items() if served.virtual.mark_changed(changed)}
-        for id, served in self._served.items():
+        outdated = {id: served for id, served in self.served.items() if served.virtual.mark_changed(changed)}
+        for id, served in self.served.items():
             if served.has_other_subnets():
                 self._schedule(id, _Work.OPEN)
         touched = {id: served for id, served in outdated.items() if served.virtual.networks & ids}
@@ -205,18 +205,18 @@ class ServedContainers:
 
     def pause(self) -> tuple[WaitingQuery, ...]:
         """Stop serving and return the pending queries for the next process."""
-        pending = tuple(one for served in self._served.values() for one in self._paused(served))
+        pending = tuple(one for served in self.served.values() for one in self._paused(served))
         return pending[:_PENDING_MAX]
 
     def resume(self, pending: Iterable[WaitingQuery]) -> None:
         """Serve again after ``pause``, because no process has taken over."""
-        for served in self._served.values():
+        for served in self.served.values():
             served.resume()
         self._respond(pending)
 
     def sockets(self) -> Mapping[SocketLabel, socket.socket]:
         """Return the sockets of all containers, including containers whose records could not be read yet."""
-        held = {id: one.sockets for id, one in self._served.items() if one.sockets is not None}
+        held = {id: one.sockets for id, one in self.served.items() if one.sockets is not None}
         return {
             SocketLabel(id, kind): opened
             for id, one in (held | self._handed_over).items()
@@ -225,13 +225,13 @@ class ServedContainers:
 
     def close(self) -> None:
         """Close all sockets."""
-        for served in self._served.values():
+        for served in self.served.values():
             served.close()
         self._close_handed_over()
 
     # ----------------------------------------------------------------------------------------------------------
 
-    def _new(self, record: ContainerRecord) -> ServedContainer:
+    def new_served(self, record: ContainerRecord) -> ServedContainer:
         id = record.named.id
         return ServedContainer(self._environment, record, lambda: self._schedule(id, _Work.REPAIR))
 
@@ -240,7 +240,7 @@ class ServedContainers:
 
     def _respond(self, pending: Iterable[WaitingQuery]) -> None:
         for one in pending:
-            if (served := self._served.get(one.container)) is not None:
+            if (served := self.served.get(one.container)) is not None:
                 served.respond(one.message, (one.address, one.port))
 
     async def _apply_all(self, served: Mapping[str, ServedContainer]) -> frozenset[str]:
@@ -293,7 +293,7 @@ class ServedContainers:
         backoff, failure = Backoff(rng=self._rng), ""
         try:
             while (work := self._work.pop(id, None)) is not None and (
-                served := self._served.get(id)
+                served := self.served.get(id)
             ) is not None:
                 try:
                     await self._do(served, work)

@@ -96,7 +96,7 @@ class Healer:
         self._rng = rng
         self._share = share
         self._processor_s = processor_s
-        self._sockets: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
+        self.watched: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
         self._watched: set[NetnsReconciler] = set()
         self._due: dict[NetnsReconciler, bool] = {}
         """The namespaces that are due for a comparison, and whether nftables must be listed for it."""
@@ -135,15 +135,15 @@ class Healer:
         self._keep(reconciler, TableWatch(opened, reconciler.writer, partial(self._note_foreign, reconciler)))
 
     def _keep(self, reconciler: NetnsReconciler, opened: socket.socket | TableWatch) -> bool:
-        if reconciler not in self._sockets:  # forgotten meanwhile
+        if reconciler not in self.watched:  # forgotten meanwhile
             opened.close()
             return False
-        self._sockets[reconciler].append(opened)
+        self.watched[reconciler].append(opened)
         return True
 
     def take_turns(self, reconciler: NetnsReconciler) -> None:
         """Include ``reconciler`` in the slow round, whether its changes are reported or not."""
-        self._sockets[reconciler] = []
+        self.watched[reconciler] = []
 
     def expect(self, reconciler: NetnsReconciler) -> None:
         """Compare ``reconciler`` soon, including its nftables."""
@@ -156,12 +156,12 @@ class Healer:
     def forget(self, reconciler: NetnsReconciler) -> None:
         """Stop comparing ``reconciler``."""
         self._unwatch(reconciler)
-        self._sockets.pop(reconciler, None)
+        self.watched.pop(reconciler, None)
         self._due.pop(reconciler, None)
         self._failing.pop(reconciler, None)
 
     def _unwatch(self, reconciler: NetnsReconciler) -> None:
-        loop, opened = asyncio.get_running_loop(), self._sockets.get(reconciler, [])
+        loop, opened = asyncio.get_running_loop(), self.watched.get(reconciler, [])
         while opened:
             one = opened.pop()
             if isinstance(one, socket.socket):
@@ -171,7 +171,7 @@ class Healer:
 
     def close(self) -> None:
         """Stop comparing all namespaces."""
-        for reconciler in tuple(self._sockets):
+        for reconciler in tuple(self.watched):
             self.forget(reconciler)
 
     async def run(self) -> None:
@@ -181,7 +181,7 @@ class Healer:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(keep(self._heal_due, event), name="changed namespaces")
-                group.create_task(keep(self._go_round, event), name="all namespaces")
+                group.create_task(keep(self.check_all, event), name="all namespaces")
         finally:
             self.close()
 
@@ -231,10 +231,10 @@ class Healer:
         failing = self._failing.get(reconciler)
         return failing is not None and self._clock.monotonic() < failing.again_at
 
-    async def _go_round(self) -> None:
+    async def check_all(self) -> None:
         while True:
             round_began = self._clock.monotonic()
-            for reconciler in tuple(one for one in self._sockets if not self._waits(one)):
+            for reconciler in tuple(one for one in self.watched if not self._waits(one)):
                 began, taken = self._clock.monotonic(), self._processor_s()
                 await self._heal(reconciler, is_thorough=True)
                 # Count processor time, not elapsed time: waiting for a processor or for a lock of the kernel costs
@@ -246,17 +246,17 @@ class Healer:
 
     async def _heal(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:
         """Repair one namespace.  A failure is retried with growing pauses and does not delay other namespaces."""
-        if reconciler not in self._sockets:
+        if reconciler not in self.watched:
             return
         try:
             await reconciler.heal(is_thorough=is_thorough)
         except Exception as error:
-            if reconciler in self._sockets:  # otherwise it was removed meanwhile
+            if reconciler in self.watched:  # otherwise it was removed meanwhile
                 self._note_failure(reconciler, error)
             return
         if self._failing.pop(reconciler, None) is not None:
             log.info("network repaired again", namespace=reconciler.name)
-        if reconciler.needs_recheck and reconciler in self._sockets:
+        if reconciler.needs_recheck and reconciler in self.watched:
             self._mark_due(reconciler, is_thorough=False)
 
     def _note_failure(self, reconciler: NetnsReconciler, error: Exception) -> None:

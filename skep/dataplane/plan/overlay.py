@@ -39,6 +39,7 @@ VXLAN = "vx"
 OVERHEAD_V4, OVERHEAD_V6 = 50, 70
 """Bytes that VXLAN adds to a packet: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
+"""Ethernet's."""
 IPV6_MTU_MIN = 1280
 """Smallest MTU with which IPv6 works.  Source: RFC 8200, section 5."""
 LOOPBACK, LOOPBACK_MTU = "lo", 65536

@@ -29,10 +29,12 @@ TRY_S = 2.0
 """Time limit in seconds for one attempt.  Long enough for a lost SYN to be sent again once."""
 _PAUSE_S = 0.2
 """Seconds between attempts."""
+# Content types of TLS records, RFC 8446, section 5.1.
 _TLS_HANDSHAKE, _TLS_ALERT = 22, 21
 _RECORD_BYTES = 5
 """Length of a TLS record header."""
 _ICMP_ECHO = struct.Struct(">BBHHH")
+# Types of ICMPv6, RFC 4443.
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 
 

@@ -59,7 +59,7 @@ class ConnectionRelays:
         self._rng = rng
         self._held = held
         self._in_namespace = in_namespace
-        self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
+        self.open_relays: dict[_Key, TcpRelay | UdpRelay] = {}
         self._refused: set[_Key] = set()
         self._is_unread = False
         """Whether the plan could not be read the last time."""
@@ -75,21 +75,21 @@ class ConnectionRelays:
                         await self._apply_changes(watch, backoff)
                 except OSError as error:
                     log.warning("relays not watched", reason=str(error))
-                    await self._apply()
+                    await self.apply()
                     await backoff.sleep(self._clock)
         finally:
-            for relay in self._relays.values():
+            for relay in self.open_relays.values():
                 relay.close(ends_connections=True)
 
     def end(self, protocol: str, port: int, address: str) -> None:
         """Stop relaying a port whose socket is released.  Its open connections continue."""
-        relay = self._relays.pop((protocol, address or _ANY_IPV4, port), None)
+        relay = self.open_relays.pop((protocol, address or _ANY_IPV4, port), None)
         if relay is not None:
             relay.close()
 
     async def _apply_changes(self, watch: FileWatch, backoff: Backoff) -> None:
         while True:
-            await self._apply()
+            await self.apply()
             if not self._refused and not self._is_unread:
                 backoff.reset()
                 await watch.wait_changed()
@@ -98,17 +98,17 @@ class ConnectionRelays:
                 async with asyncio.timeout(backoff.next_delay_s()):
                     await watch.wait_changed()
 
-    async def _apply(self) -> None:
+    async def apply(self) -> None:
         wanted = {(one.protocol, one.address, one.port): one for one in self._read()}
-        for key in self._relays.keys() - wanted.keys():
-            self._relays.pop(key).close()
+        for key in self.open_relays.keys() - wanted.keys():
+            self.open_relays.pop(key).close()
         refused = set()
         for key, port in wanted.items():
             try:
-                if (relay := self._relays.get(key)) is not None:
+                if (relay := self.open_relays.get(key)) is not None:
                     relay.update(port)
                 else:
-                    self._relays[key] = await self._open_relay(port)
+                    self.open_relays[key] = await self._open_relay(port)
             except Exception as error:  # one port's error does not affect others
                 refused.add(key)
                 if key not in self._refused:

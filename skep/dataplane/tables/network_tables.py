@@ -86,7 +86,7 @@ class NetworkTables:
         self._seen = Revision()
         self._applied: Mapping[NetworkId, Revision] = {}
         self._has_changes = asyncio.Event()
-        self._applied_changed = asyncio.Event()
+        self.applied_changed = asyncio.Event()
 
     @property
     def tables(self) -> Mapping[NetworkId, NetworkTable]:
@@ -162,8 +162,8 @@ class NetworkTables:
             self._stored.schedule(id, None, 0)
         self._mark_changed(changed)
         while self._applied or any(subscriber.has_pending for subscriber in self._subscribers):
-            self._applied_changed.clear()
-            await self._applied_changed.wait()
+            self.applied_changed.clear()
+            await self.applied_changed.wait()
         await isolate(self._stored.flush(), "network table files not removed yet")
 
     async def run(self) -> None:
@@ -175,8 +175,8 @@ class NetworkTables:
     async def wait_applied(self, known: Mapping[NetworkId, Revision]) -> Mapping[NetworkId, Revision]:
         """Wait until ``applied`` differs from ``known``, and return it.  For one caller at a time."""
         while self._applied == known:
-            self._applied_changed.clear()
-            await self._applied_changed.wait()
+            self.applied_changed.clear()
+            await self.applied_changed.wait()
         return self._applied
 
     # -- listeners ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class NetworkTables:
                 id: Revision(incarnation, table.revision) for id, table in tables.items() if id not in pending
             }
             self._applied = {**kept, **done}
-            self._applied_changed.set()
+            self.applied_changed.set()
             await self._wait_for_more()
 
     def _effective(self) -> Mapping[NetworkId, NetworkTable]:

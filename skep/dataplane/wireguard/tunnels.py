@@ -273,13 +273,13 @@ class WireGuardTunnels:
         if await self._devices.place(self._plan.devices.keys(), self._networks.mtu):
             self._space.invalidate()
         # Accept the sources before packets can arrive from them.
-        await self._settle()
+        await self.settle()
         await self._devices.configure(self._plan, lambda: self._keys.pairs)
         before = self._choice
         self._decide()
         if self._choice.slots != before.slots:
             await self._devices.reroute(before, self._choice)
-            await self._settle()
+            await self.settle()
         self._say(unreachable(self._plan))
 
     def _decide(self) -> None:
@@ -314,7 +314,7 @@ class WireGuardTunnels:
             self._devices.forget()
             self._say("")
 
-    async def _settle(self) -> None:
+    async def settle(self) -> None:
         """Apply addresses, routes and rules of the devices that exist."""
         method, mtu = self._options.method, self._networks.mtu
         assert isinstance(method, EncryptionMethod), "otherwise there is no plan"

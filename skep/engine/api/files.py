@@ -37,7 +37,7 @@ async def copy_out(engine: Engine, request: web.Request) -> web.StreamResponse:
     """Handle ``docker cp CONTAINER:PATH``: respond with an archive of the path."""
     word, path = _place(request)
     async with engine.files.read(word, path) as (status, pieces):
-        return await _send_archive(request, pieces, _header(status))
+        return await send_archive(request, pieces, _header(status))
 
 
 @_table.put("/containers/{id}/archive")
@@ -59,7 +59,7 @@ async def copy_in(engine: Engine, request: web.Request) -> web.StreamResponse:
 async def export(engine: Engine, request: web.Request) -> web.StreamResponse:
     """Handle ``docker export``: respond with an archive of the whole file system, without volumes."""
     async with engine.files.export(request.match_info["id"]) as pieces:
-        return await _send_archive(request, pieces, {})
+        return await send_archive(request, pieces, {})
 
 
 def _place(request: web.Request) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def _header(status: PathStatus) -> dict[str, str]:
     return {"X-Docker-Container-Path-Stat": base64.b64encode(text).decode()}
 
 
-async def _send_archive(
+async def send_archive(
     request: web.Request, pieces: AsyncIterator[bytes], headers: dict[str, str]
 ) -> web.StreamResponse:
     """Send an archive.  An incomplete archive is sent without an end, so that its reader notices."""

@@ -66,7 +66,7 @@ async def create_volume(served: VolumeRoutes, request: web.Request) -> web.Strea
     check_volume(body, name)
     labels = body.labels if body.name else {**(body.labels or {}), ANONYMOUS: ""}
     await served.volumes.create(name, body.driver, labels, body.driver_opts)
-    return json_response(await _inspect(served.volumes, name), status=201)
+    return json_response(await inspected_volume(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
@@ -160,7 +160,7 @@ def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
 @_table.get("/volumes/{name}")
 async def inspect_volume(served: VolumeRoutes, request: web.Request) -> web.StreamResponse:
     """Handle ``docker volume inspect``."""
-    return json_response(await _inspect(served.volumes, request.match_info["name"]))
+    return json_response(await inspected_volume(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")
@@ -176,7 +176,7 @@ async def remove_volume(served: VolumeRoutes, request: web.Request) -> web.Strea
     return web.Response(status=204)
 
 
-async def _inspect(volumes: Volumes, name: str) -> dict[str, Any]:
+async def inspected_volume(volumes: Volumes, name: str) -> dict[str, Any]:
     """Return the response to ``docker volume inspect``.  For a plug-in volume, it includes the plug-in's description.
 
     Raises: NotFound; Unavailable: the plug-in does not respond.

@@ -39,6 +39,7 @@ from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
 MADE_BY_THE_RUNTIME = ("dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf")
 """Mount points that the runtime creates in every container if the image lacks them.  They are not part of a layer."""
 _SECRETS_BYTES_MAX = 16 << 20
+"""Memory for a step's secrets, each of at most 500 KiB (``SECRET_BYTES_MAX``)."""
 _PIPES = "/dev/pipes/"
 
 Output = Callable[[StandardStream, bytes], None]

@@ -19,25 +19,25 @@ class BuildHistory:
     """Records of builds, the oldest first.  Requests that a client marks as internal are not recorded."""
 
     def __init__(self) -> None:
-        self._records: OrderedDict[str, pb.BuildHistoryRecord] = OrderedDict()
+        self.records: OrderedDict[str, pb.BuildHistoryRecord] = OrderedDict()
 
     def keep(self, record: pb.BuildHistoryRecord) -> None:
         """Record a build that has started or ended."""
-        self._records[record.ref] = record
-        while len(self._records) > RECORDS_MAX or self._size_bytes() > BYTES_MAX:
-            self._records.popitem(last=False)
+        self.records[record.ref] = record
+        while len(self.records) > RECORDS_MAX or self._size_bytes() > BYTES_MAX:
+            self.records.popitem(last=False)
 
     def _size_bytes(self) -> int:
-        return sum(record.ByteSize() for record in self._records.values())
+        return sum(record.ByteSize() for record in self.records.values())
 
     def update(self, request: pb.UpdateBuildHistoryRequest) -> None:
         """Remove a record.  Raises: NotFound, Unimplemented."""
-        if request.ref not in self._records:
+        if request.ref not in self.records:
             raise NotFound(f"failed to find build record {request.ref}")
         if request.pinned:
             raise Unimplemented("build records cannot be pinned")
         if request.delete:
-            del self._records[request.ref]
+            del self.records[request.ref]
 
     async def listen(self, request: pb.BuildHistoryRequest) -> AsyncGenerator[pb.BuildHistoryEvent, None]:
         """Yield the present records.  Raises: Unimplemented: filters or future records are requested."""
@@ -47,7 +47,7 @@ class BuildHistory:
             raise Unimplemented("build records cannot be followed")
         found = [
             record
-            for record in reversed(self._records.values())
+            for record in reversed(self.records.values())
             if (not request.ref or record.ref == request.ref)
             and (not request.active_only or not record.HasField("completed_at"))
         ]

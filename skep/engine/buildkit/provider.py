@@ -26,7 +26,9 @@ _CREDENTIALS = "/moby.filesync.v1.Auth/Credentials"
 SECRET_BYTES_MAX = 500 << 10
 """BuildKit's limit."""
 _AGENT_CONNECTIONS_MAX = 16
+"""Connections of one step to the client's SSH agent.  Git makes one for each submodule that it fetches at once."""
 _PIECE_BYTES = 32 << 10
+"""Messages of the SSH agent are smaller: they have at most 256 KiB, and mostly some hundred bytes."""
 _HUB_HOST = "registry-1.docker.io"
 
 

@@ -23,6 +23,7 @@ from skep.errors import InvalidArgument, ResourceExhausted
 
 # Bits of Go's os.FileMode, which are the same on every system.
 _DIRECTORY, _SYMLINK, _DEVICE, _PIPE = 1 << 31, 1 << 27, 1 << 26, 1 << 25
+# Bits of Go's os.FileMode, in which BuildKit sends modes.
 _SOCKET, _SETUID, _SETGID, _STICKY, _IRREGULAR = 1 << 24, 1 << 23, 1 << 22, 1 << 20, 1 << 19
 _CHARACTER_DEVICE = 1 << 21
 _KINDS = _DIRECTORY | _SYMLINK | _DEVICE | _PIPE | _SOCKET | _IRREGULAR | _CHARACTER_DEVICE

@@ -39,7 +39,7 @@ class Uploads:
     """Uploads by the ids of their builds."""
 
     def __init__(self) -> None:
-        self._meetings: dict[str, _Meeting] = {}
+        self.meetings: dict[str, _Meeting] = {}
 
     async def offer(self, id: str, pieces: AsyncIterator[bytes]) -> None:
         """Provide an archive to the build ``id`` and wait until the build has read it.
@@ -54,7 +54,7 @@ class Uploads:
             await _within(meeting.is_taken.wait(), Unavailable(f"no build takes the context of {id}"))
             await meeting.is_over.wait()
         finally:
-            self._meetings.pop(id, None)
+            self.meetings.pop(id, None)
 
     @asynccontextmanager
     async def take(self, id: str) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -71,16 +71,16 @@ class Uploads:
 
     def end(self, id: str) -> None:
         """Let the upload of a build end, whether or not the build has read it."""
-        if meeting := self._meetings.pop(id, None):
+        if meeting := self.meetings.pop(id, None):
             meeting.is_taken.set()
             meeting.is_over.set()
 
     def _meeting(self, id: str) -> _Meeting:
-        if id not in self._meetings:
-            if len(self._meetings) >= UPLOADS_MAX:
+        if id not in self.meetings:
+            if len(self.meetings) >= UPLOADS_MAX:
                 raise ResourceExhausted(f"{UPLOADS_MAX} contexts are uploaded already")
-            self._meetings[id] = _Meeting()
-        return self._meetings[id]
+            self.meetings[id] = _Meeting()
+        return self.meetings[id]
 
 
 async def _within(work: Awaitable[T], refusal: SkepError) -> T:

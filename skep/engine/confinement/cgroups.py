@@ -26,6 +26,7 @@ from skep.model.values.ids import ContainerId
 log = structlog.get_logger()
 
 MOUNT_POINT = Path("/sys/fs/cgroup")
+# From linux/magic.h.
 _CGROUP2_SUPER_MAGIC = 0x63677270
 _WEIGHTS_V1 = ("blkio.weight", "blkio.bfq.weight")
 _WEIGHTS_V2 = ("io.weight", "io.bfq.weight")
@@ -41,7 +42,7 @@ class Cgroups:
         self.parent = parent.strip("/")
         self._mount_point = mount_point
         self.is_v2 = file_system_type(mount_point) == _CGROUP2_SUPER_MAGIC
-        self._roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
+        self.own_roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
 
     def path_of(self, container: Container) -> str:
         """Return the container's ``cgroupsPath`` in the runtime specification."""
@@ -74,15 +75,15 @@ class Cgroups:
     def controllers(self) -> frozenset[str]:
         """Available controllers: ``memory``, ``cpu``, ``pids``, ..."""
         if not self.is_v2:
-            return frozenset(self._roots)
-        return frozenset((self._roots[""] / "cgroup.controllers").read_text().split())
+            return frozenset(self.own_roots)
+        return frozenset((self.own_roots[""] / "cgroup.controllers").read_text().split())
 
     @property
     def has_swap_accounting(self) -> bool:
         """Whether memory and swap can be limited together."""
         if self.is_v2:
             return "memory" in self.controllers and Path("/proc/swaps").exists()
-        root = self._roots.get("memory")
+        root = self.own_roots.get("memory")
         return root is not None and (root / "memory.memsw.limit_in_bytes").exists()
 
     @property
@@ -92,7 +93,7 @@ class Cgroups:
         On v2, the kernel's file exists in groups but not in the root.  On v1, it exists in the root.
         """
         if not self.is_v2:
-            root = self._roots.get("blkio")
+            root = self.own_roots.get("blkio")
             return root is not None and any((root / name).exists() for name in _WEIGHTS_V1)
         groups = (path for path in self._mount_point.iterdir() if path.is_dir())
         return any((group / name).exists() for group in groups for name in _WEIGHTS_V2)
@@ -108,7 +109,7 @@ class Cgroups:
         return self._cpuset("mems")
 
     def _cpuset(self, name: str) -> str:
-        root = self._roots.get("" if self.is_v2 else "cpuset")
+        root = self.own_roots.get("" if self.is_v2 else "cpuset")
         if root is None:
             return ""
         for file in (f"cpuset.{name}.effective", f"cpuset.effective_{name}", f"cpuset.{name}"):
@@ -120,7 +121,7 @@ class Cgroups:
         """Return the container's directory with the files of ``controller``, or None if the controller is not
         mounted.
         """
-        root = self._roots.get("" if self.is_v2 else controller)
+        root = self.own_roots.get("" if self.is_v2 else controller)
         return None if root is None else root / self.path_of(container).lstrip("/")
 
     def parent_directory(self, controller: str) -> Path:
@@ -128,7 +129,7 @@ class Cgroups:
 
         Raises: KeyError: it is not mounted.
         """
-        return self._roots["" if self.is_v2 else controller] / self.parent
+        return self.own_roots["" if self.is_v2 else controller] / self.parent
 
     def hold_this_process(self) -> bool:
         """Return whether this process itself is below the parent group, as in a playground, where nodes share a
@@ -177,7 +178,7 @@ class Cgroups:
         """
         if self.is_v2:
             return
-        for controller, root in self._roots.items():
+        for controller, root in self.own_roots.items():
             directory = root / self.parent / "monitors"
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ class Cgroups:
         """
         for line in Path("/proc/thread-self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            root = self._roots.get(controllers.split(",")[0])
+            root = self.own_roots.get(controllers.split(",")[0])
             if root is None:
                 continue
             file = root / path.lstrip("/") / ("cgroup.threads" if self.is_v2 else "tasks")
@@ -211,7 +212,7 @@ class Cgroups:
         """On v2, move a process that was just started into the monitors' group."""
         if not self.is_v2:
             return
-        directory = self._roots[""] / self.parent / "monitors"
+        directory = self.own_roots[""] / self.parent / "monitors"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "cgroup.procs").write_text(str(pid))
@@ -231,16 +232,16 @@ class Cgroups:
         return self._remove(f"{self._containers}/{container_id}")
 
     def _remove(self, path: str) -> bool:
-        left = [root for root in self._all_roots() if not _remove_tree(root / path.lstrip("/"))]
+        left = [root for root in self.all_roots() if not remove_tree(root / path.lstrip("/"))]
         return not left
 
-    def _all_roots(self) -> Iterable[Path]:
+    def all_roots(self) -> Iterable[Path]:
         """Return every hierarchy.
 
         Next to v1 hierarchies, a v2 hierarchy without controllers may exist, where runc also creates groups.
         """
         unified = self._mount_point / "unified"
-        roots = dict.fromkeys(self._roots.values())  # a hierarchy may be mounted for several controllers
+        roots = dict.fromkeys(self.own_roots.values())  # a hierarchy may be mounted for several controllers
         return (*roots, *([unified] if unified.is_dir() else []))
 
 
@@ -277,7 +278,7 @@ def _inherit_cpuset(root: Path, directory: Path) -> None:
                 (path / name).write_text((path.parent / name).read_text())
 
 
-def _remove_tree(directory: Path) -> bool:
+def remove_tree(directory: Path) -> bool:
     """Remove a group with its nested groups, bottom-up.  Return whether it no longer exists."""
     try:
         directory.rmdir()

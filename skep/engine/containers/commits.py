@@ -50,7 +50,7 @@ async def commit(
     config = merged(apply_changes(request.config or own, request.changes), own)
     parent = engine.images.get(container.image_id)
     upper = engine.bundles.path(container.id) / "upper"
-    async with _keep_paused(engine, container, pauses=request.pauses):
+    async with keep_paused(engine, container, pauses=request.pauses):
         async with engine.images.layer_of_changes(upper, parent, without=OUTSIDE_OF_IMAGES) as layer:
             _require_present(
                 engine.get(container.id)
@@ -90,7 +90,7 @@ def _require_present(container: Container) -> None:
 
 
 @asynccontextmanager
-async def _keep_paused(engine: Engine, container: Container, *, pauses: bool) -> AsyncIterator[None]:
+async def keep_paused(engine: Engine, container: Container, *, pauses: bool) -> AsyncIterator[None]:
     """Pause a running container for the block, unless it is paused already."""
     if not pauses or container.state is not ContainerState.RUNNING:
         yield

@@ -80,10 +80,10 @@ class Execs:
         self._spawn = spawn
         self._execs: dict[str, Exec] = {}
         self._ended: dict[str, asyncio.Event] = {}
-        self._starting = asyncio.Semaphore(STARTS_MAX)
+        self.starting = asyncio.Semaphore(STARTS_MAX)
         self._slow = 0
         """Number of slow starts that have given their slot to others."""
-        self._own: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
+        self.own_events: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
         """Start slots of each container in which an exec starts or waits to start."""
 
     def create(self, word: str, config: ExecConfig, console_size: tuple[int, int] | None = None) -> str:
@@ -205,7 +205,7 @@ class Execs:
 
         If the start is slow, the node's slot is given to others.
         """
-        own = self._own.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
+        own = self.own_events.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
         is_slow = False
 
         def leave_place() -> None:
@@ -213,10 +213,10 @@ class Execs:
             if self._slow < SLOW_MAX:
                 is_slow = True
                 self._slow += 1
-                self._starting.release()
+                self.starting.release()
 
         async with own:
-            await self._starting.acquire()
+            await self.starting.acquire()
             timer = asyncio.get_running_loop().call_later(SLOW_S, leave_place)
             try:
                 yield
@@ -225,7 +225,7 @@ class Execs:
                 if is_slow:
                     self._slow -= 1
                 else:
-                    self._starting.release()
+                    self.starting.release()
 
     async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], slot: AsyncExitStack) -> None:
         """Start an exec and pass its streams to its caller, or end it if the caller was cancelled."""

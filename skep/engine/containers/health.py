@@ -37,7 +37,9 @@ from skep.model.values.times import SECOND_NS, timestamp, unix_ns
 _INTERVAL_NS = 30 * SECOND_NS
 """Docker's defaults for the durations of a health check, in nanoseconds.  Source: moby, daemon/health.go."""
 _START_INTERVAL_NS = 5 * SECOND_NS
+"""Docker's default interval during the start period."""
 _TIMEOUT_NS = 30 * SECOND_NS
+"""Docker's default time for one probe."""
 _RETRIES = 3
 """Docker's default number of consecutive failures that make a container unhealthy."""
 LOG_MAX = 5

@@ -20,7 +20,7 @@ from skep.model.values.unknown import leniently
 
 NAME = "record"
 """File name in the container's directory."""
-_BYTES_MAX = 64 << 10
+BYTES_MAX = 64 << 10
 """Size at which a file is rewritten with only its last line.
 
 Needed because health checks change a record again and again.
@@ -32,7 +32,7 @@ def write(path: Path, container: Container) -> None:
     line = b"\n" + msgspec.json.encode(container)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        if os.fstat(descriptor).st_size <= _BYTES_MAX:
+        if os.fstat(descriptor).st_size <= BYTES_MAX:
             _write(descriptor, line)
             return
     finally:

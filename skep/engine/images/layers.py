@@ -78,7 +78,7 @@ class Layers:
         self._root = root
         self._scratch = scratch
         self._limits = limits
-        self._layers: dict[str, Layer] = {}
+        self.layers: dict[str, Layer] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._slots = UnpackSlots(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
 
@@ -97,21 +97,21 @@ class Layers:
                 if isinstance(error, OSError) and not is_no_file(error):
                     unread = error
             else:
-                self._layers[layer.chain_id] = layer
+                self.layers[layer.chain_id] = layer
         if unread is not None:
             raise unread
 
     def get(self, chain_id: str) -> Layer | None:
         """Return the layer with this chain id, or None if it is not on this node."""
-        return self._layers.get(chain_id)
+        return self.layers.get(chain_id)
 
     def all(self) -> Mapping[str, Layer]:
         """Return every layer by chain id."""
-        return self._layers
+        return self.layers
 
     def directory(self, chain_id: str) -> Path:
         """Return the directory with a layer's files, a lower directory for overlayfs.  Raises: NotFound."""
-        if chain_id not in self._layers:
+        if chain_id not in self.layers:
             raise NotFound(f"layer {chain_id} is not on this node")
         return self._root / hex_of(chain_id) / "diff"
 
@@ -122,7 +122,7 @@ class Layers:
     def bytes_on_disk(self) -> Mapping[str, int]:
         """Return the size of each layer: its files and its tar.  Blocks; call it in a thread."""
         sizes = {}
-        for chain_id, layer in tuple(self._layers.items()):
+        for chain_id, layer in tuple(self.layers.items()):
             with suppress(OSError):
                 sizes[chain_id] = layer.size_bytes + self.content(chain_id).stat().st_size
         return sizes
@@ -138,7 +138,7 @@ class Layers:
             UnpackFailed: a file system call failed.
         """
         async with self._lock(chain_id):
-            present = self._layers.get(chain_id)
+            present = self.layers.get(chain_id)
             if present is not None:
                 return present
             # Not in a thread, because a cancelled caller would leave the directory behind.
@@ -146,7 +146,7 @@ class Layers:
             async with afterwards(partial(discard_tree, workspace)):
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
                 await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
-            self._layers[chain_id] = layer
+            self.layers[chain_id] = layer
             return layer
 
     async def add_changes(
@@ -186,7 +186,7 @@ class Layers:
                 chain_id = chain_id_above(below, packed.digest)
                 pin(chain_id)
                 async with self._lock(chain_id):
-                    present = self._layers.get(chain_id)
+                    present = self.layers.get(chain_id)
                     if present is not None:
                         return present
                     files = workspace / "diff"
@@ -216,7 +216,7 @@ class Layers:
                     )
                 pin(unpacked.digest)
                 async with self._lock(unpacked.digest):
-                    present = self._layers.get(unpacked.digest)
+                    present = self.layers.get(unpacked.digest)
                     return present or await self._publish(workspace, unpacked.digest, unpacked)
             except OSError as error:
                 raise UnpackFailed(describe_error(error)) from error
@@ -230,7 +230,7 @@ class Layers:
             plain_bytes=found.plain_bytes,
         )
         await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
-        self._layers[chain_id] = layer
+        self.layers[chain_id] = layer
         return layer
 
     async def _copy(self, content: Path, files: Path, diff_id: Digest) -> None:
@@ -253,14 +253,14 @@ class Layers:
             UnpackFailed: there is no space for it.
         """
         async with self._lock(chain_id):
-            layer = self._layers.get(chain_id)
+            layer = self.layers.get(chain_id)
             if layer is None:
                 raise NotFound(f"layer {chain_id} is not on this node")
             path = self.content(chain_id)
             if not layer.blob:
                 async with self._slots.of(chain_id):
                     blob = await self._compress(path, layer)
-                self._layers[chain_id] = layer = msgspec.structs.replace(layer, blob=blob)
+                self.layers[chain_id] = layer = msgspec.structs.replace(layer, blob=blob)
             size = (await asyncio.to_thread(path.stat)).st_size
             return Blob(digest=layer.blob, size=size, path=path)
 
@@ -278,7 +278,7 @@ class Layers:
         """
         detached = []
         for chain_id in chain_ids:
-            if chain_id not in self._layers:
+            if chain_id not in self.layers:
                 continue
             try:
                 detached.append(Path(tempfile.mkdtemp(prefix="gone-", dir=self._scratch)))
@@ -286,7 +286,7 @@ class Layers:
             except OSError as error:
                 log_error(error, "layer not removed", chain_id=chain_id)
             else:
-                del self._layers[chain_id]
+                del self.layers[chain_id]
         return detached
 
     async def _unpack(

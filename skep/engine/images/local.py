@@ -118,7 +118,7 @@ class LocalImages:
         self._damaged: dict[str, Damage] = {}
         self._images: dict[str, Image] = {}
         self._by_reference: dict[Reference, Image] = {}
-        self._pinned: Counter[str] = Counter()
+        self.pins: Counter[str] = Counter()
         self.arriving = Arriving()
         self._writing = asyncio.Lock()
         self.error = ""
@@ -334,13 +334,13 @@ class LocalImages:
     @asynccontextmanager
     async def pin(self, chain: Sequence[str]) -> AsyncIterator[None]:
         """Keep layers, present or future, from being deleted while the block runs."""
-        self._pinned.update(chain)
+        self.pins.update(chain)
         async with afterwards(self._collect):
             try:
                 yield
             finally:
-                self._pinned.subtract(chain)
-                self._pinned += Counter()  # removes layers without pins
+                self.pins.subtract(chain)
+                self.pins += Counter()  # removes layers without pins
 
     @asynccontextmanager
     async def layer_of_changes(
@@ -371,7 +371,7 @@ class LocalImages:
 
         def pin(chain_id: Digest) -> None:
             pinned.append(chain_id)
-            self._pinned[chain_id] += 1
+            self.pins[chain_id] += 1
 
         async with self.pin(pinned):
             yield pin
@@ -584,7 +584,7 @@ class LocalImages:
         if self.error or None in damaged:
             return ()
         known = [config for config in (*self._configs.values(), *damaged) if config is not None]
-        needed = set[str](self._pinned).union(*(chain_ids(config.diff_ids) for config in known))
+        needed = set[str](self.pins).union(*(chain_ids(config.diff_ids) for config in known))
         unneeded = [layer for id, layer in self.layer_store.all().items() if id not in needed]
         chain = [layer.chain_id for layer in reversed(unneeded)]
         for directory in self.layer_store.detach(chain):

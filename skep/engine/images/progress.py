@@ -68,6 +68,7 @@ def failure(message: str, code: int = 0) -> ProgressMessage:
 
 
 _BAR_WIDTH = 50
+"""Width of the docker command's bar."""
 
 
 def _bar(current: int, total: int) -> str:

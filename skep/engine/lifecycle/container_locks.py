@@ -22,25 +22,25 @@ class ContainerLocks:
     """
 
     def __init__(self) -> None:
-        self._operations = WeakValueDictionary[ContainerId, asyncio.Lock]()
+        self.operation_locks = WeakValueDictionary[ContainerId, asyncio.Lock]()
         """Locks by container.  A lock exists while it is held or waited for."""
-        self._networks = WeakValueDictionary[ContainerId, asyncio.Lock]()
+        self.network_locks = WeakValueDictionary[ContainerId, asyncio.Lock]()
 
     def is_held(self, id: ContainerId) -> bool:
         """Return whether an operation on the container is running, or its networks change."""
-        locks = (self._operations.get(id), self._networks.get(id))
+        locks = (self.operation_locks.get(id), self.network_locks.get(id))
         return any(lock is not None and lock.locked() for lock in locks)
 
     @asynccontextmanager
     async def operation(self, id: ContainerId) -> AsyncIterator[None]:
         """Hold the lock of the container's operations for the block."""
-        async with self._operations.setdefault(id, asyncio.Lock()):
+        async with self.operation_locks.setdefault(id, asyncio.Lock()):
             yield
 
     @asynccontextmanager
     async def networks(self, id: ContainerId) -> AsyncIterator[None]:
         """Hold the lock of the container's networks for the block."""
-        async with self._networks.setdefault(id, asyncio.Lock()):
+        async with self.network_locks.setdefault(id, asyncio.Lock()):
             yield
 
 

@@ -79,18 +79,18 @@ class LifecycleDriver:
         self._store = store
         self._clock = clock
         self._background = volumes.background
-        self._starting = asyncio.Semaphore(starts_max)
-        self._watches: dict[ContainerId, asyncio.Task[None]] = {}
+        self.starting = asyncio.Semaphore(starts_max)
+        self.watches: dict[ContainerId, asyncio.Task[None]] = {}
         self.events = volumes.events
         self.locks = ContainerLocks()
         self.spawn, self.carry_out = self._background.spawn, self._background.carry_out
-        self._effects = Effects(runtime, network, volumes, store, clock)
-        self.waiting = self._effects.waiting
+        self.effects = Effects(runtime, network, volumes, store, clock)
+        self.waiting = self.effects.waiting
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
         self.health = HealthMonitor(store, self.execs, clock, report=self.run)
-        self.adoption = Adoption(self, self._effects, runtime, network, store, report_restore)
-        self._actions = {
-            **self._effects.actions,
+        self.adoption = Adoption(self, self.effects, runtime, network, store, report_restore)
+        self.actions = {
+            **self.effects.actions,
             Effect.AWAIT_NETWORKS: self._await_networks,
             Effect.AWAIT_RELEASE: self._await_release,
             Effect.TAKE_START_SLOT: self._take_start_slot,
@@ -190,7 +190,7 @@ class LifecycleDriver:
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Remove a container.  Raises: NotFound; StillRunning; Unavailable: it was not removed completely."""
-        with self._effects.forced.removing(id) if force else nullcontext():
+        with self.effects.forced.removing(id) if force else nullcontext():
             async with self.locks.operation(id):
                 await self.remove_locked(id, life_events.RemoveContainer(force))
 
@@ -299,7 +299,7 @@ class LifecycleDriver:
 
     def is_watched(self, id: ContainerId) -> bool:
         """Return whether this process watches a run of the container."""
-        return id in self._watches
+        return id in self.watches
 
     def may_have(self, id: ContainerId) -> bool:
         """Return whether the container exists or, until all records are read, may exist."""
@@ -335,7 +335,7 @@ class LifecycleDriver:
         item = program.todo.popleft()
         container = self._store.lookup(program.id) or program.last
         try:
-            event = await self._actions[item](container, program) if isinstance(item, Effect) else item
+            event = await self.actions[item](container, program) if isinstance(item, Effect) else item
             if event is not None:
                 self._apply(program, event)
         except BaseException as error:
@@ -393,11 +393,11 @@ class LifecycleDriver:
         await self.adoption.await_networks(container)
 
     async def _await_release(self, container: Container, _: Program) -> None:
-        if (watch := self._watches.get(container.id)) is not None:
+        if (watch := self.watches.get(container.id)) is not None:
             await asyncio.wait([watch])
 
     async def _take_start_slot(self, _: Container, program: Program) -> None:
-        await program.held.enter_async_context(self._starting)
+        await program.held.enter_async_context(self.starting)
 
     async def _send_signal(self, container: Container, program: Program) -> None:
         assert isinstance(program.cause, life_events.Signal)
@@ -422,23 +422,23 @@ class LifecycleDriver:
         id = container.id
         if not self._background.is_running:
             return  # this process is ending, and the next one watches it
-        if id in self._watches:
+        if id in self.watches:
             return  # a second watch would record the exit twice
-        task = self._watches[id] = self.spawn(self._see_end(container), name=f"container-{id[:12]}")
+        task = self.watches[id] = self.spawn(self._see_end(container), name=f"container-{id[:12]}")
         task.add_done_callback(lambda done: self._forget_watch(id, done))
         if container.health is not None:
             self.spawn(self.persist(lambda: self.health.run(id), id), name=f"health-{id[:12]}")
 
     def _forget_watch(self, id: ContainerId, done: asyncio.Task[None]) -> None:
-        if self._watches.get(id) is done:  # it may have been started again meanwhile
-            del self._watches[id]
+        if self.watches.get(id) is done:  # it may have been started again meanwhile
+            del self.watches[id]
 
     async def _see_end(self, container: Container) -> None:
         """Wait for the exit, free the networks and record the exit, then free the other resources."""
         id = container.id
         ended = await self.persist(lambda: self._runtime.wait(container), id)
         async with self.locks.networks(id):
-            await self.run(id, life_events.RunEnded(at=self._effects.now(), **msgspec.structs.asdict(ended)))
+            await self.run(id, life_events.RunEnded(at=self.effects.now(), **msgspec.structs.asdict(ended)))
         await self.run(id, life_events.ReleaseRun())
 
     # --- background work ----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from skep.model.values.times import unix_ns
 log = structlog.get_logger()
 
 FIRST_DELAY_S = 0.1
+"""Docker's first delay (moby, restartmanager)."""
 LONGEST_DELAY_S = 60.0
 """The first and the longest delay in seconds before a restart.  The delay doubles each time, as in Docker."""
 LASTED_S = 10.0

@@ -29,7 +29,7 @@ from skep.engine.log_drivers.transport import (
 from skep.errors import InvalidArgument
 from skep.model.values.times import SECOND_NS, duration_ns
 
-_KNOWN = frozenset(
+KNOWN = frozenset(
     f"fluentd-{name}"
     for name in (
         *("address", "async", "async-connect", "async-reconnect-interval", "buffer-limit", "max-retries"),
@@ -46,7 +46,7 @@ _RECONNECT_NS_MIN, _RECONNECT_NS_MAX = 100_000_000, 10 * SECOND_NS
 
 def check(options: Options) -> None:
     """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
-    refuse_unknown("fluentd", options, _KNOWN)
+    refuse_unknown("fluentd", options, KNOWN)
     _endpoint(options)
     if options.get("fluentd-buffer-limit"):
         parse_size(options["fluentd-buffer-limit"])

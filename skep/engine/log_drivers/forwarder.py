@@ -50,7 +50,7 @@ class _Buffer:
     def __init__(self, bytes_max: int, *, drops: bool) -> None:
         self._bytes_max = bytes_max
         self._drops = drops
-        self._chunks: deque[_Chunk] = deque()
+        self.chunks: deque[_Chunk] = deque()
         self._bytes = 0
         self._changed = asyncio.Event()
         self._is_complete = False
@@ -61,22 +61,22 @@ class _Buffer:
         if self._drops:
             messages, size = self._fitting(messages)
             if (
-                not messages and self._chunks
+                not messages and self.chunks
             ):  # keep only the position, because a chunk for each read would be without a limit
-                last = self._chunks[-1]
-                self._chunks[-1] = last._replace(position=position or last.position)
+                last = self.chunks[-1]
+                self.chunks[-1] = last._replace(position=position or last.position)
                 return
-        while self._chunks and self._bytes + size > self._bytes_max and not self._drops:
+        while self.chunks and self._bytes + size > self._bytes_max and not self._drops:
             await self._wait_changed()
-        self._chunks.append(_Chunk(messages, size, position))
+        self.chunks.append(_Chunk(messages, size, position))
         self._bytes += size
         self._changed.set()
 
     async def first(self) -> _Chunk | None:
         """Return the oldest chunk, which stays until ``pop``, or None after the last one."""
-        while not self._chunks and not self._is_complete:
+        while not self.chunks and not self._is_complete:
             await self._wait_changed()
-        return self._chunks[0] if self._chunks else None
+        return self.chunks[0] if self.chunks else None
 
     def complete(self) -> None:
         """Mark the end of the messages."""
@@ -84,18 +84,18 @@ class _Buffer:
         self._changed.set()
 
     def pop(self) -> None:
-        self._bytes -= self._chunks.popleft().size
+        self._bytes -= self.chunks.popleft().size
         self._changed.set()
 
     @property
     def lines(self) -> int:
-        return sum(len(chunk.messages) for chunk in self._chunks)
+        return sum(len(chunk.messages) for chunk in self.chunks)
 
     def _fitting(self, messages: Sequence[LogMessage]) -> tuple[Sequence[LogMessage], int]:
         kept: list[LogMessage] = []
         size = 0
         for message in messages:
-            if (self._chunks or kept) and self._bytes + size + _size(message) > self._bytes_max:
+            if (self.chunks or kept) and self._bytes + size + _size(message) > self._bytes_max:
                 break
             kept.append(message)
             size += _size(message)

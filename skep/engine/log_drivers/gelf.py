@@ -25,7 +25,7 @@ from skep.engine.log_drivers.transport import (
 )
 from skep.errors import InvalidArgument
 
-_KNOWN = frozenset(
+KNOWN = frozenset(
     f"gelf-{name}"
     for name in (
         *("address", "compression-level", "compression-type"),
@@ -46,7 +46,7 @@ _LEVEL_DEFAULT = 1
 def check(options: Options) -> None:
     """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
     endpoint = _endpoint(options)
-    refuse_unknown("gelf", options, _KNOWN)
+    refuse_unknown("gelf", options, KNOWN)
     for key, value in options.items():
         match key:
             case "gelf-compression-level" | "gelf-compression-type":

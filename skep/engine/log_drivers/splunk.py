@@ -22,7 +22,7 @@ from skep.model.values.times import SECOND_NS
 if TYPE_CHECKING:
     import aiohttp
 
-_KNOWN = frozenset(
+KNOWN = frozenset(
     f"splunk-{name}"
     for name in (
         *("url", "token", "source", "sourcetype", "index", "capath", "caname", "insecureskipverify"),
@@ -37,7 +37,7 @@ _LEVEL_DEFAULT = 6
 
 def check(options: Options) -> None:
     """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
-    refuse_unknown("splunk", options, _KNOWN)
+    refuse_unknown("splunk", options, KNOWN)
     _url(options)
     if "splunk-token" not in options:
         raise InvalidArgument("splunk: splunk-token is expected")

@@ -25,7 +25,7 @@ from skep.engine.log_drivers.transport import (
 from skep.errors import InvalidArgument
 from skep.model.values.times import SECOND_NS
 
-_KNOWN = frozenset(
+KNOWN = frozenset(
     f"syslog-{name}"
     for name in ("address", "facility", "tls-ca-cert", "tls-cert", "tls-key", "tls-skip-verify", "format")
 )
@@ -35,6 +35,7 @@ _FACILITIES = (
     *(f"local{number}" for number in range(8)),
 )
 _FORMATS = ("", "rfc3164", "rfc5424", "rfc5424micro")
+# Facility and severities of RFC 5424.
 _DAEMON, _ERROR, _INFORMATION = 3, 3, 6
 _PORT = 514
 """Default port of syslog."""
@@ -44,7 +45,7 @@ _LOCAL_SOCKETS = ("/dev/log", "/var/run/syslog", "/var/run/log")
 
 def check(options: Options) -> None:
     """Check the driver's options.  Raises: InvalidArgument, in Docker's words."""
-    refuse_unknown("syslog", options, _KNOWN)
+    refuse_unknown("syslog", options, KNOWN)
     _endpoints(options)
     _facility(options.get("syslog-facility", ""))
     if options.get("syslog-format", "") not in _FORMATS:

@@ -61,6 +61,7 @@ log = structlog.get_logger()
 COMMAND_DEADLINE_S = 60.0
 """Time limit in seconds for one command of a runtime.  Long, for overloaded machines.  It normally takes 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
+"""containerd's code of a process whose end nobody saw."""
 _CLEAR_TRIES_MAX = 8
 """Number of attempts to remove cgroups, both before and after leftover processes are killed.
 

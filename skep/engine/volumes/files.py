@@ -82,7 +82,7 @@ class ContainerFiles:
         self._events = events
         self._mount_root = mount_root
         self._images = images
-        self._places = asyncio.Semaphore(_COPIES_MAX)
+        self.places = asyncio.Semaphore(_COPIES_MAX)
 
     async def status(self, word: str, path: str) -> PathStatus:
         """Return the status of ``path``.  Raises: NotFound; Untranslated: it is unreachable, in Docker's words."""
@@ -114,7 +114,7 @@ class ContainerFiles:
     async def archive(self, root: Path) -> AsyncIterator[AsyncIterator[bytes]]:
         """Yield a tree outside containers, such as a mounted image, as an archive in pieces."""
         async with (
-            self._places,
+            self.places,
             self._start_worker(self._settings(root, "export", "/"), "/", "the tree") as worker,
         ):
             yield worker.pieces()
@@ -137,7 +137,7 @@ class ContainerFiles:
         self, word: str, action: str, path: str, target: ArchiveTarget | None = None
     ) -> AsyncIterator["_Worker"]:
         container = self._find(word)
-        async with self._places, self._mount_root(container.id) as (root, binds):
+        async with self.places, self._mount_root(container.id) as (root, binds):
             settings = self._settings(root, action, path)
             if action != "export":
                 settings.binds = list(binds)

@@ -130,9 +130,9 @@ class VolumePlugin:
         self.scope = LOCAL
         """``global`` if every node that has this plug-in sees the same volumes, otherwise ``local``."""
         self._clock = clock
-        self._calls = asyncio.Semaphore(CALLS_MAX)
+        self.calls = asyncio.Semaphore(CALLS_MAX)
         self._backoff = Backoff(1.0, 30.0)
-        self._silent_until = 0.0
+        self.silent_until = 0.0
 
     async def activate(self) -> None:
         """Perform the handshake.  Raises: NotFound: the plug-in is not a volume driver."""
@@ -181,7 +181,7 @@ class VolumePlugin:
         return (response.volumes or ())[:VOLUMES_MAX]
 
     async def _call(self, method: str, body: Any, type: type[T], deadline_s: float) -> T:
-        left_s = self._silent_until - self._clock.monotonic()
+        left_s = self.silent_until - self._clock.monotonic()
         if left_s > 0:
             raise Unavailable(f"plugin {self.name} does not respond; next attempt in {left_s:.0f} s")
         await self._take_place(method, deadline_s)
@@ -189,7 +189,7 @@ class VolumePlugin:
             async with asyncio.timeout(deadline_s):
                 status, response = await self._post(method, body)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            self._silent_until = self._clock.monotonic() + self._backoff.next_delay_s()
+            self.silent_until = self._clock.monotonic() + self._backoff.next_delay_s()
             reason = (
                 f"no response within {deadline_s:g} s"
                 if isinstance(error, TimeoutError)
@@ -197,7 +197,7 @@ class VolumePlugin:
             )
             raise Unavailable(f"{method}: plugin {self.name}: {reason}") from error
         finally:
-            self._calls.release()
+            self.calls.release()
         self._backoff.reset()
         if len(response) > RESPONSE_BYTES_MAX:
             raise Unavailable(
@@ -219,7 +219,7 @@ class VolumePlugin:
         """
         try:
             async with asyncio.timeout(deadline_s):
-                await self._calls.acquire()
+                await self.calls.acquire()
         except TimeoutError as error:
             raise Unavailable(
                 f"{method}: plugin {self.name}: {CALLS_MAX} other calls did not end within {deadline_s:g} s"

@@ -40,12 +40,12 @@ class VolumeStore:
     def __init__(self, directory: Path, events: Events | None = None) -> None:
         """``events`` is the engine's event bus, or None to create one."""
         self.events = events or Events(SystemClock())
-        self._directory = directory
+        self.directory = directory
         self._locks = WeakValueDictionary[str, asyncio.Lock]()
         """Locks by volume name.  Each exists while it is held or waited for."""
         self._uses: dict[str, Mapping[str, int]] = {}
 
-    def _lock(self, name: str) -> asyncio.Lock:
+    def lock_of(self, name: str) -> asyncio.Lock:
         """Return the volume's lock.  Hold it while you change the volume in more than one step."""
         return self._locks.setdefault(name, asyncio.Lock())
 
@@ -64,19 +64,19 @@ class VolumeStore:
                 ' only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory,'
                 " use absolute path"
             )
-        return self._directory / name / "_data"
+        return self.directory / name / "_data"
 
     def names(self) -> list[str]:
         """Return the names of all volumes on the node, sorted."""
         try:
-            return sorted(entry.name for entry in self._directory.iterdir() if self.has(entry.name))
+            return sorted(entry.name for entry in self.directory.iterdir() if self.has(entry.name))
         except FileNotFoundError:
             return []  # no volume was created yet
 
     def has(self, name: str) -> bool:
         """Return whether the volume exists.  Does not touch the volume's mount, whose server may not respond."""
         try:
-            return _NAME.fullmatch(name) is not None and "_data" in os.listdir(self._directory / name)
+            return _NAME.fullmatch(name) is not None and "_data" in os.listdir(self.directory / name)
         except OSError:
             return False
 
@@ -190,7 +190,7 @@ class VolumeStore:
 
         Raises: Unavailable: the record cannot be written.
         """
-        async with self._lock(name):
+        async with self.lock_of(name):
             known = self._uses.get(name, {})
             if known.get(user, -1) >= at or self._is_mounted(name):
                 return
@@ -211,7 +211,7 @@ class VolumeStore:
 
         Raises: OSError.
         """
-        aside = self._directory / f"{_ASIDE}{secrets.token_hex(8)}"
+        aside = self.directory / f"{_ASIDE}{secrets.token_hex(8)}"
         try:
             self.path(name).parent.rename(aside)
         except FileNotFoundError:
@@ -221,5 +221,5 @@ class VolumeStore:
 
     async def sweep(self) -> None:
         """Delete the directories of removed volumes that earlier processes left."""
-        for left in sorted(self._directory.glob(f"{_ASIDE}*")):
+        for left in sorted(self.directory.glob(f"{_ASIDE}*")):
             await discard_tree(left)

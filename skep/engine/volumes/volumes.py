@@ -103,14 +103,14 @@ class Volumes(VolumeStore):
             run: The node's run directory.  Its sockets must not appear in a volume.
         """
         super().__init__(directory, events)
-        self._refused = [str(run)] if run is not None else []
+        self.refused_paths = [str(run)] if run is not None else []
         self.plugins = plugins or VolumePlugins()
-        self._deadline_s = mount_deadline_s
+        self.mount_deadline_s = mount_deadline_s
         self._command = command
         self.background = Background()
         """Work that continues if its caller is cancelled.  It runs while the engine runs."""
         self.bind_sources = BindSources()
-        self._users: defaultdict[str, set[str]] = defaultdict(set)
+        self.users: defaultdict[str, set[str]] = defaultdict(set)
         self._unfinished: set[str] = set()
         """Volumes whose last unmount failed, for example because their plug-in was unreachable."""
 
@@ -136,7 +136,7 @@ class Volumes(VolumeStore):
         if driver != LOCAL:
             try:
                 plugin = await self.plugins.get(driver)
-                async with self._lock(name):
+                async with self.lock_of(name):
                     if await plugin.get(name) is None:
                         await plugin.create(name, options or (self.options(name) if known else {}))
             except (PluginRefused, NotFound, Unavailable) as error:
@@ -187,7 +187,7 @@ class Volumes(VolumeStore):
                 raise VolumeInUse(f"remove {name}: volume is in use - [{', '.join(users)}]")
 
         try:
-            async with self._lock(name):
+            async with self.lock_of(name):
                 require_unused()
                 if self._is_mounted(name):
                     await self._unmount_locked(name)
@@ -242,22 +242,22 @@ class Volumes(VolumeStore):
         )
         undo = partial(self._unmount_isolated, user, parts)
         try:
-            async with unless_done(undo), asyncio.timeout(self._deadline_s):
+            async with unless_done(undo), asyncio.timeout(self.mount_deadline_s):
                 for point in needed:
                     what = f"volume '{point.source}'"
                     await self._mount(user, point)
                 for part in parts:
                     await self._bind(part)
         except TimeoutError as error:
-            text = f"error while mounting {what}: it takes longer than {self._deadline_s:g} s"
+            text = f"error while mounting {what}: it takes longer than {self.mount_deadline_s:g} s"
             raise MountFailed(text) from error
 
     async def _unmount_isolated(self, user: str, parts: Iterable[VolumeSubpath] = ()) -> None:
         await isolate(self.unmount(user, parts), "volumes not unmounted", user=user)
 
     async def _mount(self, user: str, point: MountPoint) -> None:
-        async with self._lock(point.name):
-            users = self._users[point.name]
+        async with self.lock_of(point.name):
+            users = self.users[point.name]
             is_mounted = mounting.is_target(Path(point.source))
             if is_mounted and user in users:
                 return
@@ -279,14 +279,14 @@ class Volumes(VolumeStore):
         """
         driver = self.driver(point.name)
         if driver == LOCAL:
-            return {"mount": point.source, "options": self.options(point.name), "refused": self._refused}
+            return {"mount": point.source, "options": self.options(point.name), "refused": self.refused_paths}
         plugin, id = await self.plugins.get(driver), _mount_id(user)
-        self._keep_mounts(point.name, self._mounts(point.name) | {id})
+        self.keep_mounts(point.name, self.mounts_of(point.name) | {id})
         directory = await plugin.mount(point.name, id)
-        own = [str(self._directory.parent), *self._refused]
+        own = [str(self.directory.parent), *self.refused_paths]
         return {"directory": directory, "target": point.source, "refused": own}
 
-    def _mounts(self, name: str) -> set[str]:
+    def mounts_of(self, name: str) -> set[str]:
         """Return the users for which a plug-in mounted a volume, including users of an earlier process."""
         try:
             return set(msgspec.json.decode((self.path(name).parent / _MOUNTS).read_bytes(), type=list[str]))
@@ -296,14 +296,14 @@ class Volumes(VolumeStore):
             log_error(error, "mounts of a volume not read", volume=name)
             return set()
 
-    def _keep_mounts(self, name: str, ids: Collection[str]) -> None:
+    def keep_mounts(self, name: str, ids: Collection[str]) -> None:
         path = self.path(name).parent / _MOUNTS
         replace_file(path, msgspec.json.encode(sorted(ids)), is_durable=False)
 
     async def _give_back(self, name: str) -> None:
         """Make a volume's plug-in unmount it for ended users.  Raises: Unavailable; the users stay recorded."""
         driver = self.driver(name)
-        ended = self._mounts(name) - set(map(_mount_id, self._users[name])) if driver != LOCAL else ()
+        ended = self.mounts_of(name) - set(map(_mount_id, self.users[name])) if driver != LOCAL else ()
         for id in sorted(ended):
             try:
                 plugin = await self.plugins.get(driver)
@@ -312,7 +312,7 @@ class Volumes(VolumeStore):
                 log_error(error, "plugin did not unmount a volume", volume=name, driver=driver)
             except NotFound as error:
                 raise Unavailable(f"cannot unmount volume {name}: {error}") from error
-            self._keep_mounts(name, self._mounts(name) - {id})
+            self.keep_mounts(name, self.mounts_of(name) - {id})
 
     async def _bind(self, part: VolumeSubpath) -> None:
         if not mounting.is_target(part.target):
@@ -323,7 +323,7 @@ class Volumes(VolumeStore):
         """Record a user that an earlier process started."""
         for point in points:
             if point.type == "volume" and point.name:
-                self._users[point.name].add(user)
+                self.users[point.name].add(user)
 
     async def unmount(self, user: str, parts: Iterable[VolumeSubpath] = ()) -> None:
         """Unmount ``parts`` for a user that has ended, and volumes whose last user it was.
@@ -331,9 +331,9 @@ class Volumes(VolumeStore):
         Raises: Unavailable: something stays mounted.  ``unmount_unfinished``, or the volume's next user, retries that.
         """
         self.release_parts(parts)
-        left = [name for name, users in self._users.items() if user in users]
+        left = [name for name, users in self.users.items() if user in users]
         for name in left:
-            self._users[name].discard(user)
+            self.users[name].discard(user)
         await self._unmount_each(left)
 
     async def unmount_unfinished(self) -> None:
@@ -343,7 +343,7 @@ class Volumes(VolumeStore):
     async def unmount_unused(self) -> None:
         """Unmount volumes whose users ended while no node process ran.  Raises: Unavailable."""
         await self._unmount_each(
-            [name for name in self.names() if mounting.is_target(self.path(name)) or self._mounts(name)]
+            [name for name in self.names() if mounting.is_target(self.path(name)) or self.mounts_of(name)]
         )
 
     async def _unmount_each(self, names: Iterable[str]) -> None:
@@ -361,20 +361,20 @@ class Volumes(VolumeStore):
 
     async def _unmount_unused(self, name: str) -> None:
         """Unmount a volume unless it is used.  Raises: Unavailable."""
-        async with self._lock(name):
+        async with self.lock_of(name):
             await self._unmount_locked(name)
 
     async def _unmount_locked(self, name: str) -> None:
         """Unmount a volume unless it is used.  The caller holds its lock.  Raises: Unavailable."""
         try:
-            async with asyncio.timeout(self._deadline_s):
-                if not self._users[name] and mounting.is_target(self.path(name)):
+            async with asyncio.timeout(self.mount_deadline_s):
+                if not self.users[name] and mounting.is_target(self.path(name)):
                     await self._run({"unmount": str(self.path(name))})
                 await self._give_back(name)
         except (MountFailed, TimeoutError) as error:
             raise Unavailable(f"cannot unmount volume {name}: {describe_error(error)}") from error
-        if not self._users[name]:
-            del self._users[name]
+        if not self.users[name]:
+            del self.users[name]
 
     @staticmethod
     def release_parts(parts: Iterable[VolumeSubpath]) -> None:

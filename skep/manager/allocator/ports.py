@@ -24,6 +24,7 @@ from skep.model.service import (
 from skep.model.values.ids import ServiceId
 
 FIRST_DYNAMIC = 30000
+"""SwarmKit's range of ports that it chooses is 30000 to 32767."""
 LAST_DYNAMIC = 32767
 """Range of automatically allocated ports, as in swarmkit (dynamicPortStart, dynamicPortEnd)."""
 

@@ -47,7 +47,7 @@ class CallerCheck:
         self._view = view
         self._is_current = is_current
         self._now = now
-        self._unknown: dict[NodeId, float] = {}
+        self.unknown: dict[NodeId, float] = {}
         """Unknown callers with the times of their first calls, in this order."""
 
     def require(self, identity: NodeIdentity, access: MethodAccess) -> None:
@@ -58,18 +58,18 @@ class CallerCheck:
             Unavailable: This manager does not know the node yet, or has lost contact with the others.
         """
         if not self._is_current():
-            self._unknown.clear()
+            self.unknown.clear()
             raise Unavailable("this manager has lost contact with the others")
         if not check_caller(self._view(), identity, access):
             self._check_unknown(identity, access)
 
     def _check_unknown(self, identity: NodeIdentity, access: MethodAccess) -> None:
         now = self._now()
-        if identity.node_id not in self._unknown:
-            while len(self._unknown) >= UNKNOWN_MAX:
-                del self._unknown[next(iter(self._unknown))]
-            self._unknown[identity.node_id] = now
-        if now - self._unknown[identity.node_id] > UNKNOWN_S:
+        if identity.node_id not in self.unknown:
+            while len(self.unknown) >= UNKNOWN_MAX:
+                del self.unknown[next(iter(self.unknown))]
+            self.unknown[identity.node_id] = now
+        if now - self.unknown[identity.node_id] > UNKNOWN_S:
             log.warning(
                 "call with a certificate of an unknown node",
                 node=identity.node_id,

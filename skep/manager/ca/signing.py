@@ -71,7 +71,7 @@ class CertificateSigner:
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
-        return (unary(methods.SIGN_EXTERNALLY, self._sign_for_manager),)
+        return (unary(methods.SIGN_EXTERNALLY, self.sign_for_manager),)
 
     async def sign(self, csr_pem: bytes, identity: NodeIdentity) -> Signed:
         """Return a certificate of ``identity`` for the key in a request.
@@ -100,7 +100,7 @@ class CertificateSigner:
         reply = await self._channel(leader).call(methods.SIGN_EXTERNALLY, request, timeout_s=RELAY_S)
         return Signed(certificate_pem=reply.certificate, issuer=issuer_digest(swarm.tls_info))
 
-    async def _sign_for_manager(
+    async def sign_for_manager(
         self, request: skep.SignExternallyRequest, caller: Caller
     ) -> skep.SignExternallyResponse:
         if self._store.leader != self._own:

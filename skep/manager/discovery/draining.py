@@ -53,14 +53,14 @@ class Draining:
         self._store = store
         self._own = own
         self._discovery = discovery
-        self._channel = channel
+        self.channel = channel
         self._clock = clock
         self._random = random
-        self._acknowledged: dict[tuple[NodeId, NetworkId], _Acknowledged] = {}
+        self.acknowledged: dict[tuple[NodeId, NetworkId], _Acknowledged] = {}
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
-        return (unary(methods.AWAIT_TABLES, self._await_tables),)
+        return (unary(methods.AWAIT_TABLES, self.await_tables),)
 
     async def wait_unused(self, task: Task, revision: int) -> None:
         """Wait until no node sends new connections to ``task``, which was retired at ``revision`` of the store.
@@ -121,15 +121,15 @@ class Draining:
                 the manager at this revision or later.
         """
         key = manager, network_id
-        if key not in self._acknowledged and len(self._acknowledged) >= CACHED_MAX:
-            self._acknowledged.clear()
-        acknowledged = self._acknowledged.setdefault(key, _Acknowledged())
+        if key not in self.acknowledged and len(self.acknowledged) >= CACHED_MAX:
+            self.acknowledged.clear()
+        acknowledged = self.acknowledged.setdefault(key, _Acknowledged())
         async with acknowledged.one_at_a_time:
             if acknowledged.applied < revision or acknowledged.sessions_at < sessions_at:
                 asked_at = self._discovery.state.sessions_changed_at
                 request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
                 try:
-                    reply = await self._channel(manager).call(
+                    reply = await self.channel(manager).call(
                         methods.AWAIT_TABLES, request, timeout_s=CALL_SECONDS_MAX
                     )
                 except SkepError:
@@ -137,7 +137,7 @@ class Draining:
                 acknowledged.applied, acknowledged.sessions_at = reply.applied, asked_at
             return acknowledged.applied >= revision
 
-    async def _await_tables(
+    async def await_tables(
         self, request: skep.AwaitTablesRequest, caller: Caller
     ) -> skep.AwaitTablesResponse:
         acknowledgements = self._discovery.state.acknowledgements

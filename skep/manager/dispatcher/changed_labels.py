@@ -40,9 +40,9 @@ class ChangedLabels:
             self._has_changed.clear()
             changed, self._changed = self._changed, {}
             for id in changed:
-                await run_in_slices(self._wake_nodes(id), self._clock)
+                await run_in_slices(self.wake_nodes(id), self._clock)
 
-    def _wake_nodes(self, id: ServiceId) -> Iterator[None]:
+    def wake_nodes(self, id: ServiceId) -> Iterator[None]:
         # Later assignments are sent with the new labels.
         for number, task in enumerate(self._store.view().find(Task, service_id=id), 1):
             if task.node_id and not task.status.state.is_terminal:

@@ -52,7 +52,7 @@ class Stops:
         self._sessions = sessions
         self._clock = clock
         self._wait_unused = wait_unused
-        self._delayed: dict[TaskId, None] = {}
+        self.delayed: dict[TaskId, None] = {}
         self._pending: list[_PendingStop] = []
         self._has_pending = Event()
         self._etcds = (0, False)
@@ -60,7 +60,7 @@ class Stops:
 
     def on_update(self, old: Task, new: Task, revision: int) -> None:
         """Wake the streams of a changed task's node, now or when the delay of its stop ends."""
-        if new.id in self._delayed:
+        if new.id in self.delayed:
             if new.status.state.is_terminal:
                 self.release(new)
             return
@@ -68,23 +68,23 @@ class Stops:
             return
         seconds = drain_of(self._store.view(), old, new) if self._wait_unused is not None else 0.0
         is_here = self._sessions.live(new.node_id) is not None
-        if not (seconds and is_here) or len(self._delayed) >= DELAYED_MAX:
+        if not (seconds and is_here) or len(self.delayed) >= DELAYED_MAX:
             self.wake(new.node_id, (new.id,))
             return
-        self._delayed[new.id] = None
+        self.delayed[new.id] = None
         self._pending.append(_PendingStop(new, revision, seconds))
         self._has_pending.set()
 
     def release(self, task: Task) -> None:
         """Wake the node's streams at once for a task that was created, was deleted or has ended."""
-        self._delayed.pop(task.id, None)
+        self.delayed.pop(task.id, None)
         self.wake(task.node_id, (task.id,))
 
     def wake(self, node_id: NodeId, task_ids: Iterable[TaskId]) -> None:
         """Wake the node's streams for tasks, except for those whose stop is delayed."""
         session = self._sessions.live(node_id)
         if session is not None:
-            session.wake_assignments(id for id in task_ids if id not in self._delayed)
+            session.wake_assignments(id for id in task_ids if id not in self.delayed)
 
     async def run(self) -> None:
         """Delay stops until cancelled."""

@@ -43,21 +43,21 @@ class RepeatedReports:
         self._store = store
         self._live = live
         self._clock = clock
-        self._delayed: dict[SessionId, _Delayed] = {}
+        self.delayed: dict[SessionId, _Delayed] = {}
 
     def due(self, reports: Iterable[StatusReport]) -> list[StatusReport]:
         """Return the reports of one session to write now.  The others are kept, and acknowledged."""
         view, now = self._store.view(), self._clock.monotonic()
         due: list[StatusReport] = []
         for report in reports:
-            delayed = self._delayed.get(report.session_id)
+            delayed = self.delayed.get(report.session_id)
             if not is_repeated(view, report):
                 due.append(report)
                 if delayed is not None:
                     delayed.reports.pop(report.task_id, None)
                 continue
             if delayed is None:
-                delayed = self._delayed[report.session_id] = _Delayed(report.node_id, now)
+                delayed = self.delayed[report.session_id] = _Delayed(report.node_id, now)
             if delayed.allowance.take(now):
                 delayed.reports.pop(report.task_id, None)
                 due.append(report)
@@ -78,10 +78,10 @@ class RepeatedReports:
     def _allowed(self, now: float) -> Sequence[StatusReport]:
         """Return the reports that may be written at ``now``, and drop sessions that have ended."""
         due: list[StatusReport] = []
-        for session_id, delayed in list(self._delayed.items()):
+        for session_id, delayed in list(self.delayed.items()):
             session = self._live(delayed.node_id)
             if session is None or session.id != session_id:
-                del self._delayed[session_id]
+                del self.delayed[session_id]
                 continue
             while delayed.reports and delayed.allowance.take(now):
                 due.append(delayed.reports.pop(next(iter(delayed.reports))))

@@ -14,6 +14,7 @@ from skep.model.values.times import SECOND_NS, Timestamp, unix_ns
 
 SUBSYSTEMS = ("networking:gossip", "networking:ipsec")
 KEYS_PER_SUBSYSTEM = 3
+"""SwarmKit's keyring: the next, the current and the previous key."""
 KEY_BYTES = 16
 """Length of a key, as in SwarmKit."""
 ROTATION_S = 12 * 3600.0

@@ -89,9 +89,9 @@ class LogBroker:
         self._own = own
         self._relays = relays
         self._group: asyncio.TaskGroup | None = None
-        self._relaying: dict[str, set[asyncio.Task[None]]] = {}
-        self._subscriptions: dict[str, LogSubscription] = {}
-        self._listeners: dict[NodeId, _Listener] = {}
+        self.relaying: dict[str, set[asyncio.Task[None]]] = {}
+        self.subscriptions: dict[str, LogSubscription] = {}
+        self.listeners: dict[NodeId, _Listener] = {}
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
@@ -166,10 +166,10 @@ class LogBroker:
                 self._group = None
 
     def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> LogSubscription:
-        if len(self._subscriptions) >= SUBSCRIPTIONS_MAX:
+        if len(self.subscriptions) >= SUBSCRIPTIONS_MAX:
             raise Unavailable("too many log streams are open: close some and try again")
         subscription = LogSubscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
-        self._subscriptions[subscription.id] = subscription
+        self.subscriptions[subscription.id] = subscription
         return subscription
 
     def _instead(self, subscription: LogSubscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
@@ -209,7 +209,7 @@ class LogBroker:
                 subscription.finish(node_id, f"node {self._name(node_id)} did not respond in time")
 
     def _on_snapshot(self, view: View) -> None:
-        for subscription in self._subscriptions.values():
+        for subscription in self.subscriptions.values():
             if subscription.query.follow:
                 nodes = selected(view, subscription.query).nodes
                 self._request(subscription, sorted(nodes | subscription.sources.keys()))
@@ -218,25 +218,25 @@ class LogBroker:
         for event in commit.events:
             match event:
                 case Created(Task() as task) | Updated(_, Task() as task) if task.node_id:
-                    for subscription in self._subscriptions.values():
+                    for subscription in self.subscriptions.values():
                         if subscription.query.follow and matches(subscription.query, task):
                             self._request(subscription, [task.node_id])
                 case Updated(_, Node() as node):
                     self._forget_moved(node.id)
                     self._request_again(node.id)
-                    for subscription in self._subscriptions.values():
+                    for subscription in self.subscriptions.values():
                         self._check_state(subscription, node.id)
 
     def _forget_moved(self, node_id: NodeId) -> None:
         """Forget the listener of a node whose session moved to another manager, even if its old connection is open."""
         if self._relays is not None and self._owner(node_id) not in (NO_MANAGER, self._own):
-            moved = self._listeners.pop(node_id, None)
+            moved = self.listeners.pop(node_id, None)
             if moved is not None:
                 moved.end()
 
     def _request_again(self, node_id: NodeId) -> None:
         """Request the logs of this node's followers at its current manager."""
-        for subscription in self._subscriptions.values():
+        for subscription in self.subscriptions.values():
             if subscription.query.follow and node_id in subscription.sources:
                 self._request(subscription, [node_id])
 
@@ -280,7 +280,7 @@ class LogBroker:
 
     def _location(self, subscription: LogSubscription, node_id: NodeId) -> "_Listener | NodeId | None":
         """Return where a node can be reached: its listener here, another manager, or None."""
-        if (listener := self._listeners.get(node_id)) is not None:
+        if (listener := self.listeners.get(node_id)) is not None:
             return listener
         owner = self._owner(node_id)
         if subscription.only is not None or self._relays is None or owner in (NO_MANAGER, self._own):
@@ -295,9 +295,9 @@ class LogBroker:
 
     def _close(self, subscription: LogSubscription) -> None:
         """Cancel the requests at the nodes and the relaying managers."""
-        for relaying in tuple(self._relaying.pop(subscription.id, ())):
+        for relaying in tuple(self.relaying.pop(subscription.id, ())):
             relaying.cancel()
-        del self._subscriptions[subscription.id]
+        del self.subscriptions[subscription.id]
         subscription.close()
         for node_id, source in sorted(subscription.sources.items()):
             if isinstance(source, _Listener) and node_id in subscription.pending:
@@ -319,7 +319,7 @@ class LogBroker:
             subscription.start_source(node_id, relay)
         task = self._group.create_task(self._read_relay(subscription, relay, query), name="log relay")
         relay.task = task
-        relaying = self._relaying.setdefault(subscription.id, set())
+        relaying = self.relaying.setdefault(subscription.id, set())
         relaying.add(task)
         task.add_done_callback(relaying.discard)
 
@@ -394,8 +394,8 @@ class LogBroker:
         if self._store.view().lookup(Node, node_id) is None:
             raise PermissionDenied(f"Permission denied: node {node_id} is not part of this swarm")
         listener = _Listener(caller)
-        earlier = self._listeners.get(node_id)
-        self._listeners[node_id] = listener
+        earlier = self.listeners.get(node_id)
+        self.listeners[node_id] = listener
         if earlier is not None:
             earlier.end()
         self._request_again(node_id)
@@ -403,9 +403,9 @@ class LogBroker:
             while (message := await listener.next()) is not None:
                 yield message
         finally:
-            if self._listeners.get(node_id) is listener:
-                del self._listeners[node_id]
-                for subscription in self._subscriptions.values():
+            if self.listeners.get(node_id) is listener:
+                del self.listeners[node_id]
+                for subscription in self.subscriptions.values():
                     if node_id in subscription.pending and not subscription.query.follow:
                         name = self._name(node_id)
                         subscription.finish(node_id, f"node {name} disconnected unexpectedly")
@@ -444,7 +444,7 @@ class LogBroker:
         return pb.PublishLogsResponse()
 
     def _require(self, subscription_id: str, node_id: NodeId) -> LogSubscription:
-        subscription = self._subscriptions.get(subscription_id)
+        subscription = self.subscriptions.get(subscription_id)
         if subscription is None or subscription.sources.get(node_id) is None:
             raise NotFound("log subscription not found")
         return subscription

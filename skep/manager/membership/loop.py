@@ -91,7 +91,7 @@ class ManagerReconciler:
                     await changed.wait()
             changed.clear()
             try:
-                await self._check()
+                await self.check()
                 backoff.reset()
             except NotLeader:
                 raise
@@ -99,7 +99,7 @@ class ManagerReconciler:
                 log.warning("managers not reconciled, will retry", reason=str(error))
                 await backoff.sleep(self._clock)
 
-    async def _check(self) -> None:
+    async def check(self) -> None:
         now = self._clock.monotonic()
         silent, reachable = self._link.silent(now), self._link.reachable(now)
         view = self._term.view()

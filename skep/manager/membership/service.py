@@ -68,7 +68,7 @@ class MembersService:
         """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.ADD_MEMBER, self._add),
-            unary(methods.PROMOTE_MEMBER, self._promote),
+            unary(methods.PROMOTE_MEMBER, self.promote),
             unary(methods.RESIGN, self._resign),
             unary(methods.KEEP_WRAPPING_KEY, self._keep),
         )
@@ -102,7 +102,7 @@ class MembersService:
             for ip, port in (known.get(member.name, ("", 0)),)
         ]
 
-    async def _promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:
+    async def promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:
         """Make the caller a voter.  Waits a while for it to catch up."""
         until = self._clock.monotonic() + CATCH_UP_S
         while True:

@@ -90,12 +90,12 @@ class ImageDirectory:
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
         return (
-            unary(methods.FIND_IMAGE, self._find),
+            unary(methods.FIND_IMAGE, self.find),
             unary(methods.CHECK_NODE, self._check),
             unary(methods.NEEDED_IMAGES, self._list_needed),
         )
 
-    async def _find(self, request: skep.FindImageRequest, caller: Caller) -> skep.FindImageResponse:
+    async def find(self, request: skep.FindImageRequest, caller: Caller) -> skep.FindImageResponse:
         spellings = _names(request.images, SPELLINGS_MAX)
         if not await self._may_read(caller.node_id, spellings):
             return skep.FindImageResponse()

@@ -98,9 +98,9 @@ class NodeTunnels:
         self._own = own
         self._session = session
         self._channel = channel
-        self._streams: NodeStreams[_Orders] = NodeStreams("tunnel orders")
-        self._expected: dict[str, _Expected] = {}
-        self._open: Counter[NodeId] = Counter()
+        self.streams: NodeStreams[_Orders] = NodeStreams("tunnel orders")
+        self.expected: dict[str, _Expected] = {}
+        self.open_count: Counter[NodeId] = Counter()
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
@@ -153,7 +153,7 @@ class NodeTunnels:
     @asynccontextmanager
     async def _open_to(self, node: Node, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
         manager = node.session.manager_id if node.session is not None else NodeId("")
-        if node.id in self._streams or manager in ("", self._own):
+        if node.id in self.streams or manager in ("", self._own):
             async with self._open_here(request) as tunnel:
                 yield tunnel
         else:
@@ -201,16 +201,16 @@ class NodeTunnels:
     @asynccontextmanager
     async def _open_here(self, request: skep.TunnelRequest) -> AsyncIterator[Tunnel]:
         node_id = NodeId(request.node_id)
-        stream = self._streams.get(node_id)
+        stream = self.streams.get(node_id)
         if stream is None:
             raise self._why_unreachable(node_id)
-        if self._open[node_id] >= PER_NODE_MAX or self._open.total() >= TUNNELS_MAX:
+        if self.open_count[node_id] >= PER_NODE_MAX or self.open_count.total() >= TUNNELS_MAX:
             raise ResourceExhausted(
                 f"too many connections to containers of node {node_id} or of this manager are open: close some"
             )
         expected, id = _Expected(node_id), secrets.token_hex(16)
-        self._expected[id] = expected
-        self._open[node_id] += 1
+        self.expected[id] = expected
+        self.open_count[node_id] += 1
         try:
             stream.order(skep.TunnelOrder(id=id, request=request))
             try:
@@ -222,10 +222,10 @@ class NodeTunnels:
             yield tunnel
             expected.is_complete = True
         finally:
-            del self._expected[id]
-            self._open[node_id] -= 1
-            if not self._open[node_id]:
-                del self._open[node_id]
+            del self.expected[id]
+            self.open_count[node_id] -= 1
+            if not self.open_count[node_id]:
+                del self.open_count[node_id]
             expected.done.set()
 
     def _why_unreachable(self, node_id: NodeId) -> SkepError:
@@ -247,14 +247,14 @@ class NodeTunnels:
         session = self._session(caller.node_id, await session_named(messages))
         with (
             session.signal() as signal,
-            self._streams.open(_Orders(caller.node_id, session, signal)) as stream,
+            self.streams.open(_Orders(caller.node_id, session, signal)) as stream,
         ):
             await run_stream(
                 stream, messages, lambda one: self._refused(caller.node_id, one), stream.send_orders(send)
             )
 
     def _refused(self, node_id: NodeId, message: skep.TunnelUpdate) -> None:
-        expected = self._expected.get(message.id)
+        expected = self.expected.get(message.id)
         if expected is not None and expected.node_id == node_id and not expected.opened.done():
             expected.opened.set_exception(Unavailable(message.error or "the node has refused the connection"))
 
@@ -266,7 +266,7 @@ class NodeTunnels:
     ) -> None:
         """Serve a tunnel that a node opens by order."""
         first = await _first(pieces)
-        expected = self._expected.get(first.id)
+        expected = self.expected.get(first.id)
         if expected is None or expected.node_id != caller.node_id or expected.opened.done():
             raise NotFound("no such order")
         waiting = _Pieces()

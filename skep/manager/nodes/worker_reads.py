@@ -43,21 +43,21 @@ class WorkerReads:
     def __init__(self, view: Callable[[], View], socket: Path) -> None:
         self._view = view
         self._socket = socket
-        self._reading: list[str] = []
+        self.reading: list[str] = []
         """The node of each open read."""
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
-        return (server_stream(methods.READ, self._serve_read, taken_s=TAKEN_S),)
+        return (server_stream(methods.READ, self.serve_read, taken_s=TAKEN_S),)
 
-    async def _serve_read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
+    async def serve_read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
         """Yield the API's response to a read.  Raises: PermissionDenied; ResourceExhausted; errors of this manager's
         API.
         """
         self._check(request.target)
-        if len(self._reading) >= READS_MAX or self._reading.count(caller.node_id) >= READS_PER_NODE_MAX:
+        if len(self.reading) >= READS_MAX or self.reading.count(caller.node_id) >= READS_PER_NODE_MAX:
             raise ResourceExhausted("too many clients of workers read from this manager: try again later")
-        self._reading.append(caller.node_id)
+        self.reading.append(caller.node_id)
         try:
             async with (
                 ApiClient.local(self._socket, "this manager") as client,
@@ -71,7 +71,7 @@ class WorkerReads:
                         self._check(request.target)
                         yield skep.ReadPiece(data=data[start : start + PIECE_BYTES])
         finally:
-            self._reading.remove(caller.node_id)
+            self.reading.remove(caller.node_id)
 
     def _check(self, target: str) -> None:
         """Check that a worker may read ``target``.  Raises: PermissionDenied.

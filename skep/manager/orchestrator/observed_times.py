@@ -32,7 +32,7 @@ class ObservedTimes:
     def __init__(self, began: float) -> None:
         """Start without observations.  ``began`` is the time of the watch's snapshot."""
         self._began = began
-        self._created: dict[TaskId, float] = {}
+        self.created_times: dict[TaskId, float] = {}
         self._waited: dict[TaskId, float] = {}
         """Times at which tasks stopped waiting for other services or, if they were prepared, for their start."""
         self._placeable: set[TaskId] = set()
@@ -50,7 +50,7 @@ class ObservedTimes:
 
     def created(self, task: Task) -> float:
         """Return when the task appeared."""
-        return self._created.get(task.id, self._began)
+        return self.created_times.get(task.id, self._began)
 
     def could_start(self, task: Task) -> float | None:
         """Return since when the task can start, or None while it waits for another service."""
@@ -79,7 +79,7 @@ class ObservedTimes:
 
     def saw_created(self, task: Task) -> bool:
         """Return whether the task was created in this term."""
-        return task.id in self._created
+        return task.id in self.created_times
 
     def saw_start(self, task: Task) -> bool:
         """Return whether ``running`` is the actual start of the task and not the start of the term."""
@@ -143,7 +143,7 @@ class ObservedTimes:
         for event in commit.events:
             match event:
                 case Created(Task() as task):
-                    self._created[task.id] = now
+                    self.created_times[task.id] = now
                     self._record_state(task, now)
                 case Updated(Task() as old, Task() as task):
                     if old.status.state is TaskState.RUNNING and task.id not in self._running:
@@ -171,7 +171,7 @@ class ObservedTimes:
                     self._resumed.pop(service.id, None)
                 case Deleted(Task() as task):
                     for stamps in (
-                        self._created,
+                        self.created_times,
                         self._waited,
                         self._unplaceable,
                         self._running,

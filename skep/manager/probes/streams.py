@@ -95,8 +95,8 @@ class ProbeStreams:
         self._session = session
         self._networks = networks
         self._clock = clock
-        self._streams: NodeStreams[_Stream] = NodeStreams("paths")
-        self._directory = NodeDirectory(peers={})
+        self.streams: NodeStreams[_Stream] = NodeStreams("paths")
+        self.directory = NodeDirectory(peers={})
         self._plan = ProbePlan((), {})
         self._is_stale = True
         self._planned_at = float("-inf")
@@ -107,7 +107,7 @@ class ProbeStreams:
 
     def nodes(self) -> tuple[NodeId, ...]:
         """Return the nodes with an open stream."""
-        return tuple(sorted(self._streams))
+        return tuple(sorted(self.streams))
 
     async def run_diagnostics(
         self, node_id: NodeId, *, throughput: bool
@@ -118,12 +118,12 @@ class ProbeStreams:
         Raises:
             Unavailable: The node has no stream here, or loses it in the meantime.
         """
-        stream = self._streams.get(node_id)
+        stream = self.streams.get(node_id)
         if stream is None:
             raise Unavailable(f"node {node_id} is not connected to this manager")
         targets = stream.targets.peers if stream.targets is not None else ()
         known = {peer.node_id for peer in targets}
-        managers = (peer for peer in managers_for(node_id, self._directory) if peer.node_id not in known)
+        managers = (peer for peer in managers_for(node_id, self.directory) if peer.node_id not in known)
         peers = (*targets, *managers)
         names = self._networks.names_for(node_id)
         return await stream.run_diagnostics(
@@ -156,7 +156,7 @@ class ProbeStreams:
     async def _work(self) -> None:
         while True:
             now = self._clock.monotonic()
-            is_small = len(self._directory.peers) <= ALL_PAIRS_MAX
+            is_small = len(self.directory.peers) <= ALL_PAIRS_MAX
             pause_s = 0.0 if is_small else PLAN_PAUSE_S
             again_s = PLAN_AGAIN_SMALL_S if is_small else PLAN_AGAIN_S
             if now - self._planned_at >= (pause_s if self._is_stale else again_s):
@@ -171,15 +171,15 @@ class ProbeStreams:
         nodes, swarms = view.find(Node), view.find(Swarm)
         slices = TimeSlices(self._clock)
         if len(nodes) <= ALL_PAIRS_MAX:
-            self._directory, self._plan = _planned(nodes, swarms, {})
+            self.directory, self._plan = _planned(nodes, swarms, {})
         else:
             networks: dict[NodeId, Sequence[NetworkId]] = {}
             for node in nodes:
                 networks[node.id] = self._networks.networks_of(node.id)
                 await slices.yield_if_due()
             # Pure computation: 0.2 s for 5,000 nodes.
-            self._directory, self._plan = await asyncio.to_thread(_planned, nodes, swarms, networks)
-        for stream in tuple(self._streams.values()):
+            self.directory, self._plan = await asyncio.to_thread(_planned, nodes, swarms, networks)
+        for stream in tuple(self.streams.values()):
             self._update_targets(stream)
             await slices.yield_if_due()
         without_probes = [node for node in nodes if node.failing_paths and not probes_paths(node)]
@@ -188,7 +188,7 @@ class ProbeStreams:
 
     def _update_targets(self, stream: "_Stream") -> None:
         """Send the stream's current targets if they changed."""
-        targets = targets_for(stream.node_id, self._directory, self._plan, self._encrypted)
+        targets = targets_for(stream.node_id, self.directory, self._plan, self._encrypted)
         if targets != stream.targets:
             stream.set_targets(targets)
 
@@ -201,7 +201,7 @@ class ProbeStreams:
     async def _write(self) -> None:
         view = self._store.view()
         due: list[PathRecord] = []
-        for stream in self._streams.values():
+        for stream in self.streams.values():
             if not stream.is_dirty:
                 continue
             node = view.lookup(Node, stream.node_id)
@@ -241,7 +241,7 @@ class ProbeStreams:
         results = ProbeResults(node.failing_paths if node is not None else ())
         with (
             session.signal() as signal,
-            self._streams.open(_Stream(caller.node_id, session, signal, results)) as stream,
+            self.streams.open(_Stream(caller.node_id, session, signal, results)) as stream,
         ):
             self._update_targets(stream)
             await run_stream(stream, requests, stream.receive, stream.send_orders(send))

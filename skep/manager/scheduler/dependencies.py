@@ -137,7 +137,7 @@ class _Check:
     ) -> None:
         self._name = name
         self._view = view
-        self._confirmed = confirmed
+        self.confirmed = confirmed
         self._now = now
         self._states = states
         self.services: set[ServiceId] = set()
@@ -154,7 +154,7 @@ class _Check:
                 and least <= task.status.state <= TaskState.RUNNING
                 and (spec is None or is_same_task(task.spec, spec))
             ):
-                at = self._confirmed(task, self._view)
+                at = self.confirmed(task, self._view)
                 if at is not None and at <= self._now:
                     return _State(is_met=True)
                 nodes.add(task.node_id)
@@ -340,7 +340,7 @@ class Waits:
     """Groups of tasks that wait for services, and the reasons."""
 
     def __init__(self, began: float) -> None:
-        self._confirmed = Confirmed(began)
+        self.confirmed = Confirmed(began)
         self._waiting: dict[_Key, WaitReason] = {}
         self._groups: dict[_Key, dict[str, None]] = {}
         self._key_of: dict[str, _Key] = {}
@@ -350,7 +350,7 @@ class Waits:
 
     def record(self, commit: Commit, now: float) -> Mapping[str, float]:
         """Record a commit.  Returns the groups that must be decided again, with the times for that."""
-        self._confirmed.record(commit, now)
+        self.confirmed.record(commit, now)
         self._states_at = None
         due: dict[str, float] = {}
         if not self._waiting:
@@ -411,7 +411,7 @@ class Waits:
         if self._states_at != (view.revision, now):
             self._states, self._states_at = {}, (view.revision, now)
         if key not in found:
-            found[key] = awaited(task, view, self._confirmed.at, now, self._states)
+            found[key] = awaited(task, view, self.confirmed.at, now, self._states)
         waiting = found[key]
         self.forget(group)
         if waiting is not None:

@@ -16,7 +16,7 @@ class GenericStock:
     """The free generic resources of one node."""
 
     def __init__(self, resources: Iterable[GenericResource] = ()) -> None:
-        self._counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
         self._names: dict[str, dict[str, None]] = {}
         self.give_back(resources)
 
@@ -27,14 +27,14 @@ class GenericStock:
 
     def free(self, kind: str) -> int:
         """Return how much of the resource ``kind`` a task could get."""
-        return max(self._counts.get(kind, 0), len(self._names.get(kind, ())))
+        return max(self.counts.get(kind, 0), len(self._names.get(kind, ())))
 
     def holds(self, given: GenericResource) -> bool:
         """Return whether the resource that was assigned to a task exists and is free."""
         if (named := given.named_resource_spec) is not None:
             return named.value in self._names.get(named.kind, {})
         kind, amount = kind_and_amount(given)
-        return self._counts.get(kind, 0) >= amount
+        return self.counts.get(kind, 0) >= amount
 
     def chosen(self, wanted: Iterable[GenericResource]) -> tuple[GenericResource, ...]:
         """Return the resources that a task would get, with names in the node's order.  They stay free until
@@ -62,7 +62,7 @@ class GenericStock:
             else:
                 # May become negative when the node lost resources that its tasks use.  Then none is free.
                 kind, amount = kind_and_amount(resource)
-                self._counts[kind] = self._counts.get(kind, 0) - amount
+                self.counts[kind] = self.counts.get(kind, 0) - amount
 
     def give_back(self, resources: Iterable[GenericResource]) -> None:
         """Release resources."""
@@ -71,4 +71,4 @@ class GenericStock:
                 self._names.setdefault(named.kind, {})[named.value] = None
             else:
                 kind, amount = kind_and_amount(resource)
-                self._counts[kind] = self._counts.get(kind, 0) + amount
+                self.counts[kind] = self.counts.get(kind, 0) + amount

@@ -67,7 +67,7 @@ class StoreSpace:
 
     def services(self) -> Sequence[Handler]:
         """Return the handlers for ``wire.server.serve``."""
-        return (unary(methods.STORE_SPACE, self._answer),)
+        return (unary(methods.STORE_SPACE, self.answer),)
 
     async def keep(self) -> None:
         """Check every ``CHECK_S`` until cancelled, as the leader."""
@@ -157,7 +157,7 @@ class StoreSpace:
         )
         return MemberSpace(size=reply.size, in_use=reply.in_use, quota=reply.quota, has_alarm=reply.has_alarm)
 
-    async def _answer(self, request: skep.StoreSpaceRequest, caller: Caller) -> skep.StoreSpaceResponse:
+    async def answer(self, request: skep.StoreSpaceRequest, caller: Caller) -> skep.StoreSpaceResponse:
         if request.defragment:
             if self._defragmenting.locked():
                 raise Unavailable("this manager's store is already being defragmented")

@@ -98,10 +98,10 @@ class ClusterEvents:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._past: deque[_Kept] = deque()
-        self._readers: set[asyncio.Queue[_Kept | None]] = set()
+        self.past: deque[_Kept] = deque()
+        self.readers: set[asyncio.Queue[_Kept | None]] = set()
         self._floor: int | None = None
-        """Revision after which all events are in ``_past``.  None while no commits are followed."""
+        """Revision after which all events are in ``past``.  None while no commits are followed."""
         self._revision = 0
         """The last revision whose events were derived."""
 
@@ -113,13 +113,13 @@ class ClusterEvents:
             except WatchLagged:
                 self._floor = None
                 # Events may have been missed, so all streams end.
-                for reader in self._readers:
+                for reader in self.readers:
                     _end(reader)
 
     async def _follow(self) -> None:
         kinds = (Service, Task, Node, Secret, Config, Network, Volume, Swarm, Payload)
         async with self._store.watch(*kinds) as watch:
-            self._past.clear()
+            self.past.clear()
             self._floor = self._revision = watch.snapshot.revision
             async for commit in watch:
                 messages: list[EventMessage] = []
@@ -145,10 +145,10 @@ class ClusterEvents:
         self._publish(_Kept(message, self._revision, self._revision))
 
     def _publish(self, kept: _Kept) -> None:
-        self._past.append(kept)
-        if len(self._past) > KEPT:
-            self._floor = self._past.popleft().revision
-        for reader in self._readers:
+        self.past.append(kept)
+        if len(self.past) > KEPT:
+            self._floor = self.past.popleft().revision
+        for reader in self.readers:
             try:
                 reader.put_nowait(kept)
             except asyncio.QueueFull:
@@ -185,7 +185,7 @@ class ClusterEvents:
         """Return the revision before the first kept event since ``since_ns``, or the current one if there is no such
         event.
         """
-        since = (kept.revision - 1 for kept in self._past if kept.message.time_nano >= since_ns)
+        since = (kept.revision - 1 for kept in self.past if kept.message.time_nano >= since_ns)
         return next(since, self._revision)
 
     async def subscribe(
@@ -234,8 +234,8 @@ class ClusterEvents:
             EventsLost: The reader has fallen behind.
         """
         reader: asyncio.Queue[_Kept | None] = asyncio.Queue(BEHIND_MAX)
-        self._readers.add(reader)
-        past = tuple(filter(is_past, self._past))
+        self.readers.add(reader)
+        past = tuple(filter(is_past, self.past))
         try:
             for kept in past:
                 yield kept
@@ -254,7 +254,7 @@ class ClusterEvents:
                     )
                 yield found
         finally:
-            self._readers.discard(reader)
+            self.readers.discard(reader)
 
 
 def _end(reader: asyncio.Queue[_Kept | None]) -> None:

@@ -17,6 +17,7 @@ IMAGES_PORT: Final = 2374
 API_PORT: Final = 2376
 """Conventional port of Docker's API with TLS, registered with IANA as docker-s."""
 MANAGER_PORT: Final = 2377
+"""Docker's port of managers."""
 PEER_PORT: Final = 2378
 """Port of etcd on a manager with the default port (``default_peer_addr``)."""
 PEER_PORT_OFFSET: Final = 10_000

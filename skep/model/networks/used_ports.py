@@ -59,7 +59,7 @@ def used_ports_of(node: Node) -> frozenset[UsedPort]:
 def ports_in(label: str) -> frozenset[UsedPort]:
     """Return the ports in the text of a label; invalid parts are ignored."""
     label = label[:_LABEL_CHARACTERS_MAX]
-    return _remembered(label) if len(label) <= _REMEMBERED_CHARACTERS_MAX else _read(label)
+    return cached_answer(label) if len(label) <= _REMEMBERED_CHARACTERS_MAX else _read(label)
 
 
 def _read(label: str) -> frozenset[UsedPort]:
@@ -71,4 +71,4 @@ def _read(label: str) -> frozenset[UsedPort]:
     )
 
 
-_remembered = lru_cache(4096)(_read)
+cached_answer = lru_cache(4096)(_read)

@@ -30,6 +30,7 @@ LABEL_CHARACTERS_MAX: Final = 32 * 1024
 _WORD = re.compile(r"([a-zA-Z0-9][\w.-]+)=([a-zA-Z0-9][\w-]*)\.([0-9]{1,9})@([0-9]{1,15})", re.ASCII)
 _FORGOTTEN = re.compile(r"([a-zA-Z0-9][\w.-]+)@([0-9]{1,15})", re.ASCII)
 _MILLISECOND_NS = 1_000_000
+"""The names hold times in milliseconds, which keeps them short."""
 _LOCATING = ("type", "device")
 """Options of a volume that locate its data, perhaps on another machine."""
 
@@ -147,7 +148,7 @@ class SlotVolumeIndex:
     def __init__(self, nodes: Iterable[Node] = ()) -> None:
         self._labels: dict[NodeId, str] = {}
         self._slots: dict[NodeId, tuple[SlotName, ...]] = {}
-        self._by_slot: dict[SlotName, dict[NodeId, Sequence[SlotVolume]]] = {}
+        self.by_slot: dict[SlotName, dict[NodeId, Sequence[SlotVolume]]] = {}
         self._forgotten: dict[NodeId, Mapping[str, int]] = {}
         for node in nodes:
             self.set_node(node)
@@ -161,14 +162,14 @@ class SlotVolumeIndex:
         label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
         if label == self._labels.get(node.id, ""):
             return ()
-        before = {slot: self._by_slot[slot][node.id] for slot in self._slots.get(node.id, ())}
+        before = {slot: self.by_slot[slot][node.id] for slot in self._slots.get(node.id, ())}
         self._remove_label(node.id)
         self._labels[node.id] = label
         by_slot: dict[SlotName, list[SlotVolume]] = {}
         for one in slot_volumes_of(node):
             by_slot.setdefault((one.service, one.slot), []).append(one)
         for slot, found in by_slot.items():
-            self._by_slot.setdefault(slot, {})[node.id] = found
+            self.by_slot.setdefault(slot, {})[node.id] = found
         self._slots[node.id] = tuple(by_slot)
         return {slot for slot in {*before, *by_slot} if before.get(slot) != by_slot.get(slot)}
 
@@ -181,22 +182,22 @@ class SlotVolumeIndex:
         if self._labels.pop(node_id, None) is None:
             return
         for slot in self._slots.pop(node_id):
-            nodes = self._by_slot[slot]
+            nodes = self.by_slot[slot]
             del nodes[node_id]
             if not nodes:
-                del self._by_slot[slot]
+                del self.by_slot[slot]
 
     def is_forgotten(self, node_id: NodeId, name: str, at_ms: int) -> bool:
         """Return whether use of a volume at that time is forgotten.  ``name`` may have placeholders."""
         forgotten = self._forgotten.get(node_id)
         if not forgotten:
             return False
-        shape = _shape(name)
+        shape = shape_of(name)
         return any(at_ms <= until_ms and _is_named(volume, shape) for volume, until_ms in forgotten.items())
 
     def of(self, slot: SlotName) -> Mapping[NodeId, Sequence[SlotVolume]]:
         """Return the volumes of a slot that nodes report, by node."""
-        return self._by_slot.get(slot, _NONE)
+        return self.by_slot.get(slot, _NONE)
 
 
 _NONE: Mapping[NodeId, Sequence[SlotVolume]] = MappingProxyType({})
@@ -219,7 +220,7 @@ def homes_of(task: Task, service_name: str, past: Iterable[Task], index: SlotVol
             if index.is_forgotten(other.node_id, name, created_ms(other)):
                 continue
             found.setdefault(other.node_id, Home(other.node_id, name))
-    shapes = [_shape(name) for name in volumes]
+    shapes = [shape_of(name) for name in volumes]
     reported = [
         (-one.at_ms, node_id, one.volume)
         for node_id, some in index.of((service_name, task.slot)).items()
@@ -247,10 +248,10 @@ def had_volumes(task: Task) -> bool:
 
 def may_be(volume: str, name: str) -> bool:
     """Return whether ``name``, perhaps with placeholders, may expand to the name ``volume``."""
-    return bool(name) and _is_named(volume, _shape(name))
+    return bool(name) and _is_named(volume, shape_of(name))
 
 
-def _shape(name: str) -> _Shape:
+def shape_of(name: str) -> _Shape:
     """Return the prefix and suffix of all names to which ``name``, perhaps with placeholders, may expand."""
     if "{{" not in name:
         return name, None

@@ -188,7 +188,7 @@ class Membership:
             node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
             new = NewCluster(plan=plan, root_key_pem=root_key_pem)
             write_files = partial(self._dependencies.manager_files.write_new, node, new)
-            await self._enter(node, pair, write_files, _FOUNDING_TIMEOUT_S)
+            await self.enter(node, pair, write_files, _FOUNDING_TIMEOUT_S)
             log.info("swarm founded", node=node.node_id, cluster=node.cluster_id)
             return node.node_id
 
@@ -258,7 +258,7 @@ class Membership:
             node=node, wrapping_key=manifest.wrapping_key, snapshot=snapshot, hostname=manifest.hostname
         )
         write_files = partial(self._dependencies.manager_files.write_restored, restored)
-        await self._enter(node, pair, write_files, _FOUNDING_TIMEOUT_S)
+        await self.enter(node, pair, write_files, _FOUNDING_TIMEOUT_S)
         log.warning("swarm restored", node=node.node_id, cluster=node.cluster_id)
 
     async def join(self, request: JoinRequest) -> None:
@@ -285,7 +285,7 @@ class Membership:
                 managers=tuple(KnownManager(NodeId(""), remote) for remote in plan.remote_addrs),
             )
             write_files = partial(self._dependencies.manager_files.write_new, node, None)
-            await self._enter(node, pair, write_files, _JOIN_TIMEOUT_S)
+            await self.enter(node, pair, write_files, _JOIN_TIMEOUT_S)
             log.info("swarm joined", node=node.node_id, cluster=node.cluster_id)
 
     async def leave(self, *, force: bool) -> None:
@@ -415,7 +415,7 @@ class Membership:
 
     # --- entering and leaving ---------------------------------------------------------------------------------
 
-    async def _enter(
+    async def enter(
         self, node: LocalNode, pair: KeyPair, write_files: Callable[[], None], timeout_s: float
     ) -> None:
         """Become ``node`` in its cluster.  A failure leaves nothing behind.

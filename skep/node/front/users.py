@@ -172,12 +172,12 @@ class KnownUsers:
                 async with self._manager_api.lines("/_skep/access", {}) as lines:
                     backoff.reset()
                     async for line in lines:
-                        self._take(msgspec.json.decode(line, type=AccessTable))
+                        self.apply_access(msgspec.json.decode(line, type=AccessTable))
             except (SkepError, OSError, msgspec.DecodeError):
                 pass  # the manager process is not running
             await backoff.sleep(self._clock)
 
-    def _take(self, table: AccessTable) -> None:
+    def apply_access(self, table: AccessTable) -> None:
         if not table.is_current:
             return  # the manager no longer sees removals of users
         self._received_at = self._clock.monotonic()

@@ -231,8 +231,8 @@ class DiskSpace:
         self._configuration = configuration
         self._conditions = conditions
         self._clock = clock
-        self._own_calls = BlockingCalls()
-        self._calls = BlockingCalls()
+        self.own_calls = BlockingCalls()
+        self.calls = BlockingCalls()
         """Separate threads for containers' mounts.
 
         Mounts without a responding server must not use up the threads for the node's own directories.
@@ -314,7 +314,7 @@ class DiskSpace:
             finally:
                 self._waiting.discard(path)
 
-        calls = self._own_calls if is_own else self._calls
+        calls = self.own_calls if is_own else self.calls
         self._waiting.add(path)
         try:
             return await calls.call(measure, SILENT_S)

@@ -99,7 +99,7 @@ class Supervisor:
         self._clock = clock
         self._rng = rng
         self._ends_with_node = ends_with_node
-        self._is_dismissed = False
+        self.is_dismissed = False
         self._policy = policy
         self._ends: tuple[float, ...] = ()
         self._last_end = ""
@@ -131,7 +131,7 @@ class Supervisor:
                     return
                 await self._wait_restart(code)
         finally:
-            if self._is_dismissed or (self._ends_with_node() and not self._policy.outlives_node):
+            if self.is_dismissed or (self._ends_with_node() and not self._policy.outlives_node):
                 await self._stop()
 
     async def _wait_restart(self, code: int | None) -> None:
@@ -166,7 +166,7 @@ class Supervisor:
 
     def dismiss(self) -> None:
         """Let ``run`` stop the process when it is cancelled."""
-        self._is_dismissed = True
+        self.is_dismissed = True
 
     async def _stop(self) -> None:
         # The pid file also names a process whose start was cancelled before its pid arrived here.

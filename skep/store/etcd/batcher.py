@@ -183,7 +183,7 @@ class Batcher:
     ) -> None:
         self._client = client
         self._cipher = cipher
-        self._replica = replica
+        self.replica = replica
         self._epoch_key = epoch_key
         self._epoch_etcd_key = etcd_key(epoch_key)
         self._epoch_value = b""
@@ -200,7 +200,7 @@ class Batcher:
         self._queue: deque[QueuedProposal] = deque()
         self._in_flight: list[Footprint] = []
         self._idle_workers: deque[asyncio.Future[Batch]] = deque()
-        self._markers: dict[bytes, tuple[Marker, QueuedProposal]] = {}
+        self.markers: dict[bytes, tuple[Marker, QueuedProposal]] = {}
         self._marker_numbers = count()
         self._spare_marker_keys: list[bytes] = []
         """Marker keys of earlier deletions, which are used again."""
@@ -250,7 +250,7 @@ class Batcher:
             if isinstance(outcome, Uncertain):
                 raise outcome
             if isinstance(outcome, Committed):
-                await self._replica.wait_reached(outcome.revision)
+                await self.replica.wait_reached(outcome.revision)
 
     async def run(self) -> None:
         """Send queued proposals until cancelled."""
@@ -266,7 +266,7 @@ class Batcher:
         the watch, and it would be handled after all coroutines that the commit wakes.  This works for encrypted values
         only, because no other manager can have written the same bytes.
         """
-        found = self._markers.get(key)
+        found = self.markers.get(key)
         if found is not None and found[0].value == value:
             self._observed[found[1]] = revision
             if not is_clear(key):
@@ -295,7 +295,7 @@ class Batcher:
                 self._idle_workers.popleft()  # cancelled
                 continue
             batch = fill_batch(
-                Batch(self._replica.resets, self._cipher.ring_revision), self._queue, self._in_flight
+                Batch(self.replica.resets, self._cipher.ring_revision), self._queue, self._in_flight
             )
             if not batch.proposals:
                 return
@@ -315,7 +315,7 @@ class Batcher:
         txn = batch.request.success.add().request_txn
         marker = fill_txn(txn, queued.proposal, queued.fence, self._cipher, self._new_marker_key)
         batch.markers.append(marker)
-        self._markers[marker.key] = (marker, queued)
+        self.markers[marker.key] = (marker, queued)
 
     def _new_marker_key(self) -> bytes:
         return (
@@ -357,7 +357,7 @@ class Batcher:
         finally:
             for queued, marker in zip(batch.proposals, batch.markers, strict=False):
                 self._observed.pop(queued, None)
-                self._markers.pop(marker.key, None)
+                self.markers.pop(marker.key, None)
                 if marker.key.startswith(self._epoch_etcd_key):
                     self._spare_marker_keys.append(marker.key)
 
@@ -387,8 +387,8 @@ class Batcher:
         committed.
         """
         revision = await self._advance_epoch()
-        await self._replica.wait_reached(revision)
-        if self._replica.resets != batch.resets:
+        await self.replica.wait_reached(revision)
+        if self.replica.resets != batch.resets:
             # The replica was reloaded, and may have missed the write and later changes of the same key.
             for queued in batch.proposals:
                 queued.resolve(Uncertain("the outcome of a write could not be determined"))

@@ -112,7 +112,7 @@ class EtcdClient:
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
         """Read keys.  Linearizable unless the request says otherwise."""
-        return await self._call("KV/Range", pb.RangeResponse, request, timeout_s)
+        return await self.call("KV/Range", pb.RangeResponse, request, timeout_s)
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
         """Write one key unconditionally.
@@ -136,34 +136,32 @@ class EtcdClient:
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
         """Discard the history before ``revision``.  Returns once the pages in this member's file are free."""
         request = pb.CompactionRequest(revision=revision, physical=True)
-        await self._call("KV/Compact", pb.CompactionResponse, request, timeout_s)
+        await self.call("KV/Compact", pb.CompactionResponse, request, timeout_s)
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
         """Return this member's leader, term and size.  Works without a quorum."""
-        return await self._call("Maintenance/Status", pb.StatusResponse, pb.StatusRequest(), timeout_s)
+        return await self.call("Maintenance/Status", pb.StatusResponse, pb.StatusRequest(), timeout_s)
 
     async def defragment(self) -> None:
         """Return the free pages of this member's file to the disk.  The member is blocked for some 9 s per GB."""
-        await self._call(
-            "Maintenance/Defragment", pb.DefragmentResponse, pb.DefragmentRequest(), DEFRAGMENT_S
-        )
+        await self.call("Maintenance/Defragment", pb.DefragmentResponse, pb.DefragmentRequest(), DEFRAGMENT_S)
 
     async def disarm(self) -> int:
         """Clear the NOSPACE alarms of every member.  Returns how many there were."""
         all_of = pb.AlarmRequest(action=pb.AlarmRequest.GET, alarm=pb.NOSPACE)
-        found = (await self._call("Maintenance/Alarm", pb.AlarmResponse, all_of, CHANGE_S)).alarms
+        found = (await self.call("Maintenance/Alarm", pb.AlarmResponse, all_of, CHANGE_S)).alarms
         for alarm in found:
             request = pb.AlarmRequest(
                 action=pb.AlarmRequest.DEACTIVATE, memberID=alarm.memberID, alarm=pb.NOSPACE
             )
-            await self._call("Maintenance/Alarm", pb.AlarmResponse, request, CHANGE_S)
+            await self.call("Maintenance/Alarm", pb.AlarmResponse, request, CHANGE_S)
         return len(found)
 
     async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
         """Return the members that this member knows, or with ``is_current`` the members according to a linearizable
         read.
         """
-        return await self._call(
+        return await self.call(
             "Cluster/MemberList",
             pb.MemberListResponse,
             pb.MemberListRequest(linearizable=is_current),
@@ -173,11 +171,11 @@ class EtcdClient:
     async def add_learner(self, url: str, *, timeout_s: float = CHANGE_S) -> pb.MemberAddResponse:
         """Add a member as a learner, without a vote."""
         request = pb.MemberAddRequest(peer_urls=[url], is_learner=True)
-        return await self._call("Cluster/MemberAdd", pb.MemberAddResponse, request, timeout_s)
+        return await self.call("Cluster/MemberAdd", pb.MemberAddResponse, request, timeout_s)
 
     async def promote(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
         """Make a learner a voter."""
-        await self._call(
+        await self.call(
             "Cluster/MemberPromote",
             pb.MemberPromoteResponse,
             pb.MemberPromoteRequest(id=member_id),
@@ -186,13 +184,13 @@ class EtcdClient:
 
     async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
         """Remove a member.  Its process exits when that is committed."""
-        await self._call(
+        await self.call(
             "Cluster/MemberRemove", pb.MemberRemoveResponse, pb.MemberRemoveRequest(id=member_id), timeout_s
         )
 
     async def move_leader(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
         """Transfer raft's leadership.  Only the leader itself accepts this."""
-        await self._call(
+        await self.call(
             "Maintenance/MoveLeader",
             pb.MoveLeaderResponse,
             pb.MoveLeaderRequest(target_id=member_id),
@@ -234,7 +232,7 @@ class EtcdClient:
                 stream = await stack.enter_async_context(opening)
             yield WatchStream(stream)
 
-    async def _call(self, name: str, reply: type[M], request: Message, timeout_s: float) -> M:
+    async def call(self, name: str, reply: type[M], request: Message, timeout_s: float) -> M:
         return await _decode_response(reply, self.unary(_path(name), request.SerializeToString(), timeout_s))
 
     # -- gRPC ------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Reflector:
         backoff: Backoff,
     ) -> None:
         self._client = client
-        self._replica = replica
+        self.replica = replica
         self._cipher = cipher
         self._observe = observe
         self._clock = clock
@@ -95,10 +95,10 @@ class Reflector:
 
     async def wait_reached(self, revision: int) -> None:
         """Wait until the replica shows everything up to ``revision``.  Requests progress if no event arrives."""
-        while self._replica.revision < revision:
+        while self.replica.revision < revision:
             try:
                 async with asyncio.timeout(PROGRESS_S):
-                    await self._replica.wait_reached(revision)
+                    await self.replica.wait_reached(revision)
             except TimeoutError:
                 if self._stream is not None:
                     with suppress(Unavailable):
@@ -132,23 +132,23 @@ class Reflector:
             first = page.kvs[-1].key + b"\0"
             limit = next_limit(limit, page.ByteSize())
             await asyncio.sleep(0)
-        state.keep_unreadable(self._replica.state)
+        state.keep_unreadable(self.replica.state)
         events = await self._difference(state) if self._loaded.is_set() else []
-        self._replica.reset(state, leader, events)
+        self.replica.reset(state, leader, events)
         self._cluster_id = page.header.cluster_id
         self._needs_load = False
         self._loaded.set()
 
     async def _difference(self, state: State) -> list[Event]:
         events: list[Event] = []
-        pending = differences(self._replica.state, state)
+        pending = differences(self.replica.state, state)
         while some := list(islice(pending, YIELD_EVERY)):
             events += some
             await asyncio.sleep(0)
         return events
 
     async def _watch(self) -> None:
-        async with self._client.watch(PREFIX, self._replica.revision) as stream:
+        async with self._client.watch(PREFIX, self.replica.revision) as stream:
             self._fragments = []
             stream.offer_to(self._apply_at_once)
             try:
@@ -163,7 +163,7 @@ class Reflector:
                         continue
                     await self._apply(self._fragments)
                     if not self._fragments and not response.created:
-                        self._replica.advance(response.header.revision)
+                        self.replica.advance(response.header.revision)
                     self._fragments = []
             finally:
                 self._stream = None
@@ -176,7 +176,7 @@ class Reflector:
             raise Uncertain(f"the store ended the watch: {response.cancel_reason}")
         if response.header.cluster_id != self._cluster_id:
             raise Compacted("this is another cluster's store")
-        if response.header.revision < self._replica.revision:
+        if response.header.revision < self.replica.revision:
             # etcd accepts a watch from a future revision but never sends an event.
             raise Compacted("the store was restored to an older state")
 
@@ -193,7 +193,7 @@ class Reflector:
             return False
         for revision, group in by_revision(events):
             changes = (self._change(event, revision) for event in group)
-            self._replica.apply(revision, [change for change in changes if change is not None])
+            self.replica.apply(revision, [change for change in changes if change is not None])
         return True
 
     async def _apply(self, events: list[pb.Event]) -> None:
@@ -207,7 +207,7 @@ class Reflector:
                 applied += 1
                 if applied % YIELD_EVERY == 0:
                     await asyncio.sleep(0)
-            self._replica.apply(revision, changes)
+            self.replica.apply(revision, changes)
 
     def _change(self, event: pb.Event, revision: int) -> KeyChange | None:
         """Return the change of one key, or None if its value cannot be read."""

@@ -64,7 +64,7 @@ class EtcdStore(Updater):
         quota_bytes: int,
         is_only_member: Callable[[], bool],
     ) -> None:
-        self._client, self._cipher, replica, self._reflector, self._batcher = replication
+        self.client, self.cipher, replica, self._reflector, self._batcher = replication
         super().__init__(
             replica, self._batcher.propose, self.barrier, self._reflector.wait_reached, clock, rng=rng
         )
@@ -77,7 +77,7 @@ class EtcdStore(Updater):
         self._compacted = 0
         self._group = group
         self._elections: set[asyncio.Task[None]] = set()
-        self._rotation = KeyRotation(self._client, self._cipher, clock)
+        self._rotation = KeyRotation(self.client, self.cipher, clock)
         self._round_trips = SharedBarrier(self._reach_present)
 
     async def barrier(self) -> None:
@@ -92,7 +92,7 @@ class EtcdStore(Updater):
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
         """Yield terms.  The election runs as a task of the store's group, and ends with the iterator."""
-        election = Election(self._client, self._cipher, node_id, addr, self._clock, self._is_only_member)
+        election = Election(self.client, self.cipher, node_id, addr, self._clock, self._is_only_member)
         terms: asyncio.Queue[TermState] = asyncio.Queue()
 
         async def hold_elections() -> None:
@@ -117,7 +117,7 @@ class EtcdStore(Updater):
     @property
     def leader(self) -> NodeId | None:
         """The leader named by this replica's leader key, or None."""
-        return leader_named(self._replica.leader_record)
+        return leader_named(self.replica.leader_record)
 
     @property
     def _shows_everything(self) -> bool:
@@ -129,7 +129,7 @@ class EtcdStore(Updater):
         return (
             self._is_only_member()
             and self._reflector.is_current
-            and self._replica.revision >= self._batcher.acknowledged
+            and self.replica.revision >= self._batcher.acknowledged
         )
 
     @property
@@ -146,7 +146,7 @@ class EtcdStore(Updater):
         if self._space is not None and now - self._space[0] < SPACE_S and self._space[1].share < COMPACT_AT:
             return self._space[1]
         changes = self._space_changes
-        status = await self._client.status()
+        status = await self.client.status()
         space = MemberSpace(
             size=status.db_size,
             in_use=status.db_size_in_use,
@@ -159,14 +159,14 @@ class EtcdStore(Updater):
 
     async def compact(self, kept_revisions: int) -> bool:
         """Compact etcd, and write once, because freed pages count as in use until the next write."""
-        revision = self._replica.revision - kept_revisions
+        revision = self.replica.revision - kept_revisions
         is_more = revision > self._compacted
         if is_more:
             with suppress(Compacted):  # by etcd itself, or by an earlier leader
-                await self._client.compact(revision)
+                await self.client.compact(revision)
             self._compacted = revision
         # On each member, freed pages count as in use until the next write after its compaction.
-        written = await self._client.put(etcd_key(PROBE), b"")
+        written = await self.client.put(etcd_key(PROBE), b"")
         if written.header.revision == self._compacted + 1:
             self._compacted += (
                 1  # nothing else was written in between, so no further history can be discarded
@@ -176,23 +176,23 @@ class EtcdStore(Updater):
     async def state_at(self, revision: int) -> View:
         """Read the state at ``revision`` from etcd's history."""
         try:
-            return await past.state_at(self._client, self._cipher.wrapping_key, revision)
+            return await past.state_at(self.client, self.cipher.wrapping_key, revision)
         except Compacted as error:
             raise HistoryGone(f"the store no longer has revision {revision}") from error
 
     async def oldest_revision(self) -> int:
-        return await past.oldest_revision(self._client, self._replica.revision)
+        return await past.oldest_revision(self.client, self.replica.revision)
 
     async def defragment(self) -> None:
         """Defragment this manager's own member, and measure the next ``space`` again."""
-        await self._client.defragment()
+        await self.client.defragment()
         self._measure_anew()
 
     async def disarm(self) -> None:
         """Clear etcd's alarm, and measure the next ``space`` again, so that the leader notices that the alarm is
         over.
         """
-        await self._client.disarm()
+        await self.client.disarm()
         self._measure_anew()
 
     def _measure_anew(self) -> None:
@@ -203,12 +203,12 @@ class EtcdStore(Updater):
     @property
     def wrapping_key(self) -> bytes:
         """The key that the data keys in the store are wrapped with."""
-        return self._cipher.wrapping_key
+        return self.cipher.wrapping_key
 
     @property
     def is_rotating(self) -> bool:
         """Whether there may be values encrypted with an older data key."""
-        return len(self._cipher.ring.keys) > 1
+        return len(self.cipher.ring.keys) > 1
 
     @property
     def unreadable_values(self) -> tuple[str, ...]:
@@ -217,13 +217,13 @@ class EtcdStore(Updater):
 
     def learn_wrapping_key(self, key: bytes) -> None:
         """Also accept data keys that are wrapped with ``key``."""
-        self._cipher.learn(key)
+        self.cipher.learn(key)
 
     async def wait_rewrapped(self) -> bytes:
         """Return the wrapping key once it differs from the one of the last call."""
-        await self._cipher.rewrapped.wait()
-        self._cipher.rewrapped.clear()
-        return self._cipher.wrapping_key
+        await self.cipher.rewrapped.wait()
+        self.cipher.rewrapped.clear()
+        return self.cipher.wrapping_key
 
     async def replace_wrapping_key(self, term: Term, key: bytes) -> None:
         """Wrap the data keys with ``key``, which every manager must have, and encrypt everything with a new one.
@@ -246,7 +246,7 @@ class EtcdStore(Updater):
         request = pb.RangeRequest(key=etcd_key(keys.LEADER), count_only=True)
         while True:
             try:
-                reply = await self._client.range(request)
+                reply = await self.client.range(request)
             except Unavailable:
                 await backoff.sleep(self._clock)
             else:

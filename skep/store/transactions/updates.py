@@ -92,7 +92,7 @@ class Updater:
             term: Its updates return only once the replica shows their write, because a leader that does not see its own
                 write would repeat its decision.  If the replica does not show the write in time, the term is over.
         """
-        self._replica = replica
+        self.replica = replica
         self._propose = propose
         self._barrier = barrier
         self._reached = reached
@@ -105,15 +105,15 @@ class Updater:
 
     def view(self) -> View:
         """See ``interface.Store.view``."""
-        return self._replica.state
+        return self.replica.state
 
     def rehearsal(self) -> Transaction:
         """See ``interface.Store.rehearsal``."""
-        return LocalTransaction(self._replica.state, self._clock.now_ns())
+        return LocalTransaction(self.replica.state, self._clock.now_ns())
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         """See ``interface.Store.watch``."""
-        return self._replica.watch(*kinds)
+        return self.replica.watch(*kinds)
 
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
@@ -130,10 +130,10 @@ class Updater:
                 except SkepError:
                     if is_confirmed:
                         raise
-                    before = self._replica.revision
+                    before = self.replica.revision
                     await self._barrier()
                     is_confirmed = True
-                    if self._replica.revision == before:
+                    if self.replica.revision == before:
                         raise
                     continue
                 if proposal.is_empty:
@@ -235,13 +235,13 @@ class Updater:
     def fenced(self, term: TermState) -> "FencedTerm":
         """Return an updater for the same replica whose writes are fenced by ``term``."""
         return FencedTerm(
-            *(self._replica, self._propose, self._barrier, self._reached, self._clock),
+            *(self.replica, self._propose, self._barrier, self._reached, self._clock),
             rng=self._rng,
             term=term,
         )
 
     def _run(self, body: Callable[[Transaction], R]) -> tuple[R, Proposal]:
-        tx = LocalTransaction(self._replica.state, self._clock.now_ns())
+        tx = LocalTransaction(self.replica.state, self._clock.now_ns())
         result = body(tx)
         return result, tx.proposal()
 
@@ -253,7 +253,7 @@ class Updater:
         succeeded.
         """
         self._written = max(self._written, revision)
-        if self._replica.revision >= revision:
+        if self.replica.revision >= revision:
             return None
         if self._term is not None:
             return await self._reached(revision)
@@ -270,7 +270,7 @@ class Updater:
 
     async def _settle_cancelled(self) -> None:
         """Wait for the outcome of the writes of an update that its deadline or its caller has cancelled."""
-        if self._term is not None and self._replica.revision < self._written:
+        if self._term is not None and self.replica.revision < self._written:
             await self._term.settle(partial(self._reached, self._written))
 
 

@@ -92,7 +92,7 @@ async def overfill(node: TestNode) -> None:
         for _ in range(100):
             put = pb.PutRequest(key=b"/raw", value=os.urandom(1_000_000))
             try:
-                await client._call("KV/Put", pb.PutResponse, put, 10.0)
+                await client.call("KV/Put", pb.PutResponse, put, 10.0)
             except OutOfSpace:
                 return
     pytest.fail("etcd never refused")

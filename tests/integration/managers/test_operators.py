@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients.docker_calls import raw_get
 from tests.support.machines.playground_rig import (
     CLIS,
     SKEP,
@@ -28,7 +29,7 @@ class Users:
     """Commands of users, by docker contexts in a home of their own."""
 
     def __init__(self, cluster: TestCluster, home: Path, options: str) -> None:
-        self.cluster, self._home, self._options = cluster, home, options.split()
+        self.cluster, self.home, self._options = cluster, home, options.split()
 
     def add(self, name: str, role: str) -> None:
         options = [*self._options]
@@ -51,7 +52,7 @@ class Users:
         return done.stderr + done.stdout
 
     def _run(self, command: list[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        environment = {"HOME": str(self._home), "PATH": os.environ["PATH"]}
+        environment = {"HOME": str(self.home), "PATH": os.environ["PATH"]}
         return subprocess.run(
             command, env=environment, input=stdin, capture_output=True, text=True, timeout=60, check=False
         )
@@ -94,11 +95,7 @@ def test_an_operator_works_in_its_containers_by_docker(users: Users, tmp_path: P
     users.done("bob", "kill", "--signal", "HUP", own)
     wait_until(lambda: "hung up" in users.done("bob", "logs", own), "the signal has come")
     assert container(users, "shop_web") == own
-    history = (
-        users.cluster.node("m1")
-        .client()
-        .api._get(users.cluster.node("m1").client().api._url("/skep/history"))
-    )
+    history = raw_get(users.cluster.node("m1").client().api, "/skep/history")
     assert "exec in the container of task shop_web.1: echo hello" in history.text
 
 
@@ -113,7 +110,7 @@ def test_output_comes_by_tls_though_a_command_has_no_input(users: Users) -> None
 def test_an_operator_attaches_to_its_container_by_docker(users: Users) -> None:
     own = container(users, "shop_web")
     command = [CLIS[-1], "--context", "bob", "attach", "--no-stdin", "--sig-proxy=false", own]
-    environment = {"HOME": str(users._home), "PATH": os.environ["PATH"]}
+    environment = {"HOME": str(users.home), "PATH": os.environ["PATH"]}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as attached:
         try:
             assert attached.stdout is not None

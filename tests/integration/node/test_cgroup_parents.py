@@ -31,7 +31,7 @@ def elsewhere(lab: Lab) -> Iterator[str]:
 
 def roots(parent: str) -> list[Path]:
     """In each hierarchy where it is there."""
-    return [path for root in Cgroups(parent)._all_roots() if (path := root / parent).is_dir()]
+    return [path for root in Cgroups(parent).all_roots() if (path := root / parent).is_dir()]
 
 
 @pytest.mark.parametrize("is_absolute", [False, True])

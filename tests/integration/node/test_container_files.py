@@ -313,7 +313,7 @@ async def test_a_client_that_takes_nothing_of_an_archive_gives_its_place_to_othe
     api: Api, executor: OciExecutor, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr(uploads, "TAKEN_S", 0.3)
-    executor.engine.files._places = asyncio.Semaphore(1)
+    executor.engine.files.places = asyncio.Semaphore(1)
     id = await run(api, "dd if=/dev/zero of=/large bs=1M count=1 seek=500")
     reader, writer = await asyncio.open_unix_connection(api.socket, limit=1024)
     writer.write(f"GET /v1.41/containers/{id}/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

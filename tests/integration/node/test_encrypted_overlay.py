@@ -351,14 +351,14 @@ async def test_a_device_that_is_not_wanted_any_more_while_it_is_configured_stops
     """The last table goes in the middle of a step; the tunnels are removed, and made again when it is back."""
     async with a_pair(tmp_path) as pair:
         node, tunnels = pair.nodes[0], pair.secure.networks[0].tunnels
-        settled = tunnels._settle
+        settled = tunnels.settle
 
         async def settle_and_lose() -> None:
             await settled()
-            tunnels._settle = settled  # type: ignore[method-assign]
+            tunnels.settle = settled  # type: ignore[method-assign]
             await tunnels.apply(node.id, [], Underlay(node.underlay))
 
-        tunnels._settle = settle_and_lose  # type: ignore[method-assign]
+        tunnels.settle = settle_and_lose  # type: ignore[method-assign]
         async with asyncio.timeout(20):
             while tunnels.namespace.exists():
                 await CLOCK.sleep(0.05)

@@ -27,7 +27,7 @@ async def test_an_exec_that_gets_no_processor_time_while_it_starts_does_not_run_
     run: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     container = await run.start("sleep", "1000")
-    group = engine._cgroups.directory(container, "freezer")
+    group = engine.cgroups.directory(container, "freezer")
     assert group is not None
     monkeypatch.setattr(conmon, "DEADLINE_S", 0.5)
     given_up = 0

@@ -100,7 +100,7 @@ async def test_a_server_that_is_away_or_refuses_fails_the_task_with_the_kernels_
 async def test_a_server_that_is_silent_fails_its_own_task_alone(
     shares: Mapping[str, Share], executor: OciExecutor
 ) -> None:
-    executor.engine.volumes._deadline_s = 10.0
+    executor.engine.volumes.mount_deadline_s = 10.0
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         # Without its short limits: the kernel would give up before the node does.
@@ -129,7 +129,7 @@ async def test_a_server_that_goes_away_under_a_task_holds_up_nothing_else(
     shares: Mapping[str, Share], executor: OciExecutor
 ) -> None:
     share, volumes = shares["nfs 4"], executor.engine.volumes
-    volumes._deadline_s = 60.0
+    volumes.mount_deadline_s = 60.0
     writing = "while echo again >>/data/file; do sleep 0.1; done"
     task = a_task(
         "sh", "-c", writing, mounts=(with_options("files", dict(share.options)),), stop_grace_period=0

@@ -106,7 +106,7 @@ async def test_credentials_are_not_sent_where_a_registry_sends_its_uploads(
             if request.headers.get("Authorization") != known:
                 return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="x"'})
             if request.method == "POST":
-                response = await store._upload(request, "")
+                response = await store.upload(request, "")
                 place = f"http://{store.address}{response.headers['Location']}"
                 return web.Response(status=202, headers={"Location": place})
             return None

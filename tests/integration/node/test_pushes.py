@@ -353,7 +353,7 @@ async def test_a_push_whose_client_goes_away_ends_and_leaves_no_tag_and_no_uploa
         await push
     goes_on.set()
     assert (bent.uploads, bent.manifests) == ({}, {})
-    assert images._pinned == {}
+    assert images.pins == {}
 
 
 HANGING = {
@@ -383,7 +383,7 @@ async def test_a_registry_that_never_responds_ends_the_push(
     try:
         with pytest.raises(RegistryError, match="request canceled"):
             await asyncio.wait_for(pushed(images, f"{bent.address}/app:1"), 60)
-        assert (bent.manifests, images._pinned) == ({}, {})
+        assert (bent.manifests, images.pins) == ({}, {})
     finally:
         ended.set()
 

@@ -151,9 +151,9 @@ def test_a_redirect_never_leaves_tls(
     repository = a_repository(endpoint)
     if target is None:
         with pytest.raises(RegistryError, match="redirect"):
-            repository._redirected(URL(source), location)
+            repository.redirected(URL(source), location)
     else:
-        assert str(repository._redirected(URL(source), location)) == target
+        assert str(repository.redirected(URL(source), location)) == target
 
 
 async def test_a_circle_of_redirects_ends(images: ImageStore, rogue: Rogue):

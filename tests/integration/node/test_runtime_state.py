@@ -98,7 +98,7 @@ async def test_nothing_is_left_of_a_container_that_ended_with_nested_groups(
     lab: Lab, run: Runner, engine: Engine
 ) -> None:
     container = await run.start("sleep", "100")
-    procs = engine._cgroups.directory(container, "pids")
+    procs = engine.cgroups.directory(container, "pids")
     assert procs is not None
     (procs / "nested").mkdir()
     await engine.kill(container.id)

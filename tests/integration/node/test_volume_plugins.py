@@ -133,7 +133,7 @@ async def test_a_plug_in_that_lies_fails_its_own_tasks_with_the_reason(
     assert "it has no room" in await refusal(executor, of_plugin("full", refuse="yes"))
     assert "full" not in executor.engine.volumes.names()
     (tmp_path / "link").symlink_to("/etc")
-    (tmp_path / "own").symlink_to(executor.engine.volumes._directory)
+    (tmp_path / "own").symlink_to(executor.engine.volumes.directory)
     for response, said in (
         ("{", "its response cannot be read"),
         ("[]", "its response cannot be read"),
@@ -177,7 +177,7 @@ async def test_a_plug_in_that_hangs_stops_its_own_tasks_alone_and_is_left_alone_
     asked = len(disks.calls)
     assert "does not respond; next attempt in" in await refusal(executor, of_plugin("one"))
     assert len(disks.calls) == asked
-    executor.engine.volumes.plugins.known("disks")._silent_until = 0.0  # type: ignore[union-attr]
+    executor.engine.volumes.plugins.known("disks").silent_until = 0.0  # type: ignore[union-attr]
     listed = await (await api.get("/v1.41/volumes")).json()
     assert [one["Name"] for one in listed["Volumes"]] == ["one"]
     (warning,) = listed["Warnings"]

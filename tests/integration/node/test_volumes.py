@@ -277,7 +277,7 @@ async def test_a_mount_that_hangs_fails_its_container_alone(
     tmp_path: Path, lab: Lab, executor: OciExecutor
 ) -> None:
     engine = executor.engine
-    engine.volumes._deadline_s = 5.0
+    engine.volumes.mount_deadline_s = 5.0
     with silent_directory(tmp_path / "silent") as silent:
         hanging = {"type": "none", "device": str(silent / "x"), "o": "bind"}
         stuck = []
@@ -388,7 +388,7 @@ WAYS = ("rprivate", "rslave", "rshared")
 async def test_no_volume_has_a_directory_with_the_nodes_sockets_as_a_layer(
     tmp_path: Path, executor: OciExecutor
 ) -> None:
-    run = Path(executor.engine.volumes._refused[0])
+    run = Path(executor.engine.volumes.refused_paths[0])
     (tmp_path / "link").symlink_to(run)
     one, other = tmp_path / "one", tmp_path / "an,other:one"
     for directory in (one, other):
@@ -427,7 +427,7 @@ async def test_no_volume_binds_a_directory_with_the_nodes_sockets(
     tmp_path: Path, executor: OciExecutor, options: str
 ) -> None:
     """A bind mount of it is covered by the container's own socket (``engine.api_sockets``), a volume could not be."""
-    run = Path(executor.engine.volumes._refused[0])
+    run = Path(executor.engine.volumes.refused_paths[0])
     (tmp_path / "link").symlink_to(run)
     for number, device in enumerate((run, run.parent, tmp_path / "link", "/")):
         if device == "/" and options != "rbind" and os.stat("/").st_dev != os.stat(run).st_dev:

@@ -34,7 +34,7 @@ class WireGuardGo:
     def __init__(self, node: LabNode, slot: int) -> None:
         self._node = node
         self._name = device_name(node.paths.run, slot)
-        self._is_dismissed = False
+        self.is_dismissed = False
         self._may_run = asyncio.Event()
         self._may_run.set()
         self.process: asyncio.subprocess.Process | None = None
@@ -57,11 +57,11 @@ class WireGuardGo:
                 await self.process.wait()
                 await CLOCK.sleep(0.05)
         finally:
-            if self._is_dismissed:
+            if self.is_dismissed:
                 await asyncio.shield(self.end())
 
     def dismiss(self) -> None:
-        self._is_dismissed = True
+        self.is_dismissed = True
 
     def stop(self) -> None:
         """Do not restart it when it ends."""
@@ -112,7 +112,7 @@ class SecureLab:
 
     def _process(self, node: LabNode, slot: int) -> WireGuardGo:
         known = self.processes.get((node.id, slot))
-        if known is None or known._is_dismissed:
+        if known is None or known.is_dismissed:
             known = self.processes[node.id, slot] = WireGuardGo(node, slot)
         return known
 

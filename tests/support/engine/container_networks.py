@@ -223,13 +223,13 @@ class Lab:
         """End its process, and return when that is recorded and its networks are free for others."""
         self.machine.end(id)
         await self.engine.wait(id)
-        await until(lambda: not self.engine._lifecycle.locks.is_held(id))
+        await until(lambda: not self.engine.lifecycle.locks.is_held(id))
 
     def held(self) -> Mapping[str, object]:
         """Return what the parts of the data plane hold, with the owners, sorted."""
-        pools = [pool for pools in self.endpoints._pools.values() for pool in pools]
+        pools = [pool for pools in self.endpoints.pools.values() for pool in pools]
         return {
-            "addresses": sorted((str(one), owner) for pool in pools for one, owner in pool._used.items()),
+            "addresses": sorted((str(one), owner) for pool in pools for one, owner in pool.used.items()),
             "gateway": sorted(self.gateway.users()),
             "ports": sorted(self.ports.keys),
             "cluster": sorted(self.cluster.held.items()),

@@ -159,7 +159,7 @@ def an_executor(
         cgroup_parent=cgroup_parent,
         programs=find_programs({name: name for name in ("runc", "crun")}, RUNTIME),
         cdi_directories=(paths.data.parent / "cdi",),
-        apis=ApiSockets((), paths.run, NO_API._server),  # no container mounts these files, as with a daemon
+        apis=ApiSockets((), paths.run, NO_API.server),  # no container mounts these files, as with a daemon
     )
 
 
@@ -238,8 +238,8 @@ class Lab:
 
 def remove_cgroups(parent: str) -> None:
     """Remove a node's own cgroups, once they contain no container and no monitor."""
-    for root in cgroups.Cgroups(parent)._all_roots():
-        cgroups._remove_tree(root / parent)
+    for root in cgroups.Cgroups(parent).all_roots():
+        cgroups.remove_tree(root / parent)
 
 
 def with_defaults(images: TreeImages, defaults: ContainerDefaults) -> None:

@@ -200,11 +200,13 @@ class StubEngine:
     def __init__(self, clock: Clock, directory: Path, *containers: Container) -> None:
         self.bundles = StubBundles(*containers)
         self.runtime = StubRuntime(self.bundles)
+        self.network = StubNetwork()
+        self.clock = clock
         self.engine = Engine(
             runtime=cast("Runtime", self.runtime),
             images=cast("ImageStore", StubImages()),
             volumes=Volumes(directory / "volumes"),
-            network=cast("Networking", StubNetwork()),
+            network=cast("Networking", self.network),
             clock=clock,
             config=EngineConfig(starts_max=1),
         )

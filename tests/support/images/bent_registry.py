@@ -73,7 +73,7 @@ class Registry:
         before, _, last = request.path.rpartition("/")
         kind = before.rpartition("/")[2]
         if kind == "uploads":
-            return await self._upload(request, last)
+            return await self.upload(request, last)
         if kind == "manifests" and request.method == "PUT":
             content = await request.read()
             self.manifests[last] = content, request.content_type
@@ -85,7 +85,7 @@ class Registry:
             return web.Response(body=self.blobs[last])
         return web.Response(status=200 if request.path == "/v2/" else 404)
 
-    async def _upload(self, request: web.Request, id: str) -> web.StreamResponse:
+    async def upload(self, request: web.Request, id: str) -> web.StreamResponse:
         if request.method == "POST":
             id = os.urandom(8).hex()
             self.uploads[id] = bytearray()

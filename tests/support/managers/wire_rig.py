@@ -392,8 +392,8 @@ async def an_agent_of(
 
 def pair_of(agent: Agent) -> KeyPair:
     """Return the current key pair of an agent."""
-    assert isinstance(agent._credentials, KeyPairCredentials)
-    return agent._credentials.pair
+    assert isinstance(agent.credentials, KeyPairCredentials)
+    return agent.credentials.pair
 
 
 @asynccontextmanager

@@ -61,7 +61,7 @@ class MemoryDamage:
         self.store.heal()
 
     async def keys(self, prefix: str) -> Sequence[str]:
-        return sorted(key for key in self.cluster._entries if key.startswith(prefix))
+        return sorted(key for key in self.cluster.log if key.startswith(prefix))
 
 
 class EtcdDamage:

@@ -133,20 +133,20 @@ async def test_a_cluster_volume_that_may_be_mounted_is_remembered(
         rig = Rig(place / "volumes", monkeypatch)
         is_remembered = False
         with suppress(SkepError):
-            rig.volumes._remember(V1)
+            rig.volumes.keep(V1)
             is_remembered = True
         if is_remembered:
             with suppress(SkepError, OSError):
-                rig.volumes._forget(V1.id)
+                rig.volumes.forget(V1.id)
         faults.end()
         again = rig.made()
-        found = [one.id for one in again._remembered()]
+        found = [one.id for one in again.read_kept()]
         has_directory = (place / "volumes" / V1.id).exists()
         assert found or not has_directory, "a directory without a file is never taken up again"
-        again._remember(V1)
-        assert [one.id for one in again._remembered()] == [V1.id]
-        again._forget(V1.id)
-        assert again._remembered() == []
+        again.keep(V1)
+        assert [one.id for one in again.read_kept()] == [V1.id]
+        again.forget(V1.id)
+        assert again.read_kept() == []
         assert not (place / "volumes" / V1.id).exists()
 
     assert await walk(tmp_path, life) > 8

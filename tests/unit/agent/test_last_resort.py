@@ -62,7 +62,7 @@ class Machine:
         task = replace(
             assigned(id), service_labels={key.replace("_", "."): value for key, value in labels.items()}
         )
-        TaskFiles(self.paths.tasks)._write({task.task.id: RememberedTask(task, TaskStatus())})
+        TaskFiles(self.paths.tasks).write({task.task.id: RememberedTask(task, TaskStatus())})
         container = a_container(name=id)
         container = replace(
             container,

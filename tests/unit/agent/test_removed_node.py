@@ -47,8 +47,8 @@ async def test_a_removed_node_stops_its_tasks_and_starts_none_again(node: Node) 
     async with node.working() as worker:
         await worker.assign(complete(assigned("a")))
         await node.reports.wait("a", TaskState.RUNNING)
-        worker._session_state.end()
-        worker._session_state.removal = REMOVED
+        worker.session_state.end()
+        worker.session_state.removal = REMOVED
         status = await node.reports.wait("a", TaskState.SHUTDOWN)
         assert "this node was removed from the cluster at 2026-01-02T03:04:05Z" in status.message
         assert node.machine.processes[TaskId("a")].exit_code == 143
@@ -61,8 +61,8 @@ async def test_a_removed_node_that_is_to_keep_them_keeps_them(node: Node) -> Non
     async with node.working() as worker:
         await worker.assign(complete(assigned("a")))
         await node.reports.wait("a", TaskState.RUNNING)
-        worker._session_state.end()
-        worker._session_state.removal = KEPT
+        worker.session_state.end()
+        worker.session_state.removal = KEPT
         await asyncio.sleep(0.6)  # longer than between two checks
         assert worker.statuses()[TaskId("a")].state is TaskState.RUNNING
 
@@ -111,9 +111,9 @@ async def test_a_task_that_does_not_stop_is_killed_in_time(
         await worker.assign(complete(assigned("a")))
         await node.reports.wait("a", TaskState.RUNNING)
         if has_busy_volumes:
-            worker._volumes = cast("ClusterVolumes", BusyVolumes())
-        worker._session_state.end()
-        worker._session_state.removal = replace(REMOVED, at=timestamp(time.time_ns()))
+            worker.volumes = cast("ClusterVolumes", BusyVolumes())
+        worker.session_state.end()
+        worker.session_state.removal = replace(REMOVED, at=timestamp(time.time_ns()))
         async with asyncio.timeout(DEADLINE_S):
             while node.machine.processes[TaskId("a")].exit_code != 137:  # noqa: ASYNC110  # there is no event
                 await asyncio.sleep(0.01)

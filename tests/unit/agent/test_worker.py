@@ -388,11 +388,11 @@ async def test_the_end_of_an_earlier_removal_does_not_hide_a_later_one(node: Nod
         earlier = asyncio.create_task(asyncio.sleep(0))
         await earlier
         await worker.assign(complete())
-        later = worker._removing[TaskId("a")]
-        worker._forget_removal(TaskId("a"), earlier)
-        assert worker._removing[TaskId("a")] is later
+        later = worker.removals[TaskId("a")]
+        worker.forget_removal(TaskId("a"), earlier)
+        assert worker.removals[TaskId("a")] is later
         await later
-        assert TaskId("a") not in worker._removing
+        assert TaskId("a") not in worker.removals
 
 
 class Counted(SimulatedController):

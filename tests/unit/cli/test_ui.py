@@ -22,7 +22,7 @@ def test_a_browser_is_opened_on_a_screen_and_never_as_root(
     environment: dict[str, str], user: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    assert ui._has_browser(environment) is expected
+    assert ui.has_browser(environment) is expected
 
 
 def test_the_address_is_no_argument_of_the_browser_but_in_a_file_of_its_user() -> None:

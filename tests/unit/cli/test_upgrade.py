@@ -120,7 +120,7 @@ async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
     cluster = MadeUp("m1", "w1")
     run = a_run(cluster)
     await run.take(continues=False)
-    run._holder = replace(run._holder, node="w1", availability="active")
+    run.holder = replace(run.holder, node="w1", availability="active")
     other = LockHolder(
         node="w1",
         by="other",
@@ -138,7 +138,7 @@ async def held_by_an_upgrade_of_a_removed_node() -> tuple[MadeUp, _Upgrade]:
     cluster = MadeUp("m1", "w1")
     run = a_run(cluster)
     await run.take(continues=False)
-    await run._hold(node="w1", availability="active")
+    await run.hold(node="w1", availability="active")
     assert [one.node for one in cluster.holders] == ["w1"]
     del cluster.nodes["w1"]
     return cluster, run
@@ -146,7 +146,7 @@ async def held_by_an_upgrade_of_a_removed_node() -> tuple[MadeUp, _Upgrade]:
 
 async def test_an_upgrade_of_a_removed_node_can_be_aborted() -> None:
     cluster, _ = await held_by_an_upgrade_of_a_removed_node()
-    await upgrade._abort(cast("HostOptions", cluster))
+    await upgrade.abort(cast("HostOptions", cluster))
     assert cluster.holders == ()
 
 

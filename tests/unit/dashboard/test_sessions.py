@@ -62,7 +62,7 @@ def test_logins_of_an_address_are_bounded_and_those_of_others_go_on() -> None:
     assert not attempts.admit("10.0.0.1", 60 / ATTEMPTS)
     for i in range(10_000):
         attempts.admit(f"source {i}", 7)
-    assert len(attempts._buckets) <= 4096
+    assert len(attempts.buckets) <= 4096
 
 
 @pytest.mark.parametrize(

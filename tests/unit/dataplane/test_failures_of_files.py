@@ -209,10 +209,10 @@ async def test_relays_follow_their_plan(tmp_path: Path) -> None:
         )
         running = asyncio.create_task(retry(relays.run, "relays of ports failed", clock=QuickClock()))
         try:
-            while not (relays._relays or faults.hits):  # noqa: ASYNC110  # nothing tells of it
+            while not (relays.open_relays or faults.hits):  # noqa: ASYNC110  # nothing tells of it
                 await asyncio.sleep(0)
             faults.end()
-            while not relays._relays:  # noqa: ASYNC110
+            while not relays.open_relays:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         finally:
             running.cancel()

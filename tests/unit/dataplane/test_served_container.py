@@ -117,7 +117,7 @@ async def test_a_name_server_is_asked_from_inside_once_the_containers_network_ha
     network = NetworkId("front")
     servers = (NameServer("10.0.9.3"), NameServer("192.0.2.53"))
     served = a_served(tmp_path, QuickNamespaces(), networks=(ContainerEndpoint(network),), servers=servers)
-    networks = served._environment.networks
+    networks = served.environment.networks
 
     async def asked_inside(*subnets: str) -> list[str]:
         segments = tuple(Segment(subnet, "", 4097) for subnet in subnets)
@@ -126,8 +126,8 @@ async def test_a_name_server_is_asked_from_inside_once_the_containers_network_ha
         networks.refresh([network])
         assert served.has_other_subnets()
         await served.open()
-        assert served._server is not None
-        return [one.address for one in served._server.forwarding.servers if one.is_inside]
+        assert served.server is not None
+        return [one.address for one in served.server.forwarding.servers if one.is_inside]
 
     await served.open()
     assert await asked_inside("10.0.1.0/24") == []

@@ -86,7 +86,7 @@ def serving(tmp_path: Path, spaces: Spaces) -> ServedContainers:
     for id, networks, used in (("both", (FIRST, SECOND), FIRST), ("one", (SECOND,), SECOND)):
         (tmp_path / id).touch()
         named = Named(id=id, netns=str(tmp_path / id), networks=tuple(map(ContainerEndpoint, networks)))
-        made._served[id] = made._new(ContainerRecord(named, loaded=((used, WEB),)))
+        made.served[id] = made.new_served(ContainerRecord(named, loaded=((used, WEB),)))
     return made
 
 

@@ -25,7 +25,7 @@ def apis(tmp_path: Path) -> ApiSockets:
     (tmp_path / "run").mkdir()
     (tmp_path / "host.sock").touch()
     (tmp_path / "link.sock").symlink_to("host.sock")
-    return ApiSockets([tmp_path / "host.sock", tmp_path / "run/skep.sock"], tmp_path / "run", NONE._server)
+    return ApiSockets([tmp_path / "host.sock", tmp_path / "run/skep.sock"], tmp_path / "run", NONE.server)
 
 
 def bind(source: Path | str, destination: str = "/in", **options: str) -> MountPoint:
@@ -122,7 +122,7 @@ def test_other_mounts_stay_as_they_are(apis: ApiSockets, tmp_path: Path) -> None
 
 
 def test_docker_s_directory_of_volumes_is_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apis = ApiSockets([], tmp_path / "run", NONE._server, tmp_path / "volumes")
+    apis = ApiSockets([], tmp_path / "run", NONE.server, tmp_path / "volumes")
     mount = Mount(type="bind", source="/var/lib/docker/volumes/", target="/v")
     monkeypatch.setattr("os.path.exists", lambda _: False)
     assert apis.give([bind(mount.source)], OWN) == Given((bind(tmp_path / "volumes"),), False)

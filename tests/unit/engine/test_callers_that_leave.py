@@ -46,9 +46,9 @@ def simulated(tmp_path: Path) -> Run:
 def requested(stubs: StubEngine, action: str, seconds: int) -> Coroutine[Any, Any, Any]:
     """What handles ``POST /containers/{id}/<action>?t=<seconds>``."""
     request = make_mocked_request("POST", f"/containers/{ID}/{action}?t={seconds}", match_info={"id": ID})
-    request[server._VERSION] = ApiVersion("1.41")
+    request[server.VERSION_KEY] = ApiVersion("1.41")
     handler = getattr(containers, action)
-    return handler(containers.ContainerRoutes(stubs.engine, stubs.engine._clock), request)
+    return handler(containers.ContainerRoutes(stubs.engine, stubs.clock), request)
 
 
 async def abandoned(work: Coroutine[Any, Any, Any]) -> None:

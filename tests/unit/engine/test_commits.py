@@ -35,7 +35,7 @@ async def test_a_commit_that_is_cancelled_during_its_pause_leaves_no_frozen_cont
     engine: Any = freezing
 
     async def commit() -> None:
-        async with commits._keep_paused(engine, freezing.container, pauses=True):
+        async with commits.keep_paused(engine, freezing.container, pauses=True):
             await asyncio.Event().wait()
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:

@@ -122,7 +122,7 @@ def test_one_that_is_shown_as_running_without_a_process_is_stopped_and_removed(
     async def body(stubs: StubEngine) -> None:
         await stubs.end()
         await asyncio.sleep(1)  # everything of its run is freed
-        stubs.engine._store.observe(ID, state=ContainerState.RUNNING)
+        stubs.engine.store.observe(ID, state=ContainerState.RUNNING)
         if operation == "stop":
             assert (await stubs.engine.stop(ID)).state is ContainerState.EXITED
         else:
@@ -202,7 +202,7 @@ def test_a_signal_ends_a_pause_as_in_docker(
 ) -> None:
     async def body(stubs: StubEngine) -> None:
         config = msgspec.structs.replace(stubs.engine.get(ID).config, stop_signal=stop_signal)
-        stubs.engine._store.observe(ID, config=config)
+        stubs.engine.store.observe(ID, config=config)
         await stubs.engine.pause(ID)
         await stubs.engine.kill(ID, sent)
         assert stubs.engine.get(ID).state is state
@@ -212,14 +212,14 @@ def test_a_signal_ends_a_pause_as_in_docker(
 
 def test_nothing_is_kept_of_a_container_that_was_removed(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
-        lifecycle = stubs.engine._lifecycle
+        lifecycle = stubs.engine.lifecycle
         await stubs.end()
         await stubs.engine.start(ID)
         await stubs.end()
         await stubs.engine.remove(ID)
         await asyncio.sleep(1)
-        assert not lifecycle.locks._operations
-        assert not lifecycle.locks._networks
+        assert not lifecycle.locks.operation_locks
+        assert not lifecycle.locks.network_locks
 
     simulated(body)
 

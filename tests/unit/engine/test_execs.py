@@ -95,7 +95,7 @@ async def test_a_container_whose_execs_start_slowly_leaves_places_for_the_others
     assert (runtime.begun, runtime.most) == (STARTS_MAX, STARTS_MAX_PER_CONTAINER + 1)
     starts.clear()
     gc.collect()  # of the tracebacks
-    assert not execs._own, "nothing is kept of containers without execs that start"
+    assert not execs.own_events, "nothing is kept of containers without execs that start"
 
 
 def test_containers_whose_execs_start_slowly_leave_places_for_the_others(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ REAL_STAT = os.stat
 def groups(place: Path, *, is_v2: bool = True) -> Cgroups:
     """A hierarchy of ordinary directories."""
     cgroups = Cgroups("skep", place)
-    cgroups.is_v2, cgroups._roots = is_v2, {"" if is_v2 else "pids": place}
+    cgroups.is_v2, cgroups.own_roots = is_v2, {"" if is_v2 else "pids": place}
     return cgroups
 
 

@@ -106,7 +106,7 @@ def test_a_container_that_ends_at_the_end_of_its_grace_period_was_stopped(
     """The timer may run before the waiter that the end has woken."""
 
     async def body(stubs: StubEngine) -> None:
-        store = stubs.engine._store
+        store = stubs.engine.store
         wait = store.wait
 
         async def woken_late(id: ContainerId, **_since: object) -> Container:
@@ -125,7 +125,7 @@ def test_a_signal_to_a_container_that_ends_at_this_moment_watches_no_run(
     simulated: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(stubs: StubEngine) -> None:
-        driver = stubs.engine._lifecycle
+        driver = stubs.engine.lifecycle
         await stubs.end(7)
         await asyncio.sleep(1)  # everything of its run is freed
         driver._store.observe(ID, state=ContainerState.RUNNING)
@@ -213,7 +213,7 @@ class FailingRunc:
         runc.write_text("#!/bin/sh\necho state is damaged >&2; exit 1\n")
         runc.chmod(0o755)
         cgroups = Cgroups("skep", directory / "cgroup")
-        cgroups.is_v2, cgroups._roots = True, {"": directory / "cgroup"}
+        cgroups.is_v2, cgroups.own_roots = True, {"": directory / "cgroup"}
         self.state = directory / "root" / ID
         self.state.mkdir(parents=True)
         self.group = directory / "cgroup" / "skep" / "ctr" / ID
@@ -265,8 +265,8 @@ class SlowRestore:
         self.restored = asyncio.Event()
         self.deleted: list[ContainerId] = []
         self.namespaces: set[ContainerId] = set()
-        patch.setattr(stubs.engine._network, "attach", self.attach)
-        patch.setattr(stubs.engine._network, "restore", self.restore)
+        patch.setattr(stubs.network, "attach", self.attach)
+        patch.setattr(stubs.network, "restore", self.restore)
         patch.setattr(stubs.runtime, "has", lambda _: True)
         patch.setattr(stubs.runtime, "delete", self.delete)
 
@@ -372,8 +372,8 @@ def test_a_start_by_its_user_before_policies_apply_ends_the_stop_before_it(tmp_p
     """A restart by its user is both, and its start may fail."""
 
     async def body(stubs: StubEngine) -> None:
-        stubs.engine._restarts.note_stop(ID)
-        stubs.engine._restarts.reset(ID)
+        stubs.engine.restart_monitor.note_stop(ID)
+        stubs.engine.restart_monitor.reset(ID)
         async with restart_policies(stubs):
             await asyncio.sleep(120)
             assert stubs.engine.get(ID).is_running
@@ -536,7 +536,7 @@ def test_a_container_with_rm_that_cannot_be_started_is_removed(
         async def refuse(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(stubs.engine._network, "attach", refuse)
+        monkeypatch.setattr(stubs.network, "attach", refuse)
         with pytest.raises(type(error)):
             await stubs.engine.start(ID)
         assert not stubs.bundles.saved

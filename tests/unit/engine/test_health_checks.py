@@ -231,10 +231,10 @@ async def test_an_exec_whose_caller_goes_while_it_starts_is_killed_and_keeps_its
     assert rig.execs.get(exec_id).running, "conmon is at work for it"
     rig.runtime.go.set()
     await until(lambda: rig.runtime.killed)
-    assert rig.execs._starting._value == STARTS_MAX - 1
+    assert rig.execs.starting._value == STARTS_MAX - 1
     rig.runtime.end.set()
     assert (await rig.execs.wait(exec_id)).exit_code == 137
-    await until(lambda: rig.execs._starting._value == STARTS_MAX)
+    await until(lambda: rig.execs.starting._value == STARTS_MAX)
     assert rig.runtime.ours.recv(1) == b"", "its streams are let go of"
 
 

@@ -125,9 +125,9 @@ def test_every_event_has_a_rule_and_every_rule_an_event_that_comes() -> None:
 
 def test_every_effect_is_used_and_can_be_carried_out(tmp_path: Path) -> None:
     async def body(stubs: StubEngine) -> None:
-        driver: LifecycleDriver = stubs.engine._lifecycle
-        assert set(driver._actions) == set(Effect)
-        assert isinstance(driver._effects, Effects)
+        driver: LifecycleDriver = stubs.engine.lifecycle
+        assert set(driver.actions) == set(Effect)
+        assert isinstance(driver.effects, Effects)
 
     on_virtual_time(body, tmp_path, a_container())
     assert {effect for rule in TABLE for effect in rule.effects} == set(Effect)

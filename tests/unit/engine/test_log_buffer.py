@@ -12,6 +12,6 @@ async def test_a_full_buffer_that_drops_does_not_grow() -> None:
         await buffer.put(
             [LogMessage(number, StandardStream.STDOUT, b"x" * 100)], LogPosition(b"first", number)
         )
-    assert len(buffer._chunks) <= 10
+    assert len(buffer.chunks) <= 10
     assert buffer.dropped == 995
-    assert buffer._chunks[-1].position == LogPosition(b"first", 999), "what was dropped is not read again"
+    assert buffer.chunks[-1].position == LogPosition(b"first", 999), "what was dropped is not read again"

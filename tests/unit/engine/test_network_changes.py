@@ -65,7 +65,7 @@ def an_endpoint(name: str, id: str = "") -> Endpoint:
 def networks_of(stubs: StubEngine, *, fills: bool, monkeypatch: pytest.MonkeyPatch) -> Networks:
     """Replace the data plane of an engine."""
     networks = Networks(stubs, fills=fills)
-    monkeypatch.setattr(stubs.engine._lifecycle._effects, "_network", networks)
+    monkeypatch.setattr(stubs.engine.lifecycle.effects, "_network", networks)
     return networks
 
 
@@ -213,6 +213,6 @@ def test_a_disk_that_is_full_is_named_in_the_systems_words(tmp_path: Path) -> No
         with pytest.raises(
             StartError, match="cannot prepare the container: no space left on device: unknown"
         ):
-            await stubs.engine._lifecycle.prepare(stubs.engine.get(ID))
+            await stubs.engine.lifecycle.prepare(stubs.engine.get(ID))
 
     on_virtual_time(body, tmp_path, a_container(state=ContainerState.CREATED, process=None))

@@ -42,7 +42,7 @@ def test_a_record_that_changes_for_ever_keeps_its_size_bounded(tmp_path: Path) -
     newest = records.read(path)
     assert newest is not None
     assert newest.exit_code == 999
-    assert path.stat().st_size < 2 * records._BYTES_MAX
+    assert path.stat().st_size < 2 * records.BYTES_MAX
     assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
 
 

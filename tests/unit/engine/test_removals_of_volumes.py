@@ -106,7 +106,7 @@ async def test_a_volume_whose_removal_is_given_up_goes_whole(engine: Engine, gat
     assert removal.cancelled()
     assert engine.volumes.names() == []
     gate.open()
-    await until(lambda: not list(engine.volumes._directory.iterdir()))
+    await until(lambda: not list(engine.volumes.directory.iterdir()))
 
 
 async def test_what_an_earlier_process_has_not_deleted_is_no_volume_and_goes(
@@ -116,14 +116,14 @@ async def test_what_an_earlier_process_has_not_deleted_is_no_volume_and_goes(
     engine.volumes.ensure("data")
     removal = asyncio.create_task(removed(engine.volumes))
     await until(gate.reached.is_set)
-    (left,) = engine.volumes._directory.iterdir()
+    (left,) = engine.volumes.directory.iterdir()
     removal.cancel()
     await asyncio.wait([removal])
     assert left.exists()
     assert not engine.volumes.has(left.name)
     assert engine.volumes.names() == []
     with pytest.raises(NotFound):
-        await routes._inspect(engine.volumes, left.name)
+        await routes.inspected_volume(engine.volumes, left.name)
     gate.open()
     async with engine.running():
         await until(lambda: not left.exists())
@@ -131,7 +131,7 @@ async def test_what_an_earlier_process_has_not_deleted_is_no_volume_and_goes(
 
 async def test_a_volume_stays_that_a_container_has_by_the_time_it_would_go(volumes: Volumes) -> None:
     containers: list[Container] = []
-    async with volumes._lock("data"):
+    async with volumes.lock_of("data"):
         removal = asyncio.create_task(removed(volumes, lambda: containers))
         await asyncio.wait([removal], timeout=0)
         containers.append(a_user())

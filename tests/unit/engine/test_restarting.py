@@ -75,8 +75,8 @@ def simulated(tmp_path: Path) -> Run:
 async def asked(stubs: StubEngine, name: str, method: str = "POST", path: str = "/") -> web.StreamResponse:
     """What the handler ``name`` of the container ``c`` responds."""
     request = make_mocked_request(method, path, match_info={"id": "c"})
-    request[server._VERSION] = NEWEST
-    served = containers.ContainerRoutes(stubs.engine, stubs.engine._clock)
+    request[server.VERSION_KEY] = NEWEST
+    served = containers.ContainerRoutes(stubs.engine, stubs.clock)
     response: web.StreamResponse = await getattr(containers, name)(served, request)
     return response
 
@@ -170,7 +170,7 @@ def test_what_needs_a_process_is_told_to_wait_for_one(simulated: Run) -> None:
         with pytest.raises(NotRunning, match=f"^{WAIT}$"):
             shared_by(sharing, stubs.engine.get, lambda _: Path())
         request = make_mocked_request("POST", "/?stream=1", match_info={"id": "c"})
-        served = container_output.OutputRoutes(stubs.engine, stubs.engine._clock)
+        served = container_output.OutputRoutes(stubs.engine, stubs.clock)
         with pytest.raises(AlreadyExists, match=r"^container c is restarting, wait until the container is"):
             await container_output.attach(served, request)
 

@@ -16,16 +16,16 @@ def test_a_restart_in_progress_uses_up_no_attempt_of_a_start_by_its_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
 ) -> None:
     async def body(stubs: StubEngine) -> None:
-        attach, gate = stubs.engine._network.attach, asyncio.Event()
+        attach, gate = stubs.network.attach, asyncio.Event()
 
         async def wait(config: SandboxConfig) -> Sandbox:
-            monkeypatch.setattr(stubs.engine._network, "attach", attach)
+            monkeypatch.setattr(stubs.network, "attach", attach)
             await gate.wait()
             if fails:
                 raise Unavailable("no address")
             return await attach(config)
 
-        monkeypatch.setattr(stubs.engine._network, "attach", wait)
+        monkeypatch.setattr(stubs.network, "attach", wait)
         async with restart_policies(stubs):
             await asyncio.sleep(1)  # the policy's start is in progress
             starting = asyncio.create_task(stubs.engine.start(ID))

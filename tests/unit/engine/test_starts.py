@@ -41,10 +41,10 @@ class Rig:
         self.free: set[str] = set()
         """Users whose mounts do not wait."""
         self.calls: list[tuple[str, str]] = []
-        self._start = self.engine._runtime.start
+        self._start = self.engine.runtime.start
         patch.setattr(self.engine.volumes, "mount", self.mount)
         patch.setattr(self.engine.volumes, "unmount", self.unmount)
-        patch.setattr(self.engine._runtime, "start", self.start)
+        patch.setattr(self.engine.runtime, "start", self.start)
         self.open(*self.gates)
 
     def open(self, *names: str) -> None:
@@ -91,9 +91,9 @@ async def test_a_start_that_waits_for_a_removal_takes_no_place(rig: Rig) -> None
     *stuck, other = await rig.containers(PLACES + 1)
     for one in stuck:
         await rig.started(one)
-    rig.patch.setattr(rig.engine._runtime, "signal", lambda *_: None)  # their processes do not even die
+    rig.patch.setattr(rig.engine.runtime, "signal", lambda *_: None)  # their processes do not even die
     removals = [asyncio.create_task(rig.engine.remove(one.id, force=True)) for one in stuck]
-    await until(lambda: all(rig.engine._lifecycle.locks.is_held(one.id) for one in stuck))
+    await until(lambda: all(rig.engine.lifecycle.locks.is_held(one.id) for one in stuck))
     starts = [asyncio.create_task(rig.engine.start(one.id)) for one in stuck]
     await asyncio.wait(starts, timeout=0)  # they come first
     try:
@@ -166,13 +166,13 @@ async def test_a_start_whose_caller_is_cancelled_again_and_again_has_its_turn_to
         await asyncio.wait([starting], timeout=0)
     removing = asyncio.create_task(rig.engine.remove(container.id, force=True))
     await asyncio.wait([removing], timeout=0)
-    assert rig.engine._lifecycle.locks.is_held(container.id)
-    assert rig.engine._lifecycle._starting._value == PLACES - 1
+    assert rig.engine.lifecycle.locks.is_held(container.id)
+    assert rig.engine.lifecycle.starting._value == PLACES - 1
     assert not starting.done()
     rig.open("start")
     await removing
     assert starting.cancelled()
-    assert rig.engine._lifecycle._starting._value == PLACES
+    assert rig.engine.lifecycle.starting._value == PLACES
     assert rig.machine.ended[container.id].is_set(), "it was started before"
 
 
@@ -188,7 +188,7 @@ async def test_a_mount_that_fails_is_the_error_of_its_container(rig: Rig) -> Non
     failed = rig.engine.get(container.id)
     assert (failed.error, failed.exit_code, failed.is_running) == ("error while mounting volume", 128, False)
     rig.patch.setattr(rig.engine.volumes, "mount", rig.mount)
-    assert not rig.engine._lifecycle.locks.is_held(container.id)
+    assert not rig.engine.lifecycle.locks.is_held(container.id)
 
 
 async def test_a_forced_removal_cuts_off_the_mount_of_its_container_alone(rig: Rig) -> None:
@@ -215,7 +215,7 @@ async def test_a_removal_that_is_given_up_leaves_a_forced_one_its_means(rig: Rig
     rig.gates["mount"].clear()
     starting = asyncio.create_task(rig.engine.start(container.id))
     await until(lambda: rig.waiting["mount"] == 1)
-    unforced = asyncio.create_task(rig.engine._lifecycle.remove(container.id, force=False))
+    unforced = asyncio.create_task(rig.engine.lifecycle.remove(container.id, force=False))
     await asyncio.wait([unforced], timeout=0)
     unforced.cancel()
     await asyncio.wait([unforced])
@@ -236,7 +236,7 @@ async def test_a_start_that_has_waited_for_a_removal_that_failed_is_refused(rig:
         raise OSError("busy")
 
     rig.patch.setattr(rig.engine.bundles, "discard", refuse_once)
-    lifecycle = rig.engine._lifecycle
+    lifecycle = rig.engine.lifecycle
     refused = asyncio.create_task(lifecycle.remove(container.id, force=True))
     await until(lambda: rig.engine.bundles.discard == discard)
     starting = asyncio.create_task(lifecycle.start(container.id))
@@ -317,7 +317,7 @@ async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(
     monkeypatch.setattr(second.engine.bundles, "discard", refuse)
     async with second.engine.running():
         await until(lambda: tries > 1)
-        second.engine._store.forget(container.id)  # its user's `docker rm` went better
+        second.engine.store.forget(container.id)  # its user's `docker rm` went better
         name = f"remove-{container.id[:12]}"
         await until(lambda: name not in {task.get_name() for task in asyncio.all_tasks()})
 
@@ -327,7 +327,7 @@ async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
 ) -> None:
     rig = Rig(tmp_path, monkeypatch)
     rig.gates["start"].clear()
-    lifecycle = rig.engine._lifecycle
+    lifecycle = rig.engine.lifecycle
 
     async def ends_after(starting: "asyncio.Task[Container]") -> None:
         try:
@@ -343,4 +343,4 @@ async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
         lifecycle.spawn(ends_after(starting), name="the last one")
         await asyncio.sleep(0)
     assert starting.result().is_running
-    assert not lifecycle._watches, "the next process watches it"
+    assert not lifecycle.watches, "the next process watches it"

@@ -38,9 +38,9 @@ def simulated(tmp_path: Path) -> Run:
 async def ask(stubs: StubEngine, action: str, query: str, version: str = "1.42") -> int:
     """The status of ``POST /containers/{id}/<action>?<query>``."""
     request = make_mocked_request("POST", f"/containers/{ID}/{action}?{query}", match_info={"id": ID})
-    request[server._VERSION] = ApiVersion(version)
+    request[server.VERSION_KEY] = ApiVersion(version)
     handler = getattr(containers, action)
-    response = await handler(containers.ContainerRoutes(stubs.engine, stubs.engine._clock), request)
+    response = await handler(containers.ContainerRoutes(stubs.engine, stubs.clock), request)
     return int(response.status)
 
 

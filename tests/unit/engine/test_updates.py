@@ -255,7 +255,7 @@ class Updating:
         self.calls: list[ContainerConfig] = []
         self.found: Sequence[str] = ()
         self.error: SkepError | None = None
-        patch.setattr(self.engine._runtime, "update", self._update)
+        patch.setattr(self.engine.runtime, "update", self._update)
 
     async def _update(self, container: Container) -> Sequence[str]:
         self.calls.append(container.config)

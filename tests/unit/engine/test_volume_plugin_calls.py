@@ -30,13 +30,13 @@ async def test_a_plugin_that_is_busy_counts_as_one_that_responds(
     async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock"):
         plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
         for _ in range(CALLS_MAX):
-            await plugin._calls.acquire()  # by calls that take long
+            await plugin.calls.acquire()  # by calls that take long
         monkeypatch.setattr(volume_plugins, "LIST_S", 0.01)
         with pytest.raises(Unavailable, match="16 other calls did not end"):
             await plugin.list()
         monkeypatch.undo()
         for _ in range(CALLS_MAX):
-            plugin._calls.release()
+            plugin.calls.release()
         await plugin.list()
 
 
@@ -124,7 +124,7 @@ async def test_an_unmount_that_failed_is_tried_again(tmp_path: Path) -> None:
         volumes = Volumes(tmp_path / "volumes", plugins=VolumePlugins(tmp_path / "sockets", ()))
         await volumes.create("data", "disks", {}, {})
         await (await volumes.plugins.get("disks")).mount("data", "ended")
-        volumes._keep_mounts("data", {"ended"})
+        volumes.keep_mounts("data", {"ended"})
         server.answers["VolumeDriver.Unmount"] = "no answer of a plug-in"
         with pytest.raises(Unavailable):
             await volumes.unmount_unused()
@@ -132,7 +132,7 @@ async def test_an_unmount_that_failed_is_tried_again(tmp_path: Path) -> None:
         for _ in range(2):  # the second time nothing is left to be done
             await volumes.unmount_unfinished()
     assert server.methods[-3:] == ["Mount", "Unmount", "Unmount"]
-    assert not volumes._mounts("data")
+    assert not volumes.mounts_of("data")
 
 
 async def test_the_engine_tries_it_again_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +143,12 @@ async def test_the_engine_tries_it_again_by_itself(tmp_path: Path, monkeypatch: 
         volumes.plugins = VolumePlugins(tmp_path / "sockets", ())
         await volumes.create("data", "disks", {}, {})
         await (await volumes.plugins.get("disks")).mount("data", "c1")
-        volumes._keep_mounts("data", {"c1"})
-        volumes._users["data"].add("c1")
+        volumes.keep_mounts("data", {"c1"})
+        volumes.users["data"].add("c1")
         server.answers["VolumeDriver.Unmount"] = "no answer of a plug-in"
         with pytest.raises(Unavailable):
             await volumes.unmount("c1")
         del server.answers["VolumeDriver.Unmount"]
-        while volumes._mounts("data"):  # noqa: ASYNC110
+        while volumes.mounts_of("data"):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert not server.mounts.get("data")

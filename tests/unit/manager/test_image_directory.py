@@ -166,7 +166,7 @@ async def test_many_nodes_that_ask_for_one_image_cost_one_look_at_its_tasks_a_se
             address="127.0.0.1",
             disconnect=lambda: None,
         )
-        response = await directory._find(skep.FindImageRequest(images=[image]), caller)
+        response = await directory.find(skep.FindImageRequest(images=[image]), caller)
         return [one.node_id for one in response.sources]
 
     for node in nodes:

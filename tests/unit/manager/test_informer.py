@@ -113,7 +113,7 @@ def test_work_that_fell_behind_decides_nothing_but_begins_again(rig: Rig) -> Non
             rig.is_done.set()
 
         def watch() -> WatchQueue:
-            return next(iter(rig.store._replica._watches._queues))
+            return next(iter(rig.store.replica.watches.queues))
 
         await run_exact_informer(
             term,
@@ -155,7 +155,7 @@ def test_a_long_queue_of_commits_is_read_with_pauses_and_in_order(rig: Rig, by: 
             turns = asyncio.create_task(count_turns())
             await asyncio.sleep(0)
             for number in range(10_000):
-                next(iter(store._replica._watches._queues)).offer(Commit(number, (event,)))
+                next(iter(store.replica.watches.queues)).offer(Commit(number, (event,)))
             if by == "work":
                 await catch_up()
                 assert len(handled) == 10_000

@@ -160,7 +160,7 @@ def test_a_manager_that_was_cut_off_gives_what_it_does_not_know_its_time_anew(st
 def test_unknown_nodes_fill_no_memory(standing):
     for number in range(UNKNOWN_MAX + 10):
         standing.require(replace(MANAGER, node_id=NodeId(f"n{number}")), MethodAccess.NODE)
-    assert len(standing._unknown) == UNKNOWN_MAX
+    assert len(standing.unknown) == UNKNOWN_MAX
 
 
 async def test_certificates_from_before_a_demotion_count_for_nothing_after_the_next_promotion(store):

@@ -173,10 +173,10 @@ async def test_a_store_is_not_defragmented_twice_at_one_time():
     request = skep.StoreSpaceRequest(defragment=True)
     leader = NodeIdentity(node_id=OTHER, cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
     caller = Caller(identity=leader, address="10.0.0.2", disconnect=lambda: None)
-    first = asyncio.create_task(keeper._answer(request, caller))
+    first = asyncio.create_task(keeper.answer(request, caller))
     await asyncio.sleep(0)
     with pytest.raises(Unavailable, match="already being defragmented"):
-        await keeper._answer(request, caller)
+        await keeper.answer(request, caller)
     is_done.set()
     assert (await first).size == 95
     assert len(store.defragmented) == 1

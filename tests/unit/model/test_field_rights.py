@@ -70,7 +70,7 @@ def test_every_label_has_a_class(targets, classes):
 
 def test_every_log_option_has_a_class():
     drivers = (fluentd, gelf, splunk, syslog)
-    known = COMMON | FILES | EVERYWHERE | {name for one in drivers for name in one._KNOWN}
+    known = COMMON | FILES | EVERYWHERE | {name for one in drivers for name in one.KNOWN}
     assert set(LOG_OPTIONS) == known
 
 

@@ -67,13 +67,13 @@ def test_of_many_volumes_the_latest_are_reported() -> None:
 
 def test_a_name_is_read_once_however_many_volumes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    shape = slot_volumes._shape
+    shape = slot_volumes.shape_of
 
     def counted(name: str) -> tuple[str, str | None]:
         read.append(name)
         return shape(name)
 
-    monkeypatch.setattr(slot_volumes, "_shape", counted)
+    monkeypatch.setattr(slot_volumes, "shape_of", counted)
     names = ("{{" * 4000, "data-{{.Task.Slot}}")
     label = " ".join(f"data-{number}=web.1@{number}" for number in range(100))
     assert homes(mounting(a_task(slot=1), *names), nodes=(reporting("n1", label),)) == ["n1"]
@@ -165,7 +165,7 @@ def test_the_index_follows_its_nodes() -> None:
     index.remove_node("n1")
     assert not homes_of(task, "web", (), index)
     index.set_node(a_node("n2"))
-    assert not index._by_slot
+    assert not index.by_slot
 
 
 def test_a_forgotten_volume_attracts_no_task_until_it_is_used_again() -> None:

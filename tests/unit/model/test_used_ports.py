@@ -21,12 +21,12 @@ def test_ports_are_read_as_they_were_written() -> None:
 
 
 def test_long_labels_are_not_remembered() -> None:
-    before = used_ports._remembered.cache_info().currsize
+    before = used_ports.cached_answer.cache_info().currsize
     for first in range(1, 20):
         assert len(read(ports_label(("tcp", number) for number in range(first, first + 900)))) == 900
-    assert used_ports._remembered.cache_info().currsize == before
+    assert used_ports.cached_answer.cache_info().currsize == before
     assert read("tcp=4711") == {("tcp", 4711)}
-    assert used_ports._remembered.cache_info().currsize == before + 1
+    assert used_ports.cached_answer.cache_info().currsize == before + 1
 
 
 def test_a_label_is_bounded_and_what_cannot_be_read_is_ignored() -> None:

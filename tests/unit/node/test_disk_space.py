@@ -226,7 +226,7 @@ def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
     async def call(work: Callable[[], FileSystemUse], within_s: float) -> FileSystemUse:
         return work()
 
-    monkeypatch.setattr(check._own_calls, "call", call)
+    monkeypatch.setattr(check.own_calls, "call", call)
 
     async def space_again() -> float:
         running = loop.create_task(check.run())
@@ -294,7 +294,7 @@ async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
 
     monkeypatch.setattr(disk_space, "space_of", measure)
     monkeypatch.setattr(disk_space, "SILENT_S", 0.01)
-    monkeypatch.setattr(check._calls, "_left_max", 2)
+    monkeypatch.setattr(check.calls, "_left_max", 2)
     try:
         for _ in range(5):
             await check.measure()

@@ -192,7 +192,7 @@ async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(
     async with life.working() as worker:
         await worker.assign(complete(assigned("a")))
         await life.settled("a")
-        (container,) = worker._executor.engine.list()  # type: ignore[attr-defined]
+        (container,) = worker.executor.engine.list()  # type: ignore[attr-defined]
         upper = life.directory / "containers" / container.id / "upper"
         (upper / "stuck").touch()
         remove, is_stuck = __import__("os").unlink, [True]
@@ -206,7 +206,7 @@ async def test_a_container_that_cannot_be_removed_says_why_and_goes_when_it_can(
         await worker.assign(complete())
         async with asyncio.timeout(DEADLINE_S):
             while True:
-                (left,) = worker._executor.engine.list()  # type: ignore[attr-defined]
+                (left,) = worker.executor.engine.list()  # type: ignore[attr-defined]
                 if left.error:
                     break
                 await asyncio.sleep(0.001)

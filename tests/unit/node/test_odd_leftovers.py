@@ -88,7 +88,7 @@ async def test_in_the_place_of_a_record_that_is_being_written_it_keeps_no_other_
             record.unlink()
             nest(record, 1)
         for one in made:
-            engine._store.observe(one.id, error="x")
+            engine.store.observe(one.id, error="x")
         for record in records[1:]:
             remove_tree(record)
         while not all(record.is_file() for record in records[1:]):  # noqa: ASYNC110

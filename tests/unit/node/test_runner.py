@@ -192,6 +192,6 @@ async def test_the_machine_is_looked_at_before_its_first_description(paths: Path
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         running = group.create_task(membership.run())
         await until(lambda: fakes.processes.has_spare)
-        await membership._enter(node, pair, lambda: None, timeout_s=10)
+        await membership.enter(node, pair, lambda: None, timeout_s=10)
         assert fakes.has_looked
         running.cancel()

@@ -101,7 +101,7 @@ def proved(users: KnownUsers, certificate: bytes | None) -> Credential | None:
 
 def test_a_users_certificate_is_known_by_its_serial_number(users: KnownUsers) -> None:
     serial, certificate = a_certificate()
-    users._take(a_table(serials={serial: LATER}))
+    users.apply_access(a_table(serials={serial: LATER}))
     credential = proved(users, certificate)
     assert credential == Credential(Origin.CERTIFICATE, serial)
     identity = users.identify(credential)
@@ -110,7 +110,7 @@ def test_a_users_certificate_is_known_by_its_serial_number(users: KnownUsers) ->
 
 def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: KnownUsers) -> None:
     _, certificate = a_certificate()
-    users._take(a_table())
+    users.apply_access(a_table())
     credential = proved(users, certificate)
     assert credential is not None
     with pytest.raises(Unauthenticated, match="unknown or was revoked"):
@@ -120,7 +120,7 @@ def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: 
 def test_a_users_certificate_of_another_authority_is_never_an_administrators(users: KnownUsers) -> None:
     """As of a cluster that the machine has left: its authority may still have been trusted at the handshake."""
     _, certificate = a_certificate(Authority.create(name=ROOT_NAME))
-    users._take(a_table())
+    users.apply_access(a_table())
     with pytest.raises(Unauthenticated, match="earlier user authority"):
         proved(users, certificate)
 
@@ -129,7 +129,7 @@ def test_a_token_of_the_dashboard_is_no_credential_of_the_api(users: KnownUsers)
     token = new_token()
     table = a_table(tokens={digest_of(token): LATER})
     (ann,) = table.users
-    users._take(replace(table, users=(replace(ann, logins=frozenset({digest_of(token)})),)))
+    users.apply_access(replace(table, users=(replace(ann, logins=frozenset({digest_of(token)})),)))
     with pytest.raises(Unauthenticated, match="opens the dashboard only"):
         users.identify(bearer(b"Bearer " + token.encode()))
     assert users.identify(Credential.of_token(token.encode(), is_login=True)).name == "ann"
@@ -138,9 +138,9 @@ def test_a_token_of_the_dashboard_is_no_credential_of_the_api(users: KnownUsers)
 def test_a_certificate_and_a_token_end(users: KnownUsers, clock: AClock) -> None:
     serial, certificate = a_certificate()
     token = new_token()
-    users._take(a_table(serials={serial: LATER}, tokens={digest_of(token): LATER}))
+    users.apply_access(a_table(serials={serial: LATER}, tokens={digest_of(token): LATER}))
     clock.ahead_s = 3601
-    users._take(a_table(serials={serial: LATER}, tokens={digest_of(token): LATER}))
+    users.apply_access(a_table(serials={serial: LATER}, tokens={digest_of(token): LATER}))
     for credential in (proved(users, certificate), bearer(b"Bearer " + token.encode())):
         assert credential is not None
         with pytest.raises(Unauthenticated, match="has expired"):
@@ -156,7 +156,7 @@ def test_what_is_no_token_is_refused(header: bytes) -> None:
 def test_a_token_is_found_by_its_digest_alone(users: KnownUsers) -> None:
     token = new_token()
     digest = digest_of(token)
-    users._take(a_table(tokens={digest: LATER}))
+    users.apply_access(a_table(tokens={digest: LATER}))
     assert users.identify(bearer(b"bearer " + token.encode())).name == "ann"
     for wrong in (token[:-1], token + "x", digest, "\xff"):
         with pytest.raises(Unauthenticated):
@@ -165,9 +165,9 @@ def test_a_token_is_found_by_its_digest_alone(users: KnownUsers) -> None:
 
 def test_users_are_not_believed_for_long_without_a_current_manager(users: KnownUsers, clock: AClock) -> None:
     token = new_token()
-    users._take(a_table(tokens={digest_of(token): LATER}))
+    users.apply_access(a_table(tokens={digest_of(token): LATER}))
     clock.ahead_s = SILENT_S + 1
-    users._take(a_table(tokens={digest_of(token): LATER}, is_current=False))
+    users.apply_access(a_table(tokens={digest_of(token): LATER}, is_current=False))
     with pytest.raises(Unavailable):
         users.identify(bearer(b"Bearer " + token.encode()))
     assert users.identify(Credential(Origin.MACHINE, "root")).is_admin
@@ -179,12 +179,12 @@ def test_open_connections_end_with_the_rights_of_their_user(
 ) -> None:
     token = new_token()
     tokens = {digest_of(token): LATER}
-    users._take(a_table(tokens=tokens))
+    users.apply_access(a_table(tokens=tokens))
     credential, connection = bearer(b"Bearer " + token.encode()), AConnection(None)
     users.remember(connection, credential, users.identify(credential))  # type: ignore[arg-type]
-    users._take(a_table(tokens=tokens))
+    users.apply_access(a_table(tokens=tokens))
     assert not connection.is_aborted
-    users._take(a_table(**{"tokens": tokens, **change}))
+    users.apply_access(a_table(**{"tokens": tokens, **change}))
     assert connection.is_aborted
 
 
@@ -228,21 +228,21 @@ def test_a_damaged_file_of_tls_delays_the_authority_of_users_and_is_read_again(
 
     files[0].write_text("damaged")
     for wait_s in (1, 2, 4):
-        users._take(table)
+        users.apply_access(table)
         clock.ahead_s += wait_s - 0.5
-        users._take(table)
+        users.apply_access(table)
         clock.ahead_s += 0.6
     assert users.identify(Credential(Origin.CERTIFICATE, serial)).name == "ann"
     assert authorities() == 1, "the machine's alone"
-    users._take(table)
+    users.apply_access(table)
     files[0].write_bytes(certificate)
-    users._take(table)
+    users.apply_access(table)
     assert authorities() == 1, "the next attempt is in 8 s"
     clock.ahead_s += 8
-    users._take(table)
+    users.apply_access(table)
     assert authorities() == 2
-    users._take(a_table(serials={}))
-    users._take(AccessTable())
+    users.apply_access(a_table(serials={}))
+    users.apply_access(AccessTable())
     assert authorities() == 1, "a node without a cluster trusts its own authority alone"
 
 

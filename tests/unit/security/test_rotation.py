@@ -136,12 +136,12 @@ def test_another_rotation_starts_over_from_the_present_root():
 
 def test_the_root_to_which_the_cluster_rotates_already_changes_nothing():
     first = after_change(CAConfig(), is_forced=True)
-    assert after_change(brought(NEW._key, NEW.root_pem), first) == first
+    assert after_change(brought(NEW.key, NEW.root_pem), first) == first
 
 
 def test_the_present_root_ends_a_rotation():
     first = after_change(CAConfig(), is_forced=True)
-    assert after_change(brought(OLD._key, OLD.root_pem), first) == ROOTS
+    assert after_change(brought(OLD.key, OLD.root_pem), first) == ROOTS
 
 
 KEY = new_private_key()
@@ -158,7 +158,7 @@ KEY = new_private_key()
         (brought(KEY, a_root(KEY, days=364)), "CA certificate expires too soon"),
         (brought(KEY, a_root(KEY) + a_root(KEY)), "cannot contain multiple certificates"),
         (brought(KEY, a_root(KEY, is_authority=False)), "may not sign certificates"),
-        (brought(OLD._key, a_root(OLD._key)), "Cannot update to a cert with an identical key"),
+        (brought(OLD.key, a_root(OLD.key)), "Cannot update to a cert with an identical key"),
     ],
 )
 def test_an_impossible_ca_config_is_refused_with_dockers_message(config, message):

@@ -284,7 +284,7 @@ async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypte
         running = group.create_task(batcher.run())
         many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
         proposing = group.create_task(batcher.propose(many, None))
-        while not batcher._markers:  # noqa: ASYNC110 - there is no event
+        while not batcher.markers:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0)
         assert client.entries.empty()  # it is under way, and has given way to others
         cipher.use(cipher.new_ring(), 6)
@@ -339,12 +339,12 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
         assert client.timeouts_s == [1.0, 2.0, 4.0]
         await client.tickets.get()
         assert client.timeouts_s[-1] == WRITE_S_MAX
-        batcher._replica.advance(6)
+        batcher.replica.advance(6)
         batcher.observe(etcd_key("w/m1"), b"of another move", 6)
         with pytest.raises(TimeoutError):  # it would be void
             await asyncio.wait_for(client.entries.get(), 0.05)
         client.is_slow = False
-        batcher._replica.advance(7)
+        batcher.replica.advance(7)
         batcher.observe(etcd_key("w/m1"), ticket, 7)
         batch = await client.entries.get()  # sent again, as nothing of it had appeared
         compared = {compare.key: compare.mod_revision for compare in batch.compare}
@@ -406,7 +406,7 @@ async def test_a_writer_that_goes_waits_for_what_came_of_its_write_and_its_term_
             batcher.observe(put.key, put.value, revision)
         await asyncio.sleep(0.01)
         assert not tasks["first"].done()  # it is known, and does not show yet
-        batcher._replica.advance(8)
+        batcher.replica.advance(8)
         await asyncio.wait([tasks["first"], tasks["second"]])
         assert not any(term.is_lost for term in terms.values())
         assert tasks["first"].cancelled()

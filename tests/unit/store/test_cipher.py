@@ -94,7 +94,7 @@ def test_attempts_that_came_to_nothing_fill_no_memory_and_cost_no_key_in_use():
     cipher.learn(last)
     cipher.use(cipher.rewrapped_ring(last), 2)
     assert cipher.wrapping_key == last
-    assert len(cipher._wrapping_keys) <= WRAPPING_KEYS_MAX
+    assert len(cipher.wrapping_keys) <= WRAPPING_KEYS_MAX
 
 
 def test_a_damaged_ring_is_refused():

@@ -334,4 +334,4 @@ def test_a_state_that_an_older_manager_writes_keeps_what_a_newer_one_has_written
     assert msgspec.json.decode(written)["Priority"] == {"Class": "high"}
     assert msgspec.json.decode(written)["DesiredState"] == "shutdown"
     state.apply(3, [KeyChange("o/task/t1", None, 3)])
-    assert state.table_by_type[Task]._extras == {}
+    assert state.table_by_type[Task].extras == {}

@@ -355,7 +355,7 @@ async def test_five_hundred_nodes_and_ten_thousand_tasks_are_painted_as_few_are(
         table.render_line = counted  # type: ignore[method-assign]
         begun = time.process_time()
         for _ in range(10):
-            app.publish(app._snapshot)
+            app.publish(app.snapshot)
             await pilot.press("pagedown")
         print(f"{(time.process_time() - begun) / 10:.3f} s of processor for a new snapshot and a page")
         assert table.virtual_size.height == 10_001

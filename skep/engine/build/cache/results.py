@@ -29,6 +29,7 @@ from skep.model.values.times import SECOND_NS, timestamp
 
 BUILDKIT = "buildkit.dockerfile.v0"
 _CONFIG_BYTES_MAX = 1 << 20
+"""A client's configuration has some KiB.  It is stored in every image that is built from it."""
 
 
 class StepKey(msgspec.Struct, frozen=True):

@@ -27,7 +27,9 @@ CACHE_CONFIG_TYPE = "application/vnd.buildkit.cacheconfig.v0"
 CONFIG_BYTES_MAX = 4 << 20
 """Four times BuildKit's limit.  A build has at most 1,000 steps, and each takes some 200 bytes."""
 _RECORDS_MAX = 20_000
+"""Twenty times the steps of the largest build, for caches that several builds write."""
 _LAYERS_MAX = 20_000
+"""One for each step at most."""
 _OBJECTS_MAX = 250_000
 """Maximum number of JSON objects.  They are counted before they are decoded, because decoding takes ten times the
 memory.

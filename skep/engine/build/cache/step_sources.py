@@ -39,6 +39,7 @@ SOURCES_MAX = 16
 READ_S = 60.0
 """Seconds to read the records of a source.  A slower source is left out, because the build waits for it."""
 _IMAGE_CONFIG_BYTES_MAX = 8 << 20
+"""An image's configuration with the cache in it (``CONFIG_BYTES_MAX``), and as much again for the rest."""
 _BAD = (SkepError, OSError, TimeoutError, *NOT_JSON)
 """Errors of a source that is missing, refuses the request, or is malformed."""
 

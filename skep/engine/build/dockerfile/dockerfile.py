@@ -16,9 +16,11 @@ from skep.engine.build.dockerfile.substitution import raw_words, unquoted_word
 from skep.errors import InvalidArgument
 
 FILE_BYTES_MAX = 4 << 20
+"""The file is read into memory and parsed on the node for any client, so its size needs a limit."""
 LINE_BYTES_MAX = 65535
 """Length of one line, as in Go's scanner."""
 LINES_MAX = 100_000
+"""Each line becomes an object.  A file of 4 MiB could have four million lines."""
 
 _COMMENTS_MAX = 100
 """Maximum number of comments kept before an instruction: the nearest ones, because they may describe it."""

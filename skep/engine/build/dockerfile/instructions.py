@@ -18,9 +18,11 @@ from skep.model.values.times import duration_ns
 
 Expand = Callable[[str], str]
 STEPS_MAX = 1000
+"""Each step is a line of the image's history and a record of the cache.  Dockerfiles have some dozen."""
 
 _STAGE_NAME = re.compile(r"[a-z][a-z0-9-_.]*")
 _HEALTH_INTERVAL_NS_MIN = 1_000_000
+"""Docker's shortest interval, 1 ms, in nanoseconds."""
 
 
 class Instruction(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from skep.errors import InvalidArgument
 
 PATTERNS_MAX = 10_000
+"""Each file is compared with each pattern, so that their product bounds the work."""
 _KNOWN_MAX = 100_000
 """Number of names whose result a pattern caches, because the same names occur many times in a tree."""
 

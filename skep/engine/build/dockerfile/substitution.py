@@ -11,13 +11,16 @@ from typing import Final
 from skep.errors import InvalidArgument
 
 VALUE_BYTES_MAX = 1 << 20
+"""Each use of a variable may repeat its value, so that values could double with every line."""
 BUDGET = 64_000_000
+"""Characters that all substitutions of a Dockerfile may produce together."""
 _PATTERN_STEPS_MAX = 4_000_000
 """Maximum number of comparisons for one pattern.  For a value of 1,000 characters, a pattern may have four
 characters.
 """
 _SPECIAL = frozenset("@*#?-$!0")
 _DEPTH_MAX = 32
+"""Levels of nested ``${a:-${b}}``.  Each level is a level of recursion here."""
 _STAR: Final = "*"
 _ANY: Final = "?"
 

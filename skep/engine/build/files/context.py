@@ -30,10 +30,13 @@ _IGNORE_FILE = ".dockerignore"
 _COMPARED_BYTES_MAX = 64 << 20
 """Larger archives are unpacked while they arrive, and not compared with earlier archives."""
 _CONTEXTS_MAX = 64
+"""Contexts in memory, each with a Dockerfile (``_TEXT_BYTES_MAX``): at most 16 MiB."""
 _TEXT_BYTES_MAX = 256 << 10
 """Size of a remembered Dockerfile."""
 _DIGESTS_MAX = 1000
+"""Digests of one context's files that are remembered.  A Dockerfile names fewer sources."""
 _CHUNK_BYTES = 1 << 20
+"""Bytes read in one call of a thread, so that its cost does not count."""
 
 
 class KnownContext:

@@ -38,6 +38,7 @@ _WALK_SHARE = 10
 costs little.
 """
 _READ_BYTES = 64 << 10
+"""Capacity of a pipe."""
 _FILE_BLOCK_BYTES = 512
 """The unit of ``ulimit -f`` in POSIX."""
 _LIMITED = 'ulimit -c 0 && ulimit -v "$1" && ulimit -f "$2" && shift 2 && exec "$@"'

@@ -33,12 +33,15 @@ _HTTP = re.compile(r"https?://")
 _GIT_ADDRESS = re.compile(r"(?:git|ssh)://|[a-zA-Z0-9_.-]+@[^/:\s]+:")
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 _REDIRECTS = (301, 302, 303, 307, 308)
+"""Responses that Go's HTTP client follows, as in BuildKit."""
 _REDIRECTS_MAX = 10
 """Same limit as in Go."""
 _TIMEOUT = aiohttp.ClientTimeout(total=3600, sock_connect=30, sock_read=60)
 """In an hour, the largest context that a node accepts arrives at 36 MB/s."""
 _PIECE_BYTES = 1 << 20
+"""Bytes written in one call of a thread, so that its cost does not count."""
 _KNOWN_MAX = 256
+"""Addresses whose ETag is remembered.  The least recently used one is downloaded again."""
 _UNNAMED = "__unnamed__"
 
 

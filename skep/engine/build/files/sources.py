@@ -25,6 +25,7 @@ from skep.engine.build.files.trees import Tree, Work
 from skep.errors import InvalidArgument
 
 CHUNK_BYTES = 1 << 20
+"""Bytes hashed or copied at a time.  Files may be larger than memory."""
 _XATTRS = ("user.", "security.capability")
 _PIVOT = "/./"
 

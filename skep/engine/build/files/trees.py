@@ -18,6 +18,7 @@ from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 from skep.linux.syscalls import open_without_links
 
 _LINKS_MAX = 255
+"""The limit of Go's ``filepath.EvalSymlinks``, which BuildKit follows.  It ends loops of links."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 

@@ -28,6 +28,7 @@ T = TypeVar("T")
 _SERVICE = "/containerd.services.content.v1.Content/"
 _STORE = "buildkit-attachable-store-id"
 _PIECE_BYTES = 1 << 20
+"""Well below the message limit of 16 MiB, and one window of a stream."""
 
 
 class ClientStore:

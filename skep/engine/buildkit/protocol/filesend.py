@@ -29,6 +29,7 @@ from skep.errors import InvalidArgument, ResourceExhausted, Unavailable
 FILE_SEND = "/moby.filesync.v1.FileSend/DiffCopy"
 
 _PIECE_BYTES = 256 << 10
+"""Four pieces fill the window of a stream, so that reading and sending overlap."""
 _LISTED_AT_ONCE = 256
 _XATTR_RECORD = "SCHILY.xattr."
 _KINDS = {

@@ -28,9 +28,11 @@ DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
 _REQUESTED_MAX = 64
 """Number of files requested at once.  Clients read four at once."""
 _BATCH_BYTES = 1 << 20
+"""Bytes written in one call of a thread, so that its cost does not count."""
 _LISTED_AT_ONCE = 256
 """Number of entries received before other tasks run."""
 _REFUSE_S = 5.0
+"""Seconds to tell the client why its files are refused, before the build fails with the same reason."""
 
 
 class SyncSelection(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ Q = TypeVar("Q", bound=Message)
 
 LIMITS = PeerLimits(streams=64, stream_window=1 << 20, connection_window=4 << 20)
 CONNECTIONS_MAX = 64
+"""Each build has two connections or three."""
 MESSAGE_BYTES_MAX = 16 << 20
 """BuildKit's limit."""
 _MESSAGE_S = 60.0

@@ -41,6 +41,7 @@ CALL_S = 60.0
 SILENT_S = 120.0
 """Seconds without progress after which a client counts as lost, because it does not read or send."""
 _CHECK_EVERY_S, _CHECK_S = 15.0, 60.0
+"""Seconds between two health checks of a client, and for its response: a client that uploads much may be slow."""
 
 BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 20)
 """The message limit is BuildKit's."""

@@ -21,19 +21,19 @@ class UnpackSlots:
     """
 
     def __init__(self, slots: int, *, patience_s: float, slow_max: int) -> None:
-        self._free = slots
+        self.free = slots
         self._patience_s = patience_s
-        self._slow_left = slow_max
-        self._working: Counter[str] = Counter()
-        self._overdue: list[_Request] = []
+        self.slow_left = slow_max
+        self.working: Counter[str] = Counter()
+        self.overdue: list[_Request] = []
         """Requests that will continue without a slot once ``slow_max`` allows it."""
-        self._waiting: list[_Request] = []
+        self.waiting: list[_Request] = []
 
     @asynccontextmanager
     async def of(self, image: str) -> AsyncIterator[None]:
         """Wait for a slot for ``image``, and hold it while the block runs."""
         request = _Request(image)
-        self._waiting.append(request)
+        self.waiting.append(request)
         self._next()
         try:
             await request.is_granted.wait()
@@ -48,38 +48,38 @@ class UnpackSlots:
 
     def _next(self) -> None:
         """Grant free slots to the images with the fewest workers, and among these to the longest waiting request."""
-        while self._free and self._waiting:
-            request = min(self._waiting, key=lambda one: self._working[one.image])
-            self._waiting.remove(request)
-            self._working[request.image] += 1
-            self._free -= 1
+        while self.free and self.waiting:
+            request = min(self.waiting, key=lambda one: self.working[one.image])
+            self.waiting.remove(request)
+            self.working[request.image] += 1
+            self.free -= 1
             request.is_granted.set()
 
     def _is_slow(self, request: "_Request") -> None:
-        self._overdue.append(request)
+        self.overdue.append(request)
         self._release_overdue()
 
     def _release_overdue(self) -> None:
-        while self._slow_left and self._overdue:
-            request = self._overdue.pop(0)
+        while self.slow_left and self.overdue:
+            request = self.overdue.pop(0)
             request.is_slow = True
-            self._slow_left -= 1
-            self._free += 1
+            self.slow_left -= 1
+            self.free += 1
         self._next()
 
     def _end(self, request: "_Request") -> None:
-        if request in self._waiting:
-            self._waiting.remove(request)
+        if request in self.waiting:
+            self.waiting.remove(request)
             return
-        self._working[request.image] -= 1
-        self._working += Counter()  # removes entries that are zero
-        if request in self._overdue:
-            self._overdue.remove(request)
+        self.working[request.image] -= 1
+        self.working += Counter()  # removes entries that are zero
+        if request in self.overdue:
+            self.overdue.remove(request)
         if request.is_slow:
-            self._slow_left += 1
+            self.slow_left += 1
             self._release_overdue()
         else:
-            self._free += 1
+            self.free += 1
 
 
 class _Request:

@@ -47,6 +47,7 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 _ATTEMPTS = 5
+"""moby's default of ``max-download-attempts``."""
 _BACKOFF_S = 0.5
 """Seconds before a failed download of a layer is first repeated."""
 _CONFIG_BYTES_MAX = 8 << 20

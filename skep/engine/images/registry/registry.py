@@ -214,7 +214,7 @@ class RegistryConnection:
         location = response.headers.get("Location", "")
         if not location:
             raise RegistryError(f"{response.url.with_query(None)}: the registry sent no Location header")
-        return self._redirected(response.url, location)
+        return self.redirected(response.url, location)
 
     @asynccontextmanager
     async def _follow(
@@ -248,10 +248,10 @@ class RegistryConnection:
                 if response.status not in redirects or not location:
                     yield response
                     return
-            target = self._redirected(target, location)
+            target = self.redirected(target, location)
         raise RegistryError(f'{method.capitalize()} "{url}": stopped after {_REDIRECTS_MAX} redirects')
 
-    def _redirected(self, source: URL, location: str) -> URL:
+    def redirected(self, source: URL, location: str) -> URL:
         try:
             # Keep its spelling: the signature in it may cover characters that we would encode differently.
             target = source.join(URL(location, encoded=location.isascii() and " " not in location))
@@ -420,7 +420,7 @@ class RegistryRepository(RegistryConnection):
         named = re.search(r'<([^<>]*)>[^<,]*\brel="?next\b', links, re.IGNORECASE)
         if named is None:
             return None
-        target = self._redirected(page, named[1])
+        target = self.redirected(page, named[1])
         if not self._is_own(target):
             raise RegistryError(f'Get "{page}": refused a next page at {target.origin()}')
         return target

@@ -19,6 +19,7 @@ from skep.engine.images.registry.registry import SHORT_TIMEOUT, RegistryConnecti
 from skep.errors import InvalidArgument, SkepError
 
 LIMIT_DEFAULT = 25
+"""Docker's default number of results."""
 _LIMIT_MAX = 100
 """Highest number of results.  Source: moby, registry/search.go."""
 _RESPONSE_BYTES_MAX = 4 << 20

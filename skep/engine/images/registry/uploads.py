@@ -32,6 +32,7 @@ from skep.errors import InvalidArgument, SkepError
 log = structlog.get_logger()
 
 _ATTEMPTS = 5
+"""moby's default of ``max-upload-attempts``."""
 _PIECE_BYTES = 1 << 20
 """Number of bytes that are sent at a time."""
 _PROGRESS_S = 60.0

@@ -307,7 +307,7 @@ class ServedImages:
         reading = self._reading.get(chain_id)
         if reading is None:
             loop = asyncio.get_running_loop()
-            reading = self._reading[chain_id] = loop.run_in_executor(None, _digest_of_file, path)
+            reading = self._reading[chain_id] = loop.run_in_executor(None, digest_of_file, path)
             reading.add_done_callback(partial(self._have_read, chain_id))
         return await asyncio.shield(reading)
 
@@ -326,6 +326,6 @@ def _document(content: bytes) -> Document:
     return Document(content, DOCKER_MANIFEST)
 
 
-def _digest_of_file(path: Path) -> Digest:
+def digest_of_file(path: Path) -> Digest:
     with path.open("rb") as file:
         return Digest(f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")

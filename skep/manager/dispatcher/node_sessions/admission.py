@@ -51,17 +51,17 @@ class RegistrationQueue:
     def __init__(self, clock: Clock, random: Random) -> None:
         self._clock = clock
         self._random = random
-        self._running = 0
+        self.running_count = 0
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._waiting_since = 0.0
         self._done = 0
         """Registrations since nodes had to wait."""
-        self._last_retry_at = float("-inf")
+        self.last_retry_at = float("-inf")
         """The latest retry time that was announced."""
 
     def is_overloaded(self) -> bool:
         """Whether nodes wait, here or for their retry time."""
-        return bool(self._waiting) or self._clock.monotonic() < self._last_retry_at + RECONNECT_S
+        return bool(self._waiting) or self._clock.monotonic() < self.last_retry_at + RECONNECT_S
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -74,8 +74,8 @@ class RegistrationQueue:
             self._leave()
 
     async def _wait_slot(self) -> None:
-        if self._running < AT_ONCE_MAX and not self._waiting:
-            self._running += 1
+        if self.running_count < AT_ONCE_MAX and not self._waiting:
+            self.running_count += 1
             return
         if not self.is_overloaded():
             self._waiting_since, self._done = self._clock.monotonic(), 0
@@ -101,17 +101,17 @@ class RegistrationQueue:
     def _retry_later(self) -> RetryLater:
         now = self._clock.monotonic()
         per_s = rate(self._done, now - self._waiting_since)
-        self._last_retry_at = next_retry_at(
-            now, len(self._waiting), self._last_retry_at, per_s, self._random.random()
+        self.last_retry_at = next_retry_at(
+            now, len(self._waiting), self.last_retry_at, per_s, self._random.random()
         )
-        after_s = self._last_retry_at - now
+        after_s = self.last_retry_at - now
         return RetryLater(f"many nodes are registering with this manager: retry in {after_s:.1f} s", after_s)
 
     def _leave(self) -> None:
-        self._running -= 1
-        while self._waiting and self._running < AT_ONCE_MAX:
+        self.running_count -= 1
+        while self._waiting and self.running_count < AT_ONCE_MAX:
             slot = next(iter(self._waiting))
             del self._waiting[slot]
             if not slot.done():
-                self._running += 1
+                self.running_count += 1
                 slot.set_result(None)

@@ -167,12 +167,12 @@ class Sessions:
 
     def __init__(self) -> None:
         self._live: dict[NodeId, LiveSession] = {}
-        self._absent: dict[NodeId, Absence] = {}
+        self.absent: dict[NodeId, Absence] = {}
         self._registering: Counter[NodeId] = Counter()
 
     def add(self, session: LiveSession) -> None:
         """Add the session of a node that has registered, and end its earlier one."""
-        self._absent.pop(session.node_id, None)
+        self.absent.pop(session.node_id, None)
         earlier = self._live.get(session.node_id)
         self._live[session.node_id] = session
         if earlier is not None:
@@ -205,8 +205,8 @@ class Sessions:
         deadline = seen_at + grace_s
         if (session := self._live.get(node_id)) is not None:
             session.deadline = max(session.deadline, deadline)
-        if (absence := self._absent.get(node_id)) is not None:
-            self._absent[node_id] = replace(absence, deadline=max(absence.deadline, deadline))
+        if (absence := self.absent.get(node_id)) is not None:
+            self.absent[node_id] = replace(absence, deadline=max(absence.deadline, deadline))
 
     def require(self, node_id: NodeId, session_id: str) -> LiveSession:
         """Return the node's session.  Raises NotRegistered, or SessionInvalid if it has a later one."""
@@ -227,9 +227,9 @@ class Sessions:
 
     def lose(self, node_id: NodeId, session_id: SessionId | None, error: SkepError) -> None:
         """End a session, because another manager has the node (with ``session_id``) or the node was removed (None)."""
-        absence = self._absent.get(node_id)
+        absence = self.absent.get(node_id)
         if absence is not None and absence.session_id != session_id:
-            del self._absent[node_id]
+            del self.absent[node_id]
         session = self._live.get(node_id)
         if session is not None and session.id != session_id:
             del self._live[node_id]
@@ -251,9 +251,9 @@ class Sessions:
         Args:
             unseen_s: Seconds before ``last_seen`` since which the node may have been lost.
         """
-        known = self._absent.get(node_id)
+        known = self.absent.get(node_id)
         if node_id not in self._live and (known is None or known.session_id != session_id):
-            self._absent[node_id] = Absence(
+            self.absent[node_id] = Absence(
                 session_id=session_id, deadline=last_seen + grace_s, last_seen=last_seen - unseen_s
             )
 
@@ -302,7 +302,7 @@ class Sessions:
         ]
         absent = [
             (id, absence.session_id, absence.last_seen)
-            for id, absence in self._absent.items()
+            for id, absence in self.absent.items()
             if absence.deadline <= now and id not in self._registering
         ]
         if not live and not absent:
@@ -321,16 +321,16 @@ class Sessions:
         session = self._live.get(silent_node.node_id)
         if session is not None and session.id == silent_node.session_id:
             return session.deadline <= now
-        absence = self._absent.get(silent_node.node_id)
+        absence = self.absent.get(silent_node.node_id)
         return (
             absence is not None and absence.session_id == silent_node.session_id and absence.deadline <= now
         )
 
     def forget(self, silent_node: SilentNode, error: SkepError) -> None:
         """End the session and connection of a node that was marked down."""
-        absence = self._absent.get(silent_node.node_id)
+        absence = self.absent.get(silent_node.node_id)
         if absence is not None and absence.session_id == silent_node.session_id:
-            del self._absent[silent_node.node_id]
+            del self.absent[silent_node.node_id]
         session = self._live.get(silent_node.node_id)
         if session is not None and session.id == silent_node.session_id:
             del self._live[silent_node.node_id]

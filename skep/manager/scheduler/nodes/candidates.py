@@ -45,7 +45,7 @@ class Candidates:
         self.revision = 0
         """Incremented when a node is created or removed, or changes its branch or whether it passes."""
         self._requirements = requirements
-        self._accounting = accounting
+        self.accounting = accounting
         filters = filters_for(requirements)
         self._lasting = [filter for filter in filters if filter.is_lasting]
         self._passing = [filter for filter in filters if not filter.is_lasting]
@@ -57,9 +57,9 @@ class Candidates:
 
         Pauses in between.  Nodes that change in a pause are checked once more.
         """
-        while self._seen != (changes := self._accounting.changes):
+        while self._seen != (changes := self.accounting.changes):
             mounts = self._requirements.cluster_volumes
-            for number, id in enumerate(self._accounting.changed_since(self._seen, mounts), 1):
+            for number, id in enumerate(self.accounting.changed_since(self._seen, mounts), 1):
                 self._update_node(id)
                 if number % STEP == 0:
                     yield
@@ -86,7 +86,7 @@ class Candidates:
         return True
 
     def _update_node(self, id: NodeId) -> None:
-        account = self._accounting.accounts.get(id)
+        account = self.accounting.accounts.get(id)
         before = self.leaf_of.get(id)
         if account is None:
             if before is not None:

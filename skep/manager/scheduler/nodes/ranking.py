@@ -51,8 +51,8 @@ class Ranking:
                 it is entered again.
         """
         self._rank = rank
-        self._fits = fits
-        self._heap: list[Entry] = []
+        self.fits = fits
+        self.heap: list[Entry] = []
         self._serials: dict[NodeId, int] = {}
         """The latest entry of each node.  Older entries in the heap are ignored."""
         self._next_serial = count()
@@ -82,8 +82,8 @@ class Ranking:
         """Add ``account``, or update it after its rank may have improved."""
         self._changes += account.node.id not in self._serials
         serial = self._serials[account.node.id] = next(self._next_serial)
-        heapq.heappush(self._heap, self._entry(account, serial))
-        if len(self._heap) > STALE_MAX + 2 * len(self._serials):
+        heapq.heappush(self.heap, self._entry(account, serial))
+        if len(self.heap) > STALE_MAX + 2 * len(self._serials):
             self._drop_stale()
 
     def leave(self, id: NodeId) -> None:
@@ -96,7 +96,7 @@ class Ranking:
         Raises:
             Unfinished: Too many accounts were checked in this call.
         """
-        heap, serials = self._heap, self._serials
+        heap, serials = self.heap, self._serials
         looked = 0
         while heap:
             if looked == CHECKED_MAX:
@@ -108,7 +108,7 @@ class Ranking:
                 heapq.heappop(heap)
             elif account.changes != changes:
                 heapq.heapreplace(heap, self._entry(account, serial))
-            elif self._fits is None or self._fits(account):
+            elif self.fits is None or self.fits(account):
                 return entry
             else:
                 heapq.heappop(heap)
@@ -123,13 +123,13 @@ class Ranking:
         """Drop outdated entries.  Each change of a node adds an entry, which would stay forever if the node never comes
         first.
         """
-        self._heap = [entry for entry in self._heap if self._serials.get(entry[-1].node.id) == entry[-3]]
-        heapq.heapify(self._heap)
+        self.heap = [entry for entry in self.heap if self._serials.get(entry[-1].node.id) == entry[-3]]
+        heapq.heapify(self.heap)
 
     def set_aside(self) -> Entry:
         """Remove the result of ``first`` from the order until ``put_back``."""
-        return heapq.heappop(self._heap)
+        return heapq.heappop(self.heap)
 
     def put_back(self, entry: Entry) -> None:
         """Undo ``set_aside``."""
-        heapq.heappush(self._heap, entry)
+        heapq.heappush(self.heap, entry)

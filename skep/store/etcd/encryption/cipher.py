@@ -108,8 +108,8 @@ class Cipher:
 
     def __init__(self, ring: KeyRing, wrapping_keys: bytes, ring_revision: int = 0) -> None:
         """Open ``ring`` with ``wrapping_keys`` (see ``split_keys``).  Raises FailedPrecondition if none unwraps it."""
-        self._wrapping_keys = split_keys(wrapping_keys)
-        self.wrapping_key = self._wrapping_keys[0]
+        self.wrapping_keys = split_keys(wrapping_keys)
+        self.wrapping_key = self.wrapping_keys[0]
         """The key that wraps the ring."""
         self.rewrapped = asyncio.Event()
         self._keys: dict[bytes, AESGCM] = {}
@@ -126,7 +126,7 @@ class Cipher:
         """
         if revision < self.ring_revision:
             return
-        wrapping_key, opened = _unwrapped_ring(ring, self._wrapping_keys)
+        wrapping_key, opened = _unwrapped_ring(ring, self.wrapping_keys)
         keys = {id.to_bytes(4, "big"): AESGCM(key) for id, key in opened.items()}
         current = ring.current.to_bytes(4, "big")
         if current not in keys:
@@ -140,10 +140,10 @@ class Cipher:
 
     def learn(self, wrapping_key: bytes) -> None:
         """Also accept rings with this wrapping key."""
-        if wrapping_key not in self._wrapping_keys:
-            others = [key for key in self._wrapping_keys if key != self.wrapping_key]
+        if wrapping_key not in self.wrapping_keys:
+            others = [key for key in self.wrapping_keys if key != self.wrapping_key]
             kept = others[-(WRAPPING_KEYS_MAX - 2) :]
-            self._wrapping_keys = (self.wrapping_key, *kept, *split_keys(wrapping_key))
+            self.wrapping_keys = (self.wrapping_key, *kept, *split_keys(wrapping_key))
 
     def new_ring(self) -> KeyRing:
         """Return the ring with one more data key, which is the new current key."""

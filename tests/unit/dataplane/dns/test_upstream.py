@@ -89,7 +89,7 @@ async def test_containers_that_ask_much_leave_room_for_others(silent: UpstreamSe
         one.cancel()
     await asyncio.wait([*hogs, *others])
     assert asking.forwarder.in_flight == 0
-    assert asking.forwarder._in_flight == {}
+    assert asking.forwarder.in_flight_requests == {}
 
 
 @pytest.mark.usefixtures("few")
@@ -130,7 +130,7 @@ async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has
     asking, loop = Asking(), asyncio.get_running_loop()
     hogs = [asking.ask(container, silent, deadline_s=60.0) for container in ("a", "b") for _ in range(4)]
     await asking.under_way(8)
-    oldest = next(iter(asking.forwarder._in_flight["a"]))
+    oldest = next(iter(asking.forwarder.in_flight_requests["a"]))
     async with serving(knows("192.0.2.1")) as good:
         new: list[asyncio.Task[bytes | None]] = []
         loop.call_soon(lambda: new.append(asking.ask("c", good)))

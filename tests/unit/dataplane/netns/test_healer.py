@@ -163,10 +163,10 @@ async def test_a_watch_that_failed_is_tried_anew_and_the_slow_round_goes_on_mean
     reconciler = NetnsReconciler("net", Path("/none"), Namespaces(Path("/none")), Repairs(), EXCLUSIVE)
     with pytest.raises(OSError, match="Too many"):
         await healing.watch(reconciler)
-    assert healing._sockets == {reconciler: []}
+    assert healing.watched == {reconciler: []}
     assert [one.fileno() for one in namespaces.opened[::2]] == [-1] * fails, "closed"
     await healing.watch(reconciler)
-    assert len(healing._sockets[reconciler]) == 2
+    assert len(healing.watched[reconciler]) == 2
     before = len(namespaces.opened)
     await healing.watch(reconciler)
     assert len(namespaces.opened) == before
@@ -187,10 +187,10 @@ async def test_a_network_whose_changes_cannot_be_watched_is_written_all_the_same
     others = dict.fromkeys(("home", "deferred", "tunnels", "measurements"), cast("Any", None))
     spaces = Namespaces(Path("/none"))
     overlays = Overlays(namespaces=spaces, pins=spaces, healer=healing, **others)
-    first = await overlays._reconciler(HEAD.id, HEAD)
-    assert healing._sockets == {first: []}
-    assert await overlays._reconciler(HEAD.id, HEAD) is first
-    assert len(healing._sockets[first]) == 2, "as soon as it can be"
+    first = await overlays.ready_reconciler(HEAD.id, HEAD)
+    assert healing.watched == {first: []}
+    assert await overlays.ready_reconciler(HEAD.id, HEAD) is first
+    assert len(healing.watched[first]) == 2, "as soon as it can be"
     healing.close()
     for one in namespaces.opened:
         one.close()
@@ -220,7 +220,7 @@ async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
     healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
     well, go_round, bugs = (
         Slow(clock, 0.001),
-        healing._go_round,
+        healing.check_all,
         [KeyError("bug"), OSError(24, "no descriptor")],
     )
 
@@ -229,7 +229,7 @@ async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
             raise bugs.pop()
         await go_round()
 
-    monkeypatch.setattr(healing, "_go_round", failing)
+    monkeypatch.setattr(healing, "check_all", failing)
     healing.take_turns(well)
     task = asyncio.get_running_loop().create_task(healing.run())
     while well.compared < 5 and not task.done():  # noqa: ASYNC110  # there is no event

@@ -56,7 +56,7 @@ async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other
         while not await answers(first):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         plan.write_bytes(b"\xff")
-        await relays._apply()
+        await relays.apply()
         assert await answers(first)
         plan.write_bytes(msgspec.json.encode([a_relay(second)]))
         while not await answers(second) or await answers(first):  # noqa: ASYNC110
@@ -73,18 +73,18 @@ async def test_a_relay_serves_on_the_socket_that_holds_its_port_and_leaves_it_he
     plan.write_bytes(msgspec.json.encode([a_relay(port)]))
     held: list[tuple[Reservation, socket.socket]] = []
     relays = ConnectionRelays(plan, QuickClock(), lambda: 0.5, lambda: held)
-    await relays._apply()
+    await relays.apply()
     assert not await answers(port), "a port that is not held is not relayed"
     held.append(a_held(port))
-    await relays._apply()
+    await relays.apply()
     assert await answers(port)
     plan.write_bytes(b"[]")
-    await relays._apply()
+    await relays.apply()
     assert not await answers(port), "the port is held only: nobody would answer"
     with pytest.raises(AlreadyExists):
         bind("tcp", port, "127.0.0.1")
     plan.write_bytes(msgspec.json.encode([a_relay(port)]))
-    await relays._apply()
+    await relays.apply()
     assert await answers(port)
     relays.end("tcp", port, "127.0.0.1")
     held.pop()[1].close()

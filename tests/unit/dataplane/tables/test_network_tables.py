@@ -87,8 +87,8 @@ async def until(network_tables: NetworkTables, condition: Callable[[], object]) 
     """Look whenever something more is in force."""
     async with asyncio.timeout(10):
         while not condition():
-            network_tables._applied_changed.clear()
-            await network_tables._applied_changed.wait()
+            network_tables.applied_changed.clear()
+            await network_tables.applied_changed.wait()
 
 
 async def test_parts_are_asked_one_after_another_and_then_it_is_in_force() -> None:

@@ -44,7 +44,7 @@ def pruning(directory: Path, body: Callable[[StubEngine], Coroutine[Any, Any, No
 
 async def pruned(stubs: StubEngine) -> list[str]:
     """The first digits of what a prune has removed."""
-    served = containers.ContainerRoutes(stubs.engine, stubs.engine._clock)
+    served = containers.ContainerRoutes(stubs.engine, stubs.clock)
     response = await containers.prune(served, make_mocked_request("POST", "/containers/prune"))
     assert isinstance(response, web.Response)
     assert isinstance(response.body, bytes)

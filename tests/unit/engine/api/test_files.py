@@ -23,7 +23,7 @@ async def test_a_client_that_takes_nothing_of_an_archive_is_given_up(
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            return await files._send_archive(request, endless(), {})
+            return await files.send_archive(request, endless(), {})
         finally:
             ended.set()
 

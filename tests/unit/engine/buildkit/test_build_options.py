@@ -200,12 +200,12 @@ def test_records_of_builds_are_bounded_together() -> None:
     history = BuildHistory()
     for number in range(RECORDS_MAX + 2):
         history.keep(pb.BuildHistoryRecord(ref=f"small-{number}"))
-    assert len(history._records) == RECORDS_MAX
+    assert len(history.records) == RECORDS_MAX
     for number in range(4):
         record = pb.BuildHistoryRecord(ref=f"large-{number}")
         record.frontend_attrs["x"] = "x" * (BYTES_MAX // 3)
         history.keep(record)
-    assert list(history._records) == ["large-2", "large-3"]
+    assert list(history.records) == ["large-2", "large-3"]
 
 
 def test_entitlements_that_are_not_given_are_refused_by_name() -> None:

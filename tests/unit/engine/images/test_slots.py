@@ -85,8 +85,8 @@ async def test_slow_ones_are_bounded_and_their_room_is_given_back() -> None:
     await settled(lambda: len(work.order) == 5)
     await work.end("e1")
     slots = work._turns
-    assert (slots._free, slots._slow_left, slots._overdue, slots._waiting) == (1, 2, [], [])
-    assert not slots._working
+    assert (slots.free, slots.slow_left, slots.overdue, slots.waiting) == (1, 2, [], [])
+    assert not slots.working
 
 
 async def test_a_cancelled_waiter_takes_no_slot() -> None:

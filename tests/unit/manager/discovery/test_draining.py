@@ -288,14 +288,14 @@ async def test_a_manager_whose_replica_is_behind_does_not_say_that_it_has_no_suc
     monkeypatch.setattr("skep.manager.discovery.draining.WAIT_S", 0.05)
     request = skep.AwaitTablesRequest(network_id=NET.id, revision=rig.revision)
     caller = cast("Caller", None)
-    assert (await rig.draining._await_tables(request, caller)).applied == rig.revision  # it has none
+    assert (await rig.draining.await_tables(request, caller)).applied == rig.revision  # it has none
     rig.store.partition()
     await rig.move(OWN, "s2")
-    assert (await rig.draining._await_tables(request, caller)).applied == 0
+    assert (await rig.draining.await_tables(request, caller)).applied == 0
     rig.store.heal()
-    assert (await rig.draining._await_tables(request, caller)).applied == 0
+    assert (await rig.draining.await_tables(request, caller)).applied == 0
     rig.discovery.state.acknowledgements.applied(N2, NET.id, rig.revision)
-    assert (await rig.draining._await_tables(request, caller)).applied >= request.revision
+    assert (await rig.draining.await_tables(request, caller)).applied >= request.revision
 
 
 async def test_a_manager_that_starts_again_from_a_snapshot_waits_for_no_later_tables_than_of_the_stop() -> (

@@ -124,5 +124,5 @@ def test_a_node_that_leaves_the_line_gives_its_place_up():
 
     crowded.loop.run_until_complete(some_leave())
     assert len(crowded.back) == 3 * AT_ONCE_MAX // 2
-    assert crowded.admission._running == 0
+    assert crowded.admission.running_count == 0
     crowded.loop.close()

@@ -70,7 +70,7 @@ async def test_very_many_tasks_are_gone_through_in_steps() -> None:
     rig = Rig()
     await put_all(rig.store, WEB)
     await put_all(rig.store, *[a_task(node=f"n{number}", service=WEB) for number in range(STEP + 1)])
-    steps = rig.labels._wake_nodes(WEB.id)
+    steps = rig.labels.wake_nodes(WEB.id)
     next(steps)
     assert len(rig.woken) == STEP
     assert list(steps) == []

@@ -58,7 +58,7 @@ def test_a_node_that_never_ends_to_say_the_same_is_slowed_down_and_its_last_word
         assert store.view().get(Task, "t1").status.message == f"{seconds * 10 - 1}"
         live_sessions.clear()
         await asyncio.sleep(3)
-        assert repeats._delayed == {}
+        assert repeats.delayed == {}
         running.cancel()
 
     loop.run_until_complete(live())

@@ -29,7 +29,7 @@ async def show(rig: Rig, state: NodeState) -> None:
 
 async def check_after(rig: Rig, managers: ManagerReconciler, seconds: float) -> int:
     rig.clock.time += seconds
-    await managers._check()
+    await managers.check()
     return rig.store.view().level
 
 

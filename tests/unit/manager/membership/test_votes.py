@@ -89,7 +89,7 @@ def _forget(_: Sequence[object]) -> None:
 async def test_it_gets_its_vote_when_it_has_caught_up():
     clock = HandClock()
     consensus = Learning(clock, caught_up_at=1.0)
-    await asked(clock, consensus)._promote(pb.PromoteMemberRequest(), CALLER)
+    await asked(clock, consensus).promote(pb.PromoteMemberRequest(), CALLER)
     assert consensus.voters == [M2]
     assert clock.time < 1.1
 
@@ -98,7 +98,7 @@ async def test_one_that_takes_longer_has_to_ask_again():
     clock = HandClock()
     consensus = Learning(clock, caught_up_at=60.0)
     with pytest.raises(StillLearning):
-        await asked(clock, consensus)._promote(pb.PromoteMemberRequest(), CALLER)
+        await asked(clock, consensus).promote(pb.PromoteMemberRequest(), CALLER)
     assert consensus.voters == []
     assert CATCH_UP_S <= clock.time < CATCH_UP_S + 0.1
 
@@ -106,7 +106,7 @@ async def test_one_that_takes_longer_has_to_ask_again():
 async def test_a_learner_that_is_removed_gets_an_error():
     clock = HandClock()
     with pytest.raises(FailedPrecondition, match="removed while it was joining"):
-        await asked(clock, Learning(clock, 0.5, is_out=True))._promote(pb.PromoteMemberRequest(), CALLER)
+        await asked(clock, Learning(clock, 0.5, is_out=True)).promote(pb.PromoteMemberRequest(), CALLER)
 
 
 async def test_the_error_of_an_unreachable_manager_names_the_port() -> None:
@@ -117,7 +117,7 @@ async def test_the_error_of_an_unreachable_manager_names_the_port() -> None:
     with pytest.raises(
         Unavailable, match=rf"cannot reach 127.0.0.1:{port} \(etcd's peers\): connection refused"
     ):
-        await service._promote(pb.PromoteMemberRequest(), CALLER)
+        await service.promote(pb.PromoteMemberRequest(), CALLER)
 
 
 async def test_a_manager_that_is_reached_is_only_late() -> None:
@@ -125,7 +125,7 @@ async def test_a_manager_that_is_reached_is_only_late() -> None:
         clock = HandClock()
         service = asked(clock, Learning(clock, caught_up_at=1e9), server.getsockname()[1])
         with pytest.raises(StillLearning):
-            await service._promote(pb.PromoteMemberRequest(), CALLER)
+            await service.promote(pb.PromoteMemberRequest(), CALLER)
 
 
 async def test_a_manager_names_the_ways_that_are_closed_from_it() -> None:

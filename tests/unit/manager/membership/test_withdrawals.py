@@ -93,7 +93,7 @@ async def test_a_member_that_is_to_go_is_removed():
     rig = Rig()
     consensus = Consensus(VOTERS, VOTERS)
     managers = await rig.managers(consensus, OWN, THIRD)
-    await managers._check()
+    await managers.check()
     assert consensus.removed == [2]
 
 
@@ -101,7 +101,7 @@ async def test_a_later_member_of_the_same_name_is_judged_anew_and_an_old_one_tha
     rig = Rig()
     consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(THIRD, 3)))
     managers = await rig.managers(consensus, OWN, THIRD)
-    await managers._check()
+    await managers.check()
     assert consensus.removed == []
 
 
@@ -113,7 +113,7 @@ async def test_a_former_leader_removes_no_member():
     rig.cluster.stand(other, OTHER)
     rig.cluster.elect(OTHER, quietly=True)
     with pytest.raises(NotLeader):
-        await managers._check()
+        await managers.check()
     assert consensus.removed == []
 
 
@@ -133,7 +133,7 @@ async def test_a_leader_that_is_deposed_after_its_last_look_removes_no_member():
     status = ManagerStatus(addr="m2:2377", reachability=Reachability.REACHABLE)
     await rig.store.update(lambda tx: tx.put(replace(tx.get(Node, OTHER), manager_status=status)))
     with pytest.raises(NotLeader):
-        await managers._check()
+        await managers.check()
     assert consensus.removed == []
     assert rig.store.view().get(Node, OTHER).manager_status == status
 
@@ -143,7 +143,7 @@ async def test_a_quorum_is_judged_by_what_a_quorum_says_of_the_members():
     rig = Rig()
     consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(OTHER, 2), a_member(FOURTH, 4)))
     managers = await rig.managers(consensus, OWN, THIRD, FOURTH)
-    await managers._check()
+    await managers.check()
     assert consensus.removed == []
 
 
@@ -172,7 +172,7 @@ async def test_a_member_that_has_just_joined_stays_though_the_leader_is_behind()
 
     consensus = Joining((*VOTERS, a_member("m5", 5)), record)
     managers = await rig.managers(consensus, OWN, OTHER, THIRD)
-    await managers._check()
+    await managers.check()
     assert consensus.removed == []
 
 
@@ -187,7 +187,7 @@ async def test_a_manager_that_falls_silent_while_the_leader_waits_does_not_count
 
     consensus = Waiting(VOTERS, VOTERS)
     managers = await rig.managers(consensus, OWN, THIRD, hearing=hearing)
-    await managers._check()
+    await managers.check()
     assert consensus.removed == []
 
 
@@ -199,7 +199,7 @@ async def test_a_manager_that_has_died_a_moment_ago_does_not_count_for_the_quoru
     rig = Rig()
     consensus = Consensus(VOTERS, VOTERS)
     managers = await rig.managers(consensus, OWN, THIRD, hearing=Dead())
-    await managers._check()
+    await managers.check()
     assert consensus.removed == []
 
 
@@ -208,13 +208,13 @@ async def test_a_learner_that_has_just_got_its_vote_is_not_overdue():
     learning = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3, is_learner=True))
     consensus = Consensus(learning, learning)
     managers = await rig.managers(consensus, OWN, OTHER, THIRD)
-    await managers._check()
+    await managers.check()
     rig.clock.time += LEARNING_S
     consensus.current = VOTERS
-    await managers._check()
+    await managers.check()
     assert consensus.removed == []
     consensus.current = consensus.local
-    await managers._check()
+    await managers.check()
     rig.clock.time += LEARNING_S
-    await managers._check()
+    await managers.check()
     assert consensus.removed == [3]

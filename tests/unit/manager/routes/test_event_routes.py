@@ -31,10 +31,10 @@ async def test_a_stream_begins_at_once_and_brings_events_as_they_come():
 async def test_a_client_that_has_gone_is_forgotten():
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
         response = await client.get("/events")
-        assert len(api.events._readers) == 1
+        assert len(api.events.readers) == 1
         response.close()
         async with asyncio.timeout(5):
-            while api.events._readers:  # noqa: ASYNC110 - the server's end of a closed connection
+            while api.events.readers:  # noqa: ASYNC110 - the server's end of a closed connection
                 await asyncio.sleep(0)
 
 

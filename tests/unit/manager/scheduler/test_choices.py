@@ -288,7 +288,7 @@ def figures(books: Accounting) -> dict[str, object]:
             account.free_memory_bytes,
             {port: number for port, number in account.host_ports.items() if number},
             {kind: sorted(names) for kind, names in account.generic._names.items() if names},
-            dict(account.generic._counts),
+            dict(account.generic.counts),
         )
         for id, account in books.accounts.items()
     }
@@ -299,7 +299,7 @@ def is_over(account: Account) -> bool:
         account.free_nano_cpus < 0
         or account.free_memory_bytes < 0
         or any(count > 1 for count in account.host_ports.values())
-        or any(count < 0 for count in account.generic._counts.values())
+        or any(count < 0 for count in account.generic.counts.values())
     )
 
 
@@ -344,7 +344,7 @@ def unsorted(patch: pytest.MonkeyPatch) -> None:
     """A node keeps the rank it was entered with."""
 
     def first(ranking: ranking_module.Ranking) -> ranking_module.Entry | None:
-        able = (entry for entry in ranking._heap if ranking._fits is None or ranking._fits(entry[-1]))
+        able = (entry for entry in ranking.heap if ranking.fits is None or ranking.fits(entry[-1]))
         return next(able, None)
 
     patch.setattr(ranking_module.Ranking, "first", first)
@@ -364,7 +364,7 @@ def by_arrival(patch: pytest.MonkeyPatch) -> None:
     """Among equals the node that was added first is taken."""
 
     def rank(candidates: candidates_module.Candidates, account: Account) -> tuple[object, ...]:
-        return account.active, account.load, list(candidates._accounting.accounts).index(account.node.id)
+        return account.active, account.load, list(candidates.accounting.accounts).index(account.node.id)
 
     patch.setattr(candidates_module.Candidates, "rank", rank)
 

@@ -15,7 +15,7 @@ def test_a_node_that_changes_again_and_again_and_never_comes_first_takes_no_more
         ranking.enter(accounting.accounts[a_node(id).id])
     for _ in range(10 * STALE_MAX):
         ranking.enter(accounting.accounts[a_node("worst").id])
-    assert len(ranking._heap) <= STALE_MAX + 2 * len(ids) + 1
+    assert len(ranking.heap) <= STALE_MAX + 2 * len(ids) + 1
     first = ranking.first()
     assert first is not None
     assert rank_of(first) == ("best",)

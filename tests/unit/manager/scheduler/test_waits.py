@@ -141,7 +141,7 @@ class Cluster:
 
     def unnoticed(self) -> list[str]:
         """Groups that wait for nothing, and that nothing will have decided again."""
-        view, confirmed = self.store.view(), self.waits._confirmed.at
+        view, confirmed = self.store.view(), self.waits.confirmed.at
         return [
             group for group, task in self.waiting.items() if awaited(task, view, confirmed, self.now) is None
         ]
