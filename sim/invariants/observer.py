@@ -17,6 +17,7 @@ from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.disks import FullNodesGetNoNewTasks
 from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
+from sim.invariants.objects import used_secrets_stay
 from sim.invariants.placement import global_jobs_run_once
 from sim.invariants.preemption import PreemptionsAreJust
 from sim.invariants.removals import TimesToLive
@@ -98,6 +99,7 @@ class Observer:
             jobs_keep_within_bounds,
             names_are_unique,
             nodes_are_not_overcommitted,
+            used_secrets_stay,
             one_leader_writes,
             session_owners_report,
             sessions_are_claimed,
