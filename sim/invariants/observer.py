@@ -44,7 +44,7 @@ from sim.links import Isolation, Uptime
 from sim.trace import Trace
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
-from skep.store.interface import Created, View
+from skep.store.interface import Created, Updated, View
 
 Rule = Callable[[Change, View], Iterable[str]]
 
@@ -91,6 +91,8 @@ class Observer:
         """Violations in chronological order."""
         self.created: Counter[ServiceId] = Counter()
         """Number of tasks created, by service."""
+        self.preempted: Counter[ServiceId] = Counter()
+        """Number of tasks preempted, by service."""
         self.started: Counter[ServiceId] = Counter()
         """Number of containers started, by service."""
         self.rules: list[Rule] = [
@@ -175,5 +177,9 @@ class Observer:
             match event:
                 case Created(Task() as task):
                     self.created[task.service_id] += 1
+                case Updated(Task() as old, Task() as new) if (
+                    old.preemption is None and new.preemption is not None
+                ):
+                    self.preempted[new.service_id] += 1
         for rule in self.rules:
             self.note(change.time_s, rule(change, view))
