@@ -4,6 +4,7 @@ They also detect mutants of the rules that they exercise.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from msgspec.structs import replace
@@ -30,12 +31,13 @@ from sim.trial import check_planned
 from sim.users import Users
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
+from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job
 from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.control.volumes import create_volume
-from skep.model.container import ContainerSpec, Mount
+from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
@@ -49,6 +51,7 @@ from skep.model.options.labels import (
 )
 from skep.model.options.schedules import CRON, CRON_DEADLINE, CRON_MAX_ATTEMPTS
 from skep.model.quota import QuotaSpec
+from skep.model.secret import SecretSpec
 from skep.model.service import (
     GlobalJob,
     GlobalService,
@@ -69,7 +72,7 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.values.ids import NodeId, ServiceId
+from skep.model.values.ids import NodeId, SecretId, ServiceId
 from skep.model.values.meta import Driver
 from skep.model.values.times import SECOND_NS, moment, timestamp
 from skep.model.volume import AccessMode, TypeMount, VolumeSharing, VolumeSpec
@@ -82,6 +85,8 @@ MOST_BYTES = 5 << 30
 """Memory of a task that is more than half of a node's."""
 LOST_S = 120.0
 """Seconds for which a node is lost.  These clusters remove lost nodes after a minute."""
+AWAY_S = 30.0
+"""Time without managers, after which nodes retry with their longest delays."""
 WELL_S = 40.0
 DUE_THRICE_S = 200.0
 """Longer than three minutes, and shorter than four."""
@@ -363,6 +368,56 @@ def _due_while_its_node_is_down(cluster: SimulatedCluster) -> None:
     cluster.run_for(LOST_S)
 
 
+def _secret_that_a_service_uses(cluster: SimulatedCluster) -> None:
+    """A secret is removed while a service uses it, which has to be refused, and after its last update."""
+    key = _create_secret(cluster)
+    id = _create(cluster, _with_secret(_a_spec("web", ONE), key))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 1)
+    _refuse_removal(cluster, key)
+    _update(cluster, id, _without_secrets)
+    cluster.run_for(1.0)  # until every manager's replica shows it
+    cluster.write(partial(remove_secret, id=key))
+
+
+def _secret_that_a_run_uses(cluster: SimulatedCluster) -> None:
+    """A secret is removed while a run of a scheduled job uses it, whose service no longer does."""
+    key = _create_secret(cluster)
+    once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    id = _create(cluster, with_labels(_with_secret(_a_spec("report", once), key), {CRON: "*/1 * * * *"}))
+    cluster.run_until(lambda: cluster.containers("report") == 1, within_s=90.0)
+    _update(cluster, id, _without_secrets)
+    cluster.run_for(1.0)
+    _refuse_removal(cluster, key)
+
+
+def _create_secret(cluster: SimulatedCluster) -> SecretId:
+    key, now = SecretId("key"), timestamp(_now_ns(cluster))
+    cluster.write(lambda tx: create_secret(tx, SecretSpec(name=key), b"key", new_id=lambda: key, now=now))
+    cluster.run_for(1.0)  # until every manager's replica shows it
+    return key
+
+
+def _refuse_removal(cluster: SimulatedCluster, key: SecretId) -> None:
+    """Request the removal of a secret.  The rules find that it was removed if it was not refused."""
+    with suppress(InvalidArgument):
+        cluster.write(partial(remove_secret, id=key))
+
+
+def _with_secret(spec: ServiceSpec, key: SecretId) -> ServiceSpec:
+    used = SecretReference(file=SecretFileTarget(name=key), secret_id=key, secret_name=key)
+    return _with_container(spec, lambda container: replace(container, secrets=(used,)))
+
+
+def _without_secrets(spec: ServiceSpec) -> ServiceSpec:
+    return _with_container(spec, lambda container: replace(container, secrets=()))
+
+
+def _with_container(spec: ServiceSpec, change: Callable[[ContainerSpec], ContainerSpec]) -> ServiceSpec:
+    container = spec.task_template.container_spec
+    assert container is not None
+    return replace(spec, task_template=replace(spec.task_template, container_spec=change(container)))
+
+
 def _removes_itself(cluster: SimulatedCluster) -> None:
     """A job with a time to live completes under a leader that is deposed afterwards."""
     once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=2))
@@ -383,6 +438,35 @@ def _most_nodes_are_lost(cluster: SimulatedCluster) -> None:
     cluster.run_for(LOST_S)
     cluster.start_all()
     _expect(cluster, "web does not run again", lambda: cluster.running("web") == 4)
+
+
+def _cut_off_and_kept(cluster: SimulatedCluster) -> None:
+    """A node is partitioned.  Its tasks stay, because their service keeps them, and run when the node is back."""
+    _create(cluster, with_labels(_a_spec("web", _replicas(4)), {ON_DISCONNECT: "keep"}))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 4)
+    home = _home(cluster, "web")
+    cut = cluster.links.cut([home], cluster.managers)
+    _expect(cluster, "the node is not marked down", lambda: not cluster.is_ready(home))
+    _watch(cluster, WELL_S)
+    cluster.links.restore(cut)
+    _expect(cluster, "the node does not return", lambda: cluster.is_ready(home))
+    _expect(cluster, "web does not run again", lambda: cluster.running("web") == 4)
+
+
+def _no_manager_for_a_while(cluster: SimulatedCluster) -> None:
+    """All managers are away until nodes retry with their longest delays.  No task may be replaced at their return."""
+    _create(cluster, _a_spec("web", _replicas(4)))
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 4)
+    for id in cluster.managers:
+        cluster.crash(id)
+    cluster.run_for(AWAY_S)
+    for id in cluster.managers:
+        cluster.start_manager(id)
+    cluster.run_for(WELL_S)
+    if (number := cluster.created("web") - 4) > 0:
+        cluster.observer.note(
+            cluster.loop.time(), [f"{number} tasks were replaced when the managers returned"]
+        )
 
 
 def _rotated_while_a_node_is_away(cluster: SimulatedCluster) -> None:
@@ -486,9 +570,13 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("due while a run goes on", _due_while_a_run_goes_on),
         ("due and fails", _due_and_fails),
         ("due while its node is down", _due_while_its_node_is_down),
+        ("secret that a service uses", _secret_that_a_service_uses),
+        ("secret that a run uses", _secret_that_a_run_uses),
         ("removes itself", _removes_itself),
         ("more replicas than nodes may have", _more_replicas_than_nodes_may_have),
         ("most nodes are lost", _most_nodes_are_lost),
+        ("cut off and kept", _cut_off_and_kept),
+        ("no manager for a while", _no_manager_for_a_while),
         ("rotated while a node is away", _rotated_while_a_node_is_away),
         ("removed under a global service", _removed_under_a_global_service),
         ("retried under another clock", _retried_after_a_change_of_clock),

@@ -1,5 +1,5 @@
-"""Injects one fault into a cluster at rest.  Only tasks that the fault ended may be replaced, and none of them may be
-shown as running.
+"""Injects one fault into a cluster at rest.  Only tasks that the fault ended, or that are preempted for them, may be
+replaced, and none of them may be shown as running.
 """
 
 from collections import Counter
@@ -51,10 +51,12 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
     steady = [service.id for service in cluster.view.find(Service) if is_steady(cluster, service)]
     name = fault.__name__.strip("_").replace("_", " ")
     created, started = cluster.observer.created.copy(), cluster.observer.started.copy()
+    preempted = cluster.observer.preempted.copy()
     cluster.trace.add(f"fault: {name}, in a cluster at rest")
     lost = fault(cluster)
     pass_time(cluster, AFTERMATH_S)
-    expected = {id: lost[id] for id in steady}
+    # A lost task of higher priority may take the place of another one, which is then replaced as well.
+    expected = {id: lost[id] + cluster.observer.preempted[id] - preempted[id] for id in steady}
     note, now = cluster.observer.note, cluster.loop.time()
     note(now, surplus_violations(f"'{name}'", expected, created, cluster.observer.created))
     note(now, surplus_violations(f"'{name}'", expected, started, cluster.observer.started))

@@ -37,10 +37,9 @@ from skep.manager.autoscaling import decision
 from skep.manager.autoscaling import state as autoscaling_state
 from skep.manager.ca import loop as ca_loop
 from skep.manager.ca.rotation import next_step
-from skep.manager.control import quotas, services, tasks
-from skep.manager.dispatcher import loop as dispatcher_loop
+from skep.manager.control import files, quotas, services, tasks
 from skep.manager.dispatcher import statuses
-from skep.manager.dispatcher.node_sessions import adoption
+from skep.manager.dispatcher.node_sessions import adoption, heartbeat_deadlines
 from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
 from skep.manager.orchestrator import (
     changes,
@@ -88,7 +87,7 @@ from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
 from skep.store.interface import Event, Transaction, View
 from skep.store.leadership import LeaderRecord
-from skep.store.state import State
+from skep.store.state import Owner, State
 from skep.store.transactions import transaction
 from skep.store.transactions.proposal import Committed, Compare, Exists, Footprint, NothingSince
 from skep.store.transactions.transaction import ProposalBuilder
@@ -200,7 +199,7 @@ def _other_order() -> list[Patch]:
 
 
 def _impatient() -> list[Patch]:
-    return [Patch(dispatcher_loop, "grace_period", lambda period_s, **_: 0.8 * period_s)]
+    return [Patch(heartbeat_deadlines, "grace_period", lambda period_s, **_: 0.8 * period_s)]
 
 
 def _no_claims() -> list[Patch]:
@@ -257,7 +256,8 @@ def _no_patience() -> list[Patch]:
         return 0.8 * period_s
 
     return [
-        Patch(dispatcher_loop, name, impatient) for name in ("grace_after_absence", "grace_after_adoption")
+        Patch(heartbeat_deadlines, name, impatient)
+        for name in ("grace_after_absence", "grace_after_adoption")
     ]
 
 
@@ -301,11 +301,13 @@ def _anywhere() -> list[Patch]:
 
 
 def _always_replaced() -> list[Patch]:
-    return [Patch(decision_inputs, "policy_on", lambda node, service: DisconnectPolicy())]
+    users = (decision_inputs, orchestrator_state)  # the second one tests what the first one has decided
+    return [Patch(module, "policy_on", lambda node, service: DisconnectPolicy()) for module in users]
 
 
 def _never_stopped() -> list[Patch]:
-    return [Patch(worker, "stop_reason", lambda assigned, silence_s: "")]
+    real = worker.stop_reason
+    return [Patch(worker, "stop_reason", lambda assigned, _, removal=None: real(assigned, 0.0, removal))]
 
 
 def _again_and_again() -> list[Patch]:
@@ -313,7 +315,9 @@ def _again_and_again() -> list[Patch]:
 
 
 def _adopts_whatever_is_there() -> list[Patch]:
-    def careless(tx: Transaction, orphan: adoption.OrphanedNode, own: NodeId, new_id: IdSource) -> bool:
+    def careless(
+        tx: Transaction, orphan: adoption.OrphanedNode, own: NodeId, new_id: IdSource, now_ns: int
+    ) -> bool:
         node = tx.lookup(Node, orphan.node_id)
         if node is None:
             return False
@@ -404,6 +408,19 @@ def _keeps_no_nodes() -> list[Patch]:
     return [Patch(node_loop, "removable", removable), Patch(node_loop, "remove_lost", remove)]
 
 
+def _removes_used_secrets() -> list[Patch]:
+    real = transaction.LocalTransaction._users
+
+    def users(self: transaction.LocalTransaction, used: Owner) -> list[Owner]:
+        return [] if used[0] == "secret" else real(self, used)
+
+    return [Patch(transaction.LocalTransaction, "_users", users)]
+
+
+def _removes_secrets_of_runs() -> list[Patch]:
+    return [Patch(files, "runs_with", lambda *_: [])]
+
+
 def _never_given_up() -> list[Patch]:
     return [Patch(jobs, "_is_given_up", lambda slot, situation: False)]
 
@@ -454,9 +471,9 @@ def _deletes_unreported_tasks() -> list[Patch]:
 
 def _shares_the_lock() -> list[Patch]:
     def taken(
-        holders: Sequence[maintenance.LockHolder], holder: maintenance.LockHolder, *_: object
-    ) -> list[maintenance.LockHolder]:
-        return [*(one for one in holders if not maintenance.is_same(one, holder)), holder]
+        holders: Sequence[maintenance.LockHolder], holder: maintenance.LockHolder, *_: object, **__: object
+    ) -> tuple[maintenance.LockHolder, ...]:
+        return *(one for one in holders if not maintenance.is_same(one, holder)), holder
 
     return [Patch(maintenance, "taken", taken)]
 
@@ -764,7 +781,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "unknown since", "tasks on a node whose lease has expired are shown as unknown", _last_word_stands
     ),
     Mutant("adoption", "the leader adopts the sessions of a failed manager", _no_adoption),
-    Mutant("reconnection", "a node whose manager failed gets time to connect to another one", _no_patience),
     Mutant(
         "resources", "an assigned task leaves its node only when its resources no longer fit", _crowding_out
     ),
@@ -773,7 +789,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("sequence", "an update of a service names its current version", _any_version),
     Mutant("host ports", "a host port is held by one task per node", _shared_ports),
     Mutant("constraints", "tasks run on nodes that meet their constraints", _anywhere),
-    Mutant("keep", "on-disconnect keep: tasks of a node that is down are not replaced", _always_replaced),
     Mutant("stop", "on-disconnect stop: a disconnected node stops its tasks by itself", _never_stopped),
     Mutant("done once", "a completed run of a job is not repeated", _again_and_again),
     Mutant("reports kept", "a report that could not be sent is sent later", _reports_once, focused.reports),
@@ -788,6 +803,30 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name, rule, patches, CROSSINGS[crossing], CROSSING_SEEDS)
         for name, rule, patches, crossing in (
+            (
+                "reconnection",
+                "a node whose manager failed gets time to connect to another one",
+                _no_patience,
+                "no manager for a while",
+            ),
+            (
+                "keep",
+                "on-disconnect keep: tasks of a node that is down are not replaced",
+                _always_replaced,
+                "cut off and kept",
+            ),
+            (
+                "used secrets",
+                "a secret that a service uses is not removed",
+                _removes_used_secrets,
+                "secret that a service uses",
+            ),
+            (
+                "secrets of runs",
+                "a secret that a run of a job uses is not removed",
+                _removes_secrets_of_runs,
+                "secret that a run uses",
+            ),
             ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink, "shrinks under a quota"),
             (
                 "volumes given up",

@@ -3,8 +3,8 @@
 Each command is the production coroutine.  It may be killed or suspended between any two requests, or lose responses.
 Two commands may run at once.
 
-Rules: a command that succeeds is in force, or concurrent commands have changed the stack; no secret that a
-service uses is removed; whatever was killed, the next deploy succeeds, and then a removal leaves nothing.
+Rules: a command that succeeds is in force, or concurrent commands have changed the stack; whatever was killed, the
+next deploy succeeds, and then a removal leaves nothing.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ import msgspec
 from sim.client_runs import deploy, label_of, rotate
 from sim.clients import ApiClient, Apis
 from sim.cluster import SimulatedCluster
-from sim.committed import Change
+from sim.invariants.objects import secrets_of
 from sim.random_specs import BROKEN, COMMANDED_STACK, ENDING_IMAGES
 from sim.trace import COMMAND
 from skep.cli.apps.rotation import SECRET
@@ -38,7 +38,6 @@ from skep.stack.project import Stack
 from skep.stack.recording import carry_out, return_plan
 from skep.stack.removing import remove
 from skep.stack.revisions import before
-from skep.store.interface import Deleted, View
 
 AT_ONCE = 2
 """Number of commands that may run at the same time."""
@@ -85,7 +84,6 @@ class StackCommands:
         self._apis = Apis(cluster)
         self._commands: list[_Command] = []
         self._running: set[asyncio.Task[None]] = set()
-        cluster.observer.rules.append(used_secrets_stay)
 
     def act(self) -> None:
         """Begin a command, half of the time two, which are often equal deploys."""
@@ -180,7 +178,11 @@ class StackCommands:
         new = await rotate(command.client, SECRET, KEY, data)
         if not any(one.name != command.name for one in self._concurrent(command)):
             service = self._service()
-            names = [one.secret_name for one in _secrets(service)] if service is not None else [new]
+            names = (
+                [one.secret_name for one in secrets_of(service.spec.task_template)]
+                if service is not None
+                else [new]
+            )
             if new not in names:
                 self._note([f"{command.name} has succeeded with {new}, and the service has {names}"])
 
@@ -250,21 +252,6 @@ class StackCommands:
         return self._cluster.loop.time()
 
 
-def used_secrets_stay(change: Change, view: View) -> Iterable[str]:
-    """Yield the removed secrets that a service uses."""
-    gone = set[str]()
-    for event in change.events:
-        match event:
-            case Deleted(Secret() as secret):
-                gone.add(secret.id)
-    if not gone:
-        return
-    for service in view.find(Service):
-        for one in _secrets(service) if service.removed_at is None else ():
-            if one.secret_id in gone:
-                yield f"secret {one.secret_name} was removed, and {service.spec.name} uses it"
-
-
 def _stack(image: str) -> Stack:
     action = "pause" if image == IMAGES[0] else "rollback"
     policy = f"update_config: {{monitor: 1s, parallelism: 0, failure_action: {action}}}"
@@ -281,11 +268,6 @@ def _stack(image: str) -> Stack:
 def _image(spec: Any) -> str:
     container = spec.task_template.container_spec
     return container.image if container is not None else ""
-
-
-def _secrets(service: Service) -> Iterable[Any]:
-    container = service.spec.task_template.container_spec
-    return container.secrets if container is not None else ()
 
 
 def _say(*_: str) -> None:

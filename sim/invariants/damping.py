@@ -22,7 +22,8 @@ def surplus_violations(
     """Check that one fault under steady load does not create more tasks than it ended.
 
     Args:
-        lost: number of running tasks that the fault ended, by steady service.  Other services are not checked.
+        lost: number of running tasks that the fault ended, or that were preempted for those, by steady service.  Other
+            services are not checked.
         before: number of tasks ever created before the fault, by service.
         after: number of tasks ever created after it, by service.
     """

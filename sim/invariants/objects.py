@@ -1,24 +1,51 @@
-"""Rules on objects at rest: their number is bounded by the live objects, and no object refers to a deleted one."""
+"""Rules on objects: no used one is removed, and at rest the live objects bound the number of all others."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
+from sim.committed import Change
 from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
 from skep.manager.orchestrator.reaper.unreported import unreported
+from skep.model.container import SecretReference
 from skep.model.node import Node
-from skep.model.service import Service
+from skep.model.secret import Secret
+from skep.model.service import Service, TaskSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import ServiceId, TaskId
 from skep.model.volume import Volume
-from skep.store.interface import View
+from skep.store.interface import Deleted, View
 from skep.store.kinds import Payload, SpecVersion
 
 EXTRA = 8
 """Tasks of one slot in addition to its history limit: the desired task, a stopping task, and a task that decides on the
 update.
 """
+
+
+def used_secrets_stay(change: Change, view: View) -> Iterable[str]:
+    """Yield the removed secrets that a service uses, or the current run of a job, which keeps the spec of its start."""
+    gone = {
+        one.object.id for one in change.events if isinstance(one, Deleted) and isinstance(one.object, Secret)
+    }
+    if not gone:
+        return
+    for service in view.find(Service):
+        if service.removed_at is not None:
+            continue
+        used = [(one, "it") for one in secrets_of(service.spec.task_template)]
+        for task in view.find(Task, service_id=service.id):
+            if task.job_iteration is not None and task.is_active and task.is_wanted:
+                used += [(one, f"task {task.id} of its run") for one in secrets_of(task.spec)]
+        for one, user in used:
+            if one.secret_id in gone:
+                yield f"secret {one.secret_name} of {service.spec.name} was removed, and {user} uses it"
+
+
+def secrets_of(spec: TaskSpec) -> Sequence[SecretReference]:
+    """Return the secrets that a task needs."""
+    return spec.container_spec.secrets if spec.container_spec is not None else ()
 
 
 def unbounded_objects(view: View) -> Iterable[str]:

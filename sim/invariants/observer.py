@@ -17,6 +17,7 @@ from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.disks import FullNodesGetNoNewTasks
 from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
+from sim.invariants.objects import used_secrets_stay
 from sim.invariants.placement import global_jobs_run_once
 from sim.invariants.preemption import PreemptionsAreJust
 from sim.invariants.removals import TimesToLive
@@ -43,7 +44,7 @@ from sim.links import Isolation, Uptime
 from sim.trace import Trace
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
-from skep.store.interface import Created, View
+from skep.store.interface import Created, Updated, View
 
 Rule = Callable[[Change, View], Iterable[str]]
 
@@ -90,6 +91,8 @@ class Observer:
         """Violations in chronological order."""
         self.created: Counter[ServiceId] = Counter()
         """Number of tasks created, by service."""
+        self.preempted: Counter[ServiceId] = Counter()
+        """Number of tasks preempted, by service."""
         self.started: Counter[ServiceId] = Counter()
         """Number of containers started, by service."""
         self.rules: list[Rule] = [
@@ -98,6 +101,7 @@ class Observer:
             jobs_keep_within_bounds,
             names_are_unique,
             nodes_are_not_overcommitted,
+            used_secrets_stay,
             one_leader_writes,
             session_owners_report,
             sessions_are_claimed,
@@ -173,5 +177,9 @@ class Observer:
             match event:
                 case Created(Task() as task):
                     self.created[task.service_id] += 1
+                case Updated(Task() as old, Task() as new) if (
+                    old.preemption is None and new.preemption is not None
+                ):
+                    self.preempted[new.service_id] += 1
         for rule in self.rules:
             self.note(change.time_s, rule(change, view))

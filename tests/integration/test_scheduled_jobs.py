@@ -103,5 +103,5 @@ def test_a_job_that_always_fails_ends_each_run_as_failed_and_starts_the_next(thr
     wait_until(lambda: outcomes()[:2] == ["failed", "failed"], "two runs have failed", within_s=180)
     assert not any(one.get("Skipped") for one in jobs(m1)["hopeless"]["Starts"])
     history = skep(m1, "history", "hopeless", "-o", "wide")
-    assert "run 0 of job hopeless failed after 2 attempts, the last: " in history
+    assert "run 0 of job hopeless failed after 1 restart: " in history
     assert "FAILED" in skep(m1, "explain", "hopeless")

@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 
 from sim.cluster import SimulatedCluster
+from sim.committed import Change
 from skep.errors import FailedPrecondition
 from skep.manager.control.nodes import remove_node
 from skep.model.node import Node, NodeState
 from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
+from skep.store.interface import View
 from tests.support.builders import a_service_spec
 
 WORKERS, REPLICAS = 6, 18
@@ -60,14 +62,38 @@ def test_a_leader_that_dies_amid_the_disruption_leaves_it_to_the_next(seed: int,
     """It dies at the commit that marks that many down: noticed perhaps, and not written."""
     with SimulatedCluster(managers=3, workers=WORKERS, seed=seed) as cluster:
         created = start(cluster, age_s=100.0)
+        killed = list[NodeId]()
+
+        def kill_leader(change: Change, view: View) -> None:
+            if not killed and len(down(cluster)) >= fallen:
+                assert not is_frozen(cluster)
+                killed.append(cluster.leader)
+                cluster.kill_manager(cluster.leader)
+
+        cluster.committed.watchers.append(kill_leader)
         cut_five(cluster)
-        cluster.run_until(lambda: len(down(cluster)) >= fallen, within_s=60)
-        assert not is_frozen(cluster)
-        cluster.crash(cluster.leader)
+        cluster.run_until(lambda: bool(killed), within_s=60)
         cluster.run_until(lambda: len(down(cluster)) == 5, within_s=60)
         cluster.run_for(30)
         assert cluster.created("web") == created
         assert is_frozen(cluster)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_freeze_is_written_right_after_the_commit_that_completes_the_disruption(seed: int) -> None:
+    """Until then only the leader knows it, and a user may remove nodes that are cut off without force."""
+    with SimulatedCluster(managers=3, workers=WORKERS, seed=seed) as cluster:
+        start(cluster, age_s=100.0)
+        at: dict[bool, float] = {}
+
+        def note(change: Change, view: View) -> None:
+            if 2 * len(down(cluster)) > len(view.find(Node)):
+                at.setdefault(is_frozen(cluster), change.time_s)
+
+        cluster.committed.watchers.append(note)
+        cut_five(cluster)
+        cluster.run_until(lambda: is_frozen(cluster), within_s=60)
+        assert at[True] - at[False] < 0.05  # two writes, and no pause
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -1,5 +1,10 @@
 """A broken rule of the product is noticed by the rules of the simulation; all of them are `make mutants`."""
 
+import inspect
+from collections.abc import Callable
+from inspect import Parameter
+from typing import Any
+
 import pytest
 
 from sim.mutants import MUTANTS, SEEDS, Mutant, broken, judge
@@ -32,6 +37,10 @@ def by_name(name: str) -> Mutant:
         ("job TTL", 1),
         ("most nodes lost", 1),
         ("max replicas", 1),
+        ("keep", 1),
+        ("reconnection", 1),
+        ("used secrets", 1),
+        ("secrets of runs", 1),
         ("failed update", 1),
         ("victims", 1),
         ("upgrade lock", 20),
@@ -61,6 +70,26 @@ def test_a_broken_rule_is_found(name: str, seeds: int) -> None:
 @pytest.mark.parametrize("name", ["existence", "own barrier", "no gap", "raft's term"])
 def test_a_broken_rule_of_the_store_is_found_by_runs_of_the_store_alone(name: str) -> None:
     assert judge(by_name(name), seeds=60).seed is not None
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name)
+def test_a_broken_rule_replaces_functions_that_exist_and_takes_their_arguments(mutant: Mutant) -> None:
+    patches = mutant.patches()
+    assert patches
+    for patch in patches:
+        real = getattr(patch.owner, patch.name)
+        if inspect.isfunction(real):
+            assert_takes_the_arguments_of(real, patch.value)
+
+
+def assert_takes_the_arguments_of(real: Callable[..., Any], broken: Callable[..., Any]) -> None:
+    parameters = inspect.signature(real).parameters.values()
+    positional = [
+        one for one in parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    named = {one.name: None for one in parameters if one.kind is Parameter.KEYWORD_ONLY}
+    inspect.signature(broken).bind(*positional, **named)  # raises TypeError
+    assert inspect.iscoroutinefunction(broken) == inspect.iscoroutinefunction(real)
 
 
 def test_at_least_ten_rules_are_broken_and_each_is_whole_again_afterwards() -> None:

@@ -28,7 +28,7 @@ from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.scheduler.explaining.explain import NodeVerdict
 from skep.manager.services.job_listing import schedule_words
-from skep.manager.services.job_runs import of_present_run
+from skep.manager.services.job_runs import of_present_run, restarts_in
 from skep.model.needs import HostPort, host_ports, needs_of
 from skep.model.node import Node
 from skep.model.options.autoscaling import TaskUsage, autoscaling_of
@@ -458,9 +458,8 @@ def _of_job(
         key, slot = min(given_up.items(), key=lambda item: str(item[0]))
         where = f"slot {key}" if job is not None else hostname(nodes.get(slot[-1].node_id), slot[-1])
         others = f" and {len(given_up) - 1} more" if len(given_up) > 1 else ""
-        attempts = f"{len(slot)} attempt{'' if len(slot) == 1 else 's'}"
         last = summary(slot[-1], nodes.get(slot[-1].node_id))
-        text = f"FAILED: {last}; {where}{others} gave up after {attempts}; {completed}"
+        text = f"FAILED: {last}; {where}{others} gave up {restarts_in(slot)}; {completed}"
         return text, f"failed: {last}", False
     progress = f"{completed}, {running} running"
     if not problems:

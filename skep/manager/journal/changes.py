@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
-from skep.manager.services.job_runs import FAILED, of_present_run
+from skep.manager.services.job_runs import FAILED, of_present_run, restarts_in
 from skep.model.container import ContainerSpec
 from skep.model.history import JournalEntry, Severity, masked_text, stack_of
 from skep.model.network import Network
@@ -250,13 +250,13 @@ def _changed_job(old: Service, new: Service, view: View) -> Iterator[JournalEntr
 
 
 def _why_failed(job: Service, view: View) -> str:
-    """Return the last failure of the current run, and the number of the task's attempts."""
+    """Return the last failure of the current run, and how often the task was restarted."""
     failed = [one for one in of_present_run(job, view.find(Task, service_id=job.id)) if one.ended_in_failure]
     last = max(failed, key=lambda one: (unix_ns(one.created_at), one.id), default=None)
     if last is None:
         return ""
-    attempts = sum(_place(one) == _place(last) for one in failed)
-    return f" after {attempts} attempt{'' if attempts == 1 else 's'}, the last: {end_of(last)}"
+    slot = [one for one in failed if _place(one) == _place(last)]
+    return f" {restarts_in(slot)}: {end_of(last)}"
 
 
 def _place(task: Task) -> int | str:

@@ -343,6 +343,15 @@ def of_present_run(service: Service, tasks: Iterable[Task]) -> list[Task]:
     ]
 
 
+def restarts_in(slot: Iterable[Task]) -> str:
+    """Return how often a failed task of a slot was restarted, like ``after 6 restarts``.
+
+    The limit of attempts counts restarts as well: a task that may be restarted six times fails seven times.
+    """
+    restarts = max(sum(task.ended_by_itself for task in slot) - 1, 0)
+    return f"after {restarts} restart{'' if restarts == 1 else 's'}" if restarts else "without a restart"
+
+
 def is_candidate(node: Node, service: Service) -> bool:
     """Return whether ``node`` can have a task of a global job's current run, for which it existed when that was
     requested.

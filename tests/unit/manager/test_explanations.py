@@ -244,12 +244,17 @@ def test_a_global_job_that_completed_says_on_how_many_nodes() -> None:
     assert explain_service(job, tasks, wanted=0, nodes={}, now_ns=0).summary == "2 of 2 completed"
 
 
-def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> None:
+@pytest.mark.parametrize(
+    ("failures", "words"), [(1, "without a restart"), (2, "after 1 restart"), (7, "after 6 restarts")]
+)
+def test_a_job_that_gave_up_says_where_after_how_many_restarts_and_of_what(failures: int, words: str) -> None:
     job = a_job(2)
-    tasks = [a_run(job, 1, TaskState.COMPLETE), *(a_run(job, 2, TaskState.FAILED) for _ in range(3))]
+    moved = replace(a_run(job, 2, TaskState.SHUTDOWN), desired_state=TaskState.SHUTDOWN)
+    failed = [a_run(job, 2, TaskState.FAILED) for _ in range(failures)]
+    tasks = [a_run(job, 1, TaskState.COMPLETE), moved, *failed]
     reported = explain_service(job, tasks, wanted=1, nodes={}, now_ns=0)
     assert not reported.is_healthy
-    assert reported.summary == ("FAILED: exit 1; slot 2 gave up after 3 attempts; 1 of 2 completed")
+    assert reported.summary == f"FAILED: exit 1; slot 2 gave up {words}; 1 of 2 completed"
 
 
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:

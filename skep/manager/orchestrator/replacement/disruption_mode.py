@@ -4,12 +4,14 @@ Replacement is frozen as soon as a disruption is detected, even before the freez
 because the commit that completes the disruption would also cause the replacements.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Iterator
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.aio.race import is_set_within
 from skep.errors import SkepError
 from skep.manager.nodes.heartbeats import configured_grace_s, configured_heartbeats
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
@@ -25,7 +27,7 @@ from skep.store.interface import Commit, LoopStore, NotLeader, Transaction, View
 log = structlog.get_logger()
 
 CHECK_S = 0.5
-"""Seconds between checks whether a freeze must be written or ended."""
+"""Seconds between checks whether a freeze must be ended, or written again after a failed write."""
 HALF_BACK = "half of the nodes are back"
 SETTLING_GRACES = 2
 """Heartbeat grace periods for which the other half of the nodes is awaited at the end of a freeze.  Nodes register
@@ -44,6 +46,7 @@ class DisruptionMode:
         self._history = NodeHistory(())
         self._detected: Disruption | None = None
         """A disruption that is not yet written to the cluster object."""
+        self._has_detected = asyncio.Event()
         self._frozen_at: float | None = None
         """Time at which this leader first saw the current freeze."""
         self.replaces_from = float("-inf")
@@ -89,7 +92,8 @@ class DisruptionMode:
     async def run(self) -> None:
         """Write freezes, and end them when due, until cancelled."""
         while True:
-            await self._clock.sleep(CHECK_S)
+            await is_set_within(self._has_detected, CHECK_S)
+            self._has_detected.clear()
             now = self._clock.monotonic()
             try:
                 if self._detected is not None:
@@ -111,6 +115,8 @@ class DisruptionMode:
             return
         self._detected = self._history.detect(now, configured_grace_s(self._term.view()))
         if self._detected is not None:
+            # Written at once, because other managers and users know a freeze only from the store.
+            self._has_detected.set()
             log.error(
                 "replacement of tasks frozen: too many nodes went down at once",
                 nodes=self._detected.nodes_down,

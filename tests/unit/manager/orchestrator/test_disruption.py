@@ -1,13 +1,17 @@
 """When so many nodes go down at once that nothing is replaced for a while."""
 
+from collections import deque
 from math import inf
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.replacement.disruption import (
+    READY_BEFORE_S,
     Disruption,
     NodeDown,
     NodeHistory,
@@ -15,10 +19,13 @@ from skep.manager.orchestrator.replacement.disruption import (
     held_until,
     is_over,
 )
+from skep.manager.orchestrator.state import OrchestratorState
 from skep.model.node import Node, NodeState, NodeStatus, SessionOwner
+from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId, SessionId
 from skep.store.interface import Commit, Deleted, Updated
-from tests.support.builders import a_node
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_task
 
 GRACE_S = 3.0
 
@@ -164,3 +171,30 @@ def test_a_node_that_is_back_did_not_fall() -> None:
     node = ready_nodes(1)[0]
     history.note(Commit(revision=2, events=(Updated(fallen(node), node),)), 11.0)
     assert history.detect(11.0, GRACE_S) is None
+
+
+def test_no_task_moves_between_the_disruption_and_the_write_of_its_freeze() -> None:
+    """The decisions that its last commit causes know it, and changes that were decided before it are held."""
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+    some, service = ready_nodes(5), a_service(replicas=5)
+    tasks = [a_task(slot=number, node=node.id, service=service) for number, node in enumerate(some, 1)]
+    loop.run_until_complete(
+        store.update(lambda tx: [tx.put(one) for one in (Swarm(id="c"), service, *some, *tasks)])
+    )
+    orchestrator = OrchestratorState(store, clock, Random(1))
+    deque(orchestrator.start(store.view()))
+    loop.run_until_complete(clock.sleep(2 * READY_BEFORE_S))
+    writes = []
+    for number, node in enumerate(some[:3], 1):
+        loop.run_until_complete(store.update(lambda tx, node=node: tx.put(fallen(node))))
+        orchestrator.on_commit(Commit(number, (down(node),)))
+        deque(orchestrator.decide(service.id))
+        if number == 1:  # decided, and written after the disruption
+            continue
+        writes += orchestrator.next_writes(10)
+    assert orchestrator.disruption.is_frozen
+    assert all(swarm.freeze is None for swarm in store.view().find(Swarm)), "not written"
+    assert writes == []
+    loop.close()

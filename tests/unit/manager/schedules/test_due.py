@@ -237,7 +237,7 @@ def test_a_run_that_has_failed_for_good_is_an_event_an_entry_and_a_metric_and_ho
     view = store.view()
     (entry,) = entries_of(Updated(going, ended), view)
     assert (entry.action, entry.severity) == ("fail", Severity.ERROR)
-    assert entry.message.startswith("run 3 of job job failed after 1 attempt, the last: ")
+    assert entry.message.startswith("run 3 of job job failed without a restart: ")
     (message,) = messages_of(Updated(going, ended), 0)
     assert message.actor.attributes["run.outcome"] == FAILED
     assert 'skep_job_last_run_failed{service="job"} 1' in render([job_family([ended])]).decode()
