@@ -10,12 +10,15 @@ be considered in each of these places.  ``tests/unit/manager/test_needs.py`` has
 fails on a gap.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
 
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
+from skep.model.node import Node
+from skep.model.options.secret_env import PLUGIN as SECRET_ENV_PLUGIN
+from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import GenericResource, Placement, PublishMode, Resources, ServiceSpec, TaskSpec
 from skep.model.task import Task, VolumeAttachment
@@ -24,6 +27,8 @@ from skep.model.volume import GROUP_PREFIX, Volume, VolumeScope, VolumeSharing
 
 HostPort: TypeAlias = tuple[str, int]
 """Protocol and port number on a node."""
+Plugin: TypeAlias = tuple[str, str]
+"""Type (Volume, Network, Log) and name."""
 
 
 class ClusterMount(msgspec.Struct, frozen=True):
@@ -250,3 +255,35 @@ def volume_uses(given: Iterable[VolumeAttachment], mounts: Iterable[ClusterMount
         id = VolumeId(one.id)
         reading[id] = reading.get(id, True) and readings.get((one.source, one.target), False)
     return tuple(VolumeUse(id, read_only) for id, read_only in reading.items())
+
+
+def plugins_of(task: Task) -> tuple[Plugin, ...]:
+    """Return the plugins that a node needs for ``task``."""
+    return tuple(_plugins(task))
+
+
+def _plugins(task: Task) -> Iterator[Plugin]:
+    container = task.spec.container_spec
+    if container is not None and SECRET_ENV_LABEL in container.labels:
+        yield SECRET_ENV_PLUGIN
+    for mount in container.mounts if container else ():
+        driver = mount.volume_options.driver_config if mount.volume_options else None
+        if mount.type == "volume" and driver is not None and driver.name not in ("", "local"):
+            yield "Volume", driver.name
+    for attachment in task.networks_attachments:
+        network = attachment.network
+        if network is not None and network.driver_state.name and not network.spec.ingress:
+            yield "Network", network.driver_state.name
+    log_driver = task.spec.log_driver
+    if log_driver is not None and log_driver.name not in ("", "none"):
+        yield "Log", log_driver.name
+
+
+def has_plugin(node: Node, plugin: Plugin) -> bool:
+    """Return whether ``node`` lists ``plugin``."""
+    type, name = plugin
+    names = [one.name for one in node.description.engine.plugins if one.type == type]
+    if type == "Log" and not names:
+        # An older engine does not list its log drivers.
+        return True
+    return name in names or f"{name}:latest" in names

@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 
 from msgspec.structs import replace
 
-from skep.manager.diagnosis.unmet_needs import too_large, with_needs
+from skep.manager.diagnosis.unmet_needs import fits_no_node, with_needs
 from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.model.history import masked_text
@@ -40,6 +40,8 @@ _NON_ZERO: Final = "task: non-zero exit"
 _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _RUNTIME_WORDS: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
 """Words that runc adds before and after the actual error."""
+_BUNDLE_ROOT: Final = re.compile(r"/\S*/bundles/[0-9a-f]{64}/rootfs(?=/)")
+"""Where a container's root is on its node.  It differs from one attempt to the next."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
 _NODES_MAX: Final = 3
@@ -66,7 +68,7 @@ class CauseKind(Enum):
     """The node cannot prepare the task's image, mounts or networks."""
     NO_NODE = "no-node"
     TOO_LARGE = "too-large"
-    """No node of the cluster is as large as the task needs."""
+    """No node of the cluster is as large as the task needs, or has its plugins."""
     NOT_ALLOCATED = "not-allocated"
     """A network has no address left for the task, or another service has its port."""
     NODE_LOST = "node-lost"
@@ -332,6 +334,7 @@ def failure_of(task: Task) -> tuple[CauseKind, str]:
         return CauseKind.OUT_OF_MEMORY, "out of memory" + (f": its limit is {_size(limit)}" if limit else "")
     if status.err.startswith(_NEVER_STARTED):
         error = _RUNTIME_WORDS.sub("", status.err.removeprefix(_NEVER_STARTED).removeprefix(": "))
+        error = _BUNDLE_ROOT.sub("", error)
         return CauseKind.START_FAILED, f"its process could not be started{because(masked_text(error))}"
     if code is None or status.err.startswith(_CONTAINER_GONE):
         error = masked_text(status.err)
@@ -414,7 +417,7 @@ def _size(size: int) -> str:
 
 def _no_node(task: Task, nodes: Mapping[NodeId, Node], ports: Sequence[HostPort]) -> tuple[CauseKind, str]:
     """Return why no node takes a pending task, with the task's needs.  The scheduler's text only counts nodes."""
-    if largest := too_large(task, nodes.values()):
+    if largest := fits_no_node(task, nodes.values()):
         return CauseKind.TOO_LARGE, largest
     return CauseKind.NO_NODE, "; ".join(
         filter(

@@ -8,21 +8,38 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 from skep.manager.services.resources import GenericStock
-from skep.model.needs import CPU_NANO, HostPort, kind_and_amount, reservations_of
+from skep.model.needs import (
+    CPU_NANO,
+    HostPort,
+    Plugin,
+    cluster_mounts,
+    has_plugin,
+    kind_and_amount,
+    plugins_of,
+    reservations_of,
+)
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
+from skep.model.permissions.rights import missing_devices, rights_of, rights_text
 from skep.model.service import GenericResource, Placement
 from skep.model.task import Task
 
 _MEBIBYTE: Final = 1 << 20
+_PLUGIN_TYPES: Final = {"Log": "log driver", "Network": "network driver", "Volume": "volume driver"}
 
 
-def too_large(task: Task, nodes: Collection[Node]) -> str:
-    """Return that no node is as large as a pending ``task`` needs, or an empty text if it waits for another reason.
+def fits_no_node(task: Task, nodes: Collection[Node]) -> str:
+    """Return that no node is as large as a pending ``task`` needs, or has its plugins.  Empty if it waits for another
+    reason.
 
     Such a task waits for a new node, because the end of another task does not help.
     """
-    if not nodes or NodeRefusal.RESOURCES not in node_refusals_in(task.status.err):
+    refusals = node_refusals_in(task.status.err)
+    if nodes and NodeRefusal.PLUGIN in refusals:
+        missing = [one for one in plugins_of(task) if not any(has_plugin(node, one) for node in nodes)]
+        if missing:
+            return f"needs {_plugin_names(missing)}; no node has {'it' if len(missing) == 1 else 'them'}"
+    if not nodes or NodeRefusal.RESOURCES not in refusals:
         return ""
     needs = reservations_of(task.spec)
     by_name = sorted(nodes, key=lambda node: (node.description.hostname, node.id))
@@ -61,6 +78,8 @@ def _needs(task: Task, refusals: Collection[NodeRefusal], ports: Collection[Host
         if reserved.memory_bytes:
             yield f"{_memory(reserved.memory_bytes)} of memory"
         yield from (f"{amount} {kind}" for kind, amount in _amounts(reserved.generic_resources).items())
+    if NodeRefusal.PLUGIN in refusals and (plugins := plugins_of(task)):
+        yield _plugin_names(plugins)
     if NodeRefusal.CONSTRAINTS in refusals:
         yield from placement.constraints
     if NodeRefusal.HOST_PORT in refusals and ports:
@@ -70,6 +89,17 @@ def _needs(task: Task, refusals: Collection[NodeRefusal], ports: Collection[Host
         yield f"at most {placement.max_replicas} of its service per node"
     if NodeRefusal.PLATFORM in refusals:
         yield " or ".join(f"{one.os or 'any'}/{one.architecture or 'any'}" for one in placement.platforms)
+    rights = rights_of(task.spec.container_spec)
+    if NodeRefusal.RIGHTS in refusals:
+        yield f"nodes that allow {rights_text(rights.kinds)}"
+    if NodeRefusal.DEVICE in refusals:
+        yield from missing_devices(rights, {})
+    if NodeRefusal.CLUSTER_VOLUMES in refusals:
+        yield from (f"the volume {one.source}" for one in cluster_mounts(task.spec))
+
+
+def _plugin_names(plugins: Iterable[Plugin]) -> str:
+    return " and ".join(f"the {_PLUGIN_TYPES.get(type, 'plugin')} {name}" for type, name in plugins)
 
 
 def _amounts(resources: Iterable[GenericResource]) -> Counter[str]:

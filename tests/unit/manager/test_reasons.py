@@ -10,12 +10,13 @@ from msgspec.structs import replace
 from skep.manager.diagnosis.explanations import ServiceExplanation, explain_service, explain_task
 from skep.manager.diagnosis.reasons import CauseKind, TaskProblem
 from skep.manager.scheduler.explaining.explain import NodeVerdict
-from skep.model.container import ContainerSpec, HealthConfig
+from skep.model.container import ContainerSpec, HealthConfig, Mount
 from skep.model.needs import host_ports
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Availability, EnginePlugin, Node, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.service import (
     DiscreteResource,
+    Driver,
     GenericResource,
     Placement,
     Platform,
@@ -478,6 +479,54 @@ def test_a_task_that_no_node_takes_names_what_it_needs(
     verdicts = [NodeVerdict(node_id=NodeId("m1"), hostname="m1", reasons=("refused",))]
     own = explain_task(task, None, verdicts, (), {node.id: node for node in nodes})
     assert own.summary == found.reason, "the task and its service have one reason"
+
+
+def test_a_driver_that_no_node_has_is_named_and_one_that_some_nodes_have_is_a_need() -> None:
+    refused = "no suitable node (missing plugin on 1 node; insufficient resources on 1 node)"
+    template = replace(WEB.spec.task_template, log_driver=Driver(name="splunkk"))
+    service = replace(WEB, spec=replace(WEB.spec, task_template=template))
+    task = a_task(service=service, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+
+    def node(name: str, *drivers: str) -> Node:
+        found = a_node(name)
+        plugins = tuple(EnginePlugin(type="Log", name=one) for one in drivers)
+        engine = replace(found.description.engine, plugins=plugins)
+        return replace(found, description=replace(found.description, engine=engine))
+
+    found = explained(task, service=service, nodes=(node("m1", "json-file"), node("w1", "syslog")))
+    assert found.problem is not None
+    assert found.problem.kind == CauseKind.TOO_LARGE.value
+    assert found.reason == "needs the log driver splunkk; no node has it"
+    found = explained(task, service=service, nodes=(node("m1", "json-file"), node("w1", "splunkk:latest")))
+    assert found.problem is not None
+    assert found.problem.kind == CauseKind.NO_NODE.value
+    assert found.reason == f"{refused}; it needs the log driver splunkk"
+
+
+def test_missing_rights_devices_and_cluster_volumes_are_named() -> None:
+    labels = {"skep.privileged": "true", "skep.devices": "/dev/kvm"}
+    mounts = (Mount(type="cluster", source="photos", target="/photos"),)
+    template = replace(WEB.spec.task_template, container_spec=ContainerSpec(labels=labels, mounts=mounts))
+    service = replace(WEB, spec=replace(WEB.spec, task_template=template))
+    for refusal, needs in (
+        ("rights over the machine not allowed on 1 node", "nodes that allow devices,privileged"),
+        ("missing device on 1 node", "/dev/kvm"),
+        ("cannot fulfill requested CSI volume mounts on 1 node", "the volume photos"),
+    ):
+        task = a_task(service=service, state=TaskState.PENDING)
+        task = replace(
+            task, status=replace(task.status, err=f"no suitable node ({refusal})"), node_id=NodeId("")
+        )
+        assert explained(task, service=service).reason == f"no suitable node ({refusal}); it needs {needs}"
+
+
+def test_a_path_in_a_reason_is_that_of_the_container() -> None:
+    root = f"/run/skep/bundles/{'60a9' * 16}/rootfs"
+    err = f'starting container failed: error mounting "/v" to rootfs at "/a/b": open {root}/a/b: not a directory'
+    found = explained(ended(127, err=err)).reason
+    words = 'error mounting "/v" to rootfs at "/a/b": open /a/b: not a directory'
+    assert found == f"its process could not be started: {words}"
 
 
 def test_a_task_that_is_given_up_is_in_no_crash_loop() -> None:

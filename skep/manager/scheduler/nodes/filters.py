@@ -15,8 +15,9 @@ from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.scheduler.explaining import details
 from skep.manager.scheduler.nodes.accounting import Account
 from skep.manager.scheduler.nodes.requirements import Requirements
+from skep.model.needs import has_plugin
 from skep.model.networks.data_planes import DOCKER, SKEP, plane_of_node
-from skep.model.node import Availability, EnginePlugin, NodeState
+from skep.model.node import Availability, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.node_reports.node_refusals import NodeRefusal, refusals_text
 from skep.model.options.constraints import meets
@@ -64,16 +65,7 @@ def _is_known(requirements: Requirements, account: Account, copies: int) -> bool
 
 
 def _has_plugins(requirements: Requirements, account: Account, copies: int) -> bool:
-    plugins = account.node.description.engine.plugins
-    return all(_has_plugin(type, name, plugins) for type, name in requirements.plugins)
-
-
-def _has_plugin(type: str, name: str, plugins: tuple[EnginePlugin, ...]) -> bool:
-    names = [plugin.name for plugin in plugins if plugin.type == type]
-    if type == "Log" and not names:
-        # An older engine does not list its log drivers.
-        return True
-    return name in names or f"{name}:latest" in names
+    return all(has_plugin(account.node, one) for one in requirements.plugins)
 
 
 def _is_on_plane(plane: str) -> Callable[[Requirements, Account, int], bool]:

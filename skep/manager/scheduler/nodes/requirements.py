@@ -3,18 +3,23 @@ once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
 
 import msgspec
 
-from skep.model.needs import ClusterMount, HostPort, cluster_mounts, host_ports, reservations_of
+from skep.model.needs import (
+    ClusterMount,
+    HostPort,
+    Plugin,
+    cluster_mounts,
+    host_ports,
+    plugins_of,
+    reservations_of,
+)
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay, plane_of
 from skep.model.networks.overlays import is_encrypted
 from skep.model.networks.paths import PathCheck
 from skep.model.options.constraints import Constraint, parsed
-from skep.model.options.secret_env import PLUGIN as SECRET_ENV_PLUGIN
-from skep.model.options.secret_env import SECRET_ENV_LABEL
 from skep.model.permissions.rights import MachineRights, rights_of
 from skep.model.service import (
     GenericResource,
@@ -27,9 +32,6 @@ from skep.model.values.ids import NetworkId, ServiceId
 from skep.model.values.meta import Version
 from skep.store.interface import View
 from skep.store.kinds import spec_of
-
-Plugin: TypeAlias = tuple[str, str]
-"""Type (Volume, Network, Log) and name."""
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
@@ -81,7 +83,7 @@ def requirements_of(
         constraints=parsed(placement.constraints),
         spread_over=tuple(over.spread.spread_descriptor for over in placement.preferences if over.spread),
         platforms=placement.platforms,
-        plugins=tuple(_plugins(task)),
+        plugins=plugins_of(task),
         host_ports=host_ports(service_spec),
         max_replicas=placement.max_replicas,
         planes=planes,
@@ -147,20 +149,3 @@ def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tup
     """Return the data planes of the task's overlay networks, sorted, without undecided networks."""
     found = (network(id) for id in overlays_of(task.networks_attachments))
     return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
-
-
-def _plugins(task: Task) -> Iterator[Plugin]:
-    container = task.spec.container_spec
-    if container is not None and SECRET_ENV_LABEL in container.labels:
-        yield SECRET_ENV_PLUGIN
-    for mount in container.mounts if container else ():
-        driver = mount.volume_options.driver_config if mount.volume_options else None
-        if mount.type == "volume" and driver is not None and driver.name not in ("", "local"):
-            yield "Volume", driver.name
-    for attachment in task.networks_attachments:
-        network = attachment.network
-        if network is not None and network.driver_state.name and not network.spec.ingress:
-            yield "Network", network.driver_state.name
-    log_driver = task.spec.log_driver
-    if log_driver is not None and log_driver.name not in ("", "none"):
-        yield "Log", log_driver.name
