@@ -296,7 +296,7 @@ class Engine:
         )
         config = create.container_config(request, defaults, task, node)
         self.cgroups.check_parent(config.machine.cgroup_parent)
-        runtime = self._runtime.name_of(request.host_config.runtime)
+        runtime = self.runtime.name_of(request.host_config.runtime)
         config = sharing.with_hostname(config, request.host_config.network_mode, self.store.get)
         config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
@@ -377,7 +377,7 @@ class Engine:
             config=config,
             labels=new.labels,
             layers=new.layers,
-            runtime=self._runtime.name_of(new.runtime),
+            runtime=self.runtime.name_of(new.runtime),
             created_at=timestamp(self._clock.now_ns()),
             plain=new.plain,
             stack=new.stack,
