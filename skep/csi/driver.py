@@ -47,7 +47,7 @@ SECRET_CHARACTERS_MIN: Final = 4
 """Shorter secrets, such as ``yes``, are not masked, because they occur in many words."""
 _BOUNDS = Bounds(stream_window=256 * 1024, connection_window=1024 * 1024, message=256 * 1024)
 _NAME = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9.]{0,61}[A-Za-z0-9])?")
-# From csi.proto: PluginCapability and the RPC types of both services.
+# Source: csi.proto: PluginCapability and the RPC types of both services.
 _CONTROLLER, _CREATES, _PUBLISHES, _STAGES = 1, 1, 2, 1
 
 _MODES: Final[Mapping[tuple[VolumeScope, VolumeSharing], int]] = {

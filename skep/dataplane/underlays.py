@@ -13,7 +13,7 @@ from skep.model.values.ids import NodeId
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
-# From linux/if_link.h and linux/if_addr.h: IFLA_MTU, IFA_ADDRESS, IFA_LOCAL.
+# Source: linux/if_link.h and linux/if_addr.h: IFLA_MTU, IFA_ADDRESS, IFA_LOCAL.
 _MTU, _ADDRESS, _LOCAL = 4, 1, 2
 
 

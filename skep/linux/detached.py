@@ -20,7 +20,7 @@ from skep.errors import FailedPrecondition
 from skep.linux import processes
 from skep.linux.files import replace_file
 
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_NAME = 15
 _LOCK_POLL_S = 0.02
 """Seconds between two attempts to take a lock."""

@@ -68,7 +68,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 _FALLOC_FL_KEEP_SIZE = 1
-"""From ``linux/falloc.h``."""
+"""Source: ``linux/falloc.h``."""
 
 
 def allocate(descriptor: int, size: int) -> None:

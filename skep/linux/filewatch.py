@@ -15,7 +15,7 @@ log = structlog.get_logger()
 
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
-# From linux/inotify.h: IN_MOVED_FROM and IN_MOVED_TO together are IN_MOVED.
+# Source: linux/inotify.h: IN_MOVED_FROM and IN_MOVED_TO together are IN_MOVED.
 _IN_MODIFY, _IN_CREATE, _IN_MOVED = 0x2, 0x100, 0xC0
 _LOOK_S = 0.25
 """Seconds between two polls without inotify."""

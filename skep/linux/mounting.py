@@ -22,10 +22,10 @@ from pathlib import Path
 
 from skep.linux import syscalls
 
-# From linux/mount.h: MS_*.
+# Source: linux/mount.h: MS_*.
 _PRIVATE, _SLAVE, _SHARED, _UNBINDABLE = 1 << 18, 1 << 19, 1 << 20, 1 << 17
 _PROPAGATION = _PRIVATE | _SLAVE | _SHARED | _UNBINDABLE
-# From linux/mount.h: MS_REMOUNT.
+# Source: linux/mount.h: MS_REMOUNT.
 _REMOUNT = 32
 _SET = {
     "ro": syscalls.MS_RDONLY,
@@ -64,7 +64,7 @@ _CLEARED = {
     "norelatime": 1 << 21,
     "nostrictatime": 1 << 24,
 }
-# From linux/prctl.h: PR_SET_PDEATHSIG.
+# Source: linux/prctl.h: PR_SET_PDEATHSIG.
 _DEATH_SIGNAL, _SIGKILL = 1, 9
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from skep.errors import Unimplemented
 
-# From linux/mount.h, linux/fs.h (umount flags) and linux/sched.h.
+# Source: linux/mount.h, linux/fs.h (umount flags) and linux/sched.h.
 MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
@@ -36,11 +36,11 @@ _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR 
     437,
     442,
 )
-# From linux/mount.h: OPEN_TREE_*, MOUNT_ATTR_*.
+# Source: linux/mount.h: OPEN_TREE_*, MOUNT_ATTR_*.
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOSYMFOLLOW = 1, 2, 4, 0x200000
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
-# From linux/mount.h, linux/fcntl.h (AT_*) and linux/openat2.h.
+# Source: linux/mount.h, linux/fcntl.h (AT_*) and linux/openat2.h.
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000

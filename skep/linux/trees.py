@@ -22,7 +22,7 @@ _LEVELS_MAX = 48
 _GRAVE = ".skep-removed-"
 """Name prefix of directories that were moved to the top to be removed there."""
 
-# From linux/fs.h, and the number of the system call openat2 with linux/openat2.h.
+# Source: linux/fs.h, and the number of the system call openat2 with linux/openat2.h.
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 _IMMUTABLE_OR_APPEND = 0x10 | 0x20
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8

@@ -48,13 +48,13 @@ _NDMSG = struct.Struct("=BxxxiHBB")
 _RTMSG = struct.Struct("=BBBBBBBBI")
 _RULE = struct.Struct("=BBBBBBBBI")
 _KINDS_OF_ROUTES = frozenset(map(int, RouteKind))
-# From linux/if.h, linux/neighbour.h and linux/fib_rules.h.
+# Source: linux/if.h, linux/neighbour.h and linux/fib_rules.h.
 _UP, _LOOPBACK = 0x1, 0x8
 _NTF_SELF, _NTF_MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
 BY_KERNEL = 2
 """RTPROT_KERNEL, the origin of routes that the kernel itself has added."""
-# From linux/rtnetlink.h: RTPROT_RA.
+# Source: linux/rtnetlink.h: RTPROT_RA.
 _BY_ADVERTISEMENT = 9
 _PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL = 6, 10, 15, 16, 22
 _RULE_ATTRIBUTES = frozenset({_PRIORITY, _MARK, _RULE_TABLE, _MASK, _IP_PROTOCOL, 14, 21})

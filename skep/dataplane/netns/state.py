@@ -98,7 +98,7 @@ class RouteKind(IntEnum):
     MULTICAST = 5
 
 
-# From linux/rtnetlink.h: RT_TABLE_*.
+# Source: linux/rtnetlink.h: RT_TABLE_*.
 MAIN_TABLE, LOCAL_TABLE, DEFAULT_TABLE = 254, 255, 253
 
 

@@ -51,7 +51,7 @@ _DEADLINE_S = 10.0
 _PRESENT = frozenset({errno.EEXIST})
 _ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ESRCH, errno.ENXIO})
 _NDMSG = struct.Struct("=BxxxiHBB")
-# From linux/neighbour.h (NTF_*, NUD_*, NDA_*) and linux/rtnetlink.h (RT_SCOPE_*).
+# Source: linux/neighbour.h (NTF_*, NUD_*, NDA_*) and linux/rtnetlink.h (RT_SCOPE_*).
 _SELF, _MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
 _DESTINATION, _MAC = 1, 2

@@ -28,7 +28,7 @@ PAUSE_S = 0.1
 WAIT_S = 1.0
 """Seconds to wait for the last response, several times the longest round trip on earth."""
 
-# From asm-generic/socket.h and linux/in.h: IP_MTU_DISCOVER, IP_PMTUDISC_PROBE.
+# Source: asm-generic/socket.h and linux/in.h: IP_MTU_DISCOVER, IP_PMTUDISC_PROBE.
 _SO_NO_CHECK = 11
 _IP_MTU_DISCOVER, _PROBE = 10, 3
 _DATAGRAM_BYTES_MAX = 1 << 16

@@ -30,7 +30,7 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEP
 """Keepalive settings that detect vanished peers.  The connection of an idle peer stays open."""
 
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
-# From HAProxy's proxy-protocol.txt, section 2.2.
+# Source: HAProxy's proxy-protocol.txt, section 2.2.
 _VERSION_2_PROXY = 0x21
 _TCP_OVER_IPV4, _TCP_OVER_IPV6 = 0x11, 0x21
 

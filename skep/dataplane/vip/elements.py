@@ -21,16 +21,16 @@ from skep.dataplane.netns.kernel.nft import NftFailed
 from skep.dataplane.plan.vip import DATAGRAMS, NAME, Elements, is_ipv6
 from skep.linux.descriptors import set_aside
 
-# From linux/netfilter/nfnetlink.h and nf_tables.h.
+# Source: linux/netfilter/nfnetlink.h and nf_tables.h.
 _SUBSYSTEM = 10
 _NEW_ELEMENTS, _GET_ELEMENTS, _DELETE_ELEMENTS = (_SUBSYSTEM << 8 | one for one in (12, 13, 14))
-# From linux/netfilter/nf_tables.h: NFTA_SET_ELEM_*.
+# Source: linux/netfilter/nf_tables.h: NFTA_SET_ELEM_*.
 _TABLE, _SET, _ELEMENTS = 1, 2, 3
 _ELEMENT = 1
 _KEY, _VALUE = 1, 2
 _DATA_BYTES, _DATA_VERDICT = 1, 2
 """NFTA_DATA_VALUE and NFTA_DATA_VERDICT."""
-# From linux/netfilter/nf_tables.h: NFTA_VERDICT_* and NFT_GOTO.
+# Source: linux/netfilter/nf_tables.h: NFTA_VERDICT_* and NFT_GOTO.
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _GOTO = -4
 _FAMILIES = {"ip": (2, socket.AF_INET), "ip6": (10, socket.AF_INET6)}

@@ -26,7 +26,7 @@ _BYTES = 40
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"
 _LOGGED_MAX = 512
 """Size of the set of logged addresses.  The kernel allocates its 8 KiB at once."""
-# From linux/netfilter/nfnetlink_log.h.
+# Source: linux/netfilter/nfnetlink_log.h.
 _SUBSYSTEM_LOG = 4
 _PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
 _COMMAND, _MODE, _AT_ONCE = 1, 2, 5

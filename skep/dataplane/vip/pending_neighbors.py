@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from skep.dataplane.netns.kernel import netlink
 from skep.dataplane.plan.vip import is_ipv6
 
-# From linux/neighbour.h: NDA_* and NUD_*.
+# Source: linux/neighbour.h: NDA_* and NUD_*.
 _DESTINATION, _LINK_ADDRESS = 1, 2
 _INCOMPLETE, _STALE = 0x01, 0x04
 _HEADER = struct.Struct("=BBHiHBB")

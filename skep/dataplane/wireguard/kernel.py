@@ -15,10 +15,10 @@ from skep.dataplane.plan.wireguard import KEEPALIVE_S, DeviceChange, FoundDevice
 
 GENERIC = 16
 """The netlink protocol of families that are addressed by name."""
-# From linux/genetlink.h: the controller, which tells the family's number.
+# Source: linux/genetlink.h: the controller, which tells the family's number.
 _CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 3, 1, 2
 _FAMILY = b"wireguard\0"
-# From linux/wireguard.h.
+# Source: linux/wireguard.h.
 _GET_DEVICE, _SET_DEVICE, _VERSION = 0, 1, 1
 _IFNAME, _PRIVATE, _DEVICE_FLAGS, _PORT, _PEERS = 2, 3, 5, 6, 8
 _PUBLIC, _FLAGS, _ENDPOINT, _KEEPALIVE, _HANDSHAKE, _ALLOWED = 1, 3, 4, 5, 6, 9

@@ -26,7 +26,7 @@ from skep.model.values.ids import ContainerId
 log = structlog.get_logger()
 
 MOUNT_POINT = Path("/sys/fs/cgroup")
-# From linux/magic.h.
+# Source: linux/magic.h.
 _CGROUP2_SUPER_MAGIC = 0x63677270
 _WEIGHTS_V1 = ("blkio.weight", "blkio.bfq.weight")
 _WEIGHTS_V2 = ("io.weight", "io.bfq.weight")

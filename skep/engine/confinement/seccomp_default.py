@@ -85,7 +85,7 @@ class Group(NamedTuple):
     """Error number with which the call fails instead of being allowed."""
 
 
-# From linux/socket.h.
+# Source: linux/socket.h.
 _AF_ALG, _AF_VSOCK = 38, 40
 _NEW_NAMESPACES = 0x7E020000
 """Flags that create namespaces: CLONE_NEWNS, CLONE_NEWCGROUP, and the same for UTS, IPC, USER, PID and NET."""
@@ -93,7 +93,7 @@ _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 """Allowed arguments of personality(2): PER_LINUX and PER_LINUX32, each with or without UNAME26, and the query of the
 current value.
 """
-# From asm-generic/errno.h: moby lists the error that a denied call returns as a number.
+# Source: asm-generic/errno.h: moby lists the error that a denied call returns as a number.
 _ENOSYS = 38
 _TRACING = "ptrace process_vm_{readv,writev}"
 

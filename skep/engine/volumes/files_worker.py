@@ -31,7 +31,7 @@ from skep.engine.images.archives.untar import ArchiveTooLarge, PlainStream, Unpa
 from skep.linux import confined_root
 from skep.linux.trees import remove_tree
 
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 _GO_MODES = (
     (stat.S_ISDIR, 1 << 31),

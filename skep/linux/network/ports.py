@@ -8,7 +8,7 @@ _BYTES_MAX = 1 << 20
 
 A busy server has tens of thousands of connections, but listening sockets come first in /proc/net/tcp.
 """
-# From net/tcp_states.h.  A UDP socket without a peer has the state TCP_CLOSE.
+# Source: net/tcp_states.h.  A UDP socket without a peer has the state TCP_CLOSE.
 _LISTENING, _UNCONNECTED = 0x0A, 0x07
 _EPHEMERAL = range(32768, 61000)
 """The kernel's default range of ephemeral ports."""

@@ -7,10 +7,10 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, NamedTuple
 
-# From linux/rtnetlink.h and linux/netlink.h.
+# Source: linux/rtnetlink.h and linux/netlink.h.
 _RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
 _HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
-# From linux/rtnetlink.h: RTN_LOCAL.
+# Source: linux/rtnetlink.h: RTN_LOCAL.
 _LOCAL: Final = 2
 _ANY_PORT: Final = 9
 """Any port will do (this is the discard service's), because connecting a UDP socket sends nothing."""

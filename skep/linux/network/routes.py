@@ -7,7 +7,7 @@ from pathlib import Path
 _BYTES_MAX = 1 << 17
 """Limit in bytes for reading one list.  A router may have a million routes, of which about the first thousand are read.
 """
-# From linux/route.h: RTF_*.
+# Source: linux/route.h: RTF_*.
 _UP = 0x1
 _REJECT = 0x200
 _LOOPBACK = "lo"

@@ -22,7 +22,7 @@ from skep.dataplane.plan.wireguard import DeviceChange
 from skep.dataplane.wireguard import kernel
 from skep.dataplane.wireguard.keys import new_private_key
 
-# From linux/sched.h and linux/magic.h.
+# Source: linux/sched.h and linux/magic.h.
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 _CGROUP2_MAGIC = 0x63677270

@@ -14,7 +14,7 @@ from pathlib import Path
 from skep.aio.clock import Clock
 from skep.linux.processes import stat_of
 
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_EVERY_S = 5.0
 """Seconds between checks for zombies.  A zombie only costs an entry in the kernel's process table."""

@@ -14,7 +14,7 @@ from skep.engine.confinement.cgroups import MOUNT_POINT, Cgroups
 from skep.errors import FailedPrecondition
 from skep.node.host.features import file_system_type
 
-# From linux/magic.h.
+# Source: linux/magic.h.
 OVERLAYFS_MAGIC = 0x794C7630
 _TIMEOUT_S = 10.0
 """Time limit in seconds for a program to print its version."""

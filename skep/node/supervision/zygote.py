@@ -54,7 +54,7 @@ _MESSAGE_BYTES_MAX = 64 * 1024
 """Longest message in bytes between zygote and node process."""
 _RESPONSE_TIMEOUT_S = 10.0
 """Time limit in seconds for a fork, which normally takes milliseconds."""
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -9,7 +9,7 @@ import struct
 import msgspec
 
 _MAGIC = b"\x7fELF\x02\x01"
-# From elf.h: types of segments and dynamic entries.
+# Source: elf.h: types of segments and dynamic entries.
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
 _DT_NULL, _DT_NEEDED, _DT_STRTAB = 0, 1, 5
 _SEGMENT = struct.Struct("<IIQQQQQQ")

@@ -13,7 +13,7 @@ import fcntl
 import socket
 import struct
 
-# From linux/sockios.h and linux/ethtool.h: ETHTOOL_GTXCSUM and ETHTOOL_STXCSUM.
+# Source: linux/sockios.h and linux/ethtool.h: ETHTOOL_GTXCSUM and ETHTOOL_STXCSUM.
 _SIOCETHTOOL = 0x8946
 _GET, _SET = 0x16, 0x17
 _REQUEST = struct.Struct("16sP16x")

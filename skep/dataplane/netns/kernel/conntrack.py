@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from skep.dataplane.netns.kernel import netlink
 from skep.dataplane.netns.state import Flow, Tuple
 
-# From linux/netfilter/nfnetlink_conntrack.h: IPCTNL_MSG_CT_* with the subsystem, and CTA_*.
+# Source: linux/netfilter/nfnetlink_conntrack.h: IPCTNL_MSG_CT_* with the subsystem, and CTA_*.
 _GET, _DELETE = 0x0101, 0x0102
 _ORIGINAL, _REPLY, _ID, _ZONE = 1, 2, 12, 18
 _IP, _PROTOCOL = 1, 2

@@ -23,7 +23,7 @@ from skep.linux.syscalls import CLONE_NEWNET, MS_BIND, mount, setns, unmount_if_
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_NAME = 15
 
 THREADS = 16

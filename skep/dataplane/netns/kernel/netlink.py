@@ -20,13 +20,13 @@ BYTE_ORDER = sys.byteorder
 
 NETFILTER = 12
 """The netlink protocol of nftables, connection tracking and logged packets."""
-# From linux/rtnetlink.h and linux/netfilter/nfnetlink.h: groups of notifications.
+# Source: linux/rtnetlink.h and linux/netfilter/nfnetlink.h: groups of notifications.
 GROUP_NFTABLES = 7
 GROUP_LINK, GROUP_NEIGHBOR = 1, 3
 GROUP_ROUTE4, GROUP_RULE4, GROUP_ROUTE6, GROUP_RULE6 = 7, 8, 11, 19
 GROUP_ADDRESS4, GROUP_ADDRESS6 = 5, 9
 
-# From linux/rtnetlink.h: RTM_*.
+# Source: linux/rtnetlink.h: RTM_*.
 NEWLINK, GETLINK = 16, 18
 NEWADDR, GETADDR = 20, 22
 NEWROUTE, GETROUTE = 24, 26
@@ -34,7 +34,7 @@ NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 GETRULE = 34
 AF_BRIDGE = 7
 
-# From linux/netlink.h: NLM_F_*.
+# Source: linux/netlink.h: NLM_F_*.
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
 NESTED = 0x8000
@@ -42,7 +42,7 @@ NESTED = 0x8000
 
 ERROR, DONE = 2, 3
 """Message types: an error number (0 is an acknowledgement), and the end of a dump."""
-# From linux/netlink.h: NLM_F_DUMP_INTR.
+# Source: linux/netlink.h: NLM_F_DUMP_INTR.
 _INTERRUPTED = 0x10
 _DUMP_TRIES = 8
 """Attempts to read a listing.
@@ -59,7 +59,7 @@ _DEADLINE_S = 10
 """Time limit in seconds for a response.  Long, because the removal of many devices holds a lock of the kernel."""
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
-# From linux/netlink.h: NLA_TYPE_MASK.
+# Source: linux/netlink.h: NLA_TYPE_MASK.
 _TYPE_MASK = 0x3FFF
 
 Data = TypeVar("Data", bytes, memoryview)
@@ -160,7 +160,7 @@ def open_listener(family: int, groups: Iterable[int]) -> socket.socket:
     return set_aside(heard)
 
 
-# From linux/socket.h and linux/netlink.h.
+# Source: linux/socket.h and linux/netlink.h.
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 
 

@@ -13,17 +13,17 @@ from collections.abc import Callable
 
 from skep.dataplane.netns.kernel import netlink
 
-# From linux/netfilter/nfnetlink.h and nf_tables.h.
+# Source: linux/netfilter/nfnetlink.h and nf_tables.h.
 _SUBSYSTEM_NFTABLES = 10
 _NEW_GENERATION = 15
 _TABLE_ATTRIBUTE = 1
 """Number of the attribute with the table's name, the first attribute of every message about a table."""
-# From linux/netfilter/nf_tables.h: NFTA_GEN_PROC_NAME.
+# Source: linux/netfilter/nf_tables.h: NFTA_GEN_PROC_NAME.
 _GENERATION_PROCESS_NAME = 3
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _BUFFER_BYTES = 1 << 20
 """Bytes of reports that the kernel keeps while this process is busy."""
-# From asm-generic/socket.h.
+# Source: asm-generic/socket.h.
 _SO_RCVBUFFORCE = 33
 _READS_MAX = 64
 """Number of reads in a row before other work of the event loop, which a flood of changes must not hold up."""

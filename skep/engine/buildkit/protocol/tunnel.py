@@ -20,7 +20,7 @@ from skep.rpc.server import ServerStream
 _PIECE_BYTES = 1 << 20
 """Well below the message limit of 16 MiB, and one window of a stream."""
 _UNSENT_BYTES_MAX = 1 << 20
-"""With more unsent bytes, the connection's protocol is paused."""
+"""Number of unsent bytes above which the protocol of the connection is paused."""
 
 
 class TunnelTransport(asyncio.Transport):

@@ -18,7 +18,7 @@ import struct
 from typing import Final
 
 _CAPABILITIES: Final = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
-# From linux/capability.h, linux/prctl.h and linux/seccomp.h.
+# Source: linux/capability.h, linux/prctl.h and linux/seccomp.h.
 _CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 _SECCOMP_MODE_FILTER = 2
@@ -31,10 +31,10 @@ _OPAQUE = b"trusted.overlay.opaque"
 _ELSEWHERE = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
 _SET, _GET = b"x", b"?"
 
-# From linux/seccomp.h: SECCOMP_RET_ALLOW, _ERRNO with EPERM, and _KILL_PROCESS.
+# Source: linux/seccomp.h: SECCOMP_RET_ALLOW, _ERRNO with EPERM, and _KILL_PROCESS.
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000
 _AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# From asm/unistd.h: __X32_SYSCALL_BIT.
+# Source: asm/unistd.h: __X32_SYSCALL_BIT.
 _X32_BIT = 0x40000000
 _REFUSED: Final = {
     # Refused calls, in order:

@@ -33,7 +33,7 @@ _CHUNK_BYTES = 1 << 20
 """Bytes that are copied at a time."""
 _MEMORY_BYTES_MAX = 2 << 30
 """Limit in bytes for the worker's address space, because it reads data that users have written."""
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"

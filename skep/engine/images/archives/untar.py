@@ -36,7 +36,7 @@ _SPACE_CHECK_BYTES = 64 << 20
 """Number of bytes written between two checks of the disk's free space."""
 _MEMORY_BYTES_MAX = 2 << 30
 """Limit in bytes for the worker's address space, because it reads data from strangers."""
-# From linux/prctl.h.
+# Source: linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 _HEADER_BYTES_MAX = 1 << 20
 """Limit in bytes for a long name or a PAX header, as in Go."""
