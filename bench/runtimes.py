@@ -1,7 +1,7 @@
 """Compares the processor time of containers under runc and under crun, alternately on one machine with cgroup v2 only.
 
 ``python -m bench.runtimes [PAIRS]`` prints the medians.  They count this process, which has the engine, and all its
-descendants: conmon, the runtime, the container.  Processor time is known at the end of a process, so each figure covers a
+descendants: conmon, the runtime, the container.  Processor time is known at the end of a process, so a figure covers a
 container from its creation to its removal.
 """
 
