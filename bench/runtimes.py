@@ -1,12 +1,13 @@
 """Compares the processor time of containers under runc and under crun, alternately on one machine with cgroup v2 only.
 
-``python -m bench.runtimes [PAIRS]`` prints the medians.  The processor time is the whole machine's: Skep, conmon, the
-runtime, the container and the kernel.  So nothing else may run there, as in ``make virtual``.
+``python -m bench.runtimes [PAIRS]`` prints the medians.  They count this process, which has the engine, and all its
+descendants: conmon, the runtime, the container.  Processor time is known at the end of a process, so a figure covers a
+container from its creation to its removal.
 """
 
 import asyncio
-import itertools
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -15,64 +16,71 @@ from pathlib import Path
 
 from skep.agent.executor.oci import OciExecutor
 from skep.engine.containers.container import ExecConfig
+from skep.node.host.reaping import adopt_orphans
 from tests.integration.node.conftest import Runner
 from tests.support.engine import runc_lab
 from tests.support.engine.runc_lab import Lab
 
 _WARM_UPS = 3
 """Containers of each runtime that are not counted: they load programs and compile filters."""
-_PHASES = ("start", "exec", "end and removal")
+_RUNTIMES = ("runc", "crun")
+_EXECS = {"start and end": 0, "start, exec and end": 1}
 
 
-def _used_s() -> float:
-    """Return the processor time that all processes of this machine have used since its boot.
-
-    Source: Linux, Documentation/scheduler/sched-stats.rst (the seventh number of a processor).
-    """
-    lines = Path("/proc/schedstat").read_text().splitlines()
-    return sum(int(line.split()[7]) for line in lines if line.startswith("cpu")) / 1e9
+def _used_s() -> tuple[float, float]:
+    """Return the processor time in seconds of this process and of all ended descendants."""
+    own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime, others.ru_utime + others.ru_stime
 
 
-async def _life(lab: Lab, executor: OciExecutor) -> tuple[float, ...]:
-    """Run one container, and return the processor time of each phase in seconds."""
+def _reap_all() -> None:
+    """Wait for the ends of all orphans, so that their processor time is counted."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
+
+async def _life(lab: Lab, executor: OciExecutor, execs: int) -> tuple[float, float]:
+    """Run one container.  Return the processor time in ms of this process and of its descendants."""
     engine = executor.engine
-    container = await Runner(lab, engine).create("sleep", "1000")
-    times = [_used_s()]
-    await engine.start(container.id)
-    times.append(_used_s())
-    made = engine.execs.create(container.id, ExecConfig(command=("true",)))
-    (await engine.execs.start(made)).close()
-    await engine.execs.wait(made)
-    times.append(_used_s())
+    before = _used_s()
+    container = await Runner(lab, engine).start("sleep", "1000")
+    for _ in range(execs):
+        made = engine.execs.create(container.id, ExecConfig(command=("true",)))
+        (await engine.execs.start(made)).close()
+        await engine.execs.wait(made)
     await engine.remove(container.id, force=True)
-    times.append(_used_s())
-    return tuple(after - before for before, after in itertools.pairwise(times))
+    _reap_all()
+    own, others = (now - then for now, then in zip(_used_s(), before, strict=True))
+    return own * 1000, others * 1000
 
 
 async def _measure(pairs: int) -> None:
-    found: dict[str, list[tuple[float, ...]]] = {"runc": [], "crun": []}
+    adopt_orphans()
+    print(f"kernel {os.uname().release}, {pairs} containers of each kind, median processor time in ms")
     async with AsyncExitStack() as stack:
         labs = {}
-        for name in found:
+        for name in _RUNTIMES:
             runc_lab.RUNTIME = name
             lab = await stack.enter_async_context(Lab(Path(tempfile.mkdtemp(prefix="skep-bench-"))).running())
             executor = lab.executor()
             await stack.enter_async_context(executor.running())
             labs[name] = lab, executor
-        for number in range(_WARM_UPS + pairs):
-            for name in sorted(found, reverse=bool(number % 2)):
-                times = await _life(*labs[name])
-                if number >= _WARM_UPS:
-                    found[name].append(times)
-    print(f"kernel {os.uname().release}, {pairs} containers under each runtime, median processor time in ms")
-    for position, phase in enumerate((*_PHASES, "all")):
-        columns = {
-            name: [sum(one) if phase == "all" else one[position] for one in times]
-            for name, times in found.items()
-        }
-        runc, crun = (statistics.median(columns[name]) * 1000 for name in ("runc", "crun"))
-        print(f"{phase:16} runc {runc:7.1f}  crun {crun:7.1f}  ratio {crun / runc:.2f}")
+        for kind, execs in _EXECS.items():
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in _RUNTIMES}
+            for number in range(_WARM_UPS + pairs):
+                for name in sorted(_RUNTIMES, reverse=bool(number % 2)):
+                    times = await _life(*labs[name], execs)
+                    if number >= _WARM_UPS:
+                        found[name].append(times)
+            for part, choose in (("conmon, runtime, container", lambda one: one[1]), ("with Skep", sum)):
+                runc, crun = (statistics.median(map(choose, found[name])) for name in _RUNTIMES)
+                print(
+                    f"{kind:20} {part:27} runc {runc:6.1f}  crun {crun:6.1f}  ratio {crun / runc:.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -301,8 +301,8 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
     assert 'cannot remove container "box": container is running: stop' in refused(m1, "rm", "box")
     said = refused(m1, "create", "--pull", "never", "nosuch:1")
     assert "No such image: nosuch:1" in said
+    assert "unknown or invalid runtime name: kata" in refused(m1, "create", "--runtime=kata", IMAGE)
     for option in (
-        "--runtime=kata",
         "--storage-opt=size=1G",
         "--domainname=example.com",
     ):

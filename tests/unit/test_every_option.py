@@ -325,7 +325,6 @@ REFUSED_HOST = {
     "VolumeDriver": "--volume-driver",
     "Cgroup": "cgroup",
     "StorageOpt": "--storage-opt",
-    "Runtime": "--runtime",
     "Isolation": "--isolation",
 }
 REFUSED_BODY = {
@@ -368,7 +367,7 @@ def of_request(request: CreateRequest, task: TaskOptions | None, directory: Path
         if point.name
     }
     unfilled = [mount.target for mount in mounts if mount.volume_options and mount.volume_options.no_copy]
-    shown = create.labels(request, image, task), request.image, unfilled, named
+    shown = create.labels(request, image, task), request.image, request.host_config.runtime, unfilled, named
     return plain, shown, config, built
 
 

@@ -48,7 +48,7 @@ from skep.engine.confinement.machine import other_container
 from skep.engine.confinement.users import identity
 from skep.engine.containers import image_mounts, records
 from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime import overlay, runtime_spec
+from skep.engine.runtime import crun_mounts, overlay, runtime_spec
 from skep.engine.volumes import tmpfs_mounts
 from skep.engine.volumes.mounts import check_propagation
 from skep.engine.volumes.volumes import VolumeSubpath
@@ -256,6 +256,8 @@ class Bundles:
             devices=found,
             shared=shared,
         )
+        if container.runtime == "crun":
+            crun_mounts.adapt(built.specification["mounts"])
         self.specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
             log.warning("container limit not applied", container=container.name, warning=warning)

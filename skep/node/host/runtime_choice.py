@@ -109,7 +109,7 @@ def find_crun_problem() -> str:
 
 
 def look_up(programs: Mapping[str, str]) -> Mapping[str, InstalledRuntime]:
-    """Return what is installed of ``programs`` (names or paths by runtime).  Blocks."""
+    """Look up the runtimes, whose ``programs`` are names or paths by runtime.  Blocks."""
     return {tool.name: _look_up(tool, programs[tool.name]) for tool in _TOOLS}
 
 

@@ -43,7 +43,7 @@ _REFUSED: Final = {
     "pre_start": "hooks are not supported: use a service with depends_on service_completed_successfully",
     "pre_stop": "hooks are not supported: handle stop_signal",
     "provider": "provider programs are not supported: run the program as a service",
-    "runtime": "all containers run under runc",
+    "runtime": "tasks run under their node's default runtime",
     "storage_opt": "the size of a container's layer cannot be limited",
     "use_api_socket": "mount /var/run/docker.sock in a service on a manager",
     "userns_mode": "user namespaces are not supported",

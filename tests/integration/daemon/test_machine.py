@@ -9,6 +9,7 @@ import pytest
 
 from skep.engine.confinement.cgroups import Cgroups
 from skep.node.host import features
+from skep.node.host.runtime_choice import find_crun_problem
 from tests.support.harness.documents import ROOT
 from tests.support.machines.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
 from tests.support.machines.playground_rig import CLIS
@@ -123,6 +124,20 @@ def test_a_daemon_whose_containers_would_have_no_cgroups_says_so_and_ends(rig: D
             "skep daemon: the cgroup hierarchy of devices is not mounted below /sys/fs/cgroup, so no container can "
             "start: mount -t cgroup -o devices none /sys/fs/cgroup/devices"
         )
+
+
+def test_the_chosen_runtime_is_shown_with_its_reason_and_an_unusable_one_is_refused(rig: DaemonRig) -> None:
+    problem = find_crun_problem()
+    rig.start("--executor", "oci")
+    _, info = rig.get("/info")
+    assert info["DefaultRuntime"] in info["Runtimes"]
+    if not problem:
+        assert "crun" in info["Runtimes"]
+        return
+    assert (info["DefaultRuntime"], list(info["Runtimes"])) == ("runc", ["runc"])
+    assert problem.partition(":")[0] in rig.log.read_text()
+    rig.stop()
+    assert rig.refusal("--executor", "oci", "--runtime", "crun") == f"skep daemon: {problem}"
 
 
 def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from skep.engine.api.responses.container_responses import inspected
 from skep.engine.containers.container import Container, ContainerConfig
-from skep.engine.containers.request import read_create
+from skep.engine.containers.request import CreateRequest, read_create
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import with_attributes
-from skep.errors import NotFound
-from tests.support.engine.runc_lab import IMAGE
+from skep.errors import InvalidArgument, NotFound
+from tests.support.engine.runc_lab import IMAGE, RUNTIME
 
 
 async def created_while(
@@ -50,3 +51,17 @@ async def test_of_an_image_that_is_removed_meanwhile_none_is_made(
         await created_while(engine, remove, monkeypatch, "true")
     assert not engine.list()
     assert not engine.volumes.names()
+
+
+async def test_a_container_has_the_runtime_that_it_was_created_with(engine: Engine) -> None:
+    def requested(host: dict[str, str]) -> CreateRequest:
+        return read_create(msgspec.json.encode({"Image": IMAGE, "Cmd": ["true"], "HostConfig": host}))
+
+    default = await engine.create(requested({}))
+    assert default.runtime == RUNTIME
+    for name in ("runc", "crun"):
+        container = await engine.create(requested({"Runtime": name}))
+        assert container.runtime == name
+        assert inspected(container, engine.bundles, (), {})["HostConfig"]["Runtime"] == name
+    with pytest.raises(InvalidArgument, match="unknown or invalid runtime name: kata"):
+        await engine.create(requested({"Runtime": "kata"}))

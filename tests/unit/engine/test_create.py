@@ -71,7 +71,6 @@ def test_values_that_the_docker_command_always_sends_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("host", "option"),
     [
-        ({"Runtime": "kata"}, "--runtime"),
         ({"KernelMemory": 1 << 20}, "--kernel-memory"),
         ({"SomethingOfTomorrow": "on"}, "somethingoftomorrow"),
         ({"SecurityOpt": ["label=level:s0:c100"]}, "--security-opt label"),
