@@ -111,14 +111,14 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
         yield (
-            "  its tasks move to other nodes after the grace period. If the node is lost for good, run skep node "
-            "forget."
+            "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the "
+            "node is lost for good, run skep node forget."
         )
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield (
             f"  it gets no tasks, because its availability is {word}. Run skep node update --availability active "
-            "NODE."
+            f"{description.get('Hostname') or node['ID']}."
         )
     manager = node.get("ManagerStatus")
     role = spec["Role"]

@@ -41,7 +41,7 @@ _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _RUNTIME_WORDS: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
 """Words that runc adds before and after the actual error."""
 _BUNDLE_ROOT: Final = re.compile(r"/\S*/bundles/[0-9a-f]{64}/rootfs(?=/)")
-"""Where a container's root is on its node.  It differs from one attempt to the next."""
+"""Path of a container's root on its node.  It differs from one attempt to the next."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
 _NODES_MAX: Final = 3

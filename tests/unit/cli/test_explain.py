@@ -138,6 +138,7 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
     assert lines[0] == "w1: down: heartbeat failure"
     assert "skep node forget" in lines[1]
     assert "availability is drain" in lines[2]
+    assert lines[2].endswith("Run skep node update --availability active w1.")
     assert lines[3:] == [
         "  worker, at 192.0.2.1, 2 CPUs, 4.0 GiB, ",
         "  tasks: 2 running",

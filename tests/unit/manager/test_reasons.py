@@ -16,7 +16,6 @@ from skep.model.node import Availability, EnginePlugin, Node, NodeState
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.service import (
     DiscreteResource,
-    Driver,
     GenericResource,
     Placement,
     Platform,
@@ -30,6 +29,7 @@ from skep.model.service import (
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, KeptLine, TaskEnd
 from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.meta import Driver
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from tests.support.builders import a_node, a_service, a_task
 
