@@ -9,7 +9,8 @@ from skep.api.client.requests import Requests
 from skep.api.client.waiting import persistently
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
-from skep.stack.deploying import CreatedObjects, Show, all_of, remove_unchanged
+from skep.stack.created import CreatedObjects
+from skep.stack.deploying import Show, all_of, remove_unchanged
 from skep.stack.planning import removal_of
 from skep.stack.project import NAMESPACE
 
