@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.model.container import ContainerSpec
 from skep.model.service import (
     EndpointSpec,
+    GlobalService,
     JobStatus,
     PortConfig,
     ReplicatedJob,
@@ -22,7 +23,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
 from skep.stack.progress import (
     FAILURES_MAX,
@@ -353,3 +354,17 @@ def test_the_managers_reason_replaces_the_error_of_a_service_that_is_not_started
     found = explained(ended, reason, current=(), failures_max=5)
     assert (found.cause, found.is_stuck) == (reason.reason, True)
     assert explained(ended, Explanation(), current=(), failures_max=5).cause == "task: non-zero exit (4)"
+
+
+def test_a_global_task_that_waits_for_its_restart_counts_as_one_that_does_not_run() -> None:
+    service = replace(SERVICE, spec=replace(SERVICE.spec, mode=ServiceMode(global_=GlobalService())))
+
+    def on(node: str, state: TaskState, desired: TaskState = TaskState.RUNNING, err: str = "") -> Task:
+        return replace(a_task(state, desired, of=service, err=err), node_id=NodeId(node))
+
+    failed = on("w1", TaskState.FAILED, TaskState.SHUTDOWN, "port is already allocated")
+    held = on("w1", TaskState.READY, TaskState.READY)
+    found = progress_of(service, [on("m1", TaskState.RUNNING), failed, held])
+    assert (found.text, found.is_done) == ("1 of 2 tasks run: port is already allocated", False)
+    found = progress_of(service, [on("m1", TaskState.RUNNING), failed, on("w1", TaskState.RUNNING)])
+    assert (found.text, found.is_done) == ("2 of 2 tasks run", True)
