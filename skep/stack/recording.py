@@ -468,7 +468,9 @@ def _unsure(names: Collection[str], updated: Collection[str] = ()) -> str:
     """
     left = [f"{', '.join(sorted(names))}, which another deploy may have created"] if names else []
     if updated:
-        left.append(f"{', '.join(sorted(updated))}, which it does not have (docker service rollback SERVICE)")
+        left.append(
+            f"{', '.join(sorted(updated))}, which it does not have (docker service rollback {min(updated)})"
+        )
     return f", except for {' and '.join(left)}" if left else ""
 
 

@@ -144,6 +144,7 @@ async def test_a_failed_deploy_undoes_the_killed_one_that_it_took_over(
     assert code == 1
     assert "its new objects were removed, so shop has no services again" in err
     assert "previous revision cannot be deployed" not in err
+    assert "stack history" not in err, "it has no revisions"
     assert (cluster.names(), networks(cluster)) == ([], [])
     assert (await cluster.run("stack", "history", "--format", "{{.State}}", "shop"))[1] == ""
 
@@ -175,7 +176,7 @@ async def test_an_undo_names_the_services_that_the_revision_does_not_have(cluste
     cluster.write(file(web="busybox:2", old=FAILS))
     code, _, err = await cluster.deploy("--rollback-on-failure", "--max-failures", "3")
     assert code == 1
-    kept = "shop_old, which it does not have (docker service rollback SERVICE)"
+    kept = "shop_old, which it does not have (docker service rollback shop_old)"
     assert f"shop is back at revision 2, except for {kept}" in err
     (old,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_old")
     assert old.spec.task_template.container_spec is not None

@@ -1,5 +1,6 @@
 """``skep explain``: the reason why an object is not in its desired state."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 10.0
 _PAUSED = ("paused", "rollback_paused")
+_WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
 
@@ -185,7 +187,10 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
             # The headline already has this reason.
             words = "" if reason["Summary"] == main else f": {reason['Summary']}"
             yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
-    yield from (f"  {line}" for line in _output((explanation.get("Problem") or {}).get("End") or {}))
+    problem = explanation.get("Problem") or {}
+    yield from (f"  {line}" for line in _output(problem.get("End") or {}))
+    if problem.get("Kind") == "waiting" and (other := _WAITS_FOR.match(main)) is not None:
+        yield f"  Next: skep explain {other[1]}"
 
 
 def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:

@@ -257,7 +257,7 @@ async def _all_or_nothing(
         click.echo(f"The deploy failed: {error}", err=True)
         done = await _undone(client, plan, error, timeout, created)
         # Services of the failed deploy can no longer be explained.  A stack that is back keeps the failed revision.
-        hint = "" if plan.is_new else f" Run skep stack history {plan.stack}."
+        hint = "" if plan.is_new or created.is_whole else f" Run skep stack history {plan.stack}."
         cause = _HINT.sub("", str(error)).rstrip(".")
         raise Unavailable(f"the deploy failed, and {done}. Reason: {cause}.{hint}") from error
 
