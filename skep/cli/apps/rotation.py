@@ -366,6 +366,10 @@ class _Rotation:
         return {name: self._shown[name] for name in sorted(self._open)}
 
 
+def _sentences(problems: Sequence[str]) -> str:
+    return " ".join(f"{one.rstrip('.')}." for one in problems)
+
+
 async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | None, timeout_s: float) -> str:
     async with host.client() as client:
         rotation = _Rotation(kind, client)
@@ -375,10 +379,10 @@ async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | No
             async with asyncio.timeout(timeout_s):
                 await rotation.wait(ids, new)
         except TimeoutError:
-            text = "; ".join([unfinished(rotation.unfinished(), timeout_s), *rotation.problems])
+            text = _sentences([unfinished(rotation.unfinished(), timeout_s), *rotation.problems])
             raise Unavailable(text) from None
         if rotation.problems:
-            raise Unavailable("; ".join(rotation.problems))
+            raise Unavailable(_sentences(rotation.problems))
         return str(new["Spec"]["Name"])
 
 

@@ -274,8 +274,8 @@ async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not
     monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.0)
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
     waited = "web: 0 of 2 tasks have key-v2. Run skep explain web."
-    problems = "broken: no such mount; stuck: paused. Run skep explain stuck."
-    text = re.escape(f"not done within 9 s: {waited}; {problems}")
+    problems = "broken: no such mount. stuck: paused. Run skep explain stuck."
+    text = re.escape(f"not done within 9 s: {waited} {problems}")
     with pytest.raises(Unavailable, match=f"^{text}$"):
         await _rotate(host, SECRET, "key", None, 9)
 
