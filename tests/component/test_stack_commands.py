@@ -194,7 +194,7 @@ async def test_of_two_different_deploys_one_wins_whole_and_the_other_ends_with_i
     container = service.spec.task_template.container_spec
     assert container is not None
     assert (container.image, container.env, service.spec.replicas) == (
-        colour,
+        f"{colour}:latest",
         (f"C={colour}",),
         colours[colour],
     )
