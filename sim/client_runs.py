@@ -37,7 +37,7 @@ from skep.model.task import TaskState
 from skep.model.values.ids import NodeId
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import config_names, existing_of
-from skep.stack.deploying import CreatedObjects
+from skep.stack.created import CreatedObjects
 from skep.stack.planning import plan_of
 from skep.stack.project import NAMESPACE, Stack
 from skep.stack.recording import carry_out, undo

@@ -76,11 +76,13 @@ class KeyPairCredentials:
         *,
         on_change: Callable[[KeyPair], None] = lambda _: None,
         lock: KeyLock | None = None,
+        changed: asyncio.Event | None = None,
     ) -> None:
         """Args: directory: Directory of the key pair.
 
         Renewed key pairs are written there. on_change: Called after a new certificate, or new roots, were written.
         lock: Lock of that key pair, already open.
+        changed: Event to set with every change.
 
         Raises:
             NotFound, FailedPrecondition: The key pair is missing or unreadable.
@@ -93,7 +95,7 @@ class KeyPairCredentials:
         self._role: NodeRole | None = None
         self._wanted = asyncio.Event()
         self.pair = keypair.load(directory, lock)
-        self.changed = asyncio.Event()
+        self.changed = changed if changed is not None else asyncio.Event()
         """Set with every change.  Cleared by the session, which sends the change to the manager."""
 
     @property

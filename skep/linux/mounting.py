@@ -140,6 +140,8 @@ def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] =
         shown = f", flags: {flags & ~_PROPAGATION:#x}" if flags & ~_PROPAGATION else ""
         shown += f", data: {data}" if data else ""
         text = f"failed to mount local volume: mount {device}:{target}{shown}: {_words(error.errno or 0)}"
+        if error.errno == 19 and kind:  # ENODEV
+            text += f" (the kernel of this node has no file system {kind})"
         raise KernelMountFailed(_without_password(text, given)) from error
 
 

@@ -55,6 +55,7 @@ class Node:
             foundation.present_configuration,
             environment.conditions,
             foundation.clock,
+            foundation.session.description_changed.set,
         )
         self._membership = Membership(
             self._agent.dependencies(),
@@ -119,6 +120,10 @@ class Node:
         run(partial(reap_orphans, clock), "orphans")
         self._runtime.run_checks(run)
         run(self._agent.image_sharing.collect, "image collection")
-        run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
+        describe = self._foundation.session.description_changed.set
+        run(
+            DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full, describe).run,
+            "disk check",
+        )
         run(self._api.metrics.run, "metrics")
         self._foundation.run(run)

@@ -16,7 +16,15 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
 from skep.stack.compose.document import FilePosition, FileProblem, FileProblems
-from skep.stack.planning import Existing, PlanAction, PlannedChange, PredictedPlacement, StackPlan, freeing
+from skep.stack.planning import (
+    Existing,
+    PlanAction,
+    PlannedChange,
+    PredictedPlacement,
+    StackPlan,
+    freeing,
+    tagged,
+)
 from skep.stack.project import NAMESPACE, Stack, StackFile
 from skep.stack.revisions import StackRevision, revisions_of
 
@@ -127,7 +135,7 @@ def kept_images(services: Iterable[ServiceSpec], existing: Iterable[Service]) ->
     """
     present = {one.spec.name: _image_of(one.spec) for one in existing}
     wanted = {one.name: _image_of(one) for one in services}
-    changed = {image for name, image in wanted.items() if present.get(name) != image}
+    changed = {image for name, image in wanted.items() if tagged(present.get(name, "")) != tagged(image)}
     return {*wanted.values()} - changed
 
 

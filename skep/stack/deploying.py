@@ -28,7 +28,7 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
-from skep.stack.claims import DeployClaim
+from skep.stack.claims import Replaced
 from skep.stack.cluster_state import (
     AT_ONCE,
     NO_LOGINS,
@@ -40,6 +40,7 @@ from skep.stack.cluster_state import (
     services_of,
 )
 from skep.stack.compose.document import FileProblem, FileProblems
+from skep.stack.created import CreatedObjects
 from skep.stack.planning import (
     PlanAction,
     PlannedChange,
@@ -71,26 +72,17 @@ second.
 """
 _OTHER_CONTENT: Final = "only updates to Labels are allowed"
 """SwarmKit's error for a change of a secret's or config's content."""
+_LEFT: Final = {
+    PlanAction.CREATE: "not created",
+    PlanAction.UPDATE: "not updated",
+    PlanAction.REMOVE: "not removed",
+}
+"""Changes that a deploy which ended early has not made, by their action."""
 _LAST_WORDS_S: Final = 5.0
 """Timeout in seconds for reading the state of an interrupted deploy before the command ends."""
 
 Show = Callable[[str, str], None]
 """Called with the name of an object and a progress text."""
-
-
-class CreatedObjects(msgspec.Struct):
-    """The objects that a deploy has created so far.  An undo of the deploy removes only these."""
-
-    services: list[Service] = []
-    """Created services, whose specs name networks instead of giving ids."""
-    files: list[tuple[str, str, str]] = []
-    """Kind, name and id of each created network, secret and config."""
-    revision: str = ""
-    """Id of the config that records the deploy."""
-    claim: DeployClaim | None = None
-    """The deploy's claim on the stack, or None without a revision."""
-    known: frozenset[str] = frozenset()
-    """Ids of the revisions that existed before the deploy."""
 
 
 class Deployment:
@@ -119,6 +111,8 @@ class Deployment:
         self._limit = asyncio.Semaphore(AT_ONCE)
         self._ids: dict[tuple[str, str], str] = {}
         """Ids of secrets and configs, by kind and name."""
+        self._networks: Mapping[str, str] = {}
+        """Names of all networks by id, read with each plan.  Specs to which services may roll back have names."""
         self._reasons = Reasons(client, FAILURES_MAX)
         self._is_overtaken = False
         """Whether a newer deploy of the same content has replaced this one since the services were last changed."""
@@ -141,7 +135,7 @@ class Deployment:
         try:
             await self._apply(wait_s, failures_max)
         except asyncio.CancelledError:
-            self._show("interrupted", f"{await self._state()}. Rerun the command to complete the deploy.")
+            self._show("interrupted", await self._state())
             raise
 
     async def _apply(self, wait_s: float | None, failures_max: int) -> None:
@@ -199,17 +193,14 @@ class Deployment:
 
     async def find_unfinished(self) -> dict[str, str]:
         """Return the progress of the services that do not run with their new spec yet, by name."""
+        existing = await existing_of(self._client, self._stack.name, config_names(self._stack))
+        left = planned_again(self._stack, self._plan, existing).of("service", *_LEFT)
+        texts = {one.name: _LEFT[one.action] for one in left}
         progress = await self._reasons.explain(await self._looks())
-        wanted = [
-            one.name
-            for one in self._plan.changes
-            if one.kind == "service" and one.action is not PlanAction.REMOVE
-        ]
-        return {
-            name: progress[name].text if name in progress else "not created"
-            for name in wanted
-            if name not in progress or not progress[name].is_done
-        }
+        for one in self._plan.of("service", PlanAction.CREATE, PlanAction.UPDATE, PlanAction.KEEP):
+            if one.name not in texts and one.name in progress and not progress[one.name].is_done:
+                texts[one.name] = progress[one.name].text
+        return texts
 
     async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
         """Remove the secrets and configs named in ``former``, unless they are still used or named in ``kept``.
@@ -293,7 +284,10 @@ class Deployment:
         await all_of(create(name, body) for name, body in bodies.items())
 
     async def _learn(self) -> None:
-        """Read the ids of the secrets and configs that the services refer to, and note which services stay."""
+        """Read the networks, and the ids of the secrets and configs that the services refer to.  Note which services
+        stay.
+        """
+        self._networks = await self._network_names()
         for one in self._plan.of("service", PlanAction.KEEP):
             self._rollbacks.setdefault(one.name, (one.rolls_back_to, one.spec))
         containers = [
@@ -357,6 +351,7 @@ class Deployment:
 
     def _note_updated(self, change: PlannedChange) -> None:
         self._rollbacks[change.name] = change.rolls_back_to, change.spec
+        self._created.note_updated(change)
         self._show(change.name, "updated")
 
     def _wanted(self, change: PlannedChange) -> dict[str, Any]:
@@ -477,8 +472,6 @@ class Deployment:
             self._client.get("/tasks", filters={**label, **UP_TO_DATE}, timeout_s=RESPONSE_TIMEOUT_S),
         )
         current = frozenset(str(one["ID"]) for one in up_to_date)
-        # The specs to which services may roll back have names of networks.
-        names = await self._network_names() if any(to for to, _ in self._rollbacks.values()) else {}
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
@@ -486,7 +479,7 @@ class Deployment:
         looks: dict[str, Look] = {}
         for service in services_of(services):
             name, found = service.spec.name, by_service.get(service.id, ())
-            progress = self._progress_of(service, found, current, names, is_kept=name in kept)
+            progress = self._progress_of(service, found, current, is_kept=name in kept)
             looks[name] = Look.of(service.id, progress, found, current)
         return looks
 
@@ -495,7 +488,6 @@ class Deployment:
         service: Service,
         tasks: Sequence[Task],
         current: Collection[str],
-        names: Mapping[str, str],
         *,
         is_kept: bool,
     ) -> ServiceProgress:
@@ -508,19 +500,26 @@ class Deployment:
         else:
             found = progress_of(service, tasks, current, is_kept=is_kept)
         to, wanted = self._rollbacks.get(service.spec.name, (None, None))
-        if not found.is_stuck and is_rolled_back(to, wanted, with_network_names(service, names).spec):
+        if not found.is_stuck and is_rolled_back(
+            to, wanted, with_network_names(service, self._networks).spec
+        ):
             return ServiceProgress("its update was rolled back", is_stuck=True)
         return found
 
     async def _state(self) -> str:
-        """Return the state of the deploy, for the message after an interrupt."""
+        """Return the state of the deploy and the next step, for the message after an interrupt."""
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
+                if self._created.claim is not None:
+                    await self._created.claim.follow()
                 texts = await self.find_unfinished()
+        except Replaced as error:
+            return str(error)
         except (SkepError, OSError, TimeoutError) as error:
-            return f"the state of the deploy is unknown ({reason_of(error)})"
-        named = "; ".join(f"{name}: {text}" for name, text in texts.items())
-        return named or "all services run with their new spec"
+            named = f"the state of the deploy is unknown ({reason_of(error)})"
+        else:
+            named = "; ".join(f"{name}: {text}" for name, text in texts.items())
+        return f"{named or 'all services run with their new spec'}. Rerun the command to complete the deploy."
 
 
 def _now_wanted(change: PlannedChange, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:

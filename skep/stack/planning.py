@@ -1,5 +1,6 @@
 """Makes plans by comparing a stack's files with the cluster's objects.  Pure."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
@@ -21,6 +22,7 @@ from skep.stack.compose.document import FileProblem, FileProblems
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
 
 _UNSET: Final = object()
+_IMAGE_ID: Final = re.compile("[0-9a-f]{64}")
 _HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
 """Ids in references.  They are not compared, because they follow from the names."""
 
@@ -408,10 +410,22 @@ def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str,
     if not image and current is not None and current.spec.labels.get(IMAGE) == container.image:
         now = current.spec.task_template.container_spec
         # The label alone proves nothing, because the last update of the service could have set it to anything.
-        image = now.image if now is not None and now.image.startswith(f"{container.image}@") else ""
-    if not image:
-        return spec
+        is_same = now is not None and (
+            now.image == container.image or now.image.startswith(f"{container.image}@")
+        )
+        image = now.image if now is not None and is_same else ""
+    image = image or tagged(container.image)
     return replace(spec, task_template=replace(template, container_spec=replace(container, image=image)))
+
+
+def tagged(image: str) -> str:
+    """Return the image's name with a tag, as every docker client writes it.
+
+    Without one, a ``docker service scale`` would change the name and so replace all tasks.
+    Source: docker/docker, client/service_create.go (imageWithTagString).
+    """
+    has_tag = "@" in image or ":" in image.rpartition("/")[2] or _IMAGE_ID.fullmatch(image)
+    return image if has_tag or not image else f"{image}:latest"
 
 
 def merged(before: ServiceSpec, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:

@@ -195,7 +195,8 @@ def progress_of(
         cause = _cause(tasks)
         return ServiceProgress(_stuck(update.state, update.message, cause), is_stuck=True)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
-    slots = {_slot(task) for task in wanted}
+    # A task of a global service that waits for its restart belongs to a node that has no other task.
+    slots = {_slot(task) for task in tasks if task in wanted or _is_held(task)}
     updated = _running([task for task in wanted if task.id in current])
     count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
     under_way = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
@@ -222,6 +223,11 @@ def is_rolled_back_by_hand(service: Service) -> bool:
 def _slot(task: Task) -> Hashable:
     """Return the slot of a task, or the node of a global service's task."""
     return task.slot or task.node_id or task.id
+
+
+def _is_held(task: Task) -> bool:
+    """Return whether a task waits for its turn or for a restart."""
+    return task.desired_state is TaskState.READY and not task.status.state.is_terminal
 
 
 def _running(tasks: Iterable[Task]) -> int:

@@ -1,7 +1,8 @@
 """Deploys a stack with a revision, which is recorded before the first change and gets the result after the last one."""
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +22,7 @@ from skep.errors import (
 from skep.model.options.labels import DEPLOYING, REPLACED, STACK_STATE
 from skep.model.permissions.access import Binding, Role
 from skep.model.values.encoding import to_json
+from skep.model.values.times import unix_ns
 from skep.stack.claims import DeployClaim, Replaced
 from skep.stack.cluster_state import (
     NO_LOGINS,
@@ -30,10 +32,11 @@ from skep.stack.cluster_state import (
     existing_of,
     known_revisions,
 )
-from skep.stack.deploying import CreatedObjects, Deployment, Show
-from skep.stack.planning import PlanAction, StackPlan, plan_of, planned_again
+from skep.stack.created import CreatedObjects
+from skep.stack.deploying import Deployment, Show
+from skep.stack.planning import PlanAction, StackPlan, plan_of, planned_again, with_network_names
 from skep.stack.progress import FAILURES_MAX
-from skep.stack.project import Stack
+from skep.stack.project import NAMESPACE, Stack
 from skep.stack.removing import unmake
 from skep.stack.revisions import (
     DEPLOYED,
@@ -47,9 +50,12 @@ from skep.stack.revisions import (
     newest_deployed,
     state_after,
     summary,
+    unfinished_of,
     with_part,
 )
 
+_ENDED: Final = (DEPLOYED, REPLACED, *UNDOINGS)
+"""States of revisions that a failure of another deploy does not change."""
 _RECORDED_WITHIN_S: Final = 60.0
 """Timeout in seconds for getting the number of a revision.  A hundred deploys that start together get theirs one by
 one.
@@ -90,9 +96,9 @@ async def carry_out(
     if not plan.effective and (
         plan.only or not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
     ):
-        await Deployment(client, stack, plan, show, logins, created).apply(wait_s, failures_max)
-        for last in () if plan.only else revisions[-1:]:
-            await _complete(client, last, asked, warn)
+        unchanged = Deployment(client, stack, plan, show, logins, created)
+        work = partial(unchanged.apply, wait_s, failures_max)
+        await _without_changes(client, work, () if plan.only else revisions, asked, created, warn)
         return
     await check(client, stack, plan, warn)
     if whole is not None:
@@ -105,6 +111,7 @@ async def carry_out(
         await _check_no_undo(client, stack.name)
         if created.revision:
             plan = await _planned_now(client, stack, plan, show)
+            await _inherit(client, () if plan.only else revisions, created)
         deployment = Deployment(client, stack, plan, show, logins, created)
         await deployment.apply(wait_s, failures_max)
         await _end(client, created, None, warn)
@@ -114,6 +121,62 @@ async def carry_out(
     kept = await _forget_surplus(client, stack.name)
     if wait_s is not None:
         await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
+
+
+async def _without_changes(
+    client: Requests,
+    work: Callable[[], Awaitable[None]],
+    revisions: Sequence[StackRevision],
+    asked: Stack,
+    created: CreatedObjects,
+    warn: Callable[[str], None],
+) -> None:
+    """Await ``work``, a deploy that changes nothing, and record its result in the last of ``revisions``."""
+    await _inherit(client, revisions, created)
+    try:
+        await work()
+    except SkepError as error:
+        if created.inherited:
+            created.revision = revisions[-1].id
+            await _set_state(client, created.revision, state_after(error), warn, unless=_ENDED)
+        raise
+    for last in revisions[-1:]:
+        await _complete(client, last, asked, warn)
+
+
+async def _inherit(client: Requests, revisions: Sequence[StackRevision], created: CreatedObjects) -> None:
+    """Count the objects of unfinished deploys as created by this deploy, which completes them.
+
+    An unfinished deploy was killed or interrupted, or this one has replaced it.  It undoes nothing itself.
+    Objects that are older than its revision were there before.
+    """
+    unfinished = unfinished_of(revisions)
+    if not unfinished:
+        return
+    name, since = unfinished[0].of, unix_ns(unfinished[0].created_at)
+    stacks = [one.stack() for one in unfinished]
+    named = {one.spec.name for stack in stacks for one in stack.services.values()}
+    existing = await existing_of(client, name, {one for stack in stacks for one in config_names(stack)})
+    networks = {str(one["Id"]): str(one["Name"]) for one in existing.networks}
+    services = [
+        one for one in existing.services if one.spec.name in named and unix_ns(one.created_at) >= since
+    ]
+    created.inherited = tuple(one.id for one in unfinished)
+    created.is_whole = len(services) == len(existing.services)
+    created.services += [with_network_names(one, networks) for one in services]
+    files = {("network", one.name) for stack in stacks for one in stack.networks.values()}
+    files |= {("secret", one.name) for stack in stacks for one in stack.secrets.values()}
+    files |= {("config", one.name) for stack in stacks for one in stack.configs.values()}
+    found = [("network", one["Name"], one["Id"], one["Created"], one) for one in existing.networks]
+    for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
+        found += [(kind, one["Spec"]["Name"], one["ID"], one["CreatedAt"], one["Spec"]) for one in objects]
+    created.files += [
+        (kind, file, id)
+        for kind, file, id, at, spec in found
+        if (kind, file) in files
+        and (spec.get("Labels") or {}).get(NAMESPACE) == name
+        and unix_ns(at) >= since
+    ]
 
 
 async def _forget_surplus(client: Requests, name: str) -> Sequence[StackRevision]:
@@ -383,7 +446,7 @@ async def undo(
     if created.revision and revisions and revisions[-1].id != created.revision:
         return f"nothing was undone, because revision {revisions[-1].number} of {name} has replaced it"
     new_services = {one.name for one in failed.of("service", PlanAction.CREATE)}
-    if failed.is_new:
+    if failed.is_new or (created.is_whole and not any(one.state == DEPLOYED for one in revisions)):
         text = await _unmade(client, name, created, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
         return text + _unsure(new_services & there)
@@ -392,14 +455,23 @@ async def undo(
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))
     await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
-    return f"{name} is back at revision {revision.number}" + _unsure(new_services & found.left)
+    updated = {one.name for one in failed.of("service", PlanAction.UPDATE)}
+    updated -= {one.spec.name for one in created.services}
+    return f"{name} is back at revision {revision.number}" + _unsure(
+        new_services & found.left, updated - {one.spec.name for one in found.stack.services.values()}
+    )
 
 
-def _unsure(names: Collection[str]) -> str:
+def _unsure(names: Collection[str], updated: Collection[str] = ()) -> str:
     """Return a clause about services that an undo leaves because no response has confirmed that the deploy created
-    them.
+    them, and about ``updated`` services that the revision does not have.
     """
-    return f", except for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
+    left = [f"{', '.join(sorted(names))}, which another deploy may have created"] if names else []
+    if updated:
+        left.append(
+            f"{', '.join(sorted(updated))}, which it does not have (docker service rollback {min(updated)})"
+        )
+    return f", except for {' and '.join(left)}" if left else ""
 
 
 def refused(revision: StackRevision, beyond: Collection[str]) -> str:
@@ -447,6 +519,6 @@ async def _unmade(
         if created.revision:
             await _set_state(client, created.revision, state_after(error), warn)
         raise
-    if created.revision:
-        await client.delete(f"/configs/{created.revision}", timeout_s=RESPONSE_TIMEOUT_S)
+    for id in dict.fromkeys(filter(None, (*created.inherited, created.revision))):
+        await client.delete(f"/configs/{id}", timeout_s=RESPONSE_TIMEOUT_S)
     return f"its new objects were removed, so {name} has no services again"

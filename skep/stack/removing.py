@@ -8,11 +8,15 @@ from typing import Any, Final
 from skep.api.client.requests import Requests
 from skep.api.client.waiting import persistently
 from skep.errors import NotFound, SkepError, Unavailable
+from skep.model.task import TaskState
 from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
-from skep.stack.deploying import CreatedObjects, Show, all_of, remove_unchanged
+from skep.stack.created import CreatedObjects
+from skep.stack.deploying import Show, all_of, remove_unchanged
 from skep.stack.planning import removal_of
 from skep.stack.project import NAMESPACE
 
+_ENDED: Final = frozenset(one.value for one in TaskState if one.is_terminal)
+_CLEANING: Final = "waiting for the cluster to remove its ended tasks"
 _LOOK_S: Final = 0.5
 """Seconds between checks of the remaining objects."""
 
@@ -70,7 +74,11 @@ async def _wait_tasks_gone(
     try:
         async with asyncio.timeout(wait_s):
             while tasks := await persistently(read_tasks, partial(show, stack)):
-                show(stack, f"waiting for {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} to stop")
+                left = sum(one["Status"]["State"] not in _ENDED for one in tasks)
+                show(
+                    stack,
+                    f"waiting for {left} {'task' if left == 1 else 'tasks'} to stop" if left else _CLEANING,
+                )
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.model.options.labels import DEPLOYING, STACK_CHANGES, STACK_REVISION, STACK_STATE
+from skep.model.options.labels import DEPLOYING, REPLACED, STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.permissions.access import Binding, Role, parse_binding
 from skep.model.values.unknown import leniently
 from skep.stack.planning import StackPlan
@@ -31,6 +31,7 @@ only two.
 """
 KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
+INTERRUPTED: Final = "interrupted"
 UNDOING: Final = "rolling back"
 UNDOINGS: Final = (UNDOING, "being undone")
 """The state and its former name, which commands of earlier versions write."""
@@ -115,6 +116,15 @@ class StackRevision(msgspec.Struct, frozen=True, kw_only=True):
             return leniently(data, Stack)
         except (OSError, EOFError, ValueError, msgspec.DecodeError) as error:
             raise InvalidArgument(f"revision {self.number} cannot be read: {error}") from error
+
+    @property
+    def is_readable(self) -> bool:
+        """Return whether ``stack`` can read it."""
+        try:
+            self.stack()
+        except InvalidArgument:
+            return False
+        return True
 
     def is_of(self, asked: Stack) -> bool:
         """Return whether its desired state is equal to ``asked``.  An unreadable revision counts as different."""
@@ -240,9 +250,19 @@ def state_after(error: BaseException | None) -> str:
     if error is None:
         return DEPLOYED
     if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
-        return "interrupted"
+        return INTERRUPTED
     text = " ".join(str(error).split()) or type(error).__name__
     return f"failed: {text[:_CAUSE_MAX]}"
+
+
+def unfinished_of(revisions: Sequence[StackRevision]) -> Sequence[StackRevision]:
+    """Return the newest readable revisions whose deploys were killed, interrupted or replaced, oldest first."""
+    made: list[StackRevision] = []
+    for one in reversed(revisions):
+        if not one.state.startswith((DEPLOYING, INTERRUPTED, REPLACED)) or not one.is_readable:
+            break
+        made.append(one)
+    return made[::-1]
 
 
 def kept_of(revisions: Sequence[StackRevision]) -> Sequence[StackRevision]:

@@ -1,5 +1,6 @@
 """``skep events`` over connections that break: nothing twice, nothing missed, and an end where something was."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from skep.api.client.client import ApiClient
 from skep.api.client.requests import filters_of
 from skep.cli.see.events import EventStream, follow, line_of, stream_of, whole_line_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
+from tests.support.clients.command_rig import SKEP
 
 Reply = Callable[[str], tuple[int, bytes]]
 
@@ -47,8 +49,14 @@ async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[ApiClient]:
     async def ping(_: web.Request) -> web.Response:
         return web.Response(headers={"Api-Version": "1.41"})
 
+    async def quorum(_: web.Request) -> web.Response:
+        managers = [{"Hostname": f"m{number}", "IsReachable": number == 1} for number in (1, 2, 3)]
+        return web.json_response({"HasLeader": False, "Since": "2026-11-21T18:38:04Z", "Managers": managers})
+
     app = web.Application()
-    app.add_routes([web.get("/_ping", ping), web.get("/skep/events", events)])
+    app.add_routes([web.get("/_ping", ping)])
+    for prefix in ("", "/v{version:[0-9.]+}"):
+        app.add_routes([web.get(f"{prefix}/skep/events", events), web.get(f"{prefix}/skep/quorum", quorum)])
     runner = web.AppRunner(app)
     await runner.setup()
     path = directory / "s"
@@ -89,6 +97,18 @@ async def test_a_stream_that_breaks_goes_on_after_its_last_event(tmp_path):
     async with a_manager(tmp_path, reply) as client:
         assert await read(client, 6) == ["t1", "t2", "t3", "t4", "t5", "t6"]
         assert await read(client, 1, "1-7") == ["t8"]
+
+
+async def test_without_a_leader_the_command_says_so_before_it_waits(tmp_path: Path) -> None:
+    async with a_manager(tmp_path, lambda after: (200, event(1))):
+        command = (SKEP, "--host", f"unix://{tmp_path}/s", "events", "--until", "now")
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert b"web.1" in out
+    assert b"NO LEADER since 2026-11-21 18:38:04 UTC: 1 of 3 managers responds (m2, m3 do not)" in err
 
 
 async def test_a_stream_with_an_end_ends_there(tmp_path):

@@ -195,7 +195,7 @@ async def test_of_two_different_deploys_one_wins_whole_and_the_other_ends_with_i
     container = service.spec.task_template.container_spec
     assert container is not None
     assert (container.image, container.env, service.spec.replicas) == (
-        colour,
+        f"{colour}:latest",
         (f"C={colour}",),
         colours[colour],
     )
@@ -302,7 +302,7 @@ async def test_a_plan_without_changes_names_what_does_not_run_and_a_diff_has_the
     assert second.startswith("  shop_db: 0 of 1 tasks ")
     assert third == "  Next: skep explain shop_db"
     code, out, err = await cluster.run("stack", "diff", "shop")
-    assert (code, f"Image: busybox -> {HANGS}" in out) == (0, True), err
+    assert (code, f"Image: busybox:latest -> {HANGS}:latest" in out) == (0, True), err
 
 
 async def test_a_secret_with_a_name_of_its_own_keeps_its_content_and_gets_other_labels(
@@ -378,7 +378,7 @@ async def test_a_deploy_of_a_part_is_a_revision_of_the_whole_stack(cluster: Clus
         recorded = (await known_revisions(client, "shop"))[-1].stack()
     containers = {name: one.spec.task_template.container_spec for name, one in recorded.services.items()}
     images = {name: one.image.partition("@")[0] for name, one in containers.items() if one is not None}
-    assert images == {"web": "busybox:2", "db": "busybox"}
+    assert images == {"web": "busybox:2", "db": "busybox:latest"}
     assert (await cluster.deploy("--only", "web"))[0] == 0
     assert await listed(cluster) == "1 deployed\n2 deployed\n", "nothing was changed"
 
@@ -406,7 +406,7 @@ async def test_a_deploy_of_a_part_after_a_failed_deploy_records_nothing_that_fai
     states = (await listed(cluster)).splitlines()
     assert states[1].startswith("2 failed")
     assert states[2] == "3 deployed"
-    assert await recorded_images(cluster) == {"web": "busybox:3", "db": "busybox"}
+    assert await recorded_images(cluster) == {"web": "busybox:3", "db": "busybox:latest"}
 
 
 async def test_a_part_of_a_stack_whose_first_deploy_failed_is_not_recorded_alone(cluster: Cluster) -> None:
@@ -425,7 +425,7 @@ async def test_a_part_of_a_stack_whose_first_deploy_failed_is_not_recorded_alone
     first, *others = (await listed(cluster)).splitlines()
     assert first.startswith("1 failed: ")
     assert others == ["2 deployed"]
-    assert await recorded_images(cluster) == {"web": "busybox:2", "db": "busybox"}
+    assert await recorded_images(cluster) == {"web": "busybox:2", "db": "busybox:latest"}
 
 
 async def test_a_part_that_failed_at_first_is_recorded_when_it_is_deployed(cluster: Cluster) -> None:

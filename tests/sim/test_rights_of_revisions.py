@@ -15,7 +15,7 @@ from skep.model.container import Mount
 from skep.model.permissions.access import Identity, Origin, parse_binding
 from skep.model.service import Service
 from skep.stack.cluster_state import config_names, existing_of, known_revisions
-from skep.stack.deploying import CreatedObjects
+from skep.stack.created import CreatedObjects
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack
 from skep.stack.recording import carry_out, refused, return_plan, undo

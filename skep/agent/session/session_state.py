@@ -37,6 +37,8 @@ class SessionState:
         """Set by the agent while the managers refuse this node because it was removed from the cluster."""
         self.data_path_port = 0
         """UDP port of the cluster's overlay networks, written by the agent, or 0 while unknown."""
+        self.description_changed = asyncio.Event()
+        """Set when managers should get the node's description at once.  Cleared by the session."""
         self._channel: ManagerChannel | None = None
         self._session = asyncio.Event()
         self._no_session = asyncio.Event()

@@ -29,9 +29,9 @@ from skep.model.options.schedules import CRON
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.values.unknown import leniently
-from skep.stack.progress import FAILURES_MAX, progress_of
+from skep.stack.progress import FAILURES_MAX, ServiceProblem, ServiceProgress, progress_of
 from skep.stack.project import NAMESPACE
-from skep.stack.waiting import Reasons, look_at, unfinished
+from skep.stack.waiting import Reasons, Steadiness, look_at, unfinished
 
 _LOOK_S = 0.5
 """Seconds between two looks at the services, as in the other commands that wait: an update takes seconds or more."""
@@ -145,6 +145,7 @@ class VersionProgress(msgspec.Struct, frozen=True):
     stuck: str = ""
     cause: str = ""
     """Reason why tasks with the new version do not run.  Empty if unknown."""
+    problem: ServiceProblem = ServiceProblem()
 
 
 def version_progress(
@@ -232,6 +233,7 @@ class _Rotation:
         self.problems: list[str] = []
         """A line for each service that cannot be updated or is stuck."""
         self._reasons = Reasons(client, FAILURES_MAX)
+        self._steadiness = Steadiness()
 
     async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
         """Return the target version and the ids of older ones.  Without ``data``, the latest version is the target."""
@@ -325,11 +327,16 @@ class _Rotation:
                 self._show(name, f"its next run has {version}" if _is_scheduled(service) else text)
                 if found.stuck:
                     self.problems.append(f"{name}: {found.stuck}. Run skep explain {name}.")
-                if found.stuck or found.is_complete:
+                if found.stuck or self._is_steady(id, found):
                     waiting.remove(id)
                     self._open.discard(name)
             if waiting:
                 await asyncio.sleep(_LOOK_S)
+
+    def _is_steady(self, id: str, found: VersionProgress) -> bool:
+        """Return whether a service needs no further look.  After a failure, its tasks have to run for some seconds."""
+        progress = ServiceProgress("", is_done=found.is_complete, problem=found.problem)
+        return self._steadiness.is_steady(id, progress, asyncio.get_running_loop().time())
 
     async def _look(
         self, id: str, new: Mapping[str, Any]
@@ -345,7 +352,8 @@ class _Rotation:
         if not (found.is_complete or found.stuck):
             look = await look_at(self._client, id)
             explained = (await self._reasons.explain({id: look}))[id]
-            found = replace(found, stuck=explained.text if explained.is_stuck else "", cause=explained.cause)
+            stuck = explained.text if explained.is_stuck else ""
+            found = replace(found, stuck=stuck, cause=explained.cause, problem=explained.problem)
         return service, found
 
     def _show(self, name: str, text: str) -> None:
@@ -359,6 +367,10 @@ class _Rotation:
         return {name: self._shown[name] for name in sorted(self._open)}
 
 
+def _sentences(problems: Sequence[str]) -> str:
+    return " ".join(f"{one.rstrip('.')}." for one in problems)
+
+
 async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | None, timeout_s: float) -> str:
     async with host.client() as client:
         rotation = _Rotation(kind, client)
@@ -368,10 +380,10 @@ async def _rotate(host: HostOptions, kind: FileKind, name: str, data: bytes | No
             async with asyncio.timeout(timeout_s):
                 await rotation.wait(ids, new)
         except TimeoutError:
-            text = "; ".join([unfinished(rotation.unfinished(), timeout_s), *rotation.problems])
+            text = _sentences([unfinished(rotation.unfinished(), timeout_s), *rotation.problems])
             raise Unavailable(text) from None
         if rotation.problems:
-            raise Unavailable("; ".join(rotation.problems))
+            raise Unavailable(_sentences(rotation.problems))
         return str(new["Spec"]["Name"])
 
 

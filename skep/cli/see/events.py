@@ -16,6 +16,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, shows_as_it_happens
 from skep.cli.running import errors_shown, run_requests
 from skep.cli.see.moments import moment_of
+from skep.cli.see.quorum import headers_for
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.options.labels import LABEL_NODE_ID
 from skep.model.task_end import printable
@@ -153,6 +154,7 @@ async def _follow(
     host: HostOptions, filters: Filters, stream: EventStream, show: Callable[[Mapping[str, Any]], None]
 ) -> None:
     async with host.client() as client:
+        await headers_for(client)  # warns without a leader, because nothing may happen then
         async for event in follow(client, filters, stream, SystemClock()):
             show(event)
 

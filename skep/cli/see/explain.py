@@ -1,5 +1,6 @@
 """``skep explain``: the reason why an object is not in its desired state."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from skep.model.node import plain_message
 from skep.model.task_end import printable
 
 _PAUSED = ("paused", "rollback_paused")
+_WAITS_FOR = re.compile(r"it waits for (?:service )?([A-Za-z0-9][\w.-]*)")
 _KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
 """Causes after which Skep itself sends the signal."""
 
@@ -110,14 +112,14 @@ def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     yield ": ".join(filter(None, (description.get("Hostname") or node["ID"], *words)))
     if status["State"] == "down":
         yield (
-            "  its tasks move to other nodes after the grace period. If the node is lost for good, run skep node "
-            "forget."
+            "  services replace its tasks on other nodes, unless the tasks need this node or its volumes. If the "
+            "node is lost for good, run skep node forget."
         )
     if spec["Availability"] != "active":
         word = spec["Availability"]
         yield (
             f"  it gets no tasks, because its availability is {word}. Run skep node update --availability active "
-            "NODE."
+            f"{description.get('Hostname') or node['ID']}."
         )
     manager = node.get("ManagerStatus")
     role = spec["Role"]
@@ -184,7 +186,10 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
             # The headline already has this reason.
             words = "" if reason["Summary"] == main else f": {reason['Summary']}"
             yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
-    yield from (f"  {line}" for line in _output((explanation.get("Problem") or {}).get("End") or {}))
+    problem = explanation.get("Problem") or {}
+    yield from (f"  {line}" for line in _output(problem.get("End") or {}))
+    if problem.get("Kind") == "waiting" and (other := _WAITS_FOR.match(main)) is not None:
+        yield f"  Next: skep explain {other[1]}"
 
 
 def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:

@@ -475,7 +475,7 @@ def worst(cluster: ClusterStatus) -> str:
     """Return the name of the worst problem: the oldest failed service, else a lost node, else a converging service."""
     bad = [row for row in cluster.services if not row.is_healthy]
     bad.sort(key=lambda row: (row.weight, row.since or "~", row.name))
-    lost = [row.name for row in cluster.nodes if row.state == "down"]
+    lost = [row.name for row in cluster.nodes if not row.is_healthy]
     # If services are degraded because of a lost node, the node comes first.
     is_own = bool(bad) and (bad[0].weight < _NODE_LOST or not lost)
     return bad[0].name if is_own else lost[0] if lost else ""

@@ -53,7 +53,8 @@ from skep.stack.compose.conversion import stack_of
 from skep.stack.compose.document import FileProblems
 from skep.stack.compose.loading import FileReader, LoadedStack, LoadOptions, load
 from skep.stack.compose.reading import ProblemReport
-from skep.stack.deploying import CreatedObjects, Deployment
+from skep.stack.created import CreatedObjects
+from skep.stack.deploying import Deployment
 from skep.stack.planning import StackPlan, plan_of
 from skep.stack.project import Stack
 from skep.stack.recording import carry_out, refused, return_plan, undo
@@ -257,7 +258,7 @@ async def _all_or_nothing(
         click.echo(f"The deploy failed: {error}", err=True)
         done = await _undone(client, plan, error, timeout, created)
         # Services of the failed deploy can no longer be explained.  A stack that is back keeps the failed revision.
-        hint = "" if plan.is_new else f" Run skep stack history {plan.stack}."
+        hint = "" if plan.is_new or created.is_whole else f" Run skep stack history {plan.stack}."
         cause = _HINT.sub("", str(error)).rstrip(".")
         raise Unavailable(f"the deploy failed, and {done}. Reason: {cause}.{hint}") from error
 
@@ -269,8 +270,9 @@ async def _undone(
     try:
         return await undo(client, failed, ProgressPrinter().show, timeout, warn, created)
     except SkepError as problem:
+        cause = _HINT.sub("", str(error)).rstrip(".")
         raise Unavailable(
-            f"the deploy failed: {error}. The previous revision cannot be deployed again: {problem}"
+            f"the deploy failed: {cause}. The previous revision cannot be deployed again: {problem}"
         ) from error
 
 

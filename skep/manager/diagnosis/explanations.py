@@ -422,7 +422,7 @@ def _of_service(
     if not problems:
         if active + done < wanted:
             reason = "its tasks are not created yet"
-        elif is_updating and update.message:
+        elif (is_updating or update.state in PAUSED) and update.message:
             reason = update.message
         else:
             reason = "its old tasks are being stopped" if running > wanted else "its tasks are being replaced"

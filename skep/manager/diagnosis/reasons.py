@@ -41,7 +41,7 @@ _CODE: Final = re.compile(rf"{_NON_ZERO} \(([0-9]{{1,3}})\)")
 _RUNTIME_WORDS: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
 """Words that runc adds before and after the actual error."""
 _BUNDLE_ROOT: Final = re.compile(r"/\S*/bundles/[0-9a-f]{64}/rootfs(?=/)")
-"""Path of a container's root on its node.  Each attempt has another one."""
+"""Path of a container's root on its node.  It differs from one attempt to the next."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 """Characters of a health check's command in a reason."""
 _NODES_MAX: Final = 3
@@ -266,6 +266,8 @@ def _present(
     match status.state:
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
             return CauseKind.WAITING, f"it {status.err}"
+        case TaskState.PENDING if status.err and _gets_port_from(task, slot):
+            return CauseKind.PROGRESSING, "it starts when the task before it has stopped, which has its port"
         case TaskState.PENDING if status.err:
             return _no_node(task, nodes, ports)
         case TaskState.NEW:
@@ -297,6 +299,13 @@ def _present(
             return CauseKind.PROGRESSING, f"it runs on {where}"
         case _:
             return failure_of(task)
+
+
+def _gets_port_from(task: Task, slot: Iterable[Task]) -> bool:
+    """Return whether the scheduler refused nodes because of a host-mode port, and the task before it is stopping."""
+    return NodeRefusal.HOST_PORT in node_refusals_in(task.status.err) and any(
+        one.id != task.id and not one.status.state.is_terminal and not one.is_wanted for one in slot
+    )
 
 
 def _turn(task: Task, slot: Iterable[Task]) -> str:

@@ -6,7 +6,7 @@ Operations then fail with errors of their own, and this condition names their co
 
 import asyncio
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +46,10 @@ class DiskCheck:
         conditions: Conditions,
         clock: Clock,
         store_full: Path | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """``changed`` is called when a condition has begun, ended or changed."""
+        self._changed = changed
         self._store_full = store_full
         self._directories = directories
         self._conditions = conditions
@@ -57,8 +60,11 @@ class DiskCheck:
     async def run(self) -> None:
         """Check every ``PERIOD_S`` until cancelled."""
         while True:
-            self._conditions.reporter(ConditionName.DISK)(await self.look())
-            self._conditions.reporter(ConditionName.STORE_FULL)(self._store_full_text())
+            found, before = await self.look(), self._conditions.present()
+            self._conditions.report(ConditionName.DISK, found)
+            self._conditions.report(ConditionName.STORE_FULL, self._store_full_text())
+            if self._conditions.present() != before:
+                self._changed()
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:

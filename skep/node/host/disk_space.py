@@ -43,12 +43,10 @@ STEP_PERCENT = 2
 """A condition shows a new percentage only if it differs by this much, because each change is written to the cluster's
 store.
 """
-PERIOD_S = 15.0
-"""Seconds between two measurements.  A fast disk may receive some gigabytes in this time."""
-FULL_PERIOD_S = 5.0
-"""Seconds between two measurements while the node gets no new tasks because of its disk.
+PERIOD_S = 5.0
+"""Seconds between two measurements.  A fast disk may receive some gigabytes in this time.
 
-A session compares the node's description every 10 s.  So managers know within ``PERIOD_S`` that there is space again.
+Managers get a condition that begins, ends or changes at once.
 """
 SILENT_S = 5.0
 """Seconds after which a disk that does not respond is left out, for example a network file system without its server.
@@ -216,6 +214,7 @@ class DiskSpace:
         directories: Folders with the node's own files, by purpose.
         containers: Returns the node's containers.
         configuration: Returns the present configuration, which may be reloaded.
+        changed: Called when a condition has begun, ended or changed.
     """
 
     def __init__(
@@ -225,12 +224,14 @@ class DiskSpace:
         configuration: Callable[[], Configuration],
         conditions: Conditions,
         clock: Clock,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._directories = directories
         self._containers = containers
         self._configuration = configuration
         self._conditions = conditions
         self._clock = clock
+        self._changed = changed
         self.own_calls = BlockingCalls()
         self.calls = BlockingCalls()
         """Separate threads for containers' mounts.
@@ -252,10 +253,9 @@ class DiskSpace:
         return self.run
 
     async def run(self) -> None:
-        """Measure every ``PERIOD_S``, or ``FULL_PERIOD_S`` while the disk is full, until cancelled."""
+        """Measure every ``PERIOD_S`` until cancelled."""
         while True:
-            is_full = ConditionName.DISK_PRESSURE in self._conditions.present()
-            await self._clock.sleep(FULL_PERIOD_S if is_full else PERIOD_S)
+            await self._clock.sleep(PERIOD_S)
             await self.measure()
 
     async def measure(self) -> None:
@@ -273,8 +273,11 @@ class DiskSpace:
                 found[device] = replace(disk, mount_point=mount_point_of(device, mounts, hidden))
         self.disks = tuple(found.values())
         near, full = self._fullness.judge(self.disks, DiskMarks(self._configuration().disk_pressure))
+        before = self._conditions.present()
         self._conditions.report(ConditionName.DISK_SPACE, near)
         self._conditions.report(ConditionName.DISK_PRESSURE, full)
+        if self._conditions.present() != before:
+            self._changed()
 
     async def _add(self, path: str, found: dict[int, FileSystemUse], *, purpose: str = "") -> None:
         """Measure the disk of ``path`` unless it was measured already.

@@ -116,6 +116,7 @@ class AgentParts:
             environment.random,
             on_change=lambda pair: set_role(pair.identity.role),
             lock=KeyLock(foundation.paths),
+            changed=foundation.session.description_changed,
         )
         services = NodeServices(
             sink=self.worker,

@@ -100,7 +100,11 @@ async def test_a_volume_that_cannot_be_mounted_fails_its_task_with_the_kernels_r
             {"type": "tmpfs", "device": "x", "o": "password=p4ss"},
             r"data: password=\*+: invalid argument",
         ),
-        ("odd", {"type": "nosuchfs", "device": "x"}, "mount x:{path}: no such device"),
+        (
+            "odd",
+            {"type": "nosuchfs", "device": "x"},
+            r"mount x:{path}: no such device \(the kernel of this node has no file system nosuchfs\)",
+        ),
     ):
         path = executor.engine.volumes.path(name)
         controller = executor.controller(a_task("true", mounts=(with_options(name, options),)))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from skep.cli.see.explain import about_network, about_node, about_service, about_task
 
 NOW = 1_769_860_800.0
@@ -30,6 +32,21 @@ def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
     ]
     task["Nodes"] = [{"Hostname": "w2", "Reasons": ["small"]}, {"Hostname": "m1", "Reasons": ["drained"]}]
     assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  REASON", "  m1    drained", "  w2    small"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "last"),
+    [
+        ("waiting", "it waits for shop_db to be healthy", "  Next: skep explain shop_db"),
+        ("waiting", "it waits for service db, which has 0 of 1 tasks", "  Next: skep explain db"),
+        ("progressing", "it waits for its networks and ports", "web: s"),
+    ],
+)
+def test_a_service_that_waits_for_another_one_names_the_command_about_that_one(
+    kind: str, reason: str, last: str
+) -> None:
+    service = {"Summary": "s", "Reason": reason, "Problem": {"Kind": kind}, "Reasons": [], "Failures": []}
+    assert list(about_service("web", service, NOW))[-1] == last
 
 
 def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_may_go_on() -> None:
@@ -138,6 +155,7 @@ def test_a_node_and_a_network_are_explained_as_well() -> None:
     assert lines[0] == "w1: down: heartbeat failure"
     assert "skep node forget" in lines[1]
     assert "availability is drain" in lines[2]
+    assert lines[2].endswith("Run skep node update --availability active w1.")
     assert lines[3:] == [
         "  worker, at 192.0.2.1, 2 CPUs, 4.0 GiB, ",
         "  tasks: 2 running",

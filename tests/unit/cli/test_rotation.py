@@ -274,8 +274,8 @@ async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not
     monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.0)
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
     waited = "web: 0 of 2 tasks have key-v2. Run skep explain web."
-    problems = "broken: no such mount; stuck: paused. Run skep explain stuck."
-    text = re.escape(f"not done within 9 s: {waited}; {problems}")
+    problems = "broken: no such mount. stuck: paused. Run skep explain stuck."
+    text = re.escape(f"not done within 9 s: {waited} {problems}")
     with pytest.raises(Unavailable, match=f"^{text}$"):
         await _rotate(host, SECRET, "key", None, 9)
 
@@ -317,6 +317,35 @@ async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(
         await _rotate(host, SECRET, "key", None, 9)
     reason = f'{why}: exit 3, last line "no such key". Run skep explain web.'
     assert str(ended.value) == f"web: 0 of 2 tasks run: {reason}"
+
+
+class _Blinking(_Failing):
+    """The tasks run for a moment between two failures."""
+
+    def __init__(self) -> None:
+        super().__init__(is_given_up=False)
+        self._failures = 0
+        self._runs = False
+
+    async def get(self, path: str, *, timeout_s: float, **query: Any) -> Any:
+        if path == "/tasks" and "desired-state" in query["filters"]:
+            self._runs = not self._runs
+            if not self._runs:
+                return [a_task("i2"), a_task("i2")]
+            self._failures += 1
+        found = await super().get(path, timeout_s=timeout_s, **query)
+        if path == "/skep/services/web/explain":
+            return found | {"Problem": found["Problem"] | {"Failures": self._failures}}
+        return found
+
+
+async def test_tasks_that_run_for_a_moment_between_failures_have_no_new_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.01)
+    host: Any = _Blinking()
+    with pytest.raises(Unavailable, match="web: 0 of 2 tasks run: 5 failures in a row: exit 3"):
+        await _rotate(host, SECRET, "key", None, 9)
 
 
 async def make(host: Any, name: str, **labels: str) -> str:

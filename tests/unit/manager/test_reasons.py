@@ -564,3 +564,19 @@ def test_a_prepared_task_waits_for_the_one_before_it_to_stop() -> None:
     new = a_task("t2", service=WEB, slot=1, node="m1", state=READY, desired=READY)
     assert explained(old, new).reason == "m1 has prepared it; it starts when the task before it has stopped"
     assert explained(new).reason == "m1 has prepared it; it waits for its turn to start"
+
+
+def test_a_host_port_of_the_task_before_it_is_no_problem_while_that_one_stops() -> None:
+    refused = "no suitable node (host-mode port already in use on 1 node)"
+    task = attempt(TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), restart=None)
+    before = replace(attempt(TaskState.RUNNING, second=1), id=TaskId("before"))
+    stopping = replace(before, desired_state=TaskState.SHUTDOWN)
+    found = explained(stopping, task).problem
+    assert found is not None
+    words = "it starts when the task before it has stopped, which has its port"
+    assert (found.kind, found.reason) == (CauseKind.PROGRESSING.value, words)
+    for other in (before, replace(stopping, status=replace(stopping.status, state=TaskState.SHUTDOWN))):
+        found = explained(other, task).problem
+        assert found is not None
+        assert found.kind == CauseKind.NO_NODE.value

@@ -41,6 +41,17 @@ def slots(*states: TaskState) -> list[Task]:
 RUNNING, PENDING = TaskState.RUNNING, TaskState.PENDING
 
 
+def test_a_paused_update_is_the_reason_while_surplus_tasks_stop() -> None:
+    service = updated(UpdateState.PAUSED)
+    message = "update paused due to failure or early termination of task t9: No such image"
+    service = replace(service, update_status=UpdateStatus(state=UpdateState.PAUSED, message=message))
+    surplus = replace(a_task("t4", slot=1, node="n1", state=RUNNING), created_at=STARTED)
+    nodes = {a_node("n1").id: a_node("n1")}
+    tasks = (*slots(RUNNING, RUNNING, RUNNING), surplus)
+    found = explain_service(service, tasks, wanted=3, running=4, active=3, nodes=nodes, now_ns=0)
+    assert (found.reason, found.summary) == (message, f"{message}; 4 of 3 tasks run")
+
+
 def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:
     done, lead, old = slots(RUNNING, PENDING, RUNNING)
     lead = replace(lead, status=TaskStatus(state=PENDING, err="no suitable node"), node_id="")

@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.agent.session.session import DESCRIPTION_CHECK_S
+from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.api.telemetry.exposition import render
 from skep.configuration.configuration import Configuration
@@ -214,14 +214,16 @@ async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
 def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session compares the node's description with the last one every ``DESCRIPTION_CHECK_S``."""
+    """A session sends the node's description as soon as the event is set."""
     loop = VirtualLoop()
     clock = VirtualClock(loop)
     percents = [97.0]
     monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(percents[0], path=path))
     conditions = Conditions(clock)
     configuration = Configuration(data_dir=tmp_path)
-    check = DiskSpace({"data": tmp_path}, tuple, lambda: configuration, conditions, clock)
+    session = SessionState(clock)
+    changed = session.description_changed
+    check = DiskSpace({"data": tmp_path}, tuple, lambda: configuration, conditions, clock, changed.set)
 
     async def call(work: Callable[[], FileSystemUse], within_s: float) -> FileSystemUse:
         return work()
@@ -234,7 +236,8 @@ def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
         assert DISK_PRESSURE_LABEL in conditions.labels()
         percents[0], freed_at = 40.0, clock.monotonic()
         while DISK_PRESSURE_LABEL in conditions.labels():
-            await clock.sleep(DESCRIPTION_CHECK_S)
+            changed.clear()
+            await changed.wait()
         running.cancel()
         return clock.monotonic() - freed_at
 
@@ -242,6 +245,30 @@ def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
         assert loop.run_until_complete(space_again()) <= PERIOD_S
     finally:
         loop.close()
+
+
+async def test_managers_get_a_condition_at_once_and_nothing_while_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    percents = [50.0]
+    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(percents[0], path=path))
+    session, clock = SessionState(SystemClock()), SystemClock()
+    configuration = Configuration(data_dir=tmp_path)
+    check = DiskSpace(
+        {"data": tmp_path},
+        tuple,
+        lambda: configuration,
+        Conditions(clock),
+        clock,
+        session.description_changed.set,
+    )
+    told = []
+    for percent in (50.0, 86.0, 86.5, 97.0, 97.0, 50.0, 50.0):
+        percents[0] = percent
+        await check.measure()
+        told.append(session.description_changed.is_set())
+        session.description_changed.clear()
+    assert told == [False, True, False, True, False, True, False]
 
 
 async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

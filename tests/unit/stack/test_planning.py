@@ -354,7 +354,7 @@ def test_a_plan_reads_like_a_list_of_changes() -> None:
     assert [unstyle(line) for line in lines_of(made)] == [
         "Stack shop: 1 object to update, 1 object to remove",
         "  ~ service shop_web   replaces tasks, 2 at a time, stopping old tasks first, because of Image",
-        "      Image: w -> v",
+        "      Image: w -> v:latest",
         "      Mode.Replicated.Replicas: 2 -> 3",
         "  - service shop_db",
     ]
@@ -401,3 +401,26 @@ def test_a_plan_says_which_tasks_a_changed_constraint_replaces() -> None:
     assert "  ~ service shop_web   replaces only tasks on nodes that no longer fit" in [
         unstyle(line) for line in lines_of(made)
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("busybox", "busybox:latest"),
+        ("registry:5000/a/b", "registry:5000/a/b:latest"),
+        ("busybox:1", "busybox:1"),
+        ("busybox@sha256:1", "busybox@sha256:1"),
+        ("a" * 64, "a" * 64),
+    ],
+)
+def test_an_image_has_a_tag_as_docker_writes_it_so_that_a_scale_by_docker_replaces_no_task(
+    given: str, written: str
+) -> None:
+    stack = a_stack(f"services: {{web: {{image: '{given}'}}}}")
+    (change,) = plan_of(stack, Existing(), images={}, prune=False).of("service", PlanAction.CREATE)
+    assert change.spec is not None
+    assert change.spec.task_template.container_spec is not None
+    assert change.spec.task_template.container_spec.image == written
+    assert not plan_of(stack, deployed(stack), images={}, prune=False).effective, (
+        "an earlier deploy wrote no tag"
+    )

@@ -9,6 +9,7 @@ from skep.model.container import ContainerSpec
 from skep.model.options.labels import STOPPED
 from skep.model.service import (
     EndpointSpec,
+    GlobalService,
     JobStatus,
     PortConfig,
     ReplicatedJob,
@@ -23,7 +24,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.values.ids import ServiceId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.values.meta import Version
 from skep.stack.progress import (
     FAILURES_MAX,
@@ -362,3 +363,17 @@ def test_a_stopped_service_is_done_once_its_tasks_have_ended() -> None:
     assert progress_of(stopped, [stopping], {stopping.id}).text == "tasks left to stop: 1"
     for tasks in ([], [a_task(TaskState.SHUTDOWN, TaskState.REMOVE)]):
         assert progress_of(stopped, tasks, ()) == ServiceProgress("stopped", is_done=True)
+
+
+def test_a_global_task_that_waits_for_its_restart_counts_as_one_that_does_not_run() -> None:
+    service = replace(SERVICE, spec=replace(SERVICE.spec, mode=ServiceMode(global_=GlobalService())))
+
+    def on(node: str, state: TaskState, desired: TaskState = TaskState.RUNNING, err: str = "") -> Task:
+        return replace(a_task(state, desired, of=service, err=err), node_id=NodeId(node))
+
+    failed = on("w1", TaskState.FAILED, TaskState.SHUTDOWN, "port is already allocated")
+    held = on("w1", TaskState.READY, TaskState.READY)
+    found = progress_of(service, [on("m1", TaskState.RUNNING), failed, held])
+    assert (found.text, found.is_done) == ("1 of 2 tasks run: port is already allocated", False)
+    found = progress_of(service, [on("m1", TaskState.RUNNING), failed, on("w1", TaskState.RUNNING)])
+    assert (found.text, found.is_done) == ("2 of 2 tasks run", True)

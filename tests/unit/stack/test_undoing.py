@@ -6,6 +6,7 @@ import pytest
 
 from skep.api.client.client import ApiClient
 from skep.errors import InvalidArgument, PermissionDenied
+from skep.stack import removing
 from skep.stack.planning import Existing, StackPlan, plan_of
 from skep.stack.recording import _record, undo
 from tests.unit.stack.test_revisions import a_stack, body, config
@@ -68,3 +69,29 @@ async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> N
     plan = plan_of(stack, Existing(), images={}, prune=False)
     assert await _record(Full(), stack, plan, warnings.append) == ""
     assert warnings == ["the quota of shop allows 3 configs. You cannot roll back to this deploy."]
+
+
+class Ending(Cluster):
+    """The tasks of removed services end one after the other, and are removed later."""
+
+    def __init__(self, *looks: tuple[str, ...]) -> None:
+        super().__init__()
+        self._looks = list(looks)
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/tasks":
+            states = self._looks.pop(0)
+            return [{"ID": str(number), "Status": {"State": one}} for number, one in enumerate(states)]
+        return await super().request(method, path, **options)
+
+
+async def test_a_removal_counts_the_tasks_that_have_yet_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removing, "_LOOK_S", 0.0)
+    shown: list[str] = []
+    looks = (("running", "starting", "failed"), ("running", "failed", "rejected"), ("shutdown", "failed"), ())
+    await removing.remove(Ending(*looks), "shop", lambda *words: shown.append(words[1]), 5.0)
+    assert shown == [
+        "waiting for 2 tasks to stop",
+        "waiting for 1 task to stop",
+        "waiting for the cluster to remove its ended tasks",
+    ]

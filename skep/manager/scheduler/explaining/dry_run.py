@@ -182,13 +182,14 @@ class DryRun:
     def _present(
         self, service: Service, wanted: int, kept: list[Task], replaced: list[Task]
     ) -> Iterator[None]:
-        """Collect the tasks that stay and the tasks that are replaced.  Surplus tasks are freed at once."""
+        """Collect the tasks that stay and the tasks that are replaced.  Surplus and stopping ones are freed at once."""
         self._replaced_on = []
         self._next_to = replaced
         for number, task in enumerate(self._view.find(Task, service_id=service.id)):
             if number % STEP == 0:
                 yield
-            if not (task.is_wanted and task.is_active and task.node_id):
+            if not task.is_active or not task.node_id:
+                self._free((task,))  # it is stopping, or has no reservation
                 continue
             if not self._stays(task, service.spec):
                 replaced.append(task)

@@ -193,6 +193,19 @@ async def test_start_first_stops_a_task_first_that_has_the_host_port_of_the_new_
     assert ("host-mode port already in use" in found["Error"]) is not ours
 
 
+async def test_a_task_that_is_stopping_already_gives_its_host_port_to_the_new_one(cluster) -> None:
+    api, _ = cluster
+    await two_nodes(api)
+    spec = a_spec("web") | {"Mode": {"Global": {}}, "EndpointSpec": {"Ports": [PORT]}}
+    await put(api, replace(a_service("web"), spec=settled(msgspec.convert(spec, ServiceSpec))))
+    (service,) = api.store.view().find(Service, name="web")
+    for node, desired in (("n1", TaskState.SHUTDOWN), ("n2", TaskState.RUNNING)):
+        state = TaskState.RUNNING
+        await put(api, a_task(service=service, node=node, state=state, desired=desired, id=f"t{node}"))
+    (found,) = await asked(cluster, spec)
+    assert (shares(found), found["Error"]) == ({"n1": 1, "n2": 1}, "")
+
+
 @pytest.mark.parametrize(
     ("order", "zone", "node"),
     [
