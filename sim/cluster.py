@@ -23,23 +23,23 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
-from sim.certificates import Certificates, first_certificate
-from sim.committed import CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
 from sim.initial_state import CLUSTER, address_of, joined
+from sim.invariants.committed import CommittedState
+from sim.invariants.nodes.volumes import OnlyCopiesStay, Stored
 from sim.invariants.observer import Observer
 from sim.invariants.quiescence import rest_violations
-from sim.invariants.removals import DisruptionsRemoveNoNode
-from sim.invariants.volumes import OnlyCopiesStay, Stored
-from sim.links import Isolation, Links, Machine, Port, Uptime
-from sim.manager import SimulatedManager
-from sim.network import Network
-from sim.node import SimulatedNode, image_of
-from sim.storage import DRIVER, SimulatedStorage
-from sim.time import VirtualClock, VirtualLoop
+from sim.invariants.services.removals import DisruptionsRemoveNoNode
 from sim.trace import Trace
-from sim.versions import UnknownFieldsAreKept
+from sim.world.certificates import Certificates, first_certificate
+from sim.world.links import Isolation, Links, Machine, Port, Uptime
+from sim.world.manager import SimulatedManager
+from sim.world.network import Network
+from sim.world.node import SimulatedNode, image_of
+from sim.world.storage import DRIVER, SimulatedStorage
+from sim.world.time import VirtualClock, VirtualLoop
+from sim.world.versions import UnknownFieldsAreKept
 from skep.agent.executor.simulated import Behavior
 from skep.agent.session.managers import KnownManager
 from skep.errors import Unavailable

@@ -9,11 +9,13 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from sim.certificates import root
 from sim.cluster import SimulatedCluster
+from sim.faults.trial import check_planned
 from sim.invariants.objects import EXTRA
-from sim.operators import Operators
-from sim.random_specs import (
+from sim.run import RunResult
+from sim.seeds import Simulate
+from sim.users.operators import Operators
+from sim.users.random_specs import (
     BROKEN,
     CRASHING,
     ENDING_IMAGES,
@@ -24,11 +26,9 @@ from sim.random_specs import (
     with_labels,
     with_mount,
 )
-from sim.run import RunResult
-from sim.seeds import Simulate
-from sim.storage import DRIVER, SimulatedStorage
-from sim.trial import check_planned
-from sim.users import Users
+from sim.users.users import Users
+from sim.world.certificates import root
+from sim.world.storage import DRIVER, SimulatedStorage
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from skep.manager.control.files import create_secret, remove_secret

@@ -19,10 +19,10 @@ from random import Random
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.committed import Change
-from sim.random_specs import BROKEN, ENDING_IMAGES, with_image
+from sim.invariants.committed import Change
 from sim.run import RunResult
-from sim.stack_commands import StackCommands
+from sim.users.random_specs import BROKEN, ENDING_IMAGES, with_image
+from sim.users.stack_commands import StackCommands
 from skep.agent.executor.simulated import Behavior
 from skep.agent.session.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError

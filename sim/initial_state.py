@@ -5,7 +5,7 @@ from itertools import count
 
 from msgspec.structs import replace
 
-from sim.certificates import found
+from sim.world.certificates import found
 from skep.manager.control.networks import first_networks
 from skep.model.networks.data_planes import SKEP
 from skep.model.node import (

@@ -11,18 +11,10 @@ from typing import cast
 import msgspec
 
 from sim.cluster import SimulatedCluster
-from sim.convergence import unmet
-from sim.damping import lose_a_node, one_more_fault
-from sim.fault_injector import FaultInjector
-from sim.invariants.allocations import allocation_violations
-from sim.invariants.preemption import held_by_lower
-from sim.invariants.quiescence import replica_violations
-from sim.invariants.schedules import DECIDED_S, undecided
-from sim.operators import Operators
-from sim.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
-from sim.restore import restore
-from sim.storage import SimulatedStorage
-from sim.targeted_faults import (
+from sim.faults.damping import lose_a_node, one_more_fault
+from sim.faults.fault_injector import FaultInjector
+from sim.faults.restore import restore
+from sim.faults.targeted_faults import (
     cut_off_for_long,
     end_removed_nodes,
     lose_a_node_for_long,
@@ -31,8 +23,16 @@ from sim.targeted_faults import (
     serve_stale_state,
     take_an_update_back,
 )
-from sim.trial import try_an_update
-from sim.users import Users
+from sim.faults.trial import try_an_update
+from sim.invariants.convergence import unmet
+from sim.invariants.nodes.allocations import allocation_violations
+from sim.invariants.nodes.preemption import held_by_lower
+from sim.invariants.quiescence import replica_violations
+from sim.invariants.services.schedules import DECIDED_S, undecided
+from sim.users.operators import Operators
+from sim.users.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
+from sim.users.users import Users
+from sim.world.storage import SimulatedStorage
 from skep.agent.executor.simulated import Behavior
 from skep.manager.control_loops.failures import LONGEST_DELAY_S
 from skep.model.options.labels import allows_preemption

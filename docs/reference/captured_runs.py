@@ -12,7 +12,7 @@ import click
 import msgspec
 from msgspec.structs import replace
 
-from sim.time import VirtualLoop
+from sim.world.time import VirtualLoop
 from skep.api.client.requests import Filters, Requests
 from skep.cli.endpoint import HostOptions
 from skep.cli.maintain.upgrade import carry_out, show_plan

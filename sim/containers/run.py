@@ -30,7 +30,7 @@ from sim.containers.rules import (
 )
 from sim.containers.world import World
 from sim.run import RunResult
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.engine.containers.container import (
     Container,
     ContainerConfig,

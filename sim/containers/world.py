@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from random import Random
 
-from sim.time import VirtualLoop
+from sim.world.time import VirtualLoop
 from skep.engine.containers.container import Container, ContainerState, ProcessName
 from skep.model.values.ids import ContainerId
 

@@ -11,7 +11,7 @@ import msgspec
 
 from sim.etcd.member import Member
 from sim.etcd.raft import Raft
-from sim.links import Links
+from sim.world.links import Links
 from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, EtcdClient, WatchStream, nested

@@ -18,7 +18,7 @@ from random import Random
 from sim.etcd.kv import KeyValues
 from sim.etcd.member import Entry, Leadership, Member, resolve
 from sim.etcd.space import Space
-from sim.links import Links, Port
+from sim.world.links import Links, Port
 from skep.model.values.ids import NodeId
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain, error_of

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import msgspec
 from msgspec.structs import replace
 
-from sim.committed import Change
-from sim.random_specs import COMMANDED_STACK
+from sim.invariants.committed import Change
+from sim.users.random_specs import COMMANDED_STACK
 from skep.api.access.permissions import STACK_LABEL
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.labels import JOB_TTL

@@ -8,7 +8,7 @@ rest still holds belong to existing objects.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sim.invariants.allocations import PORT, holdings
+from sim.invariants.nodes.allocations import PORT, holdings
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.allocator.loop import Allocator
 from skep.manager.control_loops.failures import Failures

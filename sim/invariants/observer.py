@@ -3,28 +3,29 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
-from sim.committed import Change, CommittedState
 from sim.invariants.acknowledgements import Acknowledgements
-from sim.invariants.allocations import UniqueAllocations, networks_are_apart
-from sim.invariants.attempts import NoRedundantTasks
-from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.bookkeeping import CachesMatchStore
 from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
-from sim.invariants.containers import Containers
-from sim.invariants.damping import DecisionsAreStable
-from sim.invariants.dependencies import DependenciesComeFirst
-from sim.invariants.disconnection import DisconnectPolicies
-from sim.invariants.disks import FullNodesGetNoNewTasks
+from sim.invariants.committed import Change, CommittedState
 from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
+from sim.invariants.nodes.allocations import UniqueAllocations, networks_are_apart
+from sim.invariants.nodes.containers import Containers
+from sim.invariants.nodes.disconnection import DisconnectPolicies
+from sim.invariants.nodes.disks import FullNodesGetNoNewTasks
+from sim.invariants.nodes.placement import global_jobs_run_once
+from sim.invariants.nodes.preemption import PreemptionsAreJust
+from sim.invariants.nodes.volumes import LocalVolumesStay
 from sim.invariants.objects import used_secrets_stay
-from sim.invariants.placement import global_jobs_run_once
-from sim.invariants.preemption import PreemptionsAreJust
-from sim.invariants.removals import TimesToLive
-from sim.invariants.restarts import RestartPolicies
-from sim.invariants.schedules import DueTimesAreDecidedOnce, RetriesAreBounded, RunsKeepTheirNodes
-from sim.invariants.serving import UpdateParallelism
-from sim.invariants.tasks import (
+from sim.invariants.services.attempts import NoRedundantTasks
+from sim.invariants.services.autoscaling import AutoscalingIsCalm
+from sim.invariants.services.damping import DecisionsAreStable
+from sim.invariants.services.dependencies import DependenciesComeFirst
+from sim.invariants.services.removals import TimesToLive
+from sim.invariants.services.restarts import RestartPolicies
+from sim.invariants.services.schedules import DueTimesAreDecidedOnce, RetriesAreBounded, RunsKeepTheirNodes
+from sim.invariants.services.serving import UpdateParallelism
+from sim.invariants.services.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
     jobs_keep_within_bounds,
@@ -33,15 +34,14 @@ from sim.invariants.tasks import (
     slots_are_filled_once,
     tasks_move_forward,
 )
-from sim.invariants.volumes import LocalVolumesStay
 from sim.invariants.writers import (
     SingleWriters,
     one_leader_writes,
     session_owners_report,
     sessions_are_claimed,
 )
-from sim.links import Isolation, Uptime
 from sim.trace import Trace
+from sim.world.links import Isolation, Uptime
 from skep.model.task import Task
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import Created, Updated, View

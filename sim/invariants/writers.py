@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable
 
-from sim.committed import Change
+from sim.invariants.committed import Change
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId

@@ -9,7 +9,7 @@ from operator import eq
 from msgspec.structs import replace
 
 from sim.etcd.client import SimulatedClient
-from sim.time import VirtualClock
+from sim.world.time import VirtualClock
 from skep.aio.backoff import Backoff
 from skep.errors import Unavailable
 from skep.model.values.ids import NodeId

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from sim.linearizable import Operation, is_linearizable
+from sim.invariants.linearizable import Operation, is_linearizable
 from skep.errors import FailedPrecondition, NotFound, SkepError
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload

@@ -19,17 +19,17 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from sim.committed import Change, CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.etcd.raft import Raft
 from sim.invariants.bookkeeping import kept_of_writes
+from sim.invariants.committed import Change, CommittedState
 from sim.invariants.quiescence import replica_violations
-from sim.links import Links
 from sim.run import RunResult
 from sim.store_only.faults import Faults
 from sim.store_only.managers import WANT, WRAPPING_KEY, Manager
 from sim.store_only.registers import Registers, compare, delete, swap, swap_each
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.links import Links
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import NotFound, Unavailable
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec

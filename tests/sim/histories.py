@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from sim.committed import Change
+from sim.invariants.committed import Change
 from sim.invariants.observer import Rule
 from skep.model.network import Network
 from skep.model.node import Node, NodeDescription, NodeState, NodeStatus, SessionOwner

@@ -3,8 +3,13 @@
 import pytest
 from msgspec.structs import replace
 
-from sim.invariants.allocations import VXLAN, UniqueAllocations, allocation_violations, networks_are_apart
-from sim.invariants.restarts import RestartPolicies
+from sim.invariants.nodes.allocations import (
+    VXLAN,
+    UniqueAllocations,
+    allocation_violations,
+    networks_are_apart,
+)
+from sim.invariants.services.restarts import RestartPolicies
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.service import (
     Endpoint,

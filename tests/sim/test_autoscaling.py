@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.damping import pass_time
+from sim.faults.damping import pass_time
 from skep.manager.autoscaling.decision import PERIOD_S
 from skep.model.service import ServiceSpec
 from skep.model.task import Task

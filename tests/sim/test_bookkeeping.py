@@ -6,7 +6,7 @@ import pytest
 
 from sim.cluster import TIMERS_MAX, SimulatedCluster
 from sim.invariants.bookkeeping import cache_differences
-from sim.manager import SimulatedManager
+from sim.world.manager import SimulatedManager
 from skep.manager.allocator.loop import Allocator
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.loop import Scheduler

@@ -5,10 +5,10 @@ import base64
 import pytest
 from msgspec.structs import replace
 
-from sim.client_runs import Commands, label_of, show_version
 from sim.cluster import SimulatedCluster
-from sim.random_specs import BROKEN
-from sim.users import forced
+from sim.users.client_runs import Commands, label_of, show_version
+from sim.users.random_specs import BROKEN
+from sim.users.users import forced
 from skep.cli.apps.rotation import SECRET
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.options.schedules import CRON

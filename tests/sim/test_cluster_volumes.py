@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.dispatcher.assignments import SentState, difference, everything

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.dependencies import UNNOTICED_S, DependenciesComeFirst
+from sim.invariants.services.dependencies import UNNOTICED_S, DependenciesComeFirst
 from skep.model.node import Availability, Node
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import STOPPED

@@ -5,20 +5,20 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.invariants.dependencies import DependenciesComeFirst, missing_dependencies
 from sim.invariants.failures import FailedServices
-from sim.invariants.placement import is_unplaceable
-from sim.invariants.removals import DisruptionsRemoveNoNode, TimesToLive
-from sim.invariants.schedules import (
+from sim.invariants.nodes.placement import is_unplaceable
+from sim.invariants.nodes.volumes import OnlyCopiesStay
+from sim.invariants.services.dependencies import DependenciesComeFirst, missing_dependencies
+from sim.invariants.services.removals import DisruptionsRemoveNoNode, TimesToLive
+from sim.invariants.services.schedules import (
     DECIDED_S,
     DueTimesAreDecidedOnce,
     RetriesAreBounded,
     RunsKeepTheirNodes,
 )
-from sim.invariants.volumes import OnlyCopiesStay
 from sim.invariants.writers import SingleWriters
-from sim.random_specs import Dependencies, a_spec
-from sim.reference import Accepted, Create, Refused, ServiceState, State, Update, respond
+from sim.users.random_specs import Dependencies, a_spec
+from sim.users.reference import Accepted, Create, Refused, ServiceState, State, Update, respond
 from skep.api.access.permissions import STACK_LABEL
 from skep.model.container import Mount
 from skep.model.node import Node, NodeState, NodeStatus

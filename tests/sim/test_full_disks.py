@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from sim.invariants.disks import KNOWN_S, FullNodesGetNoNewTasks
+from sim.invariants.nodes.disks import KNOWN_S, FullNodesGetNoNewTasks
 from skep.model.node import EngineDescription, Node
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL
 from skep.model.task import Task, TaskState, TaskStatus

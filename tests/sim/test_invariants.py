@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.liveness import NoFalseDown, lease_violations
 from sim.invariants.quiescence import replica_violations, rest_violations
-from sim.invariants.tasks import (
+from sim.invariants.services.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
     jobs_keep_within_bounds,

@@ -5,10 +5,10 @@ from collections import Counter
 import msgspec
 import pytest
 
-from sim.invariants.attempts import NoRedundantTasks
-from sim.invariants.autoscaling import AutoscalingIsCalm
-from sim.invariants.containers import Containers
-from sim.invariants.damping import DecisionsAreStable, surplus_violations
+from sim.invariants.nodes.containers import Containers
+from sim.invariants.services.attempts import NoRedundantTasks
+from sim.invariants.services.autoscaling import AutoscalingIsCalm
+from sim.invariants.services.damping import DecisionsAreStable, surplus_violations
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.options.autoscaling import with_replicas
 from skep.model.service import (

@@ -2,7 +2,7 @@
 
 from math import inf
 
-from sim.linearizable import Operation, is_linearizable
+from sim.invariants.linearizable import Operation, is_linearizable
 
 
 def read(began: float, returned: float, seen: str | None) -> Operation:

@@ -6,11 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.committed import Change
-from sim.operators import GIVEN_UP_S, Operators
-from sim.restore import restore
-from sim.users import Users
-from sim.versions import FIELD, UnknownFieldsAreKept
+from sim.faults.restore import restore
+from sim.invariants.committed import Change
+from sim.users.operators import GIVEN_UP_S, Operators
+from sim.users.users import Users
+from sim.world.versions import FIELD, UnknownFieldsAreKept
 from skep.model.node import Availability, Node, NodeRole
 from skep.model.values.ids import NodeId
 from skep.store.state import State

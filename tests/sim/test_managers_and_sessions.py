@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from sim.cluster import SimulatedCluster
-from sim.faults import hang_manager
+from sim.faults.software import hang_manager
 from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
 from skep.model.node import Node, NodeState
 from skep.model.service import RestartPolicy

@@ -6,9 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.committed import Change
-from sim.faults import hang_manager
-from sim.links import Port
+from sim.faults.software import hang_manager
+from sim.invariants.committed import Change
+from sim.world.links import Port
 from skep.errors import Unavailable
 from skep.model.node import Node, NodeRole
 from skep.model.values.ids import NodeId

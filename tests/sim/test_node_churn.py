@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.invariants.objects import unbounded_objects
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.model.node import Availability, Node, NodeState

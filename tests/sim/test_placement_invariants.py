@@ -5,12 +5,12 @@ from collections.abc import Iterable
 import pytest
 from msgspec.structs import replace
 
-from sim.convergence import unmet
-from sim.invariants.containers import Containers
-from sim.invariants.disconnection import DisconnectPolicies
-from sim.invariants.placement import global_jobs_run_once, homes_of, meets, port_violations
-from sim.invariants.volumes import LocalVolumesStay
-from sim.storage import DRIVER
+from sim.invariants.convergence import unmet
+from sim.invariants.nodes.containers import Containers
+from sim.invariants.nodes.disconnection import DisconnectPolicies
+from sim.invariants.nodes.placement import global_jobs_run_once, homes_of, meets, port_violations
+from sim.invariants.nodes.volumes import LocalVolumesStay
+from sim.world.storage import DRIVER
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUME_AFFINITY

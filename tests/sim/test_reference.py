@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from sim import random_specs
-from sim.reference import (
+from sim.users import random_specs
+from sim.users.reference import (
     Accepted,
     Create,
     Refused,
@@ -22,7 +22,7 @@ from sim.reference import (
     rejection_of,
     respond,
 )
-from sim.responses import MANUAL_ROLLBACK, ResponseCheck
+from sim.users.responses import MANUAL_ROLLBACK, ResponseCheck
 from skep.model.container import SecretReference
 from skep.model.node import Availability, Node, NodeSpec
 from skep.model.service import (

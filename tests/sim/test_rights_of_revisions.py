@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sim.clients import ADMIN, ApiClient, Apis
 from sim.cluster import SimulatedCluster
+from sim.users.clients import ADMIN, ApiClient, Apis
 from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from skep.model.container import Mount
 from skep.model.permissions.access import Identity, Origin, parse_binding

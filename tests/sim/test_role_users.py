@@ -3,9 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
-from sim.clients import ApiClient, Apis
 from sim.cluster import SimulatedCluster
-from sim.role_users import ROLE_LABEL, RoleUsers, nothing_beyond_roles
+from sim.users.clients import ApiClient, Apis
+from sim.users.role_users import ROLE_LABEL, RoleUsers, nothing_beyond_roles
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.model.permissions.access import Identity, Origin, parse_binding

@@ -3,12 +3,12 @@
 import pytest
 from msgspec.structs import replace
 
-from sim.certificates import root
 from sim.cluster import SimulatedCluster
-from sim.committed import Change
-from sim.operators import Operators
-from sim.storage import SimulatedStorage
-from sim.users import Users
+from sim.invariants.committed import Change
+from sim.users.operators import Operators
+from sim.users.users import Users
+from sim.world.certificates import root
+from sim.world.storage import SimulatedStorage
 from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.model.node import Node

@@ -3,8 +3,8 @@
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants.schedules import DECIDED_S, due_times, undecided
-from sim.random_specs import ENDING_IMAGES
+from sim.invariants.services.schedules import DECIDED_S, due_times, undecided
+from sim.users.random_specs import ENDING_IMAGES
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.services import create_service
 from skep.model.options.schedules import CRON

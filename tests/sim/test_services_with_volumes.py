@@ -14,7 +14,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.allocator.loop import Allocator
 from skep.manager.control.volumes import create_volume
 from skep.manager.orchestrator.loop import Orchestrator

@@ -1,6 +1,6 @@
 """The rule that updates take turns rejects what it should, and nothing else."""
 
-from sim.invariants.serving import UpdateParallelism
+from sim.invariants.services.serving import UpdateParallelism
 from skep.model.service import UpdateConfig
 from skep.model.task import TaskState
 from tests.sim.histories import W1, History, a_node, a_service, a_task

@@ -9,8 +9,8 @@ import pytest
 
 from sim import run, seeds
 from sim.cluster import SimulatedCluster
-from sim.committed import Change
-from sim.time import Deadlock, Spinning, VirtualLoop
+from sim.invariants.committed import Change
+from sim.world.time import Deadlock, Spinning, VirtualLoop
 from skep.model.node import Availability
 from skep.model.service import Service
 from skep.store.interface import View

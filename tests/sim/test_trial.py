@@ -3,9 +3,9 @@
 from random import Random
 
 from sim.cluster import SimulatedCluster
-from sim.storage import SimulatedStorage
-from sim.trial import PLACED_S, try_an_update
-from sim.users import Users
+from sim.faults.trial import PLACED_S, try_an_update
+from sim.users.users import Users
+from sim.world.storage import SimulatedStorage
 from skep.model.service import Service
 
 

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from sim.cluster import SimulatedCluster
-from sim.fault_injector import FaultInjector
-from sim.storage import SimulatedStorage
-from sim.users import Users
+from sim.faults.fault_injector import FaultInjector
+from sim.users.users import Users
+from sim.world.storage import SimulatedStorage
 from skep.aio.clock import SystemClock
 from skep.cli.see.status import service_rows
 from skep.cli.stack.stack_lists import NAMESPACE, stacks

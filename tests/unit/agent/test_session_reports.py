@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.agent.session.reports import Reports
 from skep.agent.session.session import ManagerSession, NodeServices
 from skep.errors import SkepError, Unavailable

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from sim.time import VirtualLoop
+from sim.world.time import VirtualLoop
 from skep.api.client.raw import RawClient
 from skep.cli.apps.run import wait_task
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from sim.time import VirtualLoop
+from sim.world.time import VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.engine.containers.attachment import Attachment
 from skep.engine.containers.container import Container, ContainerState, ExecConfig

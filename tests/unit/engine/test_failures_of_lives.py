@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.engine.capacity import Capacity, Programs
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import (

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import msgspec
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock
 from skep.engine.containers.container import (
     BeingRemoved,

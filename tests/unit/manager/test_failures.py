@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from structlog.testing import capture_logs
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
 from skep.manager.control_loops.failures import (

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.control_loops.failures import Failures
 from skep.manager.control_loops.informer import BATCH, CatchUp, run_exact_informer, run_informer
 from skep.model.values.ids import NodeId

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio import time_slices
 from skep.errors import FailedPrecondition
 from skep.manager.control_loops.failures import LONGEST_DELAY_S, Failures

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.allocator.loop import Allocator
 from skep.manager.control_loops.loops import loops
 from skep.manager.orchestrator.loop import Orchestrator

@@ -3,7 +3,7 @@
 import asyncio
 import math
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.control_loops.work_queue import WorkQueue
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.agent.session.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.api.telemetry.exposition import render

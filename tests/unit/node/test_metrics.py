@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.api.telemetry.exposition import MetricFamily, gauge, render
 from skep.configuration.values import listening_addr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.node.supervision import responses
 from skep.node.supervision.responses import REQUESTS_MAX, ManagerProbe, wait_hung

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sim.time import VirtualLoop
+from sim.world.time import VirtualLoop
 from skep.api.client import waiting as api_waiting
 from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.store.interface import Transaction
 from skep.store.leadership import SETTLE_S, TermState

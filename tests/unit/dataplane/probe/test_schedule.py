@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.dataplane.probe.measurements import Measurements, Offload
 from skep.dataplane.probe.prober import PEERS_AT_FULL_RATE, PERIOD_S, URGENT_S, PathProber, pause_s
 from skep.model.networks.paths import PathFinding, PathPeer, ProbeTargets

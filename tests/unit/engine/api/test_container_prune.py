@@ -11,7 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.engine.api import containers
 from skep.engine.containers.container import Container, ContainerState
 from skep.errors import InvalidArgument

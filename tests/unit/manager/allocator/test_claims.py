@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.manager.allocator.changes import WriteClaims
 from skep.manager.allocator.loop import Allocator

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import RetryLater
 from skep.manager.dispatcher.node_sessions.admission import (
     AT_ONCE_MAX,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.node_sessions.balancing import Balancing
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability, SessionOwner

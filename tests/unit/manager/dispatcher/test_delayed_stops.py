@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument
 from skep.manager.dispatcher.delayed_stops import RESTART_S_MAX, Stops, drain_of

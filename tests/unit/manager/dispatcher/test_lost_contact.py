@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer

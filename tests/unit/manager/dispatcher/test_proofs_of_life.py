@@ -5,7 +5,7 @@ from random import Random
 
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.node_sessions.adoption import (
     KEEP_S,
     KEEP_S_MAX,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.manager.dispatcher.repeated_reports import AT_ONCE, PER_S, RepeatedReports
 from skep.manager.dispatcher.statuses import StatusReport, record_status

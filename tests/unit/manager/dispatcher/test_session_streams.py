@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.dispatcher.node_sessions.registration import NotRegistered
 from skep.manager.dispatcher.session_streams import SessionContents, contents_for

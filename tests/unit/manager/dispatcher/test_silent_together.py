@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
 from skep.manager.orchestrator.changes import (

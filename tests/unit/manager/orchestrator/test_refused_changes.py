@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import PortTaken, ResourceExhausted, Unavailable
 from skep.manager.orchestrator import changes
 from skep.manager.orchestrator import loop as orchestrator_loop

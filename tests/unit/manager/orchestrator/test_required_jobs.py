@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.control.services import create_service
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper

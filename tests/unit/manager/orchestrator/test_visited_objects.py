@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import with_replicas

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import StartTask
 from skep.manager.orchestrator.loop import Orchestrator

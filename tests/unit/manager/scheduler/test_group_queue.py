@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.scheduler import group_queue
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.preemption.priorities import HELD_S

@@ -5,7 +5,7 @@ from random import Random
 
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.schedules.loop import Schedules
 from skep.model.options.schedules import CRON
 from skep.model.service import JobStatus, ReplicatedJob, ScheduleStatus, Service, ServiceMode

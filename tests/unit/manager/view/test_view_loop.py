@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import SkepError, Unavailable
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.manager.view.building import WATCHED

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.control.nodes import remove_node
 from skep.manager.control.volumes import remove_volume

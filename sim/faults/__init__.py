@@ -1,0 +1,1 @@
+"""Faults, and what a cluster must do after them."""

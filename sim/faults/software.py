@@ -1,0 +1,160 @@
+"""Faults in software: decisions that raise, managers with stale state, hung managers."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from math import inf
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import msgspec
+
+from sim.world.time import VirtualClock
+from skep.errors import SkepError
+from skep.model.values.ids import NodeId
+from skep.node.supervision.responses import wait_hung
+from skep.store.interface import LoopStore, Object, Store, Transaction, View, Watch
+
+if TYPE_CHECKING:
+    from sim.cluster import SimulatedCluster
+
+T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
+Item = TypeVar("Item")
+P = ParamSpec("P")
+
+
+class InjectedError(Exception):
+    """An unexpected error in a decision."""
+
+
+class FailingTerm:
+    """A term whose view raises an error whenever the tasks of certain services are looked up."""
+
+    def __init__(
+        self, term: LoopStore, poisoned: set[str], visit: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Wrap a term.
+
+        Args:
+            poisoned: ids of services.  The set may change at any time.
+            visit: called with the number of objects of each lookup.
+        """
+        self._term = term
+        self._poisoned = poisoned
+        self._visit = visit
+
+    def view(self) -> View:
+        return _FailingView(self._term.view(), self._poisoned, self._visit)
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        return self._term.watch(*kinds)
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await self._term.update(body, *args, **kwargs)
+
+    async def update_each(
+        self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
+    ) -> Sequence[R | SkepError]:
+        return await self._term.update_each(body, items)
+
+
+class _FailingView:
+    """Implements ``store.interface.View``."""
+
+    def __init__(self, view: View, poisoned: set[str], visit: Callable[[int], None]) -> None:
+        self._view = view
+        self._poisoned = poisoned
+        self._visit = visit
+
+    @property
+    def revision(self) -> int:
+        return self._view.revision
+
+    @property
+    def level(self) -> int:
+        return self._view.level
+
+    def get(self, kind: type[T], id: str) -> T:
+        self._visit(1)
+        return self._view.get(kind, id)
+
+    def lookup(self, kind: type[T], id: str) -> T | None:
+        self._visit(1)
+        return self._view.lookup(kind, id)
+
+    def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        if self._poisoned.intersection(by.values()):
+            raise InjectedError(f"{kind.__name__} by {by}")
+        found = self._view.find(kind, **by)
+        self._visit(len(found))
+        return found
+
+    def ids(self, kind: type[Object]) -> Sequence[str]:
+        return self._view.ids(kind)
+
+    def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
+        return self._view.unreadable(kind)
+
+    def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
+        return self._view.damaged(kind)
+
+    def resolve(self, kind: type[T], word: str, among: Callable[[T], bool] | None = None) -> T:
+        return self._view.resolve(kind, word, among)
+
+
+class StaleStore:
+    """A store whose view can be set to an old state, as if the manager was restored from an old copy."""
+
+    def __init__(self, store: Store) -> None:
+        self.past: View | None = None
+        self._store = store
+
+    def view(self) -> View:
+        return self.past if self.past is not None else self._store.view()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
+    """Hang a manager process while its etcd member continues, until the supervisor replaces both.
+
+    After ``for_s`` the process continues by itself.  Return a function that ends the fault at once.
+    """
+    cluster.disturbances += 1
+    cluster.links.hang(id)
+
+    async def is_answered() -> bool:
+        return not cluster.links.is_frozen(id)
+
+    async def hand_over() -> None:
+        if cluster.raft.current is not None and cluster.leader == id:
+            cluster.depose()
+
+    def thaw() -> None:
+        if cluster.links.is_frozen(id):
+            cluster.links.thaw(id)
+            cluster.disturbances -= 1
+
+    async def supervise() -> None:
+        try:
+            async with asyncio.timeout(for_s if for_s < inf else None):
+                await wait_hung(is_answered, hand_over, VirtualClock(cluster.loop))
+        except TimeoutError:
+            thaw()
+            return
+        process = cluster.kill_manager(id)
+        thaw()  # a killed process ends even if it was stopped
+        await asyncio.wait([process], timeout=1.0)
+        cluster.start_manager(id)
+
+    def end() -> None:
+        if cluster.links.is_frozen(id):
+            supervising.cancel()
+            thaw()
+
+    supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
+    cluster.supervise(supervising)
+    return end

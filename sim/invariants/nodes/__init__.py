@@ -1,0 +1,1 @@
+"""Rules on nodes, and on what tasks hold there."""

@@ -1,0 +1,1 @@
+"""Rules on services, their tasks and jobs."""

@@ -1,0 +1,47 @@
+"""Rules on the numbers of tasks that autoscaling writes, whichever manager leads."""
+
+from collections.abc import Iterable
+
+from sim.invariants.committed import Change
+from skep.model.options.autoscaling import autoscaling_of
+from skep.model.service import PAUSED, UNDER_WAY, Service
+from skep.model.values.ids import ServiceId
+from skep.store.interface import Deleted, Updated, View
+
+
+class AutoscalingIsCalm:
+    """Autoscaling keeps within its range, and at most doubles the number of tasks in a step.
+
+    It does not scale during an update, nor down within the window after it has scaled up.
+    """
+
+    def __init__(self) -> None:
+        self._added_at: dict[ServiceId, float] = {}
+        """Time at which autoscaling last added tasks to a service."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Service() as old, Service() as new) if old.autoscaled != new.autoscaled:
+                    yield from self._scaled(old, new, change.time_s)
+                case Deleted(Service() as service):
+                    self._added_at.pop(service.id, None)
+
+    def _scaled(self, old: Service, new: Service, now: float) -> Iterable[str]:
+        scaling, before, after = autoscaling_of(new.spec.labels), old.spec.replicas, new.spec.replicas
+        if scaling is None or old.spec.labels != new.spec.labels:
+            yield f"{new.id} is scaled, which its labels do not say"
+            return
+        if not scaling.least <= after <= scaling.most:
+            yield f"{new.id} is scaled to {after}, out of {scaling.least} to {scaling.most}"
+        state = old.update_status.state if old.update_status is not None else None
+        if state in (*UNDER_WAY, *PAUSED):
+            yield f"{new.id} is scaled though its update is {state.value}"
+        if after > before:
+            self._added_at[new.id] = now
+            if after > 2 * before and before >= scaling.least:
+                yield f"{new.id} is scaled from {before} to {after} at once"
+        elif before <= scaling.most:
+            since = now - self._added_at.get(new.id, float("-inf"))
+            if since < scaling.down_after_s:
+                yield f"{new.id} is scaled down {since:.0f} s after it was scaled up"

@@ -1,0 +1,1 @@
+"""Simulated users and operators, their requests, and Docker's responses to them."""

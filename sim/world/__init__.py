@@ -1,0 +1,1 @@
+"""The simulated world: time, network, machines, managers, nodes and storage."""
