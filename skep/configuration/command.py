@@ -97,4 +97,6 @@ def daemon(ctx: click.Context, /, **_: Any) -> None:
       skep daemon --engine-socket /var/run/docker.sock --label zone=inner
     """
     # Use a new interpreter, because all forked node processes would otherwise hold click and these modules in memory.
-    os.execv(sys.executable, (sys.executable, "-P", "-m", "skep.daemon", *ctx.meta[_WORDS]))
+    # Positions of columns, which tracebacks would underline, take 1 MB of code objects.
+    interpreter = (sys.executable, "-P", "-X", "no_debug_ranges")
+    os.execv(sys.executable, (*interpreter, "-m", "skep.daemon", *ctx.meta[_WORDS]))

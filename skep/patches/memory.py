@@ -8,6 +8,8 @@
 * pyroute2's route sockets import ``unittest.mock`` for one attribute of a class for remote namespaces: 0.8 MB.
 * protobuf always imports its implementation in Python (``python_message``), also beside the one in C: 1.5 MB.  Here
   that happens at the first use, and the one in C uses nothing of it.
+* attrs always imports its validators, and html its table of entities: 0.6 MB.  aiohttp uses neither.
+* yarl imports idna, for names of hosts that are not ASCII, and subprocess imports locale, for text: 0.4 MB.
 * glibc gives every thread a heap of its own.  The few threads here wait for the kernel and can share one; the limit can
   otherwise be set in the environment only, before the interpreter starts.
 """
@@ -71,8 +73,33 @@ def _import_at_first_use(name: str) -> None:
     sys.modules[name] = placeholder
 
 
+class _EntitiesAtFirstUse(dict[str, str]):
+    """The names of HTML's characters.  ``html.unescape`` asks for a name before it reads one."""
+
+    def __contains__(self, name: object) -> bool:
+        if not self:
+            self.update(importlib.import_module("html.entities").html5)
+        return super().__contains__(name)
+
+
+def _import_html_without_entities() -> None:
+    if "html" in sys.modules:
+        return
+    entities = types.ModuleType("html.entities")
+    entities.html5 = _EntitiesAtFirstUse()  # type: ignore[attr-defined]
+    sys.modules["html.entities"] = entities
+    try:
+        importlib.import_module("html")
+    finally:
+        del sys.modules["html.entities"]
+
+
+_import_at_first_use("locale")  # before pyroute2, which imports subprocess
 if "rich" not in sys.modules:
     sys.modules["rich"] = None  # type: ignore[assignment]
 _import_only_sockets_of_pyroute2()
 _import_at_first_use("google.protobuf.internal.python_message")
+_import_at_first_use("attr.validators")
+_import_at_first_use("idna")
+_import_html_without_entities()
 ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,6 +25,7 @@ from skep.engine.runtime.runtime import Runtime, StartedExec
 from skep.engine.volumes.volume_plugins import VolumePlugins
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError, Unavailable
+from skep.linux.network.ports import read_listening_ports
 from skep.model.values.ids import ContainerId
 from skep.node.host import machine_resources
 from skep.node.host.machine_resources import MachineResources, ResourceReader
@@ -63,7 +65,8 @@ async def test_offers_of_a_machine_that_cannot_be_read_are_not_taken_for_gone(
     async def life(place: Path, faults: Faults) -> None:
         os.mknod(place / "dev/serial/usb0", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         configuration = Configuration(cdi_spec_dirs=(place / "cdi",))
-        reader = ResourceReader(QuickClock(), lambda: configuration, place / "dev", place / "proc")
+        ports = partial(read_listening_ports, place / "proc/net", place / "proc/sys/net/ipv4", None)
+        reader = ResourceReader(QuickClock(), lambda: configuration, place / "dev", place / "proc", ports)
         await reader.refresh()
         first = reader.present
         await reader.refresh()

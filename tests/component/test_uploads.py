@@ -73,7 +73,7 @@ async def test_uploads_are_bounded() -> None:
 
 async def test_an_upload_that_breaks_off_is_an_error_of_the_build(tmp_path: Path) -> None:
     kit: Any = SimpleNamespace(uploads=Uploads())
-    app = application(routes.with_sessions(kit, [web.post("/build", lambda _: web.Response())]))
+    app = application([web.post("/build", routes.handlers(kit)["/build"])])
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "api")).start()

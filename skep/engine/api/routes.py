@@ -4,6 +4,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api.http.server import Routes, json_response
+from skep.engine.api.buildkit import with_buildkit
 from skep.engine.api.builds import build_routes
 from skep.engine.api.commits import commit_routes
 from skep.engine.api.containers import container_routes, image_users
@@ -11,7 +12,6 @@ from skep.engine.api.disk_usage import disk_usage_routes
 from skep.engine.api.images import image_routes
 from skep.engine.api.volumes import volume_routes
 from skep.engine.build.builder import Builder
-from skep.engine.buildkit.routes import buildkit_for, with_sessions
 from skep.engine.engine import Engine
 from skep.errors import NotFound
 
@@ -29,7 +29,7 @@ def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, .
         *commit_routes(engine, clock),
         *volume_routes(engine.volumes, engine.list),
         *disk_usage_routes(engine, builder.mounts, clock),
-        *with_sessions(buildkit_for(builder, clock), build_routes(builder)),
+        *with_buildkit(builder, clock, build_routes(builder)),
         *absent_routes(),
     )
 

@@ -6,13 +6,14 @@ Source: moby 20.10, api/server/router/session, api/server/router/grpc, builder/b
 import asyncio
 import secrets
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from skep.aio.clock import Clock
 from skep.aio.race import LostRace, run_unless
@@ -63,22 +64,11 @@ def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
     return BuildKit(sessions, solver, Control(sessions, solver, builder))
 
 
-def with_sessions(buildkit: BuildKit, routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
-    """Return ``routes`` of classic builds together with BuildKit's.
-
-    ``POST /build?version=2`` starts a build with a session.
-    """
-
-    def either(route: web.RouteDef) -> web.RouteDef:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            if request.query.get("version") == "2":
-                return await build(buildkit, request)
-            response: web.StreamResponse = await route.handler(request)
-            return response
-
-        return web.post(route.path, handle) if route.path == "/build" else route
-
-    return [*map(either, routes), *buildkit_routes(buildkit)]
+def handlers(buildkit: BuildKit) -> Mapping[str, Handler]:
+    """Return the handlers of ``/session``, ``/grpc``, ``/build/cancel``, and of ``/build`` with ``version=2``."""
+    return {"/build": partial(build, buildkit)} | {
+        route.path: route.handler for route in buildkit_routes(buildkit)
+    }
 
 
 def buildkit_routes(buildkit: BuildKit) -> list[web.RouteDef]:

@@ -51,7 +51,7 @@ def problems_of(view: View, kind: type[Struct]) -> Problems:
 
 def kept_nodes(view: View, labels: Mapping[str, str]) -> Mapping[str, str]:
     """Return the reasons why lost nodes are not removed, by node, in a cluster with these ``labels``."""
-    if forget_nodes_s(labels) is None:
+    if FORGET_NODES not in labels or forget_nodes_s(labels) is None:
         return {}
     holdings, lost = KeptNodes(view), filter(is_lost_worker, view.find(Node))
     # Infinity leaves out the reasons that pass with time.

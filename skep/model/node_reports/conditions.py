@@ -65,7 +65,7 @@ DISK_PRESSURE_LABEL: Final = condition_label(ConditionName.DISK_PRESSURE)
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
     """Return the conditions that a node reports, sorted by name, limited in number and length."""
     labels = description.engine.labels
-    named = sorted(filter(is_condition, labels))[:CONDITIONS_MAX]
+    named = sorted([name for name in labels if name.startswith(_PREFIX)])[:CONDITIONS_MAX]
     return tuple(labels[name][:CHARACTERS_MAX] for name in named)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Final
 
 from skep.model.options.autoscaling import AUTOSCALE
@@ -69,5 +68,7 @@ def suggested_label(name: str, known: Iterable[str]) -> str | None:
     labels = {_PORT.sub("", label).removeprefix(PREFIX) for label in known if label != FORMER_VOLUMES}
     if (meant := _MEANT.get(rest, "")) in labels:
         return PREFIX + meant
+    from difflib import get_close_matches  # rarely needed, and 0.15 MB in every manager
+
     near = get_close_matches(rest, sorted(labels), n=1, cutoff=_SIMILARITY_MIN)
     return PREFIX + near[0] if near else None

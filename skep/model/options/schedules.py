@@ -11,7 +11,6 @@ from datetime import UTC, datetime, tzinfo
 from enum import Enum
 from functools import lru_cache
 from typing import Final
-from zoneinfo import ZoneInfo
 
 import msgspec
 from cronsim import CronSim, CronSimError
@@ -257,6 +256,8 @@ def _zone(name: str) -> tzinfo:
     is_zone = name not in _LOCAL_ZONES and not name.startswith(("posix/", "right/"))
     try:
         if is_zone:
+            from zoneinfo import ZoneInfo  # few clusters have one, and it imports 0.2 MB
+
             return ZoneInfo(name)
     except (OSError, ValueError, KeyError):  # no such file, a directory, no name of a file
         pass

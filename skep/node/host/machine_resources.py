@@ -55,11 +55,13 @@ class ResourceReader:
         configuration: Callable[[], Configuration],
         dev: Path = DEV,
         proc: Path = Path("/proc"),
+        read_ports: Callable[[], frozenset[UsedPort]] = read_listening_ports,
     ) -> None:
         self._clock = clock
         self.configuration = configuration
         self._dev = dev
         self._proc = proc
+        self._read_ports = read_ports
         self._device_times: _Times | None = None
         self._cdi_times: _Times | None = None
         self.present = MachineResources()
@@ -141,7 +143,7 @@ class ResourceReader:
 
     def _listening(self, before: frozenset[UsedPort]) -> frozenset[UsedPort]:
         try:
-            found = read_listening_ports(self._proc / "net", self._proc / "sys/net/ipv4")
+            found = self._read_ports()
         except OSError as error:
             self._is_whole("ports", [error])
             return before

@@ -1,8 +1,13 @@
 """The kernel's lists of sockets, as they are read."""
 
+import errno
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
-from skep.linux.network.ports import read_listening_ports
+import pytest
+
+from skep.linux.network.ports import listening_sockets, read_listening_ports
 
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 TCP = f"""{HEAD}\
@@ -27,13 +32,52 @@ def test_sockets_that_wait_for_anybody_are_listed_and_those_of_clients_are_not(t
     for name, text in (("tcp", TCP), ("tcp6", TCP6), ("udp", UDP)):
         (tmp_path / name).write_text(text)
     low = {("tcp", 22), ("tcp", 8080), ("tcp", 80), ("udp", 53)}  # 80 of all addresses, IPv4 too
-    assert read_listening_ports(tmp_path, tmp_path) == low, "the kernel gives 40000 to whoever asks for any"
+    assert read_listening_ports(tmp_path, tmp_path, None) == low, (
+        "the kernel gives 40000 to whoever asks for any"
+    )
     chosen = tmp_path / "ip_local_port_range"
     chosen.write_text("50000\t60000\n")
-    assert read_listening_ports(tmp_path, tmp_path) == low | {("tcp", 40000), ("udp", 40000)}
+    assert read_listening_ports(tmp_path, tmp_path, None) == low | {("tcp", 40000), ("udp", 40000)}
     chosen.write_text("1024\t60000\n")
-    assert read_listening_ports(tmp_path, tmp_path) == {("tcp", 22), ("tcp", 80), ("udp", 53)}
+    assert read_listening_ports(tmp_path, tmp_path, None) == {("tcp", 22), ("tcp", 80), ("udp", 53)}
 
 
 def test_a_machine_without_lists_has_no_ports(tmp_path: Path) -> None:
-    assert read_listening_ports(tmp_path) == frozenset()
+    assert read_listening_ports(tmp_path, listening=None) == frozenset()
+
+
+def test_the_kernel_lists_listening_sockets_without_its_table_of_connections(tmp_path: Path) -> None:
+    (tmp_path / "ip_local_port_range").write_text(
+        "1 1\n"
+    )  # so that the ports that the kernel chooses here count
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+        socket.create_server(("::", 0), family=socket.AF_INET6) as anywhere,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as loopback,
+    ):
+        found = read_listening_ports(tmp_path, tmp_path)  # no list is in this directory
+        port, of_client, everywhere, of_loopback = (
+            one.getsockname()[1] for one in (server, client, anywhere, loopback)
+        )
+        assert {("tcp", port), ("tcp", everywhere)} <= found
+        assert not found & {("tcp", of_client), ("tcp", of_loopback)}
+        assert port in {one for _, one in listening_sockets("")}
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EPROTONOSUPPORT])
+def test_a_kernel_without_lists_of_sockets_has_files(number: int, tmp_path: Path) -> None:
+    (tmp_path / "tcp").write_text(TCP)
+
+    def absent(_family: str) -> Iterator[tuple[str, int]]:
+        raise OSError(number, "no such protocol")
+
+    assert read_listening_ports(tmp_path, tmp_path, absent) == {("tcp", 22), ("tcp", 8080)}
+
+
+def test_a_list_that_cannot_be_read_is_not_empty(tmp_path: Path) -> None:
+    def refused(_family: str) -> Iterator[tuple[str, int]]:
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    with pytest.raises(PermissionError):
+        read_listening_ports(tmp_path, tmp_path, refused)

@@ -3,11 +3,21 @@
 import subprocess
 import sys
 
-UNUSED = ("rich", "sqlite3", "unittest", "unittest.mock", "google.protobuf.text_format", "difflib")
+import pytest
+
+UNUSED = (
+    *("rich", "sqlite3", "unittest", "unittest.mock", "google.protobuf.text_format", "difflib"),
+    *("attr.validators", "html.entities", "idna", "locale", "zoneinfo", "sysconfig"),
+    *("skep.engine.buildkit.routes", "skep.engine.buildkit.buildkit_pb2"),
+)
 
 
-def test_the_daemon_imports_nothing_of_what_it_does_not_use() -> None:
-    code = f"import sys, skep.daemon; print([one for one in {UNUSED!r} if sys.modules.get(one) is not None])"
+@pytest.mark.parametrize("role", ["skep.daemon", "skep.daemon, skep.manager.process"])
+def test_a_process_imports_nothing_of_what_its_role_does_not_use(role: str) -> None:
+    code = (
+        f"import sys, {role}; print([one for one in {UNUSED!r} "
+        "if getattr(sys.modules.get(one), '__file__', None)])"  # what stands for a module has none
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -16,7 +26,13 @@ def test_what_is_kept_out_can_be_imported_later() -> None:
     code = (
         "import skep.daemon, unittest.mock\n"
         "from google.protobuf.internal import python_message\n"
-        "print(unittest.mock.Mock.__name__, python_message.GeneratedProtocolMessageType.__name__)"
+        "import attr, html, html.entities, idna, locale\n"
+        "print(unittest.mock.Mock.__name__, python_message.GeneratedProtocolMessageType.__name__)\n"
+        "print(attr.validators.instance_of.__name__, html.unescape('&eacute;&zzz;'), '' in html.entities.html5)\n"
+        "print(idna.encode('b\u00fccher.example').decode(), locale.getencoding() != '')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["Mock", "GeneratedProtocolMessageType"]
+    first, second, third = done.stdout.splitlines()
+    assert first.split() == ["Mock", "GeneratedProtocolMessageType"]
+    assert second.split() == ["instance_of", "\u00e9&zzz;", "False"]
+    assert third.split() == ["xn--bcher-kva.example", "True"]
