@@ -113,8 +113,8 @@ def rollback(
 ) -> None:
     """Return a service to an earlier spec and wait until it runs.
 
-    The rollback to a numbered revision is an update: it needs the rights for that spec, uses the update policy of the
-    spec and becomes a new revision. It keeps the number of replicas that autoscaling chose.
+    The rollback to a numbered revision is an update. It needs the rights for that spec and becomes a new revision.
+    The number of replicas that autoscaling chose is kept.
 
     \b
     Examples:

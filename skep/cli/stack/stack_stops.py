@@ -38,9 +38,9 @@ def stop(host: HostOptions, name: str, timeout: float, detach: bool) -> None:
 @click.argument("name", metavar="STACK")
 @click.pass_obj
 def start(host: HostOptions, name: str, timeout: float, detach: bool) -> None:
-    """Start the stopped services of a stack and wait until they run.
+    """Start the stopped services of a stack.
 
-    Services start in the order of their dependencies.
+    They start in the order of their dependencies. The command waits until they run.
 
     \b
     Example:

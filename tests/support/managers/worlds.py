@@ -23,6 +23,7 @@ from skep.model.values.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD
+from skep.store.kinds import Payload
 from skep.store.schema import SCHEMA_BY_TYPE
 
 
@@ -33,6 +34,7 @@ class World:
         self.service = service
         self.tasks = {task.id: task for task in tasks}
         self.nodes = {node.id: node for node in nodes}
+        self.payloads: dict[str, Payload] = {}
         self.specs = {service.spec_version: service.spec}
         self.unread_versions: set[Version | None] = set()
         self.unknown: set[TaskId] = set()
@@ -135,6 +137,8 @@ class World:
                 return self.service if self.service.id == id else None
             case "Task":
                 return self.tasks.get(TaskId(id))
+            case "Payload":
+                return self.payloads.get(id)
             case _:
                 return self.nodes.get(NodeId(id))
 
@@ -175,6 +179,8 @@ class World:
                 self.specs[version] = object.spec
             self.seen.record(Commit(1, (Updated(self.service, object),)), self.now)
             self.service = object
+        elif isinstance(object, Payload):
+            self.payloads[object.id] = object
         else:
             old = self.tasks.get(object.id)
             event: Event = Created(object) if old is None else Updated(old, object)

@@ -32,6 +32,8 @@ VERBS = frozenset(
             "Copy",
             "Create",
             "Cut",
+            "Return",
+            "Stop",
             "Deploy",
             "Diagnose",
         ),
