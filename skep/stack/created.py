@@ -11,6 +11,8 @@ from skep.stack.planning import PlannedChange
 class CreatedObjects(msgspec.Struct):
     """The objects that a deploy has created so far.  An undo of the deploy removes only these."""
 
+    began_ns: int = 0
+    """Time at which the deploy began, in nanoseconds since 1970, or 0 if it does not matter (``unfinished_of``)."""
     services: list[Service] = []
     """Created services with their last written specs, which name networks instead of giving ids."""
     files: list[tuple[str, str, str]] = []

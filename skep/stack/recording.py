@@ -1,7 +1,7 @@
 """Deploys a stack with a revision, which is recorded before the first change and gets the result after the last one."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from skep.errors import (
 )
 from skep.model.options.labels import DEPLOYING, REPLACED, STACK_STATE
 from skep.model.permissions.access import Binding, Role
+from skep.model.service import Service
 from skep.model.values.encoding import to_json
 from skep.model.values.times import unix_ns
 from skep.stack.claims import DeployClaim, Replaced
@@ -53,6 +54,7 @@ from skep.stack.revisions import (
     unfinished_of,
     with_part,
 )
+from skep.stack.waiting import look_at
 
 _ENDED: Final = (DEPLOYED, REPLACED, *UNDOINGS)
 """States of revisions that a failure of another deploy does not change."""
@@ -148,9 +150,10 @@ async def _inherit(client: Requests, revisions: Sequence[StackRevision], created
     """Count the objects of unfinished deploys as created by this deploy, which completes them.
 
     An unfinished deploy was killed or interrupted, or this one has replaced it.  It undoes nothing itself.
-    Objects that are older than its revision were there before.
+    Objects that are older than its revision were there before.  If all its services run, they may be in use, so they
+    do not count.
     """
-    unfinished = unfinished_of(revisions)
+    unfinished = unfinished_of(revisions, created.began_ns)
     if not unfinished:
         return
     name, since = unfinished[0].of, unix_ns(unfinished[0].created_at)
@@ -161,6 +164,8 @@ async def _inherit(client: Requests, revisions: Sequence[StackRevision], created
     services = [
         one for one in existing.services if one.spec.name in named and unix_ns(one.created_at) >= since
     ]
+    if services and await _run(client, services):
+        return
     created.inherited = tuple(one.id for one in unfinished)
     created.is_whole = len(services) == len(existing.services)
     created.services += [with_network_names(one, networks) for one in services]
@@ -177,6 +182,14 @@ async def _inherit(client: Requests, revisions: Sequence[StackRevision], created
         and (spec.get("Labels") or {}).get(NAMESPACE) == name
         and unix_ns(at) >= since
     ]
+
+
+async def _run(client: Requests, services: Iterable[Service]) -> bool:
+    """Return whether all services are in their desired state."""
+    for one in services:
+        if not (await look_at(client, one.id)).progress.is_done:
+            return False
+    return True
 
 
 async def _forget_surplus(client: Requests, name: str) -> Sequence[StackRevision]:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.model.options.labels import DEPLOYING, REPLACED, STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.permissions.access import Binding, Role, parse_binding
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.values.unknown import leniently
 from skep.stack.planning import StackPlan
 from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
@@ -30,6 +31,10 @@ configs of the cluster in memory.  A usual stack has 2 to 5 KB compressed, so te
 only two.
 """
 KEPT_AT_LEAST: Final = 2
+UNFINISHED_MAX_S: Final = 3600
+"""Age in seconds up to which the next deploy takes over a deploy that did not end.  The objects of an older one may be
+in use, so that no undo may remove them.
+"""
 DEPLOYED: Final = "deployed"
 INTERRUPTED: Final = "interrupted"
 UNDOING: Final = "rolling back"
@@ -255,11 +260,16 @@ def state_after(error: BaseException | None) -> str:
     return f"failed: {text[:_CAUSE_MAX]}"
 
 
-def unfinished_of(revisions: Sequence[StackRevision]) -> Sequence[StackRevision]:
-    """Return the newest readable revisions whose deploys were killed, interrupted or replaced, oldest first."""
+def unfinished_of(revisions: Sequence[StackRevision], began_ns: int) -> Sequence[StackRevision]:
+    """Return the newest readable revisions whose deploys were killed, interrupted or replaced, oldest first.
+
+    Those that are older than ``UNFINISHED_MAX_S`` at ``began_ns`` are left out.
+    """
     made: list[StackRevision] = []
+    since = began_ns - UNFINISHED_MAX_S * SECOND_NS
     for one in reversed(revisions):
-        if not one.state.startswith((DEPLOYING, INTERRUPTED, REPLACED)) or not one.is_readable:
+        is_unfinished = one.state.startswith((DEPLOYING, INTERRUPTED, REPLACED))
+        if not is_unfinished or unix_ns(one.created_at) < since or not one.is_readable:
             break
         made.append(one)
     return made[::-1]

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 
 from skep.api.client.raw import RawClient
 from skep.api.client.requests import PlainRequests
+from skep.api.client.updates import update
 from skep.errors import Unavailable
 from skep.model.network import Network
 from skep.model.service import Service
@@ -181,3 +182,24 @@ async def test_an_undo_names_the_services_that_the_revision_does_not_have(cluste
     (old,) = (one for one in cluster.store.view().find(Service) if one.spec.name == "shop_old")
     assert old.spec.task_template.container_spec is not None
     assert old.spec.task_template.container_spec.image.startswith(FAILS)
+
+
+def with_image(image: str) -> Callable[[Mapping[str, Any]], Any]:
+    def changed(service: Mapping[str, Any]) -> Any:
+        service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] = image
+        return service["Spec"]
+
+    return changed
+
+
+async def test_an_undo_keeps_the_services_of_a_killed_deploy_that_run(cluster: Cluster) -> None:
+    """All of them may be in use since, although no revision says that it was deployed."""
+    await killed(cluster, file(web="busybox", db=HANGS))
+    async with cluster.requests() as client:
+        await update(client, "services", "shop_db", with_image("busybox"), timeout_s=10.0)
+    code, _, err = await cluster.run("service", "wait", "shop_web", "shop_db")
+    assert code == 0, err
+    cluster.write(file(web=FAILS, db="busybox"))
+    code, _, err = await cluster.deploy("--rollback-on-failure", "--max-failures", "3")
+    assert (code, "no earlier revision of shop was deployed" in err) == (1, True), err
+    assert (cluster.names(), networks(cluster)) == (["shop_db", "shop_web"], ["shop_default"])

@@ -249,7 +249,7 @@ async def _all_or_nothing(
     client: Requests, plan: StackPlan, work: Callable[[CreatedObjects], Awaitable[None]], timeout: float
 ) -> None:
     """Deploy, and undo the deploy if it fails.  Raises: SkepError: it failed.  The error has the result of the undo."""
-    created = CreatedObjects()
+    created = CreatedObjects(began_ns=time.time_ns())
     try:
         await work(created)
     except (Replaced, FileProblems):

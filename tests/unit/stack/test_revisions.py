@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.model.values.times import SECOND_NS, unix_ns
 from skep.stack.compose.conversion import stack_of
 from skep.stack.compose.document import parse
 from skep.stack.compose.reading import ProblemReport
@@ -16,6 +17,7 @@ from skep.stack.project import Stack
 from skep.stack.revisions import (
     KEPT,
     KEPT_BYTES,
+    UNFINISHED_MAX_S,
     StackRevision,
     before,
     body_of,
@@ -25,6 +27,7 @@ from skep.stack.revisions import (
     pair_of,
     revisions_of,
     state_after,
+    unfinished_of,
 )
 
 TEXT = """
@@ -145,6 +148,14 @@ def test_the_state_of_a_deploy_that_failed_has_its_cause() -> None:
     assert state_after(InvalidArgument("no\nnode")) == "failed: no node"
     assert state_after(asyncio.CancelledError()) == state_after(KeyboardInterrupt()) == "interrupted"
     assert len(state_after(InvalidArgument("x" * 1000))) < 400
+
+
+def test_a_deploy_that_ended_long_ago_is_not_taken_over() -> None:
+    """Its services may be in use, so that no undo may remove them."""
+    found = revisions(config(body(1), **{"skep.stack.state": "interrupted"}))
+    created_ns = unix_ns(found[0].created_at)
+    assert unfinished_of(found, created_ns + UNFINISHED_MAX_S * SECOND_NS) == found
+    assert unfinished_of(found, created_ns + (UNFINISHED_MAX_S + 1) * SECOND_NS) == []
 
 
 def test_stacks_with_long_names_have_revisions_of_their_own() -> None:
