@@ -24,7 +24,7 @@ from skep.cli import options, passthrough
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
-from skep.model.options.labels import ROTATION_OF
+from skep.model.options.labels import ROTATION_OF, is_stopped
 from skep.model.options.schedules import CRON
 from skep.model.service import Service
 from skep.model.task import Task
@@ -168,7 +168,8 @@ def version_progress(
     on_it = [task for task in tasks if any(r[kind.id_key] == new for r in _references_of(kind, task))]
     done = sum(task["Status"]["State"] == "running" for task in on_it)
     replicated = service["Spec"]["Mode"].get("Replicated")
-    wanted = max(len(tasks), replicated.get("Replicas", 1) if replicated is not None else 0)
+    has_number = replicated is not None and not is_stopped(_labels(service))
+    wanted = max(len(tasks), replicated.get("Replicas", 1) if has_number else 0)
     update = service.get("UpdateStatus") or {}
     state = update.get("State", "")
     if state in _STUCK:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from skep.model.networks.data_planes import NODE_LABEL
-from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
+from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, is_stopped, volume_affinity
 from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import TaskSpec
 
@@ -206,7 +206,7 @@ def running_of(
 ) -> list[RunningService]:
     """Return the replicated services for responses to ``GET /services`` and ``GET /tasks``.
 
-    Tasks of global services and jobs do not move, so these are left out.
+    Tasks of global services and jobs do not move, so these are left out.  So are stopped services.
     """
     on: dict[str, dict[str, int]] = {}
     for task in tasks:
@@ -216,7 +216,7 @@ def running_of(
     found = []
     for service in services:
         replicated = service["Spec"].get("Mode", {}).get("Replicated")
-        if replicated is None:
+        if replicated is None or is_stopped(service["Spec"].get("Labels") or {}):
             continue
         policy = service["Spec"].get("UpdateConfig") or {}
         template = msgspec.convert(service["Spec"].get("TaskTemplate") or {}, TaskSpec)

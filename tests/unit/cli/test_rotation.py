@@ -147,6 +147,12 @@ def test_a_service_is_done_when_every_wanted_task_runs_with_the_version(
     assert version_progress(SECRET, service, tasks, "new") == expected
 
 
+def test_a_stopped_service_is_done_when_its_tasks_have_stopped() -> None:
+    service = {"Spec": {**a_spec("new"), "Labels": {"skep.stopped": "true"}}}
+    assert version_progress(SECRET, service, [], "new") == VersionProgress(0, 0, is_complete=True)
+    assert not version_progress(SECRET, service, [a_task("old")], "new").is_complete
+
+
 BACK = "it uses the previous secret again, because its update was rolled back or its spec was changed"
 
 

@@ -290,3 +290,10 @@ def test_a_one_shot_that_has_completed_lacks_no_task() -> None:
     migrate = a_response("migrate", "Replicated", "healthy", CompletedTasks=1)
     web = a_service("web", {"w1": 1, "w2": 1})
     assert plan(CLUSTER, [web, *running_of([migrate], [])], NEW, drains=True).refusals == ()
+
+
+def test_a_stopped_service_lacks_no_task() -> None:
+    stopped = a_response("stopped", "Replicated", "healthy")
+    stopped["Spec"]["Labels"] = {"skep.stopped": "true"}
+    web = a_service("web", {"w1": 1, "w2": 1})
+    assert plan(CLUSTER, [web, *running_of([stopped], [])], NEW, drains=True).refusals == ()
