@@ -17,7 +17,7 @@ from skep.cli.running import run_requests
 from skep.cli.stack.stack_screens import differing, max_failures
 from skep.errors import InvalidArgument, Unavailable
 from skep.model.options.autoscaling import AUTOSCALE
-from skep.model.options.labels import STOPPED
+from skep.model.options.schedules import stop_labels, without_stop
 from skep.model.service import ServiceSpec
 from skep.model.values.unknown import leniently
 from skep.stack.progress import FAILURES_MAX, ServiceProgress
@@ -153,8 +153,7 @@ def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mappin
     Both specs are as the API shows them, because they may have fields of a newer version.
     """
     before, now = wanted.get("Labels") or {}, present.get("Labels") or {}
-    labels = {name: text for name, text in before.items() if name != STOPPED}
-    labels |= {name: text for name, text in now.items() if name == STOPPED}
+    labels = {**without_stop(before), **stop_labels(now)}
     mode = present["Mode"] if AUTOSCALE in before and AUTOSCALE in now else wanted["Mode"]
     return {**wanted, "Labels": labels, "Mode": mode}
 

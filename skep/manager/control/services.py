@@ -148,12 +148,11 @@ def update_service(
     keep_auth(tx, registry_auth_id(id), auth_for(spec, registry_auth))
     keep_auth(tx, previous_registry_auth_id(id), current_auth)
     restart_dependents(tx, service, spec.task_template, now)
-    keep_spec(tx, service, spec)
     return tx.put(
         replace(
             service,
             spec=spec,
-            author=SpecAuthor(by=by, at=now),
+            author=keep_spec(tx, service, spec, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, spec, by_admin=by_admin),
             update_status=None,
@@ -180,12 +179,11 @@ def rollback_service(
     _check_volumes(tx, service.previous_spec)
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
-    keep_spec(tx, service, service.previous_spec)
     return tx.put(
         replace(
             service,
             spec=service.previous_spec,
-            author=SpecAuthor(by=by, at=now),
+            author=keep_spec(tx, service, service.previous_spec, SpecAuthor(by=by, at=now)),
             previous_spec=service.spec,
             trusted=trusted_after(tx, service, service.previous_spec, by_admin=False),
             update_status=UpdateStatus(

@@ -28,19 +28,18 @@ def stop_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
         Unavailable: This manager cannot read the current run of the job.
     """
     service = _present(tx, id)
-    if is_stopped(service.spec.labels):
-        return service
-    added = {STOPPED: "true"}
-    if service.job_status is not None:
-        if CRON not in service.spec.labels:
-            raise FailedPrecondition(
-                f"service {service.spec.name} is a job without a schedule: it ends by itself, or remove it with "
-                f"docker service rm {service.spec.name}"
-            )
-        if service.spec.labels.get(CRON_SUSPEND, "").lower() == "true":
-            return service  # A start shall not resume a schedule that a user has suspended.
-        added[CRON_SUSPEND] = "true"
-    return _put(tx, service, frozenset(), added, now)
+    if service.job_status is None:
+        if is_stopped(service.spec.labels):
+            return service
+        return _put(tx, service, frozenset(), {STOPPED: "true"}, now)
+    if CRON not in service.spec.labels:
+        raise FailedPrecondition(
+            f"service {service.spec.name} is a job without a schedule: it ends by itself, or remove it with "
+            f"docker service rm {service.spec.name}"
+        )
+    if service.spec.labels.get(CRON_SUSPEND, "").lower() == "true":
+        return service  # A start shall not resume a schedule that a user has suspended.
+    return _put(tx, service, frozenset(), {STOPPED: "true", CRON_SUSPEND: "true"}, now)
 
 
 def start_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:

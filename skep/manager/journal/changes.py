@@ -18,7 +18,8 @@ from skep.model.history import JournalEntry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
 from skep.model.node_reports.conditions import disk_pressure
-from skep.model.options.labels import STOPPED, is_stopped
+from skep.model.options.labels import is_stopped
+from skep.model.options.schedules import without_stop
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, ServiceSpec, UpdateState
 from skep.model.swarm import Swarm
@@ -465,10 +466,6 @@ def folded_requests(entries: Iterable[JournalEntry]) -> list[JournalEntry]:
     return list(last.values())
 
 
-def _without_stop(labels: Mapping[str, str]) -> Mapping[str, str]:
-    return {name: text for name, text in labels.items() if name != STOPPED}
-
-
 _NAMES_MAX = 5
 """Names that one line lists."""
 _NAMED = frozenset({"image", "env", "secrets", "configs", "labels"})
@@ -492,7 +489,7 @@ def spec_changes(old: ServiceSpec, new: ServiceSpec) -> Iterator[str]:
     yield from _phrase(
         "configs", *({one.config_name: one for one in each.configs} for each in (before, after))
     )
-    yield from _phrase("labels", *(_without_stop(one.labels) for one in (old, new)))
+    yield from _phrase("labels", *(without_stop(one.labels) for one in (old, new)))
     template = old.task_template, new.task_template
     if template[0].force_update != template[1].force_update:
         yield "all tasks will be replaced"

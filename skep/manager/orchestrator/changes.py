@@ -443,8 +443,7 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     )
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
-    keep_spec(tx, service, service.previous_spec)
-    author = SpecAuthor(by="cluster", at=now)
+    author = keep_spec(tx, service, service.previous_spec, SpecAuthor(by="cluster", at=now))
     tx.put(
         replace(service, spec=service.previous_spec, previous_spec=None, author=author, update_status=status)
     )

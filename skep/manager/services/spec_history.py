@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.options.labels import STOPPED
+from skep.model.options.schedules import without_stop
 from skep.model.service import Service, ServiceSpec, SpecAuthor
 from skep.model.values.encoding import ApiObject, always
 from skep.model.values.ids import ServiceId
@@ -40,18 +40,21 @@ class _Past(ApiObject):
     revisions: tuple[ServiceRevision, ...] = ()
 
 
-def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec) -> None:
-    """Keep the present spec of ``service`` before ``spec`` replaces it.
+def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec, author: SpecAuthor) -> SpecAuthor | None:
+    """Keep the present spec of ``service`` before ``spec`` by ``author`` replaces it.
 
     Specs that differ only in whether the service is stopped are one revision.
+
+    Returns: The author of the revision with ``spec``: the present one if it is the same revision.
     """
     if comparable(service.spec) == comparable(spec):
-        return
+        return service.author
     found = revisions(tx, service)[-(SPECS_KEPT - 1) :]
     last = found[-1].number
     while len(data := _encoded(last, found)) > BYTES_MAX:
         found = found[1:]
     tx.put(Payload(id=spec_history_id(service.id), data=data))
+    return author
 
 
 def revisions(view: View, service: Service) -> Sequence[ServiceRevision]:
@@ -69,8 +72,8 @@ def forget_specs(tx: Transaction, id: ServiceId) -> None:
 
 
 def comparable(spec: ServiceSpec) -> ServiceSpec:
-    """Return ``spec`` without the label of a stop, which belongs to the service and not to one of its specs."""
-    return replace(spec, labels={name: text for name, text in spec.labels.items() if name != STOPPED})
+    """Return ``spec`` without the labels of a stop, which belong to the service and not to one of its specs."""
+    return replace(spec, labels=without_stop(spec.labels))
 
 
 def _encoded(last: int, found: Sequence[ServiceRevision]) -> bytes:

@@ -16,7 +16,7 @@ import msgspec
 from cronsim import CronSim, CronSimError
 
 from skep.errors import InvalidArgument
-from skep.model.options.labels import JOB_TTL
+from skep.model.options.labels import JOB_TTL, STOPPED
 from skep.model.service import MAX_ATTEMPTS_MAX
 from skep.model.values.times import SECOND_NS, duration_ns
 
@@ -67,6 +67,21 @@ _TRIED_FROM: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Start of the search for a due time.  Every possible date occurs in the fifty years that are searched."""
 _FIRST_WINDOW_S: Final = 3600
 """First window, in seconds before the end, in which the last due time is searched.  The window then grows."""
+
+
+def stop_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the labels of a stop, which belong to the service and not to one of its specs.
+
+    A stop also suspends the schedule of a job.
+    """
+    names = (STOPPED, CRON_SUSPEND) if STOPPED in labels and CRON in labels else (STOPPED,)
+    return {name: labels[name] for name in names if name in labels}
+
+
+def without_stop(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the labels of a spec without those of a stop."""
+    stop = stop_labels(labels)
+    return {name: text for name, text in labels.items() if name not in stop}
 
 
 class Concurrency(Enum):

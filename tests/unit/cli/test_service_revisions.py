@@ -17,6 +17,18 @@ def test_a_stop_belongs_to_the_service_and_not_to_the_spec() -> None:
     assert returned_to({"Mode": THREE}, {"Labels": stopped, "Mode": THREE})["Labels"] == stopped
 
 
+def test_a_stop_of_a_job_includes_its_suspended_schedule() -> None:
+    runs = {"skep.cron": "@daily"}
+    stopped = {**runs, "skep.cron.suspend": "true", "skep.stopped": "true"}
+    job = {"ReplicatedJob": {}}
+    assert returned_to({"Labels": runs, "Mode": job}, {"Labels": stopped, "Mode": job})["Labels"] == stopped
+    assert returned_to({"Labels": stopped, "Mode": job}, {"Labels": runs, "Mode": job})["Labels"] == runs
+    suspended = {**runs, "skep.cron.suspend": "true"}
+    assert (
+        returned_to({"Labels": suspended, "Mode": job}, {"Labels": runs, "Mode": job})["Labels"] == suspended
+    )
+
+
 def test_the_number_that_autoscaling_chose_stays() -> None:
     scaled = {"skep.autoscale": "2..10"}
     assert returned_to({"Labels": scaled, "Mode": THREE}, {"Labels": scaled, "Mode": FIVE})["Mode"] == FIVE

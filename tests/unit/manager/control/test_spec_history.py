@@ -59,7 +59,7 @@ async def test_a_spec_that_is_written_again_and_a_stop_are_no_revisions(store: M
     service = await created(store)
     service = await store.update(stop_service, service.id, now=NOW)
     service = await updated(store, service, service.spec)
-    assert [number for number, *_ in shown(store, service)] == [1]
+    assert shown(store, service) == [(1, "app:1", "ann@m1")]
 
 
 async def test_the_last_ten_are_kept_and_numbers_are_not_used_again(store: MemoryStore) -> None:

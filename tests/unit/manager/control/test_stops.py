@@ -94,6 +94,12 @@ async def test_a_start_does_not_resume_a_schedule_that_a_user_suspended(store: M
     assert started.spec.labels == {CRON: "@daily", CRON_SUSPEND: "true"}
 
 
+async def test_a_job_whose_schedule_an_update_has_resumed_is_stopped_again(store: MemoryStore) -> None:
+    job = await created(store, a_job(**{CRON: "@daily", STOPPED: "true"}))
+    stopped = await store.update(stop, job.id)
+    assert stopped.spec.labels == {CRON: "@daily", CRON_SUSPEND: "true", STOPPED: "true"}
+
+
 async def test_a_job_without_a_schedule_and_a_removed_service_are_refused(store: MemoryStore) -> None:
     job = await created(store, a_job())
     with pytest.raises(FailedPrecondition, match="nightly is a job without a schedule: it ends by itself"):
