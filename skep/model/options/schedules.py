@@ -79,7 +79,7 @@ def stop_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def without_stop(labels: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the labels of a spec without those of a stop."""
+    """Return the labels of a spec without the labels of a stop."""
     stop = stop_labels(labels)
     return {name: text for name, text in labels.items() if name not in stop}
 
