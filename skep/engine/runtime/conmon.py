@@ -278,11 +278,13 @@ def with_runcs_words(message: str, command: str, verb: str) -> str:
             f"stat {name}: no such file or directory" if "/" in name else "executable file not found in $PATH"
         )
         words = f'exec: "{name}": {reason}'
-    elif re.search(
-        r"(open executable|open `.*`|the path `.*` (exists but it is not executable|is not a regular file)): "
-        "(Permission denied|Operation not permitted)",
-        message,
-    ):
+    elif (
+        found := re.search(
+            r"(?:open executable|open `(.*)`|the path `.*` (?:exists but it is not executable|is not a regular file)): "
+            "(?:Permission denied|Operation not permitted)",
+            message,
+        )
+    ) and (found[1] is None or Path(found[1]).name == Path(command).name):  # it opens other files too
         words = f'exec: "{command}": permission denied'
     elif found := re.search(r"chdir (?:to )?`(.*)`: (.*)", message):
         words = f'chdir to cwd ("{found[1]}") set in config.json failed: {found[2].lower()}'

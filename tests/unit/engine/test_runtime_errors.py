@@ -30,6 +30,7 @@ from skep.engine.runtime.conmon import StartError, with_runcs_words
             127,
         ),
         ("open executable: Permission denied", "/file", 'exec: "/file": permission denied', 126),
+        ("open `/bin/file`: Permission denied", "file", 'exec: "file": permission denied', 126),
         ("open executable: Operation not permitted", "/bin", 'exec: "/bin": permission denied', 126),
         (
             "the path `/file` exists but it is not executable: Operation not permitted",
@@ -65,5 +66,6 @@ def test_other_messages_stay_as_they_are() -> None:
         'runc create failed: unable to start container process: exec: "nope": executable file not found in $PATH',
         "the requested cgroup controller `pids` is not available",
         "mount `/src` to `dst`: Permission denied",
+        "open `/sys/fs/cgroup/skep/cgroup.procs`: Permission denied",
     ):
         assert with_runcs_words(message, "sh", "create") == message
