@@ -29,11 +29,11 @@ from skep.manager.services.dependents import check_dependencies, restart_depende
 from skep.manager.services.job_runs import first_job, next_job
 from skep.manager.services.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
 from skep.manager.services.removal import hide_service
-from skep.manager.services.spec_history import keep_spec
+from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.options.autoscaling import with_number_kept
-from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY
+from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
 from skep.model.options.schedules import CRON
 from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
@@ -125,6 +125,8 @@ def update_service(
 ) -> Service:
     """Replace the spec of a service that is still at ``version``, and keep the old one as ``previous_spec``.
 
+    A rollback does not stop a service that the new spec starts.
+
     Raises:
         InvalidArgument, FailedPrecondition: See ``create_service``.
         NotFound: The service was removed.
@@ -153,7 +155,7 @@ def update_service(
             service,
             spec=spec,
             author=keep_spec(tx, service, spec, SpecAuthor(by=by, at=now)),
-            previous_spec=service.spec,
+            previous_spec=service.spec if is_stopped(spec.labels) else comparable(service.spec),
             trusted=trusted_after(tx, service, spec, by_admin=by_admin),
             update_status=None,
             job_status=next_job(tx, service, spec, now),

@@ -71,6 +71,14 @@ async def test_a_rollback_leads_to_the_spec_before_the_update_and_starts_nothing
     assert not is_stopped({**service.spec.labels, **service.previous_spec.labels})
 
 
+async def test_a_rollback_does_not_stop_a_service_that_an_update_has_started(store: MemoryStore) -> None:
+    """A deploy of its stack starts it, because its files do not have the label."""
+    stopped = await store.update(stop, (await created(store, a_spec())).id)
+    service = await store.update(update_service, stopped.id, a_spec("app:2"), stopped.version.index, now=NOW)
+    back = await store.update(rollback_service, service.id, service.spec, service.version.index, now=NOW)
+    assert back.spec == a_spec()
+
+
 async def test_a_start_is_bounded_by_the_quota_of_its_stack(store: MemoryStore) -> None:
     service = await created(store, a_spec(**STACK))
     await store.update(stop, service.id)
