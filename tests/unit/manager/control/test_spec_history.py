@@ -85,6 +85,13 @@ async def test_large_specs_are_bounded_together(store: MemoryStore) -> None:
     assert 2 <= len(kept) < 7
 
 
+async def test_a_spec_that_is_too_large_to_be_kept_drives_out_no_other(store: MemoryStore) -> None:
+    service = await updated(store, await created(store), a_spec("app:2"))
+    service = await updated(store, service, a_spec("app:3", note=Random(1).randbytes(BYTES_MAX).hex()))
+    service = await updated(store, service, a_spec("app:4"))
+    assert [number for number, *_ in shown(store, service)] == [1, 2, 4]
+
+
 async def test_nothing_is_kept_of_a_removed_service(store: MemoryStore) -> None:
     service = await updated(store, await created(store), a_spec("app:2"))
     assert store.view().find(Payload)
