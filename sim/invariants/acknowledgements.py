@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from sim.invariants.committed import Change
 from sim.users.random_specs import COMMANDED_STACK
 from skep.api.access.permissions import STACK_LABEL
+from skep.manager.services.spec_history import comparable
 from skep.model.options.autoscaling import AUTOSCALE
-from skep.model.options.labels import JOB_TTL
+from skep.model.options.labels import JOB_TTL, is_stopped
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import ServiceId
 from skep.store.interface import Created, Deleted, Updated, View
@@ -67,6 +68,10 @@ class Acknowledgements:
         """Record that this spec of a service is requested."""
         record = self.services.setdefault(id, ServiceRecord(id, []))
         record.specs.append(spec)
+        if is_stopped(
+            spec.labels
+        ):  # a rollback after an update that starts the service writes it without the stop
+            record.specs.append(comparable(spec))
         return record
 
     def acknowledge(self, service: Service, view: View) -> Iterable[str]:

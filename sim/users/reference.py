@@ -14,6 +14,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from skep.model.node import NodeSpec
+from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.quota import QuotaSpec
 from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
 from skep.model.values.ids import NodeId, ServiceId
@@ -193,7 +194,18 @@ def _updated(state: State, id: ServiceId, spec: ServiceSpec, version: int) -> Ac
         return Refused(FORBIDDEN)
     if _cannot_start_first(state, spec, held.spec):
         return Refused(BAD)
-    return _conflict(state, id, spec) or Accepted(ServiceState(spec, held.spec, 0, _next_run(held)))
+    return _conflict(state, id, spec) or Accepted(
+        ServiceState(spec, _previous(held.spec, spec), 0, _next_run(held))
+    )
+
+
+def _previous(spec: ServiceSpec, new: ServiceSpec) -> ServiceSpec:
+    """Return ``spec`` as the previous one of ``new``, without a stop that ``new`` ends."""
+    if not is_stopped(spec.labels) or is_stopped(new.labels):
+        return spec
+    return msgspec.structs.replace(
+        spec, labels={name: text for name, text in spec.labels.items() if name != STOPPED}
+    )
 
 
 def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refused:

@@ -173,6 +173,14 @@ def test_a_rollback_swaps_the_specs_and_runs_a_job_again() -> None:
     assert respond(state, Rollback(WEB, 7)) == Accepted(ServiceState(old, new, 0, runs=2))
 
 
+def test_an_update_that_starts_a_service_has_a_spec_before_it_without_the_stop() -> None:
+    stopped = replace(SPEC, labels={**SPEC.labels, "skep.stopped": "true"})
+    state = State(services={WEB: ServiceState(stopped, None, 7)})
+    assert respond(state, Update(WEB, NEXT, 7)) == Accepted(ServiceState(NEXT, SPEC, 0))
+    still = replace(NEXT, labels=stopped.labels)
+    assert respond(state, Update(WEB, still, 7)) == Accepted(ServiceState(still, stopped, 0))
+
+
 # -- what happens is compared with it --------------------------------------------------------------------------------
 
 

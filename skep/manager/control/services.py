@@ -125,8 +125,6 @@ def update_service(
 ) -> Service:
     """Replace the spec of a service that is still at ``version``, and keep the old one as ``previous_spec``.
 
-    A rollback does not stop a service that the new spec starts.
-
     Raises:
         InvalidArgument, FailedPrecondition: See ``create_service``.
         NotFound: The service was removed.
@@ -155,12 +153,18 @@ def update_service(
             service,
             spec=spec,
             author=keep_spec(tx, service, spec, SpecAuthor(by=by, at=now)),
-            previous_spec=service.spec if is_stopped(spec.labels) else comparable(service.spec),
+            previous_spec=_previous(service.spec, spec),
             trusted=trusted_after(tx, service, spec, by_admin=by_admin),
             update_status=None,
             job_status=next_job(tx, service, spec, now),
         )
     )
+
+
+def _previous(spec: ServiceSpec, new: ServiceSpec) -> ServiceSpec:
+    """Return ``spec`` as the previous one of ``new``.  A rollback shall not stop a service that ``new`` starts."""
+    is_started = is_stopped(spec.labels) and not is_stopped(new.labels)
+    return comparable(spec) if is_started else spec
 
 
 def rollback_service(
