@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import replace
 
+from skep.errors import SkepError
 from skep.model.options.schedules import without_stop
 from skep.model.service import Service, ServiceSpec, SpecAuthor
 from skep.model.values.encoding import ApiObject, always
@@ -62,7 +63,7 @@ def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec, author: Spec
 def revisions(view: View, service: Service) -> Sequence[ServiceRevision]:
     """Return the kept specs of ``service``, the present one last."""
     payload = view.lookup(Payload, spec_history_id(service.id))
-    past = leniently(zlib.decompress(payload.data), _Past) if payload is not None else _Past()
+    past = _decoded(payload.data) if payload is not None else _Past()
     author = service.author or SpecAuthor()
     return (*past.revisions, ServiceRevision(number=past.last + 1, spec=service.spec, author=author))
 
@@ -76,6 +77,13 @@ def forget_specs(tx: Transaction, id: ServiceId) -> None:
 def comparable(spec: ServiceSpec) -> ServiceSpec:
     """Return ``spec`` without the labels of a stop, which belong to the service and not to one of its specs."""
     return replace(spec, labels=without_stop(spec.labels))
+
+
+def _decoded(data: bytes) -> _Past:
+    try:
+        return leniently(zlib.decompress(data), _Past)
+    except (zlib.error, SkepError, msgspec.MsgspecError):
+        return _Past()  # A damaged history must not prevent the next update.
 
 
 def _encoded(last: int, found: Sequence[ServiceRevision]) -> bytes:

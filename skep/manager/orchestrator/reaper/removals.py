@@ -6,6 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.reaper.history import is_orphaned, unused_versions
+from skep.manager.services.spec_history import forget_specs
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus
@@ -65,6 +66,9 @@ def write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
             current = tx.rely_on(Service, service.id)
             has_tasks = bool(tx.find(Task, service_id=service.id))
             if current is not None and current.removed_at is not None and not has_tasks:
+                forget_specs(
+                    tx, service.id
+                )  # an older manager may have removed the service, and does not know them
                 tx.delete(Service, service.id)
         case DeleteVersion(version):
             owner = tx.lookup(Service, version.service_id)

@@ -1,5 +1,6 @@
 """The specs of a service that are kept, on a store in memory."""
 
+import zlib
 from itertools import count
 from random import Random
 
@@ -10,11 +11,12 @@ from skep.aio.clock import SystemClock
 from skep.api.formats.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.control.stops import stop_service
+from skep.manager.orchestrator.reaper.removals import DeleteService, write
 from skep.manager.services.spec_history import BYTES_MAX, SPECS_KEPT, revisions
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import new_id
 from skep.model.values.times import Timestamp
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, spec_history_id
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec
 
@@ -96,4 +98,23 @@ async def test_nothing_is_kept_of_a_removed_service(store: MemoryStore) -> None:
     service = await updated(store, await created(store), a_spec("app:2"))
     assert store.view().find(Payload)
     await store.update(remove_service, service.id, now=NOW)
+    assert not store.view().find(Payload)
+
+
+async def test_a_damaged_history_does_not_prevent_an_update(store: MemoryStore) -> None:
+    service = await created(store)
+    for damaged in (b"no zlib", zlib.compress(b"{"), zlib.compress(b'{"Last": "x"}')):
+        payload = Payload(id=spec_history_id(service.id), data=damaged)
+        await store.update(lambda tx, one=payload: tx.put(one))
+        assert [number for number, *_ in shown(store, service)] == [1]
+        service = await updated(store, service, a_spec(f"app:{len(damaged)}"))
+        assert [number for number, *_ in shown(store, service)] == [1, 2]
+
+
+async def test_the_last_deletion_of_a_service_takes_its_history_along(store: MemoryStore) -> None:
+    """An older manager removes a service without its history."""
+    service = await updated(store, await created(store), a_spec("app:2"))
+    removed = await store.update(lambda tx: tx.put(replace(tx.get(Service, service.id), removed_at=NOW)))
+    assert store.view().find(Payload)
+    await store.update(write, DeleteService(removed), NOW)
     assert not store.view().find(Payload)
