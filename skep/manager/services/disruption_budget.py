@@ -38,7 +38,8 @@ class DisruptionBudget(msgspec.Struct, frozen=True):
         """Reason why no task may be taken away now, or nothing."""
         if self.spare:
             return ""
-        return f"{self.available} tasks are available, and {self.minimum} must stay available ({self.source})"
+        noun = "task is" if self.available == 1 else "tasks are"
+        return f"{self.available} {noun} available, and {self.minimum} must stay available ({self.source})"
 
 
 def is_available(task: Task, node: Node | None) -> bool:
