@@ -9,6 +9,7 @@ from sim.invariants.allocations import UniqueAllocations, networks_are_apart
 from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.bookkeeping import CachesMatchStore
+from sim.invariants.budget import minimum_stays_available
 from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
@@ -116,6 +117,7 @@ class Observer:
             self.dependencies,
             UniqueAllocations(),
             networks_are_apart,
+            minimum_stays_available,
             LocalVolumesStay(),
             FullNodesGetNoNewTasks(),
             AutoscalingIsCalm(),

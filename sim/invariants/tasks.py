@@ -41,19 +41,30 @@ def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
     """Check that a slot has one task with desired state running, and at most one in reserve.  For jobs, in each
     iteration.
 
-    During an update with start-first, both may have desired state running.
+    During an update with start-first, both may have desired state running.  So may the task of a drained node and its
+    replacement.  If the drain is undone, both may run until one of them is retired.
     """
     for event in change.events:
         match event:
+            case Updated(Task() as before, Task() as task) if before.desired_state is task.desired_state:
+                continue
             case Created(Task() as task) | Updated(_, Task() as task) if task.is_wanted:
                 slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
                 slot = [one for one in slot if one.is_wanted and one.job_iteration == task.job_iteration]
                 wanted = [one.id for one in slot]
                 started = [one.id for one in slot if one.desired_state is not TaskState.READY]
                 service = view.lookup(Service, task.service_id)
-                both = service is not None and may_start_first(service)
+                both = service is not None and (
+                    may_start_first(service) or any(is_on_drained_node(one, view) for one in slot)
+                )
                 if len(wanted) > 2 or len(started) > (2 if both else 1):
                     yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
+
+
+def is_on_drained_node(task: Task, view: View) -> bool:
+    """Return whether the task's node is drained."""
+    node = view.lookup(Node, task.node_id) if task.node_id else None
+    return node is not None and node.spec.availability is Availability.DRAIN
 
 
 def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:

@@ -273,7 +273,7 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
 
 
 def _is_on_drained_node(tx: Transaction, task: Task) -> bool:
-    node = tx.lookup(Node, task.node_id) if task.node_id else None
+    node = tx.rely_on(Node, task.node_id, HEAD) if task.node_id else None
     return node is not None and node.spec.availability is Availability.DRAIN
 
 

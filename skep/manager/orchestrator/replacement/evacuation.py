@@ -26,14 +26,19 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     leaving = [task for task in current if situation.moves_start_first(task)]
     if not leaving:
         return
-    matching = [task for task in current if task not in leaving and not is_dirty(task, situation)]
-    for task in matching:
-        if task.status.state is TaskState.RUNNING and not situation.is_misplaced(task):
-            yield from (RetireTask(old, successor=task.id, cause=Cause.NODE_IS_UNFIT) for old in leaving)
-            return
-    *others, last = leaving
-    yield from (RetireTask(old, successor=last.id, cause=Cause.NODE_IS_UNFIT) for old in others)
+    others = [task for task in current if task not in leaving]
+    serving = [
+        task for task in others if task.status.state is TaskState.RUNNING and not situation.is_misplaced(task)
+    ]
+    for old in leaving:
+        heirs = (one for one in serving if is_dirty(old, situation) or not is_dirty(one, situation))
+        if (heir := next(heirs, None)) is not None:
+            yield RetireTask(old, successor=heir.id, cause=Cause.NODE_IS_UNFIT)
+    if others:
+        return  # the replacement, or a task that the update retires first
+    *surplus, last = leaving
+    yield from (RetireTask(old, successor=last.id, cause=Cause.NODE_IS_UNFIT) for old in surplus)
     youngest = history(slot)[-1]
     is_given_up = youngest.ended_by_itself and not should_restart(youngest, slot, situation.seen)
-    if not matching and not is_given_up:
+    if not is_given_up:
         yield FillSlot(situation.service, last.slot, failures=failures_in_a_row(last, situation))
