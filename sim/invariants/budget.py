@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sim.committed import Change
 from sim.invariants.placement import meets
-from skep.model.node import Availability, Node
+from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import drains_now, min_available
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -14,7 +14,7 @@ from skep.store.interface import Updated, View
 def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
     """Check that no drain, update or preemption leaves fewer tasks available than ``skep.min-available`` says.
 
-    Failures, users who scale down, constraints and drains with ``--now`` may.
+    Lost nodes, users who scale down, constraints and drains with ``--now`` may.
     """
     for event in change.events:
         match event:
@@ -22,7 +22,9 @@ def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
                 task.desired_state is TaskState.SHUTDOWN
             ):
                 service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
-                if service is None or node is None or service.spec.mode.replicated is None:
+                if service is None or service.spec.mode.replicated is None:
+                    continue
+                if node is None or node.status.state is NodeState.DOWN:
                     continue
                 minimum = min_available(service.spec.labels, service.spec.replicas)
                 is_now = node.spec.availability is Availability.DRAIN and drains_now(node.spec.labels)

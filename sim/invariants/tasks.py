@@ -9,7 +9,7 @@ from sim.invariants.disks import has_full_disk
 from sim.invariants.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
 from skep.model.node import Availability, Node, NodeState
-from skep.model.options.labels import VolumeAffinity, volume_affinity
+from skep.model.options.labels import VolumeAffinity, min_available, volume_affinity
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
@@ -274,7 +274,17 @@ class UpdatesKeepServing:
 
 def may_start_first(service: Service) -> bool:
     """Return whether an update or rollback to or from the current spec may start the new task first."""
-    return any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+    return _keeps_all(service) or any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+
+
+def _keeps_all(service: Service) -> bool:
+    """Return whether the disruption budget lets no running task stop first."""
+    specs = (service.spec, service.previous_spec or service.spec)
+    return any(
+        spec.mode.replicated is not None
+        and 0 < spec.replicas <= (min_available(spec.labels, spec.replicas) or 0)
+        for spec in specs
+    )
 
 
 def always_starts_first(service: Service) -> bool:
