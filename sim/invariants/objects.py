@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
-from sim.committed import Change
+from sim.invariants.committed import Change
 from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
 from skep.manager.orchestrator.reaper.unreported import unreported
 from skep.model.container import SecretReference

@@ -211,8 +211,12 @@ class _Rollout:
                 for step in _retired(view.outdated)
             )
         if len(view.current) > 1:
-            best = max(view.current, key=lambda task: (task.desired_state.number, *self._progress(task)))
-            yield from (RetireTask(task) for task in view.current if task is not best)
+            # A task on a drained node runs until its replacement does.
+            staying = [task for task in view.current if not self._situation.moves_start_first(task)]
+            best = max(
+                staying, key=lambda task: (task.desired_state.number, *self._progress(task)), default=None
+            )
+            yield from (RetireTask(task) for task in staying if task is not best)
 
     def _progress(self, task: Task) -> tuple[bool, bool, int]:
         """Return a sort key for how far a task has come.
@@ -371,6 +375,8 @@ class _Rollout:
         """
         if any(task.status.state is TaskState.RUNNING for task in view.current):
             return True
+        if any(map(self._situation.moves_start_first, view.serving)):
+            return False
         if not any(self._can_take_over(task, view.serving) for task in view.current):
             return False
         if (

@@ -84,6 +84,8 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
             if (leaves_at := situation.leaves_at(task)) < inf:
                 steps.append(Recheck(leaves_at))
             continue
+        if not task.status.state.is_terminal and situation.moves_start_first(task):
+            continue  # its replacement runs first (``evacuation_steps``)
         cause = cause_to_leave(task, situation.node_of(task))
         if task is not current[-1]:
             # An update has already created a newer task in the slot.
@@ -282,8 +284,14 @@ def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
 
 
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Return whether ``task`` is only prepared while an older one still serves, as in a stop-first update."""
-    is_first = wanted(slot)[:1] in ((), (task,))
+    """Return whether ``task`` is only prepared while an older one still serves, as in a stop-first update.
+
+    It does not wait for a task on a drained node, which waits for it.
+    """
+    current = wanted(slot)
+    if len(current) > 1:
+        current = tuple([one for one in current if one is task or not situation.moves_start_first(one)])
+    is_first = current[:1] in ((), (task,))
     return not is_first and situation.rollout_config.order is not UpdateOrder.START_FIRST
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
+from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.replacement.disruption import (
     READY_BEFORE_S,
     Disruption,

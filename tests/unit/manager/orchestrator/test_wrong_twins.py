@@ -163,7 +163,7 @@ def no_slot_has_two_tasks_of_one_kind(world: World, changes: list[Change]) -> No
     """One task is to run, and at most one is prepared to follow; both are to run with start-first only."""
     order = world.service.spec.update_config and world.service.spec.update_config.order
     for slot in group_by_slot(world.tasks.values()).values():
-        wanted = [task for task in slot if task.is_wanted]
+        wanted = [task for task in slot if task.is_wanted and not world.situation.moves_start_first(task)]
         started = [task for task in wanted if task.desired_state is RUNNING]
         assert len(wanted) <= 2
         assert len(started) <= (2 if order is UpdateOrder.START_FIRST else 1)
@@ -173,7 +173,11 @@ def what_did_not_change_is_left_alone(world: World, changes: list[Change]) -> No
     """A task that runs where it may, as its service's spec has it, in a slot that stays, is not touched."""
     for change in changes:
         if isinstance(change, FillSlot):
-            there = [task for task in world.tasks.values() if task.slot == change.slot and task.is_active]
+            there = [
+                task
+                for task in world.tasks.values()
+                if task.slot == change.slot and task.is_active and not world.situation.moves_start_first(task)
+            ]
             assert not any(task.spec == world.service.spec.task_template for task in there)
         if isinstance(change, RetireTask | ReplaceTask):
             task = change.task
