@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from sim.committed import Change
-from sim.invariants.placement import meets
+from sim.invariants.committed import Change
+from sim.invariants.nodes.placement import meets
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import drains_now, min_available
 from skep.model.service import Service

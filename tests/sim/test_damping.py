@@ -5,7 +5,7 @@ from collections import Counter
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.damping import lose_a_node
+from sim.faults.damping import lose_a_node
 from skep.model.options.labels import PREEMPTION, PRIORITY
 from skep.model.service import ResourceRequirements, Resources, ServiceSpec
 from skep.model.swarm import Swarm

@@ -188,8 +188,8 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
             yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
     problem = explanation.get("Problem") or {}
     yield from (f"  {line}" for line in _output(problem.get("End") or {}))
-    if problem.get("Kind") == "waiting" and (other := _WAITS_FOR.match(main)) is not None:
-        yield f"  Next: skep explain {other[1]}"
+    if problem.get("Kind") == "waiting" and (found := _WAITS_FOR.match(main)) is not None:
+        yield f"  Next: skep explain {found[1]}"
 
 
 def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
