@@ -10,7 +10,7 @@ import msgspec
 
 from skep.api.client.updates import update
 from skep.cli import options, passthrough
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import run_requests
@@ -127,7 +127,12 @@ def rollback(
             if to is None:
                 query = {"rollback": "previous"}
                 await update(
-                    client, "services", name, lambda one: one["Spec"], timeout_s=_TURN_TIMEOUT_S, query=query
+                    client,
+                    "services",
+                    name,
+                    lambda one: one["Spec"],
+                    timeout_s=RESPONSE_TIMEOUT_S,
+                    query=query,
                 )
                 return
             wanted = _numbered(name, await _revisions(host, name), to)["Spec"]
@@ -135,7 +140,7 @@ def rollback(
             def changed(found: Mapping[str, Any]) -> Any:
                 return returned_to(wanted, found["Spec"])
 
-            await update(client, "services", name, changed, timeout_s=_TURN_TIMEOUT_S)
+            await update(client, "services", name, changed, timeout_s=RESPONSE_TIMEOUT_S)
 
     run_requests(run())
     if not detach:
@@ -157,7 +162,7 @@ def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mappin
 async def _revisions(host: HostOptions, name: str) -> Sequence[Mapping[str, Any]]:
     async with host.client() as client:
         found: Sequence[Mapping[str, Any]] = await client.get(
-            f"/skep/services/{name}/revisions", timeout_s=_TURN_TIMEOUT_S
+            f"/skep/services/{name}/revisions", timeout_s=RESPONSE_TIMEOUT_S
         )
         return found
 
@@ -190,10 +195,6 @@ def wait(host: HostOptions, names: tuple[str, ...], timeout: float, max_failures
       docker service update --detach --image web:2 web && skep service wait web
     """
     run_requests(_wait(host, names, timeout, max_failures))
-
-
-_TURN_TIMEOUT_S = 15.0
-"""Timeout in seconds of one request that stops or starts a service."""
 
 
 @service.command()
@@ -241,7 +242,7 @@ async def turn(
     waited = []
     async with host.client() as client:
         for name in names:
-            found = await client.post(f"/skep/services/{name}/{verb}", timeout_s=_TURN_TIMEOUT_S)
+            found = await client.post(f"/skep/services/{name}/{verb}", timeout_s=RESPONSE_TIMEOUT_S)
             if is_job(found["Spec"]):
                 click.echo(f"{found['Spec']['Name']}: {_SCHEDULES[verb]}", err=True)
             else:

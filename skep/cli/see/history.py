@@ -19,6 +19,7 @@ from skep.cli.see.moments import moment_of
 from skep.model.values.times import SECOND_NS, unix_ns
 
 _PAGE = 1000
+"""Largest number of entries in one response of the manager."""
 _ENTRIES = 50
 """Entries that are shown without ``--limit``."""
 _COLORS = {"error": "red", "warning": "yellow"}

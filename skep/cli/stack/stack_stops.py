@@ -7,15 +7,12 @@ import click
 
 from skep.cli import options
 from skep.cli.apps.service import is_job, turn
-from skep.cli.endpoint import HostOptions
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.running import run_requests
 from skep.errors import NotFound
 from skep.model.options.schedules import CRON
 from skep.model.task_end import printable
 from skep.stack.project import NAMESPACE
-
-_RESPONSE_TIMEOUT_S = 15.0
-"""Timeout in seconds of the request for the services of the stack."""
 
 
 @click.command()
@@ -57,7 +54,7 @@ async def _turn(
 ) -> None:
     async with host.client() as client:
         found = await client.get(
-            "/services", filters={"label": [f"{NAMESPACE}={stack}"]}, timeout_s=_RESPONSE_TIMEOUT_S
+            "/services", filters={"label": [f"{NAMESPACE}={stack}"]}, timeout_s=RESPONSE_TIMEOUT_S
         )
     if not found:
         raise NotFound(f"stack {stack} has no services. Show all stacks with skep stack ls.")

@@ -22,6 +22,7 @@ _EPHEMERAL = range(32768, 61000)
 """The kernel's default range of ephemeral ports."""
 
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLMSG_DONE = 4, 20, 2, 3
+# Source: linux/netlink.h: NLM_F_REQUEST and NLM_F_DUMP.
 _NLM_F_DUMP_REQUEST = 0x301
 _HEADER, _REQUEST = struct.Struct("=IHHII"), struct.Struct("=BBBBI48x")
 _RESPONSE_BYTES = 1 << 16
