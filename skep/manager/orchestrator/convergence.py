@@ -118,7 +118,7 @@ def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWor
     """Return whether the update has work in one of the slots.  If so, the amount that it does at a time depends on all
     slots.
 
-    A paused update starts with no further slot, and only finishes the slots it has started with.
+    A paused update starts with no further slot, and only finishes the slots it has started with.  Drains continue.
     """
     status = situation.service.update_status
     if status is not None and status.state in UNDER_WAY:
@@ -126,7 +126,10 @@ def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWor
     is_paused = status is not None and status.state in PAUSED
     for number, slot in enumerate(updatable):
         if is_outdated(slot, situation) and (
-            not is_paused or any(not is_dirty(task, situation) for task in wanted(slot))
+            not is_paused
+            or any(
+                not is_dirty(task, situation) or situation.moves_start_first(task) for task in wanted(slot)
+            )
         ):
             return True
         if number % STEP == 0:

@@ -40,7 +40,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
-from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, wanted
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
@@ -169,8 +169,15 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: in
 
 
 def attempts_of(slot: Slot, task: Task) -> list[Task]:
-    """Return the tasks that ``max_attempts`` counts: same version as ``task``, and the predecessor ended by itself."""
-    made = [other for other in history(slot) if other.spec_version == task.spec_version]
+    """Return the tasks that ``max_attempts`` counts: same version as ``task``, and the predecessor ended by itself.
+
+    A younger task than ``task`` was surplus: its replacement on another node, when a drain was undone.
+    """
+    made = [
+        other
+        for other in history(slot)
+        if other.spec_version == task.spec_version and age(other) <= age(task)
+    ]
     return [successor for predecessor, successor in pairwise(made) if predecessor.ended_by_itself]
 
 

@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask
+from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.container import Mount
 from skep.model.node import Availability, NodeState
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
@@ -14,9 +15,12 @@ from skep.model.service import (
     ServiceSpec,
     UpdateConfig,
     UpdateOrder,
+    UpdateState,
+    UpdateStatus,
 )
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.managers.rollouts import wanted as of_image
 from tests.support.managers.worlds import World
@@ -123,6 +127,20 @@ def test_a_drain_that_is_undone_removes_the_surplus_task() -> None:
     world.nodes[N1] = a_node("n1")
     world.settle()
     assert [task.id for task in wanted(world)] == ["old1"]
+
+
+def test_the_surplus_task_of_a_drain_that_is_undone_is_no_attempt() -> None:
+    spec = a_spec()
+    policy = RestartPolicy(delay=3 * SECOND_NS, max_attempts=1)
+    world = a_world(replace(spec, task_template=replace(spec.task_template, restart_policy=policy)))
+    drain(world)
+    world.nodes[N1] = a_node("n1")
+    world.settle()
+    world.report("old1", TaskState.FAILED)
+    world.settle()
+    assert [task.desired_state for task in wanted(world)] == [TaskState.READY], (
+        "it waits for the restart delay"
+    )
 
 
 def test_a_drain_that_is_undone_before_the_replacement_is_written_creates_none() -> None:
@@ -246,6 +264,134 @@ def test_a_drain_during_a_stop_first_update_starts_the_prepared_task() -> None:
     drain(world)
     assert world.tasks[new.id].desired_state is RUNNING
     assert world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_drain_during_an_update_moves_as_many_outdated_tasks_at_a_time_as_the_update() -> None:
+    world = a_world(a_spec(3))
+    world.update(a_spec(3, image="app:2"))
+    drain(world)
+    for number in range(1, 4):
+        (new,) = [task for task in of_image(world, "app:2") if task.status.state is not RUNNING]
+        assert len(of_image(world, "app:2")) == number
+        assert new.desired_state is RUNNING
+        assign(world, new.id, state=RUNNING)
+    assert of_image(world, "app:1") == []
+
+
+def test_an_update_begins_with_the_tasks_of_a_drained_node() -> None:
+    world = a_world(a_spec(3), ("n1", "n2", "n3"))
+    drain(world, "n3")
+    world.update(a_spec(3, image="app:2"))
+    world.settle()
+    assert [task.slot for task in of_image(world, "app:2")] == [3]
+
+
+def test_an_update_during_a_drain_begins_no_more_slots_than_it_may() -> None:
+    world = a_world(a_spec(3))
+    drain(world)
+    assert len(new_ones(world)) == 3
+    world.update(a_spec(3, image="app:2"))
+    world.settle()
+    assert [task.id for task in of_image(world, "app:1")] == ["old1", "old2", "old3"]
+    assert len(of_image(world, "app:2")) == 1
+
+
+def test_a_drain_goes_on_while_the_update_is_paused() -> None:
+    world = a_world(a_spec(2), ("n1", "n2"))
+    world.update(a_spec(2, image="app:2"))
+    world.put(replace(world.service, update_status=UpdateStatus(state=UpdateState.PAUSED)))
+    assert world.settle() == 0
+    drain(world)
+    (new,) = of_image(world, "app:2")
+    assert (new.slot, new.desired_state) == (1, RUNNING)
+    assign(world, new.id, state=RUNNING)
+    assert [task.id for task in of_image(world, "app:1")] == ["old2"], "the update is still paused"
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_drain_that_is_undone_while_the_update_is_paused_removes_the_surplus_task(is_running: bool) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id)
+    world.nodes[N1] = a_node("n1")
+    if is_running:
+        world.report(new.id, RUNNING)
+    world.update(a_spec(image="app:2"))
+    world.put(replace(world.service, update_status=UpdateStatus(state=UpdateState.PAUSED)))
+    world.settle()
+    assert [task.id for task in wanted(world)] == [new.id if is_running else "old1"]
+
+
+def test_a_slot_that_waits_for_its_turn_keeps_one_running_task_after_a_drain_is_undone() -> None:
+    world = a_world(a_spec(3), ("n9", "n9", "n1"))
+    drain(world)
+    (new,) = new_ones(world)
+    world.nodes[N1] = a_node("n1")
+    world.put(replace(new, node_id=NodeId("n9")))
+    world.report(new.id, RUNNING)
+    world.update(a_spec(3, image="app:2"))
+    world.settle()
+    assert [task.id for task in of_image(world, "app:1") if task.slot == 3] == [new.id]
+
+
+@pytest.mark.parametrize("state", [TaskState.STARTING, RUNNING])
+def test_a_rollback_during_a_drain_replaces_the_new_task_by_one_of_the_old_spec(state: TaskState) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    world.update(a_spec(image="app:2"))
+    world.settle()
+    (new,) = of_image(world, "app:2")
+    world.put(replace(new, node_id=NodeId("n9")))
+    world.report(new.id, state)
+    world.update(a_spec())
+    world.settle()
+    old, second = sorted(of_image(world, "app:1"), key=lambda task: task.id, reverse=True)
+    assert (old.id, of_image(world, "app:2")) == ("old1", [])
+    assign(world, second.id, state=RUNNING)
+    assert [task.id for task in wanted(world)] == [second.id]
+
+
+def test_a_drain_that_is_undone_leaves_the_update_a_prepared_task_that_it_finishes() -> None:
+    world = a_world(a_spec())
+    world.update(a_spec(image="app:2"))
+    drain(world)
+    (new,) = of_image(world, "app:2")
+    assign(world, new.id, state=TaskState.PREPARING)
+    world.nodes[N1] = a_node("n1")
+    world.settle()
+    assign(world, new.id, state=TaskState.READY)
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+@pytest.mark.parametrize("state", [TaskState.NEW, TaskState.STARTING, RUNNING])
+def test_scaling_to_zero_during_a_drain_removes_both_tasks(state: TaskState) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.report(new.id, state)
+    world.update(a_spec(0))
+    world.settle()
+    assert wanted(world) == []
+
+
+@pytest.mark.parametrize("state", [TaskState.NEW, TaskState.STARTING, RUNNING])
+def test_a_drain_at_once_after_a_drain_leaves_the_replacement(state: TaskState) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.report(new.id, state)
+    drain(world, labels={DRAIN_NOW: "true"})
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+def test_a_new_leader_neither_creates_nor_stops_tasks() -> None:
+    world = a_world(a_spec(3))
+    drain(world)
+    before = wanted(world)
+    world.seen = ObservedTimes(world.now)
+    assert world.settle() == 0
+    assert wanted(world) == before
 
 
 # --- tasks that stop first ----------------------------------------------------------------------------------------
