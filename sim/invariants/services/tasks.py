@@ -10,7 +10,8 @@ from sim.invariants.nodes.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import VolumeAffinity, min_available, volume_affinity
-from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.options.overlap import written_data
+from skep.model.service import Resources, Service, ServiceSpec, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume, VolumeScope
@@ -274,17 +275,26 @@ class UpdatesKeepServing:
 
 def may_start_first(service: Service) -> bool:
     """Return whether an update or rollback to or from the current spec may start the new task first."""
-    return _keeps_all(service) or any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
-
-
-def _keeps_all(service: Service) -> bool:
-    """Return whether the disruption budget lets no running task stop first."""
-    specs = (service.spec, service.previous_spec or service.spec)
-    return any(
-        spec.mode.replicated is not None
-        and 0 < spec.replicas <= (min_available(spec.labels, spec.replicas) or 0)
-        for spec in specs
+    return _has_minimum(service) or any(
+        config.order is UpdateOrder.START_FIRST for config in _configs(service)
     )
+
+
+def _has_minimum(service: Service) -> bool:
+    """Return whether the disruption budget may let no running task stop first.
+
+    Tasks that write data overlap only if all tasks have to stay available.
+    """
+    specs = (service.spec, service.previous_spec or service.spec)
+    for spec in specs:
+        minimum = min_available(spec.labels, spec.replicas) if spec.mode.replicated is not None else 0
+        if minimum and (minimum >= spec.replicas or not any(map(_writes_data, specs))):
+            return True
+    return False
+
+
+def _writes_data(spec: ServiceSpec) -> bool:
+    return bool(written_data(spec.task_template))
 
 
 def always_starts_first(service: Service) -> bool:

@@ -130,6 +130,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             return False
         if task.preemption is not None or any(self.is_drained(one.id) for one in task.volumes):
             return False
+        return self.may_overlap(task)
+
+    def may_overlap(self, task: Task) -> bool:
+        """Return whether ``task`` and a new task of the service may run at a time."""
         made_from = replace(self.service.spec, task_template=task.spec)
         return not why_stop_first(made_from) and not why_stop_first(self.service.spec)
 

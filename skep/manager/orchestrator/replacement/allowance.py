@@ -1,16 +1,25 @@
-"""Holds back steps that would take more tasks of a service away than its disruption budget allows."""
+"""Holds back steps that would take more tasks of a service away than its disruption budget allows.
 
-from collections.abc import Sequence
+A stop-first update can block itself: the new task of one slot waits for the place of another slot's old task, which the
+budget keeps.  So if no other task of the service is about to serve, the prepared task of such a slot starts before the
+old one stops, unless both would write to the same data.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from math import inf
 
 import msgspec
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, Step
+from skep.manager.control_loops.loop_driver import Recheck
+from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.restart import start_time
+from skep.manager.orchestrator.slots import group_by_slot
 from skep.manager.services.disruption_budget import budget_of, is_available, required
 from skep.model.node import Availability, NodeState
 from skep.model.options.labels import drains_now
-from skep.model.task import TaskState
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import TaskId
 
 WITNESSES_MAX = 40
@@ -41,6 +50,9 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
     for task in situation.tasks:
         if is_available(task, situation.node_of(task)):
             serving.setdefault(task.slot, set()).add(task.id)
+    for number, step in enumerate(steps):
+        if isinstance(step, ReplaceTask | RetireTask) and number not in limited:
+            _take(step.task, serving)  # it does not wait for the budget, but counts
     held: set[int] = set()
     for number in limited:
         step = steps[number]
@@ -49,17 +61,51 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
         rest = serving.get(slot, set()) - {step.task.id}
         if len(serving) - (slot in serving and not rest) < minimum:
             held.add(number)
-        elif rest:
-            serving[slot] = rest
         else:
-            serving.pop(slot, None)
+            _take(step.task, serving)
     keeps = _witnesses(serving, minimum)
     for number in limited:
         step = steps[number]
         assert isinstance(step, ReplaceTask | RetireTask)
         steps[number] = replace(step, keeps=keeps)
     allowed = [step for number, step in enumerate(steps) if number not in held]
+    if held and not any(_may_serve_soon(task, serving, situation) for task in situation.tasks):
+        allowed += _started_first([steps[number] for number in sorted(held)], situation)
     return Allowed(allowed, is_limited=True, is_held=bool(held))
+
+
+def _take(task: Task, serving: dict[int, set[TaskId]]) -> None:
+    """Count ``task`` as taken away."""
+    rest = serving.pop(task.slot, set()) - {task.id}
+    if rest:
+        serving[task.slot] = rest
+
+
+def _may_serve_soon(task: Task, serving: Collection[int], situation: Situation) -> bool:
+    """Return whether the task will raise the number of available tasks, as far as its states tell."""
+    if task.slot in serving or not task.is_wanted or not task.is_active:
+        return False
+    is_refused = task.status.state <= TaskState.PENDING and bool(task.status.err)
+    node = situation.node_of(task)
+    return not is_refused and (node is None or node.status.state is not NodeState.DOWN)
+
+
+def _started_first(held: Sequence[Step], situation: Situation) -> Iterator[Step]:
+    """Start the prepared successors of tasks that may not be stopped."""
+    slots = group_by_slot(situation.tasks)
+    tasks = {task.id: task for task in situation.tasks}
+    for step in held:
+        successor = tasks.get(step.successor) if isinstance(step, RetireTask) and step.successor else None
+        if successor is None or successor.desired_state is not TaskState.READY:
+            continue
+        assert isinstance(step, RetireTask)
+        if successor.status.state is not TaskState.READY or not situation.may_overlap(step.task):
+            continue
+        starts_at = start_time(successor, slots[successor.slot], situation)
+        if starts_at <= situation.now:
+            yield StartTask(successor)
+        elif starts_at < inf:
+            yield Recheck(starts_at)
 
 
 def _witnesses(serving: dict[int, set[TaskId]], minimum: int) -> tuple[TaskId, ...]:

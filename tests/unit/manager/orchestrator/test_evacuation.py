@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.container import Mount
+from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, NodeState
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.service import (
@@ -508,3 +508,51 @@ def test_scaling_down_does_not_wait_for_the_budget() -> None:
     assert {type(change) for change in world.changes()} == {RetireTask}
     world.settle()
     assert len(wanted(world)) == 1
+
+
+def test_tasks_that_a_user_removes_count_against_the_budget() -> None:
+    world = a_world(a_spec(4, minimum="2", parallelism=0), ("n1", "n2", "n3", "n4"))
+    world.update(a_spec(4, minimum="2", parallelism=0, image="app:2"))
+    world.settle()
+    world.update(a_spec(3, minimum="2", parallelism=0, image="app:2"))
+    world.prepare_all()
+    stopped = [change for change in world.changes() if isinstance(change, RetireTask)]
+    goals = [change.desired for change in stopped if change.task.status.state is RUNNING]
+    assert sorted(goal.value for goal in goals) == ["remove", "shutdown"], "two of four stay"
+
+
+def a_blocked_update(*, data: bool) -> tuple[World, Task, Task]:
+    """Return an update in which slot 2 has lost its node, and the budget keeps the old task of slot 1."""
+    spec = a_spec(2, minimum="1", parallelism=2, data=data)
+    world = a_world(spec, ("n1", "n2"))
+    container = replace(spec.task_template.container_spec or ContainerSpec(), image="app:2")
+    world.update(replace(spec, task_template=replace(spec.task_template, container_spec=container)))
+    world.settle()
+    first, second = of_image(world, "app:2")
+    world.put(replace(world.tasks[TaskId("old2")], node_id=NodeId("gone")))
+    world.settle()
+    assign(world, first.id, state=TaskState.READY)
+    assert world.tasks[first.id].desired_state is TaskState.READY, "slot 2 may have a task soon"
+    return world, first, second
+
+
+def refuse(world: World, task: Task) -> None:
+    world.put(replace(task, status=replace(task.status, state=TaskState.PENDING, err="no suitable node")))
+    world.settle()
+
+
+def test_an_update_whose_stop_the_budget_forbids_starts_the_prepared_task_first() -> None:
+    """The new task of slot 2 may need the node of slot 1, so no other task would raise the number of tasks."""
+    world, first, second = a_blocked_update(data=False)
+    refuse(world, second)
+    assert world.tasks[first.id].desired_state is RUNNING
+    assert world.tasks[TaskId("old1")].is_wanted
+    assign(world, first.id, state=RUNNING)
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_prepared_task_that_writes_data_does_not_start_first() -> None:
+    world, first, second = a_blocked_update(data=True)
+    refuse(world, second)
+    assert world.tasks[first.id].desired_state is TaskState.READY
+    assert world.tasks[TaskId("old1")].is_wanted
