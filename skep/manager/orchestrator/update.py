@@ -261,7 +261,7 @@ class _Rollout:
     def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many more slots as ``parallelism`` allows, and recheck when a delay ends.
 
-        Idle slots, which have no running task, come first, and then those that leave a drained node.  The update starts
+        Idle slots, which have no running task, come first, and then slots of drained nodes.  The update starts
         with a slot that has a running task only if ``parallelism`` has capacity for all idle slots as well.  Otherwise
         the service might have no running task left, because an earlier update may have stopped the idle slots.  The
         update starts with an idle slot even beyond ``parallelism`` if its task holds something that a new task was
