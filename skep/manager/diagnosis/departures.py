@@ -8,7 +8,7 @@ from skep.model.needs import host_ports
 from skep.model.node import Availability, Node
 from skep.model.node_reports.departures import STAYS
 from skep.model.options.labels import drains_now
-from skep.model.service import Service
+from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 
@@ -36,6 +36,15 @@ def why_it_stays(task: Task, service: Service, tasks: Iterable[Task], nodes: Map
         last = max(successors, key=lambda one: (one.created_at, one.id))
         problem = problem_of(last, slot, nodes, ports=host_ports(service.spec))
         why = f"its replacement does not run yet: {problem.reason}"
+    elif _is_outdated(task, service):
+        why = "the update replaces it in its turn"
     else:
         why = budget_of(service, tasks, nodes.get).reason or "its replacement starts first"
     return f"{STAYS} {where}, which is drained: {why}"
+
+
+def _is_outdated(task: Task, service: Service) -> bool:
+    """Return whether an update of the service, which may be paused, will replace the task."""
+    status = service.update_status
+    is_updated = status is not None and (status.state in UNDER_WAY or status.state in PAUSED)
+    return is_updated and task.spec != service.spec.task_template
