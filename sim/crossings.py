@@ -43,6 +43,7 @@ from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
     FORGET_NODES,
     JOB_TTL,
+    MIN_AVAILABLE,
     ON_DISCONNECT,
     PREEMPTION,
     PRIORITY,
@@ -227,6 +228,23 @@ def _drained_often(cluster: SimulatedCluster) -> None:
         cluster.kill_container(task)
     cluster.run_for(1.0)
     _expect(cluster, "web, which has failed once, is given up", partial(_is_running, cluster, 1))
+
+
+def _drained_and_updated(cluster: SimulatedCluster) -> None:
+    """A service that stops its tasks first keeps two of three while its nodes are drained in turn and it is updated."""
+    spec = with_mount(_a_spec("db", _replicas(3)), Mount(type="volume", source="data", target="/data"))
+    spec = with_labels(replace(spec, update_config=UpdateConfig(parallelism=0)), {MIN_AVAILABLE: "2"})
+    _create(cluster, spec)
+    for number in range(3):
+        _expect(cluster, "db does not run", lambda: cluster.running("db") == 3)
+        drained = {cluster.workers[number], cluster.workers[number + 1]}
+        for id in cluster.workers:
+            cluster.set_availability(id, Availability.DRAIN if id in drained else Availability.ACTIVE)
+        _update(cluster, ServiceId("db"), partial(with_image, image=f"app:{number + 2}"))
+        cluster.run_for(3.0)
+    for id in cluster.workers:
+        cluster.set_availability(id, Availability.ACTIVE)
+    _expect(cluster, "db does not run at the end", lambda: cluster.running("db") == 3)
 
 
 def _depends_on_a_job_that_removes_itself(cluster: SimulatedCluster) -> None:
@@ -502,12 +520,15 @@ def _rotated_while_a_node_is_away(cluster: SimulatedCluster) -> None:
 
 
 def _more_replicas_than_nodes_may_have(cluster: SimulatedCluster) -> None:
-    """A service has more replicas than its nodes may have, while a node is drained and back."""
+    """A service has more replicas than its nodes may have, while a node is drained and back.
+
+    The drained node keeps its task, because no other node may have one more.
+    """
     spec = _a_spec("web", _replicas(6))
     spec = replace(spec, task_template=replace(spec.task_template, placement=Placement(max_replicas=1)))
     _create(cluster, spec)
     drained = cluster.workers[0]
-    for availability, number in ((Availability.ACTIVE, 4), (Availability.DRAIN, 3), (Availability.ACTIVE, 4)):
+    for availability, number in ((Availability.ACTIVE, 4), (Availability.DRAIN, 4), (Availability.ACTIVE, 4)):
         cluster.set_availability(drained, availability)
         _expect(cluster, f"not {number} replicas run", partial(_is_running, cluster, number))
 
@@ -554,6 +575,7 @@ CROSSINGS: Mapping[str, Simulate] = {
         ("ended before its report", _ended_before_its_report),
         ("lost before its report", _lost_before_its_report),
         ("drained often", _drained_often),
+        ("drained and updated", _drained_and_updated),
         ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
         ("shrinks under a quota", _shrinks_under_a_quota),
         ("task of higher priority", partial(_waits_for_resources, priority=10, allows=True)),

@@ -43,6 +43,7 @@ from skep.manager.dispatcher.node_sessions import adoption, heartbeat_deadlines
 from skep.manager.dispatcher.node_sessions.registration import SessionInvalid
 from skep.manager.orchestrator import (
     changes,
+    convergence,
     decision_inputs,
     global_services,
     jobs,
@@ -56,7 +57,7 @@ from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import SlotKey
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.reaper import state as reaper_state
-from skep.manager.orchestrator.replacement import held_places, restart
+from skep.manager.orchestrator.replacement import allowance, held_places, restart
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler.explaining import dry_run
@@ -374,6 +375,10 @@ def _counts_moves() -> list[Patch]:
 
     users = (restart, replicated, global_services, jobs)
     return [Patch(module, "should_restart", counting) for module in users]
+
+
+def _has_no_budget() -> list[Patch]:
+    return [Patch(convergence, "within_budget", lambda steps, _: allowance.Allowed(list(steps)))]
 
 
 def _may_not_shrink() -> list[Patch]:
@@ -1001,6 +1006,12 @@ MUTANTS: tuple[Mutant, ...] = (
                 "a task that was moved uses up no attempt",
                 _counts_moves,
                 "drained often",
+            ),
+            (
+                "disruption budget",
+                "drains and updates together leave a service's least number of tasks available",
+                _has_no_budget,
+                "drained and updated",
             ),
             (
                 "start first",

@@ -11,6 +11,7 @@ from skep.model.options.labels import (
     ALLOW_CREDENTIAL_HELPERS,
     ALLOW_MACHINE_LOGS,
     DRAIN,
+    DRAIN_NOW,
     EXEC,
     FORGET_NODES,
     HEARTBEAT_GRACE,
@@ -21,6 +22,7 @@ from skep.model.options.labels import (
     JOB_TTL,
     LAST_LINES,
     MAINTENANCE,
+    MIN_AVAILABLE,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
     PREEMPTION,
@@ -133,6 +135,16 @@ LABELS = (
         "waits for other services (`skep.depends-on`), or for the previous task to stop, does not count, and the "
         "deadline starts again afterwards. Time in which it waits for a missing service or a failed job counts. "
         "Without this label, an update also fails after 10 s if no node can ever take the task.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        MIN_AVAILABLE,
+        "number of tasks, or percentage such as `80%`",
+        "see text",
+        "How many tasks of a replicated service drains, updates and preemption leave available ([guide]"
+        "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
+        "updates start new tasks first. By default, drains that have to stop tasks first stop as many at a time as "
+        "updates do.",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -429,6 +441,14 @@ LABELS = (
     ),
     Label(
         LabelTarget.REVISION, STACK_CHANGES, "`2 created, 1 updated`", "", "Objects that its deploy changed."
+    ),
+    Label(
+        LabelTarget.NODE,
+        DRAIN_NOW,
+        "`true`",
+        "`false`",
+        "A drain stops the node's tasks before their replacements run, as in Docker. The command `skep node drain "
+        "--now` sets this label. Skep removes the label when the drain ends.",
     ),
     Label(
         LabelTarget.NODE,

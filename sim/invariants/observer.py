@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.bookkeeping import CachesMatchStore
+from sim.invariants.budget import minimum_stays_available
 from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorded
 from sim.invariants.committed import Change, CommittedState
 from sim.invariants.failures import FailedServices
@@ -120,6 +121,7 @@ class Observer:
             self.dependencies,
             UniqueAllocations(),
             networks_are_apart,
+            minimum_stays_available,
             LocalVolumesStay(),
             FullNodesGetNoNewTasks(),
             AutoscalingIsCalm(),

@@ -15,6 +15,7 @@ from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
 from skep.model.options.dependencies import DEPENDS_ON, DependencyCondition
 from skep.model.options.labels import (
     JOB_TTL,
+    MIN_AVAILABLE,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
     PRIORITY,
@@ -245,7 +246,7 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
     if is_job:
         additions.append(random.choice((_a_schedule, _a_schedule, _a_time_to_live)))
     elif spec.mode.replicated is not None:
-        additions.append(_a_range)
+        additions += [_a_range, _a_minimum]
     for addition in additions:
         if random.random() >= OFF:
             spec = addition(spec, random, known)
@@ -253,6 +254,10 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
 
 
 _Addition = Callable[[ServiceSpec, Random, Dependencies], ServiceSpec]
+
+
+def _a_minimum(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    return with_labels(spec, {MIN_AVAILABLE: random.choice(("1", "2", "50%", "80%", "100%"))})
 
 
 def _a_priority(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

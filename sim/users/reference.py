@@ -135,6 +135,8 @@ def rejection_of(spec: ServiceSpec) -> int | None:
         return BAD
     if "skep.autoscale" in spec.labels and spec.mode.name != "replicated":
         return BAD
+    if "skep.min-available" in spec.labels and spec.mode.name != "replicated":
+        return BAD
     if "skep.cron" in spec.labels and not is_job(spec):
         return BAD
     reserved = template.resources.reservations if template.resources is not None else None

@@ -53,7 +53,15 @@ from skep.manager.membership.service import resign
 from skep.manager.services.quotas import quota_of
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
-from skep.model.options.labels import FORGET_NODES, MAINTENANCE, PREEMPTION, PRIORITY, STOPPED, is_stopped
+from skep.model.options.labels import (
+    DRAIN_NOW,
+    FORGET_NODES,
+    MAINTENANCE,
+    PREEMPTION,
+    PRIORITY,
+    STOPPED,
+    is_stopped,
+)
 from skep.model.options.schedules import CRON, CRON_SUSPEND, JOB_MODES
 from skep.model.permissions.user import User, UserSpec
 from skep.model.quota import QuotaSpec
@@ -92,6 +100,8 @@ ACCESS_MODES = (
 )
 DRAWS_MAX = 100
 """Maximum number of drawn specs.  About one in ten is of a service that can be steady."""
+DRAINED_NOW = 0.3
+"""Probability that a drain does not wait for replacements."""
 COMMANDED = 0.3
 """Share of the runs with extensions that have stack commands, which keeps the others cheap."""
 LATE = 0.1
@@ -419,7 +429,14 @@ class Users:
         await self._set_node(self._random.choice(self._cluster.workers), labeled)
 
     async def _set_availability(self, id: NodeId, availability: Availability) -> bool | None:
-        return await self._set_node(id, lambda spec: replace(spec, availability=availability))
+        is_now = availability is Availability.DRAIN and self._random.random() < DRAINED_NOW
+
+        def available(spec: NodeSpec) -> NodeSpec:
+            labels = {name: value for name, value in spec.labels.items() if name != DRAIN_NOW}
+            labels |= {DRAIN_NOW: "true"} if is_now else {}
+            return replace(spec, availability=availability, labels=labels)
+
+        return await self._set_node(id, available)
 
     async def set_role(self, id: NodeId, role: NodeRole) -> bool | None:
         """Request a role for a node.  Return whether its desired role is now ``role``, or None if that is unknown."""

@@ -9,8 +9,9 @@ from sim.invariants.nodes.disks import has_full_disk
 from sim.invariants.nodes.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
 from skep.model.node import Availability, Node, NodeState
-from skep.model.options.labels import VolumeAffinity, volume_affinity
-from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.options.labels import VolumeAffinity, min_available, volume_affinity
+from skep.model.options.overlap import written_data
+from skep.model.service import Resources, Service, ServiceSpec, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume, VolumeScope
@@ -41,19 +42,30 @@ def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
     """Check that a slot has one task with desired state running, and at most one in reserve.  For jobs, in each
     iteration.
 
-    During an update with start-first, both may have desired state running.
+    During an update with start-first, both may have desired state running.  So may the task of a drained node and its
+    replacement.  If the drain is undone, both may run until one of them is retired.
     """
     for event in change.events:
         match event:
+            case Updated(Task() as before, Task() as task) if before.desired_state is task.desired_state:
+                continue
             case Created(Task() as task) | Updated(_, Task() as task) if task.is_wanted:
                 slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
                 slot = [one for one in slot if one.is_wanted and one.job_iteration == task.job_iteration]
                 wanted = [one.id for one in slot]
                 started = [one.id for one in slot if one.desired_state is not TaskState.READY]
                 service = view.lookup(Service, task.service_id)
-                both = service is not None and may_start_first(service)
+                both = service is not None and (
+                    may_start_first(service) or any(is_on_drained_node(one, view) for one in slot)
+                )
                 if len(wanted) > 2 or len(started) > (2 if both else 1):
                     yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
+
+
+def is_on_drained_node(task: Task, view: View) -> bool:
+    """Return whether the task's node is drained."""
+    node = view.lookup(Node, task.node_id) if task.node_id else None
+    return node is not None and node.spec.availability is Availability.DRAIN
 
 
 def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
@@ -263,7 +275,26 @@ class UpdatesKeepServing:
 
 def may_start_first(service: Service) -> bool:
     """Return whether an update or rollback to or from the current spec may start the new task first."""
-    return any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+    return _has_minimum(service) or any(
+        config.order is UpdateOrder.START_FIRST for config in _configs(service)
+    )
+
+
+def _has_minimum(service: Service) -> bool:
+    """Return whether the disruption budget may let no running task stop first.
+
+    Tasks that write data overlap only if all tasks have to stay available.
+    """
+    specs = (service.spec, service.previous_spec or service.spec)
+    for spec in specs:
+        minimum = min_available(spec.labels, spec.replicas) if spec.mode.replicated is not None else 0
+        if minimum and (minimum >= spec.replicas or not any(map(_writes_data, specs))):
+            return True
+    return False
+
+
+def _writes_data(spec: ServiceSpec) -> bool:
+    return bool(written_data(spec.task_template))
 
 
 def always_starts_first(service: Service) -> bool:

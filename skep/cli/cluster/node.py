@@ -19,11 +19,13 @@ from skep.cli import options, passthrough
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
-from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
+from skep.model.node_reports.departures import STAYS
 from skep.model.node_reports.node_refusals import is_no_node
-from skep.model.options.labels import VOLUME_AFFINITY, VolumeAffinity, volume_affinity
+from skep.model.options.labels import DRAIN_NOW, VOLUME_AFFINITY, VolumeAffinity, volume_affinity
+from skep.model.options.overlap import why_stop_first
 from skep.model.options.slot_volumes import local_volumes
-from skep.model.service import TaskSpec
+from skep.model.service import ServiceSpec, TaskSpec
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
 
@@ -68,36 +70,38 @@ def node() -> None:
     default=False,
     help="Return at once instead of waiting until the tasks have stopped.",
 )
+@click.option("--now", is_flag=True, help="Stop tasks before their replacements run, as Docker does.")
 @options.timeout()
 @click.argument("name", metavar="NODE")
 @click.pass_obj
-def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
+def drain(host: HostOptions, name: str, detach: bool, now: bool, timeout: float) -> None:
     """Drain a node and wait until its tasks have stopped.
 
     You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
 
-    The command first lists services that will be down until their tasks run elsewhere, and services whose local volumes
-    stay on the node. To spread the tasks of such a service before, run skep service update --force SERVICE.
+    A task stops when its replacement runs on another node. Until then it stays, and the command shows why. Tasks that
+    write to a volume or host path stop first. The command lists their services before it begins.
 
     \b
-    Example:
+    Examples:
       skep node drain w2
+      skep node drain --now w2
     """
-    run_requests(_drain(host, name, None if detach else timeout))
+    run_requests(_drain(host, name, None if detach else timeout, now=now))
     if not detach:
         click.echo(f"{name} is drained: no tasks are left")
         click.echo(f"To give it tasks again, run {_AVAILABILITY} active {name}.")
 
 
-async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
+async def _drain(host: HostOptions, name: str, wait_s: float | None, *, now: bool = False) -> None:
     async with host.client() as client:
-        for line in await _consequences(client, name):
+        for line in await _consequences(client, name, now=now):
             say(line)
         if wait_s is None:
-            await _set_draining(client, name)
+            await _set_draining(client, name, now=now)
             return
         moved = {str(task.get("ServiceID", "")) for task in await _tasks_of(client, name)}
-        await drain_and_wait(client, name, wait_s)
+        await drain_and_wait(client, name, wait_s, now=now)
         services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
         filters = {"desired-state": ["running"]}
         tasks = await client.get("/tasks", filters=filters, timeout_s=RESPONSE_TIMEOUT_S)
@@ -120,10 +124,8 @@ def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[
     ]
 
 
-async def _consequences(client: ApiClient, name: str) -> Sequence[str]:
-    """Return the effects of a drain: services that have no task elsewhere, and services with local volumes on the
-    node.
-    """
+async def _consequences(client: ApiClient, name: str, *, now: bool) -> Sequence[str]:
+    """Return the effects of a drain: services whose tasks stop first, and services with local volumes on the node."""
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
@@ -135,12 +137,31 @@ async def _consequences(client: ApiClient, name: str) -> Sequence[str]:
         for one in sorted(services, key=lambda one: str(one["Spec"]["Name"]))
         if "Replicated" in one["Spec"]["Mode"] and node["ID"] in homes.get(one["ID"], set())
     ]
-    away = [
-        f"{one['Spec']['Name']} has all its tasks on {name}, and is down until they run elsewhere"
-        for one in there
-        if homes[one["ID"]] == {node["ID"]}
-    ]
-    return [*away, *filter(None, (left_behind(one["Spec"], name) for one in there))]
+    lines: list[str] = []
+    for one in there:
+        is_away = homes[one["ID"]] == {node["ID"]}
+        lines.append(stops_first(one["Spec"], name, is_away=is_away, now=now))
+        lines.append(left_behind(one["Spec"], name))
+    return [line for line in lines if line]
+
+
+def stops_first(spec: Mapping[str, Any], node: str, *, is_away: bool, now: bool) -> str:
+    """Return that a replicated service's tasks on ``node`` stop before their replacements run; empty if they do not.
+
+    Args:
+        is_away: Whether the service has no task on another node.
+        now: Whether every task stops first, so that only services that will be down are named.
+    """
+    down = ", and is down until they run elsewhere" if is_away else ""
+    if now:
+        return f"{spec['Name']} has all its tasks on {node}{down}" if is_away else ""
+    try:
+        data = why_stop_first(leniently(to_json(spec), ServiceSpec))
+    except msgspec.DecodeError:  # The spec is from a newer version, so the warning is left out.
+        return ""
+    if not data:
+        return ""
+    return f"{spec['Name']} stops its tasks on {node} before their replacements start (they write to {data}){down}"
 
 
 def left_behind(spec: Mapping[str, Any], node: str) -> str:
@@ -164,26 +185,32 @@ def named(words: Sequence[str]) -> str:
     return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
-async def _set_draining(client: ApiClient, name: str) -> None:
-    await update(
-        client,
-        "nodes",
-        name,
-        lambda node: node["Spec"] | {"Availability": "drain"},
-        timeout_s=RESPONSE_TIMEOUT_S,
-    )
+async def _set_draining(client: ApiClient, name: str, *, now: bool) -> None:
+    def draining(node: Mapping[str, Any]) -> dict[str, Any]:
+        labels = dict(node["Spec"].get("Labels") or {})
+        labels.pop(DRAIN_NOW, None)
+        if now:
+            labels[DRAIN_NOW] = "true"
+        return {**node["Spec"], "Availability": "drain", "Labels": labels}
+
+    await update(client, "nodes", name, draining, timeout_s=RESPONSE_TIMEOUT_S)
 
 
-async def drain_and_wait(client: ApiClient, name: str, within_s: float) -> None:
-    """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
-    await _set_draining(client, name)
+async def drain_and_wait(client: ApiClient, name: str, within_s: float, *, now: bool = False) -> None:
+    """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left.
+
+    Args:
+        now: Stop tasks before their replacements run.
+    """
+    await _set_draining(client, name, now=now)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
     shown, first = "", name
     try:
         async with asyncio.timeout(within_s):
             while left := await persistently(partial(_tasks_of, client, name), say):
-                some = sorted(_task_name(task, names) for task in left)
+                tasks = {_task_name(task, names): task for task in left}
+                some = sorted(tasks)
                 first = some[0]
                 text = f"{counted(len(left), 'task')} left: {named(some)}"
                 if await persistently(partial(_is_down, client, name), say):
@@ -191,12 +218,26 @@ async def drain_and_wait(client: ApiClient, name: str, within_s: float) -> None:
                         f". {name} is down and reports no end of them until it is back. "
                         f"If it is lost for good, run skep node forget {name}"
                     )
+                elif stays := await persistently(
+                    partial(_why_it_stays, client, str(tasks[first]["ID"])), say
+                ):
+                    text += f". {first}: {stays}. To stop it all the same, run skep node drain --now {name}"
                 if text != shown:
                     say(text)
                 shown = text
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain {first}.") from None
+
+
+async def _why_it_stays(client: ApiClient, task_id: str) -> str:
+    """Return why a task is still on its drained node; empty if it is stopping, or if the manager does not know."""
+    try:
+        found = await client.get(f"/skep/tasks/{task_id}/explain", timeout_s=RESPONSE_TIMEOUT_S)
+    except NotFound:  # The task has just been removed.
+        return ""
+    summary = str(found.get("Summary") or "")
+    return summary if summary.startswith(STAYS) else ""
 
 
 async def _is_down(client: ApiClient, name: str) -> bool:

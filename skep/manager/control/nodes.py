@@ -14,6 +14,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unav
 from skep.manager.nodes.revocation import revoke
 from skep.model.networks.data_planes import is_docker_node
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.encoding import ApiObject, always
@@ -73,6 +74,9 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
         check_demotion(tx, node)
     if node.version != Version(index=version):
         raise OutOfSequence
+    if spec.availability is not Availability.DRAIN and DRAIN_NOW in spec.labels:
+        # Otherwise a later drain would stop tasks at once, without anybody's request.
+        spec = replace(spec, labels={name: spec.labels[name] for name in spec.labels if name != DRAIN_NOW})
     return tx.put(replace(node, spec=spec))
 
 

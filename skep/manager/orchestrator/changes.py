@@ -17,6 +17,7 @@ from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.replacement.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_assigned, is_lost, is_stopping
 from skep.manager.services.dependents import requiring, restart_dependents
+from skep.manager.services.disruption_budget import is_available
 from skep.manager.services.job_runs import settled
 from skep.manager.services.quotas import claim_service
 from skep.manager.services.registry_auth import follow_rollback
@@ -73,6 +74,7 @@ class RetireTask(msgspec.Struct, frozen=True):
             nothing is written, and the update continues with both tasks.
         service: The service at the time of the decision (``decided_for``).  If its spec has changed since, nothing is
             written.
+        keeps: Tasks that have to be available still, by the disruption budget.  Otherwise nothing is written.
     """
 
     task: Task
@@ -82,18 +84,20 @@ class RetireTask(msgspec.Struct, frozen=True):
     cause: Cause | None = None
     service: Service | None = None
     is_refused: bool = False
+    keeps: tuple[TaskId, ...] = ()
 
 
 class ReplaceTask(msgspec.Struct, frozen=True):
     """Retire ``task`` and fill its slot again, both or neither.
 
     If ``task`` was assigned to a node after the decision, the successor is only prepared: that node has to stop
-    ``task`` first.
+    ``task`` first.  ``keeps`` is as in ``RetireTask``.
     """
 
     task: Task
     successor: FillSlot
     cause: Cause | None = None
+    keeps: tuple[TaskId, ...] = ()
 
 
 class StartTask(msgspec.Struct, frozen=True):
@@ -196,15 +200,15 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
-        case RetireTask(task, desired, successor, is_due, cause, service, is_refused):
+        case RetireTask(task, desired, successor, is_due, cause, service, is_refused, keeps):
             if service is not None and not _is_current_at_commit(tx, service):
                 return
-            if cause is not None and _has_passed(tx, cause, task):
+            if (cause is not None and _has_passed(tx, cause, task)) or not _are_available(tx, keeps):
                 return
             if successor is None or _can_take_over(tx, successor, is_refused=is_refused):
                 _retire(tx, task.id, desired, now, is_due)
-        case ReplaceTask(task, successor, cause):
-            if cause is not None and _has_passed(tx, cause, task):
+        case ReplaceTask(task, successor, cause, keeps):
+            if (cause is not None and _has_passed(tx, cause, task)) or not _are_available(tx, keeps):
                 return
             # Both or neither, because a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor.service) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
@@ -245,7 +249,9 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     if any(
-        task.is_active and (task.spec_version, task.job_iteration) == (service.spec_version, iteration)
+        task.is_active
+        and (task.spec_version, task.job_iteration) == (service.spec_version, iteration)
+        and not _is_on_drained_node(tx, task)  # it runs until the new task does (``evacuation``)
         for task in rivals
     ):
         return
@@ -265,6 +271,20 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
             restart=_restart(change, rivals, now),
         )
     )
+
+
+def _is_on_drained_node(tx: Transaction, task: Task) -> bool:
+    node = tx.rely_on(Node, task.node_id, HEAD) if task.node_id else None
+    return node is not None and node.spec.availability is Availability.DRAIN
+
+
+def _are_available(tx: Transaction, ids: Iterable[TaskId]) -> bool:
+    """Return whether all these tasks are available, and let the commit fail if that changes."""
+    for id in ids:
+        task = tx.rely_on(Task, id, HEAD, "status")
+        if task is None or not is_available(task, tx.lookup(Node, task.node_id)):
+            return False
+    return True
 
 
 def _restart(change: FillSlot, slot: Iterable[Task], now: Timestamp) -> Restart | None:

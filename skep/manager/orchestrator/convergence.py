@@ -26,6 +26,8 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key
+from skep.manager.orchestrator.replacement.allowance import within_budget
+from skep.manager.orchestrator.replacement.evacuation import evacuation_steps
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.slots import (
@@ -78,7 +80,9 @@ def deciding_all(situation: Situation) -> SlicedWork[tuple[list[Step], Settled |
             steps = jobs.next_steps(situation)
             running = _running_slot(situation)
             return steps, Settled(len(tasks), running=running) if _is_job_settled(steps, situation) else None
-    if steps or (yield from _is_update_due(updatable, situation)):
+    allowed = within_budget(steps, situation)
+    steps = allowed.steps
+    if steps or allowed.is_held or (yield from _is_update_due(updatable, situation)):
         return steps, None
     filled = set(converged)
     for number, slot in slots.items():
@@ -106,14 +110,15 @@ def deciding_some(
             steps, updatable = yield from _deciding_nodes(situation)
         case "replicated-job" | "global-job":
             return _deciding_some_of_job(situation, due, settled)
-    return None if (yield from _is_update_due(updatable, situation)) else steps
+    is_limited = within_budget(steps, situation).is_limited
+    return None if is_limited or (yield from _is_update_due(updatable, situation)) else steps
 
 
 def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWork[bool]:
     """Return whether the update has work in one of the slots.  If so, the amount that it does at a time depends on all
     slots.
 
-    A paused update starts with no further slot, and only finishes the slots it has started with.
+    A paused update starts with no further slot, and only finishes the slots it has started with.  Drains continue.
     """
     status = situation.service.update_status
     if status is not None and status.state in UNDER_WAY:
@@ -121,7 +126,10 @@ def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWor
     is_paused = status is not None and status.state in PAUSED
     for number, slot in enumerate(updatable):
         if is_outdated(slot, situation) and (
-            not is_paused or any(not is_dirty(task, situation) for task in wanted(slot))
+            not is_paused
+            or any(
+                not is_dirty(task, situation) or situation.moves_start_first(task) for task in wanted(slot)
+            )
         ):
             return True
         if number % STEP == 0:
@@ -242,6 +250,7 @@ def _deciding_slots(
     yield
     for number, slot in enumerate(kept.values()):
         steps += restart_steps(slot, situation)
+        steps += evacuation_steps(slot, situation)
         if number % STEP == 0:
             yield
     # This includes paused nodes whose task has just ended and is now retired, because its end may be a failure of the

@@ -4,16 +4,26 @@ from collections.abc import Callable
 from math import inf
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.replacement.enforcement import violates_constraints
 from skep.manager.orchestrator.slots import is_unusable
+from skep.manager.services.disruption_budget import required
 from skep.model.node import Availability, Node, NodeState
-from skep.model.options.labels import OnDisconnect
+from skep.model.options.labels import OnDisconnect, drains_now
+from skep.model.options.overlap import why_stop_first
 from skep.model.options.schedules import max_attempts_of
-from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
-from skep.model.task import Task
+from skep.model.service import (
+    RestartCondition,
+    Service,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateOrder,
+    UpdateState,
+)
+from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, TaskId, VolumeId
 from skep.model.values.times import unix_ns
 from skep.model.volume import Volume
@@ -62,7 +72,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         """Settings of the current or next update, or of the rollback during one."""
         status, spec = self.service.update_status, self.service.spec
         is_rollback = status is not None and status.state in ROLLBACKS
-        return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
+        config = (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
+        if (minimum := required(self.service)) and minimum >= spec.replicas:
+            # Stop-first would have no task that it may stop.
+            return replace(config, order=UpdateOrder.START_FIRST)
+        return config
 
     @property
     def max_attempts(self) -> int:
@@ -96,6 +110,32 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if task.preemption is not None:
             return True
         return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
+
+    def moves_start_first(self, task: Task) -> bool:
+        """Return whether a drained node keeps the task until its replacement runs (``evacuation``).
+
+        Other tasks stop first.  These are tasks without a process, tasks with a volume or host path to write to, tasks
+        without restarts, and tasks of a node that is down or drained at once.
+        """
+        node = self.node_of(task)
+        if node is None or node.spec.availability is not Availability.DRAIN or drains_now(node.spec.labels):
+            return False
+        if node.status.state is NodeState.DOWN or self.service.spec.mode.name != "replicated":
+            return False
+        may_run = task.status.state is TaskState.RUNNING or self.has_unknown_status(task)
+        if task.desired_state is not TaskState.RUNNING or not task.is_active or not may_run:
+            return False
+        policy = task.spec.restart_policy
+        if policy is not None and policy.condition is RestartCondition.NONE:
+            return False
+        if task.preemption is not None or any(self.is_drained(one.id) for one in task.volumes):
+            return False
+        return self.may_overlap(task)
+
+    def may_overlap(self, task: Task) -> bool:
+        """Return whether ``task`` and a new task of the service may run at a time."""
+        made_from = replace(self.service.spec, task_template=task.spec)
+        return not why_stop_first(made_from) and not why_stop_first(self.service.spec)
 
     def is_sound(self, node_id: NodeId) -> bool:
         """Return whether no task has to leave the node, except because of its own constraints."""

@@ -149,16 +149,22 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
         if number % STEP == 0:
             yield
     state = rollout.state
-    if state in PAUSED:
-        return steps
     yield
     outdated = [view for view in views if view.outdated]
+    if state in PAUSED:
+        leaving: list[_SlotView] = []
+        for number, view in enumerate(outdated):
+            steps += rollout.retire_surplus(view) if not view.current else ()
+            leaving += [view] if rollout.leaves(view) else []
+            if number % STEP == 0:
+                yield
+        outdated = leaving  # the drains continue
     if not outdated and state not in UNDER_WAY:
         return steps
     if state is None:
         steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
     yield from rollout.observe()
-    if (failure_step := rollout.failure_step()) is not None:
+    if state not in PAUSED and (failure_step := rollout.failure_step()) is not None:
         return [*steps, failure_step]
     if waiting := [view for view in outdated if not view.current and view.lead is None]:
         return [*steps, *(yield from rollout.start_slots(waiting))]
@@ -211,8 +217,12 @@ class _Rollout:
                 for step in _retired(view.outdated)
             )
         if len(view.current) > 1:
-            best = max(view.current, key=lambda task: (task.desired_state.number, *self._progress(task)))
-            yield from (RetireTask(task) for task in view.current if task is not best)
+            # A task on a drained node runs until its replacement does.
+            staying = [task for task in view.current if not self._situation.moves_start_first(task)]
+            best = max(
+                staying, key=lambda task: (task.desired_state.number, *self._progress(task)), default=None
+            )
+            yield from (RetireTask(task) for task in staying if task is not best)
 
     def _progress(self, task: Task) -> tuple[bool, bool, int]:
         """Return a sort key for how far a task has come.
@@ -221,6 +231,24 @@ class _Rollout:
         """
         is_begun = task.status.state >= TaskState.ASSIGNED and self._has_unknown_status(task)
         return task.status.state is TaskState.RUNNING, is_begun, task.status.state.number
+
+    def leaves(self, view: _SlotView) -> bool:
+        """Return whether a drained node keeps a task of the slot until its replacement runs."""
+        return any(map(self._situation.moves_start_first, view.serving))
+
+    def retire_surplus(self, view: _SlotView) -> Iterator[RetireTask]:
+        """Retire the outdated tasks of a slot that waits for its turn, except for a running task.
+
+        A slot has two running tasks after a drain that was undone.
+        """
+        if len(view.outdated) == 1:
+            return iter(())
+        running = [task for task in view.serving if _serves(task)]
+        best = max(
+            running, key=lambda task: (not self._situation.moves_start_first(task), age(task)), default=None
+        )
+        kept = view.serving if best is None else (best,)
+        return _retired(task for task in view.outdated if view.serving and task not in kept)
 
     def count_stopped(self) -> SlicedWork[None]:
         """Count the slots that the update took out of service, so that ``finish`` can limit them."""
@@ -233,12 +261,12 @@ class _Rollout:
     def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many more slots as ``parallelism`` allows, and recheck when a delay ends.
 
-        Idle slots, which have no running task, come first.  The update starts with a slot that has a running task only
-        if ``parallelism`` has capacity for all idle slots as well.  Otherwise the service might have no running task
-        left, because an earlier update may have stopped the idle slots.  The update starts with an idle slot even
-        beyond ``parallelism`` if its task holds something that a new task was refused, because the new task would
-        otherwise wait forever.  For the same reason, a waiting slot keeps its running task but retires attempts at
-        versions that this update has replaced.
+        Idle slots, which have no running task, come first, and then slots of drained nodes.  The update starts
+        with a slot that has a running task only if ``parallelism`` has capacity for all idle slots as well.  Otherwise
+        the service might have no running task left, because an earlier update may have stopped the idle slots.  The
+        update starts with an idle slot even beyond ``parallelism`` if its task holds something that a new task was
+        refused, because the new task would otherwise wait forever.  For the same reason, a waiting slot keeps its
+        running task but retires attempts at versions that this update has replaced.
         """
         busy, allowed_at = 0, []
         for task in self._started:
@@ -251,11 +279,13 @@ class _Rollout:
         allowed = (self._config.parallelism or len(waiting)) - busy
         yield
         idle: list[_SlotView] = []
-        serving: list[_SlotView] = []
+        leaving: list[_SlotView] = []
+        staying: list[_SlotView] = []
         for number, view in enumerate(waiting):
-            (serving if view.serves else idle).append(view)
+            (idle if not view.serves else leaving if self.leaves(view) else staying).append(view)
             if number % STEP == 0:
                 yield
+        serving = leaving + staying
         steps: list[Step] = []
         allowed = max(allowed, 0)
         for number, view in enumerate([*idle, *serving][:allowed] + self._holders(idle[allowed:])):
@@ -263,7 +293,7 @@ class _Rollout:
             if number % STEP == 0:
                 yield
         for number, view in enumerate(serving[max(allowed - len(idle), 0) :]):
-            steps += _retired(task for task in view.outdated if task not in view.serving)
+            steps += self.retire_surplus(view)
             if number % STEP == 0:
                 yield
         if len(waiting) > allowed and allowed_at:
@@ -358,7 +388,7 @@ class _Rollout:
             is_idle = not view.serves and best.is_active
             yield ReplaceTask(best, successor, Cause.DOES_NOT_RUN if is_idle else None)
         else:
-            successor = fill if self._starts_first else prepared
+            successor = fill if self._starts_first or self.leaves(view) else prepared
             yield ReplaceTask(others.pop(), successor) if others else successor
         yield from map(RetireTask, others)
 
@@ -371,6 +401,8 @@ class _Rollout:
         """
         if any(task.status.state is TaskState.RUNNING for task in view.current):
             return True
+        if self.leaves(view):
+            return False
         if not any(self._can_take_over(task, view.serving) for task in view.current):
             return False
         if (

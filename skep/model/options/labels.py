@@ -36,6 +36,11 @@ PROGRESS_DEADLINE = "skep.progress-deadline"
 DEFAULT_PROGRESS_S = 600.0
 """Default progress deadline in seconds, long enough to pull large images over slow links."""
 
+MIN_AVAILABLE = "skep.min-available"
+"""On replicated services: number (``2``) or percentage (``80%``) of the replicas that drains, updates and preemption
+leave available."""
+_PERCENT = "%"
+
 JOB_TTL = "skep.job-ttl"
 """On jobs: how long a finished job is kept before it is removed with its tasks.  Unset: forever."""
 
@@ -102,6 +107,9 @@ _FORMER_ALLOW_HELPERS = "skep.allow-helpers"
 EXEC = "skep.exec"
 """On containers: whether users below administrator may run commands in them and copy files (``ExecPolicy``)."""
 
+DRAIN_NOW = "skep.drain-now"
+"""On nodes: ``true`` lets a drain stop tasks before their replacements run, as in Docker.  Managers remove the label
+when the node is no longer drained."""
 IGNORE_PATHS = "skep.ignore-paths"
 """On nodes: ``true`` places tasks on overlay networks on the node even if other nodes do not reach it."""
 
@@ -209,6 +217,26 @@ def drain_s(labels: Mapping[str, str]) -> float:
         return _drain_s(labels)
     except InvalidArgument:
         return DEFAULT_DRAIN_S
+
+
+def min_available(labels: Mapping[str, str], replicas: int) -> int | None:
+    """Return how many of a service's ``replicas`` its labels keep available, or None if unset.
+
+    A percentage is rounded up, and a number larger than ``replicas`` means all of them.
+    """
+    try:
+        value = _min_available(labels)
+    except InvalidArgument:
+        return None
+    if value is None:
+        return None
+    number, is_percentage = value
+    return min(-(-number * replicas // 100) if is_percentage else number, replicas)
+
+
+def drains_now(node_labels: Mapping[str, str]) -> bool:
+    """Return whether a drain of the node does not wait for replacements."""
+    return node_labels.get(DRAIN_NOW, "").lower() == "true"
 
 
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
@@ -333,6 +361,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
         )
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
+    _min_available(labels)
     _job_ttl_s(labels)
     _drain_s(labels)
     _last_lines(labels)
@@ -429,6 +458,19 @@ def _check_switch(labels: Mapping[str, str], name: str) -> None:
 def _progress_deadline_s(labels: Mapping[str, str]) -> float:
     seconds = _seconds(labels, PROGRESS_DEADLINE, DELAY_S_MAX)
     return DEFAULT_PROGRESS_S if seconds is None else seconds
+
+
+def _min_available(labels: Mapping[str, str]) -> tuple[int, bool] | None:
+    """Return the number, and whether it is a percentage."""
+    if (text := labels.get(MIN_AVAILABLE)) is None:
+        return None
+    digits, is_percentage = text.removesuffix(_PERCENT), text.endswith(_PERCENT)
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= 6
+    if not is_number or (is_percentage and int(digits) > 100):
+        raise InvalidArgument(
+            f"invalid label {MIN_AVAILABLE}={text}: expected a number of tasks, or a percentage from 0% to 100%"
+        )
+    return int(digits), is_percentage
 
 
 def _job_ttl_s(labels: Mapping[str, str]) -> float | None:

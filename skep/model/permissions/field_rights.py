@@ -51,6 +51,7 @@ from skep.model.options.labels import (
     FORMER_VOLUMES,
     JOB_TTL,
     LAST_LINES,
+    MIN_AVAILABLE,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
     PRIORITY,
@@ -181,7 +182,7 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(
         *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
         *SCHEDULE_LABELS,
-        *(DRAIN, JOB_TTL, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
+        *(DRAIN, JOB_TTL, LAST_LINES, MIN_AVAILABLE, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
         *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),

@@ -62,6 +62,7 @@ _X_SKEP: Final = {
     "on-disconnect": known_labels.ON_DISCONNECT,
     "on-disconnect-delay": known_labels.ON_DISCONNECT_DELAY,
     "progress-deadline": known_labels.PROGRESS_DEADLINE,
+    "min-available": known_labels.MIN_AVAILABLE,
     "job-ttl": known_labels.JOB_TTL,
     "last-lines": known_labels.LAST_LINES,
     "volume-affinity": known_labels.VOLUME_AFFINITY,

@@ -1,5 +1,6 @@
 """While tasks come and go, clients without retries get every answer: by a virtual address, a name and the mesh."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,56 @@ def scale_in(m1: TestNode) -> None:
 
 def drain(m1: TestNode) -> None:
     m1.docker("node", "update", "--availability", "drain", "w2")
+
+
+def test_a_service_with_one_task_loses_no_request_while_its_node_is_drained(cluster: TestCluster) -> None:
+    """Docker stops the task before its replacement runs.  The update order is Docker's default, stop-first."""
+    m1 = cluster.node("m1")
+    serve(
+        m1,
+        "alone",
+        1,
+        "--network",
+        "net1",
+        "-p",
+        "8081:80",
+        "--stop-grace-period",
+        "90s",
+        "--label",
+        "skep.drain=5s",
+    )
+    wait_running(m1, "alone", 1, 60)
+    names = {node_id(m1, name): name for name in ("m1", "w1", "w2")}
+    client = place_of(cluster.node("w1"), "client")
+    (virtual,) = in_place(client, ask, "alone")
+    mesh = m1.description["addr"]
+    wait_until(lambda: in_place(client, accepts, virtual, 80), "its virtual address is served")
+    wait_until(lambda: in_place(Path(m1.description["netns"]), accepts, mesh, 8081), "its port is served")
+    with asking(
+        (client, ("strict_client.py", f"http://{virtual}:80/")),
+        (Path(m1.description["netns"]), ("strict_client.py", f"http://{mesh}:8081/")),
+    ) as seen:
+        for _ in range(3):
+            (task,) = wait_running(m1, "alone", 1, 60)
+            home = names[task["NodeID"]]
+            m1.docker("node", "update", "--availability", "drain", home)
+            wait_until(lambda old=task["ID"]: old not in tasks_of(m1, "alone"), "another task serves", 60)
+            wait_stopped(m1, {task["ID"]})
+            m1.docker("node", "update", "--availability", "active", home)
+    m1.docker("service", "rm", "alone")
+
+    assert Counter(seen.failed) == Counter()
+    assert seen.count >= 300
+    assert len(seen.answered) == 4, "the first task and three replacements"
+
+
+def accepts(address: str, port: int) -> bool:
+    """Return whether a connection is accepted."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture

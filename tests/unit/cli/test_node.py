@@ -13,6 +13,7 @@ from skep.errors import Unavailable
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
+from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.task import TaskState
 from tests.support.builders import a_node, a_service, a_task
 
@@ -75,8 +76,13 @@ async def test_a_drain_names_the_services_that_have_no_task_elsewhere(
     objects = [a_node("w1"), a_node("w2"), alone, spread, agent, *tasks]
     await manager.store.update(lambda tx: [tx.put(one) for one in objects])
     await _drain(host, "w1", None)
-    assert capsys.readouterr().err == "alone has all its tasks on w1, and is down until they run elsewhere\n"
+    assert capsys.readouterr().err == "", "replacements start first"
     assert manager.store.view().get(Node, "w1").spec.availability is Availability.DRAIN
+    await _drain(host, "w1", None, now=True)
+    assert capsys.readouterr().err == "alone has all its tasks on w1, and is down until they run elsewhere\n"
+    assert manager.store.view().get(Node, "w1").spec.labels == {DRAIN_NOW: "true"}
+    await _drain(host, "w1", None)
+    assert manager.store.view().get(Node, "w1").spec.labels == {}, "the last command counts"
 
 
 async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins(
@@ -97,8 +103,38 @@ async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins
     await manager.store.update(lambda tx: [tx.put(one) for one in objects])
     await _drain(host, "w1", None)
     assert capsys.readouterr().err == (
+        "db stops its tasks on w1 before their replacements start (they write to the volume data)\n"
         "db has local volumes on w1 (data): it starts elsewhere with empty volumes, and the data stays on w1\n"
     )
+
+
+async def test_a_drain_says_what_keeps_a_task_on_the_node(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    web, shop = a_service("web"), a_service("shop")
+    shop = replace(shop, spec=replace(shop.spec, labels={MIN_AVAILABLE: "2"}))
+    refused = a_task("new", slot=1, service=web, state=TaskState.PENDING, desired=TaskState.RUNNING)
+    refused = replace(
+        refused, status=replace(refused.status, err="no suitable node (disk is full on 1 node)")
+    )
+    tasks = [
+        a_task("old", node="w1", service=web, slot=1, state=TaskState.RUNNING, desired=TaskState.RUNNING),
+        refused,
+    ]
+    await manager.store.update(lambda tx: [tx.put(one) for one in (a_node("w1"), a_node("w2"), web, *tasks)])
+    with pytest.raises(Unavailable, match="To stop it all the same, run skep node drain --now w1"):
+        await _drain(host, "w1", 1.0)
+    assert (
+        "1 task left: web.1. web.1: it stays on w1, which is drained: its replacement does not run yet: no"
+        in (capsys.readouterr().err)
+    )
+    task = a_task("shop", node="w1", service=shop, slot=1, state=TaskState.RUNNING, desired=TaskState.RUNNING)
+    await manager.store.update(lambda tx: [tx.put(one) for one in (shop, task)])
+    with pytest.raises(Unavailable):
+        await _drain(host, "w1", 1.0)
+    why = "1 task is available, and 1 must stay available (skep.min-available)"
+    assert f"shop.1: it stays on w1, which is drained: {why}" in capsys.readouterr().err
 
 
 def a_spec(*mounts: dict[str, Any], **labels: str) -> dict[str, Any]:

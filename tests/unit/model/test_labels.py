@@ -11,6 +11,7 @@ from skep.model.options.labels import (
     check_service_labels,
     check_swarm_labels,
     drain_s,
+    min_available,
     priority_of,
     publishes_not_ready,
     volume_affinity,
@@ -89,3 +90,34 @@ def test_a_former_label_beside_the_present_one_must_not_contradict_it() -> None:
     check_swarm_labels(same)
     with pytest.raises(InvalidArgument, match=r"Remove skep.allow-helpers"):
         check_swarm_labels({**same, ALLOW_CREDENTIAL_HELPERS: "shop=r.example/b"})
+
+
+@pytest.mark.parametrize(
+    ("word", "replicas", "kept"),
+    [
+        ("0", 3, 0),
+        ("2", 3, 2),
+        ("5", 3, 3),
+        ("50%", 3, 2),
+        ("100%", 3, 3),
+        ("0%", 3, 0),
+        ("34%", 3, 2),
+        ("80%", 0, 0),
+    ],
+)
+def test_a_minimum_of_available_tasks_is_a_number_or_a_percentage_rounded_up(
+    word: str, replicas: int, kept: int
+) -> None:
+    labels = {"skep.min-available": word}
+    check_service_labels(labels)
+    assert min_available(labels, replicas) == kept
+
+
+@pytest.mark.parametrize("word", ["", "%", "-1", "1.5", "101%", "all", "5%%", "٣"])
+def test_a_minimum_that_cannot_be_read_is_refused_and_counts_for_nothing(word: str) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"invalid label skep\.min-available=.*a number of tasks, or a percent"
+    ):
+        check_service_labels({"skep.min-available": word})
+    assert min_available({"skep.min-available": word}, 3) is None
+    assert min_available({}, 3) is None

@@ -21,7 +21,7 @@ from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.publishing import check_publishing
 from skep.model.options import constraints, templates
 from skep.model.options.autoscaling import check_autoscaling
-from skep.model.options.labels import check_container_labels, check_service_labels
+from skep.model.options.labels import MIN_AVAILABLE, check_container_labels, check_service_labels
 from skep.model.options.schedules import check_schedule
 from skep.model.options.secret_env import check_secret_env
 from skep.model.permissions.rights import check_service_rights
@@ -51,6 +51,8 @@ def check_service_spec(spec: ServiceSpec) -> None:
     """Refuse specs that cannot work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
+    if MIN_AVAILABLE in spec.labels and spec.mode.name != "replicated":
+        raise InvalidArgument(f"the label {MIN_AVAILABLE} works on replicated services only")
     check_autoscaling(spec)
     check_schedule(spec.labels, spec.mode.name)
     check_publishing(spec)

@@ -40,7 +40,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
-from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_lost, is_stopping, wanted
 from skep.model.node import Availability
 from skep.model.options.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
@@ -84,6 +84,8 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
             if (leaves_at := situation.leaves_at(task)) < inf:
                 steps.append(Recheck(leaves_at))
             continue
+        if not task.status.state.is_terminal and situation.moves_start_first(task):
+            continue  # its replacement runs first (``evacuation_steps``)
         cause = cause_to_leave(task, situation.node_of(task))
         if task is not current[-1]:
             # An update has already created a newer task in the slot.
@@ -167,8 +169,15 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: in
 
 
 def attempts_of(slot: Slot, task: Task) -> list[Task]:
-    """Return the tasks that ``max_attempts`` counts: same version as ``task``, and the predecessor ended by itself."""
-    made = [other for other in history(slot) if other.spec_version == task.spec_version]
+    """Return the tasks that ``max_attempts`` counts: same version as ``task``, and the predecessor ended by itself.
+
+    A younger task than ``task`` was surplus: its replacement on another node, when a drain was undone.
+    """
+    made = [
+        other
+        for other in history(slot)
+        if other.spec_version == task.spec_version and age(other) <= age(task)
+    ]
     return [successor for predecessor, successor in pairwise(made) if predecessor.ended_by_itself]
 
 
@@ -282,8 +291,14 @@ def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
 
 
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
-    """Return whether ``task`` is only prepared while an older one still serves, as in a stop-first update."""
-    is_first = wanted(slot)[:1] in ((), (task,))
+    """Return whether ``task`` is only prepared while an older one still serves, as in a stop-first update.
+
+    It does not wait for a task on a drained node, which waits for it.
+    """
+    current = wanted(slot)
+    if len(current) > 1:
+        current = tuple([one for one in current if one is task or not situation.moves_start_first(one)])
+    is_first = current[:1] in ((), (task,))
     return not is_first and situation.rollout_config.order is not UpdateOrder.START_FIRST
 
 

@@ -13,6 +13,7 @@ from skep.api.access.identity import identity_of
 from skep.api.http.server import Routes, json_response
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import damage_of, is_up_to_date, known_status, with_damage
+from skep.manager.diagnosis.departures import why_it_stays
 from skep.manager.diagnosis.explanations import (
     ServiceExplanation,
     explain_autoscaling,
@@ -77,6 +78,11 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     explanation = explain_task(
         task, nodes.get(task.node_id), verdicts, slot, nodes, now_ns, host_ports(spec_of(view, task))
     )
+    service = view.lookup(Service, task.service_id)
+    if service is not None and (
+        stays := why_it_stays(task, service, view.find(Task, service_id=service.id), nodes)
+    ):
+        explanation = replace(explanation, summary=stays)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     if task.node_id and elsewhere:

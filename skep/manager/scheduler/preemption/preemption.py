@@ -20,6 +20,7 @@ scheduler/preemption.go (services are not preempted unless the operator allows i
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import Final, TypeAlias
 
 import msgspec
@@ -29,10 +30,11 @@ from skep.manager.scheduler.nodes.accounting import Account, Accounting
 from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.preemption.priorities import Priorities
+from skep.manager.services.disruption_budget import budget_of, required
 from skep.model.needs import Holdings, HostPort, VolumeUse, kind_and_amount, volume_uses
-from skep.model.node import NodeState
+from skep.model.node import Node, NodeState
 from skep.model.options.labels import PRIORITY_MAX
-from skep.model.service import GenericResource
+from skep.model.service import GenericResource, Service
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.store.interface import View
@@ -114,6 +116,10 @@ class Occupants:
         """Victims of this decision, which the view does not show yet."""
         self._running: dict[ServiceId, int] = {}
         """Number of each service's running tasks that are not leaving."""
+        self._spare: dict[ServiceId, float] = {}
+        """Number of each service's available tasks that its disruption budget spares."""
+        self.holds_back = False
+        """Whether a disruption budget has excluded a victim, so that there may be more victims later."""
 
     def split(self, held: Mapping[TaskId, Holdings]) -> tuple[list[Holdings], list["_PossibleVictim"]]:
         """Return the reservations of a node's tasks that must stay, and the possible victims.  Others leave anyway."""
@@ -130,7 +136,24 @@ class Occupants:
                 staying.append(usage)  # an entry without a task record is a claim
             else:
                 possible.append(_PossibleVictim(task, usage, priority))
+        for one in self._beyond_budgets(possible):
+            possible.remove(one)
+            staying.append(one.usage)
         return staying, possible
+
+    def _beyond_budgets(self, possible: Iterable["_PossibleVictim"]) -> list["_PossibleVictim"]:
+        """Return the oldest possible victims of services whose disruption budget does not spare as many."""
+        taken: Counter[ServiceId] = Counter()
+        beyond: list[_PossibleVictim] = []
+        for one in sorted(possible, key=lambda one: one.age, reverse=True):
+            service_id = one.task.service_id
+            if not _serves(one.task):
+                continue
+            taken[service_id] += 1
+            if taken[service_id] > self._spare_of(service_id):
+                beyond.append(one)
+        self.holds_back |= bool(beyond)
+        return beyond
 
     def running(self, service_id: ServiceId) -> int:
         """Return how many tasks of a service run and are not leaving."""
@@ -139,6 +162,18 @@ class Occupants:
             self._running[service_id] = sum(map(_serves, tasks))
         return self._running[service_id]
 
+    def _spare_of(self, service_id: ServiceId) -> float:
+        """Return how many available tasks of a service may be preempted."""
+        if service_id not in self._spare:
+            view = self._view()
+            service = view.lookup(Service, service_id)
+            self._spare[service_id] = inf
+            if service is not None and required(service) is not None:
+                tasks = view.find(Task, service_id=service_id)
+                budget = budget_of(service, tasks, lambda node_id: view.lookup(Node, node_id))
+                self._spare[service_id] = budget.spare
+        return self._spare[service_id]
+
     def choose(self, victims: Iterable[TaskId]) -> None:
         """Count these tasks as victims from now on."""
         for id in victims:
@@ -146,6 +181,7 @@ class Occupants:
             task = self._view().lookup(Task, id)
             if task is not None and _serves(task):
                 self._running[task.service_id] = self.running(task.service_id) - 1
+                self._spare[task.service_id] = self._spare_of(task.service_id) - 1
 
 
 class _PossibleVictim(msgspec.Struct, frozen=True):

@@ -33,6 +33,11 @@ So a victim with a stop grace period of hours does not delay preemption on other
 """
 
 
+BUDGET_S: Final = 5.0
+"""Seconds until a refused task is tried again if disruption budgets excluded victims, because a start of their tasks
+makes no other decision due."""
+
+
 class Preemptor:
     """Preempts tasks for refused tasks, if the cluster allows it."""
 
@@ -47,6 +52,8 @@ class Preemptor:
         """Claims of pending tasks whose victims have not ended, as reservations in the accounting."""
         self._victims: dict[TaskId, float] = {}
         """Preempted tasks that have not ended, and when this leader first saw each of them."""
+        self._holds_back = False
+        """Whether disruption budgets excluded victims in the last decision."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -104,17 +111,18 @@ class Preemptor:
             self._claims.setdefault(group, []).append(nomination)
             reserve_candidate(self._accounting, claim_id(nomination.task), nomination.candidate, requirements)
 
-        return (
-            yield from making_nominations(
-                tasks,
-                requirements,
-                nodes if tasks else (),
-                self._accounting,
-                Occupants(self._view, self.priorities, self.priorities.of(requirements.service_id)),
-                claim=claim,
-                victims_max=AT_ONCE - len(self._victims_under_way()),
-            )
+        occupants = Occupants(self._view, self.priorities, self.priorities.of(requirements.service_id))
+        nominations = yield from making_nominations(
+            tasks,
+            requirements,
+            nodes if tasks else (),
+            self._accounting,
+            occupants,
+            claim=claim,
+            victims_max=AT_ONCE - len(self._victims_under_way()),
         )
+        self._holds_back = occupants.holds_back
+        return nominations
 
     def preemption(self, nomination: Nomination) -> Preempt | None:
         """Return the preemption to write for a nomination, or None if all its victims leave anyway."""
@@ -137,7 +145,8 @@ class Preemptor:
 
     def more_at(self) -> float | None:
         """Return the time at which more victims may be chosen even if none ends before, or None if none is stopping."""
-        return min(self._victims_under_way(), default=None)
+        until = self._victims_under_way() + ([self._now() + BUDGET_S] if self._holds_back else [])
+        return min(until, default=None)
 
     def _victims_under_way(self) -> list[float]:
         """Return the times until which stopping victims count.  They are limited because a victim on a node that is not

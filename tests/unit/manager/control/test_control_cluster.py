@@ -218,3 +218,13 @@ async def test_a_node_that_is_up_is_removed_by_force_only(store):
         await store.update(remove_node, NodeId("w1"), force=False, now_ns=0)
     await store.update(remove_node, NodeId("w1"), force=True, now_ns=0)
     assert store.view().lookup(Node, "w1") is None
+
+
+@pytest.mark.parametrize("availability", Availability)
+async def test_a_node_that_is_no_longer_drained_loses_the_label_for_drains_at_once(store, availability):
+    await store.update(lambda tx: tx.put(a_node("n1")))
+    labels = {"skep.drain-now": "true", "zone": "a"}
+    spec = NodeSpec(labels=labels, availability=availability)
+    version = store.view().get(Node, "n1").version.index
+    node = await store.update(lambda tx: update_node(tx, NodeId("n1"), spec, version))
+    assert node.spec.labels == (labels if availability is Availability.DRAIN else {"zone": "a"})

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Availability, Node, NodeDescription, NodeStatus
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -37,7 +38,11 @@ def test_a_task_leaves_a_node_that_was_labeled_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "unfit", [a_node("n1", labels={"zone": "south"}), a_node("n1", availability=Availability.DRAIN)]
+    "unfit",
+    [
+        a_node("n1", labels={"zone": "south"}),
+        a_node("n1", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"}),
+    ],
 )
 def test_a_node_that_takes_its_tasks_again_before_they_are_replaced_keeps_them(unfit: Node) -> None:
     """A replacement that is written all the same stops a task for nothing, beside those that an update may stop."""

@@ -13,6 +13,7 @@ from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, apply
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, new_id
@@ -452,7 +453,7 @@ def test_a_lost_node_is_not_waited_for_but_the_delay_holds() -> None:
 def test_a_drained_node_gives_its_task_away_without_delay_once_it_has_stopped() -> None:
     world = a_world(RestartPolicy(delay=3 * SECOND_NS))
     first = only(world)
-    world.nodes[a_node("n1").id] = a_node("n1", availability=Availability.DRAIN)
+    world.nodes[a_node("n1").id] = a_node("n1", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
     world.apply(world.changes())
     assert world.steps() == [Recheck(42.0)]
     world.report(first.id, SHUTDOWN)

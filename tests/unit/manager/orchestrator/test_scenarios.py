@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import FillSlot, RetireTask
 from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Availability, NodeState
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import Resources, RestartPolicy
 from skep.model.task import Restart, Task, TaskState
 from skep.model.values.ids import NodeId, TaskId
@@ -79,7 +80,7 @@ def test_of_two_tasks_on_one_node_one_goes() -> None:
 
 def test_a_new_leader_finds_tasks_on_nodes_that_are_drained_down_or_gone() -> None:
     service = a_service(replicas=4, restart=RestartPolicy(delay=0))
-    drained = a_node("n2", availability=Availability.DRAIN)
+    drained = a_node("n2", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
     world = World(service, nodes=[a_node("n1"), drained, a_node("n3", state=NodeState.DOWN)])
     for slot, node in enumerate(("n1", "n2", "n3", "n4"), 1):
         world.put(a_task(f"t{slot}", slot=slot, node=node, service=service))

@@ -11,6 +11,7 @@ from sim.world.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.autoscaling import with_replicas
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.options.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.service import GlobalJob, JobStatus, Service, ServiceMode
 from skep.model.task import Task, TaskState
@@ -141,7 +142,7 @@ def test_a_node_that_goes_down_and_returns_has_its_own_slots_decided(large: Larg
 
 def test_a_drained_node_has_its_own_slots_decided(large: Large) -> None:
     node = large.store.view().get(Node, "n007")
-    drained = replace(node.spec, availability=Availability.DRAIN)
+    drained = replace(node.spec, availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
     assert large.visited_by(change(spec=drained)) <= 6 * OBJECTS_PER_NODE
     assert wanted_on(large, "n007") == set()
 

@@ -11,6 +11,7 @@ from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import StartTask
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.node import Availability, NodeState
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import RestartPolicy
 from skep.model.swarm import DispatcherConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState
@@ -44,7 +45,7 @@ def a_world(*, grace_s: int | None = None, labels: dict[str, str] | None = None)
 def drained(world: World) -> tuple[TaskId, Task]:
     """The task that is to stop, and the one that waits for it."""
     (old,) = wanted(world)
-    world.nodes[NodeId("n1")] = a_node("n1", availability=Availability.DRAIN)
+    world.nodes[NodeId("n1")] = a_node("n1", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
     world.settle()
     (new,) = wanted(world)
     assert new.desired_state is READY

@@ -26,12 +26,12 @@ from skep.manager.scheduler.preemption.preemption import (
     making_nominations,
     reserve_candidate,
 )
-from skep.manager.scheduler.preemption.preemptor import STOPPING_S, Preemptor
+from skep.manager.scheduler.preemption.preemptor import BUDGET_S, STOPPING_S, Preemptor
 from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.model.container import ContainerSpec, Mount
 from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
-from skep.model.options.labels import PREEMPTION, PRIORITY
+from skep.model.options.labels import MIN_AVAILABLE, PREEMPTION, PRIORITY
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -45,7 +45,7 @@ from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId, TaskId, VolumeId
 from skep.model.values.times import ZERO_TIME
-from skep.store.interface import View
+from skep.store.interface import Object, View
 from skep.store.keys import object_key
 from skep.store.memory import MemoryStore
 from skep.store.state import State
@@ -69,7 +69,7 @@ def reserving(memory: int = 0, cpus: int = 0, generic: tuple[GenericResource, ..
     return Resources(memory_bytes=memory * MIB, nano_cpus=cpus * 1_000_000_000, generic_resources=generic)
 
 
-async def view_of(tasks: Iterable[Task]) -> View:
+async def view_of(tasks: Iterable[Object]) -> View:
     store = MemoryStore(SystemClock())
     await store.update_each(put, list(tasks))
     return store.view()
@@ -179,6 +179,33 @@ def test_the_service_with_other_running_tasks_gives_them_first() -> None:
         elsewhere = on_n1(TRIVIAL, 2, node="n2", state=state)
         world = World(nodes, [little, TRIVIAL, single, USUAL], [*tasks, *elsewhere])
         assert world.victims(little) == {victim}, "the youngest, where neither has others"
+
+
+def keeping(minimum: str) -> tuple[World, list[Task]]:
+    """Return four tasks of a service on one node, and the world in which their service keeps ``minimum`` of them."""
+    service = of_priority(-5, "keeps", reserve=reserving(2), replicas=4)
+    labels = {**service.spec.labels, MIN_AVAILABLE: minimum}
+    service = replace(service, spec=replace(service.spec, labels=labels))
+    node, tasks = a_node(has=ROOM), on_n1(service, 1, 2, 3, 4)
+    world = World([node], [IMPORTANT, service], tasks)
+    world.view = asyncio.run(view_of([*tasks, service, node]))
+    return world, tasks
+
+
+def test_no_more_tasks_go_than_the_budget_of_their_service_spares() -> None:
+    assert keeping("2")[0].victims(IMPORTANT) == {"keeps3", "keeps4"}
+    assert keeping("3")[0].victims(IMPORTANT) is None, "one would not be enough"
+
+
+def test_a_task_that_a_budget_refused_is_tried_again_later() -> None:
+    world, _ = keeping("100%")
+    preemptor = Preemptor(world.accounting, lambda: world.view, lambda: 7.0)
+    for service in world.services.values():
+        preemptor.priorities.set(service)
+    pending = a_task("important1", service=IMPORTANT, state=TaskState.PENDING)
+    nominating = preemptor.nominating(group_of(pending), [pending], wanted(IMPORTANT), [NodeId("n1")])
+    assert run_at_once(nominating) == []
+    assert preemptor.more_at() == 7.0 + BUDGET_S
 
 
 def test_what_leaves_anyway_is_waited_for() -> None:

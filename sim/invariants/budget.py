@@ -1,0 +1,43 @@
+"""Rule on the disruption budget of services."""
+
+from collections.abc import Iterable
+
+from sim.invariants.committed import Change
+from sim.invariants.nodes.placement import meets
+from skep.model.node import Availability, Node, NodeState
+from skep.model.options.labels import drains_now, min_available
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Updated, View
+
+
+def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
+    """Check that no drain, update or preemption leaves fewer tasks available than ``skep.min-available`` says.
+
+    Lost nodes, users who scale down, constraints and drains with ``--now`` may.
+    """
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as task) if _serves(old) and (
+                task.desired_state is TaskState.SHUTDOWN
+            ):
+                service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
+                if service is None or service.spec.mode.replicated is None:
+                    continue
+                if node is None or node.status.state is NodeState.DOWN:
+                    continue
+                minimum = min_available(service.spec.labels, service.spec.replicas)
+                is_now = node.spec.availability is Availability.DRAIN and drains_now(node.spec.labels)
+                if (
+                    minimum is None
+                    or is_now
+                    or not meets(task.spec.placement.constraints if task.spec.placement else (), node)
+                ):
+                    continue
+                left = {one.slot for one in view.find(Task, service_id=service.id) if _serves(one)}
+                if len(left) < minimum and task.slot not in left:
+                    yield f"{task.id} is stopped, and {len(left)} of {minimum} tasks of {service.id} are left"
+
+
+def _serves(task: Task) -> bool:
+    return task.desired_state is TaskState.RUNNING and task.status.state is TaskState.RUNNING

@@ -1,0 +1,52 @@
+"""Moves the running tasks of a drained node: each stops only when its replacement runs on another node.
+
+The replacement is a second wanted task in the slot, as in a start-first update, whatever the service's update order.
+If no node takes it, or it fails, the old task stays.  A task of an older spec is replaced by the update, in its turn,
+also while the update is paused (``update``).  If the drain is undone, the update's rules keep the older task and remove
+the surplus one.  ``Situation.moves_start_first`` decides which tasks move in this way.
+
+Difference from swarmkit: swarmkit stops the old task first.  The node's label ``skep.drain-now`` restores that.
+"""
+
+from collections.abc import Iterator
+
+from skep.manager.orchestrator.changes import Cause, FillSlot, ReplaceTask, RetireTask, Step
+from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
+from skep.manager.orchestrator.replacement.restart import failures_in_a_row, should_restart
+from skep.manager.orchestrator.slots import Slot, history, wanted
+from skep.model.task import TaskState
+
+
+def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
+    """Start a replacement for the slot's running task on a drained node, or retire that task once it is replaced.
+
+    ``restart_steps`` replaces the other tasks of the slot, such as a replacement that failed.
+    """
+    current = wanted(slot)
+    leaving = [task for task in current if situation.moves_start_first(task)]
+    if not leaving:
+        return
+    others = [task for task in current if task not in leaving]
+    serving = [
+        task for task in others if task.status.state is TaskState.RUNNING and not situation.is_misplaced(task)
+    ]
+    for old in leaving:
+        heirs = (one for one in serving if is_dirty(old, situation) or not is_dirty(one, situation))
+        if (heir := next(heirs, None)) is not None:
+            yield RetireTask(old, successor=heir.id, cause=Cause.NODE_IS_UNFIT)
+    *surplus, last = sorted(leaving, key=lambda old: not is_dirty(old, situation))
+    yield from (RetireTask(old, successor=last.id, cause=Cause.NODE_IS_UNFIT) for old in surplus)
+    if is_dirty(last, situation):
+        return  # the update replaces it, with as many slots at a time as it may
+    if any(
+        one.status.state.is_terminal or situation.is_misplaced(one) or not is_dirty(one, situation)
+        for one in others
+    ):
+        return  # it is the replacement, or gets one
+    youngest = history(slot)[-1]
+    if youngest.ended_by_itself and not should_restart(youngest, slot, situation.seen):
+        return  # the replacement failed for good
+    fill = FillSlot(situation.service, last.slot, failures=failures_in_a_row(last, situation))
+    yield ReplaceTask(others.pop(), fill) if others else fill
+    yield from map(RetireTask, others)

@@ -1,0 +1,81 @@
+"""How many tasks of a service may be taken away now, by drains, updates and preemption together.
+
+The budget is not stored.  It follows from the desired and observed states of the service's tasks, so a task that one
+action has taken away counts against every other action.  The orchestrator is the only writer of desired states, and
+decides about all tasks of a service at once.
+
+Actions that a user asks for (scaling down, new constraints) and failures do not wait for the budget, but count.
+"""
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from skep.model.node import Node, NodeState
+from skep.model.options.labels import MIN_AVAILABLE, min_available
+from skep.model.service import Service, UpdateConfig
+from skep.model.task import Task, TaskState
+from skep.model.values.ids import NodeId
+
+
+class DisruptionBudget(msgspec.Struct, frozen=True):
+    """The disruption budget of a service at one moment."""
+
+    available: int
+    """Number of slots with an available task."""
+    minimum: int
+    """Number of slots that must stay available."""
+    source: str
+    """Origin of ``minimum``, in words."""
+
+    @property
+    def spare(self) -> int:
+        """Number of available tasks that may be taken away now."""
+        return max(self.available - self.minimum, 0)
+
+    @property
+    def reason(self) -> str:
+        """Reason why no task may be taken away now, or nothing."""
+        if self.spare:
+            return ""
+        noun = "task is" if self.available == 1 else "tasks are"
+        return f"{self.available} {noun} available, and {self.minimum} must stay available ({self.source})"
+
+
+def is_available(task: Task, node: Node | None) -> bool:
+    """Return whether ``task`` serves: it is desired to run, and its ``node`` is up and reports that it runs."""
+    return (
+        task.desired_state is TaskState.RUNNING
+        and task.status.state is TaskState.RUNNING
+        and task.preemption is None
+        and node is not None
+        and node.status.state is not NodeState.DOWN
+    )
+
+
+def required(service: Service) -> int | None:
+    """Return how many tasks the service's label keeps available, or None without such a label."""
+    if service.spec.mode.name != "replicated":
+        return None
+    return min_available(service.spec.labels, service.spec.replicas)
+
+
+def budget_of(
+    service: Service, tasks: Iterable[Task], node: Callable[[NodeId], Node | None]
+) -> DisruptionBudget:
+    """Return the disruption budget of a replicated service.
+
+    Without the label, as many tasks may be away as an update stops at a time.
+
+    Args:
+        tasks: All tasks of the service.
+        node: Returns a node, or None if it was removed.
+    """
+    available = len({task.slot for task in tasks if is_available(task, node(task.node_id))})
+    replicas, minimum = service.spec.replicas, required(service)
+    if minimum is not None:
+        return DisruptionBudget(available, minimum, MIN_AVAILABLE)
+    parallelism = (service.spec.update_config or UpdateConfig(parallelism=1)).parallelism
+    return DisruptionBudget(
+        available, max(replicas - parallelism, 0) if parallelism else 0, "update parallelism"
+    )

@@ -1,0 +1,558 @@
+"""Drained nodes: tasks stop only when their replacements run, within the service's disruption budget."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask
+from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.model.container import ContainerSpec, Mount
+from skep.model.node import Availability, NodeState
+from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
+from skep.model.service import (
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateOrder,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.task import Preemption, Task, TaskState
+from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.times import SECOND_NS
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.managers.rollouts import wanted as of_image
+from tests.support.managers.worlds import World
+
+RUNNING = TaskState.RUNNING
+N1 = NodeId("n1")
+DRAINED = a_node("n1", availability=Availability.DRAIN)
+DRAINED_NOW = a_node("n1", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
+
+
+def a_spec(
+    replicas: int = 1,
+    *,
+    minimum: str | None = None,
+    data: bool = False,
+    order: UpdateOrder | None = None,
+    parallelism: int = 1,
+    image: str = "app:1",
+    condition: RestartCondition = RestartCondition.ANY,
+) -> ServiceSpec:
+    spec = a_service_spec(
+        replicas=replicas,
+        image=image,
+        update=UpdateConfig(parallelism=parallelism, order=order),
+        restart=RestartPolicy(condition=condition, delay=0),
+    )
+    container = spec.task_template.container_spec
+    assert container is not None
+    if data:
+        container = replace(container, mounts=(Mount(type="volume", source="data", target="/data"),))
+    template = replace(spec.task_template, container_spec=container)
+    labels = {} if minimum is None else {MIN_AVAILABLE: minimum}
+    return replace(spec, task_template=template, labels=labels)
+
+
+def a_world(spec: ServiceSpec, nodes: tuple[str, ...] = ("n1",)) -> World:
+    """Return a service with a running task per slot: slot 1 on the first node, and the others on the next ones."""
+    service = a_service(spec=spec)
+    world = World(service, nodes=[*map(a_node, dict.fromkeys((*nodes, "n9")))])
+    for slot in range(1, spec.replicas + 1):
+        world.put(running(service, slot, nodes[min(slot, len(nodes)) - 1]))
+    return world
+
+
+def running(service: Service, slot: int, node: str) -> Task:
+    return a_task(f"old{slot}", slot=slot, node=node, service=service, state=RUNNING)
+
+
+def wanted(world: World) -> list[Task]:
+    return sorted((task for task in world.tasks.values() if task.is_wanted), key=lambda task: task.id)
+
+
+def drain(world: World, node: str = "n1", *, labels: dict[str, str] | None = None) -> None:
+    world.nodes[NodeId(node)] = a_node(node, availability=Availability.DRAIN, labels=labels or {})
+    world.settle()
+
+
+def assign(world: World, id: TaskId, node: str = "n9", state: TaskState = TaskState.STARTING) -> None:
+    world.put(replace(world.tasks[id], node_id=NodeId(node)))
+    world.report(id, state)
+    world.settle()
+
+
+def new_ones(world: World) -> list[Task]:
+    return [task for task in wanted(world) if task.id.startswith("new")]
+
+
+# --- replacements start first -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [None, *UpdateOrder])
+def test_a_task_on_a_drained_node_stops_only_when_its_replacement_runs(order: UpdateOrder | None) -> None:
+    world = a_world(a_spec(order=order))
+    drain(world)
+    old, (new,) = world.tasks[TaskId("old1")], new_ones(world)
+    assert old.is_wanted, "it serves until its replacement does"
+    assert (new.desired_state, new.slot) == (RUNNING, 1)
+    assign(world, new.id)
+    assert old.is_wanted
+    assign(world, new.id, state=RUNNING)
+    assert wanted(world) == [world.tasks[new.id]]
+
+
+def test_all_tasks_of_a_drained_node_are_replaced_at_a_time() -> None:
+    world = a_world(a_spec(100))
+    drain(world)
+    assert len(new_ones(world)) == 100
+
+
+def test_a_replacement_that_no_node_takes_leaves_the_task_running() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.put(replace(new, status=replace(new.status, state=TaskState.PENDING, err="no suitable node")))
+    assert world.settle() == 0
+    assert len(wanted(world)) == 2
+
+
+def test_a_drain_that_is_undone_removes_the_surplus_task() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id)
+    world.nodes[N1] = a_node("n1")
+    world.settle()
+    assert [task.id for task in wanted(world)] == ["old1"]
+
+
+def test_the_surplus_task_of_a_drain_that_is_undone_is_no_attempt() -> None:
+    spec = a_spec()
+    policy = RestartPolicy(delay=3 * SECOND_NS, max_attempts=1)
+    world = a_world(replace(spec, task_template=replace(spec.task_template, restart_policy=policy)))
+    drain(world)
+    world.nodes[N1] = a_node("n1")
+    world.settle()
+    world.report("old1", TaskState.FAILED)
+    world.settle()
+    assert [task.desired_state for task in wanted(world)] == [TaskState.READY], (
+        "it waits for the restart delay"
+    )
+
+
+def test_a_drain_that_is_undone_before_the_replacement_is_written_creates_none() -> None:
+    world = a_world(a_spec())
+    world.nodes[N1] = DRAINED
+    changes = world.changes()
+    assert [type(change) for change in changes] == [FillSlot]
+    world.nodes[N1] = a_node("n1")
+    world.apply(changes)
+    assert [task.id for task in wanted(world)] == ["old1"]
+
+
+def test_a_drained_node_that_dies_leaves_no_surplus_task() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id)
+    world.nodes[N1] = a_node("n1", availability=Availability.DRAIN, state=NodeState.DOWN)
+    world.settle()
+    assert [task.id for task in wanted(world)] == [new.id]
+    assign(world, new.id, state=RUNNING)
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+def test_a_task_that_ends_before_its_replacement_runs_leaves_the_slot_to_the_replacement() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.report("old1", TaskState.FAILED)
+    world.settle()
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+def test_a_replacement_that_fails_is_retried_while_the_task_runs() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id, state=TaskState.REJECTED)
+    (second,) = new_ones(world)
+    assert second.id != new.id
+    assert world.tasks[TaskId("old1")].is_wanted
+    assign(world, second.id, state=TaskState.REJECTED)
+    (third,) = new_ones(world)
+    assert third.restart is not None
+    assert (third.desired_state, third.restart.failures) == (TaskState.READY, 2), (
+        "it waits as after any failure"
+    )
+    world.now += 10
+    world.settle()
+    assert world.tasks[third.id].desired_state is RUNNING, (
+        "the task on the drained node does not hold it back"
+    )
+
+
+def test_a_replacement_on_a_node_that_is_drained_too_moves_on() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id)
+    drain(world, "n9")
+    (second,) = new_ones(world)
+    assert second.id != new.id
+    assert world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_replacement_that_runs_on_a_node_that_is_drained_too_is_replaced_in_turn() -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.nodes[NodeId("n9")] = a_node("n9", availability=Availability.DRAIN)
+    assign(world, new.id, state=RUNNING)
+    assert [task.id.startswith("old") for task in wanted(world)].count(True) == 0, "one of the two is enough"
+    third = next(task for task in new_ones(world) if task.id != new.id)
+    world.nodes[NodeId("n3")] = a_node("n3")
+    assign(world, third.id, "n3", RUNNING)
+    assert [task.id for task in wanted(world)] == [third.id]
+
+
+def test_a_drain_at_once_stops_tasks_first_as_docker_does() -> None:
+    world = a_world(a_spec(minimum="1"))
+    drain(world, labels={DRAIN_NOW: "true"})
+    assert not world.tasks[TaskId("old1")].is_wanted
+    assert [task.desired_state for task in new_ones(world)] == [TaskState.READY]
+
+
+def test_a_task_that_its_policy_does_not_restart_stops_at_once() -> None:
+    world = a_world(a_spec(2, condition=RestartCondition.NONE))
+    drain(world)
+    assert wanted(world) == []
+
+
+def test_a_task_of_a_global_service_stops_at_once() -> None:
+    service = a_service("agent", is_global=True)
+    world = World(service, [a_task("t", slot=0, node="n1", service=service, state=RUNNING)], [DRAINED])
+    world.settle()
+    assert wanted(world) == []
+
+
+# --- together with updates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", UpdateOrder)
+def test_an_update_of_a_drained_task_waits_until_the_new_task_runs(order: UpdateOrder) -> None:
+    world = a_world(a_spec(order=order))
+    drain(world)
+    world.update(a_spec(order=order, image="app:2"))
+    world.settle()
+    (new,) = of_image(world, "app:2")
+    assign(world, new.id, state=TaskState.READY)
+    assert world.tasks[TaskId("old1")].is_wanted
+    assign(world, new.id, state=RUNNING)
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+def test_a_drain_during_a_stop_first_update_starts_the_prepared_task() -> None:
+    world = a_world(a_spec())
+    world.update(a_spec(image="app:2"))
+    world.settle()
+    (new,) = of_image(world, "app:2")
+    assert new.desired_state is TaskState.READY
+    drain(world)
+    assert world.tasks[new.id].desired_state is RUNNING
+    assert world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_drain_during_an_update_moves_as_many_outdated_tasks_at_a_time_as_the_update() -> None:
+    world = a_world(a_spec(3))
+    world.update(a_spec(3, image="app:2"))
+    drain(world)
+    for number in range(1, 4):
+        (new,) = [task for task in of_image(world, "app:2") if task.status.state is not RUNNING]
+        assert len(of_image(world, "app:2")) == number
+        assert new.desired_state is RUNNING
+        assign(world, new.id, state=RUNNING)
+    assert of_image(world, "app:1") == []
+
+
+def test_an_update_begins_with_the_tasks_of_a_drained_node() -> None:
+    world = a_world(a_spec(3), ("n1", "n2", "n3"))
+    drain(world, "n3")
+    world.update(a_spec(3, image="app:2"))
+    world.settle()
+    assert [task.slot for task in of_image(world, "app:2")] == [3]
+
+
+def test_an_update_during_a_drain_begins_no_more_slots_than_it_may() -> None:
+    world = a_world(a_spec(3))
+    drain(world)
+    assert len(new_ones(world)) == 3
+    world.update(a_spec(3, image="app:2"))
+    world.settle()
+    assert [task.id for task in of_image(world, "app:1")] == ["old1", "old2", "old3"]
+    assert len(of_image(world, "app:2")) == 1
+
+
+def test_a_drain_goes_on_while_the_update_is_paused() -> None:
+    world = a_world(a_spec(2), ("n1", "n2"))
+    world.update(a_spec(2, image="app:2"))
+    world.put(replace(world.service, update_status=UpdateStatus(state=UpdateState.PAUSED)))
+    assert world.settle() == 0
+    drain(world)
+    (new,) = of_image(world, "app:2")
+    assert (new.slot, new.desired_state) == (1, RUNNING)
+    assign(world, new.id, state=RUNNING)
+    assert [task.id for task in of_image(world, "app:1")] == ["old2"], "the update is still paused"
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_drain_that_is_undone_while_the_update_is_paused_removes_the_surplus_task(is_running: bool) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    assign(world, new.id)
+    world.nodes[N1] = a_node("n1")
+    if is_running:
+        world.report(new.id, RUNNING)
+    world.update(a_spec(image="app:2"))
+    world.put(replace(world.service, update_status=UpdateStatus(state=UpdateState.PAUSED)))
+    world.settle()
+    assert [task.id for task in wanted(world)] == [new.id if is_running else "old1"]
+
+
+def test_a_slot_that_waits_for_its_turn_keeps_one_running_task_after_a_drain_is_undone() -> None:
+    world = a_world(a_spec(3), ("n9", "n9", "n1"))
+    drain(world)
+    (new,) = new_ones(world)
+    world.nodes[N1] = a_node("n1")
+    world.put(replace(new, node_id=NodeId("n9")))
+    world.report(new.id, RUNNING)
+    world.update(a_spec(3, image="app:2"))
+    world.settle()
+    assert [task.id for task in of_image(world, "app:1") if task.slot == 3] == [new.id]
+
+
+@pytest.mark.parametrize("state", [TaskState.STARTING, RUNNING])
+def test_a_rollback_during_a_drain_replaces_the_new_task_by_one_of_the_old_spec(state: TaskState) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    world.update(a_spec(image="app:2"))
+    world.settle()
+    (new,) = of_image(world, "app:2")
+    world.put(replace(new, node_id=NodeId("n9")))
+    world.report(new.id, state)
+    world.update(a_spec())
+    world.settle()
+    old, second = sorted(of_image(world, "app:1"), key=lambda task: task.id, reverse=True)
+    assert (old.id, of_image(world, "app:2")) == ("old1", [])
+    assign(world, second.id, state=RUNNING)
+    assert [task.id for task in wanted(world)] == [second.id]
+
+
+def test_a_drain_that_is_undone_leaves_the_update_a_prepared_task_that_it_finishes() -> None:
+    world = a_world(a_spec())
+    world.update(a_spec(image="app:2"))
+    drain(world)
+    (new,) = of_image(world, "app:2")
+    assign(world, new.id, state=TaskState.PREPARING)
+    world.nodes[N1] = a_node("n1")
+    world.settle()
+    assign(world, new.id, state=TaskState.READY)
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+@pytest.mark.parametrize("state", [TaskState.NEW, TaskState.STARTING, RUNNING])
+def test_scaling_to_zero_during_a_drain_removes_both_tasks(state: TaskState) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.report(new.id, state)
+    world.update(a_spec(0))
+    world.settle()
+    assert wanted(world) == []
+
+
+@pytest.mark.parametrize("state", [TaskState.NEW, TaskState.STARTING, RUNNING])
+def test_a_drain_at_once_after_a_drain_leaves_the_replacement(state: TaskState) -> None:
+    world = a_world(a_spec())
+    drain(world)
+    (new,) = new_ones(world)
+    world.report(new.id, state)
+    drain(world, labels={DRAIN_NOW: "true"})
+    assert [task.id for task in wanted(world)] == [new.id]
+
+
+def test_a_new_leader_neither_creates_nor_stops_tasks() -> None:
+    world = a_world(a_spec(3))
+    drain(world)
+    before = wanted(world)
+    world.seen = ObservedTimes(world.now)
+    assert world.settle() == 0
+    assert wanted(world) == before
+
+
+# --- tasks that stop first ----------------------------------------------------------------------------------------
+
+
+def test_a_task_that_writes_data_stops_before_its_replacement_starts() -> None:
+    world = a_world(a_spec(data=True))
+    drain(world)
+    assert not world.tasks[TaskId("old1")].is_wanted
+    assert [task.desired_state for task in new_ones(world)] == [TaskState.READY]
+
+
+def test_the_order_start_first_says_that_two_tasks_may_write() -> None:
+    world = a_world(a_spec(data=True, order=UpdateOrder.START_FIRST))
+    drain(world)
+    assert world.tasks[TaskId("old1")].is_wanted
+
+
+def test_tasks_that_stop_first_leave_as_many_at_a_time_as_in_an_update() -> None:
+    world = a_world(a_spec(3, data=True))
+    drain(world)
+    assert len([task for task in wanted(world) if task.id.startswith("old")]) == 2
+    (new,) = new_ones(world)
+    world.stop_all()
+    world.settle()
+    assign(world, new.id, state=RUNNING)
+    assert len([task for task in wanted(world) if task.id.startswith("old")]) == 1
+
+
+def test_a_task_that_stops_first_waits_until_the_minimum_is_available() -> None:
+    world = a_world(a_spec(2, minimum="2", data=True), ("n1", "n2"))
+    drain(world)
+    assert [task.id for task in wanted(world)] == ["old1", "old2"]
+    world.update(a_spec(2, minimum="50%", data=True))
+    world.settle()
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_lost_node_uses_up_the_budget_of_a_drain() -> None:
+    world = a_world(a_spec(3, minimum="2", data=True), ("n1", "n2", "n3"))
+    world.nodes[NodeId("n3")] = a_node("n3", state=NodeState.DOWN)
+    drain(world)
+    assert world.tasks[TaskId("old1")].is_wanted
+
+
+# --- one budget ---------------------------------------------------------------------------------------------------
+
+
+def preempt(world: World, id: str) -> None:
+    task = world.tasks[TaskId(id)]
+    world.put(replace(task, preemption=Preemption(service="vip", task_id=TaskId("vip1"))))
+
+
+def test_preemption_waits_until_the_minimum_is_available() -> None:
+    world = a_world(a_spec(3, minimum="2"))
+    world.report("old3", TaskState.FAILED)
+    preempt(world, "old1")
+    world.settle()
+    assert world.tasks[TaskId("old1")].is_wanted
+    (new,) = new_ones(world)
+    assign(world, new.id, state=RUNNING)
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_stop_first_update_waits_until_the_minimum_is_available() -> None:
+    world = a_world(a_spec(4, minimum="3", parallelism=0), ("n1", "n2", "n3", "n4"))
+    world.update(a_spec(4, minimum="3", parallelism=0, image="app:2"))
+    world.settle()
+    world.prepare_all()
+    world.settle()
+    assert len(of_image(world, "app:1")) == 3
+    for _ in range(10):
+        world.stop_all()
+        world.settle()
+        for task in of_image(world, "app:2"):
+            if task.desired_state is RUNNING:
+                assign(world, task.id, state=RUNNING)
+    assert len(of_image(world, "app:2")) == 4
+    assert len(wanted(world)) == 4
+
+
+def test_an_update_of_a_service_that_keeps_all_tasks_starts_new_ones_first() -> None:
+    world = a_world(a_spec(2, minimum="100%"))
+    world.update(a_spec(2, minimum="100%", image="app:2"))
+    world.settle()
+    (new,) = of_image(world, "app:2")
+    assert new.desired_state is RUNNING
+    assert len(of_image(world, "app:1")) == 2
+
+
+def test_a_drain_and_an_update_together_stay_within_the_budget() -> None:
+    world = a_world(a_spec(3, minimum="2", data=True, parallelism=0), ("n1", "n2", "n3"))
+    world.update(a_spec(3, minimum="2", data=True, parallelism=0, image="app:2"))
+    world.nodes[N1] = DRAINED
+    world.settle()
+    world.prepare_all()
+    world.settle()
+    assert len([task for task in wanted(world) if task.status.state is RUNNING]) == 2
+
+
+def test_a_step_is_not_written_if_another_task_has_failed_since() -> None:
+    world = a_world(a_spec(3, minimum="2", data=True), ("n1", "n2", "n3"))
+    world.nodes[N1] = DRAINED
+    changes = world.changes()
+    assert [type(change) for change in changes] == [ReplaceTask]
+    world.report("old2", TaskState.FAILED)
+    world.apply(changes)
+    assert world.tasks[TaskId("old1")].is_wanted
+
+
+def test_scaling_down_does_not_wait_for_the_budget() -> None:
+    world = a_world(a_spec(3, minimum="3"))
+    world.update(a_spec(1, minimum="3"))
+    assert {type(change) for change in world.changes()} == {RetireTask}
+    world.settle()
+    assert len(wanted(world)) == 1
+
+
+def test_tasks_that_a_user_removes_count_against_the_budget() -> None:
+    world = a_world(a_spec(4, minimum="2", parallelism=0), ("n1", "n2", "n3", "n4"))
+    world.update(a_spec(4, minimum="2", parallelism=0, image="app:2"))
+    world.settle()
+    world.update(a_spec(3, minimum="2", parallelism=0, image="app:2"))
+    world.prepare_all()
+    stopped = [change for change in world.changes() if isinstance(change, RetireTask)]
+    goals = [change.desired for change in stopped if change.task.status.state is RUNNING]
+    assert sorted(goal.value for goal in goals) == ["remove", "shutdown"], "two of four stay"
+
+
+def a_blocked_update(*, data: bool) -> tuple[World, Task, Task]:
+    """Return an update in which slot 2 has lost its node, and the budget keeps the old task of slot 1."""
+    spec = a_spec(2, minimum="1", parallelism=2, data=data)
+    world = a_world(spec, ("n1", "n2"))
+    container = replace(spec.task_template.container_spec or ContainerSpec(), image="app:2")
+    world.update(replace(spec, task_template=replace(spec.task_template, container_spec=container)))
+    world.settle()
+    first, second = of_image(world, "app:2")
+    world.put(replace(world.tasks[TaskId("old2")], node_id=NodeId("gone")))
+    world.settle()
+    assign(world, first.id, state=TaskState.READY)
+    assert world.tasks[first.id].desired_state is TaskState.READY, "slot 2 may have a task soon"
+    return world, first, second
+
+
+def refuse(world: World, task: Task) -> None:
+    world.put(replace(task, status=replace(task.status, state=TaskState.PENDING, err="no suitable node")))
+    world.settle()
+
+
+def test_an_update_whose_stop_the_budget_forbids_starts_the_prepared_task_first() -> None:
+    """The new task of slot 2 may need the node of slot 1, so no other task would raise the number of tasks."""
+    world, first, second = a_blocked_update(data=False)
+    refuse(world, second)
+    assert world.tasks[first.id].desired_state is RUNNING
+    assert world.tasks[TaskId("old1")].is_wanted
+    assign(world, first.id, state=RUNNING)
+    assert not world.tasks[TaskId("old1")].is_wanted
+
+
+def test_a_prepared_task_that_writes_data_does_not_start_first() -> None:
+    world, first, second = a_blocked_update(data=True)
+    refuse(world, second)
+    assert world.tasks[first.id].desired_state is TaskState.READY
+    assert world.tasks[TaskId("old1")].is_wanted

@@ -1,0 +1,36 @@
+"""Why a task is still on its drained node."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.diagnosis.departures import why_it_stays
+from skep.model.node import Availability
+from skep.model.options.labels import DRAIN_NOW
+from skep.model.service import UpdateState, UpdateStatus
+from skep.model.values.ids import NodeId
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+
+DRAINED = {NodeId("n1"): a_node("n1", availability=Availability.DRAIN)}
+SERVICE = a_service(image="app:1")
+
+
+def test_the_replacement_of_a_present_task_starts_first() -> None:
+    task = a_task(node="n1", service=SERVICE)
+    other = a_task(slot=2, node="n2", service=SERVICE)
+    nodes = {**DRAINED, NodeId("n2"): a_node("n2")}
+    why = why_it_stays(task, SERVICE, [task, other], nodes)
+    assert why == "it stays on n1, which is drained: its replacement starts first"
+
+
+@pytest.mark.parametrize("state", [UpdateState.UPDATING, UpdateState.PAUSED])
+def test_an_outdated_task_waits_for_its_turn_in_the_update(state: UpdateState) -> None:
+    task = a_task(node="n1", service=SERVICE)
+    updated = replace(SERVICE, spec=a_service_spec(image="app:2"), update_status=UpdateStatus(state=state))
+    why = why_it_stays(task, updated, [task], DRAINED)
+    assert why == "it stays on n1, which is drained: the update replaces it in its turn"
+
+
+def test_a_node_that_is_drained_at_once_keeps_nothing() -> None:
+    task = a_task(node="n1", service=SERVICE)
+    node = a_node("n1", availability=Availability.DRAIN, labels={DRAIN_NOW: "true"})
+    assert why_it_stays(task, SERVICE, [task], {node.id: node}) == ""
