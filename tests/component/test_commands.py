@@ -60,7 +60,7 @@ async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_i
 ) -> None:
     code, _, err = await cluster.run("node", "forget", "m1")
     assert (code, "m1 is ready, not down" in err) == (1, True)
-    code, out, err = await cluster.run("node", "drain", "--wait", "m1")
+    code, out, err = await cluster.run("node", "drain", "--wait", "--now", "m1")
     drained, undo = out.splitlines()
     assert (code, drained) == (0, "m1 is drained: no tasks are left"), err
     assert undo == "To give it tasks again, run docker node update --availability active m1."

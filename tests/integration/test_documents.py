@@ -141,7 +141,7 @@ def test_no_block_is_forgotten() -> None:
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
         *((STATUS, number) for number in range(3)),
-        *((NODES, number) for number in range(3)),
+        *((NODES, number) for number in range(4)),
         *((VOLUMES, number) for number in range(2)),
         (CSI, 0),
         *((IMAGES, number) for number in range(2)),
@@ -259,12 +259,14 @@ def test_the_guide_to_priorities(m1: TestNode, checkout: Path) -> None:
 
 
 def test_the_guide_to_nodes(m1: TestNode, checkout: Path) -> None:
-    drain, forgotten, grace = shell_blocks(NODES)
+    drain, budget, forgotten, grace = shell_blocks(NODES)
     where = {"DOCKER_HOST": m1.socket}
     create(m1, "report", 1)
     wait_running(m1, "report", 1)
     run(drain, checkout, **where)
     wait_running(m1, "report", 1)
+    run(budget, checkout, **where)
+    wait_running(m1, "shop", 3)
     assert run(forgotten, checkout, **where) == "24h\n24h\nnever\n"
     assert run(grace, checkout, **where).split("\n")[:2] == ["10s", "10s"]
 

@@ -95,6 +95,10 @@ async def followed(host: str) -> AsyncIterator[tuple[LiveCluster, Seen]]:
                 await following
 
 
+def availabilities(snapshot: Snapshot) -> list[str]:
+    return [one["Spec"]["Availability"] for one in snapshot.nodes.values()]
+
+
 def running(snapshot: Snapshot, name: str) -> int:
     ids = {id for id, one in snapshot.services.items() if one["Spec"]["Name"] == name}
     return sum(
@@ -144,10 +148,12 @@ async def test_a_cluster_is_followed_and_changed_over_a_lost_connection(m1: Test
         await cluster.perform(roll_back(seen.last.services[web["ID"]]))
         (node,) = seen.last.nodes.values()
         await cluster.perform(set_availability(seen.last, node, "drain"))
-        await seen.until(lambda one: running(one, "web") == 0, "its tasks are gone")
+        await seen.until(lambda one: availabilities(one) == ["drain"], "the drain is seen")
+        assert running(seen.last, "web") == 2, "no other node can take them"
         (node,) = seen.last.nodes.values()
         await cluster.perform(set_availability(seen.last, node, "active"))
-        await seen.until(lambda one: running(one, "web") == 2, "tasks run again")
+        await seen.until(lambda one: availabilities(one) == ["active"], "the node takes tasks again")
+        assert running(seen.last, "web") == 2
 
 
 def test_the_command_draws_itself_and_leaves_by_a_key(m1: TestNode) -> None:
