@@ -20,6 +20,7 @@ from skep.manager.control.services import create_service, remove_service, rollba
 from skep.manager.orchestrator import update
 from skep.manager.orchestrator.replacement import restart
 from skep.model.node import Availability
+from skep.model.options.labels import DRAIN_NOW
 from skep.model.service import Service
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import Timestamp, timestamp
@@ -98,6 +99,7 @@ def act(cluster: SimulatedCluster, action: Action) -> None:
             (task,) = [one for one in cluster.wanted(WEB) if one.slot == 1]
             cluster.kill_container(task)
         case Act("drain"):
+            cluster.label(node_id, **{DRAIN_NOW: "true"})  # as Docker drains
             cluster.set_availability(node_id, Availability.DRAIN)
         case Act("activate"):
             cluster.set_availability(node_id, Availability.ACTIVE)
