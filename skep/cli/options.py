@@ -64,6 +64,13 @@ def timeout(default: str = "10m", help: str = "Longest time to wait.") -> Callab
     )
 
 
+def two_revisions(command: F) -> F:
+    """Add the optional arguments ``first`` and ``second``, the numbers of two revisions to compare."""
+    for name in ("second", "first"):  # click puts each argument before the earlier ones
+        command = click.argument(name, type=click.IntRange(1), required=False)(command)
+    return command
+
+
 detach = click.option("-d", "--detach", is_flag=True, help="Do not wait.")
 """The option ``--detach`` for a command that otherwise waits."""
 

@@ -72,8 +72,7 @@ def history(host: HostOptions, name: str, output: OutputOptions) -> None:
 
 @service.command()
 @click.argument("name", metavar="SERVICE")
-@click.argument("first", type=click.IntRange(1), required=False)
-@click.argument("second", type=click.IntRange(1), required=False)
+@options.two_revisions
 @shows
 @click.pass_obj
 def diff(host: HostOptions, name: str, first: int | None, second: int | None, output: OutputOptions) -> None:
@@ -270,9 +269,8 @@ async def _wait(
     def show(name: str, text: str) -> None:
         if shown.get(name) != text:
             shown[name] = text
-            if is_quiet:
-                return
-            click.echo(f"{name}: {text}", err=True)
+            if not is_quiet:
+                click.echo(f"{name}: {text}", err=True)
 
     async with host.client() as client:
         reasons = Reasons(client, failures_max)

@@ -531,8 +531,7 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
 
 @stack.command()
 @click.argument("name", metavar="STACK")
-@click.argument("first", type=click.IntRange(1), required=False)
-@click.argument("second", type=click.IntRange(1), required=False)
+@options.two_revisions
 @shows
 @click.pass_obj
 def diff(host: HostOptions, name: str, first: int | None, second: int | None, output: OutputOptions) -> None:

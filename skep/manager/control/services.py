@@ -209,7 +209,7 @@ def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp, version: i
         NotFound: The service was removed.
         OutOfSequence: The service is not at ``version``.
     """
-    service = _present(tx, id)
+    service = present_service(tx, id)
     if version is not None and service.version != Version(index=version):
         raise OutOfSequence
     hide_service(tx, service, now)
@@ -266,7 +266,7 @@ def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int)
     _check_level(tx, spec)
     check_dependencies(tx, spec)
     _check_attachments(tx, spec)
-    service = _present(tx, id)
+    service = present_service(tx, id)
     if (
         service.spec.networks != spec.networks
         and service.spec.task_template.networks == spec.task_template.networks
@@ -283,8 +283,9 @@ def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int)
     return service
 
 
-def _present(tx: Transaction, id: ServiceId) -> Service:
-    service = tx.get(Service, id)
+def present_service(view: View, id: ServiceId) -> Service:
+    """Return a service that was not removed.  Raises: NotFound."""
+    service = view.get(Service, id)
     if service.removed_at is not None:
         raise NotFound(f"service {id} not found")
     return service

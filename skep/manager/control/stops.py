@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from skep.errors import FailedPrecondition, NotFound
+from skep.errors import FailedPrecondition
 from skep.manager.control.quotas import check_quota
+from skep.manager.control.services import present_service
 from skep.manager.services.job_runs import next_job
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
@@ -27,7 +28,7 @@ def stop_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
         NotFound: The service was removed.
         Unavailable: This manager cannot read the current run of the job.
     """
-    service = _present(tx, id)
+    service = present_service(tx, id)
     if service.job_status is None:
         if is_stopped(service.spec.labels):
             return service
@@ -50,18 +51,11 @@ def start_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
         PermissionDenied: The stack's quota is exceeded.
         Unavailable: This manager cannot read the current run of the job.
     """
-    service = _present(tx, id)
+    service = present_service(tx, id)
     if not is_stopped(service.spec.labels):
         return service
     removed = {STOPPED, CRON_SUSPEND} if service.job_status is not None else {STOPPED}
     return _put(tx, service, frozenset(removed), {}, now)
-
-
-def _present(tx: Transaction, id: ServiceId) -> Service:
-    service = tx.get(Service, id)
-    if service.removed_at is not None:
-        raise NotFound(f"service {id} not found")
-    return service
 
 
 def _put(

@@ -5,8 +5,8 @@ Docker can end an update only by another update.  Each operation is idempotent.
 
 from msgspec.structs import replace
 
-from skep.errors import FailedPrecondition, NotFound
-from skep.manager.control.services import rollback_service
+from skep.errors import FailedPrecondition
+from skep.manager.control.services import present_service, rollback_service
 from skep.manager.control.tasks import is_up_to_date
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task
@@ -33,7 +33,7 @@ def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
         FailedPrecondition: No update is in progress.
         NotFound: The service was removed.
     """
-    service = _present(tx, id)
+    service = present_service(tx, id)
     state = _state(tx, service)
     if state in _RESUMES:
         return service
@@ -53,7 +53,7 @@ def resume_update(tx: Transaction, id: ServiceId) -> Service:
         FailedPrecondition: No update is in progress.
         NotFound: The service was removed.
     """
-    service = _present(tx, id)
+    service = present_service(tx, id)
     state = _state(tx, service)
     if state in _PAUSES:
         return service
@@ -79,7 +79,7 @@ def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp
         NotFound: The service was removed.
         OutOfSequence: The service is at another version.
     """
-    service = _present(tx, id)
+    service = present_service(tx, id)
     state = _state(tx, service)
     if state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED):
         more = f": skep update resume {service.spec.name}" if state is UpdateState.ROLLBACK_PAUSED else ""
@@ -87,13 +87,6 @@ def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp
     if state not in (UpdateState.UPDATING, UpdateState.PAUSED):
         raise _nothing_to(service, "abort")
     return rollback_service(tx, id, service.spec, version, now=now, by=by)
-
-
-def _present(view: View, id: ServiceId) -> Service:
-    service = view.get(Service, id)
-    if service.removed_at is not None:
-        raise NotFound(f"service {id} not found")
-    return service
 
 
 def _state(view: View, service: Service) -> UpdateState | None:

@@ -52,10 +52,13 @@ def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec, author: Spec
         return service.author
     found = revisions(tx, service)[-(SPECS_KEPT - 1) :]
     last = found[-1].number
-    if len(_encoded(last, found[-1:])) > BYTES_MAX:
+    data = _encoded(last, found)
+    if len(data) > BYTES_MAX and len(_encoded(last, found[-1:])) > BYTES_MAX:
         found = found[:-1]  # it would drive out all others and not be kept either
-    while len(data := _encoded(last, found)) > BYTES_MAX:
+        data = _encoded(last, found)
+    while len(data) > BYTES_MAX:
         found = found[1:]
+        data = _encoded(last, found)
     tx.put(Payload(id=spec_history_id(service.id), data=data))
     return author
 
