@@ -143,8 +143,8 @@ LABELS = (
         "see text",
         "How many tasks of a replicated service drains, updates and preemption leave available ([guide]"
         "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
-        "updates start new tasks first. By default, drains that have to stop tasks first stop as many at a time as "
-        "updates do.",
+        "updates start new tasks first, unless the tasks write data. By default, drains that have to stop tasks first "
+        "stop as many at a time as updates do.",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -6,6 +6,7 @@ from sim.invariants.committed import Change
 from sim.invariants.nodes.placement import meets
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import drains_now, min_available
+from skep.model.options.overlap import why_stop_first, written_data
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import Updated, View
@@ -35,6 +36,9 @@ def minimum_stays_available(change: Change, view: View) -> Iterable[str]:
                 ):
                     continue
                 left = {one.slot for one in view.find(Task, service_id=service.id) if _serves(one)}
+                if minimum == service.spec.replicas and task.spec != service.spec.task_template:
+                    # An update of tasks that write data stops one at a time.
+                    minimum -= bool(why_stop_first(service.spec) or written_data(task.spec))
                 if len(left) < minimum and task.slot not in left:
                     yield f"{task.id} is stopped, and {len(left)} of {minimum} tasks of {service.id} are left"
 

@@ -73,8 +73,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         status, spec = self.service.update_status, self.service.spec
         is_rollback = status is not None and status.state in ROLLBACKS
         config = (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
-        if (minimum := required(self.service)) and minimum >= spec.replicas:
-            # Stop-first would have no task that it may stop.
+        if (minimum := required(self.service)) and minimum >= spec.replicas and not why_stop_first(spec):
+            # Stop-first would have no task that it may stop.  Tasks that write data stop first all the same
+            # (``within_budget``).
             return replace(config, order=UpdateOrder.START_FIRST)
         return config
 
