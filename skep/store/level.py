@@ -10,7 +10,7 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 5
+LEVEL: Final = 6
 """The newest level that this version can read."""
 
 CLUSTER_VOLUMES: Final = 2
@@ -29,6 +29,9 @@ VOLUME_AFFINITIES: Final = 5
 """From this level on services may have the label ``skep.volume-affinity``.  A leader of a lower level knows only the
 former name of the label, and would start the tasks of a slot without their data.
 """
+
+STOPS: Final = 6
+"""From this level on services may be stopped.  A leader of a lower level would start their tasks."""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""

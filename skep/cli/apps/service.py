@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import quote
 
 import click
 import msgspec
@@ -160,7 +161,7 @@ def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mappin
 async def _revisions(host: HostOptions, name: str) -> Sequence[Mapping[str, Any]]:
     async with host.client() as client:
         found: Sequence[Mapping[str, Any]] = await client.get(
-            f"/skep/services/{name}/revisions", timeout_s=RESPONSE_TIMEOUT_S
+            f"/skep/services/{quote(name, safe='')}/revisions", timeout_s=RESPONSE_TIMEOUT_S
         )
         return found
 
@@ -240,7 +241,9 @@ async def turn(
     waited = []
     async with host.client() as client:
         for name in names:
-            found = await client.post(f"/skep/services/{name}/{verb}", timeout_s=RESPONSE_TIMEOUT_S)
+            found = await client.post(
+                f"/skep/services/{quote(name, safe='')}/{verb}", timeout_s=RESPONSE_TIMEOUT_S
+            )
             if is_job(found["Spec"]):
                 click.echo(f"{found['Spec']['Name']}: {_SCHEDULES[verb]}", err=True)
             else:
