@@ -55,6 +55,7 @@ from skep.engine.volumes.volumes import VolumeSubpath
 from skep.errors import Unavailable
 from skep.linux import syscalls
 from skep.linux.confined_root import Bind
+from skep.linux.files import replace_file
 from skep.linux.name_files import hosts_file, resolver_file
 from skep.linux.trees import walk
 from skep.model.networks.sandbox import NetworkMode
@@ -524,7 +525,13 @@ def forget_environment(specification: Path, entries: Sequence[str]) -> None:
         decoded = msgspec.json.decode(specification.read_bytes())
         process = decoded["process"]
         process["env"] = [entry for entry in process["env"] if entry not in entries]
-        specification.write_bytes(msgspec.json.encode(decoded))
+        # At once, because crun reads its copy for each command, and this process can be killed at any time.
+        replace_file(
+            specification,
+            msgspec.json.encode(decoded),
+            mode=stat.S_IMODE(specification.stat().st_mode),
+            is_durable=False,
+        )
     except FileNotFoundError:
         return
     except (OSError, ValueError):  # the memory file system is full, or was full when the file was written

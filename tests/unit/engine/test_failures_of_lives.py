@@ -29,6 +29,7 @@ from skep.engine.runtime.conmon import RuntimeFailed, StartError
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import Unavailable
+from skep.linux.files import NEW_SUFFIX
 from skep.model.networks.sandbox import NetworkMode, Sandbox, SandboxConfig
 from skep.model.values.ids import ContainerId
 from skep.model.values.times import ZERO_TIME
@@ -86,18 +87,24 @@ def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(
 
 
 @pytest.mark.parametrize("before", [b'{"process": {"env": ["A=b"', b'{"process": {"env": ["A=b", "C=d"]}}'])
-def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
-) -> None:
+def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(tmp_path: Path, before: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(before)
-
-    def full(*_: object) -> int:
-        raise disk_full()
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    (tmp_path / f"config.json{NEW_SUFFIX}").mkdir()  # so that no new file can be written
     forget_environment(path, ("A=b",))
     assert not path.exists()
+
+
+def test_a_file_without_its_secrets_replaces_the_one_with_them(tmp_path: Path) -> None:
+    """A command of crun that reads the file meanwhile finds the whole of one of them."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"process": {"env": ["A=b", "C=d"]}}')
+    path.chmod(0o600)
+    with path.open("rb") as opened:
+        forget_environment(path, ("A=b",))
+        assert b"A=b" in opened.read()
+    assert path.read_bytes() == b'{"process":{"env":["C=d"]}}'
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_container_that_ends_at_the_end_of_its_grace_period_was_stopped(
