@@ -141,7 +141,7 @@ LABELS = (
         MIN_AVAILABLE,
         "number of tasks, or percentage such as `80%`",
         "see text",
-        "How many tasks of a replicated service drains, updates and preemption leave available ([guide]"
+        "How many tasks of a replicated service drains, updates, preemption and changed nodes leave available ([guide]"
         "(../guide/nodes.md#limit-how-many-tasks-are-away-at-once)). A percentage is rounded up. If it is all tasks, "
         "updates start new tasks first, unless the tasks write data. By default, drains that have to stop tasks first "
         "stop as many at a time as updates do.",

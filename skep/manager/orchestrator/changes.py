@@ -42,6 +42,7 @@ class FillSlot(msgspec.Struct, frozen=True):
         desired: READY only prepares the task, and ``start_steps`` starts it later.  For a job, RUNNING means COMPLETE.
         delay_s: Seconds from the task's creation until it may start.
         failures: Number of tasks before it that failed in a row.
+        beside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
     """
 
     service: Service
@@ -50,6 +51,7 @@ class FillSlot(msgspec.Struct, frozen=True):
     desired: TaskState = TaskState.RUNNING
     delay_s: float = 0.0
     failures: int = 0
+    beside: tuple[TaskId, ...] = ()
 
 
 class Cause(Enum):
@@ -253,7 +255,8 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     if any(
         task.is_active
         and (task.spec_version, task.job_iteration) == (service.spec_version, iteration)
-        and not _is_on_drained_node(tx, task)  # it runs until the new task does (``evacuation``)
+        # Such a task runs until the new one does (``evacuation``).
+        and not (task.id in change.beside or _is_on_drained_node(tx, task))
         for task in rivals
     ):
         return
