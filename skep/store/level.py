@@ -33,6 +33,11 @@ former name of the label, and would start the tasks of a slot without their data
 STOPS: Final = 6
 """From this level on services may be stopped.  A leader of a lower level would start their tasks."""
 
+PLACEMENTS: Final = 6
+"""From this level on services may have constraints that Docker does not have, and labels about their placement.  A
+leader of a lower level would not start tasks with such constraints, and would ignore the labels.
+"""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 
