@@ -281,6 +281,10 @@ class StepVolumes(Volumes):
         self._steps.begin_now("volumes.adopt")
         super().adopt(user, points)
 
+    async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
+        await self._steps.begin("volumes.create_of_plugins")
+        await super().create_of_plugins(mounts, stack)
+
     async def fill(
         self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
     ) -> None:
@@ -296,7 +300,6 @@ class StepVolumes(Volumes):
     async def unmount(self, user: str, parts: Iterable[VolumeSubpath] = ()) -> None:
         await self._steps.begin("volumes.unmount", user)
         await super().unmount(user, parts)
-        await self._steps.begin("volumes.unmounted", user)
 
     async def unmount_unused(self) -> None:
         await self._steps.begin("volumes.unmount_unused")
