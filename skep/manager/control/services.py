@@ -304,12 +304,12 @@ def check_level(view: View, spec: ServiceSpec) -> None:
         )
     if is_stopped(spec.labels) and view.level < STOPS:
         raise FailedPrecondition("a stopped service needs managers of this version: upgrade the others first")
-    if view.level < PLACEMENTS:
-        for one in parsed((spec.task_template.placement or Placement()).constraints):
-            if not is_dockers(one):
-                raise FailedPrecondition(
-                    f"the constraint {one.text} needs managers of this version: upgrade the others first"
-                )
+    constraints = parsed((spec.task_template.placement or Placement()).constraints)
+    new = next((one for one in constraints if not is_dockers(one)), None)
+    if new is not None and view.level < PLACEMENTS:
+        raise FailedPrecondition(
+            f"the constraint {new.text} needs managers of this version: upgrade the others first"
+        )
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
