@@ -40,8 +40,7 @@ from skep.dataplane.plan.wireguard import (
 )
 from skep.dataplane.wireguard.methods import EncryptionRefusal
 from skep.dataplane.wireguard.own_keys import OwnKeys
-from skep.dataplane.wireguard.tunnel_devices import Process, TunnelDevices
-from skep.dataplane.wireguard.tunnel_namespace import SYSCTLS, TunnelNamespace
+from skep.dataplane.wireguard.tunnel_devices import SYSCTLS, Process, TunnelDevices, TunnelNamespace
 from skep.errors import SkepError, Unavailable
 from skep.model.networks.tables import NetworkHead, NetworkTable
 from skep.model.networks.wireguard import (
