@@ -19,6 +19,7 @@ from skep.manager.allocator.attachments import (
     is_new,
     overlays_of,
     spec_or_template,
+    virtual_ips_for,
 )
 from skep.manager.allocator.changes import (
     NETWORK,
@@ -38,7 +39,6 @@ from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attach
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.unreadable_addresses import Unread, check_known
-from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.allocator.waiting import WaitingTasks
 from skep.manager.cluster import reserved_ports_of
 from skep.manager.control_loops.failures import Failures, for_each_isolated
