@@ -546,7 +546,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit(
             "announced absence of a node",
-            "skep.manager.dispatcher.node_sessions.liveness:AWAY_GRACE_S",
+            "skep.manager.nodes.heartbeats:AWAY_GRACE_S",
             "the node is down",
             "s",
         ),

@@ -1,6 +1,7 @@
 """When the heartbeat of each node expires, in this manager's own time, and the suspension during overload.
 
-Nothing here waits: ``down_nodes.py`` advances the time and marks the nodes down whose deadlines have passed.
+``Heartbeats`` receives them.  Nothing else waits: ``down_nodes.py`` advances the time and marks the nodes down whose
+deadlines have passed.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,18 +13,20 @@ import structlog
 from skep.aio.event_loop.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.loads import load_from_heartbeat
-from skep.manager.dispatcher.node_sessions.liveness import (
+from skep.manager.dispatcher.node_sessions.registration import SilentNode
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
+from skep.manager.nodes.heartbeats import (
+    DEFAULT_PERIOD_S,
     RECOVERY_GRACE_S,
     SUSPENDED_S_MAX,
+    configured_heartbeats,
     grace_after_absence,
     grace_after_adoption,
+    grace_period,
     grace_when_away,
     heartbeat_period,
     suspension_left,
 )
-from skep.manager.dispatcher.node_sessions.registration import SilentNode
-from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
-from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.model.values.ids import NodeId, SessionId
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
