@@ -11,7 +11,7 @@ from skep.aio.clock import SystemClock
 from skep.api.telemetry import process_metrics
 from skep.engine.metrics import usage
 from skep.manager.telemetry import metrics as manager_metrics
-from skep.manager.telemetry.etcd_metrics import ETCD
+from skep.manager.telemetry.metrics import ETCD
 from skep.node.telemetry import metrics as node_metrics
 from tests.support.harness.sources import parsed
 
