@@ -20,7 +20,7 @@ from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
 from skep.api.formats.timestamps import period_of
 from skep.api.http.framing import path_of
-from skep.api.http.responses import ChunkedResponse
+from skep.api.http.responses import JSON_SEQUENCE, ChunkedResponse
 from skep.api.http.server import Filters, JsonLines, Routes, api_version, common_headers, json_response
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import NEWEST, ApiVersion, requested
@@ -36,12 +36,17 @@ from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.swarm_info import NOT_A_MANAGER
 from skep.node.docker.docker_engine import DockerEngine
-from skep.node.event_versions import content_type_for, known_to
 from skep.node.events import READER, EventLines, EventRequest, Message, NodeEvents, without_commands
 from skep.node.host import features
 from skep.node.host.description import volume_drivers
 
 log = structlog.get_logger()
+
+_V1_52 = ApiVersion("1.52")
+_V1_53 = ApiVersion("1.53")
+_NEWLINE_DELIMITED, _JSON_LINES = "application/x-ndjson", "application/jsonl"
+_LEGACY = ("status", "id", "from")
+"""Fields that only clients before API 1.22 need, and that versions before 1.52 still have."""
 
 
 class NodeSystem:
@@ -246,6 +251,50 @@ async def show_version(system: NodeSystem, request: web.Request) -> web.StreamRe
 async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Handle ``docker info``."""
     return json_response(info.known_to(api_version(request), await system.info(identity_of(request))))
+
+
+def known_to(version: ApiVersion, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an event in the form of API ``version``.
+
+    Events of a new Docker Engine on the machine lack the legacy fields, so older versions get them here.
+    """
+    if version >= _V1_52:
+        return {name: value for name, value in message.items() if name not in _LEGACY}
+    type, actor = message["Type"], message["Actor"]
+    if type not in ("container", "image"):
+        return message
+    legacy = {"status": message["Action"], "id": actor["ID"]}
+    if type == "container":
+        legacy["from"] = actor["Attributes"].get("image", "")
+    return {**legacy, **message}
+
+
+def content_type_for(version: ApiVersion, accept: str) -> str:
+    """Return the media type of the stream, which ``accept`` prefers by name, or else the version's default.
+
+    Wildcards do not count, because clients that send them may not know the newer media types.
+    """
+    if version < _V1_52:
+        return "application/json"
+    known = (_NEWLINE_DELIMITED, JSON_SEQUENCE, *((_JSON_LINES,) if version >= _V1_53 else ()))
+    preferred, best = known[-1] if version >= _V1_53 else _NEWLINE_DELIMITED, 0.0
+    for part in accept.split(","):
+        name, *parameters = (word.strip() for word in part.lower().split(";"))
+        quality = _quality(parameters)
+        if name in known and quality > best:
+            preferred, best = name, quality
+    return preferred
+
+
+def _quality(parameters: list[str]) -> float:
+    for one in parameters:
+        name, _, value = one.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
 
 
 @_table.get("/events")
