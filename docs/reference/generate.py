@@ -552,10 +552,10 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit(
             "crashes of a manager in a row",
-            "skep.node.supervision.restart:CRASHES_MAX",
+            "skep.node.supervision.supervisor:CRASHES_MAX",
             "it stays stopped, and `docker info` says why",
         ),
-        Limit("within", "skep.node.supervision.restart:CRASH_WINDOW_S", "", "s"),
+        Limit("within", "skep.node.supervision.supervisor:CRASH_WINDOW_S", "", "s"),
     ),
 }
 
