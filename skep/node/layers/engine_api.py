@@ -35,8 +35,7 @@ from skep.node.routes.cluster_volumes import with_cluster_volumes
 from skep.node.routes.docker_objects import with_objects_of
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
-from skep.node.routes.swarm import swarm_routes
-from skep.node.routes.system import NodeSystem, engine_id, system_routes, unsupported_routes
+from skep.node.routes.system import NodeSystem, engine_id, swarm_routes, system_routes, unsupported_routes
 from skep.node.telemetry.metrics import NodeMetrics, Sources
 from skep.node.telemetry.metrics_server import metrics_routes
 

@@ -1,9 +1,15 @@
 """``/_ping``, ``/version``, ``/info``, ``/events`` of this node; and the refusal of unsupported routes.
 
-Source: moby 20.10, api/server/router/system/system_routes.go.
+Events have the form of each version of the Engine API.  The membership of this node has the routes ``/swarm/init``,
+``join``, ``leave`` and ``unlock``, and the manager serves the rest of ``/swarm``.
+
+Source: moby 20.10, api/server/router/system/system_routes.go, api/server/router/swarm/cluster_routes.go; moby,
+api/docs/CHANGELOG.md, daemon/server/router/system/system_routes.go (getEvents, backFillLegacy),
+daemon/server/httputils/contenttype.
 """
 
 import asyncio
+import base64
 import hashlib
 from base64 import b32encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,10 +24,20 @@ from aiohttp import web
 
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
+from skep.api.backups import KEY_HEADER
 from skep.api.formats.timestamps import period_of
 from skep.api.http.framing import path_of
 from skep.api.http.responses import JSON_SEQUENCE, ChunkedResponse
-from skep.api.http.server import Filters, JsonLines, Routes, api_version, common_headers, json_response
+from skep.api.http.server import (
+    Filters,
+    JsonLines,
+    Routes,
+    api_version,
+    common_headers,
+    flag,
+    json_response,
+    read_json,
+)
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
@@ -30,6 +46,7 @@ from skep.engine.containers.container import EngineCounts
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
 from skep.model.permissions.access import Identity
+from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.node import info
 from skep.node.cluster.cluster_reads import ClusterReads
@@ -47,6 +64,8 @@ _V1_53 = ApiVersion("1.53")
 _NEWLINE_DELIMITED, _JSON_LINES = "application/x-ndjson", "application/jsonl"
 _LEGACY = ("status", "id", "from")
 """Fields that only clients before API 1.22 need, and that versions before 1.52 still have."""
+
+_membership = RouteTable[Membership]()
 
 
 class NodeSystem:
@@ -368,3 +387,51 @@ def unsupported_routes(*, has_containers: bool) -> Routes:
             refuse("*", f"/{word}", _NO_CONTAINERS)
             refuse("*", f"/{word}/{{tail:.*}}", _NO_CONTAINERS)
     return table
+
+
+def swarm_routes(membership: Membership) -> list[web.RouteDef]:
+    """Return ``/swarm/init``, ``join``, ``leave``, ``unlock`` and ``/skep/restore``."""
+    return _membership.bound(membership)
+
+
+@_membership.post("/swarm/init")
+async def init(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm init``."""
+    return json_response(await membership.init(await read_json(request, InitRequest)))
+
+
+@_membership.post("/swarm/join")
+async def join(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm join``."""
+    await membership.join(await read_json(request, JoinRequest))
+    return web.Response()
+
+
+@_membership.post("/swarm/leave")
+async def leave(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm leave``."""
+    await membership.leave(force=flag(request, "force"))
+    return web.Response()
+
+
+@_membership.post("/swarm/unlock")
+async def unlock(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm unlock``."""
+    await membership.unlock(await read_json(request, UnlockRequest))
+    return web.Response()
+
+
+@_membership.post("/skep/restore")
+async def restore(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Restore the backup in the request's body on this node, which must be in no swarm.  Docker has no such route."""
+    try:
+        key = base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{KEY_HEADER} is not base64") from error
+    plan = await membership.restore(
+        request.content.iter_any(),
+        key,
+        request.query.get("advertiseAddr", ""),
+        is_dry=flag(request, "dryRun"),
+    )
+    return json_response(plan)
