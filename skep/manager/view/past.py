@@ -2,12 +2,9 @@
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
-from skep.manager.control.swarm import frozen_message
 from skep.manager.view.building import GLOBALS, RowBuilder, all_keys
-from skep.manager.view.rows import ClusterRow, ManagersRow
+from skep.manager.view.cluster import stored_cluster_row
 from skep.manager.view.table import CLUSTER_KEY, Key, RowTableState
-from skep.model.node import Node, Reachability
-from skep.model.swarm import Swarm
 from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
 
@@ -31,24 +28,6 @@ async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -
         await slices.yield_if_due()
     for key in stacks:
         table.put(key, builder.row(view, key)[0])
-    table.put(CLUSTER_KEY, _cluster(view))
+    table.put(CLUSTER_KEY, stored_cluster_row(view))
     table.step(view.revision, at_s)
     return table.snapshot()
-
-
-def _cluster(view: View) -> ClusterRow:
-    """Return the row from the stored state.  Warnings exist only for the current state."""
-    swarm = next(iter(view.find(Swarm)), None)
-    managers = {node.id: node.manager_status for node in view.find(Node) if node.manager_status is not None}
-    freeze = swarm.freeze if swarm is not None else None
-    return ClusterRow(
-        id=swarm.id if swarm is not None else "",
-        name=swarm.spec.name if swarm is not None else "",
-        managers=ManagersRow(
-            total=len(managers),
-            reachable=sum(one.reachability is Reachability.REACHABLE for one in managers.values()),
-            leader=next((id for id, one in managers.items() if one.leader), ""),
-        ),
-        warnings=(),
-        replacement_suspended=frozen_message(freeze) if freeze is not None else "",
-    )
