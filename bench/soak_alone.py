@@ -12,7 +12,7 @@ from bench import soak_daemons, soak_networks
 from bench.engine import EngineError
 from bench.skep_lab import SkepLab
 from bench.soak_users import DEADLINE_S, Log, Users, counted
-from skep.node.supervision.restart import CRASH_WINDOW_S
+from skep.node.supervision.supervisor import CRASH_WINDOW_S
 
 MEASURE_EVERY_S = 600.0
 MEASURES_MIN = 10

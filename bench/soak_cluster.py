@@ -30,7 +30,7 @@ from bench.cluster_lab import engine
 from bench.engine import Engine, EngineError
 from bench.soak_users import DEADLINE_S, Log, Users, counted
 from skep.errors import Unavailable
-from skep.node.supervision.restart import CRASH_WINDOW_S
+from skep.node.supervision.supervisor import CRASH_WINDOW_S
 from skep.playground.commands import wait_until
 from skep.playground.description import PlaygroundNode
 from skep.playground.engine import is_up

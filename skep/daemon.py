@@ -28,7 +28,7 @@ from skep.aio.failures import log_error
 from skep.aio.groups import first_alone
 from skep.aio.trees import discard_tree_now
 from skep.configuration.configuration import Configuration, ConfigurationError
-from skep.configuration.reload import reload
+from skep.configuration.settings import reload
 from skep.configuration.sources import Arguments, LoadedConfiguration, load, parse_arguments
 from skep.dataplane.net_process import process as net_process
 from skep.dataplane.wireguard import process as wireguard_go

@@ -32,6 +32,26 @@ TUNING = re.compile(r"_(S|MS|NS|SECONDS|BYTES|MIB|MAX|MIN|SIZE|LENGTH|LINES|TRIE
 """Names of constants that somebody chose, other than numbers of a protocol."""
 MODULES_MAX = 15
 """Modules in a folder, which a reader takes in at one look (decision 174)."""
+SMALL_LINES = 80
+"""A file with fewer lines that only one other file imports is part of that file, unless it is in ``SEPARATE``."""
+SEPARATE = {
+    "skep/cli/stack/stack_builds.py": "its importer has no lines left",
+    "skep/cli/stack/stack_stops.py": "its importer has no lines left",
+    "skep/linux/without_links.py": "a program of its own",
+    "skep/manager/allocator/loop.py": "a loop beside its pure state",
+    "skep/manager/control/jobs.py": "the writes of jobs, apart from their routes as those of every kind",
+    "skep/manager/control_loops/loops.py": "the simulator and the benchmarks run the loops without a leader",
+    "skep/manager/diagnosis/departures.py": "a pure reason, which a route shows",
+    "skep/manager/orchestrator/converged_slots.py": "a pure decision with a property that tests prove",
+    "skep/manager/orchestrator/reaper/loop.py": "a loop beside its pure state",
+    "skep/manager/orchestrator/replacement/evacuation.py": "a decision that CONTRIBUTING.md names",
+    "skep/manager/scheduler/loop.py": "a loop beside its pure state",
+    "skep/patches/python_3_11_2.py": "only an old Python imports it",
+    "skep/playground/images/nginx.py": "a program of its own",
+    "skep/stack/address_needs.py": "its importer has no lines left, and it is pure",
+    "skep/stack/compose/bound_files.py": "its importer has no lines left",
+}
+"""Small files with one importer, and why they are separate.  Their number only falls."""
 REPEATED_NAMES_MAX = 16
 """Names of public classes that two modules define.  The number only falls."""
 PATCHES_PER_100_TESTS_MAX = 5.2
@@ -239,6 +259,38 @@ def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
     folders = Counter(path.parent for path in files if path.name != "__init__.py")
     full = {str(folder.relative_to(ROOT)): count for folder, count in folders.items() if count > MODULES_MAX}
     assert full == {}
+
+
+def test_small_modules_with_one_importer_are_part_of_it() -> None:
+    names = {name_of(path): path for path, _ in modules()}
+    importers: dict[str, set[str]] = {name: set() for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        for name in imported(parsed(path)) & names.keys() - {name_of(path)}:
+            importers[name].add(name_of(path))
+    small = {
+        str(path.relative_to(ROOT))
+        for name, path in names.items()
+        if path.name != "__init__.py"
+        and len(importers[name]) == 1
+        and len(path.read_text().splitlines()) < SMALL_LINES
+    }
+    assert small == SEPARATE.keys()
+
+
+def name_of(path: Path) -> str:
+    """Return the dotted name by which other modules import a file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Return the dotted names that a module imports, and of each module the names that it takes from there."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def test_a_public_class_has_a_name_of_its_own() -> None:

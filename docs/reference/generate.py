@@ -546,16 +546,16 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit(
             "announced absence of a node",
-            "skep.manager.dispatcher.node_sessions.liveness:AWAY_GRACE_S",
+            "skep.manager.nodes.heartbeats:AWAY_GRACE_S",
             "the node is down",
             "s",
         ),
         Limit(
             "crashes of a manager in a row",
-            "skep.node.supervision.restart:CRASHES_MAX",
+            "skep.node.supervision.supervisor:CRASHES_MAX",
             "it stays stopped, and `docker info` says why",
         ),
-        Limit("within", "skep.node.supervision.restart:CRASH_WINDOW_S", "", "s"),
+        Limit("within", "skep.node.supervision.supervisor:CRASH_WINDOW_S", "", "s"),
     ),
 }
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from skep.aio.clock import SystemClock
 from skep.api.telemetry import process_metrics
-from skep.engine.metrics import action_times, usage
+from skep.engine.metrics import usage
 from skep.manager.telemetry import metrics as manager_metrics
-from skep.manager.telemetry.etcd_metrics import ETCD
+from skep.manager.telemetry.metrics import ETCD
 from skep.node.telemetry import metrics as node_metrics
 from tests.support.harness.sources import parsed
 
@@ -78,7 +79,7 @@ class Metric(NamedTuple):
 def metrics() -> str:
     """The page."""
     sections = {
-        "## Of a node": (*made_in(node_metrics), *made_in(action_times), *made_in(process_metrics)),
+        "## Of a node": (*made_in(node_metrics), _actions(), *made_in(process_metrics)),
         "## Of a manager": (*made_in(manager_metrics), *_of_etcd()),
         "## Of containers": tuple(Metric(*family[:3]) for family in usage.families([])),
     }
@@ -90,6 +91,11 @@ def metrics() -> str:
     lines += ["## Metrics that only an engine has", "", "| name | instead |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, why in _NOT_THERE.items()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _actions() -> Metric:
+    name, kind, help, _ = usage.ActionTimes(SystemClock()).family()
+    return Metric(name, kind, help, _LABELS[name])
 
 
 def made_in(module: ModuleType) -> list[Metric]:

@@ -10,7 +10,7 @@ from sim.invariants.liveness import lease_violations
 from sim.invariants.services.damping import surplus_violations
 from sim.users.random_specs import HOPELESS
 from sim.world.node import image_of
-from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
+from skep.manager.nodes.heartbeats import RECOVERY_GRACE_S
 from skep.model.node import Node
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.labels import OnDisconnect, disconnect_policy

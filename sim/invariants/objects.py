@@ -6,7 +6,7 @@ from functools import partial
 
 from sim.invariants.committed import Change
 from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
-from skep.manager.orchestrator.reaper.unreported import unreported
+from skep.manager.orchestrator.reaper.state import unreported
 from skep.model.container import SecretReference
 from skep.model.node import Node
 from skep.model.secret import Secret

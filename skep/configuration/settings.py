@@ -1,4 +1,4 @@
-"""The settings: names in the three sources, parser, and whether a running node applies a change."""
+"""The settings: names in the three sources, parser, and which changes a running node applies (SIGHUP)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from skep.configuration import values
+from skep.configuration.configuration import Configuration
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,3 +261,26 @@ SETTINGS = (
         docker_key="default-address-pools",
     ),
 )
+
+
+class Reload(msgspec.Struct, frozen=True):
+    """A running configuration with the changes that need no restart applied, and the names of the changed settings."""
+
+    configuration: Configuration
+    reloaded: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
+def reload(running: Configuration, written: Configuration) -> Reload:
+    """Compare the running configuration with the written one.  Names are in the order of ``SETTINGS``."""
+    changed = [
+        setting
+        for setting in SETTINGS
+        if getattr(running, setting.attribute) != getattr(written, setting.attribute)
+    ]
+    taken = [setting for setting in changed if setting.reloads]
+    return Reload(
+        msgspec.structs.replace(running, **{s.attribute: getattr(written, s.attribute) for s in taken}),
+        tuple(setting.toml_key for setting in taken),
+        tuple(setting.toml_key for setting in changed if not setting.reloads),
+    )

@@ -62,10 +62,9 @@ from skep.engine.log_drivers.facts import with_attributes, with_tag
 from skep.engine.logs import logs
 from skep.engine.logs.log_forwarding import LogForwarding
 from skep.engine.metrics import top
-from skep.engine.metrics.action_times import ActionTimes, timed
 from skep.engine.metrics.stats import Stats, sample
-from skep.engine.networks.network_changes import NetworkChanges
-from skep.engine.networks.networking import Networking
+from skep.engine.metrics.usage import ActionTimes, timed
+from skep.engine.networks.networking import NetworkChanges, Networking
 from skep.engine.runtime.conmon import resize_terminal
 from skep.engine.runtime.runtime import Runtime
 from skep.engine.volumes.files import ContainerFiles

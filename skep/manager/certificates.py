@@ -1,8 +1,10 @@
-"""The certificates that this manager issues, and its own one."""
+"""The certificates that this manager issues, its own one, and the connections that were made with them."""
 
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any
+
+import structlog
 
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.external import ExternalAuthorities
@@ -16,16 +18,34 @@ from skep.manager.ca.updater import (
     warn_of_expiry,
 )
 from skep.manager.environment import ManagerEnvironment
-from skep.manager.eviction.connections import end_connections
-from skep.manager.eviction.steps import is_evicting_manager
+from skep.manager.eviction.steps import eviction_of, is_evicting_manager
 from skep.manager.store_member import StoreMember
 from skep.manager.telemetry.events import ClusterEvents
+from skep.model.node import NodeRole
 from skep.model.values.ids import NodeId
 from skep.security.reloading import KeyPairFiles
 from skep.security.tls import ServerTls
+from skep.store.interface import Store
 from skep.wire.client import ManagerChannel
 from skep.wire.server import Bound
 from skep.wire.service import Handler
+
+log = structlog.get_logger(__name__)
+
+
+def end_connections(store: Store, bound: Bound) -> None:
+    """End every connection if the root has changed because of an eviction.
+
+    Connections survive a rotation, as they do in Docker.  But with the old root's key some of them may have been made
+    in the names of other nodes.
+    """
+    eviction = eviction_of(store.view())
+    if eviction is not None and eviction.next_step is not None:
+        log.warning("root replaced by an eviction: all connections are closed", node=eviction.node_id)
+        # Connections of managers have more rights, and there are few of them, so they are closed at once.
+        bound.disconnect_all(
+            lambda caller: caller.role is NodeRole.MANAGER or caller.node_id in eviction.nodes
+        )
 
 
 class ManagerCertificates:

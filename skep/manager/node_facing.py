@@ -1,6 +1,6 @@
 """The services that nodes use: sessions and tasks, tables of networks, probes, logs, tunnels and images."""
 
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from typing import Any
 
 from skep.manager.discovery.draining import Draining
@@ -11,7 +11,6 @@ from skep.manager.dispatcher.node_sessions.sessions import LiveSession
 from skep.manager.environment import ManagerEnvironment
 from skep.manager.gossip.relay import GossipRelay
 from skep.manager.link.loop import ManagerLink
-from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.nodes.attachment_service import AttachmentService
 from skep.manager.nodes.image_directory import ImageDirectory
@@ -20,8 +19,32 @@ from skep.manager.nodes.worker_reads import WorkerReads
 from skep.manager.peer_reports import PeerReports
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
+from skep.model.logs import LogQuery
 from skep.model.values.ids import NodeId
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.convert.logs import query_to_pb
 from skep.wire.service import Handler
+
+
+class LinkRelays:
+    """Implements ``logbroker.broker.Relays``."""
+
+    def __init__(self, link: ManagerLink) -> None:
+        self._link = link
+
+    async def relay_logs(
+        self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
+    ) -> AsyncGenerator[skep.RelayedLogs, None]:
+        """Yield the logs of ``nodes`` as relayed by ``manager``.  Ends when all of them have ended.
+
+        A manager that falls silent loses the link, which ends this stream.  Raises: Unavailable.
+        """
+        selector, options = query_to_pb(query)
+        async with self._link.channel_beside(manager) as channel, channel.stream(methods.RELAY_LOGS) as call:
+            await call.send(skep.LogRelay(selector=selector, options=options, node_ids=nodes), end=True)
+            async for message in call:
+                yield message
 
 
 class NodeFacingServices:

@@ -14,9 +14,8 @@ from skep.manager.autoscaling.state import AutoscalingCounts
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.environment import ManagerEnvironment
 from skep.manager.quorum import Quorum
-from skep.manager.telemetry.etcd_metrics import etcd_families
 from skep.manager.telemetry.events import ClusterEvents
-from skep.manager.telemetry.metrics import ClusterMetrics, StartTimes, autoscaling_families
+from skep.manager.telemetry.metrics import ClusterMetrics, StartTimes, autoscaling_families, etcd_families
 from skep.manager.telemetry.task_usages import TaskUsages
 from skep.manager.telemetry.traces import TaskSpans, request_spans
 from skep.manager.view.cluster import ClusterRows

@@ -1,25 +1,37 @@
 """This manager's part in the store: its member of the consensus, its keys, and the space that the store uses."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import partial
+from random import Random
 from typing import Any, NamedTuple
 
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
+from skep.errors import SkepError
+from skep.manager.control.swarm import unlock_key_of
+from skep.manager.control_loops.informer import run_informer
 from skep.manager.environment import ManagerEnvironment
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
 from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.membership.service import MembersService
-from skep.manager.storage.autolock import Autolock
 from skep.manager.storage.backup import Backups
 from skep.manager.storage.incarnation import Incarnation
 from skep.manager.storage.keys import StoreKeys, WrappingKeys
 from skep.manager.storage.store_space import StoreSpace
 from skep.model.values.ids import NodeId
 from skep.security.locking import KeyLock
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+from skep.store.kinds import UNLOCK_KEY_ID, Payload
 from skep.wire.client import ManagerChannel
 from skep.wire.service import Handler
+
+log = structlog.get_logger(__name__)
 
 
 class ConsensusMember(NamedTuple):
@@ -33,6 +45,55 @@ class ConsensusMember(NamedTuple):
     """Ends the connections that other members have opened to this member."""
     error: Callable[[], str]
     """Returns a sentence about a problem of the member, such as a full disk, or an empty text."""
+
+
+class Autolock:
+    """Keeps the keys on this manager's disk encrypted (locked) with the cluster's unlock key, or unlocked.
+
+    Each manager does so itself whenever the unlock key differs from the key with which its disk is locked.  A manager
+    that was offline during a rotation catches up when it returns.
+    """
+
+    def __init__(self, store: Store, lock: KeyLock, clock: Clock, random: Random) -> None:
+        self._store = store
+        self._lock = lock
+        self._clock = clock
+        self._random = random
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow the cluster's unlock key until cancelled."""
+        await run_informer(
+            self._store, (Payload,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
+
+    def _on_snapshot(self, _view: View) -> None:
+        self._changed.set()
+
+    def _on_commit(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) | Deleted(Payload(id=id)):
+                    if id == UNLOCK_KEY_ID:
+                        self._changed.set()
+
+    async def _work(self) -> None:
+        backoff = Backoff(longest_s=10.0, rng=self._random.random)
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            view = self._store.view()
+            if UNLOCK_KEY_ID in view.unreadable(Payload):
+                continue  # without the unlock key, the keys on disk would be written in clear text
+            key = unlock_key_of(view)
+            try:
+                if await asyncio.to_thread(self._lock.turn, key):
+                    log.info("lock of the keys on disk changed", locked=key is not None)
+                backoff.reset()
+            except (SkepError, OSError) as error:
+                log.error("keys on disk not locked or unlocked, will retry", reason=str(error))
+                self._changed.set()
+                await backoff.sleep(self._clock)
 
 
 class StoreMember:

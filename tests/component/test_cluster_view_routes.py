@@ -17,8 +17,8 @@ from skep.api.http.server import runner
 from skep.manager.routes import application
 from skep.manager.routes.extensions import view
 from skep.manager.view.cluster import ClusterRows
+from skep.manager.view.followed_rows import VIEWERS_MAX
 from skep.manager.view.loop import HEARTBEAT_S, ClusterView
-from skep.manager.view.viewers import VIEWERS_MAX
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store
 from tests.conformance.manager import a_manager_api

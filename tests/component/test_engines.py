@@ -15,9 +15,8 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from skep.manager.control.networks import remove_network
 from skep.manager.control_loops.loops import loops
-from skep.manager.gossip.keys import ROTATION_S, rotated
+from skep.manager.gossip.keys import ROTATION_S, rotated, step
 from skep.manager.gossip.relay import GossipRelay
-from skep.manager.gossip.rotation import step
 from skep.manager.nodes.attachment_service import CONTAINER_ID_CHARACTERS_MAX
 from skep.model.network import Network
 from skep.model.networks.data_planes import DOCKER, SKEP

@@ -19,7 +19,7 @@ from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import MANAGER_STEPS, Eviction, begin, eviction_of
 from skep.manager.gossip.keys import first_keys
-from skep.manager.routes.extensions.evictions import EvictionBody, shown
+from skep.manager.routes.extensions.maintenance import EvictionBody, shown
 from skep.manager.storage.keys import StoreKeys, WrappingKeys, save_wrapping_keys
 from skep.model.networks.gossip import decoded_keys
 from skep.model.node import (

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.images.archives.importing import ImportRequest, import_tree
 from skep.engine.images.child import HistoryStep, child_config
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.platforms import this_platform
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.store import ImageStore
+from skep.engine.images.store import ImageStore, ImportRequest, import_tree
 from skep.errors import SkepError
 from skep.model.values.times import Timestamp
 from tests.support.engine.oci_rig import QuickClock

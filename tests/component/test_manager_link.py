@@ -16,8 +16,8 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.link.loop import ManagerLink
-from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
+from skep.manager.node_facing import LinkRelays
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport, PeerReports
 from skep.manager.storage.incarnation import Incarnation
 from skep.model.logs import LogLine, LogQuery

@@ -15,7 +15,7 @@ from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
-from skep.manager.dispatcher.node_sessions.liveness import AWAY_GRACE_S
+from skep.manager.nodes.heartbeats import AWAY_GRACE_S
 from skep.model.node import Node, NodeState
 from skep.model.values.ids import NodeId
 from skep.security import keypair
@@ -219,7 +219,7 @@ async def test_a_manager_without_a_quorum_takes_no_session_and_gives_up_those_it
 
 
 async def test_a_node_that_does_not_come_back_to_a_restarted_manager_is_down(tmp_path, monkeypatch):
-    monkeypatch.setattr("skep.manager.dispatcher.node_sessions.liveness.RECOVERY_GRACE_S", 0.5)
+    monkeypatch.setattr("skep.manager.nodes.heartbeats.RECOVERY_GRACE_S", 0.5)
     cluster = Cluster(heartbeat_s=0.1)
     async with AsyncExitStack() as agents, cluster.serving():
         pair = await a_worker(cluster, tmp_path)

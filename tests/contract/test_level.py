@@ -11,7 +11,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
 from skep.manager.control.services import create_service
 from skep.manager.manager_status import write_manager_status
-from skep.manager.membership.data_level import lowest_level, write_level
+from skep.manager.membership.manager_changes import lowest_level, write_level
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
 from skep.model.options.labels import VOLUME_AFFINITY
 from skep.model.service import ServiceSpec

@@ -22,8 +22,8 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.removals import Orphan, write
 from skep.manager.orchestrator.reaper.state import NO_LIMIT, cluster_limit
-from skep.manager.storage.autolock import Autolock
 from skep.manager.storage.recovery import doubt_volumes
+from skep.manager.store_member import Autolock
 from skep.manager.volumes.records import forget
 from skep.model.network import Network
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability, SessionOwner

@@ -6,7 +6,7 @@ import pytest
 
 from sim.cluster import SimulatedCluster
 from sim.faults.software import hang_manager
-from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
+from skep.manager.nodes.heartbeats import RECOVERY_GRACE_S
 from skep.model.node import Node, NodeState
 from skep.model.service import RestartPolicy
 from skep.model.task import TaskState

@@ -9,7 +9,7 @@ from sim.cluster import SimulatedCluster
 from skep.agent.executor.simulated import Behavior
 from skep.manager.control import swarm as control
 from skep.manager.control.tasks import known_status
-from skep.manager.dispatcher.node_sessions.liveness import RECOVERY_GRACE_S
+from skep.manager.nodes.heartbeats import RECOVERY_GRACE_S
 from skep.manager.orchestrator.replacement.disruption import READY_BEFORE_S
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, ServiceSpec

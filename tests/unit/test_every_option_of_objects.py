@@ -24,10 +24,9 @@ from skep.engine.api.volumes import VolumeRequest, check_volume
 from skep.engine.volumes.volumes import Volumes
 from skep.errors import SkepError
 from skep.manager.allocator.addresses import AddressAllocations
-from skep.manager.allocator.attachments import AttachableNetworks, wanted_networks
+from skep.manager.allocator.attachments import AttachableNetworks, virtual_ips_for, wanted_networks
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
-from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.control.validation.network_specs import check_network_spec
 from skep.manager.control.validation.service_rules import check_service_spec
 from skep.manager.orchestrator.replicated import reconcile

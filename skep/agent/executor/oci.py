@@ -27,7 +27,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.csi.drivers import Drivers
 from skep.dataplane.dataplane import DataPlane
-from skep.dataplane.netns.kernel.connections import inbound_of
+from skep.dataplane.netns.kernel.namespaces import inbound_of
 from skep.engine import api_sockets
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import Programs, capacity_of, find_programs

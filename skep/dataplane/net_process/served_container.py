@@ -24,8 +24,13 @@ from skep.dataplane.plan.vip import FAMILIES, VipBackends, VipPlan
 from skep.dataplane.plan.vip import NAME as VIP_TABLE
 from skep.dataplane.vip import on_demand
 from skep.dataplane.vip.elements import ElementSocket
-from skep.dataplane.vip.pending_neighbors import flush_pending
-from skep.dataplane.vip.virtual_addresses import Services, VirtualAddresses, delete_stale_flows, write_plan
+from skep.dataplane.vip.virtual_addresses import (
+    Services,
+    VirtualAddresses,
+    delete_stale_flows,
+    flush_pending,
+    write_plan,
+)
 from skep.errors import SkepError, Unavailable
 from skep.linux.files import is_no_file, replace_file
 from skep.model.values.ids import NetworkId, ServiceId

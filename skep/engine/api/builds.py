@@ -25,7 +25,7 @@ from skep.engine.build.builder import Builder
 from skep.engine.build.cache.step_sources import SOURCES_MAX, history_sources
 from skep.engine.build.dockerfile.targets import tags_of
 from skep.engine.build.files import context
-from skep.engine.build.files.remote_builds import fetch_context
+from skep.engine.build.files.context import fetch_context
 from skep.engine.build.interface import BuildRequest, BuildResult, BuildStep, OpenContext, StepLimits
 from skep.engine.confinement.limits import nano_cpus_of
 from skep.engine.containers.container import StandardStream

@@ -17,12 +17,11 @@ from skep.engine.api.streams.uploads import drain, pieces_of
 from skep.engine.build.dockerfile.config import apply_changes
 from skep.engine.containers.commits import CommitRequest, commit
 from skep.engine.engine import Engine
-from skep.engine.images.archives.importing import ImportRequest, import_tree
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.platforms import parse_platform, this_platform
 from skep.engine.images.progress import ProgressMessage, Report
 from skep.engine.images.reference import Reference, parse_reference
-from skep.engine.images.store import ImageStore
+from skep.engine.images.store import ImageStore, ImportRequest, import_tree
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.values.times import timestamp
 

@@ -18,7 +18,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.race import afterwards
 from skep.aio.slots import Slots
-from skep.engine.build import history, runs
+from skep.engine.build import runs
 from skep.engine.build.addresses import redacted, shown_errors
 from skep.engine.build.bases import Bases
 from skep.engine.build.cache.cache import CacheMounts, StepCache
@@ -33,6 +33,9 @@ from skep.engine.build.dockerfile.config import (
     changed,
     command_of_step,
     expanded,
+    line_of_change,
+    line_of_copy,
+    line_of_run,
     variables_of,
 )
 from skep.engine.build.dockerfile.dockerfile import parse
@@ -382,7 +385,7 @@ class Build:
         is_workdir = isinstance(instruction, Workdir)
         words = (f"#(nop) {comment}",) if is_workdir else ("#(nop) ", comment)
         container = options_of(msgspec.structs.replace(state.config, cmd=(*state.shell, *words)))
-        line = history.line_of_change(instruction, comment) if self._request.is_buildkit else None
+        line = line_of_change(instruction, comment) if self._request.is_buildkit else None
         change = self._results.change(state, container, line, adds_layer=None if is_workdir else False)
         if await self._results.take_cached(step, change):
             return
@@ -443,7 +446,7 @@ class Build:
         config = msgspec.structs.replace(
             state.config, cmd=(*state.shell, f"#(nop) {copies.shown_copy(copy, digest)}")
         )
-        line = history.line_of_copy(copy) if self._request.is_buildkit else None
+        line = line_of_copy(copy) if self._request.is_buildkit else None
         more = copies.key_of_options(copy)
         return self._results.change(state, options_of(config), line, *more, adds_layer=True)
 
@@ -476,7 +479,7 @@ class Build:
         container = options_of(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
         variables = variables_of(state, visible)
         words = (*state.shell, *command) if script else command
-        line = history.line_of_run(words, self._arguments.stage.declared, variables)
+        line = line_of_run(words, self._arguments.stage.declared, variables)
         expand = partial(substituted, variables=variables, escape=self._stages.escape, budget=self._budget)
         mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
         async with AsyncExitStack() as stack:

@@ -30,8 +30,6 @@ from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import ContextStore
-from skep.engine.buildkit.definitions import definition_of, image_of
-from skep.engine.buildkit.history import BuildHistory
 from skep.engine.buildkit.options import (
     BuildOptions,
     BuildOutput,
@@ -49,6 +47,7 @@ from skep.engine.buildkit.protocol.filesync import SyncSelection
 from skep.engine.buildkit.protocol.sessions import BuildSession, BuildSessions
 from skep.engine.buildkit.provider import ClientProvider
 from skep.engine.buildkit.remote_contexts import remote_context, uploaded_context
+from skep.engine.buildkit.results import BuildHistory, definition_of, image_of
 from skep.engine.buildkit.uploads import OpenUpload
 from skep.engine.images.digest import Digest
 from skep.errors import (

@@ -16,7 +16,6 @@ from skep.api.formats.networks import BUILTIN
 from skep.engine.confinement import machine
 from skep.engine.confinement.limits import nano_cpus_of
 from skep.engine.confinement.machine import MachineOptions
-from skep.engine.confinement.security_options import security_options
 from skep.engine.containers import health
 from skep.engine.containers.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.containers.request import (
@@ -27,6 +26,7 @@ from skep.engine.containers.request import (
     PortBinding,
     TaskOptions,
     refused,
+    security_options,
 )
 from skep.engine.containers.signals import signal_number
 from skep.engine.images.image import ContainerDefaults

@@ -7,13 +7,15 @@ refused only with another value.
 Source: moby 20.10, api/types/container/config.go, host_config.go, api/types/network/network.go.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Final, NamedTuple
 
 import msgspec
 
 from skep.api.formats.bodies import from_builtins, parse
+from skep.api.formats.gosyntax import BOOLEANS
 from skep.api.http.versions import NEWEST, ApiVersion
+from skep.engine.confinement import apparmor
 from skep.engine.confinement.machine import MachineOptions
 from skep.engine.containers.container import MountPoint
 from skep.errors import InvalidArgument, Unimplemented
@@ -27,6 +29,13 @@ _V1_48 = ApiVersion("1.48")
 _V1_52 = ApiVersion("1.52")
 _V1_55 = ApiVersion("1.55")
 BODY_EMPTY = "Config cannot be empty in order to create a container"
+
+_SECURITY_FLAGS: Final = {
+    "no-new-privileges": "no-new-privileges=true",
+    "writable-cgroups": "writable-cgroups=true",
+    "disable": "label=disable",
+}
+"""Full form of options that may be written without a value."""
 
 
 class LogOptions(ApiObject):
@@ -433,4 +442,42 @@ def _given(value: Any) -> list[tuple[str, Any]]:
         folded = str(name).casefold()
         if not any(one == nothing for nothing in _NEUTRAL.get(folded, _NOTHING)):
             found.append((folded, one))
+    return found
+
+
+class SecurityOptions(NamedTuple):
+    """Parsed ``--security-opt`` options."""
+
+    seccomp: str = "default"
+    apparmor: str = "default"
+    no_new_privileges: bool = False
+
+
+def security_options(options: Sequence[str]) -> SecurityOptions:
+    """Parse security options.  Raises: InvalidArgument; Unimplemented: an option is not supported.
+
+    Source: moby, daemon/daemon_unix.go (parseSecurityOpt).
+    """
+    found = SecurityOptions()
+    for given in options:
+        option = _SECURITY_FLAGS.get(given, given)
+        name, separator, value = option.partition("=" if "=" in option else ":")
+        if not separator:
+            raise InvalidArgument(f'invalid --security-opt 1: "{given}"')
+        match name, BOOLEANS.get(value):
+            case "no-new-privileges", bool() as is_on:
+                found = found._replace(no_new_privileges=is_on)
+            case "seccomp", _:
+                found = found._replace(seccomp="default" if value in ("", "builtin") else value)
+            case "apparmor", _:
+                found = found._replace(
+                    apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
+                )
+            case ("label", _) | ("writable-cgroups", True):
+                if value != "disable":  # SELinux labels are not supported here
+                    raise refused(f"--security-opt {name}")
+            case "writable-cgroups", False:
+                pass
+            case _:
+                raise InvalidArgument(f'invalid --security-opt 2: "{given}"')
     return found

@@ -48,8 +48,8 @@ from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_r
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import Layer, Layers
+from skep.engine.images.progress import Arriving
 from skep.engine.images.reference import Reference, parse_any, parse_reference
-from skep.engine.images.registry.arriving import Arriving
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import NEW_SUFFIX, is_no_file, replace_file
 from skep.model.values.times import ZERO_TIME, Timestamp, timestamp

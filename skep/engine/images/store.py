@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
+from skep import __version__
 from skep.aio.clock import Clock
 from skep.engine.images.archives import archive
 from skep.engine.images.archives.workers import ImageLimits
+from skep.engine.images.child import HistoryStep, child_config
 from skep.engine.images.digest import Digest
-from skep.engine.images.image import Image
+from skep.engine.images.image import ContainerDefaults, Image, as_docker_writes
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.platforms import ImagePlatform
 from skep.engine.images.progress import Report, quiet
@@ -40,6 +42,7 @@ from skep.engine.images.registry.registry import (
 from skep.engine.images.removal import Users, ancestors_to_prune, removal
 from skep.engine.images.sharing.spreading import NodeFetcher
 from skep.errors import PermissionDenied, SkepError
+from skep.model.values.times import Timestamp
 
 T = TypeVar("T")
 
@@ -321,3 +324,43 @@ def _credentials_for(domain: str, header: str) -> RegistryCredentials:
     if given and not known:
         log.info("credentials not used: they are for another registry", registry=domain)
     return known
+
+
+class ImportRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Request of ``docker import``, without the archive.
+
+    ``config`` has default options for containers of the image.
+    """
+
+    reference: Reference | None
+    comment: str
+    config: ContainerDefaults
+    platform: ImagePlatform
+
+
+async def import_tree(
+    images: ImageStore, archive: AsyncIterable[bytes], request: ImportRequest, now: Timestamp
+) -> Image:
+    """Make an image with one layer from the tar of a file system, compressed or not (``docker import``).
+
+    Source: moby 20.10, daemon/images/image_import.go.
+
+    Raises: InvalidArgument: it is not a tar; ResourceExhausted; UnpackFailed.
+    """
+    platform = {"os": request.platform.os, "architecture": request.platform.architecture}
+    if request.platform.variant:
+        platform["variant"] = request.platform.variant
+    async with images.layer_of_archive(archive) as layer:
+        content = child_config(
+            None,
+            HistoryStep(created=now, diff_id=layer.diff_id, comment=request.comment),
+            as_docker_writes(request.config),
+            more={"docker_version": __version__},
+            platform=platform,
+        )
+        references = [request.reference] if request.reference is not None else []
+        image = await images.add(content, references, is_tagged=bool(references))
+    if request.reference is not None:
+        images.announce("tag", image.id, request.reference.familiar)
+    images.announce("import", image.id, image.id)
+    return image

@@ -1,15 +1,19 @@
-"""Samples containers' resource usage for Prometheus, in threads and only while metrics are requested regularly.
+"""The engine's metrics: resource usage of containers, and durations of container actions.
+
+Usage is sampled in threads, and only while metrics are requested regularly.
 
 The metrics are named as in cAdvisor, so that existing dashboards work.  For a thousand containers, reading the kernel's
 files takes some hundred milliseconds.  So samples are taken in rounds, and a request gets the text of the last round.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from skep.aio.clock import Clock
-from skep.api.telemetry.exposition import Kind, MetricFamily, Sample, label_text, render
+from skep.api.telemetry.exposition import Histogram, Kind, MetricFamily, Sample, label_text, render
 from skep.engine.confinement.cgroups import Cgroups
 from skep.engine.containers.container import Container
 from skep.engine.metrics.stats import Stats, sample
@@ -33,6 +37,12 @@ _LABEL_MAX = 256
 
 A plain container may have longer labels, and about twenty lines repeat each.
 """
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ACTIONS = ("changes", "commit", "create", "delete", "start")
+_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+"""Upper bounds of the histogram's buckets in seconds: the defaults of Prometheus' Go library, which dockerd uses."""
 
 
 class Used(NamedTuple):
@@ -194,3 +204,56 @@ def labels_of(container: Container) -> Mapping[str, str]:
 def _moved(stats: Stats, operation: str) -> int:
     entries = stats.blkio_stats.io_service_bytes_recursive or ()
     return sum(entry.value for entry in entries if entry.op.lower() == operation)
+
+
+class ActionTimes:
+    """Action durations of one engine since its process began."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._histograms = {action: Histogram(_BOUNDS_S) for action in ACTIONS}
+
+    @contextmanager
+    def timed(self, action: str) -> Iterator[None]:
+        """Measure the duration of the block as ``action`` (one of ``ACTIONS``), unless the block raises."""
+        began = self._clock.monotonic()
+        yield
+        self._histograms[action].observe(self._clock.monotonic() - began)
+
+    def family(self) -> MetricFamily:
+        """Return the metric family, with one histogram per action."""
+        samples = [
+            sample for action, each in self._histograms.items() for sample in each.samples({"action": action})
+        ]
+        return MetricFamily(
+            "engine_daemon_container_actions_seconds",
+            "histogram",
+            "Time of actions on containers that succeeded.",
+            samples,
+        )
+
+
+class HasActionTimes(Protocol):
+    """An engine with ``action_times``."""
+
+    action_times: ActionTimes
+
+
+S = TypeVar("S", bound=HasActionTimes)
+
+
+Method = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
+
+
+def timed(action: str) -> Callable[[Method[S, P, R]], Method[S, P, R]]:
+    """Time each call of a method as ``action``."""
+
+    def decorate(method: Method[S, P, R]) -> Method[S, P, R]:
+        @wraps(method)
+        async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            with self.action_times.timed(action):
+                return await method(self, *args, **kwargs)
+
+        return call
+
+    return decorate

@@ -28,11 +28,11 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
@@ -48,7 +48,7 @@ from skep.engine.confinement.machine import other_container
 from skep.engine.confinement.users import identity
 from skep.engine.containers import image_mounts, records
 from skep.engine.containers.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime import crun_mounts, overlay, runtime_spec
+from skep.engine.runtime import overlay, runtime_spec
 from skep.engine.volumes import tmpfs_mounts
 from skep.engine.volumes.mounts import check_propagation
 from skep.engine.volumes.volumes import VolumeSubpath
@@ -73,6 +73,14 @@ OUTSIDE_OF_IMAGES = tuple(
 They do not count as changes by the user.
 """
 _ID = re.compile("[0-9a-f]{64}")
+
+_MOUNT_FLAGS: Final = {
+    os.ST_RDONLY: ("ro", "rw"),
+    os.ST_NOSUID: ("nosuid", "suid"),
+    os.ST_NODEV: ("nodev", "dev"),
+    os.ST_NOEXEC: ("noexec", "exec"),
+}
+"""Options by flag of a mount: the option that sets the flag, and the option by which a user clears it."""
 
 
 class FoundContainers(msgspec.Struct):
@@ -258,7 +266,7 @@ class Bundles:
             shared=shared,
         )
         if container.runtime == "crun":
-            crun_mounts.adapt(built.specification["mounts"])
+            adapt_to_crun(built.specification["mounts"])
         self.specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
             log.warning("container limit not applied", container=container.name, warning=warning)
@@ -537,3 +545,27 @@ def forget_environment(specification: Path, entries: Sequence[str]) -> None:
         return
     except (OSError, ValueError):  # the memory file system is full, or was full when the file was written
         specification.unlink(missing_ok=True)  # the next start writes it again
+
+
+def adapt_to_crun(mounts: Iterable[dict[str, Any]]) -> None:
+    """Adapt bind mounts to crun in place, so that they have the same flags as under runc.  Blocks.
+
+    runc keeps the flags of the source's mount (noexec, nosuid, nodev, read-only).  crun mounts again with the requested
+    flags only, so they are requested explicitly.  crun 1.8 makes only directories recursively read-only (``rro``).  A
+    file has no mounts below, so ``ro`` is the same.
+
+    Source: crun 1.8.1, src/libcrun/linux.c (do_mount, do_mounts).
+    """
+    for mount in mounts:
+        if mount["type"] == "bind":
+            with suppress(OSError):  # crun reports a missing source
+                _request_flags(mount["source"], mount["options"])
+
+
+def _request_flags(source: str, options: list[str]) -> None:
+    found = os.statvfs(source).f_flag
+    for flag, (setting, clearing) in _MOUNT_FLAGS.items():
+        if found & flag and setting not in options and clearing not in options:
+            options.append(setting)
+    if "rro" in options and not os.path.isdir(source):
+        options.remove("rro")

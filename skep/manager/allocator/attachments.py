@@ -1,26 +1,31 @@
-"""A task's attachments to its networks.
+"""A task's attachments to its networks, and the virtual addresses of services.
 
 Networks of the node itself (``host``, ``bridge``, ``none``) need no allocation.  On an overlay network a task gets its
 own address.  Until then it stays NEW, with the reason in its status, because it must not run without a network of its
 spec.  A task that publishes ports in ingress mode is also attached to the ingress network, before all others.  The
 ingress network is the only one on both data planes.  Each data plane serves the tasks of its own nodes there.
 
-Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments).
+A service keeps a virtual address per overlay network and IP version as long as it has the network.
+
+Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments),
+cnmallocator/networkallocator.go (AllocateService).
 """
 
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from skep.manager.allocator.addresses import NoAddress
+from skep.manager.allocator.addresses import NoAddress, has_ipv6
 from skep.manager.allocator.subnets import has_addresses, is_allocated
 from skep.model.network import Network
 from skep.model.networks.data_planes import is_overlay
-from skep.model.service import NetworkAttachmentConfig, ServiceSpec
+from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import NetworkId
 from skep.store.interface import View
 from skep.store.kinds import spec_of
+
+DNS_ROUND_ROBIN = "dnsrr"
 
 
 class AttachedTask(msgspec.Struct, frozen=True):
@@ -103,3 +108,32 @@ def overlays_of(view: View, task: Task, networks: AttachableNetworks) -> list[Ne
 def spec_or_template(view: View, task: Task) -> ServiceSpec:
     """Return the spec from which the task was created, or the task's own template if that spec was deleted."""
     return spec_of(view, task) or ServiceSpec(task_template=task.spec)
+
+
+def virtual_ips_for(
+    service: Service, networks: AttachableNetworks, allocate: Callable[[Network, int], str]
+) -> tuple[EndpointVirtualIP, ...]:
+    """Return the virtual addresses that ``service`` should have: its existing ones, and new ones where they are
+    missing.
+
+    A network without an allocation is skipped until it has one.  The IPv4 address of a network comes first, because
+    engines read no other.
+
+    Args:
+        allocate: Allocates an address of a network and an IP version.  Raises NoAddress.
+    """
+    spec = service.spec.endpoint_spec
+    if spec is not None and spec.mode == DNS_ROUND_ROBIN:
+        return ()
+    present = {(one.network_id, ":" in one.addr): one for one in service.endpoint.virtual_ips}
+    virtual_ips = []
+    for wanted in wanted_networks(service.spec, networks.ingress):
+        network = networks.find(NetworkId(wanted.target))
+        if network is None or not is_overlay(network) or not has_addresses(network):
+            continue
+        for version in (4, 6) if has_ipv6(network) else (4,):
+            kept = present.get((network.id, version == 6))
+            virtual_ips.append(
+                kept or EndpointVirtualIP(network_id=network.id, addr=allocate(network, version))
+            )
+    return tuple(virtual_ips)

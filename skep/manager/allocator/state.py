@@ -9,7 +9,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.manager.allocator.addresses import NoAddress
+from skep.manager.allocator.addresses import AddressAllocations, NoAddress
 from skep.manager.allocator.allocations import Allocations, node_owner, service_owner
 from skep.manager.allocator.attachments import (
     AttachableNetworks,
@@ -19,6 +19,7 @@ from skep.manager.allocator.attachments import (
     is_new,
     overlays_of,
     spec_or_template,
+    virtual_ips_for,
 )
 from skep.manager.allocator.changes import (
     NETWORK,
@@ -33,12 +34,10 @@ from skep.manager.allocator.changes import (
     network_key,
     node_key,
 )
-from skep.manager.allocator.fullness import FullnessWarnings
 from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments, occupies_networks
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.unreadable_addresses import Unread, check_known
-from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.allocator.waiting import WaitingTasks
 from skep.manager.cluster import reserved_ports_of
 from skep.manager.control_loops.failures import Failures, for_each_isolated
@@ -46,7 +45,7 @@ from skep.manager.control_loops.informer import batches_of
 from skep.manager.control_loops.loop_driver import Decision
 from skep.manager.control_loops.work_queue import WorkQueue
 from skep.model.network import Network
-from skep.model.networks.data_planes import is_docker_node
+from skep.model.networks.data_planes import is_docker_node, is_overlay
 from skep.model.networks.routes import differ_in_routes, routes_of, routes_of_all
 from skep.model.node import Node
 from skep.model.options.labels import priority_of
@@ -72,6 +71,29 @@ T = TypeVar("T")
 ENDPOINTS, TASKS = "endpoints", "tasks"
 CLAIMS = "claims of networks"
 """Names of steps, under which a key fails on its own."""
+
+
+class FullnessWarnings:
+    """Logs a warning when a network is nearly full: once, and again if it had free addresses meanwhile."""
+
+    def __init__(self) -> None:
+        self._warned: set[NetworkId] = set()
+
+    def check(self, networks: Iterable[Network | None], addresses: AddressAllocations) -> None:
+        """Check ``networks`` after addresses in them were allocated."""
+        for network in networks:
+            if network is None or not is_overlay(network):
+                continue
+            usage = addresses.usage(network)
+            if not usage.is_nearly_full:
+                self._warned.discard(network.id)
+            elif network.id not in self._warned:
+                self._warned.add(network.id)
+                log.warning("network nearly full", network=network.spec.name, usage=str(usage))
+
+    def forget(self, id: NetworkId) -> None:
+        """Forget a deleted network."""
+        self._warned.discard(id)
 
 
 class AllocatorState:

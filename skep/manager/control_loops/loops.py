@@ -9,7 +9,7 @@ from skep.manager.autoscaling.loop import Autoscaler, Collect
 from skep.manager.autoscaling.state import AutoscalingCounts, Quota
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.control.quotas import check_quota
-from skep.manager.gossip.rotation import GossipKeyRotation
+from skep.manager.gossip.keys import GossipKeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes

@@ -18,8 +18,7 @@ from skep.manager.dispatcher.node_reports import NodeReports
 from skep.manager.dispatcher.node_sessions.admission import RegistrationQueue
 from skep.manager.dispatcher.node_sessions.balancing import Balancing
 from skep.manager.dispatcher.node_sessions.down_nodes import LateMarks, SilenceCheck
-from skep.manager.dispatcher.node_sessions.heartbeat_deadlines import HeartbeatDeadlines
-from skep.manager.dispatcher.node_sessions.heartbeats import Heartbeats
+from skep.manager.dispatcher.node_sessions.heartbeat_deadlines import HeartbeatDeadlines, Heartbeats
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.dispatcher.node_sessions.quorum_contact import QuorumContact
 from skep.manager.dispatcher.node_sessions.registrar import Registrar

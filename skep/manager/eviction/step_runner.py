@@ -8,8 +8,14 @@ from skep.aio.clock import Clock
 from skep.manager.cluster import cluster_of
 from skep.manager.control.swarm import rotate_join_tokens, rotate_root, rotate_unlock_key
 from skep.manager.eviction.key_replacement import KeyReplacement, managers_in
-from skep.manager.eviction.root_progress import root_progress, waits_for_restarts
-from skep.manager.eviction.steps import Eviction, Step, remove_evicted, replace_gossip_keys
+from skep.manager.eviction.steps import (
+    Eviction,
+    Step,
+    remove_evicted,
+    replace_gossip_keys,
+    root_progress,
+    waits_for_restarts,
+)
 from skep.manager.storage.keys import StoreKeys
 from skep.model.node import Node
 from skep.model.values.ids import IdSource, NodeId

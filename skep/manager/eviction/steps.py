@@ -9,7 +9,7 @@ Each step may be interrupted and repeated.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
@@ -20,12 +20,12 @@ from skep.manager.cluster import cluster_of
 from skep.manager.control.nodes import check_demotion, remove_node
 from skep.manager.gossip.keys import rotated
 from skep.model.networks.gossip import decoded_keys
-from skep.model.node import Node, NodeRole
+from skep.model.node import Node, NodeRole, NodeState
 from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.model.values.times import Timestamp
 from skep.model.volume import Volume, VolumeScope
-from skep.security.trust import root_digest
+from skep.security.trust import is_issued_by, root_digest
 from skep.store.interface import Transaction, View
 from skep.store.kinds import GOSSIP_KEYS_ID, NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
 
@@ -51,6 +51,10 @@ SEVERAL_NODES_STEPS: tuple[Step, ...] = (*MANAGER_STEPS[:5], "tokens", *MANAGER_
 """Steps of the eviction of several nodes.  The tokens are replaced again, because they may have been replaced before
 the last node was evicted.
 """
+
+NO_ROOT_KEY = "the external CA of the current root must sign the next one: run docker swarm ca --rotate"
+Action: TypeAlias = Literal["rotate", "replace gossip keys"]
+"""Start a rotation, or replace the docker nodes' keys although the root is not replaced yet."""
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -310,3 +314,39 @@ def replace_gossip_keys(tx: Transaction, now: Timestamp, random_bytes: Callable[
     if gossip is not None:
         fresh = rotated(decoded_keys(gossip.data), random_bytes, now)
         tx.put(Payload(id=GOSSIP_KEYS_ID, data=fresh.encode()))
+
+
+class RootProgress(msgspec.Struct, frozen=True):
+    """Reason for a wait, or an empty string if the root is replaced, and an action that must come first."""
+
+    waits_for: str
+    action: Action | None = None
+
+
+def root_progress(
+    eviction: Eviction, swarm: Swarm, nodes: Iterable[Node], *, has_root_key: bool
+) -> RootProgress:
+    """Return how far the root is replaced, and what can be done now."""
+    if has_new_root(eviction, swarm):
+        return RootProgress("")
+    if not is_rotating_root(eviction, swarm):
+        if not has_root_key:
+            return RootProgress(NO_ROOT_KEY)
+        return RootProgress("waiting for nodes to renew their certificates", "rotate")
+    waiting = [node for node in nodes if not is_issued_by(node.description.tls_info, swarm.tls_info)]
+    if not waiting:
+        return RootProgress("the root is being replaced")
+    if all(node.status.state is not NodeState.READY for node in waiting):
+        # These may be away for days, and the overlay step comes after the root, so replace the keys now.
+        return RootProgress(
+            f"waiting for nodes that are down to return and renew their certificates: {names(waiting)}",
+            "replace gossip keys",
+        )
+    return RootProgress(f"waiting for nodes to renew their certificates: {names(waiting)}")
+
+
+def waits_for_restarts(swarm: Swarm, managers: Iterable[Node]) -> str:
+    """Return which managers' etcd still trusts the former root, or an empty string if none does."""
+    wanted = root_digest(swarm.tls_info.trust_root.encode())
+    waiting = [node for node in managers if node.peer_roots != wanted]
+    return f"waiting for managers to restart etcd one after another: {names(waiting)}" if waiting else ""

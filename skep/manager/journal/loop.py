@@ -24,8 +24,7 @@ from skep.errors import SkepError
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.journal import chunks
 from skep.manager.journal.changes import WATCHED
-from skep.manager.journal.derived_changes import DerivedChanges
-from skep.manager.journal.pending import Pending
+from skep.manager.journal.pending import DerivedChanges, Pending
 from skep.manager.journal.writing import delete_chunks, history_limit, write_changes, write_requests
 from skep.model.history import EntryType, JournalEntry, bounded
 from skep.model.values.ids import NodeId

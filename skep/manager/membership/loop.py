@@ -15,9 +15,13 @@ from skep.errors import SkepError
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.manager_list import on_manager_change
 from skep.manager.membership.consensus import Consensus
-from skep.manager.membership.data_level import LevelRise, write_level
-from skep.manager.membership.member_sync import reachability_changes, write_reachability
-from skep.manager.membership.role_changes import RoleChanges
+from skep.manager.membership.manager_changes import (
+    LevelRise,
+    RoleChanges,
+    reachability_changes,
+    write_level,
+    write_reachability,
+)
 from skep.manager.membership.roles import Keep, Learners, Step, Withdraw, next_steps
 from skep.model.node import Node
 from skep.model.values.ids import NodeId

@@ -5,12 +5,17 @@ manager/dispatcher/dispatcher.go.
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
 
 from skep.aio.clock import Clock
 from skep.aio.event_loop.loop_lag import LoopLag
-from skep.api.telemetry.exposition import Histogram, MetricFamily, Sample, by_label, gauge, label_text
+from skep.api.client.client import ApiClient
+from skep.api.telemetry.exposition import Histogram, Kind, MetricFamily, Sample, by_label, gauge, label_text
 from skep.api.telemetry.process_metrics import process_families
 from skep.errors import SkepError
 from skep.manager.autoscaling.state import AutoscalingCounts
@@ -31,6 +36,27 @@ _STORE_S = 2.0
 """Timeout in seconds for the store's figures.  Without them, the page is served nevertheless."""
 _STARTING_MAX = 100_000
 """Number of starting tasks that are timed."""
+
+ETCD = {
+    "etcd_server_has_leader": "Whether a leader exists.",
+    "etcd_server_is_leader": "Whether this member leads etcd.",
+    "etcd_server_leader_changes_seen_total": "Changes of etcd's leader.",
+    "etcd_server_proposals_pending": "Proposals that wait to be committed.",
+    "etcd_server_proposals_failed_total": "Proposals that failed.",
+    "etcd_server_slow_apply_total": "Slow applications of an entry.",
+    "etcd_disk_wal_fsync_duration_seconds": "Duration of fsync of the log.",
+    "etcd_disk_backend_commit_duration_seconds": "Duration of commits of the database.",
+    "etcd_mvcc_db_total_size_in_bytes": "Size of the database.",
+    "etcd_mvcc_db_total_size_in_use_in_bytes": "Size of the database that is in use.",
+    "etcd_network_peer_round_trip_time_seconds": "Round trips to other members.",
+}
+"""Names and help texts of the exported metrics of etcd, which has some hundred.
+
+The names are etcd's, which existing dashboards use.  Source: https://etcd.io/docs/v3.5/metrics/
+"""
+_TYPE = re.compile(r"# TYPE (\S+) (\S+)")
+_SAMPLE = re.compile(r"([a-z_]+)(\{.*\})? (\S+)")
+_SUFFIXES = ("", "_bucket", "_sum", "_count")
 
 
 class StartTimes(StartingTasks[float]):
@@ -207,3 +233,29 @@ def job_family(services: Iterable[Service]) -> MetricFamily:
             if one.job_status is not None
         ],
     )
+
+
+async def etcd_families(socket: Path) -> list[MetricFamily]:
+    """Return the metric families of the etcd member at ``socket``.  Raises: Unavailable: no response."""
+    async with ApiClient.local(socket, "etcd") as client:
+        response = await client.send("GET", "/metrics", headers={"Accept-Encoding": "identity"})
+    return chosen(response.body.decode(errors="replace")) if response.status == 200 else []
+
+
+def chosen(page: str) -> list[MetricFamily]:
+    """Return the metric families of ``ETCD`` found in a metrics page.  Malformed lines are skipped."""
+    kinds: dict[str, str] = {}
+    samples: dict[str, list[Sample]] = {name: [] for name in ETCD}
+    suffixes = {f"{name}{suffix}": (name, suffix) for name in ETCD for suffix in _SUFFIXES}
+    for line in page.splitlines():
+        if found := _TYPE.fullmatch(line):
+            kinds[found[1]] = found[2]
+        elif (found := _SAMPLE.fullmatch(line)) and found[1] in suffixes:
+            name, suffix = suffixes[found[1]]
+            with suppress(ValueError):
+                samples[name].append(Sample(found[2] or "", float(found[3]), suffix))
+    return [
+        MetricFamily(name, cast("Kind", kinds[name]), ETCD[name], found)
+        for name, found in samples.items()
+        if found and kinds.get(name) in ("counter", "gauge", "histogram")
+    ]

@@ -1,4 +1,4 @@
-"""Builds rows from objects.  It finds the rows that an event affects, and their current contents.
+"""Builds rows from objects: the rows that an event affects, and all rows of an earlier state as a snapshot.
 
 Level-triggered: an event names keys, and each row is rebuilt from the current state of the store.
 """
@@ -6,9 +6,11 @@ Level-triggered: an event names keys, and each row is rebuilt from the current s
 from collections.abc import Iterator, Mapping, Sequence
 
 from skep.aio.clock import Clock
+from skep.aio.time_slices import TimeSlices
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.diagnosis.reasons import loop_ends_ns
 from skep.manager.diagnosis.service_health import status_with_health
+from skep.manager.view.cluster import stored_cluster_row
 from skep.manager.view.rows import (
     STACK_LABEL,
     RevisionRow,
@@ -24,7 +26,7 @@ from skep.manager.view.rows import (
     task_row,
     volume_row,
 )
-from skep.manager.view.table import CLUSTER_KEY, Key
+from skep.manager.view.table import CLUSTER_KEY, Key, RowTableState
 from skep.model.network import Network
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.options.slot_volumes import differ_in_slots_alone
@@ -33,6 +35,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.values.ids import ConfigId, NetworkId, NodeId, SecretId, ServiceId, TaskId, VolumeId
+from skep.model.values.times import SECOND_NS
 from skep.model.volume import Volume
 from skep.store.interface import Event, Object, Updated, View
 
@@ -213,3 +216,27 @@ def _named_by(service: Service) -> frozenset[Key]:
     if stack := service.spec.labels.get(STACK_LABEL):
         named.append(Key("stacks", stack))
     return frozenset(named)
+
+
+async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -> bytes:
+    """Return all rows of ``view`` as one JSON object.  ``at_s`` is its Unix time in seconds."""
+    now_ns = int(at_s * SECOND_NS)
+    table, builder, slices = RowTableState(incarnation), RowBuilder(clock), TimeSlices(clock)
+    keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
+    stacks: set[Key] = set()
+    for key in sorted(
+        keys, key=lambda key: key.kind != "services"
+    ):  # Services come first, because other rows name them.
+        if key.kind == "services":
+            row, touched = await builder.service(view, key.id, now_ns)
+            stacks |= {one for one in touched if one.kind == "stacks"}
+        else:
+            row, touched = builder.row(view, key)
+            stacks |= touched
+        table.put(key, row)
+        await slices.yield_if_due()
+    for key in stacks:
+        table.put(key, builder.row(view, key)[0])
+    table.put(CLUSTER_KEY, stored_cluster_row(view))
+    table.step(view.revision, at_s)
+    return table.snapshot()

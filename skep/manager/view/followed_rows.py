@@ -1,10 +1,13 @@
-"""Rebuilds the rows that a commit affects, in steps."""
+"""Rebuilds the rows that a commit affects, in steps, and counts the viewers for whom rows are kept."""
 
-from collections.abc import Awaitable, Callable, Collection
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
+from skep.errors import Unavailable
 from skep.manager.control_loops.failures import isolated
 from skep.manager.view.building import GLOBALS, RowBuilder, affected_by, all_keys
 from skep.manager.view.rows import ClusterRow
@@ -18,6 +21,11 @@ CLUSTER_S: Final = 10.0
 
 FindCluster = Callable[[View], Awaitable[ClusterRow]]
 """Returns the row of the cluster as a whole."""
+
+LINGER_S: Final = 30.0
+"""Seconds for which the rows are kept after the last viewer, so that reloading a page costs nothing."""
+VIEWERS_MAX: Final = 32
+"""Simultaneous viewers of one manager."""
 
 
 class FollowedRows:
@@ -86,3 +94,48 @@ def global_services(dirty: Collection[Key], view: View) -> set[Key]:
     if GLOBALS not in dirty:
         return set()
     return {Key("services", one.id) for one in view.find(Service) if one.spec.mode.name == "global"}
+
+
+class Viewers:
+    """The viewers of one manager."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._came = asyncio.Event()
+        self._left = asyncio.Event()
+
+    @contextmanager
+    def viewing(self) -> Iterator[None]:
+        """Count a viewer for the block.  Raises: Unavailable: there are too many viewers."""
+        if self.count >= VIEWERS_MAX:
+            raise Unavailable(
+                f"{VIEWERS_MAX} viewers already follow the cluster through this manager: close some of them"
+            )
+        self.count += 1
+        self._came.set()
+        try:
+            yield
+        finally:
+            self.count -= 1
+            self._left.set()
+
+    def announce(self) -> None:
+        """Act as if there was a viewer, because one is about to connect."""
+        self._came.set()
+
+    async def wait_came(self) -> None:
+        """Return once there is a viewer, or one is announced."""
+        await self._came.wait()
+
+    async def wait_left(self) -> None:
+        """Return once there has been no viewer for ``LINGER_S``."""
+        while True:
+            while self.count:
+                self._left.clear()
+                await self._left.wait()
+            self._came.clear()
+            try:
+                async with asyncio.timeout(LINGER_S):
+                    await self._came.wait()
+            except TimeoutError:
+                return

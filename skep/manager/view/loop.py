@@ -13,11 +13,9 @@ from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.routes.access import Sent
-from skep.manager.view.building import WATCHED
-from skep.manager.view.followed_rows import FindCluster, FollowedRows
-from skep.manager.view.past import snapshot_of
+from skep.manager.view.building import WATCHED, snapshot_of
+from skep.manager.view.followed_rows import FindCluster, FollowedRows, Viewers
 from skep.manager.view.table import RowTableState
-from skep.manager.view.viewers import Viewers
 from skep.store.interface import Commit, Store, View
 
 GATHER_S: Final = 0.1

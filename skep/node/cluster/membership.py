@@ -58,7 +58,7 @@ from skep.node.cluster.swarm_info import (
     why_no_vote,
     why_waiting,
 )
-from skep.node.host.interfaces import read_interfaces
+from skep.node.host.machine import read_interfaces
 from skep.node.supervision.zygote import ZygoteGone
 from skep.security import keypair
 from skep.security.keypair import KeyPair

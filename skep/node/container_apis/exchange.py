@@ -21,8 +21,7 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.model.permissions.access import ALL, Binding, Identity, Origin, Role
 from skep.model.permissions.rights import ApiAccess
 from skep.model.values.ids import ContainerId
-from skep.node.container_apis.policy import ResponsePassing, check
-from skep.node.container_apis.redaction import redacted
+from skep.node.container_apis.policy import ResponsePassing, check, redacted
 from skep.node.events import READER
 from skep.node.front.server import refusal
 from skep.node.front.splice import relay

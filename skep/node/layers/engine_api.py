@@ -6,15 +6,21 @@ from functools import partial
 from aiohttp import web
 
 from skep.agent.tasks.worker import Worker
+from skep.aio.clock import Clock
 from skep.aio.failures import isolate
 from skep.api.http.server import application
 from skep.dataplane.tables.network_tables import NetworkTables
+from skep.engine.api.containers import create_routes
+from skep.engine.api.routes import engine_routes
+from skep.engine.engine import Engine
 from skep.node import info
 from skep.node.authorization import NodeObjects
 from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.swarm_info import why_waiting
 from skep.node.container_places import ContainerPlaces, add_places
+from skep.node.docker.docker_engine import DockerEngine, with_containers_of
+from skep.node.docker.engine_images import EngineImages
 from skep.node.front.application import Application, close_after_response, tls_of
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
@@ -25,12 +31,39 @@ from skep.node.layers.agent_parts import AgentParts
 from skep.node.layers.foundation import Foundation
 from skep.node.layers.task_runtimes import Run, TaskRuntime
 from skep.node.routes.cluster_networks import ClusterNetworks
+from skep.node.routes.cluster_volumes import with_cluster_volumes
+from skep.node.routes.docker_objects import with_objects_of
 from skep.node.routes.networks import NetworkSources, network_routes
-from skep.node.routes.objects import object_routes
-from skep.node.routes.swarm import swarm_routes
-from skep.node.routes.system import NodeSystem, engine_id, system_routes, unsupported_routes
+from skep.node.routes.plain_containers import plain_container_routes
+from skep.node.routes.system import NodeSystem, engine_id, swarm_routes, system_routes, unsupported_routes
 from skep.node.telemetry.metrics import NodeMetrics, Sources
 from skep.node.telemetry.metrics_server import metrics_routes
+
+
+def object_routes(
+    engine: Engine | None,
+    docker: DockerEngine | None,
+    images: EngineImages | None,
+    clock: Clock,
+    networks: web.RouteTableDef,
+    cluster: ClusterNetworks,
+) -> tuple[web.AbstractRouteDef, ...]:
+    """Return the routes.
+
+    Args:
+        engine: This node's engine, or None on a node without containers.
+        docker: The machine's Docker Engine, if there is one.
+        images: Images shared by the two engines.
+        networks: The routes of networks.
+    """
+    own = engine_routes(engine, clock) if engine is not None else ()
+    if docker is not None and engine is not None and images is not None:
+        own = with_objects_of(docker, images, engine.volumes, own)
+    own = with_cluster_volumes(cluster, own)
+    if docker is not None:
+        plain = plain_container_routes(docker, engine, images, cluster.may_have)
+        return (*networks, *with_containers_of(docker, own), *plain)
+    return (*networks, *own, *(create_routes(engine) if engine is not None else ()))
 
 
 class EngineApi:

@@ -1,9 +1,15 @@
 """``/_ping``, ``/version``, ``/info``, ``/events`` of this node; and the refusal of unsupported routes.
 
-Source: moby 20.10, api/server/router/system/system_routes.go.
+Events have the form of each version of the Engine API.  The membership of this node has the routes ``/swarm/init``,
+``join``, ``leave`` and ``unlock``, and the manager serves the rest of ``/swarm``.
+
+Source: moby 20.10, api/server/router/system/system_routes.go, api/server/router/swarm/cluster_routes.go; moby,
+api/docs/CHANGELOG.md, daemon/server/router/system/system_routes.go (getEvents, backFillLegacy),
+daemon/server/httputils/contenttype.
 """
 
 import asyncio
+import base64
 import hashlib
 from base64 import b32encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,10 +24,20 @@ from aiohttp import web
 
 from skep.api.access.identity import identity_of
 from skep.api.access.permissions import sees
+from skep.api.backups import KEY_HEADER
 from skep.api.formats.timestamps import period_of
 from skep.api.http.framing import path_of
-from skep.api.http.responses import ChunkedResponse
-from skep.api.http.server import Filters, JsonLines, Routes, api_version, common_headers, json_response
+from skep.api.http.responses import JSON_SEQUENCE, ChunkedResponse
+from skep.api.http.server import (
+    Filters,
+    JsonLines,
+    Routes,
+    api_version,
+    common_headers,
+    flag,
+    json_response,
+    read_json,
+)
 from skep.api.http.tables import RouteTable
 from skep.api.http.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
@@ -30,18 +46,26 @@ from skep.engine.containers.container import EngineCounts
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
 from skep.model.permissions.access import Identity
+from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
 from skep.model.values.times import SECOND_NS, timestamp
 from skep.node import info
 from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.membership import Membership
 from skep.node.cluster.swarm_info import NOT_A_MANAGER
 from skep.node.docker.docker_engine import DockerEngine
-from skep.node.event_versions import content_type_for, known_to
 from skep.node.events import READER, EventLines, EventRequest, Message, NodeEvents, without_commands
 from skep.node.host import features
 from skep.node.host.description import volume_drivers
 
 log = structlog.get_logger()
+
+_V1_52 = ApiVersion("1.52")
+_V1_53 = ApiVersion("1.53")
+_NEWLINE_DELIMITED, _JSON_LINES = "application/x-ndjson", "application/jsonl"
+_LEGACY = ("status", "id", "from")
+"""Fields that only clients before API 1.22 need, and that versions before 1.52 still have."""
+
+_membership = RouteTable[Membership]()
 
 
 class NodeSystem:
@@ -248,6 +272,50 @@ async def show_info(system: NodeSystem, request: web.Request) -> web.StreamRespo
     return json_response(info.known_to(api_version(request), await system.info(identity_of(request))))
 
 
+def known_to(version: ApiVersion, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an event in the form of API ``version``.
+
+    Events of a new Docker Engine on the machine lack the legacy fields, so older versions get them here.
+    """
+    if version >= _V1_52:
+        return {name: value for name, value in message.items() if name not in _LEGACY}
+    type, actor = message["Type"], message["Actor"]
+    if type not in ("container", "image"):
+        return message
+    legacy = {"status": message["Action"], "id": actor["ID"]}
+    if type == "container":
+        legacy["from"] = actor["Attributes"].get("image", "")
+    return {**legacy, **message}
+
+
+def content_type_for(version: ApiVersion, accept: str) -> str:
+    """Return the media type of the stream, which ``accept`` prefers by name, or else the version's default.
+
+    Wildcards do not count, because clients that send them may not know the newer media types.
+    """
+    if version < _V1_52:
+        return "application/json"
+    known = (_NEWLINE_DELIMITED, JSON_SEQUENCE, *((_JSON_LINES,) if version >= _V1_53 else ()))
+    preferred, best = known[-1] if version >= _V1_53 else _NEWLINE_DELIMITED, 0.0
+    for part in accept.split(","):
+        name, *parameters = (word.strip() for word in part.lower().split(";"))
+        quality = _quality(parameters)
+        if name in known and quality > best:
+            preferred, best = name, quality
+    return preferred
+
+
+def _quality(parameters: list[str]) -> float:
+    for one in parameters:
+        name, _, value = one.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
 @_table.get("/events")
 async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Stream events of this node and of the cluster, one JSON object per line, each sent at once."""
@@ -319,3 +387,51 @@ def unsupported_routes(*, has_containers: bool) -> Routes:
             refuse("*", f"/{word}", _NO_CONTAINERS)
             refuse("*", f"/{word}/{{tail:.*}}", _NO_CONTAINERS)
     return table
+
+
+def swarm_routes(membership: Membership) -> list[web.RouteDef]:
+    """Return ``/swarm/init``, ``join``, ``leave``, ``unlock`` and ``/skep/restore``."""
+    return _membership.bound(membership)
+
+
+@_membership.post("/swarm/init")
+async def init(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm init``."""
+    return json_response(await membership.init(await read_json(request, InitRequest)))
+
+
+@_membership.post("/swarm/join")
+async def join(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm join``."""
+    await membership.join(await read_json(request, JoinRequest))
+    return web.Response()
+
+
+@_membership.post("/swarm/leave")
+async def leave(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm leave``."""
+    await membership.leave(force=flag(request, "force"))
+    return web.Response()
+
+
+@_membership.post("/swarm/unlock")
+async def unlock(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Handle ``docker swarm unlock``."""
+    await membership.unlock(await read_json(request, UnlockRequest))
+    return web.Response()
+
+
+@_membership.post("/skep/restore")
+async def restore(membership: Membership, request: web.Request) -> web.StreamResponse:
+    """Restore the backup in the request's body on this node, which must be in no swarm.  Docker has no such route."""
+    try:
+        key = base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{KEY_HEADER} is not base64") from error
+    plan = await membership.restore(
+        request.content.iter_any(),
+        key,
+        request.query.get("advertiseAddr", ""),
+        is_dry=flag(request, "dryRun"),
+    )
+    return json_response(plan)

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from skep.errors import NotFound, ResourceExhausted, SkepError, Unreadable
-from skep.model.options.past_disconnects import past_disconnects
-from skep.model.service import Service
+from skep.model.options.labels import disconnect_labels, disconnect_policy
+from skep.model.service import PastDisconnect, Service
 from skep.model.task import Task
 from skep.model.values.meta import Version
 from skep.model.values.times import ZERO_TIME, Timestamp, timestamp
@@ -38,6 +38,19 @@ from skep.store.transactions.proposal import (
 T = TypeVar("T", bound=msgspec.Struct)
 
 _meta_of = values_of(META)
+
+KEPT_MAX = 4
+"""Earlier labels kept for a service.  If they change more often while a node is disconnected, the oldest are lost."""
+
+
+def past_disconnects(
+    before: Service, labels: Mapping[str, str], now: Timestamp
+) -> tuple[PastDisconnect, ...]:
+    """Return the past disconnect labels of a service whose labels change from those in ``before`` to ``labels``."""
+    past = before.past_disconnects
+    if disconnect_policy(before.spec.labels) == disconnect_policy(labels):
+        return past
+    return (*past, PastDisconnect(labels=disconnect_labels(before.spec.labels), until=now))[-KEPT_MAX:]
 
 
 class LocalTransaction:

@@ -14,8 +14,7 @@ from skep.aio.clock import SystemClock
 from skep.bootstrap import STARVED
 from skep.linux.detached import identify, is_alive, read_pid_file, write_pid_file
 from skep.node.supervision import supervisor
-from skep.node.supervision.restart import CRASHES_MAX
-from skep.node.supervision.supervisor import SupervisionPolicy, Supervisor, terminate
+from skep.node.supervision.supervisor import CRASHES_MAX, SupervisionPolicy, Supervisor, terminate
 from skep.paths import Paths
 from tests.support.machines.daemon_rig import INIT, DaemonRig, children_named, wait_until
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from skep.dataplane.netns.kernel.namespaces import Namespaces
-from skep.node.host.interfaces import read_interfaces
+from skep.node.host.machine import read_interfaces
 
 pytestmark = pytest.mark.needs("root", "ip")
 

@@ -36,11 +36,11 @@ from skep.manager.ca.updater import (
     disconnect_revoked,
     warn_of_expiry,
 )
+from skep.manager.certificates import end_connections
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
-from skep.manager.eviction.connections import end_connections
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker

@@ -17,7 +17,7 @@ from skep.cli.see.quorum import no_leader, quorum_of, way_out
 from skep.errors import FailedPrecondition
 from skep.manager.diagnosis.explanations import ServiceExplanation, TaskExplanation
 from skep.manager.quorum import Quorum
-from skep.manager.routes.extensions.evictions import ShownEviction
+from skep.manager.routes.extensions.maintenance import ShownEviction
 from skep.manager.scheduler.explaining.dry_run import PlannedPlacement
 from skep.stack.planning import PredictedPlacement
 

@@ -7,8 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.configuration.configuration import AddressPool, Configuration, ConfigurationError, TcpHost, UnixHost
-from skep.configuration.reload import reload
-from skep.configuration.settings import SETTINGS
+from skep.configuration.settings import SETTINGS, reload
 from skep.configuration.sources import Arguments, LoadedConfiguration, combine, load, parse_arguments
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import DEFAULT_DATA

@@ -3,7 +3,7 @@
 import pytest
 
 from skep.api.telemetry.exposition import render
-from skep.engine.metrics.action_times import ActionTimes, timed
+from skep.engine.metrics.usage import ActionTimes, timed
 from tests.unit.manager.membership.test_votes import HandClock
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from skep.engine.runtime import crun_mounts
+from skep.engine.runtime.bundle import adapt_to_crun
 
 
 def adapted(source: Path, *options: str) -> list[str]:
     mount: dict[str, Any] = {"type": "bind", "source": str(source), "options": ["rbind", *options]}
-    crun_mounts.adapt([{"type": "proc", "source": "proc", "options": []}, mount])
+    adapt_to_crun([{"type": "proc", "source": "proc", "options": []}, mount])
     return list(mount["options"][1:])
 
 

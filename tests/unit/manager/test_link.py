@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.link.last_seen import SILENT_S, ManagersLastSeen
-from skep.manager.link.pings import report_in
+from skep.manager.link.pings import SILENT_S, ManagersLastSeen, report_in
 from skep.manager.peer_reports import REGISTERING_MAX, PeerReport
 from skep.model.values.ids import NodeId
 from skep.wire import skep_pb2 as skep

@@ -3,8 +3,7 @@
 from msgspec.structs import replace
 
 from skep.api.telemetry.exposition import render
-from skep.manager.telemetry.etcd_metrics import chosen
-from skep.manager.telemetry.metrics import StartTimes, service_families
+from skep.manager.telemetry.metrics import StartTimes, chosen, service_families
 from skep.model.service import GlobalService, HealthState, ServiceHealth, ServiceMode, ServiceStatus
 from skep.model.task import TaskState
 from skep.store.interface import Commit, Created, Deleted, Updated

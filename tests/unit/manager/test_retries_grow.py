@@ -12,7 +12,7 @@ from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.dispatcher.node_sessions.adoption import SessionAdoption
-from skep.manager.gossip.rotation import GossipKeyRotation
+from skep.manager.gossip.keys import GossipKeyRotation
 from skep.manager.manager_status import ManagerStatusWriter
 from skep.manager.membership.loop import ManagerReconciler
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses

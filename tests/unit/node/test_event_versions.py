@@ -10,9 +10,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from skep.aio.clock import SystemClock
 from skep.api.http.server import application
 from skep.api.http.versions import ApiVersion
-from skep.node.event_versions import content_type_for, known_to
 from skep.node.events import NodeEvents, message_of
-from skep.node.routes.system import system_routes
+from skep.node.routes.system import content_type_for, known_to, system_routes
 
 STARTED = message_of("container", "start", "c1", {"image": "i"}, 1)
 NEWER = {name: value for name, value in STARTED.items() if name not in ("status", "id", "from")}

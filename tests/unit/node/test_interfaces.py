@@ -3,7 +3,7 @@
 from ipaddress import ip_address
 
 from skep.api.formats.swarm_requests import Interface
-from skep.node.host.interfaces import KernelLink, interfaces_of, read_interfaces
+from skep.node.host.machine import KernelLink, interfaces_of, read_interfaces
 
 UP, LOOPBACK = 0x1, 0x8
 

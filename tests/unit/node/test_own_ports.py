@@ -11,7 +11,7 @@ from skep.dataplane.ports import UnreservedPorts
 from skep.errors import AlreadyExists
 from skep.model.values.ids import ClusterId, NodeId
 from skep.node.cluster.local import LocalNode, write_local_node
-from skep.node.host.own_ports import OwnPorts, own_ports
+from skep.node.layers.foundation import OwnPorts, own_ports
 from skep.paths import Paths
 from tests.support.engine.container_networks import NetPorts
 from tests.support.engine.oci_rig import QuickClock

@@ -6,11 +6,11 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.model.options.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
-from skep.model.options.past_disconnects import KEPT_MAX
 from skep.model.service import Service
 from skep.model.values.times import ZERO_TIME, unix_ns
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
+from skep.store.transactions.transaction import KEPT_MAX
 from tests.support.builders import a_service_spec
 from tests.support.store.damage_rigs import put_all
 

@@ -1,9 +1,10 @@
 """When the heartbeat of each node expires, in this manager's own time, and the suspension during overload.
 
-Nothing here waits: ``down_nodes.py`` advances the time and marks the nodes down whose deadlines have passed.
+``Heartbeats`` receives them.  Nothing else waits: ``down_nodes.py`` advances the time and marks the nodes down whose
+deadlines have passed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from random import Random
 
@@ -11,20 +12,31 @@ import structlog
 
 from skep.aio.event_loop.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
-from skep.manager.dispatcher.node_sessions.liveness import (
+from skep.manager.dispatcher.loads import load_from_heartbeat
+from skep.manager.dispatcher.node_sessions.registration import SilentNode
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
+from skep.manager.nodes.heartbeats import (
+    DEFAULT_PERIOD_S,
     RECOVERY_GRACE_S,
     SUSPENDED_S_MAX,
+    configured_heartbeats,
     grace_after_absence,
     grace_after_adoption,
+    grace_period,
     grace_when_away,
     heartbeat_period,
     suspension_left,
 )
-from skep.manager.dispatcher.node_sessions.registration import SilentNode
-from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
-from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.model.values.ids import NodeId, SessionId
+from skep.model.values.times import SECOND_NS
 from skep.store.interface import View
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.convert.usages import usages_from_pb
+from skep.wire.convert.values import duration_to_pb
+from skep.wire.service import Handler, both_stream, unary
 
 log = structlog.get_logger(__name__)
 
@@ -194,3 +206,40 @@ class HeartbeatDeadlines:
     def silent(self, *, with_others: bool) -> list[SilentNode]:
         """Return the nodes whose deadlines have passed.  See ``Sessions.silent``."""
         return self.sessions.silent(self._time.seconds, with_others=with_others)
+
+
+class Heartbeats:
+    """Heartbeats of Docker's engines, one call each, and of Skep nodes, on a stream with their load and usage."""
+
+    def __init__(self, deadlines: HeartbeatDeadlines) -> None:
+        self._deadlines = deadlines
+
+    def services(self) -> Sequence[Handler]:
+        """Return the handlers for ``wire.server.serve``."""
+        return unary(methods.HEARTBEAT, self._heartbeat), both_stream(methods.HEARTBEATS, self._heartbeats)
+
+    async def _heartbeat(self, request: pb.HeartbeatRequest, caller: Caller) -> pb.HeartbeatResponse:
+        session = self._deadlines.sessions.require(caller.node_id, request.session_id)
+        period_s = self._deadlines.record_heartbeat(session)
+        return pb.HeartbeatResponse(period=duration_to_pb(int(period_s * SECOND_NS)))
+
+    async def _heartbeats(
+        self, requests: AsyncIterator[skep.Heartbeat], caller: Caller
+    ) -> AsyncIterator[skep.HeartbeatPeriod]:
+        session = None
+        try:
+            async for request in requests:
+                session = self._deadlines.sessions.require(caller.node_id, request.session_id)
+                session.is_skep = True
+                if request.HasField("load"):
+                    session.load = load_from_heartbeat(request.load)
+                if request.usages or session.usages:
+                    session.usages = usages_from_pb(request.usages, frozenset(session.measured))
+                period_s = self._deadlines.record_heartbeat(session, is_away=request.away)
+                yield skep.HeartbeatPeriod(
+                    period=duration_to_pb(int(period_s * SECOND_NS)), measured=session.measured
+                )
+                del request
+        finally:
+            if session is not None and caller.has_crashed():
+                self._deadlines.extend_after_crash(session)

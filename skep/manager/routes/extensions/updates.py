@@ -8,7 +8,6 @@ from aiohttp import web
 
 from skep.api.access.identity import identity_of
 from skep.api.http.server import Routes, json_response
-from skep.manager.control import stops
 from skep.manager.control import updates as control
 from skep.manager.control.quotas import bounded
 from skep.manager.control.validation.new_objects import stack_of
@@ -89,7 +88,7 @@ async def stop_service(request: web.Request) -> web.StreamResponse:
     """Stop all tasks of a service.  Its spec keeps the number of replicas."""
     manager = manager_of(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    return _shown(request, await manager.update(stops.stop_service, service.id, now=manager.now()))
+    return _shown(request, await manager.update(control.stop_service, service.id, now=manager.now()))
 
 
 @routes.post("/skep/services/{id}/start")
@@ -98,7 +97,7 @@ async def start_service(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     is_admin = identity_of(request).is_admin
-    start = bounded(stops.start_service, stack_of(service.spec.labels), is_admin=is_admin)
+    start = bounded(control.start_service, stack_of(service.spec.labels), is_admin=is_admin)
     return _shown(request, await manager.update(start, service.id, now=manager.now()))
 
 

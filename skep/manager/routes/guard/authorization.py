@@ -35,7 +35,7 @@ from skep.manager.control.validation.new_objects import (
 )
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.extensions.placement import read_planned
-from skep.manager.routes.extensions.stack_checks import SizedConfig, SizedSecret, read_check
+from skep.manager.routes.extensions.stacks import SizedConfig, SizedSecret, read_check
 from skep.manager.routes.files import SecretBody
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange, read_changes, read_spec

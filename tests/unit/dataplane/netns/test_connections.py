@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from skep.dataplane.netns.kernel.connections import inbound, inbound_of
+from skep.dataplane.netns.kernel.namespaces import inbound, inbound_of
 
 # Written by a kernel for a server at 10.99.0.2 with ports 8000 and, for both families, 9000.
 TCP = """\

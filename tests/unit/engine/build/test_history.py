@@ -2,10 +2,16 @@
 
 import pytest
 
-from skep.engine.build.dockerfile.config import begun, changed, expanded
+from skep.engine.build.dockerfile.config import (
+    begun,
+    changed,
+    expanded,
+    line_of_change,
+    line_of_copy,
+    line_of_run,
+)
 from skep.engine.build.dockerfile.dockerfile import parse
 from skep.engine.build.dockerfile.instructions import Copy, Instruction, instruction_of
-from skep.engine.build.history import line_of_change, line_of_copy, line_of_run
 from skep.engine.images.image import ContainerDefaults
 
 VARIABLES = {"U": "7", "S": "src"}

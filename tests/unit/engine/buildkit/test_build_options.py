@@ -5,8 +5,6 @@ from multidict import MultiDict
 
 from skep.engine.build.interface import StepLimits
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.definitions import definition_of, image_of
-from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, BuildHistory
 from skep.engine.buildkit.options import (
     BuildOutput,
     CacheEntry,
@@ -17,6 +15,7 @@ from skep.engine.buildkit.options import (
     exported,
     parse_options,
 )
+from skep.engine.buildkit.results import BYTES_MAX, RECORDS_MAX, BuildHistory, definition_of, image_of
 from skep.engine.buildkit.routes import solve_request
 from skep.engine.images.digest import Digest
 from skep.engine.images.reference import parse_reference

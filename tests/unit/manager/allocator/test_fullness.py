@@ -3,7 +3,7 @@
 from structlog.testing import capture_logs
 
 from skep.manager.allocator.addresses import AddressAllocations
-from skep.manager.allocator.fullness import FullnessWarnings
+from skep.manager.allocator.state import FullnessWarnings
 from tests.support.builders import an_overlay
 
 NET = an_overlay("net1", subnet="10.0.1.0/29")  # five addresses

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.manager.ca.peers import SETTLED_S, RestartTurn, is_my_turn
+from skep.manager.ca.peer_files import SETTLED_S, RestartTurn, is_my_turn
 from skep.model.node import ManagerStatus, Node, Reachability
 from skep.model.values.ids import NodeId
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.api.formats.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.manager.control.stops import stop_service
+from skep.manager.control.updates import stop_service
 from skep.manager.orchestrator.reaper.removals import DeleteService, write
 from skep.manager.services.spec_history import BYTES_MAX, SPECS_KEPT, revisions
 from skep.model.options.autoscaling import with_replicas

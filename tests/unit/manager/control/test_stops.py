@@ -10,7 +10,7 @@ from skep.api.formats.service_form import settled
 from skep.errors import FailedPrecondition, NotFound, PermissionDenied
 from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.manager.control.stops import start_service, stop_service
+from skep.manager.control.updates import start_service, stop_service
 from skep.model.options.labels import STOPPED, is_stopped
 from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.quota import QuotaSpec

@@ -17,7 +17,7 @@ from skep.manager.dispatcher.node_sessions.admission import (
     next_retry_at,
     rate,
 )
-from skep.manager.dispatcher.node_sessions.liveness import SUSPENDED_S_MAX, suspension_left
+from skep.manager.nodes.heartbeats import SUSPENDED_S_MAX, suspension_left
 
 NODES = 5000
 

@@ -3,14 +3,15 @@
 from random import Random
 
 from skep.manager.dispatcher.node_sessions.heartbeat_deadlines import PERIOD_JITTER, HeartbeatDeadlines
-from skep.manager.dispatcher.node_sessions.liveness import (
+from skep.manager.dispatcher.node_sessions.sessions import Sessions
+from skep.manager.nodes.heartbeats import (
     AWAY_GRACE_S,
+    DEFAULT_PERIOD_S,
+    GRACE_PERIODS,
     RECOVERY_GRACE_S,
     SUSPENDED_S_MAX,
     grace_after_absence,
 )
-from skep.manager.dispatcher.node_sessions.sessions import Sessions
-from skep.manager.nodes.heartbeats import DEFAULT_PERIOD_S, GRACE_PERIODS
 from skep.model.values.ids import NodeId, SessionId
 
 N1, A = NodeId("n1"), SessionId("a")

@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 
 from skep.aio.event_loop.hang_detection import RunningTime
 from skep.errors import Unavailable
-from skep.manager.dispatcher.node_sessions.liveness import (
+from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
+from skep.manager.nodes.heartbeats import (
     grace_after_absence,
     grace_after_adoption,
     grace_after_loss,
     heartbeat_period,
 )
-from skep.manager.dispatcher.node_sessions.sessions import LiveSession, Sessions
 from skep.model.values.ids import NodeId, SessionId
 
 TICK_S, TICK_S_MAX = 0.2, 0.5

@@ -3,8 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.eviction.root_progress import NO_ROOT_KEY, RootProgress, root_progress, waits_for_restarts
-from skep.manager.eviction.steps import Eviction
+from skep.manager.eviction.steps import NO_ROOT_KEY, Eviction, RootProgress, root_progress, waits_for_restarts
 from skep.model.node import Node, NodeDescription, NodeState, NodeStatus
 from skep.model.swarm import RootRotation, Swarm
 from skep.model.values.ids import ClusterId, NodeId

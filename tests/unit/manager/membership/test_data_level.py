@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
-from skep.manager.membership.data_level import SOUND_S
 from skep.manager.membership.loop import ManagerReconciler
+from skep.manager.membership.manager_changes import SOUND_S
 from skep.model.node import ManagerStatus, Node, NodeState, NodeStatus
 from skep.store.interface import Transaction
 from skep.store.level import LEVEL, LOWEST

@@ -1,7 +1,7 @@
 """Which managers answer, and who leads, as node objects say it."""
 
 from skep.manager.manager_status import write_manager_status
-from skep.manager.membership.member_sync import ReachabilityChange, reachability_changes
+from skep.manager.membership.manager_changes import ReachabilityChange, reachability_changes
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
 from skep.model.values.ids import NodeId
 from skep.store.state import State

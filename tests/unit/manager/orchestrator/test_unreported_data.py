@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.orchestrator.reaper.loop import Reaper
-from skep.manager.orchestrator.reaper.unreported import unreported
+from skep.manager.orchestrator.reaper.state import unreported
 from skep.model.container import ContainerSpec, Mount
 from skep.model.networks.data_planes import NODE_LABEL
 from skep.model.node import EngineDescription, Node

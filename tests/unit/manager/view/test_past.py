@@ -6,7 +6,7 @@ import json
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.view.past import snapshot_of
+from skep.manager.view.building import snapshot_of
 from skep.model.swarm import Swarm
 from skep.model.values.ids import ClusterId
 from skep.store.interface import Transaction

@@ -15,9 +15,9 @@ from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import SkepError, Unavailable
 from skep.manager.orchestrator.observed_times import STABLE_S
 from skep.manager.view.building import WATCHED
+from skep.manager.view.followed_rows import LINGER_S, VIEWERS_MAX
 from skep.manager.view.loop import ClusterView
 from skep.manager.view.rows import ClusterRow, ManagersRow
-from skep.manager.view.viewers import LINGER_S, VIEWERS_MAX
 from skep.model.container import ContainerSpec, HealthConfig, SecretReference
 from skep.model.node import NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec

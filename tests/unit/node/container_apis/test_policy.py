@@ -11,8 +11,7 @@ from skep.model.permissions.rights import ApiAccess
 from skep.model.task import TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
 from skep.model.values.encoding import to_json
-from skep.node.container_apis.policy import ResponsePassing, check
-from skep.node.container_apis.redaction import redacted
+from skep.node.container_apis.policy import ResponsePassing, check, redacted
 
 READ, INSPECT, FULL = ApiAccess
 

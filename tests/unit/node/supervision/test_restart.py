@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.node.supervision.restart import CRASHES_MAX, GiveUp, StartAgain, after_end, recent
+from skep.node.supervision.supervisor import CRASHES_MAX, GiveUp, StartAgain, after_end, recent
 
 
 def test_pauses_grow_with_every_end_and_are_spread() -> None:

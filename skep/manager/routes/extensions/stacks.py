@@ -1,4 +1,7 @@
-"""``POST /skep/stacks/check``: the refusals of a whole deploy.  Nothing is written."""
+"""Stacks, which only Skep has: ``POST /skep/stacks/check`` and ``/skep/stacks/{name}/quota``.
+
+The check returns the refusals of a whole deploy, and writes nothing.  A quota limits a stack's services together.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -13,17 +16,20 @@ from skep.api.access.identity import identity_of
 from skep.api.access.permissions import shown_error
 from skep.api.formats.networks import NetworkBody, check_form, check_name
 from skep.api.formats.service_form import UNRECOGNIZED, settled
-from skep.api.http.server import Routes, json_list_response, read_json
-from skep.errors import AlreadyExists, InvalidArgument, OutOfSequence, SkepError
+from skep.api.http.server import Routes, json_list_response, json_response, read_json
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, OutOfSequence, SkepError
 from skep.manager.control import files as file_control
 from skep.manager.control import networks, services
+from skep.manager.control import quotas as control
 from skep.manager.control.validation.new_objects import stack_of, visible_to
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange
+from skep.manager.services.quotas import quota_of
 from skep.model.network import Network
 from skep.model.options.labels import STACK_REVISION
 from skep.model.permissions.access import Identity
+from skep.model.quota import QuotaSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.encoding import ApiObject, always
@@ -208,3 +214,30 @@ def with_file_ids(tx: Transaction, spec: ServiceSpec) -> ServiceSpec:
         ),
     )
     return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+@routes.get("/skep/stacks/{name}/quota")
+async def show_quota(request: web.Request) -> web.StreamResponse:
+    """Show the quota of a stack and its usage."""
+    view, name = await current_view(request), request.match_info["name"]
+    quota = quota_of(view, name)
+    if quota is None:
+        raise NotFound(f"stack {name} has no quota")
+    return json_response(control.quota_state(view, quota))
+
+
+@routes.put("/skep/stacks/{name}/quota")
+async def set_quota(request: web.Request) -> web.StreamResponse:
+    """Set the quota of a stack."""
+    manager = manager_of(request)
+    spec = replace(await read_json(request, QuotaSpec), name=request.match_info["name"])
+    await manager.require_room(creates=True)
+    quota = await manager.update(control.set_quota, spec, new_id=manager.new_id, now=manager.now())
+    return json_response(control.quota_state(manager.store.view(), quota))
+
+
+@routes.delete("/skep/stacks/{name}/quota")
+async def remove_quota(request: web.Request) -> web.StreamResponse:
+    """Remove the quota of a stack."""
+    await manager_of(request).update(control.remove_quota, request.match_info["name"])
+    return web.Response(status=204)

@@ -1,9 +1,13 @@
-"""``/skep/cluster/evict``: removes a node and revokes every secret it has had.  A Skep extension."""
+"""Maintenance of a cluster: ``/skep/cluster/evict``, ``/skep/cluster/rotate-keys`` and ``/skep/backup``.
+
+An eviction removes a node and revokes every secret it has had.  All three are Skep extensions.
+"""
 
 import structlog
 from aiohttp import web
 
-from skep.api.http.server import Routes, json_response, read_json
+from skep.api.backups import BackupRequest
+from skep.api.http.server import Routes, flag, json_response, read_json
 from skep.errors import NotFound
 from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
 from skep.manager.routes.access import current_view, manager_of
@@ -107,3 +111,29 @@ def shown(eviction: Eviction) -> ShownEviction:
         keep_containers=eviction.node_id in eviction.keeping,
         complete=eviction.next_step is None,
     )
+
+
+@routes.post("/skep/backup")
+async def backup(request: web.Request) -> web.StreamResponse:
+    """Send a backup file.  If it is interrupted, its last piece is missing, which marks the file as incomplete.
+
+    With ``dryRun``, only check whether the client may create a backup and whether it could be restored.
+    """
+    backups = manager_of(request).backups
+    if flag(request, "dryRun"):
+        backups.check()
+        return web.Response()
+    sealer = backups.begin(await read_json(request, BackupRequest))
+    response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+    await response.prepare(request)
+    async for piece in backups.pieces(sealer):
+        await response.write(piece)
+    await response.write_eof()
+    return response
+
+
+@routes.post("/skep/cluster/rotate-keys")
+async def rotate_keys(request: web.Request) -> web.StreamResponse:
+    """Start a rotation of the data keys."""
+    await manager_of(request).store.rotate_data_key()
+    return web.Response()
