@@ -3,7 +3,7 @@
 import gc
 import sys
 from asyncio import Handle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -26,6 +26,23 @@ def most_calls_between_pauses(work: Iterable[object]) -> int:
         sys.setprofile(None)
         gc.enable()
     return max(most, calls)
+
+
+@contextmanager
+def calls_of(*functions: Callable[..., object]) -> Iterator[list[str]]:
+    """Yield a list that gets the name of each of ``functions`` whenever it is called.  They must not be generators."""
+    names = {getattr(one, "__code__"): one.__qualname__ for one in functions}  # noqa: B009 -- not of each callable
+    called: list[str] = []
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code in names:
+            called.append(names[frame.f_code])
+
+    sys.setprofile(count)
+    try:
+        yield called
+    finally:
+        sys.setprofile(None)
 
 
 @contextmanager
