@@ -29,7 +29,7 @@ from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec, a_task, an_overlay
 from tests.support.harness.clocks import PausingClock
-from tests.support.managers.counted_calls import calls_of
+from tests.support.managers.counted_calls import Calls, calls_of
 
 NET = an_overlay("net1", subnet="10.0.1.0/28")
 HAS = 13
@@ -85,30 +85,27 @@ async def end(store: MemoryStore, *tasks: Task) -> None:
     await seen(store)
 
 
-SEARCHES, TASKS, NETWORKS = "_Pool.first_free", "AllocatorState.release", "allocated"
-
-
 @pytest.fixture
-def attempts() -> Iterator[list[str]]:
+def attempts() -> Iterator[Calls]:
     """Searches for an address, tasks looked at, and networks whose allocation was tried."""
     with calls_of(_Pool.first_free, AllocatorState.release, allocated) as attempts:
         yield attempts
 
 
 async def test_of_those_that_wait_for_a_full_network_one_is_looked_at_for_each_address(
-    attempts: list[str],
+    attempts: Calls,
 ) -> None:
     async with allocating(NET, *new_tasks("a", 200), *new_tasks("b", 5)) as store:
         assert len(released(store)) == HAS
-        assert attempts.count(TASKS) == 205
-        assert attempts.count(SEARCHES) <= 2 * HAS + 3, "and not for each task that waits"
+        assert len(attempts.of(AllocatorState.release)) == 205
+        assert len(attempts.of(_Pool.first_free)) <= 2 * HAS + 3, "and not for each task that waits"
         assert sum("no available IPv4" in task.status.err for task in store.view().find(Task)) == 205 - HAS
         for _ in range(3):
             attempts.clear()
             await end(store, released(store)[0])
             assert len(released(store)) == HAS
-            assert attempts.count(TASKS) <= 3
-            assert attempts.count(SEARCHES) <= 5
+            assert len(attempts.of(AllocatorState.release)) <= 3
+            assert len(attempts.of(_Pool.first_free)) <= 5
 
 
 class Reluctant(MemoryStore):
@@ -202,7 +199,7 @@ async def test_a_task_waits_for_a_network_until_it_is_there_and_is_told_when_it_
 async def test_the_tasks_of_one_service_are_released_with_pauses() -> None:
     most = 0
 
-    async def watch(looked: list[str]) -> None:
+    async def watch(looked: Calls) -> None:
         nonlocal most
         while True:
             await asyncio.sleep(0)
@@ -230,7 +227,7 @@ def with_routes(node: Node, routes: str) -> Node:
 
 
 async def test_a_network_without_room_is_tried_again_when_a_route_is_gone_and_for_no_other_news_of_nodes(
-    attempts: list[str],
+    attempts: Calls,
 ) -> None:
     nodes = [with_routes(a_node(f"n{number}"), ROUTE) for number in range(5)]
     async with allocating(CLUSTER, FIRST, SECOND, *nodes, *new_tasks("a", 50, SECOND)) as store:
@@ -244,8 +241,8 @@ async def test_a_network_without_room_is_tried_again_when_a_route_is_gone_and_fo
         assert not attempts
         await store.update_each(put, [with_routes(node, "") for node in nodes[1:]])
         await seen(store)
-        assert attempts.count(NETWORKS) > 0
-        assert attempts.count(TASKS) == 0, "the reason is the same"
+        assert len(attempts.of(allocated)) > 0
+        assert len(attempts.of(AllocatorState.release)) == 0, "the reason is the same"
         await store.update(lambda tx: tx.delete(Node, "n0"))
         await seen(store)
         assert len(released(store)) == 50
@@ -260,7 +257,7 @@ async def test_the_routes_of_all_nodes_are_not_parsed_at_once() -> None:
         assert routes._read.cache_info().misses == before
 
 
-async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts: list[str]) -> None:
+async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts: Calls) -> None:
     other = an_overlay("other", subnet="10.0.0.128/25")
     tasks = new_tasks("a", 2, other)
     async with allocating(CLUSTER, FIRST, SECOND, other, *tasks) as store:
@@ -269,9 +266,9 @@ async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts:
         attempts.clear()
         first, last = released(store)
         await end(store, first)
-        assert not attempts.count(NETWORKS), "it has an address of the removed network"
+        assert not attempts.of(allocated), "it has an address of the removed network"
         await end(store, last)
-        assert attempts.count(NETWORKS) == 1
+        assert len(attempts.of(allocated)) == 1
         assert store.view().get(Network, "second").ipam_options is not None
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -317,23 +317,16 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
         await wait_for(store, lambda: store.view().get(Task, "last").node_id == "n1")
 
 
-async def test_a_volume_has_those_groups_decided_again_that_mount_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: set[str] = set()
-    real = SchedulerState.decide
-
-    def recorded(self: SchedulerState, due: Sequence[str]) -> Any:
-        looked.update(due)
-        return real(self, due)
-
-    monkeypatch.setattr(SchedulerState, "decide", recorded)
+async def test_a_volume_has_those_groups_decided_again_that_mount_it() -> None:
     plain = waiting(1, constraints=("node.labels.x==1",), name="plain")
     store = await a_store(*plain, *(with_volume(task) for task in waiting(2)))
 
     async def groups_after(volume: Volume) -> set[str]:
-        looked.clear()
-        await store.update(put, volume)
-        for _ in range(300):
-            await asyncio.sleep(0)
+        with calls_of(SchedulerState.decide) as decided:
+            await store.update(put, volume)
+            for _ in range(300):
+                await asyncio.sleep(0)
+        looked = {group for call in decided.of(SchedulerState.decide) for group in call["due"]}
         return {group.partition("/")[0] for group in looked}
 
     volume = Volume(id=VolumeId("v1"), spec=VolumeSpec(name="of-s001", driver=Driver(name="d")))
