@@ -40,6 +40,7 @@ from tests.support.engine.stub_engine import (
     on_virtual_time,
     restart_policies,
 )
+from tests.support.file_faults import file_faults
 
 Run: TypeAlias = Callable[[Body], None]
 
@@ -80,17 +81,21 @@ def test_a_failed_start_is_cleaned_up_although_its_secrets_cannot_be_forgotten(s
 
 
 @pytest.mark.parametrize("before", [b'{"process": {"env": ["A=b"', b'{"process": {"env": ["A=b", "C=d"]}}'])
-def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
-) -> None:
+def test_no_secret_stays_in_a_file_that_cannot_be_rewritten(tmp_path: Path, before: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(before)
 
-    def full(*_: object) -> int:
-        raise disk_full()
+    opened = list[Path]()
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    forget_environment(path, ("A=b",))
+    def full(call: str, path: Path) -> None:
+        if call == "open":
+            opened.append(path)
+            if len(opened) == 2:  # it was read
+                raise disk_full()
+
+    with file_faults(tmp_path) as files:
+        files.before_each = full
+        forget_environment(path, ("A=b",))
     assert not path.exists()
 
 
