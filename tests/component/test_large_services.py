@@ -2,13 +2,11 @@
 
 import asyncio
 from random import Random
-from unittest.mock import patch
 
 import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.orchestrator import state as orchestrator
 from skep.manager.orchestrator.convergence import deciding_all
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.state import THROTTLE_S_MAX, throttle_s
@@ -18,6 +16,7 @@ from skep.model.values.ids import new_id
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.managers.counted_calls import calls_of
 
 TASKS, REPORTS = 1000, 200
 
@@ -60,15 +59,15 @@ async def test_reports_of_a_large_service_have_all_of_it_decided_only_now_and_th
         for slot in range(1, TASKS + 1)
     ]
     await store.update_each(put, tasks)
-    with patch.object(orchestrator, "deciding_all", wraps=deciding_all) as decided:
+    with calls_of(deciding_all) as decided:
         async with asyncio.TaskGroup() as group, store.watch(Task) as watch:
             running = group.create_task(Orchestrator(store, clock, new_id, Random(1)).run())
             for slot in range(1, REPORTS + 1):
                 await store.update(report, slot)
             await store.update(lambda tx: tx.delete(Task, "t0999"))
-            assert decided.call_count == 1
+            assert len(decided) == 1
             clock.now += throttle_s(TASKS)  # a missing slot is counted among all
             while len(store.view().find(Task)) < TASKS:
                 await anext(watch)
-            assert decided.call_count == 2
+            assert len(decided) == 2
             running.cancel()

@@ -7,13 +7,11 @@ from typing import Any, cast
 import pytest
 
 from skep.configuration.configuration import Configuration
-from skep.node.telemetry import metrics_server
-from skep.node.telemetry.metrics_server import serving_metrics
+from skep.node.telemetry.metrics_server import MetricsLimits, serving_metrics
 from tests.support.engine.log_receivers import free_port
 
 
-async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_not(monkeypatch):
-    monkeypatch.setattr(metrics_server, "_CONNECTIONS_MAX", 4)
+async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_not():
     may_answer, asked = asyncio.Event(), 0
 
     async def text() -> bytes:
@@ -33,7 +31,8 @@ async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_
             writer.close()
 
     metrics = cast("Any", SimpleNamespace(text=text))
-    async with serving_metrics(Configuration(metrics_addr=("127.0.0.1", port)), metrics), asyncio.timeout(10):
+    configuration, limits = Configuration(metrics_addr=("127.0.0.1", port)), MetricsLimits(connections=4)
+    async with serving_metrics(configuration, metrics, limits), asyncio.timeout(10):
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(10)]
         pages = []
         for number in range(1, 5):
@@ -63,10 +62,11 @@ async def ask(port: int, head: bytes, local: str = "127.0.0.1") -> bytes:
         writer.close()
 
 
-async def test_one_address_takes_only_its_share_of_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_server, "_CONNECTIONS_PER_ADDRESS_MAX", 2)
+async def test_one_address_takes_only_its_share_of_the_places() -> None:
     port = free_port()
-    async with serving_metrics(Configuration(metrics_addr=("127.0.0.1", port)), METRICS), asyncio.timeout(10):
+    configuration = Configuration(metrics_addr=("127.0.0.1", port))
+    limits = MetricsLimits(connections_per_address=2)
+    async with serving_metrics(configuration, METRICS, limits), asyncio.timeout(10):
         greedy = [
             await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.7", 0)) for _ in range(3)
         ]

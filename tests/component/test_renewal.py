@@ -16,6 +16,7 @@ from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 from tests.component.test_expired import Earlier
+from tests.support.file_faults import file_faults
 from tests.support.managers.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
 
 
@@ -63,21 +64,18 @@ async def test_roots_that_cannot_be_read_are_not_taken(cluster, tmp_path):
         await renewed(cluster, agent, before.certificate.serial_number)
 
 
-async def test_a_disk_that_refuses_the_certificate_is_no_end_of_the_session(cluster, tmp_path, monkeypatch):
+async def test_a_disk_that_refuses_the_certificate_is_no_end_of_the_session(cluster, tmp_path):
     pair = aged(cluster, await a_worker(cluster, tmp_path), days=89)
-    save, refused = keypair.save, []
-
-    def full(*arguments: object) -> None:
-        refused.append(arguments)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
-        monkeypatch.setattr(keypair, "save", full)
-        agent.credentials.take_roots(agent.credentials.pair.root_pem + cluster.authority.root_pem)  # type: ignore[attr-defined]
-        agent.renew_certificate()
-        await until(lambda: len(refused) >= 2)
-        before = serial(agent)
-        monkeypatch.setattr(keypair, "save", save)
+        with file_faults(tmp_path) as disk:
+            disk.choose(
+                errno.ENOSPC,
+                lambda call, path: call == "open" and path.name.startswith(keypair.CERTIFICATE_FILE),
+            )
+            agent.credentials.take_roots(agent.credentials.pair.root_pem + cluster.authority.root_pem)  # type: ignore[attr-defined]
+            agent.renew_certificate()
+            await until(lambda: len(disk.hits) >= 2)
+            before = serial(agent)
         await renewed(cluster, agent, before)
 
 

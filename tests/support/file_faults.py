@@ -39,7 +39,8 @@ class Faults:
         self.calls = 0
         self.hits: list[str] = []
         self._first, self._count, self._number = -1, 0, 0
-        self._chosen: Callable[[str, Path], bool] = lambda _call, _path: False
+        self.before_each: Callable[[str, Path], object] = lambda _call, _path: None
+        """Called before each call, with its name and path.  The error that it raises is that of the call."""
         self._lock = threading.Lock()
 
     def plan(self, first: int, number: int, count: int = 1) -> None:
@@ -49,13 +50,18 @@ class Faults:
 
     def choose(self, number: int, chosen: Callable[[str, Path], bool]) -> None:
         """Let the calls that are ``chosen``, by their name and path, fail with the error ``number``."""
-        with self._lock:
-            self._number, self._chosen = number, chosen
+
+        def refuse(call: str, path: Path) -> None:
+            if chosen(call, path):
+                self.hits.append(f"{call} {path}")
+                raise OSError(number, os.strerror(number), str(path))
+
+        self.before_each = refuse
 
     def end(self) -> None:
         with self._lock:
             self._count = 0
-            self._chosen = lambda _call, _path: False
+        self.before_each = lambda _call, _path: None
 
     def met(self, name: str, target: object) -> None:
         if isinstance(target, bytes):
@@ -65,10 +71,11 @@ class Faults:
                 return
         elif not isinstance(target, int) and name in _BY_DESCRIPTOR:
             return
+        if not isinstance(target, int):
+            self.before_each(name, Path(str(target)))
         with self._lock:
             self.calls += 1
-            is_chosen = not isinstance(target, int) and self._chosen(name, Path(str(target)))
-            if is_chosen or self._first <= self.calls - 1 < self._first + self._count:
+            if self._first <= self.calls - 1 < self._first + self._count:
                 self.hits.append(f"{name} {target}")
                 raise OSError(self._number, os.strerror(self._number), str(target))
 

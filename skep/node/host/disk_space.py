@@ -92,7 +92,11 @@ class FileSystemUse(msgspec.Struct, frozen=True, kw_only=True):
 
 def space_of(path: str, *, is_own: bool = False) -> FileSystemUse | None:
     """Measure the file system of ``path``.  None if it is read-only or has no size of its own.  Raises: OSError."""
-    found, device = os.statvfs(path), os.stat(path).st_dev
+    return use_of(os.statvfs(path), path, os.stat(path).st_dev, is_own=is_own)
+
+
+def use_of(found: os.statvfs_result, path: str, device: int, *, is_own: bool = False) -> FileSystemUse | None:
+    """Return what statvfs(3) has ``found`` at ``path``, or None if nothing can be written there."""
     used = found.f_blocks - found.f_bfree
     if not used + found.f_bavail or found.f_flag & os.ST_RDONLY:
         return None
@@ -134,6 +138,17 @@ def sources_of(containers: Iterable[Container]) -> list[str]:
         if point.type in ("bind", "volume") and point.source and not point.read_only and not point.internal
     }
     return sorted(found)[:SOURCES_MAX]
+
+
+class DiskReader(msgspec.Struct, frozen=True, kw_only=True):
+    """How disks are measured."""
+
+    measure: Callable[[str, bool], FileSystemUse | None] = lambda path, is_own: space_of(path, is_own=is_own)
+    """Measures the disk of a path, and whether the path is the node's own.  It may block."""
+    silent_s: float = SILENT_S
+
+
+SYSTEM_DISKS = DiskReader()
 
 
 class DiskMarks(msgspec.Struct, frozen=True):
@@ -215,6 +230,7 @@ class DiskSpace:
         containers: Returns the node's containers.
         configuration: Returns the present configuration, which may be reloaded.
         changed: Called when a condition has begun, ended or changed.
+        reader: Measures the disks.
     """
 
     def __init__(
@@ -225,6 +241,7 @@ class DiskSpace:
         conditions: Conditions,
         clock: Clock,
         changed: Callable[[], None] = lambda: None,
+        reader: DiskReader = SYSTEM_DISKS,
     ) -> None:
         self._directories = directories
         self._containers = containers
@@ -232,6 +249,7 @@ class DiskSpace:
         self._conditions = conditions
         self._clock = clock
         self._changed = changed
+        self._reader = reader
         self.own_calls = BlockingCalls()
         self.calls = BlockingCalls()
         """Separate threads for containers' mounts.
@@ -304,7 +322,7 @@ class DiskSpace:
             found.setdefault(space.device, replace(space, purpose=purpose))
 
     async def _measure_in_thread(self, path: str, *, is_own: bool) -> FileSystemUse | None:
-        """Call ``space_of`` in a thread, with at most one pending call for each path.
+        """Measure in a thread, with at most one pending call for each path.
 
         Raises: OSError; TimeoutError; Unavailable.
         """
@@ -313,14 +331,14 @@ class DiskSpace:
 
         def measure() -> FileSystemUse | None:
             try:
-                return space_of(path, is_own=is_own)
+                return self._reader.measure(path, is_own)
             finally:
                 self._waiting.discard(path)
 
         calls = self.own_calls if is_own else self.calls
         self._waiting.add(path)
         try:
-            return await calls.call(measure, SILENT_S)
+            return await calls.call(measure, self._reader.silent_s)
         except Unavailable:  # no thread was started
             self._waiting.discard(path)
             raise

@@ -5,7 +5,7 @@ swarmkit, node/node.go.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -65,6 +65,25 @@ class Sources(NamedTuple):
     """Returns the number of task statuses that wait for a session."""
 
 
+class KeptPage:
+    """A page that is made by ``make`` at most once in ``KEPT_S``, because any client can send many requests."""
+
+    def __init__(self, make: Callable[[], Awaitable[bytes]], clock: Clock) -> None:
+        self._make = make
+        self._clock = clock
+        self._page = b""
+        self._made_at = float("-inf")
+        self._making = asyncio.Lock()
+
+    async def text(self) -> bytes:
+        """Return the page."""
+        async with self._making:
+            if self._clock.monotonic() - self._made_at >= KEPT_S:
+                self._page = await self._make()
+                self._made_at = self._clock.monotonic()
+            return self._page
+
+
 class NodeMetrics:
     """The metrics page of one node."""
 
@@ -72,9 +91,7 @@ class NodeMetrics:
         self._sources = sources
         self._clock = clock
         self._lag = LoopLag()
-        self._page = b""
-        self._made_at = float("-inf")
-        self._making = asyncio.Lock()
+        self._page = KeptPage(self._make_page, clock)
 
     async def run(self) -> None:
         """Sample the event loop, and the use of containers while it is requested, until cancelled."""
@@ -86,14 +103,9 @@ class NodeMetrics:
     async def text(self) -> bytes:
         """Return the page.
 
-        All requests within a second share a page, because any client that reaches the address can send many requests.
         Sources that do not answer in time are left out.  For the manager, ``skep_manager_up`` shows that.
         """
-        async with self._making:
-            if self._clock.monotonic() - self._made_at >= KEPT_S:
-                self._page = await self._make_page()
-                self._made_at = self._clock.monotonic()
-            return self._page
+        return await self._page.text()
 
     async def _make_page(self) -> bytes:
         async with asyncio.TaskGroup() as group:

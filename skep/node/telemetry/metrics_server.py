@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import msgspec
 import structlog
 from aiohttp import web
 from yarl import URL
@@ -28,10 +29,6 @@ log = structlog.get_logger()
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_CONNECTIONS_MAX = 64
-"""Limit for all connections.  A scraper needs one."""
-_CONNECTIONS_PER_ADDRESS_MAX = 32
-"""Limit for the connections of one address."""
 _AT_ONCE = 4
 """Limit for the pages that are produced at the same time."""
 _IDLE_S = 75.0
@@ -40,8 +37,21 @@ _PRIVATE = (".internal", ".local", ".localhost", ".home.arpa", ".test")
 """Suffixes of names that nobody can register."""
 
 
+class MetricsLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits for open connections."""
+
+    connections: int = 64
+    """Limit for all connections.  A scraper needs one."""
+    connections_per_address: int = 32
+
+
+LIMITS = MetricsLimits()
+
+
 @asynccontextmanager
-async def serving_metrics(configuration: Configuration, metrics: NodeMetrics) -> AsyncIterator[None]:
+async def serving_metrics(
+    configuration: Configuration, metrics: NodeMetrics, limits: MetricsLimits = LIMITS
+) -> AsyncIterator[None]:
     """Serve on ``metrics-addr`` during the block, if it is set.
 
     Raises: FailedPrecondition: cannot listen on the address.
@@ -63,7 +73,7 @@ async def serving_metrics(configuration: Configuration, metrics: NodeMetrics) ->
         except SkepError as error:
             return web.Response(status=503, text=f"{error}\n")
 
-    clients = _Clients(hosts)
+    clients = _Clients(hosts, limits)
     app = web.Application(middlewares=[clients.note])
     app.router.add_get("/metrics", page)
     app.router.add_get("/sd", discovery)
@@ -115,14 +125,14 @@ class _Clients:
     ``hosts`` are further names of this machine that requests may have in ``Host``.
     """
 
-    def __init__(self, hosts: Collection[str]) -> None:
+    def __init__(self, hosts: Collection[str], limits: MetricsLimits) -> None:
         self._hosts = hosts
         self._busy: set[asyncio.BaseTransport | None] = set()
         """Connections with a request in progress."""
         self._open: Newcomers[asyncio.Transport] = Newcomers(
             "metrics connections",
-            _CONNECTIONS_MAX,
-            _CONNECTIONS_PER_ADDRESS_MAX,
+            limits.connections,
+            limits.connections_per_address,
             lambda one: one.abort(),
             may_leave=lambda one: one not in self._busy,
         )

@@ -3,9 +3,11 @@
 import gc
 import sys
 from asyncio import Handle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from inspect import CO_GENERATOR
+from types import CodeType, FrameType
+from typing import Any
 
 
 def most_calls_between_pauses(work: Iterable[object]) -> int:
@@ -26,6 +28,43 @@ def most_calls_between_pauses(work: Iterable[object]) -> int:
         sys.setprofile(None)
         gc.enable()
     return max(most, calls)
+
+
+class Calls:
+    """The calls of some functions with their arguments, in order."""
+
+    def __init__(self, functions: Iterable[Any]) -> None:
+        self._by_code: dict[CodeType, list[Mapping[str, Any]]] = {one.__code__: [] for one in functions}
+        self._generators: set[FrameType] = set()
+
+    def of(self, function: Any) -> Sequence[Mapping[str, Any]]:
+        return self._by_code[function.__code__]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_code.values()))
+
+    def clear(self) -> None:
+        for calls in self._by_code.values():
+            calls.clear()
+
+    def note(self, frame: FrameType, event: str, argument: object) -> None:
+        calls = self._by_code.get(frame.f_code)
+        if calls is None or event != "call" or frame in self._generators:
+            return
+        calls.append(dict(frame.f_locals))
+        if frame.f_code.co_flags & CO_GENERATOR:  # each step is an event, and one of them is the call
+            self._generators.add(frame)
+
+
+@contextmanager
+def calls_of(*functions: Callable[..., object]) -> Iterator[Calls]:
+    """Note the calls of ``functions`` in this thread.  Nothing is replaced."""
+    calls = Calls(functions)
+    sys.setprofile(calls.note)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from skep.dataplane.local.objects import LocalNetwork
 from skep.dataplane.net_process.protocol import Named, Reservation, SocketLabel
 from skep.dataplane.net_process.served_container import ContainerRecord, namespace_at
 from skep.dataplane.net_process.served_containers import ServedContainers
-from skep.dataplane.netns.kernel import namespaces
 from skep.dataplane.netns.kernel.namespaces import Namespaces
 from skep.dataplane.ports import Reservations, bind, reopened
 from skep.dataplane.probe.measurements import Measurements
@@ -221,8 +220,7 @@ async def test_relays_follow_their_plan(tmp_path: Path) -> None:
     host = "127.0.0.1"
     (tmp_path / "template/relays").mkdir(parents=True)
     (tmp_path / "template/relays/plan").write_bytes(msgspec.json.encode((port(0),)))
-    with bind("tcp", 0, host) as own, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skep.linux.filewatch._LOOK_S", 0.001)
+    with bind("tcp", 0, host) as own:
         assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 3
 
 
@@ -428,9 +426,7 @@ def port(number: int) -> RelayPort:
 
 
 @pytest.mark.needs("root")
-async def test_a_namespace_that_could_not_be_made_leaves_no_pin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_namespace_that_could_not_be_made_leaves_no_pin(tmp_path: Path) -> None:
     async def life(place: Path, faults: Faults) -> None:
         spaces = Namespaces(place / "netns")
         try:
@@ -453,16 +449,10 @@ async def test_a_namespace_that_could_not_be_made_leaves_no_pin(
 
 
 @pytest.mark.needs("root")
-async def test_a_setting_that_the_kernel_refuses_leaves_no_namespace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(name: str, value: str) -> None:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
+async def test_a_setting_that_the_kernel_refuses_leaves_no_namespace(tmp_path: Path) -> None:
     spaces = Namespaces(tmp_path / "netns")
-    monkeypatch.setattr(namespaces, "set_sysctl", refuse)
-    with pytest.raises(OSError, match="Cannot allocate memory"):
-        await spaces.create("one", {"net/ipv4/ip_forward": "1"})
+    with pytest.raises(OSError, match="Invalid argument"):
+        await spaces.create("one", {"net/ipv4/ip_forward": "not a number"})
     assert spaces.pinned() == []
     assert not [point for point in mount_targets() if point.startswith(str(tmp_path))]
     spaces.close()

@@ -1,13 +1,14 @@
 """The process that sends logs: what is wrong with one container, its files or its remote, ends that one's work only."""
 
 import asyncio
+import errno
 import os
 import shutil
 import socket
 import ssl
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from skep.engine.log_drivers.transport import (
 from skep.engine.logs.log_files import compress, rotate
 from skep.engine.logs.log_forwarding import encoded
 from skep.linux.filewatch import FileWatch
+from tests.support.file_faults import file_faults
 
 ID = "0123456789abcdef" * 4
 FACTS = LogFacts(
@@ -101,11 +103,12 @@ async def running(current: Path) -> AsyncIterator[tuple[Forwarder, Collected, li
 
 
 @pytest.fixture
-def no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def no_room() -> Iterator[Callable[[], None]]:
     """Nothing can be unpacked until this is called."""
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
-    return lambda: monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    temporary = Path(tempfile.gettempdir())
+    with file_faults(temporary) as faults:
+        faults.choose(errno.ENOSPC, lambda call, path: call == "open" and temporary in (path, path.parent))
+        yield faults.end
 
 
 async def test_a_log_that_cannot_be_read_is_tried_again(tmp_path: Path, no_room: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """The record of a container on disk.  The only I/O is a file in memory or in a temporary directory."""
 
+import errno
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from skep.errors import Unavailable
 from skep.model.networks.sandbox import Endpoint, EndpointConfig, PublishedPort, Sandbox
 from skep.model.networks.tables import NetworkHead
 from skep.model.values.ids import ContainerId, NetworkId, TaskId
+from tests.support.file_faults import file_faults
 
 
 def a_container(**fields: object) -> Container:
@@ -52,19 +54,14 @@ def test_where_no_line_can_be_read_there_is_no_record(tmp_path: Path) -> None:
     assert records.read(tmp_path / "record") is None
 
 
-def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(tmp_path: Path) -> None:
     assert records.read(tmp_path / "missing") is None
     (tmp_path / "record").mkdir()
     assert records.read(tmp_path / "record") is None, "what is no file is no record"
-
-    def fail(path: Path) -> bytes:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(Unavailable, match="cannot be read"):
-        records.read(tmp_path / "record")
+    with file_faults(tmp_path) as faults:
+        faults.choose(errno.EIO, lambda call, path: (call, path.name) == ("open", "record"))
+        with pytest.raises(Unavailable, match="cannot be read"):
+            records.read(tmp_path / "record")
 
 
 def test_records_are_read_by_the_versions_before() -> None:

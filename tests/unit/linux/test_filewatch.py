@@ -1,11 +1,10 @@
 """Waiting for changes where inotify is to be had, and where it is not."""
 
 import asyncio
+import resource
 from pathlib import Path
 
-import pytest
-
-from skep.linux import filewatch
+from skep.linux.descriptors import lowest_free
 from skep.linux.filewatch import FileWatch
 
 
@@ -16,14 +15,13 @@ async def test_a_change_is_seen(tmp_path: Path) -> None:
     watch.close()
 
 
-async def test_without_an_instance_of_inotify_it_is_looked_now_and_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(directory: Path) -> int:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(filewatch, "_watching", refuse)
-    watch = FileWatch(tmp_path)
+async def test_without_an_instance_of_inotify_it_is_looked_now_and_then(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free(), hard))
+    try:
+        watch = FileWatch(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     await asyncio.wait_for(watch.wait_changed(), 5)
     watch.close()
 

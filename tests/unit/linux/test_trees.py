@@ -1,6 +1,7 @@
 """Trees as a hostile container leaves them go, whatever they are made of; what is left is said."""
 
 import asyncio
+import errno
 import os
 import resource
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from skep.aio import trees as beside
 from skep.linux.trees import NotRemoved, RemovalStopped, remove_tree, walk
+from tests.support.file_faults import file_faults
 
 
 @pytest.fixture
@@ -160,46 +162,37 @@ def test_a_link_in_the_place_of_the_tree_is_not_followed(tmp_path: Path):
     assert os.listdir(tmp_path) == ["kept"]
 
 
-def test_the_entry_to_keep_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_entry_to_keep_goes_last(tmp_path: Path):
     top = tmp_path / "tree"
     nest(top, 100)
     (top / "record").touch()
     (top / "d" / "record").touch()
     (top / "z").touch()
     gone: list[str] = []
-    unlink = os.unlink
 
-    def noting(name: str, *, dir_fd: int) -> None:
-        unlink(name, dir_fd=dir_fd)
-        gone.append(name)
+    def note(call: str, path: Path) -> None:
+        if call == "unlink" and path.name in ("record", "z"):
+            gone.append(path.name)
 
-    monkeypatch.setattr(os, "unlink", noting)
-    remove_tree(top, keep="record")
-    assert gone.count("record") == 2
+    with file_faults(tmp_path) as files:
+        files.before_each = note
+        remove_tree(top, keep="record")
+    assert sorted(gone) == ["record", "record", "z"]
     assert gone[-1] == "record"
     assert not top.exists()
 
 
-def test_what_is_refused_is_named_and_the_rest_and_the_record_are_as_they_should(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_is_refused_is_named_and_the_rest_and_the_record_are_as_they_should(tmp_path: Path):
     top = tmp_path / "tree"
     nest(top, 200)
     for name in ("record", "bad", "good"):
         (top / name).touch()
-    unlink = os.unlink
-
-    def refusing(name: str, *, dir_fd: int) -> None:
-        if name == "bad":
-            raise OSError(5, "Input/output error")
-        unlink(name, dir_fd=dir_fd)
-
-    monkeypatch.setattr(os, "unlink", refusing)
-    with pytest.raises(NotRemoved, match="'bad' cannot be removed: Input/output error") as raised:
-        remove_tree(top, keep="record")
+    with file_faults(tmp_path) as faults:
+        faults.choose(errno.EIO, lambda call, path: (call, path.name) == ("unlink", "bad"))
+        with pytest.raises(NotRemoved, match="'bad' cannot be removed: Input/output error") as raised:
+            remove_tree(top, keep="record")
     assert raised.value.errno == 5
     assert sorted(os.listdir(top)) == ["bad", "record"]
-    monkeypatch.undo()
     remove_tree(top, keep="record")
     assert not top.exists()
 

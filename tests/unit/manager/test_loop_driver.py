@@ -9,7 +9,6 @@ from typing import TypeAlias
 import pytest
 
 from sim.world.time import VirtualClock, VirtualLoop
-from skep.aio import time_slices
 from skep.errors import FailedPrecondition
 from skep.manager.control_loops.failures import LONGEST_DELAY_S, Failures
 from skep.manager.control_loops.loop_driver import Decision, LoopDriver, Recheck
@@ -17,6 +16,7 @@ from skep.manager.control_loops.work_queue import WorkQueue
 from skep.store.interface import Commit, Created, Transaction, View
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
+from tests.support.harness.clocks import PausingVirtualClock
 
 Decide: TypeAlias = Callable[[str], Decision[str]]
 
@@ -50,10 +50,10 @@ class State:
 class Rig:
     """A loop that writes ``done-X`` for each change X of its decisions, unless X is in ``refused``."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[VirtualLoop], VirtualClock] = VirtualClock) -> None:
         self.loop = VirtualLoop()
         asyncio.set_event_loop(self.loop)
-        self.clock = VirtualClock(self.loop)
+        self.clock = clock(self.loop)
         self.store = MemoryStore(self.clock)
         self.refused: set[str] = set()
 
@@ -90,8 +90,8 @@ def put(tx: Transaction, id: str) -> None:
 
 
 @pytest.fixture
-def rig() -> Iterator[Rig]:
-    rig = Rig()
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    rig = Rig(getattr(request, "param", VirtualClock))
     yield rig
     rig.loop.close()
     asyncio.set_event_loop(None)
@@ -159,10 +159,8 @@ def test_a_recheck_is_due_at_its_time(rig: Rig) -> None:
     assert rig.done == {"a"}
 
 
-def test_after_a_pause_the_state_knows_every_commit_that_the_view_shows(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+@pytest.mark.parametrize("rig", [PausingVirtualClock], indirect=True)
+def test_after_a_pause_the_state_knows_every_commit_that_the_view_shows(rig: Rig) -> None:
     states: list[State] = []
     unknown: list[set[str]] = []
 

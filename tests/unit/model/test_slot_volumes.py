@@ -7,7 +7,6 @@ from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec, Mount, VolumeOptions
 from skep.model.node import EngineDescription, Node
-from skep.model.options import slot_volumes
 from skep.model.options.slot_volumes import (
     FORGOTTEN_LABEL,
     LABEL_CHARACTERS_MAX,
@@ -17,6 +16,7 @@ from skep.model.options.slot_volumes import (
     SlotVolumeIndex,
     homes_of,
     local_volumes,
+    shape_of,
     slot_volumes_label,
     slot_volumes_of,
 )
@@ -24,6 +24,7 @@ from skep.model.service import TaskSpec
 from skep.model.task import ContainerStatus, Task, TaskState
 from skep.model.values.meta import Driver
 from tests.support.builders import a_node, a_task
+from tests.support.managers.counted_calls import calls_of
 
 
 def reporting(id: str, label: str) -> Node:
@@ -65,19 +66,12 @@ def test_of_many_volumes_the_latest_are_reported() -> None:
     assert read == list(reversed(many))[: len(read)]
 
 
-def test_a_name_is_read_once_however_many_volumes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    shape = slot_volumes.shape_of
-
-    def counted(name: str) -> tuple[str, str | None]:
-        read.append(name)
-        return shape(name)
-
-    monkeypatch.setattr(slot_volumes, "shape_of", counted)
+def test_a_name_is_read_once_however_many_volumes_are_reported() -> None:
     names = ("{{" * 4000, "data-{{.Task.Slot}}")
     label = " ".join(f"data-{number}=web.1@{number}" for number in range(100))
-    assert homes(mounting(a_task(slot=1), *names), nodes=(reporting("n1", label),)) == ["n1"]
-    assert read == list(names)
+    with calls_of(shape_of) as read:
+        assert homes(mounting(a_task(slot=1), *names), nodes=(reporting("n1", label),)) == ["n1"]
+    assert [call["name"] for call in read.of(shape_of)] == list(names)
 
 
 def test_a_label_that_cannot_be_read_reports_nothing() -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.manager.process import _write_mark
-from skep.node.host import disk_check
 from skep.node.host.conditions import Conditions
 from skep.node.host.disk_check import DiskCheck
 from tests.support.file_faults import ERRNOS, file_faults
@@ -54,20 +53,20 @@ async def test_what_a_managers_store_lacks_is_a_condition_until_there_is_room(tm
         running.cancel()
 
 
-async def test_a_disk_that_hangs_is_said_and_no_threads_pile_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go, calls = threading.Event(), []
+async def test_a_disk_that_hangs_is_said_and_no_threads_pile_up(tmp_path: Path) -> None:
+    go, calls = threading.Event(), list[Path]()
 
-    def hang(path: Path, content: bytes, mode: int) -> None:
-        calls.append(path)
-        go.wait(10)
+    def hang(call: str, path: Path) -> None:
+        if call == "open" and path != tmp_path:
+            calls.append(path)
+            go.wait(10)
 
-    monkeypatch.setattr(disk_check, "replace_file", hang)
     check = DiskCheck((tmp_path,), Conditions(SystemClock()), SystemClock())
-    for _ in range(3):
-        assert "does not answer" in await check.look(within_s=0.01)
-    assert len(calls) == 1
-    go.set()
-    assert await check.look(within_s=10) == ""
-    assert len(calls) == 1, "no further writes were waiting behind it"
+    with file_faults(tmp_path) as files:
+        files.before_each = hang
+        for _ in range(3):
+            assert "does not answer" in await check.look(within_s=0.01)
+        assert len(calls) == 1
+        go.set()
+        assert await check.look(within_s=10) == ""
+        assert len(calls) == 1, "no further writes were waiting behind it"

@@ -18,17 +18,18 @@ from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import ContainerConfig, ContainerState, MountPoint
 from skep.errors import Unavailable
 from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL, ConditionName
-from skep.node.host import disk_space
 from skep.node.host.conditions import Conditions
 from skep.node.host.disk_space import (
     PERIOD_S,
     DiskMarks,
+    DiskReader,
     DiskSpace,
     FileSystemUse,
     Fullness,
     mount_point_of,
     sources_of,
     space_of,
+    use_of,
 )
 from skep.node.telemetry.metrics import disk_families
 from tests.support.engine.stub_engine import a_container
@@ -56,34 +57,38 @@ def a_statvfs(**fields: int) -> Any:
     return SimpleNamespace(**{**found, **inodes, **fields})
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, **fields: int) -> FileSystemUse | None:
-    monkeypatch.setattr(os, "statvfs", lambda _: a_statvfs(**fields))
-    return space_of("/")
+def measured(**fields: int) -> FileSystemUse | None:
+    return use_of(a_statvfs(**fields), "/", 1)
 
 
-def test_blocks_that_root_reserves_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = measured(monkeypatch, f_bfree=50, f_bavail=0)
+def test_the_disk_of_a_path_is_measured(tmp_path: Path) -> None:
+    space = space_of(str(tmp_path), is_own=True)
+    assert space is not None
+    assert (space.path, space.device, space.is_own) == (str(tmp_path), tmp_path.stat().st_dev, True)
+    assert space.free_bytes > 0
+
+
+def test_blocks_that_root_reserves_are_not_free() -> None:
+    space = measured(f_bfree=50, f_bavail=0)
     assert space is not None
     assert (space.used_percent, space.free_bytes, space.inodes_percent) == (100.0, 0, 0.0)
-    half = measured(monkeypatch, f_bfree=525, f_bavail=475)
+    half = measured(f_bfree=525, f_bavail=475)
     assert half is not None
     assert half.used_percent == 50.0
 
 
-def test_inodes_count_where_the_file_system_has_a_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = measured(monkeypatch, f_ffree=4, f_favail=4)
+def test_inodes_count_where_the_file_system_has_a_number_of_them() -> None:
+    space = measured(f_ffree=4, f_favail=4)
     assert space is not None
     assert space.percent == space.inodes_percent == 96.0
-    none = measured(monkeypatch, f_files=0, f_ffree=0, f_favail=0)
+    none = measured(f_files=0, f_ffree=0, f_favail=0)
     assert none is not None
     assert none.inodes_percent == 0.0
 
 
 @pytest.mark.parametrize("fields", [{"f_flag": os.ST_RDONLY}, {"f_blocks": 0, "f_bfree": 0, "f_bavail": 0}])
-def test_a_file_system_that_nothing_is_written_to_is_none(
-    monkeypatch: pytest.MonkeyPatch, fields: dict[str, int]
-) -> None:
-    assert measured(monkeypatch, **fields) is None
+def test_a_file_system_that_nothing_is_written_to_is_none(fields: dict[str, int]) -> None:
+    assert measured(**fields) is None
 
 
 def test_the_conditions_come_at_their_marks_and_end_two_percent_below() -> None:
@@ -154,21 +159,23 @@ def test_the_mount_point_of_a_disk_is_shown_unless_it_is_of_a_volume() -> None:
     }
 
 
-async def test_a_full_disk_of_a_bind_mount_does_not_show_its_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_disk_of_a_bind_mount_does_not_show_its_source(tmp_path: Path) -> None:
     points = (MountPoint(type="bind", destination="/b", source="/srv/blog-secret"),)
     config = ContainerConfig(path="sh", mounts=points)
     configuration, conditions = Configuration(data_dir=tmp_path), Conditions(SystemClock())
     device = os.stat("/proc").st_dev
 
-    def measure(path: str, *, is_own: bool) -> FileSystemUse:
+    def measure(path: str, is_own: bool) -> FileSystemUse:
         return a_disk(10) if is_own else a_disk(90, device=device, is_own=False, path=path)
 
-    monkeypatch.setattr(disk_space, "space_of", measure)
-    containers = [a_container(config=config)]
+    containers, reader = [a_container(config=config)], DiskReader(measure=measure)
     check = DiskSpace(
-        {"data": tmp_path}, lambda: containers, lambda: configuration, conditions, SystemClock()
+        {"data": tmp_path},
+        lambda: containers,
+        lambda: configuration,
+        conditions,
+        SystemClock(),
+        reader=reader,
     )
     await check.measure()
     assert conditions.present()[ConditionName.DISK_SPACE].startswith("the disk at /proc is 90 % full")
@@ -188,18 +195,23 @@ def test_containers_write_to_volumes_and_bind_mounts_that_are_not_read_only() ->
     assert sources_of([ended]) == []
 
 
-def checking(tmp_path: Path, conditions: Conditions, **settings: int) -> DiskSpace:
+def checking(
+    tmp_path: Path,
+    conditions: Conditions,
+    measure: Callable[[str, bool], FileSystemUse | None],
+    **settings: int,
+) -> DiskSpace:
     configuration = replace(Configuration(data_dir=tmp_path), **settings)
-    return DiskSpace({"data": tmp_path}, tuple, lambda: configuration, conditions, SystemClock())
+    reader = DiskReader(measure=measure)
+    return DiskSpace(
+        {"data": tmp_path}, tuple, lambda: configuration, conditions, SystemClock(), reader=reader
+    )
 
 
-async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(tmp_path: Path) -> None:
     conditions = Conditions(SystemClock())
-    check = checking(tmp_path, conditions)
     percents = iter((90.0, 96.0, 50.0))
-    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(next(percents), path=path))
+    check = checking(tmp_path, conditions, lambda path, _: a_disk(next(percents), path=path))
     found = []
     for _ in range(3):
         await check.measure()
@@ -218,12 +230,14 @@ def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
     loop = VirtualLoop()
     clock = VirtualClock(loop)
     percents = [97.0]
-    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(percents[0], path=path))
+    reader = DiskReader(measure=lambda path, _: a_disk(percents[0], path=path))
     conditions = Conditions(clock)
     configuration = Configuration(data_dir=tmp_path)
     session = SessionState(clock)
     changed = session.description_changed
-    check = DiskSpace({"data": tmp_path}, tuple, lambda: configuration, conditions, clock, changed.set)
+    check = DiskSpace(
+        {"data": tmp_path}, tuple, lambda: configuration, conditions, clock, changed.set, reader
+    )
 
     async def call(work: Callable[[], FileSystemUse], within_s: float) -> FileSystemUse:
         return work()
@@ -247,11 +261,9 @@ def test_managers_know_within_a_period_that_a_full_disk_has_space_again(
         loop.close()
 
 
-async def test_managers_get_a_condition_at_once_and_nothing_while_it_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_managers_get_a_condition_at_once_and_nothing_while_it_stays(tmp_path: Path) -> None:
     percents = [50.0]
-    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(percents[0], path=path))
+    reader = DiskReader(measure=lambda path, _: a_disk(percents[0], path=path))
     session, clock = SessionState(SystemClock()), SystemClock()
     configuration = Configuration(data_dir=tmp_path)
     check = DiskSpace(
@@ -261,6 +273,7 @@ async def test_managers_get_a_condition_at_once_and_nothing_while_it_stays(
         Conditions(clock),
         clock,
         session.description_changed.set,
+        reader,
     )
     told = []
     for percent in (50.0, 86.0, 86.5, 97.0, 97.0, 50.0, 50.0):
@@ -271,57 +284,55 @@ async def test_managers_get_a_condition_at_once_and_nothing_while_it_stays(
     assert told == [False, True, False, True, False, True, False]
 
 
-async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(90))
+async def test_the_mark_is_a_setting(tmp_path: Path) -> None:
     conditions = Conditions(SystemClock())
-    await checking(tmp_path, conditions, disk_pressure=90).measure()
+    await checking(tmp_path, conditions, lambda _path, _is_own: a_disk(90), disk_pressure=90).measure()
     assert sorted(conditions.present()) == [ConditionName.DISK_PRESSURE]
 
 
-async def test_a_disk_that_does_not_answer_hides_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_disk_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
     config = ContainerConfig(path="sh", mounts=(MountPoint(type="bind", destination="/b", source="/nfs"),))
     configuration = Configuration(data_dir=tmp_path)
+
+    def measure(path: str, _is_own: bool) -> FileSystemUse:
+        if path == "/nfs":
+            raise OSError(5, "Input/output error")
+        return a_disk(10, path=path)
+
     check = DiskSpace(
         {"data": tmp_path},
         lambda: [a_container(config=config)],
         lambda: configuration,
         Conditions(SystemClock()),
         SystemClock(),
+        reader=DiskReader(measure=measure),
     )
-
-    def measure(path: str, *, is_own: bool) -> FileSystemUse:
-        if path == "/nfs":
-            raise OSError(5, "Input/output error")
-        return a_disk(10, path=path)
-
-    monkeypatch.setattr(disk_space, "space_of", measure)
     await check.measure()
     assert [one.path for one in check.disks] == [str(tmp_path)]
 
 
-async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(tmp_path: Path) -> None:
     config = ContainerConfig(path="sh", mounts=(MountPoint(type="bind", destination="/b", source="/nfs"),))
     configuration = Configuration(data_dir=tmp_path)
     conditions = Conditions(SystemClock())
     containers = [a_container(config=config)]
-    check = DiskSpace(
-        {"data": tmp_path}, lambda: containers, lambda: configuration, conditions, SystemClock()
-    )
     may_end, looks = threading.Event(), []
 
-    def measure(path: str, *, is_own: bool) -> FileSystemUse:
+    def measure(path: str, is_own: bool) -> FileSystemUse:
         if path == "/nfs":
             looks.append(path)
             may_end.wait(30)
         return a_disk(97 if is_own else 10, path=path)
 
-    monkeypatch.setattr(disk_space, "space_of", measure)
-    monkeypatch.setattr(disk_space, "SILENT_S", 0.01)
-    monkeypatch.setattr(check.calls, "_left_max", 2)
+    reader = DiskReader(measure=measure, silent_s=0.01)
+    check = DiskSpace(
+        {"data": tmp_path},
+        lambda: containers,
+        lambda: configuration,
+        conditions,
+        SystemClock(),
+        reader=reader,
+    )
     try:
         for _ in range(5):
             await check.measure()
@@ -333,18 +344,17 @@ async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), TimeoutError(), Unavailable("full")])
 async def test_an_own_disk_that_does_not_answer_is_as_full_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, error: Exception
 ) -> None:
     conditions = Conditions(SystemClock())
-    check = checking(tmp_path, conditions)
     outcomes: list[Exception | None] = [None, error, FileNotFoundError()]
 
-    def measure(path: str, *, is_own: bool) -> FileSystemUse:
+    def measure(path: str, _is_own: bool) -> FileSystemUse:
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome
         return a_disk(97, path=path)
 
-    monkeypatch.setattr(disk_space, "space_of", measure)
+    check = checking(tmp_path, conditions, measure)
     found = []
     for _ in range(3):
         await check.measure()

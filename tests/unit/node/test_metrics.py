@@ -2,24 +2,23 @@
 
 import asyncio
 import re
-import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
-from skep.api.telemetry.exposition import MetricFamily, gauge, render
+from skep.api.telemetry.exposition import render
 from skep.configuration.values import listening_addr
 from skep.dataplane.net_process.protocol import NameCounts, ServedListing
 from skep.model.networks.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
 from skep.model.values.ids import NodeId
-from skep.node.telemetry import metrics as node_metrics
-from skep.node.telemetry.metrics import KEPT_S, NodeMetrics, Sources, dns_families, network_families
+from skep.node.telemetry.metrics import KEPT_S, KeptPage, NodeMetrics, dns_families, network_families
 from skep.node.telemetry.metrics_server import targets
+from tests.support.managers.counted_calls import calls_of
 
 
 def test_each_node_is_a_target_with_its_labels() -> None:
@@ -90,28 +89,24 @@ def test_an_address_to_listen_on_has_a_port() -> None:
             listening_addr(wrong)
 
 
-def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_same() -> None:
     loop = VirtualLoop()
     made = 0
 
-    async def slowly(_: NodeMetrics) -> bytes:
+    async def make() -> bytes:
         nonlocal made
         made += 1
         await asyncio.sleep(0.5)
         return b"page %d" % made
 
-    monkeypatch.setattr(NodeMetrics, "_make_page", slowly)
-
     async def body() -> None:
         clock = VirtualClock(loop)
-        metrics = NodeMetrics(cast("Sources", None), clock)
-        assert await asyncio.gather(*(metrics.text() for _ in range(50))) == [b"page 1"] * 50
+        page = KeptPage(make, clock)
+        assert await asyncio.gather(*(page.text() for _ in range(50))) == [b"page 1"] * 50
         await clock.sleep(KEPT_S / 2)
-        assert await metrics.text() == b"page 1"
+        assert await page.text() == b"page 1"
         await clock.sleep(KEPT_S)
-        assert await metrics.text() == b"page 2"
+        assert await page.text() == b"page 2"
 
     try:
         loop.run_until_complete(body())
@@ -119,25 +114,29 @@ def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_
         loop.close()
 
 
-async def test_a_page_is_joined_outside_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_is_joined_outside_of_the_event_loop() -> None:
     """A manager of thousands of services has megabytes of text, which would hold up every request."""
-    real, threads = node_metrics._joined, list[int]()
-
-    def joined(*parts: Any) -> bytes:
-        threads.append(threading.get_ident())
-        return real(*parts)
-
-    async def nothing(_: NodeMetrics) -> list[MetricFamily]:
-        return []
-
-    monkeypatch.setattr(node_metrics, "_joined", joined)
-    monkeypatch.setattr(NodeMetrics, "_of_manager", nothing)
-    monkeypatch.setattr(NodeMetrics, "_of_net_process", nothing)
-    monkeypatch.setattr(NodeMetrics, "_own", lambda _: [gauge("skep_test", "A test.", 1)])
-    sources: Any = SimpleNamespace(usage=None)
-    assert b"skep_test 1" in await NodeMetrics(sources, SystemClock()).text()
-    assert threads
-    assert threading.get_ident() not in threads
+    machine = SimpleNamespace(
+        architecture="x86_64", kernel="6.1", os_name="Linux", os_version="1", cpus=1, memory_bytes=1
+    )
+    sources: Any = SimpleNamespace(
+        node=SimpleNamespace(id="n1", machine=machine),
+        engine=None,
+        events=SimpleNamespace(published=0, readers=0),
+        conditions=SimpleNamespace(present=dict),
+        session=SimpleNamespace(has_session=True),
+        load=lambda: None,
+        data_plane=None,
+        usage=None,
+        membership=SimpleNamespace(is_manager=False, node=None),
+        exporter=None,
+        disks=tuple,
+        reports=lambda: 0,
+    )
+    with calls_of(render) as here:
+        page = await NodeMetrics(sources, SystemClock()).text()
+    assert b"skep_node_session 1" in page
+    assert not here.of(render)
 
 
 def test_no_metric_has_a_path_as_label() -> None:

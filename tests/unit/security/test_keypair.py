@@ -1,5 +1,6 @@
 """The node's key pair on disk."""
 
+import errno
 import os
 import stat
 
@@ -14,6 +15,7 @@ from skep.security.authority import Authority
 from skep.security.identity import NodeIdentity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
+from tests.support.file_faults import file_faults
 
 AUTHORITY = Authority.create()
 IDENTITY = NodeIdentity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
@@ -53,23 +55,21 @@ def test_the_key_is_for_root_alone_even_where_it_was_not(tmp_path):
 
 
 @pytest.mark.parametrize("crash_at", range(1, 4))
-def test_a_crash_while_saving_leaves_a_whole_pair(tmp_path, monkeypatch, crash_at):
+def test_a_crash_while_saving_leaves_a_whole_pair(tmp_path, crash_at):
     old, new = a_pair(), a_pair()
     keypair.save(old, tmp_path)
-    calls = 0
-    replace = os.replace
+    renames = 0
 
-    def crashing(source, target):
-        nonlocal calls
-        calls += 1
-        if calls == crash_at:
+    def crash(call, _path):
+        nonlocal renames
+        renames += call == "replace"
+        if renames == crash_at:
             raise KeyboardInterrupt
-        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", crashing)
-    with pytest.raises(KeyboardInterrupt):
-        keypair.save(new, tmp_path)
-    monkeypatch.undo()
+    with file_faults(tmp_path) as files:
+        files.before_each = crash
+        with pytest.raises(KeyboardInterrupt):
+            keypair.save(new, tmp_path)
     assert keypair.load(tmp_path).key_pem == (old.key_pem if crash_at < 3 else new.key_pem)
     assert keypair.load(tmp_path).key_pem == (old.key_pem if crash_at < 3 else new.key_pem)
 
@@ -90,45 +90,35 @@ def test_a_pair_shows_no_key_when_printed():
     assert "PRIVATE" not in repr(a_pair())
 
 
-def test_a_pair_can_be_read_at_any_moment_of_a_save(tmp_path, monkeypatch):
+def test_a_pair_can_be_read_at_any_moment_of_a_save(tmp_path):
     """Another process reads; it finds one pair or the other and leaves the writer's files alone."""
     old, new = a_pair(), a_pair()
     keypair.save(old, tmp_path)
-    replace, found = os.replace, []
+    found, is_reading = [], False
 
-    def watched(source, target):
-        found.append(keypair.load(tmp_path).certificate_pem)
-        replace(source, target)
-        found.append(keypair.load(tmp_path).certificate_pem)
+    def read(*_call):
+        nonlocal is_reading
+        if not is_reading:
+            is_reading = True
+            found.append(keypair.load(tmp_path).certificate_pem)
+            is_reading = False
 
-    monkeypatch.setattr(os, "replace", watched)
-    keypair.save(new, tmp_path)
+    with file_faults(tmp_path) as files:
+        files.before_each = read
+        keypair.save(new, tmp_path)
+        read()
     assert set(found) == {old.certificate_pem, new.certificate_pem}
     assert found == sorted(found, key=[old.certificate_pem, new.certificate_pem].index)
 
 
-def test_a_save_after_a_broken_one_can_break_too(tmp_path, monkeypatch):
+def test_a_save_after_a_broken_one_can_break_too(tmp_path):
     """The first ends between its renames; the second right after it removed what lay beside."""
     pairs = [a_pair() for _ in range(3)]
     keypair.save(pairs[0], tmp_path)
-    replace = os.replace
-
-    def broken(source, target):
-        if str(target).endswith(keypair.CERTIFICATE_FILE) and str(source).endswith(NEW_SUFFIX):
-            raise OSError("crash")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="crash"):
-        keypair.save(pairs[1], tmp_path)
-    assert keypair.load(tmp_path).certificate_pem == pairs[1].certificate_pem
-    monkeypatch.setattr(os, "replace", replace)
-
-    def write_nothing(*_words, **_more):
-        (tmp_path / (keypair.CERTIFICATE_FILE + NEW_SUFFIX)).unlink(missing_ok=True)
-        raise OSError("crash")
-
-    monkeypatch.setattr("skep.security.keypair.write_new", write_nothing)
-    with pytest.raises(OSError, match="crash"):
-        keypair.save(pairs[2], tmp_path)
-    assert keypair.load(tmp_path).certificate_pem == pairs[1].certificate_pem
+    beside = keypair.CERTIFICATE_FILE + NEW_SUFFIX
+    for call, saved in (("replace", pairs[1]), ("open", pairs[2])):
+        with file_faults(tmp_path) as files:
+            files.choose(errno.EIO, lambda name, path, call=call: (name, path.name) == (call, beside))
+            with pytest.raises(OSError, match="Input/output error"):
+                keypair.save(saved, tmp_path)
+        assert keypair.load(tmp_path).certificate_pem == pairs[1].certificate_pem

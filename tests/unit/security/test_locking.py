@@ -1,12 +1,12 @@
 """Autolock on disk: what a stolen disk shows, what a crash leaves, what a rotation changes."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.paths import Paths
-from skep.security import locking
 from skep.security.locking import (
     KeyLock,
     Locked,
@@ -15,6 +15,7 @@ from skep.security.locking import (
     parsed_unlock_key,
     shown_unlock_key,
 )
+from tests.support.file_faults import file_faults
 
 WRAPPING_KEY, NODE_KEY = b"w" * 32, b"-----BEGIN PRIVATE KEY-----\n"
 
@@ -122,27 +123,24 @@ class Crash(Exception):
 @pytest.mark.parametrize("writes", range(4))
 @pytest.mark.parametrize("turns_on", [True, False])
 def test_a_crash_while_the_lock_is_turned_is_made_good(
-    paths: Paths, writes: int, turns_on: bool, monkeypatch: pytest.MonkeyPatch
+    paths: Paths, writes: int, turns_on: bool, tmp_path: Path
 ) -> None:
     """After each number of writes: everything can be read, and turning again comes to the end."""
     lock, key = KeyLock(paths), new_unlock_key()
     if not turns_on:
         lock.turn(key)
-    replace_file, left = locking.replace_file, writes  # type: ignore[attr-defined]
+    left = writes
 
-    def crashing(*args: object, **kwargs: object) -> None:
+    def crash(call: str, _path: Path) -> None:
         nonlocal left
-        if left == 0:
-            raise Crash
-        left -= 1
-        replace_file(*args, **kwargs)  # type: ignore[arg-type]
+        if call == "replace":
+            if left == 0:
+                raise Crash
+            left -= 1
 
-    with monkeypatch.context() as patched:
-        patched.setattr(locking, "replace_file", crashing)
-        try:
-            lock.turn(key if turns_on else None)
-        except Crash:
-            pass
+    with file_faults(tmp_path) as files, suppress(Crash):
+        files.before_each = crash
+        lock.turn(key if turns_on else None)
     assert (lock.read(paths.wrapping_key), lock.read(paths.node_key)) == (WRAPPING_KEY, NODE_KEY)
     lock.turn(key if turns_on else None)
     assert (WRAPPING_KEY in on_disk(paths)) is not turns_on

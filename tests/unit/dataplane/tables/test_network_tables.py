@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,14 +11,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.tables import files
 from skep.dataplane.tables.files import SharedTables, StoredTable, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables, TableListener
 from skep.errors import FailedPrecondition, Unavailable
-from skep.linux.files import replace_file
+from skep.linux.files import NEW_SUFFIX
 from skep.model.networks.tables import NetworkHead, NetworkTable, TableNode, TableSet, difference, whole
 from skep.model.node_reports.revisions import Revision
 from skep.model.values.ids import NetworkId, NodeId
+from tests.support.file_faults import file_faults
 from tests.support.networks.tables import a_member
 
 A, B = NetworkId("a"), NetworkId("b")
@@ -280,45 +279,32 @@ class NetProcess:
                 self.read[id] = msgspec.msgpack.decode(path.read_bytes(), type=NetworkTable).revision
 
 
-async def test_a_table_is_acknowledged_once_the_net_process_has_read_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full, written = asyncio.Event(), list[str]()
-
-    def write(path: Path, content: bytes, *, is_durable: bool = True) -> None:
-        if full.is_set() and path.name == A:
-            written.append("refused")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace_file(path, content, is_durable=is_durable)
-
-    monkeypatch.setattr(files, "replace_file", write)
+async def test_a_table_is_acknowledged_once_the_net_process_has_read_what_was_written(tmp_path: Path) -> None:
     net, part = NetProcess(tmp_path), Part()
     network_tables = some_tables(SharedTables(tmp_path, net.refresh), part)
-    async with running(network_tables):
-        network_tables.update(received(a_table("a"), a_table("b")), 1)
-        await until(network_tables, lambda: len(network_tables.applied) == 2)
-        full.set()
-        newer = (a_table("a", "n1", revision=2), a_table("b", "n1", revision=2))
-        network_tables.update(received(*newer), 1)
-        await until(network_tables, lambda: len(written) > 1)
-        assert net.read == {A: 1, B: 2}, "the other one was written, and read"
-        assert network_tables.applied == {A: Revision(1, 1), B: Revision(1, 1)}
-        full.clear()
-        await until(network_tables, lambda: network_tables.applied[A] == Revision(1, 2))
+    with file_faults(tmp_path) as disk:
+        async with running(network_tables):
+            network_tables.update(received(a_table("a"), a_table("b")), 1)
+            await until(network_tables, lambda: len(network_tables.applied) == 2)
+            disk.choose(errno.ENOSPC, lambda call, path: (call, path.name) == ("replace", A + NEW_SUFFIX))
+            newer = (a_table("a", "n1", revision=2), a_table("b", "n1", revision=2))
+            network_tables.update(received(*newer), 1)
+            await until(network_tables, lambda: len(disk.hits) > 1)
+            assert net.read == {A: 1, B: 2}, "the other one was written, and read"
+            assert network_tables.applied == {A: Revision(1, 1), B: Revision(1, 1)}
+            disk.end()
+            await until(network_tables, lambda: network_tables.applied[A] == Revision(1, 2))
     assert net.read == {A: 2, B: 2}
 
 
 async def test_what_an_earlier_process_left_is_removed_though_a_table_could_not_be_written_at_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "old").write_bytes(b"")
     shared = SharedTables(tmp_path)
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", refuse)
+    with file_faults(tmp_path) as disk:
+        disk.choose(errno.ENOSPC, lambda call, _path: call == "unlink")
         with pytest.raises(OSError, match="No space left"):
             await shared.apply(NodeId("n1"), {A: a_table("a")}, frozenset({A}))
     await shared.apply(NodeId("n1"), {A: a_table("a")}, frozenset({A}))

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from skep.engine.build.cache import cache
 from skep.engine.build.cache.cache import CacheKey, CacheMounts, StepCache, keys_of
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
-from skep.linux.files import replace_file
+from skep.linux.files import NEW_SUFFIX
+from tests.support.file_faults import file_faults
 
 texts = st.text(st.characters(exclude_categories=())) | st.sampled_from(["", "sha256:ab", "a\udcffb", '"\\é'])
 configs = st.dictionaries(
@@ -131,27 +131,21 @@ def test_steps_that_ask_for_other_owners_or_files_have_other_directories() -> No
     assert len({key.name for key in keys}) == len(keys)
 
 
-async def test_results_of_builds_that_end_at_once_are_written_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone, overlaps = threading.Lock(), list[str]()
+async def test_results_of_builds_that_end_at_once_are_written_one_after_the_other(tmp_path: Path) -> None:
+    calls: list[str] = []
 
-    def noted(path: Path, content: bytes) -> None:
-        if not alone.acquire(blocking=False):
-            overlaps.append("two at once")
-            return
-        try:
-            replace_file(path, content)
-        finally:
-            alone.release()
+    def note(call: str, path: Path) -> None:
+        if path.name == "steps.json" + NEW_SUFFIX and call in ("open", "replace"):
+            calls.append(call)
 
-    monkeypatch.setattr(cache, "replace_file", noted)
     steps = StepCache(tmp_path / "steps.json", ImageStore(tmp_path / "images"))
 
     async def end_of_build(number: int) -> None:
         steps.note(f"{number}", Digest("sha256:" + "0" * 64))  # whose image is gone
         await steps.save()
 
-    await asyncio.gather(*map(end_of_build, range(50)))
-    assert not overlaps
+    with file_faults(tmp_path) as files:
+        files.before_each = note
+        await asyncio.gather(*map(end_of_build, range(50)))
+    assert calls == ["open", "replace"] * 50
     assert (tmp_path / "steps.json").read_bytes() == b"{}"

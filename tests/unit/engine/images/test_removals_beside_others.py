@@ -3,7 +3,6 @@
 import asyncio
 import errno
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -15,8 +14,8 @@ from skep.engine.images.layers import Layer
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
-from skep.linux.files import replace_file
 from tests.support.engine.oci_rig import Machine, memory_engine, new_container
+from tests.support.file_faults import file_faults
 from tests.support.images.archives import a_config
 
 CONTENT = b"a layer"
@@ -47,19 +46,21 @@ async def store(tmp_path: Path) -> ImageStore:
 
 @pytest.mark.parametrize("prunes", [False, True])
 async def test_the_layers_of_a_container_that_is_created_meanwhile_stay(
-    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, prunes: bool
+    store: ImageStore, tmp_path: Path, *, prunes: bool
 ) -> None:
     users: list[ImageUser] = []
 
-    def write(file: Path, content: bytes, **options: Any) -> None:
-        replace_file(file, content, **options)
-        users[:] = USERS
+    def create_user(call: str, _path: Path) -> None:
+        if call == "replace":
+            users[:] = USERS
 
-    monkeypatch.setattr(local, "replace_file", write)
-    if prunes:
-        await store.prune(lambda _: True, users=lambda: users)
-    else:
-        await store.remove("app:1", users=lambda: users)
+    with file_faults(tmp_path) as files:
+        files.before_each = create_user
+        if prunes:
+            await store.prune(lambda _: True, users=lambda: users)
+        else:
+            await store.remove("app:1", users=lambda: users)
+    assert users
     for one in (store, await opened(tmp_path / "images")):
         assert one.images() == ()
         assert set(one.layer_store.all()) == {CHAIN_ID}
@@ -107,17 +108,10 @@ OTHER = CONFIG.replace(b"{", b'{"author":"another", ', 1)
 
 
 async def test_an_image_that_cannot_be_deleted_stays_removed_and_keeps_no_other(
-    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ImageStore, tmp_path: Path
 ) -> None:
-    unlink = Path.unlink
-
-    def fail(file: Path, missing_ok: bool = False) -> None:  # as it is
-        if file.name == hex_of(ID):
-            raise OSError(errno.EIO, "Input/output error")
-        unlink(file, missing_ok)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", fail)
+    with file_faults(tmp_path) as faults:
+        faults.choose(errno.EIO, lambda call, path: (call, path.name) == ("unlink", hex_of(ID)))
         await store.add(OTHER, [parse_reference("other:1")])
         await store.remove("app:1", users=list)
         for one in (store, await opened(tmp_path / "images")):

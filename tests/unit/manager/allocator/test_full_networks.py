@@ -3,7 +3,6 @@
 import asyncio
 from random import Random
 
-import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
@@ -15,6 +14,7 @@ from skep.model.task import TaskState, TaskStatus
 from skep.model.values.ids import new_id
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task, an_overlay
+from tests.support.managers.counted_calls import calls_of
 from tests.support.managers.wire_rig import until
 
 ATTEMPTS = 20
@@ -23,18 +23,7 @@ FULL = an_overlay("b-net", subnet="10.0.9.0/30")
 """Its only address of a service is taken."""
 
 
-async def test_a_service_that_waits_for_a_full_network_keeps_no_addresses_of_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    attempts = 0
-    original = Allocations.allocate_virtual
-
-    def counted(self: Allocations, owner: str, network: Network, version: int) -> str:
-        nonlocal attempts
-        attempts += network.id == FULL.id
-        return original(self, owner, network, version)
-
-    monkeypatch.setattr(Allocations, "allocate_virtual", counted)
+async def test_a_service_that_waits_for_a_full_network_keeps_no_addresses_of_another() -> None:
     store = MemoryStore(SystemClock())
     allocator = Allocator(store, SystemClock(), new_id, Random(1))
 
@@ -46,16 +35,21 @@ async def test_a_service_that_waits_for_a_full_network_keeps_no_addresses_of_ano
 
     for one in (NET, FULL, put_service("first", FULL), put_service("second", FULL)):
         await store.update(lambda tx, one=one: tx.put(one))
-    async with asyncio.TaskGroup() as group:
-        running = group.create_task(allocator.run())
-        await until(lambda: attempts >= 2)
-        both = await store.update(lambda tx: tx.put(put_service("both", NET, FULL)))
-        task = replace(a_task("t1", service=both), status=TaskStatus(state=TaskState.NEW))
-        await store.update(lambda tx: tx.put(task))
-        before = attempts
-        for number in range(ATTEMPTS):
-            changed = replace(FULL, spec=replace(FULL.spec, labels={"change": str(number)}))
-            await store.update(lambda tx, changed=changed: tx.put(changed))
-            await until(lambda number=number: attempts > before + number)
-        running.cancel()
+
+    def attempts() -> int:
+        return sum(call["network"].id == FULL.id for call in calls.of(Allocations.allocate_virtual))
+
+    with calls_of(Allocations.allocate_virtual) as calls:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(allocator.run())
+            await until(lambda: attempts() >= 2)
+            both = await store.update(lambda tx: tx.put(put_service("both", NET, FULL)))
+            task = replace(a_task("t1", service=both), status=TaskStatus(state=TaskState.NEW))
+            await store.update(lambda tx: tx.put(task))
+            before = attempts()
+            for number in range(ATTEMPTS):
+                changed = replace(FULL, spec=replace(FULL.spec, labels={"change": str(number)}))
+                await store.update(lambda tx, changed=changed: tx.put(changed))
+                await until(lambda number=number: attempts() > before + number)
+            running.cancel()
     assert allocator.state.allocations.addresses.usage(NET).used == 0

@@ -1,8 +1,7 @@
 """What waits for a network costs nothing until there is something for it; counted are the attempts."""
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.aio import time_slices
-from skep.aio.clock import SystemClock
+from skep.aio.clock import Clock, SystemClock
 from skep.errors import Unavailable
-from skep.manager.allocator import state as allocator_module
 from skep.manager.allocator.addresses import _Pool
 from skep.manager.allocator.changes import ReleaseTask
 from skep.manager.allocator.loop import Allocator
@@ -31,6 +28,8 @@ from skep.model.values.ids import NetworkId, ServiceId, TaskId, new_id
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service_spec, a_task, an_overlay
+from tests.support.harness.clocks import PausingClock
+from tests.support.managers.counted_calls import Calls, calls_of
 
 NET = an_overlay("net1", subnet="10.0.1.0/28")
 HAS = 13
@@ -51,12 +50,14 @@ def new_tasks(name: str, count: int, network: Network = NET) -> list[Object]:
 
 
 @asynccontextmanager
-async def allocating(*objects: Object, store: MemoryStore | None = None) -> AsyncIterator[MemoryStore]:
+async def allocating(
+    *objects: Object, store: MemoryStore | None = None, clock: Clock | None = None
+) -> AsyncIterator[MemoryStore]:
     """An allocator runs, which has seen ``objects``."""
     store = store or MemoryStore(SystemClock())
     await store.update_each(put, objects)
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(Allocator(store, SystemClock(), new_id, Random(1)).run())
+        running = group.create_task(Allocator(store, clock or SystemClock(), new_id, Random(1)).run())
         await seen(store)
         yield store
         running.cancel()
@@ -85,37 +86,26 @@ async def end(store: MemoryStore, *tasks: Task) -> None:
 
 
 @pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def attempts() -> Iterator[Calls]:
     """Searches for an address, tasks looked at, and networks whose allocation was tried."""
-    counts = Counter[str]()
-
-    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            counts[name] += 1
-            return real(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(_Pool, "first_free", counted("searches", _Pool.first_free))
-    monkeypatch.setattr(AllocatorState, "release", counted("tasks", AllocatorState.release))
-    monkeypatch.setattr(allocator_module, "allocated", counted("networks", allocated))
-    return counts
+    with calls_of(_Pool.first_free, AllocatorState.release, allocated) as attempts:
+        yield attempts
 
 
 async def test_of_those_that_wait_for_a_full_network_one_is_looked_at_for_each_address(
-    attempts: Counter[str],
+    attempts: Calls,
 ) -> None:
     async with allocating(NET, *new_tasks("a", 200), *new_tasks("b", 5)) as store:
         assert len(released(store)) == HAS
-        assert attempts["tasks"] == 205
-        assert attempts["searches"] <= 2 * HAS + 3, "and not for each task that waits"
+        assert len(attempts.of(AllocatorState.release)) == 205
+        assert len(attempts.of(_Pool.first_free)) <= 2 * HAS + 3, "and not for each task that waits"
         assert sum("no available IPv4" in task.status.err for task in store.view().find(Task)) == 205 - HAS
         for _ in range(3):
             attempts.clear()
             await end(store, released(store)[0])
             assert len(released(store)) == HAS
-            assert attempts["tasks"] <= 3
-            assert attempts["searches"] <= 5
+            assert len(attempts.of(AllocatorState.release)) <= 3
+            assert len(attempts.of(_Pool.first_free)) <= 5
 
 
 class Reluctant(MemoryStore):
@@ -206,29 +196,22 @@ async def test_a_task_waits_for_a_network_until_it_is_there_and_is_told_when_it_
         assert len(released(store)) == 1
 
 
-async def test_the_tasks_of_one_service_are_released_with_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
-    looked, most = 0, 0
-    real = AllocatorState.release
+async def test_the_tasks_of_one_service_are_released_with_pauses() -> None:
+    most = 0
 
-    def counted(self: AllocatorState, *args: Any) -> Any:
-        nonlocal looked, most
-        looked += 1
-        most = max(most, looked)
-        return real(self, *args)
-
-    async def watch() -> None:
-        nonlocal looked
+    async def watch(looked: Calls) -> None:
+        nonlocal most
         while True:
             await asyncio.sleep(0)
-            looked = 0
+            most = max(most, len(looked))
+            looked.clear()
 
-    monkeypatch.setattr(AllocatorState, "release", counted)
-    watching = asyncio.create_task(watch())
-    async with allocating(an_overlay("net1"), *new_tasks("a", 200)) as store:
-        assert len(released(store)) == 200
-    watching.cancel()
-    assert most <= 2
+    with calls_of(AllocatorState.release) as looked:
+        watching = asyncio.create_task(watch(looked))
+        async with allocating(an_overlay("net1"), *new_tasks("a", 200), clock=PausingClock()) as store:
+            assert len(released(store)) == 200
+        watching.cancel()
+    assert 0 < most <= 2
 
 
 # -- networks that cannot be allocated ---------------------------------------------------------------------------------
@@ -244,7 +227,7 @@ def with_routes(node: Node, routes: str) -> Node:
 
 
 async def test_a_network_without_room_is_tried_again_when_a_route_is_gone_and_for_no_other_news_of_nodes(
-    attempts: Counter[str],
+    attempts: Calls,
 ) -> None:
     nodes = [with_routes(a_node(f"n{number}"), ROUTE) for number in range(5)]
     async with allocating(CLUSTER, FIRST, SECOND, *nodes, *new_tasks("a", 50, SECOND)) as store:
@@ -258,8 +241,8 @@ async def test_a_network_without_room_is_tried_again_when_a_route_is_gone_and_fo
         assert not attempts
         await store.update_each(put, [with_routes(node, "") for node in nodes[1:]])
         await seen(store)
-        assert attempts["networks"] > 0
-        assert attempts["tasks"] == 0, "the reason is the same"
+        assert len(attempts.of(allocated)) > 0
+        assert len(attempts.of(AllocatorState.release)) == 0, "the reason is the same"
         await store.update(lambda tx: tx.delete(Node, "n0"))
         await seen(store)
         assert len(released(store)) == 50
@@ -274,7 +257,7 @@ async def test_the_routes_of_all_nodes_are_not_parsed_at_once() -> None:
         assert routes._read.cache_info().misses == before
 
 
-async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts: Counter[str]) -> None:
+async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts: Calls) -> None:
     other = an_overlay("other", subnet="10.0.0.128/25")
     tasks = new_tasks("a", 2, other)
     async with allocating(CLUSTER, FIRST, SECOND, other, *tasks) as store:
@@ -283,9 +266,9 @@ async def test_a_subnet_of_a_removed_network_is_for_the_one_that_waits(attempts:
         attempts.clear()
         first, last = released(store)
         await end(store, first)
-        assert not attempts["networks"], "it has an address of the removed network"
+        assert not attempts.of(allocated), "it has an address of the removed network"
         await end(store, last)
-        assert attempts["networks"] == 1
+        assert len(attempts.of(allocated)) == 1
         assert store.view().get(Network, "second").ipam_options is not None
 
 

@@ -14,7 +14,6 @@ from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, Step
 from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.decision_inputs import Situation
 from skep.manager.orchestrator.replacement import restart
-from skep.manager.orchestrator.slots import Slot
 from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
@@ -22,6 +21,7 @@ from skep.model.values.ids import NodeId, TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.managers.counted_calls import calls_of
 from tests.support.managers.worlds import World
 
 NODES = (
@@ -84,16 +84,10 @@ def test_only_the_slot_of_a_task_that_ended_is_decided_about() -> None:
     some = [a_task(slot=slot, node=f"n{slot % 7}", service=service) for slot in range(1, 1001)]
     world = World(service, some, [a_node(f"n{number}") for number in range(7)])
     world.report(some[41].id, TaskState.FAILED)
-    asked: list[Slot] = []
-
-    def counted(slot: Slot, situation: Situation) -> list[Step]:
-        asked.append(slot)
-        return restart.restart_steps(slot, situation)
-
-    with patch.object(convergence, "restart_steps", counted):
+    with calls_of(restart.restart_steps) as asked:
         (step,) = world.changes()
     assert isinstance(step, ReplaceTask)
-    assert [task.slot for slot in asked for task in slot] == [42]
+    assert [task.slot for call in asked.of(restart.restart_steps) for task in call["slot"]] == [42]
 
 
 def test_missing_slots_are_filled_beside_those_at_rest() -> None:

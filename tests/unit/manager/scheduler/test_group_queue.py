@@ -3,17 +3,17 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import pytest
-
 from sim.world.time import VirtualClock, VirtualLoop
-from skep.manager.scheduler import group_queue
-from skep.manager.scheduler.group_queue import GroupQueue
+from skep.manager.scheduler.group_queue import RETRIES_S, GroupQueue
 from skep.manager.scheduler.preemption.priorities import HELD_S
+from tests.support.harness.clocks import PausingVirtualClock
 
 
-def run(work: Callable[[GroupQueue], Awaitable[object]]) -> object:
+def run(work: Callable[[GroupQueue], Awaitable[object]], *, is_slow: bool = False) -> object:
+    """``is_slow``: whether each decision takes longer than refused groups have."""
     loop = VirtualLoop()
-    queue = GroupQueue(VirtualClock(loop), lambda group: {"h": 1, "l": -1}.get(group[0], 0))
+    clock = PausingVirtualClock(loop, 2 * RETRIES_S) if is_slow else VirtualClock(loop)
+    queue = GroupQueue(clock, lambda group: {"h": 1, "l": -1}.get(group[0], 0))
     try:
         return loop.run_until_complete(work(queue))  # type: ignore[arg-type]
     finally:
@@ -77,11 +77,7 @@ def test_those_of_lower_priority_are_due_a_moment_later() -> None:
     assert run(work) == (["h"], ["a", "l"], True)
 
 
-def test_refused_groups_that_take_long_let_the_others_pass_and_one_of_them_is_always_decided(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(group_queue, "RETRIES_S", -1.0)
-
+def test_refused_groups_that_take_long_let_the_others_pass_and_one_of_them_is_always_decided() -> None:
     async def work(queue: GroupQueue) -> object:
         for group in ("h1", "h2", "h3"):
             queue.set_aside(group)
@@ -93,4 +89,4 @@ def test_refused_groups_that_take_long_let_the_others_pass_and_one_of_them_is_al
             passes.append([group for group in taken if queue.in_time((group,))])
         return passes
 
-    assert run(work) == [["h1", "l1"], ["h2"], ["h3"]]
+    assert run(work, is_slow=True) == [["h1", "l1"], ["h2"], ["h3"]]

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.aio import time_slices
 from skep.aio.clock import SystemClock
 from skep.manager.control_loops.failures import Failures
-from skep.manager.scheduler import group_queue, loop, placement, state
+from skep.manager.scheduler import loop, placement, state
 from skep.manager.scheduler.decision_writer import TOGETHER, write_decisions
 from skep.manager.scheduler.explaining.pending_reasons import Texts, Why
+from skep.manager.scheduler.group_queue import RETRIES_S
 from skep.manager.scheduler.groups import Groups
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.nodes import filters, spread
@@ -25,6 +25,7 @@ from skep.model.values.ids import new_id
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.harness.clocks import PausingClock
 from tests.support.managers.counted_calls import counting_calls_of_callbacks
 from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling, wait_for
 
@@ -79,15 +80,12 @@ def with_new_text(seen: list[Commit]) -> int:
     )
 
 
-async def test_refused_tasks_of_a_global_service_are_decided_again_in_pieces(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_refused_tasks_of_a_global_service_are_decided_again_in_pieces() -> None:
     """Counted are calls between two pauses: about fifty for each task."""
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     count = 1000
     service, other = a_service("agent", is_global=True, reserve=LARGE), a_service("other")
     store = await a_store(service, other, *waiting(service, count, is_global=True), nodes=count)
-    async with scheduling(store):
+    async with scheduling(store, PausingClock()):
         await wait_for(store, lambda: texts(store) == {"insufficient resources on 1 node"})
         with counting_calls_of_callbacks() as counts:
             await store.update(pause, "n1")
@@ -99,7 +97,6 @@ async def test_refused_tasks_of_a_global_service_are_decided_again_in_pieces(
 
 async def test_refused_groups_of_higher_priority_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted are decisions, each of which takes a look at all nodes."""
-    monkeypatch.setattr(group_queue, "RETRIES_S", -1.0)
     services = [
         a_service(f"s{number:03}", reserve=Resources(memory_bytes=(100 + number) * MIB))
         for number in range(300)
@@ -114,7 +111,7 @@ async def test_refused_groups_of_higher_priority_hold_up_no_others(monkeypatch: 
         return real(tasks, *args, **options)
 
     monkeypatch.setattr(state, "placing", placing)
-    async with scheduling(store):
+    async with scheduling(store, PausingClock(2 * RETRIES_S)):
         await wait_for(store, lambda: "" not in texts(store))
         decided.clear()
 
@@ -191,11 +188,10 @@ async def test_a_group_that_is_removed_while_it_is_decided_leaves_nothing(
             yield
         return (yield from real(self))
 
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     monkeypatch.setattr(spread.Spread, "choosing", slowly)
     service, other = a_service("web", reserve=LARGE), a_service("other")
     store = await a_store(service, other, *waiting(service, 1))
-    scheduler = Scheduler(store, SystemClock(), new_id, Random(1))
+    scheduler = Scheduler(store, PausingClock(), new_id, Random(1))
     async with asyncio.TaskGroup() as group:
         running = group.create_task(scheduler.run())
         await began.wait()
@@ -207,9 +203,7 @@ async def test_a_group_that_is_removed_while_it_is_decided_leaves_nothing(
     assert scheduler.state.texts._why == {}
 
 
-async def test_however_often_a_group_is_decided_the_last_task_gets_its_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_however_often_a_group_is_decided_the_last_task_gets_its_text() -> None:
     """Nodes change with each text that is written, so it is never up to date for all."""
     service = a_service("web", reserve=LARGE)
     tasks = waiting(service, 6 * TOGETHER)
@@ -239,13 +233,10 @@ async def test_a_text_that_is_as_before_is_not_written_again() -> None:
     assert store.view().revision == before + 2
 
 
-async def test_a_text_that_is_right_again_while_another_one_is_to_be_written_stays(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+async def test_a_text_that_is_right_again_while_another_one_is_to_be_written_stays() -> None:
     (task,) = waiting(a_service("web"), 1)
     task = replace(task, status=replace(task.status, err="present"))
-    store, clock, groups = await a_store(task), SystemClock(), Groups()
+    store, clock, groups = await a_store(task), PausingClock(), Groups()
     groups.enter(task.id, task.id)
     refused = Texts(store, clock, groups, Accounting(), Failures(clock, Random(1)))
     refused.set(task.id, Why("outdated"))

@@ -1,9 +1,5 @@
 """Tasks return to the node with their slot's local volumes, or wait for it where their service says so."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import pytest
 from msgspec.structs import replace
 
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
@@ -16,6 +12,7 @@ from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.managers.counted_calls import calls_of
 from tests.unit.manager.scheduler.test_scheduler_loop import a_store, put, scheduling, wait_for
 
 PENDING, SHUTDOWN = TaskState.PENDING, TaskState.SHUTDOWN
@@ -189,17 +186,7 @@ async def test_a_task_whose_node_comes_back_together_with_others_returns_to_it()
     assert store.view().get(Task, task.id).status.message == "scheduler assigned task to node"
 
 
-async def test_a_node_that_reports_other_volumes_has_only_tasks_of_their_slots_decided_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    looked: set[str] = set()
-    real = SchedulerState.decide
-
-    def recorded(self: SchedulerState, due: Sequence[str]) -> Any:
-        looked.update(due)
-        return real(self, due)
-
-    monkeypatch.setattr(SchedulerState, "decide", recorded)
+async def test_a_node_that_reports_other_volumes_has_only_tasks_of_their_slots_decided_again() -> None:
     service = a_stateful_service("required")
     refused = a_service("refused", constraints=("node.labels.x==1",))
     away = reporting("away", "data=web.1@1 data=other.1@1")
@@ -208,9 +195,10 @@ async def test_a_node_that_reports_other_volumes_has_only_tasks_of_their_slots_d
     store = await a_store(away, service, refused, task, other)
     async with scheduling(store):
         await wait_for(store, lambda: all(one.status.err for one in store.view().find(Task)))
-        looked.clear()
         present = store.view().get(Node, "away")
         label = reporting("away", "data=other.1@2").description
-        await store.update(put, replace(present, description=label))
-        await wait_for(store, lambda: on(store, task) != "")
+        with calls_of(SchedulerState.decide) as decided:
+            await store.update(put, replace(present, description=label))
+            await wait_for(store, lambda: on(store, task) != "")
+    looked = {group for call in decided.of(SchedulerState.decide) for group in call["due"]}
     assert looked == {task.id, "web/1"}

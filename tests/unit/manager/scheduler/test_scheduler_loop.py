@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.aio import time_slices
-from skep.aio.clock import SystemClock
+from skep.aio.clock import Clock, SystemClock
 from skep.aio.time_slices import SlicedWork
-from skep.manager.control_loops import failures
 from skep.manager.scheduler import dependencies, placement
 from skep.manager.scheduler.decision_writer import Decision, DecisionWriter
 from skep.manager.scheduler.loop import Scheduler
@@ -31,7 +29,8 @@ from skep.model.volume import PublishStatus, Volume, VolumeSpec
 from skep.store.interface import Commit, Object, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
-from tests.support.managers.counted_calls import counting_calls_of_callbacks
+from tests.support.harness.clocks import PausingClock
+from tests.support.managers.counted_calls import calls_of, counting_calls_of_callbacks
 
 NODES = 1000
 
@@ -48,9 +47,9 @@ def waiting(count: int, *, constraints: tuple[str, ...] = (), name: str = "s") -
 
 
 @asynccontextmanager
-async def scheduling(store: MemoryStore) -> AsyncIterator[None]:
+async def scheduling(store: MemoryStore, clock: Clock | None = None) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(Scheduler(store, SystemClock(), new_id, Random(1)).run())
+        running = group.create_task(Scheduler(store, clock or SystemClock(), new_id, Random(1)).run())
         yield
         running.cancel()
 
@@ -117,7 +116,6 @@ async def test_a_decision_that_cannot_be_written_holds_up_no_other(monkeypatch: 
         real(writer, tx, decision)
 
     monkeypatch.setattr(DecisionWriter, "write", write)
-    monkeypatch.setattr(failures, "FIRST_DELAY_S", 0.01)
     store = await a_store(*waiting(100))
     async with scheduling(store):
         await wait_for(store, lambda: nodes_of(store)[""] == 1)
@@ -158,12 +156,7 @@ async def test_what_is_retired_while_its_decision_is_written_takes_no_place() ->
     assert max(held.values()) - min(held.values()) <= 1
 
 
-async def test_what_a_service_on_all_nodes_waits_for_is_not_looked_up_for_each_of_its_tasks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    looks = []
-    look = dependencies.awaited
-    monkeypatch.setattr(dependencies, "awaited", lambda *args: looks.append(1) or look(*args))
+async def test_what_a_service_on_all_nodes_waits_for_is_not_looked_up_for_each_of_its_tasks() -> None:
     service = a_service("agent", is_global=True)
     service = replace(service, spec=replace(service.spec, labels={DEPENDS_ON: "db=service_started"}))
     tasks = [a_task(f"t{n}", service=service, state=TaskState.PENDING, node=f"n{n}") for n in range(300)]
@@ -172,8 +165,9 @@ async def test_what_a_service_on_all_nodes_waits_for_is_not_looked_up_for_each_o
     def all_say_why() -> bool:
         return {one.status.err for one in store.view().find(Task)} == {"waits for db, which does not exist"}
 
-    async with scheduling(store):
-        await wait_for(store, all_say_why)
+    with calls_of(dependencies.awaited) as looks:
+        async with scheduling(store):
+            await wait_for(store, all_say_why)
     assert 0 < len(looks) < 30
 
 
@@ -193,11 +187,8 @@ async def test_what_waits_is_decided_again_when_a_service_changes_and_not_for_it
         assert again(a_service(name), a_service(name, replicas=2)) == due
 
 
-async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_for_something_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_for_something_else() -> None:
     """Whether there are candidates, and why there are none, is found out with pauses: counted are calls, not time."""
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     store = MemoryStore(SystemClock())
     await store.update_each(put, [a_node(f"n{n}", labels={"zone": "a"}) for n in range(NODES)])
     services = [
@@ -206,7 +197,7 @@ async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_f
     services += [a_service(f"m{n}", constraints=(f"node.labels.zone!={n}",)) for n in range(9)]
     await store.update_each(put, services)
     with counting_calls_of_callbacks() as counts:
-        async with scheduling(store):
+        async with scheduling(store, PausingClock()):
             await asyncio.sleep(0)
             await store.update_each(
                 put, [a_task(one.id, service=one, state=TaskState.PENDING) for one in services]
@@ -219,12 +210,9 @@ async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_f
 
 
 @pytest.mark.parametrize("full", [NODES, NODES - 1])
-async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on(
-    monkeypatch: pytest.MonkeyPatch, full: int
-) -> None:
+async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on(full: int) -> None:
     """One task on each node but for one, or on all: the node without one, which has more of other services and so comes
     last, is not found by passing over the others."""
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     store = MemoryStore(SystemClock())
     service = a_service("web", max_replicas=1, replicas=NODES)
     await store.update_each(put, [a_node(f"n{n:04}") for n in range(NODES)])
@@ -239,7 +227,7 @@ async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on
         for n in range(9)
     ]
     await store.update_each(put, running)
-    async with scheduling(store):
+    async with scheduling(store, PausingClock()):
         await asyncio.sleep(0.1)  # it has entered them, which has a test of its own
         with counting_calls_of_callbacks() as counts:
             await store.update(put, a_task("last", service=service, slot=NODES, state=TaskState.PENDING))
@@ -251,7 +239,6 @@ async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on
 
 
 async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     explained, real = asyncio.Event(), filters.explaining
 
     def slowly(*asked: Any) -> SlicedWork[str]:
@@ -263,7 +250,7 @@ async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch:
     monkeypatch.setattr(placement, "explaining", slowly)
     here, there = waiting(1, constraints=("node.labels.zone==a",)), waiting(1, name="other")
     store = await a_store(*here, *there)
-    async with scheduling(store):
+    async with scheduling(store, PausingClock()):
         await explained.wait()
         node = store.view().get(Node, "n3")
         await store.update(put, replace(node, spec=replace(node.spec, labels={"zone": "a"})))
@@ -284,7 +271,6 @@ async def test_room_that_comes_while_nodes_are_searched_is_used(monkeypatch: pyt
                 yield
         return account
 
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     monkeypatch.setattr(spread.Spread, "choosing", slowly)
     store = MemoryStore(SystemClock())
     room = a_node("n1").description.resources.memory_bytes
@@ -293,7 +279,7 @@ async def test_room_that_comes_while_nodes_are_searched_is_used(monkeypatch: pyt
     await store.update_each(
         put, [a_task(f"t{n}", service=large, slot=n, state=TaskState.PENDING) for n in (1, 2)]
     )
-    async with scheduling(store):
+    async with scheduling(store, PausingClock()):
         await searched.wait()  # the first task has the only node
         await store.update(put, a_node("n2"))
         has_come.set()
@@ -316,7 +302,6 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
             raise RuntimeError("a bad node")
         return account
 
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     monkeypatch.setattr(spread.Spread, "choosing", failing)
     store = MemoryStore(SystemClock())
     room = a_node("n1").description.resources.memory_bytes
@@ -324,7 +309,7 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
     await store.update_each(put, [a_node("n1"), *services])
     large = [a_task(f"t{n}", service=services[0], slot=n, state=TaskState.PENDING) for n in (1, 2)]
     await store.update_each(put, large)
-    async with scheduling(store):
+    async with scheduling(store, PausingClock()):
         await chosen.wait()  # the first has the node, and there is none for the second
         await store.update(lambda tx: [tx.delete(Task, one.id) for one in large])
         removed.set()
@@ -332,23 +317,16 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
         await wait_for(store, lambda: store.view().get(Task, "last").node_id == "n1")
 
 
-async def test_a_volume_has_those_groups_decided_again_that_mount_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: set[str] = set()
-    real = SchedulerState.decide
-
-    def recorded(self: SchedulerState, due: Sequence[str]) -> Any:
-        looked.update(due)
-        return real(self, due)
-
-    monkeypatch.setattr(SchedulerState, "decide", recorded)
+async def test_a_volume_has_those_groups_decided_again_that_mount_it() -> None:
     plain = waiting(1, constraints=("node.labels.x==1",), name="plain")
     store = await a_store(*plain, *(with_volume(task) for task in waiting(2)))
 
     async def groups_after(volume: Volume) -> set[str]:
-        looked.clear()
-        await store.update(put, volume)
-        for _ in range(300):
-            await asyncio.sleep(0)
+        with calls_of(SchedulerState.decide) as decided:
+            await store.update(put, volume)
+            for _ in range(300):
+                await asyncio.sleep(0)
+        looked = {group for call in decided.of(SchedulerState.decide) for group in call["due"]}
         return {group.partition("/")[0] for group in looked}
 
     volume = Volume(id=VolumeId("v1"), spec=VolumeSpec(name="of-s001", driver=Driver(name="d")))

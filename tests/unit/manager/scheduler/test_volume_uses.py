@@ -31,7 +31,7 @@ from skep.model.volume import (
     fits_topology,
 )
 from tests.support.builders import a_node, a_task
-from tests.support.managers.counted_calls import most_calls_between_pauses
+from tests.support.managers.counted_calls import calls_of, most_calls_between_pauses
 
 ZONES = [Topology(segments={"zone": zone}) for zone in "ab"]
 ROOM = 3
@@ -243,14 +243,7 @@ def test_a_check_of_a_node_costs_the_same_with_ten_times_as_many_volumes_and_use
     assert large <= small + 2
 
 
-def test_a_volume_concerns_the_nodes_that_may_have_it_and_the_tasks_that_mount_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    looked: list[str] = []
-    real = Candidates._update_node
-    monkeypatch.setattr(
-        Candidates, "_update_node", lambda self, node_id: (looked.append(node_id), real(self, node_id))[1]
-    )
+def test_a_volume_concerns_the_nodes_that_may_have_it_and_the_tasks_that_mount_it() -> None:
     accounting = Accounting()
     for number in range(50):
         accounting.set_node(with_driver(f"n{number}", driver="d" if number < 3 else "e"))
@@ -264,10 +257,10 @@ def test_a_volume_concerns_the_nodes_that_may_have_it_and_the_tasks_that_mount_i
     def looked_at() -> list[list[str]]:
         found = []
         for pool in pools:
-            looked.clear()
-            for _ in pool.catching_up():
-                pass
-            found.append(sorted(looked))
+            with calls_of(Candidates._update_node) as looked:
+                for _ in pool.catching_up():
+                    pass
+            found.append(sorted(call["id"] for call in looked.of(Candidates._update_node)))
         return found
 
     looked_at()

@@ -9,7 +9,6 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.aio import time_slices
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.dependencies import REPORTED_S, Waits, awaited
 from skep.model.node import Availability, Node, NodeState, SessionOwner
@@ -19,6 +18,7 @@ from skep.model.task import Restart, Task, TaskState
 from skep.store.interface import Commit, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.harness.clocks import PausingClock
 from tests.support.managers.counted_calls import counting_calls_of_callbacks
 from tests.support.managers.visited_objects import CountingStore
 from tests.unit.manager.scheduler.test_scheduler_loop import put, scheduling
@@ -260,8 +260,7 @@ async def test_tasks_of_a_service_are_read_once_for_all_that_wait_for_it() -> No
     assert counts.visited <= once * 2 + 50 * for_each
 
 
-async def test_no_step_looks_at_more_than_what_one_service_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+async def test_no_step_looks_at_more_than_what_one_service_waits_for() -> None:
     tasks_of_one, waiting = 300, 20
     store = MemoryStore(SystemClock())
     mode = ServiceMode(global_=GlobalService())
@@ -281,7 +280,7 @@ async def test_no_step_looks_at_more_than_what_one_service_waits_for(monkeypatch
     ]
     await store.update_each(put, pending)
     with counting_calls_of_callbacks() as counts:
-        async with scheduling(store), store.watch(Task) as watch:
+        async with scheduling(store, PausingClock()), store.watch(Task) as watch:
             async for _ in watch:
                 if all(store.view().get(Task, one.id).status.err for one in pending):
                     break

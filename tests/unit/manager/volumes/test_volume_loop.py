@@ -38,6 +38,7 @@ from skep.store.interface import NotLeader, Transaction
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
+from tests.support.managers.counted_calls import calls_of
 
 
 class FakeDriver:
@@ -141,17 +142,8 @@ def test_a_driver_that_hangs_or_fails_holds_up_no_other_volume(simulated: Callab
 
 
 def test_a_change_of_a_node_concerns_the_volumes_on_it_and_no_others(
-    simulated: Callable[[Body], None], monkeypatch: pytest.MonkeyPatch
+    simulated: Callable[[Body], None],
 ) -> None:
-    looked: list[str] = []
-    original = VolumesState.needed_on
-
-    def needed_on(self: VolumesState, id: VolumeId) -> frozenset[NodeId]:
-        looked.append(id)
-        return original(self, id)
-
-    monkeypatch.setattr(VolumesState, "needed_on", needed_on)
-
     async def body(rig: Rig) -> None:
         n1, n2 = a_node("n1"), a_node("n2")
         await rig.store.update(lambda tx: (tx.put(n1), tx.put(n2)))
@@ -164,18 +156,15 @@ def test_a_change_of_a_node_concerns_the_volumes_on_it_and_no_others(
         on_n1 = replace(rig.volume("other7"), publish_status=(there,))
         await rig.store.update(lambda tx: tx.put(on_n1))
         await rig.clock.sleep(5)
-        view, asked = type(rig.store.view()), []
-        find = view.find
-        monkeypatch.setattr(
-            view, "find", lambda self, kind, **by: (asked.append(kind), find(self, kind, **by))[1]
-        )
+        find = type(rig.store.view()).find
         for node in (n2, n1):
-            looked.clear()
             down = replace(node, status=replace(node.status, state=NodeState.DOWN))
-            await rig.store.update(lambda tx, down=down: tx.put(down))
-            await rig.clock.sleep(0.1)
+            with calls_of(VolumesState.needed_on, find) as calls:
+                await rig.store.update(lambda tx, down=down: tx.put(down))
+                await rig.clock.sleep(0.1)
+            looked = [call["id"] for call in calls.of(VolumesState.needed_on)]
             assert looked == (["other7"] if node is n1 else [])
-        assert Volume not in asked, "all volumes were looked at"
+            assert Volume not in [call["kind"] for call in calls.of(find)], "all volumes were looked at"
         await running
 
     simulated(body)

@@ -1,0 +1,34 @@
+"""Clocks for code that measures how long it works."""
+
+from typing import Final
+
+from sim.world.time import VirtualClock, VirtualLoop
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import SLICE_S
+
+STEP_S: Final = 2 * SLICE_S
+
+
+class PausingClock(SystemClock):
+    """A clock that moves on with every reading, so that each time slice is over when it is checked."""
+
+    def __init__(self, step_s: float = STEP_S) -> None:
+        self._step_s = step_s
+        self._ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        self._ahead_s += self._step_s
+        return super().monotonic() + self._ahead_s
+
+
+class PausingVirtualClock(VirtualClock):
+    """The same on virtual time."""
+
+    def __init__(self, loop: VirtualLoop, step_s: float = STEP_S) -> None:
+        super().__init__(loop)
+        self._step_s = step_s
+        self._ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        self._ahead_s += self._step_s
+        return super().monotonic() + self._ahead_s
