@@ -33,7 +33,6 @@ Address: TypeAlias = IPv4Address | IPv6Address
 
 DEFAULT_PORT = str(MANAGER_PORT)
 
-_BAD_NETWORK = "must specify a valid IP address or interface name"
 _BAD_LISTEN = "listen address must be an IP address or network interface (with optional port number)"
 _BAD_ADVERTISE = (
     "advertise address must be a non-zero IP address or network interface (with optional port number)"
