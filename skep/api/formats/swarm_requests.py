@@ -175,12 +175,12 @@ def check_swarm_name(spec: SwarmSpec) -> None:
         raise InvalidArgument('swarm spec must be named "default"')
 
 
-def merged_spec(requested: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmSpec:
-    """Return ``base`` with all values that ``requested`` sets.  Null, zero and "" set nothing.
+def merged_spec(requested: SwarmSpec) -> SwarmSpec:
+    """Return the default spec with all values that ``requested`` sets.  Null, zero and "" set nothing.
 
     Source: moby 20.10, daemon/cluster/convert/swarm.go (MergeSwarmSpecToGRPC).
     """
-    raft, orchestration = requested.raft, requested.orchestration
+    base, raft, orchestration = DEFAULT_SWARM_SPEC, requested.raft, requested.orchestration
     kept, history = raft.keep_old_snapshots, orchestration.task_history_retention_limit
     ca = requested.ca_config
     return replace(
