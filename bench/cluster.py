@@ -5,6 +5,7 @@
     python -m bench.cluster --pairs 3
     python -m bench.cluster --pairs 5 --steps form      # only init and join
     python -m bench.cluster --pairs 3 --steps update    # rolling updates
+    python -m bench.cluster --pairs 3 --steps drain     # a node with 100 tasks
 
 Each round creates fresh machines of one system, measures, and removes them.  The systems take turns, so only one is
 on the machine at a time.  To lose a leader, first its cable is cut and then its power, so that it cannot send a last
@@ -45,6 +46,10 @@ REST_S, WATCHED_S = 8.0, 10.0
 measured.
 """
 RETRY_S = 0.02
+DRAINED = 100
+"""Tasks of the drained node."""
+DRAIN_POLL_S = 0.1
+"""Seconds between two polls during a drain.  A list of many tasks costs processor time, which is measured."""
 Values = dict[str, list[float]]
 
 
@@ -72,6 +77,7 @@ class Round:
         steps: dict[str, Callable[[], None]] = {
             "idle": self._idle,
             "update": self._update,
+            "drain": self._drain,
             "worker": lambda: self._lose_worker(0, "worker killed", self.lab.kill, self.lab.start),
             "cable": lambda: self._lose_worker(
                 1,
@@ -126,6 +132,43 @@ class Round:
             for metric, value in rolling_update(via, service, ORDERS[round % len(ORDERS)], round).items():
                 self._note(metric, value)
         self._remove(service)
+
+    def _drain(self) -> None:
+        """Measure the drain of a worker with many tasks, beside the start of as many tasks on it."""
+        first, second = self.lab.workers
+        ids, via = self.lab.ids(), engine(self.lab.nodes[0])
+        self._set_availability(second.name, "pause")
+        self.noise.append(noise())
+        began = time.monotonic()
+        service: str = via.post(
+            "/services/create", self._spec("many", DRAINED, Constraints=["node.role==worker"])
+        )["ID"]
+        until(
+            lambda: len(self._running(via, service)) >= DRAINED, f"{DRAINED} tasks run", poll_s=DRAIN_POLL_S
+        )
+        started_s = time.monotonic() - began
+        self._set_availability(second.name, "active")
+        time.sleep(SETTLE_S)
+        began = time.monotonic()
+        self._set_availability(first.name, "drain")
+
+        def moved() -> bool:
+            is_empty = not engine(first).get("/containers/json")
+            return is_empty and len(self._running(via, service, without=ids[first.name])) >= DRAINED
+
+        until(moved, f"{first.name} has no tasks", poll_s=DRAIN_POLL_S)
+        drained_s = time.monotonic() - began
+        self._note(f"start of {DRAINED} tasks on one node, s", started_s)
+        self._note(f"drain of a node with {DRAINED} tasks, s", drained_s)
+        self._note("drain, in times of the start", drained_s / started_s)
+        self._remove(service)
+        self._set_availability(first.name, "active")
+
+    def _set_availability(self, name: str, availability: str) -> None:
+        via = engine(self.lab.nodes[0])
+        node = via.get(f"/nodes/{self.lab.ids()[name]}")
+        spec = {**node["Spec"], "Availability": availability}
+        via.post(f"/nodes/{node['ID']}/update", spec, version=node["Version"]["Index"])
 
     def _lose_worker(
         self,
@@ -353,8 +396,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=lambda text: frozenset(text.split(",")),
-        default=frozenset({"idle", "update", "worker", "cable", "leader", "alone"}),
-        help="comma-separated: form, idle, update, worker, cable, leader, alone (default all);"
+        default=frozenset({"idle", "update", "drain", "worker", "cable", "leader", "alone"}),
+        help="comma-separated: form, idle, update, drain, worker, cable, leader, alone (default all);"
         " init and join always are",
     )
     parser.add_argument(

@@ -41,7 +41,6 @@ SEPARATE = {
     "skep/manager/allocator/loop.py": "a loop beside its pure state",
     "skep/manager/control/jobs.py": "the writes of jobs, apart from their routes as those of every kind",
     "skep/manager/control_loops/loops.py": "the simulator and the benchmarks run the loops without a leader",
-    "skep/manager/diagnosis/departures.py": "a pure reason, which a route shows",
     "skep/manager/orchestrator/converged_slots.py": "a pure decision with a property that tests prove",
     "skep/manager/orchestrator/reaper/loop.py": "a loop beside its pure state",
     "skep/manager/orchestrator/replacement/evacuation.py": "a decision that CONTRIBUTING.md names",
@@ -54,7 +53,7 @@ SEPARATE = {
 """Small files with one importer, and why they are separate.  Their number only falls."""
 REPEATED_NAMES_MAX = 16
 """Names of public classes that two modules define.  The number only falls."""
-PATCHES_PER_100_TESTS_MAX = 6.4
+PATCHES_PER_100_TESTS_MAX = 5.2
 """Attributes that tests replace, in 100 tests.  The number only falls, to 1.5: pass a parameter or a fake."""
 PRIVATE_PER_100_TESTS_MAX = 0.9
 """Private names that tests reach for, in 100 tests.  The number only falls."""

@@ -9,7 +9,7 @@ import msgspec
 
 from sim.cluster import SimulatedCluster
 from sim.etcd.member import Member
-from sim.faults.software import hang_manager
+from sim.faults.software import hang_manager, is_before_rotation
 from sim.invariants.committed import Change
 from sim.world.links import Port
 from skep.model.node import Node
@@ -494,6 +494,8 @@ class FaultInjector:
             return
         revision = max(self._cluster.raft.kv.revision - self._random.choice((5, 30, 100)), 2)
         past = self._cluster.committed.past(self._cluster.raft.kv.events(2, revision))
+        if is_before_rotation(past, self._cluster.view):
+            return
         if not self._cluster.running_managers[id].serve_stale_state(past):
             return
 

@@ -10,6 +10,7 @@ import msgspec
 
 from sim.world.time import VirtualClock
 from skep.errors import SkepError
+from skep.model.swarm import Swarm
 from skep.model.values.ids import NodeId
 from skep.node.supervision.responses import wait_hung
 from skep.store.interface import LoopStore, Object, Store, Transaction, View, Watch
@@ -21,6 +22,18 @@ T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
 Item = TypeVar("Item")
 P = ParamSpec("P")
+
+
+def is_before_rotation(past: View, present: View) -> bool:
+    """Return whether nodes trusted another root in ``past``.
+
+    No manager is that far behind, because a rotation of the root ends once all nodes have reported.
+    """
+    return _root_of(past) != _root_of(present)
+
+
+def _root_of(view: View) -> str:
+    return next((one.tls_info.trust_root for one in view.find(Swarm)), "")
 
 
 class InjectedError(Exception):

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.faults.damping import is_steady, pass_time
+from sim.faults.software import is_before_rotation
 from sim.users.random_specs import BROKEN
 from sim.users.users import Users
 from skep.model.node import Node
@@ -14,7 +15,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
-from skep.store.interface import Transaction, View
+from skep.store.interface import Transaction
 
 CUT_OFF_S = 15.0
 """Longer than any requested delay of ``skep.on-disconnect``, and longer than a container takes to stop."""
@@ -116,8 +117,8 @@ def serve_stale_state(cluster: SimulatedCluster) -> None:
     committed, kv = cluster.committed, cluster.raft.kv
     since = max(kv.revision - cluster.random.choice(REVISIONS), 2)
     past = committed.past(kv.events(2, since))
-    if _root_of(past) != _root_of(cluster.view):
-        return  # a rotation of the root ends once all nodes have reported, so no manager is that far behind
+    if is_before_rotation(past, cluster.view):
+        return
     for id in cluster.random.sample(cluster.managers, len(cluster.managers)):
         manager = cluster.running_managers.get(id)
         if manager is not None and manager.serve_stale_state(past):
@@ -194,10 +195,6 @@ def end_removed_nodes(cluster: SimulatedCluster) -> None:
 def _set_label(tx: Transaction, name: str, value: str) -> None:
     (swarm,) = tx.find(Swarm)
     tx.put(replace(swarm, spec=replace(swarm.spec, labels={**swarm.spec.labels, name: value})))
-
-
-def _root_of(view: View) -> str:
-    return next((one.tls_info.trust_root for one in view.find(Swarm)), "")
 
 
 def _is_updatable(service: Service) -> bool:

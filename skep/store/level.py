@@ -10,7 +10,7 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 5
+LEVEL: Final = 6
 """The newest level that this version can read."""
 
 CLUSTER_VOLUMES: Final = 2
@@ -28,6 +28,14 @@ SCHEDULES: Final = 4
 VOLUME_AFFINITIES: Final = 5
 """From this level on services may have the label ``skep.volume-affinity``.  A leader of a lower level knows only the
 former name of the label, and would start the tasks of a slot without their data.
+"""
+
+STOPS: Final = 6
+"""From this level on services may be stopped.  A leader of a lower level would start their tasks."""
+
+PLACEMENTS: Final = 6
+"""From this level on services may have constraints that Docker does not have, and labels about their placement.  A
+leader of a lower level would not start tasks with such constraints, and would ignore the labels.
 """
 
 LOWEST: Final = 1

@@ -314,6 +314,18 @@ def test_a_retried_slot_has_the_attempts_of_its_policy() -> None:
     assert len(history.violations) == 1
 
 
+def test_a_slot_of_another_spec_has_attempts_of_its_own() -> None:
+    history = History(RetriesAreBounded())
+    history.put(a_report(1))
+    for number, version in enumerate((1, 1, 2, 2, 2)):
+        run = a_run(f"t{number}", iteration=1)
+        spec = replace(run.spec, restart_policy=RestartPolicy(max_attempts=1))
+        history.put(run := replace(run, spec=spec, spec_version=Version(version)))
+        assert history.violations == []
+        history.put(replace(run, status=TaskStatus(state=TaskState.FAILED)))
+    assert len(history.violations) == 1
+
+
 def test_a_task_that_is_moved_is_no_failure_of_its_service() -> None:
     rule = FailedServices()
     history = History(rule)

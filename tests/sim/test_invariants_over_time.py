@@ -103,6 +103,24 @@ class Decided:
         self.history.after(30).put(msgspec.structs.replace(task, desired_state=desired))
 
 
+@pytest.mark.parametrize(("is_undone", "violations"), [(True, 0), (False, 1)])
+def test_a_replacement_may_be_taken_back_if_the_drain_that_it_was_for_is_undone(
+    is_undone: bool, violations: int
+) -> None:
+    decided = Decided()
+    older = msgspec.structs.replace(decided.placed, id=TaskId("t2"), node_id=W2)
+    decided.history.put(a_node(W2), older)
+    newer = msgspec.structs.replace(decided.placed, id=TaskId("t4"))
+    decided.history.after(30).put(newer)
+    if is_undone:
+        node = decided.history.state.get(Node, W2)
+        decided.history.put(
+            msgspec.structs.replace(node, spec=msgspec.structs.replace(node.spec, labels={"a": "b"}))
+        )
+    decided.history.after(30).put(msgspec.structs.replace(newer, desired_state=TaskState.SHUTDOWN))
+    assert len(decided.history.violations) == violations
+
+
 def test_a_placement_that_is_reversed_without_a_cause_is_rejected() -> None:
     decided = Decided()
     decided.end()

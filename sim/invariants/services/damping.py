@@ -35,11 +35,11 @@ def surplus_violations(
 class DecisionsAreStable:
     """The leader does not reverse its own decisions on scale, restart and placement without a cause.
 
-    Causes are a new spec of the service (by a user or a rollback), a change of the task's node, the end of the task,
-    its preemption, or for a job the completion of another task of the same run.  A node that cannot take tasks, and a
-    newer run of the job, are causes however long ago they changed: a decision that was proposed before may be
-    committed much later if a disk hung meanwhile.  For the same reason a new spec counts from the creation of the task
-    on, although the task was assigned later.
+    Causes are a new spec of the service (by a user or a rollback), a change of the task's node or of the node
+    that it was to relieve, the end of the task, its preemption, or for a job the completion of another task of
+    the same run.  A node that cannot take tasks, and a newer run of the job, are causes however long ago they
+    changed: a decision that was proposed before may be committed much later if a disk hung meanwhile.  For the
+    same reason a new spec counts from the creation of the task on, although the task was assigned later.
 
     The product moves a task for no other reason, so a decision stands without limit.  Rebalancing would need a
     cool-down here.  Autoscaling changes the spec (``AutoscalingIsCalm``).
@@ -114,6 +114,8 @@ class DecisionsAreStable:
             return  # its run is completed
         if task.node_id and not _takes_tasks(view.lookup(Node, task.node_id)):
             return
+        if self._was_for_a_drain(task, view):
+            return
         decided_at = self._decided_at[task.id]
         spec_changed_at = self._changed_spec_at.get(task.service_id, 0.0)
         node_changed_at = self._changed_at.get(task.node_id, 0.0)
@@ -125,6 +127,17 @@ class DecisionsAreStable:
                 f"task {task.id} of {task.service_id} is retired {now - decided_at:.1f} s after it was created or "
                 f"assigned, without a cause"
             )
+
+    def _was_for_a_drain(self, task: Task, view: View) -> bool:
+        """Return whether the node of an older task of the slot, such as a drain that was undone, has changed since."""
+        created_at = self._created_at[task.id]
+        return any(
+            one.is_wanted
+            and one.id != task.id
+            and self._created_at.get(one.id, 0.0) <= created_at
+            and self._changed_at.get(one.node_id, 0.0) >= created_at - KNOWN_S
+            for one in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+        )
 
 
 def _spec_changed(old: Service, new: Service) -> bool:

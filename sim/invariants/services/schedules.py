@@ -21,6 +21,7 @@ from skep.model.options.schedules import (
 from skep.model.service import JobStart, JobStatus, RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId
+from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, unix_ns
 from skep.store.interface import Created, Deleted, Updated, View
 from skep.store.kinds import spec_of
@@ -163,10 +164,13 @@ def _differs(before: Node, node: Node) -> bool:
 
 
 class RetriesAreBounded:
-    """A slot of a job's run, or of its retry, has at most the failures that its policy or its schedule allows."""
+    """A slot of a job's run, or of its retry, has at most the failures that its policy or its schedule allows.
+
+    Tasks of another spec version count anew, because a user has then changed the job or rolled it back.
+    """
 
     def __init__(self) -> None:
-        self._failures: Counter[tuple[ServiceId, int, int | NodeId]] = Counter()
+        self._failures: Counter[tuple[ServiceId, int, int | NodeId, Version | None]] = Counter()
         self._since: dict[ServiceId, set[TaskId]] = {}
         """Tasks that a job had when its current run was retried."""
 
@@ -190,10 +194,11 @@ class RetriesAreBounded:
         most = policy.max_attempts or _attempts_of_schedule(task, view)
         if task.id in self._since.get(task.service_id, ()) or not most:
             return
-        key = (task.service_id, task.job_iteration.index, task.slot or task.node_id)
+        slot = task.service_id, task.job_iteration.index, task.slot or task.node_id
+        key = *slot, task.spec_version
         self._failures[key] += 1
         if self._failures[key] > most + 1 and not (policy.max_attempts and policy.window):
-            yield f"slot {key} has failed {self._failures[key]} times, with {most} attempts"
+            yield f"slot {slot} has failed {self._failures[key]} times, with {most} attempts"
 
 
 def _attempts_of_schedule(task: Task, view: View) -> int:

@@ -1,9 +1,9 @@
 """``skep service``: docker's commands, and wait, stop, start, history, diff and rollback."""
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import quote
 
 import click
 import msgspec
@@ -15,14 +15,13 @@ from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_screens import differing, max_failures
-from skep.errors import Unavailable
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import stop_labels, without_stop
 from skep.model.service import ServiceSpec
 from skep.model.values.unknown import leniently
-from skep.stack.progress import FAILURES_MAX, ServiceProgress
+from skep.stack.progress import FAILURES_MAX
 from skep.stack.revisions import numbered, pair_of
-from skep.stack.waiting import Reasons, look_at, unfinished, wait_done
+from skep.stack.waiting import wait_for
 
 
 @click.group(cls=passthrough.WithDockers)
@@ -157,7 +156,9 @@ def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mappin
 async def _revisions(host: HostOptions, name: str) -> Mapping[int, Mapping[str, Any]]:
     """Return the revisions of a service by number, the present one last."""
     async with host.client() as client:
-        found = await client.get(f"/skep/services/{name}/revisions", timeout_s=RESPONSE_TIMEOUT_S)
+        found = await client.get(
+            f"/skep/services/{quote(name, safe='')}/revisions", timeout_s=RESPONSE_TIMEOUT_S
+        )
         return {one["Number"]: one for one in found}
 
 
@@ -226,7 +227,9 @@ async def turn(
     waited = []
     async with host.client() as client:
         for name in names:
-            found = await client.post(f"/skep/services/{name}/{verb}", timeout_s=RESPONSE_TIMEOUT_S)
+            found = await client.post(
+                f"/skep/services/{quote(name, safe='')}/{verb}", timeout_s=RESPONSE_TIMEOUT_S
+            )
             if is_job(found["Spec"]):
                 click.echo(f"{found['Spec']['Name']}: {_SCHEDULES[verb]}", err=True)
             else:
@@ -250,7 +253,6 @@ async def _wait(
     host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int, *, is_quiet: bool = False
 ) -> None:
     shown: dict[str, str] = {}
-    open_ = set(names)
 
     def show(name: str, text: str) -> None:
         if shown.get(name) != text:
@@ -259,18 +261,4 @@ async def _wait(
                 click.echo(f"{name}: {text}", err=True)
 
     async with host.client() as client:
-        reasons = Reasons(client, failures_max)
-
-        async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
-            found = await reasons.explain(looks)
-            open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
-            return found
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                await wait_done(names, look, show)
-        except TimeoutError:
-            unknown = shown.get("managers", "no manager has responded")
-            texts = {name: shown.get(name, unknown) for name in sorted(open_)}
-            raise Unavailable(unfinished(texts, timeout_s)) from None
+        await wait_for(client, names, show, timeout_s, failures_max)

@@ -1,6 +1,7 @@
 """``skep update``: pause, resume and abort the update of a service, or else docker's update of containers."""
 
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -89,11 +90,11 @@ def abort(host: HostOptions, names: tuple[str, ...]) -> None:
 
 
 async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
-    path = f"/skep/services/{name}/update/{verb}"
+    path = f"/skep/services/{quote(name, safe='')}/update/{verb}"
     async with host.client() as client:
         service: dict[str, Any]
         if verb == "abort":  # This aborts the present update and not a later one.
-            found = await client.get(f"/services/{name}", timeout_s=RESPONSE_TIMEOUT_S)
+            found = await client.get(f"/services/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
             version = str(found["Version"]["Index"])
             service = await client.post(path, timeout_s=RESPONSE_TIMEOUT_S, version=version)
         else:

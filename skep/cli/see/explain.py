@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -46,10 +47,10 @@ async def _ask(host: HostOptions, name: str) -> Shown:
     async with host.requests() as client:
         headers = await headers_for(client)
         get = partial(client.get, headers=headers, timeout_s=RESPONSE_TIMEOUT_S)
-        now = time.time()
+        now, escaped = time.time(), quote(name, safe="")
         for path, about in (
-            (f"/skep/services/{name}/explain", about_service),
-            (f"/skep/tasks/{name}/explain", about_task),
+            (f"/skep/services/{escaped}/explain", about_service),
+            (f"/skep/tasks/{escaped}/explain", about_task),
         ):
             try:
                 found = await get(path)
@@ -57,7 +58,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
                 continue
             return _report(name, found, about, now)
         try:
-            node = await get(f"/nodes/{name}")
+            node = await get(f"/nodes/{escaped}")
         except NotFound:
             pass
         else:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -47,10 +48,10 @@ def runs(host: HostOptions, service: str, tail: int, output: OutputOptions) -> N
 
 async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     async with host.client() as client:
-        path = f"/skep/services/{service}/runs"
+        path = f"/skep/services/{quote(service, safe='')}/runs"
         response: dict[str, Any] = await client.get(path, timeout_s=RESPONSE_TIMEOUT_S, tail=str(tail))
         nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
-        found = await client.get(f"/services/{service}", timeout_s=RESPONSE_TIMEOUT_S)
+        found = await client.get(f"/services/{quote(service, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     hostnames = {node["ID"]: node["Description"].get("Hostname") or node["ID"] for node in nodes}
     mode = found["Spec"].get("Mode") or {}
     is_global = "Global" in mode or "GlobalJob" in mode

@@ -55,6 +55,7 @@ from skep.engine.volumes.volumes import VolumeSubpath
 from skep.errors import Unavailable
 from skep.linux import syscalls
 from skep.linux.confined_root import Bind
+from skep.linux.files import replace_file
 from skep.linux.name_files import hosts_file, resolver_file
 from skep.linux.trees import walk
 from skep.model.networks.sandbox import NetworkMode
@@ -243,7 +244,7 @@ class Bundles:
         check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)
         with self._mounts:
-            self._mount(container)
+            self.mount(container)
             image_mounts.mount_all(
                 config.mounts, self._images(container.id), self.path(container.id) / "images"
             )
@@ -338,7 +339,7 @@ class Bundles:
         id = container.id
         with self._mounts:
             if not os.path.ismount(self.rootfs(id)):
-                self._mount(container)
+                self.mount(container)
                 self._to_release.add(id)
             self._borrowers[id] += 1
         return RootFiles(self.rootfs(id), self._binds(container))
@@ -413,7 +414,8 @@ class Bundles:
         if self._capacity.has_apparmor and config.apparmor == "default":
             apparmor.load_default()
 
-    def _mount(self, container: Container) -> None:
+    def mount(self, container: Container) -> None:
+        """Mount the root file system.  Idempotent.  Raises: OSError."""
         path = self.path(container.id)
         target = self.rootfs(container.id)
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -532,7 +534,13 @@ def forget_environment(specification: Path, entries: Sequence[str]) -> None:
         decoded = msgspec.json.decode(specification.read_bytes())
         process = decoded["process"]
         process["env"] = [entry for entry in process["env"] if entry not in entries]
-        specification.write_bytes(msgspec.json.encode(decoded))
+        # At once, because crun reads its copy for each command, and this process can be killed at any time.
+        replace_file(
+            specification,
+            msgspec.json.encode(decoded),
+            mode=stat.S_IMODE(specification.stat().st_mode),
+            is_durable=False,
+        )
     except FileNotFoundError:
         return
     except (OSError, ValueError):  # the memory file system is full, or was full when the file was written

@@ -33,12 +33,14 @@ from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.options.autoscaling import with_number_kept
+from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
 from skep.model.options.schedules import CRON
 from skep.model.permissions.rights import allowed_by, rights_of, rights_text
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     NetworkAttachmentConfig,
+    Placement,
     PublishMode,
     Service,
     ServiceSpec,
@@ -54,7 +56,7 @@ from skep.model.values.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
-from skep.store.level import SCHEDULES, VOLUME_AFFINITIES
+from skep.store.level import PLACEMENTS, SCHEDULES, STOPS, VOLUME_AFFINITIES
 
 AuthSource = Literal["spec", "previous-spec"]
 """Source of the registry credentials of an update that has no credentials."""
@@ -89,7 +91,7 @@ def create_service(
         spec = replace(spec, name=_free_name(tx, new_name))
     spec = with_number_kept(spec, None)
     check_service_spec(spec)
-    _check_level(tx, spec)
+    check_level(tx, spec)
     check_dependencies(tx, spec)
     _check_rights(tx, spec)
     check_quota(tx, spec)
@@ -263,7 +265,7 @@ def _free_name(tx: Transaction, new_name: NameSource) -> str:
 def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
     """Return the service ``id`` to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
     check_service_spec(spec)
-    _check_level(tx, spec)
+    check_level(tx, spec)
     check_dependencies(tx, spec)
     _check_attachments(tx, spec)
     service = present_service(tx, id)
@@ -291,7 +293,7 @@ def present_service(view: View, id: ServiceId) -> Service:
     return service
 
 
-def _check_level(view: View, spec: ServiceSpec) -> None:
+def check_level(view: View, spec: ServiceSpec) -> None:
     """Refuse labels that an older manager would not honor as the leader.  Raises: FailedPrecondition."""
     if CRON in spec.labels and view.level < SCHEDULES:
         raise FailedPrecondition("schedules need managers of this version: upgrade the others first")
@@ -299,6 +301,14 @@ def _check_level(view: View, spec: ServiceSpec) -> None:
         raise FailedPrecondition(
             f"{VOLUME_AFFINITY} needs managers of this version: use {FORMER_VOLUMES} (return, keep, spread) until all "
             "managers are upgraded"
+        )
+    if is_stopped(spec.labels) and view.level < STOPS:
+        raise FailedPrecondition("a stopped service needs managers of this version: upgrade the others first")
+    constraints = parsed((spec.task_template.placement or Placement()).constraints)
+    new = next((one for one in constraints if not is_dockers(one)), None)
+    if new is not None and view.level < PLACEMENTS:
+        raise FailedPrecondition(
+            f"the constraint {new.text} needs managers of this version: upgrade the others first"
         )
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition
 from skep.manager.control.quotas import check_quota
-from skep.manager.control.services import present_service, rollback_service
+from skep.manager.control.services import check_level, present_service, rollback_service
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.services.job_runs import next_job
 from skep.model.options.labels import STOPPED, is_stopped
@@ -122,7 +122,7 @@ def stop_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
     """Stop all tasks of a service, or the schedule of a job, whose current run continues.
 
     Raises:
-        FailedPrecondition: It is a job without a schedule, which ends by itself.
+        FailedPrecondition: It is a job without a schedule, which ends by itself, or a manager has an older version.
         NotFound: The service was removed.
         Unavailable: This manager cannot read the current run of the job.
     """
@@ -164,6 +164,7 @@ def _write_labels(
         return replace(spec, labels={**kept, **added})
 
     spec, previous, job = changed(service.spec), service.previous_spec, service.job_status
+    check_level(tx, spec)
     check_quota(tx, spec, service)
     if job is not None:
         job = next_job(tx, service, spec, now)

@@ -5,6 +5,7 @@ They are stored apart from the service, so that the progress of an update does n
 
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 from msgspec.structs import replace
@@ -50,8 +51,10 @@ def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec, author: Spec
     """
     if comparable(service.spec) == comparable(spec):
         return service.author
-    found = revisions(tx, service)[-(SPECS_KEPT - 1) :]
+    found = revisions(tx, service)
     last = found[-1].number
+    while len(found) >= SPECS_KEPT:
+        found = _without_one(found)
     data = _encoded(last, found)
     if len(data) > BYTES_MAX and len(_encoded(last, found[-1:])) > BYTES_MAX:
         found = found[:-1]  # it would drive out all others and not be kept either
@@ -61,6 +64,17 @@ def keep_spec(tx: Transaction, service: Service, spec: ServiceSpec, author: Spec
         data = _encoded(last, found)
     tx.put(Payload(id=spec_history_id(service.id), data=data))
     return author
+
+
+def _without_one(found: Sequence[ServiceRevision]) -> Sequence[ServiceRevision]:
+    """Leave out the first revision that only scaled the service, or the oldest one.
+
+    Otherwise, ten changes of the number of replicas would leave no earlier spec to return to.
+    """
+    for number, (before, one) in enumerate(pairwise(found), 1):
+        if replace(before.spec, mode=one.spec.mode) == one.spec:
+            return (*found[:number], *found[number + 1 :])
+    return found[1:]
 
 
 def revisions(view: View, service: Service) -> Sequence[ServiceRevision]:

@@ -114,6 +114,9 @@ def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
         return (
             f"{program or tool.name} is missing or cannot be run: {tool.remedy}, or name it with {tool.flag}"
         )
+    runtimes = re.findall(r"^(runc|crun) version", output, re.MULTILINE)
+    if tool in (RUNC, CRUN) and runtimes and tool.name not in runtimes:
+        return f"{program} is {runtimes[0]}: name it with --{runtimes[0]}, and {tool.name} with {tool.flag}"
     found = version_in(output)
     if found is None:
         return f"{program} does not print its version: name another {tool.name} with {tool.flag}"

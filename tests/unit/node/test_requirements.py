@@ -2,7 +2,7 @@
 
 import pytest
 
-from skep.node.host.requirements import CONMON, NFT, RUNC, Tool, tool_problem, version_in
+from skep.node.host.requirements import CONMON, CRUN, NFT, RUNC, Tool, tool_problem, version_in
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,14 @@ def test_a_version_is_found_in_what_a_program_says(output: str, version: tuple[i
         (NFT, "nft", "nftables v0.9.8 (E.D.S.)", "nft 0.9.8 is too old, skep needs 1.0.0 or newer"),
         (RUNC, "runc", "runc version 1.0.3", "runc 1.0.3 is too old, skep needs 1.1.0 or newer"),
         (RUNC, "runc", "runc version 1.1.0", ""),
+        (
+            RUNC,
+            "/usr/bin/crun",
+            "crun version 1.8.1\ncommit: f8a096be",
+            "/usr/bin/crun is crun: name it with --crun, and runc with --runc",
+        ),
+        (CRUN, "runc", "runc version 1.1.5", "runc is runc: name it with --runc, and crun with --crun"),
+        (RUNC, "nvidia-container-runtime", "NVIDIA version 1.17\n\nrunc version 1.1.12\n", ""),
     ],
 )
 def test_a_program_that_will_not_do_is_refused_with_what_to_do(

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from skep.manager.control_loops.loop_driver import Recheck
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.decision_inputs import Situation
+from skep.manager.orchestrator.replacement.outdated_tasks import is_dirty
 from skep.manager.orchestrator.replacement.restart import start_time
 from skep.manager.orchestrator.slots import group_by_slot
 from skep.manager.services.disruption_budget import budget_of, is_available, required
@@ -59,19 +60,30 @@ def within_budget(decided: Sequence[Step], situation: Situation) -> Allowed:
         assert isinstance(step, ReplaceTask | RetireTask)
         slot = step.task.slot
         rest = serving.get(slot, set()) - {step.task.id}
-        if len(serving) - (slot in serving and not rest) < minimum:
+        if not rest and len(serving) - (slot in serving) < _minimum_for(step.task, minimum, situation):
             held.add(number)
         else:
             _take(step.task, serving)
-    keeps = _witnesses(serving, minimum)
     for number in limited:
         step = steps[number]
         assert isinstance(step, ReplaceTask | RetireTask)
+        keeps = _witnesses(serving, _minimum_for(step.task, minimum, situation))
         steps[number] = replace(step, keeps=keeps)
     allowed = [step for number, step in enumerate(steps) if number not in held]
     if held and not any(_may_serve_soon(task, serving, situation) for task in situation.tasks):
         allowed += _started_first([steps[number] for number in sorted(held)], situation)
     return Allowed(allowed, is_limited=True, is_held=bool(held))
+
+
+def _minimum_for(task: Task, minimum: int, situation: Situation) -> int:
+    """Return how many tasks must stay available if ``task`` stops.
+
+    If the service must keep all tasks, and they write data, its updates still stop one task at a time: the successor
+    must not start first, so that such an update would never end.
+    """
+    if situation.may_overlap(task) or not is_dirty(task, situation):
+        return minimum
+    return min(minimum, situation.service.spec.replicas - 1)
 
 
 def _take(task: Task, serving: dict[int, set[TaskId]]) -> None:
@@ -118,7 +130,7 @@ def _takes_away(step: Step, situation: Situation) -> bool:
     """Return whether the step stops a running task and draws on the budget.
 
     A service without a minimum of its own has one for the tasks that a drain replaces.  Otherwise the parallelism
-    limits its updates, and nothing limits preemption.
+    limits its updates, and nothing limits preemption and changes of nodes.
     """
     if situation.service.spec.mode.name != "replicated" or not isinstance(step, ReplaceTask | RetireTask):
         return False
@@ -131,4 +143,5 @@ def _takes_away(step: Step, situation: Situation) -> bool:
     has_minimum = required(situation.service) is not None
     if node.spec.availability is Availability.DRAIN:
         return not drains_now(node.spec.labels) and (has_minimum or isinstance(step, ReplaceTask))
-    return has_minimum and (task.preemption is not None or not situation.is_misplaced(task))
+    may_wait = task.preemption is not None or situation.is_unfit(task, node)
+    return has_minimum and (may_wait or not situation.is_misplaced(task))

@@ -13,10 +13,12 @@ from skep.manager.control.services import create_service, remove_service, rollba
 from skep.manager.control.updates import stop_service
 from skep.manager.orchestrator.reaper.removals import DeleteService, write
 from skep.manager.services.spec_history import BYTES_MAX, SPECS_KEPT, revisions
+from skep.model.options.autoscaling import with_replicas
 from skep.model.service import Service, ServiceSpec
 from skep.model.values.ids import new_id
 from skep.model.values.times import Timestamp
 from skep.store.kinds import Payload, spec_history_id
+from skep.store.level import LEVEL
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec
 
@@ -25,7 +27,9 @@ NOW = Timestamp("2026-01-02T03:04:05Z")
 
 @pytest.fixture
 async def store() -> MemoryStore:
-    return MemoryStore(SystemClock())
+    made = MemoryStore(SystemClock())
+    await made.update(lambda tx: tx.raise_level(LEVEL))
+    return made
 
 
 def a_spec(image: str, **labels: str) -> ServiceSpec:
@@ -69,6 +73,16 @@ async def test_the_last_ten_are_kept_and_numbers_are_not_used_again(store: Memor
     for number in range(2, 31):
         service = await updated(store, service, a_spec(f"app:{number}"))
     assert [number for number, *_ in shown(store, service)] == [*range(31 - SPECS_KEPT, 31)]
+
+
+async def test_changes_of_the_number_of_replicas_leave_the_specs_before_them(store: MemoryStore) -> None:
+    service = await created(store)
+    service = await updated(store, service, a_spec("app:2"))
+    for replicas in range(2, 2 + 2 * SPECS_KEPT):
+        service = await updated(store, service, with_replicas(service.spec, replicas))
+    found = shown(store, service)
+    assert [(number, image) for number, image, _ in found][:2] == [(1, "app:1"), (2, "app:2")]
+    assert (len(found), found[-1][0]) == (SPECS_KEPT, 2 + 2 * SPECS_KEPT)
 
 
 async def test_large_specs_are_bounded_together(store: MemoryStore) -> None:

@@ -17,7 +17,7 @@ from skep.model.quota import QuotaSpec
 from skep.model.service import ReplicatedJob, Service, ServiceMode, ServiceSpec
 from skep.model.values.ids import new_id
 from skep.model.values.times import Timestamp
-from skep.store.level import LEVEL
+from skep.store.level import LEVEL, STOPS
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec
 
@@ -55,6 +55,17 @@ async def test_a_stopped_service_wants_no_tasks_and_keeps_its_number(store: Memo
     for _ in range(2):
         started = await store.update(start, service.id)
         assert started.spec == service.spec
+
+
+async def test_services_stop_only_if_all_managers_know_stopped_services() -> None:
+    """A leader that does not know the label would start the tasks again."""
+    store = MemoryStore(SystemClock())
+    await store.update(lambda tx: tx.raise_level(STOPS - 1))
+    service = await created(store, a_spec())
+    with pytest.raises(FailedPrecondition, match="needs managers of this version"):
+        await store.update(stop, service.id)
+    await store.update(lambda tx: tx.raise_level(STOPS))
+    assert (await store.update(stop, service.id)).spec.replicas == 0
 
 
 async def test_a_rollback_leads_to_the_spec_before_the_update_and_starts_nothing(store: MemoryStore) -> None:

@@ -482,6 +482,23 @@ def test_an_update_of_a_service_that_keeps_all_tasks_starts_new_ones_first() -> 
     assert len(of_image(world, "app:1")) == 2
 
 
+def test_an_update_of_a_service_that_keeps_all_tasks_stops_tasks_that_write_data_one_at_a_time() -> None:
+    """With start-first, the new task could wait for the host port of the old one, which waits for the new task."""
+    world = a_world(a_spec(2, minimum="100%", data=True, parallelism=0), ("n1", "n2"))
+    world.update(a_spec(2, minimum="100%", data=True, parallelism=0, image="app:2"))
+    world.settle()
+    world.prepare_all()
+    world.settle()
+    assert len(of_image(world, "app:1")) == 1
+    assert not [task for task in of_image(world, "app:2") if task.desired_state is RUNNING]
+    world.stop_all()
+    world.settle()
+    (started,) = [task for task in of_image(world, "app:2") if task.desired_state is RUNNING]
+    assert len(of_image(world, "app:1")) == 1
+    assign(world, started.id, state=RUNNING)
+    assert not of_image(world, "app:1")
+
+
 def test_a_drain_and_an_update_together_stay_within_the_budget() -> None:
     world = a_world(a_spec(3, minimum="2", data=True, parallelism=0), ("n1", "n2", "n3"))
     world.update(a_spec(3, minimum="2", data=True, parallelism=0, image="app:2"))
