@@ -15,13 +15,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-from aiohttp import ClientSession, UnixConnector
 from msgspec.structs import replace
 
 from bench import loops as cluster
@@ -29,11 +26,10 @@ from bench.holds import name_of
 from bench.machine import noise
 from bench.run import commit, result_name, write_result
 from bench.scheduling import proposal_of
+from bench.viewing import serve_store
 from skep.aio.clock import SystemClock
 from skep.aio.event_loop.gc_settings import configure_gc
 from skep.manager.control_loops.loops import loops
-from skep.manager.manager import serving
-from skep.manager.routes import ManagerApi, application
 from skep.model.node import Node, NodeState
 from skep.model.service import ReplicatedService, Service, ServiceMode, UpdateConfig
 from skep.model.task import Task, TaskState, TaskStatus
@@ -200,34 +196,15 @@ async def _wait(holds: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
-    nothing = cast("Any", None)
-    api = ManagerApi(
-        store=store,
-        logs=nothing,
-        backups=nothing,
-        diagnostics=nothing,
-        external=nothing,
-        tunnels=nothing,
-        all_events=nothing,
-        events=nothing,
-        clock=SystemClock(),
-        new_id=nothing,
-        new_name=nothing,
-    )
-    with TemporaryDirectory() as directory:
-        socket = Path(directory, "sock")
-        async with (
-            serving(application(api), socket, socket.with_name("handover.sock")),
-            ClientSession(connector=UnixConnector(str(socket)), read_bufsize=1 << 20) as client,
-        ):
+    async with serve_store(store, read_bufsize=1 << 20) as client:
 
-            async def read_all(path: str) -> None:
-                async with client.get(f"http://manager{path}") as response:
-                    assert response.status == 200, response.status
-                    async for _ in response.content.iter_any():
-                        pass
+        async def read_all(path: str) -> None:
+            async with client.get(f"http://manager{path}") as response:
+                assert response.status == 200, response.status
+                async for _ in response.content.iter_any():
+                    pass
 
-            yield read_all
+        yield read_all
 
 
 HEADER = "| phase | processor, s | callbacks over 20 ms | the longest, ms | its name |\n|---|---|---|---|---|"

@@ -15,13 +15,12 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 
-from bench.run import commit, measure_alone
+from bench.run import figures_page, measure_alone
 from skep.aio.clock import SystemClock
 from skep.aio.event_loop.gc_settings import configure_gc
 from skep.configuration.configuration import Configuration
@@ -154,15 +153,7 @@ def _text(result: Result, busy: float) -> str:
             f"{result.processor_ms:.1f}",
         ),
     )
-    head = (
-        f"# /metrics of a node with {CONTAINERS:,} containers, {datetime.now(UTC):%F %H:%M} UTC, {commit()}",
-        "",
-        f"Other work took {busy:.0%} of the machine just before, which can double times.",
-        "",
-        "| what | figure |",
-        "|---|---|",
-    )
-    return "\n".join((*head, *(f"| {what} | {figure} |" for what, figure in rows), ""))
+    return figures_page(f"/metrics of a node with {CONTAINERS:,} containers", busy, rows)
 
 
 if __name__ == "__main__":

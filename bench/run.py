@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,6 +156,24 @@ def write_result(name: str, text: str, result: Any) -> None:
     """Write one result twice: ``text`` for people, ``result`` (plain values) for programs."""
     (RESULTS / f"{name}.md").write_text(text)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def figures_page(title: str, busy: float, rows: Iterable[tuple[str, str]]) -> str:
+    """Return the text of a result of one system.
+
+    Args:
+        busy: Share of the machine that other work took just before.
+        rows: Names and figures.
+    """
+    head = (
+        f"# {title}, {datetime.now(UTC):%F %H:%M} UTC, {commit()}",
+        "",
+        f"Other work took {busy:.0%} of the machine just before, which can double times.",
+        "",
+        "| what | figure |",
+        "|---|---|",
+    )
+    return "\n".join((*head, *(f"| {what} | {figure} |" for what, figure in rows), ""))
 
 
 def commit(top: Path = Path(__file__).parent) -> str:

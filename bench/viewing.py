@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +25,7 @@ from msgspec.structs import replace
 
 from bench import loops as cluster
 from bench.holds import name_of
-from bench.run import commit, measure_alone
+from bench.run import figures_page, measure_alone
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
 from skep.aio.event_loop.gc_settings import configure_gc
@@ -131,9 +130,11 @@ def _timed_callbacks() -> list[tuple[float, str]]:
 
 
 @asynccontextmanager
-async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
-    nothing, clock = cast("Any", None), SystemClock()
-    view = ClusterView(store, clock, ClusterRows(store, clock, Quorum).row)
+async def serve_store(
+    store: MemoryStore, *, read_bufsize: int, view: ClusterView | None = None
+) -> AsyncIterator[ClientSession]:
+    """Serve what a manager's API reads from ``store``, and yield a client."""
+    nothing = cast("Any", None)
     api = ManagerApi(
         store=store,
         logs=nothing,
@@ -143,7 +144,7 @@ async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
         tunnels=nothing,
         all_events=nothing,
         events=nothing,
-        clock=clock,
+        clock=SystemClock(),
         new_id=nothing,
         new_name=nothing,
         cluster_view=view,
@@ -152,12 +153,19 @@ async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
         path = Path(directory, "sock")
         async with (
             serving(application(api), path, path.with_name("handover.sock")),
-            ClientSession(connector=UnixConnector(str(path), limit=0), read_bufsize=1 << 23) as client,
-            asyncio.TaskGroup() as group,
+            ClientSession(connector=UnixConnector(str(path), limit=0), read_bufsize=read_bufsize) as client,
         ):
-            following = group.create_task(view.run(), name="view")
             yield client
-            following.cancel()
+
+
+@asynccontextmanager
+async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
+    clock = SystemClock()
+    view = ClusterView(store, clock, ClusterRows(store, clock, Quorum).row)
+    async with serve_store(store, read_bufsize=1 << 23, view=view) as client, asyncio.TaskGroup() as group:
+        following = group.create_task(view.run(), name="view")
+        yield client
+        following.cancel()
 
 
 async def _read_view(client: ClientSession) -> bytes:
@@ -234,15 +242,7 @@ def _text(result: Result, busy: float) -> str:
         ),
         ("longest callback of the view, ms", f"{result.longest_ms:.1f} ({result.longest})"),
     )
-    head = (
-        f"# The dashboard's view of {NODES} nodes and {TASKS:,} tasks, {datetime.now(UTC):%F %H:%M} UTC, {commit()}",
-        "",
-        f"Other work took {busy:.0%} of the machine just before, which can double times.",
-        "",
-        "| what | figure |",
-        "|---|---|",
-    )
-    return "\n".join((*head, *(f"| {what} | {figure} |" for what, figure in rows), ""))
+    return figures_page(f"The dashboard's view of {NODES} nodes and {TASKS:,} tasks", busy, rows)
 
 
 if __name__ == "__main__":

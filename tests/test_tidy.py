@@ -41,7 +41,6 @@ SEPARATE = {
     "skep/manager/allocator/loop.py": "a loop beside its pure state",
     "skep/manager/control/jobs.py": "the writes of jobs, apart from their routes as those of every kind",
     "skep/manager/control_loops/loops.py": "the simulator and the benchmarks run the loops without a leader",
-    "skep/manager/diagnosis/departures.py": "a pure reason, which a route shows",
     "skep/manager/orchestrator/converged_slots.py": "a pure decision with a property that tests prove",
     "skep/manager/orchestrator/reaper/loop.py": "a loop beside its pure state",
     "skep/manager/orchestrator/replacement/evacuation.py": "a decision that CONTRIBUTING.md names",

@@ -166,15 +166,7 @@ class Commands:
         )
 
         async def run(client: ApiClient) -> None:
-            upgrade = _Upgrade(client, means, drains=True, within_s=30.0)  # type: ignore[arg-type]
-            upgrade.holder = replace(upgrade.holder, by=name)
-            await upgrade.take(continues=continues)
-            try:
-                await upgrade.run()
-            except FailedPrecondition:
-                await upgrade.end()
-                raise
-            await upgrade.release()
+            await run_upgrade(client, name, means, within_s=30.0, continues=continues)
 
         return self._begin(name, run)
 
@@ -232,6 +224,19 @@ class SimulatedMeans(Means, frozen=True, kw_only=True):
         """See ``Means``."""
         await asyncio.sleep(self.cluster.random.uniform(0.1, 3.0))
         show_version(self.cluster, node.id, node.version)
+
+
+async def run_upgrade(client: ApiClient, by: str, means: Means, *, within_s: float, continues: bool) -> None:
+    """Run ``skep upgrade`` as the command does."""
+    upgrade = _Upgrade(client, means, drains=True, within_s=within_s)  # type: ignore[arg-type]
+    upgrade.holder = replace(upgrade.holder, by=by)
+    await upgrade.take(continues=continues)
+    try:
+        await upgrade.run()
+    except FailedPrecondition:
+        await upgrade.end()
+        raise
+    await upgrade.release()
 
 
 def show_version(cluster: SimulatedCluster, id: str, version: str) -> None:

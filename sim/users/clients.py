@@ -4,7 +4,7 @@ A client can be killed or suspended between any two requests, and a response can
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
@@ -73,6 +73,33 @@ class Apis:
             made.freeze()
             self._made[store] = made
         return self._made[store]
+
+
+class Commands:
+    """The commands of one kind of user that run now."""
+
+    def __init__(
+        self, cluster: SimulatedCluster, random: Random, note: Callable[[Iterable[str]], None]
+    ) -> None:
+        """``note`` records violated rules."""
+        self._cluster = cluster
+        self._random = random
+        self._note = note
+        self._apis = Apis(cluster)
+        self._running: set[asyncio.Task[None]] = set()
+
+    def _start(self, command: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a command until it ends or is killed."""
+        task = self._cluster.loop.create_task(command, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _end_all(self) -> None:
+        """End the commands that run, also those whose clients were killed."""
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running)
 
 
 class ApiClient(Requests):

@@ -7,7 +7,6 @@ the commits what a role has changed, even without a response.
 Rule: a viewer changes nothing, and an operator of a stack changes services, secrets and configs of that stack only.
 """
 
-import asyncio
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import Any
 
 from sim.cluster import SimulatedCluster
 from sim.invariants.committed import Change
-from sim.users.clients import ApiClient, Apis
+from sim.users.clients import ApiClient, Commands
 from sim.users.random_specs import STACKS
 from skep.api.access.permissions import STACK_LABEL
 from skep.errors import SkepError
@@ -36,19 +35,15 @@ FILES_MAX = 4
 _STACKED: tuple[type[Any], ...] = (Service, Secret, Config)
 
 
-class RoleUsers:
+class RoleUsers(Commands):
     """The users of one cluster that are not root."""
 
     def __init__(
         self, cluster: SimulatedCluster, random: Random, note: Callable[[Iterable[str]], None]
     ) -> None:
-        self._cluster = cluster
-        self._random = random
-        self._note = note
-        self._apis = Apis(cluster)
+        super().__init__(cluster, random, note)
         self._numbers = count(1)
         self._files = 0
-        self._sent: set[asyncio.Task[None]] = set()
         cluster.observer.rules.append(nothing_beyond_roles)
 
     def act(self) -> None:
@@ -67,16 +62,11 @@ class RoleUsers:
             case _:
                 pass
         self._cluster.trace.add(f"user: {user.spec.name} acts as {', '.join(user.spec.roles)}")
-        task = self._cluster.loop.create_task(self._send(client, bindings[0]), name=user.spec.name)
-        self._sent.add(task)
-        task.add_done_callback(self._sent.discard)
+        self._start(self._send(client, bindings[0]), user.spec.name)
 
     async def end(self) -> None:
         """End the requests whose clients were killed, and wait for the others."""
-        for task in self._sent:
-            task.cancel()
-        if self._sent:
-            await asyncio.wait(self._sent)
+        await self._end_all()
 
     async def _send(self, client: ApiClient, binding: Binding) -> None:
         stack = self._random.choice((*STACKS, ""))

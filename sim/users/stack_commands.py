@@ -23,7 +23,7 @@ from sim.cluster import SimulatedCluster
 from sim.invariants.objects import secrets_of
 from sim.trace import COMMAND
 from sim.users.client_runs import deploy, label_of, rotate
-from sim.users.clients import ApiClient, Apis
+from sim.users.clients import ApiClient, Commands
 from sim.users.random_specs import BROKEN, COMMANDED_STACK, ENDING_IMAGES
 from skep.cli.apps.rotation import SECRET
 from skep.errors import AlreadyExists, SkepError
@@ -72,18 +72,14 @@ class _Command(msgspec.Struct, eq=False):
     ended: float = inf
 
 
-class StackCommands:
+class StackCommands(Commands):
     """The commands on one stack of a cluster."""
 
     def __init__(
         self, cluster: SimulatedCluster, random: Random, note: Callable[[Iterable[str]], None]
     ) -> None:
-        self._cluster = cluster
-        self._random = random
-        self._note = note
-        self._apis = Apis(cluster)
+        super().__init__(cluster, random, note)
         self._commands: list[_Command] = []
-        self._running: set[asyncio.Task[None]] = set()
 
     def act(self) -> None:
         """Begin a command, half of the time two, which are often equal deploys."""
@@ -94,10 +90,7 @@ class StackCommands:
 
     async def end(self) -> None:
         """Kill all commands.  Then deploy the stack and remove it, with retries."""
-        for task in self._running:
-            task.cancel()
-        if self._running:
-            await asyncio.wait(self._running)
+        await self._end_all()
         if not self._commands:
             return
         for one in self._commands:
@@ -149,9 +142,7 @@ class StackCommands:
             case _:
                 run = self._remove
         self._cluster.trace.add(f"user: {command.name} {command.image}")
-        task = self._cluster.loop.create_task(self._carry_out(command, run), name=command.name)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._start(self._carry_out(command, run), command.name)
 
     async def _carry_out(self, command: _Command, run: Callable[[_Command], Awaitable[None]]) -> None:
         COMMAND.set(command.name)

@@ -14,22 +14,21 @@ from random import Random
 from typing import Any, cast
 
 import msgspec
-from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.committed import Change
 from sim.trace import COMMAND
-from sim.users.client_runs import SimulatedMeans, show_version
+from sim.users.client_runs import SimulatedMeans, run_upgrade, show_version
 from sim.users.clients import ApiClient, Apis
 from sim.users.reference import SetNode, Update
 from sim.users.responses import ResponseCheck
 from skep.api.formats.service_form import settled
 from skep.cli.endpoint import HostOptions
 from skep.cli.maintain import maintenance
-from skep.cli.maintain.upgrade import _Upgrade, abort
+from skep.cli.maintain.upgrade import abort
 from skep.cli.maintain.upgrade_plan import UpgradableNode
-from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.errors import SkepError, Unavailable
 from skep.manager.control.nodes import NodeUpdateBody, node_spec
 from skep.manager.control.services import with_network_ids
 from skep.model.networks.data_planes import NODE_LABEL
@@ -131,15 +130,7 @@ class Upgrades:
             installing=self._installing,
             note=self._note,
         )
-        upgrade = _Upgrade(client, means, drains=True, within_s=WITHIN_S)  # type: ignore[arg-type]
-        upgrade.holder = replace(upgrade.holder, by=name)
-        await upgrade.take(continues=True)
-        try:
-            await upgrade.run()
-        except FailedPrecondition:
-            await upgrade.end()
-            raise
-        await upgrade.release()
+        await run_upgrade(client, name, means, within_s=WITHIN_S, continues=True)
 
     def _left_behind(self, version: str, began: float) -> Iterable[str]:
         """Yield the workers that were not upgraded although that was possible all the time."""

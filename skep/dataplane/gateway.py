@@ -91,7 +91,6 @@ class Gateway:
         deferred: DeferredChanges,
         ports: PortReservations,
         state: Path,
-        bridge: str = BRIDGE,
         pools: Sequence[Subnets] = DEFAULT_POOLS,
     ) -> None:
         self._namespaces = namespaces
@@ -100,7 +99,6 @@ class Gateway:
         self._reservations = ports
         self.state = state
         self._state6 = state.with_name(f"{state.name}6")
-        self._bridge = bridge
         self._pools = pools
         self._addresses: Addresses[IPv4Network] | None = None
         self._subnet6: IPv6Network | None = None
@@ -173,7 +171,7 @@ class Gateway:
                 prefix_length=addresses.subnet.prefixlen,
                 gateway=str(addresses.gateway),
                 mac_address=mac_address or mac_of(address),
-                network=self._bridge,
+                network=BRIDGE,
                 interface=interface,
                 port=new_port_name(),
                 is_open=is_open,
@@ -241,7 +239,7 @@ class Gateway:
     @property
     def bridge(self) -> str:
         """Name of the bridge's link."""
-        return self._bridge
+        return BRIDGE
 
     @property
     def subnet(self) -> IPv4Network | None:
@@ -259,7 +257,7 @@ class Gateway:
         """
         if subnet is not None:
             async with self._namespaces.netlink(self._namespaces.home) as home:
-                taken = await _networks_except(home, await _index(home, self._bridge), IPv4Network)
+                taken = await _networks_except(home, await _index(home, BRIDGE), IPv4Network)
             for network in taken:
                 if network.prefixlen and network.overlaps(subnet):
                     raise Forbidden(
@@ -273,7 +271,7 @@ class Gateway:
         try:
             # Remove the link with all its addresses, because it may have addresses that the desired state does not
             # know.
-            await self.home.remove(self._bridge)
+            await self.home.remove(BRIDGE)
             if subnet is None:
                 self.state.unlink(missing_ok=True)
             else:
@@ -339,7 +337,7 @@ class Gateway:
             self._used_subnet6(),
             self._sandboxes.values(),
         )
-        state = gateway_state(self._bridge, subnet, sandboxes, subnet6)
+        state = gateway_state(BRIDGE, subnet, sandboxes, subnet6)
         owners = [
             Owner(one.port, one.mac_address, tuple(filter(None, (one.address, one.address6))))
             for one in sandboxes
@@ -353,9 +351,9 @@ class Gateway:
             )
         ]
         between = between_table((one.port, one.is_open) for one in sandboxes if one.port)
-        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing_filter(owners), between]
+        rules = [gateway_table(BRIDGE, subnet, host_ports), spoofing_filter(owners), between]
         if subnet6 is not None:
-            rules.append(gateway_table_ipv6(self._bridge, subnet6))
+            rules.append(gateway_table_ipv6(BRIDGE, subnet6))
         self.home.set_part(_PART, state, *rules)
 
     def _used_subnet6(self) -> IPv6Network | None:
@@ -465,7 +463,7 @@ class Gateway:
         if refusal:
             log.info("no ipv6 egress for containers", reason=refusal)
         async with self._namespaces.netlink(at_home) as home:
-            index = await _index(home, self._bridge)
+            index = await _index(home, BRIDGE)
             taken = await _networks_except(home, index, IPv4Network)
             subnet = stored_subnet(
                 self.state, taken, IPv4Network, lambda: free_subnet(taken, self._pools, IPv4Network)

@@ -172,14 +172,14 @@ def open_in_directory(directory: int, path: str, flags: int = os.O_RDONLY) -> in
     return _opened(directory, path, flags, _RESOLVE_IN_ROOT)
 
 
-def open_beneath(root: Path, path: str, flags: int = os.O_PATH) -> int:
+def open_beneath(root: Path, path: str) -> int:
     """Open ``path`` below ``root``.  Symbolic links are followed if they do not lead outside.
 
     Raises: OSError: EXDEV: a link (always if absolute) or the path itself leads outside.
     """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _opened(directory, path, flags, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+        return _opened(directory, path, os.O_PATH, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
     finally:
         os.close(directory)
 

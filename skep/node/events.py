@@ -45,8 +45,6 @@ As in Docker, they are compared with the id and name of every event: ``service=w
 containers ``web.1.<task>``.
 """
 
-LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})
-
 FOLLOWED = frozenset({"container", "image", "volume"})
 """Types of events that managers follow.  A manager ends a node's stream at any other type, which it cannot decode."""
 

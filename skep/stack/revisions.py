@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -23,6 +23,8 @@ from skep.model.values.times import SECOND_NS, unix_ns
 from skep.model.values.unknown import leniently
 from skep.stack.planning import StackPlan
 from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
+
+T = TypeVar("T")
 
 KEPT: Final = 10
 KEPT_BYTES: Final = 512 * 1024
@@ -310,31 +312,46 @@ def before(stack: str, revisions: Sequence[StackRevision], number: int | None) -
     Raises: InvalidArgument.
     """
     if number is not None:
-        found = [one for one in revisions if one.number == number]
-        if not found:
-            known = ", ".join(str(one.number) for one in revisions) or "none"
-            raise InvalidArgument(f"there is no revision {number}. Choose one of {known}.")
-        return found[0]
+        return numbered(by_number(revisions), number)
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if deployed and deployed[-1] is revisions[-1]:
         deployed.pop()
     return newest_deployed(stack, deployed)
 
 
+def by_number(revisions: Iterable[StackRevision]) -> Mapping[int, StackRevision]:
+    """Return the revisions of a stack by number, in their order."""
+    return {one.number: one for one in revisions}
+
+
+def numbered(revisions: Mapping[int, T], number: int) -> T:
+    """Return the revision ``number`` of a stack or service.  Raises: InvalidArgument."""
+    if number not in revisions:
+        known = ", ".join(map(str, revisions)) or "none"
+        raise InvalidArgument(f"there is no revision {number}. Choose one of {known}.")
+    return revisions[number]
+
+
 def pair_of(
-    stack: str, revisions: Sequence[StackRevision], first: int | None, second: int | None
-) -> tuple[StackRevision, StackRevision]:
+    name: str, revisions: Mapping[int, T], first: int | None, second: int | None, *, kind: str
+) -> tuple[T, T]:
     """Return the revisions to compare: by default the last two, or with one number that revision and the last.
+
+    Args:
+        name: Name of the stack or service.
+        revisions: Its revisions by number, in order.
+        kind: ``stack`` or ``service``.
 
     Raises: InvalidArgument.
     """
-    if first is None and len(revisions) < 2:
-        known = f"only revision {revisions[0].number}" if revisions else "no revision"
+    numbers = list(revisions)
+    if first is None and len(numbers) < 2:
+        known = f"only revision {numbers[0]}" if numbers else "no revision"
         raise InvalidArgument(
-            f"there is nothing to compare, because {stack} has {known}. Run skep stack history {stack}."
+            f"there is nothing to compare, because {name} has {known}. Run skep {kind} history {name}."
         )
-    older = before(stack, revisions, first) if first is not None else revisions[-2]
-    newer = before(stack, revisions, second) if second is not None else revisions[-1]
+    older = numbered(revisions, numbers[-2] if first is None else first)
+    newer = numbered(revisions, numbers[-1] if second is None else second)
     return older, newer
 
 

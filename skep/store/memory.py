@@ -72,11 +72,11 @@ class Faults(msgspec.Struct):
 class MemoryCluster:
     """The keys that all managers share, and the leader.
 
-    The first candidate becomes the leader.  ``elect`` moves leadership, and ``choose`` picks the next leader if the
-    leader withdraws.
+    The first candidate becomes the leader.  ``elect`` moves leadership.  If the leader withdraws, the candidate with
+    the lowest id is the next one.
     """
 
-    def __init__(self, choose: Callable[[Sequence[NodeId]], NodeId] = min) -> None:
+    def __init__(self) -> None:
         self.revision = 1
         self.compacted = 0
         """Replicas that are behind this revision have to reload everything."""
@@ -86,7 +86,6 @@ class MemoryCluster:
         self._ranged: list[str] = []
         """Sorted keys of references and shared claims, whose ranges are often compared."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
-        self._choose = choose
         self._candidates: dict[NodeId, MemoryStore] = {}
         self._terms: dict[NodeId, _MemoryTerm] = {}
         self._elections = 0
@@ -190,7 +189,7 @@ class MemoryCluster:
         """Add ``node_id`` to the candidates."""
         self._candidates[node_id] = store
         if self.leader is None:
-            self.elect(self._choose(sorted(self._candidates)))
+            self.elect(min(self._candidates))
 
     def withdraw(self, node_id: NodeId) -> None:
         """Remove a candidate that crashed, stopped or was partitioned.  Another candidate becomes the leader."""
@@ -198,7 +197,7 @@ class MemoryCluster:
         if self.leader == node_id:
             self._depose()
             if self._candidates:
-                self.elect(self._choose(sorted(self._candidates)))
+                self.elect(min(self._candidates))
 
     def elect(self, node_id: NodeId, *, quietly: bool = False) -> None:
         """Make ``node_id`` the leader.  With ``quietly``, the old leader notices it only when a write fails."""

@@ -33,7 +33,6 @@ Address: TypeAlias = IPv4Address | IPv6Address
 
 DEFAULT_PORT = str(MANAGER_PORT)
 
-_BAD_NETWORK = "must specify a valid IP address or interface name"
 _BAD_LISTEN = "listen address must be an IP address or network interface (with optional port number)"
 _BAD_ADVERTISE = (
     "advertise address must be a non-zero IP address or network interface (with optional port number)"
@@ -176,12 +175,12 @@ def check_swarm_name(spec: SwarmSpec) -> None:
         raise InvalidArgument('swarm spec must be named "default"')
 
 
-def merged_spec(requested: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmSpec:
-    """Return ``base`` with all values that ``requested`` sets.  Null, zero and "" set nothing.
+def merged_spec(requested: SwarmSpec) -> SwarmSpec:
+    """Return the default spec with all values that ``requested`` sets.  Null, zero and "" set nothing.
 
     Source: moby 20.10, daemon/cluster/convert/swarm.go (MergeSwarmSpecToGRPC).
     """
-    raft, orchestration = requested.raft, requested.orchestration
+    base, raft, orchestration = DEFAULT_SWARM_SPEC, requested.raft, requested.orchestration
     kept, history = raft.keep_old_snapshots, orchestration.task_history_retention_limit
     ca = requested.ca_config
     return replace(

@@ -15,12 +15,12 @@ from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import run_requests
 from skep.cli.stack.stack_screens import differing, max_failures
-from skep.errors import InvalidArgument
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.schedules import stop_labels, without_stop
 from skep.model.service import ServiceSpec
 from skep.model.values.unknown import leniently
 from skep.stack.progress import FAILURES_MAX
+from skep.stack.revisions import numbered, pair_of
 from skep.stack.waiting import wait_for
 
 
@@ -52,7 +52,7 @@ def history(host: HostOptions, name: str, output: OutputOptions) -> None:
     """
 
     async def fetch() -> Shown:
-        found = await _revisions(host, name)
+        found = [*(await _revisions(host, name)).values()]
         rows = [{field: one[field] for field in ("Number", "By", "At", "Changes")} for one in found]
         now = time.time()
         cells = [
@@ -87,12 +87,8 @@ def diff(host: HostOptions, name: str, first: int | None, second: int | None, ou
     """
 
     async def fetch() -> Shown:
-        found = await _revisions(host, name)
-        if first is None and len(found) < 2:
-            raise InvalidArgument(f"{name} has one revision. Show it with skep service history {name}.")
-        older = _numbered(name, found, first) if first is not None else found[-2]
-        newer = _numbered(name, found, second) if second is not None else found[-1]
-        specs = (leniently(msgspec.json.encode(one["Spec"]), ServiceSpec) for one in (older, newer))
+        pair = pair_of(name, await _revisions(host, name), first, second, kind="service")
+        specs = (leniently(msgspec.json.encode(one["Spec"]), ServiceSpec) for one in pair)
         return differing(*specs)
 
     output.show(fetch)
@@ -134,7 +130,7 @@ def rollback(
                     query=query,
                 )
                 return
-            wanted = _numbered(name, await _revisions(host, name), to)["Spec"]
+            wanted = numbered(await _revisions(host, name), to)["Spec"]
 
             def changed(found: Mapping[str, Any]) -> Any:
                 return returned_to(wanted, found["Spec"])
@@ -157,22 +153,13 @@ def returned_to(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> Mappin
     return {**wanted, "Labels": labels, "Mode": mode}
 
 
-async def _revisions(host: HostOptions, name: str) -> Sequence[Mapping[str, Any]]:
+async def _revisions(host: HostOptions, name: str) -> Mapping[int, Mapping[str, Any]]:
+    """Return the revisions of a service by number, the present one last."""
     async with host.client() as client:
-        found: Sequence[Mapping[str, Any]] = await client.get(
+        found = await client.get(
             f"/skep/services/{quote(name, safe='')}/revisions", timeout_s=RESPONSE_TIMEOUT_S
         )
-        return found
-
-
-def _numbered(name: str, found: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any]:
-    for one in found:
-        if one["Number"] == number:
-            return one
-    kept = ", ".join(str(one["Number"]) for one in found)
-    raise InvalidArgument(
-        f"{name} has no revision {number}: {kept} are kept. Show them with skep service history {name}."
-    )
+        return {one["Number"]: one for one in found}
 
 
 @service.command()

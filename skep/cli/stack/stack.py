@@ -59,7 +59,7 @@ from skep.stack.planning import StackPlan, plan_of
 from skep.stack.project import Stack
 from skep.stack.recording import carry_out, refused, return_plan, undo
 from skep.stack.removing import remove
-from skep.stack.revisions import before, pair_of
+from skep.stack.revisions import before, by_number, pair_of
 
 _HINT = re.compile(r"\. Run skep explain \S+\.$")
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
@@ -547,7 +547,8 @@ def diff(host: HostOptions, name: str, first: int | None, second: int | None, ou
 
     async def fetch() -> Shown:
         async with host.requests() as client:
-            older, newer = pair_of(name, await known_revisions(client, name), first, second)
+            found = by_number(await known_revisions(client, name))
+            older, newer = pair_of(name, found, first, second, kind="stack")
             return compared(older.stack(), newer.stack())
 
     output.show(fetch)

@@ -81,20 +81,17 @@ class Healer:
         repairs: Repairs,
         *,
         rng: Callable[[], float],
-        share: float = SHARE,
         processor_s: Callable[[], float] = processor_seconds,
     ) -> None:
         """Make a healer.
 
         Args:
-            share: Share of one core for the slow round.
             processor_s: Returns the processor time that this process has used.
         """
         self.repairs = repairs
         self._namespaces = namespaces
         self._clock = clock
         self._rng = rng
-        self._share = share
         self._processor_s = processor_s
         self.watched: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
         self._watched: set[NetnsReconciler] = set()
@@ -241,7 +238,7 @@ class Healer:
                 # nothing, and on a busy machine it would delay the next round by minutes.  Other work of this process
                 # counts too.
                 spent = min(self._clock.monotonic() - began, self._processor_s() - taken)
-                await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
+                await self._clock.sleep(max(spent / SHARE - spent, ROUND_PAUSE_SECONDS_MIN))
             await self._clock.sleep(max(round_began + ROUND_SECONDS_MIN - self._clock.monotonic(), 0.0))
 
     async def _heal(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:

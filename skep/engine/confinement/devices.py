@@ -69,9 +69,9 @@ def look_up(options: MachineOptions, directories: tuple[Path, ...]) -> Devices:
     return Devices(nodes=tuple(nodes.values()), limited=limited, edits=edits)
 
 
-def machine_devices(dev: Path = DEV) -> Iterator[DeviceNode]:
+def machine_devices() -> Iterator[DeviceNode]:
     """Yield every device of the machine, except terminals and the console, because each container has its own."""
-    for directory, names, files in os.walk(dev):
+    for directory, names, files in os.walk(DEV):
         names[:] = sorted(name for name in names if name not in _NOT_DEVICES)
         for name in sorted(files):
             node = device_at(Path(directory, name))

@@ -25,8 +25,8 @@ class SourceSilent(SkepError):
 class BindSources:
     """Checks each source in a thread.  The thread is abandoned when the time limit has passed."""
 
-    def __init__(self, deadline_s: float = _DEADLINE_S) -> None:
-        self.deadline_s = deadline_s
+    def __init__(self) -> None:
+        self.deadline_s = _DEADLINE_S
         self._calls = BlockingCalls()
 
     async def check(

@@ -90,7 +90,6 @@ class Volumes(VolumeStore):
         directory: Path,
         *,
         plugins: VolumePlugins | None = None,
-        mount_deadline_s: float = _MOUNT_DEADLINE_S,
         command: Sequence[str] = (sys.executable, "-I", "-m", mounting.__name__),
         events: Events | None = None,
         run: Path | None = None,
@@ -105,7 +104,7 @@ class Volumes(VolumeStore):
         super().__init__(directory, events)
         self.refused_paths = [str(run)] if run is not None else []
         self.plugins = plugins or VolumePlugins()
-        self.mount_deadline_s = mount_deadline_s
+        self.mount_deadline_s = _MOUNT_DEADLINE_S
         self._command = command
         self.background = Background()
         """Work that continues if its caller is cancelled.  It runs while the engine runs."""

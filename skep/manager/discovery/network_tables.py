@@ -53,13 +53,13 @@ class AffectedStreams(msgspec.Struct, frozen=True, kw_only=True):
 class TableBuilder:
     """The tables of all overlay networks.  Reads only the snapshot and commits passed to it."""
 
-    def __init__(self, revision: int = 0) -> None:
-        self.revision = revision
+    def __init__(self) -> None:
+        self.revision = 0
         """The revision of the last commit that was handled."""
         self.tables: dict[NetworkId, VersionedTable] = {}
         self.sessions: dict[NodeId, str] = {}
         """The session of each node, as of ``revision``."""
-        self.table_sessions = TableSessions(revision)
+        self.table_sessions = TableSessions(0)
         self._moved: dict[tuple[NetworkId, int], frozenset[NodeId]] = {}
         """Results of ``managers_of_moved`` as of ``revision``, because thousands of stops may need the same result."""
         self._port = data_path_port(())

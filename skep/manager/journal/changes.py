@@ -32,7 +32,6 @@ from skep.store.kinds import Payload
 
 WATCHED = (Service, Task, Node, Secret, Config, Network, Volume, Swarm, Payload)
 """Kinds of objects whose changes may become entries."""
-_ADMINISTERED = (Secret, Config, Network, Volume)
 
 _ENDS = {
     TaskState.COMPLETE: ("complete", Severity.INFO),

@@ -23,7 +23,6 @@ from skep.dataplane.wireguard import kernel
 from skep.dataplane.wireguard.keys import new_private_key
 
 # Source: linux/sched.h and linux/magic.h.
-_CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 _CGROUP2_MAGIC = 0x63677270
 _COMMAND_TIMEOUT_S = 5.0

@@ -29,7 +29,6 @@ from skep.store.leadership import TermState, leader_named
 from skep.store.replica import Replica
 from skep.store.space import COMPACT_AT, QUOTA_BYTES, MemberSpace
 from skep.store.transactions.updates import FencedTerm, Updater, within_deadline
-from skep.store.watches import CAPACITY
 
 PROBE = "probe/space"
 SPACE_S = 0.25
@@ -286,7 +285,6 @@ async def open_store(
     clock: Clock,
     *,
     rng: Callable[[], float] = random.random,
-    watch_capacity: int = CAPACITY,
     quota_bytes: int = QUOTA_BYTES,
     is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
@@ -298,7 +296,6 @@ async def open_store(
         store_on(
             *(client, node_id, wrapping_key, clock),
             rng=rng,
-            watch_capacity=watch_capacity,
             quota_bytes=quota_bytes,
             is_only_member=is_only_member,
         ) as store,
@@ -314,7 +311,6 @@ async def store_on(
     clock: Clock,
     *,
     rng: Callable[[], float] = random.random,
-    watch_capacity: int = CAPACITY,
     quota_bytes: int = QUOTA_BYTES,
     is_only_member: Callable[[], bool] = bool,
 ) -> AsyncIterator[EtcdStore]:
@@ -333,7 +329,7 @@ async def store_on(
     """
     cluster = await cluster_in(client)
     cipher = Cipher(cluster.ring, wrapping_key, cluster.ring_revision)
-    replica = Replica(watch_capacity)
+    replica = Replica()
     batcher = Batcher(
         client,
         cipher,

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 
 from skep.errors import SkepError
 from skep.rpc.headers import request_block
-from skep.security.keypair import KeyPair
-from skep.security.tls import client_context
 from skep.wire import methods
-from skep.wire.client import ManagerChannel, open_channel
+from skep.wire.client import ManagerChannel
 from skep.wire.methods import (
     A,
     BothStream,
@@ -64,16 +62,3 @@ class _Forging(ManagerChannel):
 
     def _block(self, method: Method[Q, A]) -> bytes:
         return request_block(method.path, None, self._metadata, scheme="https", authority=self._name)
-
-
-async def all_calls(address: str, pair: KeyPair) -> Mapping[str, str]:
-    """Return the class of each guarded call's error with this certificate, by name, or ``answered``."""
-    outcome = {}
-    for name in GUARDED:
-        try:
-            async with open_channel(address, client_context(pair), "swarm-manager") as channel:
-                error = await call(channel, name)
-        except SkepError as refused:
-            error = refused
-        outcome[name] = type(error).__name__ if error is not None else "answered"
-    return outcome

@@ -12,7 +12,7 @@ from skep.model.networks.paths import PathCheck, PathPeer, PathReport, ProbeTarg
 from tests.support.networks.overlay_lab import LabNode, OverlayLab
 from tests.support.store.etcd_rig import peer_files
 
-CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT = 2377, 2378, 7946, 4789
+CONTROL_PORT, ETCD_PORT, GOSSIP_PORT = 2377, 2378, 7946
 
 
 def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:

@@ -21,6 +21,7 @@ from skep.stack.revisions import (
     StackRevision,
     before,
     body_of,
+    by_number,
     kept_of,
     names_of,
     newest_deployed,
@@ -107,16 +108,16 @@ def test_the_revisions_to_compare_are_the_last_two_or_those_that_are_named() -> 
     found = revisions(*(config(body(number)) for number in (1, 2, 3)))
 
     def numbers(first: int | None, second: int | None) -> tuple[int, int]:
-        older, newer = pair_of("shop", found, first, second)
+        older, newer = pair_of("shop", by_number(found), first, second, kind="stack")
         return older.number, newer.number
 
     assert (numbers(None, None), numbers(1, None), numbers(3, 1)) == ((2, 3), (1, 3), (3, 1))
     with pytest.raises(InvalidArgument, match="only revision 1"):
-        pair_of("shop", found[:1], None, None)
-    with pytest.raises(InvalidArgument, match="no revision"):
-        pair_of("shop", [], None, None)
+        pair_of("shop", by_number(found[:1]), None, None, kind="stack")
+    with pytest.raises(InvalidArgument, match=r"no revision\. Run skep service history shop\.$"):
+        pair_of("shop", {}, None, None, kind="service")
     with pytest.raises(InvalidArgument, match="no revision 9"):
-        pair_of("shop", found, 9, None)
+        pair_of("shop", by_number(found), 9, None, kind="stack")
 
 
 def test_kept_revisions_keep_their_secrets_and_configs() -> None:

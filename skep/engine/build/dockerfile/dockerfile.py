@@ -85,12 +85,12 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     """Last line numbers of instructions that have empty lines in them."""
 
 
-def parse(text: str, *, with_heredocs: bool = True) -> Parsed:
+def parse(text: str) -> Parsed:
     """Parse a Dockerfile into lines.
 
     Raises: InvalidArgument: it has no line, or an invalid one, in BuildKit's words.
     """
-    return _Parser(text.removeprefix("\ufeff"), with_heredocs=with_heredocs).run()
+    return _Parser(text.removeprefix("\ufeff")).run()
 
 
 def quoted(text: str) -> str:
@@ -104,9 +104,8 @@ def readable(text: str) -> str:
 
 
 class _Parser:
-    def __init__(self, text: str, *, with_heredocs: bool) -> None:
+    def __init__(self, text: str) -> None:
         self._lines: list[str] = re.findall(r"[^\n]*\n|[^\n]+", text)
-        self._with_heredocs = with_heredocs
         self._at = 0
         self._escape = "\\"
         self._directives: dict[str, str] = {}
@@ -202,12 +201,7 @@ class _Parser:
         keyword = line.keyword.lower()
         if keyword == "onbuild" and line.arguments:
             keyword = line.arguments[0].lower()
-        if (
-            not self._with_heredocs
-            or keyword not in _WITH_HEREDOCS
-            or line.is_json
-            or "<<" not in line.original
-        ):
+        if keyword not in _WITH_HEREDOCS or line.is_json or "<<" not in line.original:
             return ()
         found = []
         for word in raw_words(line.original):

@@ -328,9 +328,9 @@ def _add_xattrs(member: tarfile.TarInfo, descriptor: int) -> None:
     member.pax_headers = records
 
 
-def give_up_imports(memory_bytes_max: int = _MEMORY_BYTES_MAX) -> None:
+def give_up_imports() -> None:
     """Prevent the import of further modules, and limit memory."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes_max, memory_bytes_max))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES_MAX, _MEMORY_BYTES_MAX))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0)
     sys.path.clear()
