@@ -40,7 +40,7 @@ just joining has reported its size by then.
 UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
     "no-node": (UNPLACED_S, "no node has accepted a task for {s:.0f} s"),
     "too-large": (TOO_LARGE_S, "no node can accept a task"),
-    "no-address": (TOO_LARGE_S, "no task on its network is stopping"),
+    "no-address": (TOO_LARGE_S, "no address becomes free, because no task on the network is stopping"),
     "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
 }
 """Seconds until a wait ends, and the text of its error, by the kind of the problem."""
@@ -85,6 +85,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     is_done: bool = False
     is_stuck: bool = False
     """Whether it cannot converge without a user's action."""
+    is_explained: bool = False
+    """Whether its tasks show all that the managers know."""
     is_final: bool = False
     """Whether its tasks have ended as intended, so that none can fail again."""
     steady_s: float = 0.0
@@ -191,9 +193,9 @@ def progress_of(
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
-        stopping = sum(not task.status.state.is_terminal for task in tasks)
-        text = f"tasks left to stop: {stopping}" if stopping else "stopped"
-        return ServiceProgress(text, is_done=not stopping)
+        stopping = [task for task in tasks if not task.status.state.is_terminal]
+        text = f"tasks left to stop: {len(stopping)}" if stopping else "stopped"
+        return ServiceProgress(text, _cause(stopping), is_done=not stopping, is_explained=True)
     if (
         ended := _ended(service, tasks, current)
     ) is not None:  # This comes first, because an update counts every early end as a failure.

@@ -17,6 +17,8 @@ from skep.stack.project import NAMESPACE
 
 _ENDED: Final = frozenset(one.value for one in TaskState if one.is_terminal)
 _CLEANING: Final = "waiting for the cluster to remove its ended tasks"
+_IN_USE_S: Final = 10.0
+"""Seconds for which an object may be in use.  The nodes release the addresses of ended tasks within a few seconds."""
 _LOOK_S: Final = 0.5
 """Seconds between checks of the remaining objects."""
 
@@ -87,7 +89,11 @@ async def _wait_tasks_gone(
 
 
 async def _remove(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
-    deadline = asyncio.get_running_loop().time() + wait_s
+    """Remove an object.
+
+    Raises: Unavailable: for ``_IN_USE_S`` it was in use by something that this command does not remove.
+    """
+    deadline = asyncio.get_running_loop().time() + min(wait_s, _IN_USE_S)
     while True:
         try:
             await client.delete(f"/{kind}s/{id}", timeout_s=RESPONSE_TIMEOUT_S)
@@ -95,8 +101,13 @@ async def _remove(client: Requests, kind: str, name: str, id: str, show: Show, w
             return
         except SkepError as error:
             is_in_use = "in use" in str(error) or "active endpoints" in str(error)
-            if not is_in_use or asyncio.get_running_loop().time() > deadline:
+            if not is_in_use:
                 raise
+            show(name, f"{kind} not removed yet: {error}")
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(
+                    f"{kind} {name} was not removed: {error}. Remove what uses it, and rerun the command."
+                ) from error
             await asyncio.sleep(_LOOK_S)
         else:
             show(name, f"{kind} removed")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.api.client.requests import Requests
 from skep.api.client.waiting import persistently
@@ -108,6 +109,8 @@ class Reasons:
         """Slots of failed tasks, by service and task id.  None replaces a slot that has run again since."""
         self._counts: dict[str, set[str]] = {}
         """Texts of the counts of tasks so far, by service.  A new count means progress."""
+        self._last: dict[str, str] = {}
+        """The managers' last reasons, by service."""
         self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
@@ -126,7 +129,7 @@ class Reasons:
         seen = {name: self._seen(name, one, now) for name, one in looks.items()}
         for name in open_:
             has_progress = self._has_progress(name, looks[name].progress.count)
-            explanation = explanations.get(name, Explanation())
+            explanation = self._lasting(name, explanations.get(name, Explanation()), looks[name].progress)
             problem = explanation.problem or looks[name].progress.problem
             made[name] = explained(
                 made[name],
@@ -141,6 +144,16 @@ class Reasons:
                 seen=seen[name],
             )
         return made
+
+    def _lasting(self, name: str, found: Explanation, progress: ServiceProgress) -> Explanation:
+        """Return the explanation, with the last known reason if the managers have none.
+
+        The next attempt may run by the time at which they are asked, although this look has seen a failed task.
+        """
+        if found.reason or not progress.cause:
+            self._last[name] = found.reason
+            return found
+        return replace(found, reason=self._last.get(name, ""))
 
     def _has_progress(self, name: str, count: str) -> bool:
         """Return whether the service has this count of running tasks for the first time.
@@ -172,6 +185,8 @@ class Reasons:
 
 def _is_open(progress: ServiceProgress) -> bool:
     """Return whether the managers may know more.  A stuck update has their message, other stuck services a cause."""
+    if progress.is_explained:
+        return False
     return not progress.is_done and bool(not progress.is_stuck or progress.cause)
 
 

@@ -6,7 +6,7 @@ from skep.manager.diagnosis.reasons import hostname, problem_of, slot_of
 from skep.manager.services.disruption_budget import budget_of
 from skep.model.needs import host_ports
 from skep.model.node import Availability, Node
-from skep.model.node_reports.departures import STAYS
+from skep.model.node_reports.departures import STAYS, UNREPLACED
 from skep.model.options.labels import drains_now
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -35,7 +35,7 @@ def why_it_stays(task: Task, service: Service, tasks: Iterable[Task], nodes: Map
     if successors:
         last = max(successors, key=lambda one: (one.created_at, one.id))
         problem = problem_of(last, slot, nodes, ports=host_ports(service.spec))
-        why = f"its replacement does not run yet: {problem.reason}"
+        why = f"{UNREPLACED}{problem.reason}"
     elif _is_outdated(task, service):
         why = "the update replaces it in its turn"
     else:

@@ -367,7 +367,13 @@ def test_a_stopped_service_is_done_once_its_tasks_have_ended() -> None:
     stopping = a_task(TaskState.RUNNING, TaskState.REMOVE)
     assert progress_of(stopped, [stopping], {stopping.id}).text == "tasks left to stop: 1"
     for tasks in ([], [a_task(TaskState.SHUTDOWN, TaskState.REMOVE)]):
-        assert progress_of(stopped, tasks, ()) == ServiceProgress("stopped", is_done=True)
+        assert progress_of(stopped, tasks, ()) == ServiceProgress("stopped", is_done=True, is_explained=True)
+
+
+def test_a_stopped_service_waits_for_tasks_of_a_node_that_is_down_with_that_reason() -> None:
+    stopped = replace(SERVICE, spec=replace(SERVICE.spec, labels={STOPPED: "true"}))
+    left = a_task(TaskState.UNKNOWN, TaskState.SHUTDOWN, err="node w1 is down")
+    assert progress_of(stopped, [left], ()).text == "tasks left to stop: 1: node w1 is down"
 
 
 def test_a_global_task_that_waits_for_its_restart_counts_as_one_that_does_not_run() -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
-from skep.errors import InvalidArgument, PermissionDenied
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from skep.stack import removing
 from skep.stack.planning import Existing, StackPlan, plan_of
 from skep.stack.recording import _record, undo
@@ -83,6 +84,33 @@ class Ending(Cluster):
             states = self._looks.pop(0)
             return [{"ID": str(number), "Status": {"State": one}} for number, one in enumerate(states)]
         return await super().request(method, path, **options)
+
+
+class InUse(Cluster):
+    """A service of another stack uses the network."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if method == "DELETE":
+            raise FailedPrecondition("network n1 is in use by service web")
+        if path == "/networks":
+            return [{"Name": "shop_default", "Id": "n1"}]
+        return await super().request(method, path, **options)
+
+
+def test_a_removal_ends_with_what_uses_an_object_of_the_stack() -> None:
+    shown, loop = set[str](), VirtualLoop()
+    words = "network n1 is in use by service web"
+    try:
+        with pytest.raises(
+            Unavailable, match=f"network shop_default was not removed: {words}. Remove what uses"
+        ):
+            loop.run_until_complete(
+                removing.remove(InUse(), "shop", lambda *text: shown.add(": ".join(text)), 600.0)
+            )
+        assert loop.time() < 15.0
+    finally:
+        loop.close()
+    assert shown == {f"shop_default: network not removed yet: {words}"}
 
 
 async def test_a_removal_counts_the_tasks_that_have_yet_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,15 +93,15 @@ class Explaining(ApiClient):
 
     def __init__(self, explanations: dict[str, Any]) -> None:
         super().__init__("http://nowhere")
-        self._explanations = explanations
+        self.explanations = explanations
         self.asked: list[str] = []
 
     async def request(self, method: str, path: str, **options: Any) -> Any:
         self.asked.append(path)
         id = path.split("/")[3]
-        if id not in self._explanations:
+        if id not in self.explanations:
             raise NotFound("page not found")
-        return self._explanations[id]
+        return self.explanations[id]
 
 
 @pytest.mark.parametrize("every_s", [20, 70])
@@ -131,6 +131,9 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
         "db": Look(id="d", progress=ServiceProgress("0 of 1 tasks run", "?"), current=frozenset({"t"})),
         "new": Look(id="n", progress=ServiceProgress("0 of 2 tasks run")),
         "old": Look(id="o", progress=ServiceProgress("0 of 1 tasks run", "words of a task")),
+        "off": Look(
+            id="f", progress=ServiceProgress("tasks left to stop: 1", "w1 is down", is_explained=True)
+        ),
     }
     problem = {"Kind": "rejected", "Failures": 2, "TaskID": "t"}
     client = Explaining({"d": {"Reason": "No such image: nope:1", "Problem": problem}})
@@ -141,10 +144,22 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
         "db": "0 of 1 tasks run: 2 failures in a row: No such image: nope:1",
         "new": "0 of 2 tasks run",
         "old": "0 of 1 tasks run: words of a task",
+        "off": "tasks left to stop: 1: w1 is down",
     }
     assert [name for name, one in found.items() if one.is_stuck] == ["db"]
     found = await Reasons(client, 0).explain(looks)
     assert not found["db"].is_stuck
+
+
+async def test_the_reason_stays_while_the_managers_already_see_the_next_attempt_run() -> None:
+    client = Explaining({"w": {"Reason": 'exit 9, last line "boom"'}})
+    reasons, failed = Reasons(client, 5), ServiceProgress("0 of 1 tasks run", "task: non-zero exit (9)")
+    looks = {"web": Look(id="w", progress=failed)}
+    assert (await reasons.explain(looks))["web"].cause == 'exit 9, last line "boom"'
+    client.explanations["w"] = {"Reason": ""}
+    assert (await reasons.explain(looks))["web"].cause == 'exit 9, last line "boom"'
+    other = {"web": Look(id="w", progress=ServiceProgress("0 of 1 tasks run"))}
+    assert (await reasons.explain(other))["web"].cause == ""
 
 
 def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
