@@ -230,12 +230,14 @@ def progress_of(
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
 
 
-def _steady_s(service: Service, tasks: Iterable[Task], current: Collection[str]) -> float:
+def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str]) -> float:
     """Return for how many seconds the running tasks have to stay so, as a task may end a moment after its start.
 
     The leader has monitored the tasks of a completed update itself.  A wait does not compare the times of starts with
     its own clock, so it also verifies tasks that have run for long.
     """
+    if not any(task.is_active for task in tasks):
+        return 0.0
     update, config = service.update_status, service.spec.update_config
     is_monitored = update is not None and update.state in _MONITORED
     if is_monitored and not any(task.id in current and task.status.state in _FAILED for task in tasks):

@@ -30,6 +30,8 @@ from skep.stack.progress import (
     running_by_slot,
 )
 
+_MANAGERS: Final = "managers"
+"""Name under which progress says that no manager responds."""
 _LOOK_S = 0.5
 """Seconds between polls of the services."""
 _RESPONSE_TIMEOUT_S: Final = 15.0
@@ -248,7 +250,7 @@ async def wait_done(
                 waiting.discard(name)
         if waiting:
             await asyncio.sleep(_LOOK_S)
-            looked = await persistently(partial(look, waiting), partial(show, "managers"))
+            looked = await persistently(partial(look, waiting), partial(show, _MANAGERS))
 
 
 async def wait_for(
@@ -267,6 +269,7 @@ async def wait_for(
     async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
         looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
         found = await reasons.explain(looks)
+        shown.pop(_MANAGERS, None)
         open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
         return found
 
@@ -278,8 +281,10 @@ async def wait_for(
         async with asyncio.timeout(wait_s):
             await wait_done(names, look, noted)
     except TimeoutError:
-        unknown = shown.get("managers", "no manager has responded")
-        texts = {name: shown.get(name, unknown) for name in sorted(open_)}
+        if _MANAGERS in shown:
+            why = shown[_MANAGERS].rstrip(".")
+            raise Unavailable(f"not done within {wait_s:g} s: {why}. Run skep status.") from None
+        texts = {name: shown.get(name, "no manager has responded") for name in sorted(open_)}
         raise Unavailable(unfinished(texts, wait_s)) from None
 
 

@@ -407,3 +407,11 @@ def test_the_leader_has_monitored_a_completed_update(
     service = replace(SERVICE, spec=spec, update_status=status)
     found = progress_of(service, [RUNS, NEW_SUFFIX, *[FAILED][:has_failed]])
     assert (found.is_done, found.steady_s) == (True, steady_s)
+
+
+def test_a_service_of_no_tasks_needs_no_verification() -> None:
+    none = replace(
+        SERVICE, spec=replace(SERVICE.spec, mode=ServiceMode(replicated=ReplicatedService(replicas=0)))
+    )
+    found = progress_of(none, [])
+    assert (found.is_done, found.steady_s) == (True, 0.0)

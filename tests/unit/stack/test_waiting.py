@@ -13,7 +13,7 @@ from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
 from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress
-from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done
+from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done, wait_for
 
 
 class Managers:
@@ -185,6 +185,34 @@ def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
     assert not steadiness.is_steady("db", runs, 7.0)
     assert not steadiness.is_steady("db", runs, 7.0 + STEADY_S - 0.1)
     assert steadiness.is_steady("db", runs, 7.0 + STEADY_S)
+
+
+class Leaderless(ApiClient):
+    """Managers that lose their leader after the first look."""
+
+    def __init__(self) -> None:
+        super().__init__("http://nowhere")
+        self._requests = 0
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        self._requests += 1
+        if self._requests > 3:
+            raise Unavailable("The swarm does not have a leader.")
+        if path.startswith("/services/"):
+            return {"ID": "w", "Spec": {"Name": "web", "Mode": {"Replicated": {"Replicas": 1}}}}
+        return []
+
+
+def test_a_wait_whose_managers_lose_their_leader_says_so_at_its_end() -> None:
+    loop = VirtualLoop()
+    try:
+        words = (
+            r"^not done within 20 s: no response, .*: The swarm does not have a leader\. Run skep status\.$"
+        )
+        with pytest.raises(Unavailable, match=words):
+            loop.run_until_complete(wait_for(Leaderless(), ("web",), lambda *_: None, 20.0))
+    finally:
+        loop.close()
 
 
 def test_a_service_that_has_just_started_has_to_run_for_its_monitor_time() -> None:
