@@ -13,8 +13,8 @@ from skep.model.task_end import printable
 
 T = TypeVar("T")
 
-_RPC = re.compile(r"^rpc error: code = \w+ desc = ")
-"""Prefix of SwarmKit's errors in Docker's API, which is not shown to people."""
+_RPC = re.compile(r"\brpc error: code = \w+ desc = ")
+"""Prefix of SwarmKit's errors in Docker's API, which is not shown to people.  An error may quote another one."""
 _NOT_FOUND = re.compile(r"(service|node|network|secret|config|volume|user) \S+ not found")
 _SILENT = re.compile(r"(unix|tcp|ssh)://\S+ does not answer(: .+)?")
 _NO_LEADER = "The swarm does not have a leader. "
@@ -29,7 +29,12 @@ def run_requests(work: Coroutine[Any, Any, T]) -> T:
 
 def say(text: str) -> None:
     """Print a message on standard error, without control characters, as it may come from a node."""
-    click.echo(printable(text), err=True)
+    click.echo(printable(without_code(text)), err=True)
+
+
+def without_code(text: str) -> str:
+    """Return ``text`` without the codes of the errors in it."""
+    return _RPC.sub("", text)
 
 
 @contextmanager
@@ -40,7 +45,7 @@ def errors_shown() -> Iterator[None]:
     except BrokenPipeError:
         raise  # The reader of the output, such as head, has ended. click then ends the command silently.
     except (SkepError, OSError) as error:
-        text = with_next_step(_RPC.sub("", str(error)))
+        text = with_next_step(without_code(str(error)))
         raise click.ClickException("\n".join(map(printable, text.split("\n")))) from error
 
 

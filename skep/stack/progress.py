@@ -40,7 +40,7 @@ just joining has reported its size by then.
 UNPLACED: Final[Mapping[str, tuple[float, str]]] = {
     "no-node": (UNPLACED_S, "no node has accepted a task for {s:.0f} s"),
     "too-large": (TOO_LARGE_S, "no node can accept a task"),
-    "no-address": (TOO_LARGE_S, "no task on its network is stopping"),
+    "no-address": (TOO_LARGE_S, "no address becomes free, because no task on the network is stopping"),
     "not-allocated": (UNPLACED_S, "a task has waited for its networks and ports for {s:.0f} s"),
 }
 """Seconds until a wait ends, and the text of its error, by the kind of the problem."""
@@ -85,6 +85,8 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     is_done: bool = False
     is_stuck: bool = False
     """Whether it cannot converge without a user's action."""
+    is_explained: bool = False
+    """Whether its tasks show all that the managers know."""
     is_final: bool = False
     """Whether its tasks have ended as intended, so that none can fail again."""
     steady_s: float = 0.0
@@ -191,9 +193,9 @@ def progress_of(
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
     if is_stopped(service.spec.labels):
-        stopping = sum(not task.status.state.is_terminal for task in tasks)
-        text = f"tasks left to stop: {stopping}" if stopping else "stopped"
-        return ServiceProgress(text, is_done=not stopping)
+        stopping = [task for task in tasks if not task.status.state.is_terminal]
+        text = f"tasks left to stop: {len(stopping)}" if stopping else "stopped"
+        return ServiceProgress(text, _cause(stopping), is_done=not stopping, is_explained=True)
     if (
         ended := _ended(service, tasks, current)
     ) is not None:  # This comes first, because an update counts every early end as a failure.
@@ -228,12 +230,14 @@ def progress_of(
     return ServiceProgress(text, cause, problem=problem, is_updating=is_updating)
 
 
-def _steady_s(service: Service, tasks: Iterable[Task], current: Collection[str]) -> float:
+def _steady_s(service: Service, tasks: Sequence[Task], current: Collection[str]) -> float:
     """Return for how many seconds the running tasks have to stay so, as a task may end a moment after its start.
 
     The leader has monitored the tasks of a completed update itself.  A wait does not compare the times of starts with
     its own clock, so it also verifies tasks that have run for long.
     """
+    if not any(task.is_active for task in tasks):
+        return 0.0
     update, config = service.update_status, service.spec.update_config
     is_monitored = update is not None and update.state in _MONITORED
     if is_monitored and not any(task.id in current and task.status.state in _FAILED for task in tasks):

@@ -13,10 +13,16 @@ from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
 from skep.stack.created import CreatedObjects
 from skep.stack.deploying import Show, all_of, remove_unchanged
 from skep.stack.planning import removal_of
+from skep.stack.progress import UNPLACED_S
 from skep.stack.project import NAMESPACE
+from skep.stack.waiting import HeldTimes
 
 _ENDED: Final = frozenset(one.value for one in TaskState if one.is_terminal)
+_LOST: Final = TaskState.UNKNOWN.value
+"""State of a task whose node is down, with the node's name in its error."""
 _CLEANING: Final = "waiting for the cluster to remove its ended tasks"
+_IN_USE_S: Final = 10.0
+"""Seconds for which an object may be in use.  The nodes release the addresses of ended tasks within a few seconds."""
 _LOOK_S: Final = 0.5
 """Seconds between checks of the remaining objects."""
 
@@ -71,23 +77,34 @@ async def _wait_tasks_gone(
         tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
         return [one for one in tasks if services is None or one.get("ServiceID") in services]
 
+    times, text = HeldTimes(), ""
     try:
         async with asyncio.timeout(wait_s):
             while tasks := await persistently(read_tasks, partial(show, stack)):
-                left = sum(one["Status"]["State"] not in _ENDED for one in tasks)
-                show(
-                    stack,
-                    f"waiting for {left} {'task' if left == 1 else 'tasks'} to stop" if left else _CLEANING,
-                )
+                left = [one["Status"] for one in tasks if one["Status"]["State"] not in _ENDED]
+                lost = sorted({str(one.get("Err", "")) for one in left if one["State"] == _LOST})
+                text = f"waiting for {len(left)} {'task' if len(left) == 1 else 'tasks'} to stop"
+                text = (f"{text}: {', '.join(lost)}" if lost else text) if left else _CLEANING
+                show(stack, text)
+                are_lost = bool(lost) and all(one["State"] == _LOST for one in left)
+                if times.held_s(len(left), asyncio.get_running_loop().time(), holds=are_lost) >= UNPLACED_S:
+                    raise Unavailable(
+                        f"{stack}: {text}. Rerun the command when the node is back. If it is lost for good, run skep "
+                        "node forget NODE first."
+                    )
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(
-            f"tasks of {stack} have not stopped within {wait_s:g} s. Run skep stack ps {stack}."
+            f"{stack}: not done within {wait_s:g} s: {text}. Run skep stack ps {stack}."
         ) from None
 
 
 async def _remove(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
-    deadline = asyncio.get_running_loop().time() + wait_s
+    """Remove an object.
+
+    Raises: Unavailable: for ``_IN_USE_S`` it was in use by something that this command does not remove.
+    """
+    deadline = asyncio.get_running_loop().time() + min(wait_s, _IN_USE_S)
     while True:
         try:
             await client.delete(f"/{kind}s/{id}", timeout_s=RESPONSE_TIMEOUT_S)
@@ -95,8 +112,13 @@ async def _remove(client: Requests, kind: str, name: str, id: str, show: Show, w
             return
         except SkepError as error:
             is_in_use = "in use" in str(error) or "active endpoints" in str(error)
-            if not is_in_use or asyncio.get_running_loop().time() > deadline:
+            if not is_in_use:
                 raise
+            show(name, f"{kind} not removed yet: {error}")
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(
+                    f"{kind} {name} was not removed: {error}. Remove what uses it, and rerun the command."
+                ) from error
             await asyncio.sleep(_LOOK_S)
         else:
             show(name, f"{kind} removed")

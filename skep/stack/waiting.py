@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.api.client.requests import Requests
 from skep.api.client.waiting import persistently
@@ -29,6 +30,8 @@ from skep.stack.progress import (
     running_by_slot,
 )
 
+_MANAGERS: Final = "managers"
+"""Name under which progress says that no manager responds."""
 _LOOK_S = 0.5
 """Seconds between polls of the services."""
 _RESPONSE_TIMEOUT_S: Final = 15.0
@@ -108,6 +111,8 @@ class Reasons:
         """Slots of failed tasks, by service and task id.  None replaces a slot that has run again since."""
         self._counts: dict[str, set[str]] = {}
         """Texts of the counts of tasks so far, by service.  A new count means progress."""
+        self._last: dict[str, str] = {}
+        """The managers' last reasons, by service."""
         self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
@@ -126,7 +131,7 @@ class Reasons:
         seen = {name: self._seen(name, one, now) for name, one in looks.items()}
         for name in open_:
             has_progress = self._has_progress(name, looks[name].progress.count)
-            explanation = explanations.get(name, Explanation())
+            explanation = self._lasting(name, explanations.get(name, Explanation()), looks[name].progress)
             problem = explanation.problem or looks[name].progress.problem
             made[name] = explained(
                 made[name],
@@ -141,6 +146,16 @@ class Reasons:
                 seen=seen[name],
             )
         return made
+
+    def _lasting(self, name: str, found: Explanation, progress: ServiceProgress) -> Explanation:
+        """Return the explanation, with the last known reason if the managers have none.
+
+        The next attempt may run by the time at which they are asked, although this look has seen a failed task.
+        """
+        if found.reason or not progress.cause:
+            self._last[name] = found.reason
+            return found
+        return replace(found, reason=self._last.get(name, ""))
 
     def _has_progress(self, name: str, count: str) -> bool:
         """Return whether the service has this count of running tasks for the first time.
@@ -172,6 +187,8 @@ class Reasons:
 
 def _is_open(progress: ServiceProgress) -> bool:
     """Return whether the managers may know more.  A stuck update has their message, other stuck services a cause."""
+    if progress.is_explained:
+        return False
     return not progress.is_done and bool(not progress.is_stuck or progress.cause)
 
 
@@ -233,7 +250,7 @@ async def wait_done(
                 waiting.discard(name)
         if waiting:
             await asyncio.sleep(_LOOK_S)
-            looked = await persistently(partial(look, waiting), partial(show, "managers"))
+            looked = await persistently(partial(look, waiting), partial(show, _MANAGERS))
 
 
 async def wait_for(
@@ -252,6 +269,7 @@ async def wait_for(
     async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
         looks = {name: await look_at(client, name) for name in sorted(waiting, key=names.index)}
         found = await reasons.explain(looks)
+        shown.pop(_MANAGERS, None)
         open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
         return found
 
@@ -263,8 +281,10 @@ async def wait_for(
         async with asyncio.timeout(wait_s):
             await wait_done(names, look, noted)
     except TimeoutError:
-        unknown = shown.get("managers", "no manager has responded")
-        texts = {name: shown.get(name, unknown) for name in sorted(open_)}
+        if _MANAGERS in shown:
+            why = shown[_MANAGERS].rstrip(".")
+            raise Unavailable(f"not done within {wait_s:g} s: {why}. Run skep status.") from None
+        texts = {name: shown.get(name, "no manager has responded") for name in sorted(open_)}
         raise Unavailable(unfinished(texts, wait_s)) from None
 
 

@@ -15,6 +15,7 @@ from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
 from skep.model.values.times import ZERO_TIME
 from skep.store.interface import Transaction
+from skep.store.level import SCHEDULES
 from tests.support.builders import a_node, a_task
 from tests.support.clients.command_rig import HANGS, Cluster, a_cluster
 
@@ -37,6 +38,21 @@ async def test_a_wait_that_is_over_names_what_does_not_run(cluster: Cluster) -> 
     code, _, err = await cluster.run("service", "wait", "--timeout", "0.5", "shop_web", "shop_db")
     text = "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run. Run skep explain shop_db."
     assert (code, err.splitlines()[-1]) == (1, text)
+
+
+async def test_a_rollback_of_a_scheduled_job_waits_for_no_run(cluster: Cluster) -> None:
+    spec = {
+        "Name": "tick",
+        "Labels": {"skep.cron": "* * * * *"},
+        "TaskTemplate": {"ContainerSpec": {"Image": HANGS}},
+        "Mode": {"ReplicatedJob": {}},
+    }
+    await cluster.store.update(lambda tx: tx.raise_level(SCHEDULES))
+    async with cluster.requests() as client:
+        made = await client.post("/services/create", spec, timeout_s=10.0)
+        await client.post(f"/skep/services/{made['ID']}/run", timeout_s=10.0)
+    code, _, err = await cluster.run("service", "rollback", "--to", "1", "--timeout", "5", "tick")
+    assert (code, err) == (0, "tick: its next run has this spec\n")
 
 
 async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster: Cluster) -> None:

@@ -295,6 +295,19 @@ async def test_a_user_runs_a_job_now_unless_it_is_going_and_retries_what_failed(
         await store.update(run_job, id, now=TEN, replaces=False)
 
 
+async def test_a_retry_of_a_run_that_restarts_its_failed_tasks_by_itself_says_so(store: Store) -> None:
+    id = await create(store, a_spec("nightly"))
+    await store.update(run_job, id, now=TEN, replaces=False)
+    for name, state in (("t1", TaskState.FAILED), ("t2", TaskState.RUNNING)):
+        task = a_task(name, service=store.view().get(Service, id), state=state)
+        made = replace(task, job_iteration=status(store, id).job_iteration)
+        await store.update(lambda tx, made=made: tx.put(made))
+    with pytest.raises(
+        FailedPrecondition, match="restarts its failed tasks by itself: there is nothing to retry"
+    ):
+        await store.update(retry_job, id)
+
+
 async def test_what_is_no_job_or_gone_is_neither_run_nor_scheduled(store: Store) -> None:
     web = await create(store, a_service_spec("web"))
     for request in (

@@ -14,9 +14,9 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import OutputOptions, Shown, shows, table
 from skep.cli.running import run_requests
-from skep.cli.stack.stack_screens import differing, max_failures
+from skep.cli.stack.stack_screens import ProgressPrinter, differing, max_failures
 from skep.model.options.autoscaling import AUTOSCALE
-from skep.model.options.schedules import stop_labels, without_stop
+from skep.model.options.schedules import CRON, stop_labels, without_stop
 from skep.model.service import ServiceSpec
 from skep.model.values.unknown import leniently
 from skep.stack.progress import FAILURES_MAX
@@ -117,28 +117,28 @@ def rollback(
       skep service rollback --to 3 web
     """
 
-    async def run() -> None:
+    async def run() -> bool:
+        """Return whether the service is a job with a schedule, whose next run has the spec."""
         async with host.requests() as client:
             if to is None:
-                query = {"rollback": "previous"}
-                await update(
-                    client,
-                    "services",
-                    name,
-                    lambda one: one["Spec"],
-                    timeout_s=RESPONSE_TIMEOUT_S,
-                    query=query,
-                )
-                return
-            wanted = numbered(await _revisions(host, name), to)["Spec"]
 
-            def changed(found: Mapping[str, Any]) -> Any:
-                return returned_to(wanted, found["Spec"])
+                def changed(found: Mapping[str, Any]) -> Any:
+                    return found["Spec"]
 
-            await update(client, "services", name, changed, timeout_s=RESPONSE_TIMEOUT_S)
+            else:
+                wanted = numbered(await _revisions(host, name), to)["Spec"]
 
-    run_requests(run())
-    if not detach:
+                def changed(found: Mapping[str, Any]) -> Any:
+                    return returned_to(wanted, found["Spec"])
+
+            query = {"rollback": "previous"} if to is None else {}
+            await update(client, "services", name, changed, timeout_s=RESPONSE_TIMEOUT_S, query=query)
+            found = await client.get(f"/services/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
+            return CRON in (found["Spec"].get("Labels") or {})
+
+    if run_requests(run()):
+        click.echo(f"{name}: its next run has this spec", err=True)
+    elif not detach:
         run_requests(_wait(host, (name,), timeout, FAILURES_MAX, is_quiet=quiet))
 
 
@@ -252,13 +252,6 @@ def is_job(spec: Mapping[str, Any]) -> bool:
 async def _wait(
     host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int, *, is_quiet: bool = False
 ) -> None:
-    shown: dict[str, str] = {}
-
-    def show(name: str, text: str) -> None:
-        if shown.get(name) != text:
-            shown[name] = text
-            if not is_quiet:
-                click.echo(f"{name}: {text}", err=True)
-
+    show = (lambda *_: None) if is_quiet else ProgressPrinter().show
     async with host.client() as client:
         await wait_for(client, names, show, timeout_s, failures_max)

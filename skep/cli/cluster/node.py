@@ -6,7 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import click
@@ -20,7 +20,7 @@ from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
-from skep.model.node_reports.departures import STAYS
+from skep.model.node_reports.departures import STAYS, UNREPLACED
 from skep.model.node_reports.node_refusals import is_no_node
 from skep.model.options.labels import DRAIN_NOW, VOLUME_AFFINITY, VolumeAffinity, volume_affinity
 from skep.model.options.overlap import why_stop_first
@@ -28,12 +28,16 @@ from skep.model.options.slot_volumes import local_volumes
 from skep.model.service import ServiceSpec, TaskSpec
 from skep.model.values.encoding import to_json
 from skep.model.values.unknown import leniently
+from skep.stack.progress import UNPLACED_S
+from skep.stack.waiting import HeldTimes
 
 _LOOK_S = 0.5
 """Seconds between two looks at a node that is drained or evicted.  Both take seconds to minutes."""
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
 """More services or tasks than these are counted, so that the warning stays one sentence."""
+_ASKED_MAX = 20
+"""Tasks whose reasons one look asks for, as each is a request.  With more tasks left, a drain waits for its timeout."""
 _AVAILABILITY = "docker node update --availability"
 _CONTAINERS = {
     False: "It stops its containers when it reaches a manager. Run docker swarm leave --force there to remove them.",
@@ -197,7 +201,9 @@ async def _set_draining(client: ApiClient, name: str, *, now: bool) -> None:
 
 
 async def drain_and_wait(client: ApiClient, name: str, within_s: float, *, now: bool = False) -> None:
-    """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left.
+    """Drain a node and wait until its tasks have ended.
+
+    Raises: Unavailable: some are left, or no node has accepted replacements of the tasks that are left.
 
     Args:
         now: Stop tasks before their replacements run.
@@ -206,6 +212,7 @@ async def drain_and_wait(client: ApiClient, name: str, within_s: float, *, now: 
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
     shown, first = "", name
+    held = HeldTimes()
     try:
         async with asyncio.timeout(within_s):
             while left := await persistently(partial(_tasks_of, client, name), say):
@@ -218,16 +225,45 @@ async def drain_and_wait(client: ApiClient, name: str, within_s: float, *, now: 
                         f". {name} is down and reports no end of them until it is back. "
                         f"If it is lost for good, run skep node forget {name}"
                     )
-                elif stays := await persistently(
-                    partial(_why_it_stays, client, str(tasks[first]["ID"])), say
-                ):
-                    text += f". {first}: {stays}. To stop it all the same, run skep node drain --now {name}"
+                else:
+                    stays = await persistently(partial(_stays, client, tasks), say)
+                    first = stays.name or first
+                    if stays.why:
+                        text += f". {first}: {stays.why}. To stop it all the same, run skep node drain --now {name}"
+                    now_s = asyncio.get_running_loop().time()
+                    if held.held_s(len(left), now_s, holds=stays.are_all_unplaced) >= UNPLACED_S:
+                        raise Unavailable(
+                            f"no node has accepted a replacement for {UNPLACED_S:.0f} s: {text}. {name} stays drained. "
+                            f"Run skep explain {first}."
+                        )
                 if text != shown:
                     say(text)
                 shown = text
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise Unavailable(f"not drained within {within_s:g} s: {shown}. Run skep explain {first}.") from None
+
+
+class _Stays(NamedTuple):
+    """Why tasks are still on a drained node: the first one with a reason, and whether no node takes replacements."""
+
+    name: str = ""
+    why: str = ""
+    are_all_unplaced: bool = False
+
+
+async def _stays(client: ApiClient, tasks: Mapping[str, Mapping[str, Any]]) -> _Stays:
+    """Return why ``tasks``, by name, stay.  Asks no further once a reason is known and waiting may help."""
+    name = why = ""
+    are_unplaced = len(tasks) <= _ASKED_MAX
+    for one in sorted(tasks)[:_ASKED_MAX]:
+        found = await _why_it_stays(client, str(tasks[one]["ID"]))
+        if found and not why:
+            name, why = one, found
+        are_unplaced = are_unplaced and is_no_node(found.partition(UNREPLACED)[2])
+        if why and not are_unplaced:
+            break
+    return _Stays(name, why, are_unplaced)
 
 
 async def _why_it_stays(client: ApiClient, task_id: str) -> str:

@@ -310,7 +310,8 @@ def about_node(info: Mapping[str, Any], *, shows_error: bool = True) -> Iterator
         yield "error", error
     yield "containers", f"{info['ContainersRunning']} running, {counted(info['Images'], 'image')}"
     for warning in info.get("Warnings") or ():
-        yield "warning", warning.removeprefix("WARNING: ")
+        # Docker breaks its warnings into indented lines.
+        yield "warning", " ".join(warning.removeprefix("WARNING: ").split())
 
 
 def _membership(swarm: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import yaml
 
 from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
+from skep.cli.running import say
 from skep.model.needs import host_ports
 from skep.model.options.labels import STACK_FILES, STOPPED
 from skep.model.service import ServiceSpec
@@ -51,7 +52,7 @@ class ProgressPrinter:
     def show(self, name: str, text: str) -> None:
         if self._shown.get(name) != text:
             self._shown[name] = text
-            click.echo(printable(f"{name}: {text}"), err=True)
+            say(f"{name}: {text}")
 
 
 max_failures = click.option(

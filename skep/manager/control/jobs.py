@@ -4,10 +4,18 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from skep.manager.control.services import check_files
-from skep.manager.services.job_runs import has_failed, is_going, retried, started, started_plainly
+from skep.manager.services.job_runs import (
+    has_failed,
+    is_going,
+    of_present_run,
+    retried,
+    started,
+    started_plainly,
+)
 from skep.model.needs import references_of
 from skep.model.network import Network
 from skep.model.service import JobStart, Service
+from skep.model.task import Task
 from skep.model.values.ids import ServiceId
 from skep.model.values.times import Timestamp
 from skep.store.interface import Transaction
@@ -49,9 +57,14 @@ def retry_job(tx: Transaction, id: ServiceId) -> Service:
     """
     service = _job(tx, id)
     if not has_failed(tx, service):
-        raise FailedPrecondition(
-            f"no slot of the current run of job {service.spec.name} has failed: there is nothing to retry"
+        tasks = of_present_run(service, tx.find(Task, service_id=id))
+        is_restarting = any(task.has_failed for task in tasks) and any(task.is_active for task in tasks)
+        why = (
+            f"the current run of job {service.spec.name} restarts its failed tasks by itself"
+            if is_restarting
+            else f"no slot of the current run of job {service.spec.name} has failed"
         )
+        raise FailedPrecondition(f"{why}: there is nothing to retry")
     spec = as_run(
         tx, service
     ).spec  # The run was over, so the objects to which it refers may have been removed.

@@ -167,8 +167,10 @@ class Failures:
     ) -> Failure:
         failures = before.failures + 1 if before else 1
         delay_s = min(self._first_s * 2 ** min(failures - 1, 10), longest_s)
+        # The class says something only about an error that nobody expects.
+        named = "" if isinstance(error, SkepError) and str(error) else f"{type(error).__name__}: "
         return Failure(
-            error=f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS_MAX],
+            error=f"{named}{error}"[:ERROR_CHARACTERS_MAX],
             failures=failures,
             retry_at=self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0),
             is_unavailable=is_unavailable,

@@ -16,7 +16,7 @@ from skep.manager.orchestrator.replacement.enforcement import violates_constrain
 from skep.manager.services.disruption_budget import budget_of, required
 from skep.model.needs import host_ports
 from skep.model.node import Availability, Node
-from skep.model.node_reports.departures import STAYS
+from skep.model.node_reports.departures import STAYS, UNREPLACED
 from skep.model.options.labels import drains_now
 from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -52,7 +52,7 @@ def why_it_stays(
     if successors:
         last = max(successors, key=lambda one: (one.created_at, one.id))
         problem = problem_of(last, slot, nodes, ports=host_ports(service.spec))
-        why = f"its replacement does not run yet: {problem.reason}"
+        why = f"{UNREPLACED}{problem.reason}"
     elif _is_outdated(task, service):
         why = "the update replaces it in its turn"
     else:

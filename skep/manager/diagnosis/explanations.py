@@ -28,7 +28,6 @@ from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.unplaceable import UNPLACEABLE_S, fails_early
 from skep.manager.scheduler.explaining.explain import NodeVerdict
-from skep.manager.services.job_listing import schedule_words
 from skep.manager.services.job_runs import of_present_run, restarts_in
 from skep.model.needs import HostPort, host_ports, needs_of
 from skep.model.node import Node
@@ -248,12 +247,13 @@ def explain_service(
         active: Number of slots with a task that should run and has not ended.  Counted in ``tasks`` if None.
     """
     is_job, update = service.job_status is not None, service.update_status or UpdateStatus()
+    every = tasks
     tasks = of_present_run(service, tasks) if is_job else tasks
     running = _running(tasks) if running is None else running
     active = len({slot_of(task) for task in tasks if task.is_active}) if active is None else active
     ports = host_ports(service.spec)
-    every = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns)
-    problems, hint = split_off_replacements(every, service, tasks, nodes)
+    found = problems_of(service, tasks, nodes, wanted=wanted, now_ns=now_ns, every=every)
+    problems, hint = split_off_replacements(found, service, tasks, nodes)
     if is_job:
         text, reason, is_healthy = _of_job(service, tasks, running, problems, nodes)
     else:
@@ -275,7 +275,6 @@ def explain_service(
         completed=done,
         reasons=_counted_problems(one for one in problems if one.pending_task_id),
         failures=_failures(tasks),
-        schedule=schedule_words(service),
         update_status=service.update_status,
         update=explain_update(
             service,

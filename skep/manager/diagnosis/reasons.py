@@ -414,6 +414,7 @@ def _unhealthy(task: Task, end: TaskEnd) -> str:
     if end.health_exit_code is not None:
         last = f", last: exit {end.health_exit_code}, " + (f'output "{output}"' if output else "no output")
     else:
+        output = _RUNTIME_WORDS.sub("", output)
         last = f", last: {output}" if output else ""
     return f"unhealthy: its health check{named} failed{times}{last}"
 
@@ -478,7 +479,13 @@ def _state(node: Node) -> str:
 
 
 def problems_of(
-    service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node], *, wanted: int, now_ns: int
+    service: Service,
+    tasks: Iterable[Task],
+    nodes: Mapping[NodeId, Node],
+    *,
+    wanted: int,
+    now_ns: int,
+    every: Iterable[Task] = (),
 ) -> list[TaskProblem]:
     """Return the problem of each slot that is not in its desired state, the most important first.
 
@@ -486,7 +493,12 @@ def problems_of(
         tasks: All tasks of the service, ended ones included.  For a job, the tasks of its current run.
         wanted: Desired number of tasks that run at the same time.
         now_ns: Unix time.  A task in a crash loop is a problem until it has run long enough.
+        every: All tasks of a job.  A task that waited for its restart when a user retried the run replaces a task that
+            no longer counts.
     """
+    before: dict[SlotId, list[Task]] = defaultdict(list)
+    for task in every:
+        before[slot_of(task)].append(task)
     slots: dict[SlotId, list[Task]] = defaultdict(list)
     for task in tasks:
         slots[slot_of(task)].append(task)
@@ -504,7 +516,10 @@ def problems_of(
             for task in current
             if task.status.state is not TaskState.RUNNING or loop_ends_ns(task, now_ns) is not None
         ]
-        found += [problem_of(task, slot, nodes, name_of(task, service, nodes), ports) for task in behind]
+        found += [
+            problem_of(task, before[slot_of(task)] or slot, nodes, name_of(task, service, nodes), ports)
+            for task in behind
+        ]
     if active < wanted or service.job_status is not None:
         found += [_failure(task, nodes, name_of(task, service, nodes)) for task in failed]
     return sorted(found, key=lambda one: one.rank)

@@ -5,7 +5,7 @@ explain``, the dashboard and the metrics show its result, so they cannot disagre
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from msgspec.structs import replace
@@ -14,9 +14,10 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control.tasks import known_status, with_damage
 from skep.manager.diagnosis.explanations import IS_STOPPED, ServiceExplanation, explain_service
-from skep.manager.diagnosis.reasons import SlotId, loop_ends_ns, slot_of
+from skep.manager.diagnosis.reasons import SlotId, hostname, loop_ends_ns, slot_of
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.slots import DoneSlots
+from skep.manager.services.job_listing import schedule_words
 from skep.model.node import Node
 from skep.model.options.labels import is_stopped
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceHealth, ServiceStatus, UpdateStatus
@@ -93,7 +94,7 @@ def _explanation(
     if len(tasks) > EXPLAINED_MAX:
         tasks = [task for task in tasks if slot_of(task) not in slots.settled][:EXPLAINED_MAX]
     known = [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
-    return explain_service(
+    explanation = explain_service(
         as_run(view, service),
         [with_damage(view, task) for task in known],
         running=status.running_tasks,
@@ -104,6 +105,19 @@ def _explanation(
         now_ns=now_ns,
         is_new=is_new,
     )
+    # A run keeps the labels with which it began, but its schedule has the present ones.
+    explanation = replace(explanation, schedule=schedule_words(service))
+    if not is_stopped(service.spec.labels):
+        return explanation
+    return replace(explanation, summary=explanation.summary + _left_on_lost_nodes(view, tasks))
+
+
+def _left_on_lost_nodes(view: View, tasks: Iterable[Task]) -> str:
+    """Return a clause about tasks of a stopped service that nobody knows to have ended, or an empty text."""
+    left = [task for task in tasks if known_status(view, task).state is TaskState.UNKNOWN]
+    names = sorted({hostname(view.lookup(Node, task.node_id), task) for task in left})
+    is_ = "is" if len(names) == 1 else "are"
+    return f"; {len(left)} may still run on {', '.join(names)}, which {is_} down" if left else ""
 
 
 async def _slots(view: View, service: Service, now_ns: int, clock: Clock) -> _Slots:

@@ -27,7 +27,7 @@ from skep.model.service import GenericResource, Placement
 from skep.model.task import Task
 
 NO_ADDRESSES: Final = "no available IPv"
-"""Start of the allocator's error about a network without free addresses."""
+"""Words of the allocator's error about a network without free addresses."""
 _MEBIBYTE: Final = 1 << 20
 _PLUGIN_TYPES: Final = {"Log": "log driver", "Network": "network driver", "Volume": "volume driver"}
 
@@ -36,7 +36,7 @@ async def has_full_network(task: Task, tasks: Iterable[Task], clock: Clock) -> b
     """Return whether ``task`` waits for an address of a network on which no task is stopping.  Yields to the event
     loop between ``tasks``, which are all tasks of the cluster.
     """
-    if not task.status.err.startswith(NO_ADDRESSES):
+    if NO_ADDRESSES not in task.status.err:
         return False
     slices = TimeSlices(clock)
     for one in tasks:

@@ -368,8 +368,9 @@ def room_warnings(view: View, service: Service) -> list[str]:
             continue
         size = usage_of(network, 0).size
         if number >= NEARLY_FULL * size:
+            state = "too small" if number > size else "nearly full"
             warnings.append(
-                f"network {network.spec.name} has {size} addresses, and its services need {number}: "
+                f"network {network.spec.name} is {state}: its services need {number} addresses, and it has {size}: "
                 f"add a subnet with skep network update --subnet-add SUBNET {network.spec.name}"
             )
     return warnings

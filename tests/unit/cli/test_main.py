@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from skep.cli import main as cli
 from skep.cli import passthrough
-from skep.cli.running import with_next_step
+from skep.cli.running import with_next_step, without_code
 
 
 def test_help_lists_every_command_with_a_sentence_and_examples() -> None:
@@ -137,3 +137,10 @@ def test_version_without_all_and_update_of_a_container_are_dockers(monkeypatch: 
         ["version", "--format", "x"],
         ["update", "--memory", "1g", "c1"],
     ]
+
+
+def test_codes_of_errors_are_left_out_also_within_a_text() -> None:
+    code = "rpc error: code = FailedPrecondition desc = "
+    assert without_code(f"{code}network n is in use") == "network n is in use"
+    quoted = f"network net was not removed: {code}n is in use. Rerun the command."
+    assert without_code(quoted) == "network net was not removed: n is in use. Rerun the command."

@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
+from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
 from skep.cli.cluster.node import _drain, _Progress, drain_and_wait, left_behind, named, without_node
 from skep.cli.main import main
@@ -13,8 +14,11 @@ from skep.errors import Unavailable
 from skep.manager.routes import ManagerApi
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
+from skep.model.node_reports.departures import STAYS, UNREPLACED
+from skep.model.node_reports.node_refusals import NO_NODE
 from skep.model.options.labels import DRAIN_NOW, MIN_AVAILABLE
 from skep.model.task import TaskState
+from skep.stack.progress import UNPLACED_S
 from tests.support.builders import a_node, a_service, a_task
 
 
@@ -181,6 +185,44 @@ async def test_a_drain_of_a_node_that_is_down_says_why_its_tasks_are_left(
         await drain_and_wait(cast("ApiClient", DownNode()), "w9", 0.01)
     assert "run skep node forget w9" in str(raised.value)
     assert "w9 is down" in capsys.readouterr().err
+
+
+class PinnedTasks(DownNode):
+    """Managers of a drained node with two tasks.  The replacement of the second one starts after ``starts_after``
+    looks.
+    """
+
+    def __init__(self, starts_after: int) -> None:
+        self._left = starts_after
+
+    async def get(self, path: str, **_: object) -> Any:
+        if path == "/tasks":
+            state = {"State": "running"}
+            return [
+                {"ID": f"t{slot}", "ServiceID": "s1", "Slot": slot, "Status": state}
+                for slot in range(1, 3 if self._left else 2)
+            ]
+        if path.endswith("/explain"):
+            self._left -= path.startswith("/skep/tasks/t2")
+            return {"Summary": f"{STAYS} w9, which is drained: {UNREPLACED}{NO_NODE} (constraints)"}
+        if path == "/nodes/w9":
+            return {"ID": "n9", "Version": {"Index": 1}, "Spec": {}, "Status": {"State": "ready"}}
+        return await super().get(path)
+
+
+@pytest.mark.parametrize(("starts_after", "ends_s"), [(-1, UNPLACED_S), (100, 50 + UNPLACED_S)])
+def test_a_drain_ends_once_no_node_has_accepted_a_replacement_for_a_minute(
+    starts_after: int, ends_s: float
+) -> None:
+    loop = VirtualLoop()
+    try:
+        with pytest.raises(
+            Unavailable, match=r"no node has accepted a replacement for 60 s: .* w9 stays drained"
+        ):
+            loop.run_until_complete(drain_and_wait(cast("ApiClient", PinnedTasks(starts_after)), "w9", 600.0))
+        assert loop.time() == pytest.approx(ends_s, abs=1.0)
+    finally:
+        loop.close()
 
 
 @pytest.mark.parametrize(

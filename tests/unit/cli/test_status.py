@@ -311,3 +311,13 @@ def test_an_earlier_state_has_its_time_with_the_name_of_the_zone() -> None:
     }
     now = datetime.fromtimestamp(NOW, timezone(timedelta(hours=1), "CET"))
     assert status_of_state(state, now).node == (("at", "2026-01-31 13:00:00 CET (revision 7)"),)
+
+
+def test_a_warning_that_docker_breaks_into_lines_is_one_sentence() -> None:
+    info = {"Name": "m1", "ServerVersion": "1", "NCPU": 2, "MemTotal": 1 << 30, "Swarm": {}}
+    counts = {
+        "ContainersRunning": 0,
+        "Images": 1,
+        "Warnings": ["WARNING: It provides\n         no fault tolerance."],
+    }
+    assert dict(about_node(info | counts))["warning"] == "It provides no fault tolerance."

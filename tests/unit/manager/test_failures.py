@@ -182,3 +182,10 @@ def test_that_the_term_is_over_is_nothing_about_an_object() -> None:
 
     with pytest.raises(NotLeader):
         for_each_isolated("test of entering", [Config(id=ConfigId("c1"), spec=ConfigSpec(name="x"))], enter)
+
+
+def test_an_expected_error_is_named_without_its_class(failures: Failures) -> None:
+    failures.record("web", NotFound("network n1 not found"))
+    failure = failures.of("web")
+    assert failure is not None
+    assert failure.error == "network n1 not found"

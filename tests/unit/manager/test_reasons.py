@@ -127,6 +127,19 @@ UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
             f"{CHECK}Health check exceeded timeout (1s)",
         ),
         (
+            ended(
+                137,
+                replace(
+                    SICK,
+                    health_exit_code=None,
+                    health_output="OCI runtime exec failed: exec failed: unable to start container process: "
+                    'exec: "curl": executable file not found in $PATH: unknown',
+                ),
+            ),
+            CauseKind.UNHEALTHY,
+            f'{CHECK}exec: "curl": executable file not found in $PATH',
+        ),
+        (
             ended(137, replace(SICK, health_output="")),
             CauseKind.UNHEALTHY,
             f"{CHECK}exit 7, no output",

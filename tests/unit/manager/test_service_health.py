@@ -6,6 +6,8 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.manager.diagnosis.service_health import explanation_of, service_status, status_with_health
 from skep.model.node import Availability, Node, NodeState, NodeStatus
+from skep.model.options.labels import STOPPED
+from skep.model.options.schedules import CRON, CRON_SUSPEND
 from skep.model.service import (
     HealthState,
     JobStatus,
@@ -24,11 +26,13 @@ from skep.model.values.ids import TaskId
 from skep.model.values.meta import Version
 from skep.model.values.times import SECOND_NS, Timestamp, timestamp
 from skep.store.interface import View
+from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 CLOCK = SystemClock()
 RUNNING, STARTING, SHUTDOWN = TaskState.RUNNING, TaskState.STARTING, TaskState.SHUTDOWN
+EARLIER, LATER = Timestamp("2026-11-27T11:00:00Z"), Timestamp("2026-11-27T11:00:01Z")
 NOW_NS = 1_800_000_000 * SECOND_NS
 M1 = a_node("m1")
 
@@ -184,3 +188,47 @@ async def test_a_slot_of_a_one_shot_service_that_is_done_needs_no_task() -> None
     once = web(spec=replace(spec, task_template=replace(spec.task_template, restart_policy=policy)))
     assert (await health(once, tasks(once, TaskState.COMPLETE, RUNNING))).state is HealthState.HEALTHY
     assert (await health(once, tasks(once, TaskState.COMPLETE))).state is HealthState.CONVERGING
+
+
+async def test_a_job_that_is_stopped_during_its_run_has_the_schedule_of_the_service() -> None:
+    """The run keeps the spec with which it began."""
+    status = JobStatus(job_iteration=Version(index=1), spec_version=Version(index=1))
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    begun = replace(a_service_spec("tick"), mode=mode, labels={CRON: "* * * * *"})
+    stopped = replace(begun, labels={**begun.labels, CRON_SUSPEND: "true", STOPPED: "true"})
+    service = replace(a_service("tick", spec=stopped), job_status=status, spec_version=Version(index=3))
+    store = MemoryStore(CLOCK)
+    version = SpecVersion(id=f"{service.id}/1", service_id=service.id, index=1, spec=begun)
+    await store.update(lambda tx: [tx.put(one) for one in (M1, service, version)])
+    view = store.view()
+    found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+    assert found.schedule == "* * * * * (UTC); stopped: skep service start tick resumes its schedule"
+
+
+async def test_a_task_that_waited_for_its_restart_at_a_retry_has_the_reason_of_the_failure() -> None:
+    retried = JobStatus(job_iteration=Version(index=1), retried_until=LATER)
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    service = replace(a_service("big", spec=replace(a_service_spec("big"), mode=mode)), job_status=retried)
+    failed, waiting = (
+        replace(task, job_iteration=retried.job_iteration) for task in tasks(service, RUNNING, STARTING)
+    )
+    failed = replace(
+        failed,
+        status=TaskStatus(state=TaskState.FAILED, err="task: non-zero exit (7)"),
+        desired_state=TaskState.SHUTDOWN,
+        created_at=EARLIER,
+    )
+    waiting = replace(waiting, slot=failed.slot, created_at=LATER, restart=Restart(failures=1))
+    found = await health(service, [failed, waiting])
+    assert found.reason.startswith("exit 7")
+
+
+async def test_a_stopped_service_names_the_nodes_that_are_down_with_its_tasks() -> None:
+    service = web()
+    service = replace(service, spec=replace(service.spec, labels={STOPPED: "true"}))
+    down = replace(M1, status=NodeStatus(state=NodeState.DOWN))
+    left = [replace(task, desired_state=TaskState.SHUTDOWN) for task in tasks(service, RUNNING, SHUTDOWN)]
+    view = await stored(service, left, down)
+    found = await explanation_of(view, service, await service_status(view, service), NOW_NS, CLOCK)
+    name = M1.description.hostname
+    assert found.summary.endswith(f"starts its tasks; 1 may still run on {name}, which is down")

@@ -367,7 +367,13 @@ def test_a_stopped_service_is_done_once_its_tasks_have_ended() -> None:
     stopping = a_task(TaskState.RUNNING, TaskState.REMOVE)
     assert progress_of(stopped, [stopping], {stopping.id}).text == "tasks left to stop: 1"
     for tasks in ([], [a_task(TaskState.SHUTDOWN, TaskState.REMOVE)]):
-        assert progress_of(stopped, tasks, ()) == ServiceProgress("stopped", is_done=True)
+        assert progress_of(stopped, tasks, ()) == ServiceProgress("stopped", is_done=True, is_explained=True)
+
+
+def test_a_stopped_service_waits_for_tasks_of_a_node_that_is_down_with_that_reason() -> None:
+    stopped = replace(SERVICE, spec=replace(SERVICE.spec, labels={STOPPED: "true"}))
+    left = a_task(TaskState.UNKNOWN, TaskState.SHUTDOWN, err="node w1 is down")
+    assert progress_of(stopped, [left], ()).text == "tasks left to stop: 1: node w1 is down"
 
 
 def test_a_global_task_that_waits_for_its_restart_counts_as_one_that_does_not_run() -> None:
@@ -401,3 +407,11 @@ def test_the_leader_has_monitored_a_completed_update(
     service = replace(SERVICE, spec=spec, update_status=status)
     found = progress_of(service, [RUNS, NEW_SUFFIX, *[FAILED][:has_failed]])
     assert (found.is_done, found.steady_s) == (True, steady_s)
+
+
+def test_a_service_of_no_tasks_needs_no_verification() -> None:
+    none = replace(
+        SERVICE, spec=replace(SERVICE.spec, mode=ServiceMode(replicated=ReplicatedService(replicas=0)))
+    )
+    found = progress_of(none, [])
+    assert (found.is_done, found.steady_s) == (True, 0.0)

@@ -3,11 +3,16 @@
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
+from sim.world.time import VirtualLoop
 from skep.api.client.client import ApiClient
-from skep.errors import InvalidArgument, PermissionDenied
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from skep.model.container import ContainerSpec
+from skep.model.service import ServiceSpec, TaskSpec
 from skep.stack import removing
-from skep.stack.planning import Existing, StackPlan, plan_of
+from skep.stack.created import CreatedObjects
+from skep.stack.planning import Existing, PlanAction, PlannedChange, StackPlan, plan_of
 from skep.stack.recording import _record, undo
 from tests.unit.stack.test_revisions import a_stack, body, config
 
@@ -54,6 +59,31 @@ async def test_a_stack_that_was_there_is_left_when_it_cannot_be_deployed_again(
     assert cluster.changes == []
 
 
+class Changed(Cluster):
+    """Someone has given the service the image ``fixed`` since the deploy."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/services/shop_web":
+            return {"ID": "w", "Version": {"Index": 9}, "Spec": to_builtins(a_spec("fixed"))}
+        return await super().request(method, path, **options)
+
+
+def a_spec(image: str) -> ServiceSpec:
+    return ServiceSpec(name="shop_web", task_template=TaskSpec(container_spec=ContainerSpec(image=image)))
+
+
+async def test_an_undo_leaves_a_service_that_someone_else_has_changed() -> None:
+    change = PlannedChange(
+        action=PlanAction.UPDATE, kind="service", name="shop_web", spec=a_spec("bad"), id="w"
+    )
+    created = CreatedObjects(updated={"shop_web": (a_spec("good"), a_spec("bad"))})
+    plan = StackPlan(stack="shop", changes=(change,), is_new=False)
+    cluster = Changed()
+    text = await undo(cluster, plan, lambda *_: None, 1.0, lambda _: None, created)
+    assert text.endswith("previous specs again, except for shop_web (someone else has changed it)")
+    assert cluster.changes == []
+
+
 class Full(Cluster):
     """The stack has no room for another config."""
 
@@ -83,6 +113,53 @@ class Ending(Cluster):
             states = self._looks.pop(0)
             return [{"ID": str(number), "Status": {"State": one}} for number, one in enumerate(states)]
         return await super().request(method, path, **options)
+
+
+class Lost(Cluster):
+    """A task of the stack is on a node that is down."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/tasks":
+            return [{"ID": "1", "Status": {"State": "unknown", "Err": "node w1 is down"}}]
+        return await super().request(method, path, **options)
+
+
+def test_a_removal_names_the_node_that_is_down_with_its_tasks_and_ends_after_a_minute() -> None:
+    shown, loop = set[str](), VirtualLoop()
+    try:
+        with pytest.raises(Unavailable, match=r"1 task to stop: node w1 is down\. Rerun the command when"):
+            loop.run_until_complete(removing.remove(Lost(), "shop", lambda *text: shown.add(text[1]), 600.0))
+        assert loop.time() == pytest.approx(60.0, abs=1.0)
+    finally:
+        loop.close()
+    assert shown == {"waiting for 1 task to stop: node w1 is down"}
+
+
+class InUse(Cluster):
+    """A service of another stack uses the network."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if method == "DELETE":
+            raise FailedPrecondition("network n1 is in use by service web")
+        if path == "/networks":
+            return [{"Name": "shop_default", "Id": "n1"}]
+        return await super().request(method, path, **options)
+
+
+def test_a_removal_ends_with_what_uses_an_object_of_the_stack() -> None:
+    shown, loop = set[str](), VirtualLoop()
+    words = "network n1 is in use by service web"
+    try:
+        with pytest.raises(
+            Unavailable, match=f"network shop_default was not removed: {words}. Remove what uses"
+        ):
+            loop.run_until_complete(
+                removing.remove(InUse(), "shop", lambda *text: shown.add(": ".join(text)), 600.0)
+            )
+        assert loop.time() < 15.0
+    finally:
+        loop.close()
+    assert shown == {f"shop_default: network not removed yet: {words}"}
 
 
 async def test_a_removal_counts_the_tasks_that_have_yet_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

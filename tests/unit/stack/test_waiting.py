@@ -13,7 +13,7 @@ from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
 from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress
-from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done
+from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done, wait_for
 
 
 class Managers:
@@ -93,15 +93,15 @@ class Explaining(ApiClient):
 
     def __init__(self, explanations: dict[str, Any]) -> None:
         super().__init__("http://nowhere")
-        self._explanations = explanations
+        self.explanations = explanations
         self.asked: list[str] = []
 
     async def request(self, method: str, path: str, **options: Any) -> Any:
         self.asked.append(path)
         id = path.split("/")[3]
-        if id not in self._explanations:
+        if id not in self.explanations:
             raise NotFound("page not found")
-        return self._explanations[id]
+        return self.explanations[id]
 
 
 @pytest.mark.parametrize("every_s", [20, 70])
@@ -131,6 +131,9 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
         "db": Look(id="d", progress=ServiceProgress("0 of 1 tasks run", "?"), current=frozenset({"t"})),
         "new": Look(id="n", progress=ServiceProgress("0 of 2 tasks run")),
         "old": Look(id="o", progress=ServiceProgress("0 of 1 tasks run", "words of a task")),
+        "off": Look(
+            id="f", progress=ServiceProgress("tasks left to stop: 1", "w1 is down", is_explained=True)
+        ),
     }
     problem = {"Kind": "rejected", "Failures": 2, "TaskID": "t"}
     client = Explaining({"d": {"Reason": "No such image: nope:1", "Problem": problem}})
@@ -141,10 +144,22 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
         "db": "0 of 1 tasks run: 2 failures in a row: No such image: nope:1",
         "new": "0 of 2 tasks run",
         "old": "0 of 1 tasks run: words of a task",
+        "off": "tasks left to stop: 1: w1 is down",
     }
     assert [name for name, one in found.items() if one.is_stuck] == ["db"]
     found = await Reasons(client, 0).explain(looks)
     assert not found["db"].is_stuck
+
+
+async def test_the_reason_stays_while_the_managers_already_see_the_next_attempt_run() -> None:
+    client = Explaining({"w": {"Reason": 'exit 9, last line "boom"'}})
+    reasons, failed = Reasons(client, 5), ServiceProgress("0 of 1 tasks run", "task: non-zero exit (9)")
+    looks = {"web": Look(id="w", progress=failed)}
+    assert (await reasons.explain(looks))["web"].cause == 'exit 9, last line "boom"'
+    client.explanations["w"] = {"Reason": ""}
+    assert (await reasons.explain(looks))["web"].cause == 'exit 9, last line "boom"'
+    other = {"web": Look(id="w", progress=ServiceProgress("0 of 1 tasks run"))}
+    assert (await reasons.explain(other))["web"].cause == ""
 
 
 def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
@@ -170,6 +185,34 @@ def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
     assert not steadiness.is_steady("db", runs, 7.0)
     assert not steadiness.is_steady("db", runs, 7.0 + STEADY_S - 0.1)
     assert steadiness.is_steady("db", runs, 7.0 + STEADY_S)
+
+
+class Leaderless(ApiClient):
+    """Managers that lose their leader after the first look."""
+
+    def __init__(self) -> None:
+        super().__init__("http://nowhere")
+        self._requests = 0
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        self._requests += 1
+        if self._requests > 3:
+            raise Unavailable("The swarm does not have a leader.")
+        if path.startswith("/services/"):
+            return {"ID": "w", "Spec": {"Name": "web", "Mode": {"Replicated": {"Replicas": 1}}}}
+        return []
+
+
+def test_a_wait_whose_managers_lose_their_leader_says_so_at_its_end() -> None:
+    loop = VirtualLoop()
+    try:
+        words = (
+            r"^not done within 20 s: no response, .*: The swarm does not have a leader\. Run skep status\.$"
+        )
+        with pytest.raises(Unavailable, match=words):
+            loop.run_until_complete(wait_for(Leaderless(), ("web",), lambda *_: None, 20.0))
+    finally:
+        loop.close()
 
 
 def test_a_service_that_has_just_started_has_to_run_for_its_monitor_time() -> None:

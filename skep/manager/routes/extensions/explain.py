@@ -36,7 +36,7 @@ from skep.manager.scheduler.explaining.explain import (
 from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.manager.services.quotas import replicas_within_quota
-from skep.model.needs import host_ports
+from skep.model.needs import cluster_mounts, host_ports, sources_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.node_reports.node_refusals import NodeRefusal, node_refusals_in
@@ -45,6 +45,7 @@ from skep.model.options.dependencies import WAITS_FOR
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId
+from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import as_run, spec_of
 
@@ -124,6 +125,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         explanation = _with_figures(
             explanation, await _read_verdicts(view, waiting, names_for(identity_of(request)))
         )
+        explanation = _with_missing_volumes(explanation, waiting, view)
     problem = explanation.problem
     blocked = view.lookup(Task, problem.task_id) if problem is not None else None
     if problem is not None and blocked is not None and problem.kind == CauseKind.NOT_ALLOCATED.value:
@@ -148,6 +150,19 @@ def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceE
     if found.priority:
         summary = f"{summary}; {found.priority}"
     return replace(explanation, reason=reason, summary=summary)
+
+
+def _with_missing_volumes(explanation: ServiceExplanation, task: Task, view: View) -> ServiceExplanation:
+    """Add the cluster volumes that the waiting ``task`` needs and the cluster does not have."""
+    reason = explanation.reason
+    if NodeRefusal.CLUSTER_VOLUMES not in node_refusals_in(reason):
+        return explanation
+    known = {source for volume in view.find(Volume) for source in sources_of(volume)}
+    missing = [one.source for one in cluster_mounts(task.spec) if one.source not in known]
+    if not missing:
+        return explanation
+    named = f"{reason}; the cluster has no volume {', '.join(missing)}"
+    return replace(explanation, reason=named, summary=explanation.summary.replace(reason, named, 1))
 
 
 def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:

@@ -217,7 +217,9 @@ async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
                 raise PermissionDenied(f"service {change.spec.name} cannot be moved to another stack")
             if why := known_service(view, service).machine_rights:
-                raise PermissionDenied(f"service {service.spec.name} has {why}")
+                raise PermissionDenied(
+                    f"service {service.spec.name} has {why}, which only administrators may give"
+                )
     return tuple(change.spec for change in changes)
 
 

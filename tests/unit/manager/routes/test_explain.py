@@ -8,6 +8,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
 from skep.manager.routes import application
+from skep.model.container import ContainerSpec, Mount
 from skep.model.network import Network
 from skep.model.node import Availability
 from skep.model.node_reports.node_refusals import NodeRefusal, no_node_text
@@ -16,7 +17,7 @@ from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.values.ids import NetworkId, NodeId
 from skep.store.interface import Object
 from tests.conformance.manager import a_manager_api
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_task
 
 MIB = 1 << 20
 REFUSED = no_node_text(NodeRefusal.RESOURCES.text(2))
@@ -82,3 +83,18 @@ def test_a_network_without_addresses_is_full_for_good_unless_a_task_on_it_stops(
     )
     found = asyncio.run(explained(a_node("n1"), web, db, task, on))
     assert (found["Problem"]["Kind"], found["Reason"]) == (kind, err)
+
+
+@pytest.mark.parametrize("has_volume", [False, True])
+def test_a_cluster_volume_that_does_not_exist_is_named(has_volume: bool) -> None:
+    refused = no_node_text(NodeRefusal.CLUSTER_VOLUMES.text(1))
+    mount = Mount(type="cluster", source="cv", target="/d")
+    web = a_service("web", replicas=1)
+    template = replace(web.spec.task_template, container_spec=ContainerSpec(image="w", mounts=(mount,)))
+    web = replace(web, spec=replace(web.spec, task_template=template))
+    task = a_task("t1", service=web, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused))
+    volumes = (a_cluster_volume("cv"),) if has_volume else ()
+    found = asyncio.run(explained(a_node("n1"), web, task, *volumes))
+    missing = "" if has_volume else "; the cluster has no volume cv"
+    assert found["Reason"] == f"{refused}; it needs the volume cv{missing}"

@@ -45,7 +45,8 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
     async with client.post("/services/create", json=a_request("two", id, **replicated(5))) as response:
         made = await response.json()
     (warning,) = made["Warnings"]
-    assert warning.startswith("network tiny has 13 addresses, and its services need 12: add a subnet with")
+    words = "network tiny is nearly full: its services need 12 addresses, and it has 13: add a subnet with"
+    assert warning.startswith(words)
     index = (await (await client.get("/services/two")).json())["Version"]["Index"]
     path = f"/services/two/update?version={index}"
     async with client.post(path, json=a_request("two", id, **replicated(1))) as response:
@@ -59,7 +60,7 @@ async def test_a_network_that_a_service_names_twice_is_warned_of_once(cluster) -
     request["TaskTemplate"]["Networks"] *= 2
     async with client.post("/services/create", json=request) as response:
         (warning,) = (await response.json())["Warnings"]
-    assert "its services need 21:" in warning
+    assert "its services need 21 addresses" in warning
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ async def test_the_number_of_addresses_depends_on_the_mode(cluster, fields, want
     id = await a_network(api, client, "tiny", "10.9.0.0/30")  # one address
     async with client.post("/services/create", json=a_request("web", id, **fields)) as response:
         (warning,) = (await response.json())["Warnings"]
-    assert f"need {wanted}:" in warning
+    assert f"need {wanted} addresses" in warning
 
 
 async def test_a_network_without_addresses_says_why(cluster) -> None:
