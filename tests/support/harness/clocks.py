@@ -32,3 +32,16 @@ class PausingVirtualClock(VirtualClock):
     def monotonic(self) -> float:
         self._ahead_s += self._step_s
         return super().monotonic() + self._ahead_s
+
+
+class FastClock(SystemClock):
+    """A clock that is faster than the machine's, so that pauses are short."""
+
+    def __init__(self, times: float) -> None:
+        self._times = times
+
+    def monotonic(self) -> float:
+        return super().monotonic() * self._times
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds / self._times)
