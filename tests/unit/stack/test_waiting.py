@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from sim.world.time import VirtualLoop
-from skep.api.client import waiting as api_waiting
 from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable
-from skep.stack import waiting
 from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress
 from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done
+from tests.support.harness.clocks import on_virtual_time
 
 
 class Managers:
@@ -28,9 +27,8 @@ class Managers:
         return dict.fromkeys(names, found)
 
 
-async def test_a_change_of_leader_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_waiting, "_FIRST_S", 0.01)
-    monkeypatch.setattr(waiting, "_LOOK_S", 0.0)
+@on_virtual_time
+async def test_a_change_of_leader_is_waited_for() -> None:
     gone, shown = Unavailable("no leader"), []
     managers = Managers(
         ServiceProgress("1 of 2"), gone, gone, OSError("reset"), ServiceProgress("2 of 2", is_done=True)
