@@ -19,6 +19,7 @@ from skep.engine.buildkit.protocol import sessions
 from skep.engine.buildkit.protocol.sessions import BuildSession, Messages
 from skep.engine.images.digest import digest_of, is_digest
 from skep.engine.images.registry import pulling
+from skep.engine.images.registry.endpoints import TRANSFERS
 from skep.engine.images.registry.registry import OCI_MANIFEST, Document
 from skep.engine.images.registry.uploads import BlobUpload
 from skep.errors import AlreadyExists, InvalidArgument
@@ -33,6 +34,8 @@ _PIECE_BYTES = 1 << 20
 
 class ClientStore:
     """Content of one directory of a client: a location of cache sources, and a destination of exports."""
+
+    transfers = TRANSFERS
 
     def __init__(self, session: BuildSession, directory: str) -> None:
         self._session = session
