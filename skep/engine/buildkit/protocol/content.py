@@ -15,7 +15,6 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.protocol import sessions
 from skep.engine.buildkit.protocol.sessions import BuildSession, Messages
 from skep.engine.images.digest import digest_of, is_digest
 from skep.engine.images.registry import pulling
@@ -121,7 +120,7 @@ class ClientStore:
         return pb.WriteContentResponse.FromString(data)
 
     def _stream(self, method: str) -> AbstractAsyncContextManager[Messages]:
-        return self._session.stream(_SERVICE + method, self._metadata, silent_s=sessions.SILENT_S)
+        return self._session.stream(_SERVICE + method, self._metadata, silent_s=self._session.silent_s)
 
 
 async def _data_of(messages: Messages) -> AsyncIterator[bytes]:
