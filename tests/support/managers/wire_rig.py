@@ -119,6 +119,8 @@ class Cluster:
         self.diagnostics: Diagnostics
         self.tunnels: NodeTunnels
         self.knows_paths = True
+        self.ahead_s = 0.0
+        """Seconds that have passed for the check of callers."""
         self.tls: ServerTls
         self.bound: Bound
         self.external: ExternalAuthorities
@@ -188,7 +190,9 @@ class Cluster:
                     tls=self.tls.front,
                     cluster_id=self.id,
                     check_certificate=CallerCheck(
-                        self.store.view, self.dispatcher.is_current, clock.monotonic
+                        self.store.view,
+                        self.dispatcher.is_current,
+                        lambda: clock.monotonic() + self.ahead_s,
                     ).require,
                 )
             )
