@@ -17,7 +17,6 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry.registry import Document
-from skep.engine.images.sharing import serving
 from skep.engine.images.sharing.serving import ServedImages
 from skep.engine.images.sharing.spreading import FindSources, ImageSource
 from skep.errors import NotFound, PermissionDenied, Unavailable
@@ -110,7 +109,7 @@ class ImagePort:
         """Return the handlers for ``wire.server.serve``."""
         return (
             unary(methods.IMAGE_MANIFEST, self._manifest),
-            server_stream(methods.IMAGE_BLOB, self._blob, taken_s=serving.STALLED_S),
+            server_stream(methods.IMAGE_BLOB, self._blob, taken_s=self._images.pace.stalled_s),
         )
 
     async def _manifest(

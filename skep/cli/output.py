@@ -23,8 +23,6 @@ from skep.errors import InvalidArgument, SkepError
 from skep.model.task_end import printable
 
 FORMS = ("text", "wide", "json", "yaml")
-WATCH_S = 2.0
-"""Seconds between two pictures, as in ``watch``."""
 _COLUMNS_MIN = 40
 """Narrower terminals wrap lines, because cells of a few characters say nothing."""
 _GAP = "  "
@@ -146,9 +144,11 @@ class OutputOptions(msgspec.Struct, frozen=True, kw_only=True):
     form: str = "text"
     template: str = ""
     watches: bool = False
+    watch_s: float = 2.0
+    """Seconds between two pictures, as in ``watch``."""
 
     def show(self, fetch: Callable[[], Awaitable[Shown]]) -> None:
-        """Show the result of ``fetch``, once or every ``WATCH_S``.
+        """Show the result of ``fetch``, once or every ``watch_s``.
 
         With ``--watch``, a failed fetch is shown and retried.
 
@@ -183,7 +183,7 @@ class OutputOptions(msgspec.Struct, frozen=True, kw_only=True):
                 click.echo("\n".join(lines))
                 sys.stdout.flush()
             last = lines
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(self.watch_s)
 
     def lines(self, report: Shown) -> list[str]:
         """Format the report as requested.  Raises: InvalidArgument: the template is invalid."""

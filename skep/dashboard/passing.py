@@ -22,16 +22,10 @@ from skep.dashboard.pages import RELAY_HEADER, SECURITY_HEADERS
 from skep.dashboard.terminal import join_terminal
 from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 
-HEAD_S: Final = 15.0
-"""Seconds for the first request of a connection to arrive."""
 BODY_S: Final = 30.0
 """Seconds for a request's body to arrive."""
 BROWSER_READ_S: Final = 60.0
 """Seconds for the browser to read written data."""
-REQUESTS_MAX: Final = 64
-"""Simultaneous requests of one browser."""
-TERMINALS_MAX: Final = 16
-"""Simultaneous terminals of one browser."""
 TERMINAL: Final = "/skep/ui/exec"
 SESSION: Final = "/skep/ui/session"
 """Path of the logged-in user, as JSON."""
@@ -128,15 +122,36 @@ async def respond_or_refuse(responding: Callable[[], Awaitable[web.StreamRespons
         return refusal(ResourceExhausted("the request is too large"), status=413)
 
 
+class BrowserLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of the browsers of one dashboard."""
+
+    head_s: float = 15.0
+    """Seconds for the first request of a connection to arrive."""
+    requests: int = 64
+    """Simultaneous requests of one browser."""
+    terminals: int = 16
+    """Simultaneous terminals of one browser."""
+    per_address: int = 64
+    """Maximum number of connections of logged-in browsers from one address."""
+    strangers: int = 256
+    """Maximum number of connections without a login.  Counted separately, so that strangers cannot shut users out."""
+    own_connections: int = 256
+    """Simultaneous connections to ``skep ui``."""
+
+
+LIMITS: Final = BrowserLimits()
+
+
 class FirstRequests:
     """Drops connections whose first request does not arrive in time."""
 
-    def __init__(self) -> None:
+    def __init__(self, head_s: float) -> None:
+        self._head_s = head_s
         self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
 
     def expect(self, protocol: web.RequestHandler) -> None:
         """Start the timer of an accepted connection."""
-        self._waiting[protocol] = asyncio.get_running_loop().call_later(HEAD_S, self._drop, protocol)
+        self._waiting[protocol] = asyncio.get_running_loop().call_later(self._head_s, self._drop, protocol)
 
     def arrived(self, protocol: asyncio.BaseProtocol) -> None:
         """Stop the timer of a connection on which a request has arrived."""
@@ -157,7 +172,8 @@ class FirstRequests:
 class RequestForwarder:
     """Active requests and terminals of one browser."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: BrowserLimits) -> None:
+        self._limits = limits
         self._requests = self._terminals = 0
 
     async def respond(self, request: web.BaseRequest, target: str, client: RawClient) -> web.StreamResponse:
@@ -171,8 +187,8 @@ class RequestForwarder:
 
     @contextmanager
     def _counted_request(self) -> Iterator[None]:
-        if self._requests >= REQUESTS_MAX:
-            raise Unavailable(f"{REQUESTS_MAX} requests of this dashboard are under way already")
+        if self._requests >= self._limits.requests:
+            raise Unavailable(f"{self._limits.requests} requests of this dashboard are under way already")
         self._requests += 1
         try:
             yield
@@ -180,8 +196,10 @@ class RequestForwarder:
             self._requests -= 1
 
     async def _open_terminal(self, request: web.BaseRequest, client: RawClient) -> web.StreamResponse:
-        if self._terminals >= TERMINALS_MAX:
-            raise Unavailable(f"{TERMINALS_MAX} terminals of this dashboard are open already: close some")
+        if self._terminals >= self._limits.terminals:
+            raise Unavailable(
+                f"{self._limits.terminals} terminals of this dashboard are open already: close some"
+            )
         self._terminals += 1
         try:
             return await join_terminal(request, client)

@@ -20,7 +20,9 @@ from aiohttp import web
 from skep.api.client.raw import RawClient
 from skep.dashboard.pages import SECURITY_HEADERS
 from skep.dashboard.passing import (
+    LIMITS,
     SESSION,
+    BrowserLimits,
     FirstRequests,
     RequestForwarder,
     json_response,
@@ -34,8 +36,6 @@ from skep.errors import NotFound, PermissionDenied, Unauthenticated
 LOOPBACK: Final = "127.0.0.1"
 TOKEN_S: Final = 600.0
 """Seconds for which the printed address works."""
-CONNECTIONS_MAX: Final = 256
-"""Simultaneous connections."""
 
 _COOKIE = "skep-ui"
 _AGAIN = "run `skep ui` again, and open the address that it prints"
@@ -49,8 +49,15 @@ class Relay:
         clock: Returns monotonic seconds.
     """
 
-    def __init__(self, client: RawClient, new_secret: Callable[[], str], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        client: RawClient,
+        new_secret: Callable[[], str],
+        clock: Callable[[], float],
+        limits: BrowserLimits = LIMITS,
+    ) -> None:
         self._client = client
+        self._limits = limits
         self._clock = clock
         self._token: str | None = new_secret()
         self._token_until = clock() + TOKEN_S
@@ -62,8 +69,8 @@ class Relay:
         self._server = web.Server(
             self._handle, handler_cancellation=True, access_log=None, lingering_time=1.0
         )
-        self._first = FirstRequests()
-        self._forwarder = RequestForwarder()
+        self._first = FirstRequests(limits.head_s)
+        self._forwarder = RequestForwarder(limits)
 
     @asynccontextmanager
     async def listening(self, port: int) -> AsyncIterator[str]:
@@ -84,7 +91,7 @@ class Relay:
             await self._server.shutdown(1.0)
 
     def _accepted(self) -> asyncio.BaseProtocol:
-        if len(self._server.connections) >= CONNECTIONS_MAX:
+        if len(self._server.connections) >= self._limits.own_connections:
             return _Refused()
         protocol = self._server()
         self._first.expect(protocol)

@@ -32,7 +32,9 @@ from skep.api.http.connection import Connection
 from skep.api.http.tls import server_context
 from skep.dashboard.pages import SECURITY_HEADERS, page_response, pages
 from skep.dashboard.passing import (
+    LIMITS,
     SESSION,
+    BrowserLimits,
     FirstRequests,
     body_of,
     json_response,
@@ -59,12 +61,11 @@ log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
 """Maximum number of connections of logged-in browsers."""
-PER_ADDRESS_MAX: Final = 64
-"""Maximum number of connections of logged-in browsers from one address."""
-STRANGERS_MAX: Final = 256
-"""Maximum number of connections without a login.  Counted separately, so that strangers cannot shut users out."""
 STRANGERS_PER_ADDRESS_MAX: Final = 32
-"""The same for one address.  A browser opens six connections at a time for the login page."""
+"""Maximum number of connections without a login from one address.
+
+A browser opens six connections at a time for the login page.
+"""
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
 _IDLE_S = 75.0
@@ -144,23 +145,25 @@ class DashboardServer:
         allows_public: bool,
         clock: Clock,
         new_secret: Callable[[], str],
+        limits: BrowserLimits = LIMITS,
     ) -> None:
         self._tls = tls
+        self._limits = limits
         self._users = users
         self._serve = serve
         self._allows_public = allows_public
         self._clock = clock
-        self._sessions = BrowserSessions(new_secret)
+        self._sessions = BrowserSessions(new_secret, limits)
         self._attempts = Attempts()
-        self._open = Admission("dashboard", CONNECTIONS_MAX, PER_ADDRESS_MAX)
+        self._open = Admission("dashboard", CONNECTIONS_MAX, limits.per_address)
         """Connections of browsers that are logged in."""
         self._strangers: Newcomers[asyncio.Transport] = Newcomers(
             "dashboard connections without a login",
-            STRANGERS_MAX,
+            limits.strangers,
             STRANGERS_PER_ADDRESS_MAX,
             lambda one: one.abort(),
         )
-        self._first = FirstRequests()
+        self._first = FirstRequests(limits.head_s)
         self._streams: dict[BrowserSession, set[asyncio.Transport]] = {}
         """Connections with an active request of a session."""
         self._has_refused_public = False
@@ -300,7 +303,7 @@ class DashboardServer:
             if not self._open.admit(transport):
                 admit_transport(self._strangers, transport)  # its next request is counted again
                 raise Unavailable(
-                    f"this address has {PER_ADDRESS_MAX} connections open, or all have many: try again later"
+                    f"this address has {self._limits.per_address} connections open, or all have many: try again later"
                 )
         self._users.remember(transport, session.credential, identity)
         under_way = self._streams.setdefault(session, set())

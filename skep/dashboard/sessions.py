@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from skep.aio.token_bucket import TokenBucket
-from skep.dashboard.passing import RequestForwarder, same
+from skep.dashboard.passing import LIMITS, BrowserLimits, RequestForwarder, same
 from skep.model.networks.addresses import plain_address
 from skep.model.permissions.access import Credential
 
@@ -35,14 +35,15 @@ class BrowserSession(msgspec.Struct, frozen=True, eq=False):
     cookie: str
     credential: Credential
     ends_at: float
-    forwarder: RequestForwarder = msgspec.field(default_factory=RequestForwarder)
+    forwarder: RequestForwarder
 
 
 class BrowserSessions:
     """The sessions of one listener.  ``new_secret`` returns a new random word."""
 
-    def __init__(self, new_secret: Callable[[], str]) -> None:
+    def __init__(self, new_secret: Callable[[], str], limits: BrowserLimits = LIMITS) -> None:
         self._new_secret = new_secret
+        self._limits = limits
         self._by_key: dict[str, BrowserSession] = {}
         """Sessions by key, the oldest first."""
 
@@ -54,7 +55,10 @@ class BrowserSessions:
         for one in surplus:
             self.end(one)
         key, cookie, name = self._new_secret(), self._new_secret(), self._new_secret()
-        session = BrowserSession(key, f"__Secure-skep-{name[:8]}", cookie, credential, now + LIFE_S)
+        forwarder = RequestForwarder(self._limits)
+        session = BrowserSession(
+            key, f"__Secure-skep-{name[:8]}", cookie, credential, now + LIFE_S, forwarder
+        )
         self._by_key[key] = session
         return session, ended + surplus
 

@@ -22,11 +22,6 @@ from skep.model.permissions.access import Identity
 from skep.node.cluster.cluster_reads import ClusterReads
 from skep.node.cluster.local import LocalNode
 
-WITHIN_S = 1.0
-"""Seconds after which the error is returned without the place."""
-ASKED_MAX = 16
-"""Largest number of simultaneous look-ups.  Further errors are returned without the place."""
-
 _REQUEST = re.compile(r"/containers/(?P<name>[^/]+)(?:/(?P<what>[a-z]+))?")
 _KNOWN_ELSEWHERE: Final = re.compile(TASK_CONTAINER)
 """Ids and names of containers that another node may have."""
@@ -57,6 +52,17 @@ class ContainerPlace(msgspec.Struct, frozen=True, rename="pascal"):
     stack: str = ""
 
 
+class PlaceLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of look-ups, beyond which an error is returned without the place."""
+
+    within_s: float = 1.0
+    asked: int = 16
+    """Largest number of simultaneous look-ups."""
+
+
+LIMITS = PlaceLimits()
+
+
 class SessionMember(Protocol):
     """This node's membership of a cluster."""
 
@@ -68,9 +74,10 @@ class SessionMember(Protocol):
 class ContainerPlaces:
     """Looks up the nodes of containers that run elsewhere."""
 
-    def __init__(self, member: SessionMember, reads: ClusterReads) -> None:
+    def __init__(self, member: SessionMember, reads: ClusterReads, limits: PlaceLimits = LIMITS) -> None:
         self._member = member
         self._reads = reads
+        self._limits = limits
         self._asked = 0
 
     async def add_place(self, error: NotFound, target: str, identity: Identity) -> NotFound:
@@ -85,11 +92,11 @@ class ContainerPlaces:
         if found is None or not str(error).endswith(f"No such container: {word}"):
             return error
         node = self._member.node
-        if node is None or not _KNOWN_ELSEWHERE.fullmatch(word) or self._asked >= ASKED_MAX:
+        if node is None or not _KNOWN_ELSEWHERE.fullmatch(word) or self._asked >= self._limits.asked:
             return error
         self._asked += 1
         try:
-            async with asyncio.timeout(WITHIN_S):
+            async with asyncio.timeout(self._limits.within_s):
                 place = await self._place_of(word, identity, is_manager=node.is_manager)
         except (SkepError, TimeoutError, msgspec.DecodeError):
             return error

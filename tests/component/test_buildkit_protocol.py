@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from skep.engine.build.interface import BuildRequest, BuildResult, BuildStep, Op
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.caches import Caches
 from skep.engine.buildkit.contexts import ContextStore
-from skep.engine.buildkit.protocol import sessions as sessions_module
 from skep.engine.buildkit.protocol.control import Control
 from skep.engine.buildkit.protocol.sessions import SESSIONS_MAX, BuildSessions
 from skep.engine.buildkit.routes import BuildKit, buildkit_routes
@@ -105,12 +105,13 @@ class Rig:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    builds, sessions, limits = ReadingBuilds(), BuildSessions(), ImageLimits(archive_bytes_max=12_000)
+async def rig(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    sessions = getattr(request, "param", BuildSessions)()
+    builds, limits = ReadingBuilds(), ImageLimits(archive_bytes_max=12_000)
     contexts = ContextStore(tmp_path / "contexts", limits)
     images = ImageStore(tmp_path / "images")
     await images.open()
-    solver = Solver(builds, builds.archive, sessions, contexts, Caches(images), SystemClock())
+    solver = Solver(builds, builds.archive, sessions, contexts, Caches(images), SystemClock(), job_wait_s=2.0)
     kit = BuildKit(sessions, solver, Control(sessions, solver, None))  # type: ignore[arg-type]  # no cache is asked for
     runner = web.AppRunner(application(buildkit_routes(kit)), handler_cancellation=True)
     await runner.setup()
@@ -277,9 +278,9 @@ async def test_a_session_within_a_call_needs_an_id(rig: Rig) -> None:
             await calls.call("/moby.buildkit.v1.Control/Session", pb.BytesMessage(), pb.BytesMessage)
 
 
-async def test_the_number_of_sessions_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rig", [partial(BuildSessions, sessions_max=1)], indirect=True)
+async def test_the_number_of_sessions_is_bounded(rig: Rig) -> None:
     assert SESSIONS_MAX >= 16
-    monkeypatch.setattr(sessions_module, "SESSIONS_MAX", 1)
     async with session(rig.socket, "s", FileServer()):
         with pytest.raises(ConnectionError, match="session s already exists"):
             async with session(rig.socket, "s", FileServer()):
@@ -437,20 +438,21 @@ async def test_a_hostile_receiver_gets_an_error_and_leaves_nothing(
     assert not list(rig.directory.iterdir())
 
 
+IMPATIENT = partial(BuildSessions, silent_s=0.3)
+
+
+@pytest.mark.parametrize("rig", [IMPATIENT], indirect=True)
 @pytest.mark.parametrize("packets", [[], [pb.Packet(type=STAT, stat=DOCKERFILE[0]), pb.Packet(type=STAT)]])
 async def test_a_client_that_sends_nothing_of_its_files_ends_its_build(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, packets: Sequence[pb.Packet]
+    rig: Rig, packets: Sequence[pb.Packet]
 ) -> None:
-    monkeypatch.setattr(sessions_module, "SILENT_S", 0.3)
     with pytest.raises(CallFailed, match="the client of the build did not respond in time"):
         await built(rig, "r", FileServer([DOCKERFILE], NOTHING, NOTHING, packets=packets))
     assert not list(rig.directory.iterdir())
 
 
-async def test_a_client_that_takes_nothing_of_its_result_ends_its_build(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sessions_module, "SILENT_S", 0.3)
+@pytest.mark.parametrize("rig", [IMPATIENT], indirect=True)
+async def test_a_client_that_takes_nothing_of_its_result_ends_its_build(rig: Rig) -> None:
     rig.builds.padding_bytes = 8 << 20
     request = a_request("r", "s")
     request.exporters[0].type, request.exporters[0].attrs["name"] = "tar", ""
@@ -469,10 +471,7 @@ async def test_a_client_that_takes_no_files_is_refused(rig: Rig) -> None:
             await calls.solve(request)
 
 
-async def test_an_unknown_method_and_a_build_that_is_not_there_have_their_status(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("skep.engine.buildkit.solver._JOB_WAIT_S", 0.1)
+async def test_an_unknown_method_and_a_build_that_is_not_there_have_their_status(rig: Rig) -> None:
     async with control(rig.socket) as calls:
         with pytest.raises(CallFailed) as unknown:
             await calls.call("/moby.buildkit.v1.Control/Other", pb.InfoRequest(), pb.InfoResponse)

@@ -26,10 +26,9 @@ from skep.manager.routes import application
 from skep.model.permissions.access import ALL, Identity, Origin, parse_binding
 from skep.model.service import Service
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
-from skep.node import container_places
 from skep.node.authorization import NodeObjects
 from skep.node.cluster.cluster_reads import ClusterReads
-from skep.node.container_places import ContainerPlaces, add_places
+from skep.node.container_places import LIMITS, ContainerPlaces, PlaceLimits, add_places
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.engine.oci_rig import Machine, memory_engine
@@ -82,8 +81,8 @@ class Node:
 @asynccontextmanager
 async def a_cluster(
     directory: Path,
-    patch: pytest.MonkeyPatch,
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None,
+    limits: PlaceLimits = LIMITS,
 ) -> AsyncIterator[Node]:
     """A node next to a manager with two tasks on w2.  ``answer`` is a manager of another kind."""
     async with a_manager_api() as api:
@@ -107,7 +106,7 @@ async def a_cluster(
         async with engine.running(), ApiClient.local(directory / "manager.sock", "the manager") as own:
             clock = SystemClock()
             member = SimpleNamespace(node=SimpleNamespace(node_id="m1", is_manager=True))
-            places = ContainerPlaces(cast("Any", member), ClusterReads(SessionState(clock), own))
+            places = ContainerPlaces(cast("Any", member), ClusterReads(SessionState(clock), own), limits)
             app = api_application(
                 container_routes(engine, clock), objects=NodeObjects(engine, cast("Any", None))
             )
@@ -119,9 +118,7 @@ async def a_cluster(
         await manager.cleanup()
 
 
-async def test_each_command_is_named_that_reaches_the_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_command_is_named_that_reaches_the_container(tmp_path: Path) -> None:
     commands = {
         "POST /v1.41/containers/{}/exec": "skep exec shop_web.2 COMMAND",
         "GET /containers/{}/logs?stdout=1": "skep logs shop_web.2",
@@ -134,7 +131,7 @@ async def test_each_command_is_named_that_reaches_the_container(
         "GET /v1.41/containers/{}/json": "skep exec shop_web.2 COMMAND, skep logs shop_web.2, "
         "skep attach shop_web.2, skep cp or skep stats shop_web.2",
     }
-    async with a_cluster(tmp_path, monkeypatch) as node:
+    async with a_cluster(tmp_path) as node:
         for word in (ID, ID[:12], f"shop_web.2.{TASK}"):
             for request, command in commands.items():
                 status, text = await node.answer(ROOT, request.format(word))
@@ -150,19 +147,15 @@ async def test_each_command_is_named_that_reaches_the_container(
         )
 
 
-async def test_a_container_that_no_task_has_is_missing_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with a_cluster(tmp_path, monkeypatch) as node:
+async def test_a_container_that_no_task_has_is_missing_as_before(tmp_path: Path) -> None:
+    async with a_cluster(tmp_path) as node:
         for word in ("nosuch", ID[:11], "a" * 64, f"shop_web.2.{'x' * 25}", "shop_web"):
             for request in (f"GET /containers/{word}/json", f"GET /containers/{word}/logs?stdout=1"):
                 assert await node.answer(ROOT, request) == (404, f"No such container: {word}")
 
 
-async def test_a_user_learns_only_where_containers_of_its_stacks_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with a_cluster(tmp_path, monkeypatch) as node:
+async def test_a_user_learns_only_where_containers_of_its_stacks_run(tmp_path: Path) -> None:
+    async with a_cluster(tmp_path) as node:
         request = f"GET /containers/{ID}/logs?stdout=1"
         for roles in (("viewer",), ("viewer:shop",), ("operator:blog", "viewer:shop")):
             assert PLACE in (await node.answer(a_user(*roles), request))[1]
@@ -177,9 +170,7 @@ async def test_a_user_learns_only_where_containers_of_its_stacks_run(
         assert str(named).endswith(f"{PLACE} skep exec shop_web.2 COMMAND")
 
 
-async def test_a_silent_manager_does_not_delay_the_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_manager_does_not_delay_the_error(tmp_path: Path) -> None:
     asked = asyncio.Event()
 
     async def never(_request: web.Request) -> web.StreamResponse:
@@ -187,23 +178,20 @@ async def test_a_silent_manager_does_not_delay_the_error(
         await asyncio.Event().wait()
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(container_places, "WITHIN_S", 0.05)
-    async with a_cluster(tmp_path, monkeypatch, never) as node:
-        plain = (404, f"No such container: {ID}")
+    plain = (404, f"No such container: {ID}")
+    async with a_cluster(tmp_path, never, PlaceLimits(within_s=0.05)) as node:
         assert await node.answer(ROOT, f"GET /containers/{ID}/json") == plain
         assert asked.is_set()
-        # Nor do many errors at one moment ask many times.
-        monkeypatch.setattr(container_places, "WITHIN_S", 30.0)
-        monkeypatch.setattr(container_places, "ASKED_MAX", 0)
+    # Nor do many errors at one moment ask many times.
+    (tmp_path / "another").mkdir()
+    async with a_cluster(tmp_path / "another", never, PlaceLimits(within_s=30.0, asked=0)) as node:
         assert await node.answer(ROOT, f"GET /containers/{ID}/json") == plain
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"Name": 5}', b"no json"])
-async def test_an_odd_answer_of_a_manager_changes_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
-) -> None:
+async def test_an_odd_answer_of_a_manager_changes_no_error(tmp_path: Path, body: bytes) -> None:
     async def odd(_request: web.Request) -> web.StreamResponse:
         return web.Response(body=body)
 
-    async with a_cluster(tmp_path, monkeypatch, odd) as node:
+    async with a_cluster(tmp_path, odd) as node:
         assert await node.answer(ROOT, f"GET /containers/{ID}/json") == (404, f"No such container: {ID}")

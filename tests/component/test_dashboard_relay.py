@@ -6,13 +6,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 
 from skep.api.client.raw import RawClient
-from skep.dashboard import passing
-from skep.dashboard import relay as relay_module
-from skep.dashboard.passing import is_allowed
+from skep.dashboard.passing import BrowserLimits, is_allowed
 from skep.dashboard.relay import Relay
 
 SECRETS = ("token", "key", "cookie", "namename")
@@ -60,7 +59,7 @@ class Browser:
 
 
 @asynccontextmanager
-async def a_dashboard(directory: Path) -> AsyncIterator[tuple[Browser, Api]]:
+async def a_dashboard(directory: Path, **limits: float) -> AsyncIterator[tuple[Browser, Api]]:
     api, words = Api(), iter(SECRETS)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", api.answer)
@@ -70,7 +69,8 @@ async def a_dashboard(directory: Path) -> AsyncIterator[tuple[Browser, Api]]:
     await web.UnixSite(runner, str(path)).start()
     try:
         async with RawClient(f"unix://{path}") as client:
-            relay = Relay(client, lambda: next(words), lambda: api.now)
+            given = msgspec.convert(limits, BrowserLimits)
+            relay = Relay(client, lambda: next(words), lambda: api.now, given)
             jar = aiohttp.DummyCookieJar()
             async with relay.listening(0) as address, aiohttp.ClientSession(cookie_jar=jar) as session:
                 yield Browser(session, address), api
@@ -272,21 +272,16 @@ async def test_requests_that_are_too_large_or_no_http_are_refused(tmp_path: Path
         assert api.asked == []
 
 
-async def test_connections_that_say_nothing_are_dropped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(passing, "HEAD_S", 0.3)
-    monkeypatch.setattr(relay_module, "CONNECTIONS_MAX", 5)
-    async with a_dashboard(tmp_path) as (browser, _):
+async def test_connections_that_say_nothing_are_dropped_and_counted(tmp_path: Path) -> None:
+    async with a_dashboard(tmp_path, head_s=0.3, own_connections=5) as (browser, _):
         silent = [raw(browser.origin, b"GET /key/") for _ in range(8)]
         for answer in await asyncio.gather(*silent, return_exceptions=True):
             assert answer == b"" or isinstance(answer, ConnectionResetError)
         assert await browser.status("/ui/") == 200
 
 
-async def test_a_flood_of_streams_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passing, "REQUESTS_MAX", 3)
-    async with a_dashboard(tmp_path) as (browser, _):
+async def test_a_flood_of_streams_is_bounded(tmp_path: Path) -> None:
+    async with a_dashboard(tmp_path, requests=3) as (browser, _):
         streams = [
             await browser.session.get(f"{browser.base}/skep/view/stream", headers=browser.cookie)
             for _ in range(3)
@@ -323,9 +318,8 @@ async def test_a_terminal_is_for_the_page_itself_and_says_why_there_is_none(tmp_
             assert await terminal.receive_json() == {"error": "no such task"}
 
 
-async def test_terminals_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passing, "TERMINALS_MAX", 0)
-    async with a_dashboard(tmp_path) as (browser, _):
+async def test_terminals_are_bounded(tmp_path: Path) -> None:
+    async with a_dashboard(tmp_path, terminals=0) as (browser, _):
         own = {**browser.cookie, "Origin": browser.origin}
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             await browser.session.ws_connect(f"{browser.base}/skep/ui/exec?task=a", headers=own)

@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from skep.dashboard import passing
 from skep.dashboard import server as server_module
 from skep.dashboard import sessions as sessions_module
+from skep.dashboard.passing import BrowserLimits
 from tests.support.clients.dashboard_rig import Clock, People, a_dashboard_server, user_of
 from tests.support.security.api_authority import an_authority
 
@@ -252,13 +252,9 @@ async def test_public_addresses_are_served_only_where_that_is_wanted(
         await rig.page("ann-token")
 
 
-async def test_plain_http_silence_and_floods_hold_nothing_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(passing, "HEAD_S", 0.3)
-    monkeypatch.setattr(passing, "REQUESTS_MAX", 2)
-    monkeypatch.setattr(server_module, "PER_ADDRESS_MAX", 40)
-    async with a_rig(tmp_path) as rig:
+async def test_plain_http_silence_and_floods_hold_nothing_up(tmp_path: Path) -> None:
+    limits = BrowserLimits(head_s=0.3, requests=2, per_address=40)
+    async with a_rig(tmp_path, limits=limits) as rig:
         page = await rig.page("ann-token")
         reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -288,12 +284,8 @@ async def test_plain_http_silence_and_floods_hold_nothing_up(
             assert response.status == 413
 
 
-async def test_strangers_take_no_place_of_who_is_logged_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "STRANGERS_MAX", 4)
-    monkeypatch.setattr(passing, "HEAD_S", 600.0)
-    async with a_rig(tmp_path) as rig:
+async def test_strangers_take_no_place_of_who_is_logged_in(tmp_path: Path) -> None:
+    async with a_rig(tmp_path, limits=BrowserLimits(strangers=4, head_s=600.0)) as rig:
         page = await rig.page("ann-token")
         stream = await rig.session.get(f"{page.base}/skep/view/stream", headers=page.cookie)
         assert await stream.content.readline() == b"id: 1-1\n"

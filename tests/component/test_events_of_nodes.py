@@ -16,7 +16,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, ResourceExhausted
 from skep.manager.telemetry import node_events
 from skep.manager.telemetry.events import ClusterEvents, EventMessage
-from skep.manager.telemetry.node_events import AllEvents, StreamPosition, WantedEvents
+from skep.manager.telemetry.node_events import LIMITS, AllEvents, EventLimits, StreamPosition, WantedEvents
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.values.ids import NodeId
 from skep.node import events as events_of_node
@@ -63,12 +63,16 @@ class Stream:
         await asyncio.wait([self.running])
 
 
+def all_events(serving: Any, **limits: float) -> AllEvents:
+    return AllEvents(serving.tunnels, serving.store.view, SystemClock(), msgspec.convert(limits, EventLimits))
+
+
 @pytest.fixture
 async def cluster() -> AsyncIterator[Any]:
     async with Cluster().serving() as started:
         serving = cast("Any", started)
         serving.events = ClusterEvents(serving.store, SystemClock())
-        serving.all_events = AllEvents(serving.tunnels, serving.store.view, SystemClock())
+        serving.all_events = all_events(serving)
         following = asyncio.create_task(serving.events.run())
         yield serving
         following.cancel()
@@ -140,7 +144,7 @@ async def test_another_stream_goes_on_after_any_event_with_what_came_in_between(
         await second.stop()
 
 
-async def test_what_is_not_kept_any_more_is_a_gap_in_the_stream(cluster, node, events, monkeypatch):
+async def test_what_is_not_kept_any_more_is_a_gap_in_the_stream(cluster, node, events):
     first = Stream(cluster)
     await until(lambda: "connect" in first.of("stream"))
     publish(events, "start")
@@ -261,11 +265,11 @@ async def test_a_cursor_loses_the_nodes_that_were_removed(cluster, node, events)
     await stream.stop()
 
 
-async def test_nodes_beyond_the_bound_that_join_later_are_named(cluster, node, monkeypatch):
-    stream = Stream(cluster)
-    await until(lambda: "connect" in stream.of("stream"))
-    monkeypatch.setattr(node_events, "NODES_MAX", 1)
+async def test_nodes_beyond_the_bound_that_join_later_are_named(cluster, node):
+    cluster.all_events = all_events(cluster, nodes=1)
     present = cluster.store.view().get(Node, node)
+    stream = Stream(cluster, names=[present.description.hostname])
+    await until(lambda: "connect" in stream.of("stream"))
     await cluster.store.update(lambda tx: tx.put(replace(present, id=NodeId("0"))))
 
     def told() -> list[str]:
@@ -277,25 +281,23 @@ async def test_nodes_beyond_the_bound_that_join_later_are_named(cluster, node, m
     await stream.stop()
 
 
-async def test_streams_and_nodes_have_bounds(cluster, node, monkeypatch):
+async def test_streams_and_nodes_have_bounds(cluster, node):
     every = cast("AllEvents", cluster.all_events)
     with pytest.raises(InvalidArgument, match="node nowhere not found"):
         every.check(WantedEvents(names=["nowhere"]))
-    streams = [Stream(cluster) for _ in range(node_events.STREAMS_MAX)]
+    streams = [Stream(cluster) for _ in range(LIMITS.streams)]
     await until(lambda: all(stream.got for stream in streams))
     with pytest.raises(ResourceExhausted, match="clients already read node events"):
         every.check(WantedEvents())
     for stream in streams:
         await stream.stop()
     every.check(WantedEvents())
-    monkeypatch.setattr(node_events, "NODES_MAX", 0)
     with pytest.raises(FailedPrecondition, match="events of at most"):
-        every.check(WantedEvents())
+        all_events(cluster, nodes=0).check(WantedEvents())
 
 
-async def test_a_client_that_takes_nothing_loses_its_place(cluster, node, events, monkeypatch):
-    monkeypatch.setattr(node_events, "TAKES_WITHIN_S", 0.05)
-    monkeypatch.setattr(node_events, "STREAMS_MAX", 1)
+async def test_a_client_that_takes_nothing_loses_its_place(cluster, node, events):
+    cluster.all_events = all_events(cluster, takes_within_s=0.05, streams=1)
     stream = Stream(cluster)
     await until(lambda: stream.got)
     stream.reads_on = False

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
 from skep.manager.ca.rotation import finish as finish_rotation
-from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import MANAGER_STEPS, Eviction, begin, eviction_of
 from skep.manager.gossip.keys import first_keys
@@ -43,6 +42,7 @@ from skep.store.interface import Term, Transaction
 from skep.store.kinds import GOSSIP_KEYS_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
+from tests.support.harness.clocks import FastClock
 
 OWN, OTHER, EVICTED = NodeId("manager1"), NodeId("manager2"), NodeId("manager3")
 OLD = b"o" * 32
@@ -109,8 +109,7 @@ def a_manager(id: NodeId) -> Node:
 
 
 @pytest.fixture
-async def store(monkeypatch: pytest.MonkeyPatch) -> KeyedStore:
-    monkeypatch.setattr(loop, "CHECK_S", 0.01)
+async def store() -> KeyedStore:
     store, authority = KeyedStore(), Authority.create()
 
     def found(tx: Transaction) -> None:
@@ -165,7 +164,7 @@ async def led(store: KeyedStore, keys: WrappingKeys, others: Others) -> AsyncIte
         OWN,
         StoreKeys(store, keys),
         others.channel,
-        SystemClock(),
+        FastClock(50),
         new_id,
         Random(1),
     )

@@ -15,8 +15,7 @@ from structlog.testing import capture_logs
 from skep.agent.certificates import join, renew
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.ca import external
-from skep.manager.ca.external import ExternalAuthorities
+from skep.manager.ca.external import ALL_S, CallLimits, ExternalAuthorities
 from skep.manager.ca.signing import CertificateSigner
 from skep.manager.control.swarm import Rotations, roots_of, update_swarm
 from skep.manager.nodes.revocation import is_revoked, revoke
@@ -39,9 +38,10 @@ OWN = Authority.create()
 
 
 @pytest.fixture
-async def cluster() -> AsyncIterator[Cluster]:
+async def cluster(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
     """A manager that leads."""
-    async with Cluster(heartbeat_s=3).serving() as serving, serving.leading(), leader(serving.store):
+    made = Cluster(heartbeat_s=3, calls=getattr(request, "param", CallLimits()))
+    async with made.serving() as serving, serving.leading(), leader(serving.store):
         yield serving
 
 
@@ -294,9 +294,8 @@ async def test_a_response_without_a_certificate_is_refused_with_its_reason(clust
             await join_worker(cluster)
 
 
-async def test_a_silent_authority_has_its_deadline_and_is_left_out_for_a_while(cluster, monkeypatch):
-    monkeypatch.setattr(external, "CALL_S", 0.3)
-    monkeypatch.setattr(external, "FIRST_RETRY_S", 20.0)
+@pytest.mark.parametrize("cluster", [CallLimits(call_s=0.3, first_retry_s=20.0)], indirect=True)
+async def test_a_silent_authority_has_its_deadline_and_is_left_out_for_a_while(cluster):
     silence = asyncio.Event()
 
     async def silent(_request: web.Request) -> web.StreamResponse:
@@ -335,7 +334,7 @@ async def test_the_leader_alone_calls_the_authority(cluster):
         async def call(self, _method: object, request: Any, *, timeout_s: float) -> Any:
             caller = a_caller(cluster)
             called.append(NodeId(request.node_id))
-            assert timeout_s > external.ALL_S
+            assert timeout_s > ALL_S
             return await leading.sign_for_manager(request, caller)
 
     def signer(own: NodeId, store: Store) -> CertificateSigner:
@@ -382,11 +381,9 @@ async def test_a_certificate_that_would_count_as_revoked_is_refused(cluster):
             await renew(cluster.address, pair, CLOCK)
 
 
-async def test_authorities_that_are_silent_are_tried_together(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("cluster", [CallLimits(call_s=30.0)], indirect=True)
+async def test_authorities_that_are_silent_are_tried_together(cluster: Cluster) -> None:
     """A request of the API waits for them: sixteen after one another would take more than a minute."""
-    monkeypatch.setattr(external, "CALL_S", 30.0)
     connected: set[asyncio.StreamWriter] = set()
     all_there = asyncio.Event()
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.build.files import git as git_module
 from skep.engine.build.files.remotes import Download, KnownAnswers
 from skep.engine.build.files.repositories import GitRepository, address_of
 from skep.engine.images.archives.workers import ImageLimits
@@ -136,7 +135,6 @@ async def test_a_command_is_ended_while_it_writes_too_much(
 ) -> None:
     """A command that would not end before its deadline."""
     replace_git(monkeypatch, tmp_path / "bin", "head -c 3000000 /dev/zero > big\nsleep 600\n")
-    monkeypatch.setattr(git_module, "_WATCH_S", 0.05)
     repository = repository_at("http://h/r.git", tmp_path / "tree", ImageLimits(archive_bytes_max=2 << 20))
     async with asyncio.timeout(60):
         with pytest.raises(ResourceExhausted, match="has more than 2097152 bytes"):
@@ -160,8 +158,7 @@ async def test_a_server_with_endless_references_is_given_up(
 async def test_git_has_limits_of_memory_and_file_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_git(monkeypatch, tmp_path / "bin", "cat /proc/self/limits >&2\nexit 1\n")
-    monkeypatch.setattr(git_module, "_SHOWN_BYTES", 10_000)
+    replace_git(monkeypatch, tmp_path / "bin", "grep -E 'space|file size' /proc/self/limits >&2\nexit 1\n")
     repository = repository_at("http://h/r.git", tmp_path / "tree", ImageLimits(archive_bytes_max=1 << 20))
     with pytest.raises(Unavailable) as failure:
         await repository.fetch()

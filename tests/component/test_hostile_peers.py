@@ -137,8 +137,7 @@ async def test_strangers_of_one_address_are_few(cluster):
         writer.transport.abort()
 
 
-async def test_a_stranger_that_never_calls_is_ended_soon(cluster, monkeypatch):
-    monkeypatch.setattr("skep.wire.server.ANONYMOUS_SILENT_SECONDS_MAX", 0.05)
+async def test_a_stranger_that_never_calls_is_ended_soon(cluster):
     context = joining_context(cluster.authority.root_pem)
     async with open_channel(cluster.address, context, "swarm-ca") as channel:
         await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())

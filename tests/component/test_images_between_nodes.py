@@ -12,12 +12,10 @@ import pytest
 from aiohttp import web
 
 from skep.engine.images.collecting import ImageCollector, Marks
-from skep.engine.images.digest import Digest
 from skep.engine.images.layers import NO_BLOB
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry.registry import DOCKER_MANIFEST, Document, RegistryError
-from skep.engine.images.sharing import serving
-from skep.engine.images.sharing.serving import COPIES_MAX, UPLOADS_PER_NODE_MAX
+from skep.engine.images.sharing.serving import COPIES_MAX, UPLOADS_PER_NODE_MAX, PaceLimits, ServedImages
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 from skep.model.node import NodeRole
 from skep.model.values.ids import new_id
@@ -26,9 +24,11 @@ from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import ManagerChannel, open_channel
+from tests.support.file_faults import file_faults
 from tests.support.images.archives import sha256
 from tests.support.images.bent_registry import Registry, Respond
 from tests.support.images.images_rig import APP, CLOCK, ImageCluster, ImageNode, MadeImage, an_image, give
+from tests.support.managers.counted_calls import calls_of
 from tests.support.managers.wire_rig import until
 
 
@@ -291,11 +291,9 @@ async def test_a_node_sends_a_layer_to_few_others_at_one_time(cluster: ImageClus
                 await stream.__aexit__(None, None, None)
 
 
-async def test_nodes_that_take_nothing_give_their_places_to_others(
-    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serving, "STALLED_S", 1.0)
-    made, source = an_image(20_000_000), await cluster.add()  # it serves with the patched bound
+async def test_nodes_that_take_nothing_give_their_places_to_others(cluster: ImageCluster) -> None:
+    made, pace = an_image(20_000_000), PaceLimits(stalled_s=1.0)
+    source = await cluster.add(serve_images=lambda images: ServedImages(images, CLOCK, pace))
     stalled, worker = await cluster.add(), await cluster.add()
     await give(source, made, with_manifest=True)
     await cluster.run_service(at_digest(made), source)
@@ -318,36 +316,27 @@ async def test_nodes_that_take_nothing_give_their_places_to_others(
 
 
 @pytest.mark.parametrize("kind", ["huge", "another", "no manifest"])
-async def test_a_node_that_gives_a_wrong_manifest_is_passed_over(
-    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    made, liar, victim = an_image(5000), await cluster.add(), await cluster.add()
-    await give(cluster.manager, made, with_manifest=True)
-    await cluster.run_service(at_digest(made), liar)
+async def test_a_node_that_gives_a_wrong_manifest_is_passed_over(cluster: ImageCluster, kind: str) -> None:
     content = {"huge": b" " * (5 << 20), "another": an_image(1).manifest, "no manifest": b"[]"}[kind]
     asked = []
 
-    async def any_name(target: str) -> frozenset[str]:
-        return frozenset((target,))
+    class Lying(ServedImages):
+        async def names_of(self, target: str) -> frozenset[str]:
+            return frozenset((target,))
 
-    async def lie(target: str) -> Document:
-        asked.append(target)
-        return Document(content, DOCKER_MANIFEST)
+        async def manifest(self, target: str) -> Document:
+            asked.append(target)
+            return Document(content, DOCKER_MANIFEST)
 
-    monkeypatch.setattr(liar.served, "manifest", lie)
-    monkeypatch.setattr(liar.served, "names_of", any_name)
+    made, victim = an_image(5000), await cluster.add()
+    liar = await cluster.add(serve_images=lambda images: Lying(images, CLOCK))
+    await give(cluster.manager, made, with_manifest=True)
+    await cluster.run_service(at_digest(made), liar)
     cluster.manager.port.delay_s = 0.2
-    received = []
-    take_data = ClientStream.take_data
-
-    def counted(stream: ClientStream, data: bytes, window_bytes: int) -> None:
-        received.append(len(data))
-        take_data(stream, data, window_bytes)
-
-    monkeypatch.setattr(ClientStream, "take_data", counted)
-    assert (await victim.images.pull(at_digest(made))).id == sha256(made.config)
+    with calls_of(ClientStream.take_data) as received:
+        assert (await victim.images.pull(at_digest(made))).id == sha256(made.config)
     assert asked, "it was asked"
-    assert sum(received) < 1 << 20
+    assert sum(len(call["data"]) for call in received.of(ClientStream.take_data)) < 1 << 20
 
 
 async def test_what_is_no_image_is_refused(cluster: ImageCluster) -> None:
@@ -460,29 +449,29 @@ async def test_a_digest_is_given_under_a_name_that_its_image_has(cluster: ImageC
 
 
 async def test_a_layer_that_is_read_for_longer_than_a_node_waits_is_read_once(
-    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch
+    cluster: ImageCluster, tmp_path: Path
 ) -> None:
     built, read, may_end = an_image(1000), list[Path](), threading.Event()
     await give(cluster.manager, built)
     layers = cluster.manager.images.layer_store
     for chain_id, layer in tuple(layers.all().items()):  # as one that came uncompressed
         layers.layers[chain_id] = msgspec.structs.replace(layer, blob=NO_BLOB)
-    digest_of_file = serving.digest_of_file
 
-    def slow(path: Path) -> Digest:
-        read.append(path)
-        assert may_end.wait(60)
-        return digest_of_file(path)
+    def slow(call: str, path: Path) -> None:
+        if (call, path.name) == ("open", "content"):
+            read.append(path)
+            assert may_end.wait(60)
 
-    monkeypatch.setattr(serving, "digest_of_file", slow)
-    asked = [asyncio.create_task(cluster.manager.served.manifest(APP)) for _ in range(3)]
-    await until(lambda: read)
-    asked[0].cancel()
-    await asyncio.wait(asked[:1])
-    last = asyncio.create_task(cluster.manager.served.manifest(APP))
-    await asyncio.sleep(0)
-    may_end.set()
-    documents = await asyncio.gather(*asked[1:], last)
+    with file_faults(tmp_path) as files:
+        files.before_each = slow
+        asked = [asyncio.create_task(cluster.manager.served.manifest(APP)) for _ in range(3)]
+        await until(lambda: read)
+        asked[0].cancel()
+        await asyncio.wait(asked[:1])
+        last = asyncio.create_task(cluster.manager.served.manifest(APP))
+        await asyncio.sleep(0)
+        may_end.set()
+        documents = await asyncio.gather(*asked[1:], last)
     assert len(read) == 1
     assert sha256(built.blobs[0]).encode() in documents[0].content
 
@@ -503,15 +492,12 @@ async def test_an_image_that_came_again_a_moment_ago_is_not_collected(cluster: I
     assert await collector.collect() == [image.id]
 
 
-async def test_a_blob_that_is_taken_too_slowly_on_average_is_not_sent_on(
-    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_blob_that_is_taken_too_slowly_on_average_is_not_sent_on(cluster: ImageCluster) -> None:
     made = an_image(2_000_000)
     await give(cluster.manager, made)
-    monkeypatch.setattr(serving, "STALLED_S", 0.0)
-    monkeypatch.setattr(serving, "BYTES_PER_S_MIN", 1 << 60)
-    async with cluster.manager.served.blob(made.digests[0], "n1") as blob:
+    served = ServedImages(cluster.manager.images, CLOCK, PaceLimits(stalled_s=0.0, bytes_per_s=1 << 60))
+    async with served.blob(made.digests[0], "n1") as blob:
         assert 0 < len(await anext(blob.pieces)) < blob.size
         with pytest.raises(Unavailable, match="received too slowly"):
             await anext(blob.pieces)
-    assert not cluster.manager.served.uploads
+    assert not served.uploads

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from skep.errors import Unavailable
 from skep.manager.control.nodes import remove_node
-from skep.manager.logbroker import broker, subscription
 from skep.manager.logbroker.broker import SUBSCRIPTIONS_MAX, IncompleteLogs
+from skep.manager.logbroker.subscription import LIMITS, LogLimits
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.task import Task, TaskState, TaskStatus
@@ -33,8 +33,8 @@ from tests.support.managers.wire_rig import (
 
 
 @pytest.fixture
-async def cluster():
-    async with Cluster().serving() as serving:
+async def cluster(request):
+    async with Cluster(logs=getattr(request, "param", LIMITS)).serving() as serving:
         yield serving
 
 
@@ -131,8 +131,8 @@ async def test_lines_of_nodes_that_answer_come_before_the_error_that_names_the_o
     assert str(caught.value).endswith("for the following reasons: node w2 is not available")
 
 
-async def test_a_node_that_listens_and_sends_nothing_is_named(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(broker, "RESPONSE_SECONDS_MAX", 0.05)
+@pytest.mark.parametrize("cluster", [LogLimits(response_s=0.05)], indirect=True)
+async def test_a_node_that_listens_and_sends_nothing_is_named(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     node = cluster.store.view().get(Node, pair.identity.node_id)
     service, task = service_task(node.id)
@@ -235,8 +235,8 @@ async def test_a_slow_reader_holds_up_only_itself(cluster, tmp_path):
         await until(lambda: worker.closed_logs == 1)
 
 
-async def test_the_lines_of_several_nodes_come_in_the_order_of_their_times(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(subscription, "HOLD_S", 60.0)
+@pytest.mark.parametrize("cluster", [LogLimits(hold_s=60.0)], indirect=True)
+async def test_the_lines_of_several_nodes_come_in_the_order_of_their_times(cluster, tmp_path):
     async with AsyncExitStack() as stack:
         service, workers = a_service(), []
         await put(cluster, service)
@@ -266,8 +266,8 @@ async def test_the_lines_of_several_nodes_come_in_the_order_of_their_times(clust
                 assert (await anext(follow)).timestamp_ns == stamp
 
 
-async def test_lines_wait_for_a_node_that_sends_none_for_a_moment_only(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(subscription, "HOLD_S", 0.05)
+@pytest.mark.parametrize("cluster", [LogLimits(hold_s=0.05)], indirect=True)
+async def test_lines_wait_for_a_node_that_sends_none_for_a_moment_only(cluster, tmp_path):
     pair, other = [await a_worker(cluster, tmp_path / name) for name in ("one", "other")]
     async with (
         an_agent(cluster, pair, tmp_path / "one") as (agent, worker),
@@ -281,12 +281,12 @@ async def test_lines_wait_for_a_node_that_sends_none_for_a_moment_only(cluster, 
         worker.lines = [a_line(task, b"one\n"), a_line(task, b"two\n")]
         await until(lambda: {agent.node_id, other.identity.node_id} <= cluster.logs.listeners.keys())
         async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,)))) as lines:
-            async with asyncio.timeout(broker.RESPONSE_SECONDS_MAX):
+            async with asyncio.timeout(LIMITS.response_s):
                 assert [(await anext(lines)).data for _ in range(2)] == [b"one\n", b"two\n"]
 
 
-async def test_a_follower_is_told_of_a_node_that_does_not_answer_any_more(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(subscription, "SILENT_S", 0.05)
+@pytest.mark.parametrize("cluster", [LogLimits(silent_s=0.05)], indirect=True)
+async def test_a_follower_is_told_of_a_node_that_does_not_answer_any_more(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
     service, task = service_task(pair.identity.node_id)
     await put(cluster, service, task)

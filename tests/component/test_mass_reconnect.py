@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -22,6 +24,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.client import open_channel
 from tests.support.builders import a_node
+from tests.support.managers.counted_calls import calls_of
 from tests.support.managers.wire_rig import Cluster, Random, a_worker, an_agent, until
 
 HELD_S_MAX = 0.25
@@ -33,13 +36,19 @@ async def cluster():
         yield serving
 
 
-async def test_a_refusal_has_a_retry_time_and_counts_as_a_failure_for_older_nodes(
-    cluster, tmp_path, monkeypatch
-):
+@asynccontextmanager
+async def full(cluster: Cluster) -> AsyncIterator[AsyncExitStack]:
+    """Other nodes register and do not come to an end until the stack is closed."""
+    async with AsyncExitStack() as others:
+        for _ in range(admission.AT_ONCE_MAX):
+            await others.enter_async_context(cluster.dispatcher.registrar.queue.slot())
+        yield others
+
+
+async def test_a_refusal_has_a_retry_time_and_counts_as_a_failure_for_older_nodes(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
-    monkeypatch.setattr(admission, "AT_ONCE_MAX", 0)
-    monkeypatch.setattr(admission, "HOLD_S", 0.01)
     async with (
+        full(cluster),
         open_channel(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,
     ):
@@ -50,24 +59,22 @@ async def test_a_refusal_has_a_retry_time_and_counts_as_a_failure_for_older_node
     assert admission.SHORTEST_S <= refused.value.after_s <= admission.LONGEST_S
 
 
-async def test_a_node_that_is_sent_away_retries_on_the_same_connection(cluster, tmp_path, monkeypatch):
+async def test_a_node_that_is_sent_away_retries_on_the_same_connection(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path)
-    made: list[object] = []
-    new_protocol = cluster.bound.server.new_protocol
-    monkeypatch.setattr(cluster.bound.pending, "_new_protocol", lambda: made.append(1) or new_protocol())
-    monkeypatch.setattr(admission, "AT_ONCE_MAX", 0)
-    monkeypatch.setattr(admission, "HOLD_S", 0.01)
+    connect = cluster.bound.server.new_protocol
 
-    async def make_room() -> None:
+    async def make_room(others: AsyncExitStack) -> None:
         await until(cluster.dispatcher.registrar.queue.is_overloaded)
         await until(lambda: cluster.dispatcher.registrar.queue.last_retry_at > 0)
-        monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
+        await others.aclose()
 
-    room = asyncio.create_task(make_room())
-    async with an_agent(cluster, pair, tmp_path) as (agent, _):
-        await room
-        assert cluster.node(agent.node_id).status.state is NodeState.READY
-        assert len(made) == 1
+    with calls_of(connect) as connections:
+        async with full(cluster) as others:
+            room = asyncio.create_task(make_room(others))
+            async with an_agent(cluster, pair, tmp_path) as (agent, _):
+                await room
+                assert cluster.node(agent.node_id).status.state is NodeState.READY
+                assert len(connections.of(connect)) == 1
 
 
 @pytest.mark.slow

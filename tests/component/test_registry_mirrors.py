@@ -12,7 +12,7 @@ from aiohttp import web
 
 from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy
+from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy, TransferLimits
 from skep.engine.images.registry.registry import DOCKER_LIST, DOCKER_MANIFEST, RegistryError
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound
@@ -31,6 +31,18 @@ def a_registry() -> Registry:
     return registry
 
 
+class NearHub(RegistryPolicy, frozen=True, kw_only=True):
+    """All images come from ``hub``, with ``mirror`` before it."""
+
+    hub: str
+    mirror: str
+
+    def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence[RegistryEndpoint]:
+        own = RegistryEndpoint(f"http://{self.hub}", policy=self)
+        mirror = RegistryEndpoint(f"http://{self.mirror}", mirror=True, policy=self)
+        return (own,) if to_push else (mirror, own)
+
+
 @pytest.fixture
 async def mirror() -> AsyncIterator[Registry]:
     async with a_registry().serving() as registry:
@@ -44,20 +56,12 @@ async def hub() -> AsyncIterator[Registry]:
 
 
 @pytest.fixture
-async def images(
-    tmp_path: Path, mirror: Registry, hub: Registry, monkeypatch: pytest.MonkeyPatch
-) -> ImageStore:
+async def images(tmp_path: Path, mirror: Registry, hub: Registry) -> ImageStore:
     """With ``hub`` in the place of Docker Hub, and ``mirror`` before it."""
-
-    def endpoints(
-        _policy: RegistryPolicy, _domain: str, *, to_push: bool = False
-    ) -> Sequence[RegistryEndpoint]:
-        own = RegistryEndpoint(f"http://{hub.address}")
-        return (own,) if to_push else (RegistryEndpoint(f"http://{mirror.address}", mirror=True), own)
-
-    monkeypatch.setattr(RegistryPolicy, "endpoints", endpoints)
-    monkeypatch.setattr("skep.engine.images.registry.pulling._BACKOFF_S", 0.001)
-    store = ImageStore(tmp_path / "images")
+    transfers = TransferLimits(backoff_s=0.001)
+    store = ImageStore(
+        tmp_path / "images", policy=NearHub(hub=hub.address, mirror=mirror.address, transfers=transfers)
+    )
     await store.open()
     return store
 

@@ -8,6 +8,7 @@ import pytest
 
 from skep.agent.certificates import renew
 from skep.errors import PermissionDenied, Unavailable
+from skep.manager.ca.caller_check import UNKNOWN_S
 from skep.manager.control.nodes import remove_node
 from skep.manager.dispatcher.node_sessions.registration import Registration, take_session
 from skep.manager.nodes.revocation import revoke
@@ -84,13 +85,12 @@ async def test_a_former_managers_certificate_is_refused_at_every_call_of_manager
     assert await refused(cluster, pair, FOR_MANAGERS) == FOR_MANAGERS
 
 
-async def test_a_manager_that_was_minted_is_refused_at_every_call_of_managers(cluster, monkeypatch):
+async def test_a_manager_that_was_minted_is_refused_at_every_call_of_managers(cluster):
     """A former manager has the root's key, and can make certificates for nodes that do not exist."""
-    monkeypatch.setattr("skep.manager.ca.caller_check.UNKNOWN_S", 0.05)
     minted = cluster.pair(new_id(), NodeRole.MANAGER)
     async with open_channel(cluster.address, client_context(minted), "swarm-manager") as channel:
         assert isinstance(await call(channel, "GET_UNLOCK_KEY"), Unavailable)
-    await asyncio.sleep(0.1)
+    cluster.ahead_s = 2 * UNKNOWN_S
     assert await refused(cluster, minted, FOR_MANAGERS) == FOR_MANAGERS
 
 
@@ -204,10 +204,7 @@ async def test_an_agent_of_a_removed_node_goes_on_without_a_session(cluster, tmp
         await until(lambda: not agent.registered.is_set())
 
 
-async def test_the_agent_of_a_removed_node_knows_it_until_it_has_a_session_again(
-    cluster, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("skep.agent.agent.REMOVED_RETRY_S", 0.1)
+async def test_the_agent_of_a_removed_node_knows_it_until_it_has_a_session_again(cluster, tmp_path):
     pair = await a_worker(cluster, tmp_path / "w")
     node = cluster.store.view().get(Node, pair.identity.node_id)
     async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
@@ -223,6 +220,7 @@ async def test_the_agent_of_a_removed_node_knows_it_until_it_has_a_session_again
             tx.put(Node(id=node.id, certificate=node.certificate))
 
         await cluster.store.update(restored)
+        agent.try_now()
         await until(lambda: not agent.removal)
 
 

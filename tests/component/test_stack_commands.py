@@ -14,7 +14,6 @@ from skep.errors import FailedPrecondition
 from skep.model.network import Network
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
-from skep.stack import waiting
 from skep.stack.claims import Replaced
 from skep.stack.cluster_state import config_names, existing_of, known_revisions
 from skep.stack.compose.conversion import stack_of
@@ -114,9 +113,8 @@ async def test_a_plan_ends_with_two_if_something_would_change_and_writes_nothing
 
 
 async def test_ten_revisions_are_kept_and_the_configs_that_only_older_ones_name_are_removed(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
 ) -> None:
-    monkeypatch.setattr(waiting, "_LOOK_S", 0.05)
     text = "services: {web: {image: busybox, configs: [c], secrets: [s], deploy: {update_config: {monitor: 1ms}}}}\n"
     text += "configs: {c: {content: v%d}}\nsecrets: {s: {file: f}}"
 
@@ -178,9 +176,8 @@ async def beside_each_other(
 
 
 async def test_of_two_different_deploys_one_wins_whole_and_the_other_ends_with_its_revision(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
 ) -> None:
-    monkeypatch.setattr(waiting, "_LOOK_S", 0.05)
     colours = {"red": 5, "blue": 4}
     texts = [
         f"services: {{web: {{image: {colour}, environment: {{C: {colour}}},"
@@ -203,10 +200,7 @@ async def test_of_two_different_deploys_one_wins_whole_and_the_other_ends_with_i
     assert listed == "1 replaced by revision 2\n2 deployed\n"
 
 
-async def test_a_hundred_deploys_at_once_leave_one_of_them_and_each_ends_in_order(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(waiting, "_LOOK_S", 0.2)
+async def test_a_hundred_deploys_at_once_leave_one_of_them_and_each_ends_in_order(cluster: Cluster) -> None:
     text = "services: {web: {image: busybox, environment: {N: '%d'}}}"
     ends = await beside_each_other(cluster, *(text % number for number in range(100)))
     assert {type(one) for one in ends} <= {type(None), Replaced}, [

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import ResourceExhausted, Unavailable
-from skep.manager.storage import store_space
 from skep.manager.storage.store_space import StoreSpace
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import Service
@@ -28,6 +27,7 @@ from skep.store.space import REFUSE_AT, MemberSpace, refusal
 from skep.store.transactions.transaction import LocalTransaction
 from skep.wire.client import ManagerChannel
 from tests.support.builders import a_service
+from tests.support.harness.clocks import FastClock
 from tests.support.store.etcd_rig import a_member, member_settings
 from tests.support.store.store_rigs import found
 
@@ -75,16 +75,13 @@ async def a_full_store(root: Path) -> AsyncIterator[Rig]:
 
 
 @asynccontextmanager
-async def kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+async def kept(rig: Rig) -> AsyncIterator[None]:
     """With a leader that sees to the space."""
-    monkeypatch.setattr(store_space, "CHECK_S", 0.1)
-    monkeypatch.setattr(store_space, "SETTLE_S", 0.3)
-    monkeypatch.setattr(store_space, "COMPACT_AGAIN_S", 0.5)
 
     def nobody(_: NodeId) -> ManagerChannel:
         raise Unavailable("there is no other manager")
 
-    keeper = StoreSpace(rig.store, OWN, RaftMembers(rig.client, rig.member), nobody, SystemClock())
+    keeper = StoreSpace(rig.store, OWN, RaftMembers(rig.client, rig.member), nobody, FastClock(20))
     keeping = asyncio.create_task(keeper.keep())
     try:
         yield
@@ -107,10 +104,8 @@ def labeled(tx: Transaction, number: int) -> None:
     tx.put(replace(web, spec=replace(web.spec, labels={"n": f"{number}"})))
 
 
-async def test_configs_made_and_removed_again_and_again_never_fill_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with a_full_store(tmp_path) as rig, kept(rig, monkeypatch):
+async def test_configs_made_and_removed_again_and_again_never_fill_the_store(tmp_path: Path) -> None:
+    async with a_full_store(tmp_path) as rig, kept(rig):
         await rig.store.update(lambda tx: tx.put(a_service("web")))
         made = 0
         while made < 40:
@@ -128,9 +123,7 @@ async def test_configs_made_and_removed_again_and_again_never_fill_the_store(
         await create_config(rig, made + 1)
 
 
-async def test_an_alarm_about_space_stops_nothing_and_ends_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_alarm_about_space_stops_nothing_and_ends_by_itself(tmp_path: Path) -> None:
     async with a_full_store(tmp_path) as rig:
         await rig.store.update(lambda tx: tx.put(a_service("web")))
         with pytest.raises(OutOfSpace):
@@ -141,7 +134,7 @@ async def test_an_alarm_about_space_stops_nothing_and_ends_by_itself(
         await rig.member.restart(rig.member.settings)  # and the member comes up again
         async with asyncio.timeout(10):
             await rig.store.update(labeled, 2)
-        async with kept(rig, monkeypatch):
+        async with kept(rig):
             await wait_until(rig, lambda space: not space.has_alarm)
         await rig.raw_put(0)
         assert rig.store.view().get(Service, "web").spec.labels == {"n": "2"}

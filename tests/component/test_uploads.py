@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from skep.api.http.server import application
-from skep.engine.buildkit import routes, uploads
+from skep.engine.buildkit import routes
 from skep.engine.buildkit.uploads import UPLOADS_MAX, Uploads
 from skep.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unavailable
 
@@ -37,9 +37,8 @@ async def test_an_upload_and_its_build_meet(is_build_first: bool) -> None:
     assert offers.meetings == {}
 
 
-async def test_one_without_the_other_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "_WAIT_S", 0.05)
-    offers = Uploads()
+async def test_one_without_the_other_ends() -> None:
+    offers = Uploads(wait_s=0.05)
     with pytest.raises(InvalidArgument, match="the context of build a was not uploaded"):
         await read(offers, "a")
     with pytest.raises(Unavailable, match="no build takes the context of a"):

@@ -40,13 +40,13 @@ def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
       skep --host ssh://root@m1 ui
       skep ui --port 8765 --no-browser
     """
-    run_requests(_serve(host, port, opens=not no_browser and has_browser(os.environ)))
+    run_requests(_serve(host, port, opens=not no_browser and has_browser(os.environ, os.geteuid())))
 
 
-def has_browser(environment: Mapping[str, str]) -> bool:
+def has_browser(environment: Mapping[str, str], user: int) -> bool:
     """Return whether to open a browser: the session has a screen, and the browser would not run as root."""
     has_screen = "DISPLAY" in environment or "WAYLAND_DISPLAY" in environment
-    return has_screen and os.geteuid() != 0
+    return has_screen and user != 0
 
 
 async def _serve(host: HostOptions, port: int, *, opens: bool) -> None:

@@ -46,12 +46,6 @@ log = structlog.get_logger()
 
 SERVERS_MAX = 3
 """Number of servers that are tried.  Source: moby, libnetwork/resolver.go (maxExtDNS)."""
-IN_FLIGHT_MAX = 1024
-"""Limit for queries in flight on this node.  Source: moby, libnetwork/resolver.go (maxConcurrent)."""
-IN_FLIGHT_PER_CONTAINER_MAX = 256
-"""Limit for queries in flight of one container, so that a flood of its queries leaves room for others."""
-ATTEMPT_S = 1.3
-"""Time limit in seconds for one server, so that three attempts end before ``DEADLINE_S``."""
 DEADLINE_S = 4.0
 """Time limit in seconds for all attempts together.  C libraries repeat a query after 5 s."""
 UNRESPONSIVE_S = 10.0
@@ -84,14 +78,29 @@ class ForwardedQuery(msgspec.Struct, frozen=True):
     is_tcp: bool
 
 
+class ForwardingLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of forwarded queries."""
+
+    in_flight: int = 1024
+    """Limit for queries in flight on this node.  Source: moby, libnetwork/resolver.go (maxConcurrent)."""
+    in_flight_per_container: int = 256
+    """Limit for queries in flight of one container, so that a flood of its queries leaves room for others."""
+    attempt_s: float = 1.3
+    """Time limit in seconds for one server, so that three attempts end before ``DEADLINE_S``."""
+
+
+LIMITS = ForwardingLimits()
+
+
 class QueryForwarder:
     """Forwards queries of all containers of the node.
 
     ``new_id`` returns 16 random bits.
     """
 
-    def __init__(self, clock: Clock, new_id: Callable[[], int]) -> None:
+    def __init__(self, clock: Clock, new_id: Callable[[], int], limits: ForwardingLimits = LIMITS) -> None:
         self._clock = clock
+        self._limits = limits
         self._new_id = new_id
         self.counts = DnsCounts()
         self.in_flight_requests: dict[str, dict[asyncio.Timeout, None]] = {}
@@ -137,9 +146,9 @@ class QueryForwarder:
         If needed, displaces a query of the container with most queries in flight.
         """
         own = len(self.in_flight_requests.get(container, ()))
-        if own >= IN_FLIGHT_PER_CONTAINER_MAX:
+        if own >= self._limits.in_flight_per_container:
             return False
-        if self._total < IN_FLIGHT_MAX:
+        if self._total < self._limits.in_flight:
             return True
         most = max(self.in_flight_requests, key=lambda one: len(self.in_flight_requests[one]))
         if own + 1 >= len(self.in_flight_requests[most]):
@@ -166,7 +175,7 @@ class QueryForwarder:
         ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_unresponsive(server, container))
         again = ordered if len(ordered) < SERVERS_MAX else []  # try again once, because a packet may be lost
         # Leave time for every attempt, so that each unresponsive server becomes known.
-        attempt_s = min(ATTEMPT_S, deadline_s / (1.25 * max(len(ordered), 1)))
+        attempt_s = min(self._limits.attempt_s, deadline_s / (1.25 * max(len(ordered), 1)))
         failed: set[UpstreamServer] = set()
         for server in (*ordered, *again):
             if server in failed:

@@ -43,8 +43,10 @@ class TcpRelay:
         port: RelayPort,
         rng: Callable[[], float],
         in_namespace: Callable[[Callable[[], socket.socket]], socket.socket],
+        connections_max: int = CONNECTIONS_MAX,
     ) -> None:
         self._port = port
+        self._connections_max = connections_max
         self._rng = rng
         self._in_namespace = in_namespace
         self._server: asyncio.Server | None = None
@@ -82,7 +84,7 @@ class TcpRelay:
                         writer.transport.abort()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._open) >= CONNECTIONS_MAX:
+        if len(self._open) >= self._connections_max:
             _reset(writer)
             return
         self._open[writer] = None

@@ -24,7 +24,6 @@ from skep.engine.build.files.sources import CopySource
 from skep.engine.build.interface import Provider
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.contexts import ContextStore
-from skep.engine.buildkit.protocol import sessions
 from skep.engine.buildkit.protocol.filesend import spool
 from skep.engine.buildkit.protocol.sessions import BuildSession
 from skep.engine.buildkit.uploads import OpenUpload
@@ -134,7 +133,7 @@ async def _read_upload(session: BuildSession, url: URL) -> AsyncIterator[bytes]:
     """Yield the client's upload for an address of its own.  Raises: SkepError."""
     metadata = [("urlpath", url.path), ("urlhost", url.host or "")]
     is_empty = True
-    async with session.stream(_PULL, metadata, silent_s=sessions.SILENT_S) as messages:
+    async with session.stream(_PULL, metadata, silent_s=session.silent_s) as messages:
         await messages.end()
         while (data := await messages.receive()) is not None:
             piece = pb.BytesMessage.FromString(data).data

@@ -136,8 +136,10 @@ class Solver:
         contexts: ContextStore,
         caches: Caches,
         clock: Clock,
+        job_wait_s: float = _JOB_WAIT_S,
     ) -> None:
         self._builds = builds
+        self._job_wait_s = job_wait_s
         self._archives = archives
         self._caches = caches
         self._sessions = sessions
@@ -205,7 +207,7 @@ class Solver:
         if job := self._ended.get(ref):
             return job
         try:
-            async with asyncio.timeout(_JOB_WAIT_S), self._begun:
+            async with asyncio.timeout(self._job_wait_s), self._begun:
                 await self._begun.wait_for(lambda: ref in self._jobs)
                 return self._jobs[ref]
         except TimeoutError as error:

@@ -38,7 +38,8 @@ class _Meeting:
 class Uploads:
     """Uploads by the ids of their builds."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait_s: float = _WAIT_S) -> None:
+        self._wait_s = wait_s
         self.meetings: dict[str, _Meeting] = {}
 
     async def offer(self, id: str, pieces: AsyncIterator[bytes]) -> None:
@@ -51,7 +52,9 @@ class Uploads:
             raise AlreadyExists(f"build {id} has a context already")
         meeting.pieces.set_result(pieces)
         try:
-            await _within(meeting.is_taken.wait(), Unavailable(f"no build takes the context of {id}"))
+            await _within(
+                meeting.is_taken.wait(), Unavailable(f"no build takes the context of {id}"), self._wait_s
+            )
             await meeting.is_over.wait()
         finally:
             self.meetings.pop(id, None)
@@ -63,7 +66,7 @@ class Uploads:
         try:
             missing = InvalidArgument(f"the context of build {id} was not uploaded")
             # The deadline ends the wait, not the upload, which may still arrive for a repeated request.
-            pieces = await _within(asyncio.shield(meeting.pieces), missing)
+            pieces = await _within(asyncio.shield(meeting.pieces), missing, self._wait_s)
             meeting.is_taken.set()
             yield pieces
         finally:
@@ -83,10 +86,10 @@ class Uploads:
         return self.meetings[id]
 
 
-async def _within(work: Awaitable[T], refusal: SkepError) -> T:
+async def _within(work: Awaitable[T], refusal: SkepError, wait_s: float) -> T:
     """Return the result of ``work``.  Raises: ``refusal``: it takes too long."""
     try:
-        async with asyncio.timeout(_WAIT_S):
+        async with asyncio.timeout(wait_s):
             return await work
     except TimeoutError as error:
         raise refusal from error

@@ -151,12 +151,15 @@ class HealthMonitor:
         clock: Clock,
         *,
         report: Callable[[ContainerId, Probed], Awaitable[object]],
+        ended_s: float = ENDED_S,
+        killed_s: float = KILLED_S,
     ) -> None:
-        """``report`` applies the result of a probe to the record."""
+        """``report`` applies the result of a probe to the record.  See ``ENDED_S`` and ``KILLED_S``."""
         self._store = store
         self._execs = execs
         self._clock = clock
         self._report = report
+        self._ended_s, self._killed_s = ended_s, killed_s
         self._left: dict[ContainerId, str] = {}
         """Probes that were killed but have not ended yet.  The container's next probe waits for them."""
         self.count = self.failures = 0
@@ -205,7 +208,7 @@ class HealthMonitor:
             self.failures += probe.exit_code != SUCCESS
             if probe.exit_code != SUCCESS and _has_ended(self._store.get(id)):
                 with suppress(TimeoutError):  # if a thread or conmon hangs, this counts as a failure
-                    async with asyncio.timeout(ENDED_S):
+                    async with asyncio.timeout(self._ended_s):
                         await self._wait_ended(id)
             if not self._store.get(id).is_running:
                 return  # the container has ended meanwhile, so the result means nothing
@@ -255,7 +258,7 @@ class HealthMonitor:
             if self._execs.get(exec_id).running:
                 self._left[id] = exec_id
                 self._execs.kill(exec_id)  # a starting probe is killed once it has started
-                async with asyncio.timeout(KILLED_S):
+                async with asyncio.timeout(self._killed_s):
                     await self._execs.wait(exec_id)
         except TimeoutError:
             return  # the probe's result still counts

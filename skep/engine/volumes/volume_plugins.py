@@ -31,12 +31,6 @@ SPECS: Final = (Path("/etc/docker/plugins"), Path("/usr/lib/docker/plugins"))
 LOCAL: Final = "local"
 SCAN_S = 10.0
 """Seconds between two scans for new plug-ins."""
-LONG_S, SHORT_S = 120.0, 60.0
-"""Time limits in seconds for calls that change or mount volumes, and for calls that only read.  Both are Docker's."""
-LIST_S = 5.0
-"""Time limit in seconds for each plug-in when all volumes are listed, so that a slow plug-in does not hold up the
-list.
-"""
 RESPONSE_BYTES_MAX = 1 << 20
 """Limit in bytes for a response, and for a certificate file."""
 CALLS_MAX = 16
@@ -119,11 +113,26 @@ class PluginEndpoint(_Response, frozen=True):
     tls_config: _Tls | None = msgspec.field(default=None, name="TLSConfig")
 
 
+class PluginTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Time limits of a plug-in's calls, in seconds."""
+
+    change_s: float = 120.0
+    """For calls that change or mount volumes, as in Docker."""
+    read_s: float = 60.0
+    """For calls that only read, as in Docker."""
+    list_s: float = 5.0
+    """For each plug-in when all volumes are listed, so that a slow plug-in does not hold up the list."""
+
+
+TIMES = PluginTimes()
+
+
 class VolumePlugin:
     """A volume plug-in.  Every call raises PluginRefused, with the plug-in's message, or Unavailable."""
 
-    def __init__(self, name: str, endpoint: PluginEndpoint, clock: Clock) -> None:
+    def __init__(self, name: str, endpoint: PluginEndpoint, clock: Clock, times: PluginTimes = TIMES) -> None:
         self.name = name
+        self._times = times
         self.endpoint = endpoint
         self.gives_volumes = False
         """Whether the plug-in has declared itself a volume driver."""
@@ -136,11 +145,11 @@ class VolumePlugin:
 
     async def activate(self) -> None:
         """Perform the handshake.  Raises: NotFound: the plug-in is not a volume driver."""
-        response = await self._call("Plugin.Activate", None, _Activated, SHORT_S)
+        response = await self._call("Plugin.Activate", None, _Activated, self._times.read_s)
         if "VolumeDriver" not in (response.implements or ()):
             raise NotFound(f'plugin "{self.name}" does not implement VolumeDriver')
         with suppress(PluginRefused):  # older plug-ins do not have the call
-            capable = await self._call("VolumeDriver.Capabilities", {}, _Capable, SHORT_S)
+            capable = await self._call("VolumeDriver.Capabilities", {}, _Capable, self._times.read_s)
             is_global = capable.capabilities is not None and capable.capabilities.scope.lower() == "global"
             self.scope = "global" if is_global else LOCAL
         self.gives_volumes = True
@@ -148,27 +157,33 @@ class VolumePlugin:
     async def create(self, name: str, options: Mapping[str, str]) -> None:
         """Create a volume."""
         _checked(
-            await self._call("VolumeDriver.Create", {"Name": name, "Opts": dict(options)}, _Done, LONG_S)
+            await self._call(
+                "VolumeDriver.Create", {"Name": name, "Opts": dict(options)}, _Done, self._times.change_s
+            )
         )
 
     async def remove(self, name: str) -> None:
         """Remove a volume."""
-        _checked(await self._call("VolumeDriver.Remove", {"Name": name}, _Done, LONG_S))
+        _checked(await self._call("VolumeDriver.Remove", {"Name": name}, _Done, self._times.change_s))
 
     async def mount(self, name: str, id: str) -> str:
         """Mount a volume for the user ``id`` and return its directory on this node.  Idempotent."""
-        response = await self._call("VolumeDriver.Mount", {"Name": name, "ID": id}, _Mounted, LONG_S)
+        response = await self._call(
+            "VolumeDriver.Mount", {"Name": name, "ID": id}, _Mounted, self._times.change_s
+        )
         _checked(response)
         return checked_path(self.name, response.mountpoint)
 
     async def unmount(self, name: str, id: str) -> None:
         """Tell the plug-in that the user ``id`` no longer needs the volume."""
-        _checked(await self._call("VolumeDriver.Unmount", {"Name": name, "ID": id}, _Done, LONG_S))
+        _checked(
+            await self._call("VolumeDriver.Unmount", {"Name": name, "ID": id}, _Done, self._times.change_s)
+        )
 
     async def get(self, name: str) -> PluginVolume | None:
         """Return a volume, or None if it does not exist or the plug-in refuses the call."""
         try:
-            response = await self._call("VolumeDriver.Get", {"Name": name}, _Got, SHORT_S)
+            response = await self._call("VolumeDriver.Get", {"Name": name}, _Got, self._times.read_s)
             _checked(response)
         except PluginRefused:
             return None  # the protocol has no distinct error for "no such volume"
@@ -176,7 +191,7 @@ class VolumePlugin:
 
     async def list(self) -> Sequence[PluginVolume]:
         """Return all volumes of the plug-in, but at most ``VOLUMES_MAX``."""
-        response = await self._call("VolumeDriver.List", {}, _Listed, LIST_S)
+        response = await self._call("VolumeDriver.List", {}, _Listed, self._times.list_s)
         _checked(response)
         return (response.volumes or ())[:VOLUMES_MAX]
 
@@ -315,12 +330,14 @@ class VolumePlugins:
         specs: Sequence[Path] = SPECS,
         clock: Clock | None = None,
         on_change: Callable[[], None] = lambda: None,
+        times: PluginTimes = TIMES,
     ) -> None:
         """``on_change`` is called when the set of drivers changes."""
         self._sockets = sockets
         self._specs = specs
         self._clock = clock or SystemClock()
         self._on_change = on_change
+        self._times = times
         self._plugins: dict[str, VolumePlugin] = {}
         self._lock = asyncio.Lock()
         self._is_unread = False
@@ -362,7 +379,7 @@ class VolumePlugins:
         if plugin is not None and plugin.gives_volumes:
             return
         try:
-            async with asyncio.timeout(LIST_S):
+            async with asyncio.timeout(self._times.list_s):
                 await self.get(name)
         except NotFound:
             return  # a network or log plug-in
@@ -384,7 +401,7 @@ class VolumePlugins:
             raise NotFound(f'error looking up volume plugin {name}: plugin "{name}" not found')
         plugin = self._plugins.get(name)
         if plugin is None or plugin.endpoint != endpoint:
-            plugin = self._plugins[name] = VolumePlugin(name, endpoint, self._clock)
+            plugin = self._plugins[name] = VolumePlugin(name, endpoint, self._clock, self._times)
         if not plugin.gives_volumes:
             try:
                 await plugin.activate()

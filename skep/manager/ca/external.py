@@ -11,6 +11,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 import structlog
 from cryptography import x509
 
@@ -38,14 +39,23 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-CALL_S = 5.0
-"""Timeout of one authority in seconds, as in SwarmKit."""
 ALL_S = 15.0
 """Timeout in seconds for calling all authorities.  It is shorter than a node waits."""
 CALLS_MAX = 8
 """Largest number of concurrent requests.  Further requests wait, but not longer than their timeout."""
-FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
-"""Delays in seconds before an unreachable authority is called again."""
+
+
+class CallLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Times for calls of external authorities, in seconds."""
+
+    call_s: float = 5.0
+    """Timeout of one authority, as in SwarmKit."""
+    first_retry_s: float = 0.5
+    """First delay before an unreachable authority is called again."""
+    longest_retry_s: float = 30.0
+
+
+LIMITS = CallLimits()
 
 
 class ExternalAuthorities:
@@ -58,10 +68,13 @@ class ExternalAuthorities:
         pair: Returns this manager's key pair at the time of each call.
     """
 
-    def __init__(self, pair: Callable[[], KeyPair], clock: Clock, random: Random) -> None:
+    def __init__(
+        self, pair: Callable[[], KeyPair], clock: Clock, random: Random, limits: CallLimits = LIMITS
+    ) -> None:
         self._pair = pair
         self._clock = clock
         self._random = random
+        self._limits = limits
         self._left_out: dict[str, _LeftOut] = {}
         self._calls = asyncio.Semaphore(CALLS_MAX)
 
@@ -113,7 +126,7 @@ class ExternalAuthorities:
         headers = {"Content-Type": "application/json"}
         try:
             async with (
-                asyncio.timeout(CALL_S),
+                asyncio.timeout(self._limits.call_s),
                 aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session,
                 session.post(url, data=body, headers=headers, allow_redirects=False) as response,
             ):
@@ -123,7 +136,7 @@ class ExternalAuthorities:
                     if len(content) > RESPONSE_BYTES_MAX:
                         raise Unavailable(f"its response is longer than {RESPONSE_BYTES_MAX} bytes")
         except TimeoutError as error:
-            raise Unavailable(f"no response within {CALL_S:g} s") from error
+            raise Unavailable(f"no response within {self._limits.call_s:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = str(error).replace(url, shown_url(url))
             raise Unavailable(f"unable to perform certificate signing request: {reason}") from error
@@ -132,7 +145,7 @@ class ExternalAuthorities:
         return response.status, bytes(content)
 
     def _leave_out(self, url: str, reason: str) -> None:
-        left_out = self._left_out.get(url) or _LeftOut(self._random)
+        left_out = self._left_out.get(url) or _LeftOut(self._random, self._limits)
         left_out.reason = reason
         left_out.until = self._clock.monotonic() + left_out.backoff.next_delay_s()
         self._left_out[url] = left_out
@@ -153,7 +166,7 @@ class ExternalAuthorities:
 
     async def _connects(self, url: str, root_pem: bytes) -> bool:
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(self._limits.call_s):
                 await self._connect(url, root_pem)
         except (TimeoutError, OSError, ValueError) as error:
             reason = reason_of(error)
@@ -222,7 +235,7 @@ class ExternalAuthorities:
 class _LeftOut:
     """An unreachable authority, with the reason and the monotonic time in seconds until which it is skipped."""
 
-    def __init__(self, random: Random) -> None:
-        self.backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=random.random)
+    def __init__(self, random: Random, limits: CallLimits) -> None:
+        self.backoff = Backoff(limits.first_retry_s, limits.longest_retry_s, rng=random.random)
         self.until = 0.0
         self.reason = ""

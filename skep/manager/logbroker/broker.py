@@ -32,7 +32,7 @@ from skep.manager.logbroker.selection import (
     selected,
     shortfall,
 )
-from skep.manager.logbroker.subscription import LogSubscription
+from skep.manager.logbroker.subscription import LIMITS, LogLimits, LogSubscription
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import Node, NodeState
 from skep.model.task import Task
@@ -47,8 +47,6 @@ from skep.wire.service import Handler, client_stream, server_stream
 
 log = structlog.get_logger(__name__)
 
-RESPONSE_SECONDS_MAX = 10.0
-"""Seconds of silence after which a node is reported as missing, unless lines that it has sent are still unread."""
 NO_MANAGER = NodeId("")
 RELAYED_LINES = 100
 """Largest number of lines in one message to another manager."""
@@ -81,6 +79,7 @@ class LogBroker:
         clock: Clock,
         own: NodeId = NO_MANAGER,
         relays: OtherManagers | None = None,
+        limits: LogLimits = LIMITS,
     ) -> None:
         """``own`` is this manager.  ``relays`` is None without other managers."""
         self._store = store
@@ -88,6 +87,7 @@ class LogBroker:
         self._clock = clock
         self._own = own
         self._relays = relays
+        self._limits = limits
         self._group: asyncio.TaskGroup | None = None
         self.relaying: dict[str, set[asyncio.Task[None]]] = {}
         self.subscriptions: dict[str, LogSubscription] = {}
@@ -113,7 +113,7 @@ class LogBroker:
 
         Existing lines are merged in the order of their times.  Stored lines of nodes that do not respond come after
         them, or first for a follower, whose stream has no end.  New lines for a follower are not, and a silent node
-        delays the others for at most ``subscription.HOLD_S``.  Ends once every node has sent everything.  With
+        delays the others for at most ``LogLimits.hold_s``.  Ends once every node has sent everything.  With
         ``follow``, it ends only when the iterator is closed.
 
         Raises:
@@ -168,7 +168,9 @@ class LogBroker:
     def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> LogSubscription:
         if len(self.subscriptions) >= SUBSCRIPTIONS_MAX:
             raise Unavailable("too many log streams are open: close some and try again")
-        subscription = LogSubscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
+        subscription = LogSubscription(
+            self._new_id(), query, only, opened_ns=self._clock.now_ns(), limits=self._limits
+        )
         self.subscriptions[subscription.id] = subscription
         return subscription
 
@@ -194,7 +196,7 @@ class LogBroker:
         """Wait for lines or ends.  Gives up on nodes that send nothing, unless the reader follows."""
         now = self._clock.monotonic()
         hold_s, named_s = subscription.hold_s(now), subscription.until_named_s(now)
-        longest_s = None if subscription.query.follow else RESPONSE_SECONDS_MAX
+        longest_s = None if subscription.query.follow else self._limits.response_s
         try:
             limits = [limit for limit in (hold_s, named_s, longest_s) if limit is not None]
             async with asyncio.timeout(min(limits, default=None)):

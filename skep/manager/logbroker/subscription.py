@@ -19,19 +19,35 @@ from skep.model.values.times import SECOND_NS
 
 LINES_MAX = 1000
 """Maximum number of lines that wait for one reader."""
-HOLD_S = 1.0
-"""Seconds for which lines wait for a node that sends nothing, so that lines stay in order."""
-SILENT_S = 5.0
-"""Seconds after which a follower gets a line about a node that does not respond."""
 BEHIND_NS_MAX = 600 * SECOND_NS
 """Largest lag between two tasks of a node, in nanoseconds, at which both can be resumed without gaps."""
+
+
+class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a reader waits for nodes, in seconds."""
+
+    hold_s: float = 1.0
+    """Lines wait as long for a node that sends nothing, so that lines stay in order."""
+    silent_s: float = 5.0
+    """A follower gets a line about a node that has not responded for as long."""
+    response_s: float = 10.0
+    """A node that is silent for as long is reported as missing, unless lines that it has sent are still unread."""
+
+
+LIMITS = LogLimits()
 
 
 class LogSubscription:
     """A running query.  ``id`` identifies it on the nodes."""
 
     def __init__(
-        self, id: str, query: LogQuery, only: frozenset[NodeId] | None = None, *, opened_ns: int = 0
+        self,
+        id: str,
+        query: LogQuery,
+        only: frozenset[NodeId] | None = None,
+        *,
+        opened_ns: int = 0,
+        limits: LogLimits = LIMITS,
     ) -> None:
         """Create a subscription.
 
@@ -56,6 +72,7 @@ class LogSubscription:
         self.ended: deque[tuple[NodeId, str]] = deque()
         """Nodes that have sent everything or will not, with the reason.  Bounded by the number of nodes."""
         self._opened_ns = opened_ns
+        self._limits = limits
         self._started: set[NodeId] = set()
         self._seen_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
@@ -147,7 +164,7 @@ class LogSubscription:
             return None
         if self._holding_since is None:
             self._holding_since = now
-        return max(0.0, self._holding_since + HOLD_S - now)
+        return max(0.0, self._holding_since + self._limits.hold_s - now)
 
     def pass_over(self) -> None:
         """Release lines without waiting for the nodes that send none."""
@@ -182,18 +199,20 @@ class LogSubscription:
         return found
 
     def take_long_silent(self, now: float) -> frozenset[NodeId]:
-        """Return nodes that have not answered a follower for ``SILENT_S``, each once.  ``now`` is in
+        """Return nodes that have not answered a follower for ``silent_s``, each once.  ``now`` is in
         monotonic seconds.
         """
         self._silent_since = {node_id: self._silent_since.get(node_id, now) for node_id in self.silent}
-        found = {node_id for node_id, since in self._silent_since.items() if now >= since + SILENT_S}
+        found = {
+            node_id for node_id, since in self._silent_since.items() if now >= since + self._limits.silent_s
+        }
         self.silent -= found
         return frozenset(found)
 
     def until_named_s(self, now: float) -> float | None:
         """Return the seconds until ``take_long_silent`` may return a node, or None."""
         since = [since for node_id, since in self._silent_since.items() if node_id in self.silent]
-        return max(0.0, min(since) + SILENT_S - now) if since else None
+        return max(0.0, min(since) + self._limits.silent_s - now) if since else None
 
     async def wait_update(self) -> None:
         """Wait for a line, or for a node to finish."""

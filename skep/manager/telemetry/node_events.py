@@ -31,8 +31,6 @@ from skep.wire.tunnel import Tunnel
 
 NODES_MAX = 128
 """Largest number of nodes in one client's stream, because each node adds to every cursor."""
-STREAMS_MAX = 8
-"""Maximum number of clients that read node events from one manager.  Each has a tunnel to every node."""
 LINE_BYTES_MAX = 256 << 10
 """Longest line of an event in bytes.  A node replaces a longer event with a gap message."""
 HEAD_BYTES_MAX = 64 << 10
@@ -41,8 +39,6 @@ SILENT_S_MAX = 30.0
 """Seconds without a line after which a node counts as silent.  A node sends a line at least every ten seconds."""
 LAST_S = 5.0
 """Seconds for reading the nodes' past events once the requested end has come."""
-TAKES_WITHIN_S = 60.0
-"""Seconds after which a client that takes no event loses its stream to another client."""
 _WAITING_MAX = 64
 """Largest number of nodes' messages that wait for one client."""
 _LOOK_S = 1.0
@@ -52,6 +48,19 @@ _KEY_LENGTH = 12
 TYPES = frozenset({"container", "image", "volume"})
 ID, NAME = "com.docker.swarm.node.id", "node.name"
 """Attributes of a node's events."""
+
+
+class EventLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of the clients that read node events from one manager."""
+
+    nodes: int = NODES_MAX
+    streams: int = 8
+    """Maximum number of clients.  Each has a tunnel to every node."""
+    takes_within_s: float = 60.0
+    """Seconds after which a client that takes no event loses its stream to another client."""
+
+
+LIMITS = EventLimits()
 
 
 class StreamPosition(NamedTuple):
@@ -135,10 +144,17 @@ class _Line(msgspec.Struct, kw_only=True, omit_defaults=True):
 class AllEvents:
     """All streams of this manager that include events of nodes."""
 
-    def __init__(self, tunnels: NodeTunnels, view: Callable[[], View], clock: Clock) -> None:
+    def __init__(
+        self,
+        tunnels: NodeTunnels,
+        view: Callable[[], View],
+        clock: Clock,
+        limits: EventLimits = LIMITS,
+    ) -> None:
         self._tunnels = tunnels
         self._view = view
         self._clock = clock
+        self._limits = limits
         self._streams = 0
 
     async def stream(
@@ -176,7 +192,7 @@ class AllEvents:
                                 position[item.node] = item.cursor
                             if item.message is not None:
                                 message = _with_cursor(item.message, str(StreamPosition(at, position)))
-                                await _wait_taken(send(message))
+                                await _wait_taken(send(message), self._limits.takes_within_s)
                         nodes.cancel()
 
     def check(self, wanted: WantedEvents) -> None:
@@ -185,13 +201,14 @@ class AllEvents:
         known = {name for node in self._view().find(Node) for name in (node.id, node.description.hostname)}
         if missing := sorted(set(wanted.names) - known):
             raise InvalidArgument(f"node {missing[0]} not found")
-        if len(nodes) > NODES_MAX:
+        if len(nodes) > self._limits.nodes:
             raise FailedPrecondition(
-                f"one stream can have the events of at most {NODES_MAX} nodes, not {len(nodes)}: name the nodes"
+                f"one stream can have the events of at most {self._limits.nodes} nodes, "
+                f"not {len(nodes)}: name the nodes"
             )
-        if self._streams >= STREAMS_MAX:
+        if self._streams >= self._limits.streams:
             raise ResourceExhausted(
-                f"{STREAMS_MAX} clients already read node events from this manager: try another manager"
+                f"{self._limits.streams} clients already read node events from this manager: try another manager"
             )
 
     @contextmanager
@@ -245,8 +262,8 @@ class AllEvents:
                     if node.id in reading:
                         continue
                     why = _why_unread(node)
-                    if not why and len(reading) >= NODES_MAX:
-                        why = f"the stream already has events of {NODES_MAX} other nodes"
+                    if not why and len(reading) >= self._limits.nodes:
+                        why = f"the stream already has events of {self._limits.nodes} other nodes"
                     if why:
                         if node.id not in away:
                             away.add(node.id)
@@ -388,12 +405,12 @@ def _notice(action: str, node: Node, reason: str, position: Mapping[str, str], a
     return _Item(key, position.get(key, ""), message)
 
 
-async def _wait_taken(sending: Awaitable[None]) -> None:
+async def _wait_taken(sending: Awaitable[None], within_s: float) -> None:
     try:
-        async with asyncio.timeout(TAKES_WITHIN_S):
+        async with asyncio.timeout(within_s):
             await sending
     except TimeoutError:
-        raise ConnectionResetError(f"the client took no event for {TAKES_WITHIN_S:g} s") from None
+        raise ConnectionResetError(f"the client took no event for {within_s:g} s") from None
 
 
 def _with_cursor(message: Mapping[str, Any] | EventMessage, cursor: str) -> Mapping[str, Any] | EventMessage:

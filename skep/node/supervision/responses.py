@@ -85,8 +85,10 @@ class ManagerProbe:
     a tenth of an idle manager's processor time.
     """
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, within_s: float = POLL_S) -> None:
+        """``within_s``: time limit in seconds for a response."""
         self._socket = socket
+        self._within_s = within_s
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._requests = 0
         """Number of requests on the open connection so far."""
@@ -94,7 +96,7 @@ class ManagerProbe:
     async def responds(self) -> bool | None:
         """Return whether the server responds, or None if nothing listens there."""
         try:
-            async with asyncio.timeout(POLL_S):
+            async with asyncio.timeout(self._within_s):
                 try:
                     await self._ask()
                 except (EOFError, ConnectionError):

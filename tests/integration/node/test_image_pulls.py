@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestServer
 from skep.engine.images.local import ImageEvent
 from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry.endpoints import RegistryPolicy
+from skep.engine.images.registry.endpoints import RegistryPolicy, TransferLimits
 from skep.engine.images.registry.registry import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -319,15 +319,9 @@ SILENT = {
     [*((step, None) for step in SILENT), *((step, 100) for step in SILENT if step != "ping")],
 )
 async def test_a_registry_that_sends_no_more_ends_the_pull(
-    images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch, step: str, sent: int | None
+    images: ImageStore, rogue: Rogue, step: str, sent: int | None
 ):
-    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 2)
-    monkeypatch.setattr(
-        "skep.engine.images.registry.registry.SHORT_TIMEOUT", aiohttp.ClientTimeout(total=0.3)
-    )
-    monkeypatch.setattr(
-        "skep.engine.images.registry.registry.BLOB_TIMEOUT", aiohttp.ClientTimeout(sock_read=0.3)
-    )
+    images.policy = RegistryPolicy(transfers=TransferLimits(attempts=2, response_s=0.3, stalled_s=0.3))
     rogue.silent_at, rogue.silent_after = SILENT[step], sent
     with pytest.raises(RegistryError, match="request canceled"):
         await asyncio.wait_for(images.pull(f"{rogue.address}/app:1"), 60)
@@ -466,7 +460,7 @@ async def test_a_list_of_tags_that_leads_in_a_circle_or_elsewhere_is_an_error(
     assert not images.images()
 
 
-async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch):
+async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue):
     """By its pages as well as by its bytes, of all pages together."""
 
     def guard(request: web.Request) -> web.Response | None:
@@ -478,10 +472,9 @@ async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue, monke
         )
 
     rogue.guard, size = guard, 1
-    monkeypatch.setattr("skep.engine.images.registry.registry._TAG_PAGES_MAX", 20)
-    with pytest.raises(InvalidArgument, match="the list of tags has more than 20 pages"):
+    with pytest.raises(InvalidArgument, match="the list of tags has more than 1000 pages"):
         await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
-    assert len([request for request in rogue.requests if "/tags/" in request.path]) == 20
+    assert len([request for request in rogue.requests if "/tags/" in request.path]) == 1000
     rogue.requests.clear()
     size = 1 << 20
     with pytest.raises(InvalidArgument, match="the response is larger than"):
@@ -538,12 +531,11 @@ async def test_nothing_is_asked_for_packed(images: ImageStore, rogue: Rogue):
 async def test_a_long_page_with_an_error_is_that_error(
     images: ImageStore,
     rogue: Rogue,
-    monkeypatch: pytest.MonkeyPatch,
     status: int,
     error: type[SkepError],
     words: str,
 ):
-    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 1)
+    images.policy = RegistryPolicy(transfers=TransferLimits(attempts=1))
     page = b"<html>" + bytes(100_000)
     rogue.guard = lambda request: (
         web.Response(status=status, body=page) if "/manifests/" in request.path else None
@@ -561,10 +553,8 @@ async def test_a_plugin_is_no_image(images: ImageStore, rogue: Rogue):
     assert not images.images()
 
 
-async def test_what_is_too_deep_for_json_is_no_token_no_list_and_no_error(
-    images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 1)
+async def test_what_is_too_deep_for_json_is_no_token_no_list_and_no_error(images: ImageStore, rogue: Rogue):
+    images.policy = RegistryPolicy(transfers=TransferLimits(attempts=1))
     rogue.guard = lambda request: web.Response(body=DEEP) if "/tags/" in request.path else None
     with pytest.raises(RegistryError, match="/v2/app/tags/list: "):
         await images.pull_all(parse_reference(f"{rogue.address}/app"), "")

@@ -19,6 +19,7 @@ from skep.engine.api.images import image_routes
 from skep.engine.images.progress import ProgressMessage
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import uploads
+from skep.engine.images.registry.endpoints import RegistryPolicy, TransferLimits
 from skep.engine.images.registry.registry import DOCKER_MANIFEST, OCI_MANIFEST, RegistryError
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, SkepError
@@ -273,16 +274,11 @@ async def bent() -> AsyncIterator[Registry]:
 
 
 @pytest.fixture
-def is_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def is_impatient(images: ImageStore) -> None:
     """Deadlines and waits of a test's length."""
-    short = aiohttp.ClientTimeout(total=0.3)
-    for name in ("SHORT_TIMEOUT", "_COMMITTING"):
-        monkeypatch.setattr(f"skep.engine.images.registry.uploads.{name}", short)
-    monkeypatch.setattr("skep.engine.images.registry.uploads._PROGRESS_S", 0.3)
-    monkeypatch.setattr("skep.engine.images.registry.uploads._ATTEMPTS", 2)
-    monkeypatch.setattr("skep.engine.images.registry.registry.SHORT_TIMEOUT", short)
-    monkeypatch.setattr("skep.engine.images.registry.pushing.SHORT_TIMEOUT", short)
-    monkeypatch.setattr("skep.engine.images.registry.pulling._ATTEMPTS", 2)
+    images.policy = RegistryPolicy(
+        transfers=TransferLimits(response_s=0.3, stalled_s=0.3, commit_s=0.3, attempts=2)
+    )
 
 
 DATA = os.urandom(3 << 20)
@@ -320,10 +316,8 @@ async def test_an_upload_that_the_registry_has_forgotten_is_begun_again(images: 
     assert bent.blobs[sha256(blob)] == blob
 
 
-async def test_a_push_that_never_succeeds_leaves_no_tag_and_no_upload(
-    images: ImageStore, bent: Registry, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("skep.engine.images.registry.uploads._ATTEMPTS", 2)
+async def test_a_push_that_never_succeeds_leaves_no_tag_and_no_upload(images: ImageStore, bent: Registry):
+    images.policy = RegistryPolicy(transfers=TransferLimits(attempts=2))
     await with_a_large_layer(images, f"{bent.address}/app:1")
     bent.cut_after = [1000] * 10
     with pytest.raises(RegistryError):

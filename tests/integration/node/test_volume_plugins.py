@@ -13,8 +13,7 @@ from skep.agent.executor.interface import Controller
 from skep.agent.executor.oci import OciExecutor
 from skep.api.http.server import application
 from skep.engine.api.volumes import volume_routes
-from skep.engine.volumes import volume_plugins
-from skep.engine.volumes.volume_plugins import VolumePlugins
+from skep.engine.volumes.volume_plugins import TIMES, PluginTimes, VolumePlugins
 from skep.errors import SkepError
 from skep.linux.mounting import mount_targets
 from skep.model.container import Mount, VolumeOptions
@@ -30,8 +29,9 @@ Api = TestClient[Any, Any]
 
 
 @pytest.fixture
-def plugins(tmp_path: Path) -> VolumePlugins:
-    return VolumePlugins(tmp_path / "sockets", (tmp_path / "specs",))
+def plugins(tmp_path: Path, request: pytest.FixtureRequest) -> VolumePlugins:
+    times = getattr(request, "param", TIMES)
+    return VolumePlugins(tmp_path / "sockets", (tmp_path / "specs",), times=times)
 
 
 @pytest.fixture
@@ -162,11 +162,10 @@ async def test_a_plug_in_that_lies_fails_its_own_tasks_with_the_reason(
     assert "driver 'local' already has volume 'mine'" in await refusal(executor, of_plugin("mine"))
 
 
+@pytest.mark.parametrize("plugins", [PluginTimes(list_s=0.5, change_s=1.0)], indirect=True)
 async def test_a_plug_in_that_hangs_stops_its_own_tasks_alone_and_is_left_alone_for_a_while(
-    monkeypatch: pytest.MonkeyPatch, executor: OciExecutor, disks: TestPlugin, api: Api
+    executor: OciExecutor, disks: TestPlugin, api: Api
 ) -> None:
-    monkeypatch.setattr(volume_plugins, "LIST_S", 0.5)
-    monkeypatch.setattr(volume_plugins, "LONG_S", 1.0)
     controller = executor.controller(a_task("true", mounts=(of_plugin("one"),)))
     await controller.prepare()
     disks.answers = {"VolumeDriver.Mount": None, "VolumeDriver.Unmount": None, "VolumeDriver.List": None}

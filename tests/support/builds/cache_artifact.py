@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from skep.engine.images.digest import digest_of
+from skep.engine.images.registry.endpoints import TRANSFERS
 from skep.engine.images.registry.registry import OCI_MANIFEST, Document
 from skep.engine.images.registry.uploads import BlobUpload
 from skep.errors import NotFound
@@ -22,6 +23,8 @@ class Artifact:
 
     async def put(self, upload: BlobUpload) -> None:
         self.blobs[upload.digest] = upload.path.read_bytes() if upload.path else upload.content
+
+    transfers = TRANSFERS
 
     async def put_manifest(self, document: Document) -> None:
         self.manifest_bytes = document.content

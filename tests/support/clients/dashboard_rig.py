@@ -12,6 +12,7 @@ from aiohttp import web
 from skep.aio.clock import SystemClock
 from skep.api.access.identity import identify, identity_of
 from skep.api.http.connection import Connection
+from skep.dashboard.passing import LIMITS, BrowserLimits
 from skep.dashboard.server import DashboardServer, Tls
 from skep.errors import Unauthenticated, Unavailable
 from skep.model.permissions.access import Credential, Identity, Origin, parse_binding
@@ -64,7 +65,12 @@ def user_of(request: web.Request) -> str:
 
 @asynccontextmanager
 async def a_dashboard_server(
-    app: web.Application, authority: Authority, clock: Clock, *, allows_public: bool = False
+    app: web.Application,
+    authority: Authority,
+    clock: Clock,
+    *,
+    allows_public: bool = False,
+    limits: BrowserLimits = LIMITS,
 ) -> AsyncIterator[tuple[int, People]]:
     """Serve the dashboard.  Yield its loopback port and its users.  ``app``: the API."""
     people, numbers, tasks = People(), count(1), set[asyncio.Task[Any]]()
@@ -92,6 +98,7 @@ async def a_dashboard_server(
         allows_public=allows_public,
         clock=clock,
         new_secret=lambda: f"{next(numbers):032}",
+        limits=limits,
     )
     try:
         async with server.listening("127.0.0.1", 0) as (port,):

@@ -59,16 +59,26 @@ class SlowPort(ImagePort):
         return await super()._manifest(request, caller)
 
 
+ServeImages = Callable[[ImageStore], ServedImages]
+"""Makes what serves the images of one node."""
+
+
+def as_usual(images: ImageStore) -> ServedImages:
+    return ServedImages(images, CLOCK)
+
+
 class ImageNode:
     """A node with its images, and a record of the images it has sent."""
 
-    def __init__(self, root: Path, pair: KeyPair, on_event: Callable[[ImageEvent], None]) -> None:
+    def __init__(
+        self, root: Path, pair: KeyPair, on_event: Callable[[ImageEvent], None], serve_images: ServeImages
+    ) -> None:
         self.pair = pair
         self.id = pair.identity.node_id
         self.session = SessionState(CLOCK)
         self.sources = ClusterSources(self.session)
         self.images = ImageStore(root, nodes=NodeFetcher(self.sources, CLOCK), on_event=on_event)
-        self.served = ServedImages(self.images, CLOCK)
+        self.served = serve_images(self.images)
         self.port = SlowPort(self.served, self.session, CLOCK)
 
     @property
@@ -116,9 +126,11 @@ class ImageCluster:
         *,
         root: Path | None = None,
         on_event: Callable[[ImageEvent], None] = lambda _: None,
+        serve_images: ServeImages = as_usual,
     ) -> ImageNode:
         """Add a node, a worker unless ``pair`` is a manager's.  It is ready, and known to the manager."""
-        node = ImageNode(root or self._root / new_id(), pair or self.cluster.pair(new_id()), on_event)
+        pair = pair or self.cluster.pair(new_id())
+        node = ImageNode(root or self._root / new_id(), pair, on_event, serve_images)
         await node.images.open()
         channel = await self._stack.enter_async_context(
             open_channel(self._address, client_context(node.pair), MANAGER_NAME)

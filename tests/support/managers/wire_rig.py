@@ -23,9 +23,10 @@ from skep.agent.session.table_stream import TableSink
 from skep.agent.tunnels import ContainerAccess, TunnelHost
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
+from skep.manager.ca import external
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.expiry import Expiry
-from skep.manager.ca.external import ExternalAuthorities
+from skep.manager.ca.external import CallLimits, ExternalAuthorities
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
@@ -43,7 +44,9 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.node_sessions.messages import ManagerPeer
 from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.keys import first_keys
+from skep.manager.logbroker import subscription
 from skep.manager.logbroker.broker import LogBroker
+from skep.manager.logbroker.subscription import LogLimits
 from skep.manager.nodes.attachment_service import AttachmentService
 from skep.manager.nodes.tunnels import NodeTunnels
 from skep.manager.probes.diagnostics import Diagnostics
@@ -93,13 +96,21 @@ MANAGER_ID = NodeId("manager0000000000000000m1")
 class Cluster:
     """One manager with its store.  ``serving`` runs it, and the store outlives it as etcd does."""
 
-    def __init__(self, *, heartbeat_s: float = 0.2, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        *,
+        heartbeat_s: float = 0.2,
+        host: str = "127.0.0.1",
+        logs: LogLimits = subscription.LIMITS,
+        calls: CallLimits = external.LIMITS,
+    ) -> None:
         self.id = ClusterId(new_id())
         self.host = host
         self.port = 0
         self.authority = Authority.create()
         self.store = MemoryStore(SystemClock())
         self.heartbeat_s = heartbeat_s
+        self._log_limits, self._call_limits = logs, calls
         self.logs: LogBroker
         self.dispatcher: Dispatcher
         self.discovery: Discovery
@@ -108,6 +119,8 @@ class Cluster:
         self.diagnostics: Diagnostics
         self.tunnels: NodeTunnels
         self.knows_paths = True
+        self.ahead_s = 0.0
+        """Seconds that have passed for the check of callers."""
         self.tls: ServerTls
         self.bound: Bound
         self.external: ExternalAuthorities
@@ -164,9 +177,9 @@ class Cluster:
                 lambda node, session: self.dispatcher.session(node, session),
                 self.channel,
             )
-            self.logs = LogBroker(self.store, new_id, clock)
+            self.logs = LogBroker(self.store, new_id, clock, limits=self._log_limits)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
-            self.external = ExternalAuthorities(lambda: self.tls.pair, clock, Random(1))
+            self.external = ExternalAuthorities(lambda: self.tls.pair, clock, Random(1), self._call_limits)
             signer = CertificateSigner(self.store, MANAGER_ID, self.external, self.channel, clock)
             certificates = CertificateService(self.store, new_id, signer)
             bound = await stack.enter_async_context(
@@ -177,7 +190,9 @@ class Cluster:
                     tls=self.tls.front,
                     cluster_id=self.id,
                     check_certificate=CallerCheck(
-                        self.store.view, self.dispatcher.is_current, clock.monotonic
+                        self.store.view,
+                        self.dispatcher.is_current,
+                        lambda: clock.monotonic() + self.ahead_s,
                     ).require,
                 )
             )

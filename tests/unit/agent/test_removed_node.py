@@ -9,7 +9,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.executor.simulated import SimulatedController
-from skep.agent.tasks import worker as worker_module
 from skep.agent.tasks.cluster_volumes import ClusterVolumes
 from skep.agent.tasks.worker import kill_time, stop_reason
 from skep.aio.clock import SystemClock
@@ -18,6 +17,7 @@ from skep.model.service import NetworkAttachmentSpec
 from skep.model.task import AssignedTask, TaskState
 from skep.model.values.ids import TaskId
 from skep.model.values.times import Timestamp, timestamp, unix_ns
+from tests.support.harness.clocks import FastClock
 from tests.unit.agent.test_worker import DEADLINE_S, NeverStops, Node, assigned, complete
 
 REMOVED = NodeRemoval(at=Timestamp("2026-01-02T03:04:05Z"))
@@ -99,12 +99,9 @@ class BusyVolumes:
 
 
 @pytest.mark.parametrize("has_busy_volumes", [False, True])
-async def test_a_task_that_does_not_stop_is_killed_in_time(
-    node: Node, monkeypatch: pytest.MonkeyPatch, has_busy_volumes: bool
-) -> None:
+async def test_a_task_that_does_not_stop_is_killed_in_time(tmp_path: Path, has_busy_volumes: bool) -> None:
     """Managers publish a volume for one node elsewhere soon after."""
-    monkeypatch.setattr(worker_module, "REMOVED_GRACE_S", 0.05)
-    monkeypatch.setattr(worker_module, "CUT_OFF_CHECK_S", 0.01)
+    node = Node(tmp_path, clock=FastClock(100))
     controllers: dict[str, type[SimulatedController]] = {"a": NeverStops}
     node.controllers |= controllers
     async with node.working() as worker:

@@ -13,7 +13,7 @@ from skep.agent.executor.interface import Controller, Rejected, Running
 from skep.agent.executor.simulated import Behavior, SimulatedController, SimulatedExecutor, SimulatedMachine
 from skep.agent.tasks.task_files import TaskFiles
 from skep.agent.tasks.worker import Worker, stop_reason
-from skep.aio.clock import SystemClock
+from skep.aio.clock import Clock, SystemClock
 from skep.errors import SkepError
 from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec
@@ -81,7 +81,8 @@ class Reports:
 class Node:
     """A node with a disk and a machine, on which workers come and go."""
 
-    def __init__(self, directory: Path, behavior: Behavior = QUICK) -> None:
+    def __init__(self, directory: Path, behavior: Behavior = QUICK, clock: Clock | None = None) -> None:
+        self.clock = clock or SystemClock()
         self.directory = directory
         self.machine = SimulatedMachine()
         self.behavior = behavior
@@ -96,7 +97,7 @@ class Node:
             executor=executor,
             files=TaskFiles(self.directory),
             reports=self.reports,
-            clock=SystemClock(),
+            clock=self.clock,
             session_state=a_session(),
         )
         async with asyncio.TaskGroup() as group:

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from skep.cli import main as cli
 from skep.cli.options import Duration
+from tests.support.clients.docker_command import skep
 
 ROOT = Path(__file__).parents[3]
 SUMMARY_MAX = 60
@@ -247,10 +248,8 @@ def test_a_former_verb_of_the_playground_is_the_present_one() -> None:
     assert "mend" not in group.list_commands(context)
 
 
-def test_version_shows_skeps_before_dockers(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[str] = []
-    monkeypatch.setattr("skep.cli.passthrough.execute", lambda host, nouns, words: started.extend(nouns))
-    shown = CliRunner().invoke(cli.main, ["version"]).output
-    lines = [line.split(":")[0].strip() for line in shown.splitlines()]
+def test_version_shows_skeps_before_dockers(tmp_path: Path) -> None:
+    shown = skep(tmp_path, "-H", "unix:///x.sock", "version").splitlines()
+    lines = [line.split(":")[0].strip() for line in shown]
     assert lines[:5] == ["Skep", "Version", "Git commit", "Date", "API version"]
-    assert started == ["version"]
+    assert shown[-3:] == ["--host", "unix:///x.sock", "version"]

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from skep.cli import main as cli
-from skep.cli import passthrough
 from skep.cli.running import with_next_step, without_code
+from tests.support.clients.docker_command import skep
 
 
 def test_help_lists_every_command_with_a_sentence_and_examples() -> None:
@@ -19,23 +20,10 @@ def test_help_lists_every_command_with_a_sentence_and_examples() -> None:
         assert f"  {name} " in result.output
 
 
-def test_a_noun_of_docker_becomes_docker_on_skeps_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(passthrough, "find_docker", lambda: "/usr/bin/docker")
-    monkeypatch.setattr("os.execv", lambda path, argv: started.append(argv))
-    words = ["-H", "unix:///x.sock", "service", "ls", "--filter", "name=web", "--help"]
-    assert CliRunner().invoke(cli.main, words).exit_code == 0
-    expected = [
-        "/usr/bin/docker",
-        "--host",
-        "unix:///x.sock",
-        "service",
-        "ls",
-        "--filter",
-        "name=web",
-        "--help",
-    ]
-    assert started == [expected]
+def test_a_noun_of_docker_becomes_docker_on_skeps_socket(tmp_path: Path) -> None:
+    words = ["service", "ls", "--filter", "name=web", "--help"]
+    started = skep(tmp_path, "-H", "unix:///x.sock", *words).splitlines()
+    assert started == ["--host", "unix:///x.sock", *words]
 
 
 def test_an_unknown_word_is_refused() -> None:
@@ -122,25 +110,16 @@ def test_a_shell_completes_every_verb_and_runs_no_docker_for_it(
     assert completed(*words) == offered
 
 
-def test_version_without_all_and_update_of_a_container_are_dockers(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def execv(path: str, argv: list[str]) -> None:
-        started.append(argv)
-        raise SystemExit(0)
-
-    monkeypatch.setattr(passthrough, "find_docker", lambda: "/usr/bin/docker")
-    monkeypatch.setattr("os.execv", execv)
-    CliRunner().invoke(cli.main, ["-H", "unix:///x.sock", "version", "--format", "x"])
-    CliRunner().invoke(cli.main, ["-H", "unix:///x.sock", "update", "--memory", "1g", "c1"])
-    assert [argv[3:] for argv in started] == [
-        ["version", "--format", "x"],
-        ["update", "--memory", "1g", "c1"],
-    ]
-
-
 def test_codes_of_errors_are_left_out_also_within_a_text() -> None:
     code = "rpc error: code = FailedPrecondition desc = "
     assert without_code(f"{code}network n is in use") == "network n is in use"
     quoted = f"network net was not removed: {code}n is in use. Rerun the command."
     assert without_code(quoted) == "network net was not removed: n is in use. Rerun the command."
+
+
+@pytest.mark.parametrize("words", [("version", "--format", "x"), ("update", "--memory", "1g", "c1")])
+def test_version_without_all_and_update_of_a_container_are_dockers(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    started = skep(tmp_path, "-H", "unix:///x.sock", *words).splitlines()
+    assert started == ["--host", "unix:///x.sock", *words]

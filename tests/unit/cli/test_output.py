@@ -110,9 +110,7 @@ def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Screen.present(is_wide=False).has_colors
 
 
-def test_a_watch_goes_on_when_the_node_does_not_answer(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_watch_goes_on_when_the_node_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
     responses = iter([REPORT, Unavailable("no leader"), REPORT, KeyboardInterrupt()])
 
     async def fetch() -> Shown:
@@ -121,8 +119,7 @@ def test_a_watch_goes_on_when_the_node_does_not_answer(
             raise response
         return response
 
-    output = OutputOptions(watches=True, template="{{.Name}}")
-    monkeypatch.setattr("skep.cli.output.WATCH_S", 0.0)
+    output = OutputOptions(watches=True, template="{{.Name}}", watch_s=0.0)
     with pytest.raises(KeyboardInterrupt):
         output.show(fetch)
     assert capsys.readouterr().out == "web\ndb\nThe state could not be read: no leader\nweb\ndb\n"

@@ -10,7 +10,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
-from skep.api.client import waiting
 from skep.cli.apps.rotation import (
     CONFIG,
     SECRET,
@@ -33,6 +32,7 @@ from skep.model.service import Service
 from skep.model.task import TaskState, TaskStatus
 from skep.store.level import SCHEDULES
 from tests.support import builders
+from tests.support.harness.clocks import on_virtual_time
 from tests.support.store.store_transactions import put
 
 
@@ -233,10 +233,8 @@ class _Flaky(_Services):
         )
 
 
-async def test_a_rotation_is_waited_for_over_a_change_of_leader(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(waiting, "_FIRST_S", 0.01)
+@on_virtual_time
+async def test_a_rotation_is_waited_for_over_a_change_of_leader(capsys: pytest.CaptureFixture[str]) -> None:
     services = _Flaky({}, "web")
     rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
     new = an_object("i3", "key-v3")
@@ -274,10 +272,8 @@ class _Late(_Services):
         return found | {"UpdateStatus": {"State": "paused"}} if path == "/services/stuck" else found
 
 
-async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not_be_updated(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.0)
+@on_virtual_time
+async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not_be_updated() -> None:
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
     waited = "web: 0 of 2 tasks have key-v2. Run skep explain web."
     problems = "broken: no such mount. stuck: paused. Run skep explain stuck."
@@ -314,10 +310,8 @@ class _Failing(_Late):
     ("is_given_up", "why"),
     [(True, "not restarted, by its restart policy"), (False, "5 failures in a row")],
 )
-async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, is_given_up: bool, why: str
-) -> None:
-    monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.01)
+@on_virtual_time
+async def test_a_rotation_whose_tasks_cannot_run_ends_with_the_reason(is_given_up: bool, why: str) -> None:
     host: Any = _Failing(is_given_up=is_given_up)
     with pytest.raises(Unavailable) as ended:
         await _rotate(host, SECRET, "key", None, 9)
@@ -345,10 +339,8 @@ class _Blinking(_Failing):
         return found
 
 
-async def test_tasks_that_run_for_a_moment_between_failures_have_no_new_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("skep.cli.apps.rotation._LOOK_S", 0.01)
+@on_virtual_time
+async def test_tasks_that_run_for_a_moment_between_failures_have_no_new_version() -> None:
     host: Any = _Blinking()
     with pytest.raises(Unavailable, match="web: 0 of 2 tasks run: 5 failures in a row: exit 3"):
         await _rotate(host, SECRET, "key", None, 9)

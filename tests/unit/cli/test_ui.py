@@ -1,6 +1,5 @@
 """How ``skep ui`` opens a browser."""
 
-import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,10 +18,9 @@ from skep.cli.see import ui
     ],
 )
 def test_a_browser_is_opened_on_a_screen_and_never_as_root(
-    environment: dict[str, str], user: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], user: int, expected: bool
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: user)
-    assert ui.has_browser(environment) is expected
+    assert ui.has_browser(environment, user) is expected
 
 
 def test_the_address_is_no_argument_of_the_browser_but_in_a_file_of_its_user() -> None:

@@ -79,7 +79,8 @@ class SlowRuntime:
 class Rig:
     """One running container with a probe."""
 
-    def __init__(self, check: HealthConfig = CHECK) -> None:
+    def __init__(self, check: HealthConfig = CHECK, **times: float) -> None:
+        """``times``: ``ended_s`` and ``killed_s`` of the monitor."""
         clock = SystemClock()
         self.runtime = SlowRuntime()
         self.registry = ContainerStore(cast("Bundles", NoDisk()))
@@ -92,7 +93,7 @@ class Rig:
             container=self.registry.get,
             spawn=asyncio.create_task,
         )
-        self.checks = HealthMonitor(self.registry, self.execs, clock, report=self.report)
+        self.checks = HealthMonitor(self.registry, self.execs, clock, report=self.report, **times)
         self.registry.add(
             Container(
                 id=ID,
@@ -117,8 +118,8 @@ class Rig:
 
 
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
-    rig = Rig()
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    rig = Rig(**getattr(request, "param", {}))
     with rig.runtime.ours, rig.runtime.theirs:
         yield rig
 
@@ -159,10 +160,8 @@ async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_b
     await asyncio.wait_for(probing, 5)
 
 
-async def test_a_failed_probe_counts_if_the_end_of_its_container_does_not_come(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health, "ENDED_S", 0.001)
+@pytest.mark.parametrize("rig", [{"ended_s": 0.001}], indirect=True)
+async def test_a_failed_probe_counts_if_the_end_of_its_container_does_not_come(rig: Rig) -> None:
     rig.registry.change(ID, process=ENDED)
     probing = asyncio.create_task(rig.checks.run(ID))
     await rig.runtime.asked.wait()
@@ -188,7 +187,8 @@ async def test_an_exec_whose_container_is_removed_while_it_starts_is_none(rig: R
 @pytest.fixture
 async def hasty() -> AsyncIterator[Rig]:
     """Its probes may take a moment only."""
-    rig = Rig(HealthConfig(test=("CMD", "true"), interval=1_000_000, timeout=1_000_000, retries=3))
+    check = HealthConfig(test=("CMD", "true"), interval=1_000_000, timeout=1_000_000, retries=3)
+    rig = Rig(check, killed_s=0.0)
     with rig.runtime.ours, rig.runtime.theirs:
         yield rig
         rig.registry.change(ID, state=ContainerState.EXITED)
@@ -201,9 +201,8 @@ def _failures(rig: Rig) -> int:
 
 
 async def test_a_probe_that_is_late_while_it_starts_is_killed_and_the_next_one_waits_for_its_end(
-    hasty: Rig, monkeypatch: pytest.MonkeyPatch
+    hasty: Rig,
 ) -> None:
-    monkeypatch.setattr(health, "KILLED_S", 0.0)
     probing = asyncio.create_task(hasty.checks.run(ID))
     await until(lambda: _failures(hasty) >= 3)
     assert hasty.runtime.begun == 1, "it still starts; the others have failed without one of their own"

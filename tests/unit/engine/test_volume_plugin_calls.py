@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from skep.aio.clock import SystemClock
-from skep.engine.volumes import volume_plugins
+from skep.aio.clock import Clock, SystemClock
 from skep.engine.volumes.volume_plugins import (
     CALLS_MAX,
     PluginEndpoint,
+    PluginTimes,
     VolumePlugin,
     VolumePlugins,
     checked_path,
@@ -24,17 +24,18 @@ from tests.support.engine.oci_rig import Machine, memory_engine
 from tests.support.storage.volume_plugin import TestPlugin
 
 
-async def test_a_plugin_that_is_busy_counts_as_one_that_responds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def a_plugin(directory: Path, clock: Clock, list_s: float) -> VolumePlugin:
+    endpoint = PluginEndpoint(addr=f"unix://{directory}/disks.sock")
+    return VolumePlugin("disks", endpoint, clock, PluginTimes(list_s=list_s))
+
+
+async def test_a_plugin_that_is_busy_counts_as_one_that_responds(tmp_path: Path) -> None:
     async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock"):
-        plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
+        plugin = a_plugin(tmp_path, SystemClock(), 0.2)
         for _ in range(CALLS_MAX):
             await plugin.calls.acquire()  # by calls that take long
-        monkeypatch.setattr(volume_plugins, "LIST_S", 0.01)
         with pytest.raises(Unavailable, match="16 other calls did not end"):
             await plugin.list()
-        monkeypatch.undo()
         for _ in range(CALLS_MAX):
             plugin.calls.release()
         await plugin.list()
@@ -50,13 +51,10 @@ class StoppedClock(SystemClock):
         return self.now_s
 
 
-async def test_a_plugin_that_hangs_is_asked_again_after_a_while_and_not_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(volume_plugins, "LIST_S", 0.05)
+async def test_a_plugin_that_hangs_is_asked_again_after_a_while_and_not_before(tmp_path: Path) -> None:
     clock = StoppedClock()
     async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock") as server:
-        plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), clock)
+        plugin = a_plugin(tmp_path, clock, 0.05)
         server.answers["VolumeDriver.List"] = None
         with pytest.raises(Unavailable, match=r"plugin disks: no response within 0\.05 s"):
             await plugin.list()
@@ -67,9 +65,7 @@ async def test_a_plugin_that_hangs_is_asked_again_after_a_while_and_not_before(
         assert await plugin.get("data") is None
 
 
-async def test_no_more_is_read_of_an_endless_response_than_one_may_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_more_is_read_of_an_endless_response_than_one_may_have(tmp_path: Path) -> None:
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -80,9 +76,8 @@ async def test_no_more_is_read_of_an_endless_response_than_one_may_have(
         except ConnectionError:
             writer.close()
 
-    monkeypatch.setattr(volume_plugins, "LIST_S", 5.0)
     async with await asyncio.start_unix_server(respond, tmp_path / "disks.sock"):
-        plugin = VolumePlugin("disks", PluginEndpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
+        plugin = a_plugin(tmp_path, SystemClock(), 5.0)
         with pytest.raises(Unavailable, match="its response is larger than 1048576 bytes"):
             await plugin.list()
 

@@ -31,6 +31,7 @@ from skep.engine.images import layers
 from skep.engine.images.archives.workers import Unpacked
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import pulling
+from skep.engine.images.registry.endpoints import TRANSFERS
 from skep.engine.images.registry.registry import DOCKER_MANIFEST, Document
 from skep.engine.images.store import ImageStore
 from skep.errors import FailedPrecondition, SkepError
@@ -74,6 +75,8 @@ class MemoryRepository:
         config = a_config(layer)
         self._blobs = {sha256(content): content for content in (config, layer)}
         self._manifest = a_manifest(config, (layer,))
+
+    transfers = TRANSFERS
 
     async def manifest(self, name: str, bytes_max: int) -> Document:
         return Document(media_type=DOCKER_MANIFEST, content=self._manifest)
@@ -363,7 +366,7 @@ async def test_the_socket_of_the_api(tmp_path: Path) -> None:
 
 
 def test_a_manager_that_cannot_read_its_settings_says_that_it_is_worth_another_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     paths = Paths(tmp_path / "data", tmp_path / "run")
     paths.manager.mkdir(parents=True)

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from sim.world.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
-from skep.node.supervision import responses
-from skep.node.supervision.responses import REQUESTS_MAX, ManagerProbe, wait_hung
+from skep.node.supervision.responses import POLL_S, REQUESTS_MAX, ManagerProbe, wait_hung
 
 
 async def test_a_server_that_says_anything_answers(tmp_path: Path) -> None:
@@ -43,18 +40,15 @@ async def test_one_connection_carries_all_requests(tmp_path: Path) -> None:
             assert len(connections) == 2
 
 
-async def test_a_server_that_accepts_no_connections_does_not_respond(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_that_accepts_no_connections_does_not_respond(tmp_path: Path) -> None:
     """Without a file descriptor left, a process still answers on the connections that it has."""
-    monkeypatch.setattr(responses, "POLL_S", 0.1)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.readuntil(b"\r\n\r\n"):
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
 
     async with await asyncio.start_unix_server(answer, tmp_path / "sock") as server:
-        with probing(tmp_path / "sock") as probe:
+        with probing(tmp_path / "sock", 0.1) as probe:
             assert await probe.responds() is True
             listening = server.sockets[0].fileno()
             asyncio.get_running_loop().remove_reader(listening)
@@ -62,10 +56,7 @@ async def test_a_server_that_accepts_no_connections_does_not_respond(
             assert found == [True] * (REQUESTS_MAX - 1) + [False] * 3
 
 
-async def test_a_server_that_falls_silent_and_returns_is_asked_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(responses, "POLL_S", 0.1)
+async def test_a_server_that_falls_silent_and_returns_is_asked_anew(tmp_path: Path) -> None:
     is_silent = False
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -74,7 +65,7 @@ async def test_a_server_that_falls_silent_and_returns_is_asked_anew(
                 writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
 
     async with await asyncio.start_unix_server(answer, tmp_path / "sock"):
-        with probing(tmp_path / "sock") as probe:
+        with probing(tmp_path / "sock", 0.1) as probe:
             assert await probe.responds() is True
             is_silent = True
             assert [await probe.responds() for _ in range(3)] == [False] * 3
@@ -91,19 +82,18 @@ async def test_where_none_listens_nothing_is_said(tmp_path: Path) -> None:
 
 
 async def test_a_process_that_stands_still_does_not_answer_also_when_its_queue_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(responses, "POLL_S", 0.1)
     with socket.socket(socket.AF_UNIX) as stopped:
         stopped.bind(str(tmp_path / "sock"))
         stopped.listen(2)
-        with probing(tmp_path / "sock") as probe:
+        with probing(tmp_path / "sock", 0.1) as probe:
             assert [await probe.responds() for _ in range(6)] == [False] * 6
 
 
 @contextmanager
-def probing(path: Path) -> Iterator[ManagerProbe]:
-    probe = ManagerProbe(path)
+def probing(path: Path, within_s: float = POLL_S) -> Iterator[ManagerProbe]:
+    probe = ManagerProbe(path, within_s)
     try:
         yield probe
     finally:

@@ -14,6 +14,7 @@ from skep.stack import removing
 from skep.stack.created import CreatedObjects
 from skep.stack.planning import Existing, PlanAction, PlannedChange, StackPlan, plan_of
 from skep.stack.recording import _record, undo
+from tests.support.harness.clocks import on_virtual_time
 from tests.unit.stack.test_revisions import a_stack, body, config
 
 
@@ -162,8 +163,8 @@ def test_a_removal_ends_with_what_uses_an_object_of_the_stack() -> None:
     assert shown == {f"shop_default: network not removed yet: {words}"}
 
 
-async def test_a_removal_counts_the_tasks_that_have_yet_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(removing, "_LOOK_S", 0.0)
+@on_virtual_time
+async def test_a_removal_counts_the_tasks_that_have_yet_to_stop() -> None:
     shown: list[str] = []
     looks = (("running", "starting", "failed"), ("running", "failed", "rejected"), ("shutdown", "failed"), ())
     await removing.remove(Ending(*looks), "shop", lambda *words: shown.append(words[1]), 5.0)

@@ -8,12 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from sim.world.time import VirtualLoop
-from skep.api.client import waiting as api_waiting
 from skep.api.client.client import ApiClient
 from skep.errors import NotFound, Unavailable
-from skep.stack import waiting
 from skep.stack.progress import STEADY_S, UNPLACED_S, ServiceProblem, ServiceProgress
 from skep.stack.waiting import HeldTimes, Look, Reasons, Steadiness, unfinished, wait_done, wait_for
+from tests.support.harness.clocks import on_virtual_time
 
 
 class Managers:
@@ -29,9 +28,8 @@ class Managers:
         return dict.fromkeys(names, found)
 
 
-async def test_a_change_of_leader_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_waiting, "_FIRST_S", 0.01)
-    monkeypatch.setattr(waiting, "_LOOK_S", 0.0)
+@on_virtual_time
+async def test_a_change_of_leader_is_waited_for() -> None:
     gone, shown = Unavailable("no leader"), []
     managers = Managers(
         ServiceProgress("1 of 2"), gone, gone, OSError("reset"), ServiceProgress("2 of 2", is_done=True)

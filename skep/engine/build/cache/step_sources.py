@@ -267,7 +267,9 @@ async def read_source(
 
 
 async def _table(repository: pulling.BlobSource, target: str, bytes_max: int) -> StepTable | None:
-    manifest = decoded(await pulling.run_with_retries(lambda: repository.manifest(target, bytes_max)))
+    manifest = decoded(
+        await pulling.run_with_retries(lambda: repository.manifest(target, bytes_max), repository.transfers)
+    )
     listed = manifest.manifests
     if listed is None:
         return await _table_of_manifest(repository, manifest)
@@ -275,7 +277,9 @@ async def _table(repository: pulling.BlobSource, target: str, bytes_max: int) ->
     if config is not None:
         return await _table_of_artifact(repository, config, listed)
     digest = parse_digest(choose(listed, None).digest)
-    chosen = decoded(await pulling.run_with_retries(lambda: repository.manifest(digest, bytes_max)))
+    chosen = decoded(
+        await pulling.run_with_retries(lambda: repository.manifest(digest, bytes_max), repository.transfers)
+    )
     return await _table_of_manifest(repository, chosen)
 
 

@@ -15,10 +15,10 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.protocol import sessions
 from skep.engine.buildkit.protocol.sessions import BuildSession, Messages
 from skep.engine.images.digest import digest_of, is_digest
 from skep.engine.images.registry import pulling
+from skep.engine.images.registry.endpoints import TRANSFERS
 from skep.engine.images.registry.registry import OCI_MANIFEST, Document
 from skep.engine.images.registry.uploads import BlobUpload
 from skep.errors import AlreadyExists, InvalidArgument
@@ -33,6 +33,8 @@ _PIECE_BYTES = 1 << 20
 
 class ClientStore:
     """Content of one directory of a client: a location of cache sources, and a destination of exports."""
+
+    transfers = TRANSFERS
 
     def __init__(self, session: BuildSession, directory: str) -> None:
         self._session = session
@@ -118,7 +120,7 @@ class ClientStore:
         return pb.WriteContentResponse.FromString(data)
 
     def _stream(self, method: str) -> AbstractAsyncContextManager[Messages]:
-        return self._session.stream(_SERVICE + method, self._metadata, silent_s=sessions.SILENT_S)
+        return self._session.stream(_SERVICE + method, self._metadata, silent_s=self._session.silent_s)
 
 
 async def _data_of(messages: Messages) -> AsyncIterator[bytes]:

@@ -19,7 +19,6 @@ import msgspec
 from skep.aio.groups import errors_as_they_are
 from skep.engine.build.stage import Changes, mounted_image, new_work
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.protocol import sessions
 from skep.engine.buildkit.protocol.sessions import BuildSession, Messages
 from skep.engine.engine import Engine
 from skep.engine.images.digest import Digest
@@ -79,7 +78,7 @@ async def send_archive(
     Raises: SkepError: with the client's status, or the client disconnected.
     """
     sent = 0
-    async with session.stream(FILE_SEND, silent_s=sessions.SILENT_S) as messages:
+    async with session.stream(FILE_SEND, silent_s=session.silent_s) as messages:
         async for piece in pieces:
             await messages.send(pb.BytesMessage(data=piece))
             progress(sent := sent + len(piece))
@@ -95,7 +94,7 @@ async def send_tree(session: BuildSession, archive: Path, progress: Callable[[in
     descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
     try:
         async with (
-            session.stream(FILE_SEND, silent_s=sessions.SILENT_S) as messages,
+            session.stream(FILE_SEND, silent_s=session.silent_s) as messages,
             errors_as_they_are(),
             asyncio.TaskGroup() as group,
         ):

@@ -17,7 +17,6 @@ import msgspec
 
 from skep.aio.race import thread_to_end
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.protocol import sessions
 from skep.engine.buildkit.protocol.sessions import BuildSession, Messages, header_values
 from skep.engine.buildkit.tree import Contents, KeptTree, Listing, TreeEntry, TreeLimits, write_tree
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError, Unavailable
@@ -74,7 +73,7 @@ async def receive(
 
     Raises: SkepError: the client has no such directory, sent unacceptable data, or disconnected.
     """
-    async with session.stream(DIFF_COPY, selection.headers(), silent_s=sessions.SILENT_S) as messages:
+    async with session.stream(DIFF_COPY, selection.headers(), silent_s=session.silent_s) as messages:
         transfer = _Transfer(messages, root, limits, room_bytes, progress)
         try:
             return await transfer.run(kept)

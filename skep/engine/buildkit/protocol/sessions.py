@@ -75,10 +75,11 @@ class SessionInfo:
 
 
 class BuildSession:
-    """Calls to one client."""
+    """Calls to one client.  ``silent_s``: seconds without progress after which the client counts as lost."""
 
-    def __init__(self, info: SessionInfo) -> None:
+    def __init__(self, info: SessionInfo, silent_s: float = SILENT_S) -> None:
         self.id = info.id
+        self.silent_s = silent_s
         self.shared_key = info.shared_key
         self.connection = ClientConnection(BOUNDS)
         self._methods = info.methods
@@ -214,7 +215,8 @@ def header_values(name: str, values: Sequence[str]) -> Sequence[tuple[str, str]]
 class BuildSessions:
     """All sessions of this engine by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, sessions_max: int = SESSIONS_MAX, silent_s: float = SILENT_S) -> None:
+        self._sessions_max, self._silent_s = sessions_max, silent_s
         self._sessions: dict[str, BuildSession] = {}
         self._arrived = asyncio.Condition()
 
@@ -229,9 +231,9 @@ class BuildSessions:
         """
         if info.id in self._sessions:
             raise AlreadyExists(f"session {info.id} already exists")
-        if len(self._sessions) >= SESSIONS_MAX:
-            raise ResourceExhausted(f"there are {SESSIONS_MAX} build sessions already")
-        session = self._sessions[info.id] = BuildSession(info)
+        if len(self._sessions) >= self._sessions_max:
+            raise ResourceExhausted(f"there are {self._sessions_max} build sessions already")
+        session = self._sessions[info.id] = BuildSession(info, self._silent_s)
         try:
             async with self._arrived:
                 self._arrived.notify_all()

@@ -19,6 +19,47 @@ from skep.engine.images.reference import DEFAULT_DOMAIN
 from skep.errors import SkepError
 
 _DOCKER_IO_HOST = "registry-1.docker.io"
+_CONNECT_S = 10.0
+"""Time limit in seconds for a connection.  Docker has none, and waits for the kernel's two minutes."""
+
+
+class TransferLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Times and attempts of requests to registries."""
+
+    response_s: float = 30.0
+    """Time limit in seconds for a request with a small response."""
+    stalled_s: float = 60.0
+    """Longest time in seconds in which a registry sends or accepts no byte of a blob.
+
+    A blob may take any time as long as bytes keep flowing.
+    """
+    commit_s: float = 300.0
+    """Time limit in seconds for the last request of an upload.
+
+    Long, because the registry then computes a large blob's digest or moves the blob.
+    """
+    attempts: int = 5
+    """moby's default of ``max-download-attempts`` and ``max-upload-attempts``."""
+    backoff_s: float = 0.5
+    """Seconds before a failed request is first repeated."""
+
+    @property
+    def response_timeout(self) -> aiohttp.ClientTimeout:
+        """Timeout of a request with a small response."""
+        return aiohttp.ClientTimeout(total=self.response_s, sock_connect=_CONNECT_S)
+
+    @property
+    def blob_timeout(self) -> aiohttp.ClientTimeout:
+        """Timeout of a request for a blob."""
+        return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self.stalled_s)
+
+    @property
+    def commit_timeout(self) -> aiohttp.ClientTimeout:
+        """Timeout of the last request of an upload."""
+        return aiohttp.ClientTimeout(total=self.commit_s, sock_connect=_CONNECT_S)
+
+
+TRANSFERS = TransferLimits()
 
 
 class RegistryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,11 +70,13 @@ class RegistryPolicy(msgspec.Struct, frozen=True, kw_only=True):
             be reached without TLS.  Loopback addresses always are.
         mirrors: Base URLs tried before Docker Hub.
         helpers: Names of the credential helper ``docker-credential-NAME``, by registry.
+        transfers: Times and attempts of requests.
     """
 
     insecure: frozenset[str] = frozenset()
     mirrors: tuple[str, ...] = ()
     helpers: Mapping[str, str] = {}
+    transfers: TransferLimits = TRANSFERS
 
     def is_insecure(self, domain: str) -> bool:
         """Return whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
@@ -61,7 +104,7 @@ class RegistryPolicy(msgspec.Struct, frozen=True, kw_only=True):
                 )
                 for mirror in (() if to_push else self.mirrors)
             ]
-            return (*mirrors, RegistryEndpoint(f"https://{_DOCKER_IO_HOST}"))
+            return (*mirrors, RegistryEndpoint(f"https://{_DOCKER_IO_HOST}", policy=self))
         port = domain.rpartition("]")[2].partition(":")[2]
         if port and parse_port(port) is None:
             raise SkepError(f'Get "https://{domain}/v2/": dial tcp: address {port}: invalid port')
@@ -70,7 +113,7 @@ class RegistryPolicy(msgspec.Struct, frozen=True, kw_only=True):
                 RegistryEndpoint(f"{scheme}://{domain}", verify=False, policy=self)
                 for scheme in ("https", "http")
             )
-        return (RegistryEndpoint(f"https://{domain}"),)
+        return (RegistryEndpoint(f"https://{domain}", policy=self),)
 
 
 def is_loopback(domain: str) -> bool:
@@ -87,7 +130,7 @@ class RegistryEndpoint(msgspec.Struct, frozen=True):
 
     Args:
         mirror: Whether it is a mirror, which must not get the user's credentials.
-        policy: Further hosts that may be reached without TLS.
+        policy: Further hosts that may be reached without TLS, and limits of requests.
     """
 
     url: str

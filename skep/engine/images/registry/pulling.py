@@ -29,7 +29,7 @@ from skep.engine.images.platforms import ImagePlatform, choose, parse_platform, 
 from skep.engine.images.progress import ProgressMessage, Report, quiet, step, transfer
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry.credentials import RegistryCredentials
-from skep.engine.images.registry.endpoints import RegistryPolicy
+from skep.engine.images.registry.endpoints import RegistryPolicy, TransferLimits
 from skep.engine.images.registry.manifests import Descriptor, Manifest, decoded, require_image
 from skep.engine.images.registry.registry import (
     OCI_MANIFEST,
@@ -46,10 +46,6 @@ from skep.linux.files import allocate
 T = TypeVar("T")
 K = TypeVar("K")
 
-_ATTEMPTS = 5
-"""moby's default of ``max-download-attempts``."""
-_BACKOFF_S = 0.5
-"""Seconds before a failed download of a layer is first repeated."""
 _CONFIG_BYTES_MAX = 8 << 20
 """Longest configuration of an image in bytes.  Limited, because it is read into memory."""
 _MISMATCH = "layers from manifest don't match image configuration"
@@ -59,6 +55,10 @@ _REPORT_BYTES = 512 << 10
 
 class BlobSource(Protocol):
     """Source of an image: a registry's repository, or the nodes that have it (``spreading.Spread``)."""
+
+    @property
+    def transfers(self) -> TransferLimits:
+        """Times and attempts of requests."""
 
     async def manifest(self, target: str, bytes_max: int) -> Document:
         """Return the manifest or index for ``target``, a tag or a digest.  If it is a digest, the document is verified.
@@ -137,7 +137,8 @@ async def pull_from(
     """
     wanted = parse_platform(platform) if platform else None
     document = await run_with_retries(
-        lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
+        lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max),
+        repository.transfers,
     )
     report(ProgressMessage(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
     manifest, contents = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
@@ -308,7 +309,7 @@ async def _for_platform(
     if manifest.manifests is None:
         return manifest, (document.content,)
     digest = parse_digest(choose(manifest.manifests, wanted).digest)
-    found = await run_with_retries(lambda: repository.manifest(digest, bytes_max))
+    found = await run_with_retries(lambda: repository.manifest(digest, bytes_max), repository.transfers)
     chosen = decoded(found)
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: the image index contains another index")
@@ -461,7 +462,7 @@ async def _download(
         await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
         while True:
             try:
-                await run_with_retries(resume)
+                await run_with_retries(resume, repository.transfers)
                 report(step(short(digest), "Verifying Checksum"))
                 if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
                     return path
@@ -518,17 +519,17 @@ def _reserve(file: BinaryIO, size: int, limits: ImageLimits) -> None:
         # The file system does not support reservations, so another download may take the space first.
 
 
-async def run_with_retries(action: Callable[[], Awaitable[T]]) -> T:
+async def run_with_retries(action: Callable[[], Awaitable[T]], transfers: TransferLimits) -> T:
     """Run ``action``, and retry network failures after increasing, jittered waits.
 
     If the registry names a waiting time, the next attempt is not earlier.
     """
-    backoff = Backoff(_BACKOFF_S)
-    for attempt in range(_ATTEMPTS):
+    backoff = Backoff(transfers.backoff_s)
+    for attempt in range(transfers.attempts):
         try:
             return await action()
         except RegistryError as error:
-            if attempt == _ATTEMPTS - 1:
+            if attempt == transfers.attempts - 1:
                 raise
             await asyncio.sleep(max(backoff.next_delay_s(), error.retry_after_s))
     raise AssertionError("the last attempt returns or raises")

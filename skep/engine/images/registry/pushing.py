@@ -30,7 +30,6 @@ from skep.engine.images.registry.refusals import NOT_JSON
 from skep.engine.images.registry.registry import (
     DOCKER_MANIFEST,
     OCI_MANIFEST,
-    SHORT_TIMEOUT,
     Document,
     NoCredentials,
     RegistryRepository,
@@ -238,7 +237,9 @@ async def put_blob(
     if lock is None:
         lock = _blobs[key] = asyncio.Lock()
     async with lock:
-        if await run_with_retries(lambda: has_blob(repository, upload.digest, upload.size)):
+        if await run_with_retries(
+            lambda: has_blob(repository, upload.digest, upload.size), repository.transfers
+        ):
             return "Layer already exists"
         mounted = await send(repository, upload, report, waiting)
     return f"Mounted from {mounted}" if mounted else "Pushed"
@@ -253,12 +254,12 @@ async def put_manifest(repository: RegistryRepository, tag: Reference, manifest:
             f"{repository.path}/manifests/{tag.tag}",
             headers={"Content-Type": manifest.media_type},
             content=manifest.content,
-            timeout=SHORT_TIMEOUT,
+            timeout=repository.transfers.response_timeout,
         ) as response:
             await check(response)
             require_digest(response, manifest.digest)
 
-    await run_with_retries(put)
+    await run_with_retries(put, repository.transfers)
 
 
 _blobs: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()

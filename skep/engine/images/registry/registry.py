@@ -58,10 +58,6 @@ _REDIRECTS_MAX = 10
 _TOKEN_BYTES_MAX = 1 << 20  # of a token server's response
 _TAG_PAGES_MAX = 1000
 """Limit for the pages of a list of tags, because a registry could name a next page forever."""
-BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
-"""A blob may take any time as long as bytes keep coming."""
-SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
-"""Timeout of requests with a small response."""
 
 Content = Callable[[], AsyncIterator[bytes]]
 """Returns the content of a request in pieces.  Called for each attempt."""
@@ -138,6 +134,7 @@ class RegistryConnection:
         """
         self._session = session
         self._endpoint = endpoint
+        self.transfers = endpoint.policy.transfers
         self._credentials = RegistryCredentials() if endpoint.mirror else credentials
         self._scopes = scopes
         self._authorization = ""
@@ -149,7 +146,7 @@ class RegistryConnection:
     async def ping(self) -> None:
         """Check that a registry responds, and log in if needed.  Raises: RegistryError; PermissionDenied."""
         try:
-            async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
+            async with self.request("GET", "/v2/", timeout=self.transfers.response_timeout) as response:
                 if response.status not in (200, 401, 404, 429):
                     # Below 500 the registry responds, but refuses these credentials.
                     kind = PermissionDenied if self._credentials and response.status < 500 else RegistryError
@@ -167,7 +164,7 @@ class RegistryConnection:
         """
         url = f"{self._endpoint.url}/v2/"
         try:
-            async with self.request("GET", "/v2/", timeout=SHORT_TIMEOUT) as response:
+            async with self.request("GET", "/v2/", timeout=self.transfers.response_timeout) as response:
                 status = response.status
         except PermissionDenied as error:
             raise Unauthenticated(f'Get "{url}": {error}') from error
@@ -320,7 +317,12 @@ class RegistryConnection:
                 ("client_id", "docker"),
             ]
             return self._session.post(
-                realm, data=form, timeout=SHORT_TIMEOUT, allow_redirects=False, proxy=proxy, ssl=tls
+                realm,
+                data=form,
+                timeout=self.transfers.response_timeout,
+                allow_redirects=False,
+                proxy=proxy,
+                ssl=tls,
             )
         fields += [("scope", scope) for scope in scopes]
         headers = {}
@@ -333,7 +335,7 @@ class RegistryConnection:
             realm,
             params=fields,
             headers=headers,
-            timeout=SHORT_TIMEOUT,
+            timeout=self.transfers.response_timeout,
             allow_redirects=False,
             proxy=proxy,
             ssl=tls,
@@ -370,7 +372,9 @@ class RegistryRepository(RegistryConnection):
         """
         path, headers = f"{self.path}/manifests/{target}", {"Accept": _ACCEPT}
         try:
-            async with self.request("GET", path, headers=headers, timeout=SHORT_TIMEOUT) as response:
+            async with self.request(
+                "GET", path, headers=headers, timeout=self.transfers.response_timeout
+            ) as response:
                 await self._check(response)
                 content = await read_bounded(response, bytes_max)
                 media_type = response.content_type
@@ -403,7 +407,7 @@ class RegistryRepository(RegistryConnection):
             if len(pages) == _TAG_PAGES_MAX:
                 raise InvalidArgument(f'Get "{page}": the list of tags has more than {_TAG_PAGES_MAX} pages')
             pages.add(page)
-            async with self.request("GET", page, timeout=SHORT_TIMEOUT) as response:
+            async with self.request("GET", page, timeout=self.transfers.response_timeout) as response:
                 await self._check(response)
                 content = await read_bounded(response, bytes_max)
                 links = ", ".join(response.headers.getall("Link", ()))
@@ -433,7 +437,9 @@ class RegistryRepository(RegistryConnection):
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
         path = f"{self.path}/blobs/{digest}"
-        async with self.request("GET", path, headers=headers, timeout=BLOB_TIMEOUT) as response:
+        async with self.request(
+            "GET", path, headers=headers, timeout=self.transfers.blob_timeout
+        ) as response:
             await self._check(response)
             yield _offset(response, start), _pieces(response)
 

@@ -15,7 +15,7 @@ from skep.engine.images.reference import DEFAULT_DOMAIN
 from skep.engine.images.registry.credentials import RegistryCredentials
 from skep.engine.images.registry.endpoints import RegistryEndpoint, RegistryPolicy, session_for
 from skep.engine.images.registry.refusals import NOT_JSON, read_bounded
-from skep.engine.images.registry.registry import SHORT_TIMEOUT, RegistryConnection, RegistryError
+from skep.engine.images.registry.registry import RegistryConnection, RegistryError
 from skep.errors import InvalidArgument, SkepError
 
 LIMIT_DEFAULT = 25
@@ -93,7 +93,9 @@ class SearchRefusal(SkepError):
 
 async def _search(connection: RegistryConnection, query: str) -> Sequence[FoundRepository]:
     headers = {"X-Docker-Token": "true"}
-    async with connection.request("GET", query, headers=headers, timeout=SHORT_TIMEOUT) as response:
+    async with connection.request(
+        "GET", query, headers=headers, timeout=connection.transfers.response_timeout
+    ) as response:
         if response.status != 200:
             raise SearchRefusal(f"Unexpected status code {response.status}")
         content = await _content(response)

@@ -23,7 +23,6 @@ from skep.aio.race import unless_done
 from skep.engine.images.digest import Digest
 from skep.engine.images.registry.refusals import refusal_of, retry_after
 from skep.engine.images.registry.registry import (
-    SHORT_TIMEOUT,
     RegistryError,
     RegistryRepository,
 )
@@ -31,21 +30,15 @@ from skep.errors import InvalidArgument, SkepError
 
 log = structlog.get_logger()
 
-_ATTEMPTS = 5
-"""moby's default of ``max-upload-attempts``."""
 _PIECE_BYTES = 1 << 20
 """Number of bytes that are sent at a time."""
-_PROGRESS_S = 60.0
-"""Longest time in seconds in which a registry accepts no byte, or does not respond after the last one."""
 _CANCEL_S = 5.0
 """Time limit in seconds for cancelling a failed upload.
 
 Short, because registries also delete old uploads themselves.
 """
 _SENDING = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
-"""A blob may take any time as long as bytes keep flowing.  ``_PROGRESS_S`` is the longest pause."""
-_COMMITTING = aiohttp.ClientTimeout(total=300.0, sock_connect=10.0)
-"""Timeouts of the last request.  Long, because the registry then computes a large blob's digest or moves the blob."""
+"""A blob may take any time as long as bytes keep flowing."""
 
 
 class ContentRefused(SkepError):
@@ -65,7 +58,7 @@ class BlobUpload(msgspec.Struct, frozen=True, kw_only=True):
 async def has_blob(repository: RegistryRepository, digest: str, size: int) -> bool:
     """Return whether the repository has the blob, with this size.  Raises: RegistryError, ContentRefused."""
     place = f"{repository.path}/blobs/{digest}"
-    async with repository.request("HEAD", place, timeout=SHORT_TIMEOUT) as response:
+    async with repository.request("HEAD", place, timeout=repository.transfers.response_timeout) as response:
         if response.status == 404:
             return False
         await check(response)
@@ -91,14 +84,15 @@ async def send(
         InvalidArgument: the registry stored something else.
         RegistryError: several attempts failed.
     """
-    backoff = Backoff(0.5)
+    transfers = repository.transfers
+    backoff = Backoff(transfers.backoff_s)
     session = _Session(repository, upload, report)
     async with unless_done(session.cancel):
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(transfers.attempts):
             try:
                 return await session.advance(tries_mounts=attempt == 0)
             except RegistryError as error:
-                if attempt == _ATTEMPTS - 1:
+                if attempt == transfers.attempts - 1:
                     raise
                 delay_s = max(backoff.next_delay_s(), error.retry_after_s)
             waiting(delay_s)
@@ -148,7 +142,7 @@ class _Session:
             place += "?" + urlencode({"mount": self._upload.digest, "from": source})
             also = f"repository:{source}:pull"
         async with repository.request(
-            "POST", place, content=b"", timeout=SHORT_TIMEOUT, also=also
+            "POST", place, content=b"", timeout=repository.transfers.response_timeout, also=also
         ) as response:
             if source and (response.status == 201 or 400 <= response.status < 500):
                 return response.status == 201
@@ -162,7 +156,9 @@ class _Session:
         If it has lost the upload, return 0 to start a new one.
         """
         assert self._place is not None, "the upload was started"
-        async with self._repository.request("GET", self._place, timeout=SHORT_TIMEOUT) as response:
+        async with self._repository.request(
+            "GET", self._place, timeout=self._repository.transfers.response_timeout
+        ) as response:
             last = response.headers.get("Range", "").partition("-")[2]
             if response.status == 204 and last.isdecimal() and len(last) < 20:
                 if response.headers.get("Location"):
@@ -182,14 +178,14 @@ class _Session:
             "Content-Length": str(size - start),
             "Content-Range": f"{start}-{size - 1}",
         }
-        loop = asyncio.get_running_loop()
+        loop, stalled_s = asyncio.get_running_loop(), self._repository.transfers.stalled_s
         try:
-            async with asyncio.timeout(_PROGRESS_S) as deadline:
+            async with asyncio.timeout(stalled_s) as deadline:
 
                 async def pieces() -> AsyncIterator[bytes]:
                     async for piece, sent in _pieces(self._upload, start):
                         yield piece
-                        deadline.reschedule(loop.time() + _PROGRESS_S)
+                        deadline.reschedule(loop.time() + stalled_s)
                         self._report(sent)
 
                 async with self._repository.request(
@@ -210,7 +206,9 @@ class _Session:
         place = URL(
             f"{text}{'&' if '?' in text else '?'}digest={quote(self._upload.digest, safe='')}", encoded=True
         )
-        async with self._repository.request("PUT", place, content=b"", timeout=_COMMITTING) as response:
+        async with self._repository.request(
+            "PUT", place, content=b"", timeout=self._repository.transfers.commit_timeout
+        ) as response:
             await check(response)
             require_digest(response, self._upload.digest)
         self._place = None
@@ -223,7 +221,9 @@ class _Session:
         try:
             async with (
                 asyncio.timeout(_CANCEL_S),
-                self._repository.request("DELETE", place, timeout=SHORT_TIMEOUT),
+                self._repository.request(
+                    "DELETE", place, timeout=self._repository.transfers.response_timeout
+                ),
             ):
                 pass
         except (SkepError, TimeoutError) as error:

@@ -46,15 +46,25 @@ UPLOADS_PER_NODE_MAX = 3
 """Limit for simultaneous uploads to one node.  It equals the number of layers that a node fetches at once."""
 PIECE_BYTES = 512 << 10
 """Bytes of one message to another node."""
-STALLED_S = 60.0
-"""Seconds after which a node that receives nothing of a blob loses its slot."""
-BYTES_PER_S_MIN = 32 << 10
-"""Slowest rate at which a receiving node keeps its slot, checked after a first minute.
-
-Half the rate that receivers demand of senders.
-"""
 ARRIVING_AFTER_S = 0.5
 """Seconds after which another node asks again for a layer that is still arriving here."""
+
+
+class PaceLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """How slowly another node may receive a blob before it loses its slot."""
+
+    stalled_s: float = 60.0
+    """Seconds after which a node that receives nothing loses its slot."""
+    bytes_per_s: int = 32 << 10
+    """Slowest rate, checked after a first minute.  Half the rate that receivers demand of senders."""
+
+
+PACE = PaceLimits()
+
+
+def longest_s(pace: PaceLimits, taken: int) -> float:
+    """Return the seconds for which another node may receive ``taken`` bytes."""
+    return pace.stalled_s + taken / pace.bytes_per_s
 
 
 class BlobResponse(Enum):
@@ -127,9 +137,10 @@ class ServedBlob(msgspec.Struct, frozen=True):
 class ServedImages:
     """Serves this node's images to other nodes."""
 
-    def __init__(self, images: LocalImages, clock: Clock) -> None:
+    def __init__(self, images: LocalImages, clock: Clock, pace: PaceLimits = PACE) -> None:
         self._images = images
         self._clock = clock
+        self.pace = pace
         self._uploads: Counter[str] = Counter()
         self._uploads_of_node: Counter[str] = Counter()
         self._copies = Copies(clock)
@@ -248,7 +259,7 @@ class ServedImages:
                     while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
                         yield piece
                         taken += len(piece)
-                        if self._clock.monotonic() - began > STALLED_S + taken / BYTES_PER_S_MIN:
+                        if self._clock.monotonic() - began > longest_s(self.pace, taken):
                             raise Unavailable(f"blob {digest} is received too slowly")
                     is_sent = True
 

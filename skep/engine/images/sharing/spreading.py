@@ -21,6 +21,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.engine.images.digest import is_digest
 from skep.engine.images.reference import Reference
+from skep.engine.images.registry.endpoints import TRANSFERS
 from skep.engine.images.registry.registry import Document, RegistryError
 from skep.errors import NotFound, ResourceExhausted, RetryLater, SkepError, Unavailable
 
@@ -171,6 +172,8 @@ class ImageSpread:
         only_own: Whether the registry denies the image to the caller, so that only images that came from no registry
             are accepted.
     """
+
+    transfers = TRANSFERS
 
     def __init__(
         self,

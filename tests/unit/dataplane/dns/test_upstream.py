@@ -9,9 +9,15 @@ import pytest
 from dnslib import DNSRecord
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.dns import upstream
 from skep.dataplane.dns.messages import REFUSED, Query, parse, response_code
-from skep.dataplane.dns.upstream import CONTAINERS_MIN, ForwardedQuery, QueryForwarder, UpstreamServer
+from skep.dataplane.dns.upstream import (
+    CONTAINERS_MIN,
+    LIMITS,
+    ForwardedQuery,
+    ForwardingLimits,
+    QueryForwarder,
+    UpstreamServer,
+)
 from tests.support.networks import upstream as lab
 from tests.support.networks.upstream import knows
 
@@ -31,8 +37,8 @@ ALL_S = 0.5
 class Asking:
     """Containers with one forwarder."""
 
-    def __init__(self) -> None:
-        self.forwarder = QueryForwarder(SystemClock(), lambda: 7)
+    def __init__(self, limits: ForwardingLimits = LIMITS) -> None:
+        self.forwarder = QueryForwarder(SystemClock(), lambda: 7, limits)
 
     def ask(
         self, container: str, server: UpstreamServer, deadline_s: float = 60.0
@@ -61,16 +67,11 @@ async def silent() -> AsyncIterator[UpstreamServer]:
         yield server
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "IN_FLIGHT_MAX", 8)
-    monkeypatch.setattr(upstream, "IN_FLIGHT_PER_CONTAINER_MAX", 4)
-    monkeypatch.setattr(upstream, "ATTEMPT_S", 60.0)
+FEW = ForwardingLimits(in_flight=8, in_flight_per_container=4, attempt_s=60.0)
 
 
-@pytest.mark.usefixtures("few")
 async def test_containers_that_ask_much_leave_room_for_others(silent: UpstreamServer) -> None:
-    asking = Asking()
+    asking = Asking(FEW)
     hogs = [asking.ask(container, silent) for container in ("a", "b") for _ in range(4)]
     await asking.under_way(8)
     refused = await asking.ask("a", silent)
@@ -92,9 +93,8 @@ async def test_containers_that_ask_much_leave_room_for_others(silent: UpstreamSe
     assert asking.forwarder.in_flight_requests == {}
 
 
-@pytest.mark.usefixtures("few")
 async def test_a_container_alone_has_no_more_than_its_limit(silent: UpstreamServer) -> None:
-    asking = Asking()
+    asking = Asking(FEW)
     hogs = [asking.ask("a", silent) for _ in range(4)]
     await asking.under_way(4)
     refused = await asking.ask("a", silent)
@@ -105,11 +105,10 @@ async def test_a_container_alone_has_no_more_than_its_limit(silent: UpstreamServ
     await asyncio.wait(hogs)
 
 
-@pytest.mark.usefixtures("few")
 async def test_a_client_with_the_largest_share_is_refused_when_all_slots_are_in_use(
     silent: UpstreamServer,
 ) -> None:
-    asking = Asking()
+    asking = Asking(FEW)
     under_way = [asking.ask(container, silent) for container in "abcd" for _ in range(2)]
     await asking.under_way(8)
     answer = await asking.ask("a", silent)
@@ -123,11 +122,10 @@ async def test_a_client_with_the_largest_share_is_refused_when_all_slots_are_in_
     await asyncio.wait(under_way)
 
 
-@pytest.mark.usefixtures("few")
 async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has_not_left_yet(
     silent: UpstreamServer,
 ) -> None:
-    asking, loop = Asking(), asyncio.get_running_loop()
+    asking, loop = Asking(FEW), asyncio.get_running_loop()
     hogs = [asking.ask(container, silent, deadline_s=60.0) for container in ("a", "b") for _ in range(4)]
     await asking.under_way(8)
     oldest = next(iter(asking.forwarder.in_flight_requests["a"]))

@@ -12,7 +12,6 @@ import pytest
 
 from skep.dataplane.net_process.protocol import Reservation
 from skep.dataplane.ports import bind
-from skep.dataplane.proxy import tcp
 from skep.dataplane.proxy.relay import ConnectionRelays
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
@@ -92,10 +91,7 @@ async def test_a_relay_serves_on_the_socket_that_holds_its_port_and_leaves_it_he
     bind("tcp", port, "127.0.0.1").close()
 
 
-async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leave_do_not_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tcp, "CONNECTIONS_MAX", 3)
+async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leave_do_not_count() -> None:
     listener, backends = socket.create_server(("127.0.0.1", 0)), list[asyncio.StreamWriter]()
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -121,6 +117,7 @@ async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leav
             RelayPort(protocol="tcp", address=address[0], port=address[1], backends=(target,)),
             lambda: 0.5,
             lambda call: call(),
+            connections_max=3,
         )
         await relay.open(listener)
         clients = [await connect() for _ in range(3)]
