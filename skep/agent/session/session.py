@@ -367,7 +367,7 @@ class ManagerSession:
                     self._host.session_state.stop_announced()
                     await asyncio.Event().wait()  # a further heartbeat would revoke the announcement
                 period_s = _seconds(reply.period)
-                await wait_first(self._clock.sleep(period_s), self._host.session_state.wait_stopping())
+                await self._host.session_state.is_stopping_within(period_s)
 
     async def _beat(
         self, call: StreamCall[skep.Heartbeat, skep.HeartbeatPeriod], is_stopping: bool
