@@ -8,10 +8,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.machine import busy_s, memory_mib
+from bench.machine import busy_s, daemons, memory_mib, thread_use
 
 WORKLOAD = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done"]
 NOWHERE = "node.labels.bench==nowhere"
@@ -23,6 +24,8 @@ CHURN_BATCHES = 20
 LOG_REPLICAS, LOG_LINES, LOG_LINE_BYTES = 20, 50_000, 100
 LOG_SILENCE_S = 15.0
 """Seconds of silence after which a log stream counts as ended.  They are not part of the result."""
+REST_S, IDLE_S = 10.0, 60.0
+"""Seconds before an idle node is measured, and for which it is.  Its rarest frequent timers fire every 10 to 20 s."""
 Metrics = dict[str, float]
 
 
@@ -238,6 +241,23 @@ def logs(lab: Any) -> Metrics:
     }
 
 
+def idle(lab: Any) -> Metrics:
+    """Measure the processor time and the wakeups of a node without tasks."""
+    time.sleep(REST_S)
+    pids = tuple(daemons(lab.netns, lab.root_pids))
+    before, began = {pid: thread_use(pid) for pid in pids}, time.monotonic()
+    time.sleep(IDLE_S)
+    took_s = time.monotonic() - began
+    result = {"idle, % of a processor": 0.0, "idle, wakeups per s": 0.0}
+    for pid in pids:
+        seconds, wakeups = (now - then for now, then in zip(thread_use(pid), before[pid], strict=True))
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        result["idle, % of a processor"] += 100 * seconds / took_s
+        result["idle, wakeups per s"] += wakeups / took_s
+        result[f"idle, % of a processor of process {name}"] = 100 * seconds / took_s
+    return result
+
+
 SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "start1": start(1),
     "start20": start(20),
@@ -248,6 +268,7 @@ SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "listing1000": listing(1000),
     "listing3000": listing(3000),
     "churn": churn,
+    "idle": idle,
     "logs": logs,
 }
 FRESH = frozenset({"churn"})

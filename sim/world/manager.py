@@ -282,5 +282,5 @@ class _Counted:
 class NoProcess:
     """Stands for the etcd process in ``RaftMembers``."""
 
-    def is_one_of_several(self) -> None:
-        """A simulated member needs no notification."""
+    async def expect_others(self) -> None:
+        """A simulated member has the same timers alone and among several."""

@@ -63,7 +63,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """A heap like asyncio's: timers of the same instant run in the order in which its loop would run them."""
         self._cancelled_timers = 0
         self.wakeups = 0
-        """Number of timers that have run."""
+        """Number of moments at which timers have run."""
+        self._woke_at = 0.0
         self._stopping = False
         super().__init__()
         self._numbers = count()
@@ -138,7 +139,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             while timers and timers[0][0] < until:
                 timer = heappop(timers)[1]
                 timer.is_scheduled = False
-                self.wakeups += 1
+                if not timer.is_cancelled and self._now > self._woke_at:
+                    self.wakeups, self._woke_at = self.wakeups + 1, self._now
                 due.append(timer)
             # Run only these callbacks.  Callbacks that they schedule run in the next iteration.
             for _ in range(len(due)):

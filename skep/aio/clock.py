@@ -42,3 +42,21 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         """Call ``asyncio.sleep``.  A negative time counts as 0."""
         await asyncio.sleep(max(seconds, 0.0))
+
+
+def until_tick(now: float, period_s: float) -> float:
+    """Return the seconds from ``now`` (monotonic) until the next multiple of ``period_s``.
+
+    At least half a period, so that a timer that fires a moment too early does not run twice.
+    """
+    left_s = period_s - now % period_s
+    return left_s if left_s >= period_s / 2 else left_s + period_s
+
+
+async def tick(clock: Clock, period_s: float) -> None:
+    """Return at the next multiple of ``period_s``.
+
+    Periodic loops use it instead of ``sleep``, so that those of a process wake it together: in an idle process, a
+    wakeup costs more than what most loops then do.
+    """
+    await clock.sleep(until_tick(clock.monotonic(), period_s))

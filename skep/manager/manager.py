@@ -7,6 +7,7 @@ the control loops run on the leader alone, and each of their writes is fenced by
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api.http.handover_server import HOOKS, PassedConnections, begin_response
+from skep.api.http.liveness import LivenessConnection
 from skep.api.http.server import runner
 from skep.bootstrap import ManagerConfig
 from skep.errors import Unavailable
@@ -47,6 +49,9 @@ from skep.wire.server import Bound, serve
 from skep.wire.service import Handler
 
 log = structlog.get_logger(__name__)
+
+BACKLOG = 128
+"""Connections to the manager's socket that wait to be accepted, as aiohttp has it."""
 
 
 class Manager:
@@ -178,16 +183,22 @@ async def serving(app: web.Application, socket: Path, handover: Path) -> AsyncIt
     await serves.setup()
     assert serves.server is not None, "runner.setup creates the server"
     passed = PassedConnections(serves.server)
+    accept = partial(LivenessConnection, serves.server)
+    listener: asyncio.Server | None = None
     try:
         socket.unlink(missing_ok=True)
         try:
-            await web.UnixSite(serves, str(socket)).start()
+            listener = await asyncio.get_running_loop().create_unix_server(
+                accept, str(socket), backlog=BACKLOG
+            )
         except OSError as error:
             raise Unavailable(f"cannot listen on {socket}: {error}") from error
         socket.chmod(0o600)
         async with passed.listening(handover):
             yield
     finally:
+        if listener is not None:
+            listener.close()
         await serves.cleanup()
         passed.close()
         socket.unlink(missing_ok=True)

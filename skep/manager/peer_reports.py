@@ -50,6 +50,11 @@ class PeerReports:
         """Record another manager's report at ``now`` (monotonic seconds)."""
         self._others[manager] = (report, now)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other manager has sent a report."""
+        return not self._others
+
     def is_overloaded_anywhere(self, now: float) -> bool:
         """Return whether any manager is overloaded at ``now`` (monotonic seconds)."""
         return self.own.is_overloaded or any(report.is_overloaded for report in self._valid(now))

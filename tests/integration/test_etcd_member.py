@@ -17,6 +17,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
 from skep.linux.processes import boot_id, start_ticks_of
 from skep.manager.ca.peer_files import PeerFiles, place_revoked
+from skep.model.secret import Secret
 from skep.store.etcd.client import EtcdClient
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.process import flags
@@ -88,7 +89,7 @@ async def test_a_single_member_does_not_wait_for_its_own_election(
     settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With timers that would have it wait for ten seconds at the least, at its first start and at the next."""
-    monkeypatch.setattr(flags, "TIMERS_MS", (10_000, 50_000))
+    monkeypatch.setattr(flags, "SOLO_TIMERS_MS", (10_000, 50_000))
     async with asyncio.timeout(9), a_member(settings).running() as member:
         pass
     async with asyncio.timeout(9), a_member(settings).running() as member:
@@ -96,14 +97,51 @@ async def test_a_single_member_does_not_wait_for_its_own_election(
         assert member.starts == 2
 
 
-async def test_a_member_that_takes_another_one_in_is_not_restarted(settings: MemberSettings) -> None:
-    """And one that never comes costs nothing: writes go on."""
+async def test_a_member_that_takes_another_one_in_gets_the_timers_of_several_first(
+    settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for an election timeout, and writes go on, also if the other one never comes."""
+    monkeypatch.setattr(flags, "TIMERS_MS", (10_000, 50_000))
     async with a_new_cluster(settings) as (member, store), EtcdClient(settings.socket) as client:
-        members = await RaftMembers(client, member).add("m2", "https://m2:2378")
-        assert [(one.name, one.is_learner) for one in members] == [("m1", False), ("m2", True)]
-        await store.update(put_secret, "s")
-        assert member.starts == 1
+        await store.update(put_secret, "before")
+        async with asyncio.timeout(9):
+            members = await RaftMembers(client, member).add("m2", "https://m2:2378")
+            assert [(one.name, one.is_learner) for one in members] == [("m1", False), ("m2", True)]
+            await store.update(put_secret, "after")
+        assert member.starts == 2
         assert not member.settings.is_solo
+        assert "--heartbeat-interval=10000" in running_arguments(member)
+        assert {one.spec.name for one in store.view().find(Secret)} == {"before", "after"}
+
+
+async def test_no_request_fails_while_a_member_restarts_for_another_one(settings: MemberSettings) -> None:
+    async with a_new_cluster(settings) as (member, store), EtcdClient(settings.socket) as client:
+        adding = asyncio.create_task(RaftMembers(client, member).add("m2", "https://m2:2378"))
+        written: list[str] = []
+        while not adding.done() or len(written) < 20:
+            assert await client.status()
+            await store.update(put_secret, name := f"s{len(written)}")
+            written.append(name)
+        await adding
+        assert member.starts == 2
+        assert {one.spec.name for one in store.view().find(Secret)} == set(written)
+
+
+async def test_a_member_that_learns_of_others_at_its_start_gets_their_timers(
+    settings: MemberSettings,
+) -> None:
+    """Its manager ended after it had added another member, and before that was in the list of peers."""
+    async with a_new_cluster(settings) as (member, _store), EtcdClient(settings.socket) as client:
+        await client.add_learner("https://m2:2378")
+        assert "--heartbeat-interval=1000" in running_arguments(member)
+        members = RaftMembers(client, member)
+        await members.count()
+        assert not members.is_only_member()
+        assert "--heartbeat-interval=100" in running_arguments(member)
+
+
+def running_arguments(member: EtcdMember) -> list[str]:
+    return Path(f"/proc/{pid_of(member)}/cmdline").read_text().split("\0")
 
 
 async def test_an_etcd_left_behind_is_ended_first(settings: MemberSettings) -> None:

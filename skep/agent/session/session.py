@@ -5,8 +5,8 @@ agent keeps state between sessions: undelivered statuses, and the newest revisio
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -25,7 +25,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
-from skep.aio.race import LostRace, run_unless, wait_first
+from skep.aio.race import wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.assignment import AssignmentSet
 from skep.model.node import NodeDescription
@@ -357,8 +357,9 @@ class ManagerSession:
                 sent_at = self._clock.monotonic()
                 is_stopping = self._host.session_state.is_stopping
                 try:
-                    reply = await run_unless(self._beat(call, is_stopping), self._wait_overdue(period_s))
-                except LostRace as error:
+                    async with self._overdue(period_s):
+                        reply = await self._beat(call, is_stopping)
+                except TimeoutError as error:
                     raise Unavailable(f"{self._channel.address} is silent") from error
                 if reply is None:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
@@ -367,7 +368,7 @@ class ManagerSession:
                     self._host.session_state.stop_announced()
                     await asyncio.Event().wait()  # a further heartbeat would revoke the announcement
                 period_s = _seconds(reply.period)
-                await wait_first(self._clock.sleep(period_s), self._host.session_state.wait_stopping())
+                await self._host.session_state.is_stopping_within(period_s)
 
     async def _beat(
         self, call: StreamCall[skep.Heartbeat, skep.HeartbeatPeriod], is_stopping: bool
@@ -382,15 +383,31 @@ class ManagerSession:
             usages.measure([TaskId(id) for id in reply.measured])
         return reply
 
-    async def _wait_overdue(self, period_s: float) -> None:
-        """Wait until the response to a heartbeat is overdue.
+    @asynccontextmanager
+    async def _overdue(self, period_s: float) -> AsyncIterator[None]:
+        """Raise TimeoutError when the response to a heartbeat is overdue.
 
         The wait is split into slices.  If this process stands still for a while, only one slice expires, so the pause
         does not count as silence of the manager.
         """
         slice_s = self._host.response_timeout_s(period_s) / TIMEOUT_SLICES
-        for _ in range(TIMEOUT_SLICES):
-            await self._clock.sleep(slice_s)
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+
+        def expire(left: int) -> None:
+            nonlocal timer
+            if left:
+                timer = loop.call_later(slice_s, expire, left - 1)
+            else:
+                timeout.reschedule(loop.time())
+
+        async with asyncio.timeout(None) as timeout:
+            expire(TIMEOUT_SLICES)
+            try:
+                yield
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     async def _call_heartbeats(self) -> None:
         while True:

@@ -11,7 +11,7 @@ import structlog
 
 from skep.agent.session.last_seen import LastSeen
 from skep.aio.clock import Clock
-from skep.aio.race import LostRace, run_unless
+from skep.aio.race import LostRace, is_set_within, run_unless
 from skep.errors import Unavailable
 from skep.model.node_reports.node_removal import NodeRemoval
 from skep.model.values.ids import NodeId
@@ -141,9 +141,9 @@ class SessionState:
         """Whether this process is about to stop as planned."""
         return self._stopping.is_set()
 
-    async def wait_stopping(self) -> None:
-        """Wait until a planned stop of this process is announced."""
-        await self._stopping.wait()
+    async def is_stopping_within(self, seconds: float) -> bool:
+        """Wait until this process is about to stop as planned, at most ``seconds``.  Return whether it is."""
+        return await is_set_within(self._stopping, seconds)
 
     def stop_announced(self) -> None:
         """Record that the manager has confirmed the planned stop."""

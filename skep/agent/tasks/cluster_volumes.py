@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.csi.driver import CsiDriver
 from skep.csi.drivers import Drivers
@@ -152,7 +152,7 @@ class ClusterVolumes:
             self._ready.set()
             while True:
                 await isolate(self._scan(), "volume drivers not found")
-                await self._clock.sleep(SCAN_S)
+                await tick(self._clock, SCAN_S)
 
     async def wait_ready(self) -> None:
         """Wait until the volumes of an earlier process are known."""

@@ -31,7 +31,7 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 CHECK_S = 1.0
-"""Seconds between two checks."""
+"""Seconds between two checks during a silence.  Otherwise, the next check is when one may last ``AWAKE_S``."""
 AWAKE_S = 3.0
 """Shortest silence of the managers, in seconds, before any task is stopped."""
 RESCAN_S = 5.0
@@ -81,25 +81,26 @@ class LastResort:
 
         async def check() -> None:
             while True:
-                await self._clock.sleep(CHECK_S)
-                await asyncio.to_thread(self.check)
+                silence_s = await asyncio.to_thread(self.check)
+                await self._clock.sleep(max(CHECK_S, AWAKE_S - silence_s))
 
         await retry(check, "tasks not checked for stopping without a manager", clock=self._clock)
 
-    def check(self) -> None:
-        """Signal the containers whose delay has passed.  Blocks."""
+    def check(self) -> float:
+        """Signal the containers whose delay has passed.  Return the seconds of silence of the managers.  Blocks."""
         at = seen_at(self._paths.last_seen, self._boot_id)
         silence_s = self._clock.since_boot() - at if at is not None else 0.0
         if silence_s < AWAKE_S:
             self._pending, self._scan_at = (), 0.0
             self._signalled.clear()
-            return
+            return silence_s
         if self._clock.monotonic() >= self._scan_at:
             self._pending = tuple(_pending_stops(self._paths))
             self._scan_at = self._clock.monotonic() + RESCAN_S
         has_node_process = bool(self._pending) and is_locked(self._paths.data_lock)
         for one in self._pending:
             self._signal(one, silence_s, has_node_process=has_node_process)
+        return silence_s
 
     def _signal(self, one: PendingStop, silence_s: float, *, has_node_process: bool) -> None:
         number = due_signal(

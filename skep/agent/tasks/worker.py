@@ -21,7 +21,7 @@ from skep.agent.session.session_state import SessionState
 from skep.agent.tasks.cluster_volumes import ClusterVolumes
 from skep.agent.tasks.task import TaskDriver
 from skep.agent.tasks.task_files import RememberedTask, TaskFiles
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.node_reports.node_removal import NodeRemoval
@@ -313,7 +313,7 @@ class Worker:
             elif self._clock.monotonic() >= kill_at:
                 kill_at = math.inf
                 self._kill_stopped()
-            await self._clock.sleep(CUT_OFF_CHECK_S)
+            await tick(self._clock, CUT_OFF_CHECK_S)
 
     async def _give_up_volumes(self) -> None:
         """Unmount cluster volumes once no container uses them, because managers soon publish them on another node."""

@@ -17,14 +17,14 @@ from types import FrameType, TracebackType
 import msgspec
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, until_tick
 
 log = structlog.get_logger()
 
 PERIOD_S = 0.05
 """Interval between measurements while the thread is busy."""
 
-PERIOD_AT_REST_S = 0.5
+PERIOD_AT_REST_S = 1.0
 """Interval while the thread is idle.  Twenty measurements a second took a tenth of an idle manager's processor time."""
 
 IDLE_SHARE = 0.1
@@ -78,11 +78,12 @@ class LoopLag:
             spent, period_s = times.read(), PERIOD_S
             while True:
                 before = clock.monotonic()
-                await clock.sleep(period_s)
-                lag_s = clock.monotonic() - before - period_s
+                pause_s = until_tick(before, period_s)
+                await clock.sleep(pause_s)
+                lag_s = clock.monotonic() - before - pause_s
                 self.note(lag_s)
                 last, spent = spent, times.read()
-                is_idle = lag_s < LATE_S and spent[0] - last[0] < IDLE_SHARE * period_s
+                is_idle = lag_s < LATE_S and spent[0] - last[0] < IDLE_SHARE * pause_s
                 period_s = PERIOD_AT_REST_S if is_idle else PERIOD_S
                 stood = watch.turn(period_s)
                 if lag_s >= LATE_S:
@@ -93,8 +94,9 @@ class LoopLag:
         """Measure every ``period_s`` until cancelled, without logs: for a process that has to be cheap when idle."""
         while True:
             before = clock.monotonic()
-            await clock.sleep(period_s)
-            self.note(clock.monotonic() - before - period_s)
+            pause_s = until_tick(before, period_s)
+            await clock.sleep(pause_s)
+            self.note(clock.monotonic() - before - pause_s)
 
     def note(self, lag_s: float) -> None:
         """Count one measurement of ``lag_s``."""

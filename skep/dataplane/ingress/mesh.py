@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import isolate, retry
 from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns.kernel import nft
@@ -295,7 +295,7 @@ class Mesh:
         one).
         """
         while True:
-            await self._clock.sleep(_ADDRESSES_S)
+            await tick(self._clock, _ADDRESSES_S)
             if self._absent:
                 work = self._namespaces.run(self._namespaces.home, find, self._absent)
                 if await isolate(work, "addresses not read"):
@@ -305,7 +305,7 @@ class Mesh:
 
     async def _look_at_held(self) -> None:
         while True:
-            await self._clock.sleep(_HELD_S)
+            await tick(self._clock, _HELD_S)
             self._is_held_known = False
             await isolate(self._follow(), "held ports not compared", on_error=lambda _: self._again.set())
 
@@ -318,7 +318,7 @@ class Mesh:
             for sentence in set(found) - set(self._obstacles):
                 log.warning(sentence)
             self._obstacles = found
-            await self._clock.sleep(OBSTACLES_S)
+            await tick(self._clock, OBSTACLES_S)
 
 
 def _find_obstacles() -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.race import afterwards, run_to_end, thread_to_end
 from skep.engine.containers.container import Container
@@ -449,7 +449,7 @@ class LifecycleDriver:
 
     async def _keep_sweeping(self) -> None:
         while True:
-            await self._clock.sleep(SWEEP_SECONDS)
+            await tick(self._clock, SWEEP_SECONDS)
             await isolate(self.sweep(), "leftover network resources not removed yet")
 
     async def _unmount_unused(self) -> None:
@@ -460,7 +460,7 @@ class LifecycleDriver:
     async def _keep_unmounting(self) -> None:
         """Retry unmounts separately from other sweeps, which an unresponsive device or plug-in must not delay."""
         while True:
-            await self._clock.sleep(SWEEP_SECONDS)
+            await tick(self._clock, SWEEP_SECONDS)
             await retry(
                 self._volumes.unmount_unfinished, "volumes not unmounted yet", clock=self._clock, first_s=1.0
             )

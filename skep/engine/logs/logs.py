@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import Rounds
 from skep.aio.race import wait_first
 from skep.aio.time_slices import SlicedWork
@@ -234,7 +234,7 @@ class LogRotation:
     async def run(self) -> None:
         """Check the sizes of all logs every second until cancelled."""
         while True:
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
             bounded = [one for one in self._containers() if one.is_running and one.config.log.max_size_bytes]
             if bounded or self._is_active:
                 await asyncio.to_thread(self._check, bounded)

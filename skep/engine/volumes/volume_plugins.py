@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock, SystemClock
+from skep.aio.clock import Clock, SystemClock, tick
 from skep.aio.failures import describe_error, log_error
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 
@@ -351,7 +351,7 @@ class VolumePlugins:
         """Discover plug-ins until cancelled."""
         while True:
             await self.scan()
-            await self._clock.sleep(SCAN_S)
+            await tick(self._clock, SCAN_S)
 
     async def scan(self) -> None:
         """Activate new plug-ins, and forget plug-ins whose socket or file is gone."""

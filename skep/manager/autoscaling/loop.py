@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.errors import SkepError
 from skep.manager.autoscaling.decision import PERIOD_S
@@ -52,7 +52,7 @@ class Autoscaler:
 
     async def _work(self) -> None:
         while True:
-            await self._clock.sleep(PERIOD_S)
+            await tick(self._clock, PERIOD_S)
             self._counts.services = len(self.state.services)
             self._counts.unknown = 0
             if self.state.services:

@@ -12,7 +12,7 @@ import structlog
 from cryptography import x509
 from msgspec.structs import replace
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.ca.admission import renew_window_of
 from skep.manager.ca.caller_check import is_manager
@@ -107,7 +107,7 @@ class CertificateUpdater:
 
     async def _poll_files(self) -> None:
         while True:
-            await self._clock.sleep(CHECK_EVERY_S)
+            await tick(self._clock, CHECK_EVERY_S)
             self._changed.set()
 
     async def _update(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.registration import SessionInvalid, require_session
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession
@@ -96,7 +96,7 @@ class Loads:
     async def run(self) -> None:
         """Write loads every ``CHECK_S`` until cancelled."""
         while True:
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
             now = self._clock.monotonic()
             due = reports(self._store.view(), self._sessions(), now)
             results = await self._store.update_each(record_load, due) if due else ()

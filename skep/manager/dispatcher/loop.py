@@ -57,7 +57,7 @@ class Dispatcher:
         self._store = store
         self.reports = reports or PeerReports()
         self.sessions = Sessions()
-        self.deadlines = HeartbeatDeadlines(self.sessions, random, clock.monotonic())
+        self.deadlines = HeartbeatDeadlines(self.sessions, random, clock.monotonic, own.node_id)
         self._contact = QuorumContact(store, self.deadlines, clock)
         self.stops = Stops(store, self.sessions, clock, wait_unused)
         labels = ChangedLabels(store, clock, self.stops.wake)

@@ -4,11 +4,12 @@ A state only moves forward, so the number of writes that change it is bounded.  
 of each task is kept here, and a few are written at a time.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.token_bucket import TokenBucket
 from skep.errors import SkepError
 from skep.manager.dispatcher.node_sessions.sessions import LiveSession
@@ -44,6 +45,7 @@ class RepeatedReports:
         self._live = live
         self._clock = clock
         self.delayed: dict[SessionId, _Delayed] = {}
+        self._has_delayed = asyncio.Event()
 
     def due(self, reports: Iterable[StatusReport]) -> list[StatusReport]:
         """Return the reports of one session to write now.  The others are kept, and acknowledged."""
@@ -58,6 +60,7 @@ class RepeatedReports:
                 continue
             if delayed is None:
                 delayed = self.delayed[report.session_id] = _Delayed(report.node_id, now)
+                self._has_delayed.set()
             if delayed.allowance.take(now):
                 delayed.reports.pop(report.task_id, None)
                 due.append(report)
@@ -68,7 +71,10 @@ class RepeatedReports:
     async def run(self) -> None:
         """Write delayed reports at the allowed rate, until cancelled."""
         while True:
-            await self._clock.sleep(CHECK_S)
+            if not self.delayed:
+                self._has_delayed.clear()
+            await self._has_delayed.wait()
+            await tick(self._clock, CHECK_S)
             due = self._allowed(self._clock.monotonic())
             results = await self._store.update_each(record_status, due) if due else ()
             failed = [result for result in results if isinstance(result, SkepError)]

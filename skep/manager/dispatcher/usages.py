@@ -8,7 +8,7 @@ become silent.
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
@@ -78,7 +78,7 @@ class MeasuredTasks:
             if self._services or was_any:
                 await self._update()
             was_any = bool(self._services)
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
 
     async def _update(self) -> None:
         view, slices = self._store.view(), TimeSlices(self._clock)

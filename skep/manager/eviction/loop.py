@@ -7,7 +7,7 @@ from random import Random
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.eviction.step_runner import StepRunner
@@ -98,7 +98,7 @@ class Evictions:
         """Do as much of a step as is possible now.  Raises SkepError with the reason."""
         if waits_for := await self._runner.attempt(eviction, step):
             await self._write_waiting(eviction, waits_for)
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
             return
         await self._term.update(note_done, eviction.node_id, step)
         log.warning("eviction step done", node=eviction.node_id, name=eviction.hostname, done=TEXTS[step])

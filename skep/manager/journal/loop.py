@@ -17,7 +17,7 @@ from random import Random
 
 from msgspec.structs import replace
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import retry
 from skep.aio.race import wait_first
 from skep.errors import SkepError
@@ -92,7 +92,7 @@ class Journal:
 
     async def _mark(self) -> None:
         while True:
-            await self._clock.sleep(MARK_S)
+            await tick(self._clock, MARK_S)
             self._changes.mark(self._store.view())
 
     async def lead(self, term: Term) -> None:

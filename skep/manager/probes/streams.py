@@ -10,7 +10,7 @@ from typing import Protocol
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.time_slices import TimeSlices
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.control_loops.informer import run_informer
@@ -164,7 +164,7 @@ class ProbeStreams:
                 self._planned_at = now
                 await self._update_plan()
             await self._write()
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
 
     async def _update_plan(self) -> None:
         view = self._store.view()

@@ -4,7 +4,7 @@ from random import Random
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.control_loops.loop_driver import LoopDriver
 from skep.manager.schedules.state import Restored, SchedulesState, note_incarnation, write_decision
@@ -47,7 +47,7 @@ class Schedules:
         """Recompute all waits when the wall clock is set, because waits use another clock than due times."""
         offset_s = self._offset_s()
         while True:
-            await self._clock.sleep(CLOCK_CHECK_S)
+            await tick(self._clock, CLOCK_CHECK_S)
             if abs(self._offset_s() - offset_s) > CLOCK_SET_S:
                 offset_s = self._offset_s()
                 for _ in self.state.start(self._term.view()):

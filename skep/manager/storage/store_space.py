@@ -11,7 +11,7 @@ from math import inf
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import SkepError, Unavailable
 from skep.manager.membership.consensus import Consensus
 from skep.model.values.ids import NodeId
@@ -73,7 +73,7 @@ class StoreSpace:
         """Check every ``CHECK_S`` until cancelled, as the leader."""
         backoff = Backoff(CHECK_S, CHECK_S_MAX)
         while True:
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
             try:
                 await self._check()
                 backoff.reset()

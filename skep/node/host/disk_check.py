@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error
 from skep.linux.files import replace_file
 from skep.model.node_reports.conditions import ConditionName
@@ -65,7 +65,7 @@ class DiskCheck:
             self._conditions.report(ConditionName.STORE_FULL, self._store_full_text())
             if self._conditions.present() != before:
                 self._changed()
-            await self._clock.sleep(PERIOD_S)
+            await tick(self._clock, PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:
         """Write once.  Return a sentence about the problem, or an empty text if the writes succeed."""

@@ -24,7 +24,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.blocking import BlockingCalls
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.configuration.configuration import Configuration
 from skep.engine.containers.container import Container
 from skep.errors import Unavailable
@@ -47,6 +47,11 @@ PERIOD_S = 5.0
 """Seconds between two measurements.  A fast disk may receive some gigabytes in this time.
 
 Managers get a condition that begins, ends or changes at once.
+"""
+ROUNDS_BETWEEN = 12
+"""Rounds after which a directory is measured again that was on the disk of another one.
+
+Another disk may have been mounted there since.  Each measurement takes a thread.
 """
 SILENT_S = 5.0
 """Seconds after which a disk that does not respond is left out, for example a network file system without its server.
@@ -260,6 +265,7 @@ class DiskSpace:
         """Paths whose earlier measurement has not ended."""
         self._own: dict[str, FileSystemUse | None] = {}
         """The last measurement of each own directory."""
+        self._rounds = 0
         self._fullness = Fullness()
         self._silent: set[str] = set()
         self.disks: Sequence[FileSystemUse] = ()
@@ -273,14 +279,18 @@ class DiskSpace:
     async def run(self) -> None:
         """Measure every ``PERIOD_S`` until cancelled."""
         while True:
-            await self._clock.sleep(PERIOD_S)
+            await tick(self._clock, PERIOD_S)
             await self.measure()
 
     async def measure(self) -> None:
         """Measure now, and set or clear the conditions."""
         found: dict[int, FileSystemUse] = {}
+        is_thorough = self._rounds % ROUNDS_BETWEEN == 0
+        self._rounds += 1
         for purpose, directory in self._directories.items():
-            await self._add(str(directory), found, purpose=purpose)
+            last = self._own.get(str(directory))
+            if is_thorough or last is None or last.device not in found:
+                await self._add(str(directory), found, purpose=purpose)
         sources = sources_of(self._containers())
         for path in sources:
             await self._add(path, found)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import msgspec
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.failures import describe_error
 from skep.configuration.configuration import Configuration
 from skep.engine.confinement.cdi import described
@@ -79,7 +79,7 @@ class ResourceReader:
     async def run(self) -> None:
         """Read every ``READ_EVERY_S`` until cancelled."""
         while True:
-            await self._clock.sleep(READ_EVERY_S)
+            await tick(self._clock, READ_EVERY_S)
             await self.refresh()
 
     def read(self, before: MachineResources) -> MachineResources:

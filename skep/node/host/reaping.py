@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.linux.processes import stat_of
 
 # Source: linux/prctl.h.
@@ -29,10 +29,18 @@ async def reap_orphans(clock: Clock) -> None:
     """Reap orphans every 5 s until cancelled."""
     seen: frozenset[int] = frozenset()
     while True:
-        await clock.sleep(_LOOK_EVERY_S)
-        zombies = frozenset(pid for pid in _children() if _is_zombie(pid))
+        await tick(clock, _LOOK_EVERY_S)
+        zombies = frozenset(pid for pid in _children() if _is_zombie(pid)) if _has_zombie() else frozenset()
         _reap(zombies & seen)
         seen = zombies - seen
+
+
+def _has_zombie() -> bool:
+    """Return whether any child has ended and was not reaped.  One call of the kernel, unlike the list of children."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # there are no children
+        return False
 
 
 def _reap(pids: Iterable[int]) -> None:

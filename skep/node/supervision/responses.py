@@ -10,8 +10,9 @@ from pathlib import Path
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.event_loop.hang_detection import HangAction, HangDetector
+from skep.api.http.liveness import REQUEST
 from skep.errors import SkepError
 from skep.paths import Paths
 
@@ -25,7 +26,6 @@ REQUESTS_MAX = 10
 A process without free file descriptors accepts no connections but still responds on an old one, so a new connection
 must be tried from time to time.
 """
-_REQUEST = b"HEAD /_skep/lag HTTP/1.1\r\nHost: manager\r\n\r\n"
 
 Responds = Callable[[], Awaitable[bool | None]]
 HandOver = Callable[[], Awaitable[object]]
@@ -57,7 +57,7 @@ async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> st
     attempt: asyncio.Task[None] | None = None
     async with asyncio.TaskGroup() as group:
         while True:
-            await clock.sleep(POLL_S)
+            await tick(clock, POLL_S)
             has_response = await responds()
             match detector.record(clock.monotonic(), has_response=has_response is not False):
                 case HangAction.HAND_OVER:
@@ -118,7 +118,7 @@ class ManagerProbe:
             reader, writer = self._streams or await asyncio.open_unix_connection(str(self._socket))
             self._streams = reader, writer
             self._requests += 1
-            writer.write(_REQUEST)
+            writer.write(REQUEST)
             await reader.readuntil(b"\r\n\r\n")
         except BaseException:
             self.close()

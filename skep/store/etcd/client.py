@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from skep.rpc import headers
 from skep.rpc.client import Bounds, ClientConnection, ClientStream
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.errors import Uncertain, etcd_errors
+from skep.store.etcd.errors import Interrupted, Uncertain, etcd_errors
 
 M = TypeVar("M", bound=Message)
 
@@ -42,6 +42,11 @@ CHANGE_S = 5.0
 
 LOAD_S = 10.0
 """Timeout of a compaction, of a page of a full read, and of each part of a snapshot."""
+RESTART_S, RECONNECT_S = 0.5, 0.01
+"""Seconds for which a call waits for the socket of a member that restarts, and seconds between its attempts.
+
+A restart before another member is added takes a tenth of a second, and must not fail requests.
+"""
 DEFRAGMENT_S = 120.0
 """Timeout of a defragmentation, which takes some 9 s per GB."""
 
@@ -140,7 +145,11 @@ class EtcdClient:
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
         """Return this member's leader, term and size.  Works without a quorum."""
-        return await self.call("Maintenance/Status", pb.StatusResponse, pb.StatusRequest(), timeout_s)
+        call = partial(self.call, "Maintenance/Status", pb.StatusResponse, pb.StatusRequest(), timeout_s)
+        try:
+            return await call()
+        except Interrupted:
+            return await call()  # of the restarted member: requests of users begin with this call
 
     async def defragment(self) -> None:
         """Return the free pages of this member's file to the disk.  The member is blocked for some 9 s per GB."""
@@ -285,11 +294,22 @@ class EtcdClient:
         if self._connection is None or self._connection.is_lost:
             async with self._connecting:
                 if self._connection is None or self._connection.is_lost:
-                    loop = asyncio.get_running_loop()
-                    _, self._connection = await loop.create_unix_connection(
-                        partial(ClientConnection, BOUNDS), str(self._socket)
-                    )
+                    self._connection = await self._connect()
         return self._connection
+
+    async def _connect(self) -> ClientConnection:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + RESTART_S
+        while True:
+            try:
+                _, connection = await loop.create_unix_connection(
+                    partial(ClientConnection, BOUNDS), str(self._socket)
+                )
+                return connection
+            except (FileNotFoundError, ConnectionRefusedError):
+                if loop.time() >= until:
+                    raise
+                await asyncio.sleep(RECONNECT_S)
 
 
 class UnaryCall:

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, until_tick
 from skep.errors import Unavailable
 from skep.model.values.ids import NodeId
 from skep.store import keys
@@ -40,7 +40,7 @@ LEADER_POLL_S = 0.5
 writes.
 """
 
-LEADER_POLL_ALONE_S = 2.0
+LEADER_POLL_ALONE_S = 5.0
 """Seconds between these requests on a single member, which cannot lose leadership to another one."""
 
 NONCE_BYTES = 16
@@ -101,7 +101,8 @@ class Election:
             await self._clock.sleep(CANDIDATE_POLL_S)
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(LEADER_POLL_ALONE_S if self._is_only_member() else LEADER_POLL_S):
+            period_s = LEADER_POLL_ALONE_S if self._is_only_member() else LEADER_POLL_S
+            async with asyncio.timeout(until_tick(self._clock.monotonic(), period_s)):
                 await term.wait_lost()
 
     async def _claim(self, raft_term: int) -> TermState | None:

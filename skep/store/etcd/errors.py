@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from skep.errors import SkepError, Unavailable
-from skep.rpc.status import CallFailed
+from skep.rpc.status import CallFailed, Lost
 from skep.store.transactions.updates import NO_LEADER
 
 
 class Uncertain(Unavailable):
     """No response arrived.  The request may have taken effect, or may still do so."""
+
+
+class Interrupted(Uncertain):
+    """The member stopped during the call, perhaps to restart."""
 
 
 class Busy(Unavailable):
@@ -53,7 +57,7 @@ _ERRORS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("request timed out", Uncertain, NO_LEADER),
     ("previous leader failure", Uncertain, NO_LEADER),
     ("context deadline exceeded", Uncertain, NO_LEADER),
-    ("server stopped", Uncertain, "the store is stopping"),
+    ("server stopped", Interrupted, "the store is stopping"),
     ("too many requests", Busy, "the store is busy: try again"),
     # raft's own text during a transfer of leadership
     ("raft proposal dropped", Busy, "the store is changing its leader: try again"),
@@ -97,7 +101,8 @@ def etcd_errors() -> Iterator[None]:
     except TimeoutError as error:
         raise Uncertain(NO_LEADER) from error
     except OSError as error:
-        raise Uncertain(f"the store does not respond: {error}") from error
+        kind = Interrupted if isinstance(error, Lost) else Uncertain
+        raise kind(f"the store does not respond: {error}") from error
 
 
 def error_of(message: str) -> SkepError:

@@ -47,6 +47,8 @@ class RaftMembers:
         Unavailable.
         """
         self._is_only_member = len(await self.all(is_current=True)) == 1
+        if not self._is_only_member:  # the last start did not know of the others yet
+            await self._own.expect_others()
 
     async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
         """Return all members in order of name.  Raises Unavailable."""
@@ -68,8 +70,8 @@ class RaftMembers:
             # It stays False until the next start, because this manager cannot tell whether it has the last write of the
             # others.
             self._is_only_member = False
+            await self._own.expect_others()
             reply = await self._client.add_learner(url)
-            self._own.is_one_of_several()
         log.info("learner added", node=name)
         return parsed_members(reply.members)
 

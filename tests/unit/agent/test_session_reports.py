@@ -104,8 +104,9 @@ class Host:
     def connect(self, address: str, *, timeout_s: float) -> Any:
         raise AssertionError("there are no logs")
 
-    async def wait_stopping(self) -> None:
-        await asyncio.Event().wait()
+    async def is_stopping_within(self, seconds: float) -> bool:
+        await asyncio.sleep(seconds)
+        return False
 
 
 class Volumes:

@@ -132,7 +132,7 @@ async def test_a_busy_loop_is_measured_often_without_scheduler_statistics(unknow
     clock = WorkingClock()
     with suppress(asyncio.CancelledError):
         await LoopLag(unknown).run(clock)
-    assert PERIOD_AT_REST_S not in clock.slept
+    assert max(clock.slept) < PERIOD_AT_REST_S / 2
 
 
 async def test_a_computing_callback_is_logged_with_its_stack():

@@ -21,6 +21,7 @@ from skep.model.node_reports.conditions import DISK_PRESSURE_LABEL, ConditionNam
 from skep.node.host.conditions import Conditions
 from skep.node.host.disk_space import (
     PERIOD_S,
+    ROUNDS_BETWEEN,
     DiskMarks,
     DiskReader,
     DiskSpace,
@@ -340,6 +341,31 @@ async def test_a_silent_mount_costs_one_thread_and_hides_no_full_disk(tmp_path: 
         assert looks == ["/nfs"]
     finally:
         may_end.set()
+
+
+async def test_directories_on_one_disk_take_one_thread_until_they_may_have_moved(tmp_path: Path) -> None:
+    configuration = Configuration(data_dir=tmp_path)
+    looks: list[str] = []
+    devices = {str(tmp_path): 1, "/images": 1, "/logs": 2}
+
+    def measure(path: str, _: bool) -> FileSystemUse:
+        looks.append(path)
+        return a_disk(10, path=path, device=devices[path])
+
+    check = DiskSpace(
+        {"data": tmp_path, "images": Path("/images"), "logs": Path("/logs")},
+        *(tuple, lambda: configuration, Conditions(SystemClock()), SystemClock()),
+        reader=DiskReader(measure=measure),
+    )
+    await check.measure()
+    assert looks == [str(tmp_path), "/images", "/logs"]
+    for _ in range(ROUNDS_BETWEEN - 1):
+        looks.clear()
+        await check.measure()
+        assert looks == [str(tmp_path), "/logs"]
+    devices["/images"] = 3
+    await check.measure()
+    assert [one.device for one in check.disks] == [1, 3, 2]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), TimeoutError(), Unavailable("full")])

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import aiohttp
+from aiohttp import web
+
 from sim.world.time import VirtualClock, VirtualLoop
+from skep.api.http.liveness import LivenessConnection
 from skep.errors import Unavailable
 from skep.node.supervision.responses import POLL_S, REQUESTS_MAX, ManagerProbe, wait_hung
 
@@ -38,6 +42,29 @@ async def test_one_connection_carries_all_requests(tmp_path: Path) -> None:
             connections[0].close()
             assert await probe.responds() is True, "a closed connection is not a hung server"
             assert len(connections) == 2
+
+
+async def test_a_manager_answers_without_its_http_server_until_another_request_arrives(
+    tmp_path: Path,
+) -> None:
+    requests: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        requests.append(request.path)
+        return web.Response(text="from aiohttp")
+
+    server = web.Server(answer)
+    loop = asyncio.get_running_loop()
+    async with await loop.create_unix_server(lambda: LivenessConnection(server), str(tmp_path / "sock")):
+        with probing(tmp_path / "sock") as probe:
+            assert [await probe.responds() for _ in range(REQUESTS_MAX + 1)] == [True] * (REQUESTS_MAX + 1)
+        assert requests == []
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(tmp_path / "sock"))) as session:
+            for path in ("/a", "/b", "/_skep/lag"):
+                async with session.get(f"http://manager{path}") as response:
+                    assert await response.text() == "from aiohttp"
+        assert requests == ["/a", "/b", "/_skep/lag"]
+    await server.shutdown()
 
 
 async def test_a_server_that_accepts_no_connections_does_not_respond(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.control_loops.failures import write_each
 from skep.manager.nodes.heartbeats import configured_grace_s
@@ -146,7 +146,7 @@ class SessionAdoption:
         backoff = Backoff(CHECK_S, LONGEST_RETRY_S, rng=self._random.random)
         is_alone = False
         while True:
-            await self._clock.sleep(CHECK_ALONE_S if is_alone else CHECK_S)
+            await tick(self._clock, CHECK_ALONE_S if is_alone else CHECK_S)
             now = self._clock.monotonic()
             view = self._term.view()
             silent, nodes = self._silent(now), view.find(Node)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.manager.cluster import etcds_behind
 from skep.manager.dispatcher.node_sessions import shares
 from skep.manager.dispatcher.node_sessions.sessions import Sessions
@@ -47,7 +47,7 @@ class Balancing:
     async def run(self) -> None:
         """Check every ``SPREAD_S`` until cancelled."""
         while True:
-            await self._clock.sleep(shares.SPREAD_S)
+            await tick(self._clock, shares.SPREAD_S)
             view = self._store.view()
             held = shares.held(view.find(Node), self._own)
             weights = shares.weights(held)

@@ -52,7 +52,7 @@ class LateMarks:
 
 
 class SilenceCheck:
-    """Checks for silent nodes several times a second, and reports missed heartbeats to the other managers."""
+    """Checks for silent nodes when a deadline passes, and reports missed heartbeats to the other managers."""
 
     def __init__(
         self,
@@ -76,15 +76,12 @@ class SilenceCheck:
         """Mark nodes down that were silent for their grace period, until cancelled."""
         deadlines, reports = self._deadlines, self._reports
         while True:
-            tick_s = deadlines.tick_s
-            await self._clock.sleep(tick_s)
+            await self._clock.sleep(deadlines.next_tick(is_alone=reports.is_alone))
             now = self._clock.monotonic()
             deadlines.configure(self._store.view())
             missed = deadlines.missed()
             reports.own = self._own_report(missed)
             deadlines.advance(
-                now,
-                tick_s,
                 has_quorum=not self._contact.is_lost,
                 is_overloaded=reports.is_overloaded_anywhere(now),
             )

@@ -10,6 +10,7 @@ from random import Random
 
 import structlog
 
+from skep.aio.clock import until_tick
 from skep.aio.event_loop.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.loads import load_from_heartbeat
@@ -41,7 +42,14 @@ from skep.wire.service import Handler, both_stream, unary
 log = structlog.get_logger(__name__)
 
 TICK_S, TICK_S_MAX = 0.2, 0.5
-"""Minimum and maximum seconds between checks for silent nodes."""
+"""Minimum and maximum seconds between checks for silent nodes, unless a deadline passes earlier."""
+OWN_PERIOD_S = 2.0
+"""Minimum seconds between heartbeats of a single manager's own node, which the manager's machine cannot lose.
+
+The node's tasks that must not run without a manager count on one within three seconds (``last_resort``).
+"""
+TICK_S_MIN = 0.05
+"""Shortest wait for a deadline, so that nodes whose deadlines pass one after another are marked down together."""
 TICKS_PER_PERIOD = 10
 """Checks in a heartbeat period, so that a node is marked down at most a thirtieth of its grace too late."""
 _UNSEEN_GRACES = 2
@@ -60,13 +68,21 @@ PERIOD_JITTER = 0.1
 class HeartbeatDeadlines:
     """Own time of this manager, the heartbeat period, and the deadlines of the sessions that follow from them."""
 
-    def __init__(self, sessions: Sessions, random: Random, now: float) -> None:
-        """``now`` is a monotonic time."""
+    def __init__(
+        self, sessions: Sessions, random: Random, monotonic: Callable[[], float], own: NodeId
+    ) -> None:
+        """``monotonic`` returns the monotonic time.  ``own`` is the manager's node."""
         self.sessions = sessions
         self._random = random
+        self._monotonic = monotonic
+        self._own = own
+        self._is_alone = False
         self._period_s = DEFAULT_PERIOD_S
         self._configured_grace_s: float | None = None
-        self._time = RunningTime(seen_at=now)
+        self._time = RunningTime(seen_at=monotonic())
+        self._tick_s = TICK_S
+        self._is_counted = True
+        """Whether the last tick counted."""
         self._suspension_left_s = SUSPENDED_S_MAX
         # This manager's start may restore the quorum.
         self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
@@ -75,13 +91,23 @@ class HeartbeatDeadlines:
 
     @property
     def now(self) -> float:
-        """The own time in seconds."""
-        return self._time.seconds
+        """The own time in seconds.  It also passes between two ticks, so that ticks can be rare."""
+        return self._time_at(self._monotonic(), is_counted=self._is_counted).seconds
 
-    @property
-    def tick_s(self) -> float:
-        """Seconds until the next check for silent nodes."""
-        return min(max(self._period_s / TICKS_PER_PERIOD, TICK_S), TICK_S_MAX)
+    def next_tick(self, *, is_alone: bool) -> float:
+        """Start a tick, and return its length: the seconds until the next check for silent nodes.
+
+        Args:
+            is_alone: Whether this is the only manager, which reports missed heartbeats to no other.
+        """
+        self._is_alone = is_alone
+        if is_alone:
+            tick_s = until_tick(self._monotonic(), TICK_S_MAX)
+        else:
+            tick_s = min(max(self._period_s / TICKS_PER_PERIOD, TICK_S), TICK_S_MAX)
+        now = self.now
+        self._tick_s = min(tick_s, max(self.sessions.next_deadline(now) - now, TICK_S_MIN))
+        return self._tick_s
 
     def configure(self, view: View) -> None:
         """Set the period from the configuration and the number of nodes.
@@ -95,8 +121,8 @@ class HeartbeatDeadlines:
             log.info("heartbeat period raised", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
         self._period_s = period_s
 
-    def advance(self, now: float, tick_s: float, *, has_quorum: bool, is_overloaded: bool) -> None:
-        """Advance the own time by a tick that ended at ``now`` (monotonic seconds).
+    def advance(self, *, has_quorum: bool, is_overloaded: bool) -> None:
+        """Advance the own time to the end of the tick, which is now.
 
         Missed heartbeats do not count without a quorum.  They are also ignored while thousands of nodes reconnect,
         because some were sent ``RetryLater``.
@@ -104,14 +130,18 @@ class HeartbeatDeadlines:
         is_suspended = False
         if has_quorum:
             self._suspension_left_s = suspension_left(
-                self._suspension_left_s, tick_s, is_overloaded=is_overloaded
+                self._suspension_left_s, self._tick_s, is_overloaded=is_overloaded
             )
             is_suspended = is_overloaded and self._suspension_left_s > 0
-        self._time = self._time.after(now, tick_s, late_s=LATE_S, is_current=has_quorum and not is_suspended)
+        self._is_counted = has_quorum and not is_suspended
+        self._time = self._time_at(self._monotonic(), is_counted=self._is_counted)
+
+    def _time_at(self, now: float, *, is_counted: bool) -> RunningTime:
+        return self._time.after(now, self._tick_s, late_s=LATE_S, is_current=is_counted)
 
     def start_recovery(self) -> None:
         """Expect nodes to reconnect from now on after a time without any manager."""
-        self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
+        self._recovers_until = self.now + RECOVERY_GRACE_S
 
     def _grace_s(self) -> float:
         return grace_period(self._period_s, configured_s=self._configured_grace_s)
@@ -123,19 +153,21 @@ class HeartbeatDeadlines:
 
     def registering(self, node_id: NodeId) -> AbstractContextManager[None]:
         """Count a node as alive while it registers within the block, and for its grace afterwards."""
-        return self.sessions.registering(node_id, lambda: self._time.seconds, self._grace_s())
+        return self.sessions.registering(node_id, lambda: self.now, self._grace_s())
 
     def begin(self, node_id: NodeId, session_id: SessionId, disconnect: Callable[[], None]) -> LiveSession:
         """Return the new session of a node that has registered.  Its earlier one ends."""
-        now = self._time.seconds
+        now = self.now
         session = LiveSession(node_id, session_id, disconnect, deadline=now + self._grace_s(), last_seen=now)
         self.sessions.add(session)
         return session
 
     def record_heartbeat(self, session: LiveSession, *, is_away: bool = False) -> float:
         """Record a heartbeat, the last one if ``is_away``.  Returns the seconds until the next one."""
-        period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
-        session.last_seen = self._time.seconds
+        is_near = self._is_alone and session.node_id == self._own
+        session.period_s = max(self._period_s, OWN_PERIOD_S if is_near else 0.0)
+        period_s = session.period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
+        session.last_seen = self.now
         grace = grace_when_away if is_away else grace_period
         session.deadline = session.last_seen + grace(period_s, configured_s=self._configured_grace_s)
         if is_away:
@@ -148,12 +180,12 @@ class HeartbeatDeadlines:
         Its kernel closed the connection, so the machine still runs.
         """
         grace_s = grace_when_away(self._period_s, configured_s=self._configured_grace_s)
-        session.deadline = max(session.deadline, self._time.seconds + grace_s)
+        session.deadline = max(session.deadline, self.now + grace_s)
         log.info("node process ended", node=session.node_id, grace_s=grace_s)
 
     def extend(self, node_id: NodeId) -> None:
         """Record that a node is alive, because it is registering with another manager."""
-        self.sessions.extend(node_id, self._time.seconds, self._grace_s())
+        self.sessions.extend(node_id, self.now, self._grace_s())
 
     # -- nodes that are expected to reconnect -------------------------------------------------------------------
 
@@ -166,7 +198,7 @@ class HeartbeatDeadlines:
         grace_s = grace_after_adoption(
             self._period_s,
             is_skep=is_skep,
-            recovers=self._time.seconds < self._recovers_until,
+            recovers=self.now < self._recovers_until,
             configured_s=self._configured_grace_s,
         )
         self._expect(node_id, session_id, grace_s)
@@ -175,7 +207,7 @@ class HeartbeatDeadlines:
         self.sessions.expect(
             node_id,
             session_id,
-            last_seen=self._time.seconds,
+            last_seen=self.now,
             grace_s=grace_s,
             unseen_s=_UNSEEN_GRACES * self._grace_s(),
         )
@@ -183,29 +215,29 @@ class HeartbeatDeadlines:
     def redirect(self, node_id: NodeId) -> None:
         """End a node's session so that it connects to another manager."""
         error = Unavailable("this manager has more than its share of nodes")
-        self.sessions.redirect(node_id, error, now=self._time.seconds, grace_s=self._grace_after_absence_s())
+        self.sessions.redirect(node_id, error, now=self.now, grace_s=self._grace_after_absence_s())
 
     def release_all(self, error: SkepError) -> int:
         """End all sessions so that the nodes connect to other managers.  Returns their number."""
-        return self.sessions.release_all(error, now=self._time.seconds, grace_s=self._grace_after_absence_s())
+        return self.sessions.release_all(error, now=self.now, grace_s=self._grace_after_absence_s())
 
     # -- expired deadlines ---------------------------------------------------------------------------------------
 
     def has_passed(self, session: LiveSession) -> bool:
         """Whether the node's deadline has passed."""
-        return session.deadline <= self._time.seconds
+        return session.deadline <= self.now
 
     def missed(self) -> int:
         """Return how many nodes have missed a heartbeat."""
-        return self.sessions.missed(self._time.seconds, self._period_s)
+        return self.sessions.missed(self.now, self._period_s)
 
     def movable(self) -> Sequence[NodeId]:
         """Return the nodes that have missed no heartbeat and can find another manager if they are redirected."""
-        return self.sessions.movable(self._time.seconds, self._period_s)
+        return self.sessions.movable(self.now, self._period_s)
 
     def silent(self, *, with_others: bool) -> list[SilentNode]:
         """Return the nodes whose deadlines have passed.  See ``Sessions.silent``."""
-        return self.sessions.silent(self._time.seconds, with_others=with_others)
+        return self.sessions.silent(self.now, with_others=with_others)
 
 
 class Heartbeats:

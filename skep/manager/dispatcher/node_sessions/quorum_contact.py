@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import Unavailable
 from skep.manager.dispatcher.node_sessions.heartbeat_deadlines import HeartbeatDeadlines
 from skep.store.interface import Store
@@ -70,7 +70,7 @@ class QuorumContact:
     async def run(self) -> None:
         """Check every ``CHECK_S`` until cancelled."""
         while True:
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
             before = self._contact
             try:
                 async with asyncio.timeout(LOST_AFTER_S):

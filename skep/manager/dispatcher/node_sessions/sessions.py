@@ -7,7 +7,8 @@ bounded by the node's tasks however slowly the node reads.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
+from math import inf
 
 import msgspec
 from msgspec.structs import replace
@@ -67,6 +68,7 @@ class LiveSession:
         "measured",
         "messages",
         "node_id",
+        "period_s",
         "usages",
     )
 
@@ -85,6 +87,8 @@ class LiveSession:
         """Own time of the manager at which the node counts as down unless a heartbeat arrives."""
         self.last_seen = last_seen
         """Own time of the manager at the last heartbeat."""
+        self.period_s = 0.0
+        """Heartbeat period at the last heartbeat, or 0 before the first one."""
         self.is_skep = False
         """Whether it heartbeats on a stream, which Docker's engines cannot."""
         self.load: float | None = None
@@ -314,6 +318,12 @@ class Sessions:
             for node_id, session_id, last_seen in sorted([*live, *absent])
         ]
 
+    def next_deadline(self, now: float) -> float:
+        """Return the earliest deadline after ``now`` (own time), or infinity."""
+        live = (session.deadline for session in self._live.values())
+        absent = (absence.deadline for absence in self.absent.values())
+        return min((deadline for deadline in chain(live, absent) if deadline > now), default=inf)
+
     def is_silent(self, silent_node: SilentNode, now: float) -> bool:
         """Whether a node that was found silent is still silent at ``now`` (own time)."""
         if silent_node.node_id in self._registering:
@@ -343,4 +353,4 @@ class Sessions:
 
 
 def _has_missed(session: LiveSession, now: float, period_s: float) -> bool:
-    return now - session.last_seen > MISSED_PERIODS * period_s
+    return now - session.last_seen > MISSED_PERIODS * max(period_s, session.period_s)

@@ -5,7 +5,7 @@ from random import Random
 
 import structlog
 
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.errors import SkepError
 from skep.manager.control_loops.informer import run_informer
 from skep.manager.nodes.revocation import revoke
@@ -55,7 +55,7 @@ class LostNodes:
 
     async def _work(self) -> None:
         while True:
-            await self._clock.sleep(CHECK_S)
+            await tick(self._clock, CHECK_S)
             if self._down:
                 await self._remove()
 

@@ -27,7 +27,7 @@ from skep.store.interface import Commit, LoopStore, NotLeader, Transaction, View
 log = structlog.get_logger()
 
 CHECK_S = 0.5
-"""Seconds between checks whether a freeze must be ended, or written again after a failed write."""
+"""Seconds between checks during a disruption: whether the freeze must be ended, or written again after a failure."""
 HALF_BACK = "half of the nodes are back"
 SETTLING_GRACES = 2
 """Heartbeat grace periods for which the other half of the nodes is awaited at the end of a freeze.  Nodes register
@@ -46,7 +46,8 @@ class DisruptionMode:
         self._history = NodeHistory(())
         self._detected: Disruption | None = None
         """A disruption that is not yet written to the cluster object."""
-        self._has_detected = asyncio.Event()
+        self._has_begun = asyncio.Event()
+        """Set when a disruption begins, so that nothing is checked before."""
         self._frozen_at: float | None = None
         """Time at which this leader first saw the current freeze."""
         self.replaces_from = float("-inf")
@@ -73,6 +74,8 @@ class DisruptionMode:
         self._history = NodeHistory(nodes, lost, counted_from=self._counted_from)
         self._detected = None
         self._frozen_at = now if _freeze(view) is not None else None
+        if self.is_frozen:
+            self._has_begun.set()
         if lost:
             self._detect(now)
             self._delay_replacement(now)
@@ -86,14 +89,18 @@ class DisruptionMode:
         is_written = _freeze(self._term.view()) is not None
         if is_written and self._frozen_at is None:
             self._frozen_at, self._detected = now, None
+            self._has_begun.set()
         elif not is_written and self._frozen_at is not None:
             self._end()
 
     async def run(self) -> None:
         """Write freezes, and end them when due, until cancelled."""
         while True:
-            await is_set_within(self._has_detected, CHECK_S)
-            self._has_detected.clear()
+            if self.is_frozen:
+                await is_set_within(self._has_begun, CHECK_S)
+            else:
+                await self._has_begun.wait()
+            self._has_begun.clear()
             now = self._clock.monotonic()
             try:
                 if self._detected is not None:
@@ -116,7 +123,7 @@ class DisruptionMode:
         self._detected = self._history.detect(now, configured_grace_s(self._term.view()))
         if self._detected is not None:
             # Written at once, because other managers and users know a freeze only from the store.
-            self._has_detected.set()
+            self._has_begun.set()
             log.error(
                 "replacement of tasks frozen: too many nodes went down at once",
                 nodes=self._detected.nodes_down,

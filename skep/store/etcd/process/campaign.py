@@ -4,9 +4,8 @@ Raft's library has a call for that (Campaign), which SwarmKit uses and etcd does
 messages from members.  One of them, MsgTimeoutNow, starts an election.  A leader sends it to transfer leadership.  A
 manager has its member's peer certificate, so it can send this message to its own member in that member's name.
 
-Thanks to that, a single member can have the same timers as one of several members, without waiting half a second at
-each start.  With other timers, it would have to restart when a second manager joins.  With several voters the message
-is not sent, although it would be safe, because it starts a regular raft election.
+Thanks to that, a single member can have timers that are so long that an idle one computes little.  With several voters
+the message is not sent, although it would be safe, because it starts a regular raft election.
 
 Source: etcd 3.5, server/etcdserver/api/rafthttp/{http,peer}.go; raft/raft.go (stepFollower, MsgTimeoutNow).
 """

@@ -20,7 +20,14 @@ HISTORY_REVISIONS = 20_000
 """Revisions of history that etcd keeps."""
 
 TIMERS_MS = (100, 500)
-"""Heartbeat and election timeout.  A single voter does not wait for the latter (``campaign``)."""
+"""Heartbeat and election timeout among several members."""
+
+SOLO_TIMERS_MS = (1000, 5000)
+"""The same for a single member, whose ticks serve nothing: 0.2 % of a processor less.
+
+It does not wait for an election timeout (``campaign``), and restarts with the timers of several before another member
+is added.
+"""
 
 SEALED_OFF_TIMERS_MS = (20, 100)
 """Heartbeat and election timeout of a member to which ``campaign`` cannot connect."""
@@ -107,7 +114,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[str]:
     """Return etcd's arguments.  ``initial-...`` are used at the first start only."""
-    heartbeat_ms, election_ms = SEALED_OFF_TIMERS_MS if settings.is_sealed_off else TIMERS_MS
+    heartbeat_ms, election_ms = _timers_ms(settings)
     files = settings.peer_files
     flags = {
         "name": settings.name,
@@ -148,6 +155,12 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
     if settings.is_fsync_off:
         flags["unsafe-no-fsync"] = "true"
     return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def _timers_ms(settings: MemberSettings) -> tuple[int, int]:
+    if settings.is_sealed_off:
+        return SEALED_OFF_TIMERS_MS
+    return SOLO_TIMERS_MS if settings.is_solo else TIMERS_MS
 
 
 def _initial_cluster(settings: MemberSettings) -> str:

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
-from skep.aio.clock import Clock
+from skep.aio.clock import Clock, tick
 from skep.aio.groups import errors_as_they_are
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
@@ -164,6 +164,8 @@ class EtcdMember:
         self._had_data = False
         self._ready = asyncio.Event()
         self._is_restarting = False
+        self._is_only_voter = False
+        """Whether it restarts to become one of several, and does not have to wait for an election timeout."""
 
     @property
     def pid(self) -> int | None:
@@ -196,12 +198,17 @@ class EtcdMember:
         """Wait until the member is ready, also after a restart."""
         await self._ready.wait()
 
-    def is_one_of_several(self) -> None:
-        """Note that there are other members, so that waiting for them is not a failure.
+    async def expect_others(self) -> None:
+        """Restart a single member with the settings of several, before another one is added.  Returns when it is ready.
 
-        Memory limits change at the next start.
+        With the timers of a single member it would send its heartbeats too rarely for others.
         """
-        self.settings = msgspec.structs.replace(self.settings, is_solo=False)
+        if self.settings.is_solo:
+            self._is_only_voter = True
+            try:
+                await self.restart(msgspec.structs.replace(self.settings, is_solo=False))
+            finally:
+                self._is_only_voter = False
 
     async def restart(self, settings: MemberSettings) -> None:
         """Restart with other ``settings`` (of the same directory).  Returns when the member is ready again."""
@@ -296,10 +303,12 @@ class EtcdMember:
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 group.create_task(output.read(process.stderr), name="etcd-output")
                 probing = group.create_task(self._wait_serving(), name="etcd-probe")
-                deadlines = group.create_task(self._apply_deadlines(process.pid), name="etcd-deadlines")
+                keeping = () if settings.is_solo else (self._apply_deadlines(process.pid),)
+                others = [group.create_task(one, name="etcd-deadlines") for one in keeping]
                 return_code = await process.wait()
                 probing.cancel()
-                deadlines.cancel()
+                for task in others:
+                    task.cancel()
             return return_code
         finally:
             self._ready.clear()
@@ -309,9 +318,7 @@ class EtcdMember:
     async def _apply_deadlines(self, pid: int) -> None:
         deadlines = Deadlines(pid)
         while True:
-            await self._clock.sleep(DEADLINES_S)
-            if self.settings.is_solo:
-                continue
+            await tick(self._clock, DEADLINES_S)
             try:
                 deadlines.apply()
             except (ProcessLookupError, FileNotFoundError):
@@ -342,7 +349,7 @@ class EtcdMember:
         self._ready.set()
 
     async def _campaign(self) -> None:
-        if self.settings.is_solo and not self.settings.is_sealed_off:
+        if (self.settings.is_solo or self._is_only_voter) and not self.settings.is_sealed_off:
             await campaign(self.settings, self._binary.version, self._clock)
 
     async def _probe(self, client: EtcdClient, started: float) -> None:
