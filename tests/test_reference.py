@@ -74,7 +74,7 @@ ACTIONS = {
     for noun, verbs in {
         "": "daemon exec attach cp port-forward run backup restore up upgrade",
         "playground": "add cut demo down env exec kill load reconnect pause resume start up",
-        "cluster": "recover resume rotate-keys",
+        "cluster": "recover resume rotate-keys unfreeze",
         "reboot-lock": "release take",
         "node": "drain evict forget",
         "service": "rollback start stop wait",
@@ -86,7 +86,7 @@ ACTIONS = {
         "user": "add renew rm token update",
         "secret": "prune rotate",
         "config": "prune rotate",
-        "stack": "deploy rm rollback start stop",
+        "stack": "deploy rm rollback start stop unfreeze",
         "context": "create rm use",
     }.items()
     for verb in verbs.split()

@@ -74,6 +74,9 @@ def two_revisions(command: F) -> F:
 detach = click.option("-d", "--detach", is_flag=True, help="Do not wait.")
 """The option ``--detach`` for a command that otherwise waits."""
 
+override_freeze = click.option("--override-freeze", is_flag=True, help="Override a strict freeze.")
+"""The option ``--override-freeze`` for a command that a strict freeze refuses."""
+
 yes = click.option("-y", "--yes", is_flag=True, help="Skip the confirmation prompt.")
 """The option ``--yes`` for a command that asks before it changes something."""
 

@@ -5,6 +5,7 @@ from typing import ClassVar, Final
 
 import msgspec
 
+from skep.model.options.freezes import ChangeFreeze, MaintenanceWindow
 from skep.model.values.encoding import ApiObject, GoInt, Uint32, Uint64, always
 from skep.model.values.ids import ClusterId, NodeId
 from skep.model.values.meta import Driver, TLSInfo, Version
@@ -162,11 +163,13 @@ class Swarm(ApiObject):
     """The cluster.
 
     The API writes ``spec``.  The CA writes ``join_tokens``, ``tls_info``, ``root_rotation_in_progress`` and
-    ``rotation``.  The leader writes ``freeze``, which the API may end.  The init of the cluster writes all other
-    fields.
+    ``rotation``.  The leader writes ``freeze``, which the API may end.  The API writes ``change_freezes`` and
+    ``window``, and the leader ends freezes that are over, and opens and closes the window.  The init of the cluster
+    writes all other fields.
 
     There is exactly one object, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the old root
-    and names the new one as issuer.  API responses do not have ``rotation`` and ``freeze``.
+    and names the new one as issuer.  API responses do not have ``rotation``, ``freeze``,
+    ``change_freezes`` and ``window``.
     """
 
     id: ClusterId
@@ -182,6 +185,9 @@ class Swarm(ApiObject):
     join_tokens: JoinTokens = always(JoinTokens())
     rotation: RootRotation | None = None
     freeze: Freeze | None = None
+    change_freezes: Mapping[str, ChangeFreeze] = {}
+    """Freezes in force by their scope, which is a stack, or empty for the cluster."""
+    window: MaintenanceWindow | None = None
     damage: str = ""
     """The parts that cannot be read; in responses only, not in Docker's API."""
 

@@ -22,13 +22,14 @@ from skep.model.networks.addresses import is_subnet
 from skep.model.networks.data_planes import claimed_underlay, is_overlay
 from skep.model.networks.overlays import vxlan_ids
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
+from skep.model.options.freezes import CLUSTER, ChangeFreeze
 from skep.model.permissions.user import User
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.values.times import ZERO_TIME
+from skep.model.values.times import ZERO_TIME, Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD, name_claim, port_claim, subnet_claim, vxlan_claim
@@ -168,7 +169,15 @@ UNREAD_FREEZE: Final = Freeze(since=ZERO_TIME)
 """Shown for a freeze that was never readable.  The part exists only during a freeze.  Time or a user ends it."""
 
 
+UNREAD_CHANGE_FREEZE: Final = ChangeFreeze(
+    until=Timestamp("9999-12-31T00:00:00Z"), reason="the freezes in the store cannot be read"
+)
+"""Shown for freezes that were never readable, so that nothing happens that a user has held back."""
+
+
 def _swarm_fallback(swarm: Swarm, unknown: Collection[str]) -> Swarm:
+    if "holds" in unknown:
+        swarm = replace(swarm, change_freezes={CLUSTER: UNREAD_CHANGE_FREEZE})
     return replace(swarm, freeze=UNREAD_FREEZE) if "freeze" in unknown else swarm
 
 
@@ -266,6 +275,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         parts={
             "ca": ("join_tokens", "tls_info", "root_rotation_in_progress", "rotation"),
             "freeze": ("freeze",),
+            "holds": ("change_freezes", "window"),
         },
         irreplaceable=frozenset({"ca"}),
         taken=_nothing_taken,

@@ -304,7 +304,7 @@ RULES: Final = (
     # the throughput test uses the full bandwidth of every link
     _rule("POST", r"/skep/doctor/network", _OPERATOR, PermissionScope.CLUSTER),
     _rule("GET", r"/ui(?:/.*)?", _VIEWER, PermissionScope.ANY),  # the dashboard's files
-    _rule("GET", r"/skep/quorum|/skep/access", _VIEWER, PermissionScope.ANY),
+    _rule("GET", r"/skep/quorum|/skep/access|/skep/cluster/freezes", _VIEWER, PermissionScope.ANY),
     _rule("GET", r"/distribution/.+/json", _OPERATOR, PermissionScope.ANY),
     # Objects of the cluster.
     *_of("service", "/services"),
@@ -370,6 +370,7 @@ RULES: Final = (
         *(_OPERATOR, PermissionScope.OBJECT, "target"),
     ),
     _rule("GET", rf"/skep/stacks/{_NAME}/quota", _VIEWER, PermissionScope.OBJECT, "stack"),
+    _rule("PUT DELETE", rf"/skep/stacks/{_NAME}/freeze", _OPERATOR, PermissionScope.OBJECT, "stack"),
     # Objects of one node.  A local volume can be any directory of the machine.
     _rule("GET", r"/containers/json", _VIEWER, PermissionScope.LIST, "container", container=_READ),
     _rule("GET", rf"/containers/{_NAME}/json", _VIEWER, PermissionScope.OBJECT, "container", container=_READ),

@@ -15,7 +15,7 @@ import msgspec
 from skep.api.client.former_names import with_present_names
 from skep.api.client.raw import RawClient
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
-from skep.model.permissions.access import ROLE_HEADER
+from skep.model.permissions.access import OVERRIDE_HEADER, ROLE_HEADER
 
 TIMEOUT_S: Final = 60.0
 """Timeout of a request whose response is read as a whole, in seconds."""
@@ -106,29 +106,12 @@ class Requests(ABC):
         """
 
 
-class LimitedRequests(Requests):
-    """Requests whose changes have at most the rights of one role.
+class RequestsWith(Requests):
+    """Requests whose changes have further headers."""
 
-    Reads keep the rights of the client, because a role in one stack does not see the networks of other stacks.
-    """
-
-    def __init__(self, client: Requests, role: str) -> None:
-        """``role`` has the form of ``skep user``, like ``operator:shop``."""
+    def __init__(self, client: Requests, headers: Mapping[str, str]) -> None:
         self._client = client
-        self._headers = {ROLE_HEADER: role}
-
-    @classmethod
-    async def of(cls, client: Requests, role: str) -> Self:
-        """Return requests limited to ``role``.
-
-        Raises:
-            FailedPrecondition: The manager's version cannot limit rights.
-        """
-        made = cls(client, role)
-        access = await client.get("/skep/access", headers=made._headers)
-        if access.get("Limit") != role:
-            raise FailedPrecondition(f"this manager cannot limit a request to the role {role}: upgrade it")
-        return made
+        self._headers = headers
 
     async def request(
         self,
@@ -142,16 +125,45 @@ class LimitedRequests(Requests):
         timeout_s: float | None = None,
     ) -> Any:
         """See ``Requests``."""
-        limit = {} if method == "GET" else self._headers
+        further = {} if method == "GET" else self._headers
         return await self._client.request(
             method,
             path,
             body=body,
             query=query,
             filters=filters,
-            headers={**(headers or {}), **limit},
+            headers={**(headers or {}), **further},
             timeout_s=timeout_s,
         )
+
+
+def overriding(client: Requests, *, is_override: bool) -> Requests:
+    """Return requests that override a strict freeze, or ``client`` itself."""
+    return RequestsWith(client, {OVERRIDE_HEADER: "true"}) if is_override else client
+
+
+class LimitedRequests(RequestsWith):
+    """Requests whose changes have at most the rights of one role.
+
+    Reads keep the rights of the client, because a role in one stack does not see the networks of other stacks.
+    """
+
+    def __init__(self, client: Requests, role: str) -> None:
+        """``role`` has the form of ``skep user``, like ``operator:shop``."""
+        super().__init__(client, {ROLE_HEADER: role})
+
+    @classmethod
+    async def of(cls, client: Requests, role: str) -> Self:
+        """Return requests limited to ``role``.
+
+        Raises:
+            FailedPrecondition: The manager's version cannot limit rights.
+        """
+        made = cls(client, role)
+        access = await client.get("/skep/access", headers=made._headers)
+        if access.get("Limit") != role:
+            raise FailedPrecondition(f"this manager cannot limit a request to the role {role}: upgrade it")
+        return made
 
 
 class PlainRequests(Requests):

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from skep.cli.cluster.freezes import freeze, unfreeze, window
 from skep.cli.cluster.recover import recover
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
 from skep.cli.maintain.maintenance import settings_of
@@ -27,7 +28,8 @@ def cluster() -> None:
     """
 
 
-cluster.add_command(recover)
+for command in (recover, freeze, unfreeze, window):
+    cluster.add_command(command)
 
 
 @cluster.command()

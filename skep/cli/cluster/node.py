@@ -12,7 +12,7 @@ from urllib.parse import quote
 import click
 import msgspec
 
-from skep.api.client.client import ApiClient
+from skep.api.client.requests import Requests, overriding
 from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options, passthrough
@@ -76,9 +76,12 @@ def node() -> None:
 )
 @click.option("--now", is_flag=True, help="Stop tasks before their replacements run, as Docker does.")
 @options.timeout()
+@options.override_freeze
 @click.argument("name", metavar="NODE")
 @click.pass_obj
-def drain(host: HostOptions, name: str, detach: bool, now: bool, timeout: float) -> None:
+def drain(
+    host: HostOptions, name: str, detach: bool, now: bool, timeout: float, override_freeze: bool
+) -> None:
     """Drain a node and wait until its tasks have stopped.
 
     You can then switch the node off. To undo the drain, run skep node update --availability active NODE.
@@ -91,14 +94,18 @@ def drain(host: HostOptions, name: str, detach: bool, now: bool, timeout: float)
       skep node drain w2
       skep node drain --now w2
     """
-    run_requests(_drain(host, name, None if detach else timeout, now=now))
+    wait_s = None if detach else timeout
+    run_requests(_drain(host, name, wait_s, now=now, is_override=override_freeze))
     if not detach:
         click.echo(f"{name} is drained: no tasks are left")
         click.echo(f"To give it tasks again, run {_AVAILABILITY} active {name}.")
 
 
-async def _drain(host: HostOptions, name: str, wait_s: float | None, *, now: bool = False) -> None:
-    async with host.client() as client:
+async def _drain(
+    host: HostOptions, name: str, wait_s: float | None, *, now: bool = False, is_override: bool = False
+) -> None:
+    async with host.client() as plain:
+        client = overriding(plain, is_override=is_override)
         for line in await _consequences(client, name, now=now):
             say(line)
         if wait_s is None:
@@ -128,7 +135,7 @@ def without_node(services: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[
     ]
 
 
-async def _consequences(client: ApiClient, name: str, *, now: bool) -> Sequence[str]:
+async def _consequences(client: Requests, name: str, *, now: bool) -> Sequence[str]:
     """Return the effects of a drain: services whose tasks stop first, and services with local volumes on the node."""
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
@@ -189,7 +196,7 @@ def named(words: Sequence[str]) -> str:
     return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
-async def _set_draining(client: ApiClient, name: str, *, now: bool) -> None:
+async def _set_draining(client: Requests, name: str, *, now: bool) -> None:
     def draining(node: Mapping[str, Any]) -> dict[str, Any]:
         labels = dict(node["Spec"].get("Labels") or {})
         labels.pop(DRAIN_NOW, None)
@@ -200,7 +207,7 @@ async def _set_draining(client: ApiClient, name: str, *, now: bool) -> None:
     await update(client, "nodes", name, draining, timeout_s=RESPONSE_TIMEOUT_S)
 
 
-async def drain_and_wait(client: ApiClient, name: str, within_s: float, *, now: bool = False) -> None:
+async def drain_and_wait(client: Requests, name: str, within_s: float, *, now: bool = False) -> None:
     """Drain a node and wait until its tasks have ended.
 
     Raises: Unavailable: some are left, or no node has accepted replacements of the tasks that are left.
@@ -252,7 +259,7 @@ class _Stays(NamedTuple):
     are_all_unplaced: bool = False
 
 
-async def _stays(client: ApiClient, tasks: Mapping[str, Mapping[str, Any]]) -> _Stays:
+async def _stays(client: Requests, tasks: Mapping[str, Mapping[str, Any]]) -> _Stays:
     """Return why ``tasks``, by name, stay.  Asks no further once a reason is known and waiting may help."""
     name = why = ""
     are_unplaced = len(tasks) <= _ASKED_MAX
@@ -266,7 +273,7 @@ async def _stays(client: ApiClient, tasks: Mapping[str, Mapping[str, Any]]) -> _
     return _Stays(name, why, are_unplaced)
 
 
-async def _why_it_stays(client: ApiClient, task_id: str) -> str:
+async def _why_it_stays(client: Requests, task_id: str) -> str:
     """Return why a task is still on its drained node; empty if it is stopping, or if the manager does not know."""
     try:
         found = await client.get(f"/skep/tasks/{task_id}/explain", timeout_s=RESPONSE_TIMEOUT_S)
@@ -276,12 +283,12 @@ async def _why_it_stays(client: ApiClient, task_id: str) -> str:
     return summary if summary.startswith(STAYS) else ""
 
 
-async def _is_down(client: ApiClient, name: str) -> bool:
+async def _is_down(client: Requests, name: str) -> bool:
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=RESPONSE_TIMEOUT_S)
     return bool(node["Status"]["State"] == "down")
 
 
-async def _tasks_of(client: ApiClient, name: str) -> Sequence[Mapping[str, Any]]:
+async def _tasks_of(client: Requests, name: str) -> Sequence[Mapping[str, Any]]:
     """Return the tasks on a node that have not ended."""
     tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=RESPONSE_TIMEOUT_S)
     return [task for task in tasks if task["Status"]["State"] not in _ENDED]

@@ -15,7 +15,8 @@ from skep.api.client.requests import Requests
 from skep.cli.endpoint import RESPONSE_TIMEOUT_S
 from skep.cli.formatting import counted
 from skep.cli.maintain.upgrade_plan import UpgradableNode, members_of, refusals_of_quorum
-from skep.errors import FailedPrecondition, OutOfSequence, PermissionDenied, SkepError
+from skep.errors import FailedPrecondition, NotFound, OutOfSequence, PermissionDenied, SkepError
+from skep.model.options.freezes import CLUSTER, FreezesResponse
 from skep.model.options.labels import MAINTENANCE
 
 _ATTEMPTS: Final = 10
@@ -120,6 +121,24 @@ async def nodes_and_time(client: Requests) -> tuple[list[UpgradableNode], dateti
     nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
     info = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
     return members_of(nodes), msgspec.convert(info["SystemTime"], datetime).astimezone(UTC)
+
+
+async def require_unfrozen(client: Requests) -> None:
+    """Check that neither a freeze of the cluster nor a closed window forbids maintenance.
+
+    Raises: FailedPrecondition.
+    """
+    try:
+        response = await client.get("/skep/cluster/freezes", timeout_s=RESPONSE_TIMEOUT_S)
+    except (NotFound, PermissionDenied):  # an earlier version
+        return
+    found = msgspec.convert(response, FreezesResponse)
+    freeze, window = found.freezes.get(CLUSTER), found.window
+    why = freeze.words(CLUSTER) if freeze is not None else ""
+    if not why and window is not None and window.closed_until:
+        why = window.words()
+    if why:
+        raise FailedPrecondition(f"{why}. Wait, or use --override-freeze.")
 
 
 async def settings_of(client: Requests) -> Mapping[str, Any]:

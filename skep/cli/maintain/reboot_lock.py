@@ -57,19 +57,20 @@ def whoami() -> str:
     metavar="N",
     help="Number of nodes that may hold the lock.",
 )
+@options.override_freeze
 @click.argument("node", metavar="NODE")
 @click.pass_obj
-def take(host: HostOptions, node: str, ttl: float, at_once: int) -> None:
+def take(host: HostOptions, node: str, ttl: float, at_once: int, override_freeze: bool) -> None:
     """Take or renew the lock for a node.
 
-    Exit code 1: another node holds the lock.
+    Exit code 1: another node holds the lock, or the cluster is frozen.
 
     \b
     Examples:
       skep reboot-lock take w1
       until skep reboot-lock take --ttl 10m "$(hostname)"; do sleep 30; done
     """
-    run_requests(_take(host, node, ttl, at_once))
+    run_requests(_take(host, node, ttl, at_once, is_override=override_freeze))
     click.echo(f"{node} holds the lock for {duration(ttl)}")
 
 
@@ -128,8 +129,10 @@ def named(members: Sequence[UpgradableNode], word: str) -> UpgradableNode:
     return found[0]
 
 
-async def _take(host: HostOptions, word: str, ttl: float, at_once: int) -> None:
+async def _take(host: HostOptions, word: str, ttl: float, at_once: int, *, is_override: bool) -> None:
     async with host.client() as client:
+        if not is_override:
+            await maintenance.require_unfrozen(client)
 
         def decide(text: str, members: Sequence[UpgradableNode], now: datetime) -> str:
             wanted = LockHolder(node=named(members, word).id, by=whoami(), until=now + timedelta(seconds=ttl))

@@ -18,6 +18,7 @@ import click
 import msgspec
 
 from skep.api.client.client import ApiClient
+from skep.api.client.requests import overriding
 from skep.api.client.updates import update
 from skep.api.client.waiting import persistently
 from skep.cli import options
@@ -94,6 +95,7 @@ _REPAIR = "Repair the node and rerun with --continue, or use --abort."
     is_flag=True,
     help="Abort an interrupted upgrade and activate its node.",
 )
+@options.override_freeze
 @click.pass_obj
 def upgrade(
     host: HostOptions,
@@ -108,6 +110,7 @@ def upgrade(
     dry_run: bool,
     continues: bool,
     aborts: bool,
+    override_freeze: bool,
 ) -> None:
     """Upgrade all nodes one after the other.
 
@@ -138,7 +141,16 @@ def upgrade(
         )
         if dry_run:
             raise SystemExit(asyncio.run(show_plan(host, means, drains=not keep_running)))
-        asyncio.run(carry_out(host, means, drains=not keep_running, within_s=within, continues=continues))
+        asyncio.run(
+            carry_out(
+                host,
+                means,
+                drains=not keep_running,
+                within_s=within,
+                continues=continues,
+                is_override=override_freeze,
+            )
+        )
 
 
 def _version(package: Path | None, command: str, version: str) -> str:
@@ -293,7 +305,9 @@ class _Upgrade:
         if drains:
             say(f"{node.name}: draining")
             try:
-                await drain_and_wait(self._client, node.id, self._within_s * 3)
+                # The check at the start of the upgrade covers its drains.
+                client = overriding(self._client, is_override=True)
+                await drain_and_wait(client, node.id, self._within_s * 3)
             except Unavailable:
                 await self._activate()
                 await self.release()
@@ -459,13 +473,21 @@ async def _is_updated(client: ApiClient, name: str) -> bool:
 
 
 async def carry_out(
-    host: HostOptions, means: Means, *, drains: bool, within_s: float, continues: bool
+    host: HostOptions,
+    means: Means,
+    *,
+    drains: bool,
+    within_s: float,
+    continues: bool,
+    is_override: bool = False,
 ) -> None:
     """Upgrade all nodes.
 
     Raises: FailedPrecondition: a step is not permitted; Unavailable: a node did not become healthy.
     """
     async with host.client() as client:
+        if not is_override:
+            await maintenance.require_unfrozen(client)
         run = _Upgrade(client, means, drains=drains, within_s=within_s)
         await run.take(continues=continues)
         try:

@@ -13,9 +13,10 @@ from typing import Any
 import click
 import msgspec
 
-from skep.api.client.requests import Requests
+from skep.api.client.requests import Requests, overriding
 from skep.cli import options, passthrough
 from skep.cli.apps.registry_logins import RegistryLogins
+from skep.cli.cluster.freezes import freeze_stack, unfreeze_stack
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import OutputOptions, Shown, shows
 from skep.cli.running import errors_shown, run_requests
@@ -208,7 +209,7 @@ def stack() -> None:
     """
 
 
-for command in (ls, services, ps, quota, start, stop):
+for command in (ls, services, ps, quota, start, stop, freeze_stack, unfreeze_stack):
     stack.add_command(command)
 
 
@@ -380,6 +381,7 @@ def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until the services run.")
 @options.timeout()
 @max_failures
+@options.override_freeze
 @click.pass_obj
 def deploy(
     host: HostOptions,
@@ -393,6 +395,7 @@ def deploy(
     detach: bool,
     timeout: float,
     max_failures: int,
+    override_freeze: bool,
 ) -> None:
     """Deploy a stack and wait until its services run.
 
@@ -414,7 +417,8 @@ def deploy(
         raise click.UsageError("--rollback-on-failure cannot be used with --detach or --only")
 
     async def run(made: Stack) -> None:
-        async with host.requests() as client:
+        async with host.requests() as plain:
+            client = overriding(plain, is_override=override_freeze)
             found = await _plan(
                 client, made, prune=prune, only=only, resolve=resolve_image, logins=logins, built=built
             )

@@ -20,6 +20,7 @@ from skep.manager.autoscaling.decision import (
     readings_of,
 )
 from skep.manager.control_loops.failures import isolated
+from skep.manager.services.freezes import held_by, is_held_at_commit, stack_of_service
 from skep.model.options.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
 from skep.model.service import Autoscaled, Service, ServiceSpec
 from skep.model.task import Task, TaskState
@@ -153,7 +154,10 @@ class AutoscalerState:
         readings = readings_of(service, scaling, tasks, usages, has_settled)
         self._counts.unknown += readings.unknown
         decision = decide(service, scaling, readings, history, now)
-        if decision.replicas is None or decision.replicas < present:
+        if decision.replicas is not None and decision.replicas < present:
+            held = held_by(view, stack_of_service(service))
+            return replace(decision, replicas=None, reason=held) if held else decision
+        if decision.replicas is None:
             return decision
         within, why = self._quota.within(view, service, decision.replicas)
         return replace(
@@ -184,6 +188,7 @@ def write_replicas(tx: Transaction, one: Scaling, check_quota: CheckQuota) -> bo
         or service.spec.replicas != one.present
         or autoscaling_of(service.spec.labels) != one.scaling
         or blocked(service)
+        or (one.replicas < one.present and is_held_at_commit(tx, stack_of_service(service)))
     ):
         return False
     spec, previous = with_replicas(service.spec, one.replicas), service.previous_spec

@@ -15,6 +15,7 @@ from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.schedules.freezes import ChangeFreezes
 from skep.manager.schedules.loop import Schedules
 from skep.manager.services.quotas import replicas_within_quota
 from skep.manager.telemetry.task_usages import no_usages
@@ -55,6 +56,7 @@ def loops(
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
+        ChangeFreezes(term, clock, random),
         Schedules(term, clock, random, incarnation),
         VolumeManager(term, clock, random, find_driver, confirm),
         Autoscaler(

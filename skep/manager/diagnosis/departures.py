@@ -29,24 +29,25 @@ def why_it_stays(
     tasks: Iterable[Task],
     nodes: Mapping[NodeId, Node],
     surplus: Collection[TaskId] = (),
+    held: str = "",
 ) -> str:
-    """Return why the running ``task`` of a replicated service is still on a node that it must leave, or nothing.
+    """Return why the running ``task`` of a service is still on a node that it must leave, or nothing.
 
     Args:
         tasks: All tasks of the service.
         surplus: Tasks that exceed the resources of the node.
+        held: Reason why Skep does not move tasks by itself now (``services.freezes``), or nothing.
     """
     node = nodes.get(task.node_id)
-    if node is None or not (cause := _why_it_leaves(task, service, node, surplus)):
+    if node is None or task.status.state is not TaskState.RUNNING or not task.is_wanted:
         return ""
-    if (
-        task.status.state is not TaskState.RUNNING
-        or not task.is_wanted
-        or service.spec.mode.name != "replicated"
-    ):
+    where, tasks = hostname(node, task), tuple(tasks)
+    if node.spec.availability is not Availability.DRAIN and held:
+        cause = _why_unfit(task, node, surplus)
+        return f"{STAYS} {where}, {cause}: {held}" if cause else ""
+    cause = _why_it_leaves(task, service, node, surplus)
+    if not cause or service.spec.mode.name != "replicated":
         return ""
-    tasks = tuple(tasks)
-    where = hostname(node, task)
     slot = [one for one in tasks if slot_of(one) == slot_of(task)]
     successors = [one for one in slot if one.is_active and one.id != task.id]
     if successors:
@@ -63,7 +64,7 @@ def why_it_stays(
 def split_off_replacements(
     problems: Sequence[TaskProblem], service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node]
 ) -> tuple[list[TaskProblem], str]:
-    """Return ``problems`` without those of waiting replacements, and a hint about these.
+    """Return ``problems`` without the problems of waiting replacements, and a hint about them.
 
     The service lacks nothing while the tasks before them run.  A replacement that fails remains a problem.
     """
@@ -93,8 +94,10 @@ def _why_it_leaves(task: Task, service: Service, node: Node, surplus: Collection
     """Return why ``task`` must leave its node when its replacement runs, or nothing."""
     if node.spec.availability is Availability.DRAIN:
         return "" if drains_now(node.spec.labels) else "which is drained"
-    if not required(service):
-        return ""
+    return _why_unfit(task, node, surplus) if required(service) else ""
+
+
+def _why_unfit(task: Task, node: Node, surplus: Collection[TaskId]) -> str:
     if violates_constraints(task, node):
         return "which no longer meets its constraints"
     return "which has too few resources for it" if task.id in surplus else ""

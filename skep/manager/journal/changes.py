@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from skep.manager.diagnosis.reasons import failure_of
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.services.freezes import freeze_changes
 from skep.manager.services.job_runs import FAILED, of_present_run, restarts_in
 from skep.model.container import ContainerSpec
 from skep.model.history import JournalEntry, Severity, masked_text, stack_of
@@ -387,6 +388,8 @@ def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[JournalEntry]:
         yield _cluster(new, "suspend", message, Severity.ERROR)
     elif new.freeze is None and old.freeze is not None:
         yield _cluster(new, "resume", "tasks of lost nodes are replaced again")
+    for action, facts in freeze_changes(old, new):
+        yield _cluster(new, action, facts["message"])
 
 
 def _cluster(swarm: Swarm, action: str, message: str, severity: Severity = Severity.INFO) -> JournalEntry:

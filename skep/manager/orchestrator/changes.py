@@ -18,6 +18,7 @@ from skep.manager.orchestrator.replacement.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_assigned, is_lost, is_stopping
 from skep.manager.services.dependents import requiring, restart_dependents
 from skep.manager.services.disruption_budget import is_available
+from skep.manager.services.freezes import is_held_at_commit, stack_of_service
 from skep.manager.services.job_runs import settled
 from skep.manager.services.quotas import claim_service
 from skep.manager.services.registry_auth import follow_rollback
@@ -42,7 +43,7 @@ class FillSlot(msgspec.Struct, frozen=True):
         desired: READY only prepares the task, and ``start_steps`` starts it later.  For a job, RUNNING means COMPLETE.
         delay_s: Seconds from the task's creation until it may start.
         failures: Number of tasks before it that failed in a row.
-        beside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
+        alongside: The slot's tasks on nodes that no longer fit, which run until the new task does (``evacuation``).
     """
 
     service: Service
@@ -51,7 +52,7 @@ class FillSlot(msgspec.Struct, frozen=True):
     desired: TaskState = TaskState.RUNNING
     delay_s: float = 0.0
     failures: int = 0
-    beside: tuple[TaskId, ...] = ()
+    alongside: tuple[TaskId, ...] = ()
 
 
 class Cause(Enum):
@@ -256,7 +257,7 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
         task.is_active
         and (task.spec_version, task.job_iteration) == (service.spec_version, iteration)
         # Such a task runs until the new one does (``evacuation``).
-        and not (task.id in change.beside or _is_on_drained_node(tx, task))
+        and not (task.id in change.alongside or _is_on_drained_node(tx, task))
         for task in rivals
     ):
         return
@@ -379,7 +380,7 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
         case Cause.NODE_IS_UNFIT:
             node = tx.rely_on(Node, task.node_id, HEAD, "status")
-            return node is not None and not is_unfit(node, task)
+            return node is not None and (not is_unfit(node, task) or _keeps_unfit(tx, node, task))
         case Cause.DOES_NOT_RUN:
             current = tx.rely_on(Task, task.id, "status")
             if has_unreadable_status(tx, task):
@@ -389,6 +390,15 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
             current = tx.rely_on(Task, task.id, "status")
             return current is not None and is_assigned(current)
     assert_never(cause)
+
+
+def _keeps_unfit(tx: Transaction, node: Node, task: Task) -> bool:
+    """Return whether a change freeze has begun since the decision.  It does not delay a drain and new constraints."""
+    service = tx.lookup(Service, task.service_id)
+    if node.spec.availability is Availability.DRAIN or service is None:
+        return False
+    is_placed_alike = service.spec.task_template.placement == task.spec.placement
+    return is_placed_alike and is_held_at_commit(tx, stack_of_service(service))
 
 
 def _can_take_over(tx: Transaction, successor: TaskId, *, is_refused: bool) -> bool:

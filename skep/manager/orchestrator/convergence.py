@@ -231,7 +231,9 @@ def _deciding_nodes(situation: Situation) -> SlicedWork[tuple[list[Step], Sequen
     slots = _on_active_nodes(every, situation)
     paused = {node_id: slot for node_id, slot in every.items() if node_id not in slots}
     present = [task for task in situation.tasks if not situation.keeps_slot(task)]
-    changes = global_services.reconcile(service, present, situation.nodes(), situation.seen)
+    changes = global_services.reconcile(
+        service, present, situation.nodes(), situation.seen, keeps_unfit=situation.keeps_unfit
+    )
     return (yield from _deciding_slots(changes, slots, paused, situation))
 
 

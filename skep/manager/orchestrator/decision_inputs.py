@@ -62,6 +62,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Time until which tasks of down nodes keep their slots, because a disruption may be beginning or has just
     ended.
     """
+    keeps_unfit: bool = False
+    """Whether a change freeze keeps tasks on nodes whose labels or resources no longer fit."""
     silence_s: float = 0.0
     """Seconds without a heartbeat after which a node is down."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
@@ -113,7 +115,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return self.is_unfit(task, node)
 
     def is_unfit(self, task: Task, node: Node) -> bool:
-        """Return whether the active ``node`` no longer meets the constraints of ``task`` or is too small for it."""
+        """Return whether the active ``node`` no longer meets the constraints of ``task`` or is too small for it.
+
+        A change freeze keeps such a task where it is.
+        """
+        if self.keeps_unfit:
+            return False
         return violates_constraints(task, node) or task.id in self.overcommitted(node.id)
 
     def moves_start_first(self, task: Task) -> bool:

@@ -23,12 +23,19 @@ from skep.model.task import Task, TaskState
 
 
 def reconcile(
-    service: Service, tasks: Iterable[Task], nodes: Iterable[Node], seen: ObservedTimes | None = None
+    service: Service,
+    tasks: Iterable[Task],
+    nodes: Iterable[Node],
+    seen: ObservedTimes | None = None,
+    *,
+    keeps_unfit: bool = False,
 ) -> list[Change]:
     """Return the changes that create one task of ``service`` on each eligible node and remove the tasks on other nodes.
 
-    A node that is paused, or about which nothing is known, keeps its task but receives no new one.  Idempotent: after
-    the changes are applied, the next call returns ``[]``.
+    A node that is paused, or about which nothing is known, keeps its task but receives no new one.  With
+    ``keeps_unfit``, so does a node whose labels no longer fit.
+
+    Idempotent: after the changes are applied, the next call returns ``[]``.
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
     """
@@ -42,7 +49,13 @@ def reconcile(
     for node_id, slot in slots.items():
         node = eligible.get(node_id)
         if node is None:
-            changes += [_retired(task, slot, seen, every.get(node_id)) for task in wanted(slot)]
+            present = every.get(node_id)
+            kept = [
+                task
+                for task in wanted(slot)
+                if keeps_unfit and present is not None and _is_kept(task, present, service)
+            ]
+            changes += [_retired(task, slot, seen, present) for task in wanted(slot) if task not in kept]
         elif not takes_new_tasks(node):
             ended = (task for task in wanted(slot) if task.status.state.is_terminal)
             changes += [_retired(task, slot, seen, node) for task in ended]
@@ -62,6 +75,12 @@ def is_eligible(node: Node, service: Service) -> bool:
         return False
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return not is_unusable(node) and (is_unknown(node) or is_satisfied(constraints, node))
+
+
+def _is_kept(task: Task, node: Node, service: Service) -> bool:
+    """Return whether only the node's labels have changed, and not the service's constraints or the task's state."""
+    is_placed_alike = task.spec.placement == service.spec.task_template.placement
+    return is_placed_alike and not task.status.state.is_terminal and not is_unusable(node)
 
 
 def takes_new_tasks(node: Node) -> bool:

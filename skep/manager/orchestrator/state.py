@@ -31,11 +31,13 @@ from skep.manager.orchestrator.replacement.enforcement import is_drained, overco
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.orchestrator.unwritten_changes import Refusals, UnwrittenChanges
+from skep.manager.services.freezes import held_by, stack_of_service
 from skep.model.node import Node
 from skep.model.options.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.options.labels import JOB_TTL, priority_of
 from skep.model.options.slot_volumes import has_other_properties
 from skep.model.service import UNDER_WAY, Service
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.values.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.volume import Volume
@@ -116,6 +118,10 @@ class OrchestratorState:
             match event:
                 case Updated(Service() as old_service, Service() as new_service):
                     yield from self._no_longer_required(old_service, new_service)
+                case Updated(Swarm() as old_swarm, Swarm() as new_swarm) if _holds_others(
+                    old_swarm, new_swarm
+                ):
+                    yield from ((service.id, None) for service in self._view().find(Service))
             match event:
                 case Created(Service() as service) | Updated(_, Service() as service):
                     if _is_global(service):
@@ -279,6 +285,7 @@ class OrchestratorState:
             self._view().lookup(Service, service_id) is service
             and situation.is_frozen == self.disruption.is_frozen
             and situation.replaces_from == self.disruption.replaces_from
+            and situation.keeps_unfit == bool(held_by(self._view(), stack_of_service(run)))
         )
         if not is_same:
             self._throttled_until.pop(service_id, None)
@@ -321,6 +328,7 @@ class OrchestratorState:
             now_ns=self._clock.now_ns(),
             is_frozen=self.disruption.is_frozen,
             replaces_from=self.disruption.replaces_from,
+            keeps_unfit=bool(held_by(view, stack_of_service(run))),
             silence_s=configured_grace_s(view),
             sound_nodes=self._sound_nodes,
         )
@@ -404,6 +412,11 @@ def _affects_tasks(before: Node, after: Node) -> bool:
     """Return whether a change of a node's status can change a decision about its tasks."""
     is_same = before.status.addr == after.status.addr and is_unknown(before) == is_unknown(after)
     return not is_same or is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after)
+
+
+def _holds_others(old: Swarm, new: Swarm) -> bool:
+    """Return whether a change freeze or the maintenance window has changed."""
+    return old.change_freezes != new.change_freezes or old.window != new.window
 
 
 def _is_global(service: Service) -> bool:

@@ -27,6 +27,7 @@ from skep.manager.routes.access import MANAGER, ManagerApi
 from skep.manager.routes.extensions import (
     doctor,
     explain,
+    freezes,
     history,
     jobs,
     maintenance,
@@ -61,6 +62,7 @@ _TABLES = (
     users.routes,
     explain.routes,
     placement.routes,
+    freezes.routes,
     reach.routes,
     doctor.routes,
     state.routes,

@@ -23,6 +23,7 @@ from skep.manager.control import files as control
 from skep.manager.control.quotas import bounded
 from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.routes.access import current_view, manager_of, version_parameter
+from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels
 from skep.manager.services.quotas import usage_of_others
 from skep.model.options.labels import STACK_REVISION
@@ -123,8 +124,10 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     if STACK_REVISION in spec.labels:
         # The transaction marks deploys in progress, so this view must include deploys that other managers served.
         await current_view(request)
+    create = _bounded(control.create_config, request, spec)
     config = await manager.update(
-        _bounded(control.create_config, request, spec),
+        # Each deploy begins with the record of its revision.
+        unfrozen(request, create, stack_of(spec.labels)) if STACK_REVISION in spec.labels else create,
         spec,
         new_id=manager.new_id,
         now=manager.now(),

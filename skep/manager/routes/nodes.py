@@ -21,8 +21,9 @@ from skep.api.http.server import (
 )
 from skep.manager.control import nodes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
+from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels, problems_of, shown_node
-from skep.model.node import Node, NodeRole
+from skep.model.node import Availability, Node, NodeRole
 from skep.store.interface import View
 
 E = TypeVar("E", bound=Enum)
@@ -88,7 +89,9 @@ async def update_node(request: web.Request) -> web.StreamResponse:
     version = version_parameter(request, "node")
     spec = control.node_spec(body)
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
-    await manager_of(request).update(control.update_node, node.id, spec, version)
+    is_drain = spec.availability is Availability.DRAIN is not node.spec.availability
+    change = unfrozen(request, control.update_node) if is_drain else control.update_node
+    await manager_of(request).update(change, node.id, spec, version)
     return web.Response()
 
 

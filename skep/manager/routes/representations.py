@@ -150,7 +150,8 @@ def path_message(node: Node) -> str:
 
 def shown_swarm(view: View, swarm: Swarm) -> Swarm:
     """Return ``swarm`` for a response."""
-    return replace(swarm, rotation=None, freeze=None, damage=damage_of(view, Swarm, swarm.id))
+    shown = replace(swarm, rotation=None, freeze=None, change_freezes={}, window=None)
+    return replace(shown, damage=damage_of(view, Swarm, swarm.id))
 
 
 def shown_task(view: View, now_ns: int, task: Task) -> Task:

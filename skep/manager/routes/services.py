@@ -35,6 +35,7 @@ from skep.manager.diagnosis.service_health import service_status, status_with_he
 from skep.manager.diagnosis.service_warnings import spec_warnings
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.guard.audit import author_of
+from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import has_labels, problems_of, shown_service
 from skep.manager.services.registry_auth import dropped_warnings, shown_auth
 from skep.model.container import ContainerSpec, Mount
@@ -112,7 +113,11 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     await manager.require_room(creates=True)
     stack, by_admin = stack_of(spec.labels), identity_of(request).is_admin
     service = await manager.update(
-        fenced(bounded(control.create_service, stack, is_admin=by_admin), deploy_of(request), stack),
+        unfrozen(
+            request,
+            fenced(bounded(control.create_service, stack, is_admin=by_admin), deploy_of(request), stack),
+            stack,
+        ),
         settled(spec),
         new_id=manager.new_id,
         new_name=manager.new_name,
@@ -153,7 +158,13 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
-                fenced(bounded(control.update_service, stack, is_admin=by_admin), deploy_of(request), stack),
+                unfrozen(
+                    request,
+                    fenced(
+                        bounded(control.update_service, stack, is_admin=by_admin), deploy_of(request), stack
+                    ),
+                    stack,
+                ),
                 service.id,
                 spec,
                 version,
@@ -166,7 +177,12 @@ async def update_service(request: web.Request) -> web.StreamResponse:
         case "previous":
             roll_back = bounded(control.rollback_service, stack_of(service.spec.labels), is_admin=by_admin)
             await manager.update(
-                roll_back, service.id, spec, version, now=manager.now(), by=author_of(request)
+                unfrozen(request, roll_back, stack_of(service.spec.labels)),
+                service.id,
+                spec,
+                version,
+                now=manager.now(),
+                by=author_of(request),
             )
         case word:
             raise Untranslated(f"unrecognized rollback option {word}")
@@ -243,7 +259,11 @@ async def change_services(request: web.Request) -> web.StreamResponse:
         )
 
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
-    results = await manager.store.update_each(change, changes)
+
+    def unless_frozen(tx: Transaction, one: ServiceChange) -> Service:
+        return unfrozen(request, change, stack_of(one.spec.labels))(tx, one)
+
+    results = await manager.store.update_each(unless_frozen, changes)
     after = manager.store.view()
 
     def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
@@ -272,6 +292,7 @@ async def remove_service(request: web.Request) -> web.StreamResponse:
     version = version_parameter(request, "service") if "version" in request.query else None
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     remove = fenced(control.remove_service, deploy_of(request), stack_of(service.spec.labels))
+    remove = unfrozen(request, remove, stack_of(service.spec.labels))
     await manager.update(remove, service.id, now=manager.now(), version=version)
     return web.Response()
 

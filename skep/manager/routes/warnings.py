@@ -18,6 +18,8 @@ from skep.model.networks.data_planes import (
     usable_address,
 )
 from skep.model.node import Node, NodeState
+from skep.model.options.freezes import CLUSTER
+from skep.model.swarm import Swarm
 from skep.model.values.times import moment
 from skep.store.interface import Store, View
 from skep.store.schema import SCHEMAS
@@ -44,7 +46,17 @@ async def warnings_of(store: Store, now_ns: int) -> list[str]:
         *damage_warnings(view),
         *await _space_warnings(store),
         *data_path_warnings(view.find(Node)),
+        *freeze_warnings(view),
     ]
+
+
+def freeze_warnings(view: View) -> Iterator[str]:
+    """Yield warnings about freezes.  They name no stacks, because every user reads them."""
+    for swarm in view.find(Swarm):
+        if (freeze := swarm.change_freezes.get(CLUSTER)) is not None:
+            yield f"WARNING: {freeze.words(CLUSTER)}"
+        if number := len(swarm.change_freezes.keys() - {CLUSTER}):
+            yield f"WARNING: {number} {'stack is' if number == 1 else 'stacks are'} frozen (skep cluster freeze)"
 
 
 async def _space_warnings(store: Store) -> list[str]:

@@ -12,9 +12,11 @@ from skep.manager.scheduler.nodes.requirements import overlays_of
 from skep.manager.scheduler.nodes.volumes import still_fits
 from skep.manager.scheduler.placement import Assignment, PlacementRefused
 from skep.manager.scheduler.preemption.preemption import Preempt, is_leaving
+from skep.manager.services.freezes import is_held_at_commit, stack_of_service
 from skep.model.network import Network
 from skep.model.networks.data_planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Service
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.values.ids import NetworkId
 from skep.model.values.times import Timestamp
@@ -99,6 +101,9 @@ class DecisionWriter:
                 victims = [victim for id in ids if (victim := tx.lookup(Task, id)) and not is_leaving(victim)]
                 if len(victims) < len(ids):
                     return  # a new decision may need fewer victims
+                services = {victim.service_id: tx.lookup(Service, victim.service_id) for victim in victims}
+                if any(is_held_at_commit(tx, stack_of_service(service)) for service in services.values()):
+                    return  # a freeze has begun
                 for victim in victims:
                     tx.put(replace(victim, preemption=preemption))
 

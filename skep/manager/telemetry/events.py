@@ -26,6 +26,7 @@ from skep.manager.ca.admission import stamp
 from skep.manager.ca.expiry import Expiry
 from skep.manager.control_loops.failures import isolated, object_id
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.services.freezes import FreezeAction, freeze_changes
 from skep.model.network import Network
 from skep.model.node import CutOff, FailingPath, Node, NodeState
 from skep.model.node_reports.conditions import condition_messages
@@ -48,7 +49,7 @@ BEHIND_MAX = 1024
 PROGRESS_S = 10.0
 """Seconds between two cursor messages of an idle stream."""
 
-Action = Literal["create", "update", "remove", "suspend", "resume", "drain"]
+Action = Literal["create", "update", "remove", "suspend", "resume", "drain"] | FreezeAction
 
 TASK_ACTIONS: Mapping[TaskState, str] = {
     TaskState.RUNNING: "start",
@@ -342,6 +343,8 @@ def _dockers(event: Event, now_ns: int) -> Iterator[EventMessage]:
                 yield _message("suspend", new, nodes, unix_ns(new.freeze.since))
             elif new.freeze is None and old.freeze is not None:
                 yield _message("resume", new, {}, now_ns)
+            for action, facts in freeze_changes(old, new):
+                yield _message(action, new, facts, now_ns)
         case Updated(_, new):
             yield _message("update", new, {}, now_ns)
 

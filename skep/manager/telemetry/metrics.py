@@ -25,10 +25,12 @@ from skep.manager.services.job_runs import has_last_failed
 from skep.manager.telemetry.starting_tasks import StartingTasks
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
+from skep.model.options.freezes import CLUSTER
 from skep.model.secret import Config, Secret
 from skep.model.service import HealthState, Service, ServiceStatus
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
-from skep.store.interface import Store
+from skep.store.interface import Store, View
 
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Upper bounds of the histogram's buckets: starts take from a tenth of a second to minutes of pulling."""
@@ -131,6 +133,7 @@ class ClusterMetrics:
             self._starts.histogram.family(
                 "swarm_dispatcher_scheduling_delay_seconds", "The same under SwarmKit's name."
             ),
+            *freeze_families(view),
             gauge("skep_manager_sessions", "Nodes that have their session with this manager.", self._sessions()),
             gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),
             *await self._space(),
@@ -177,6 +180,22 @@ def autoscaling_families(counts: AutoscalingCounts) -> list[MetricFamily]:
             "skep_autoscale_unmeasured_tasks",
             "Their tasks that were not measured at the last decision, on the leader.",
             counts.unknown,
+        ),
+    ]
+
+
+def freeze_families(view: View) -> list[MetricFamily]:
+    """Return the numbers of freezes in force, and whether the maintenance window is closed."""
+    swarm = next(iter(view.find(Swarm)), None)
+    freezes = swarm.change_freezes.keys() if swarm is not None else ()
+    window = swarm.window if swarm is not None else None
+    return [
+        gauge("skep_cluster_frozen", "Whether the cluster is frozen.", int(CLUSTER in freezes)),
+        gauge("skep_frozen_stacks", "The number of frozen stacks.", len({*freezes} - {CLUSTER})),
+        gauge(
+            "skep_maintenance_window_closed",
+            "Whether the maintenance window is closed.",
+            int(window is not None and bool(window.closed_until)),
         ),
     ]
 

@@ -195,7 +195,11 @@ def check_schedule(labels: Mapping[str, str], mode: str) -> None:
         raise InvalidArgument(
             f"labels {CRON} and {JOB_TTL} cannot be used together: a job with a schedule is kept for its next run"
         )
-    schedule = parsed_schedule(labels)
+    check_times(parsed_schedule(labels))
+
+
+def check_times(schedule: Schedule) -> None:
+    """Check that each expression has a due time.  Raises: InvalidArgument."""
     for expression in schedule.expressions:
         if next(CronSim(expression, _TRIED_FROM), None) is None:
             raise _never(expression)

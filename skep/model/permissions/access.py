@@ -17,6 +17,8 @@ REVISION_HEADER: Final = "X-Skep-Revision"
 """Request header with the revision of the deploy that makes the request.  The request is refused once a newer deploy of
 the stack has begun.
 """
+OVERRIDE_HEADER: Final = "X-Skep-Override-Freeze"
+"""Request header with the value ``true`` that overrides a strict freeze."""
 TOKEN_BYTES_MAX: Final = 512
 """Longer tokens are refused without a comparison."""
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")

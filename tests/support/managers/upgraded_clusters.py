@@ -20,6 +20,7 @@ class UpgradedCluster(Requests):
         """
         self.nodes = {name: self._node(name, version, is_leader=name == leader) for name in names}
         self.swarm: dict[str, Any] = {"Version": {"Index": 1}, "Spec": {"Labels": {}}}
+        self.freezes: dict[str, Any] = {}
         self._replicas = replicas
         self.level = 1
         """Level of the data."""
@@ -64,6 +65,8 @@ class UpgradedCluster(Requests):
                 self.nodes[name]["Spec"] = body
             case "GET", ["skep", "cluster", "level"]:
                 return {"Level": self.level, "Managers": dict.fromkeys(self.nodes, self.supported)}
+            case "GET", ["skep", "cluster", "freezes"]:
+                return self.freezes
             case "GET", ["info"]:
                 return {"SystemTime": "2026-01-31T12:00:00Z"}
             case "GET", ["swarm"]:

@@ -15,6 +15,7 @@ from skep.manager.orchestrator.replacement.enforcement import overcommitted
 from skep.model.node import Node
 from skep.model.permissions.user import User
 from skep.model.service import Service, ServiceSpec
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
 from skep.model.values.ids import NodeId, TaskId, VolumeId
@@ -43,6 +44,7 @@ class World:
         self.now = 0.0
         self.now_ns = 0
         self.silence_s = 0.0
+        self.keeps_unfit = False
         self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
         """Tasks without reports."""
@@ -66,6 +68,7 @@ class World:
             now=self.now,
             now_ns=self.now_ns,
             silence_s=self.silence_s,
+            keeps_unfit=self.keeps_unfit,
         )
 
     def _overcommitted(self, node_id: NodeId) -> frozenset[TaskId]:
@@ -163,7 +166,7 @@ class World:
             return [self.service]
         if kind is Node:
             return [*self.nodes.values()]
-        if kind is User:
+        if kind in (User, Swarm):
             return []
         assert kind is Task
         if not slot:

@@ -11,6 +11,7 @@ from skep.manager.control_loops.informer import run_informer
 from skep.manager.nodes.revocation import revoke
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
+from skep.manager.services.freezes import held_by, is_held_at_commit
 from skep.model.node import Node
 from skep.model.options.labels import forget_nodes_s
 from skep.model.swarm import Swarm
@@ -74,6 +75,9 @@ class LostNodes:
         def down_s(node: Node) -> float:
             return now - self._down.get(node.id, now)
 
+        if held_by(view):
+            return
+
         holdings, kept = KeptNodes(view), dict[NodeId, str]()
 
         def is_kept(node: Node) -> bool:
@@ -117,7 +121,12 @@ def remove_lost(tx: Transaction, id: NodeId, down_s: Callable[[Node], float], no
     The reasons to keep it are checked again here, because a volume may have been published on it since the last check.
     """
     node = tx.rely_on(Node, id)
-    if node is None or not is_lost_worker(node) or KeptNodes(tx).reason(node, down_s(node)):
+    if (
+        is_held_at_commit(tx, "")
+        or node is None
+        or not is_lost_worker(node)
+        or KeptNodes(tx).reason(node, down_s(node))
+    ):
         return False
     revoke(tx, node, now_ns, is_removed=True)
     tx.delete(Node, id)

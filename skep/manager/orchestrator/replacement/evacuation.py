@@ -57,7 +57,7 @@ def evacuation_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         situation.service,
         last.slot,
         failures=failures_in_a_row(last, situation),
-        beside=tuple(
+        alongside=tuple(
             id for id, node in nodes if node is not None and node.spec.availability is not Availability.DRAIN
         ),
     )

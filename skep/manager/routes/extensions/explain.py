@@ -35,6 +35,7 @@ from skep.manager.scheduler.explaining.explain import (
 )
 from skep.manager.scheduler.nodes.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
+from skep.manager.services.freezes import held_by, stack_of_service
 from skep.manager.services.quotas import replicas_within_quota
 from skep.model.needs import cluster_mounts, host_ports, sources_of
 from skep.model.network import Network
@@ -85,7 +86,8 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     service = view.lookup(Service, task.service_id)
     if service is not None and (node := nodes.get(task.node_id)) is not None:
         surplus = overcommitted(node, view.find(Task, node_id=node.id))
-        stays = why_it_stays(task, service, view.find(Task, service_id=service.id), nodes, surplus)
+        held = held_by(view, stack_of_service(service))
+        stays = why_it_stays(task, service, view.find(Task, service_id=service.id), nodes, surplus, held)
         explanation = replace(explanation, summary=stays or explanation.summary)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
@@ -132,10 +134,8 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         is_full = await has_full_network(blocked, view.find(Task), clock)
         kind = CauseKind.NO_ADDRESS.value if is_full else problem.kind
         explanation = replace(explanation, problem=replace(problem, kind=kind))
-    damage = damage_of(view, Service, service.id)
-    return json_response(
-        replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation
-    )
+    more = (held_by(view, stack_of_service(service)), damage_of(view, Service, service.id))
+    return json_response(replace(explanation, summary="; ".join(filter(None, (explanation.summary, *more)))))
 
 
 def _with_figures(explanation: ServiceExplanation, found: _Verdicts) -> ServiceExplanation:

@@ -14,6 +14,7 @@ from skep.manager.control.validation.new_objects import stack_of
 from skep.manager.journal.changes import spec_changes
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.guard.audit import author_of
+from skep.manager.routes.guard.strict_freezes import unfrozen
 from skep.manager.routes.representations import problems_of, shown_service
 from skep.manager.services.spec_history import comparable, revisions
 from skep.model.service import Service, ServiceSpec
@@ -45,7 +46,8 @@ async def abort_update(request: web.Request) -> web.StreamResponse:
     version = version_parameter(request, "service")
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     is_admin = identity_of(request).is_admin
-    abort = bounded(control.abort_update, stack_of(service.spec.labels), is_admin=is_admin)
+    stack = stack_of(service.spec.labels)
+    abort = unfrozen(request, bounded(control.abort_update, stack, is_admin=is_admin), stack)
     changed = await manager.update(abort, service.id, version, now=manager.now(), by=author_of(request))
     return _shown(request, changed)
 
@@ -88,7 +90,8 @@ async def stop_service(request: web.Request) -> web.StreamResponse:
     """Stop all tasks of a service.  Its spec keeps the number of replicas."""
     manager = manager_of(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    return _shown(request, await manager.update(control.stop_service, service.id, now=manager.now()))
+    stop = unfrozen(request, control.stop_service, stack_of(service.spec.labels))
+    return _shown(request, await manager.update(stop, service.id, now=manager.now()))
 
 
 @routes.post("/skep/services/{id}/start")
@@ -97,7 +100,8 @@ async def start_service(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     is_admin = identity_of(request).is_admin
-    start = bounded(control.start_service, stack_of(service.spec.labels), is_admin=is_admin)
+    stack = stack_of(service.spec.labels)
+    start = unfrozen(request, bounded(control.start_service, stack, is_admin=is_admin), stack)
     return _shown(request, await manager.update(start, service.id, now=manager.now()))
 
 

@@ -14,6 +14,7 @@ from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.preemption.preemption import AT_ONCE, Candidate, Occupants, making_nominations
 from skep.manager.scheduler.preemption.priorities import Priorities
+from skep.manager.services.freezes import held_by, why_held
 from skep.model.node_reports.node_refusals import NodeRefusal
 from skep.model.options.labels import PRIORITY_MAX, allows_preemption
 from skep.model.service import Service
@@ -110,7 +111,10 @@ def explaining_priority(
         where = f"{owners} hold the resources on {node}"
         if below > own:
             return f"{where}; its own priority is {own}"
-        return where if preempts(view) else f"{where}; preemption is off (skep cluster preemption)"
+        if preempts(view):
+            return where
+        held = held_by(view)
+        return f"{where}; {held or 'preemption is off (skep cluster preemption)'}"
     return ""
 
 
@@ -123,8 +127,8 @@ def priorities_of(view: View) -> Priorities:
 
 
 def preempts(view: View) -> bool:
-    """Return whether the cluster allows preemption."""
-    return any(allows_preemption(one.spec.labels) for one in view.find(Swarm))
+    """Return whether the cluster allows preemption, and is not frozen."""
+    return any(allows_preemption(one.spec.labels) and not why_held(one) for one in view.find(Swarm))
 
 
 def victims_by_service(victims: Iterable[TaskId], view: View, named: ServiceNames) -> Counter[str]:

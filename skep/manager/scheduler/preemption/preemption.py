@@ -31,6 +31,7 @@ from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.manager.services.disruption_budget import budget_of, required
+from skep.manager.services.freezes import frozen_stacks, stack_of_service
 from skep.model.needs import Holdings, HostPort, VolumeUse, kind_and_amount, volume_uses
 from skep.model.node import Node, NodeState
 from skep.model.options.labels import PRIORITY_MAX
@@ -112,6 +113,7 @@ class Occupants:
         self._priorities = priorities
         self._below = below
         self._least = least
+        self._frozen = frozen_stacks(view())
         self._chosen: set[TaskId] = set()
         """Victims of this decision, which the view does not show yet."""
         self._running: dict[ServiceId, int] = {}
@@ -132,6 +134,7 @@ class Occupants:
                 continue
             priority = self._priorities.of(usage.service_id)
             is_eligible = bool(usage.service_id) and self._least <= priority < self._below
+            is_eligible = is_eligible and not self._is_frozen(usage.service_id)
             if task is None or usage.is_unknown or not is_eligible or has_unknown_service(view, task):
                 staying.append(usage)  # an entry without a task record is a claim
             else:
@@ -140,6 +143,12 @@ class Occupants:
             possible.remove(one)
             staying.append(one.usage)
         return staying, possible
+
+    def _is_frozen(self, service_id: ServiceId) -> bool:
+        """Return whether the service's stack has a change freeze."""
+        return (
+            bool(self._frozen) and stack_of_service(self._view().lookup(Service, service_id)) in self._frozen
+        )
 
     def _beyond_budgets(self, possible: Iterable["_PossibleVictim"]) -> list["_PossibleVictim"]:
         """Return the oldest possible victims of services whose disruption budget does not spare as many."""

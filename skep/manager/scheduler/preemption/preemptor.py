@@ -1,7 +1,7 @@
 """The preemption state of the scheduler's loop: priorities, claims, and victims that have not ended."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from skep.aio.time_slices import SlicedWork
@@ -18,6 +18,7 @@ from skep.manager.scheduler.preemption.preemption import (
     reserve_candidate,
 )
 from skep.manager.scheduler.preemption.priorities import Priorities
+from skep.manager.services.freezes import why_held
 from skep.model.node import NodeState
 from skep.model.options.labels import allows_preemption
 from skep.model.service import Service
@@ -48,6 +49,8 @@ class Preemptor:
         self._accounting = accounting
         self._view = view
         self._is_allowed = False
+        self._frozen: Collection[str] = ()
+        """Stacks with a change freeze, whose tasks are not preempted."""
         self._claims: dict[Group, list[Nomination]] = {}
         """Claims of pending tasks whose victims have not ended, as reservations in the accounting."""
         self._victims: dict[TaskId, float] = {}
@@ -58,12 +61,14 @@ class Preemptor:
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
     def set_cluster(self, swarm: Swarm) -> bool:
-        """Apply the cluster's settings.  Returns whether preemption was switched on or off."""
-        before, self._is_allowed = self._is_allowed, allows_preemption(swarm.spec.labels)
+        """Apply the cluster's settings and freezes.  Returns whether other tasks may be preempted than before."""
+        before = self._is_allowed, self._frozen
+        self._is_allowed = allows_preemption(swarm.spec.labels) and not why_held(swarm)
+        self._frozen = frozenset(swarm.change_freezes)
         if not self._is_allowed:
             for group in list(self._claims):
                 self.release(group)
-        return before is not self._is_allowed
+        return before != (self._is_allowed, self._frozen)
 
     def add_victim(self, id: TaskId) -> None:
         """Add a preempted task that has not ended."""

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
+from skep.api.access.permissions import STACK_LABEL
 from skep.manager.scheduler.decision_writer import DecisionWriter
 from skep.manager.scheduler.groups import group_of
 from skep.manager.scheduler.nodes.accounting import Accounting
@@ -31,6 +32,7 @@ from skep.manager.scheduler.preemption.priorities import Priorities
 from skep.model.container import ContainerSpec, Mount
 from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
+from skep.model.options.freezes import ChangeFreeze
 from skep.model.options.labels import MIN_AVAILABLE, PREEMPTION, PRIORITY
 from skep.model.service import (
     DiscreteResource,
@@ -44,7 +46,7 @@ from skep.model.service import (
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.values.ids import ClusterId, NodeId, TaskId, VolumeId
-from skep.model.values.times import ZERO_TIME
+from skep.model.values.times import ZERO_TIME, timestamp
 from skep.store.interface import Object, View
 from skep.store.keys import object_key
 from skep.store.memory import MemoryStore
@@ -281,6 +283,32 @@ def test_only_so_many_are_stopped_at_a_time() -> None:
     world = World([a_node(has=ROOM)], [IMPORTANT, TRIVIAL], tasks)
     assert len(world.nominations(IMPORTANT, count=2, victims_max=3)) == 1
     assert world.nominations(IMPORTANT, victims_max=1) == []
+
+
+def test_nothing_is_preempted_in_a_frozen_stack_or_cluster() -> None:
+    shop = replace(TRIVIAL, spec=replace(TRIVIAL.spec, labels={**TRIVIAL.spec.labels, STACK_LABEL: "shop"}))
+    world = World([a_node(has=ROOM)], [IMPORTANT, shop], on_n1(shop, *range(1, 5)))
+    preempts = Swarm(id=ClusterId("c"), spec=SwarmSpec(labels={PREEMPTION: "true"}))
+    freeze = ChangeFreeze(until=timestamp(4 * 10**18))
+
+    def victims(**freezes: ChangeFreeze) -> set[str] | None:
+        frozen = replace(preempts, change_freezes=freezes)
+        world.view = asyncio.run(view_of([*world.tasks.values(), shop, frozen]))
+        return world.victims(IMPORTANT)
+
+    assert victims()
+    assert victims(blog=freeze)
+    assert victims(shop=freeze) is None
+    preemptor = Preemptor(world.accounting, lambda: world.view, lambda: 0.0)
+    for service in (IMPORTANT, shop):
+        preemptor.priorities.set(service)
+    pending = a_task(service=IMPORTANT, state=TaskState.PENDING)
+    preemptor.set_cluster(preempts)
+    assert preemptor.may_preempt(pending)
+    assert preemptor.set_cluster(replace(preempts, change_freezes={"": freeze})), (
+        "the groups are decided again"
+    )
+    assert not preemptor.may_preempt(pending)
 
 
 def test_victims_with_an_hour_of_grace_hold_up_no_preemption_elsewhere() -> None:

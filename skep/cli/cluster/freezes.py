@@ -1,0 +1,232 @@
+"""``skep cluster freeze`` and ``window``, and ``skep stack freeze``: times in which Skep changes nothing by itself."""
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import click
+import msgspec
+
+from skep.api.client.requests import Requests
+from skep.cli import options
+from skep.cli.endpoint import RESPONSE_TIMEOUT_S, HostOptions
+from skep.cli.maintain.maintenance import nodes_and_time
+from skep.cli.output import OutputOptions, Shown, shows
+from skep.cli.running import run_requests
+from skep.cli.see.moments import moment_of
+from skep.errors import InvalidArgument
+from skep.model.options.freezes import FreezeRequest, FreezesResponse, MaintenanceWindow
+from skep.model.task_end import printable
+from skep.model.values.times import SECOND_NS, Timestamp, timestamp
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _ends(command: F) -> F:
+    """Add the options of a new freeze."""
+    for option in (
+        click.option("--strict", is_flag=True, help="Also refuse the users' deploys, changes and drains."),
+        click.option("--reason", default="", metavar="TEXT", help="Reason to show."),
+        click.option(
+            "--until", default="", metavar="TIME", help="End: '18:00', '2026-12-27 06:00', RFC 3339."
+        ),
+        click.option(
+            "--for", "length", type=options.Duration(), metavar="DURATION", help="Time until the end."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_ends
+@shows
+@click.pass_obj
+def freeze(
+    host: HostOptions, length: float | None, until: str, reason: str, strict: bool, output: OutputOptions
+) -> None:
+    """Freeze the cluster, or list all freezes.
+
+    Until the end of the freeze, Skep preempts no tasks, scales no service down, and removes no lost nodes. Changed
+    labels and resources of nodes move no tasks. Upgrades and reboot locks are refused.
+
+    Failed tasks and tasks of lost nodes are still replaced, and users can change everything.
+
+    Without --for and --until, the command lists the freezes.
+
+    \b
+    Examples:
+      skep cluster freeze --until '2026-12-27 06:00' --reason holidays
+      skep cluster freeze --for 2h --strict
+      skep cluster freeze
+    """
+    wanted = _wanted(length, until, reason, strict=strict)
+    if wanted is not None:
+        run_requests(_put(host, "/skep/cluster/freeze", wanted, length))
+    output.show(lambda: _fetch(host))
+
+
+@click.command("freeze")
+@_ends
+@click.argument("name", metavar="STACK")
+@shows
+@click.pass_obj
+def freeze_stack(
+    host: HostOptions,
+    name: str,
+    length: float | None,
+    until: str,
+    reason: str,
+    strict: bool,
+    output: OutputOptions,
+) -> None:
+    """Freeze a stack, or show its freeze.
+
+    Until the end of the freeze, Skep itself does not move, preempt or scale down tasks of the stack. It still replaces
+    failed tasks and tasks of lost nodes.
+
+    Without --for and --until, the command shows the freeze.
+
+    \b
+    Examples:
+      skep stack freeze shop --for 3h --reason 'sales day'
+      skep stack freeze shop --until 18:00 --strict
+    """
+    wanted = _wanted(length, until, reason, strict=strict)
+    if wanted is not None:
+        run_requests(_put(host, f"/skep/stacks/{quote(name, safe='')}/freeze", wanted, length))
+    output.show(lambda: _fetch(host, name))
+
+
+@click.command()
+@click.pass_obj
+def unfreeze(host: HostOptions) -> None:
+    """End the freeze of the cluster.
+
+    \b
+    Example:
+      skep cluster unfreeze
+    """
+    run_requests(_delete(host, "/skep/cluster/freeze"))
+    click.echo("The cluster is not frozen any longer.")
+
+
+@click.command("unfreeze")
+@click.argument("name", metavar="STACK")
+@click.pass_obj
+def unfreeze_stack(host: HostOptions, name: str) -> None:
+    """End the freeze of a stack.
+
+    \b
+    Example:
+      skep stack unfreeze shop
+    """
+    run_requests(_delete(host, f"/skep/stacks/{quote(name, safe='')}/freeze"))
+    click.echo(f"Stack {name} is not frozen any longer.")
+
+
+@click.command()
+@click.option(
+    "--for", "length", type=options.Duration(), metavar="DURATION", help="Time for which it stays open."
+)
+@click.option("--time-zone", default="UTC", show_default=True, metavar="ZONE", help="Time zone of CRON.")
+@click.option("--remove", is_flag=True, help="Remove the window.")
+@click.argument("cron", metavar="[CRON]", default="")
+@shows
+@click.pass_obj
+def window(
+    host: HostOptions, cron: str, length: float | None, time_zone: str, remove: bool, output: OutputOptions
+) -> None:
+    """Show or set the maintenance window.
+
+    CRON has the times at which the window opens, in the five fields of cron. Several expressions are separated by
+    semicolons. Outside of the window the cluster is frozen, as by skep cluster freeze.
+
+    \b
+    Examples:
+      skep cluster window '0 2 * * SAT' --for 4h --time-zone Europe/Berlin
+      skep cluster window
+      skep cluster window --remove
+    """
+    if remove and (cron or length is not None):
+        raise click.UsageError("--remove takes no window")
+    if bool(cron) != (length is not None):
+        raise click.UsageError("a window needs CRON and --for DURATION")
+    if remove:
+        run_requests(_delete(host, "/skep/cluster/window"))
+    elif length is not None:
+        wanted = MaintenanceWindow(cron=cron, time_zone=time_zone, length=round(length * SECOND_NS))
+        run_requests(_put_window(host, wanted))
+    output.show(lambda: _fetch_window(host))
+
+
+def _wanted(length: float | None, until: str, reason: str, *, strict: bool) -> FreezeRequest | None:
+    """Return the requested freeze, or None to show the freezes.  Raises: click.UsageError."""
+    if length is not None and until:
+        raise click.UsageError("--for and --until cannot be used together")
+    if length is None and not until:
+        if reason or strict:
+            raise click.UsageError("a freeze needs an end: use --for DURATION or --until TIME")
+        return None
+    try:
+        end = moment_of(until, datetime.now().astimezone()) if until else Timestamp("")
+    except InvalidArgument as error:
+        raise click.UsageError(str(error)) from error
+    return FreezeRequest(until=end, reason=reason, is_strict=strict)
+
+
+async def _put(host: HostOptions, path: str, wanted: FreezeRequest, length_s: float | None) -> None:
+    async with host.client() as client:
+        if length_s is not None:
+            _, now = await nodes_and_time(client)
+            end_ns = round((now.timestamp() + length_s) * SECOND_NS)
+            wanted = msgspec.structs.replace(wanted, until=timestamp(end_ns))
+        await client.request("PUT", path, body=msgspec.to_builtins(wanted), timeout_s=RESPONSE_TIMEOUT_S)
+
+
+async def _put_window(host: HostOptions, wanted: MaintenanceWindow) -> None:
+    async with host.client() as client:
+        body = msgspec.to_builtins(wanted)
+        await client.request("PUT", "/skep/cluster/window", body=body, timeout_s=RESPONSE_TIMEOUT_S)
+
+
+async def _delete(host: HostOptions, path: str) -> None:
+    async with host.client() as client:
+        await client.delete(path, timeout_s=RESPONSE_TIMEOUT_S)
+
+
+async def _freezes(host: HostOptions) -> FreezesResponse:
+    async with host.client() as client:
+        return await fetch_freezes(client)
+
+
+async def fetch_freezes(client: Requests) -> FreezesResponse:
+    """Return the freezes that the user sees."""
+    found = await client.get("/skep/cluster/freezes", timeout_s=RESPONSE_TIMEOUT_S)
+    return msgspec.convert(found, FreezesResponse)
+
+
+async def _fetch(host: HostOptions, stack: str | None = None) -> Shown:
+    found = (await _freezes(host)).freezes
+    shown = {scope: one for scope, one in found.items() if stack is None or scope == stack}
+    subject = f"Stack {stack} is" if stack is not None else "Nothing is"
+    none = f"{subject} {'not ' if stack is not None else ''}frozen."
+
+    def lines() -> Iterator[str]:
+        for scope, one in shown.items():
+            yield printable(one.words(scope) + (" (strict)" if one.is_strict else ""))
+        if not shown:
+            yield none
+
+    rows = [{"Stack": scope, **msgspec.to_builtins(one)} for scope, one in shown.items()]
+    return Shown(data=rows, rows=rows, lines=lambda _: lines())
+
+
+async def _fetch_window(host: HostOptions) -> Shown:
+    found = (await _freezes(host)).window
+    if found is None:
+        return Shown(data={}, lines=lambda _: iter(["No window: Skep may act at any time."]))
+    state = found.words() if found.closed_until else "the maintenance window is open"
+    line = f"{found.cron} ({found.time_zone}), for {found.length / SECOND_NS / 60:g} minutes; {state}"
+    return Shown(data=msgspec.to_builtins(found), lines=lambda _: iter([printable(line)]))

@@ -1,0 +1,72 @@
+"""``skep cluster freeze`` and ``window``: what the commands refuse and show, and what waits for the end of a freeze."""
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from skep.cli.cluster import freezes
+from skep.cli.endpoint import HostOptions
+from skep.cli.main import main
+from skep.cli.maintain.maintenance import require_unfrozen
+from skep.errors import FailedPrecondition
+from skep.model.options.freezes import ChangeFreeze, FreezesResponse, MaintenanceWindow
+from skep.model.values.times import Timestamp
+from tests.support.managers.upgraded_clusters import UpgradedCluster
+
+FREEZE = ChangeFreeze(until=Timestamp("2026-12-27T05:00:00Z"), by="alice", reason="holidays", is_strict=True)
+WINDOW = {"Cron": "0 2 * * *", "Length": 3600 * 10**9, "ClosedUntil": "2026-12-28T02:00:00Z"}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("cluster freeze --reason holidays", "a freeze needs an end"),
+        ("cluster freeze --strict", "a freeze needs an end"),
+        ("stack freeze shop --for 2h --until 18:00", "--for and --until cannot be used together"),
+        ("stack freeze shop --until whenever", "invalid time 'whenever'"),
+        ("cluster window --for 2h", "a window needs CRON and --for DURATION"),
+        ("cluster window @daily", "a window needs CRON and --for DURATION"),
+        ("cluster window --remove --for 2h", "--remove takes no window"),
+    ],
+)
+def test_a_freeze_without_an_end_is_refused_before_any_request(words: str, why: str) -> None:
+    done = CliRunner().invoke(main, ["--host", "unix:///nowhere", *words.split()])
+    assert done.exit_code == 2
+    assert why in done.output
+
+
+async def test_freezes_are_listed_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def found(_: HostOptions) -> FreezesResponse:
+        return FreezesResponse(freezes={"": FREEZE, "shop": FREEZE}, window=MaintenanceWindow())
+
+    monkeypatch.setattr(freezes, "_freezes", found)
+    shown = await freezes._fetch(HostOptions())
+    assert list(shown.lines(None)) == [  # type: ignore[arg-type]
+        "the cluster is frozen until 2026-12-27 05:00 UTC by alice: holidays (strict)",
+        "stack shop is frozen until 2026-12-27 05:00 UTC by alice: holidays (strict)",
+    ]
+    assert list((await freezes._fetch(HostOptions(), "blog")).lines(None)) == ["Stack blog is not frozen."]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ({}, ""),
+        ({"Freezes": {"shop": {}}}, ""),
+        (
+            {"Freezes": {"": {"Until": "2026-12-27T05:00:00Z"}}},
+            "the cluster is frozen until 2026-12-27 05:00 UTC",
+        ),
+        ({"Window": WINDOW}, "the maintenance window is closed until 2026-12-28 02:00 UTC"),
+        ({"Window": {**WINDOW, "ClosedUntil": ""}}, ""),
+    ],
+)
+async def test_maintenance_waits_for_the_end_of_the_clusters_freeze(found: dict[str, Any], why: str) -> None:
+    cluster = UpgradedCluster("m1", version="1.0.0")
+    cluster.freezes = found
+    if not why:
+        return await require_unfrozen(cluster)
+    with pytest.raises(FailedPrecondition, match=why):
+        await require_unfrozen(cluster)
+    return None

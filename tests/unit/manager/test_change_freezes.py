@@ -1,0 +1,261 @@
+"""What waits during a change freeze and outside of the maintenance window, and what does not."""
+
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+from random import Random
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from msgspec.structs import replace
+
+from sim.world.time import VirtualClock, VirtualLoop
+from skep.aio.clock import SystemClock
+from skep.api.access.permissions import STACK_LABEL
+from skep.errors import FailedPrecondition, NotFound, PermissionDenied, SkepError
+from skep.manager.autoscaling.state import Scaling, write_replicas
+from skep.manager.control.quotas import check_quota
+from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
+from skep.manager.orchestrator.global_services import reconcile
+from skep.manager.orchestrator.reaper.node_loop import remove_lost
+from skep.manager.routes import application
+from skep.manager.routes.warnings import freeze_warnings
+from skep.manager.schedules.freezes import ChangeFreezes
+from skep.manager.services.freezes import (
+    end_freeze,
+    freeze_changes,
+    held_by,
+    set_freeze,
+    set_window,
+    unless_frozen,
+)
+from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.options.autoscaling import autoscaling_of
+from skep.model.options.freezes import CLUSTER, ChangeFreeze, FreezeRequest, MaintenanceWindow
+from skep.model.swarm import Swarm
+from skep.model.task import TaskState
+from skep.model.values.ids import ClusterId, NodeId
+from skep.model.values.times import SECOND_NS, timestamp
+from skep.store.interface import Transaction
+from skep.store.memory import MemoryStore
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.managers.worlds import World
+
+HOUR_NS = 3600 * SECOND_NS
+NORTH = a_service("web", constraints=("node.labels.zone == north",))
+SHOP = replace(NORTH, spec=replace(NORTH.spec, labels={STACK_LABEL: "shop"}))
+SOUTH_NODE = a_node("n1", labels={"zone": "south"})
+
+
+def a_freeze(*, is_strict: bool = False, by: str = "alice") -> ChangeFreeze:
+    return ChangeFreeze(until=timestamp(4 * 10**18), by=by, reason="sale", is_strict=is_strict)
+
+
+async def a_store(*objects: object, **freezes: ChangeFreeze) -> MemoryStore:
+    store = MemoryStore(SystemClock())
+    swarm = Swarm(
+        id=ClusterId("c"), change_freezes={CLUSTER if k == "cluster" else k: v for k, v in freezes.items()}
+    )
+    await store.update(lambda tx: [tx.put(one) for one in (swarm, *objects)])  # type: ignore[type-var]
+    return store
+
+
+async def test_a_freeze_holds_the_cluster_or_one_stack() -> None:
+    view = (await a_store(cluster=a_freeze())).view()
+    assert held_by(view) == held_by(view, "shop") == a_freeze().words(CLUSTER)
+    view = (await a_store(shop=a_freeze())).view()
+    assert (held_by(view), held_by(view, "blog")) == ("", "")
+    assert held_by(view, "shop") == "stack shop is frozen until 2096-10-02 07:06 UTC by alice: sale"
+
+
+async def test_a_closed_window_holds_everything() -> None:
+    store = await a_store()
+    window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
+    await store.update(set_window, window, now_ns=0)
+    assert held_by(store.view(), "shop") == "the maintenance window is closed until 1970-01-01 02:00 UTC"
+    await store.update(set_window, None, now_ns=0)
+    assert held_by(store.view()) == ""
+
+
+async def test_only_stacks_with_services_are_frozen_and_only_once() -> None:
+    store = await a_store(SHOP)
+    wanted = FreezeRequest(until=timestamp(2 * HOUR_NS))
+    with pytest.raises(NotFound, match="stack blog has no services"):
+        await store.update(set_freeze, "blog", wanted, by="bob", now_ns=0)
+    await store.update(set_freeze, "shop", wanted, by="alice", now_ns=0)
+    await store.update(set_freeze, "shop", replace(wanted, is_strict=True), by="bob", now_ns=HOUR_NS)
+    assert list(store.view().get(Swarm, "c").change_freezes) == ["shop"]
+    assert store.view().get(Swarm, "c").change_freezes["shop"].by == "bob"
+    await store.update(end_freeze, "shop")
+    with pytest.raises(NotFound, match="stack shop is not frozen"):
+        await store.update(end_freeze, "shop")
+
+
+# --- what waits -------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_stay_on_a_node_whose_labels_changed_until_the_end_of_the_freeze() -> None:
+    task = a_task("old", service=NORTH, node="n1")
+    world = World(NORTH, [task], [SOUTH_NODE])
+    world.keeps_unfit = True
+    assert world.steps() == []
+    world.report("old", TaskState.FAILED)
+    assert [type(step) for step in world.steps()] == [ReplaceTask], "repairs go on"
+    world.put(task)
+    world.keeps_unfit = False
+    assert [type(step) for step in world.steps()] == [ReplaceTask]
+
+
+def test_a_task_of_a_lost_node_is_replaced_during_a_freeze() -> None:
+    lost = replace(SOUTH_NODE, status=NodeStatus(state=NodeState.DOWN))
+    world = World(NORTH, [a_task("old", service=NORTH, node="n1")], [lost])
+    world.keeps_unfit = True
+    assert [type(step) for step in world.steps()] == [ReplaceTask]
+
+
+def test_a_global_service_keeps_its_task_where_only_the_labels_changed() -> None:
+    agent = a_service("agent", is_global=True, constraints=("node.labels.zone == north",))
+    task = a_task(slot=0, service=agent, node="n1")
+    assert reconcile(agent, [task], [SOUTH_NODE], keeps_unfit=True) == []
+    failed = replace(task, status=replace(task.status, state=TaskState.FAILED))
+    assert [type(one) for one in reconcile(agent, [failed], [SOUTH_NODE], keeps_unfit=True)] == [RetireTask]
+    placement = replace(agent.spec.task_template.placement, constraints=("node.labels.zone == west",))
+    template = replace(agent.spec.task_template, placement=placement)
+    moved = replace(agent, spec=replace(agent.spec, task_template=template))
+    found = reconcile(moved, [task], [SOUTH_NODE], keeps_unfit=True)
+    assert [type(one) for one in found] == [RetireTask], "the user has changed the constraints"
+
+
+@pytest.mark.parametrize(("replicas", "is_written"), [(2, False), (6, True)])
+async def test_autoscaling_only_adds_tasks_during_a_freeze(replicas: int, is_written: bool) -> None:
+    labels = {"skep.autoscale": "1..10", STACK_LABEL: "shop"}
+    service = replace(
+        a_service("web", replicas=4), spec=replace(a_service("web", replicas=4).spec, labels=labels)
+    )
+    scaling = autoscaling_of(labels)
+    assert scaling is not None
+    one = Scaling(service_id=service.id, present=4, scaling=scaling, replicas=replicas, reason="", now_ns=0)
+    store = await a_store(service, shop=a_freeze())
+    assert await store.update(write_replicas, one, check_quota) is is_written
+    store = await a_store(service, blog=a_freeze())
+    assert await store.update(write_replicas, one, check_quota)
+
+
+async def test_lost_nodes_are_not_removed_during_a_freeze_of_the_cluster() -> None:
+    lost = replace(a_node("n1"), status=NodeStatus(state=NodeState.DOWN))
+    for store, is_removed in ((await a_store(lost, cluster=a_freeze()), False), (await a_store(lost), True)):
+        assert await store.update(remove_lost, NodeId("n1"), lambda _: 1e9, 0) is is_removed
+        assert (store.view().lookup(Node, "n1") is None) is is_removed
+
+
+# --- what a strict freeze refuses -------------------------------------------------------------------------------------
+
+
+def attempt(stack: str = "shop", **who: bool) -> Callable[[Transaction], bool]:
+    return unless_frozen(lambda tx: True, stack, **{"is_override": False, "is_admin": True, **who})
+
+
+@pytest.mark.parametrize(
+    ("freezes", "who", "error"),
+    [
+        ({"shop": a_freeze()}, {}, None),
+        ({"shop": a_freeze(is_strict=True)}, {}, FailedPrecondition),
+        ({"blog": a_freeze(is_strict=True)}, {}, None),
+        ({"cluster": a_freeze(is_strict=True)}, {}, FailedPrecondition),
+        ({"cluster": a_freeze(is_strict=True)}, {"is_override": True}, None),
+        ({"cluster": a_freeze(is_strict=True)}, {"is_override": True, "is_admin": False}, PermissionDenied),
+        ({"shop": a_freeze(is_strict=True)}, {"is_override": True, "is_admin": False}, None),
+    ],
+)
+async def test_a_strict_freeze_refuses_changes_unless_those_override_it_who_may_end_it(
+    freezes: dict[str, ChangeFreeze], who: dict[str, bool], error: type[SkepError] | None
+) -> None:
+    store = await a_store(**freezes)
+    if error is None:
+        assert await store.update(attempt(**who))
+        return
+    with pytest.raises(error, match="is frozen until 2096-10-02 07:06 UTC by alice: sale"):
+        await store.update(attempt(**who))
+
+
+async def test_requests_are_refused_by_name_and_pass_with_the_header() -> None:
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        body = {"Until": timestamp(api.clock.now_ns() + HOUR_NS), "Reason": "sale", "IsStrict": True}
+        async with client.put("/skep/cluster/freeze", json=body) as response:
+            assert response.status == 200
+        async with client.get("/skep/cluster/freezes") as response:
+            assert (await response.json())["Freezes"][""]["Reason"] == "sale"
+        web = {"Name": "web", "TaskTemplate": {"ContainerSpec": {"Image": "app"}}}
+        async with client.post("/services/create", json=web) as response:
+            assert response.status == 400
+            assert ": sale. Wait, override it" in (await response.json())["message"]
+        async with client.post(
+            "/services/create", json=web, headers={"X-Skep-Override-Freeze": "true"}
+        ) as response:
+            assert response.status == 201
+        (node,) = api.store.view().find(Node)
+        drain = {"Role": "manager", "Availability": "drain"}
+        path = f"/nodes/{node.id}/update?version={node.version.index}"
+        async with client.post(path, json=drain) as response:
+            assert response.status == 400
+        async with client.post(path, json={**drain, "Availability": "pause"}) as response:
+            assert response.status == 200
+        assert [text[:40] for text in freeze_warnings(api.store.view())] == [
+            "WARNING: the cluster is frozen until " + body["Until"][:3]
+        ]
+        async with client.delete("/skep/cluster/freeze") as response:
+            assert response.status == 204
+        async with client.delete("/services/web") as response:
+            assert response.status == 200
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_leader_ends_freezes_and_opens_the_window_at_their_times() -> None:
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+
+    def words() -> str:
+        return held_by(store.view(), "shop")
+
+    async def live() -> None:
+        now_ns = clock.now_ns()
+        await store.update(lambda tx: [tx.put(one) for one in (Swarm(id=ClusterId("c")), SHOP)])
+        until = FreezeRequest(until=timestamp(now_ns + 90 * SECOND_NS))
+        await store.update(set_freeze, "shop", until, by="", now_ns=now_ns)
+        freezes = asyncio.create_task(ChangeFreezes(store, clock, Random(1)).run())
+        await asyncio.sleep(88)
+        assert words().startswith("stack shop is frozen")
+        await asyncio.sleep(4)
+        assert words() == ""
+        window = MaintenanceWindow(cron="*/10 * * * *", length=120 * SECOND_NS)
+        seen = []
+        await store.update(set_window, window, now_ns=clock.now_ns())
+        for _ in range(40):
+            seen.append(bool(words()))
+            await asyncio.sleep(30)
+        assert 6 <= seen.count(False) <= 10, "two of ten minutes"
+        freezes.cancel()
+        await asyncio.gather(freezes, return_exceptions=True)
+
+    loop.run_until_complete(live())
+
+
+def test_each_change_is_an_event() -> None:
+    frozen = Swarm(id=ClusterId("c"), change_freezes={"shop": a_freeze()})
+    free = replace(frozen, change_freezes={})
+    assert [action for action, _ in freeze_changes(free, frozen)] == ["freeze"]
+    assert [facts["stack"] for _, facts in freeze_changes(frozen, free)] == ["shop"]
+    assert list(freeze_changes(frozen, frozen)) == []
+    window = MaintenanceWindow(cron="0 2 * * *", length=HOUR_NS)
+    closed = replace(window, closed_until=timestamp(HOUR_NS))
+    windows = [None, window, closed, window, None]
+    pairs = pairwise(windows)
+    found = [
+        [action for action, _ in freeze_changes(replace(free, window=a), replace(free, window=b))]
+        for a, b in pairs
+    ]
+    assert found == [["open-window"], ["close-window"], ["open-window"], ["remove-window"]]
