@@ -32,6 +32,7 @@ from skep.manager.services.removal import hide_service
 from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
+from skep.model.options.affinity import PLACEMENT_LABELS
 from skep.model.options.autoscaling import with_number_kept
 from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
@@ -303,6 +304,9 @@ def _check_level(view: View, spec: ServiceSpec) -> None:
             "managers are upgraded"
         )
     if view.level < PLACEMENTS:
+        for name in PLACEMENT_LABELS:
+            if name in spec.labels:
+                raise FailedPrecondition(f"{name} needs managers of this version: upgrade the others first")
         for one in parsed((spec.task_template.placement or Placement()).constraints):
             if not is_dockers(one):
                 raise FailedPrecondition(
