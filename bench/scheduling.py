@@ -12,7 +12,9 @@ there) and stops with the last task.  SwarmKit's numbers include 50 ms of deboun
 
 ``plugin``: each task has a network whose plugin every third node has.  ``constraints``: a constraint that half of the
 nodes meet, reservations and a spread preference over three zones.  ``services``: the same, in services of 100 tasks
-whose spec is stored once, as in a real cluster.
+whose spec is stored once, as in a real cluster.  ``affinity``: services of the kind ``services`` with priorities.
+Every second one has to be in the zones of the previous service and apart from its nodes, and the others have a largest
+skew and avoid the nodes of another service.
 """
 
 import argparse
@@ -42,11 +44,14 @@ from skep.model.node import (
     NodeState,
     NodeStatus,
 )
+from skep.model.options.affinity import AFFINITY, ANTI_AFFINITY, ANTI_AFFINITY_PREFERRED, MAX_SKEW
+from skep.model.options.labels import PRIORITY
 from skep.model.service import (
     Placement,
     PlacementPreference,
     ResourceRequirements,
     Resources,
+    Service,
     ServiceSpec,
     SpreadOver,
     TaskSpec,
@@ -60,7 +65,7 @@ from skep.store.memory import MemoryStore
 from skep.store.transactions.proposal import Proposal
 from skep.store.transactions.transaction import LocalTransaction
 
-Kind = Literal["plain", "plugin", "constraints", "services"]
+Kind = Literal["plain", "plugin", "constraints", "services", "affinity"]
 
 PLUGIN = EnginePlugin(type="Network", name="network")
 ZONES = 3
@@ -80,7 +85,7 @@ SWARMKIT_S = {
 
 TABLE = [
     (kind, nodes, tasks)
-    for kind in ("plain", "plugin", "constraints", "services")
+    for kind in ("plain", "plugin", "constraints", "services", "affinity")
     for nodes in (1000, 5000)
     for tasks in (1000, 10_000, 100_000)
 ]
@@ -205,9 +210,19 @@ def _nodes(kind: Kind, count: int) -> Iterator[Node]:
         )
 
 
-def _tasks(kind: Kind, count: int) -> Iterator[Task | SpecVersion]:
+def _affinities(number: int, services: int) -> dict[str, str]:
+    """Return the labels of one of the services of kind ``affinity``."""
+    labels = {PRIORITY: str(number % 3)}
+    if number % 2:
+        other = f"service{number - 1:05}"
+        return {**labels, AFFINITY: f"{other}@node.labels.zone", ANTI_AFFINITY: other}
+    avoided = f"service{(number + 2) % services:05}"
+    return {**labels, MAX_SKEW: "1@node.labels.zone", ANTI_AFFINITY_PREFERRED: avoided}
+
+
+def _tasks(kind: Kind, count: int) -> Iterator[Task | SpecVersion | Service]:
     spec = TaskSpec()
-    if kind in ("constraints", "services"):
+    if kind in ("constraints", "services", "affinity"):
         spread = PlacementPreference(spread=SpreadOver(spread_descriptor="node.labels.zone"))
         spec = TaskSpec(
             placement=Placement(constraints=("node.labels.disk == ssd",), preferences=(spread,)),
@@ -219,12 +234,16 @@ def _tasks(kind: Kind, count: int) -> Iterator[Task | SpecVersion]:
     if kind == "plugin":
         network = Network(id=NetworkId("net"), driver_state=Driver(name=PLUGIN.name))
         attachments = (NetworkAttachment(network=network),)
-    is_served, version = kind == "services", Version(index=1)
+    is_served, version = kind in ("services", "affinity"), Version(index=1)
     for number in range(count):
         service_id = ServiceId(f"service{number // SERVICE_TASKS:05}" if is_served else "")
         if is_served and number % SERVICE_TASKS == 0:
             id = spec_version_id(service_id, version)
             yield SpecVersion(id=id, service_id=service_id, index=1, spec=ServiceSpec(task_template=spec))
+            if kind == "affinity":
+                labels = _affinities(number // SERVICE_TASKS, count // SERVICE_TASKS)
+                named = ServiceSpec(name=service_id, labels=labels, task_template=spec)
+                yield Service(id=service_id, spec=named, spec_version=version)
         yield Task(
             id=TaskId(f"task{number:07}"),
             service_id=service_id,
@@ -250,6 +269,9 @@ def limit_s(kind: str, nodes: int, tasks: int) -> float | None:
     """Return half of SwarmKit's time, or all of it with constraints.  None for sizes without a SwarmKit
     measurement.
     """
+    if kind == "affinity":  # beside SwarmKit without affinity, which it does not have
+        theirs = SWARMKIT_S.get(("plain", nodes, tasks), SWARMKIT_S.get(("plugin", nodes, tasks)))
+        return theirs / 2 if theirs is not None else None
     theirs = SWARMKIT_S.get(("plain" if kind in ("constraints", "services") else kind, nodes, tasks))
     if theirs is None:
         return None

@@ -5,6 +5,15 @@ from enum import Enum
 import msgspec
 
 from skep.model.node_reports.conditions import ConditionName
+from skep.model.options.affinity import (
+    AFFINITY,
+    AFFINITY_PREFERRED,
+    ANTI_AFFINITY,
+    ANTI_AFFINITY_PREFERRED,
+    MAX_SKEW,
+    SKEW_MAX,
+    TERMS_MAX,
+)
 from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
 from skep.model.options.constraints import FACT_LABEL
 from skep.model.options.dependencies import DEPENDS_ON
@@ -232,6 +241,44 @@ LABELS = (
         "Node of a task whose slot has data in a local volume. `preferred`: the node with the data if it can run the "
         "task, else another one. `required`: only that node, for which the task waits. `none`: any node, as in "
         "Docker.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AFFINITY,
+        f"`SERVICE[@TOPOLOGY]`, at most {TERMS_MAX}, separated by commas",
+        "none",
+        "Services near which tasks must run: on a node with one of their tasks, or in the same domain of a topology "
+        "such as `node.labels.zone` ([guide](../guide/placement.md)). Tasks wait until the service runs.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        ANTI_AFFINITY,
+        f"`SERVICE[@TOPOLOGY]`, at most {TERMS_MAX}, separated by commas",
+        "none",
+        "Services that tasks must not share a node or a domain with. Tasks of those services keep away from this one's "
+        "as well.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AFFINITY_PREFERRED,
+        f"as `{AFFINITY}`",
+        "none",
+        "The same, if a node there can run the task.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        ANTI_AFFINITY_PREFERRED,
+        f"as `{ANTI_AFFINITY}`",
+        "none",
+        "The same, if another node can run the task. The other service's tasks do not keep away.",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        MAX_SKEW,
+        f"`NUMBER@TOPOLOGY`, at most {TERMS_MAX}, separated by commas, NUMBER up to {SKEW_MAX:,}",
+        "none",
+        "Largest difference in the number of the service's tasks between two domains of the topology, such as "
+        "`1@node.labels.zone`. Tasks go to the domain with the fewest first. Not for global services.",
     ),
     Label(
         LabelTarget.SERVICE,

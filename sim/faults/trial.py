@@ -10,6 +10,7 @@ from sim.invariants.services.dependencies import missing_dependencies
 from sim.users.users import Users, forced
 from skep.manager.routes.extensions.placement import accounting_of
 from skep.manager.scheduler.explaining.dry_run import DryRun, PlannedPlacement
+from skep.model.options.affinity import has_affinities
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import OnDisconnect, VolumeAffinity, disconnect_policy, volume_affinity
@@ -89,6 +90,7 @@ def _can_be_steady(spec: ServiceSpec) -> bool:
         spec.mode.name in ("replicated", "global")
         and (update is None or update.order is UpdateOrder.STOP_FIRST)
         and not labels.keys() & {AUTOSCALE, DEPENDS_ON}
+        and not has_affinities(labels)
         and volume_affinity(labels) is not VolumeAffinity.REQUIRED
         and disconnect_policy(labels).action is not OnDisconnect.STOP
     )
@@ -99,6 +101,7 @@ def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
     view, update = cluster.view, service.spec.update_config
     return (
         is_steady(cluster, service)
+        and not any(has_affinities(one.spec.labels) for one in view.find(Service))
         and (update is None or update.order is UpdateOrder.STOP_FIRST)
         and not any(missing_dependencies(service, view))
         and not any(homes_of(task, service, view) for task in view.find(Task, service_id=service.id))

@@ -10,6 +10,7 @@ from sim.invariants.causes import UpdateEndsHaveCauses, replacements_are_recorde
 from sim.invariants.committed import Change, CommittedState
 from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
+from sim.invariants.nodes.affinity import AffinitiesHold
 from sim.invariants.nodes.allocations import UniqueAllocations, networks_are_apart
 from sim.invariants.nodes.containers import Containers
 from sim.invariants.nodes.disconnection import DisconnectPolicies
@@ -116,6 +117,7 @@ class Observer:
             NoRedundantTasks(),
             DisconnectPolicies(),
             global_jobs_run_once,
+            AffinitiesHold(),
             self.containers,
             self.restarts,
             self.dependencies,

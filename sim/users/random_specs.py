@@ -11,6 +11,13 @@ from msgspec.structs import replace
 
 from skep.api.access.permissions import STACK_LABEL
 from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
+from skep.model.options.affinity import (
+    AFFINITY,
+    AFFINITY_PREFERRED,
+    ANTI_AFFINITY,
+    ANTI_AFFINITY_PREFERRED,
+    MAX_SKEW,
+)
 from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
 from skep.model.options.dependencies import DEPENDS_ON, DependencyCondition
 from skep.model.options.labels import (
@@ -262,7 +269,7 @@ def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceS
             spec = addition(spec, random, known)
     # Drawn by the spec, so that the other draws of a seed stay the same.
     by_spec = Random(str(spec))
-    for addition in (_a_constraint,):
+    for addition in (_a_constraint, _an_affinity):
         if by_spec.random() < RARE:
             spec = addition(spec, by_spec, known)
     return spec
@@ -279,6 +286,22 @@ def _a_constraint(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
     placement = spec.task_template.placement or Placement()
     placement = replace(placement, constraints=(*placement.constraints, random.choice(MORE_CONSTRAINTS)))
     return replace(spec, task_template=replace(spec.task_template, placement=placement))
+
+
+def _an_affinity(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Add one rule about a service whose name comes later, so that no rules contradict each other."""
+    order = list(dict.fromkeys(name.lower() for name in (*NAMES, *MORE_NAMES)))
+    later = order[order.index(spec.name.lower()) + 1 :] if spec.name.lower() in order else []
+    topology = random.choice(("", f"@node.labels.{ZONE}"))
+    if not later or random.random() < 0.3:
+        is_global = spec.mode.name in ("global", "global-job")
+        return (
+            spec if is_global else with_labels(spec, {MAX_SKEW: f"{random.randint(1, 2)}@node.labels.{ZONE}"})
+        )
+    label = random.choice(
+        (AFFINITY, ANTI_AFFINITY, ANTI_AFFINITY, AFFINITY_PREFERRED, ANTI_AFFINITY_PREFERRED)
+    )
+    return with_labels(spec, {label: f"{random.choice(later)}{topology}"})
 
 
 def _a_priority(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:

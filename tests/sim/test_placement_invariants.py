@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.invariants.convergence import unmet
+from sim.invariants.nodes.affinity import AffinitiesHold
 from sim.invariants.nodes.containers import Containers
 from sim.invariants.nodes.disconnection import DisconnectPolicies
 from sim.invariants.nodes.placement import global_jobs_run_once, homes_of, meets, port_violations
@@ -412,3 +413,36 @@ def test_a_task_does_not_wait_for_a_node_without_its_data() -> None:
     assert homes_of(successor, service, history.state) == set()
     history.put(replace(stopped, status=replace(stopped.status, container_status=CREATED)))
     assert homes_of(successor, service, history.state) == {W2}
+
+
+# -- affinity --------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_next_to_a_service_that_it_keeps_apart_from_is_rejected() -> None:
+    """In both directions, but not while a label has just changed."""
+    history = History(AffinitiesHold())
+    for id in (W1, W2):
+        history.put(replace(a_node(id), spec=NodeSpec(labels={"zone": "north" if id == W1 else ""})))
+    history.put(Service(id=ServiceId("web"), spec=a_spec("web")))
+    history.put(
+        Service(
+            id=ServiceId("api"), spec=a_spec("api", labels={"skep.anti-affinity": "web@node.labels.zone"})
+        )
+    )
+    history.put(
+        of(a_task("t1", node=W1, state=RUNNING), a_spec()),
+        of(a_task("t2", node=W1, state=RUNNING), a_spec(), "api"),
+    )
+    waiting = [replace(of(a_task(f"n{number}"), a_spec(), "api"), node_id=NodeId("")) for number in range(3)]
+    history.put(*waiting)
+    history.put(replace(waiting[0], node_id=W1))
+    assert history.violations == []
+    history.after(20).put(replace(waiting[1], node_id=W2))
+    assert history.violations == []
+    history.put(replace(waiting[2], node_id=W1))
+    (violation,) = history.violations
+    assert "task n2 of api is assigned to w1: not apart from ['web'] by zone" in violation
+    other = replace(of(a_task("t9"), a_spec()), node_id=NodeId(""))
+    history.put(other)
+    history.put(replace(other, node_id=W1))
+    assert "of web is assigned to w1: not apart from ['api'] by zone" in history.violations[-1]

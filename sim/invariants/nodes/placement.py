@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.invariants.committed import Change
+from sim.invariants.nodes.affinity import exceeds_skew, forbidden
 from skep.model.container import Mount
 from skep.model.node import Availability, Node, NodeState
 from skep.model.options.labels import VolumeAffinity, is_stopped, volume_affinity
@@ -202,7 +203,10 @@ def could_take(node: Node, task: Task, service: Service, view: View) -> bool:
         for other in view.find(Task, node_id=node.id)
         if other.id != task.id and TaskState.ASSIGNED <= other.status.state <= TaskState.RUNNING
     ]
-    if not _has_room(node, task, held):
+    if not _has_room(node, task, held) or any(forbidden(task, node, service, view)):
+        return False
+    open_nodes = [one for one in view.find(Node) if may_have_tasks(one, service.spec)]
+    if exceeds_skew(task, node, service, open_nodes, view):
         return False
     ports = host_ports(service.spec)
     owners = (view.lookup(Service, other.service_id) for other in held)

@@ -32,6 +32,7 @@ from skep.manager.services.removal import hide_service
 from skep.manager.services.spec_history import comparable, keep_spec
 from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
+from skep.model.options.affinity import PLACEMENT_LABELS
 from skep.model.options.autoscaling import with_number_kept
 from skep.model.options.constraints import is_dockers, parsed
 from skep.model.options.labels import FORMER_VOLUMES, VOLUME_AFFINITY, is_stopped
@@ -305,11 +306,10 @@ def check_level(view: View, spec: ServiceSpec) -> None:
     if is_stopped(spec.labels) and view.level < STOPS:
         raise FailedPrecondition("a stopped service needs managers of this version: upgrade the others first")
     constraints = parsed((spec.task_template.placement or Placement()).constraints)
-    new = next((one for one in constraints if not is_dockers(one)), None)
-    if new is not None and view.level < PLACEMENTS:
-        raise FailedPrecondition(
-            f"the constraint {new.text} needs managers of this version: upgrade the others first"
-        )
+    new = [name for name in PLACEMENT_LABELS if name in spec.labels]
+    new += [f"the constraint {one.text}" for one in constraints if not is_dockers(one)]
+    if new and view.level < PLACEMENTS:
+        raise FailedPrecondition(f"{new[0]} needs managers of this version: upgrade the others first")
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:

@@ -49,6 +49,11 @@ class GroupQueue(WorkQueue[Group]):
         """Whether there are refused groups that are not due again."""
         return bool(self._aside)
 
+    @property
+    def refused(self) -> Collection[Group]:
+        """The refused groups that are not due again."""
+        return self._aside_at.keys()
+
     def set_aside(self, group: Group) -> None:
         """Set a refused group aside."""
         self.discard_refused(group)

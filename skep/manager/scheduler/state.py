@@ -39,7 +39,7 @@ from skep.model.options.slot_volumes import SlotName, differ_in_slots_alone
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
-from skep.model.values.ids import NodeId, TaskId
+from skep.model.values.ids import NodeId, ServiceId, TaskId
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
@@ -101,6 +101,7 @@ class SchedulerState:
         for services in batches_of(self._view, Service):  # before tasks are queued
             for service in services:
                 self._priorities.set(service)
+                self.accounting.affinities.set(service)
             yield
         for nodes in batches_of(self._view, Node):
             for node in nodes:  # before tasks need it
@@ -145,6 +146,7 @@ class SchedulerState:
                     before, after = event.old.spec.labels, event.new.spec.labels
                     may_help |= volume_affinity(before) is not volume_affinity(after)
                     may_help |= self._priorities.set(event.new)
+                    may_help |= self.accounting.affinities.set(event.new)
                 elif isinstance(event.new, Swarm):
                     may_help |= self.preemptor.set_cluster(event.new)
                 continue
@@ -161,8 +163,10 @@ class SchedulerState:
                 case Service() as service if isinstance(event, Deleted):
                     self.accounting.forget_service(service.id)
                     self._priorities.forget(service.id)
+                    may_help |= self.accounting.affinities.forget(service.id)
                 case Service() as service:
                     self._priorities.set(service)
+                    may_help |= self.accounting.affinities.set(service)
         if self.queue.has_refused and (may_help or volume_groups):
             self.queue.retry(self._priorities.of_successors(commit), None if may_help else volume_groups)
 
@@ -332,7 +336,7 @@ class SchedulerState:
                 if self.preemptor.may_preempt(task):
                     others.append(group)
                     continue
-                requirements = self._requirements.of(task, view)
+                requirements = self._requirements_of(task, view)
                 if requirements is not last_requirements:  # equal tasks often follow each other
                     last_requirements, together = requirements, None
                     if self._choices.is_first(requirements, now):
@@ -373,7 +377,7 @@ class SchedulerState:
         task, reason = placed.refusals[0].task, placed.refusals[0].reason
         why = Why(reason or NO_NODE)
         with self._accounting_failures.caught(f"room for {group}"):
-            requirements = self._requirements.of(task, self._view())
+            requirements = self._requirements_of(task, self._view())
             if not reason:
                 why = Why(requirements=requirements)
             chosen = {one.task.id for one in placed.assignments}
@@ -434,7 +438,7 @@ class SchedulerState:
         tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
-        requirements = self._requirements.of(tasks[0], self._view())
+        requirements = self._requirements_of(tasks[0], self._view())
         if tasks[0].node_id:
             return confirmed(tasks[0], requirements, self.accounting, self._view())
         if returns(tasks[0], group):
@@ -513,6 +517,9 @@ class SchedulerState:
             self.queue.set_aside(group_of(refusal.task))
             self.texts.set(group_of(refusal.task), why)
 
+    def _requirements_of(self, task: Task, view: View) -> Requirements:
+        return self._requirements.of(task, view, self.accounting.affinities.of(task.service_id))
+
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """Return the group's pending tasks, longest waiting first."""
         view = self._view()
@@ -544,13 +551,14 @@ class SchedulerState:
         """Account for the results of a write, and queue the groups of tasks that were not assigned by it."""
         self._deciding.difference_update(decision.task.id for decision in decisions)
         outcomes: list[tuple[str, SkepError | None]] = []
-        view, may_help = self._view(), False
+        view, may_help, new = self._view(), False, set[ServiceId]()
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
             for victim in decision.victims if isinstance(decision, Preempt) else ():
                 self._update_task(victim)
             if isinstance(decision, Assignment) and shows(view, decision):
                 self._dequeue(id)
+                new.add(decision.task.service_id)
                 continue
             # A decision that was not written has no reservation.  Others may have been refused because of it.
             may_help |= self._update_task(id)
@@ -563,6 +571,14 @@ class SchedulerState:
         self.failures.requeue_failed(self.queue, "decisions", outcomes)
         if may_help:
             self.queue.retry()
+        elif self.queue.has_refused and (followers := self.accounting.affinities.followers(new)):
+            refused = self.queue.refused
+            self.queue.retry(only={one for one in refused if (self._service_of(one, view)) in followers})
+
+    def _service_of(self, group: Group, view: View) -> str:
+        id, is_common, _ = group.partition("/")
+        task = None if is_common else view.lookup(Task, TaskId(id))
+        return task.service_id if task is not None else id
 
 
 def _paused_in(work: SlicedWork[T]) -> Deciding[T]:

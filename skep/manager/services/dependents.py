@@ -3,7 +3,7 @@
 A service name belongs to one service, however it is written, so names are compared in lower case.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -11,6 +11,14 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.manager.services.job_runs import is_going, next_job
 from skep.manager.services.registry_auth import auth_of, keep_auth
+from skep.model.options.affinity import (
+    AFFINITY,
+    ANTI_AFFINITY,
+    DeclaredAffinities,
+    affinities_of,
+    has_affinities,
+    is_opposite,
+)
 from skep.model.options.dependencies import DEPENDS_ON, Dependency, dependencies_of
 from skep.model.options.schedules import CRON
 from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec
@@ -37,6 +45,37 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
         raise InvalidArgument(
             f"services cannot depend on each other in a cycle: {' -> '.join(path)} (label {DEPENDS_ON})"
         )
+    if has_affinities(spec.labels):
+        _check_affinities(view, spec)
+
+
+def _check_affinities(view: View, spec: ServiceSpec) -> None:
+    """Refuse affinities with which no task could ever start, because of other services.  Raises: InvalidArgument."""
+    own = affinities_of(spec.labels)
+    for name in sorted({one.key for one in (*own.near, *own.apart)} - {spec.name.lower()}):
+        for service in view.find(Service, name=name):
+            other = affinities_of(service.spec.labels) if service.removed_at is None else DeclaredAffinities()
+            pairs = [(near, apart) for near in own.near if near.key == name for apart in other.apart]
+            pairs += [(near, apart) for apart in own.apart if apart.key == name for near in other.near]
+            for near, apart in pairs:
+                if spec.name.lower() in (near.key, apart.key) and is_opposite(near.topology, apart.topology):
+                    raise InvalidArgument(
+                        f"the affinities of {spec.name} and {service.spec.name} contradict each other: "
+                        f"{AFFINITY}={near.text} and {ANTI_AFFINITY}={apart.text}"
+                    )
+    waits = [Dependency(one.service) for one in own.near if one.key != spec.name.lower()]
+    if waits and (path := circle(view, spec.name, waits, _waits_of)):
+        raise InvalidArgument(
+            f"no task of these services could start first: {' -> '.join(path)} (labels {AFFINITY} and {DEPENDS_ON})"
+        )
+
+
+def _waits_of(spec: ServiceSpec) -> tuple[Dependency, ...]:
+    """Return the services without whose tasks no task of ``spec`` can start."""
+    near = (
+        Dependency(one.service) for one in affinities_of(spec.labels).near if one.key != spec.name.lower()
+    )
+    return (*dependencies_of(spec.labels), *near)
 
 
 def requiring(view: View, name: str) -> list[str]:
@@ -50,8 +89,17 @@ def requiring(view: View, name: str) -> list[str]:
     ]
 
 
-def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[str]:
-    """Return the service names on a dependency cycle through service ``name``, or an empty list without a cycle."""
+def circle(
+    view: View,
+    name: str,
+    dependencies: Iterable[Dependency],
+    waits_of: Callable[[ServiceSpec], Iterable[Dependency]] = lambda spec: dependencies_of(spec.labels),
+) -> list[str]:
+    """Return the service names on a dependency cycle through service ``name``, or an empty list without a cycle.
+
+    Args:
+        waits_of: Returns the dependencies of another service's spec.
+    """
     key = name.lower()
     reached_by: dict[str, str] = {}
     pending = [(name, one.service) for one in dependencies]
@@ -68,7 +116,7 @@ def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[st
                 (reached, one.service)
                 for service in view.find(Service, name=reached)
                 if service.removed_at is None
-                for one in dependencies_of(service.spec.labels)
+                for one in waits_of(service.spec)
             ]
     return []
 

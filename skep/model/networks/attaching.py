@@ -11,12 +11,13 @@ from skep.model.network import Network, subnet_of
 from skep.model.networks.addresses import parsed
 from skep.model.node import Node
 from skep.model.options import constraints
+from skep.model.options.affinity import NODE_LABEL
 
 ATTACH_LABEL = "skep.attach"
 """Label of a network with comma-separated constraints that a node has to meet to attach plain containers.  They may use
 attributes that the cluster sets, but not attributes that a node reports itself."""
 
-_TRUSTED = ("node.id", "node.role", constraints.NODE_LABEL)
+_TRUSTED = ("node.id", "node.role", NODE_LABEL)
 
 SHARE = 2
 """In a cluster of several nodes, the plain containers of one node get at most 1/SHARE of a network's addresses."""

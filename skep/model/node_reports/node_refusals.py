@@ -29,6 +29,9 @@ class NodeRefusal(Enum):
     HOST_PORT = "host-mode port already in use on {nodes}"
     UNKNOWN_SPECS = "unreadable task specs on {nodes}"
     MAX_REPLICAS = "max replicas per node limit exceed"  # Docker's spelling
+    AFFINITY = "affinity not satisfied on {nodes}"
+    ANTI_AFFINITY = "anti-affinity not satisfied on {nodes}"
+    MAX_SKEW = "max skew exceeded on {nodes}"
     CLUSTER_VOLUMES = "cannot fulfill requested CSI volume mounts on {nodes}"
 
     def text(self, nodes: int) -> str:

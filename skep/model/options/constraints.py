@@ -24,9 +24,8 @@ import msgspec
 from skep.errors import InvalidArgument
 from skep.model.needs import CPU_NANO
 from skep.model.node import Node
+from skep.model.options.affinity import ENGINE_LABEL, NODE_LABEL
 
-NODE_LABEL = "node.labels."
-ENGINE_LABEL = "engine.labels."
 FACT = "node.facts."
 ENGINE_VERSION = "engine.version"
 FACT_LABEL: Final = "skep.fact."
@@ -144,11 +143,6 @@ def label_of(node: Node, descriptor: str) -> str | None:
     """Return the value of ``node.labels.x`` or ``engine.labels.x`` ("" if unset), or None for any other key."""
     read = _label_reader(descriptor)
     return (read(node) or "") if read is not None else None
-
-
-def is_label(descriptor: str) -> bool:
-    """Return whether ``descriptor`` names a label of nodes: ``node.labels.x`` or ``engine.labels.x``."""
-    return _label_reader(descriptor) is not None
 
 
 # -- parsing -------------------------------------------------------------------------------------------------------

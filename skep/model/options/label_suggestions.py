@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+from skep.model.options.affinity import AFFINITY, ANTI_AFFINITY, MAX_SKEW
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
@@ -50,7 +51,10 @@ _SAME_MEANING: Final = {
     PUBLISH_NOT_READY: ("publish-not-ready-addresses", "not-ready"),
     STOPPED: ("stop", "disabled", "paused"),
     VOLUME_AFFINITY: ("sticky-volumes", "data-affinity"),
-    "skep.publish.affinity": ("affinity", "sticky", "sticky-sessions", "session-affinity"),
+    AFFINITY: ("near", "pod-affinity", "colocate", "machine-of"),
+    ANTI_AFFINITY: ("apart", "pod-anti-affinity", "conflicts", "distinct-hosts"),
+    MAX_SKEW: ("skew", "topology-spread", "topology-spread-constraints"),
+    "skep.publish.affinity": ("client-affinity", "sticky", "sticky-sessions", "session-affinity"),
     "skep.publish.host-ip": ("host-ip", "bind", "listen"),
     "skep.publish.local": ("local", "external-traffic-policy"),
     "skep.publish.proxy-protocol": ("proxy-protocol", "send-proxy"),

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from skep.errors import InvalidArgument
+from skep.model.options.affinity import parsed_affinities
 from skep.model.options.dependencies import parsed_dependencies
 from skep.model.permissions.rights import ALLOW_LABEL, allowed_rights
 from skep.model.task_end import LAST_LINES_MAX
@@ -368,6 +369,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _volume_affinity(labels)
     _priority(labels)
     parsed_dependencies(labels)
+    parsed_affinities(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
     _check_switch(labels, STOPPED)
 

@@ -43,6 +43,7 @@ from skep.model.network import (
 from skep.model.network import ConfigReference as NetworkConfigReference
 from skep.model.networks.attaching import ATTACH_LABEL
 from skep.model.networks.data_planes import PLANE_OPTION
+from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW
 from skep.model.options.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
 from skep.model.options.dependencies import DEPENDS_ON
 from skep.model.options.labels import (
@@ -182,12 +183,21 @@ SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(
         *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
         *SCHEDULE_LABELS,
-        *(DRAIN, JOB_TTL, LAST_LINES, MIN_AVAILABLE, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
+        *(
+            DRAIN,
+            JOB_TTL,
+            LAST_LINES,
+            MAX_SKEW,
+            MIN_AVAILABLE,
+            ON_DISCONNECT,
+            ON_DISCONNECT_DELAY,
+            PROGRESS_DEADLINE,
+        ),
         *(PUBLISH_NOT_READY, STOPPED, VOLUME_AFFINITY, FORMER_VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),
     ),
     # The other service has to belong to the stack.
-    DEPENDS_ON: Field(Reach.CLUSTER, value_rights.anyone),
+    **dict.fromkeys((DEPENDS_ON, *AFFINITY_LABELS), Field(Reach.CLUSTER, value_rights.anyone)),
     # Above 0 for users with a role in the whole cluster.
     PRIORITY: Field(Reach.CLUSTER, value_rights.anyone),
     # A port of a node belongs to the first service that publishes it.

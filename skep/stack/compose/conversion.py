@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
+from skep.model.options.affinity import named_services
 from skep.model.options.dependencies import label_of
 from skep.model.service import PublishMode
 from skep.model.values.encoding import to_json
@@ -70,6 +71,7 @@ def stack_of(
         configs=objects.configs,
     )
     _check_dependencies(stack, report)
+    _check_affinities(stack, report)
     _check_names(stack, report)
     _check_ports(stack, report)
     return replace(stack, services={key: _with_dependencies(one, stack) for key, one in made.items()})
@@ -104,6 +106,18 @@ def _check_dependencies(stack: Stack, report: ProblemReport) -> None:
         {name: [one.service for one in service.depends_on] for name, service in stack.services.items()}
     ):
         problem(cycle[0], f"services depend on each other in a circle: {' -> '.join(cycle)}")
+
+
+def _check_affinities(stack: Stack, report: ProblemReport) -> None:
+    """Report affinities to services of this stack that are not in the file."""
+    names = {service.spec.name.lower() for service in stack.services.values()}
+    prefix = f"{stack.name}_"
+    for key, service in stack.services.items():
+        for name in named_services(service.spec.labels):
+            if name.lower().startswith(prefix.lower()) and name.lower() not in names:
+                short = name[len(prefix) :]
+                text = f"its affinity names {short}, which is not there{meant_by(short, stack.services)}"
+                report.problems.append(FileProblem(service.place, f"services.{key}.x-skep", text))
 
 
 def _check_names(stack: Stack, report: ProblemReport) -> None:

@@ -11,6 +11,7 @@ from skep.errors import InvalidArgument
 from skep.model.container import ConfigReference, FileTarget, SecretReference
 from skep.model.networks.publishing import PREFIX
 from skep.model.options import labels as known_labels
+from skep.model.options.affinity import AFFINITY_LABELS, MAX_SKEW, check_affinities
 from skep.model.options.autoscaling import (
     AUTOSCALE,
     AUTOSCALE_CPU,
@@ -68,6 +69,7 @@ _X_SKEP: Final = {
     "volume-affinity": known_labels.VOLUME_AFFINITY,
     "publish-not-ready": known_labels.PUBLISH_NOT_READY,
     "stopped": known_labels.STOPPED,
+    "max-skew": MAX_SKEW,
 }
 _PUBLISH: Final = ("host-ip", "affinity", "local", "proxy-protocol")
 _PORT: Final = re.compile(
@@ -105,7 +107,7 @@ def service_of(name: str, node: YamlNode, objects: StackObjects, report: Problem
     ports, labels = _ports(service)
     declared = deploy.labels("labels")
     named = mode_name(deploy)
-    labels |= declared | _x_skep(service, named) | {NAMESPACE: objects.stack, IMAGE: image}
+    labels |= declared | _x_skep(service, named, objects.stack) | {NAMESPACE: objects.stack, IMAGE: image}
     mode = mode_of(named, service, deploy, leaves_number=AUTOSCALE in labels)
     is_job = mode.replicated_job is not None or mode.global_job is not None
     spec = ServiceSpec(
@@ -159,6 +161,10 @@ def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str]) -> list[t
     for check, key in (
         (lambda: known_labels.check_service_labels(spec.labels), "x-skep"),
         (lambda: check_autoscaling(spec), "x-skep"),
+        (
+            lambda: check_affinities(spec.labels, spec.name, is_global=spec.mode.name.startswith("global")),
+            "x-skep",
+        ),
         (lambda: check_schedule(declared, spec.mode.name), "deploy"),
         (lambda: rights_of(spec.task_template.container_spec), "labels"),
     ):
@@ -471,12 +477,16 @@ def _checked_labels(
     return made
 
 
-def _x_skep(service: MappingReader, mode: str) -> dict[str, str]:
-    """Return service labels for the settings below ``x-skep``."""
+def _x_skep(service: MappingReader, mode: str, stack: str) -> dict[str, str]:
+    """Return service labels for the settings below ``x-skep``.  Affinities name services of the file."""
     settings = service.reader("x-skep")
     if settings is None:
         return {}
     made = {label: text for key, label in _X_SKEP.items() if (text := settings.text(key))}
+    for label in AFFINITY_LABELS:
+        key = label.removeprefix(LABEL_PREFIX).replace(".", "-")
+        if text := settings.text(key):
+            made[label] = ",".join(f"{stack}_{part.strip()}" for part in text.split(","))
     made |= _autoscaling(settings)
     priority = settings.integer("priority", -known_labels.PRIORITY_MAX, known_labels.PRIORITY_MAX)
     if priority is not None:

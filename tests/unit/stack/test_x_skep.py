@@ -3,6 +3,7 @@
 import pytest
 
 from docs.reference.label_table import LABELS, LabelTarget
+from skep.model.options.affinity import PLACEMENT_LABELS
 from skep.model.options.autoscaling import AUTOSCALE
 from skep.model.options.dependencies import DEPENDS_ON
 from tests.unit.stack.test_conversion import read, spec
@@ -19,6 +20,8 @@ def test_every_label_of_services_has_a_key() -> None:
             continue  # below one key
         if label.name.startswith("skep.cron"):
             continue  # see test_a_schedule_is_an_expression_a_list_or_a_mapping
+        if label.name in PLACEMENT_LABELS:
+            continue  # see test_affinities_name_services_of_the_file
         if "publish[" in label.name:
             option = label.name.rpartition(".")[2]
             found = spec(f"ports: ['80:80'], x-skep: {{publish: {{'80/tcp': {{{option}: '{value}'}}}}}}")
@@ -26,6 +29,37 @@ def test_every_label_of_services_has_a_key() -> None:
         else:
             found = spec(f"x-skep: {{{label.name.removeprefix('skep.')}: '{value}'}}")
             assert found["Labels"][label.name] == value
+
+
+def test_affinities_name_services_of_the_file() -> None:
+    stack, report = read(
+        "services: {db: {image: w}, web: {image: w, x-skep: {affinity: db@node.labels.zone, anti-affinity: 'db, web', "
+        "affinity-preferred: db, anti-affinity-preferred: db@node.labels.rack, max-skew: 1@node.labels.zone}}}"
+    )
+    assert not report.problems
+    labels = stack.services["web"].spec.labels
+    assert {name: labels[name] for name in PLACEMENT_LABELS} == {
+        "skep.affinity": "shop_db@node.labels.zone",
+        "skep.anti-affinity": "shop_db,shop_web",
+        "skep.affinity.preferred": "shop_db",
+        "skep.anti-affinity.preferred": "shop_db@node.labels.rack",
+        "skep.max-skew": "1@node.labels.zone",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("affinity: wep", "services.web.x-skep: its affinity names wep, which is not there"),
+        ("affinity: db@zone", "invalid label skep.affinity=shop_db@zone: expected SERVICE[@TOPOLOGY]"),
+        ("affinity: db, anti-affinity: db", "contradict each other"),
+        ("anti-affinity-preferred: web", "cannot name the service itself"),
+        ("max-skew: 1", "invalid label skep.max-skew=1: expected NUMBER@TOPOLOGY"),
+    ],
+)
+def test_affinities_that_cannot_work_are_refused_at_their_place(text: str, problem: str) -> None:
+    _, report = read(f"services: {{db: {{image: w}}, web: {{image: w, x-skep: {{{text}}}}}}}")
+    assert problem in str(report.problems[0])
 
 
 def test_autoscaling_is_a_range_or_a_mapping() -> None:

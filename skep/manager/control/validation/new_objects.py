@@ -16,6 +16,7 @@ from skep.manager.nodes.trust import machine_log, trusted_of
 from skep.model.container import ContainerSpec
 from skep.model.needs import sources_of
 from skep.model.network import Network, NetworkSpec
+from skep.model.options.affinity import named_services
 from skep.model.options.dependencies import dependencies_of
 from skep.model.options.labels import priority_of
 from skep.model.permissions.access import EVERY_STACK, Identity
@@ -181,6 +182,9 @@ def _uses(
             yield "volume", _cluster_volume(view, mount.source), mount.source
     for one in dependencies_of(spec.labels):
         yield "service", _by_id(_present(view, one.service)), one.service
+    for name in named_services(spec.labels):
+        if name.lower() != spec.name.lower():
+            yield "service", _by_id(_present(view, name)), name
 
 
 def _cluster_volume(view: View, source: str) -> KnownObject | None:

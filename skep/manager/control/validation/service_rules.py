@@ -20,6 +20,7 @@ from skep.model.container import (
 from skep.model.networks.addresses import PORT_MAX
 from skep.model.networks.publishing import check_publishing
 from skep.model.options import constraints, templates
+from skep.model.options.affinity import check_affinities
 from skep.model.options.autoscaling import check_autoscaling
 from skep.model.options.labels import MIN_AVAILABLE, check_container_labels, check_service_labels
 from skep.model.options.schedules import check_schedule
@@ -53,6 +54,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     check_service_labels(spec.labels)
     if MIN_AVAILABLE in spec.labels and spec.mode.name != "replicated":
         raise InvalidArgument(f"the label {MIN_AVAILABLE} works on replicated services only")
+    check_affinities(spec.labels, spec.name, is_global=spec.mode.name in ("global", "global-job"))
     check_autoscaling(spec)
     check_schedule(spec.labels, spec.mode.name)
     check_publishing(spec)

@@ -175,7 +175,7 @@ async def _read_verdicts(view: View, task: Task, named: ServiceNames) -> _Verdic
     own_spec = spec_of(view, task)
     accounting = await accounting_of(view)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
-    requirements = requirements_of(task, own_spec, planes)
+    requirements = requirements_of(task, own_spec, planes, accounting.affinities.of(task.service_id))
     copies = accounting.copies(task.service_id)
     verdicts = [
         verdict(requirements, account, copies[account.node.id])

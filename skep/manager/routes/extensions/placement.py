@@ -132,6 +132,8 @@ def _with_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
 async def accounting_of(view: View) -> Accounting:
     """Return the resources of the nodes, and the reservations of tasks."""
     accounting = Accounting()
+    for service in view.find(Service):
+        accounting.affinities.set(service)
     for volume in view.find(Volume):
         accounting.update_volume(volume.id, volume)
     for some_nodes in batched(view.find(Node), _PIECE):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from skep.manager.scheduler.nodes.accounting import Account
+from skep.manager.scheduler.nodes.affinity import AffinityRule, domain_of
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.model.needs import CPU_NANO, kind_and_amount
 from skep.model.networks.data_planes import is_docker_node
@@ -112,6 +113,58 @@ def unknown(requirements: Requirements, account: Account, copies: int) -> str:
 def replicas(requirements: Requirements, account: Account, copies: int) -> str:
     """Return how many tasks of the service the node has."""
     return f"max replicas per node: the node runs {copies} of {requirements.max_replicas}"
+
+
+def affinity(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return which services have no task in the node's domain."""
+    missing = [
+        f"service {one.name} does not exist"
+        if not one.services
+        else f"no task of {one.name} {_where(one, account)}"
+        for one in requirements.rules.hard
+        if not one.is_apart and not account.domains.is_met(one, requirements.service_id, account)
+    ]
+    return f"affinity: {', '.join(missing)}"
+
+
+def anti_affinity(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return which services have a task in the node's domain, and which service declares the rule."""
+    found = [
+        f"a task of {one.name} {_where(one, account)}"
+        + ("" if one.is_declared else f" (a label of {one.name})")
+        for one in requirements.rules.hard
+        if one.is_apart and account.domains.has_neighbor(one, account)
+    ]
+    return f"anti-affinity: {', '.join(found)}"
+
+
+def max_skew(requirements: Requirements, account: Account, copies: int) -> str:
+    """Return the number of tasks in the node's domain, and the smallest number in a domain."""
+    domains, id = account.domains, requirements.service_id
+    found = []
+    for one in requirements.rules.skews:
+        if domains.is_within(one, id, requirements.constraints, account):
+            continue
+        counts, domain = domains.counts(id, one.topology), domain_of(account.node, one.topology)
+        eligible = domains.eligible(one.topology, requirements.constraints)
+        if domain not in eligible:
+            found.append(
+                f"no open node in {one.topology} {domain}" if domain else f"the node has no {one.topology}"
+            )
+            continue
+        least = min(eligible, key=lambda name: (counts.get(name, 0), name))
+        found.append(
+            f"{one.topology} {domain} has {counts.get(domain, 0)} tasks and {least} has {counts.get(least, 0)}, "
+            f"the largest difference is {one.limit}"
+        )
+    return f"max skew: {', '.join(found)}"
+
+
+def _where(rule: AffinityRule, account: Account) -> str:
+    if not rule.topology:
+        return "on the node"
+    domain = domain_of(account.node, rule.topology)
+    return f"in {rule.topology} {domain}" if domain else f"because the node has no {rule.topology}"
 
 
 def cluster_volumes(requirements: Requirements, account: Account, copies: int) -> str:

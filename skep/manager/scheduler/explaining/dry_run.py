@@ -174,10 +174,13 @@ class DryRun:
         return fits_no_node(task, nodes) or with_needs(task, host_ports(spec))
 
     def _service(self, spec: ServiceSpec) -> Service:
+        """Return the service with its planned spec, whose affinities count from now on."""
+        service = Service(id=ServiceId(f"planned {spec.name}"), spec=spec)
         for one in self._view.find(Service, name=spec.name):
             if one.removed_at is None:
-                return replace(one, spec=spec)
-        return Service(id=ServiceId(f"planned {spec.name}"), spec=spec)
+                service = replace(one, spec=spec)
+        self._accounting.affinities.set(service)
+        return service
 
     def _present(
         self, service: Service, wanted: int, kept: list[Task], replaced: list[Task]
@@ -365,7 +368,7 @@ class DryRun:
 
     def _requirements(self, task: Task, spec: ServiceSpec) -> Requirements:
         planes = planes_of(task, lambda network_id: self._view.lookup(Network, network_id))
-        return requirements_of(task, spec, planes)
+        return requirements_of(task, spec, planes, self._accounting.affinities.of(task.service_id))
 
     def _shares(self, nodes: Counter[NodeId]) -> Iterator[PlannedShare]:
         for id, count in nodes.items():

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from skep.manager.scheduler.nodes.affinity import AffinityIndex, Domains, has_same_labels
 from skep.manager.scheduler.nodes.load import MeanLoad
 from skep.manager.scheduler.nodes.requirements import Requirements
 from skep.manager.scheduler.nodes.volumes import VolumeUses
@@ -43,8 +44,10 @@ FAILURE_MEMORY_S = 300.0
 class Account:
     """A node and its free resources."""
 
-    def __init__(self, node: Node, volumes: VolumeUses) -> None:
+    def __init__(self, node: Node, volumes: VolumeUses, domains: Domains) -> None:
         self.node = node
+        self.domains = domains
+        """The tasks of all services by domain, shared by the accounts."""
         self.volumes = volumes
         """All cluster volumes, shared by the accounts."""
         self.active = 0
@@ -156,6 +159,8 @@ class Accounting:
         self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
         self._loads = MeanLoad()
+        self.affinities = AffinityIndex()
+        self.domains = Domains(self.accounts, self._copies, lambda: self._changes)
 
     # -- queries ------------------------------------------------------------------------------------------------
 
@@ -212,9 +217,12 @@ class Accounting:
         account = self.accounts.get(node.id)
         held = self._usages.setdefault(node.id, {})
         if account is None:
-            account = self.accounts[node.id] = Account(node, self.volumes)
+            account = self.accounts[node.id] = Account(node, self.volumes, self.domains)
             account.add_all(held.values())
+            self.domains.forget()
         else:
+            if self.domains.watched and not has_same_labels(account.node, node):
+                self.domains.forget()
             account.update(node, held.values())
         self._set_load(node.id, node.load)
         self._record_change(node.id)
@@ -222,6 +230,7 @@ class Accounting:
     def remove_node(self, node_id: NodeId) -> None:
         """Remove a node.  Its tasks' reservations are kept, in case it returns before they end."""
         if self.accounts.pop(node_id, None) is not None:
+            self.domains.forget()
             self._set_load(node_id, None)
             self._record_change(node_id)
 
@@ -258,6 +267,8 @@ class Accounting:
             copies[node_id] = (
                 copies.get(node_id, 0) + 1
             )  # ``get`` is faster than a Counter's default for missing keys
+            if usage.service_id in self.domains.watched:
+                self.domains.move(usage.service_id, node_id, 1)
         if usage.volumes:
             self.volumes.hold(task_id, node_id, usage.volumes)
         account = self.accounts.get(node_id)
@@ -279,6 +290,8 @@ class Accounting:
                 del copies[node_id]
             if not copies:
                 del self._copies[usage.service_id]
+            if usage.service_id in self.domains.watched:
+                self.domains.move(usage.service_id, node_id, -1)
         account = self.accounts.get(node_id)
         if account is not None:
             account.remove(usage)

@@ -11,11 +11,13 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.affinity import NO_RULES
 from skep.manager.scheduler.nodes.filters import filters_for
 from skep.manager.scheduler.nodes.load import effective_tasks, used_share
 from skep.manager.scheduler.nodes.ranking import Rank, Ranking
 from skep.manager.scheduler.nodes.requirements import Requirements
-from skep.model.options.constraints import is_label, label_of
+from skep.model.options.affinity import is_label
+from skep.model.options.constraints import label_of
 from skep.model.values.ids import NodeId, ServiceId
 
 KEPT = 32
@@ -37,7 +39,11 @@ class Candidates:
             requirements: The requirements of any service.  The service and its tasks are not used.
             accounting: All nodes.
         """
-        self.levels: Sequence[str] = [over for over in requirements.spread_over if is_label(over)]
+        self.levels: Sequence[str] = [
+            over for over in (*requirements.spread_over, *requirements.topologies) if is_label(over)
+        ]
+        self.ranked = sum(map(is_label, requirements.spread_over))
+        """Number of levels at which the branch with the fewest tasks comes first.  The others only divide the nodes."""
         self.leaves: dict[Leaf, Ranking] = {}
         self.leaf_of: dict[NodeId, Leaf] = {}
         """Preference branch of every node, including nodes that do not pass."""
@@ -137,9 +143,9 @@ class Pools:
 
 def shape_of(requirements: Requirements) -> Requirements:
     """Return the requirements without their service."""
-    if not requirements.service_id and not requirements.version:
+    if not requirements.service_id and not requirements.version and not requirements.rules:
         return requirements
-    return replace(requirements, service_id=ServiceId(""), version=0)
+    return replace(requirements, service_id=ServiceId(""), version=0, rules=NO_RULES)
 
 
 def fill(requirements: Requirements, account: Account) -> float:

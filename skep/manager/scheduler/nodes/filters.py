@@ -114,6 +114,27 @@ def _is_below_max_replicas(requirements: Requirements, account: Account, copies:
     return copies < requirements.max_replicas
 
 
+def _is_near(requirements: Requirements, account: Account, copies: int) -> bool:
+    return all(
+        account.domains.is_met(one, requirements.service_id, account)
+        for one in requirements.rules.hard
+        if not one.is_apart
+    )
+
+
+def _is_apart(requirements: Requirements, account: Account, copies: int) -> bool:
+    return not any(
+        one.is_apart and account.domains.has_neighbor(one, account) for one in requirements.rules.hard
+    )
+
+
+def _is_within_skew(requirements: Requirements, account: Account, copies: int) -> bool:
+    return all(
+        account.domains.is_within(one, requirements.service_id, requirements.constraints, account)
+        for one in requirements.rules.skews
+    )
+
+
 def _has_cluster_volumes(requirements: Requirements, account: Account, copies: int) -> bool:
     return not isinstance(account.volumes.choose(requirements.cluster_volumes, account.node), str)
 
@@ -221,6 +242,25 @@ FILTERS = (
         _is_below_max_replicas,
         NodeRefusal.MAX_REPLICAS,
         details.replicas,
+    ),
+    # Not in SwarmKit, which has no affinity.  ``Neighborhood`` applies the same rules to many nodes at once.
+    Filter(
+        lambda requirements: any(not one.is_apart for one in requirements.rules.hard),
+        _is_near,
+        NodeRefusal.AFFINITY,
+        details.affinity,
+    ),
+    Filter(
+        lambda requirements: any(one.is_apart for one in requirements.rules.hard),
+        _is_apart,
+        NodeRefusal.ANTI_AFFINITY,
+        details.anti_affinity,
+    ),
+    Filter(
+        lambda requirements: bool(requirements.rules.skews),
+        _is_within_skew,
+        NodeRefusal.MAX_SKEW,
+        details.max_skew,
     ),
     Filter(
         lambda requirements: bool(requirements.cluster_volumes),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
+from skep.manager.scheduler.nodes.affinity import NO_RULES, AffinityRules
 from skep.model.needs import (
     ClusterMount,
     HostPort,
@@ -55,18 +56,26 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     rights: MachineRights = MachineRights()
     """Rights over the node that the task's containers need, such as ``privileged``."""
     cluster_volumes: tuple[ClusterMount, ...] = ()
+    rules: AffinityRules = NO_RULES
+    """Affinities to other services, and their anti-affinities to this one."""
+    topologies: tuple[str, ...] = ()
+    """Labels by which the rules divide the nodes, besides those in ``spread_over``."""
     needs_disk: bool = True
     """Whether the node's disk must have free space.  True for every new task (``staying``)."""
 
 
 def requirements_of(
-    task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...] = ()
+    task: Task,
+    service_spec: ServiceSpec | None,
+    planes: tuple[str, ...] = (),
+    rules: AffinityRules = NO_RULES,
 ) -> Requirements:
     """Return the requirements of ``task``.
 
     Args:
         service_spec: The spec it was made from, for its host-mode ports.
         planes: Current data planes of its overlay networks (``planes_of``).
+        rules: The rules for its service (``AffinityIndex.of``).
 
     Raises:
         InvalidArgument: A constraint or a label cannot be parsed.  The API rejects such specs.
@@ -74,6 +83,10 @@ def requirements_of(
     spec = task.spec
     placement = spec.placement or Placement()
     reservations = reservations_of(spec)
+    # Going to the domain with the fewest tasks first keeps the skew small, so that few tasks are refused.
+    levels = [one.topology for one in rules.skews]
+    levels += [over.spread.spread_descriptor for over in placement.preferences if over.spread]
+    spread_over = tuple(dict.fromkeys(levels)) if rules.skews else tuple(levels)
     return Requirements(
         service_id=task.service_id,
         version=(task.spec_version or Version()).index,
@@ -81,7 +94,7 @@ def requirements_of(
         memory_bytes=reservations.memory_bytes,
         generic=reservations.generic_resources,
         constraints=parsed(placement.constraints),
-        spread_over=tuple(over.spread.spread_descriptor for over in placement.preferences if over.spread),
+        spread_over=spread_over,
         platforms=placement.platforms,
         plugins=plugins_of(task),
         host_ports=host_ports(service_spec),
@@ -90,6 +103,8 @@ def requirements_of(
         paths=_paths(task.networks_attachments),
         rights=rights_of(spec.container_spec),
         cluster_volumes=cluster_mounts(spec),
+        rules=rules,
+        topologies=tuple(one for one in rules.topologies if one not in spread_over) if rules else (),
     )
 
 
@@ -103,8 +118,8 @@ class RequirementsCache:
         self._planes: tuple[str, ...] = ()
         """Data planes of ``_attachments`` at ``_revision``."""
 
-    def of(self, task: Task, view: View) -> Requirements:
-        """Return the requirements of ``task`` in ``view``."""
+    def of(self, task: Task, view: View, rules: AffinityRules = NO_RULES) -> Requirements:
+        """Return the requirements of ``task`` in ``view``, with the ``rules`` for its service."""
         service_spec = spec_of(view, task) if task.spec_version is not None else None
         planes = self._planes_of(task, view) if task.networks_attachments else ()
         if self._last is not None:
@@ -112,13 +127,14 @@ class RequirementsCache:
             if (
                 service_spec is known_spec
                 and planes == requirements.planes
+                and rules == requirements.rules
                 and task.spec == known.spec
                 and task.service_id == known.service_id
                 and task.spec_version == known.spec_version
                 and task.networks_attachments == known.networks_attachments
             ):
                 return requirements
-        requirements = requirements_of(task, service_spec, planes)
+        requirements = requirements_of(task, service_spec, planes, rules)
         self._last = task, service_spec, requirements
         return requirements
 

@@ -17,11 +17,12 @@ Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.scheduler.nodes.accounting import Account, Accounting
+from skep.manager.scheduler.nodes.affinity import Neighborhood
 from skep.manager.scheduler.nodes.candidates import Candidates, Leaf, Pools
 from skep.manager.scheduler.nodes.ranking import Entry, Rank, Ranking, Unfinished, rank_of
 from skep.manager.scheduler.nodes.requirements import Requirements
@@ -59,6 +60,18 @@ class Spread:
         """Nodes for which ``assume`` changed something."""
         self._seen = -1
         self._root: _Leaf | _Fork | None = None
+        self.near = (
+            Neighborhood(
+                requirements.rules,
+                requirements.service_id,
+                requirements.constraints,
+                candidates.levels,
+                accounting.domains,
+            )
+            if requirements.rules
+            else None
+        )
+        """The service's affinities, or None without any."""
 
     def assume(self, failing: Mapping[NodeId, int], leaving: Mapping[NodeId, int]) -> None:
         """Set the assumptions that hold from the next ``catching_up`` on.
@@ -81,9 +94,15 @@ class Spread:
         while True:
             yield from self.candidates.catching_up()
             copies = self._accounting.copies(self._requirements.service_id)
-            if not self.ranks_all and len(copies) > STEP:
-                self.ranks_all, self._seen = True, -1
             changes = self._accounting.changes
+            if self.near is not None:
+                changed = self.near.update(self._leaving, self._accounting.accounts)
+                self._outdated.update(dict.fromkeys(sorted(changed)))
+                self._root = None
+            if not self.ranks_all and (
+                len(copies) > STEP or (self.near is not None and self.near.excludes_many)
+            ):
+                self.ranks_all, self._seen = True, -1
             if self._seen == changes and not self._outdated:
                 return
             self._root = None
@@ -97,9 +116,16 @@ class Spread:
         """Return the node for the next task, or None if no node passes.  Pauses if many nodes are full."""
         while True:
             try:
+                is_new = self._root is None
                 if self._root is None:
                     self._root = self._tree()
-                return self._root.take()
+                account = self._root.take()
+                if account is not None and self.near is not None and self.near.note(account.node.id):
+                    self._leaf(self.candidates.leaf_of[account.node.id]).enter(account)
+                if account is not None or is_new or self.near is None:
+                    return account
+                self._root = None  # a domain that was refused may be allowed by now
+                continue
             except Unfinished:
                 self._root = None
             self.close()
@@ -119,10 +145,15 @@ class Spread:
     def rank(self, account: Account) -> Rank:
         """Return the rank of a node that has tasks of the service, or where they failed."""
         failing = self.failing.get(account.node.id, 0)
+        if self.near is not None:
+            penalty = self.near.penalty(account.node.id)
+            return failing, penalty, self.copies(account), *self.candidates.rank(account)
         return failing, self.copies(account), *self.candidates.rank(account)
 
     def has_capacity(self, account: Account) -> bool:
-        """Return whether ``max_replicas`` and the node's resources allow one more task."""
+        """Return whether ``max_replicas``, affinities and the node's resources allow one more task."""
+        if self.near is not None and not self.near.allows(account):
+            return False
         return self.candidates.has_capacity(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------
@@ -138,7 +169,12 @@ class Spread:
             mounts = self._requirements.cluster_volumes
             return dict.fromkeys((*self._accounting.changed_since(self._seen, mounts), *outdated))
         return dict.fromkeys(
-            (*self.place, *(self.candidates.leaf_of if self.ranks_all else copies), *self.failing)
+            (
+                *self.place,
+                *(self.candidates.leaf_of if self.ranks_all else copies),
+                *self.failing,
+                *outdated,
+            )
         )
 
     def _update_node(self, id: NodeId) -> None:
@@ -149,7 +185,13 @@ class Spread:
             leaf is not None
             and account is not None
             and self.candidates.can_pass[id]
-            and (self.ranks_all or id in self.failing or bool(self.copies(account)))
+            and (
+                self.ranks_all
+                or id in self.failing
+                or bool(self.copies(account))
+                or (self.near is not None and self.near.is_own(id))
+            )
+            and (self.near is None or self.near.allows(account))
         )
         before = self.place.get(id)
         if before is not None and (not is_own or before != leaf):
@@ -168,14 +210,27 @@ class Spread:
         tasks: Counter[Leaf] = Counter()
         for id, count in self._accounting.copies(self._requirements.service_id).items():
             leaf = self.candidates.leaf_of.get(id)
-            for depth in range(levels if leaf is not None else 0):
+            for depth in range(self.candidates.ranked if leaf is not None else 0):
                 tasks[leaf[: depth + 1]] += count - self._leaving.get(id, 0)  # type: ignore[index]
-        branches: dict[Leaf, _Leaf | _Fork] = {leaf: self._leaf(leaf) for leaf in self.candidates.leaves}
-        for depth in reversed(range(levels)):
+        if self.near is None or not self.near.has_tiers:
+            return self._branches(self.candidates.leaves, tasks)
+        tiers: dict[int, list[Leaf]] = {}
+        for leaf in self.candidates.leaves:
+            tiers.setdefault(self.near.tier(leaf), []).append(leaf)
+        children: list[tuple[int, Leaf, _Leaf | _Fork]] = [
+            (tier, (), self._branches(leaves, tasks)) for tier, leaves in sorted(tiers.items())
+        ]
+        return _Fork(children, counts=False)
+
+    def _branches(self, leaves: Iterable[Leaf], tasks: Mapping[Leaf, int]) -> "_Leaf | _Fork":
+        """Return the tree of these leaves.  ``tasks`` has the number of tasks per branch."""
+        branches: dict[Leaf, _Leaf | _Fork] = {leaf: self._leaf(leaf) for leaf in leaves}
+        for depth in reversed(range(len(self.candidates.levels))):
             forks: dict[Leaf, list[tuple[int, Leaf, _Leaf | _Fork]]] = {(): []} if depth == 0 else {}
             for path in sorted(branches):
                 forks.setdefault(path[:depth], []).append((tasks[path], path, branches[path]))
-            branches = {path: _Fork(children, counts=self.counts) for path, children in forks.items()}
+            counts = self.counts and depth < self.candidates.ranked
+            branches = {path: _Fork(children, counts=counts) for path, children in forks.items()}
         return branches[()]
 
     def _leaf(self, path: Leaf) -> "_Leaf":
@@ -200,7 +255,8 @@ class CachedSpreads:
         ``record_failure``.
         """
         return (
-            not self.accounting.copies(requirements.service_id)
+            not requirements.rules
+            and not self.accounting.copies(requirements.service_id)
             and not requirements.max_replicas  # two versions of one service share the limit
             and not failing_nodes(self.accounting, requirements, now)
         )
@@ -261,14 +317,34 @@ class _Leaf:
 
     def best(self) -> Rank | None:
         """Return the rank of the node that ``take`` would return."""
+        near = self._spread.near
+        if near is not None:
+            found = self._near_first(near)
+            return found[0] if found is not None else None
         fresh = self._fresh_first()
         if fresh is not None:
             return 0, 0, *rank_of(fresh)
         first = self.own.first()
         return rank_of(first) if first is not None else None
 
+    def _near_first(self, near: Neighborhood) -> tuple[Rank, Account] | None:
+        """Return the best node by the service's affinities, and its rank."""
+        if not near.allows_leaf(self._path):
+            return None
+        fresh = self._fresh_first() if near.only is None else None
+        first = self.own.first()
+        ranks: list[tuple[Rank, Account]] = []
+        if fresh is not None:
+            ranks.append(((0, near.usual_penalty, 0, *rank_of(fresh)), fresh[-1]))
+        if first is not None:
+            ranks.append((rank_of(first), first[-1]))
+        return min(ranks, key=lambda one: one[0], default=None)
+
     def take(self) -> Account | None:
         """Return the best node, or None."""
+        if self._spread.near is not None:
+            found = self._near_first(self._spread.near)
+            return found[1] if found is not None else None
         first = self._fresh_first() or self.own.first()
         return first[-1] if first is not None else None
 
@@ -291,7 +367,9 @@ class _Leaf:
         while (first := fresh.first()) is not None:
             account = first[-1]
             id = account.node.id
-            if id not in self._spread.failing and not self._spread.copies(account):
+            near = self._spread.near
+            is_special = near is not None and near.is_own(id)
+            if id not in self._spread.failing and not self._spread.copies(account) and not is_special:
                 if self._spread.has_capacity(account):
                     return first  # a task that is leaving does not count, so one more fits anyway
             elif id not in self.own and self._spread.has_capacity(account):

@@ -335,7 +335,7 @@ class _Trial:
     """A node with some of its tasks."""
 
     def __init__(self, present: Account, staying: Sequence[Holdings]) -> None:
-        self.account = Account(present.node, present.volumes)
+        self.account = Account(present.node, present.volumes, present.domains)
         self.account.add_all(staying)
         self._staying = staying
         self._added: dict[TaskId, Holdings] = {}
