@@ -33,6 +33,9 @@ former name of the label, and would start the tasks of a slot without their data
 STOPS: Final = 6
 """From this level on services may be stopped.  A leader of a lower level would start their tasks."""
 
+NOTIFICATIONS: Final = 6
+"""From this level on there may be targets of notifications.  A leader of a lower level would not notify them."""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

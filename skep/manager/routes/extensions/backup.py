@@ -1,12 +1,21 @@
 """``/skep/backup`` and ``/skep/cluster/rotate-keys``: maintenance of the store.  A Skep extension."""
 
+import asyncio
+from contextlib import suppress
+
 from aiohttp import web
 
 from skep.api.backups import BackupRequest
 from skep.api.http.server import Routes, flag, read_json
-from skep.manager.routes.access import manager_of
+from skep.errors import SkepError
+from skep.manager.notify.records import note_backup
+from skep.manager.routes.access import ManagerApi, manager_of
+from skep.store.level import NOTIFICATIONS
 
 routes = Routes()
+
+_RECORD_S = 5.0
+"""Time limit in seconds for the record of a backup.  The backup itself is complete by then."""
 
 
 @routes.post("/skep/backup")
@@ -22,10 +31,24 @@ async def backup(request: web.Request) -> web.StreamResponse:
     sealer = backups.begin(await read_json(request, BackupRequest))
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     await response.prepare(request)
-    async for piece in backups.pieces(sealer):
-        await response.write(piece)
-    await response.write_eof()
+    try:
+        async for piece in backups.pieces(sealer):
+            await response.write(piece)
+        await response.write_eof()
+    except SkepError as error:
+        await _record(manager_of(request), str(error))
+        raise
+    await _record(manager_of(request))
     return response
+
+
+async def _record(manager: ManagerApi, error: str = "") -> None:
+    """Record the end of a backup for notifications, unless the managers have no quorum: a backup needs none."""
+    if manager.store.view().level < NOTIFICATIONS:
+        return
+    with suppress(SkepError, TimeoutError):
+        async with asyncio.timeout(_RECORD_S):
+            await manager.update(note_backup, error, manager.clock.now_ns())
 
 
 @routes.post("/skep/cluster/rotate-keys")
